@@ -1,0 +1,1 @@
+"""Image geometry and resize kernels. Nothing here imports the rest of the sidecar."""

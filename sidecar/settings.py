@@ -1,0 +1,324 @@
+"""Settings: frozen data, and the one table of flags.
+
+Each field of a settings class is a flag `--its-name`, an environment variable `SIDECAR_ITS_NAME` and a key `its-name` (or
+`its_name`) of the TOML file given by `--config`. Precedence: flag, environment, file, default. Whatever is unknown or
+invalid raises UsageError with one line that names the key, what was expected, and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sidecar.errors import UsageError
+
+S = TypeVar("S")
+Parse = Callable[[str], Any]
+
+ENV_PREFIX = "SIDECAR_"
+# Kubernetes injects these for a Service that happens to be named `sidecar`; they are nobody's settings.
+_SERVICE_LINK = re.compile(r"^SIDECAR_(SERVICE_(HOST|PORT.*)|PORT(_.*)?)$")
+
+
+def flag(default: Any, parse: Parse, help: str, *, expected: str, secret: bool = False) -> Any:
+    """One setting. `parse` turns text into the value or raises ValueError; `expected` completes "expected ..."."""
+    return field(default=default, metadata={"parse": parse, "help": help, "expected": expected, "secret": secret})
+
+
+# --- parsers: text -> value, ValueError when it is none ---
+
+
+def url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
+        raise ValueError
+    return text.rstrip("/")
+
+
+def address(text: str) -> tuple[str, int]:
+    host, sep, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not sep or not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError
+    return host, int(port)
+
+
+def one_of(*options: str) -> Parse:
+    def parse(text: str) -> str:
+        if text not in options:
+            raise ValueError
+        return text
+
+    return parse
+
+
+def number(low: float, high: float) -> Parse:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def integer(low: int, high: int) -> Parse:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    return parse
+
+
+_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+
+
+def size(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError
+    return int(match[1]) << 10 * " kmgt".index(match[2].lower() or " ")
+
+
+def existing_dir(text: str) -> str:
+    if not Path(text).is_dir():
+        raise ValueError
+    return text
+
+
+def existing_file(text: str) -> str:
+    if not Path(text).is_file():
+        raise ValueError
+    return text
+
+
+def text(value: str) -> str:
+    return value
+
+
+def header_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", value):
+        raise ValueError
+    return value.lower()
+
+
+def switch(value: str) -> bool:
+    return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
+        value.lower()
+    ]
+
+
+ENGINE_KINDS = ("auto", "vllm", "sglang", "tgi", "llamacpp", "openai", "scripted")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of `sidecar run`. Seconds, bytes and tokens unless the help says otherwise."""
+
+    engine: str = flag("", url, "Base URL of the engine, e.g. http://127.0.0.1:8000", expected="an http(s) URL")
+    engine_kind: str = flag(
+        "auto", one_of(*ENGINE_KINDS), "Which engine it is", expected="one of " + ", ".join(ENGINE_KINDS)
+    )
+    listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Where the relay listens", expected="HOST:PORT")
+    admin: tuple[str, int] = flag(
+        ("0.0.0.0", 9400), address, "Where probes, load, metrics and the page are", expected="HOST:PORT"
+    )
+    workers: int = flag(1, integer(1, 64), "Relay processes", expected="a whole number from 1 to 64")
+    model: str = flag(
+        "",
+        existing_dir,
+        "The model's directory (config.json, preprocessor_config.json, tokenizer.json)",
+        expected="an existing directory",
+    )
+    coefficients: str = flag(
+        "",
+        existing_file,
+        "Coefficients file of this model and hardware; default: a documented roofline",
+        expected="an existing file",
+    )
+    state_dir: str = flag("/run/sidecar", text, "Directory shared with the engine's container", expected="a directory")
+    tenant_header: str = flag(
+        "x-tenant-id", header_name, "Request header that names the tenant", expected="a header name"
+    )
+    max_tenants: int = flag(
+        50,
+        integer(1, 10_000),
+        "Tenants and models told apart in metrics; more are `other`",
+        expected="a whole number from 1 to 10000",
+    )
+    images: str = flag(
+        "auto",
+        one_of("auto", "off", "inline", "shm"),
+        "Image hand-off; auto: inline where the model's processor is known, else off",
+        expected="one of auto, off, inline, shm",
+    )
+    images_device: str = flag(
+        "cpu", one_of("auto", "cpu", "cuda"), "Where images are resized", expected="one of auto, cpu, cuda"
+    )
+    gpu_memory_budget: int = flag(
+        1 << 30, size, "GPU memory that image work may use (bytes, or 1G)", expected="a size such as 1G"
+    )
+    image_workers: int = flag(
+        0,
+        integer(0, 64),
+        "Image worker processes; 0: one per core of the CPU quota",
+        expected="a whole number from 0 to 64",
+    )
+    image_max_bytes: int = flag(20 << 20, size, "Largest encoded image", expected="a size such as 20M")
+    image_max_pixels: int = flag(
+        50_000_000,
+        integer(1, 1_000_000_000),
+        "Most pixels of one image",
+        expected="a whole number from 1 to 1000000000",
+    )
+    image_max_count: int = flag(
+        16, integer(1, 1000), "Most images of one request", expected="a whole number from 1 to 1000"
+    )
+    image_seconds: float = flag(
+        10.0, number(0.1, 120), "Deadline of one image in a worker", expected="seconds from 0.1 to 120"
+    )
+    image_queue: int = flag(
+        64,
+        integer(1, 10_000),
+        "Images waiting for a worker per relay before 503",
+        expected="a whole number from 1 to 10000",
+    )
+    max_body_bytes: int = flag(256 << 20, size, "Largest request body", expected="a size such as 256M")
+    silence_floor: float = flag(
+        8.0, number(0.5, 600), "Shortest silence that can raise suspicion", expected="seconds from 0.5 to 600"
+    )
+    silence_unlearned: float = flag(
+        60.0,
+        number(0.5, 3600),
+        "Floor until this engine's own gaps have been learned",
+        expected="seconds from 0.5 to 3600",
+    )
+    silence_margin: float = flag(
+        3.0, number(1, 100), "Allowed over predicted silence", expected="a number from 1 to 100"
+    )
+    silence_cap: float = flag(
+        900.0, number(1, 86_400), "Longest silence that is ever allowed", expected="seconds from 1 to 86400"
+    )
+    canary_interval: float = flag(
+        10.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"
+    )
+    canary_model: str = flag(
+        "", text, "Model name for the canary; default: the first of /v1/models", expected="a model name"
+    )
+    engine_key: str = flag("", text, "API key for our own requests to the engine", expected="a key", secret=True)
+    slo_seconds: float = flag(
+        10.0, number(0.1, 3600), "Request time that max_in_flight is derived from", expected="seconds from 0.1 to 3600"
+    )
+    dollars_per_gpu_hour: float = flag(
+        0.0,
+        number(0, 10_000),
+        "Price for sidecar_cost_dollars_total; 0: no such series",
+        expected="dollars from 0 to 10000",
+    )
+    orca: str = flag(
+        "auto", one_of("auto", "always"), "ORCA response header: on request, or always", expected="one of auto, always"
+    )
+    otlp_endpoint: str = flag("", url, "OTLP/HTTP collector for spans; empty: tracing off", expected="an http(s) URL")
+    drain_seconds: float = flag(
+        30.0, number(0, 3600), "Longest wait for open streams after SIGTERM", expected="seconds from 0 to 3600"
+    )
+    log_format: str = flag("text", one_of("text", "json"), "Log lines", expected="one of text, json")
+    log_level: str = flag(
+        "info",
+        one_of("debug", "info", "warning", "error"),
+        "Least severe log line",
+        expected="one of debug, info, warning, error",
+    )
+
+
+def load(
+    cls: type[S],
+    flags: Mapping[str, str | None],
+    env: Mapping[str, str],
+    config: str | None = None,
+    *,
+    also: tuple[type, ...] = (),
+) -> S:
+    """Merge flags (field name -> text), environment and TOML file into `cls`. Raises UsageError.
+
+    `also` names settings classes of other commands whose keys are accepted in the environment and the file unused, so that
+    one file can serve several commands.
+    """
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    others = {f.name for other in also for f in fields(other)}
+    config = config or env.get(ENV_PREFIX + "CONFIG")
+    merged: dict[str, Any] = {}
+    for source, values in (("file", _from_file(config)), ("environment", _from_env(env)), ("flag", flags)):
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if value is None or (name not in known and name in others):
+                continue
+            if name not in known:
+                raise UsageError(_unknown(source, key, [*known, *others]))
+            merged[name] = _parse(known[name], str(value), source)
+    return cls(**merged)
+
+
+def to_json(settings: Settings) -> str:
+    """The settings as JSON, to hand to a relay process over a private pipe (it carries secrets)."""
+    return json.dumps(asdict(settings))
+
+
+def from_json(text: str) -> Settings:
+    """Inverse of to_json."""
+    raw: dict[str, Any] = json.loads(text)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return Settings(**values)
+
+
+def spelled(name: str, source: str = "flag") -> str:
+    """How a setting is written in a source."""
+    if source == "environment":
+        return ENV_PREFIX + name.upper().replace("-", "_")
+    return "--" + name.replace("_", "-") if source == "flag" else name.replace("_", "-")
+
+
+def default_of(f: Field[Any]) -> Any:
+    """A field's default, or None where it has none."""
+    return None if f.default is MISSING else f.default
+
+
+def _from_file(path: str | None) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        with Path(path).open("rb") as f:
+            raw = tomllib.load(f)
+    except OSError as e:
+        raise UsageError(f"--config: cannot read {path}: {e.strerror}") from None
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"--config: {path} is not TOML: {e}") from None
+    return {k: str(v).lower() if isinstance(v, bool) else v for k, v in raw.items()}
+
+
+def _from_env(env: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key[len(ENV_PREFIX) :].lower(): value
+        for key, value in env.items()
+        if key.startswith(ENV_PREFIX) and key != ENV_PREFIX + "CONFIG" and not _SERVICE_LINK.match(key)
+    }
+
+
+def _unknown(source: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.0)
+    return f"unknown {source} key {spelled(key, source)}; the nearest valid key is {spelled(near[0], source)}"
+
+
+def _parse(f: Field[Any], value: str, source: str) -> Any:
+    try:
+        return f.metadata["parse"](value)
+    except (ValueError, KeyError):
+        shown = "a value" if f.metadata["secret"] else repr(value[:80])
+        raise UsageError(f"{spelled(f.name, source)}: {shown} is not {f.metadata['expected']}") from None

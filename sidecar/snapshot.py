@@ -1,0 +1,95 @@
+"""What the control process holds true at one moment, as frozen data. Every report is a pure rendering of a Snapshot.
+
+Times are monotonic seconds (`at`) unless named `wall`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.facts import CanaryResult, DiagnosisSummary, EngineSample, GpuSample, ProcessSample, Reading, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How loaded the engine is. `limited_by` is "stock", "flow", "kv" or "queue": the term that `utilization` comes from."""
+
+    mu_in_flight: float
+    mu_max_in_flight: float
+    mu_per_minute: float
+    mu_max_per_minute: float
+    utilization: float
+    limited_by: str
+    prefill_tokens_in_flight: int
+    decode_tokens_in_flight: int
+    tokens_delivered_total: int
+    tokens_per_second: float
+    requests_in_flight: int
+    requests_waiting: int
+    requests_per_second: float
+    coefficients_fingerprint: str
+    coefficients_source: str
+    coefficients_stale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUse:
+    """One tenant now and since the start. `outcomes` maps outcome -> requests."""
+
+    tenant: str
+    requests_in_flight: int
+    mu_in_flight: float
+    mu_total: float
+    requests_total: int
+    tokens_total: int
+    outcomes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUse:
+    """Images since the start. `stages` maps stage -> (count, seconds in all)."""
+
+    outcomes: tuple[tuple[str, int], ...]  # outcome -> images
+    stages: tuple[tuple[str, int, float], ...]
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class RelayUse:
+    """One relay process. `pulse_age` is seconds since its last Pulse; None before the first."""
+
+    index: int
+    pid: int
+    restarts: int
+    open: int
+    lag: float
+    pulse_age: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything a report may show."""
+
+    at: float
+    at_wall: float
+    version: str
+    engine_kind: str
+    draining: bool
+    verdict: Verdict
+    progress_age: float | None  # seconds since the last progress; None when nothing is outstanding
+    silence_allowed: float
+    silence_ruled_by: str  # "floor", "predicted", "learned", "cap"
+    load: Load
+    tenants: tuple[TenantUse, ...]
+    images: ImageUse
+    images_device: str  # "off", "cpu", "cuda"
+    engine: Reading[EngineSample]
+    gpus: Reading[tuple[GpuSample, ...]]
+    own: Reading[ProcessSample]  # the control process
+    own_lag: float  # event loop lag of the control process, seconds
+    relays: tuple[RelayUse, ...]
+    canary: CanaryResult | None  # the last one that ended
+    canary_outstanding_since: float | None
+    changes: tuple[Verdict, ...]  # newest first, bounded
+    diagnoses: tuple[DiagnosisSummary, ...]  # newest first, bounded
