@@ -1,0 +1,65 @@
+"""The wire between processes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from sidecar import facts, wire
+from sidecar.channel import Channel
+
+RECORDS = [
+    facts.Admitted("r1", 1.5, "acme", "m", "chat", True, facts.Work(10, 2, 3, 4, 1), 16, 0.25, None),
+    facts.Admitted(
+        "r2", 2.0, "acme", "m", "chat", False, facts.Work(1), None, 0.1, facts.Trace("a" * 32, "b" * 16, "", True)
+    ),
+    facts.FirstToken("r1", 2.5),
+    facts.Delivered("r1", 3.0, 2, 80),
+    facts.Settled("r1", 4.0, "ok", 200, facts.Usage(10, 3, 2), 3, 120, 2.5, 1.6, 0.0004),
+    facts.Settled("r2", 4.0, "lost", 0, None, 0, 0, None, None, 0.0, "relay_died"),
+    facts.Imaged("r1", 2.0, "jpeg", "ok", 0.02, (("decode", 0.006), ("resize", 0.004)), 1000, 2000),
+    facts.Pulse(1.0, 0.001, 3),
+    facts.PageWanted(1.0),
+    facts.Page(1.0, 'a{b="ü\n"} 1\n'),
+    facts.Published("JSON {}", "TEXT a=1", "idle"),
+    facts.Drain(30.0),
+    facts.Configure("{}", 0, "", "vllm", "{}"),
+]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: type(r).__name__)
+def test_every_record_survives_the_wire(record: facts.Fact | facts.Order) -> None:
+    """decode(encode(x)) == x for every kind of record, nested ones and None included, on one line."""
+    line = wire.encode(record)
+    assert line.count(b"\n") == 1
+    assert wire.decode(line) == record
+
+
+@pytest.mark.parametrize("line", [b"", b"{}", b"[]", b'["Nobody",1]', b'["Pulse",1]', b"\xff", b'["Admitted",1,2]'])
+def test_garbage_is_an_error_of_its_own(line: bytes) -> None:
+    """Whatever is no record raises WireError and nothing else."""
+    with pytest.raises(wire.WireError):
+        wire.decode(line)
+
+
+async def test_channel_delivers_in_order_and_reports_the_end() -> None:
+    """Records arrive whole and in order; garbage between them is counted; the end is reported once."""
+    left, right = socket.socketpair()
+    got: list[object] = []
+    closed = asyncio.Event()
+    reader = await Channel.open(right, got.append, closed.set)
+    writer = await Channel.open(left, got.append, lambda: None)
+    for record in RECORDS[:3]:
+        writer.send(record)
+    assert writer._transport is not None
+    writer._transport.write(b"garbage\n")
+    for record in RECORDS[3:]:
+        writer.send(record)
+    writer.close()
+    await closed.wait()
+    assert got == RECORDS
+    assert reader.undecodable == 1
+    writer.send(RECORDS[0])
+    assert writer.dropped == 1
