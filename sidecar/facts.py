@@ -193,6 +193,7 @@ class Published:
     orca_json: str
     orca_text: str
     verdict: State
+    engine_kind: str = ""  # once it is recognised
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,9 +260,13 @@ class ProcessSample:
 
 @dataclass(frozen=True, slots=True)
 class CanaryResult:
-    """One canary, ended: "ok", "failed", "starved" (no token within `allowed`), "moot" (real work progressed), "refused"."""
+    """One canary, ended.
 
-    outcome: Literal["ok", "failed", "starved", "moot", "refused"]
+    "ok" a token came; "failed" the engine answered 500 or broke the answer off; "starved" no token within `allowed`; "moot" real
+    work progressed meanwhile; "refused" no connection; "busy" 429 or 503; "rejected" any other 4xx: it cannot judge this engine.
+    """
+
+    outcome: Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
     started: float
     ended: float
     allowed: float

@@ -1,0 +1,138 @@
+"""argv, environment and file -> settings -> command. The only place with exit codes: 0 done, 1 failed, 2 usage."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from sidecar import __version__, logs, probes, settings, statefile
+from sidecar.errors import SidecarError, UsageError
+from sidecar.settings import Settings
+
+
+def main() -> None:
+    """Entry point of the `sidecar` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; returns its exit code. Errors of ours are one line on stderr."""
+    try:
+        return int(cli.main(argv, prog_name="sidecar", standalone_mode=False) or 0)
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.ClickException as e:
+        return _fail(_one_line(e), 2)
+    except UsageError as e:
+        return _fail(str(e), 2)
+    except SidecarError as e:
+        return _fail(str(e), 1)
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sidecar")
+def cli() -> None:
+    """A sidecar for one LLM inference engine: progress verdicts, load in model units, images off the hot path."""
+
+
+def options(cls: type, *positional: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one option per field of a settings class; the values stay text until settings.load parses them."""
+
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+        for field in reversed(fields(cls)):
+            text = f"{field.metadata['help']} [{_default(field)}]"
+            f = click.option(settings.spelled(field.name), field.name, default=None, help=text)(f)
+        return click.option("--config", default=None, help="TOML file of settings [none]")(f)
+
+    return wrap
+
+
+def _default(field: Any) -> str:
+    value = settings.default_of(field)
+    if isinstance(value, tuple):
+        return f"{value[0]}:{value[1]}"
+    return "none" if value == "" else str(value)
+
+
+@cli.command("run")
+@options(Settings)
+def run_command(config: str | None, **flags: str | None) -> int:
+    """The main job beside a real engine."""
+    chosen = settings.load(Settings, flags, os.environ, config)
+    if not chosen.engine:
+        raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
+    logs.setup(chosen.log_format, chosen.log_level)
+    from sidecar import app  # here, so that `sidecar probe` starts quickly
+
+    _loop_run(app.run(chosen))
+    return 0
+
+
+@cli.command("probe")
+@click.argument("kind", type=click.Choice(probes.KINDS))
+@click.option("--state-dir", default=None, help="Directory shared with the sidecar [/run/sidecar]")
+def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
+    """Exec probe: judges by the verdict file, without network. Passes when the file is missing or stale."""
+    path = state_dir or os.environ.get("SIDECAR_STATE_DIR") or str(Settings().state_dir)
+    passed, text = probes.exec_answer(kind, *statefile.read(path))
+    click.echo(text)
+    return 0 if passed else 1
+
+
+@cli.command("relay-process", hidden=True)
+@click.option("--control-fd", type=int, required=True)
+@click.option("--listen-fd", type=int, required=True)
+def relay_command(control_fd: int, listen_fd: int) -> int:
+    """One relay process; started by `run`."""
+    from sidecar import relay_process
+
+    return relay_process.main(control_fd, listen_fd)
+
+
+@cli.command("image-server", hidden=True)
+@click.option("--listen-fd", type=int, required=True)
+def image_command(listen_fd: int) -> int:
+    """The image server; started by `run`, which writes the settings to its standard input."""
+    from sidecar.imaging import server
+
+    return server.main(listen_fd, sys.stdin.readline())
+
+
+def _loop_run(main: Any) -> None:
+    import uvloop
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main)
+    except BaseExceptionGroup as group:
+        ours = group.subgroup(SidecarError)
+        if ours is None:
+            raise
+        raise _first(ours) from None
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _one_line(e: click.ClickException) -> str:
+    """Click's own messages name the flag and the nearest one; keep them to one line."""
+    return " ".join(e.format_message().split())
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"sidecar: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""What the control process knows, and how a tick turns it into a verdict and a Snapshot. No I/O, no clock, no tasks.
+
+facts -> ledger + progress        readings -> progress        tick -> evidence -> verdict -> Snapshot
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, replace
+
+from sidecar import __version__, units, verdict
+from sidecar.bounded import Bounded
+from sidecar.facts import (
+    CanaryResult,
+    Delivered,
+    DiagnosisSummary,
+    EngineSample,
+    Fact,
+    FirstToken,
+    GpuSample,
+    Imaged,
+    ProcessSample,
+    Reading,
+    Settled,
+    Value,
+    Verdict,
+)
+from sidecar.ledger import Hold, Ledger, Settlement
+from sidecar.progress import Evidence, Limits, Progress, item_of
+from sidecar.settings import Settings
+from sidecar.snapshot import ImageUse, Load, RelayUse, Snapshot, TenantUse
+
+TICK = 0.5  # seconds between ticks
+LATE = 2.0  # seconds that a tick may be late before our own evidence is withheld
+JUMP = 5.0  # seconds between wall and monotonic clock that count as a jump
+PULSE_STALE = 4.0  # seconds without a relay's pulse (sent each second), past which its deliveries are unknown
+CHANGES = 50  # verdict changes kept
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """The signals at a tick. `refused_since`: since when the engine's port takes no connection."""
+
+    engine: Reading[EngineSample]
+    gpus: Reading[tuple[GpuSample, ...]]
+    own: Reading[ProcessSample]
+    relays: tuple[RelayUse, ...]
+    refused_since: float | None
+    engine_kind: str
+    diagnoses: tuple[DiagnosisSummary, ...] = ()
+
+
+@dataclass(slots=True)
+class ImageSums:
+    """Image work since the start."""
+
+    outcomes: Counter[str]
+    stages: dict[str, tuple[int, float]]
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+class Control:
+    """State of the control process. The composition root feeds it and acts on what `tick` returns."""
+
+    def __init__(self, settings: Settings, co: units.Coefficients, now: float, wall: float) -> None:
+        self._settings = settings
+        self._co = co
+        self.unit_ms = units.unit_ms(co)
+        self.ledger = Ledger(co, Bounded(settings.max_tenants), Bounded(settings.max_tenants))
+        limits = Limits(
+            settings.silence_floor, settings.silence_unlearned, settings.silence_margin, settings.silence_cap
+        )
+        self.progress = Progress(co, limits, baseline=now)
+        self.memory = verdict.Memory(since=now, engine_since=now)
+        self.changes: deque[Verdict] = deque(maxlen=CHANGES)
+        self.canary: CanaryResult | None = None
+        self.canary_since: float | None = None
+        self._canary_touched = 0.0
+        self.draining = False
+        self._images = ImageSums(Counter(), {})
+        self._image_label = Bounded(20)
+        self._sampled_at = 0.0
+        self._restarted = False
+        self._ticked_at, self._ticked_wall = now, wall
+        self.images_on = False
+        self._withheld_until, self._withheld_reason = 0.0, ""
+        self.lag = 0.0
+        self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
+        self.evidence = self.progress.evidence((), now)
+
+    # --- facts ---
+
+    def fact(self, relay: int, fact: Fact) -> Settlement | None:
+        """Book one fact. Returns the settlement when it ended a request."""
+        match fact:
+            case FirstToken():
+                self.progress.first_token(fact.at)
+            case Delivered(bytes=size) if size > 0:
+                self.progress.delivered(fact.at)
+            case Settled():
+                self._ended(fact)
+            case Imaged():
+                self._imaged(fact)
+            case _:
+                pass
+        return self.ledger.apply(relay, fact)
+
+    def relay_lost(self, relay: int, now: float) -> list[Settlement]:
+        """Settle what a dead relay held. Its deliveries are unknown, so silence starts anew."""
+        self.progress.rebaseline(now)
+        return self.ledger.lose(relay, now)
+
+    def _ended(self, fact: Settled) -> None:
+        if fact.outcome == "ok":
+            self.progress.completed(fact.at)
+        if fact.first_at is not None and fact.delivered_tokens > 1:
+            self.progress.token_time((fact.at - fact.first_at) / (fact.delivered_tokens - 1))
+
+    def _imaged(self, fact: Imaged) -> None:
+        sums = self._images
+        sums.outcomes[self._image_label(fact.outcome)] += 1
+        sums.bytes_in += fact.bytes_in
+        sums.bytes_out += fact.bytes_out
+        for stage, seconds in fact.stages:
+            count, total = sums.stages.get(stage, (0, 0.0))
+            sums.stages[self._image_label(stage)] = (count + 1, total + seconds)
+
+    # --- canaries ---
+
+    def canary_due(self) -> float | None:
+        """Seconds that a canary may take, if one should be sent now. Start-up may compile for minutes: it gets the cap."""
+        if self.canary_since is not None or self.draining:
+            return None
+        last = self.canary.ended if self.canary else None
+        if not verdict.canary_due(self.memory, self.evidence, last, self._settings.canary_interval):
+            return None
+        return self._settings.silence_cap if self.memory.state == "starting" else self.evidence.allowed
+
+    def canary_sent(self, now: float) -> None:
+        """A canary is under way."""
+        self.canary_since = self._canary_touched = now
+
+    def canary_ended(self, result: CanaryResult) -> CanaryResult:
+        """Book a canary's end. One that did not pass says nothing when real work progressed meanwhile: it is moot."""
+        at = self.progress.last()[1]
+        if result.outcome in ("failed", "starved") and at is not None and at > result.started:
+            result = replace(result, outcome="moot")
+        if result.outcome == "ok":
+            self.progress.learned.first_tokens += 1
+        self.canary, self.canary_since, self._canary_touched = result, None, result.ended
+        return result
+
+    # --- ticks ---
+
+    def tick(self, r: Readings, now: float, wall: float) -> Snapshot:
+        """Judge, and say everything that reports may show."""
+        self._watch_ourselves(r, now, wall)
+        self._read_engine(r.engine, now)
+        extra = 2 * max((self.lag, *(relay.lag for relay in r.relays)))
+        items = (item_of(h.admitted, h.first_at, h.last_at) for h in self.ledger.holds())
+        self.evidence = self.progress.evidence(items, now, extra=extra, learn=self.memory.state != "stalled")
+        inputs = verdict.Inputs(
+            now=now, evidence=self.evidence, canary=self.canary, refused_since=r.refused_since,
+            exempt=self._exemption(r.engine), restarted=self._restarted,
+            withheld=self._withheld_reason if now < self._withheld_until else None,
+        )  # fmt: skip
+        self._restarted = False
+        before = self.memory.state
+        self.memory, name = verdict.judge(self.memory, inputs)
+        self._say(inputs, name, before, now, wall)
+        return self._snapshot(r, now, wall)
+
+    def _watch_ourselves(self, r: Readings, now: float, wall: float) -> None:
+        """Our own ill-health lengthens patience: re-baseline, and withhold for a full window."""
+        gap, wall_gap = now - self._ticked_at, wall - self._ticked_wall
+        self._ticked_at, self._ticked_wall = now, wall
+        self.lag = max(0.0, gap - TICK)
+        blind = any(x.open > 0 and (x.pulse_age is None or x.pulse_age > PULSE_STALE) for x in r.relays)
+        reasons = {"own_pause": gap > LATE, "clock_jump": abs(wall_gap - gap) > JUMP, "relay_blind": blind}
+        reason = next((name for name, holds in reasons.items() if holds), None)
+        if reason is not None:
+            self.progress.rebaseline(now)
+            self._withheld_until = now + self._settings.silence_floor
+            self._withheld_reason = reason
+
+    def _read_engine(self, reading: Reading[EngineSample], now: float) -> None:
+        if isinstance(reading, Value) and reading.at > self._sampled_at:
+            if self.canary_since is not None:
+                self._canary_touched = now
+            canary = self._canary_touched >= self._sampled_at
+            self._restarted |= self.progress.engine(reading.value, reading.at, canary=canary)
+            self._sampled_at = reading.at
+
+    def _exemption(self, reading: Reading[EngineSample]) -> str | None:
+        if self.draining:
+            return "draining"
+        if isinstance(reading, Value) and reading.value.sleeping:
+            return "engine_sleeping"
+        return None
+
+    def _say(self, i: verdict.Inputs, name: str, before: str, now: float, wall: float) -> None:
+        m = self.memory
+        changed = m.state != before
+        since_wall = wall if changed else self.verdict.since_wall
+        self.verdict = Verdict(m.state, m.reason, explain(m, i, name), m.since, since_wall, facts_of(i, name))
+        if changed:
+            self.changes.appendleft(self.verdict)
+
+    # --- reports ---
+
+    def _snapshot(self, r: Readings, now: float, wall: float) -> Snapshot:
+        return Snapshot(
+            at=now, at_wall=wall, version=__version__, engine_kind=r.engine_kind, draining=self.draining,
+            verdict=self.verdict, progress_age=self.evidence.age, silence_allowed=self.evidence.allowed,
+            silence_ruled_by=self.evidence.ruled_by, load=self._load(r, now), tenants=self._tenants(),
+            images=self._image_use(), images_device=self._settings.images_device if self.images_on else "off",
+            engine=r.engine, gpus=r.gpus, own=r.own, own_lag=self.lag, relays=r.relays, canary=self.canary,
+            canary_outstanding_since=self.canary_since, changes=tuple(self.changes), diagnoses=r.diagnoses,
+        )  # fmt: skip
+
+    def _load(self, r: Readings, now: float) -> Load:
+        stock = self.ledger.stock()
+        per_minute = self.ledger.mu_per_minute(now)
+        max_per_minute = units.max_mu_per_minute(self._co)
+        max_in_flight = units.max_mu_in_flight(self._co, self._settings.slo_seconds)
+        sample = r.engine.value if isinstance(r.engine, Value) else EngineSample()
+        shares = {
+            "stock": stock.mu / max_in_flight,
+            "flow": per_minute / max_per_minute,
+            "kv": sample.kv_usage or 0.0,
+            "queue": queue_share(sample),
+        }
+        limited_by = max(shares, key=lambda name: shares[name])
+        return Load(
+            mu_in_flight=stock.mu, mu_max_in_flight=max_in_flight, mu_per_minute=per_minute,
+            mu_max_per_minute=max_per_minute, utilization=shares[limited_by], limited_by=limited_by,
+            prefill_tokens_in_flight=stock.prefill_tokens, decode_tokens_in_flight=stock.decode_tokens,
+            tokens_delivered_total=self.ledger.delivered_total,
+            tokens_per_second=self.ledger.tokens_per_second(now), requests_in_flight=stock.requests,
+            requests_waiting=stock.waiting, requests_per_second=self.ledger.requests_per_second(now),
+            coefficients_fingerprint=self._co.fingerprint, coefficients_source=self._co.source,
+            coefficients_stale=False,
+        )  # fmt: skip
+
+    def _tenants(self) -> tuple[TenantUse, ...]:
+        open_: dict[str, list[Hold]] = {}
+        for hold in self.ledger.holds():
+            open_.setdefault(hold.tenant, []).append(hold)
+        outcomes: dict[str, Counter[str]] = {}
+        for (tenant, _, outcome), (_, requests) in self.ledger.totals.items():
+            outcomes.setdefault(tenant, Counter())[outcome] += int(requests)
+        accounts = self.ledger.accounts
+        return tuple(
+            TenantUse(
+                tenant=t,
+                requests_in_flight=len(open_.get(t, ())),
+                mu_in_flight=sum(self.ledger.remaining(h) for h in open_.get(t, ())),
+                mu_total=accounts[t].mu if t in accounts else 0.0,
+                requests_total=accounts[t].requests if t in accounts else 0,
+                tokens_total=accounts[t].tokens if t in accounts else 0,
+                outcomes=tuple(sorted(outcomes.get(t, Counter()).items())),
+            )
+            for t in sorted({*open_, *accounts})
+        )
+
+    def _image_use(self) -> ImageUse:
+        s = self._images
+        stages = tuple((stage, count, seconds) for stage, (count, seconds) in s.stages.items())
+        return ImageUse(tuple(s.outcomes.items()), stages, s.bytes_in, s.bytes_out)
+
+
+def queue_share(sample: EngineSample) -> float:
+    """Share of the engine's requests that wait for a place."""
+    waiting, running = sample.waiting or 0.0, sample.running or 0.0
+    return waiting / (waiting + running) if waiting > 0 else 0.0
+
+
+def facts_of(i: verdict.Inputs, name: str) -> dict[str, float | int | str | bool | None]:
+    """The evidence of a verdict as plain numbers and codes."""
+    e, c = i.evidence, i.canary
+    return {
+        "condition": name,
+        "outstanding": e.outstanding,
+        "waiting": e.waiting,
+        "engine_busy": e.engine_busy,
+        "progress_age": _round(e.age),
+        "progress_kind": e.progress_kind,
+        "silence_allowed": _round(e.allowed),
+        "ruled_by": e.ruled_by,
+        "silence_predicted": _round(e.predicted),
+        "learned": e.learned,
+        "canary": c.outcome if c else None,
+        "canary_age": _round(i.now - c.ended) if c else None,
+        "refused_for": _round(i.now - i.refused_since) if i.refused_since is not None else None,
+    }
+
+
+def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
+    """One line for an operator: why this verdict."""
+    e: Evidence = i.evidence
+    silence = (
+        f"{e.outstanding} outstanding, {e.age:.1f} s without progress, {e.allowed:.1f} s allowed ({e.ruled_by})"
+        if e.age is not None
+        else "nothing outstanding"
+    )
+    canary = f"canary {i.canary.outcome} ({i.canary.detail})" if i.canary and i.canary.detail else "no canary verdict"
+    texts = {
+        "progress": f"{e.outstanding} outstanding, last progress {e.progress_kind}",
+        "confirmed": f"{silence}; {canary}",
+        "held": f"{silence}; {canary}",
+        "canary_lost": f"{silence}; {canary}",
+        "canary_rejected": f"{canary}; silence cannot be judged",
+        "stuck": f"{silence}; the canary passes, the users' work does not move",
+        "refused": "the engine takes no connection",
+        "refused_long": "the engine takes no connection; a restart must be under way",
+        "restarted": "the engine was started anew",
+        "reopened": "the engine takes connections again",
+        "not_served": f"no token from the engine yet; {canary}",
+        "exempt": f"not judged: {m.reason}",
+        "withheld": f"withheld: {m.reason}",
+    }
+    return texts.get(name, silence)
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

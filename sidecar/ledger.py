@@ -1,0 +1,252 @@
+"""Pure: every admission holds model units until it is settled, exactly once.
+
+    hold (Admitted) -> release of the prefill part (FirstToken) -> accrual per token (Delivered) -> settlement (Settled)
+
+Rules: what is in flight is the sum over the open holds, always; what a request accrued on the way is corrected to its true
+cost at settlement; a second Settled, or one for an unknown request, changes nothing. `now` is passed in; facts carry their
+own times.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sidecar import units
+from sidecar.facts import Admitted, Delivered, Fact, FirstToken, Outcome, Settled, Work
+
+WINDOW = 60.0  # seconds of the flow ("per minute")
+RATE_WINDOW = 5.0  # seconds of tokens per second
+
+Key = tuple[int, str]  # (relay index, request id)
+
+
+@dataclass(slots=True)
+class Hold:
+    """One open admission. `accrued` is the MU already counted in the flow."""
+
+    admitted: Admitted
+    tenant: str
+    model: str
+    first_at: float | None = None
+    last_at: float = 0.0
+    delivered: int = 0
+    accrued: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """One settled request: `mu` is its true cost, `held` what it was admitted with."""
+
+    admitted: Admitted
+    settled: Settled
+    tenant: str
+    model: str
+    work: Work
+    held: float
+    mu: float
+    delivered: int
+
+
+@dataclass(slots=True)
+class Account:
+    """One tenant's sums since the start."""
+
+    mu: float = 0.0
+    requests: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What is in flight now."""
+
+    mu: float
+    prefill_tokens: int
+    decode_tokens: int
+    requests: int
+    waiting: int
+
+
+class Rate:
+    """Sum over a sliding window, in one-second buckets."""
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._buckets: deque[list[float]] = deque()
+
+    def add(self, amount: float, now: float) -> None:
+        """Count `amount` at `now`. Late facts count in the newest bucket."""
+        second = int(now)
+        if self._buckets and self._buckets[-1][0] >= second:
+            self._buckets[-1][1] += amount
+        else:
+            self._buckets.append([second, amount])
+        self._expire(now)
+
+    def sum(self, now: float) -> float:
+        """The sum over the last window. Corrections can make a bucket negative; the sum is not shown below 0."""
+        self._expire(now)
+        return max(0.0, sum(amount for _, amount in self._buckets))
+
+    def _expire(self, now: float) -> None:
+        while self._buckets and self._buckets[0][0] <= now - self._window:
+            self._buckets.popleft()
+
+
+class Ledger:
+    """Holds and sums. `label` bounds the tenants and models that come from clients."""
+
+    def __init__(
+        self, co: units.Coefficients, tenant_label: Callable[[str], str] = str, model_label: Callable[[str], str] = str
+    ) -> None:
+        self.co = co
+        self._tenant_label = tenant_label
+        self._model_label = model_label
+        self._holds: dict[Key, Hold] = {}
+        self._flow = Rate(WINDOW)
+        self._tokens = Rate(RATE_WINDOW)
+        self._finished = Rate(WINDOW)
+        self.delivered_total = 0
+        self.accounts: dict[str, Account] = {}
+        self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
+
+    def apply(self, relay: int, fact: Fact) -> Settlement | None:
+        """Book one fact of one relay. Returns the settlement when it ended a request."""
+        match fact:
+            case Admitted():
+                self._hold(relay, fact)
+            case FirstToken():
+                self._first(relay, fact)
+            case Delivered():
+                self._accrue(relay, fact)
+            case Settled():
+                return self._settle(relay, fact)
+            case _:
+                pass
+        return None
+
+    def lose(self, relay: int, now: float) -> list[Settlement]:
+        """Settle all that a relay which died still held, as `lost`."""
+        keys = [key for key in self._holds if key[0] == relay]
+        return [s for key in keys if (s := self._settle(relay, lost(self._holds[key], key[1], now))) is not None]
+
+    def holds(self) -> Iterator[Hold]:
+        """The open holds, oldest first."""
+        return iter(self._holds.values())
+
+    def stock(self) -> Stock:
+        """What is in flight: the sum over the open holds."""
+        mu, prefill, decode, waiting = 0.0, 0, 0, 0
+        for hold in self._holds.values():
+            expected = hold.admitted.expected
+            mu += remaining_mu(hold, self.co)
+            decode += max(expected.output - hold.delivered, 0)
+            if hold.first_at is None:
+                waiting += 1
+                prefill += expected.uncached
+        return Stock(mu, prefill, decode, len(self._holds), waiting)
+
+    def remaining(self, hold: Hold) -> float:
+        """MU that an open hold still keeps."""
+        return remaining_mu(hold, self.co)
+
+    def mu_per_minute(self, now: float) -> float:
+        """MU done in the last minute."""
+        return self._flow.sum(now)
+
+    def tokens_per_second(self, now: float) -> float:
+        """Tokens delivered per second, over the last 5 s."""
+        return self._tokens.sum(now) / RATE_WINDOW
+
+    def requests_per_second(self, now: float) -> float:
+        """Requests settled per second, over the last minute."""
+        return self._finished.sum(now) / WINDOW
+
+    def _hold(self, relay: int, fact: Admitted) -> None:
+        tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
+        self._holds.setdefault((relay, fact.id), Hold(fact, tenant, model, last_at=fact.at))
+
+    def _first(self, relay: int, fact: FirstToken) -> None:
+        hold = self._holds.get((relay, fact.id))
+        if hold is not None and hold.first_at is None:
+            hold.first_at = hold.last_at = fact.at
+            self._book(hold, fact.at)
+
+    def _accrue(self, relay: int, fact: Delivered) -> None:
+        hold = self._holds.get((relay, fact.id))
+        if hold is None:
+            return
+        hold.last_at = fact.at
+        self._deliver(hold, fact.tokens, fact.at)
+        self._book(hold, fact.at)
+
+    def _deliver(self, hold: Hold, tokens: int, at: float) -> None:
+        hold.delivered += tokens
+        self.delivered_total += tokens
+        self._tokens.add(tokens, at)
+
+    def _book(self, hold: Hold, at: float) -> None:
+        """Bring what a hold has accrued up to what was delivered so far."""
+        done = units.mu(work_so_far(hold), self.co)
+        self._flow.add(done - hold.accrued, at)
+        hold.accrued = done
+
+    def _settle(self, relay: int, fact: Settled) -> Settlement | None:
+        hold = self._holds.pop((relay, fact.id), None)
+        if hold is None:
+            return None
+        delivered = fact.usage.completion_tokens if fact.usage else max(fact.delivered_tokens, hold.delivered)
+        self._deliver(hold, delivered - hold.delivered, fact.at)
+        work = spent(hold, fact)
+        mu = units.mu(work, self.co) if work is not None else 0.0
+        self._flow.add(mu - hold.accrued, fact.at)
+        self._finished.add(1, fact.at)
+        total = self.totals.setdefault((hold.tenant, hold.model, fact.outcome), [0.0, 0])
+        total[0] += mu
+        total[1] += 1
+        account = self.accounts.setdefault(hold.tenant, Account())
+        account.mu += mu
+        account.requests += 1
+        account.tokens += delivered
+        return Settlement(
+            hold.admitted, fact, hold.tenant, hold.model, work or Work(0), hold.admitted.mu, mu, delivered
+        )
+
+
+def spent(hold: Hold, fact: Settled) -> Work | None:
+    """What a settled request really used; None for one that never cost the engine anything.
+
+    Without `usage`, a request that ended before its first token is taken to have used its prefill only when the engine had
+    it: a client that hangs up during prefill has spent it, a request that the engine refused has not.
+    """
+    expected = hold.admitted.expected
+    if fact.usage is not None:
+        return units.settled_work(expected, fact.usage, 0)
+    if fact.sent_at is None or fact.outcome == "rejected":
+        return None
+    if hold.first_at is None and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
+        return None
+    return units.settled_work(expected, None, max(fact.delivered_tokens, hold.delivered))
+
+
+def work_so_far(hold: Hold) -> Work:
+    """The estimate with the tokens that were delivered so far."""
+    e = hold.admitted.expected
+    return Work(e.uncached, e.cached, hold.delivered, e.image_tokens, e.images)
+
+
+def remaining_mu(hold: Hold, co: units.Coefficients) -> float:
+    """MU that a hold still keeps: all of it before the first token; then what is not accrued yet, but at least one token."""
+    if hold.first_at is None:
+        return hold.admitted.mu
+    return max(hold.admitted.mu - hold.accrued, units.mu(Work(0, output=1), co) - units.mu(Work(0), co))
+
+
+def lost(hold: Hold, id: str, now: float) -> Settled:
+    """The settlement of a request whose relay died."""
+    return Settled(
+        id=id, at=now, outcome="lost", status=0, usage=None, delivered_tokens=hold.delivered, delivered_bytes=0,
+        first_at=hold.first_at, sent_at=hold.admitted.at, overhead=0.0, error="relay_died",
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""Pure: outstanding work + deliveries + the engine's counters + now -> evidence of progress, or of silence.
+
+Rules:
+- Work is what the relay counts as outstanding; the engine's own gauges can lie (they freeze with its core) and only add.
+- Progress is anything delivered, a generation or completion counter that moves, or prefill evidence (KV use that moves). Engine
+  steps alone hold suspicion off up to the cap; they prove nothing.
+- Silence is judged against what the outstanding work may take: max(floor, margin x predicted, learned), capped.
+- Times are monotonic seconds, passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sidecar import units
+from sidecar.facts import Admitted, EngineSample, Work
+
+LEARNED_AFTER = 20  # first tokens seen, before this engine's own gaps count as known
+GAP_HALF_LIFE = 600.0  # seconds in which a learned gap loses half its weight
+GAP_MARGIN = 2.0  # allowed over the longest learned gap
+TOKEN_SECONDS = 0.05  # silence per output token of a request that does not stream, before any was measured
+UNBOUNDED_OUTPUT = 4096  # tokens assumed for such a request without max_tokens
+SHORT_GAP = 0.25  # seconds; shorter gaps teach nothing
+SHORT_PREFILL = 0.02  # seconds of predicted prefill; below it launch overhead rules and the ratio means nothing
+MAX_SLOWNESS = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds of allowed silence, seconds; see the settings of the same names."""
+
+    floor: float = 8.0
+    unlearned: float = 60.0
+    margin: float = 3.0
+    cap: float = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One outstanding request, as far as silence goes."""
+
+    admitted_at: float
+    first_at: float | None
+    last_at: float
+    expected: Work
+    max_output: int | None
+    streams: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of progress at `now`. `age` is the silence so far; None when nothing is outstanding.
+
+    `progress_at` is the last progress ever; None before any.
+    """
+
+    now: float
+    outstanding: int
+    waiting: int
+    engine_busy: bool
+    progress_at: float | None
+    progress_kind: str
+    age: float | None
+    steps_age: float | None
+    allowed: float
+    ruled_by: str
+    predicted: float
+    learned: bool
+
+
+@dataclass(slots=True)
+class Learned:
+    """The longest legitimate gap seen, fading, and how slow this hardware is against the coefficients."""
+
+    first_tokens: int = 0
+    gap: float = 0.0
+    slowness: float = 1.0
+    token_seconds: float = TOKEN_SECONDS
+    at: float = 0.0
+
+    def fade(self, now: float) -> None:
+        """Let what was learned lose weight with time."""
+        share = 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE)
+        self.gap *= share
+        self.slowness = max(1.0, self.slowness * share)
+        self.at = now
+
+
+@dataclass(slots=True)
+class Progress:
+    """Keeps the times of the last progress of each kind."""
+
+    co: units.Coefficients
+    limits: Limits
+    kinds: dict[str, float] = field(default_factory=dict)
+    learned: Learned = field(default_factory=Learned)
+    started_at: float | None = None  # when work last began to be outstanding
+    baseline: float = 0.0  # nothing before this counts as silence
+    steps_at: float | None = None
+    _sample: EngineSample | None = None
+    _busy: bool = False  # the engine's gauges show work that is not our canary
+    _open_gap: float = 0.0  # the silence under way; it is learned only when progress ends it
+    _open_prefill: float = 0.0  # what the cost model, unscaled, made of the prefill in it
+
+    def rebaseline(self, now: float) -> None:
+        """Forget silence up to `now`: our own clock or loop was not to be trusted."""
+        self.baseline = now
+
+    def delivered(self, now: float) -> None:
+        """Bytes of an answer reached a client."""
+        self._mark("delivered", now)
+
+    def first_token(self, now: float) -> None:
+        """A first token: progress, and one more observation of how this engine behaves."""
+        self.learned.first_tokens += 1
+        self._mark("delivered", now)
+
+    def completed(self, now: float) -> None:
+        """The engine ended a request by itself."""
+        self._mark("completed", now)
+
+    def token_time(self, seconds: float) -> None:
+        """Mean time per output token of a settled stream."""
+        if 0 < seconds < 60:
+            self.learned.token_seconds += 0.1 * (2 * seconds - self.learned.token_seconds)
+
+    def engine(self, sample: EngineSample, now: float, *, canary: bool = False) -> bool:
+        """Compare the engine's counters with the last reading. Returns True when the engine was restarted.
+
+        `canary`: one ran between the two readings, so that counters that moved say nothing of the users' work.
+        """
+        before, self._sample = self._sample, sample
+        self._busy = not canary and ((sample.running or 0) + (sample.waiting or 0)) > 0
+        if before is None:
+            return False
+        if restarted(before, sample):
+            return True
+        for kind, names in COUNTERS.items():
+            if not canary and any(moved(getattr(before, n), getattr(sample, n)) for n in names):
+                self._mark(kind, now)
+        if moved(before.iterations, sample.iterations):
+            self.steps_at = now
+        return False
+
+    def evidence(self, items: Iterable[Item], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
+        """Judge the silence at `now`. `extra` seconds of patience for our own lag; `learn` False while stalled."""
+        work = list(items)
+        busy = self._busy
+        since = self._silent_since(work, busy, now)
+        self.learned.fade(now)
+        known = self.learned.first_tokens >= LEARNED_AFTER and (bool(work) or not busy)  # others' work has unknown size
+        floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
+        prefill = early_prefill(work, since, floor, self.co)
+        predicted = prefill * self.learned.slowness + longest_answer(work) * self.learned.token_seconds
+        allowed, ruled_by = allowed_silence(predicted, floor, self.learned.gap, self.limits)
+        age = max(0.0, now - since) if work or busy else None
+        self._open_gap, self._open_prefill = (age or 0.0, prefill) if learn else (0.0, 0.0)
+        kind, at = self.last()
+        return Evidence(
+            now=now,
+            outstanding=len(work),
+            waiting=sum(i.first_at is None for i in work),
+            engine_busy=busy,
+            progress_at=at,
+            progress_kind=kind,
+            age=age,
+            steps_age=None if self.steps_at is None else now - self.steps_at,
+            allowed=allowed + extra,
+            ruled_by=ruled_by,
+            predicted=predicted,
+            learned=known,
+        )
+
+    def last(self) -> tuple[str, float | None]:
+        """The newest progress: its kind and time; ("none", None) before any."""
+        return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
+
+    def _silent_since(self, work: list[Item], busy: bool, now: float) -> float:
+        if not work and not busy:
+            self.started_at = None
+        elif self.started_at is None:
+            self.started_at = min((i.admitted_at for i in work), default=now)
+        started = now if self.started_at is None else self.started_at
+        return max(self.last()[1] or 0.0, self.baseline, started)
+
+    def _mark(self, kind: str, now: float) -> None:
+        gap, self._open_gap = self._open_gap, 0.0
+        if gap > SHORT_GAP:
+            self.learned.gap = max(self.learned.gap, min(gap, self.limits.cap))
+            if self._open_prefill > SHORT_PREFILL:
+                self.learned.slowness = min(MAX_SLOWNESS, max(self.learned.slowness, gap / self._open_prefill))
+        self.kinds[kind] = max(now, self.kinds.get(kind, 0.0))
+
+
+# Counters whose movement is progress, by the kind of evidence. KV use moves during prefill only, and is no counter.
+COUNTERS: dict[str, tuple[str, ...]] = {
+    "generation": ("generation_tokens",),
+    "completed": ("finished",),
+    "prefill": ("prompt_tokens", "kv_usage"),
+}
+
+
+def moved(before: float | None, after: float | None) -> bool:
+    """Whether a number changed between two readings that both have it."""
+    return before is not None and after is not None and before != after
+
+
+def restarted(before: EngineSample, after: EngineSample) -> bool:
+    """Whether two readings come from different engine processes: another start time, or a counter that fell."""
+    if moved(before.started_wall, after.started_wall):
+        return True
+    names = ("generation_tokens", "prompt_tokens", "finished")
+    return any((b := getattr(before, n)) is not None and (a := getattr(after, n)) is not None and a < b for n in names)
+
+
+def early_prefill(items: list[Item], since: float, grace: float, co: units.Coefficients) -> float:
+    """Seconds of prefill, by the cost model, that can explain a silence since `since`.
+
+    Counted are requests without a first token that were there when the silence began or came within `grace` seconds of it:
+    later arrivals queue behind them and cannot excuse them.
+    """
+    early = (i for i in items if i.first_at is None and i.admitted_at <= since + grace)
+    return sum(units.terms(i.expected, co).before_first_token for i in early) / 1000
+
+
+def longest_answer(items: list[Item]) -> int:
+    """Output tokens of the longest answer that comes in one piece, because its request does not stream."""
+    return max((i.max_output or UNBOUNDED_OUTPUT for i in items if not i.streams), default=0)
+
+
+def allowed_silence(predicted: float, floor: float, gap: float, limits: Limits) -> tuple[float, str]:
+    """Allowed silence in seconds, and the term that ruled: "floor", "predicted", "learned" or "cap"."""
+    terms = {"floor": floor, "predicted": limits.margin * predicted, "learned": GAP_MARGIN * gap}
+    ruled_by = max(terms, key=lambda name: terms[name])
+    if terms[ruled_by] > limits.cap:
+        return limits.cap, "cap"
+    return terms[ruled_by], ruled_by
+
+
+def item_of(admitted: Admitted, first_at: float | None, last_at: float) -> Item:
+    """An outstanding request as far as silence goes. What asks for no tokens (embeddings) is like a stream of one event."""
+    whole = not admitted.stream and admitted.route not in SHORT_ROUTES
+    return Item(admitted.at, first_at, last_at, admitted.expected, admitted.max_output, not whole)
+
+
+SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")

@@ -1,0 +1,229 @@
+"""The control process at work: facts in, ticks, and what each tick sets going.
+
+Rules: a tick never waits; what takes time (a canary, a file, a bundle) is a task of its own that is kept and awaited; one
+canary and one file write at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar import probes
+from sidecar.contact import Contact
+from sidecar.control import TICK, Control, Readings
+from sidecar.diagnosis import Diagnoses, bundle
+from sidecar.facts import Admitted, Fact, FirstToken, Imaged, Page, PageWanted, Published, Settled
+from sidecar.ledger import Settlement
+from sidecar.meters import Meters
+from sidecar.relays import RelayPool
+from sidecar.report import orca
+from sidecar.report.otel import Tracing
+from sidecar.report.page import Feed
+from sidecar.report.prometheus import Pages, merged
+from sidecar.signals import process
+from sidecar.signals.gpu import GpuSignal
+from sidecar.signals.port import PortSignal
+from sidecar.snapshot import Snapshot
+from sidecar.statefile import StateDir
+
+PUBLISH_EVERY = 2  # ticks between what goes to relays, page and files: once a second
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """Where readings come from."""
+
+    contact: Contact
+    port: PortSignal
+    gpus: GpuSignal
+
+
+@dataclass(frozen=True, slots=True)
+class Sinks:
+    """Where records and snapshots go."""
+
+    meters: Meters
+    pages: Pages
+    feed: Feed
+    diagnoses: Diagnoses
+    state: StateDir
+    tracing: Tracing | None
+
+
+class Ticker:
+    """Feeds the Control with facts and readings, and acts on what it says."""
+
+    def __init__(self, control: Control, signals: Signals, sinks: Sinks, dollars_per_gpu_hour: float) -> None:
+        self.control = control
+        self._signals = signals
+        self.sinks = sinks
+        self._dollars_per_mu = dollars_per_gpu_hour / 3_600_000 * control.unit_ms
+        self._pool: RelayPool | None = None
+        self._errands: dict[str, asyncio.Task[None]] = {}
+        self._ticks = 0
+        self.ticked_at = time.monotonic()
+        self.snapshot = self.control.tick(self._readings(self.ticked_at), self.ticked_at, time.time())
+
+    def attach(self, pool: RelayPool) -> None:
+        """The relays whose facts come here."""
+        self._pool = pool
+
+    async def run(self) -> None:
+        """Tick until cancelled; then await what is under way."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        try:
+            while True:
+                self._tick()
+                due = max(due + TICK, loop.time())
+                await asyncio.sleep(due - loop.time())
+        finally:
+            for task in self._errands.values():
+                task.cancel()
+            await asyncio.gather(*self._errands.values(), return_exceptions=True)
+
+    def stand(self) -> probes.Stand:
+        """What probes render."""
+        return probes.Stand(self.control.verdict, self.control.memory.startup_done, self.control.draining)
+
+    # --- facts ---
+
+    def on_fact(self, relay: int, fact: Fact) -> None:
+        """A record of a relay."""
+        settlement = self.control.fact(relay, fact)
+        if settlement is not None:
+            self._settled(settlement)
+        match fact:
+            case Imaged():
+                self.sinks.meters.observe(fact)
+            case PageWanted():
+                self._send_page(relay)
+            case _:
+                pass
+        self._trace(fact)
+
+    def on_lost(self, relay: int) -> None:
+        """A relay died, or ended: nothing that it held can settle any more."""
+        for settlement in self.control.relay_lost(relay, time.monotonic()):
+            self._settled(settlement)
+            if self.sinks.tracing is not None:
+                self.sinks.tracing.settled(settlement.settled)
+
+    def _settled(self, s: Settlement) -> None:
+        a, e = s.admitted, s.settled
+        decoding = e.at - e.first_at if e.first_at is not None and s.delivered > 1 else None
+        self.sinks.meters.settled(
+            s.tenant, s.model, e.outcome, mu=s.mu, seconds=e.at - a.at,
+            ttft=None if e.first_at is None else e.first_at - a.at,
+            tpot=None if decoding is None else decoding / (s.delivered - 1),
+            overhead=None if e.sent_at is None else e.overhead,
+            dollars=s.mu * self._dollars_per_mu,
+        )  # fmt: skip
+
+    def _trace(self, fact: Fact) -> None:
+        tracing = self.sinks.tracing
+        if tracing is None:
+            return
+        if isinstance(fact, Admitted):
+            tracing.admitted(fact)
+        elif isinstance(fact, FirstToken):
+            tracing.first_token(fact)
+        elif isinstance(fact, Imaged):
+            tracing.imaged(fact)
+        elif isinstance(fact, Settled):
+            tracing.settled(fact)
+
+    def _send_page(self, relay: int) -> None:
+        if self._pool is not None:
+            text = merged(self._signals.contact.page(), self.sinks.pages.text())
+            self._pool.order(Page(time.monotonic(), text), relay)
+
+    # --- ticks ---
+
+    def _tick(self) -> None:
+        now, wall = time.monotonic(), time.time()
+        before = self.control.verdict.state
+        self.snapshot = self.control.tick(self._readings(now), now, wall)
+        self.ticked_at = now
+        self.sinks.meters.update(self.snapshot)
+        changed = self.control.verdict.state != before
+        if changed:
+            self._changed(wall)
+        allowed = self.control.canary_due()
+        if allowed is not None and self._signals.contact.canary is not None:
+            self.control.canary_sent(now)
+            self._run("canary", self._canary(allowed))
+        if changed or self._ticks % PUBLISH_EVERY == 0:
+            self._publish(wall)
+        if self._pool is not None and self.control.lag < TICK:
+            self._pool.check(now)
+        self._ticks += 1
+
+    def _readings(self, now: float) -> Readings:
+        return Readings(
+            engine=self._signals.contact.read(),
+            gpus=self._signals.gpus.read(),
+            own=process.sample(os.getpid()),
+            relays=self._pool.use(now) if self._pool is not None else (),
+            refused_since=self._signals.port.refused_since,
+            engine_kind=self._signals.contact.kind_name,
+            diagnoses=self.sinks.diagnoses.summaries(),
+        )
+
+    def _changed(self, wall: float) -> None:
+        verdict = self.control.verdict
+        level = logging.WARNING if verdict.state in ("suspect", "stalled", "dead") else logging.INFO
+        _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
+        self.sinks.meters.observe(verdict)
+        if verdict.state == "stalled":
+            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(wall))
+            content = bundle(self.snapshot, list(self.control.ledger.holds()), self._signals.contact.page())
+            self._run("diagnosis", self._diagnose(content, f"{stamp}-{verdict.reason}"))
+        elif verdict.state == "starting":
+            self._signals.contact.engine_restarted()
+
+    def _publish(self, wall: float) -> None:
+        load, engine = self.snapshot.load, self.snapshot.engine
+        if self._pool is not None:
+            headers = orca.header_json(load, engine), orca.header_text(load, engine)
+            self._pool.order(Published(*headers, self.control.verdict.state, self._signals.contact.kind_name))
+        self.sinks.feed.publish(self.snapshot)
+        self._run("state", self._write_state(self.stand(), wall))
+
+    # --- errands ---
+
+    def _run(self, name: str, errand: Coroutine[Any, Any, None]) -> None:
+        """Start a task unless its like is still under way: a slow disk must not pile them up."""
+        if (running := self._errands.get(name)) is not None and not running.done():
+            errand.close()
+            return
+        self._errands[name] = asyncio.create_task(errand, name=name)
+
+    async def _canary(self, allowed: float) -> None:
+        canary = self._signals.contact.canary
+        assert canary is not None
+        result = self.control.canary_ended(await canary.send(allowed))
+        self.sinks.meters.observe(result)
+        if result.outcome not in ("ok", "refused"):
+            _log.warning("canary %s: %s", result.outcome, result.detail)
+
+    async def _write_state(self, stand: probes.Stand, wall: float) -> None:
+        try:
+            await asyncio.to_thread(self.sinks.state.write, stand, wall)
+        except OSError as e:
+            _log.error("cannot write to the state directory (%s); exec probes fail open", e.strerror)
+
+    async def _diagnose(self, content: dict[str, Any], id: str) -> None:
+        try:
+            summary = await asyncio.to_thread(self.sinks.diagnoses.take, content, id)
+            _log.warning("diagnosis %s taken (%d bytes)", summary.id, summary.bytes)
+        except OSError as e:
+            _log.error("cannot write the diagnosis (%s)", e.strerror)

@@ -1,0 +1,173 @@
+"""The ledger: what is in flight is what is held, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from sidecar import units
+from sidecar.facts import Admitted, Delivered, FirstToken, Outcome, Settled, Usage, Work
+from sidecar.ledger import Ledger, Rate
+
+CO = units.Coefficients()
+WORK = Work(1000, output=100)
+
+
+def admitted(id: str, at: float = 0.0, work: Work = WORK, tenant: str = "acme") -> Admitted:
+    return Admitted(id, at, tenant, "m", "chat", True, work, None, units.mu(work, CO))
+
+
+def settled(
+    id: str, at: float, outcome: Outcome = "ok", *, usage: Usage | None = None, tokens: int = 0, first: float | None = None,
+    sent: float | None = 0.0, size: int = 0,
+) -> Settled:  # fmt: skip
+    return Settled(id, at, outcome, 200, usage, tokens, size, first, sent, 0.0)
+
+
+def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage() -> None:
+    """Hold, release, accrue, settle: the flow ends at the true cost."""
+    ledger = Ledger(CO)
+    hold = admitted("a")
+    ledger.apply(0, hold)
+    assert ledger.stock().mu == hold.mu and ledger.stock().waiting == 1
+    ledger.apply(0, FirstToken("a", 1.0))
+    stock = ledger.stock()
+    assert stock.mu < hold.mu and stock.prefill_tokens == 0 and stock.decode_tokens == 100
+    ledger.apply(0, Delivered("a", 2.0, 40, 900))
+    assert ledger.stock().decode_tokens == 60
+    done = ledger.apply(0, settled("a", 3.0, usage=Usage(1000, 50, 400), first=1.0, tokens=50))
+    assert done is not None and done.work == Work(600, 400, 50)
+    assert done.mu == units.mu(Work(600, 400, 50), CO)
+    assert ledger.stock() == type(ledger.stock())(0.0, 0, 0, 0, 0)
+    assert ledger.mu_per_minute(3.0) == pytest.approx(done.mu)
+    assert ledger.delivered_total == 50
+
+
+def test_a_second_settlement_changes_nothing() -> None:
+    """Exactly one settlement per admission."""
+    ledger = Ledger(CO)
+    ledger.apply(0, admitted("a"))
+    assert ledger.apply(0, settled("a", 1.0)) is not None
+    assert ledger.apply(0, settled("a", 1.0)) is None
+    assert ledger.apply(0, settled("never", 1.0)) is None
+    assert ledger.accounts["acme"].requests == 1
+
+
+def test_what_a_dead_relay_held_is_lost_and_only_that() -> None:
+    """The other relay's holds stay."""
+    ledger = Ledger(CO)
+    ledger.apply(0, admitted("a"))
+    ledger.apply(1, admitted("a"))
+    lost = ledger.lose(0, 5.0)
+    assert [s.settled.outcome for s in lost] == ["lost"]
+    assert ledger.stock().requests == 1
+
+
+@pytest.mark.parametrize(
+    ("outcome", "sent", "free"),
+    [
+        ("rejected", 0.0, True),
+        ("client_cancelled", None, True),
+        ("client_cancelled", 0.0, False),
+        ("engine_error", 0.0, True),
+    ],
+)
+def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None, free: bool) -> None:
+    """A request that the engine never had, or refused, costs nothing; one given up during prefill has cost its prefill."""
+    ledger = Ledger(CO)
+    ledger.apply(0, admitted("a"))
+    done = ledger.apply(0, settled("a", 1.0, outcome, sent=sent))
+    assert done is not None and (done.mu == 0.0) is free
+
+
+def test_labels_are_bounded() -> None:
+    """Tenants past the bound share one account."""
+    from sidecar.bounded import Bounded
+
+    ledger = Ledger(CO, Bounded(2), Bounded(2))
+    for n in range(10):
+        ledger.apply(0, admitted(str(n), tenant=f"t{n}"))
+        ledger.apply(0, settled(str(n), 1.0))
+    assert set(ledger.accounts) == {"t0", "t1", "other"}
+    assert ledger.accounts["other"].requests == 8
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 200)), max_size=50))
+def test_a_rate_is_the_sum_of_its_window(events: list[tuple[float, float]]) -> None:
+    """What is older than the window is gone, what is younger counts, to within a bucket of one second."""
+    rate, now = Rate(60.0), 0.0
+    for amount, step in events:
+        now += step
+        rate.add(amount, now)
+    times, at = [], 0.0
+    for amount, step in events:
+        at += step
+        times.append((at, amount))
+    young = sum(a for t, a in times if t > now - 59)
+    old = sum(a for t, a in times if t > now - 61)
+    assert young - 1e-6 <= rate.sum(now) <= old + 1e-6
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Any interleaving of admissions, deliveries, ends and deaths over two relays."""
+
+    open_requests = Bundle("open_requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = Ledger(CO)
+        self.now = 0.0
+        self.count = 0
+        self.open: dict[tuple[int, str], float] = {}
+        self.done = 0.0
+
+    @rule(target=open_requests, relay=st.integers(0, 1), u=st.integers(0, 5000), o=st.integers(0, 500))
+    def admit(self, relay: int, u: int, o: int) -> tuple[int, str]:
+        self.count += 1
+        fact = admitted(str(self.count), self.now, Work(u, output=o))
+        self.ledger.apply(relay, fact)
+        self.open[relay, fact.id] = fact.mu
+        return relay, fact.id
+
+    @rule(key=open_requests, tokens=st.integers(1, 50))
+    def deliver(self, key: tuple[int, str], tokens: int) -> None:
+        self.now += 0.1
+        self.ledger.apply(key[0], FirstToken(key[1], self.now))
+        self.ledger.apply(key[0], Delivered(key[1], self.now, tokens, 10))
+
+    @rule(
+        key=consumes(open_requests),
+        outcome=st.sampled_from(["ok", "engine_error", "client_cancelled", "rejected", "stalled"]),
+        usage=st.none() | st.builds(Usage, st.integers(0, 5000), st.integers(0, 500), st.integers(0, 6000)),
+    )
+    def settle(self, key: tuple[int, str], outcome: Outcome, usage: Usage | None) -> None:
+        done = self.ledger.apply(key[0], settled(key[1], self.now, outcome, usage=usage))
+        assert (done is not None) == (key in self.open)
+        self.open.pop(key, None)
+        self.done += done.mu if done else 0.0
+
+    @rule(relay=st.integers(0, 1))
+    def die(self, relay: int) -> None:
+        lost = self.ledger.lose(relay, self.now)
+        gone = [key for key in self.open if key[0] == relay]
+        assert len(lost) == len(gone)
+        for key in gone:
+            del self.open[key]
+        self.done += sum(s.mu for s in lost)
+
+    @invariant()
+    def outstanding_is_what_is_open(self) -> None:
+        stock = self.ledger.stock()
+        assert stock.requests == len(self.open)
+        assert stock.mu >= 0 and (stock.mu == 0) == (not self.open)
+        assert stock.mu <= sum(self.open.values()) + 1e-3 * len(self.open)
+
+    @invariant()
+    def accounts_add_up(self) -> None:
+        assert sum(a.mu for a in self.ledger.accounts.values()) == pytest.approx(self.done)
+        assert sum(a.requests for a in self.ledger.accounts.values()) == self.count - len(self.open)
+
+
+TestInterleavings = Interleavings.TestCase

@@ -1,0 +1,160 @@
+"""Evidence: what counts as progress, and how long silence is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from sidecar import units
+from sidecar.facts import EngineSample, Work
+from sidecar.progress import GAP_MARGIN, LEARNED_AFTER, Item, Limits, Progress, restarted
+
+CO = units.Coefficients()
+LIMITS = Limits(floor=8.0, unlearned=60.0, margin=3.0, cap=900.0)
+
+
+def item(
+    at: float, tokens: int = 100, *, first: float | None = None, streams: bool = True, most: int | None = 64
+) -> Item:
+    return Item(at, first, first or at, Work(tokens), most, streams)
+
+
+def learned() -> Progress:
+    p = Progress(CO, LIMITS)
+    p.learned.first_tokens = LEARNED_AFTER
+    return p
+
+
+def test_silence_runs_from_the_first_outstanding_request_or_the_last_progress() -> None:
+    """Idle time is no silence; a new request starts it; deliveries restart it."""
+    p = learned()
+    assert p.evidence([], 1000.0).age is None
+    assert p.evidence([item(1000.0)], 1003.0).age == 3.0
+    p.delivered(1004.0)
+    assert p.evidence([item(1000.0)], 1005.0).age == 1.0
+    assert p.evidence([], 1006.0).age is None
+    assert p.evidence([item(1050.0)], 1051.0).age == 1.0, "silence before the request is nobody's"
+
+
+def test_counters_that_move_are_progress_and_steps_alone_are_not() -> None:
+    """Generation, completions, prefill evidence count; engine steps are kept apart."""
+    p = learned()
+    p.engine(EngineSample(generation_tokens=5, iterations=1), 10.0)
+    p.engine(EngineSample(generation_tokens=5, iterations=2), 11.0)
+    e = p.evidence([item(10.0)], 12.0)
+    assert (e.age, e.steps_age) == (2.0, 1.0)
+    p.engine(EngineSample(generation_tokens=6, iterations=3), 13.0)
+    assert p.evidence([item(10.0)], 14.0).age == 1.0
+    p.engine(EngineSample(generation_tokens=6, kv_usage=0.5), 15.0)
+    p.engine(EngineSample(generation_tokens=6, kv_usage=0.6), 16.0)
+    assert p.evidence([item(10.0)], 16.5).progress_kind == "prefill"
+
+
+def test_our_own_canary_moves_counters_and_proves_nothing_of_the_users_work() -> None:
+    """Counters that moved while a canary ran are not progress, and gauges that show it are not work."""
+    p = learned()
+    p.engine(EngineSample(generation_tokens=5, running=0), 10.0)
+    p.engine(EngineSample(generation_tokens=6, running=1), 11.0, canary=True)
+    assert p.evidence([item(9.0)], 12.0).age == 3.0
+    assert p.evidence([], 13.0).age is None
+
+
+def test_work_that_came_around_the_relay_is_judged_with_unlearned_patience() -> None:
+    """Gauges that show work without ours: its size is unknown, so patience is long."""
+    p = learned()
+    p.engine(EngineSample(running=2, generation_tokens=1), 10.0)
+    e = p.evidence([], 15.0)
+    assert e.engine_busy and e.age is not None and e.allowed == LIMITS.unlearned
+
+
+def test_allowed_silence_follows_the_prefill_that_is_outstanding() -> None:
+    """Short work is judged by the floor, a 600k-token prefill gets its time, nothing gets more than the cap."""
+    p = learned()
+    short = p.evidence([item(0.0, 100)], 1.0)
+    assert (short.allowed, short.ruled_by) == (8.0, "floor")
+    long = p.evidence([item(0.0, 600_000)], 1.0)
+    predicted = units.terms(Work(600_000), CO).before_first_token / 1000
+    assert long.ruled_by == "predicted" and long.allowed == pytest.approx(3 * predicted)
+    endless = p.evidence([item(0.0, 50_000_000)], 1.0)
+    assert (endless.allowed, endless.ruled_by) == (900.0, "cap")
+
+
+def test_later_arrivals_do_not_excuse_an_older_silence() -> None:
+    """A flood behind a hang would otherwise postpone its detection for ever."""
+    p = learned()
+    first = item(0.0, 100)
+    p.evidence([first], 0.0)
+    flood = [item(20.0 + n, 50_000) for n in range(50)]
+    assert p.evidence([first, *flood], 80.0).ruled_by == "floor"
+
+
+def test_a_request_that_does_not_stream_may_be_silent_for_its_whole_answer() -> None:
+    """Without a stream nothing is delivered until the end; its longest answer is allowed for."""
+    p = learned()
+    e = p.evidence([item(0.0, streams=False, most=2000)], 1.0)
+    assert e.ruled_by == "predicted" and e.allowed >= 3 * 2000 * 0.05
+    assert p.evidence([item(0.0, streams=False, most=None)], 1.0).allowed > 600
+
+
+def test_patience_is_long_until_the_engine_is_known() -> None:
+    """Before LEARNED_AFTER first tokens the unlearned floor rules."""
+    p = Progress(CO, LIMITS)
+    assert p.evidence([item(0.0)], 1.0).allowed == 60.0
+    for n in range(LEARNED_AFTER):
+        p.first_token(float(n))
+    assert p.evidence([item(30.0)], 31.0).allowed == 8.0
+
+
+def test_a_long_gap_that_ended_well_is_learned_and_fades() -> None:
+    """A legitimate silence widens the allowance; with time it narrows again."""
+    p = learned()
+    p.evidence([item(0.0)], 0.0)
+    p.evidence([item(0.0)], 20.0)
+    p.delivered(20.0)
+    e = p.evidence([item(0.0, first=20.0)], 21.0)
+    assert e.ruled_by == "learned" and e.allowed == pytest.approx(GAP_MARGIN * 20, rel=0.01)
+    assert p.evidence([item(0.0, first=20.0)], 4000.0).ruled_by == "floor"
+
+
+def test_a_gap_that_was_judged_a_stall_teaches_nothing() -> None:
+    """A hang that heals must not make the next one take longer to see."""
+    p = learned()
+    p.evidence([item(0.0)], 0.0)
+    p.evidence([item(0.0)], 100.0, learn=False)
+    p.delivered(100.0)
+    assert p.evidence([item(0.0, first=100.0)], 101.0).ruled_by == "floor"
+
+
+def test_a_slow_machine_is_learned_from_its_prefills() -> None:
+    """What took longer than the cost model said scales what it says next."""
+    p = learned()
+    work = item(0.0, 3500)
+    p.evidence([work], 0.0)
+    p.evidence([work], 5.0)
+    p.first_token(5.0)
+    e = p.evidence([item(6.0, 35_000)], 6.5)
+    assert e.ruled_by == "predicted" and e.allowed > 3 * 40
+
+
+def test_own_lag_lengthens_patience_and_a_rebaseline_forgets_silence() -> None:
+    """Our own ill-health is never the engine's."""
+    p = learned()
+    e = p.evidence([item(0.0)], 5.0, extra=4.0)
+    assert e.allowed == 12.0
+    p.rebaseline(100.0)
+    assert p.evidence([item(0.0)], 101.0).age == 1.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (EngineSample(started_wall=1.0), EngineSample(started_wall=2.0), True),
+        (EngineSample(generation_tokens=9), EngineSample(generation_tokens=0), True),
+        (EngineSample(generation_tokens=9), EngineSample(generation_tokens=9), False),
+        (EngineSample(generation_tokens=9), EngineSample(), False),
+    ],
+)
+def test_another_start_time_or_a_fallen_counter_is_a_restart(
+    before: EngineSample, after: EngineSample, expected: bool
+) -> None:
+    """Counters only fall when the process is new; a missing one says nothing."""
+    assert restarted(before, after) is expected

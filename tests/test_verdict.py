@@ -1,0 +1,350 @@
+"""The verdict: the table is whole, and the ways of an engine through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.facts import STATES, CanaryResult, State
+from sidecar.progress import Evidence
+from sidecar.verdict import (
+    CONDITIONS,
+    DEAD_HOLD,
+    REFUSED_GRACE,
+    REJECTED_STARTS,
+    STUCK_CYCLES,
+    TABLE,
+    Inputs,
+    Memory,
+    canary_due,
+    judge,
+)
+
+ALLOWED = 8.0
+
+
+def evidence(now: float, *, age: float | None = None, at: float | None = None, allowed: float = ALLOWED) -> Evidence:
+    """Evidence with `age` of silence over one outstanding request, or none outstanding."""
+    return Evidence(
+        now=now, outstanding=int(age is not None), waiting=0, engine_busy=False, progress_at=at, progress_kind="delivered",
+        age=age, steps_age=None, allowed=allowed, ruled_by="floor", predicted=0.0, learned=True,
+    )  # fmt: skip
+
+
+@dataclass
+class World:
+    """A scripted engine seen through evidence only; time passes in ticks of 0.5 s."""
+
+    now: float = 100.0
+    memory: Memory = field(default_factory=lambda: Memory(since=100.0, engine_since=100.0))
+    canary: CanaryResult | None = None
+    refused_since: float | None = None
+    progress_at: float | None = None
+    work_since: float | None = None
+    seen: list[tuple[State, str]] = field(default_factory=list)
+
+    def tick(self, **changes: object) -> Memory:
+        self.now += 0.5
+        age = None if self.work_since is None else self.now - max(self.work_since, self.progress_at or 0.0)
+        inputs = Inputs(self.now, evidence(self.now, age=age, at=self.progress_at), self.canary, self.refused_since)
+        self.memory, _ = judge(self.memory, replace(inputs, **changes))  # type: ignore[arg-type]
+        if not self.seen or self.seen[-1][0] != self.memory.state:
+            self.seen.append((self.memory.state, self.memory.reason))
+        return self.memory
+
+    def wait(self, seconds: float) -> Memory:
+        for _ in range(int(seconds * 2)):
+            self.tick()
+        return self.memory
+
+    def canary_ends(self, outcome: str, took: float = 0.1) -> None:
+        self.now += 0.2
+        self.canary = CanaryResult(outcome, self.now - took, self.now, ALLOWED)  # type: ignore[arg-type]
+
+    def started(self) -> World:
+        self.tick()
+        self.canary_ends("ok")
+        self.tick()
+        assert self.memory.state == "idle" and self.memory.served
+        self.seen.clear()
+        return self
+
+    def states(self) -> list[State]:
+        return [state for state, _ in self.seen]
+
+
+def test_the_table_has_a_row_for_every_condition_and_every_row_ends_in_a_state() -> None:
+    """Every condition has a row; every row covers all states or holds them; every state named exists."""
+    assert [name for name, _, _ in CONDITIONS] == list(TABLE)
+    for row in TABLE.values():
+        assert set(row) <= {*STATES, "*"}
+        assert all(state in STATES and reason for state, reason in row.values())
+        assert "*" in row or set(row) == {"stalled", "dead"}
+
+
+def test_start_up_ends_with_the_first_canary_token() -> None:
+    """Starting holds, whatever the silence, until a token came."""
+    w = World()
+    w.wait(1200)
+    assert w.memory.state == "starting" and not w.memory.startup_done
+    w.canary_ends("ok", took=700)
+    w.tick()
+    assert w.memory.state == "idle" and w.memory.startup_done
+
+
+def test_start_up_ends_with_a_users_token_too() -> None:
+    """A delivered token proves a start as well as a canary does."""
+    w = World()
+    w.progress_at = w.work_since = 100.2
+    assert w.tick().state == "progressing"
+    assert w.memory.startup_done
+
+
+def test_a_busy_engine_is_progressing_then_quiet_never_suspect() -> None:
+    """Silence within the allowed time is quiet."""
+    w = World().started()
+    w.work_since = w.now
+    w.progress_at = w.now + 0.1
+    w.wait(7)
+    assert w.states() == ["progressing", "quiet"]
+
+
+def test_a_silent_hang_is_suspect_then_stalled_once_a_fresh_canary_starved() -> None:
+    """Silence alone makes suspect; only a canary that was sent since then, and starved, makes stalled."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(10)
+    assert w.memory.state == "suspect"
+    w.wait(60)
+    assert w.memory.state == "suspect", "no kill without a confirming canary"
+    w.canary_ends("starved", took=8)
+    assert w.tick().state == "stalled"
+    assert w.states() == ["progressing", "quiet", "suspect", "stalled"]
+
+
+def test_a_canary_from_before_the_suspicion_confirms_nothing() -> None:
+    """A canary that was already under way when suspicion arose does not count."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(10)
+    w.canary_ends("starved", took=20)
+    assert w.tick().state == "suspect"
+
+
+def test_stalled_holds_until_something_shows_recovery() -> None:
+    """When the clients of a stalled engine gave up, nothing outstanding is not health."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(10)
+    w.canary_ends("starved", took=1)
+    w.tick()
+    w.work_since = None
+    assert w.wait(300).state == "stalled"
+    w.canary_ends("ok")
+    assert w.tick().state == "idle"
+
+
+def test_deliveries_bring_a_stalled_engine_back() -> None:
+    """Progress of any kind leaves stalled."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(10)
+    w.canary_ends("starved", took=1)
+    assert w.tick().state == "stalled"
+    w.progress_at = w.now + 0.2
+    assert w.tick().state == "progressing"
+
+
+def test_an_idle_hang_needs_two_canaries() -> None:
+    """One lost canary of an idle engine makes suspect; the second, sent since, makes stalled."""
+    w = World().started()
+    w.wait(20)
+    w.canary_ends("starved", took=8)
+    assert w.tick().state == "suspect"
+    assert w.wait(3).state == "suspect"
+    w.canary_ends("starved", took=2)
+    assert w.tick().state == "stalled"
+
+
+def test_an_idle_suspicion_is_cleared_by_the_next_canary() -> None:
+    """A canary that passes clears a lost one."""
+    w = World().started()
+    w.wait(20)
+    w.canary_ends("starved", took=8)
+    assert w.tick().state == "suspect"
+    w.now += 1
+    w.canary_ends("ok")
+    assert w.tick().state == "idle"
+
+
+def test_a_passing_canary_never_lets_a_kill_happen_but_withdraws_readiness_when_work_stays_stuck() -> None:
+    """The canary proves compute: no kill. After several such rounds without progress the engine stays suspect."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    for _ in range(STUCK_CYCLES):
+        while w.memory.state != "suspect":
+            w.tick()
+        w.now += 0.2
+        w.canary_ends("ok")
+        w.tick()
+    w.wait(100)
+    assert (w.memory.state, w.memory.reason) == ("suspect", "work_stuck")
+    w.canary_ends("ok")
+    assert w.wait(5).state == "suspect"
+    w.progress_at = w.now + 0.2
+    assert w.tick().state == "progressing"
+
+
+def test_a_refused_port_is_death_and_then_a_new_start() -> None:
+    """Refusal for the grace time is dead; connections again are a start, and start-up is to be proven anew."""
+    w = World().started()
+    w.refused_since = w.now
+    w.wait(REFUSED_GRACE - 1)
+    assert w.memory.state == "idle"
+    w.wait(2)
+    assert (w.memory.state, w.memory.reason) == ("dead", "engine_gone")
+    w.refused_since = None
+    assert w.tick().state == "starting"
+    assert not w.memory.startup_done
+    w.canary_ends("ok")
+    assert w.tick().state == "idle"
+
+
+def test_an_old_canary_does_not_prove_a_new_engine() -> None:
+    """After a restart the last good canary belongs to the process before."""
+    w = World().started()
+    w.tick(restarted=True)
+    assert w.wait(10).state == "starting"
+
+
+def test_death_is_not_held_for_ever() -> None:
+    """A dead engine that is loading for minutes after its restart must not be killed again."""
+    w = World().started()
+    w.refused_since = w.now
+    w.wait(REFUSED_GRACE + DEAD_HOLD + 2)
+    assert w.memory.state == "starting"
+    assert w.wait(1200).state == "starting"
+
+
+def test_a_stalled_engine_that_is_restarted_is_starting_not_dead() -> None:
+    """The restart that we asked for closes the port; that is no new death."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(10)
+    w.canary_ends("starved", took=1)
+    w.tick()
+    w.refused_since, w.work_since = w.now, None
+    w.wait(REFUSED_GRACE + 1)
+    assert (w.memory.state, w.memory.reason) == ("starting", "engine_unreachable")
+    assert "dead" not in w.states()
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "busy", "moot", "refused"])
+def test_canaries_that_prove_nothing_kill_nothing(outcome: str) -> None:
+    """4xx, 429, 503, no connection, or work that moved meanwhile: none of them confirms a stall."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(10)
+    for _ in range(20):
+        w.now += 1
+        w.canary_ends(outcome)
+        w.tick()
+    assert w.memory.state in ("suspect", "unknown")
+
+
+def test_an_engine_that_takes_no_canary_is_unknown_and_passes_start_up() -> None:
+    """An embedding model answers 4xx to every canary: start-up must not wait for a token for ever."""
+    w = World()
+    for _ in range(REJECTED_STARTS):
+        w.canary_ends("rejected")
+        w.tick()
+    assert (w.memory.state, w.memory.reason) == ("unknown", "canary_rejected")
+    assert w.memory.startup_done
+
+
+def test_exempt_and_withheld_take_precedence_over_silence() -> None:
+    """A sleeping engine and our own pause both hold a verdict back."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(10)
+    w.canary_ends("starved", took=1)
+    assert w.tick(exempt="engine_sleeping").state == "exempt"
+    assert (w.tick(withheld="own_pause").state, w.memory.reason) == ("unknown", "own_pause")
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["deliver", "work", "drop", "starved", "failed", "ok", "busy", "rejected", "refuse", "open", "none"]
+        ),
+        st.integers(1, 40),
+    ),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_stalled_needs_silence_and_a_failed_canary_since_suspicion(script: list[tuple[str, int]]) -> None:
+    """In any history: stalled is entered only from suspect, never within the allowed silence of outstanding work, and only by a
+    canary that was sent after suspicion began and failed or starved."""
+    w = World().started()
+    for action, ticks in script:
+        _act(w, action)
+        for _ in range(ticks):
+            before = w.memory
+            w.tick()
+            if w.memory.state == "stalled" and before.state != "stalled":
+                assert before.state == "suspect"
+                assert w.canary is not None and w.canary.outcome in ("failed", "starved")
+                assert w.canary.started >= before.since
+                assert w.work_since is None or w.now - max(w.work_since, w.progress_at or 0.0) > ALLOWED
+
+
+@given(steps)
+def test_an_engine_that_keeps_delivering_is_never_suspect(script: list[tuple[str, int]]) -> None:
+    """While deliveries come within the allowed silence, nothing that canaries do makes the engine suspect."""
+    w = World().started()
+    w.work_since = w.now
+    for action, ticks in script:
+        if action in ("starved", "failed", "ok", "busy", "rejected"):
+            w.canary_ends(action, took=0.4)
+        for n in range(ticks):
+            if n % 12 == 0:
+                w.progress_at = w.now + 0.4
+            w.tick()
+            assert w.memory.state in ("progressing", "quiet")
+
+
+def _act(w: World, action: str) -> None:
+    match action:
+        case "deliver":
+            w.progress_at = w.now
+        case "work":
+            w.work_since = w.work_since or w.now
+        case "drop":
+            w.work_since = None
+        case "refuse":
+            w.refused_since = w.refused_since or w.now
+        case "open":
+            w.refused_since = None
+        case "none":
+            pass
+        case _:
+            w.canary_ends(action)
+
+
+def test_canaries_are_sent_when_starting_idle_suspect_or_stalled_and_never_to_a_working_engine() -> None:
+    """A canary adds load, so a working engine gets none."""
+    for state in STATES:
+        m = Memory(state=state, since=50.0)
+        busy = canary_due(m, evidence(100.0, age=1.0), 60.0, 10.0)
+        assert busy == (state in ("starting", "suspect", "stalled", "dead")), state
+    idle = Memory(state="idle", since=50.0)
+    assert canary_due(idle, evidence(100.0), 90.0, 10.0)
+    assert not canary_due(idle, evidence(100.0), 90.5, 10.0)
+    assert not canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
+    suspect = Memory(state="suspect", since=99.9)
+    assert canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
