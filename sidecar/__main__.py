@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -37,13 +38,43 @@ def run(argv: list[str]) -> int:
         return 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+# Commands whose modules are heavy: they are imported only when asked for, because kubelet starts `sidecar probe` every few
+# seconds. name -> (module, settings class)
+HEAVY = {
+    "engine": ("sidecar.engine.scripted", "EngineSettings"),
+    "demo": ("sidecar.demo", "DemoSettings"),
+}
+
+
+class Commands(click.Group):
+    """The commands, with those of HEAVY made on demand."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *HEAVY})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in HEAVY:
+            return _heavy(cmd_name, *HEAVY[cmd_name])
+        return super().get_command(ctx, cmd_name)
+
+
+def _heavy(name: str, module: str, settings_class: str) -> click.Command:
+    code = importlib.import_module(module)
+    cls = getattr(code, settings_class)
+
+    def command(config: str | None, **flags: str | None) -> int:
+        return int(code.main(settings.load(cls, flags, os.environ, config, also=(Settings,))))
+
+    return click.command(name, help=_summary(code))(options(cls)(command))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sidecar")
 def cli() -> None:
     """A sidecar for one LLM inference engine: progress verdicts, load in model units, images off the hot path."""
 
 
-def options(cls: type, *positional: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option per field of a settings class; the values stay text until settings.load parses them."""
 
     def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,6 +84,11 @@ def options(cls: type, *positional: str) -> Callable[[Callable[..., Any]], Calla
         return click.option("--config", default=None, help="TOML file of settings [none]")(f)
 
     return wrap
+
+
+def _summary(module: Any) -> str:
+    """A module's first docstring line, as a command's help."""
+    return str(module.__doc__).strip().splitlines()[0]
 
 
 def _default(field: Any) -> str:

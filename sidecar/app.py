@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from sidecar import settings, units
+from sidecar import __version__, settings, units
 from sidecar.admin import Sources, make_app
 from sidecar.children import Child
 from sidecar.contact import Contact
@@ -68,7 +68,7 @@ async def run(chosen: Settings) -> None:
         _log.info("relay on %s:%d, admin on %s:%d, engine %s", *chosen.listen, *chosen.admin, chosen.engine)
         duties: dict[str, Any] = {
             "relays": pool.run(), "port": signals.port.run(), "ticks": ticker.run(),
-            "contact": signals.contact.run(lambda: signals.port.ever_open),
+            "contact": signals.contact.run(signals.port.opened),
         }  # fmt: skip
         if images is not None:
             duties["images"] = images.run()
@@ -89,12 +89,11 @@ def build(
 ) -> tuple[Ticker, Signals, Feed]:
     """The judge with its signals and sinks."""
     meters, feed = Meters(max_tenants=chosen.max_tenants), Feed()
-    tracing = Tracing(chosen.otlp_endpoint) if chosen.otlp_endpoint else None
-    if tracing is not None:
-        stack.push_async_callback(asyncio.to_thread, tracing.shutdown)
+    tracing = Tracing(chosen.otlp_endpoint, __version__)
+    stack.push_async_callback(tracing.close)
     gpus = GpuSignal()
     gpus.start()
-    stack.push_async_callback(asyncio.to_thread, gpus.stop)
+    stack.push_async_callback(gpus.stop)
     signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus)
     control = Control(chosen, co, time.monotonic(), time.time())
     sinks = Sinks(meters, Pages(meters.registry), feed, Diagnoses(state), state, tracing)

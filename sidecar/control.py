@@ -156,7 +156,7 @@ class Control:
     def tick(self, r: Readings, now: float, wall: float) -> Snapshot:
         """Judge, and say everything that reports may show."""
         self._watch_ourselves(r, now, wall)
-        self._read_engine(r.engine, now)
+        self._read_engine(r.engine, now, wall)
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays)))
         items = (item_of(h.admitted, h.first_at, h.last_at) for h in self.ledger.holds())
         self.evidence = self.progress.evidence(items, now, extra=extra, learn=self.memory.state != "stalled")
@@ -184,13 +184,22 @@ class Control:
             self._withheld_until = now + self._settings.silence_floor
             self._withheld_reason = reason
 
-    def _read_engine(self, reading: Reading[EngineSample], now: float) -> None:
+    def _read_engine(self, reading: Reading[EngineSample], now: float, wall: float) -> None:
         if isinstance(reading, Value) and reading.at > self._sampled_at:
             if self.canary_since is not None:
                 self._canary_touched = now
             canary = self._canary_touched >= self._sampled_at
-            self._restarted |= self.progress.engine(reading.value, reading.at, canary=canary)
+            restarted = self.progress.engine(reading.value, reading.at, canary=canary)
+            self._restarted |= restarted and not self._served_since_start(reading.value, now, wall)
             self._sampled_at = reading.at
+
+    def _served_since_start(self, sample: EngineSample, now: float, wall: float) -> bool:
+        """Whether the engine process of this reading has served a token already: then its start is no news."""
+        if sample.started_wall is None:
+            return False
+        started = now - (wall - sample.started_wall)
+        canary = self.canary.started if self.canary and self.canary.outcome == "ok" else 0.0
+        return max(self.progress.last()[1] or 0.0, canary) > started
 
     def _exemption(self, reading: Reading[EngineSample]) -> str | None:
         if self.draining:

@@ -9,6 +9,9 @@
         ├── EngineStalled     503      engine_stalled
         ├── Draining          503      draining
         ├── ImagesBusy        503      images_busy
+        ├── ImagesOff         404      images_off
+        ├── BadTarget         400      bad_request_target
+        ├── Internal          500      internal_error
         └── BadImage          400      image_* (names the part and the limit)
 
 Messages carry no stack trace, no address, and nothing of a user's content.
@@ -91,6 +94,27 @@ class ImagesBusy(RequestError):
     status = 503
     type = "server_error"
     retry_after = 1
+
+
+class ImagesOff(RequestError):
+    """An image endpoint is asked for and images are off."""
+
+    code = "images_off"
+    status = 404
+
+
+class BadTarget(RequestError):
+    """The request target is no path that could be asked of the engine."""
+
+    code = "bad_request_target"
+
+
+class Internal(RequestError):
+    """A defect of ours. It costs one request."""
+
+    code = "internal_error"
+    status = 500
+    type = "server_error"
 
 
 class BadImage(RequestError):

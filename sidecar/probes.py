@@ -16,7 +16,9 @@ KINDS: Final[tuple[Kind, ...]] = ("live", "ready", "startup")
 FAILS: Final[dict[Kind, frozenset[State]]] = {
     "live": frozenset({"stalled", "dead"}),
     "ready": frozenset({"starting", "suspect", "stalled", "dead", "exempt"}),
-    "startup": frozenset(),  # decided by whether a token was served, not by the state
+    # Beside these it needs a token served. They count because kubelet asks it of a new container first: while the verdict is
+    # still that of the container before, liveness must not start to count.
+    "startup": frozenset({"stalled", "dead"}),
 }
 STALE: Final = 10.0  # seconds; a verdict file older than this proves nothing
 
@@ -32,8 +34,8 @@ class Stand:
 
 def passes(kind: Kind, stand: Stand) -> bool:
     """Whether a probe of this kind passes."""
-    if kind == "startup":
-        return stand.startup_done
+    if kind == "startup" and not stand.startup_done:
+        return False
     if kind == "ready" and stand.draining:
         return False
     return stand.verdict.state not in FAILS[kind]

@@ -18,7 +18,7 @@ from sidecar import probes
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
 from sidecar.diagnosis import Diagnoses, bundle
-from sidecar.facts import Admitted, Fact, FirstToken, Imaged, Page, PageWanted, Published, Settled
+from sidecar.facts import Admitted, Fact, FirstToken, Imaged, Page, PageWanted, Published
 from sidecar.ledger import Settlement
 from sidecar.meters import Meters
 from sidecar.relays import RelayPool
@@ -29,9 +29,9 @@ from sidecar.report.prometheus import Pages, merged
 from sidecar.signals import process
 from sidecar.signals.gpu import GpuSignal
 from sidecar.signals.port import PortSignal
-from sidecar.snapshot import Snapshot
 from sidecar.statefile import StateDir
 
+PORT_CALM, PORT_CLOSE = 1.0, 0.1  # seconds between looks at the engine's port
 PUBLISH_EVERY = 2  # ticks between what goes to relays, page and files: once a second
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Sinks:
     feed: Feed
     diagnoses: Diagnoses
     state: StateDir
-    tracing: Tracing | None
+    tracing: Tracing
 
 
 class Ticker:
@@ -102,23 +102,26 @@ class Ticker:
         if settlement is not None:
             self._settled(settlement)
         match fact:
+            case Admitted():
+                self.sinks.tracing.admitted(fact)
+            case FirstToken():
+                self.sinks.tracing.first_token(fact)
             case Imaged():
                 self.sinks.meters.observe(fact)
+                self.sinks.tracing.imaged(fact)
             case PageWanted():
                 self._send_page(relay)
             case _:
                 pass
-        self._trace(fact)
 
     def on_lost(self, relay: int) -> None:
         """A relay died, or ended: nothing that it held can settle any more."""
         for settlement in self.control.relay_lost(relay, time.monotonic()):
             self._settled(settlement)
-            if self.sinks.tracing is not None:
-                self.sinks.tracing.settled(settlement.settled)
 
     def _settled(self, s: Settlement) -> None:
         a, e = s.admitted, s.settled
+        self.sinks.tracing.settled(e, s.mu)
         decoding = e.at - e.first_at if e.first_at is not None and s.delivered > 1 else None
         self.sinks.meters.settled(
             s.tenant, s.model, e.outcome, mu=s.mu, seconds=e.at - a.at,
@@ -127,19 +130,6 @@ class Ticker:
             overhead=None if e.sent_at is None else e.overhead,
             dollars=s.mu * self._dollars_per_mu,
         )  # fmt: skip
-
-    def _trace(self, fact: Fact) -> None:
-        tracing = self.sinks.tracing
-        if tracing is None:
-            return
-        if isinstance(fact, Admitted):
-            tracing.admitted(fact)
-        elif isinstance(fact, FirstToken):
-            tracing.first_token(fact)
-        elif isinstance(fact, Imaged):
-            tracing.imaged(fact)
-        elif isinstance(fact, Settled):
-            tracing.settled(fact)
 
     def _send_page(self, relay: int) -> None:
         if self._pool is not None:
@@ -183,6 +173,8 @@ class Ticker:
         level = logging.WARNING if verdict.state in ("suspect", "stalled", "dead") else logging.INFO
         _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
         self.sinks.meters.observe(verdict)
+        # A restart can be over in a second; while one is awaited, the port is watched closely enough to see it.
+        self._signals.port.period = PORT_CLOSE if verdict.state == "stalled" else PORT_CALM
         if verdict.state == "stalled":
             stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(wall))
             content = bundle(self.snapshot, list(self.control.ledger.holds()), self._signals.contact.page())

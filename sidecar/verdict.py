@@ -126,6 +126,11 @@ CONDITIONS: tuple[tuple[str, Condition, str], ...] = (
     ("withheld", lambda m, i: i.withheld is not None, "our own loop, clock or facts were not to be trusted just now"),
     ("restarted", lambda m, i: i.restarted, "the engine's start time or counters show a new process"),
     ("refused_long", _refused_long, f"no connection for {DEAD_HOLD:.0f} s after the engine was found dead"),
+    (
+        "refused_stalled",
+        lambda m, i: m.state == "stalled" and i.refused_since is not None,
+        "no connection taken: the stalled engine is being restarted",
+    ),
     ("refused", _refused, f"no connection taken for {REFUSED_GRACE:.0f} s"),
     ("reopened", lambda m, i: m.state == "dead" and i.refused_since is None, "connections are taken again after death"),
     ("progress", _progress, f"progress within the last {FRESH:.0f} s"),
@@ -149,9 +154,9 @@ TABLE: dict[str, Row] = {
     "withheld": {"starting": ("starting", "own_lag"), "*": ("unknown", "own_lag")},
     "restarted": {"*": ("starting", "engine_restarted")},
     "refused_long": {"*": ("starting", "engine_unreachable")},
+    "refused_stalled": {"*": ("starting", "engine_restarting")},
     "refused": {
         "starting": ("starting", "engine_unreachable"),
-        "stalled": ("starting", "engine_restarting"),
         "*": ("dead", "engine_gone"),
     },
     "reopened": {"*": ("starting", "engine_restarting")},

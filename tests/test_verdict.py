@@ -237,6 +237,8 @@ def test_a_stalled_engine_that_is_restarted_is_starting_not_dead() -> None:
     w.canary_ends("starved", took=1)
     w.tick()
     w.refused_since, w.work_since = w.now, None
+    w.tick()
+    assert (w.memory.state, w.memory.reason) == ("starting", "engine_restarting")
     w.wait(REFUSED_GRACE + 1)
     assert (w.memory.state, w.memory.reason) == ("starting", "engine_unreachable")
     assert "dead" not in w.states()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -20,26 +20,27 @@ MAX_ANSWER = 1 << 20  # bytes read of a canary's answer
 Clock = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
-class CanaryRequest:
-    """What to send: path, JSON body without `model`, and whether the engine wants a model name at all."""
-
-    path: str
-    body: dict[str, Any]
-    names_model: bool = True
+# model name -> (path, JSON body)
+MakeRequest = Callable[[str], tuple[str, dict[str, Any]]]
 
 
 class CanarySignal:
     """Sends canaries. `send` never raises; the caller sees to it that only one is under way."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, engine: str, request: CanaryRequest, key: str, model: str, clock: Clock
+        self,
+        session: aiohttp.ClientSession,
+        engine: str,
+        make: MakeRequest,
+        headers: dict[str, str],
+        model: str = "",
+        clock: Clock = time.monotonic,
     ) -> None:
         self._session = session
         self._engine = engine
-        self._request = request
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._model = model
+        self._make = make
+        self._headers = headers
+        self._chosen = self._model = model
         self._clock = clock
 
     async def send(self, allowed: float) -> CanaryResult:
@@ -60,12 +61,10 @@ class CanarySignal:
             return "failed", f"the answer broke off ({type(e).__name__})"
 
     async def _attempt(self) -> tuple[Any, str]:
-        body = dict(self._request.body)
-        if self._request.names_model:
-            if not self._model and (refusal := await self._discover()):
-                return refusal
-            body["model"] = self._model
-        async with self._session.post(self._engine + self._request.path, json=body, headers=self._headers) as answer:
+        if not self._model and (refusal := await self._discover()):
+            return refusal
+        path, body = self._make(self._model)
+        async with self._session.post(self._engine + path, json=body, headers=self._headers) as answer:
             if answer.status != 200:
                 return _refusal(answer.status)
             return await _read(answer)
@@ -83,7 +82,7 @@ class CanarySignal:
 
     def forget_model(self) -> None:
         """The engine was restarted: it may serve another model now."""
-        self._model = ""
+        self._model = self._chosen
 
 
 def _refusal(status: int) -> tuple[str, str]:

@@ -22,17 +22,17 @@ class PortSignal:
         parts = urlsplit(engine)
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._period = period
+        self.period = period  # may be changed while it runs
         self._timeout = timeout
         self._clock = clock
         self.refused_since: float | None = None
-        self.ever_open = False
+        self.opened = asyncio.Event()  # set once a connection was taken
 
     async def run(self) -> None:
         """Probe for ever."""
         while True:
             await self.poll()
-            await asyncio.sleep(self._period)
+            await asyncio.sleep(self.period)
 
     async def poll(self) -> None:
         """One connection."""
@@ -45,7 +45,8 @@ class PortSignal:
             return
         except (OSError, TimeoutError):
             return  # unknown: neither open nor refused
-        self.refused_since, self.ever_open = None, True
+        self.refused_since = None
+        self.opened.set()
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()

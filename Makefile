@@ -1,0 +1,75 @@
+# make run | test | check | test-vllm | bench | docs | clean
+#
+# Needs GNU make, Python 3.11-3.13 with pip and venv, and a C compiler for one test. Everything else goes into .venv, pinned by
+# constraints.txt. An installation is repeated only when pyproject.toml or constraints.txt changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.ONESHELL:
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PINS := pyproject.toml constraints.txt
+# Without bytecode on disk, each start of a test or a worker would compile torch's thousands of modules again.
+INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
+
+.PHONY: help run test check test-vllm bench docs constraints clean
+
+help: ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+run: .venv/.installed ## The demo: scripted engine, traffic, a stall found and mended; ARGS="--seconds 60" ends it by itself
+	@exec $(BIN)/sidecar demo $(ARGS)
+
+test: check ## All checks and all tests but those of the real vLLM; ARGS go to pytest
+	$(BIN)/pytest -m "not vllm" $(ARGS)
+
+check: .venv/.installed-test ## Format, lint, layers, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; makes its environment first (12 GB of disk, once)
+	$(BIN)/python tests/vllm/environment.py
+	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
+
+bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the results
+	for file in benchmarks/*.py; do
+		echo "== $$file"
+		$(BIN)/python "$$file" $(ARGS)
+	done
+
+docs: .venv/.installed-test ## Write what is generated: docs/verdict.md, docs/settings.md, deploy/kubernetes
+	$(BIN)/python docs/generate.py
+
+constraints: .venv/.installed-test ## Upgrade everything and pin it in constraints.txt
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,test,lint]"
+	{
+		grep '^#' constraints.txt
+		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable
+	} > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## Remove .venv and everything that was built
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.made: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || {
+		echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12" >&2
+		exit 1
+	}
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet -c constraints.txt uv
+	touch $@
+
+.venv/.installed: .venv/.made $(PINS)
+	$(INSTALL) -e ".[images]"
+	touch $@
+
+.venv/.installed-test: .venv/.made $(PINS)
+	$(INSTALL) -e ".[images,test,lint]"
+	touch $@ .venv/.installed

@@ -1,0 +1,102 @@
+"""What an idle sidecar costs: CPU share and memory of each of its processes, beside an idle engine.
+
+    python benchmarks/idle.py [--seconds 60]
+
+CPU is user + system time of the process over wall time, as a share of one core. RSS is resident memory, PSS counts shared
+pages once. The engine is the scripted one, with vLLM's metric names; the real vLLM's page is larger (about 100 KB), so its size
+is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    seconds = parser.parse_args().seconds
+    engine_port, relay_port, admin_port = (free_port() for _ in range(3))
+    engine = start("engine", "--listen", f"127.0.0.1:{engine_port}")
+    with tempfile.TemporaryDirectory() as state:
+        sidecar = start(
+            "run", "--engine", f"http://127.0.0.1:{engine_port}", "--listen", f"127.0.0.1:{relay_port}",
+            "--admin", f"127.0.0.1:{admin_port}", "--state-dir", state, "--images", "off", "--log-level", "error",
+        )  # fmt: skip
+        try:
+            wait_for(f"http://127.0.0.1:{admin_port}/startupz")
+            size = len(urllib.request.urlopen(f"http://127.0.0.1:{engine_port}/metrics").read())
+            report(measure(psutil.Process(sidecar.pid), seconds), seconds, size)
+        finally:
+            for process in (sidecar, engine):
+                process.terminate()
+                process.wait(30)
+
+
+def measure(control: psutil.Process, seconds: float) -> list[tuple[str, float, float, float]]:
+    """(name, share of a core, RSS MB, PSS MB) of the control process and its children."""
+    time.sleep(5)  # past start-up
+    processes = {"control": control} | {f"relay {i}": p for i, p in enumerate(control.children())}
+    before = {name: used(p) for name, p in processes.items()}
+    started = time.monotonic()
+    for left in range(int(seconds), 0, -10):
+        print(f"measuring, {left} s left", file=sys.stderr)
+        time.sleep(min(10, left))
+    wall = time.monotonic() - started
+    return [
+        (name, (used(p) - before[name]) / wall, p.memory_info().rss / 1e6, p.memory_full_info().pss / 1e6)
+        for name, p in processes.items()
+    ]
+
+
+def report(rows: list[tuple[str, float, float, float]], seconds: float, page: int) -> None:
+    print(f"idle, {seconds:.0f} s, engine metrics page {page / 1000:.1f} KB; {time.strftime('%Y-%m-%d')}, {cpu_name()}")
+    print("| process | CPU (share of a core) | RSS MB | PSS MB |\n|---|---|---|---|")
+    for name, share, rss, pss in rows:
+        print(f"| {name} | {share:.2%} | {rss:.1f} | {pss:.1f} |")
+
+
+def used(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def start(*args: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "sidecar", *args], stdout=subprocess.DEVNULL)
+
+
+def wait_for(url: str) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(url).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit(f"{url} never answered")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def cpu_name() -> str:
+    names = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""A reader of a sidecar's admin port, for commands that run beside it.
+
+Rules: None where there is no answer just now; never raises for that. Verdict times are seconds on the wall clock.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Final, Self
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
+ERRORS: Final = (aiohttp.ClientError, TimeoutError, ValueError)
+
+
+class AdminClient:
+    """One session to one admin port, from `async with` to its end."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._http = aiohttp.ClientSession(self._url, timeout=TIMEOUT)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._http
+        await self._http.close()
+
+    async def load(self) -> dict[str, Any] | None:
+        """`GET /load`."""
+        return await self._json("/load")
+
+    async def changes(self, after: float) -> list[dict[str, Any]]:
+        """The verdict changes since a wall-clock time, oldest first."""
+        answer = await self._json("/verdicts")
+        return [v for v in reversed(answer["verdicts"]) if v["since"] > after] if answer else []
+
+    async def model_units(self) -> dict[str, float] | None:
+        """MU that were settled since the sidecar's start, by outcome, from its metrics page."""
+        page = await self._text("/metrics")
+        return None if page is None else units_by_outcome(page)
+
+    async def _json(self, path: str) -> dict[str, Any] | None:
+        assert self._http
+        try:
+            async with self._http.get(path) as response:
+                answer = await response.json()
+        except ERRORS:
+            return None
+        return answer if isinstance(answer, dict) else None
+
+    async def _text(self, path: str) -> str | None:
+        assert self._http
+        try:
+            async with self._http.get(path, headers={"Accept": "text/plain"}) as response:
+                return await response.text() if response.status == 200 else None
+        except ERRORS:
+            return None
+
+
+def units_by_outcome(page: str) -> dict[str, float] | None:
+    """`sidecar_mu_total` of a metrics page, summed over tenants and models. None where the page is no metrics page."""
+    units: dict[str, float] = {}
+    try:
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                if sample.name == "sidecar_mu_total":
+                    outcome = sample.labels["outcome"]
+                    units[outcome] = units.get(outcome, 0.0) + sample.value
+    except (ValueError, KeyError):
+        return None
+    return units

@@ -1,0 +1,78 @@
+"""The connection to the client: bodies read within a bound, answers written, and who broke what told apart.
+
+Rules: a client that is gone raises ClientGone, an engine that broke raises EngineBroke; both connections speak aiohttp, whose
+errors do not tell the two apart.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+
+from sidecar.admission import ClientGone, EngineBroke
+from sidecar.errors import BodyTooLarge
+
+BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+async def expect(request: web.BaseRequest) -> None:
+    """Ask for the body of a client that waits to be asked (curl does, above 1 MiB)."""
+    if request.headers.get("expect", "").lower() == "100-continue":
+        await request.writer.write(_CONTINUE)
+        request.writer.output_size = 0  # aiohttp takes output for a begun answer
+
+
+async def read(request: web.BaseRequest, limit: int) -> bytes:
+    """The whole body, at most `limit` bytes. Raises BodyTooLarge, by the announced length where there is one."""
+    too_large = f"the request body is larger than {limit} bytes (--max-body-bytes)"
+    if (request.content_length or 0) > limit:
+        raise BodyTooLarge(too_large)
+    await expect(request)
+    pieces: list[bytes] = []
+    size = 0
+    while piece := await request.content.readany():
+        size += len(piece)
+        if size > limit:
+            raise BodyTooLarge(too_large)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def next_chunk(answer: aiohttp.ClientResponse, request: web.BaseRequest) -> bytes:
+    """More of the engine's answer; empty at its end.
+
+    When the engine breaks, the client's connection is closed, so that it cannot take the part it has for the whole.
+    """
+    try:
+        return await answer.content.readany()
+    except BREAKS:
+        if request.transport is not None:
+            request.transport.close()
+        raise EngineBroke("the engine's answer ended early") from None
+
+
+async def start(response: web.StreamResponse, request: web.BaseRequest) -> None:
+    """Send the answer's head."""
+    try:
+        await response.prepare(request)
+    except ConnectionError:
+        raise ClientGone from None
+
+
+async def write(response: web.StreamResponse, data: bytes | bytearray) -> None:
+    """Send a part of the answer."""
+    try:
+        await response.write(data)
+    except ConnectionError:
+        raise ClientGone from None
+
+
+async def end(response: web.StreamResponse) -> None:
+    """Finish the answer."""
+    try:
+        await response.write_eof()
+    except ConnectionError:
+        raise ClientGone from None

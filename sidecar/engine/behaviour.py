@@ -1,0 +1,43 @@
+"""Pure: what the scripted engine does at one moment, as data. The scheduler, the core and the API read it; faults change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Behaviour:
+    """What the engine does now. The defaults are health. Seconds are wall time."""
+
+    # core
+    stepping: bool = True  # the core runs steps at all
+    dead_rank: int | None = None  # one data-parallel rank whose core does not
+    admitting: bool = True  # waiting sequences become running ones
+    prefilling: bool = True
+    decoding: bool = True
+    first_token: bool = True  # the end of a prefill yields a token
+    last_token: bool = True  # a sequence can generate its last token
+    stuck_one: bool = False  # the oldest running sequence never advances
+    oversized: bool = False  # a prompt over the KV capacity is queued instead of refused
+    kv_usage: float | None = None  # what the gauge says instead of the truth
+    empty_steps: bool = False  # steps without output are counted as iterations
+    gauges_zeroed: bool = False  # running and waiting read 0 whatever is true
+    step_factor: float = 1.0
+    prefill_seconds: float | None = None  # every prefill takes this long, whatever its size
+    first_step_seconds: float = 0.0  # added once, to the next step
+    on_abort: str = ""  # the fault that a client's abort begins
+    after_idle: tuple[float, str] | None = None  # (idle seconds, the fault that the next request begins)
+    # API
+    loading: bool = False  # start-up is not over
+    answering: bool = True  # any HTTP answer at all
+    serial: bool = False  # one HTTP request at a time, inference included
+    max_pieces: int | None = None  # pieces of a stream that reach its client
+    error: int = 0  # status of every completion; 0: none
+    health_status: int = 200
+    health_delay: float = 0.0
+    metrics: str = "page"  # "page", "garbage", "none"
+    text: str = ""  # every token's text; "": varied words
+    sleeping: bool = False
+    # process
+    port_open: bool = True
+    exit_code: int | None = None

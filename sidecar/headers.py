@@ -1,0 +1,76 @@
+"""Pure: headers on their way through, in both directions.
+
+Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass as they are; ours replace the engine's of the same name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from sidecar.facts import Published, Trace
+from sidecar.tracecontext import format_traceparent
+
+_HOP_BY_HOP: Final = frozenset((
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade",
+))  # fmt: skip
+# `host` becomes the engine's; `expect` is answered here, because the body is read here
+_NOT_TO_ENGINE: Final = _HOP_BY_HOP | {"host", "expect"}
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
+ORCA: Final = "endpoint-load-metrics"
+ORCA_FORMAT: Final = "endpoint-load-metrics-format"
+
+Headers = CIMultiDict[str]
+Received = CIMultiDictProxy[str]
+
+
+def request_id(headers: Received) -> str:
+    """The client's `x-request-id` when it is a sound one, else empty."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else ""
+
+
+def to_engine(headers: Received, *, id: str, remote: str, trace: Trace | None, length: int | None) -> Headers:
+    """What the engine gets. `length`: bytes of the body where we know it ourselves; `trace`: our span, when tracing."""
+    passed = _passed(headers, _NOT_TO_ENGINE)
+    passed["x-request-id"] = id
+    forwarded = passed.get("x-forwarded-for")
+    passed["x-forwarded-for"] = f"{forwarded}, {remote}" if forwarded else remote
+    passed.setdefault("x-forwarded-proto", "http")
+    if host := headers.get("host"):
+        passed.setdefault("x-forwarded-host", host)
+    if trace is not None:
+        passed["traceparent"] = format_traceparent(trace)
+    if length is not None:
+        passed["content-length"] = str(length)
+    return passed
+
+
+def to_client(headers: Received, ours: Mapping[str, str], *, drop: str = "") -> Headers:
+    """What the client gets: the engine's headers, ours over them; `drop` names one more that ends here."""
+    passed = _passed(headers, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
+    passed.update(ours)
+    return passed
+
+
+def orca(headers: Received, always: bool, published: Published | None) -> dict[str, str]:
+    """Our load report in the form the request asks for; empty where none is wanted, or none is known yet."""
+    wanted = headers.get(ORCA_FORMAT, "JSON" if always else "").upper()
+    if published is None or wanted not in ("JSON", "TEXT"):
+        return {}
+    return {ORCA: published.orca_text if wanted == "TEXT" else published.orca_json}
+
+
+def _passed(headers: Received, dropped: frozenset[str]) -> Headers:
+    named = headers.get("connection")
+    if named is not None:
+        dropped = dropped.union(_tokens(named))
+    return CIMultiDict([item for item in headers.items() if item[0].lower() not in dropped])
+
+
+def _tokens(value: str) -> Iterable[str]:
+    return (token.strip().lower() for token in value.split(","))

@@ -1,0 +1,247 @@
+"""Images in the relay: hand each to an image worker, wait within bounds, say clearly what was wrong.
+
+Rules: no torch here, no pixels: bytes go to a worker and bytes come back. One connection per job (see jobs.py), so that a
+job that is cancelled, late or broken takes its connection with it and touches nothing else. As long as no worker has said
+Ready the job is unspoilt and is tried again; from then on a broken connection means that the image killed its worker.
+Everything that waits is bounded: in number by --image-queue, in time by --image-seconds or PATIENCE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from sidecar import cpus
+from sidecar.errors import BadImage, ImagesBusy
+from sidecar.jobs import (
+    MAX_REPLY,
+    PIXELS,
+    PREFIX,
+    TENSORS,
+    Done,
+    Frame,
+    FrameError,
+    Job,
+    Limits,
+    Ready,
+    Refused,
+    head,
+    lengths,
+    parse,
+)
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.settings import Settings
+
+Data = bytes | bytearray | memoryview
+
+SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
+PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
+RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
+JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
+JOBS_PER_GPU = 16  # a GPU works in batches of half of these
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One prepared image. `base64` is None where the client's own bytes must go on untouched (outcome "passed").
+
+    Sizes and tokens are what the model sees (0 where that is unknown); times are seconds.
+    """
+
+    media_type: str
+    base64: bytes | None
+    width: int
+    height: int
+    tokens: int
+    content_hash: str
+    format: str
+    outcome: str
+    seconds: float
+    stages: tuple[tuple[str, float], ...]
+    bytes_in: int
+    bytes_out: int
+    grid: tuple[int, int, int] = (0, 0, 0)
+    exact: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """One image as the processor's output: `values` are the raw rows of `pixel_values`, empty where only sizes were asked."""
+
+    prepared: Prepared
+    values: bytearray
+
+
+class Images:
+    """The relay's way to the image workers behind the Unix socket `socket_path`."""
+
+    def __init__(self, socket_path: str, settings: Settings, spec: ProcessorSpec) -> None:
+        workers = settings.image_workers or cpus.quota()
+        slots = JOBS_PER_GPU if settings.images_device == "cuda" else JOBS_PER_WORKER * workers
+        self.spec = spec
+        self._path = socket_path
+        self._seconds = settings.image_seconds
+        self._patience = max(PATIENCE, settings.image_seconds)
+        self._queue = settings.image_queue
+        self._limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
+        self._spec_json = spec.to_json()
+        self._slots = asyncio.Semaphore(slots)
+        self._waiting = 0
+        self._closed = False
+
+    async def inline(self, data: Data, where: str) -> Prepared:
+        """One image's base64 text as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there."""
+        prepared, payload = await self._job(PIXELS, data, where, is_base64=True)
+        return prepared if payload is None else replace(prepared, base64=bytes(payload))
+
+    async def tensors(
+        self, images: Sequence[tuple[Data, bool]], *, want: str = TENSORS, where: str = "images"
+    ) -> list[Tensors]:
+        """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
+
+        Raises BadImage or ImagesBusy for the first that fails, and gives up the others.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._job(want, data, f"{where}[{i}]", is_base64))
+                    for i, (data, is_base64) in enumerate(images)
+                ]
+        except* (BadImage, ImagesBusy) as failed:
+            raise failed.exceptions[0] from None
+        return [Tensors(prepared, payload or bytearray()) for prepared, payload in (task.result() for task in tasks)]
+
+    async def close(self) -> None:
+        """Take no more images; those under way end by themselves within their deadline."""
+        self._closed = True
+
+    async def _job(self, want: str, data: Data, where: str, is_base64: bool) -> tuple[Prepared, bytearray | None]:
+        started = time.monotonic()
+        self._check_size(data, where, is_base64)
+        async with self._connection() as (connection, exact):
+            job = Job(want, self._spec_json, is_base64, self._limits, self._seconds)
+            sent = time.monotonic()
+            try:
+                async with asyncio.timeout(self._seconds + SLACK):
+                    await _send(connection, job, data)
+                    answer, payload = await _receive(connection)
+            except (OSError, EOFError, FrameError, TimeoutError):
+                raise _killed(where, time.monotonic() - sent, self._seconds) from None
+        if isinstance(answer, Refused):
+            raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
+        assert isinstance(answer, Done)
+        return _prepared(answer, payload, time.monotonic() - started, exact), payload or None
+
+    def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
+        """The worker checks the real size; this bounds what is sent to it at all."""
+        most = self._limits.max_bytes * 3 // 2 if is_base64 else self._limits.max_bytes
+        if len(data) > most:
+            text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
+            raise BadImage(text, "image_too_large")
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[tuple[socket.socket, bool]]:
+        """A connection whose worker has said Ready. Raises ImagesBusy when the queue is full or the wait too long."""
+        if self._closed or (self._slots.locked() and self._waiting >= self._queue):
+            raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
+        connection: socket.socket | None = None
+        self._waiting += 1
+        try:
+            try:
+                async with asyncio.timeout(self._patience):
+                    await self._slots.acquire()
+            finally:
+                self._waiting -= 1
+        except TimeoutError:
+            raise ImagesBusy("no image worker became free in time; try again shortly") from None
+        try:
+            connection, ready = await self._ready()
+            yield connection, ready.exact
+        finally:
+            self._slots.release()
+            if connection is not None:
+                connection.close()
+
+    async def _ready(self) -> tuple[socket.socket, Ready]:
+        """Connect until a worker takes us; a server that is being restarted is waited for."""
+        pause, longest = RETRY
+        try:
+            async with asyncio.timeout(self._patience):
+                while True:
+                    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                    try:
+                        return connection, await _greeting(connection, self._path)
+                    except (OSError, EOFError, FrameError):
+                        connection.close()
+                    except BaseException:
+                        connection.close()
+                        raise
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, longest)
+        except TimeoutError:
+            raise ImagesBusy("no image worker took the image in time; try again shortly") from None
+
+
+async def _greeting(connection: socket.socket, path: str) -> Ready:
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, path)
+    ready, _ = await _receive(connection)
+    if not isinstance(ready, Ready):
+        raise FrameError("not a worker of this version")
+    return ready
+
+
+async def _send(connection: socket.socket, job: Job, data: Data) -> None:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(connection, head(job, len(data)))
+    await loop.sock_sendall(connection, data)
+
+
+async def _receive(connection: socket.socket) -> tuple[Frame, bytearray]:
+    """One frame. Raises EOFError when the connection ended first, FrameError when it is none."""
+    header, payload = lengths(await _exactly(connection, PREFIX.size), MAX_REPLY)
+    return parse(await _exactly(connection, header)), await _exactly(connection, payload)
+
+
+async def _exactly(connection: socket.socket, size: int) -> bytearray:
+    loop = asyncio.get_running_loop()
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = await loop.sock_recv_into(connection, view)
+        if not got:
+            raise EOFError
+        view = view[got:]
+    return data
+
+
+def _killed(where: str, took: float, seconds: float) -> BadImage:
+    """The worker is gone without an answer: by its deadline's signal, or by the image."""
+    if took >= seconds:
+        return BadImage(
+            f"{where}: the image took longer than {seconds:g} seconds; send a smaller one", "image_deadline"
+        )
+    return BadImage(f"{where}: the image could not be decoded; send it in another format", "image_failed")
+
+
+def _prepared(done: Done, payload: bytearray, seconds: float, exact: bool) -> Prepared:
+    return Prepared(
+        media_type=done.media_type,
+        base64=None,
+        width=done.width,
+        height=done.height,
+        tokens=done.tokens,
+        content_hash=done.content_hash,
+        format=done.format,
+        outcome=done.outcome,
+        seconds=seconds,
+        stages=done.stages,
+        bytes_in=done.bytes_in,
+        bytes_out=len(payload),
+        grid=done.grid,
+        exact=exact,
+    )

@@ -1,0 +1,1 @@
+"""The image server: decodes hostile bytes in processes of their own."""

@@ -1,0 +1,168 @@
+"""What an image file says of itself, read from its first bytes: format, size, and whether it is plain.
+
+Rules: pure bytes, nothing is decoded and nothing is allocated by a length that the file gives. "Plain" means that the
+fast decoders give exactly the pixels that Pillow gives after `convert("RGB")`, as it stands: three or one 8-bit channels,
+no alpha, no palette, no second frame, and no metadata that could turn the image (except in JPEG, where `tagged` tells).
+Everything that is not plain is Pillow's. A header that cannot be read is not plain either, and has size 0 x 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One file's header. `tagged`: there is metadata that may hold an orientation. Size is as stored, before turning."""
+
+    format: str
+    height: int = 0
+    width: int = 0
+    plain: bool = False
+    tagged: bool = False
+
+
+def read(data: bytes) -> Header | None:
+    """The header of a file we decode, or of one we only recognise (size 0 x 0); None when it is no known image."""
+    for magic, offset, name in MAGIC:
+        if data.startswith(magic, offset):
+            reader = READERS.get(name)
+            if reader is None:
+                return Header(name)
+            try:
+                return reader(data)
+            except (struct.error, IndexError):
+                return Header(name)
+    return None
+
+
+def _jpeg(data: bytes) -> Header:
+    """Walk the segments up to the scan. Plain: one frame header, Huffman, 8 bits, grey or three components."""
+    frame: tuple[int, int, int, int] | None = None
+    plain, tagged = True, False
+    for marker, at in _segments(data):
+        if marker == SCAN:
+            bits, height, width, components = frame or (0, 0, 0, 0)
+            return Header("jpeg", height, width, plain and bits == 8 and components in (1, 3), tagged)
+        if marker in FRAMES:
+            plain = plain and frame is None and marker in HUFFMAN_FRAMES
+            frame = struct.unpack_from("!BHHB", data, at)
+        tagged = tagged or marker == APP1
+        plain = plain and not (marker == APP2 and data[at : at + 4] == b"MPF\0")  # a file of several pictures
+    return Header("jpeg", *(frame[1:3] if frame else (0, 0)))
+
+
+SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
+FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+HUFFMAN_FRAMES: Final = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Each segment's marker and the place of its content; ends at the scan, or where the file is no JPEG any more."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = struct.unpack_from("!BH", data, at + 1)
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without content
+            at += 2
+        elif length < 2 or marker == 0xD9:
+            return
+        else:
+            yield marker, at + 4
+            if marker == SCAN:
+                return
+            at += 2 + length
+
+
+def _png(data: bytes) -> Header:
+    """Never plain: torchvision 0.29's PNG decoder ends the process on damaged rows, and is hardly faster than Pillow's."""
+    width, height = struct.unpack_from("!II", data, 16)
+    return Header("png", height, width)
+
+
+def _webp(data: bytes) -> Header:
+    """Plain: a lossy image alone (lossless and extended files may carry alpha, animation, metadata)."""
+    kind = data[12:16]
+    if kind == b"VP8 ":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+        return Header("webp", height, width, plain=data[23:26] == b"\x9d\x01\x2a")
+    if kind == b"VP8L":
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return Header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+    if kind == b"VP8X":
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        return Header("webp", height, width)
+    return Header("webp")
+
+
+def _gif(data: bytes) -> Header:
+    width, height = struct.unpack_from("<HH", data, 6)
+    return Header("gif", height, width)
+
+
+def _bmp(data: bytes) -> Header:
+    if struct.unpack_from("<I", data, 14)[0] < 40:
+        width, height = struct.unpack_from("<HH", data, 18)
+        return Header("bmp", height, width)
+    width, height = struct.unpack_from("<ii", data, 18)
+    return Header("bmp", abs(height), abs(width))
+
+
+def _tiff(data: bytes) -> Header:
+    """The first directory's ImageWidth and ImageLength; a big TIFF is left to Pillow's lazy opening."""
+    order = "<" if data[:2] == b"II" else ">"
+    at = struct.unpack_from(order + "I", data, 4)[0]
+    sides = {256: 0, 257: 0}
+    for i in range(min(struct.unpack_from(order + "H", data, at)[0], 512)):
+        tag, kind, _ = struct.unpack_from(order + "HHI", data, at + 2 + 12 * i)
+        if tag in sides:
+            sides[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 10 + 12 * i)[0]
+    return Header("tiff", sides[257], sides[256])
+
+
+READERS: Final[dict[str, Callable[[bytes], Header]]] = {
+    "jpeg": _jpeg,
+    "png": _png,
+    "webp": _webp,
+    "gif": _gif,
+    "bmp": _bmp,
+    "tiff": _tiff,
+}
+
+# Magic bytes, their offset, and the format. Those without a reader are images that an engine may know: they are passed.
+MAGIC: Final[tuple[tuple[bytes, int, str], ...]] = (
+    (b"\xff\xd8\xff", 0, "jpeg"),
+    (b"\x89PNG\r\n\x1a\n", 0, "png"),
+    (b"WEBP", 8, "webp"),
+    (b"GIF87a", 0, "gif"),
+    (b"GIF89a", 0, "gif"),
+    (b"BM", 0, "bmp"),
+    (b"II*\x00", 0, "tiff"),
+    (b"MM\x00*", 0, "tiff"),
+    (b"II+\x00", 0, "bigtiff"),
+    (b"MM\x00+", 0, "bigtiff"),
+    (b"ftyp", 4, "heif"),  # AVIF, HEIC
+    (b"\x00\x00\x00\x0cjP  \r\n", 0, "jpeg2000"),
+    (b"\xff\x4f\xff\x51", 0, "jpeg2000"),
+    (b"P1", 0, "pnm"),
+    (b"P2", 0, "pnm"),
+    (b"P3", 0, "pnm"),
+    (b"P4", 0, "pnm"),
+    (b"P5", 0, "pnm"),
+    (b"P6", 0, "pnm"),
+    (b"Pf", 0, "pnm"),
+    (b"PF", 0, "pnm"),
+    (b"qoif", 0, "qoi"),
+    (b"8BPS", 0, "psd"),
+    (b"DDS ", 0, "dds"),
+    (b"icns", 0, "icns"),
+    (b"\x00\x00\x01\x00", 0, "ico"),
+    (b"\x00\x00\x02\x00", 0, "ico"),
+    (b"\x01\xda", 0, "sgi"),
+    (b"SIMPLE  =", 0, "fits"),
+)
+DECODED: Final = frozenset(READERS)

@@ -1,0 +1,58 @@
+"""Pixels -> what the model's processor makes of them, bit for bit as the torchvision backend does on the CPU.
+
+Rules: uint8 through the antialiased integer resize; memory stays (height, width, channel), which is 2-4 times faster than
+planes; floats come from the processor's own operations in its own order, so that they round alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from sidecar.kernels.grid import BILINEAR, Geometry, ProcessorSpec
+
+
+def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
+    """uint8 (3, height, width) or (n, 3, height, width) in the geometry's size; the same tensor where it has that size."""
+    if tuple(pixels.shape[-2:]) == (geometry.height, geometry.width):
+        return pixels
+    mode = InterpolationMode.BILINEAR if spec.resample == BILINEAR else InterpolationMode.BICUBIC
+    if pixels.ndim == 3:
+        pixels = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return tvf.resize(pixels, [geometry.height, geometry.width], interpolation=mode, antialias=True)
+
+
+def ppm(pixels: Tensor) -> bytearray:
+    """A binary PPM (P6): a header and the pixels as they are. Pillow reads it in 1 ms, and BMP would swap the channels."""
+    height, width = pixels.shape[-2:]
+    header = b"P6\n%d %d\n255\n" % (width, height)
+    out = bytearray(len(header) + 3 * height * width)
+    out[: len(header)] = header
+    body = torch.frombuffer(memoryview(out)[len(header) :], dtype=torch.uint8)
+    body.view(height, width, 3).copy_(pixels.permute(1, 2, 0))
+    return out
+
+
+def normalise(pixels: Tensor, spec: ProcessorSpec) -> Tensor:
+    """Rescaled and normalised floats of uint8 (3, height, width); uint8 where the processor does neither."""
+    if not spec.do_normalize:
+        return pixels * spec.rescale_factor if spec.do_rescale else pixels
+    mean, std = (torch.tensor(v, dtype=torch.float32, device=pixels.device) for v in (spec.image_mean, spec.image_std))
+    if spec.do_rescale:
+        mean, std = mean * (1.0 / spec.rescale_factor), std * (1.0 / spec.rescale_factor)
+    floats: Any = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    return floats.sub_(mean[:, None, None]).div_(std[:, None, None])
+
+
+def patches(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
+    """`pixel_values` of one image: (grid_h * grid_w, 3 * temporal * patch * patch), patches that merge beside each other."""
+    p, m, t = spec.patch_size, spec.merge_size, spec.temporal_patch_size
+    values = normalise(pixels, spec)
+    # contiguous planes first: whole rows of a patch are then copied at once
+    blocks = values.contiguous().view(3, geometry.grid_h // m, m, p, geometry.grid_w // m, m, p)
+    ordered = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
+    return ordered.expand(-1, -1, -1, -1, -1, t, -1, -1).reshape(-1, 3 * t * p * p)

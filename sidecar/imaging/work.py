@@ -1,0 +1,155 @@
+"""One job, start to end: payload in, Done or Refused and a payload out. No sockets, no processes.
+
+Rules: never raises for what a client sent; error texts name the limit and what to do, never the content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pybase64
+
+from sidecar.imaging import headers
+from sidecar.imaging.decode import BadPixels, check_size, decode
+from sidecar.imaging.patches import patches, ppm, resize
+from sidecar.jobs import LAYOUT, PIXELS, Done, Job, Refused
+from sidecar.kernels.grid import Geometry, ProcessorSpec
+
+Payload = bytes | bytearray | memoryview
+Answer = tuple[Done | Refused, Payload]
+
+PPM: Final = "image/x-portable-pixmap"
+OCTETS: Final = "application/octet-stream"
+UNKNOWN: Final = "it is in no known format; send JPEG, PNG, WebP, GIF, BMP or TIFF"
+
+
+@dataclass(slots=True)
+class Stages:
+    """Seconds of each step of one job, in order."""
+
+    now: Callable[[], float] = time.perf_counter
+    taken: list[tuple[str, float]] = field(default_factory=list)
+    _since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._since = self.now()
+
+    def end(self, stage: str) -> None:
+        """The step `stage` ends here; the next one begins."""
+        now = self.now()
+        self.taken.append((stage, now - self._since))
+        self._since = now
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image on its way: `geometry` is what it will become."""
+
+    pixels: Any  # uint8 tensor (3, height, width)
+    geometry: Geometry
+    header: headers.Header
+    hash: str
+    bytes_in: int
+    stages: Stages
+
+
+def run(job: Job, payload: Payload) -> Answer:
+    """Do one job on the CPU."""
+    spec = ProcessorSpec.from_json(job.spec)
+    name = "unknown"
+    try:
+        opened = open_picture(job, payload, spec)
+        if isinstance(opened, Done):
+            return opened, b""
+        name = opened.header.format
+        if job.want == LAYOUT:
+            return done(opened, ""), b""
+        pixels = resize(opened.pixels, opened.geometry, spec)
+        opened.stages.end("resize")
+        return finish(job, opened, pixels, spec)
+    except BadPixels as e:
+        return Refused(e.reason, str(e), name), b""
+    except MemoryError:
+        return Refused("image_failed", "it needs more memory than one image may use", name), b""
+
+
+def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | Done:
+    """Unpack, check and decode; Done where the image must be passed untouched. Raises BadPixels."""
+    stages = Stages()
+    data = _unpack(job, payload)
+    digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
+    stages.end("unpack")
+    header = headers.read(data)
+    if header is None:
+        raise BadPixels("image_unknown_format", UNKNOWN)
+    if header.format not in headers.DECODED:
+        return _passed(job, header, spec, digest, len(data), stages)
+    pixels = decode(data, header, job.limits)
+    height, width = pixels.shape[-2:]
+    stages.end("decode")
+    geometry = _geometry(spec, height, width)
+    check_size(geometry.height, geometry.width, job.limits)
+    if job.want == PIXELS and not spec.keeps(geometry):
+        return _passed(job, header, spec, digest, len(data), stages, geometry)
+    return Picture(pixels, geometry, header, digest, len(data), stages)
+
+
+def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answer:
+    """Encode resized pixels as the job wants them."""
+    if job.want == PIXELS:
+        payload: Payload = pybase64.b64encode(ppm(pixels))
+    else:
+        payload = patches(pixels, picture.geometry, spec).numpy().reshape(-1).view("uint8").data
+    picture.stages.end("encode")
+    return done(picture, PPM if job.want == PIXELS else OCTETS), payload
+
+
+def done(picture: Picture, media_type: str) -> Done:
+    """The answer for an image that was prepared."""
+    g = picture.geometry
+    return Done(
+        "ok", picture.header.format, media_type, g.height, g.width, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
+        picture.hash, tuple(picture.stages.taken), picture.bytes_in,
+    )  # fmt: skip
+
+
+def _unpack(job: Job, payload: Payload) -> bytes:
+    try:
+        data = pybase64.b64decode(payload, validate=True) if job.base64 else bytes(payload)
+    except ValueError:
+        raise BadPixels("image_base64", "its base64 text is damaged") from None
+    if not data:
+        raise BadPixels("image_empty", "it is empty")
+    if len(data) > job.limits.max_bytes:
+        raise BadPixels("image_too_large", f"it has {len(data)} bytes and the limit is {job.limits.max_bytes}")
+    return data
+
+
+def _geometry(spec: ProcessorSpec, height: int, width: int) -> Geometry:
+    try:
+        return spec.geometry(height, width)
+    except ValueError as e:
+        raise BadPixels("image_aspect", f"{e}; the model takes no such image") from None
+
+
+def _passed(
+    job: Job,
+    header: headers.Header,
+    spec: ProcessorSpec,
+    digest: str,
+    size: int,
+    stages: Stages,
+    geometry: Geometry | None = None,
+) -> Done:
+    """The engine gets the client's own bytes: a format or a shape that we cannot prepare exactly."""
+    if job.want != PIXELS:
+        raise BadPixels("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
+    g = geometry or Geometry(0, 0, 0, 0, 0, 0)
+    return Done(
+        "passed", header.format, "", g.height, g.width, (g.grid_t, g.grid_h, g.grid_w), g.tokens, digest,
+        tuple(stages.taken), size,
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""The images of one request, prepared all at once, and what of its body changes by it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from sidecar.bodies import ImagePart
+from sidecar.errors import BadImage, RequestError
+from sidecar.facts import Fact, Imaged
+
+
+class Prepared(Protocol):
+    """What image work returns; `base64` is None where the image passes untouched."""
+
+    @property
+    def media_type(self) -> str: ...
+    @property
+    def base64(self) -> bytes | None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def content_hash(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def stages(self) -> tuple[tuple[str, float], ...]: ...
+    @property
+    def bytes_in(self) -> int: ...
+    @property
+    def bytes_out(self) -> int: ...
+
+
+class ImageWork(Protocol):
+    """The image workers, as a relay sees them."""
+
+    async def inline(self, data: memoryview, where: str) -> Prepared:
+        """Prepare one image from its base64 text. Raises BadImage or ImagesBusy."""
+
+
+async def prepare(
+    images: ImageWork, parts: list[ImagePart], limit: int, emit: Callable[[Fact], None], id: str
+) -> list[Prepared]:
+    """All images of request `id`, in order. Raises BadImage or ImagesBusy; the other images are then given up."""
+    if len(parts) > limit:
+        raise BadImage(f"{len(parts)} images in one request; at most {limit} are accepted", "image_count")
+    if len(parts) == 1:  # the usual request needs no task
+        return [await _one(images, parts[0], emit, id)]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_one(images, part, emit, id)) for part in parts]
+    except* RequestError as group_error:
+        raise _first(group_error) from None
+    return [task.result() for task in tasks]
+
+
+def replacements(parts: list[ImagePart], prepared: list[Prepared], *, uuid: bool) -> dict[int, tuple[str, bytes]]:
+    """What to put in the place of which original, for bodies.join. `uuid`: name the content, so that vLLM caches by it."""
+    replaced: dict[int, tuple[str, bytes]] = {}
+    for part, image in zip(parts, prepared, strict=True):
+        if image.base64 is None:
+            continue
+        replaced[part.index] = (image.media_type, image.base64)
+        if uuid:
+            part.part.setdefault("uuid", image.content_hash)
+    return replaced
+
+
+async def _one(images: ImageWork, part: ImagePart, emit: Callable[[Fact], None], id: str) -> Prepared:
+    started = time.monotonic()
+    try:
+        image = await images.inline(part.data, part.where)
+    except RequestError as e:
+        now = time.monotonic()
+        outcome = "rejected" if isinstance(e, BadImage) else "failed"
+        emit(Imaged(id, now, "unknown", outcome, now - started, (), len(part.data) * 3 // 4, 0))
+        raise
+    emit(
+        Imaged(
+            id,
+            time.monotonic(),
+            image.format,
+            image.outcome,
+            image.seconds,
+            image.stages,
+            image.bytes_in,
+            image.bytes_out,
+        )
+    )
+    return image
+
+
+def _first(group: BaseExceptionGroup[RequestError]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,120 @@
+"""The border between a relay and the image workers: one connection is one job, in frames.
+
+    worker -> relay   Ready                      the job will be served; until then it may be sent again elsewhere
+    relay -> worker   Job + the image            base64 text, or raw bytes
+    worker -> relay   Done or Refused + payload  then the connection ends
+
+A frame is two big-endian lengths (header, payload), a JSON header and the payload. Rules: both lengths are bounded; no
+pickle; a connection that ends without an answer means that the worker was killed: the image was at fault or too slow.
+One connection per job, because the listening socket's backlog is then the one fair queue of all relays and workers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+PREFIX: Final = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
+MAX_HEADER: Final = 64 * 1024
+MAX_REPLY: Final = 2 << 30  # fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
+
+PIXELS: Final = "pixels"  # a resized lossless image, as base64 text
+TENSORS: Final = "tensors"  # the processor's output
+LAYOUT: Final = "layout"  # no payload: sizes only, of an image that does decode
+
+
+Data = bytes | bytearray | memoryview
+
+
+class FrameError(ValueError):
+    """Bytes that are no frame of ours, or one over the bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an image may be, checked on its header before anything is allocated."""
+
+    max_bytes: int
+    max_pixels: int
+    max_side: int = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, TENSORS or LAYOUT."""
+
+    want: str
+    spec: str
+    base64: bool
+    limits: Limits
+    seconds: float  # deadline, counted from when the worker has the whole image
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker has taken the connection."""
+
+    exact: bool  # false where the pixels come from a device that rounds otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An image was prepared or passed. Sizes are those that the model sees; `stages` are seconds in the worker."""
+
+    outcome: str  # "ok" or "passed"; a passed image has no payload
+    format: str
+    media_type: str
+    height: int
+    width: int
+    grid: tuple[int, int, int]
+    tokens: int
+    content_hash: str
+    stages: tuple[tuple[str, float], ...]
+    bytes_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An image was not accepted. `reason` is an image reason code, `message` says which limit, without its content."""
+
+    reason: str
+    message: str
+    format: str = "unknown"
+
+
+Frame = Job | Ready | Done | Refused
+_KINDS: Final[dict[str, type]] = {kind.__name__: kind for kind in (Job, Ready, Done, Refused)}
+
+
+def head(record: Frame, payload: int = 0) -> bytes:
+    """The first bytes of a frame; `payload` more bytes must follow."""
+    header = json.dumps([type(record).__name__, asdict(record)], separators=(",", ":")).encode()
+    return PREFIX.pack(len(header), payload) + header
+
+
+def lengths(prefix: Data, max_payload: int) -> tuple[int, int]:
+    """Header and payload bytes of a frame. Raises FrameError when one is over its bound."""
+    header, payload = PREFIX.unpack(prefix)
+    if header > MAX_HEADER or payload > max_payload:
+        raise FrameError("a frame over the bound")
+    return header, payload
+
+
+def parse(header: bytes | bytearray) -> Frame:
+    """The record of a frame's header. Raises FrameError."""
+    try:
+        name, values = json.loads(header)
+        kind = _KINDS[name]
+        frozen: dict[str, Any] = {k: _frozen(v) for k, v in values.items()}
+        if kind is Job:
+            frozen["limits"] = Limits(**frozen["limits"])
+        record: Frame = kind(**frozen)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise FrameError(f"not a frame: {type(e).__name__}") from None
+    return record
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,219 @@
+"""`POST /v1/preprocess`: images in, the model's processor output out.
+
+In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, multipart with one part named `image` per image, or one raw body of
+type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only.
+
+Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
+came from the workers, one after the other, and never joined.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import struct
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Final
+
+from aiohttp import BodyPartReader, web
+
+from sidecar import bodies, downstream
+from sidecar.errors import BadImage, BodyTooLarge, RequestError
+from sidecar.facts import Fact, Imaged
+from sidecar.images import Data, Images, Tensors
+from sidecar.jobs import LAYOUT, TENSORS
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.settings import Settings
+
+SAFETENSORS: Final = "application/x-safetensors"
+JSON: Final = "application/json"
+HANDOFF: Final = "x-sidecar-handoff"
+INEXACT: Final = {"x-sidecar-images": "inexact"}
+MARK: Final = b";base64,"
+MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
+
+Source = tuple[Data, bool]  # an image, and whether it is base64 text
+Emit = Callable[[Fact], None]
+
+
+class BadRequest(RequestError):
+    """The request is not in one of the three forms."""
+
+    code = "bad_request"
+
+
+class NotAcceptable(RequestError):
+    """None of the forms that the client accepts is one of ours."""
+
+    code = "not_acceptable"
+    status: ClassVar[int] = 406
+
+
+class NotImplementedYet(RequestError):
+    """A hand-off that this version does not have."""
+
+    code = "handoff_not_implemented"
+    status: ClassVar[int] = 501
+
+
+async def preprocess(request: web.BaseRequest, images: Images, limits: Settings, emit: Emit) -> web.StreamResponse:
+    """Serve one request; one Imaged fact per image goes to `emit`. Raises RequestError, which is OpenAI-style to the client."""
+    want = accepted(request.headers.get("accept", ""), request.headers.get(HANDOFF, ""))
+    sources = await _sources(request, limits)
+    if not sources:
+        raise BadRequest(
+            "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
+        )
+    done = await _prepare(images, sources, want, emit)
+    extra = {} if all(t.prepared.exact for t in done) else INEXACT
+    if want == LAYOUT:
+        return web.json_response(layout(done, images.spec), headers=extra)
+    return await _answer(request, done, images.spec, extra)
+
+
+def accepted(accept: str, handoff: str) -> str:
+    """TENSORS or LAYOUT, by the Accept header. Raises NotAcceptable, or NotImplementedYet for a hand-off."""
+    if handoff:
+        raise NotImplementedYet(f"{HANDOFF}: {handoff[:16]!r} is not available in this version; leave the header out")
+    types = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    for kind in types:
+        if kind in ("", "*/*", "application/*", "application/octet-stream", SAFETENSORS):
+            return TENSORS
+        if kind == JSON:
+            return LAYOUT
+    raise NotAcceptable(f"accept: send {SAFETENSORS} for tensors, or {JSON} for their layout only")
+
+
+def shapes(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
+    """Each tensor's safetensors dtype and shape, in the order in which they are written: 8-byte integers first."""
+    rows = sum(t.prepared.grid[0] * t.prepared.grid[1] * t.prepared.grid[2] for t in done)
+    dtype = "F32" if spec.do_normalize or spec.do_rescale else "U8"
+    row = 3 * spec.temporal_patch_size * spec.patch_size**2
+    return {"image_grid_thw": ("I64", [len(done), 3]), "pixel_values": (dtype, [rows, row])}
+
+
+def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
+    """The JSON form: names, shapes, dtypes, and what each image became."""
+    return {
+        "processor": spec.fingerprint,
+        "exact": all(t.prepared.exact for t in done),
+        "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
+        "images": [
+            {
+                "format": p.format,
+                "height": p.height,
+                "width": p.width,
+                "grid_thw": list(p.grid),
+                "tokens": p.tokens,
+                "content_hash": p.content_hash,
+            }
+            for p in (t.prepared for t in done)
+        ],
+    }
+
+
+SIZES: Final = {"I64": 8, "F32": 4, "U8": 1}  # bytes of one element
+
+
+def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
+    """Everything of a safetensors file before the rows of `pixel_values`: length, JSON header, and the grids."""
+    header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint}}
+    at = 0
+    for name, (dtype, shape) in shapes(done, spec).items():
+        end = at + SIZES[dtype] * shape[0] * shape[1]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    grids = [side for t in done for side in t.prepared.grid]
+    return struct.pack("<Q", len(text)) + text + struct.pack(f"<{len(grids)}q", *grids)
+
+
+async def _answer(
+    request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec, extra: dict[str, str]
+) -> web.StreamResponse:
+    head = safetensors_head(done, spec)
+    response = web.StreamResponse(headers={"content-type": SAFETENSORS, **extra})
+    response.content_length = len(head) + sum(len(t.values) for t in done)
+    await downstream.start(response, request)
+    await downstream.write(response, head)
+    for tensors in done:
+        await downstream.write(response, tensors.values)
+    await downstream.end(response)
+    return response
+
+
+async def _prepare(images: Images, sources: list[Source], want: str, emit: Emit) -> list[Tensors]:
+    started = time.monotonic()
+    try:
+        done = await images.tensors(sources, want=want)
+    except RequestError as e:
+        now = time.monotonic()
+        outcome = "rejected" if isinstance(e, BadImage) else "failed"
+        emit(Imaged("", now, "unknown", outcome, now - started, (), sum(len(data) for data, _ in sources), 0))
+        raise
+    for p in (t.prepared for t in done):
+        emit(Imaged("", time.monotonic(), p.format, p.outcome, p.seconds, p.stages, p.bytes_in, p.bytes_out))
+    return done
+
+
+async def _sources(request: web.BaseRequest, limits: Settings) -> list[Source]:
+    """The request's images, at most --image-max-count of them."""
+    kind = request.content_type.lower()
+    if kind.startswith("image/"):
+        return [(await downstream.read(request, limits.image_max_bytes), False)]
+    if kind == "multipart/form-data":
+        return await _parts(request, limits)
+    if kind == JSON:
+        return urls(await downstream.read(request, limits.max_body_bytes), limits.image_max_count)
+    raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
+
+
+def urls(body: bytes, most: int) -> list[Source]:
+    """The images of the JSON form. Raises BadRequest or BadImage."""
+    skeleton = bodies.cut(body, secrets.token_hex(8))
+    listed = (skeleton.payload or {}).get("images")
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
+    _check_count(len(listed), most)
+    return [(_base64(bodies.original(skeleton, text), i), True) for i, text in enumerate(listed)]
+
+
+def _base64(url: Data, index: int) -> memoryview:
+    view = memoryview(url)
+    at = bytes(view[:MAX_HEAD]).find(MARK)
+    if at < 0 or bytes(view[:5]) != b"data:":
+        raise BadImage(f"images[{index}]: only base64 data URLs are taken; links are not fetched", "image_url")
+    return view[at + len(MARK) :]
+
+
+async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
+    """The parts named `image`. Raises BadRequest, BadImage or BodyTooLarge."""
+    if (request.content_length or 0) > limits.max_body_bytes:
+        raise BodyTooLarge(f"the request body is larger than {limits.max_body_bytes} bytes (--max-body-bytes)")
+    await downstream.expect(request)
+    found: list[Source] = []
+    try:
+        async for part in await request.multipart():
+            if not isinstance(part, BodyPartReader) or part.name != "image":
+                raise BadRequest("multipart: every part must be named image and hold one image")
+            _check_count(len(found) + 1, limits.image_max_count)
+            found.append((await _part(part, limits.image_max_bytes, len(found)), False))
+    except ValueError:
+        raise BadRequest("multipart: the body is cut off or has no boundary") from None
+    return found
+
+
+async def _part(part: BodyPartReader, most: int, index: int) -> bytearray:
+    data = bytearray()
+    while chunk := await part.read_chunk(1 << 16):
+        data += chunk
+        if len(data) > most:
+            raise BadImage(f"images[{index}]: the image was refused: the limit is {most} bytes", "image_too_large")
+    return data
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise BadImage(f"{count} images in one request; at most {most} are accepted", "image_count")

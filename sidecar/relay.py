@@ -1,0 +1,344 @@
+"""The data path: read, prepare, admit, send, stream, settle.
+
+Rules: whatever is not engine work passes through unread; a request body is read whole only when it is work; an answer goes out
+chunk by chunk as it comes. When the client leaves, aiohttp cancels the handler (`handler_cancellation`), and leaving the
+exchange closes the connection to the engine. Errors of ours become answers in one place, `handle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+
+from sidecar import bodies, downstream, headers, inlining, realtime, shapes, upstream
+from sidecar.admission import Admission, ClientGone, Desk, EngineBroke
+from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
+from sidecar.estimate import Estimator
+from sidecar.facts import Fact, Order, Page, Published, Trace
+from sidecar.inlining import ImageWork
+from sidecar.merged_page import MergedPage
+from sidecar.settings import Settings
+from sidecar.stream import SSE, Tail, usage_of
+from sidecar.tracecontext import new_trace, parse_traceparent
+from sidecar.units import Coefficients
+
+_log = logging.getLogger(__name__)
+
+SMALL: Final = 256 << 10  # bytes: an answer of known length up to here is read whole and written at once
+MAX_TENANT: Final = 64  # characters
+NO_TENANT: Final = "default"
+_PAGE_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Relay:
+    """Handles every request of one relay process. `preprocess` serves /v1/preprocess where images are on."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        coefficients: Coefficients,
+        emit: Callable[[Fact], None],
+        *,
+        engine_kind: str = "openai",
+        images: ImageWork | None = None,
+        preprocess: Handler | None = None,
+    ) -> None:
+        self._settings = settings
+        self._images = images
+        self._preprocess = preprocess
+        self._engine_kind = engine_kind
+        self._published: Published | None = None
+        self._desk = Desk(emit)
+        self._estimator = Estimator(coefficients)
+        self._page = MergedPage(emit)
+        self._session = upstream.open_session()
+        self._nonce = secrets.token_hex(16)
+        self._busy: set[Any] = set()  # client connections with a request under way
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    # --- orders and life ---
+
+    def obey(self, order: Order) -> None:
+        """Take in what the control process published."""
+        match order:
+            case Published():
+                self._published = order
+                self._desk.verdict = order.verdict
+                self._engine_kind = order.engine_kind or self._engine_kind
+            case Page():
+                self._page.put(order)
+
+    @property
+    def open(self) -> int:
+        """Client requests under way."""
+        return len(self._busy)
+
+    async def drain(self, server: web.Server, seconds: float) -> None:
+        """Close idle connections and wait for open requests, at most `seconds`; what is left then is cut off."""
+        self.draining = True
+        for connection in server.connections:
+            if connection not in self._busy:
+                connection.close()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("%d requests did not end within %.0f s and are cut off", self.open, seconds)
+            self._desk.cutting = True
+        await server.shutdown(timeout=0.5)
+
+    async def close(self) -> None:
+        """Close the connections to the engine."""
+        await self._session.close()
+
+    # --- one request ---
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; the only place where errors of ours become answers."""
+        connection = request.protocol
+        self._busy.add(connection)
+        self._idle.clear()
+        id = headers.request_id(request.headers) or self._desk.new_id()
+        try:
+            if self.draining:
+                raise Draining("this server is shutting down; send the request again")
+            return await self._dispatch(request, id)
+        except RequestError as e:
+            return _refusal(e, id)
+        except (ClientGone, EngineBroke):
+            return _hang_up(request)
+        except Exception as e:  # noqa: BLE001  # the border: a defect of ours costs one request, and says where it is
+            _log.error("request failed: %s at %s", type(e).__name__, _place(e))
+            return (
+                _refusal(Internal("internal error of the sidecar"), id)
+                if not request.writer.output_size
+                else _hang_up(request)
+            )
+        finally:
+            self._busy.discard(connection)
+            if not self._busy:
+                self._idle.set()
+            if self.draining:
+                connection.close()
+
+    async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
+        path = upstream.origin_form(request.raw_path).partition("?")[0]
+        if request.method == "POST":
+            route = bodies.route_of(path)
+            if route is not None:
+                return await self._work(request, route, id)
+            if path == "/v1/preprocess":
+                return await self._preprocessed(request)
+        elif path == "/metrics" and request.method == "GET":
+            page = await self._page.get()
+            if page is not None:
+                return web.Response(body=page, headers={"content-type": _PAGE_TYPE, "x-request-id": id})
+        elif realtime.wanted(request):
+            url = upstream.target(self._settings.engine, upstream.origin_form(request.raw_path))
+            return await realtime.relay(request, self._session, url, self._to_engine(request, id, None, None))
+        return await self._pass(request, id)
+
+    async def _pass(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
+        """Not engine work: both bodies stream through unread."""
+        await downstream.expect(request)
+        data = request.content if request.body_exists else None
+        with closing(await self._send(request, self._to_engine(request, id, None, None), data)) as answer:
+            response = web.StreamResponse(
+                status=answer.status, reason=answer.reason, headers=self._to_client(request, answer, id)
+            )
+            await downstream.start(response, request)
+            while chunk := await downstream.next_chunk(answer, request):
+                await downstream.write(response, chunk)
+            await downstream.end(response)
+            return response
+
+    async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
+        """Engine work: one admission from here on."""
+        tenant = request.headers.get(self._settings.tenant_header, "")[:MAX_TENANT] or NO_TENANT
+        with self._desk.open(route, tenant) as admission:
+            body = await downstream.read(request, self._settings.max_body_bytes)
+            admission.read_at = time.monotonic()
+            opaque = route == "audio" or "content-encoding" in request.headers
+            skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce)
+            shape = admission.shape = shapes.describe(skeleton.payload, route, len(body))
+            replaced, image_tokens = await self._prepare(skeleton, admission)
+            work = self._estimator.work(tenant, shape, image_tokens)
+            trace = self._trace(request)
+            admission.admit(shape, work, self._estimator.mu(work), trace)
+            pieces = bodies.join(skeleton, replaced, ask_usage=shape.ask_usage)
+            data = upstream.Pieces(pieces, admission.sent)
+            passed = self._to_engine(request, id, trace, data.size)
+            with closing(await self._send(request, passed, data)) as answer:
+                admission.status = answer.status
+                response = await self._answer(request, answer, admission, id, hide_usage=shape.ask_usage)
+            if admission.usage is not None:
+                self._estimator.learn(tenant, shape, admission.usage)
+            return response
+
+    async def _prepare(
+        self, skeleton: bodies.Skeleton, admission: Admission
+    ) -> tuple[Mapping[int, tuple[str, bytes]], list[int]]:
+        """(what is replaced in the body, encoder tokens of each image); nothing where images are off."""
+        parts = skeleton.images
+        if self._images is None or not parts:
+            return {}, []
+        started = time.monotonic()
+        try:
+            prepared = await inlining.prepare(
+                self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id
+            )
+        finally:
+            admission.image_seconds = time.monotonic() - started
+        replaced = inlining.replacements(parts, prepared, uuid=self._engine_kind == "vllm")
+        return replaced, [image.tokens for image in prepared]
+
+    async def _answer(
+        self,
+        request: web.BaseRequest,
+        answer: aiohttp.ClientResponse,
+        admission: Admission,
+        id: str,
+        *,
+        hide_usage: bool,
+    ) -> web.StreamResponse:
+        """The engine's answer to work, on its way to the client and measured as it passes."""
+        ours = {"x-sidecar-mu": f"{admission.mu:.4f}", "x-sidecar-overhead-ms": f"{admission.overhead * 1e3:.3f}"}
+        plain = "content-encoding" not in answer.headers
+        streamed = answer.headers.get("content-type", "").startswith("text/event-stream")
+        if plain and streamed:
+            drop = "content-length" if hide_usage else ""
+            passed = self._to_client(request, answer, id, ours, drop)
+            return await self._stream(request, answer, admission, passed, SSE(hide_usage))
+        passed = self._to_client(request, answer, id, ours)
+        if (answer.content_length or SMALL + 1) <= SMALL:
+            return await self._small(answer, admission, passed)
+        tail = Tail()
+        opaque_stream = int(streamed and not plain)  # where events cannot be told apart, each chunk counts as one
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
+        await downstream.start(response, request)
+        while chunk := await downstream.next_chunk(answer, request):
+            tail.feed(chunk)
+            admission.deliver(opaque_stream, len(chunk), started=answer.ok)
+            await downstream.write(response, chunk)
+        admission.usage = tail.usage if plain else None
+        await downstream.end(response)
+        return response
+
+    async def _stream(
+        self,
+        request: web.BaseRequest,
+        answer: aiohttp.ClientResponse,
+        admission: Admission,
+        passed: headers.Headers,
+        sse: SSE,
+    ) -> web.StreamResponse:
+        """An event stream."""
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
+        await downstream.start(response, request)
+        try:
+            while chunk := await downstream.next_chunk(answer, request):
+                before = sse.tokens
+                piece = sse.feed(chunk)
+                admission.deliver(sse.tokens - before, len(chunk), sse.started)
+                if piece:
+                    await downstream.write(response, piece)
+            if rest := sse.finish():
+                await downstream.write(response, rest)
+        finally:
+            admission.usage = sse.usage
+        await downstream.end(response)
+        return response
+
+    async def _small(
+        self, answer: aiohttp.ClientResponse, admission: Admission, passed: headers.Headers
+    ) -> web.StreamResponse:
+        """A short answer: one read, one write. Nothing is with the client yet, so a break is an error it can read."""
+        try:
+            body = await answer.read()
+        except downstream.BREAKS:
+            raise self._broken() from None
+        admission.usage = usage_of(body)
+        admission.deliver(0, len(body), started=answer.ok)
+        return web.Response(status=answer.status, reason=answer.reason, headers=passed, body=body)
+
+    async def _preprocessed(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._preprocess is None:
+            raise ImagesOff(
+                "images are off; start the sidecar with --images inline and --model DIR to use /v1/preprocess"
+            )
+        await downstream.expect(request)
+        return await self._preprocess(request)
+
+    # --- to the engine ---
+
+    async def _send(self, request: web.BaseRequest, passed: headers.Headers, data: Any) -> aiohttp.ClientResponse:
+        """The head of the engine's answer. Whoever gets it closes it: left early, its connection closes too."""
+        path = upstream.origin_form(request.raw_path)
+        url = upstream.target(self._settings.engine, path)
+        try:
+            return await self._session.request(request.method, url, headers=passed, data=data, allow_redirects=False)
+        except downstream.BREAKS as e:
+            raise self._broken(e) from None
+
+    def _broken(self, error: BaseException | None = None) -> RequestError:
+        """The engine broke before the client got anything: what the client is told."""
+        if self._desk.verdict == "stalled" and not isinstance(error, aiohttp.ClientConnectorError):
+            return EngineStalled("the engine made no progress and was given up; send the request again")
+        if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
+            return EngineUnreachable("the engine does not accept connections; it may be starting or restarting")
+        return EngineUnreachable("the engine closed the connection before it answered")
+
+    def _to_engine(self, request: web.BaseRequest, id: str, trace: Trace | None, length: int | None) -> headers.Headers:
+        return headers.to_engine(request.headers, id=id, remote=request.remote or "", trace=trace, length=length)
+
+    def _to_client(
+        self,
+        request: web.BaseRequest,
+        answer: aiohttp.ClientResponse,
+        id: str,
+        ours: dict[str, str] | None = None,
+        drop: str = "",
+    ) -> headers.Headers:
+        load = headers.orca(request.headers, self._settings.orca == "always", self._published)
+        return headers.to_client(answer.headers, {"x-request-id": id, **load, **(ours or {})}, drop=drop)
+
+    def _trace(self, request: web.BaseRequest) -> Trace | None:
+        """Our span of this request; None where tracing is off."""
+        if not self._settings.otlp_endpoint:
+            return None
+        given = request.headers.get("traceparent", "")
+        return parse_traceparent(given, request.headers.get("tracestate", "")) or new_trace()
+
+
+def _refusal(error: RequestError, id: str) -> web.Response:
+    extra = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+    response = web.json_response(error.body(), status=error.status, headers={"x-request-id": id, **extra})
+    if isinstance(error, BodyTooLarge):
+        response.force_close()  # the rest of the body is not worth reading
+    return response
+
+
+def _hang_up(request: web.BaseRequest) -> web.Response:
+    """Close the client's connection. aiohttp wants an answer all the same; this one is never sent."""
+    if request.transport is not None:
+        request.transport.close()
+    return web.Response()
+
+
+def _place(error: Exception) -> str:
+    """Where an error was raised; its text may hold content."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].name}:{frames[-1].lineno}" if frames else "unknown place"

@@ -1,0 +1,61 @@
+"""Pure: a Snapshot as `GET /load`, for autoscalers and routers that read JSON.
+
+A value that could not be read is null, with its reason beside it under the same key + `_absent`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.facts import Absent, GpuSample, Reading, Value
+from sidecar.snapshot import Snapshot
+
+
+def render(snapshot: Snapshot) -> dict[str, Any]:
+    """The answer to `GET /load`, ready for json.dumps."""
+    load = snapshot.load
+    return {
+        "mu": {
+            "in_flight": load.mu_in_flight,
+            "max_in_flight": load.mu_max_in_flight,
+            "per_minute": load.mu_per_minute,
+            "max_per_minute": load.mu_max_per_minute,
+            "utilization": load.utilization,
+            "limited_by": load.limited_by,
+        },
+        "tokens": {
+            "prefill_in_flight": load.prefill_tokens_in_flight,
+            "decode_in_flight": load.decode_tokens_in_flight,
+            "delivered_total": load.tokens_delivered_total,
+        },
+        "requests": {"in_flight": load.requests_in_flight, "waiting": load.requests_waiting},
+        **_gpus(snapshot.gpus),
+        "coefficients": {"fingerprint": load.coefficients_fingerprint, "stale": load.coefficients_stale},
+        "verdict": snapshot.verdict.state,
+    }
+
+
+def _gpus(reading: Reading[tuple[GpuSample, ...]]) -> dict[str, Any]:
+    if isinstance(reading, Value):
+        return {"gpu": [_gpu(gpu) for gpu in reading.value]}
+    return _entry("gpu", reading)
+
+
+def _gpu(gpu: GpuSample) -> dict[str, Any]:
+    return {
+        "index": gpu.index,
+        **_entry("utilization", gpu.utilization),
+        **_entry("memory_used_bytes", gpu.memory_used),
+        **_entry("memory_total_bytes", gpu.memory_total),
+        **_entry("power_watts", gpu.power),
+    }
+
+
+def _entry(key: str, reading: Reading[Any]) -> dict[str, Any]:
+    match reading:
+        case Value(value=value):
+            return {key: value}
+        case Absent(reason=reason):
+            return {key: None, f"{key}_absent": reason}
+        case _:
+            return {key: None, f"{key}_absent": f"failed: {reading.error}"}

@@ -1,0 +1,209 @@
+
+"use strict";
+// The page: events in, document out. Rules: text enters as textContent only (tenant names come from clients); addresses are
+// relative, so that the page works behind a path prefix; a section is rebuilt only when its data changed, so that what one
+// has selected or unfolded stays; without data for LOST seconds the page says so before anything else.
+
+const LOST = 3.5; // seconds: three missed snapshots
+const DEAF = 15; // seconds after which a connection that looks open is replaced
+const RETRY = 3; // seconds
+
+const STATES = {
+  starting: ["◔", "The engine has not served its first token yet. Not ready."],
+  idle: ["○", "No work is outstanding; the engine answers."],
+  progressing: ["●", "Work is outstanding and tokens move."],
+  quiet: ["◐", "Work is outstanding; the engine is silent no longer than this work may take."],
+  suspect: ["▲", "Silent for longer than allowed. Not ready; a canary is asked to confirm."],
+  stalled: ["■", "No progress of any kind. Liveness fails: the engine will be restarted."],
+  dead: ["✕", "The engine is gone. Liveness fails: it will be restarted."],
+  exempt: ["◇", "Sleep, pause, update or profiling: not judged, not ready."],
+  unknown: ["?", "It cannot be told at present. Nothing is failed on it."],
+};
+const LIMITS = { stock: "MU in flight", flow: "MU per minute", kv: "the KV cache", queue: "the engine’s queue" };
+const RULES = {
+  floor: "the floor, the least ever allowed", predicted: "what this work is predicted to need",
+  learned: "gaps seen in good operation", cap: "the cap, the most ever allowed",
+};
+const CHARTS = [
+  { title: "Silence of the engine", time: true, tick: (v) => (v ? span(v) : "0\u00a0s"), lines: [
+      { column: "progress_age", kind: "a", label: "silent for", show: span, none: "nothing outstanding" },
+      { column: "allowed", kind: "limit", label: "allowed", show: span }],
+    note: (s) => `allowed is ruled by ${RULES[s.silence_ruled_by] ?? s.silence_ruled_by}` },
+  { title: "Requests", tick: (v) => amount(v), least: 2, lines: [
+      { column: "in_flight", kind: "a", label: "in flight", show: (v) => amount(v) },
+      { column: "waiting", kind: "b", label: "waiting", show: (v) => amount(v) }] },
+  { title: "Tokens delivered", tick: (v) => amount(v, "tok/s"), lines: [
+      { column: "tokens_per_second", kind: "a", label: "rate", show: (v) => amount(v, "tok/s") }],
+    note: (s) => `${amount(s.load.tokens_delivered_total, "tok")} since the start` },
+  { title: "Model units in flight", tick: (v) => amount(v, "MU"), limit: (s) => s.load.mu_max_in_flight, lines: [
+      { column: "mu_in_flight", kind: "a", label: "in flight", show: (v) => amount(v, "MU") }],
+    capacity: (v) => amount(v, "MU"), note: (s) => `prefill ${amount(s.load.prefill_tokens_in_flight, "tok")}, decode ${amount(s.load.decode_tokens_in_flight, "tok")} outstanding` },
+  { title: "Model units per minute", tick: (v) => amount(v, "MU"), limit: (s) => s.load.mu_max_per_minute, lines: [
+      { column: "mu_per_minute", kind: "a", label: "settled", show: (v) => amount(v, "MU/min") }],
+    capacity: (v) => amount(v, "MU/min"), note: (s) => `coefficients ${s.load.coefficients_fingerprint} (${s.load.coefficients_source}${s.load.coefficients_stale ? ", stale: recalibrate" : ""})` },
+  { title: "Utilisation", tick: share, least: 1, lines: [
+      { column: "utilization", kind: "a", label: "load", show: share },
+      { column: "gpu", kind: "b", label: "GPU busy", show: share, none: "not read" }],
+    note: (s) => `load is limited by ${LIMITS[s.load.limited_by] ?? s.load.limited_by}` },
+];
+
+const page = { rows: [], columns: [], snapshot: null, heard: 0, hover: null, source: null, drawn: {} };
+const $ = (id) => document.getElementById(id);
+const put = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
+const silence = () => (performance.now() - page.heard) / 1000;
+const wallNow = () => page.snapshot.at_wall + silence();
+
+// --- the feed ---
+
+function connect() {
+  page.source?.close();
+  page.source = new EventSource("events");
+  page.source.addEventListener("history", (event) => {
+    const { columns, points } = JSON.parse(event.data);
+    page.columns = columns;
+    page.rows = points.map(toRow);
+  });
+  page.source.addEventListener("snapshot", (event) => {
+    page.snapshot = JSON.parse(event.data);
+    page.heard = performance.now();
+    remember(toRow(page.snapshot.point));
+    show();
+  });
+  page.source.onerror = () => { if (page.source.readyState === EventSource.CLOSED) setTimeout(connect, RETRY * 1000); };
+}
+
+const toRow = (point) => Object.fromEntries(page.columns.map((column, index) => [column, point[index]]));
+
+function remember(row) {
+  while (page.rows.length && page.rows.at(-1).t >= row.t) page.rows.pop();
+  page.rows.push(row);
+  while (page.rows[0].t < row.t - WINDOW) page.rows.shift();
+}
+
+function tick() {
+  if (!page.snapshot) return;
+  const lost = silence() > LOST;
+  document.body.classList.toggle("stale", lost);
+  $("lost").hidden = !lost;
+  $("link").dataset.link = lost ? "lost" : "live";
+  put("link", lost ? "connection lost" : "live");
+  if (lost) put("lost", `No data for ${span(Math.round(silence()))}. What stands below is the state of ${clock(page.snapshot.at_wall)}, not the present. Trying again.`);
+  if (silence() > DEAF && page.source.readyState === EventSource.OPEN) connect();
+  showTime(lost ? page.snapshot.at_wall : wallNow(), lost);
+}
+
+// --- the top: what, why, since when ---
+
+function showTime(now, lost) {
+  const { state, since_wall: since } = page.snapshot.verdict;
+  const held = span(Math.max(1, Math.floor(now - since)));
+  const today = new Date(since * 1000).toDateString() === new Date(now * 1000).toDateString();
+  put("for", `for ${held}`);
+  put("since", `since ${today ? "" : new Date(since * 1000).toLocaleDateString("en-GB") + " "}${clock(since)}`);
+  const zone = new Intl.DateTimeFormat("en-GB", { timeZoneName: "short" }).formatToParts().find((part) => part.type === "timeZoneName").value;
+  put("clock", `${clock(now)} ${zone}`);
+  document.title = lost ? `no data – ${page.snapshot.engine_kind}` : `${STATES[state][0]} ${state} ${held} – ${page.snapshot.engine_kind}`;
+}
+
+function showVerdict({ verdict, draining, engine_kind: kind, version, load, progress_age: age, silence_allowed: allowed }) {
+  $("verdict").dataset.state = verdict.state;
+  put("glyph", STATES[verdict.state][0]);
+  put("state", verdict.state);
+  put("detail", verdict.detail);
+  put("reason", verdict.reason);
+  put("meaning", STATES[verdict.state][1]);
+  put("engine-kind", `engine: ${kind}`);
+  put("version", version);
+  $("draining").hidden = !draining;
+  put("now-silence", age === null ? "–" : span(age));
+  put("now-silence-of", age === null ? "nothing outstanding" : `of ${span(allowed)} allowed`);
+  put("now-requests", amount(load.requests_in_flight));
+  put("now-requests-of", `in flight, ${amount(load.requests_waiting)} waiting`);
+  put("now-utilization", share(load.utilization));
+  put("now-utilization-of", `limited by ${LIMITS[load.limited_by] ?? load.limited_by}`);
+  const colour = getComputedStyle($("verdict")).getPropertyValue("--state");
+  const icon = `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><rect width="16" height="16" rx="4" fill="${colour}"/></svg>`;
+  once("icon", colour, () => { $("icon").href = "data:image/svg+xml," + encodeURIComponent(icon); });
+}
+
+// --- charts ---
+
+function buildCharts() {
+  for (const chart of CHARTS) {
+    chart.plot = node("div");
+    chart.legend = node("div", { className: "legend" });
+    $("charts").append(node("section", { className: "card chart" }, node("h2", { textContent: chart.title }), chart.legend, chart.plot));
+    follow(chart.plot, PLOT);
+  }
+  follow($("timeline"), BAND);
+}
+
+function follow(host, frame) {
+  const at = (event) => {
+    if (!page.snapshot) return;
+    const box = host.getBoundingClientRect();
+    const part = (event.clientX - box.left - frame.left) / (box.width - frame.left - frame.right);
+    page.hover = page.snapshot.at_wall - WINDOW * (1 - Math.min(1, Math.max(0, part)));
+    draw();
+    if (host.id === "timeline") showTip(event, box);
+  };
+  host.addEventListener("pointermove", at);
+  host.addEventListener("pointerdown", at);
+  host.addEventListener("pointerleave", () => { page.hover = null; $("tip").hidden = true; draw(); });
+}
+
+function showTip(event, box) {
+  const run = runs(page.rows).find((run) => run.start <= page.hover && page.hover <= run.end);
+  $("tip").hidden = !run;
+  if (!run) return;
+  const lines = [`${STATES[run.state][0]} ${run.state}: ${run.reason}`, `${clock(run.start)} to ${clock(run.end)}, ${span(Math.max(1, run.end - run.start))}`];
+  $("tip").replaceChildren(...lines.map((text) => node("div", { textContent: text })));
+  $("tip").style.left = `${Math.max(8, Math.min(event.clientX + 12, innerWidth - $("tip").offsetWidth - 8))}px`;
+  $("tip").style.top = `${box.bottom + 6}px`;
+}
+
+function draw() {
+  if (!page.snapshot || document.hidden) return;
+  const now = page.snapshot.at_wall;
+  drawBand($("timeline"), page.rows, now, page.hover);
+  const row = page.hover === null ? page.rows.at(-1) : page.rows.findLast((row) => row.t <= page.hover);
+  for (const chart of CHARTS) {
+    const limit = chart.limit?.(page.snapshot);
+    drawChart(chart, page.rows, now, page.hover, limit);
+    chart.legend.replaceChildren(...legend(chart, row, limit));
+  }
+}
+
+function legend(chart, row, limit) {
+  const entry = (kind, label, text) => node("span", {}, node("i", { className: kind }), `${label} `, node("b", { textContent: text }));
+  const entries = chart.lines.map(({ column, kind, label, show, none }) => {
+    const value = row?.[column];
+    return entry(kind, label, value === null || value === undefined ? none ?? "no data" : show(value));
+  });
+  if (limit) entries.push(entry("limit", "capacity", chart.capacity(limit)));
+  const note = page.hover !== null && row ? `at ${clock(row.t)}` : chart.note?.(page.snapshot);
+  return [...entries, note ? node("span", { textContent: note }) : null].filter(Boolean);
+}
+
+// --- all together ---
+
+function once(id, data, build) {
+  const key = JSON.stringify(data);
+  if (page.drawn[id] === key) return;
+  page.drawn[id] = key;
+  build(data);
+}
+
+function show() {
+  $("main").hidden = false;
+  showVerdict(page.snapshot);
+  for (const [id, select, build] of SECTIONS) once(id, select(page.snapshot), (data) => $(id).replaceChildren(...build(data)));
+  draw();
+  tick();
+}
+
+buildCharts();
+connect();
+setInterval(tick, 500);
+addEventListener("resize", draw);
+document.addEventListener("visibilitychange", draw);

@@ -1,0 +1,233 @@
+"""The live page: one HTML document, and its feed of server-sent events.
+
+Rules: a snapshot is rendered once for all readers, and not at all when nobody reads. Everything is bounded: readers,
+what waits for each of them, points of history, rows of a table. A reader that is slow skips snapshots, and one that
+takes nothing for `patience` seconds is cut off. Numbers only leave as finite JSON; what could not be read leaves with
+its reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+from aiohttp import web
+
+from sidecar.facts import Absent, Failed, Value
+from sidecar.snapshot import Snapshot
+
+MAX_READERS: Final = 32
+MAX_QUEUED: Final = 3  # snapshots that may wait for one reader
+MAX_TENANTS: Final = 50  # rows; the largest users come first
+HISTORY_SECONDS: Final = 600
+MIN_STEP: Final = 0.5  # seconds between two points, so that the ring holds the window however often one publishes
+
+# The columns of the history. `None` is "nothing to show at this moment", drawn as a gap.
+POINT: Final = (
+    "t", "state", "reason", "progress_age", "allowed", "mu_in_flight", "mu_per_minute", "utilization",
+    "tokens_per_second", "in_flight", "waiting", "gpu",
+)  # fmt: skip
+
+
+# --- the document ---
+
+
+@cache
+def html() -> bytes:
+    """The page in one piece: page.html with its style and scripts put in place of the `<!-- put NAME -->` marks."""
+    place = files("sidecar.report")
+    whole = re.sub(
+        r"<!-- put (page\.css|charts\.js|sections\.js|page\.js) -->",
+        lambda mark: place.joinpath(mark[1]).read_text("utf-8"),
+        place.joinpath("page.html").read_text("utf-8"),
+    )
+    return whole.encode()
+
+
+@cache
+def headers() -> dict[str, str]:
+    """Response headers of the page. Only this very script and style may run: both are named by their hash."""
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hashes("script"),
+        "style-src": _hashes("style"),
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return {
+        "Content-Security-Policy": "; ".join(f"{key} {value}" for key, value in policy.items()),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
+def _hashes(tag: str) -> str:
+    blocks = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), html(), re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(block).digest()).decode()}'" for block in blocks)
+
+
+async def index(_request: web.Request) -> web.Response:
+    """`GET /`."""
+    return web.Response(body=html(), content_type="text/html", charset="utf-8", headers=headers())
+
+
+# --- rendering: snapshot -> JSON ---
+
+
+def render(snapshot: Snapshot) -> dict[str, Any]:
+    """The snapshot as plain JSON values, under its own field names, with readings as {"value"}, {"absent"} or {"failed"}.
+
+    `point` is this moment's row of the history (columns POINT); `tenants` holds the MAX_TENANTS largest of `tenants_known`,
+    which used `mu_total` MU together.
+    """
+    largest = sorted(snapshot.tenants, key=lambda use: (use.mu_in_flight, use.mu_total), reverse=True)
+    data: dict[str, Any] = _plain(snapshot)
+    return data | {
+        "point": point(snapshot),
+        "tenants": _plain(largest[:MAX_TENANTS]),
+        "tenants_known": len(largest),
+        "mu_total": _plain(sum(use.mu_total for use in largest)),
+    }
+
+
+def point(snapshot: Snapshot) -> list[Any]:
+    """One row of the history: wall seconds, then what POINT names (seconds, MU, MU/min, shares of 1, tokens/s, requests)."""
+    load = snapshot.load
+    row = [
+        snapshot.at_wall, snapshot.verdict.state, snapshot.verdict.reason, snapshot.progress_age,
+        snapshot.silence_allowed, load.mu_in_flight, load.mu_per_minute, load.utilization, load.tokens_per_second,
+        load.requests_in_flight, load.requests_waiting, _gpu_utilization(snapshot),
+    ]  # fmt: skip
+    return [_plain(item) for item in row]
+
+
+def _gpu_utilization(snapshot: Snapshot) -> float | None:
+    """Mean over the GPUs that could be read, 0..1."""
+    if not isinstance(snapshot.gpus, Value):
+        return None
+    read = [gpu.utilization.value for gpu in snapshot.gpus.value if isinstance(gpu.utilization, Value)]
+    return sum(read) / len(read) if read else None
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | str() | int():
+            return value
+        case float():
+            return round(value, 6) if math.isfinite(value) else None
+        case tuple() | list():
+            return [_plain(item) for item in value]
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case Absent(reason):
+            return {"absent": reason}
+        case Failed(error):
+            return {"failed": error}
+    return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+
+
+def _event(name: str, data: Any) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n".encode()
+
+
+# --- the feed ---
+
+
+class Feed:
+    """Server-sent events: first `history` ({"columns", "points"}), then one `snapshot` for each `publish`."""
+
+    def __init__(self, patience: float = 20.0) -> None:
+        self._patience = patience
+        self._readers: set[asyncio.Queue[bytes | None]] = set()
+        self._points: deque[tuple[float, list[Any]]] = deque(maxlen=round(HISTORY_SECONDS / MIN_STEP))
+        self._last: Snapshot | None = None
+        self._closed = False
+
+    @property
+    def readers(self) -> int:
+        """How many pages are listening."""
+        return len(self._readers)
+
+    def publish(self, snapshot: Snapshot) -> None:
+        """Remember this moment, and send it to whoever listens. Never waits."""
+        self._remember(snapshot)
+        if self._readers:
+            event = _event("snapshot", render(snapshot))
+            for reader in self._readers:
+                _offer(reader, event)
+
+    def close(self) -> None:
+        """End all streams, now and for good. To be called before the server waits for its handlers."""
+        self._closed = True
+        for reader in self._readers:
+            _offer(reader, None)
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """`GET /events`. 503 when MAX_READERS are listening already, or after `close`."""
+        if self._closed or self.readers >= MAX_READERS:
+            text = "stopping\n" if self._closed else f"{MAX_READERS} pages are open already; close one\n"
+            return web.Response(status=503, headers={"Retry-After": "5"}, text=text)
+        response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        response.content_type = "text/event-stream"
+        with self._reader() as reader:
+            try:
+                await self._send(request, response, reader)
+            except TimeoutError:
+                if request.transport is not None:
+                    request.transport.abort()  # what is buffered for it would otherwise be kept until TCP gives up
+            except ConnectionError:
+                pass  # the page was closed
+        return response
+
+    async def _send(
+        self, request: web.Request, response: web.StreamResponse, reader: asyncio.Queue[bytes | None]
+    ) -> None:
+        event: bytes | None = self._opening()
+        await response.prepare(request)
+        while event is not None:
+            async with asyncio.timeout(self._patience):
+                await response.write(event)
+            event = await reader.get()
+
+    def _opening(self) -> bytes:
+        history = _event("history", {"columns": POINT, "points": [row for _, row in self._points]})
+        return history + (_event("snapshot", render(self._last)) if self._last else b"")
+
+    @contextmanager
+    def _reader(self) -> Iterator[asyncio.Queue[bytes | None]]:
+        reader: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED)
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+
+    def _remember(self, snapshot: Snapshot) -> None:
+        self._last = snapshot
+        points = self._points
+        if points and snapshot.at - points[-1][0] < MIN_STEP:
+            return
+        points.append((snapshot.at, point(snapshot)))
+        while points[0][0] < snapshot.at - HISTORY_SECONDS:
+            points.popleft()
+
+
+def _offer(reader: asyncio.Queue[bytes | None], event: bytes | None) -> None:
+    """Queue an event; past the bound the oldest one is dropped, so that a slow page shows the present."""
+    if reader.full():
+        reader.get_nowait()
+    reader.put_nowait(event)

@@ -1,0 +1,67 @@
+"""For Prometheus and for whoever scrapes the inference port: our series as text, and both engine's and ours as one page.
+
+Rules: a page is rendered at most once a second and format, however often it is asked for; the format is the client's
+choice among those the library knows; a header that no scraper sends gets plain text, never an error.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
+
+PLAIN: Final = CONTENT_TYPE_PLAIN_0_0_4
+FORMATS: Final = 4  # pages kept; the client names the version, so that the number of formats is not ours
+
+_OURS = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
+_EOF = re.compile(r"^# EOF *$\n?", re.MULTILINE)
+
+
+class Pages:
+    """The metrics of one registry as bytes, kept for `seconds`."""
+
+    def __init__(
+        self, registry: CollectorRegistry, *, seconds: float = 1.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._registry = registry
+        self._seconds = seconds
+        self._clock = clock
+        self._kept: dict[str, tuple[float, bytes]] = {}
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The page and its Content-Type for an `Accept` header."""
+        try:
+            encoder, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # a version that is no number
+            encoder, content_type = generate_latest, PLAIN
+        now = self._clock()
+        kept = self._kept.get(content_type)
+        if kept is not None and now - kept[0] < self._seconds:
+            return kept[1], content_type
+        page = encoder(self._registry)
+        if len(self._kept) >= FORMATS:
+            self._kept.clear()
+        self._kept[content_type] = now, page
+        return page, content_type
+
+    def text(self) -> str:
+        """The page as plain text, for `merged`."""
+        return self.render()[0].decode()
+
+
+def merged(engine_page: str | None, ours: str) -> str:
+    """One page of plain text: the engine's series, untouched, then ours.
+
+    A family may stand on a page only once, so whatever an engine page has under our names gives way (an engine that is
+    itself behind a sidecar). Without an engine page it is ours alone: missing series are true, stale ones are not.
+    """
+    if not engine_page:
+        return ours
+    theirs = _EOF.sub("", engine_page)
+    if "sidecar_" in theirs or "DCGM_FI_" in theirs:
+        theirs = _OURS.sub("", theirs if theirs.endswith("\n") else theirs + "\n")
+    return theirs + ("" if theirs.endswith("\n") else "\n") + ours

@@ -1,0 +1,159 @@
+"""Pure: what happened during a demo -> how well the stalls were handled, and whether anything was alarmed for nothing.
+
+Rules of this module:
+- a stall runs from its injection to the first request served by a ready, restarted engine;
+- detected: the first verdict that fails liveness (`stalled`, `dead`) after the injection;
+- a false alarm: such a verdict, or a kill, while no stall is on and the engine has not ended by itself. `suspect` is none:
+  it withdraws readiness to look closer and kills nothing.
+All times are monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+ALARMS: Final = frozenset({"stalled", "dead"})
+
+
+@dataclass(slots=True)
+class Stall:
+    """One injected stall; None for what has not happened yet."""
+
+    injected: float
+    detected: float | None = None
+    reason: str = ""
+    killed: float | None = None
+    ready: float | None = None
+    recovered: float | None = None
+
+
+@dataclass(slots=True)
+class Scorecard:
+    """Folds what happens, in the order in which it happens."""
+
+    stalls: list[Stall] = field(default_factory=list)
+    false_alarms: list[str] = field(default_factory=list)
+    crashes: int = 0
+    _down: bool = False  # the engine ended outside a stall and is not ready again
+    _alarmed: bool = False  # since the engine was last ready: one mistake is one false alarm, verdict and kill together
+    _killing: bool = False
+
+    @property
+    def open_stall(self) -> Stall | None:
+        """The stall that is on, if any."""
+        return self.stalls[-1] if self.stalls and self.stalls[-1].recovered is None else None
+
+    def injected(self, at: float) -> None:
+        """A stall was injected."""
+        self.stalls.append(Stall(at))
+
+    def verdict(self, state: str, reason: str, at: float) -> bool:
+        """The verdict changed. True when this detected a stall."""
+        if state not in ALARMS:
+            return False
+        stall = self._stall_at(at)
+        if stall is None:
+            self._alarm(f"verdict {state} ({reason})")
+        elif stall.detected is None:
+            stall.detected, stall.reason = at, reason
+            return True
+        return False
+
+    def _alarm(self, what: str) -> None:
+        if not self._down and not self._alarmed:
+            self.false_alarms.append(what)
+            self._alarmed = True
+
+    def _stall_at(self, at: float) -> Stall | None:
+        """The stall that was on at that time: verdicts are read late, and one may arrive after the recovery."""
+        return next((s for s in self.stalls if s.injected <= at <= (at if s.recovered is None else s.recovered)), None)
+
+    def killed(self, probe: str, at: float) -> None:
+        """The kubelet kills the engine because of a probe."""
+        self._killing = True
+        stall = self.open_stall
+        if stall is None:
+            self._alarm(f"killed by its {probe} probe")
+        elif stall.killed is None:
+            stall.killed = at
+
+    def exited(self) -> None:
+        """The engine's process has ended, killed or not."""
+        if self.open_stall is None:
+            self.crashes += not self._killing
+            self._down = True
+        self._killing = False
+
+    def ready(self, at: float) -> None:
+        """The engine became ready."""
+        self._down = self._alarmed = False
+        stall = self.open_stall
+        if stall is not None and stall.killed is not None:
+            stall.ready = at
+
+    def served(self, at: float) -> bool:
+        """A request ended well. True when this ended a stall."""
+        stall = self.open_stall
+        if stall is None or stall.ready is None or at < stall.ready:
+            return False
+        stall.recovered = at
+        return True
+
+    def failures(self) -> list[str]:
+        """What went wrong, a line each; none when all went well."""
+        said = [f"false alarm: {what}" for what in self.false_alarms]
+        if self.crashes:
+            said.append(f"the engine ended by itself {self.crashes} time(s)")
+        if any(stall.detected is None for stall in self.stalls):
+            said.append("a stall was not detected")
+        elif self.open_stall:
+            said.append("the engine had not recovered from the last stall at the end")
+        return said
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The numbers of a summary. `mu` maps outcome -> model units as the sidecar settled them; None where unread."""
+
+    requests: Mapping[str, int]
+    pictures: int
+    mu: Mapping[str, float] | None
+    seconds: float
+
+
+def summary(card: Scorecard, figures: Figures) -> list[str]:
+    """The lines that a demo ends with."""
+    rows = [
+        ("ran for", f"{figures.seconds:.0f} s"),
+        ("requests", _counts(figures.requests)),
+        ("images", f"{figures.pictures} in requests that ended well"),
+        ("model units", _units(figures.mu)),
+        ("stalls injected", str(len(card.stalls))),
+        ("time to detect", _durations(card, lambda s: s.detected, "not detected")),
+        ("time to recover", _durations(card, lambda s: s.recovered, "not recovered")),
+        ("false alarms", str(len(card.false_alarms))),
+    ]
+    return [f"  {name:<16} {value}" for name, value in rows]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    parts = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    return f"{total}: {parts}" if total else "0"
+
+
+def _units(mu: Mapping[str, float] | None) -> str:
+    if mu is None:
+        return "not read: the sidecar's metrics page did not answer"
+    parts = ", ".join(f"{n:.2f} {name}" for name, n in sorted(mu.items(), key=lambda item: -item[1]) if n)
+    return f"{sum(mu.values()):.2f} MU" + (f": {parts}" if parts else "")
+
+
+def _durations(card: Scorecard, end: Callable[[Stall], float | None], missing: str) -> str:
+    said = []
+    for stall in card.stalls:
+        at = end(stall)
+        said.append(missing if at is None else f"{at - stall.injected:.1f} s")
+    return ", ".join(said) or "-"

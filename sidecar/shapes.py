@@ -1,0 +1,100 @@
+"""Pure: the size and manner of a request, read from its parsed body. Numbers and the model's name only, no content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+# Where engines take prompts from. Everything below these keys counts as prompt text, token ids, or images.
+_PROMPT_KEYS: Final = (
+    "messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content",
+    "input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items",
+    "input_prefix", "input_suffix",
+)  # fmt: skip
+# Most output tokens of one choice, in the order in which they count; nested ones are TGI's and SGLang's.
+_OUTPUT_KEYS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
+_OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
+_IMAGE_TYPES: Final = frozenset(("image_url", "input_image", "image", "image_pil", "image_embeds"))
+_NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
+_ASKABLE: Final = frozenset(("chat", "completions"))  # routes that know stream_options
+MAX_NAME: Final = 128  # characters kept of a model's name
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices."""
+
+    model: str = ""
+    stream: bool = False
+    generative: bool = True
+    max_output: int | None = None
+    choices: int = 1
+    text_bytes: int = 0
+    token_ids: int = 0
+    images: int = 0
+    ask_usage: bool = False  # whether we have to ask for the usage of a stream, because the client did not
+
+
+def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Shape:
+    """The shape of a request. `payload` is None where the body could not be parsed; then its length stands for its text."""
+    generative = route not in _NOT_GENERATIVE
+    if payload is None:
+        return Shape(generative=generative, text_bytes=0 if route == "audio" else body_bytes)
+    model, stream = payload.get("model"), payload.get("stream") is True
+    choices = _count(payload.get("n")) or 1
+    limit = _max_output(payload)
+    text_bytes, token_ids, images = _measure([payload[key] for key in _PROMPT_KEYS if key in payload])
+    return Shape(
+        model=model[:MAX_NAME] if isinstance(model, str) else "",
+        stream=stream,
+        generative=generative,
+        max_output=None if limit is None else limit * choices,
+        choices=choices,
+        text_bytes=text_bytes,
+        token_ids=token_ids,
+        images=images,
+        ask_usage=stream and route in _ASKABLE and _usage_is_ours_to_ask(payload.get("stream_options")),
+    )
+
+
+def _usage_is_ours_to_ask(options: Any) -> bool:
+    """Options of a wrong type are the engine's to refuse, so they stay as they are."""
+    return options is None or (isinstance(options, dict) and not options.get("include_usage"))
+
+
+def _max_output(payload: dict[str, Any]) -> int | None:
+    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
+    limits = (_count(holder.get(key)) for holder in holders for key in _OUTPUT_KEYS)
+    return next((limit for limit in limits if limit is not None), None)
+
+
+def _count(value: Any) -> int | None:
+    """A plausible count, or None: 2^31 bounds what one request can do to our sums."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
+
+
+def _measure(stack: list[Any]) -> tuple[int, int, int]:
+    """(UTF-8 bytes of text, token ids, images) below the given values."""
+    text_bytes = token_ids = images = 0
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            text_bytes += _text_bytes(value)
+        elif isinstance(value, list):
+            if value and isinstance(value[0], int):
+                token_ids += len(value)
+            else:
+                stack.extend(value)
+        elif isinstance(value, dict):
+            if value.get("type") in _IMAGE_TYPES:
+                images += 1
+            else:
+                # `data` is base64 in every API that has it: audio, files
+                stack.extend(item for key, item in value.items() if key != "data")
+    return text_bytes, token_ids, images
+
+
+def _text_bytes(text: str) -> int:
+    if text.startswith("data:"):  # a placeholder, or a data URL outside an image part
+        return 0
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))

@@ -1,0 +1,144 @@
+"""The engine's own metrics page, read over HTTP.
+
+Rules: one scrape at a time and at most one per period, whoever reads us and however often; the body is bounded; no error
+ever leaves `poll`, it becomes a reading that failed. An old page is not shown as a fresh one: gauges of a frozen engine
+are a lie that a router would believe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import aiohttp
+
+from sidecar.facts import Absent, EngineSample, Failed, Reading, Value
+
+Parse = Callable[[bytes, float], EngineSample]
+
+MAX_BYTES: Final = 16 * 1024 * 1024  # a large vLLM page is 1-2 MiB
+PAGE_PERIODS: Final = 5  # a page older than this many periods is no longer merged into ours
+
+_REMEDIES: Final = {
+    401: "; give the engine's key with --engine-key",
+    403: "; give the engine's key with --engine-key",
+    404: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
+    501: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class _TooLarge(Exception):
+    """The page is over its bound."""
+
+
+class _Status(Exception):
+    """The engine answered, but not with its page."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class ScrapeSignal:
+    """Reads `url` (the whole URL of the metrics page) once per `period` seconds while `run` runs.
+
+    `url` is "" for an engine kind without metrics. `parse(page, at)` makes the sample and raises ValueError on garbage.
+    `headers` go with each scrape, for engines that ask for a key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        parse: Parse,
+        *,
+        headers: Mapping[str, str] | None = None,
+        period: float = 1.0,
+        timeout: float = 2.0,
+        max_bytes: int = MAX_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._url = url
+        self._parse = parse
+        # identity: compression on loopback costs both sides more than it saves.
+        self._headers = {"Accept": "text/plain;version=0.0.4", "Accept-Encoding": "identity", **(headers or {})}
+        self._period = period
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._reading: Reading[EngineSample] = Absent("not read yet" if url else "this engine has no metrics page")
+        self._page: tuple[float, bytes] | None = None
+
+    def read(self) -> Reading[EngineSample]:
+        """The last reading, at once. `seconds` of a value is what its scrape took, parsing included."""
+        return self._reading
+
+    def page(self) -> str | None:
+        """The text of the last page that could be read; None when there is none or it is too old to be true."""
+        if self._page is None or self._clock() - self._page[0] > PAGE_PERIODS * self._period:
+            return None
+        return self._page[1].decode("utf-8", "replace")
+
+    async def run(self) -> None:
+        """Poll until cancelled. Returns at once where there is nothing to read."""
+        if not self._url:
+            return
+        async with aiohttp.ClientSession(timeout=self._timeout, connector=aiohttp.TCPConnector(limit=1)) as session:
+            while True:
+                started = self._clock()
+                await self.poll(session)
+                # A slow engine is not scraped back to back: it rests for at least half a period.
+                await asyncio.sleep(max(self._period / 2, started + self._period - self._clock()))
+
+    async def poll(self, session: aiohttp.ClientSession) -> Reading[EngineSample]:
+        """One scrape. The reading is kept, and returned."""
+        started = self._clock()
+        try:
+            page = await self._fetch(session)
+            read = self._parse(page, started)
+            self._page = (self._clock(), page)  # only once it parsed: garbage would break the merged page as well
+            self._keep(Value(read, at=started, seconds=self._clock() - started))
+        except Exception as e:  # noqa: BLE001 - whatever a page or its parser does, the control process lives on
+            self._keep(Failed(self._reason(e)))
+        return self._reading
+
+    async def _fetch(self, session: aiohttp.ClientSession) -> bytes:
+        async with session.get(
+            self._url, headers=self._headers, timeout=self._timeout, allow_redirects=False
+        ) as response:
+            if response.status != 200:
+                response.close()
+                raise _Status(response.status)
+            page = bytearray()
+            async for chunk in response.content.iter_any():
+                page += chunk
+                if len(page) > self._max_bytes:
+                    raise _TooLarge
+            return bytes(page)
+
+    def _keep(self, reading: Reading[EngineSample]) -> None:
+        if isinstance(reading, Failed) and reading != self._reading:
+            _log.warning("engine metrics: %s", reading.error)
+        self._reading = reading
+
+    def _reason(self, error: Exception) -> str:
+        match error:
+            case _Status(status=status):
+                return f"the metrics page answered {status}" + _REMEDIES.get(status, "")
+            case _TooLarge():
+                return f"the metrics page is over {self._max_bytes} bytes"
+            case TimeoutError():
+                return f"the metrics page did not answer in {self._timeout.total:g} s"
+            case aiohttp.ClientConnectorError():
+                return "the engine refuses connections"
+            case aiohttp.ClientError() | OSError():
+                return f"the metrics page broke off ({type(error).__name__})"
+            case ValueError():
+                return "the metrics page is not Prometheus text"
+            case _:
+                _log.error("engine metrics: unexpected error", exc_info=error)
+                return f"the metrics page could not be read ({type(error).__name__})"

@@ -1,0 +1,160 @@
+"""The real thing: `sidecar run` as a process beside a scripted engine, observed as kubelet and a page observe it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+
+PATIENCE = 45.0  # seconds; a bound on hanging, not a measure of anything
+QUICK = {
+    "silence-floor": "1.5",
+    "silence-unlearned": "1.5",
+    "canary-interval": "1",
+    "drain-seconds": "10",
+    "images": "off",
+}
+
+
+@dataclass
+class Sidecar:
+    """A running sidecar: its ports, its state directory, what it logged."""
+
+    relay: str
+    admin: str
+    state: Path
+    process: asyncio.subprocess.Process
+    session: aiohttp.ClientSession
+    log: list[str] = field(default_factory=list)
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.session.get(self.admin + path) as answer:
+            body = await answer.text()
+            return answer.status, json.loads(body) if body.startswith("{") else body
+
+    async def until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first snapshot of the live feed for which `holds`."""
+        async with asyncio.timeout(PATIENCE), self.session.get(self.admin + "/events") as feed:
+            event = ""
+            async for line in feed.content:
+                if line.startswith(b"event: "):
+                    event = line[7:].decode().strip()
+                elif line.startswith(b"data: ") and event == "snapshot":
+                    snapshot: dict[str, Any] = json.loads(line[6:])
+                    if holds(snapshot):
+                        return snapshot
+        raise AssertionError("the feed ended")
+
+    async def until_verdict(self, *states: str) -> dict[str, Any]:
+        try:
+            return await self.until(lambda s: s["verdict"]["state"] in states)
+        except TimeoutError:
+            raise AssertionError(f"never {states}; log: {''.join(self.log[-20:])}") from None
+
+    def chat(self, *, stream: bool = True, tokens: int = 5, text: str = "hello", **headers: str) -> Any:
+        body = {
+            "model": "scripted", "stream": stream, "max_tokens": tokens, "messages": [{"role": "user", "content": text}],
+        }  # fmt: skip
+        return self.session.post(self.relay + "/v1/chat/completions", json=body, headers=headers)
+
+    async def stop(self) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE):
+            return await self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[ScriptedEngine]:
+    settings = EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=5.0)
+    async with ScriptedEngine(settings) as engine:
+        yield engine
+
+
+@contextlib.asynccontextmanager
+async def starter(folder: Path) -> AsyncIterator[Start]:
+    """A function that starts `sidecar run` beside an engine URL, with settings; all are ended with the block."""
+    async with contextlib.AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        count = 0
+
+        async def run(engine: str, **chosen: str) -> Sidecar:
+            nonlocal count
+            count += 1
+            relay, admin, state = free_port(), free_port(), folder / f"state{count}"
+            flags = QUICK | {k.replace("_", "-"): v for k, v in chosen.items()}
+            flags |= {"engine": engine, "listen": f"127.0.0.1:{relay}", "admin": f"127.0.0.1:{admin}"}
+            flags |= {"state-dir": str(state)}
+            command = [sys.executable, "-m", "sidecar", "run", *(x for k, v in flags.items() for x in (f"--{k}", v))]
+            env = {k: v for k, v in os.environ.items() if not k.startswith("SIDECAR_")}
+            process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=env)
+            sidecar = Sidecar(f"http://127.0.0.1:{relay}", f"http://127.0.0.1:{admin}", state, process, session)
+            reader = asyncio.create_task(_read(process, sidecar.log))
+            stack.push_async_callback(_end, sidecar, reader)
+            await _listening(sidecar)
+            return sidecar
+
+        yield run
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    """A function that starts `sidecar run`, for one test."""
+    async with starter(tmp_path) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def sidecars() -> Any:
+    """`starter`, for fixtures that outlive a test."""
+    return starter
+
+
+async def _read(process: asyncio.subprocess.Process, log: list[str]) -> None:
+    assert process.stderr is not None
+    while line := await process.stderr.readline():
+        log.append(line.decode())
+
+
+async def _listening(sidecar: Sidecar) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            if sidecar.process.returncode is not None:
+                raise AssertionError(f"it ended: {''.join(sidecar.log)}")
+            try:
+                status, _ = await sidecar.get("/healthz")
+                if status == 200:
+                    return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.05)
+
+
+async def _end(sidecar: Sidecar, reader: asyncio.Task[None]) -> None:
+    if sidecar.process.returncode is None:
+        await sidecar.stop()
+    await reader
+    text = "".join(sidecar.log)
+    assert "Traceback" not in text, text

@@ -1,0 +1,215 @@
+"""Images through the whole sidecar: what the engine sees, what /v1/preprocess says, what hostile bytes get."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from aiohttp import web
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from PIL import Image
+
+from sidecar.photos import photo
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+CONFIG = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 56 * 56,
+    "max_pixels": 28 * 28 * 1280,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+}
+
+
+class Recorder:
+    """An engine that keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[Any] = []
+        self.spans: list[Any] = []
+        self.traced = asyncio.Event()
+        self.url = ""
+
+    async def chat(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body.get("max_tokens") != 1:  # the canary's
+            self.bodies.append(body)
+            self.headers.append(request.headers.copy())
+        usage = {"prompt_tokens": 10, "completion_tokens": 2}
+        return web.json_response({"choices": [{"message": {"content": "ok"}}], "usage": usage})
+
+    async def collect(self, request: web.Request) -> web.Response:
+        message = ExportTraceServiceRequest.FromString(await request.read())
+        self.spans += [s for r in message.resource_spans for scope in r.scope_spans for s in scope.spans]
+        self.traced.set()
+        return web.Response(body=b"", content_type="application/x-protobuf")
+
+    async def span_of(self, trace_id: str, count: int) -> list[Any]:
+        """The spans of a trace, once `count` of them have come."""
+        while len(found := [s for s in self.spans if s.trace_id.hex() == trace_id]) < count:
+            self.traced.clear()
+            await self.traced.wait()
+        return found
+
+    async def models(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "tiny", "owned_by": "vllm"}]})
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def recorder() -> AsyncIterator[Recorder]:
+    recorder = Recorder()
+    app = web.Application(client_max_size=1 << 28)
+    app.router.add_post("/v1/chat/completions", recorder.chat)
+    app.router.add_post("/v1/completions", recorder.chat)
+    app.router.add_get("/v1/models", recorder.models)
+    app.router.add_post("/v1/traces", recorder.collect)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    recorder.url = "http://{}:{}".format(*runner.addresses[0][:2])
+    yield recorder
+    await runner.cleanup()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sidecar(recorder: Recorder, sidecars: Any, tmp_path_factory: Any, requires: Any) -> AsyncIterator[Any]:
+    """One for all tests here: its image workers load torch for seconds. The engine is its OTLP collector, too."""
+    requires("python:torchvision")
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "preprocessor_config.json").write_text(json.dumps(CONFIG))
+    async with sidecars(folder) as start:
+        sidecar = await start(
+            recorder.url, images="inline", model=str(folder), image_workers="1", canary_interval="60",
+            otlp_endpoint=recorder.url,
+        )  # fmt: skip
+        await sidecar.until_verdict("idle")
+        yield sidecar
+
+
+@pytest.fixture(autouse=True)
+def fresh(recorder: Recorder) -> None:
+    """Each test sees only its own requests."""
+    recorder.bodies.clear()
+    recorder.headers.clear()
+
+
+def data_url(data: bytes, media: str = "image/jpeg") -> str:
+    return f"data:{media};base64,{base64.b64encode(data).decode()}"
+
+
+def chat(*urls: str) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {
+        "model": "tiny",
+        "max_tokens": 8,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, *parts]}],
+    }
+
+
+def processor() -> Any:
+    from transformers import Qwen2VLImageProcessor
+
+    return Qwen2VLImageProcessor(
+        **{k: v for k, v in CONFIG.items() if k not in ("image_processor_type", "min_pixels", "max_pixels")}
+    )
+
+
+async def ask(sidecar: Any, body: Any, **headers: str) -> tuple[int, Any, Any]:
+    # the image workers load torch for some seconds; until then the answer is 503 with Retry-After
+    for _ in range(100):
+        async with sidecar.session.post(sidecar.relay + "/v1/chat/completions", json=body, headers=headers) as answer:
+            if answer.status != 503:
+                return answer.status, await answer.json(), answer.headers
+    raise AssertionError("images never became ready")
+
+
+async def test_the_engine_sees_a_lossless_image_of_the_final_size(recorder: Recorder, sidecar: Any) -> None:
+    """1080p JPEG in, an uncompressed image out, its pixels those that the processor itself would have made; content hash as uuid."""
+    jpeg = photo(1920, 1080, 7)
+    status, _, _ = await ask(sidecar, chat(data_url(jpeg)))
+    assert status == 200
+    (part,) = [p for p in recorder.bodies[0]["messages"][0]["content"] if p["type"] == "image_url"]
+    media, _, payload = part["image_url"]["url"].partition(";base64,")
+    assert media in ("data:image/bmp", "data:image/x-portable-pixmap") and part["uuid"]
+    seen = Image.open(io.BytesIO(base64.b64decode(payload)))
+    assert seen.size == (1316, 728)
+    theirs = processor()(Image.open(io.BytesIO(jpeg)).convert("RGB"), return_tensors="np")
+    ours = processor()(seen.convert("RGB"), return_tensors="np")
+    assert np.array_equal(theirs["pixel_values"], ours["pixel_values"])
+    assert np.array_equal(theirs["image_grid_thw"], ours["image_grid_thw"])
+
+
+async def test_an_image_is_counted_and_its_time_told_by_stage(recorder: Recorder, sidecar: Any) -> None:
+    """The page and the metrics show the image work."""
+    before = dict((await sidecar.until(lambda s: True))["images"]["outcomes"]).get("ok", 0)
+    await ask(sidecar, chat(data_url(photo(640, 480, 1)), data_url(photo(320, 640, 2))))
+    snapshot = await sidecar.until(lambda s: dict(s["images"]["outcomes"]).get("ok") == before + 2)
+    assert {stage for stage, _, _ in snapshot["images"]["stages"]} >= {"decode", "resize", "encode"}
+    _, page = await sidecar.get("/metrics")
+    assert f'sidecar_images_total{{format="jpeg",outcome="ok"}} {before + 2}.0' in page
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"\xff\xd8\xff\xe0 this is no jpeg", "image_"),
+        (photo(640, 480, 1)[:9000], "image_"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x01\xff\xff\x00\x01\xff\xff\x08\x02\x00\x00\x00", "image_"),
+    ],
+)
+async def test_broken_and_hostile_images_are_a_400_that_names_the_part(
+    recorder: Recorder, sidecar: Any, data: bytes, code: str
+) -> None:
+    """Nothing crashes; the engine is not asked; the request settles as rejected; the next one is served."""
+    good = data_url(photo(320, 240, 3))
+    status, body, _ = await ask(sidecar, chat(good, data_url(data)), **{"x-tenant-id": "mallory"})
+    assert status == 400, body
+    assert body["error"]["code"].startswith(code) and "messages[0].content[2]" in body["error"]["message"]
+    assert not recorder.bodies
+    _ = await sidecar.until(lambda s: any(t["tenant"] == "mallory" and t["requests_total"] == 1 for t in s["tenants"]))
+    _, page = await sidecar.get("/metrics")
+    assert 'outcome="rejected",tenant="mallory"} 1.0' in page
+    assert (await ask(sidecar, chat(good)))[0] == 200
+
+
+async def test_preprocess_returns_what_the_hugging_face_processor_returns(sidecar: Any) -> None:
+    """pixel_values and image_grid_thw, in the order of the images, as safetensors."""
+    from safetensors.numpy import load
+
+    jpegs = [photo(640, 480, 1), photo(300, 900, 2)]
+    body = {"images": [data_url(j) for j in jpegs]}
+    for _ in range(100):
+        async with sidecar.session.post(sidecar.relay + "/v1/preprocess", json=body) as answer:
+            if answer.status != 503:
+                assert answer.status == 200, await answer.text()
+                got = load(await answer.read())
+                break
+    theirs = processor()([Image.open(io.BytesIO(j)).convert("RGB") for j in jpegs], return_tensors="np")
+    assert np.array_equal(got["pixel_values"], theirs["pixel_values"])
+    assert np.array_equal(got["image_grid_thw"], theirs["image_grid_thw"])
+
+
+async def test_one_trace_spans_client_sidecar_and_engine(recorder: Recorder, sidecar: Any) -> None:
+    """A server span under the caller's span, a child per image, and the engine gets our span as its parent."""
+    trace_id, caller = "ab" * 16, "cd" * 8
+    status, _, _ = await ask(sidecar, chat(data_url(photo(320, 240, 3))), traceparent=f"00-{trace_id}-{caller}-01")
+    assert status == 200
+    spans = await recorder.span_of(trace_id, 2)
+    (server,) = [s for s in spans if s.parent_span_id.hex() == caller]
+    assert server.kind == server.SPAN_KIND_SERVER and server.name.startswith("chat")
+    assert {a.key: a.value.string_value for a in server.attributes}["sidecar.outcome"] == "ok"
+    assert [s for s in spans if s.parent_span_id == server.span_id], "the image work is a child"
+    assert recorder.headers[-1]["traceparent"] == f"00-{trace_id}-{server.span_id.hex()}-01"

@@ -1,0 +1,190 @@
+"""A hang is found, a busy engine is not, and our own troubles are nobody's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import aiohttp
+import pytest
+
+from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+
+
+async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine: ScriptedEngine, start: Any) -> None:
+    """Requests outstanding, /health 200, no token: /livez turns 503 and back once the engine moves again."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    assert (await sidecar.get("/startupz"))[0] == 200
+    async with sidecar.chat(tokens=100_000) as stream:
+        await stream.content.readany()
+        await sidecar.until_verdict("progressing")
+        engine.faults.start("freeze")
+        snapshot = await sidecar.until_verdict("stalled")
+        assert snapshot["verdict"]["evidence"]["outstanding"] == 1
+        status, body = await sidecar.get("/livez")
+        assert (status, body["verdict"], body["reason"]) == (503, "stalled", "no_progress")
+        assert "canary starved" in body["detail"]
+        assert (await sidecar.get("/readyz"))[0] == 503
+        assert (sidecar.state / "stalled").exists()
+        async with sidecar.session.get(engine.url + "/health") as health:
+            assert health.status == 200, "the engine itself says that it is fine"
+        engine.faults.clear()
+        await sidecar.until_verdict("progressing")
+    assert (await sidecar.get("/livez"))[0] == 200
+    await sidecar.until(lambda s: bool(s["diagnoses"]))
+    _, listed = await sidecar.get("/diagnoses")
+    _, bundle = await sidecar.get("/diagnoses/" + listed["diagnoses"][0]["id"])
+    assert bundle["outstanding"][0]["route"] == "chat" and "vllm:num_requests_running" in bundle["engine_metrics"]
+    assert "hello" not in str(bundle)
+    states = [v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]]
+    assert states[:2] == ["progressing", "stalled"]
+
+
+async def test_an_idle_hang_is_found_by_canaries(engine: ScriptedEngine, start: Any) -> None:
+    """Nobody asks anything, and the hang is found all the same."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    engine.faults.start("freeze")
+    await sidecar.until_verdict("stalled")
+    assert (await sidecar.get("/livez"))[0] == 503
+
+
+@pytest.mark.parametrize(
+    "fault", ["livelock", "freeze_admission", "kv_deadlock", "first_chunk_then_silence", "core_dead"]
+)
+async def test_hangs_of_other_kinds_fail_readiness_or_liveness(fault: str, engine: ScriptedEngine, start: Any) -> None:
+    """Whatever stops tokens while requests are outstanding withdraws the engine from service."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    engine.faults.start(fault)
+    async with asyncio.TaskGroup() as group:
+        asking = [group.create_task(_ask(sidecar)) for _ in range(3)]
+        await sidecar.until_verdict("suspect", "stalled")
+        for task in asking:
+            task.cancel()
+
+
+async def _ask(sidecar: Any) -> None:
+    async with sidecar.chat(tokens=200) as stream:
+        async for _ in stream.content:
+            pass
+    await asyncio.Event().wait()
+
+
+async def test_a_long_prefill_and_a_slow_health_page_are_no_hang(engine: ScriptedEngine, start: Any) -> None:
+    """The engine computes for several times the floor before its first token: quiet, never suspect."""
+    sidecar = await start(engine.url, silence_floor="1", silence_unlearned="1", silence_margin="10")
+    await sidecar.until_verdict("idle")
+    engine.faults.start("long_prefill", duration=4)
+    engine.faults.start("slow_health")
+    async with sidecar.chat(tokens=2, text="x" * 4 * 40_000) as stream:
+        assert stream.status == 200
+        await stream.read()
+    states = [v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]]
+    assert not {"suspect", "stalled", "dead"} & set(states), states
+
+
+async def test_garbage_metrics_are_a_failed_reading_and_change_no_verdict(engine: ScriptedEngine, start: Any) -> None:
+    """What cannot be read is failed, never 0, and nobody is killed for it."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    engine.faults.start("garbage_metrics")
+    snapshot = await sidecar.until(lambda s: "failed" in s["engine"])
+    assert snapshot["verdict"]["state"] in ("idle", "progressing", "quiet")
+    async with sidecar.chat() as stream:
+        assert stream.status == 200
+        await stream.read()
+    await sidecar.until(lambda s: s["verdict"]["state"] in ("idle", "progressing") and "failed" in s["engine"])
+    _, page = await sidecar.get("/metrics")
+    assert 'sidecar_signal_up{signal="scrape"} 0.0' in page
+
+
+async def test_an_engine_that_is_not_there_yet_is_starting(start: Any) -> None:
+    """Start-up waits, says so, and ends when the engine serves."""
+    async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0))) as gone:
+        url = gone.url
+    sidecar = await start(url)
+    status, body = await sidecar.get("/startupz")
+    assert status == 503 and body["verdict"] == "starting"
+    assert (await sidecar.get("/livez"))[0] == 200, "liveness must not kill an engine that loads"
+    async with sidecar.chat() as refused:
+        assert refused.status == 502
+        assert (await refused.json())["error"]["code"] == "engine_unreachable"
+    host, port = url.removeprefix("http://").split(":")
+    async with ScriptedEngine(EngineSettings(listen=(host, int(port)))):
+        await sidecar.until_verdict("idle")
+        assert (await sidecar.get("/startupz"))[0] == 200
+    assert any("not there yet" in line for line in sidecar.log)
+
+
+async def test_a_relay_that_dies_is_restarted_and_what_it_held_is_lost(engine: ScriptedEngine, start: Any) -> None:
+    """kill -9 of a relay: its streams settle as lost, a new one serves, and no probe fails the engine."""
+    sidecar = await start(engine.url)
+    snapshot = await sidecar.until_verdict("idle")
+    pid = snapshot["relays"][0]["pid"]
+    async with sidecar.chat(tokens=100_000, **{"x-tenant-id": "acme"}) as stream:
+        await stream.content.readany()
+        await sidecar.until(lambda s: s["load"]["requests_in_flight"] == 1)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(aiohttp.ClientError):
+            while await stream.content.readany():
+                pass
+            raise aiohttp.ClientPayloadError("ended")
+    snapshot = await sidecar.until(
+        lambda s: s["relays"][0]["restarts"] == 1 and s["relays"][0]["pulse_age"] is not None
+    )
+    assert snapshot["load"]["requests_in_flight"] == 0
+    async with sidecar.chat() as again:
+        assert again.status == 200
+        await again.read()
+    _, page = await sidecar.get("/metrics")
+    assert 'sidecar_requests_total{model="scripted",outcome="lost",tenant="acme"} 1.0' in page
+    states = {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
+    assert not {"stalled", "dead"} & states
+
+
+async def test_a_stopped_sidecar_does_not_blame_the_engine(engine: ScriptedEngine, start: Any) -> None:
+    """SIGSTOP of the control process for longer than the allowed silence: unknown for a while, never stalled."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    async with sidecar.chat(tokens=100_000) as stream:
+        await stream.content.readany()
+        await sidecar.until_verdict("progressing")
+        sidecar.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(3)  # the time itself is what is tested: longer than the floor
+        sidecar.process.send_signal(signal.SIGCONT)
+        await sidecar.until_verdict("progressing")
+    states = {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
+    assert "unknown" in states and not {"suspect", "stalled", "dead"} & states
+
+
+async def test_a_dead_engine_is_dead_and_its_successor_starts(start: Any) -> None:
+    """The port closes for good: /livez fails; a new engine on the port is a new start."""
+    settings = EngineSettings(listen=("127.0.0.1", 0))
+    async with ScriptedEngine(settings) as engine:
+        url = engine.url
+        sidecar = await start(url)
+        await sidecar.until_verdict("idle")
+        engine.faults.start("refuse")
+        await sidecar.until_verdict("dead")
+        assert (await sidecar.get("/livez"))[0] == 503
+    host, port = url.removeprefix("http://").split(":")
+    async with ScriptedEngine(EngineSettings(listen=(host, int(port)))):
+        await sidecar.until_verdict("idle")
+        states = [v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]]
+        assert states[:3] == ["idle", "starting", "dead"]
+
+
+async def test_a_sleeping_engine_is_exempt(engine: ScriptedEngine, start: Any) -> None:
+    """Asleep on purpose: unready, alive."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    engine.faults.start("sleep")
+    await sidecar.until_verdict("exempt")
+    assert (await sidecar.get("/livez"))[0] == 200
+    assert (await sidecar.get("/readyz"))[0] == 503
+    engine.faults.clear()
+    await sidecar.until_verdict("idle")

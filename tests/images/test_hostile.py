@@ -1,0 +1,120 @@
+"""Bytes that were made to hurt: each ends in its own clear refusal, and the server serves the next image."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sidecar import photos
+from sidecar.errors import BadImage
+from sidecar.images import Images
+
+
+def png(width: int, height: int, rows: bytes = b"", depth: int = 8, color: int = 2) -> bytes:
+    """A PNG that says one size and holds what it is given."""
+    ihdr = struct.pack("!IIBBBBB", width, height, depth, color, 0, 0, 0)
+    chunks = ((b"IHDR", ihdr), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack("!I", len(body)) + kind + body + struct.pack("!I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def jpeg_that_says(width: int, height: int) -> bytes:
+    data = bytearray(photos.photo(64, 64))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack("!HH", height, width)
+    return bytes(data)
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+PHOTO = photos.photo(640, 480, 3)
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "image_empty"),
+    "text": (b"hello, I am no image", "image_unknown_format"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image_unknown_format"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image_unknown_format"),
+    "pdf": (b"%PDF-1.7\n", "image_unknown_format"),
+    "jpeg magic alone": (b"\xff\xd8\xff", "image_broken"),
+    "jpeg cut off": (PHOTO[: len(PHOTO) // 2], "image_broken"),
+    "jpeg header only": (PHOTO[:200], "image_broken"),
+    "jpeg that lies high": (jpeg_that_says(65_500, 65_500), "image_too_many_pixels"),
+    "jpeg without height": (jpeg_that_says(64, 0), "image_broken"),
+    "png bomb": (png(60_000, 60_000), "image_too_many_pixels"),
+    "png bomb in width": (png(0x7FFFFFFF, 1), "image_too_many_pixels"),
+    "png without rows": (png(4000, 4000), "image_broken"),
+    "png of size 0": (png(0, 0), "image_broken"),
+    "png 65500 x 1": (saved(Image.new("RGB", (65_500, 1)), "PNG"), "image_aspect"),
+    "png too long": (png(70_000, 100), "image_too_long"),
+    "gif bomb": (b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\0" * 20, "image_too_many_pixels"),
+    "bmp bomb": (b"BM" + b"\0" * 12 + struct.pack("<IiiHH", 40, 50_000, -50_000, 1, 24) + b"\0" * 24, "image_too_many_pixels"),
+    "webp bomb": (b"RIFF\0\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + b"\xff" * 6 + b"\0" * 16, "image_too_many_pixels"),
+    "webp cut off": (saved(Image.new("RGB", (640, 480)), "WEBP")[:60], "image_broken"),
+    "tiff loop": (b"II*\0\x08\0\0\0\x00\0\x08\0\0\0", "image_broken"),
+    "tiff bomb": (b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIIHHII", 256, 4, 1, 99_999, 257, 4, 1, 99_999) + b"\0" * 4, "image_too_many_pixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_hostile_bytes_are_refused_with_a_reason(images: Images, name: str) -> None:
+    """A broken, lying or oversized image gets its own reason code, none of its content is quoted, and the next one works."""
+    data, reason = REFUSED[name]
+    with pytest.raises(BadImage) as refused:
+        await images.inline(base64.b64encode(data), "part")
+    assert refused.value.reason == reason
+    assert len(str(refused.value)) < 200 and "hello" not in str(refused.value)
+    assert (await images.inline(base64.b64encode(PHOTO), "part")).outcome == "ok"
+
+
+@pytest.mark.parametrize("text", [b"%%%%", b"abc", b"ab=c", base64.b64encode(PHOTO) + b"!", b"\xff\xfe\xfd\xfc"])
+async def test_damaged_base64_is_refused(images: Images, text: bytes) -> None:
+    """Text that is no base64 is refused as such."""
+    with pytest.raises(BadImage) as refused:
+        await images.inline(text, "part")
+    assert refused.value.reason == "image_base64"
+
+
+async def test_too_many_bytes_never_reach_a_worker(images: Images) -> None:
+    """Text far over --image-max-bytes is refused before it is sent."""
+    with pytest.raises(BadImage) as refused:
+        await images.inline(bytes(31 << 20), "part")
+    assert refused.value.reason == "image_too_large"
+
+
+async def test_bytes_just_over_the_limit_are_refused_by_the_worker(images: Images) -> None:
+    """The real size is held to --image-max-bytes, not the text's."""
+    with pytest.raises(BadImage) as refused:
+        await images.inline(base64.b64encode(PHOTO + bytes((20 << 20) - len(PHOTO) + 1)), "part")
+    assert refused.value.reason == "image_too_large" and str(20 << 20) in str(refused.value)
+
+
+ODD: dict[str, bytes] = {
+    "1 x 1": saved(Image.new("RGB", (1, 1)), "PNG"),
+    "200 x 1": saved(Image.new("RGB", (200, 1)), "PNG"),
+    "cmyk": saved(Image.new("CMYK", (64, 64)), "JPEG"),
+    "16 bit": saved(Image.new("I;16", (64, 64)), "PNG"),
+    "animated": saved(Image.new("P", (64, 64)), "GIF", save_all=True, append_images=[Image.new("P", (64, 64), 3)]),
+    "trailing bytes": PHOTO + b"\0" * 5000,
+    "file after the file": PHOTO + PHOTO,
+    # Pillow, and with it the engine, fills in what is missing or wrong here
+    "jpeg that lies a little": jpeg_that_says(4000, 4000),
+    "png with damaged rows": png(64, 64, b"\x09" * 64 * 193),
+    "png with wrong crc": saved(Image.new("RGB", (64, 64)), "PNG")[:-30] + b"\0" * 30,
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+async def test_odd_but_sound_images_are_served(images: Images, name: str) -> None:
+    """Unusual images that the engine would take are prepared."""
+    assert (await images.inline(base64.b64encode(ODD[name]), "part")).outcome == "ok"

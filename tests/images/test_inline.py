@@ -1,0 +1,134 @@
+"""One image through a real image server: the engine must see what it would have seen without us."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sidecar import photos
+from sidecar.errors import BadImage
+from sidecar.images import Images
+from sidecar.kernels.grid import ProcessorSpec
+
+from .conftest import QWEN2_VL
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    """Hugging Face's torchvision-backend processor."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    found = Qwen2VLImageProcessor(max_pixels=QWEN2_VL["max_pixels"])
+    assert found.backend == "torchvision"
+    return found
+
+
+def encoded(format: str, width: int, height: int, seed: int = 0) -> bytes:
+    if format == "JPEG":
+        return photos.photo(width, height, seed)
+    out = io.BytesIO()
+    Image.fromarray(photos.pixels(width, height, seed)).save(out, format)
+    return out.getvalue()
+
+
+SIZES = [("JPEG", 1920, 1080), ("JPEG", 333, 517), ("PNG", 640, 480), ("WEBP", 37, 41), ("JPEG", 4000, 300), ("PNG", 1, 1), ("BMP", 28, 5600)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "width", "height"), SIZES)
+async def test_the_engine_sees_the_same_pixels(
+    images: Images, processor: Any, format: str, width: int, height: int
+) -> None:
+    """What the engine's processor makes of our image equals what it makes of the original, to the last bit."""
+    data = encoded(format, width, height)
+    got = await images.inline(base64.b64encode(data), "messages[0].content[1]")
+    assert got.base64 is not None and got.outcome == "ok" and got.format == format.lower()
+    assert got.media_type == "image/x-portable-pixmap"
+    with (
+        Image.open(io.BytesIO(base64.b64decode(got.base64, validate=True))) as ours,
+        Image.open(io.BytesIO(data)) as theirs,
+    ):
+        assert (ours.width, ours.height, ours.mode) == (got.width, got.height, "RGB")
+        a = processor(images=[ours], return_tensors="pt")
+        b = processor(images=[theirs.convert("RGB")], return_tensors="pt")
+    assert torch.equal(a["pixel_values"], b["pixel_values"])
+    assert torch.equal(a["image_grid_thw"], b["image_grid_thw"])
+    assert got.tokens == int(b["image_grid_thw"].prod()) // 4
+    assert [stage for stage, _ in got.stages] == ["unpack", "decode", "resize", "encode"]
+    assert got.bytes_in == len(data) and got.bytes_out == len(got.base64) and got.seconds > 0
+
+
+async def test_transparent_parts_turn_white(images: Images) -> None:
+    """A transparent pixel reaches the engine as the white that the engine would have put there."""
+    picture = Image.new("RGBA", (56, 56), (255, 0, 0, 0))
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    got = await images.inline(base64.b64encode(out.getvalue()), "x")
+    assert got.base64 is not None
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(got.base64))))
+    assert pixels.shape == (56, 56, 3) and (pixels == 255).all()
+
+
+@pytest.mark.parametrize("how", [1, 6])
+async def test_turned_photographs(images: Images, how: int) -> None:
+    """A photograph with EXIF orientation 6 arrives upright: its sides are swapped."""
+    got = await images.inline(base64.b64encode(photos.photo(560, 280, exif_orientation=how)), "x")
+    assert (got.width, got.height) == ((560, 280) if how == 1 else (280, 560))
+
+
+async def test_the_hash_names_the_content_and_the_processor(server: Any, spec: ProcessorSpec) -> None:
+    """Equal bytes and processor give an equal hash; another image or another processor gives another one."""
+    other = ProcessorSpec.from_config({"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 501_760})
+    assert other is not None
+    first, second = base64.b64encode(photos.photo(64, 64, 1)), base64.b64encode(photos.photo(64, 64, 2))
+    ours = Images(server.path, server.settings, spec)
+    hashes = [(await ours.inline(data, "x")).content_hash for data in (first, first, second)]
+    hashes.append((await Images(server.path, server.settings, other).inline(first, "x")).content_hash)
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "format"),
+    [
+        (b"\0\0\0 ftypavif" + b"\0" * 40, "heif"),
+        (b"qoif" + b"\0" * 40, "qoi"),
+        (b"P6 2 2 255 " + b"\0" * 12, "pnm"),
+    ],
+)
+async def test_formats_of_the_engine_alone_pass(images: Images, data: bytes, format: str) -> None:
+    """An image that we do not decode goes to the engine as it came."""
+    got = await images.inline(base64.b64encode(data), "x")
+    assert (got.outcome, got.base64, got.format, got.tokens) == ("passed", None, format, 0)
+
+
+async def test_a_shape_that_cannot_be_handed_over_exactly_passes(images: Images) -> None:
+    """A strip that the processor would refuse once resized goes to the engine as it came, with its tokens known."""
+    out = io.BytesIO()
+    Image.new("L", (100, 19_000), 7).save(out, "PNG")
+    got = await images.inline(base64.b64encode(out.getvalue()), "x")
+    assert (got.outcome, got.base64) == ("passed", None)
+    assert got.tokens > 0
+
+
+async def test_every_view_of_the_text_is_taken(images: Images) -> None:
+    """bytes, bytearray and a memoryview into a body give the same image."""
+    data = base64.b64encode(photos.photo(84, 84))
+    body = b'{"url": "' + data + b'"}'
+    views = (data, bytearray(data), memoryview(body)[9 : 9 + len(data)])
+    assert len({(await images.inline(view, "x")).base64 for view in views}) == 1
+
+
+async def test_a_refused_image_is_named_with_its_limit(images: Images) -> None:
+    """The error says which part, which limit and what to do, as OpenAI's shape with the reason as code."""
+    out = io.BytesIO()
+    Image.new("L", (5000, 5000)).save(out, "PNG")
+    with pytest.raises(BadImage) as refused:
+        await images.inline(base64.b64encode(out.getvalue()), "messages[3].content[0]")
+    error = refused.value.body()["error"]
+    assert error["code"] == "image_too_many_pixels" and error["type"] == "invalid_request_error"
+    assert "messages[3].content[0]" in error["message"] and "20000000" in error["message"]

@@ -1,0 +1,296 @@
+"""What happens around a job: workers that die, deadlines, full queues, cancelled requests, servers that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sidecar import photos, settings
+from sidecar.errors import BadImage, ImagesBusy
+from sidecar.images import Images
+from sidecar.imaging.server import plan
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.settings import Settings
+
+from .conftest import Server, children
+
+PHOTO = base64.b64encode(photos.photo(320, 240))
+
+
+@pytest.fixture(scope="module")
+def heavy() -> bytes:
+    """A small file that takes a worker at least 0.1 s: 19 million pixels of one colour."""
+    out = io.BytesIO()
+    Image.new("RGB", (4400, 4400), (1, 2, 3)).save(out, "PNG")
+    return base64.b64encode(out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def lone(start_server: Callable[..., Server]) -> Server:
+    """A server with one worker, two places at its door, and a queue of one."""
+    return start_server(image_workers=1, image_queue=1, image_max_pixels=20_000_000, image_seconds=30.0)
+
+
+@pytest.fixture
+async def one(lone: Server, spec: ProcessorSpec) -> Images:
+    """A client of the lone worker, once that worker is there."""
+    images = Images(lone.path, lone.settings, spec)
+    await images.inline(PHOTO, "x")
+    return images
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process does not run inside this block."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def ticks(pid: int) -> int:
+    """Processor time used so far, in clock ticks."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return int(user) + int(system)
+
+
+async def at_work(pid: int) -> None:
+    """Wait until the worker has used two more ticks than now."""
+    await asyncio.to_thread(_at_work, pid, ticks(pid) + 2)
+
+
+def _at_work(pid: int, until: int) -> None:
+    deadline = time.monotonic() + 60
+    while ticks(pid) < until and time.monotonic() < deadline:
+        time.sleep(0.001)  # the kernel's accounts give no event
+
+
+async def gone(pid: int) -> None:
+    """Wait until the process has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            ready, _, _ = await asyncio.to_thread(select.select, [fd], [], [], 30)
+            assert ready, "the process is still there"
+        finally:
+            os.close(fd)
+
+
+async def test_a_killed_worker_costs_one_image(lone: Server, one: Images, heavy: bytes) -> None:
+    """SIGKILL in the middle of a job fails that image with 400 image_failed; the next one meets a new worker."""
+    (worker,) = lone.workers()
+    job = asyncio.create_task(one.inline(heavy, "messages[0].content[1]"))
+    await at_work(worker)
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(BadImage) as refused:
+        await job
+    assert refused.value.reason == "image_failed" and refused.value.status == 400
+    assert (await one.inline(PHOTO, "x")).outcome == "ok"
+    assert lone.workers() != [worker] and len(lone.workers()) == 1
+
+
+async def test_the_deadline_ends_a_job(lone: Server, one: Images, spec: ProcessorSpec, heavy: bytes) -> None:
+    """A job past --image-seconds is ended inside C code with image_deadline; the next one is served."""
+    (worker,) = lone.workers()
+    hasty = Images(lone.path, Settings(image_workers=1, image_max_pixels=20_000_000, image_seconds=0.02), spec)
+    with pytest.raises(BadImage) as refused:
+        await hasty.inline(heavy, "x")
+    assert refused.value.reason == "image_deadline"
+    await gone(worker)
+    assert (await one.inline(PHOTO, "x")).outcome == "ok"
+
+
+async def test_a_full_queue_is_busy(lone: Server, one: Images) -> None:
+    """When all places and the queue are taken, the next image gets 503 at once, and those that wait are served later."""
+    (worker,) = lone.workers()
+    with stopped(worker):
+        jobs = [asyncio.create_task(one.inline(PHOTO, "x")) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(ImagesBusy) as busy:
+            await one.inline(PHOTO, "x")
+        assert busy.value.status == 503 and busy.value.retry_after
+    assert [job.outcome for job in await asyncio.gather(*jobs)] == ["ok"] * 3
+
+
+async def test_cancelled_jobs_leave_nothing_behind(lone: Server, one: Images) -> None:
+    """Jobs cancelled at the door and in the queue free their places: many more than there are places can come and go."""
+    (worker,) = lone.workers()
+    with stopped(worker):
+        for _ in range(5):
+            jobs = [asyncio.create_task(one.inline(PHOTO, "x")) for _ in range(3)]
+            await asyncio.sleep(0)
+            for job in jobs:
+                job.cancel()
+            assert all(
+                isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*jobs, return_exceptions=True)
+            )
+    assert (await one.inline(PHOTO, "x")).outcome == "ok"
+    assert lone.workers() == [worker]
+
+
+async def test_a_job_cancelled_at_work_harms_nobody(lone: Server, one: Images, heavy: bytes) -> None:
+    """Cancelling while the worker decodes leaves the worker alive for the next image."""
+    (worker,) = lone.workers()
+    job = asyncio.create_task(one.inline(heavy, "x"))
+    await at_work(worker)
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert (await one.inline(PHOTO, "x")).outcome == "ok"
+    assert lone.workers() == [worker]
+
+
+async def test_one_slow_image_does_not_hold_up_the_others(server: Server, images: Images, heavy: bytes) -> None:
+    """With two workers, small images are served while a heavy one is at work."""
+    job = asyncio.create_task(images.inline(heavy, "x"))
+    while not job.done():
+        assert (await images.inline(PHOTO, "x")).outcome == "ok"
+    assert (await job).outcome == "ok"
+
+
+async def test_many_images_at_once_come_back_as_themselves(images: Images) -> None:
+    """Forty concurrent images of different sizes each get their own answer."""
+    sizes = [(28 * (2 + i % 5), 28 * (2 + i // 5)) for i in range(40)]
+    jobs = [images.inline(base64.b64encode(photos.photo(*size)), "x") for size in sizes]
+    assert [(p.width, p.height) for p in await asyncio.gather(*jobs)] == sizes
+
+
+async def test_a_client_that_says_nonsense_or_nothing_is_hung_up_on(lone: Server, one: Images) -> None:
+    """Bytes that are no frame, a frame over the bound, and a client that leaves: the worker goes on."""
+    (worker,) = lone.workers()
+    loop = asyncio.get_running_loop()
+    for nonsense in (
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" * 12,
+        b"\0\0\0\x02" + b"\0" * 8 + b"[]",
+        b"\0\0\0\x02" + b"\xff" * 8 + b"[]",
+    ):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            await loop.sock_connect(client, lone.path)
+            await loop.sock_recv(client, 4096)  # Ready
+            await loop.sock_sendall(client, nonsense)
+            client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
+                assert await loop.sock_recv(client, 4096) == b""
+    assert (await one.inline(PHOTO, "x")).outcome == "ok"
+    assert lone.workers() == [worker]
+
+
+async def test_a_restarted_server_is_waited_for(start_server: Callable[..., Server], spec: ProcessorSpec) -> None:
+    """The server is killed: its workers die with it, and an image that comes at once waits for the next server."""
+    server = start_server()
+    images = Images(server.path, server.settings, spec)
+    await images.inline(PHOTO, "x")
+    workers = server.workers()
+    assert len(workers) == 2
+    server.restart()
+    for worker in workers:
+        await gone(worker)
+    assert (await images.inline(PHOTO, "x")).outcome == "ok"
+    assert not set(server.workers()) & set(workers)
+
+
+async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody listens, the wait is bounded and ends in 503."""
+    monkeypatch.setattr("sidecar.images.PATIENCE", 0.1)
+    images = Images(str(tmp_path / "nothing"), Settings(image_seconds=0.1), spec)
+    with pytest.raises(ImagesBusy):
+        await images.inline(PHOTO, "x")
+
+
+async def test_a_closed_client_takes_no_more(images: Images) -> None:
+    """After close() an image is refused as busy."""
+    await images.close()
+    with pytest.raises(ImagesBusy):
+        await images.inline(PHOTO, "x")
+
+
+async def test_sigterm_ends_server_and_workers(start_server: Callable[..., Server], spec: ProcessorSpec) -> None:
+    """SIGTERM ends the server with exit status 0, and every worker with it."""
+    server = start_server()
+    await Images(server.path, server.settings, spec).inline(PHOTO, "x")
+    workers = server.workers()
+    assert await asyncio.to_thread(server.stop) == 0
+    for worker in workers:
+        await gone(worker)
+
+
+async def test_the_server_ends_with_its_parent(tmp_path: Path, spec: ProcessorSpec) -> None:
+    """When whoever started the server is killed, server and workers end by themselves."""
+    path = str(tmp_path / "images.sock")
+    chosen = Settings(image_workers=1)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(8)
+        fd = listening.fileno()
+        # a shell that starts the server as its child and tells its process id
+        command = f'"$0" -m sidecar image-server --listen-fd {fd} <&0 & echo $!; wait'
+        shell = start_shell(command, fd)
+        assert shell.stdin is not None and shell.stdout is not None
+        with shell.stdin, shell.stdout:
+            shell.stdin.write(settings.to_json(chosen).encode() + b"\n")
+            shell.stdin.flush()
+            server = int(await asyncio.to_thread(shell.stdout.readline))
+            await Images(path, chosen, spec).inline(PHOTO, "x")
+            (worker,) = children(server)
+            shell.kill()
+            shell.wait()
+            await gone(server)
+            await gone(worker)
+
+
+def start_shell(command: str, fd: int) -> subprocess.Popen[bytes]:
+    line = ["/bin/sh", "-c", command, sys.executable]
+    return subprocess.Popen(line, pass_fds=[fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_cuda_without_a_device_says_what_to_do(requires: Callable[[str], Path]) -> None:
+    """--images-device cuda where none is visible ends with exit status 1 and one line with the remedy."""
+    requires("python:torch")
+    with socket.socket(socket.AF_UNIX) as listening:
+        fd = listening.fileno()
+        done = subprocess.run(
+            [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(fd)],
+            input=settings.to_json(Settings(images_device="cuda")).encode() + b"\n",
+            pass_fds=[fd],
+            capture_output=True,
+            timeout=100,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            check=False,
+        )
+    assert done.returncode == 1
+    assert b"no CUDA device is visible" in done.stderr and b"--images-device cpu" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("chosen", "available", "workers", "threads"),
+    [
+        (Settings(), 4, 4, 1),
+        (Settings(image_workers=2), 8, 2, 4),
+        (Settings(image_workers=8), 2, 8, 1),
+        (Settings(images_device="cuda"), 8, 1, 8),
+        (Settings(images_device="auto"), 2, 2, 1),
+    ],
+)
+def test_workers_and_threads_share_the_quota(chosen: Settings, available: int, workers: int, threads: int) -> None:
+    """Workers times threads never needs more CPUs than there are, unless more workers were asked for."""
+    made = plan(chosen, available)
+    assert (made.workers, made.threads) == (workers, threads)

@@ -1,0 +1,237 @@
+"""The live page in a real browser: the real document and feed, scripted snapshots."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+from sidecar import facts, snapshot
+from sidecar.report import page
+
+Script = Callable[..., Any]
+
+
+def text_of(driver: webdriver.Chrome, selector: str) -> str:
+    return str(driver.find_element(By.CSS_SELECTOR, selector).get_property("textContent")).replace("\u00a0", " ")
+
+
+def await_text(driver: webdriver.Chrome, selector: str, wanted: str) -> None:
+    WebDriverWait(driver, 30, 0.05).until(lambda d: wanted in text_of(d, selector), f"{selector} never said {wanted!r}")
+
+
+def requested(driver: webdriver.Chrome) -> set[str]:
+    messages = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
+    return {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+
+
+def test_the_page_shows_every_part_with_units(
+    site: Any, open_page: Callable[..., webdriver.Chrome], story: Script
+) -> None:
+    """Verdict, load, tenants, images, GPU, engine, relays, canary and changes all appear, numbers with their units."""
+    site.publish(*story(600))
+    driver = open_page()
+    await_text(driver, "#state", "progressing")
+    shown = {
+        "#for": "for 2 min 4", "#detail": "Tokens are delivered.", "#reason": "progress", "#now-silence-of": "of 8 s allowed",
+        "#now-utilization-of": "limited by MU per minute", "#engine-kind": "vllm", "#charts": "capacity 12 MU",
+        "#tenants": "client_cancelled 14", "#images": "6.02 ms", "#gpus": "640 W", "#engine": "46 %", "#own": "48 MiB",
+        "#relays": "1, pid 22", "#canary": "starved", "#changes": "no_progress", "#diagnoses": "178 KiB", "#version": "0.1.0",
+    }  # fmt: skip
+    assert {selector: wanted for selector, wanted in shown.items() if wanted not in text_of(driver, selector)} == {}
+    assert "absent: not supported under MIG" in text_of(driver, "#gpus")
+    assert "not offered" in text_of(driver, "#engine")
+    assert "XID 31 × 2" in text_of(driver, "#gpus")
+    link = driver.find_element(By.CSS_SELECTOR, "#diagnoses a").get_attribute("href")
+    assert link == site.url + "diagnoses/20251121-030522-stalled"
+    assert len(driver.find_elements(By.CSS_SELECTOR, "#charts svg")) == 6
+
+
+def test_a_stall_turns_the_headline(site: Any, open_page: Callable[..., webdriver.Chrome], story: Script) -> None:
+    """While one looks, a stall changes the word, the colour, the reason, the title and the icon, and recovery turns them back."""
+    site.publish(*story(310))
+    driver = open_page()
+    await_text(driver, "#state", "suspect")
+    hero = driver.find_element(By.ID, "verdict")
+    before, icon = (
+        hero.value_of_css_property("background-color"),
+        driver.find_element(By.ID, "icon").get_attribute("href"),
+    )
+    past = list(story(500))
+    site.publish(*past[310:340])
+    await_text(driver, "#state", "stalled")
+    assert hero.value_of_css_property("background-color") != before
+    assert driver.find_element(By.ID, "icon").get_attribute("href") != icon
+    assert text_of(driver, "#reason") == "no_progress"
+    assert "restarted" in text_of(driver, "#meaning")
+    assert "of 8 s allowed" in text_of(driver, "#now-silence-of")
+    WebDriverWait(driver, 30, 0.05).until(lambda d: d.title.startswith("■ stalled"))
+    site.publish(*past[340:])
+    await_text(driver, "#state", "progressing")
+
+
+def test_the_band_tells_each_change_and_its_reason(
+    site: Any, open_page: Callable[..., webdriver.Chrome], story: Script
+) -> None:
+    """The timeline has a segment for each verdict of the window, and pointing at one shows its reason."""
+    past = list(story(600))
+    site.publish(*past)
+    driver = open_page()
+    await_text(driver, "#state", "progressing")
+    segments = driver.find_elements(By.CSS_SELECTOR, "#timeline .run")
+    assert [segment.get_attribute("data-state") for segment in segments] == [
+        change.state for change in reversed(past[-1].changes)
+    ]
+    stalled = next(segment for segment in segments if segment.get_attribute("data-state") == "stalled")
+    ActionChains(driver).move_to_element(stalled).perform()
+    await_text(driver, "#tip", "stalled: no_progress")
+    assert "40 s" in text_of(driver, "#tip")
+    assert driver.find_elements(By.CSS_SELECTOR, "#charts .cross"), "the same moment is marked in the charts"
+
+
+def test_evidence_unfolds_and_stays_unfolded(
+    site: Any, open_page: Callable[..., webdriver.Chrome], story: Script
+) -> None:
+    """The evidence of a change can be read, and the next change does not fold it again."""
+    past = list(story(500))
+    site.publish(*past[:340])
+    driver = open_page()
+    await_text(driver, "#state", "stalled")
+    driver.find_element(By.CSS_SELECTOR, "#changes summary").click()
+    await_text(driver, "#changes details[open]", "24.1 s")
+    site.publish(*past[340:440])
+    await_text(driver, "#state", "progressing")
+    assert "starved" in text_of(driver, "#changes details[open]")
+
+
+def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script) -> None:
+    """No GPU, no engine metrics, no image worker and no canary are told with their reasons, never as zeros."""
+    site.publish(
+        moment(gpus=facts.Absent("no NVIDIA driver library"), engine=facts.Failed("connection refused"), images_device="off",
+               canary=None, progress_age=None, relays=(), tenants=(), changes=())
+    )  # fmt: skip
+    driver = open_page()
+    await_text(driver, "#gpus", "absent: no NVIDIA driver library")
+    assert text_of(driver, "#engine") == "could not be read: connection refused"
+    assert "off" in text_of(driver, "#images")
+    assert "none has ended yet" in text_of(driver, "#canary")
+    assert "nothing outstanding" in text_of(driver, "#now-silence-of")
+    assert "GPU busy not read" in text_of(driver, "#charts")
+    assert text_of(driver, "#tenants") == "no request yet"
+    assert not driver.find_element(By.ID, "draining").is_displayed()
+    site.publish(moment(601.0, draining=True))
+    WebDriverWait(driver, 30, 0.05).until(lambda d: d.find_element(By.ID, "draining").is_displayed())
+
+
+def test_hostile_names_stay_text(
+    site: Any, open_page: Callable[..., webdriver.Chrome], verdict: Script, moment: Script
+) -> None:
+    """Whatever a client calls itself, and whatever an engine answers, is shown as text and runs nothing."""
+    evil = "<img src=x onerror=\"document.title='owned'\"><script>window.owned=1</script>"
+    site.publish(
+        moment(
+            tenants=(snapshot.TenantUse(evil, 1, 0.1, 1.0, 1, 1, ((evil, 1),)),),
+            verdict=verdict("suspect", evil, evil, evil=evil), changes=(verdict("suspect", evil, evil, evil=evil),),
+            engine=facts.Failed(evil), gpus=facts.Absent(evil), engine_kind=evil, version=evil,
+            diagnoses=(facts.DiagnosisSummary("../../x?" + evil, 1.0, evil, 1),),
+        )
+    )  # fmt: skip
+    driver = open_page()
+    await_text(driver, "#tenants", evil)
+    for selector in ("#detail", "#changes", "#engine", "#gpus", "#diagnoses"):
+        assert evil in text_of(driver, selector)
+    assert driver.find_elements(By.CSS_SELECTOR, "main img, main script") == []
+    assert driver.execute_script("return window.owned") is None
+    assert "owned" not in driver.title.split("–")[0]
+    link = str(driver.find_element(By.CSS_SELECTOR, "#diagnoses a").get_attribute("href"))
+    assert link.startswith(site.url + "diagnoses/")
+
+
+def test_nothing_is_loaded_from_elsewhere(
+    site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script
+) -> None:
+    """The page asks for itself and its events, and for nothing else anywhere."""
+    site.publish(moment())
+    driver = open_page()
+    await_text(driver, "#state", "progressing")
+    asked = {url for url in requested(driver) if not url.startswith(("data:", "about:"))}
+    assert asked == {site.url, site.url + "events"}
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = (float(part) / 255 for part in re.findall(r"[\d.]+", colour)[:3])
+    return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("state", facts.STATES)
+def test_text_is_readable_in_light_and_dark(
+    state: facts.State,
+    scheme: str,
+    site: Any,
+    open_page: Callable[..., webdriver.Chrome],
+    verdict: Script,
+    moment: Script,
+) -> None:
+    """In both colour schemes and every verdict the page follows the scheme and its text has a contrast of at least 4.5."""
+    site.publish(moment(verdict=verdict(state)))
+    driver = open_page(scheme=scheme)
+    await_text(driver, "#state", state)
+    colour = driver.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
+    assert (luminance(colour) > 0.5) == (scheme == "light")
+    hero = driver.find_element(By.ID, "verdict").value_of_css_property("background-color")
+    if hero.startswith("color("):  # mixed colours come as shares of 1
+        hero = " ".join(str(float(part) * 255) for part in re.findall(r"[\d.]+", hero.removeprefix("color(srgb"))[:3])
+    for selector in ("#state", "#detail", "#reason", "#since", "#now-silence-of"):
+        ink = driver.find_element(By.CSS_SELECTOR, selector).value_of_css_property("color")
+        assert contrast(ink, hero) >= 4.5, selector
+    card = driver.find_element(By.CSS_SELECTOR, ".card")
+    note = driver.find_element(By.CSS_SELECTOR, ".card small")
+    assert contrast(note.value_of_css_property("color"), card.value_of_css_property("background-color")) >= 4.5
+
+
+@pytest.mark.parametrize("width", [400, 800])
+def test_a_narrow_window_needs_no_sideways_scrolling(
+    width: int, site: Any, open_page: Callable[..., webdriver.Chrome], verdict: Script, moment: Script, story: Script
+) -> None:
+    """On a phone's width nothing is cut off or pushed out sideways, even with long names and texts."""
+    long = snapshot.TenantUse("t" * 64, 1, 0.1, 1.0, 1, 1, (("ok", 1),))
+    site.publish(*story(340), moment(tenants=(long,), verdict=verdict("stalled", "r" * 60, "d" * 200)))
+    driver = open_page(width=width)
+    await_text(driver, "#tenants", "tttt")
+    widths = driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+    assert widths[0] <= widths[1] == width
+
+
+def test_lost_connection_is_said_and_healed(
+    site: Any, open_page: Callable[..., webdriver.Chrome], verdict: Script, moment: Script
+) -> None:
+    """Without data the page says for how long and stops claiming the present; refused at first, it returns by itself."""
+    site.publish(moment())
+    driver = open_page()
+    await_text(driver, "#state", "progressing")
+    assert not driver.find_element(By.ID, "lost").is_displayed()
+    site.end_streams()
+    await_text(driver, "#lost", "No data for ")
+    assert driver.find_element(By.ID, "lost").is_displayed()
+    assert text_of(driver, "#link") == "connection lost"
+    assert driver.title.startswith("no data")
+    assert site.refused.wait(30)
+    fresh = page.Feed()
+    fresh.publish(moment(605.0, verdict=verdict("quiet", "within_allowed", since=604.0)))
+    site.feed = fresh
+    await_text(driver, "#state", "quiet")
+    await_text(driver, "#link", "live")
+    assert not driver.find_element(By.ID, "lost").is_displayed()

@@ -1,0 +1,146 @@
+"""A relay in this process between a real client and a real engine, all on port 0."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from sidecar import upstream
+from sidecar.facts import Fact, Settled
+from sidecar.relay import Relay
+from sidecar.settings import Settings
+from sidecar.units import Coefficients
+
+F = TypeVar("F")
+
+
+class Facts:
+    """What the relay reported, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self.all: list[Fact] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, fact: Fact) -> None:
+        self.all.append(fact)
+        self._news.set()
+
+    def of(self, kind: type[F]) -> list[F]:
+        return [fact for fact in self.all if isinstance(fact, kind)]
+
+    async def wait(self, kind: type[F], count: int = 1) -> list[F]:
+        async with asyncio.timeout(10):
+            while len(self.of(kind)) < count:
+                self._news.clear()
+                await self._news.wait()
+        return self.of(kind)
+
+    async def settled(self) -> Settled:
+        return (await self.wait(Settled))[0]
+
+
+class Rig:
+    """One relay in front of one engine. `client` requests go to the relay."""
+
+    def __init__(
+        self, relay: Relay, server: web.Server, address: tuple[str, int], client: aiohttp.ClientSession, facts: Facts
+    ) -> None:
+        self.relay = relay
+        self.server = server
+        self.host, self.port = address
+        self.client = client
+        self.facts = facts
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    async def raw(self, request: bytes, *, close_after: bool = True) -> bytes:
+        """Send bytes, read until the relay closes the connection (say `connection: close`)."""
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        writer.write(request)
+        await writer.drain()
+        async with asyncio.timeout(10):
+            answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """A function: aiohttp handler -> URL of a server that runs it."""
+    async with AsyncExitStack() as stack:
+
+        async def start(handler: Handler, **kwargs: Any) -> str:
+            runner = web.ServerRunner(web.Server(handler, handler_cancellation=True, **kwargs), shutdown_timeout=0.1)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            return f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+        yield start
+
+
+@pytest.fixture
+async def serve_raw() -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """A function: (reader, writer) callback -> URL of a TCP server that runs it for each connection."""
+    async with AsyncExitStack() as stack:
+
+        async def start(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> str:
+            server = await asyncio.start_server(talk, "127.0.0.1", 0)
+            stack.push_async_callback(server.wait_closed)
+            stack.callback(server.close)
+            return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+        yield start
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
+    """A function: (engine URL, settings, relay arguments) -> Rig."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            engine: str, *, images: Any = None, preprocess: Any = None, kind: str = "vllm", **settings: Any
+        ) -> Rig:
+            return await stack.enter_async_context(_rig(engine, images, preprocess, kind, settings))
+
+        yield start
+
+
+@pytest.fixture
+async def facts() -> Facts:
+    """Where a relay process of a test reports to."""
+    return Facts()
+
+
+@asynccontextmanager
+async def _rig(engine: str, images: Any, preprocess: Any, kind: str, settings: dict[str, Any]) -> AsyncIterator[Rig]:
+    facts = Facts()
+    own = Settings(engine=engine, **settings)
+    relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, preprocess=preprocess)
+    server = web.Server(
+        relay.handle,
+        handler_cancellation=True,
+        access_log=None,
+        auto_decompress=False,
+        read_bufsize=upstream.READ_BUFFER,
+        max_line_size=upstream.MAX_HEADER,
+        max_field_size=upstream.MAX_HEADER,
+    )
+    accepting = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
+    async with aiohttp.ClientSession(auto_decompress=False) as client:
+        yield Rig(relay, server, accepting.sockets[0].getsockname(), client, facts)
+    accepting.close()
+    await server.shutdown(0.1)
+    await relay.close()

@@ -1,0 +1,231 @@
+"""Bodies: what is cut out, what is put back, and that nothing of a user can fool either."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar import bodies
+from sidecar.bodies import Skeleton, cut, join, route_of
+from sidecar.shapes import Shape, describe
+
+NONCE = "0123456789abcdef"
+PIXEL = "iVBORw0KGgo" * 400
+
+
+def chat(*parts: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": list(parts)}]}
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def sent(skeleton: Skeleton, replaced: dict[int, tuple[str, bytes]], **kwargs: bool) -> Any:
+    return json.loads(b"".join(join(skeleton, replaced, **kwargs)))
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/chat/completions", "chat"),
+        ("/openai/v1/chat/completions", "chat"),
+        ("/v1/completions", "completions"),
+        ("/completions", "completions"),
+        ("/v1/responses", "responses"),
+        ("/v1/messages", "messages"),
+        ("/v1/embeddings", "embeddings"),
+        ("/inference/v1/generate", "generate"),
+        ("/generate", "generate"),
+        ("/v2/rerank", "rerank"),
+        ("/score", "score"),
+        ("/pooling", "pooling"),
+        ("/classify", "classify"),
+        ("/v1/audio/transcriptions", "audio"),
+        ("/tokenize", None),
+        ("/v1/messages/count_tokens", None),
+        ("/v1/chat/completions/render", None),
+        ("/v1/responses/resp_1/cancel", None),
+        ("/", None),
+        ("", None),
+    ],
+)
+def test_work_is_told_by_the_end_of_the_path(path: str, route: str | None) -> None:
+    """Every path of the table is its route, under any prefix, and neighbours of them are not work."""
+    assert route_of(path) == route
+
+
+def test_an_image_is_cut_out_and_never_parsed() -> None:
+    """The base64 text is a view into the body that came in, and the parsed payload holds a placeholder instead."""
+    body = json.dumps(chat({"type": "text", "text": "hi"}, image(f"data:image/png;base64,{PIXEL}"))).encode()
+    skeleton = cut(body, NONCE)
+    [part] = skeleton.images
+    assert (part.where, part.media_type) == ("messages[0].content[1]", "image/png")
+    assert part.data.obj is body
+    assert bytes(part.data) == PIXEL.encode()
+    assert PIXEL not in json.dumps(skeleton.payload)
+
+
+def test_the_original_bytes_are_sent_when_nothing_changes() -> None:
+    """Without replacement and without a question for usage the very object that came in goes out."""
+    body = json.dumps(chat(image(f"data:image/png;base64,{PIXEL}")), indent=3).encode()
+    assert join(cut(body, NONCE), {}) == [body]
+
+
+def test_a_replacement_lands_in_its_own_part_only() -> None:
+    """Of two images the replaced one changes, the other and everything else stays."""
+    first, second = f"data:image/png;base64,{PIXEL}", "data:image/jpeg;base64,AAAA"
+    skeleton = cut(json.dumps(chat(image(first), image(second))).encode(), NONCE)
+    out = sent(skeleton, {skeleton.images[1].index: ("image/bmp", b"QkJC")})
+    assert out == chat(image(first), image("data:image/bmp;base64,QkJC"))
+
+
+def test_bare_image_urls_and_responses_parts_are_images_too() -> None:
+    """`image_url` may be a plain string, and /v1/responses calls the part input_image and the list input."""
+    url = "data:image/webp;base64,AAAA"
+    body = {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]}
+    [part] = cut(json.dumps(body).encode(), NONCE).images
+    assert (part.where, part.media_type, bytes(part.data)) == ("input[0].content[0]", "image/webp", b"AAAA")
+
+
+def test_escaped_slashes_fall_back_to_the_parser() -> None:
+    r"""PHP writes `\/` into base64 and media type: the image is found, unescaped, and replaced all the same."""
+    url = "data:image/png;base64,AA//BB=="
+    body = json.dumps(chat(image(url))).replace("/", "\\/").encode()
+    skeleton = cut(body, NONCE)
+    [part] = skeleton.images
+    assert bytes(part.data) == b"AA//BB=="
+    assert sent(skeleton, {}, ask_usage=True)["messages"] == chat(image(url))["messages"]
+    assert sent(skeleton, {part.index: ("image/bmp", b"QQ")})["messages"][0]["content"][0]["image_url"]["url"] == (
+        "data:image/bmp;base64,QQ"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'see "data:image/png;base64,AAAA" here',
+        "data:image/png;base64,AAAA",
+        f"data:,{NONCE[:-1]}x-0.",
+        "data:,0-0.",
+        '\\"data:image/png;base64,AAAA',
+        ";base64,;base64,",
+        '"',
+        "\\",
+        "\u0000\ud800",
+    ],
+)
+def test_text_is_never_an_image(text: str) -> None:
+    """A data URL in a text, quoted or alone, or a guess at a placeholder, comes out as it went in and is no image."""
+    body = chat({"type": "text", "text": text}, image(f"data:image/png;base64,{PIXEL}"))
+    skeleton = cut(json.dumps(body).encode(), NONCE)
+    assert [part.where for part in skeleton.images] == ["messages[0].content[1]"]
+    out = sent(skeleton, {skeleton.images[0].index: ("image/bmp", b"QQ")})
+    assert out["messages"][0]["content"][0]["text"] == text
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[1]", b"null", b'{"a": NaN', b"\xff\xfe", b"[" * 100_000, b'{"a":"data:image/png;base64,AA']
+)
+def test_what_is_no_json_object_is_the_engines_to_judge(body: bytes) -> None:
+    """Invalid, foreign or too deep JSON yields no payload, no images, and the original bytes."""
+    skeleton = cut(body, NONCE)
+    assert skeleton.payload is None
+    assert not skeleton.images
+    assert join(skeleton, {}, ask_usage=True) == [body]
+
+
+def test_a_long_text_is_not_parsed_but_sent() -> None:
+    """A body over the parse bound passes untouched and is measured by its length."""
+    body = b'{"prompt":"' + b"a" * bodies.MAX_PARSED + b'"}'
+    skeleton = cut(body, NONCE)
+    assert skeleton.payload is None
+    assert describe(None, "completions", len(body)).text_bytes == len(body)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.text() | st.just("data:image/png;base64,AA/9"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+parts = st.lists(
+    st.sampled_from(
+        ["data:image/png;base64,AAAA", "data:image/svg+xml,<svg>", "http://x/y.png", "data:image/png;base64,"]
+    ).map(image)
+    | st.text().map(lambda t: {"type": "text", "text": t}),
+    max_size=4,
+)
+
+
+@given(values, parts, st.booleans(), st.booleans())
+def test_join_undoes_cut(extra: Any, content: list[Any], ascii_only: bool, slashes: bool) -> None:
+    """Whatever JSON surrounds the images, a body that is rebuilt means the same as the one that came in."""
+    body = {"extra": extra, "stream_options": None, **chat(*content)}
+    text = json.dumps(body, ensure_ascii=ascii_only)
+    if slashes:
+        text = text.replace("/", "\\/")
+    skeleton = cut(text.encode(errors="surrogatepass"), NONCE)
+    out = sent(skeleton, {}, ask_usage=True)
+    assert out == {**body, "stream_options": {"include_usage": True}}
+    replaced = sent(skeleton, {part.index: ("image/bmp", b"QQ") for part in skeleton.images})
+    expected = [
+        image("data:image/bmp;base64,QQ")
+        if p.get("image_url", {}).get("url", "").startswith("data:image/png;base64,")
+        else p
+        for p in content
+    ]
+    if skeleton.images:
+        assert replaced == {**body, "messages": [{"role": "user", "content": expected}]}
+
+
+def test_usage_is_asked_by_a_splice() -> None:
+    """Where the client gave no stream_options, its own bytes follow the added member unchanged."""
+    body = b'  { "model" : "m", "stream":true}'
+    assert b"".join(join(cut(body, NONCE), {}, ask_usage=True)) == (
+        b'  {"stream_options":{"include_usage":true}, "model" : "m", "stream":true}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (None, True),
+        ({}, True),
+        ({"include_usage": False}, True),
+        ({"include_usage": True}, False),
+        ("x", False),
+        ([], False),
+    ],
+)
+def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool) -> None:
+    """Options that are wrong stay for the engine to refuse."""
+    payload = {"stream": True, "stream_options": options}
+    assert describe(payload, "chat", 0).ask_usage is asked
+    assert describe({**payload, "stream": False}, "chat", 0).ask_usage is False
+    assert describe(payload, "messages", 0).ask_usage is False
+
+
+@pytest.mark.parametrize(
+    ("payload", "shape"),
+    [
+        ({"model": "m", "prompt": "abcd", "max_tokens": 7, "n": 2}, Shape("m", max_output=14, choices=2, text_bytes=4)),
+        ({"prompt": [1, 2, 3]}, Shape(token_ids=3)),
+        ({"prompt": [[1, 2], [3]]}, Shape(token_ids=3)),
+        ({"prompt": ["ab", "é"]}, Shape(text_bytes=4)),
+        ({"model": 7, "max_tokens": -1, "n": "x"}, Shape()),
+        ({"max_tokens": True, "max_completion_tokens": 5}, Shape(max_output=5)),
+        ({"sampling_params": {"max_new_tokens": 9}, "text": "abc"}, Shape(max_output=9, text_bytes=3)),
+        (chat({"type": "text", "text": "ab"}, image("http://x")), Shape("m", text_bytes=len("userabtext"), images=1)),
+        (
+            {"messages": [{"content": [{"type": "input_audio", "input_audio": {"data": "A" * 99}}]}]},
+            Shape(text_bytes=11),
+        ),
+    ],
+)
+def test_shapes_are_numbers_of_the_prompt(payload: dict[str, Any], shape: Shape) -> None:
+    """Text, token ids, images and limits are found where engines take them from; nonsense counts as absent."""
+    assert describe(payload, "completions", 0) == shape

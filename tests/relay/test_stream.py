@@ -1,0 +1,198 @@
+"""Streams: counted, cleaned of our own usage event, and otherwise byte for byte what the engine wrote."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.facts import Usage
+from sidecar.stream import SSE, Tail, usage_of
+
+TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
+CONTINUOUS = b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\n'
+NO_USAGE = b'data: {"choices":[{"index":0}],"usage":null}\n\n'
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+
+def run(chunks: list[bytes], hide: bool) -> tuple[bytes, SSE]:
+    sse = SSE(hide)
+    out = b"".join(sse.feed(chunk) for chunk in chunks)
+    return out + sse.finish(), sse
+
+
+def test_a_chat_stream_is_counted_and_its_usage_read() -> None:
+    """Tokens are the events with output; usage, role, pings and the end are not; nothing is changed for who asked."""
+    chunks = [ROLE, TOKEN, PING, TOKEN + TOKEN, USAGE, DONE]
+    out, sse = run(chunks, hide=False)
+    assert out == b"".join(chunks)
+    assert (sse.tokens, sse.done, sse.usage) == (3, True, Usage(9, 3, 4))
+
+
+def test_our_own_usage_event_is_taken_out() -> None:
+    """Exactly the usage-only event is missing from what the client sees."""
+    out, sse = run([ROLE + TOKEN, USAGE + DONE], hide=True)
+    assert out == ROLE + TOKEN + DONE
+    assert sse.usage == Usage(9, 3, 4)
+
+
+def test_an_event_with_choices_and_usage_stays() -> None:
+    """Continuous usage comes on events that carry output; they are never taken out, and the last one counts."""
+    out, sse = run([CONTINUOUS, NO_USAGE, TOKEN], hide=True)
+    assert out == CONTINUOUS + NO_USAGE + TOKEN
+    assert (sse.tokens, sse.usage) == (3, Usage(9, 1))
+
+
+def test_a_complete_event_is_never_held() -> None:
+    """While usage is hidden, each event goes out with the chunk that completes it, also before an incomplete one."""
+    sse = SSE(True)
+    assert sse.feed(TOKEN) == TOKEN
+    assert sse.feed(TOKEN + TOKEN[:10]) == TOKEN
+    assert sse.feed(TOKEN[10:]) == TOKEN
+    assert sse.feed(USAGE[:20]) == b""
+    assert sse.feed(USAGE[20:] + DONE) == DONE
+
+
+def test_without_hiding_nothing_is_held_at_all() -> None:
+    """Bytes of an incomplete event go out at once when there is nothing to take out."""
+    sse = SSE(False)
+    assert sse.feed(TOKEN[:10]) == TOKEN[:10]
+    assert sse.tokens == 0
+    assert sse.feed(TOKEN[10:]) == TOKEN[10:]
+    assert sse.tokens == 1
+
+
+def test_a_long_event_is_let_go() -> None:
+    """An event too long to be a usage passes in pieces, is counted once, and memory stays bounded."""
+    sse = SSE(True)
+    out = sse.feed(b'data: {"choices":[],"x":"')
+    for _ in range(64):
+        out += sse.feed(b"a" * 65536)
+        assert len(sse._open) <= (1 << 20) + 65536
+    out += sse.feed(b'"}\n\n' + USAGE)
+    assert out == b'data: {"choices":[],"x":"' + b"a" * (64 * 65536) + b'"}\n\n'
+    assert (sse.tokens, sse.usage) == (1, Usage(9, 3, 4))
+
+
+def test_content_that_looks_like_a_protocol_is_content() -> None:
+    """Words such as "usage", data: and [DONE] in generated text, which JSON escapes, neither hide nor end anything."""
+    event = (
+        b"data: " + json.dumps({"choices": [], "text": 'data: [DONE] "usage": {"prompt_tokens": 1}'}).encode() + b"\n\n"
+    )
+    out, sse = run([event], hide=True)
+    assert out == event
+    assert (sse.tokens, sse.done, sse.usage) == (1, False, None)
+
+
+def test_anthropic_events_count_deltas_and_merge_usage() -> None:
+    """The prompt's size comes with message_start, the output's with message_delta; only content deltas are tokens."""
+    events = [
+        b'event: message_start\ndata: {"message":{"usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
+        b'event: content_block_start\ndata: {"type":"content_block_start"}\n\n',
+        b'event: ping\ndata: {"type":"ping"}\n\n',
+        b'event: content_block_delta\ndata: {"delta":{"text":"Hi"}}\n\n',
+        b'event: message_delta\ndata: {"usage":{"output_tokens":15}}\n\n',
+        b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+    ]
+    out, sse = run(events, hide=False)
+    assert out == b"".join(events)
+    assert (sse.tokens, sse.usage) == (1, Usage(25, 15))
+
+
+def test_responses_start_with_their_first_delta() -> None:
+    """`response.created` comes before any work was done, so it starts nothing; the delta does."""
+    sse = SSE(False)
+    sse.feed(b'event: response.created\ndata: {"response":{"usage":null}}\n\n')
+    assert not sse.started
+    sse.feed(b'event: response.output_text.delta\ndata: {"delta":"x"}\n\n')
+    assert (sse.started, sse.tokens) == (True, 1)
+    sse.feed(b'event: response.completed\ndata: {"response":{"usage":{"input_tokens":3,"output_tokens":1}}}\n\n')
+    assert sse.usage == Usage(3, 1)
+
+
+ENDS = [b"\n\n", b"\r\n\r\n", b"\r\r"]
+LINES = [
+    TOKEN[:-2],
+    ROLE[:-2],
+    USAGE[:-2],
+    CONTINUOUS[:-2],
+    DONE[:-2],
+    PING[:-2],
+    b"data:x",
+    b"data",
+    b"id: 7",
+    b"",
+    b"event: x.delta\ndata: 1",
+    b"data: \xff\ndata: y",
+]
+streams = st.lists(
+    st.tuples(st.sampled_from(LINES) | st.binary(max_size=8), st.sampled_from(ENDS)).map(b"".join), max_size=12
+).map(b"".join)
+
+
+@given(streams, st.lists(st.integers(0, 2000), max_size=12), st.booleans())
+def test_chunking_changes_nothing(stream: bytes, cuts: list[int], hide: bool) -> None:
+    """However the same bytes are cut, the same bytes come out and the same is counted."""
+    edges = sorted({0, len(stream), *(c % (len(stream) + 1) for c in cuts)})
+    chunks = [stream[a:b] for a, b in itertools.pairwise(edges)]
+    out, sse = run(chunks, hide)
+    whole, reference = run([stream], hide)
+    single, _ = run([stream[i : i + 1] for i in range(len(stream))], hide)
+    assert out == whole == single
+    assert (sse.tokens, sse.done, sse.usage, sse.started) == (
+        reference.tokens, reference.done, reference.usage, reference.started,
+    )  # fmt: skip
+    if not hide:
+        assert out == stream
+
+
+@given(streams)
+def test_hiding_removes_usage_events_only(stream: bytes) -> None:
+    """What remains is the stream less some whole usage-only events."""
+    out, _ = run([stream], hide=True)
+    rest = stream
+    for end in ENDS:
+        rest, out = rest.replace(USAGE[:-2] + end, b""), out.replace(USAGE[:-2] + end, b"")
+    assert out == rest
+
+
+@pytest.mark.parametrize(
+    ("text", "usage"),
+    [
+        (b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}', Usage(3, 4)),
+        (b'...cut off","x":1}],"usage":{"prompt_tokens":3,"total_tokens":3},"id":"usage"}', Usage(3, 0)),
+        (b'{"usage":{"input_tokens":5,"output_tokens":6,"cache_read_input_tokens":2}}', Usage(5, 6, 2)),
+        (b'{"usage":{"input_tokens":5,"output_tokens":6,"input_tokens_details":{"cached_tokens":1}}}', Usage(5, 6, 1)),
+        (b'{"usage":null}', None),
+        (b'{"usage":{"prompt_tokens":"3"}}', None),
+        (b'{"usage":{"prompt_tokens":-3,"completion_tokens":1e3}}', None),
+        (b'{"usage":{"prompt_tok', None),
+        (b'{"usage":' + b"[" * 5000, None),
+        (b'"usage"', None),
+        (b"", None),
+    ],
+)
+def test_usage_is_read_or_absent(text: bytes, usage: Usage | None) -> None:
+    """Both vendors' names are understood, a cut text too; nonsense is no usage and never an error."""
+    assert usage_of(text) == usage
+
+
+@given(st.binary(max_size=64).map(lambda b: b'"usage":{' + b))
+def test_any_bytes_after_the_key_are_survived(text: bytes) -> None:
+    """Garbage from an engine is no error of ours."""
+    usage_of(text)
+
+
+def test_the_usage_of_a_large_body_is_read_from_its_end() -> None:
+    """A body of embeddings is many megabytes; only its end is kept."""
+    tail = Tail()
+    for _ in range(100):
+        tail.feed(b"0.123," * 10_000)
+    tail.feed(b'],"usage":{"prompt_tokens":8,"total_tokens":8}}')
+    assert tail.usage == Usage(8, 0)

@@ -1,0 +1,170 @@
+"""Metrics that are fed: names of the contract, counters, histograms, and labels that clients cannot multiply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from sidecar.bounded import NONE, OTHER, Bounded, printable
+from sidecar.facts import OUTCOMES, CanaryResult, Imaged, Verdict
+from sidecar.meters import METRICS, PAIRS_PER_TENANT, Meters
+from sidecar.report.prometheus import Pages
+
+# Users' dashboards and routers depend on these; a change here breaks them.
+CONTRACT = re.findall(
+    r"\S+",
+    """
+sidecar_mu_in_flight sidecar_mu_max_in_flight sidecar_mu_per_minute sidecar_mu_max_per_minute
+sidecar_mu_utilization_ratio sidecar_mu_total{tenant,model,outcome} sidecar_mu_coefficients_stale
+sidecar_prefill_tokens_in_flight sidecar_decode_tokens_in_flight sidecar_tokens_delivered_total
+sidecar_requests_in_flight sidecar_requests_total{tenant,model,outcome}
+sidecar_time_to_first_token_seconds sidecar_time_per_output_token_seconds sidecar_request_seconds
+sidecar_relay_overhead_seconds sidecar_verdict{verdict} sidecar_verdict_changes_total{to,reason}
+sidecar_progress_age_seconds sidecar_silence_allowed_seconds sidecar_canary_seconds sidecar_canaries_total{outcome}
+sidecar_images_total{format,outcome} sidecar_image_seconds{stage} sidecar_image_bytes_total{direction}
+sidecar_gpu_utilization_ratio{gpu} sidecar_gpu_memory_used_bytes{gpu} sidecar_gpu_power_watts{gpu}
+sidecar_gpu_xid_errors_total{gpu,xid} sidecar_signal_up{signal} sidecar_signal_seconds{signal}
+sidecar_loop_lag_seconds{process} sidecar_cost_dollars_total{tenant,model} sidecar_build_info
+""",
+)
+
+
+def page(meters: Meters) -> str:
+    return Pages(meters.registry, seconds=0).text()
+
+
+def series(meters: Meters) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every sample of the page, as a scraper reads it."""
+    families = text_string_to_metric_families(page(meters))
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    return name, frozenset(labels.items())
+
+
+def settle(meters: Meters, tenant: str = "acme", model: str = "llama", **more: float) -> None:
+    meters.settled(tenant, model, "ok", mu=more.pop("mu", 0.5), seconds=more.pop("seconds", 2.0), **more)
+
+
+@pytest.mark.parametrize("written", CONTRACT)
+def test_every_metric_of_the_contract_is_declared_and_rendered(written: str) -> None:
+    """Each name of the contract is in the table with the contract's labels, and has HELP and TYPE on the first page."""
+    name, _, labels = written.rstrip("}").partition("{")
+    metric = next(m for m in METRICS if m.name == name)
+    if labels:
+        assert metric.labels == tuple(labels.split(","))
+    text = page(Meters(max_tenants=5))
+    assert f"# HELP {name} " in text
+    assert f"# TYPE {name} {metric.kind}\n" in text
+
+
+def test_the_contract_here_is_the_written_one(requires: Callable[[str], Path]) -> None:
+    """The list above is the one of the design document."""
+    document = requires("../shared/design/contract.md").read_text()
+    section = document.partition("## Metric names")[2].partition("\n\n")[0]
+    names = [re.sub(r"\{verdict\}.*", "{verdict}", n) for n in re.findall(r"`(sidecar_[^`]+)`", section)]
+    assert sorted(names) == sorted(CONTRACT)
+
+
+def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
+    """Requests, MU and dollars add up per label set, and times go into their histograms."""
+    meters = Meters(max_tenants=5)
+    settle(meters, mu=0.5, ttft=0.2, tpot=0.012, overhead=0.0003, dollars=0.01)
+    settle(meters, mu=0.25, dollars=0.02)
+    meters.settled("acme", "llama", "client_cancelled", mu=0.1, seconds=1.0)
+    got = series(meters)
+    ok = {"tenant": "acme", "model": "llama", "outcome": "ok"}
+    assert got[key("sidecar_requests_total", **ok)] == 2
+    assert got[key("sidecar_mu_total", **ok)] == 0.75
+    assert got[key("sidecar_mu_total", **ok | {"outcome": "client_cancelled"})] == 0.1
+    assert got[key("sidecar_cost_dollars_total", tenant="acme", model="llama")] == pytest.approx(0.03)
+    assert got[key("sidecar_request_seconds_count")] == 3
+    assert got[key("sidecar_request_seconds_sum")] == 5.0
+    assert got[key("sidecar_time_to_first_token_seconds_count")] == 1
+    assert got[key("sidecar_time_per_output_token_seconds_bucket", le="0.01")] == 0
+    assert got[key("sidecar_time_per_output_token_seconds_bucket", le="0.015")] == 1
+    assert got[key("sidecar_relay_overhead_seconds_bucket", le="0.0005")] == 1
+
+
+def test_without_a_price_there_is_no_cost_series() -> None:
+    """Cost 0 is not shown as 0 dollars: there is no series."""
+    meters = Meters(max_tenants=5)
+    settle(meters)
+    assert not [name for name, _ in series(meters) if name.startswith("sidecar_cost")]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1e5), max_size=50))
+def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
+    """Each bucket counts exactly the values up to its bound, +Inf counts all, and the sum is theirs."""
+    meters = Meters(max_tenants=5)
+    for value in values:
+        settle(meters, seconds=value)
+    got = series(meters)
+    buckets = {dict(labels)["le"]: n for (name, labels), n in got.items() if name == "sidecar_request_seconds_bucket"}
+    assert all(n == sum(v <= float(le) for v in values) for le, n in buckets.items())
+    assert buckets["+Inf"] == got[key("sidecar_request_seconds_count")] == len(values)
+    assert got[key("sidecar_request_seconds_sum")] == pytest.approx(sum(values))
+
+
+def test_images_canaries_and_verdict_changes_are_counted() -> None:
+    """Each record goes into its counter and, where it has a duration, its histogram."""
+    meters = Meters(max_tenants=5)
+    meters.observe(Imaged("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006), ("resize", 0.004)), 1000, 3000))
+    meters.observe(CanaryResult("starved", 10.0, 18.0, 8.0))
+    meters.observe(Verdict("stalled", "no_progress", "", 1.0, 1.0))
+    got = series(meters)
+    assert got[key("sidecar_images_total", format="jpeg", outcome="ok")] == 1
+    assert got[key("sidecar_image_bytes_total", direction="in")] == 1000
+    assert got[key("sidecar_image_bytes_total", direction="out")] == 3000
+    assert got[key("sidecar_image_seconds_sum", stage="decode")] == 0.006
+    assert got[key("sidecar_image_seconds_sum", stage="total")] == 0.03
+    assert got[key("sidecar_canaries_total", outcome="starved")] == 1
+    assert got[key("sidecar_canary_seconds_sum")] == 8.0
+    assert got[key("sidecar_verdict_changes_total", to="stalled", reason="no_progress")] == 1
+
+
+def test_clients_cannot_multiply_series() -> None:
+    """Any number of made-up tenants and models yields a bounded page, and no request is lost from the sums."""
+    limit = 5
+    meters = Meters(max_tenants=limit)
+    for n in range(1000):
+        meters.settled(f"tenant {n}" * 20, f"model {n % 97}", OUTCOMES[n % 6], mu=1.0, seconds=1.0)
+    requests = {labels: v for (name, labels), v in series(meters).items() if name == "sidecar_requests_total"}
+    clients = {(dict(labels)["tenant"], dict(labels)["model"]) for labels in requests}
+    assert len(clients) <= limit * PAIRS_PER_TENANT + 1
+    assert max(len(tenant) for tenant, _ in clients) <= 64
+    assert (OTHER, OTHER) in clients
+    assert sum(requests.values()) == 1000
+
+
+def test_a_hostile_label_cannot_break_the_page() -> None:
+    """Quotes, backslashes and line ends in a tenant's name come out escaped or replaced, in one parseable sample."""
+    meters = Meters(max_tenants=5)
+    settle(meters, tenant='a"} 1\nsidecar_verdict{verdict="dead\\', model="\x00\u202e")
+    (labels,) = [dict(labels) for name, labels in series(meters) if name == "sidecar_requests_total"]
+    assert labels == {"tenant": 'a"} 1?sidecar_verdict{verdict="dead\\', "model": "??", "outcome": "ok"}
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=100), max_size=60), st.integers(1, 10))
+def test_bounded_is_stable_and_bounded(texts: list[str], limit: int) -> None:
+    """At most `limit` labels besides `other`; a text that had a label keeps it; labels are printable, short, not empty."""
+    bounded = Bounded(limit, max_length=20)
+    first = [bounded(text) for text in texts]
+    assert len({label for label in first if label != OTHER}) <= limit
+    again = [bounded(text) for text in texts]
+    assert [b for a, b in zip(first, again, strict=True) if a != OTHER] == [a for a in first if a != OTHER]
+    assert all(label.isprintable() and 0 < len(label) <= 20 for label in first)
+
+
+def test_nothing_is_a_label_of_its_own() -> None:
+    """An empty or blank name reads as `none`, because an empty label would be a missing one."""
+    assert (printable(""), printable(" \t\n"), printable("a" * 65)) == (NONE, NONE, "a" * 64)

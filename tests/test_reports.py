@@ -1,0 +1,300 @@
+"""What Prometheus, autoscalers and Envoy are told, rendered from one Snapshot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import openmetrics, parser
+from prometheus_client.openmetrics import parser as openmetrics_parser
+
+from sidecar.facts import (
+    STATES,
+    Absent,
+    CanaryResult,
+    EngineSample,
+    Failed,
+    GpuSample,
+    Imaged,
+    ProcessSample,
+    Value,
+    Verdict,
+)
+from sidecar.meters import METRICS, Meters
+from sidecar.report import load, orca, prometheus
+from sidecar.report.prometheus import PLAIN, Pages, merged
+from sidecar.snapshot import ImageUse, Load, RelayUse, Snapshot
+
+LOAD = Load(
+    mu_in_flight=3.2, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,
+    limited_by="flow", prefill_tokens_in_flight=5120, decode_tokens_in_flight=900, tokens_delivered_total=123456,
+    tokens_per_second=500.0, requests_in_flight=7, requests_waiting=2, requests_per_second=0.7,
+    coefficients_fingerprint="llama-h100", coefficients_source="file", coefficients_stale=False,
+)  # fmt: skip
+GPU = GpuSample(
+    0, "H100", "GPU-0", Value(0.93, 99.0), Value(1 << 30, 99.0), Value(80 << 30, 99.0), Value(640.5, 99.0),
+    Value(61.0, 99.0), ((79, 2),),
+)  # fmt: skip
+SNAPSHOT = Snapshot(
+    at=100.0, at_wall=1_700_000_000.0, version="1.2.3", engine_kind="vllm", draining=False,
+    verdict=Verdict("progressing", "bytes_delivered", "", 90.0, 1_699_999_990.0), progress_age=0.25,
+    silence_allowed=8.0, silence_ruled_by="floor", load=LOAD, tenants=(), images=ImageUse((), (), 0, 0),
+    images_device="off", engine=Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004),
+    gpus=Value((GPU,), 99.0, 0.002), own=Value(ProcessSample(1, 50_000_000, 3.0, 4), 99.0, 0.0001), own_lag=0.001,
+    relays=(RelayUse(0, 10, 0, 7, 0.002, 0.5), RelayUse(1, 11, 0, 0, 0.003, 0.5)), canary=None,
+    canary_outstanding_since=None, changes=(), diagnoses=(),
+)  # fmt: skip
+ENGINE_PAGE = """# HELP vllm:num_requests_waiting Waiting.
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{model_name="llama"} 3.0
+"""
+
+
+def full() -> Meters:
+    """Meters in which every metric has at least one series."""
+    meters = Meters(max_tenants=5)
+    meters.update(SNAPSHOT)
+    meters.settled("acme", "llama", "ok", mu=0.5, seconds=2.0, ttft=0.2, tpot=0.01, overhead=0.0003, dollars=0.01)
+    meters.observe(Imaged("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
+    meters.observe(CanaryResult("ok", 10.0, 10.1, 8.0))
+    meters.observe(Verdict("progressing", "bytes_delivered", "", 1.0, 1.0))
+    return meters
+
+
+def samples(text: str) -> dict[str, float]:
+    """`name{labels}` -> value of a plain page."""
+    return {n: float(v) for n, v in (line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")}
+
+
+def page(snapshot: Snapshot) -> dict[str, float]:
+    meters = Meters(max_tenants=5)
+    meters.update(snapshot)
+    return samples(Pages(meters.registry).text())
+
+
+# --- Prometheus ---
+
+
+def test_a_snapshot_is_shown_whole() -> None:
+    """Gauges carry the snapshot's numbers, the verdict is one series per state, and relays are told apart."""
+    got = page(SNAPSHOT)
+    assert got["sidecar_mu_in_flight"] == 3.2
+    assert got["sidecar_mu_utilization_ratio"] == 0.41
+    assert got["sidecar_tokens_delivered_total"] == 123456
+    assert got["sidecar_progress_age_seconds"] == 0.25
+    assert {state: got[f'sidecar_verdict{{verdict="{state}"}}'] for state in STATES} == {
+        state: float(state == "progressing") for state in STATES
+    }
+    assert got['sidecar_loop_lag_seconds{process="control"}'] == 0.001
+    assert got['sidecar_loop_lag_seconds{process="relay-1"}'] == 0.003
+    assert got['sidecar_gpu_utilization_ratio{gpu="0"}'] == 0.93
+    assert got['DCGM_FI_DEV_GPU_UTIL{UUID="GPU-0",gpu="0"}'] == 93
+    assert got['sidecar_gpu_xid_errors_total{gpu="0",xid="79"}'] == 2
+    assert got['sidecar_signal_up{signal="scrape"}'] == 1
+    assert got['sidecar_signal_seconds{signal="gpu"}'] == 0.002
+    assert got['sidecar_build_info{engine_kind="vllm",version="1.2.3"}'] == 1
+
+
+def test_every_metric_has_a_series_once_everything_has_happened() -> None:
+    """No declared metric is one that nothing feeds."""
+    got = samples(Pages(full().registry).text())
+    for metric in METRICS:
+        assert [n for n in got if n.partition("{")[0] in (metric.name, metric.name + "_bucket")], metric.name
+
+
+def test_what_was_not_read_is_never_a_zero() -> None:
+    """Absent has no series at all, failed is `up 0` without values, and a GPU's failed number is left out alone."""
+    gpu = replace(GPU, power=Failed("x"), utilization=Absent("MIG"))
+    got = page(replace(SNAPSHOT, engine=Absent("no page"), own=Failed("x"), gpus=Value((gpu,), 1.0), progress_age=None))
+    assert not [n for n in got if 'signal="scrape"' in n or n.startswith(("sidecar_progress_age", "sidecar_gpu_power"))]
+    assert got['sidecar_signal_up{signal="process"}'] == 0
+    assert 'sidecar_signal_seconds{signal="process"}' not in got
+    assert got['sidecar_gpu_memory_used_bytes{gpu="0"}'] == 1 << 30
+    assert got['sidecar_signal_up{signal="gpu"}'] == 1
+    assert "sidecar_gpu_utilization_ratio" not in str(got)
+
+
+def test_gpus_that_all_fail_are_a_signal_that_is_down_and_keep_their_xids() -> None:
+    """GPUs that were counted and do not answer read as `up 0`; the XID that explains it stays."""
+    why = Failed("lost")
+    lost = replace(GPU, utilization=why, memory_used=why, memory_total=why, power=why, temperature=why)
+    got = page(replace(SNAPSHOT, gpus=Value((lost,), 1.0)))
+    assert got['sidecar_signal_up{signal="gpu"}'] == 0
+    assert got['sidecar_gpu_xid_errors_total{gpu="0",xid="79"}'] == 2
+
+
+@pytest.mark.parametrize("meters", [full(), Meters(max_tenants=5)], ids=["full", "empty"])
+def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Meters) -> None:
+    """`promtool check metrics` accepts our page, also merged with an engine's, and warns of nothing."""
+    for text in (
+        Pages(meters.registry).text(),
+        merged(ENGINE_PAGE.replace("vllm:", "vllm_"), Pages(meters.registry).text()),
+    ):
+        check = subprocess.run(
+            [requires("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
+        )
+        assert (check.returncode, check.stdout + check.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("", PLAIN),
+        ("*/*", PLAIN),
+        ("text/html", PLAIN),
+        ("application/openmetrics-text; version=abc", PLAIN),
+        ("application/openmetrics-text; version=", openmetrics.exposition.CONTENT_TYPE_LATEST),
+        (
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.3",
+            "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=allow-utf-8",
+        ),
+    ],
+)
+def test_the_format_is_the_clients_choice(accept: str, content_type: str) -> None:
+    """Each Accept header gets a page that the parser of its Content-Type reads; nonsense gets plain text."""
+    body, got = Pages(full().registry).render(accept)
+    assert got == content_type
+    parse = openmetrics_parser if "openmetrics" in got else parser
+    names = {family.name for family in parse.text_string_to_metric_families(body.decode())}
+    assert {"sidecar_mu_in_flight", "sidecar_mu", "sidecar_request_seconds"} <= names
+
+
+def test_a_page_is_rendered_once_a_second_however_often_it_is_asked_for() -> None:
+    """Within the second the same bytes come back, after it the new numbers; and formats kept are bounded."""
+    now = 0.0
+    meters = full()
+    pages = Pages(meters.registry, clock=lambda: now)
+    first, _ = pages.render()
+    meters.update(replace(SNAPSHOT, progress_age=7.5))
+    now = 0.99
+    assert pages.render()[0] is first
+    now = 1.0
+    assert samples(pages.text())["sidecar_progress_age_seconds"] == 7.5
+    for n in range(100):
+        pages.render(f"application/openmetrics-text; version=1.{n}.0")
+    assert len(pages._kept) <= prometheus.FORMATS
+
+
+def test_a_merged_page_is_the_engines_then_ours() -> None:
+    """The engine's text is kept byte for byte, the end marker of OpenMetrics goes, and the whole can be parsed."""
+    ours = Pages(full().registry).text()
+    assert merged(ENGINE_PAGE, ours) == ENGINE_PAGE + ours
+    assert merged(ENGINE_PAGE.rstrip() + "\n# EOF", ours) == ENGINE_PAGE + ours
+    assert merged(None, ours) == merged("", ours) == ours
+    names = {family.name for family in parser.text_string_to_metric_families(merged(ENGINE_PAGE, ours))}
+    assert {"vllm:num_requests_waiting", "sidecar_mu_utilization_ratio"} <= names
+
+
+def test_an_engine_behind_a_sidecar_does_not_double_our_families() -> None:
+    """Series under our names on the engine's page give way, whatever else it has stays."""
+    ours = Pages(full().registry).text()
+    assert merged(ours + ENGINE_PAGE + ours.rstrip(), ours) == ENGINE_PAGE + ours
+
+
+# --- GET /load ---
+
+
+def test_load_is_the_contracts_object() -> None:
+    """Keys and values are those of the contract, no more and no less."""
+    assert load.render(SNAPSHOT) == {
+        "mu": {
+            "in_flight": 3.2,
+            "max_in_flight": 12.0,
+            "per_minute": 41.0,
+            "max_per_minute": 100.0,
+            "utilization": 0.41,
+            "limited_by": "flow",
+        },
+        "tokens": {"prefill_in_flight": 5120, "decode_in_flight": 900, "delivered_total": 123456},
+        "requests": {"in_flight": 7, "waiting": 2},
+        "gpu": [
+            {
+                "index": 0,
+                "utilization": 0.93,
+                "memory_used_bytes": 1 << 30,
+                "memory_total_bytes": 80 << 30,
+                "power_watts": 640.5,
+            }
+        ],
+        "coefficients": {"fingerprint": "llama-h100", "stale": False},
+        "verdict": "progressing",
+    }
+
+
+def test_load_says_why_a_value_is_missing() -> None:
+    """What was not read is null with its reason beside it: for all GPUs, and for one number of one."""
+    none = load.render(replace(SNAPSHOT, gpus=Absent("no driver")))
+    assert (none["gpu"], none["gpu_absent"]) == (None, "no driver")
+    failed = load.render(replace(SNAPSHOT, gpus=Failed("NVML hangs")))
+    assert (failed["gpu"], failed["gpu_absent"]) == (None, "failed: NVML hangs")
+    (gpu,) = load.render(replace(SNAPSHOT, gpus=Value((replace(GPU, power=Absent("MIG")),), 1.0)))["gpu"]
+    assert (gpu["power_watts"], gpu["power_watts_absent"], gpu["utilization"]) == (None, "MIG", 0.93)
+    assert json.loads(json.dumps(none)) == none
+
+
+# --- ORCA ---
+
+
+def report(header: str) -> dict[str, Any]:
+    """The numbers of either form, by dotted name."""
+    form, _, rest = header.partition(" ")
+    if form == "TEXT":
+        return {k: float(v) for k, v in (pair.split("=") for pair in rest.split(", "))}
+    assert form == "JSON"
+    fields = json.loads(rest)
+    named = fields.pop("named_metrics")
+    return fields | {f"named_metrics.{k}": v for k, v in named.items()}
+
+
+FORMS = pytest.mark.parametrize("form", [orca.header_json, orca.header_text])
+
+
+@FORMS
+def test_orca_carries_utilisation_twice_and_vllms_own_two(form: Callable[..., str]) -> None:
+    """application_utilization and named mu_utilization are alike, rps is there, and what vLLM reports is not lost."""
+    assert report(form(LOAD, SNAPSHOT.engine)) == {
+        "rps_fractional": 0.7,
+        "application_utilization": 0.41,
+        "named_metrics.mu_utilization": 0.41,
+        "named_metrics.mu_in_flight": 3.2,
+        "named_metrics.kv_cache_usage_perc": 0.3,
+        "named_metrics.num_requests_waiting": 3.0,
+    }
+
+
+@FORMS
+@pytest.mark.parametrize("capacity", [0.0, 100.0])
+def test_an_idle_engine_still_sends_a_report_that_envoy_takes(form: Callable[..., str], capacity: float) -> None:
+    """With nothing in flight, rps and utilisation are above 0; their ratio, Envoy's weight, is the capacity per second."""
+    idle = replace(LOAD, utilization=0.0, requests_per_second=0.0, mu_in_flight=0.0, mu_max_per_minute=capacity)
+    got = report(form(idle, Absent("no page")))
+    assert got["rps_fractional"] > 0
+    assert got["application_utilization"] == got["named_metrics.mu_utilization"] > 0
+    if capacity:
+        assert got["rps_fractional"] / got["application_utilization"] == pytest.approx(capacity / 60, rel=1e-3)
+
+
+@FORMS
+def test_orca_leaves_out_what_was_not_read(form: Callable[..., str]) -> None:
+    """Without the engine's page there is no KV use in the report, and the waiting requests are the relay's own count."""
+    got = report(form(LOAD, Failed("refused")))
+    assert "named_metrics.kv_cache_usage_perc" not in got
+    assert got["named_metrics.num_requests_waiting"] == 2.0
+    broken = Value(EngineSample(kv_usage=float("nan"), waiting=float("inf")), 1.0)
+    assert not {"named_metrics.kv_cache_usage_perc", "named_metrics.num_requests_waiting"} & set(
+        report(form(LOAD, broken))
+    )
+
+
+@FORMS
+def test_an_orca_report_is_one_header_value(form: Callable[..., str]) -> None:
+    """Printable ASCII on one line, short enough for any proxy's limit."""
+    header = form(LOAD, SNAPSHOT.engine)
+    assert header.isascii()
+    assert header.isprintable()
+    assert len(header) < 1024

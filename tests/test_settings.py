@@ -1,0 +1,84 @@
+"""Settings: where they come from, and what a wrong one says."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from sidecar import settings
+from sidecar.errors import UsageError
+from sidecar.settings import Settings, load
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    """Precedence, one key per source."""
+    file = tmp_path / "sidecar.toml"
+    file.write_text('workers = 2\ncanary-interval = 7.5\nslo-seconds = 3\nlisten = "127.0.0.1:1"\n')
+    env = {"SIDECAR_WORKERS": "3", "SIDECAR_CANARY_INTERVAL": "8", "SIDECAR_CONFIG": str(file)}
+    got = load(Settings, {"workers": "4", "admin": None}, env)
+    assert (got.workers, got.canary_interval, got.slo_seconds) == (4, 8.0, 3.0)
+    assert got.listen == ("127.0.0.1", 1) and got.admin == ("0.0.0.0", 9400)
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "file", "words"),
+    [
+        ({"workers": "0"}, {}, "", ["--workers", "'0'", "1 to 64"]),
+        ({"engine": "ftp://x"}, {}, "", ["--engine", "http(s) URL"]),
+        ({"listen": "8080"}, {}, "", ["--listen", "HOST:PORT"]),
+        ({"gpu_memory_budget": "lots"}, {}, "", ["--gpu-memory-budget", "1G"]),
+        ({"model": "/nowhere"}, {}, "", ["--model", "existing directory"]),
+        ({}, {"SIDECAR_WORKRS": "1"}, "", ["SIDECAR_WORKRS", "SIDECAR_WORKERS"]),
+        ({}, {"SIDECAR_ORCA": "often"}, "", ["SIDECAR_ORCA", "auto, always"]),
+        ({}, {}, "worker = 1", ["worker", "workers"]),
+        ({}, {}, "workers = 'many'", ["workers", "'many'", "1 to 64"]),
+        ({}, {}, "workers = [", ["--config", "TOML"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_key_expectation_and_neighbour(
+    tmp_path: Path, flags: dict[str, str], env: dict[str, str], file: str, words: list[str]
+) -> None:
+    """Whatever is unknown or invalid says which key, what was expected, and the nearest valid key."""
+    path = tmp_path / "sidecar.toml"
+    path.write_text(file)
+    with pytest.raises(UsageError) as e:
+        load(Settings, flags, env, str(path))
+    text = str(e.value)
+    assert "\n" not in text
+    assert all(word in text for word in words), text
+
+
+def test_a_service_named_sidecar_does_not_break_the_pod() -> None:
+    """Kubernetes injects SIDECAR_PORT and its kin for a Service of that name."""
+    env = {
+        "SIDECAR_SERVICE_HOST": "10.0.0.1",
+        "SIDECAR_SERVICE_PORT": "80",
+        "SIDECAR_SERVICE_PORT_HTTP": "80",
+        "SIDECAR_PORT": "tcp://10.0.0.1:80",
+        "SIDECAR_PORT_80_TCP_ADDR": "10.0.0.1",
+    }
+    assert load(Settings, {}, env) == Settings()
+
+
+def test_a_secret_is_never_in_an_error() -> None:
+    """The value of a secret setting is not echoed."""
+    secret = [f.name for f in fields(Settings) if f.metadata["secret"]]
+    assert secret == ["engine_key"]
+
+
+def test_settings_survive_the_trip_to_a_relay_process() -> None:
+    """from_json(to_json(x)) == x."""
+    chosen = load(Settings, {"engine": "http://e:8000/", "image_max_bytes": "5M"}, {})
+    assert settings.from_json(settings.to_json(chosen)) == chosen
+    assert chosen.engine == "http://e:8000" and chosen.image_max_bytes == 5 << 20
+
+
+def test_every_default_is_a_valid_value() -> None:
+    """A default that its own parser refuses could never be written down by a user."""
+    for f in fields(Settings):
+        default = settings.default_of(f)
+        if default == "" or isinstance(default, tuple):
+            continue
+        assert f.metadata["parse"](str(default)) == default, f.name

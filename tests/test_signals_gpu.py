@@ -1,0 +1,216 @@
+"""The GPU signal against a scripted driver library, in a process of its own (the library is loaded once per process)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent / "nvml_stub"
+FIELDS = ("utilization", "memory_used", "memory_total", "power", "temperature")
+
+
+def build(gcc: Path, into: Path, *flags: str) -> Path:
+    """Compile the stub as the library that NVML's users look for; the folder that holds it."""
+    into.mkdir()
+    target = into / "libnvidia-ml.so.1"
+    subprocess.run(
+        [gcc, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, "-o", target, HERE / "nvml_stub.c"],
+        check=True,
+        timeout=60,
+    )
+    return into
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory, requires: Callable[[str], Path]) -> Path:
+    return build(requires("gcc"), tmp_path_factory.mktemp("nvml") / "lib")
+
+
+class Watched:
+    """A process that prints the GPU signal's readings, and the script of the driver under it."""
+
+    def __init__(self, library: Path | None, script: Path, text: str, *, patience: float = 5.0) -> None:
+        self._script = script
+        self.say(text)
+        path = {"LD_LIBRARY_PATH": str(library)} if library else {}
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", HERE / "watch.py", "0.02", str(patience)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "NVML_STUB_SCRIPT": str(script), **path},
+        )
+
+    def say(self, text: str) -> None:
+        """Replace the script in one step."""
+        new = self._script.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self._script)
+
+    def until(self, wanted: Callable[[Any], bool]) -> Any:
+        """The first reading from here on that is wanted."""
+        assert self._process.stdout is not None
+        seen = []
+        for line in self._process.stdout:
+            seen.append(json.loads(line))
+            if wanted(seen[-1]):
+                return seen[-1]
+        raise AssertionError(f"ended before it came; seen: {seen}")
+
+    def stop(self) -> tuple[bool, bool]:
+        """End it: whether all threads ended in time, and whether NVML's bindings had been imported."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        stopped = self.until(lambda r: "stopped" in r)["stopped"]
+        return stopped, self.until(lambda r: "bindings" in r)["bindings"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+Watch = Callable[..., Watched]
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[Watch]:
+    opened: list[Watched] = []
+
+    def start(library: Path | None, text: str = "", **more: float) -> Watched:
+        opened.append(Watched(library, tmp_path / "script", text, **more))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def values(reading: Any) -> bool:
+    return isinstance(reading, list)
+
+
+def failed(reading: Any) -> bool:
+    return isinstance(reading, dict) and "Failed" in reading
+
+
+def test_a_healthy_gpu_gives_numbers_in_our_units(stub: Path, watch: Watch) -> None:
+    """Shares, bytes, watts and degrees come out of NVML's percent, bytes, milliwatts and degrees, and the threads end."""
+    watched = watch(stub)
+    assert watched.until(values) == [
+        {
+            "index": 0,
+            "name": "Stub GPU",
+            "uuid": "GPU-0",
+            "utilization": 0.93,
+            "memory_used": 60 << 30,
+            "memory_total": 80 << 30,
+            "power": 640.5,
+            "temperature": 61.0,
+            "xid_errors": [],
+        }
+    ]
+    assert watched.stop() == (True, True)
+
+
+@pytest.mark.skipif(
+    any(Path(p, "libnvidia-ml.so.1").exists() for p in ("/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")),
+    reason="this machine has a real driver library",
+)
+def test_no_driver_library_is_absent_and_costs_no_bindings(watch: Watch) -> None:
+    """Without libnvidia-ml.so.1 the signal is absent, not failed, and pynvml is never imported."""
+    watched = watch(None)
+    assert watched.until(lambda r: "driver" in str(r)) == {"Absent": "no NVIDIA driver library (libnvidia-ml.so.1)"}
+    assert watched.stop() == (True, False)
+
+
+def test_no_gpu_is_absent(stub: Path, watch: Watch) -> None:
+    """A driver that counts no GPUs is a signal that does not exist here."""
+    assert watch(stub, "count 0").until(lambda r: "visible" in str(r)) == {"Absent": "no NVIDIA GPU is visible here"}
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [(1, "not initialised"), (9, "not loaded"), (18, "reboot"), (999, "daemon-reload"), (13, "update the driver")],
+)
+def test_a_failed_init_says_what_to_do_and_is_tried_again(stub: Path, watch: Watch, code: int, remedy: str) -> None:
+    """Init that fails is a failed reading with a remedy; once it works, numbers come without a restart."""
+    watched = watch(stub, f"nvmlInitWithFlags {code}")
+    assert remedy in watched.until(failed)["Failed"]
+    watched.say("")
+    assert watched.until(values)[0]["utilization"] == 0.93
+
+
+def test_a_lost_gpu_keeps_its_place_and_the_other_its_numbers(stub: Path, watch: Watch) -> None:
+    """Of two GPUs the lost one has only failed numbers, under its own name, and the other one goes on."""
+    watched = watch(stub, "count 2")
+    watched.until(values)
+    watched.say("count 2\nlost 1")
+    first, second = watched.until(lambda r: values(r) and "Failed" in str(r[1]["power"]))
+    assert first["power"] == 640.5
+    assert second["uuid"] == "GPU-1"
+    assert all("reboot" in second[field]["Failed"] for field in FIELDS)
+
+
+def test_an_xid_stays_visible_when_its_gpu_is_lost(stub: Path, watch: Watch) -> None:
+    """XID 79 is counted when it comes and is still there once the only GPU answers nothing; and the GPU may come back."""
+    watched = watch(stub)
+    watched.until(values)
+    watched.say("xid 79")
+    watched.until(lambda r: values(r) and r[0]["xid_errors"] == [[79, 1]])
+    watched.say("xid 79\nlost 0")
+    lost = watched.until(lambda r: values(r) and "Failed" in str(r[0]["power"]))[0]
+    assert lost["xid_errors"] == [[79, 1]]
+    watched.say("xid 79")
+    assert watched.until(lambda r: values(r) and r[0]["power"] == 640.5)[0]["xid_errors"] == [[79, 1]]
+
+
+def test_a_number_that_the_gpu_lacks_is_absent_and_one_that_failed_is_failed(stub: Path, watch: Watch) -> None:
+    """MIG has no utilisation (not supported: absent); an error in temperature is failed; the rest has values."""
+    watched = watch(stub, "nvmlDeviceGetUtilizationRates 3\nnvmlDeviceGetTemperature 4")
+    gpu = watched.until(values)[0]
+    assert "Absent" in gpu["utilization"]
+    assert "device files" in gpu["temperature"]["Failed"]
+    assert (gpu["memory_used"], gpu["power"]) == (60 << 30, 640.5)
+
+
+def test_a_function_that_an_old_driver_lacks_is_absent(
+    tmp_path: Path, requires: Callable[[str], Path], watch: Watch
+) -> None:
+    """A missing symbol costs its own number only."""
+    gpu = watch(build(requires("gcc"), tmp_path / "old", "-DOLD")).until(values)[0]
+    assert "Absent" in gpu["power"]
+    assert gpu["temperature"] == 61.0
+
+
+@pytest.mark.parametrize("function", ["nvmlInitWithFlags", "nvmlDeviceGetMemoryInfo"])
+def test_a_call_that_hangs_fails_the_reading_and_recovers(stub: Path, watch: Watch, function: str) -> None:
+    """While NVML hangs, readers get a failure with its age instead of waiting; when it comes back, so do the numbers."""
+    watched = watch(stub, f"hang {function}", patience=0.1)
+    assert re.match(r"NVML did not answer for \d+ s", watched.until(failed)["Failed"])
+    watched.say("")
+    assert watched.until(values)[0]["power"] == 640.5
+    assert watched.stop() == (True, True)
+
+
+def test_stop_does_not_wait_for_a_call_that_hangs(stub: Path, watch: Watch) -> None:
+    """Stop comes back with False while NVML holds the thread, and the process can still end."""
+    watched = watch(stub, "hang nvmlDeviceGetName", patience=0.1)
+    watched.until(failed)
+    assert watched.stop() == (False, True)
+
+
+def test_events_that_the_driver_lacks_cost_nothing_else(stub: Path, watch: Watch) -> None:
+    """Without event sets there are no XID counts, and all numbers."""
+    gpu = watch(stub, "nvmlEventSetCreate 3").until(values)[0]
+    assert (gpu["xid_errors"], gpu["power"]) == ([], 640.5)

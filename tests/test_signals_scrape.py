@@ -1,0 +1,227 @@
+"""The engine's metrics page, read from real servers that behave and misbehave; and the sample of a process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from sidecar.facts import Absent, EngineSample, Failed, Reading, Value
+from sidecar.signals import process
+from sidecar.signals.scrape import PAGE_PERIODS, ScrapeSignal
+
+PAGE = b"running 3\n"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Serve = Callable[[Handler], Awaitable[str]]
+
+
+def parse(page: bytes, at: float) -> EngineSample:
+    """The smallest parser that keeps the contract: ValueError on garbage."""
+    name, value = page.decode().split()
+    if name != "running":
+        raise ValueError("no such page")
+    return EngineSample(running=float(value))
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Start an engine whose /metrics is the handler; its page's URL."""
+    runners: list[web.AppRunner] = []
+
+    async def start(handler: Handler) -> str:
+        app = web.Application()
+        app.router.add_get("/metrics", handler)
+        runners.append(web.AppRunner(app, shutdown_timeout=0.1))
+        await runners[-1].setup()
+        await web.TCPSite(runners[-1], "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{runners[-1].addresses[0][1]}/metrics"
+
+    yield start
+    for runner in runners:
+        await runner.cleanup()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as one:
+        yield one
+
+
+def answering(status: int = 200, body: bytes = PAGE) -> Handler:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(status=status, body=body)
+
+    return handler
+
+
+def error(reading: Reading[EngineSample]) -> str:
+    assert isinstance(reading, Failed), reading
+    return reading.error
+
+
+async def test_a_page_becomes_a_sample_with_its_cost(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """A scrape gives the parsed sample, its time and cost, and keeps the page's text for merging."""
+    ticks = iter(range(100))
+    signal = ScrapeSignal(await serve(answering()), parse, clock=lambda: float(next(ticks)))
+    assert isinstance(signal.read(), Absent)
+    reading = await signal.poll(session)
+    assert isinstance(reading, Value)
+    assert (reading.value, reading.at) == (EngineSample(running=3.0), 0.0)
+    assert reading.seconds > 0
+    assert signal.read() == reading
+    assert signal.page() == PAGE.decode()
+
+
+async def test_an_engine_without_a_page_is_absent_and_never_asked() -> None:
+    """Without a URL the reading is absent and `run` ends by itself."""
+    signal = ScrapeSignal("", parse)
+    await signal.run()
+    assert isinstance(signal.read(), Absent)
+    assert signal.page() is None
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "why"),
+    [
+        (404, PAGE, "answered 404; start the engine with its metrics on"),
+        (401, PAGE, "answered 401; give the engine's key"),
+        (500, PAGE, "answered 500"),
+        (302, PAGE, "answered 302"),
+        (200, b"<html>", "not Prometheus text"),
+        (200, b"\xff\xfe 1", "not Prometheus text"),
+        (200, b"running " + b"1" * 1000, "over 100 bytes"),
+    ],
+)
+async def test_a_bad_answer_is_failed_with_a_reason(
+    serve: Serve, session: aiohttp.ClientSession, status: int, body: bytes, why: str
+) -> None:
+    """Status, garbage and size are each told apart, and none of them becomes a page to merge."""
+    signal = ScrapeSignal(await serve(answering(status, body)), parse, max_bytes=100)
+    assert why in error(await signal.poll(session))
+    assert signal.page() is None
+
+
+async def test_an_endless_page_is_cut_at_its_bound(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """A page without end is given up at the bound, and the engine is hung up on."""
+    gone = asyncio.Event()
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"x" * 65536)
+        finally:
+            gone.set()
+
+    signal = ScrapeSignal(await serve(endless), parse, max_bytes=1 << 20)
+    assert "over 1048576 bytes" in error(await signal.poll(session))
+    await gone.wait()
+
+
+async def test_an_engine_that_does_not_answer_is_failed_after_the_timeout(
+    serve: Serve, session: aiohttp.ClientSession
+) -> None:
+    """A page that never comes fails the reading within the time given, while others may read on."""
+    never = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.Response:
+        await never.wait()
+        return web.Response()
+
+    signal = ScrapeSignal(await serve(hang), parse, timeout=0.05)
+    assert "did not answer in 0.05 s" in error(await signal.poll(session))
+
+
+async def test_a_closed_port_and_a_broken_answer_are_failed(session: aiohttp.ClientSession) -> None:
+    """Nobody listening, and a peer that hangs up, are failures with reasons that name no address."""
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/metrics"
+    signal = ScrapeSignal(url, parse)
+    assert "broke off" in error(await signal.poll(session))
+    server.close()
+    await server.wait_closed()
+    refused = error(await signal.poll(session))
+    assert "refuses connections" in refused
+    assert "127.0.0.1" not in refused
+
+
+async def test_a_parser_that_breaks_does_not_break_the_loop(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """An error that no parser should raise is a failed reading like any other."""
+
+    def broken(page: bytes, at: float) -> EngineSample:
+        raise KeyError(page)
+
+    signal = ScrapeSignal(await serve(answering()), broken)
+    assert "KeyError" in error(await signal.poll(session))
+
+
+async def test_a_failure_keeps_the_last_page_until_it_is_too_old(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """One missed scrape does not take the engine's series away; old ones are not shown as fresh."""
+    now = 0.0
+    up = True
+
+    async def flaky(_: web.Request) -> web.Response:
+        return web.Response(body=PAGE) if up else web.Response(status=500)
+
+    signal = ScrapeSignal(await serve(flaky), parse, period=1.0, clock=lambda: now)
+    await signal.poll(session)
+    up, now = False, float(PAGE_PERIODS)
+    error(await signal.poll(session))
+    assert signal.page() == PAGE.decode()
+    now += 0.1
+    assert signal.page() is None
+
+
+async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve) -> None:
+    """`run` goes on over failures, sends the given key, asks for plain text, and ends when cancelled."""
+    seen: list[str | None] = []
+    thrice = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("Authorization"))
+        assert request.headers["Accept"].startswith("text/plain")
+        if len(seen) == 3:
+            thrice.set()
+        return web.Response(status=500) if len(seen) == 1 else web.Response(body=PAGE)
+
+    signal = ScrapeSignal(await serve(handler), parse, period=0.01, headers={"Authorization": "Bearer k"})
+    task = asyncio.create_task(signal.run())
+    await thrice.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert seen[:3] == ["Bearer k"] * 3
+    assert isinstance(signal.read(), Value)
+
+
+# --- process ---
+
+
+def test_our_own_process_is_sampled() -> None:
+    """Resident bytes, CPU seconds and threads of a live process are positive numbers, with their cost."""
+    reading = process.sample(os.getpid())
+    assert isinstance(reading, Value)
+    assert reading.value.pid == os.getpid()
+    assert reading.value.rss > 1 << 20
+    assert reading.value.cpu_seconds > 0
+    assert reading.value.threads >= 1
+    assert reading.seconds > 0
+
+
+def test_a_process_that_ended_is_failed() -> None:
+    """A pid that is gone is a failed reading with a reason, not a zero."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    reading = process.sample(child.pid)
+    assert reading == Failed(f"process {child.pid} is gone")

@@ -1,0 +1,85 @@
+"""Fixtures around one real vLLM at a time (session-wide, by model) and a sidecar beside it (one for each test)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from . import environment, processes
+from .processes import Engine, Sidecar
+
+SCRIPT = Path(__file__).with_name("tiny_models.py")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The interpreter of the real vLLM's environment. Skips where it was not made."""
+    if not environment.complete():
+        missing = "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk)"
+        pytest.fail(missing) if os.environ.get("SIDECAR_TEST_REQUIRE") == "1" else pytest.skip(missing)
+    return environment.python()
+
+
+@pytest.fixture(scope="session")
+def model(vllm_python: Path) -> Callable[[str], Path]:
+    """A function: "text" or "vision" -> directory of the tiny model, made once for each version of the script."""
+
+    def directory(kind: str) -> Path:
+        version = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
+        made = environment.cache() / f"tiny-{kind}-{version}"
+        if not made.exists():
+            unfinished = made.with_suffix(f".{os.getpid()}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            run = [str(vllm_python), str(SCRIPT), kind, str(unfinished)]
+            subprocess.run(run, check=True, env=os.environ | processes.ENGINE_ENV, timeout=120)
+            unfinished.rename(made)
+        return made
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def engine(
+    request: pytest.FixtureRequest, model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """A vLLM that serves the model of the test's `engine` parameter: "text" or "vision", and after a comma what it is for.
+
+    pytest runs the tests of one parameter in a row and ends their engine before the next one starts.
+    """
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
+    with processes.engine(model(request.param.partition(",")[0]), log) as running:
+        yield running
+
+
+@pytest.fixture
+def start_sidecar(tmp_path: Path) -> Iterator[Callable[..., Sidecar]]:
+    """A function: engine URL and settings -> a running sidecar, which ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(engine_url: str, **flags: str) -> Sidecar:
+            return stack.enter_context(
+                processes.sidecar(engine_url, tmp_path / "state", tmp_path / "sidecar.log", **flags)
+            )
+
+        yield start
+
+
+@pytest.fixture
+def sidecar(engine: Engine, start_sidecar: Callable[..., Sidecar]) -> Sidecar:
+    """A sidecar beside the engine, with quick settings."""
+    return start_sidecar(engine.url)
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client without keep-alive surprises: nothing is retried, nothing waits longer than two minutes."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+        yield session

@@ -1,0 +1,172 @@
+"""The two real processes of these tests: a vLLM server on a tiny model, and our sidecar beside it.
+
+Rules: loopback and free ports only; each in its own process group with its output in a file; ready means served, not
+merely listening; every wait is bounded; at the end no process of a group is left, not even a stopped one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from . import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "tiny"  # the name it is served under
+START_SECONDS = 180.0
+END_SECONDS = 20.0
+ENGINE_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+# float32: bfloat16 dies on a CPU without AMX. No prefix cache: the second of two equal requests must compute what the first did.
+ENGINE_FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--no-enable-prefix-caching")
+SIDECAR_FLAGS = {
+    "canary-interval": "1",
+    "silence-floor": "3",
+    "silence-unlearned": "6",
+    "drain-seconds": "2",
+    "engine-kind": "vllm",
+}
+
+
+class NotReady(Exception):
+    """A process ended, or did not serve in time; the message holds the end of its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A vLLM that serves `model`, at `url`. `root` is the API server's process; the core and the worker are below it."""
+
+    url: str
+    model: Path
+    root: psutil.Process
+
+    def process(self, title: str) -> psutil.Process:
+        """The process titled `VLLM::<title>`: "EngineCore" or "Worker"."""
+        return next(p for p in self.root.children(recursive=True) if "".join(p.cmdline()[:1]) == f"VLLM::{title}")
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """`sidecar run` beside an engine: the relay at `url`, the admin port at `admin`."""
+
+    url: str
+    admin: str
+    state: Path
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def engine(model: Path, log: Path, *, port: int = 0, ready: bool = True) -> Iterator[Engine]:
+    """Run vLLM on `model`; with `ready`, until it has served one token. Raises NotReady."""
+    port = port or free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        str(environment.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), *ENGINE_FLAGS,
+    ]  # fmt: skip
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | ENGINE_ENV
+    with _running(command, log, env) as process:
+        if ready:
+            _await(lambda: _serves(url), process, log, START_SECONDS)
+        yield Engine(url, model, psutil.Process(process.pid))
+
+
+@contextlib.contextmanager
+def sidecar(engine_url: str, state: Path, log: Path, **flags: str) -> Iterator[Sidecar]:
+    """Run the sidecar beside `engine_url`, until its relay and its admin port answer. `flags` overrule SIDECAR_FLAGS."""
+    relay, admin = free_port(), free_port()
+    chosen = SIDECAR_FLAGS | {name.replace("_", "-"): value for name, value in flags.items()}
+    command = [
+        sys.executable, "-m", "sidecar", "run", "--engine", engine_url, "--listen", f"127.0.0.1:{relay}",
+        "--admin", f"127.0.0.1:{admin}", "--state-dir", str(state),
+        *(word for name, value in chosen.items() for word in (f"--{name}", value)),
+    ]  # fmt: skip
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SIDECAR_")}
+    with _running(command, log, env) as process:
+        _await(lambda: _status(f"http://127.0.0.1:{admin}/healthz") == 200, process, log, 60)
+        yield Sidecar(f"http://127.0.0.1:{relay}", f"http://127.0.0.1:{admin}", state, process)
+
+
+def free_port() -> int:
+    """A port that nothing listened on a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the first process, time to end, SIGKILL to what is left of its group. Stopped ones are woken for it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGCONT)
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(END_SECONDS)
+
+
+def _await(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None:
+            raise NotReady(f"it ended with {process.returncode}:\n{_tail(log)}")
+        if time.monotonic() > deadline:
+            raise NotReady(f"not ready after {seconds:.0f} s:\n{_tail(log)}")
+        time.sleep(0.1)
+
+
+def _serves(url: str) -> bool:
+    return _status(f"{url}/v1/models") == 200 and _status(
+        f"{url}/v1/completions", {"model": MODEL, "prompt": "1", "max_tokens": 1}
+    ) == 200  # fmt: skip
+
+
+def _status(url: str, body: dict[str, Any] | None = None) -> int:
+    """HTTP status of a GET, or of a POST with `body`; 0 when nothing answers."""
+    data = json.dumps(body).encode() if body else None
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data, {"content-type": "application/json"}), timeout=30
+        ) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as e:
+        with e:
+            return e.code
+    except OSError:
+        return 0
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-30:])

@@ -1,0 +1,136 @@
+"""A real vLLM hangs silently, as its processes are stopped: its own /health stays 200; ours tells, and takes it back."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from . import client, processes
+from .client import Http
+from .processes import Engine, Sidecar
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+PROMPT = "The tokens come one by one, and each of them is progress."
+
+
+@pytest.fixture
+def freeze(engine: Engine) -> Iterator[Callable[[str], None]]:
+    """A function: stop the engine's process of this title ("EngineCore", "Worker"). It goes on when the test ends."""
+    frozen = []
+
+    def stop(title: str) -> None:
+        frozen.append(engine.process(title))
+        frozen[-1].send_signal(signal.SIGSTOP)
+
+    yield stop
+    for process in frozen:
+        process.send_signal(signal.SIGCONT)
+
+
+def is_live(http: Http, sidecar: Sidecar, expected: int) -> Callable[[], object]:
+    async def holds() -> bool:
+        return await client.status(http, f"{sidecar.admin}/livez") == expected
+
+    return holds
+
+
+def is_idle(http: Http, sidecar: Sidecar) -> Callable[[], object]:
+    async def holds() -> bool:
+        return (await client.probe(http, f"{sidecar.admin}/livez"))[1] == "idle"
+
+    return holds
+
+
+@pytest.mark.parametrize("title", ["Worker", "EngineCore"])
+@pytest.mark.parametrize("engine", ["text"], indirect=True)
+async def test_a_silent_hang_fails_liveness_until_it_ends(
+    engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[str], None], title: str
+) -> None:
+    """A stop amid a stream turns /livez to 503 and makes the stalled file, though vLLM says 200; going on takes both back."""
+    await client.until(is_idle(http, sidecar), "idle before the hang")
+    body = client.completion(PROMPT, max_tokens=800, stream=True)
+    async with http.post(f"{sidecar.url}/v1/completions", json=body) as answer:
+        await answer.content.readline()
+        freeze(title)
+        drain = asyncio.create_task(answer.read())
+        try:
+            await client.until(is_live(http, sidecar, 503), "/livez 503")
+            assert await client.probe(http, f"{sidecar.admin}/livez") == (503, "stalled", "no_progress")
+            assert await client.status(http, f"{sidecar.admin}/readyz") == 503
+            assert await client.status(http, f"{engine.url}/health") == 200
+            await client.until(lambda: asyncio.to_thread((sidecar.state / "stalled").exists), "the stalled file")
+        finally:
+            engine.process(title).send_signal(signal.SIGCONT)
+        await client.until(is_live(http, sidecar, 200), "/livez 200")
+        await asyncio.wait_for(drain, client.WAIT)
+    await client.until(is_idle(http, sidecar), "idle after the hang")
+    assert await client.status(http, f"{sidecar.admin}/readyz") == 200
+    await client.until(lambda: asyncio.to_thread(lambda: not (sidecar.state / "stalled").exists()), "no stalled file")
+
+
+@pytest.mark.parametrize("engine", ["text"], indirect=True)
+async def test_a_hang_of_an_idle_engine_is_found_by_the_canary(
+    engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[str], None]
+) -> None:
+    """A stop while nobody asks for anything fails liveness too, because the canaries starve."""
+    await client.until(is_idle(http, sidecar), "idle before the hang")
+    freeze("EngineCore")
+    await client.until(is_live(http, sidecar, 503), "/livez 503")
+    assert await client.status(http, f"{engine.url}/health") == 200
+    engine.process("EngineCore").send_signal(signal.SIGCONT)
+    await client.until(is_idle(http, sidecar), "idle after the hang")
+
+
+@pytest.mark.parametrize("engine", ["text"], indirect=True)
+async def test_startup_waits_for_a_token(
+    engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, freeze: Callable[[str], None]
+) -> None:
+    """/startupz is 503 beside an engine that listens and says it is healthy, until it has served one canary token."""
+    freeze("EngineCore")
+    beside = start_sidecar(engine.url, silence_cap="4")  # what a canary gets while the engine starts
+
+    async def startup() -> int:
+        return await client.status(http, f"{beside.admin}/startupz")
+
+    async def canary_starved() -> bool:
+        page = f"{beside.admin}/metrics"
+        return await client.sample(http, page, "sidecar_canaries_total", outcome="starved") >= 1
+
+    await client.until(canary_starved, "a starved canary")
+    assert await client.status(http, f"{engine.url}/health") == 200
+    assert await startup() == 503
+    engine.process("EngineCore").send_signal(signal.SIGCONT)
+
+    async def started() -> bool:
+        return await startup() == 200
+
+    await client.until(started, "/startupz 200")
+    assert await client.sample(http, f"{beside.admin}/metrics", "sidecar_canaries_total", outcome="ok") >= 1
+
+
+@pytest.mark.parametrize("engine", ["text, to be killed"], indirect=True)
+async def test_a_restart_heals_a_hang(engine: Engine, sidecar: Sidecar, http: Http, tmp_path: Path) -> None:
+    """A hung engine that is killed and started anew on its port is unready till its first token, then live and started again."""
+
+    async def startup() -> int:
+        return await client.status(http, f"{sidecar.admin}/startupz")
+
+    async def startup_withdrawn() -> bool:
+        return await startup() == 503
+
+    await client.until(is_idle(http, sidecar), "idle before the hang")
+    engine.process("EngineCore").send_signal(signal.SIGSTOP)
+    await client.until(is_live(http, sidecar, 503), "/livez 503")
+    for process in (*engine.root.children(recursive=True), engine.root):
+        process.kill()
+    await client.until(startup_withdrawn, "/startupz 503 while it is gone")
+    port = int(engine.url.rpartition(":")[2])
+    with processes.engine(engine.model, tmp_path / "second.log", port=port, ready=False):
+        await client.until(is_idle(http, sidecar), "idle after the restart", processes.START_SECONDS)
+        assert await client.status(http, f"{sidecar.admin}/livez") == 200
+        assert await startup() == 200
