@@ -44,6 +44,8 @@ ROUTES: Final[dict[str, str]] = {
 }
 
 MAX_PARSED: Final = 16 << 20  # bytes of JSON without images; json.loads holds the GIL for about 5 ms a MiB
+# Members by which a request says itself how vLLM shall process its images: they are then the engine's, untouched.
+OWN_PROCESSING: Final = ("mm_processor_kwargs", "media_io_kwargs")
 _MARK: Final = b";base64,"
 _MAX_MEDIA_TYPE: Final = 128  # bytes between `"data:` and `;base64,`
 
@@ -145,6 +147,8 @@ def _parse(rest: bytes) -> dict[str, Any] | None:
 
 def _images(skeleton: Skeleton, payload: dict[str, Any]) -> Iterator[ImagePart]:
     """The base64 images in content parts of `messages` (chat) and `input` (responses)."""
+    if any(payload.get(name) for name in OWN_PROCESSING):
+        return
     for where, part in _image_parts(payload):
         url = part.get("image_url")
         holder, key = (url, "url") if isinstance(url, dict) else (part, "image_url")

@@ -34,6 +34,7 @@ TICK = 0.5  # seconds between ticks
 LATE = 2.0  # seconds that a tick may be late before our own evidence is withheld
 JUMP = 5.0  # seconds between wall and monotonic clock that count as a jump
 PULSE_STALE = 4.0  # seconds without a relay's pulse (sent each second), past which its deliveries are unknown
+LEARNING = ("idle", "progressing", "quiet", "suspect")  # states whose silences, once ended, were legitimate
 CHANGES = 50  # verdict changes kept
 
 
@@ -159,7 +160,7 @@ class Control:
         self._read_engine(r.engine, now, wall)
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays)))
         items = (item_of(h.admitted, h.first_at, h.last_at) for h in self.ledger.holds())
-        self.evidence = self.progress.evidence(items, now, extra=extra, learn=self.memory.state != "stalled")
+        self.evidence = self.progress.evidence(items, now, extra=extra, learn=self.memory.state in LEARNING)
         inputs = verdict.Inputs(
             now=now, evidence=self.evidence, canary=self.canary, refused_since=r.refused_since,
             exempt=self._exemption(r.engine), restarted=self._restarted,

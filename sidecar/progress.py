@@ -101,6 +101,9 @@ class Progress:
     _sample: EngineSample | None = None
     _busy: bool = False  # the engine's gauges show work that is not our canary
     _open_gap: float = 0.0  # the silence under way; it is learned only when progress ends it
+    _tainted: bool = (
+        False  # the silence under way was, at some time, a stall, a start or an exemption: it teaches nothing
+    )
     _open_prefill: float = 0.0  # what the cost model, unscaled, made of the prefill in it
 
     def rebaseline(self, now: float) -> None:
@@ -144,7 +147,7 @@ class Progress:
         return False
 
     def evidence(self, items: Iterable[Item], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
-        """Judge the silence at `now`. `extra` seconds of patience for our own lag; `learn` False while stalled."""
+        """Judge the silence at `now`. `extra` seconds of patience for our own lag; `learn` False while a silence is no measure."""
         work = list(items)
         busy = self._busy
         since = self._silent_since(work, busy, now)
@@ -155,7 +158,8 @@ class Progress:
         predicted = prefill * self.learned.slowness + longest_answer(work) * self.learned.token_seconds
         allowed, ruled_by = allowed_silence(predicted, floor, self.learned.gap, self.limits)
         age = max(0.0, now - since) if work or busy else None
-        self._open_gap, self._open_prefill = (age or 0.0, prefill) if learn else (0.0, 0.0)
+        self._open_gap, self._open_prefill = age or 0.0, prefill
+        self._tainted = (self._tainted or not learn) and age is not None
         kind, at = self.last()
         return Evidence(
             now=now,
@@ -186,7 +190,8 @@ class Progress:
 
     def _mark(self, kind: str, now: float) -> None:
         gap, self._open_gap = self._open_gap, 0.0
-        if gap > SHORT_GAP:
+        tainted, self._tainted = self._tainted, False
+        if gap > SHORT_GAP and not tainted:
             self.learned.gap = max(self.learned.gap, min(gap, self.limits.cap))
             if self._open_prefill > SHORT_PREFILL:
                 self.learned.slowness = min(MAX_SLOWNESS, max(self.learned.slowness, gap / self._open_prefill))

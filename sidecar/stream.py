@@ -71,9 +71,12 @@ class SSE:
         while match := _BLANK.search(self._open, max(start, fresh)):
             event = bytes(self._open[start : match.end()])
             unsent = self._held - (len(self._open) - match.end()) if self._held else 0
-            if not self._take(event) and unsent > 0:
+            if self._take(event):
+                event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # blank lines before it are not its own
+                unsent = min(unsent, len(event))
+            if unsent > 0:
                 out.append(event[-unsent:])
-            self._held -= unsent
+            self._held = min(self._held, len(self._open) - match.end())
             start = match.end()
         del self._open[:start]
         if released := self._bound():

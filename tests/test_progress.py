@@ -119,9 +119,14 @@ def test_a_gap_that_was_judged_a_stall_teaches_nothing() -> None:
     """A hang that heals must not make the next one take longer to see."""
     p = learned()
     p.evidence([item(0.0)], 0.0)
+    p.evidence([item(0.0)], 50.0)
     p.evidence([item(0.0)], 100.0, learn=False)
-    p.delivered(100.0)
-    assert p.evidence([item(0.0, first=100.0)], 101.0).ruled_by == "floor"
+    p.evidence([item(0.0)], 101.0)
+    p.delivered(102.0)
+    assert p.evidence([item(0.0, first=102.0)], 103.0).ruled_by == "floor"
+    p.evidence([item(0.0, first=102.0)], 122.0)
+    p.delivered(122.0)
+    assert p.evidence([item(0.0, first=122.0)], 123.0).ruled_by == "learned", "the next one counts again"
 
 
 def test_a_slow_machine_is_learned_from_its_prefills() -> None:

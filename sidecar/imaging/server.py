@@ -56,6 +56,8 @@ def main(listen_fd: int, settings_json: str) -> int:
     """Serve until SIGTERM or until the parent is gone; returns 0. Raises StartError where the device is not there."""
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+    if not settings_json.strip():
+        raise StartError("image-server: expected the settings as one line of JSON on standard input")
     wanted = plan(from_json(settings_json), cpus.quota())
     os.environ.update({name: str(wanted.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     warm()

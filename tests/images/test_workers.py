@@ -241,7 +241,7 @@ async def test_the_server_ends_with_its_parent(tmp_path: Path, spec: ProcessorSp
         listening.listen(8)
         fd = listening.fileno()
         # a shell that starts the server as its child and tells its process id
-        command = f'"$0" -m sidecar image-server --listen-fd {fd} <&0 & echo $!; wait'
+        command = f'exec 9<&0; "$0" -m sidecar image-server --listen-fd {fd} <&9 & echo $!; wait'
         shell = start_shell(command, fd)
         assert shell.stdin is not None and shell.stdout is not None
         with shell.stdin, shell.stdout:

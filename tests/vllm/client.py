@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -31,14 +32,14 @@ def completion(prompt: str = "", **more: Any) -> dict[str, Any]:
 
 async def ask(http: Http, url: str, body: dict[str, Any], tenant: str = "") -> Event:
     """The whole answer of a request that does not stream. Raises on another status than 200."""
-    async with http.post(url, json=body, headers=_headers(tenant)) as answer:
+    async with _post(http, url, body, tenant) as answer:
         assert answer.status == 200, await answer.text()
         return _without(OWN, await answer.json())
 
 
 async def stream(http: Http, url: str, body: dict[str, Any], tenant: str = "") -> list[str]:
     """The lines of a stream, its end included, each without what vLLM makes anew for each answer."""
-    async with http.post(url, json={**body, "stream": True}, headers=_headers(tenant)) as answer:
+    async with _post(http, url, body | {"stream": True}, tenant) as answer:
         assert answer.status == 200, await answer.text()
         return [_dropping(OWN, line.decode()) async for line in answer.content]
 
@@ -87,8 +88,9 @@ async def until(holds: Callable[[], Awaitable[Any]], what: str, seconds: float =
         await asyncio.sleep(0.1)
 
 
-def _headers(tenant: str) -> dict[str, str]:
-    return {"x-tenant-id": tenant} if tenant else {}
+def _post(http: Http, url: str, body: dict[str, Any], tenant: str) -> Any:
+    headers = {"content-type": "application/json"} | ({"x-tenant-id": tenant} if tenant else {})
+    return http.post(url, data=io.BytesIO(json.dumps(body).encode()), headers=headers)  # aiohttp wants no large bytes
 
 
 def _dropping(names: tuple[str, ...], line: str) -> str:

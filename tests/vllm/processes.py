@@ -37,7 +37,10 @@ ENGINE_ENV = {
     "OMP_NUM_THREADS": "1",
 }
 # float32: bfloat16 dies on a CPU without AMX. No prefix cache: the second of two equal requests must compute what the first did.
-ENGINE_FLAGS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--no-enable-prefix-caching")
+# Trusted, so that a request may say how its images are processed, which the sidecar must respect.
+ENGINE_FLAGS = (
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--no-enable-prefix-caching", "--trust-request-mm-kwargs",
+)  # fmt: skip
 SIDECAR_FLAGS = {
     "canary-interval": "1",
     "silence-floor": "3",
