@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
 # seconds. name -> (module, settings class)
 HEAVY = {
     "engine": ("sidecar.engine.scripted", "EngineSettings"),
-    "demo": ("sidecar.demo", "DemoSettings"),
+    "demo": ("sidecar.demo.story", "DemoSettings"),
 }
 
 

@@ -198,7 +198,8 @@ async def _greeting(connection: socket.socket, path: str) -> Ready:
 async def _send(connection: socket.socket, job: Job, data: Data) -> None:
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(connection, head(job, len(data)))
-    await loop.sock_sendall(connection, data)
+    if data:  # sending nothing to a worker that has answered already would be an error
+        await loop.sock_sendall(connection, data)
 
 
 async def _receive(connection: socket.socket) -> tuple[Frame, bytearray]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from sidecar.kubelet import Container, Event, Kubelet
-from sidecar.prober import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
+from sidecar.demo.kubelet import Container, Event, Kubelet
+from sidecar.demo.prober import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
 
 TRUE = Exec(("/bin/true",))
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from sidecar import stage as stages
+from sidecar.demo import stage as stages
+from sidecar.demo.stage import QUICK, Stage
 from sidecar.errors import StartError
-from sidecar.stage import QUICK, Stage
 
 
 @pytest.fixture

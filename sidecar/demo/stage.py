@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
+from sidecar.demo.kubelet import Container
+from sidecar.demo.prober import HttpGet, ProbeSpec
 from sidecar.errors import StartError
-from sidecar.kubelet import Container
-from sidecar.prober import HttpGet, ProbeSpec
 from sidecar.settings import ENV_PREFIX, Settings, default_of, spelled
 
 Address = tuple[str, int]

@@ -24,7 +24,7 @@ from typing import Final, Literal, Self
 
 import aiohttp
 
-from sidecar.prober import Backoff, Decision, HttpGet, Kind, Probe, ProbeSpec, Result
+from sidecar.demo.prober import Backoff, Decision, HttpGet, Kind, Probe, ProbeSpec, Result
 
 Happening = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
 

@@ -18,13 +18,13 @@ from typing import Any, Final
 
 import aiohttp
 
-from sidecar import stage as stages
-from sidecar.admin_client import AdminClient
-from sidecar.kubelet import Event, Happening, Kubelet
-from sidecar.scorecard import Figures, Scorecard, summary
+from sidecar.demo import stage as stages
+from sidecar.demo.admin_client import AdminClient
+from sidecar.demo.kubelet import Event, Happening, Kubelet
+from sidecar.demo.scorecard import Figures, Scorecard, summary
+from sidecar.demo.stage import MODEL, Stage, url
+from sidecar.demo.traffic import OUTCOMES, Plan, Traffic, found_pictures, made_pictures
 from sidecar.settings import address, flag, integer, number, one_of
-from sidecar.stage import MODEL, Stage, url
-from sidecar.traffic import OUTCOMES, Plan, Traffic, found_pictures, made_pictures
 
 WATCH: Final = 0.25  # seconds between looks at the verdicts
 PROGRESS: Final = 5.0  # seconds between progress lines

@@ -1,0 +1,215 @@
+"""`POST /v1/preprocess` over HTTP: Hugging Face's processor is the truth for every byte of the tensors."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+import pytest
+import torch
+from aiohttp import web
+from PIL import Image
+from safetensors.torch import load
+
+from sidecar import photos
+from sidecar.errors import RequestError
+from sidecar.facts import Fact, Imaged
+from sidecar.images import Images
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.preprocess import SAFETENSORS, accepted, preprocess
+
+from .conftest import QWEN2_VL, Server
+
+PHOTOS = [photos.photo(640, 480, 1), photos.photo(333, 517, 2), photos.photo(640, 480, 3)]
+
+
+class Service:
+    """A real HTTP server around preprocess(); `facts` is what it emitted."""
+
+    def __init__(self, images: Images, chosen: Any) -> None:
+        self.images = images
+        self.chosen = chosen
+        self.facts: list[Fact] = []
+        self.url = ""
+        self.session: aiohttp.ClientSession
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await preprocess(request, self.images, self.chosen, self.facts.append)
+        except RequestError as e:
+            return web.json_response(e.body(), status=e.status)
+
+    async def post(self, **request: Any) -> tuple[int, bytes, str]:
+        """Status, body and content type of one request."""
+        async with self.session.post(self.url, **request) as response:
+            return response.status, await response.read(), response.content_type
+
+
+@pytest.fixture
+async def service(server: Server, images: Images) -> AsyncIterator[Service]:
+    found = Service(
+        images, replace(server.settings, image_max_count=4, max_body_bytes=900_000, image_max_bytes=500_000)
+    )
+    runner = web.ServerRunner(web.Server(found.handle))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/preprocess"
+    async with aiohttp.ClientSession() as found.session:
+        yield found
+    await runner.cleanup()
+
+
+def truth(files: list[bytes], **options: Any) -> Any:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor(**{"max_pixels": QWEN2_VL["max_pixels"], **options})
+    return processor(images=[Image.open(io.BytesIO(data)) for data in files], return_tensors="pt")
+
+
+def same(body: bytes, files: list[bytes], **options: Any) -> bool:
+    got, wanted = load(body), truth(files, **options)
+    return set(got) == {"pixel_values", "image_grid_thw"} and all(
+        got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name]) for name in got
+    )
+
+
+def url(data: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def form(files: list[bytes], name: str = "image") -> aiohttp.FormData:
+    data = aiohttp.FormData()
+    for i, file in enumerate(files):
+        data.add_field(name, file, filename=f"{i}.jpg", content_type="image/jpeg")
+    return data
+
+
+async def test_json_in_tensors_out(service: Service) -> None:
+    """Images of several sizes come back as the processor's tensors, in order, equal to the last bit."""
+    status, body, kind = await service.post(json={"images": [url(p) for p in PHOTOS]})
+    assert (status, kind) == (200, SAFETENSORS)
+    assert same(body, PHOTOS)
+
+
+async def test_every_form_of_request_gives_the_same_bytes(service: Service) -> None:
+    """JSON, JSON with escaped slashes, multipart and a raw body give the same tensors."""
+    escaped = json.dumps({"images": [url(PHOTOS[0])]}).replace("/", "\\/")
+    answers = [
+        await service.post(json={"images": [url(PHOTOS[0])]}),
+        await service.post(data=escaped, headers={"content-type": "application/json"}),
+        await service.post(data=form(PHOTOS[:1])),
+        await service.post(data=PHOTOS[0], headers={"content-type": "image/jpeg"}),
+    ]
+    assert [status for status, _, _ in answers] == [200] * 4
+    assert len({body for _, body, _ in answers}) == 1
+
+
+async def test_multipart_keeps_the_order(service: Service) -> None:
+    """Parts come back in the order in which they were sent."""
+    _, body, _ = await service.post(data=form(PHOTOS[::-1]))
+    assert same(body, PHOTOS[::-1])
+
+
+async def test_layout_alone(service: Service) -> None:
+    """Accept: application/json gives shapes, dtypes and tokens that are those of the tensors, and no tensor."""
+    _, body, _ = await service.post(data=form(PHOTOS))
+    status, text, kind = await service.post(data=form(PHOTOS), headers={"accept": "application/json"})
+    assert (status, kind) == (200, "application/json")
+    layout, tensors = json.loads(text), load(body)
+    assert {k: v["shape"] for k, v in layout["tensors"].items()} == {k: list(v.shape) for k, v in tensors.items()}
+    assert {k: v["dtype"] for k, v in layout["tensors"].items()} == {"pixel_values": "F32", "image_grid_thw": "I64"}
+    assert [i["grid_thw"] for i in layout["images"]] == tensors["image_grid_thw"].tolist()
+    assert [i["tokens"] for i in layout["images"]] == [int(g.prod()) // 4 for g in tensors["image_grid_thw"]]
+    assert layout["exact"] is True
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"resample": 2},
+        {"patch_size": 16, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
+        {"merge_size": 1, "temporal_patch_size": 1},
+    ],
+    ids=str,
+)
+async def test_every_setting_of_the_processor(service: Service, server: Server, options: dict[str, Any]) -> None:
+    """Rescaling, normalising, resampling, patch sizes: the tensors follow the model's configuration, dtype included."""
+    spec = ProcessorSpec.from_config({**QWEN2_VL, **options})
+    assert spec is not None
+    service.images = Images(server.path, server.settings, spec)
+    _, body, _ = await service.post(data=form(PHOTOS[:2]))
+    assert same(body, PHOTOS[:2], **options)
+
+
+async def test_one_fact_per_image(service: Service) -> None:
+    """Every prepared image is told once, with its format, bytes and stages."""
+    await service.post(data=form(PHOTOS))
+    facts = [fact for fact in service.facts if isinstance(fact, Imaged)]
+    assert [(f.format, f.outcome, f.bytes_in, f.id) for f in facts] == [("jpeg", "ok", len(p), "") for p in PHOTOS]
+    assert all(f.bytes_out > 0 and dict(f.stages)["decode"] > 0 for f in facts)
+
+
+BAD: dict[str, tuple[dict[str, Any], int, str]] = {
+    "broken image": ({"data": b"\xff\xd8\xff", "headers": {"content-type": "image/jpeg"}}, 400, "image_broken"),
+    "unknown format": ({"data": b"x" * 99, "headers": {"content-type": "image/x"}}, 400, "image_unknown_format"),
+    "engine's format": ({"data": b"qoif" * 9, "headers": {"content-type": "image/qoi"}}, 400, "image_unsupported"),
+    "link": ({"json": {"images": ["https://example.org/a.jpg"]}}, 400, "image_url"),
+    "no list": ({"json": {"images": "x"}}, 400, "bad_request"),
+    "no images": ({"json": {"images": []}}, 400, "bad_request"),
+    "not an object": ({"json": [1]}, 400, "bad_request"),
+    "not json": ({"data": b"{", "headers": {"content-type": "application/json"}}, 400, "bad_request"),
+    "numbers": ({"json": {"images": [1, 2]}}, 400, "bad_request"),
+    "too many": ({"json": {"images": [url(b"x")] * 5}}, 400, "image_count"),
+    "other type": ({"data": b"x", "headers": {"content-type": "text/plain"}}, 400, "bad_request"),
+    "other part": ({"data": form([b"x"], "file")}, 400, "bad_request"),
+    "five parts": ({"data": form([PHOTOS[0]] * 5)}, 400, "image_count"),
+    "large part": ({"data": form([bytes(500_001)])}, 400, "image_too_large"),
+    "no boundary": ({"data": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "bad_request"),
+    "cut multipart": ({"data": b"--b\r\nContent-Dis", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "bad_request"),
+    "large body": ({"data": bytes(900_001), "headers": {"content-type": "application/json"}}, 413, "body_too_large"),
+    "large image": ({"data": bytes(500_001), "headers": {"content-type": "image/png"}}, 413, "body_too_large"),
+    "shm": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "shm"}}, 501, "handoff_not_implemented"),
+    "accept": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "accept": "text/html"}}, 406, "not_acceptable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+async def test_bad_requests_are_answered_in_openais_shape(service: Service, name: str) -> None:
+    """Each fault has its status and code, and the next request is served."""
+    request, status, code = BAD[name]
+    got, body, _ = await service.post(**request)
+    assert (got, json.loads(body)["error"]["code"]) == (status, code)
+    assert (await service.post(data=form(PHOTOS[:1])))[0] == 200
+
+
+async def test_one_bad_image_fails_the_request_and_is_named(service: Service) -> None:
+    """Among good images the bad one is named by its place."""
+    status, body, _ = await service.post(json={"images": [url(PHOTOS[0]), url(b"nothing")]})
+    assert status == 400
+    assert "images[1]" in json.loads(body)["error"]["message"]
+    assert [f.outcome for f in service.facts if isinstance(f, Imaged)] == ["rejected"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "want"),
+    [
+        ("", "tensors"),
+        ("*/*", "tensors"),
+        (SAFETENSORS, "tensors"),
+        ("application/json", "layout"),
+        ("text/html, application/json;q=0.9", "layout"),
+        ("application/x-safetensors, application/json", "tensors"),
+    ],
+)
+def test_the_first_form_that_we_have_is_taken(accept: str, want: str) -> None:
+    """The Accept header chooses between tensors and their layout."""
+    assert accepted(accept, "") == want
