@@ -35,7 +35,7 @@ from sidecar.channel import Channel
 from sidecar.facts import Configure, Drain, Pulse
 
 EVENTS, CONCURRENCY = 200, 32
-RUN = "import sys; from sidecar.relay_process import main; sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))"
+RUN = "import sys; from sidecar.relay.process import main; sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))"
 CHUNK = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 0, "model": "m"}
 EVENT = b"data: " + json.dumps({**CHUNK, "choices": [{"index": 0, "delta": {"content": " word"}}]}).encode() + b"\n\n"
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":200}}\n\n'

@@ -43,6 +43,8 @@ def run(argv: list[str]) -> int:
 HEAVY = {
     "engine": ("sidecar.engine.scripted", "EngineSettings"),
     "demo": ("sidecar.demo.story", "DemoSettings"),
+    "manifests": ("sidecar.manifests.render", "ManifestSettings"),
+    "doctor": ("sidecar.doctor", "DoctorSettings"),
 }
 
 
@@ -128,9 +130,9 @@ def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
 @click.option("--listen-fd", type=int, required=True)
 def relay_command(control_fd: int, listen_fd: int) -> int:
     """One relay process; started by `run`."""
-    from sidecar import relay_process
+    from sidecar.relay import process
 
-    return relay_process.main(control_fd, listen_fd)
+    return process.main(control_fd, listen_fd)
 
 
 @cli.command("image-server", hidden=True)

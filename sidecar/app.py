@@ -77,6 +77,7 @@ async def run(chosen: Settings) -> None:
             await stop.wait()
             _log.info("draining: readiness off, open streams have %.0f s", chosen.drain_seconds)
             ticker.control.draining = True
+            listener.close()  # the relays close theirs; ours would keep new connections waiting in the kernel
             await pool.drain(chosen.drain_seconds)
             if images is not None:
                 await images.stop()

@@ -17,19 +17,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
 
-from sidecar import bodies, downstream
 from sidecar.errors import BadImage, BodyTooLarge, RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.images import Data, Images, Tensors
 from sidecar.jobs import LAYOUT, TENSORS
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.relay import bodies, downstream
 from sidecar.settings import Settings
 
 SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
 HANDOFF: Final = "x-sidecar-handoff"
 INEXACT: Final = {"x-sidecar-images": "inexact"}
+MALFORMED: Final = (ValueError, AssertionError, HttpProcessingError)  # what aiohttp raises for a damaged multipart body
 MARK: Final = b";base64,"
 MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
 
@@ -200,7 +202,7 @@ async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
                 raise BadRequest("multipart: every part must be named image and hold one image")
             _check_count(len(found) + 1, limits.image_max_count)
             found.append((await _part(part, limits.image_max_bytes, len(found)), False))
-    except ValueError:
+    except MALFORMED:
         raise BadRequest("multipart: the body is cut off or has no boundary") from None
     return found
 

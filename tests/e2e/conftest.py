@@ -64,6 +64,15 @@ class Sidecar:
         except TimeoutError:
             raise AssertionError(f"never {states}; log: {''.join(self.log[-20:])}") from None
 
+    async def until_metrics(self, *lines: str) -> str:
+        """The first metrics page with all of `lines`; a page may be a second old."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                _, page = await self.get("/metrics")
+                if all(line in page for line in lines):
+                    return str(page)
+                await asyncio.sleep(0.2)
+
     def chat(self, *, stream: bool = True, tokens: int = 5, text: str = "hello", **headers: str) -> Any:
         body = {
             "model": "scripted", "stream": stream, "max_tokens": tokens, "messages": [{"role": "user", "content": text}],

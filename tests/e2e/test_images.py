@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -158,8 +159,7 @@ async def test_an_image_is_counted_and_its_time_told_by_stage(recorder: Recorder
     await ask(sidecar, chat(data_url(photo(640, 480, 1)), data_url(photo(320, 640, 2))))
     snapshot = await sidecar.until(lambda s: dict(s["images"]["outcomes"]).get("ok") == before + 2)
     assert {stage for stage, _, _ in snapshot["images"]["stages"]} >= {"decode", "resize", "encode"}
-    _, page = await sidecar.get("/metrics")
-    assert f'sidecar_images_total{{format="jpeg",outcome="ok"}} {before + 2}.0' in page
+    await sidecar.until_metrics(f'sidecar_images_total{{format="jpeg",outcome="ok"}} {before + 2}.0')
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,16 @@ async def test_broken_and_hostile_images_are_a_400_that_names_the_part(
 ) -> None:
     """Nothing crashes; the engine is not asked; the request settles as rejected; the next one is served."""
     good = data_url(photo(320, 240, 3))
-    status, body, _ = await ask(sidecar, chat(good, data_url(data)), **{"x-tenant-id": "mallory"})
+    trace_id = uuid.uuid4().hex
+    context = {"x-tenant-id": "mallory", "traceparent": f"00-{trace_id}-{'cd' * 8}-01"}
+    status, body, _ = await ask(sidecar, chat(good, data_url(data)), **context)
     assert status == 400, body
     assert body["error"]["code"].startswith(code) and "messages[0].content[2]" in body["error"]["message"]
     assert not recorder.bodies
-    _ = await sidecar.until(lambda s: any(t["tenant"] == "mallory" and t["requests_total"] == 1 for t in s["tenants"]))
-    _, page = await sidecar.get("/metrics")
-    assert 'outcome="rejected",tenant="mallory"} 1.0' in page
+    _ = await sidecar.until(lambda s: any(t["tenant"] == "mallory" and t["requests_total"] > 0 for t in s["tenants"]))
+    await sidecar.until_metrics('outcome="rejected",tenant="mallory"}')
+    spans = await recorder.span_of(trace_id, 1)
+    assert any(a.value.string_value == "rejected" for s in spans for a in s.attributes if a.key == "sidecar.outcome")
     assert (await ask(sidecar, chat(good)))[0] == 200
 
 

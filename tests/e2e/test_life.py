@@ -109,8 +109,7 @@ async def test_load_is_held_while_a_request_is_outstanding_and_settled_after(
     assert done["load"]["mu_in_flight"] == 0
     (acme,) = [t for t in done["tenants"] if t["tenant"] == "acme"]
     assert acme["requests_total"] == 1 and acme["tokens_total"] == 300
-    _, page = await sidecar.get("/metrics")
-    assert 'sidecar_requests_total{model="scripted",outcome="ok",tenant="acme"} 1.0' in page
+    await sidecar.until_metrics('sidecar_requests_total{model="scripted",outcome="ok",tenant="acme"} 1.0')
 
 
 async def test_the_merged_page_and_the_orca_header_carry_the_load(engine: ScriptedEngine, start: Any) -> None:

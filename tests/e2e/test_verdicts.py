@@ -98,8 +98,7 @@ async def test_garbage_metrics_are_a_failed_reading_and_change_no_verdict(engine
         assert stream.status == 200
         await stream.read()
     await sidecar.until(lambda s: s["verdict"]["state"] in ("idle", "progressing") and "failed" in s["engine"])
-    _, page = await sidecar.get("/metrics")
-    assert 'sidecar_signal_up{signal="scrape"} 0.0' in page
+    await sidecar.until_metrics('sidecar_signal_up{signal="scrape"} 0.0')
 
 
 async def test_an_engine_that_is_not_there_yet_is_starting(start: Any) -> None:
@@ -140,8 +139,7 @@ async def test_a_relay_that_dies_is_restarted_and_what_it_held_is_lost(engine: S
     async with sidecar.chat() as again:
         assert again.status == 200
         await again.read()
-    _, page = await sidecar.get("/metrics")
-    assert 'sidecar_requests_total{model="scripted",outcome="lost",tenant="acme"} 1.0' in page
+    await sidecar.until_metrics('sidecar_requests_total{model="scripted",outcome="lost",tenant="acme"} 1.0')
     states = {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
     assert not {"stalled", "dead"} & states
 

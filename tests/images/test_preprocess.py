@@ -213,3 +213,20 @@ async def test_one_bad_image_fails_the_request_and_is_named(service: Service) ->
 def test_the_first_form_that_we_have_is_taken(accept: str, want: str) -> None:
     """The Accept header chooses between tensors and their layout."""
     assert accepted(accept, "") == want
+
+
+@pytest.mark.filterwarnings("ignore::aiohttp.multipart.BadContentDispositionHeader")
+async def test_a_multipart_body_cut_anywhere_is_a_bad_request(service: Service) -> None:
+    """Wherever the body ends too soon, the answer is 400 and never 500."""
+    small = photos.photo(28, 28)
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="image"\r\nContent-Type: image/jpeg\r\n\r\n'
+        + small
+        + b"\r\n--b--\r\n"
+    )
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    assert (await service.post(data=body, headers=headers))[0] == 200
+    for cut in (*range(1, 90, 7), len(body) // 2, len(body) - 12):
+        status, text, _ = await service.post(data=body[:cut], headers=headers)
+        assert status == 400, cut
+        assert json.loads(text)["error"]["type"] == "invalid_request_error"

@@ -11,9 +11,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar import upstream
 from sidecar.facts import Fact, Settled
-from sidecar.relay import Relay
+from sidecar.relay import upstream
+from sidecar.relay.handler import Relay
 from sidecar.settings import Settings
 from sidecar.units import Coefficients
 

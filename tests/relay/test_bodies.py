@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar import bodies
-from sidecar.bodies import Skeleton, cut, join, route_of
-from sidecar.shapes import Shape, describe
+from sidecar.relay import bodies
+from sidecar.relay.bodies import Skeleton, cut, join, route_of
+from sidecar.relay.shapes import Shape, describe
 
 NONCE = "0123456789abcdef"
 PIXEL = "iVBORw0KGgo" * 400

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sidecar import units
-from sidecar.estimate import IMAGE_TOKENS, Estimator, Means
 from sidecar.facts import Usage, Work
-from sidecar.shapes import Shape
+from sidecar.relay.estimate import IMAGE_TOKENS, Estimator, Means
+from sidecar.relay.shapes import Shape
 
 CO = units.Coefficients()
 

@@ -19,7 +19,7 @@ from sidecar import settings, units
 from sidecar.channel import Channel
 from sidecar.facts import Admitted, Configure, Drain, FirstToken, Page, PageWanted, Pulse, Settled
 
-RUN = "import sys; from sidecar.relay_process import main; sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))"
+RUN = "import sys; from sidecar.relay.process import main; sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))"
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 
 
@@ -209,7 +209,7 @@ async def test_without_a_configuration_it_ends(facts: Any) -> None:
 
 async def test_a_relay_is_small() -> None:
     """Importing a relay process brings in no metrics, tracing, NVML, psutil or image library."""
-    code = "import sys, sidecar.relay_process; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    code = "import sys, sidecar.relay.process; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": ""}
     )

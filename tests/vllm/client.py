@@ -34,19 +34,34 @@ async def ask(http: Http, url: str, body: dict[str, Any], tenant: str = "") -> E
     """The whole answer of a request that does not stream. Raises on another status than 200."""
     async with _post(http, url, body, tenant) as answer:
         assert answer.status == 200, await answer.text()
-        return _without(OWN, await answer.json())
+        whole = await answer.json()
+    return {name: value for name, value in whole.items() if name not in OWN}
 
 
 async def stream(http: Http, url: str, body: dict[str, Any], tenant: str = "") -> list[str]:
-    """The lines of a stream, its end included, each without what vLLM makes anew for each answer."""
+    """The lines of a stream, its end included."""
     async with _post(http, url, body | {"stream": True}, tenant) as answer:
         assert answer.status == 200, await answer.text()
-        return [_dropping(OWN, line.decode()) async for line in answer.content]
+        return [line.decode() async for line in answer.content]
 
 
-def lacking(name: str, lines: list[str]) -> list[str]:
-    """The lines of a stream, each event without the field `name`."""
-    return [_dropping((name,), line) for line in lines]
+def said(lines: list[str]) -> dict[str, Any]:
+    """What a stream says, token by token, however vLLM cut it: tokens that wait for a slow reader come in one event."""
+    all_events = events(lines)
+    choices = [choice for event in all_events for choice in event["choices"]]
+    return {
+        "text": "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices),
+        "logprobs": [place for choice in choices for place in _places(choice["logprobs"] or {})],
+        "finish_reason": [choice["finish_reason"] for choice in choices if choice["finish_reason"]],
+        "usage": [event["usage"] for event in all_events if event.get("usage")],
+        "fields": {name for event in all_events for name in event},
+        "end": lines[-2:],
+    }
+
+
+def _places(logprobs: dict[str, Any]) -> list[Any]:
+    """One entry for each token: of chat's form, or of completions'."""
+    return logprobs["content"] if "content" in logprobs else logprobs.get("token_logprobs", [])
 
 
 def events(lines: list[str]) -> list[Event]:
@@ -91,14 +106,3 @@ async def until(holds: Callable[[], Awaitable[Any]], what: str, seconds: float =
 def _post(http: Http, url: str, body: dict[str, Any], tenant: str) -> Any:
     headers = {"content-type": "application/json"} | ({"x-tenant-id": tenant} if tenant else {})
     return http.post(url, data=io.BytesIO(json.dumps(body).encode()), headers=headers)  # aiohttp wants no large bytes
-
-
-def _dropping(names: tuple[str, ...], line: str) -> str:
-    """A line of a stream, where it is an event without these fields."""
-    if not line.startswith("data: {"):
-        return line
-    return f"data: {json.dumps(_without(names, json.loads(line[6:])))}\n"
-
-
-def _without(names: tuple[str, ...], event: Event) -> Event:
-    return {key: value for key, value in event.items() if key not in names}

@@ -21,42 +21,42 @@ pytestmark = [
 ]
 
 TEXT = "Describe what the sidecar does."
-CHAT = ("/v1/chat/completions", client.chat(TEXT))
-COMPLETION = ("/v1/completions", client.completion(TEXT))
+CHAT = ("/v1/chat/completions", client.chat(TEXT, logprobs=True, top_logprobs=3))
+COMPLETION = ("/v1/completions", client.completion(TEXT, logprobs=3))
 ASKED = {"stream_options": {"include_usage": True}}
 
 
 @pytest.mark.parametrize(("path", "body"), [CHAT, COMPLETION])
-async def test_a_stream_is_the_same_line_by_line(
+async def test_a_stream_is_the_same(
     engine: Engine, sidecar: Sidecar, http: Http, path: str, body: dict[str, object]
 ) -> None:
-    """Every line of a stream is the same with and without the sidecar, and the usage event that we asked for is not among them.
+    """A stream says the same with and without the sidecar, and the usage event that we asked for is not in it.
 
     But for `system_fingerprint`: asked for usage, vLLM moves it from the last token's event to the usage event.
     """
-    without = client.lacking("system_fingerprint", await client.stream(http, engine.url + path, body))
-    through = client.lacking("system_fingerprint", await client.stream(http, sidecar.url + path, body))
+    without = client.said(await client.stream(http, engine.url + path, body))
+    through = client.said(await client.stream(http, sidecar.url + path, body))
+    for each in (without, through):
+        each["fields"] -= {"system_fingerprint"}
     assert through == without
-    assert without[-2:] == ["data: [DONE]\n", "\n"]
-    assert not any("usage" in event for event in client.events(through))
+    assert (through["usage"], through["end"], len(through["logprobs"])) == ([], ["data: [DONE]\n", "\n"], 48)
 
 
 @pytest.mark.parametrize(("path", "body"), [CHAT, COMPLETION])
 async def test_usage_that_the_client_asked_for_arrives(
     engine: Engine, sidecar: Sidecar, http: Http, path: str, body: dict[str, object]
 ) -> None:
-    """A client that asks for usage gets vLLM's own usage event through the sidecar, the same as without."""
-    without = await client.stream(http, engine.url + path, body | ASKED)
-    through = await client.stream(http, sidecar.url + path, body | ASKED)
+    """A client that asks for usage gets vLLM's own usage event through the sidecar, in a stream that says the same."""
+    without = client.said(await client.stream(http, engine.url + path, body | ASKED))
+    through = client.said(await client.stream(http, sidecar.url + path, body | ASKED))
     assert through == without
-    assert client.events(through)[-1]["usage"]["completion_tokens"] == 48
+    assert [usage["completion_tokens"] for usage in through["usage"]] == [48]
 
 
 async def test_another_prompt_gives_another_stream(engine: Engine, http: Http) -> None:
     """The tiny model's answer depends on its prompt, so that equal streams say something."""
-    one = await client.stream(http, engine.url + CHAT[0], client.chat(TEXT))
-    other = await client.stream(http, engine.url + CHAT[0], client.chat(TEXT.replace("sidecar", "engine")))
-    assert one != other
+    answers = [await client.stream(http, engine.url + CHAT[0], client.chat(text)) for text in (TEXT, TEXT + "!")]
+    assert client.said(answers[0])["text"] != client.said(answers[1])["text"]
 
 
 @pytest.mark.parametrize("streams", [True, False])
@@ -169,8 +169,9 @@ async def test_no_alarm_in_a_quiet_period(sidecar: Sidecar, http: Http) -> None:
 
 async def test_no_alarm_under_twenty_long_prompts_at_once(sidecar: Sidecar, http: Http) -> None:
     """Twenty prompts near the model's limit at once are all served, and the verdict never turns against the engine."""
-    prompts = [f"{n}: " + "The tokens come one by one. " * 130 for n in range(20)]
-    work = [client.stream(http, f"{sidecar.url}/v1/completions", client.completion(prompt)) for prompt in prompts]
-    answers = await asyncio.gather(*work)
-    assert all(lines[-2] == "data: [DONE]\n" for lines in answers)
+    prompts = [f"{n}: " + "The tokens come one by one. " * 480 for n in range(20)]
+    url = f"{sidecar.url}/v1/completions"
+    work = [client.stream(http, url, client.completion(prompt) | ASKED) for prompt in prompts]
+    usages = [client.said(lines)["usage"][0] for lines in await asyncio.gather(*work)]
+    assert all(usage["prompt_tokens"] > 3000 and usage["completion_tokens"] == 48 for usage in usages)
     assert set(await client.states(http, sidecar.admin)) <= {"starting", "idle", "progressing", "quiet"}

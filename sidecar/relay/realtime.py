@@ -10,7 +10,7 @@ from aiohttp import web
 from yarl import URL
 
 from sidecar.errors import EngineUnreachable
-from sidecar.headers import Headers
+from sidecar.relay.headers import Headers
 
 MAX_MESSAGE: Final = 16 << 20  # bytes
 _CLOSE_SECONDS: Final = 2.0

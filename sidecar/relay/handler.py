@@ -19,15 +19,15 @@ from typing import Any, Final
 import aiohttp
 from aiohttp import web
 
-from sidecar import bodies, downstream, headers, inlining, realtime, shapes, upstream
-from sidecar.admission import Admission, ClientGone, Desk, EngineBroke
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
-from sidecar.estimate import Estimator
 from sidecar.facts import Fact, Order, Page, Published, Trace
-from sidecar.inlining import ImageWork
-from sidecar.merged_page import MergedPage
+from sidecar.relay import bodies, downstream, headers, inlining, realtime, shapes, upstream
+from sidecar.relay.admission import Admission, ClientGone, Desk, EngineBroke
+from sidecar.relay.estimate import Estimator
+from sidecar.relay.inlining import ImageWork
+from sidecar.relay.merged_page import MergedPage
+from sidecar.relay.stream import SSE, Tail, usage_of
 from sidecar.settings import Settings
-from sidecar.stream import SSE, Tail, usage_of
 from sidecar.tracecontext import new_trace, parse_traceparent
 from sidecar.units import Coefficients
 
@@ -168,7 +168,7 @@ class Relay:
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
         """Engine work: one admission from here on."""
         tenant = request.headers.get(self._settings.tenant_header, "")[:MAX_TENANT] or NO_TENANT
-        with self._desk.open(route, tenant) as admission:
+        with self._desk.open(route, tenant, self._trace(request)) as admission:
             body = await downstream.read(request, self._settings.max_body_bytes)
             admission.read_at = time.monotonic()
             opaque = route == "audio" or "content-encoding" in request.headers
@@ -176,11 +176,10 @@ class Relay:
             shape = admission.shape = shapes.describe(skeleton.payload, route, len(body))
             replaced, image_tokens = await self._prepare(skeleton, admission)
             work = self._estimator.work(tenant, shape, image_tokens)
-            trace = self._trace(request)
-            admission.admit(shape, work, self._estimator.mu(work), trace)
+            admission.admit(shape, work, self._estimator.mu(work))
             pieces = bodies.join(skeleton, replaced, ask_usage=shape.ask_usage)
             data = upstream.Pieces(pieces, admission.sent)
-            passed = self._to_engine(request, id, trace, data.size)
+            passed = self._to_engine(request, id, admission.trace, data.size)
             with closing(await self._send(request, passed, data)) as answer:
                 admission.status = answer.status
                 response = await self._answer(request, answer, admission, id, hide_usage=shape.ask_usage)

@@ -16,8 +16,8 @@ from aiohttp import hdrs, payload
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
-from sidecar.bodies import Buffer
 from sidecar.errors import BadTarget
+from sidecar.relay.bodies import Buffer
 
 MAX_HEADER: Final = 64 << 10  # bytes of one header or request line, both ways (uvicorn's limit for all of them)
 READ_BUFFER: Final = 256 << 10

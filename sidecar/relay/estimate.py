@@ -11,7 +11,7 @@ from typing import Final, Generic, TypeVar
 
 from sidecar import units
 from sidecar.facts import Usage, Work
-from sidecar.shapes import Shape
+from sidecar.relay.shapes import Shape
 
 K = TypeVar("K")
 

@@ -11,8 +11,8 @@ from typing import Final
 import aiohttp
 from aiohttp import web
 
-from sidecar.admission import ClientGone, EngineBroke
 from sidecar.errors import BodyTooLarge
+from sidecar.relay.admission import ClientGone, EngineBroke
 
 BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"

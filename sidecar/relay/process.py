@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Final
 import uvloop
 from aiohttp import web
 
-from sidecar import logs, settings, units, upstream
+from sidecar import logs, settings, units
 from sidecar.channel import Channel
 from sidecar.facts import Configure, Drain, Fact, Order, Pulse
-from sidecar.relay import Handler, Relay
+from sidecar.relay import upstream
+from sidecar.relay.handler import Handler, Relay
 
 if TYPE_CHECKING:
     from sidecar.images import Images

@@ -17,7 +17,7 @@ from typing import Final
 
 from sidecar.errors import EngineStalled, EngineUnreachable, RequestError, SidecarError
 from sidecar.facts import Admitted, Delivered, Fact, FirstToken, Outcome, Settled, State, Trace, Usage, Work
-from sidecar.shapes import Shape
+from sidecar.relay.shapes import Shape
 
 FLUSH: Final = 0.2  # seconds
 NO_WORK: Final = Work(uncached=0)
@@ -72,9 +72,9 @@ class Desk:
         """A request id that nobody else has."""
         return f"{self._prefix}-{next(self._counter):x}"
 
-    def open(self, route: str, tenant: str) -> Admission:
+    def open(self, route: str, tenant: str, trace: Trace | None) -> Admission:
         """An admission, to be entered by `with`."""
-        return Admission(self, self.new_id(), route, tenant)
+        return Admission(self, self.new_id(), route, tenant, trace)
 
     def note(self, admission: Admission) -> None:
         """Remember that `admission` has deliveries to report."""
@@ -115,10 +115,11 @@ class Admission:
         "status",
         "tenant",
         "tokens",
+        "trace",
         "usage",
     )
 
-    def __init__(self, desk: Desk, id: str, route: str, tenant: str) -> None:
+    def __init__(self, desk: Desk, id: str, route: str, tenant: str, trace: Trace | None) -> None:
         self._desk = desk
         self._admitted = False
         self._pending_tokens = 0
@@ -126,6 +127,7 @@ class Admission:
         self.id = id
         self.route = route
         self.tenant = tenant
+        self.trace = trace
         self.at = time.monotonic()
         self.shape = Shape()
         self.read_at: float | None = None  # when the client's last byte was here
@@ -138,7 +140,7 @@ class Admission:
         self.bytes = 0
         self.usage: Usage | None = None
 
-    def admit(self, shape: Shape, work: Work, mu: float, trace: Trace | None) -> None:
+    def admit(self, shape: Shape, work: Work, mu: float) -> None:
         """Hold `mu` from now on."""
         self._admitted = True
         self.shape = shape
@@ -154,7 +156,7 @@ class Admission:
                 expected=work,
                 max_output=shape.max_output,
                 mu=mu,
-                trace=trace,
+                trace=self.trace,
             )
         )
 
@@ -193,7 +195,7 @@ class Admission:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if not self._admitted:
-            self.admit(self.shape, NO_WORK, 0.0, None)
+            self.admit(self.shape, NO_WORK, 0.0)
         self._desk.forget(self)
         if isinstance(error, asyncio.CancelledError) and self._desk.cutting:
             error = Cut()

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from sidecar.bodies import ImagePart
 from sidecar.errors import BadImage, RequestError
 from sidecar.facts import Fact, Imaged
+from sidecar.relay.bodies import ImagePart
 
 
 class Prepared(Protocol):

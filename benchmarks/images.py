@@ -1,0 +1,158 @@
+"""Images on one core: our chain against decoding alone and against Hugging Face's processors.
+
+    python benchmarks/images.py [--rounds N] [--write]
+
+Rules: one core (affinity and one thread); the chains of a size take turns in every round, and a row is the median over the
+rounds, so that noise of the machine meets all alike; before anything is timed, our tensors are compared with the torchvision
+processor's, and must be equal. `--write` puts the table into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import io
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+import PIL
+import torch
+import torchvision
+import transformers
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+from sidecar import photos
+from sidecar.imaging import headers
+from sidecar.imaging.decode import decode
+from sidecar.imaging.patches import patches, ppm, resize
+from sidecar.jobs import Limits
+from sidecar.kernels.grid import ProcessorSpec
+
+SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
+CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
+LIMITS = Limits(20 << 20, 50_000_000)
+
+DECODE, PIXELS, TENSORS = "decode alone", "decode + resize + PPM", "decode + resize + fp32 patches"
+HF_PIL, HF_TV = "HF PIL processor", "HF torchvision processor, PIL decode"
+
+
+def chains(data: bytes, spec: ProcessorSpec) -> dict[str, Callable[[], Any]]:
+    """What is compared, each from the file's bytes."""
+    pil, torchv = (
+        Qwen2VLImageProcessorPil(max_pixels=spec.max_pixels),
+        Qwen2VLImageProcessor(max_pixels=spec.max_pixels),
+    )
+
+    def decoded() -> Any:
+        header = headers.read(data)
+        assert header is not None and header.plain
+        return decode(data, header, LIMITS)
+
+    def resized() -> tuple[Any, Any]:
+        pixels = decoded()
+        geometry = spec.geometry(*pixels.shape[-2:])
+        return resize(pixels, geometry, spec), geometry
+
+    def opened() -> Any:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    return {
+        DECODE: decoded,
+        PIXELS: lambda: ppm(resized()[0]),
+        TENSORS: lambda: patches(*resized(), spec),
+        HF_PIL: lambda: pil(images=[opened()], return_tensors="pt")["pixel_values"],
+        HF_TV: lambda: torchv(images=[opened()], return_tensors="pt")["pixel_values"],
+    }
+
+
+def measure(todo: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each chain."""
+    taken: dict[str, list[float]] = {name: [] for name in todo}
+    for _ in range(rounds):
+        for name, chain in todo.items():
+            start = time.perf_counter()
+            chain()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def cpu_name() -> str:
+    """The processor, as the kernel calls it."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def report(rounds: int) -> str:
+    """The whole table as Markdown."""
+    spec = ProcessorSpec.from_config(CONFIG)
+    assert spec is not None
+    rows: dict[str, dict[str, float]] = {}
+    sizes: dict[str, int] = {}
+    for name, (width, height) in SIZES.items():
+        data = photos.photo(width, height, seed=1)
+        todo = chains(data, spec)
+        assert torch.equal(todo[TENSORS](), todo[HF_TV]()), "not exact: nothing is timed"
+        todo[HF_PIL]()  # warm
+        sizes[name] = len(data)
+        rows[name] = measure(todo, rounds)
+    lines = [
+        f"# Images, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "",
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}, "
+        f"{torch.backends.cpu.get_cpu_capability()}; median of {rounds} interleaved rounds, ms per image; "
+        "Qwen2-VL, at most 1003520 pixels; our fp32 patches equal the torchvision processor's to the last bit.",
+        "",
+        "| size (JPEG bytes) | " + " | ".join(rows["1080p"]) + " |",
+        "|---" * (len(rows["1080p"]) + 1) + "|",
+        *(
+            f"| {name} ({sizes[name]}) | " + " | ".join(f"{ms:.1f}" for ms in row.values()) + " |"
+            for name, row in rows.items()
+        ),
+        "",
+        "| ratio | " + " | ".join(rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+        *(
+            f"| {label} | " + " | ".join(f"{row[over] / row[under]:.2f}" for row in rows.values()) + " |"
+            for label, over, under in (
+                ("our pixels / decode alone", PIXELS, DECODE),
+                ("our fp32 patches / decode alone", TENSORS, DECODE),
+                ("HF PIL processor / our fp32 patches", HF_PIL, TENSORS),
+                ("HF torchvision processor / our fp32 patches", HF_TV, TENSORS),
+                ("HF torchvision processor / our pixels", HF_TV, PIXELS),
+            )
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table; write it where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    text = report(chosen.rounds)
+    print(text)
+    if chosen.write:
+        slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+        folder = Path(__file__).parent / "results"
+        (folder / f"images-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{slug}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Prints Kubernetes YAML for an engine Deployment with the sidecar.
+
+Rules of this module: pure text, no I/O but the print in `main`; what a user gives is quoted as JSON, which is YAML too; every
+choice that could surprise has its reason beside it, as a comment in the YAML.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from textwrap import dedent, indent
+from typing import Final
+
+from sidecar.manifests import shell
+from sidecar.manifests.settings import ENGINE_PORT, ManifestSettings, start
+from sidecar.probes import STALE
+
+RELAY, ADMIN = 8080, 9400  # ports
+STATE: Final = "/run/sidecar"
+STARTUP: Final = (
+    3600  # seconds that an engine may take to serve its first token: a cold start compiles for 10-20 minutes
+)
+DRAIN: Final = 120  # seconds that open requests may take to end when a pod is deleted
+ENDPOINTS: Final = 10  # seconds until no client sends to a deleted pod any more
+
+
+def main(settings: ManifestSettings) -> int:
+    """Print the manifests."""
+    print(render(settings), end="")
+    return 0
+
+
+def render(s: ManifestSettings) -> str:
+    """The YAML documents as text. Raises UsageError where two settings do not fit together."""
+    documents = [_deployment(s), _service(s)]
+    if s.monitor == "podmonitor":
+        documents.append(_pod_monitor(s))
+    return "---\n".join(documents)
+
+
+def _deployment(s: ManifestSettings) -> str:
+    return f"""\
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+{_metadata(s)}
+spec:
+  replicas: {s.replicas}
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: {s.name}
+  template:
+    metadata:
+      labels:
+        app.kubernetes.io/name: {s.name}
+{_lines(8, _annotations(s))}    spec:
+      # {ENDPOINTS} s until no client sends here any more, at most {DRAIN} s for open requests, then the sidecar's own end.
+      terminationGracePeriodSeconds: {ENDPOINTS + DRAIN + 40}
+      enableServiceLinks: false
+      automountServiceAccountToken: false
+      securityContext:
+        seccompProfile:
+          type: RuntimeDefault
+      initContainers:
+{_lines(8, _sidecar(s))}      containers:
+{_lines(8, _engine(s))}      volumes:
+{_lines(8, _volumes(s))}"""
+
+
+def _service(s: ManifestSettings) -> str:
+    return f"""\
+apiVersion: v1
+kind: Service
+metadata:
+{_metadata(s)}
+spec:
+  selector:
+    app.kubernetes.io/name: {s.name}
+  ports:
+    - name: http
+      port: 80
+      targetPort: relay
+"""
+
+
+def _pod_monitor(s: ManifestSettings) -> str:
+    return f"""\
+apiVersion: monitoring.coreos.com/v1
+kind: PodMonitor
+metadata:
+{_metadata(s)}
+spec:
+  selector:
+    matchLabels:
+      app.kubernetes.io/name: {s.name}
+  podMetricsEndpoints:
+    # The relay's page holds the engine's series and the sidecar's.
+    - port: relay
+      path: /metrics
+"""
+
+
+def _metadata(s: ManifestSettings) -> str:
+    namespace = [f"namespace: {s.namespace}"] if s.namespace else []
+    return indent("\n".join([f"name: {s.name}", *namespace, "labels:", f"  app.kubernetes.io/name: {s.name}"]), "  ")
+
+
+def _annotations(s: ManifestSettings) -> str:
+    if s.monitor != "annotations":
+        return ""
+    return f"""\
+# The relay's page holds the engine's series and the sidecar's.
+prometheus.io/scrape: "true"
+prometheus.io/port: "{RELAY}"
+prometheus.io/path: /metrics
+"""
+
+
+def _sidecar(s: ManifestSettings) -> str:
+    head = f"""\
+# A native sidecar (Kubernetes 1.29 or later): it starts before the engine, is restarted on its own, and ends after it.
+- name: sidecar
+  image: {json.dumps(s.sidecar_image)}
+  restartPolicy: Always
+  args: ["run"]
+  env:
+"""
+    tail = f"""\
+  ports:
+    - name: relay
+      containerPort: {RELAY}
+    - name: admin
+      containerPort: {ADMIN}
+  # The engine's container is started once this passed. /healthz speaks of the sidecar only.
+  startupProbe:
+    httpGet: {{path: /healthz, port: {ADMIN}}}
+    periodSeconds: 1
+    failureThreshold: 60
+  livenessProbe:
+    httpGet: {{path: /healthz, port: {ADMIN}}}
+    periodSeconds: 10
+    timeoutSeconds: 5
+    failureThreshold: 6
+  # The pod is ready when the engine is fit to serve. Load alone never makes it unready.
+  readinessProbe:
+    httpGet: {{path: /readyz, port: {ADMIN}}}
+    periodSeconds: 2
+    timeoutSeconds: 2
+    failureThreshold: 1
+  resources:
+    # The CPU limit is how many images are prepared at once.
+    requests: {{cpu: "{s.sidecar_cpus}", memory: 512Mi}}
+    limits: {{cpu: "{s.sidecar_cpus}", memory: {s.sidecar_memory}}}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: 65532
+    runAsGroup: 65532
+    readOnlyRootFilesystem: true
+    allowPrivilegeEscalation: false
+    capabilities: {{drop: ["ALL"]}}
+  volumeMounts:
+    - {{name: sidecar-state, mountPath: {STATE}}}
+    - {{name: sidecar-tmp, mountPath: /tmp}}
+"""
+    return head + _lines(4, _sidecar_env(s)) + tail + _lines(4, _model_mount(s, read_only=True))
+
+
+def _sidecar_env(s: ManifestSettings) -> str:
+    values = {
+        "SIDECAR_ENGINE": f"http://127.0.0.1:{ENGINE_PORT}",
+        "SIDECAR_ENGINE_KIND": s.engine_kind,
+        "SIDECAR_LISTEN": f"0.0.0.0:{RELAY}",
+        "SIDECAR_ADMIN": f"0.0.0.0:{ADMIN}",
+        "SIDECAR_STATE_DIR": STATE,
+        "SIDECAR_LOG_FORMAT": "json",
+    }
+    note = "# No SIDECAR_MODEL, so images pass through untouched: their preparation needs the model's directory (--claim).\n"
+    if s.claim:
+        values["SIDECAR_MODEL"], note = s.model, ""
+    fields = {"POD_NAME": "metadata.name", "POD_NAMESPACE": "metadata.namespace", "NODE_NAME": "spec.nodeName"}
+    own = "".join(f"- {{name: {k}, valueFrom: {{fieldRef: {{fieldPath: {v}}}}}}}\n" for k, v in fields.items())
+    attributes = "k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),k8s.node.name=$(NODE_NAME)"
+    return _env(values.items()) + note + own + _env([("OTEL_RESOURCE_ATTRIBUTES", attributes)])
+
+
+def _engine(s: ManifestSettings) -> str:
+    image, command, args = start(s)
+    gpu = f', nvidia.com/gpu: "{s.gpus}"' if s.gpus else ""
+    return f"""\
+- name: engine
+  image: {image}
+  command: {command}
+  # On 127.0.0.1 nothing can go past the relay: work that the sidecar does not see looks like silence.
+  args:
+{_lines(4, args)}  env:
+    # Libraries start one thread per core of the whole node unless told; this is the container's own CPU limit.
+    - name: OMP_NUM_THREADS
+      valueFrom: {{resourceFieldRef: {{containerName: engine, resource: limits.cpu, divisor: "1"}}}}
+  # Until the first token was served, liveness does not count. This one fails closed, as it may: without the sidecar
+  # nothing serves either, and it takes {STARTUP // 60} minutes. The port is a number because a name reaches only one's own container.
+  startupProbe:
+    httpGet: {{path: /startupz, port: {ADMIN}}}
+    periodSeconds: 5
+    timeoutSeconds: 5
+    failureThreshold: {STARTUP // 5}
+{_lines(2, LIVENESS[s.probe]())}  lifecycle:
+    # Deletion: first no new requests, then the open ones end, while engine and sidecar still serve. A stalled engine is not
+    # waited for.
+    preStop:
+      exec:
+        command:
+          - sh
+          - -c
+          - {json.dumps(shell.drain(STATE, ENDPOINTS, DRAIN))}
+  resources:
+    requests: {{cpu: "{s.cpus}", memory: {s.memory}{gpu}}}
+    limits: {{cpu: "{s.cpus}", memory: {s.memory}{gpu}}}
+  # The engines' own images run as root and write to their home; where yours does not, add runAsNonRoot: true.
+  securityContext:
+    allowPrivilegeEscalation: false
+    capabilities: {{drop: ["ALL"]}}
+  volumeMounts:
+    - {{name: sidecar-state, mountPath: {STATE}, readOnly: true}}
+    - {{name: engine-shm, mountPath: /dev/shm}}
+{_lines(4, _model_mount(s, read_only=False))}"""
+
+
+def _safe_probe() -> str:
+    return f"""\
+# Fails only while the sidecar says "stalled" and goes on saying it: the file is touched every second, and one older than
+# {STALE:.0f} s passes. So neither a sidecar that is away nor an image without stat kills an engine; only three commands in a
+# row that take longer than timeoutSeconds would.
+livenessProbe:
+  exec:
+    command:
+      - sh
+      - -c
+      - {json.dumps(shell.safe_liveness(STATE))}
+  periodSeconds: 5
+  timeoutSeconds: 10
+  failureThreshold: 3
+  # A stalled engine does not end by itself: it is killed after this, whatever the pod's own period.
+  terminationGracePeriodSeconds: 10
+"""
+
+
+def _http_probe() -> str:
+    return f"""\
+# This fails closed: when the sidecar does not answer for periodSeconds * failureThreshold, a healthy engine is killed.
+# Choose it only where the engine's image has no shell, and leave the threshold high enough for a restart of the sidecar.
+# The port is a number because a name reaches only one's own container.
+livenessProbe:
+  httpGet: {{path: /livez, port: {ADMIN}}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 6
+  # A stalled engine does not end by itself: it is killed after this, whatever the pod's own period.
+  terminationGracePeriodSeconds: 10
+"""
+
+
+LIVENESS: Final[dict[str, Callable[[], str]]] = {"safe": _safe_probe, "http": _http_probe}
+
+
+def _model_mount(s: ManifestSettings, *, read_only: bool) -> str:
+    if s.claim:
+        return "- {name: models, mountPath: /models, readOnly: true}\n"
+    return "" if read_only else "- {name: models, mountPath: /root/.cache/huggingface}\n"
+
+
+def _volumes(s: ManifestSettings) -> str:
+    models = (
+        f"- name: models\n  persistentVolumeClaim: {{claimName: {s.claim}, readOnly: true}}\n"
+        if s.claim
+        else "# Downloaded anew by each pod; with --claim the models come from a volume.\n- name: models\n  emptyDir: {}\n"
+    )
+    memory = dedent("""\
+        # In memory, so that a full disk cannot silence the verdict.
+        - name: sidecar-state
+          emptyDir: {medium: Memory, sizeLimit: 64Mi}
+        - name: sidecar-tmp
+          emptyDir: {medium: Memory, sizeLimit: 64Mi}
+        # The default of 64 MiB is too small for engines that share tensors between processes.
+        - name: engine-shm
+          emptyDir: {medium: Memory, sizeLimit: 8Gi}
+        """)
+    return memory + models
+
+
+def _env(values: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"- {{name: {name}, value: {json.dumps(value)}}}\n" for name, value in values)
+
+
+def _lines(spaces: int, block: str) -> str:
+    return indent(block, " " * spaces)

@@ -1,0 +1,141 @@
+"""What the manifests may be asked for, and how each engine is started. Every value is checked here, before it is rendered."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar import __version__
+from sidecar.errors import UsageError
+from sidecar.settings import flag, integer, one_of, text
+
+ENGINE_PORT: Final = 8000
+
+
+def label(value: str) -> str:
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?", value):
+        raise ValueError
+    return value
+
+
+def optional_label(value: str) -> str:
+    return label(value) if value else ""
+
+
+def quantity(value: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*([kMGT]i?)?", value):
+        raise ValueError
+    return value
+
+
+def arguments(value: str) -> str:
+    shlex.split(value)  # raises ValueError on a quote that is never closed
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How an engine is started so that only this pod reaches it. `flags` may use {model} and {gpus}."""
+
+    image: str
+    command: tuple[str, ...]
+    flags: tuple[str, ...]
+    many_gpus: tuple[str, ...] = ()
+
+
+# An image is named only where this project is tested with it; the others ask for --image.
+KINDS: Final[dict[str, Kind]] = {
+    "vllm": Kind(
+        "vllm/vllm-openai:v0.32.0",
+        ("vllm", "serve"),
+        ("{model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--enable-prompt-tokens-details"),
+        ("--tensor-parallel-size={gpus}",),
+    ),
+    "sglang": Kind(
+        "",
+        ("python3", "-m", "sglang.launch_server"),
+        ("--model-path={model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--enable-metrics"),
+        ("--tp-size={gpus}",),
+    ),
+    "tgi": Kind(
+        "",
+        ("text-generation-launcher",),
+        ("--model-id={model}", "--hostname=127.0.0.1", f"--port={ENGINE_PORT}"),
+        ("--num-shard={gpus}",),
+    ),
+    "llamacpp": Kind(
+        "",
+        ("/app/llama-server",),
+        ("--model={model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--metrics"),
+    ),
+    "scripted": Kind(
+        f"inference-sidecar:{__version__}",
+        ("sidecar", "engine"),
+        (f"--listen=127.0.0.1:{ENGINE_PORT}", "--served-model={model}"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestSettings:
+    """Settings of `sidecar manifests`."""
+
+    name: str = flag("llm", label, "Name of the Deployment and its Service", expected="a lower-case DNS label")
+    namespace: str = flag("", optional_label, "Namespace; default: kubectl's own", expected="a lower-case DNS label")
+    engine_kind: str = flag(
+        "vllm",
+        one_of(*KINDS),
+        "Which engine it is",
+        expected="one of " + ", ".join(KINDS) + " (auto cannot be rendered)",
+    )
+    model: str = flag(
+        "Qwen/Qwen2.5-VL-7B-Instruct", text, "The model: a hub's name, or a directory below /models", expected="a name"
+    )
+    image: str = flag("", text, "The engine's image; default: the tested one, if any", expected="an image")
+    sidecar_image: str = flag(f"inference-sidecar:{__version__}", text, "The sidecar's image", expected="an image")
+    engine_args: str = flag("", arguments, "More arguments of the engine, as in a shell", expected="closed quotes")
+    gpus: int = flag(1, integer(0, 64), "GPUs of the engine", expected="a whole number from 0 to 64")
+    cpus: int = flag(8, integer(1, 512), "CPUs of the engine", expected="a whole number from 1 to 512")
+    memory: str = flag("64Gi", quantity, "Memory of the engine", expected="a quantity such as 64Gi")
+    sidecar_cpus: int = flag(
+        2,
+        integer(1, 128),
+        "CPUs of the sidecar; it prepares that many images at once",
+        expected="a whole number from 1",
+    )
+    sidecar_memory: str = flag("4Gi", quantity, "Memory of the sidecar", expected="a quantity such as 4Gi")
+    replicas: int = flag(1, integer(0, 10_000), "Pods", expected="a whole number from 0 to 10000")
+    claim: str = flag(
+        "",
+        optional_label,
+        "PersistentVolumeClaim with the models, mounted at /models; needed to prepare images",
+        expected="a lower-case DNS label",
+    )
+    probe: str = flag(
+        "safe",
+        one_of("safe", "http"),
+        "The engine's livenessProbe: safe cannot kill a healthy engine, http fails closed",
+        expected="one of safe, http",
+    )
+    monitor: str = flag(
+        "annotations",
+        one_of("annotations", "podmonitor", "none"),
+        "How Prometheus finds the pods",
+        expected="one of annotations, podmonitor, none",
+    )
+
+
+def start(s: ManifestSettings) -> tuple[str, str, str]:
+    """The engine's image, command and arguments, as YAML. Raises UsageError."""
+    kind = KINDS[s.engine_kind]
+    image = s.image or kind.image
+    if not image:
+        raise UsageError(f"--image is missing; no image of {s.engine_kind} is tested here, so name the one you use")
+    if s.model.startswith("/models/") != bool(s.claim) or (s.model.startswith("/") and not s.claim):
+        raise UsageError("--claim and a --model below /models, where that claim is mounted, go together")
+    flags = (*kind.flags, *(kind.many_gpus if s.gpus > 1 else ()))
+    args = [f.format(model=s.model, gpus=s.gpus) for f in flags] + shlex.split(s.engine_args)
+    return json.dumps(image), json.dumps(kind.command), "".join(f"- {json.dumps(arg)}\n" for arg in args)

@@ -1,0 +1,249 @@
+"""The printed manifests: valid, safe, and true about the sidecar."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from sidecar import __main__ as cli
+from sidecar.errors import UsageError
+from sidecar.facts import Verdict
+from sidecar.manifests import shell
+from sidecar.manifests.render import ADMIN, DRAIN, ENDPOINTS, RELAY, STATE, render
+from sidecar.manifests.settings import KINDS, ManifestSettings
+from sidecar.probes import STALE, Stand
+from sidecar.settings import Settings, load
+from sidecar.statefile import StateDir
+
+Requires = Callable[[str], Path]
+CLAIM = {"claim": "models", "model": "/models/qwen"}
+
+
+def made(**chosen: Any) -> dict[str, Any]:
+    """The Deployment's pod spec."""
+    deployment, *_ = yaml.safe_load_all(render(replace(ManifestSettings(), **chosen)))
+    spec: dict[str, Any] = deployment["spec"]["template"]["spec"]
+    return spec
+
+
+def containers(**chosen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(sidecar, engine) of the pod."""
+    spec = made(**chosen)
+    return spec["initContainers"][0], spec["containers"][0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "probe", "monitor", "more"),
+    [
+        *itertools.product(KINDS, ("safe", "http"), ("annotations",), ({},)),
+        ("vllm", "safe", "podmonitor", {"namespace": "models", "gpus": 8, "replicas": 3}),
+        ("vllm", "safe", "none", CLAIM | {"gpus": 0}),
+    ],
+)
+def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, more: dict[str, Any]) -> None:
+    """Each document passes Kubernetes' own schema, strictly; a PodMonitor is not of Kubernetes and is only looked at."""
+    chosen = replace(ManifestSettings(), engine_kind=kind, probe=probe, monitor=monitor, image="engine:1", **more)
+    for document in yaml.safe_load_all(render(chosen)):
+        if document["kind"] == "PodMonitor":
+            assert document["spec"]["podMetricsEndpoints"][0]["port"] == "relay"
+        else:
+            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-http-probe"])
+def test_what_lies_in_deploy_is_what_the_command_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """deploy/kubernetes holds the command's own output; `make docs` writes it."""
+    probe = "http" if name.endswith("http-probe") else "safe"
+    assert cli.run(["manifests", "--probe", probe]) == 0
+    kept = Path(__file__).parent.parent / "deploy" / "kubernetes" / f"{name}.yaml"
+    assert kept.read_text() == capsys.readouterr().out
+
+
+def test_the_sidecars_environment_is_valid_settings(tmp_path: Path) -> None:
+    """What the manifests set for the sidecar are settings that it takes, with the ports that the probes ask."""
+    sidecar, _ = containers(**CLAIM)
+    env = {e["name"]: e["value"] for e in sidecar["env"] if "value" in e}
+    assert env["SIDECAR_MODEL"] == "/models/qwen"
+    settings = load(Settings, {}, {**env, "SIDECAR_MODEL": str(tmp_path)})
+    assert (settings.listen[1], settings.admin[1], settings.state_dir) == (RELAY, ADMIN, STATE)
+    assert sidecar["restartPolicy"] == "Always" and sidecar["readinessProbe"]["httpGet"]["path"] == "/readyz"
+
+
+def test_the_engines_probes_use_numeric_ports() -> None:
+    """A probe of the engine's container reaches the sidecar's port by number: a name would mean its own container."""
+    for probe in ("safe", "http"):
+        _, engine = containers(probe=probe)
+        assert engine["startupProbe"]["httpGet"] == {"path": "/startupz", "port": ADMIN}
+        assert not engine.get("ports")
+        assert engine["livenessProbe"].get("httpGet") == (
+            {"path": "/livez", "port": ADMIN} if probe == "http" else None
+        )
+
+
+def test_a_deleted_pod_has_time_to_drain() -> None:
+    """The pod's grace period covers the preStop's waiting and the sidecar's own draining after it."""
+    spec = made()
+    assert spec["terminationGracePeriodSeconds"] >= ENDPOINTS + DRAIN + Settings().drain_seconds
+
+
+def test_users_text_stays_text() -> None:
+    """Quotes, colons and line breaks in a model's name or an argument do not become YAML."""
+    args = '--chat-template "a: b" --x \'{"y": [1]}\''
+    _, engine = containers(model='m"\n- evil: true', engine_args=args)
+    assert engine["args"][0] == 'm"\n- evil: true'
+    assert engine["args"][-4:] == ["--chat-template", "a: b", "--x", '{"y": [1]}']
+
+
+def test_images_need_the_models_directory() -> None:
+    """With a claim both containers see the models, read-only, and the sidecar is told; without one it is not."""
+    for container in containers(**CLAIM):
+        assert {"name": "models", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
+    sidecar, _ = containers()
+    assert "SIDECAR_MODEL" not in {e["name"] for e in sidecar["env"]}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"model": "/models/qwen"}, "--claim"),
+        ({"claim": "models"}, "--claim"),
+        ({"model": "/elsewhere/qwen"}, "--claim"),
+        ({"engine_kind": "sglang"}, "--image"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(chosen: dict[str, Any], words: str) -> None:
+    """One line names the flag that is missing."""
+    with pytest.raises(UsageError, match=words):
+        made(**chosen)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--name", "Not_A_Label"],
+        ["--memory", "lots"],
+        ["--engine-args", "'open"],
+        ["--engine-kind", "auto"],
+        ["--gpus", "-1"],
+    ],
+)
+def test_bad_values_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An invalid value is a usage error of one line, and nothing is printed that could be applied."""
+    assert cli.run(["manifests", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and argv[0] in err
+
+
+# --- the shell lines, in the shells of engines' images ---
+
+SHELLS = (["dash"], ["busybox", "sh"], ["bash"])
+
+
+def sh(interpreter: list[str], line: str, path: str | None = None) -> int:
+    env = {"PATH": os.environ["PATH"] if path is None else path}
+    found = shutil.which(interpreter[0])
+    assert found
+    return subprocess.run([found, *interpreter[1:], "-c", line], env=env, timeout=30, capture_output=True).returncode
+
+
+@pytest.fixture(params=SHELLS, ids=lambda s: s[0])
+def interpreter(request: pytest.FixtureRequest, requires: Requires) -> list[str]:
+    requires(request.param[0])
+    return list(request.param)
+
+
+@pytest.fixture
+def busybox_tools(tmp_path: Path, requires: Requires) -> str:
+    """A PATH on which every tool is busybox's."""
+    busybox, bin = requires("busybox"), tmp_path / "bin"
+    bin.mkdir()
+    for tool in ("stat", "date", "grep", "sleep"):
+        (bin / tool).symlink_to(busybox)
+    return str(bin)
+
+
+AGES = [(None, 0), (0.0, 1), (STALE / 2, 1), (STALE + 3, 0), (3600.0, 0), (-3600.0, 0)]
+
+
+@pytest.mark.parametrize(("age", "code"), AGES)
+def test_the_safe_probe_fails_only_on_a_fresh_file(
+    interpreter: list[str], tmp_path: Path, age: float | None, code: int
+) -> None:
+    """No file passes, a fresh one fails, one that nobody touches any more, or from the future, passes."""
+    if age is not None:
+        (tmp_path / "stalled").touch()
+        os.utime(tmp_path / "stalled", (time.time() - age,) * 2)
+    assert sh(interpreter, shell.safe_liveness(str(tmp_path))) == code
+
+
+@pytest.mark.parametrize(("age", "code"), AGES)
+def test_the_safe_probe_works_with_busyboxs_tools(
+    tmp_path: Path, busybox_tools: str, age: float | None, code: int
+) -> None:
+    """The same in an image where shell, stat and date are busybox's."""
+    if age is not None:
+        (tmp_path / "stalled").touch()
+        os.utime(tmp_path / "stalled", (time.time() - age,) * 2)
+    assert sh(["busybox", "sh"], shell.safe_liveness(str(tmp_path)), busybox_tools) == code
+
+
+@pytest.mark.parametrize("present", [(), ("stat",)])
+def test_the_safe_probe_passes_where_tools_are_missing(
+    interpreter: list[str], tmp_path: Path, present: tuple[str, ...]
+) -> None:
+    """In an image without stat or date, even a fresh file passes: it fails open."""
+    if interpreter[0] == "busybox":
+        pytest.skip("busybox's shell always has its own tools")
+    for tool in present:
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "")
+    (tmp_path / "stalled").touch()
+    assert sh(interpreter, shell.safe_liveness(str(tmp_path)), str(tmp_path)) == 0
+
+
+def stand(state: Any, outstanding: int) -> Stand:
+    return Stand(Verdict(state, "r", "", 0, 0, {"condition": "x", "outstanding": outstanding, "w": 1}), True, False)
+
+
+def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_path: Path) -> None:
+    """The lines read what StateDir writes: liveness fails while stalled, draining waits only for outstanding requests."""
+    state = StateDir(str(tmp_path))
+    liveness = shell.safe_liveness(str(tmp_path))
+    # Bounded to one round; `sleep` is replaced by a mark, so that waiting can be told from not waiting.
+    drain = f"sleep() {{ [ $1 = 1 ] && echo waited; }}; {shell.drain(str(tmp_path), 0, 1)}"
+
+    def waited() -> bool:
+        command = [*interpreter, "-c", drain]
+        return b"waited" in subprocess.run(command, check=True, capture_output=True, timeout=30).stdout
+
+    state.write(stand("progressing", 12), time.time())
+    assert sh(interpreter, liveness) == 0 and waited()
+    state.write(stand("idle", 0), time.time())
+    assert sh(interpreter, liveness) == 0 and not waited()
+    state.write(stand("stalled", 12), time.time())
+    assert sh(interpreter, liveness) == 1 and not waited()
+    state.clear()
+    assert sh(interpreter, liveness) == 0
+
+
+def test_the_verdict_file_names_what_draining_waits_for(tmp_path: Path) -> None:
+    """`outstanding` is a key of the real evidence, so that the preStop does not wait for a name that nobody writes."""
+    from sidecar import units
+    from sidecar.control import Control, Readings
+    from sidecar.facts import Absent
+
+    control = Control(Settings(), units.Coefficients(), 0.0, 0.0)
+    absent = Absent("no")
+    control.tick(Readings(absent, absent, absent, (), None, "vllm"), 1.0, 1.0)
+    assert json.loads(json.dumps(control.verdict.evidence))["outstanding"] == 0
