@@ -21,9 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
 import PIL
 import torch
 import torchvision
@@ -144,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     text = report(chosen.rounds)

@@ -44,7 +44,6 @@ HEAVY = {
     "engine": ("sidecar.engine.scripted", "EngineSettings"),
     "demo": ("sidecar.demo.story", "DemoSettings"),
     "manifests": ("sidecar.manifests.render", "ManifestSettings"),
-    "doctor": ("sidecar.doctor", "DoctorSettings"),
 }
 
 
@@ -123,6 +122,16 @@ def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
     passed, text = probes.exec_answer(kind, *statefile.read(path))
     click.echo(text)
     return 0 if passed else 1
+
+
+@cli.command("doctor")
+@options(Settings)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON")
+def doctor_command(as_json: bool, config: str | None, **flags: str | None) -> int:
+    """Check settings, engine, GPU, shared memory, CPU quota; say what is missing and how to mend it."""
+    from sidecar.doctor import report
+
+    return report.main(settings.load(Settings, flags, os.environ, config), as_json)
 
 
 @cli.command("relay-process", hidden=True)

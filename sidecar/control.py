@@ -35,6 +35,7 @@ LATE = 2.0  # seconds that a tick may be late before our own evidence is withhel
 JUMP = 5.0  # seconds between wall and monotonic clock that count as a jump
 PULSE_STALE = 4.0  # seconds without a relay's pulse (sent each second), past which its deliveries are unknown
 LEARNING = ("idle", "progressing", "quiet", "suspect")  # states whose silences, once ended, were legitimate
+QUEUE_WEIGHT = 0.2  # of one reading: a request that waits for a step (20 ms) is no queue, one that is seen for 5 s is
 CHANGES = 50  # verdict changes kept
 
 
@@ -82,9 +83,9 @@ class Control:
         self._images = ImageSums(Counter(), {})
         self._image_label = Bounded(20)
         self._sampled_at = 0.0
+        self._queue = 0.0
         self._restarted = False
         self._ticked_at, self._ticked_wall = now, wall
-        self.images_on = False
         self._withheld_until, self._withheld_reason = 0.0, ""
         self.lag = 0.0
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
@@ -190,6 +191,7 @@ class Control:
             if self.canary_since is not None:
                 self._canary_touched = now
             canary = self._canary_touched >= self._sampled_at
+            self._queue += QUEUE_WEIGHT * (queue_share(reading.value) - self._queue)
             restarted = self.progress.engine(reading.value, reading.at, canary=canary)
             self._restarted |= restarted and not self._served_since_start(reading.value, now, wall)
             self._sampled_at = reading.at
@@ -224,7 +226,7 @@ class Control:
             at=now, at_wall=wall, version=__version__, engine_kind=r.engine_kind, draining=self.draining,
             verdict=self.verdict, progress_age=self.evidence.age, silence_allowed=self.evidence.allowed,
             silence_ruled_by=self.evidence.ruled_by, load=self._load(r, now), tenants=self._tenants(),
-            images=self._image_use(), images_device=self._settings.images_device if self.images_on else "off",
+            images=self._image_use(), images_device="off" if self._settings.images == "off" else self._settings.images_device,
             engine=r.engine, gpus=r.gpus, own=r.own, own_lag=self.lag, relays=r.relays, canary=self.canary,
             canary_outstanding_since=self.canary_since, changes=tuple(self.changes), diagnoses=r.diagnoses,
         )  # fmt: skip
@@ -239,7 +241,7 @@ class Control:
             "stock": stock.mu / max_in_flight,
             "flow": per_minute / max_per_minute,
             "kv": sample.kv_usage or 0.0,
-            "queue": queue_share(sample),
+            "queue": self._queue,
         }
         limited_by = max(shares, key=lambda name: shares[name])
         return Load(

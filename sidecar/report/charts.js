@@ -2,7 +2,15 @@
 "use strict";
 // Drawing: rows of history in, SVG out. Nothing here knows where rows come from. Text only ever enters as textContent.
 
-const WINDOW = 600; // seconds
+const WINDOW = 600; // seconds kept
+// Seconds shown -> seconds between marks. A page that was opened on a young sidecar shows what there is, not an empty band.
+const SPANS = [[60, 10], [120, 30], [300, 60], [WINDOW, 120]];
+let shown = SPANS[0];
+
+function fit(rows, now) {
+  const age = rows.length ? now - rows[0].t : 0;
+  shown = SPANS.find(([seconds]) => age <= seconds) ?? SPANS.at(-1);
+}
 const HOLE = 5; // seconds without a row that break a line: the sidecar was not there
 const PLOT = { height: 132, left: 66, right: 10, top: 8, bottom: 20 };
 const BAND = { height: 78, left: 10, right: 10, top: 4, bottom: 20 };
@@ -67,17 +75,17 @@ function ceiling(peak, time) {
 
 function across(now, width, frame) {
   const room = width - frame.left - frame.right;
-  return (t) => frame.left + Math.min(1, Math.max(0, (t - now + WINDOW) / WINDOW)) * room;
+  return (t) => frame.left + Math.min(1, Math.max(0, (t - now + shown[0]) / shown[0])) * room;
 }
 
 function timeAxis(now, x, width, frame) {
-  const step = width < 420 ? 180 : 120;
+  const step = shown[1] * (width < 420 ? (shown[0] === WINDOW ? 1.5 : 2) : 1);
   const bottom = frame.height - frame.bottom;
   const marks = [];
-  for (let t = Math.ceil((now - WINDOW) / step) * step; t <= now; t += step) {
+  for (let t = Math.ceil((now - shown[0]) / step) * step; t <= now; t += step) {
     const anchor = x(t) > width - 24 ? "end" : x(t) < 24 ? "start" : "middle";
     marks.push(shape("line", { class: "axis", x1: x(t), x2: x(t), y1: bottom, y2: bottom + 4 }));
-    marks.push(shape("text", { x: x(t), y: frame.height - 4, "text-anchor": anchor }, clock(t, false)));
+    marks.push(shape("text", { x: x(t), y: frame.height - 4, "text-anchor": anchor }, clock(t, step % 60 !== 0)));
   }
   return marks;
 }
@@ -102,7 +110,7 @@ function drawBand(host, rows, now, hover) {
   const x = across(now, width, BAND);
   const bottom = BAND.height - BAND.bottom;
   const svg = shape("svg", { viewBox: `0 0 ${width} ${BAND.height}`, height: BAND.height, role: "img" });
-  svg.setAttribute("aria-label", "Verdicts over the last 10 minutes");
+  svg.setAttribute("aria-label", `Verdicts over the last ${span(shown[0])}`);
   const named = [0, 0, 0, 0]; // how far names reach already, by rank: each rank has its own height
   for (const run of runs(rows)) {
     const rank = RANK[run.state];

@@ -143,7 +143,7 @@ function follow(host, frame) {
     if (!page.snapshot) return;
     const box = host.getBoundingClientRect();
     const part = (event.clientX - box.left - frame.left) / (box.width - frame.left - frame.right);
-    page.hover = page.snapshot.at_wall - WINDOW * (1 - Math.min(1, Math.max(0, part)));
+    page.hover = page.snapshot.at_wall - shown[0] * (1 - Math.min(1, Math.max(0, part)));
     draw();
     if (host.id === "timeline") showTip(event, box);
   };
@@ -165,6 +165,8 @@ function showTip(event, box) {
 function draw() {
   if (!page.snapshot || document.hidden) return;
   const now = page.snapshot.at_wall;
+  fit(page.rows, now);
+  put("span", `last ${span(shown[0])}`);
   drawBand($("timeline"), page.rows, now, page.hover);
   const row = page.hover === null ? page.rows.at(-1) : page.rows.findLast((row) => row.t <= page.hover);
   for (const chart of CHARTS) {

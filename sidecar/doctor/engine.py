@@ -1,0 +1,178 @@
+"""What can be asked of the engine: is it there, which kind is it, do its metrics read, does it serve one token.
+
+Everything is asked once, bounded in time, with the very code that `sidecar run` asks it with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+from urllib.parse import urlsplit
+
+import aiohttp
+import psutil
+
+from sidecar import cpus
+from sidecar.contact import MAX_PAGE, MEETING
+from sidecar.doctor.finding import Finding, Level
+from sidecar.engine import kinds, sample
+from sidecar.facts import EngineSample
+from sidecar.settings import Settings
+from sidecar.signals.canary import CanarySignal
+
+ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
+TOKEN: Final = 60.0  # seconds for one token
+
+
+@dataclass(slots=True)
+class Met:
+    """What the engine answered. `status` by path: HTTP status, or 0 where there was no answer, with its reason in `why`."""
+
+    pages: dict[str, bytes] = field(default_factory=dict)
+    status: dict[str, int] = field(default_factory=dict)
+    why: str = ""
+
+
+async def check(chosen: Settings) -> list[Finding]:
+    """All findings about the engine. Where it is not there, the rest is left out."""
+    headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
+    async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
+        met = await _meet(session, chosen.engine)
+        found = [_reached(met)]
+        if found[0].level == "fail":
+            return found
+        name = kinds.recognise(met.pages) if chosen.engine_kind == "auto" else chosen.engine_kind
+        kind = kinds.KINDS[name]
+        found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
+    return [*found, threads(chosen.engine)]
+
+
+async def _meet(session: aiohttp.ClientSession, engine: str) -> Met:
+    met = Met()
+    for path in MEETING:
+        try:
+            async with session.get(engine + path, timeout=aiohttp.ClientTimeout(total=ANSWER)) as answer:
+                met.status[path] = answer.status
+                if answer.status == 200:
+                    met.pages[path] = await answer.content.read(MAX_PAGE)
+        except TimeoutError:
+            met.status[path], met.why = 0, f"no answer in {ANSWER:.0f} s"
+        except (aiohttp.ClientError, OSError) as e:
+            met.status[path], met.why = 0, f"no connection ({type(e).__name__})"
+    return met
+
+
+def _reached(met: Met) -> Finding:
+    status = met.status["/v1/models"]
+    if status == 0:
+        return Finding("engine", "fail", met.why, "start the engine, or correct --engine")
+    if status in (401, 403):
+        return Finding("engine", "fail", f"/v1/models answers {status}", "give the engine's key: --engine-key")
+    if status != 200:
+        text = f"/v1/models answers {status}"
+        return Finding(
+            "engine", "warn", text, "name the canary's model (--canary-model), or wait until the engine is up"
+        )
+    names = _models(met.pages["/v1/models"])
+    if not names:
+        return Finding("engine", "warn", "/v1/models names no model", "name the canary's model: --canary-model")
+    return Finding(
+        "engine", "ok", "serves " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    )
+
+
+def _models(page: bytes) -> list[str]:
+    try:
+        return [str(card["id"])[:80] for card in json.loads(page)["data"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _kind(met: Met, name: str, chosen: str) -> Finding:
+    seen = kinds.recognise(met.pages)
+    if chosen != "auto" and seen not in (chosen, "openai"):
+        return Finding(
+            "engine-kind", "warn", f"chosen {chosen}, but it looks like {seen}", "leave --engine-kind at auto"
+        )
+    if name == "openai" and chosen == "auto":
+        text = "not recognised: its metrics are not read, silence is judged by its answers alone"
+        return Finding("engine-kind", "warn", text, "name it with --engine-kind, if it is one of those")
+    return Finding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
+
+
+def _metrics(met: Met, kind: kinds.EngineKind) -> Finding:
+    if not kind.series:
+        return Finding("engine-metrics", "absent", f"none are read from the kind {kind.name}")
+    remedy = "start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"
+    page = met.pages.get(kind.metrics_path)
+    if page is None:
+        status = met.status.get(kind.metrics_path, 0)
+        return Finding("engine-metrics", "warn", f"{kind.metrics_path} answers {status or met.why}", remedy)
+    try:
+        read = sample.parse(page, kind)
+    except ValueError:
+        return Finding("engine-metrics", "warn", f"{kind.metrics_path} is not Prometheus text", remedy)
+    missing = [name for name in kind.series if getattr(read, name) is None]
+    level: Level = "warn" if read == EngineSample() else "ok"
+    text = f"{len(kind.series) - len(missing)} of {len(kind.series)} series"
+    return Finding(
+        "engine-metrics",
+        level,
+        text + (f"; missing: {', '.join(missing)}" if missing else ""),
+        remedy if level == "warn" else "",
+    )
+
+
+_CANARY: Final[dict[str, tuple[Level, str]]] = {
+    "busy": ("warn", "the engine is full or starting; ask again"),
+    "rejected": ("warn", "set --canary-model or --engine-key; without a canary the verdict on silence is `unknown`"),
+    "starved": ("fail", "the engine does not serve; see its log"),
+    "failed": ("fail", "the engine does not serve; see its log"),
+    "refused": ("fail", "start the engine, or correct --engine"),
+}
+
+
+async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: kinds.EngineKind) -> Finding:
+    signal = CanarySignal(session, chosen.engine, partial(kinds.canary, kind), {}, chosen.canary_model)
+    result = await signal.send(TOKEN)
+    if result.outcome == "ok":
+        return Finding("canary", "ok", f"one token in {result.ended - result.started:.2f} s")
+    level, remedy = _CANARY[result.outcome]
+    return Finding("canary", level, f"{result.outcome}: {result.detail}", remedy)
+
+
+def threads(engine: str) -> Finding:
+    """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
+    process = _listening(urlsplit(engine).port or 80)
+    if process is None:
+        return Finding("engine-threads", "absent", "the engine's process cannot be seen from here")
+    try:
+        wanted, usable = process.environ().get("OMP_NUM_THREADS", ""), len(process.cpu_affinity() or [])
+    except psutil.Error:
+        return Finding("engine-threads", "absent", "the engine's environment may not be read from here")
+    usable = min(usable or os.cpu_count() or 1, cpus.quota())
+    remedy = f"set OMP_NUM_THREADS to the CPUs of its container (here {usable})"
+    if not wanted.isdigit():
+        return Finding(
+            "engine-threads",
+            "warn",
+            "OMP_NUM_THREADS is not set: libraries start a thread per core of the node",
+            remedy,
+        )
+    if int(wanted) > usable:
+        return Finding("engine-threads", "warn", f"OMP_NUM_THREADS is {wanted}, over the {usable} usable CPUs", remedy)
+    return Finding("engine-threads", "ok", f"OMP_NUM_THREADS is {wanted}")
+
+
+def _listening(port: int) -> psutil.Process | None:
+    try:
+        found = (
+            c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr[1:] == (port,)
+        )
+        pid = next((pid for pid in found if pid), None)
+        return psutil.Process(pid) if pid else None
+    except psutil.Error:
+        return None

@@ -1,0 +1,258 @@
+"""`sidecar doctor`: what it finds in a whole world and in broken ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from sidecar import __main__ as cli
+from sidecar.doctor import engine as engine_checks
+from sidecar.doctor import machine
+from sidecar.doctor.finding import Finding
+from sidecar.doctor.report import CHECKS, examine, text
+from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.settings import Settings
+
+PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1003520}
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[ScriptedEngine]:
+    async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=1.0)) as engine:
+        yield engine
+
+
+async def of_engine(url: str, **chosen: Any) -> dict[str, Finding]:
+    return {f.name: f for f in await engine_checks.check(Settings(engine=url, **chosen))}
+
+
+async def serve(stack: list[web.AppRunner], **answers: tuple[int, str]) -> str:
+    """A server whose answers are fixed: path (without slashes, `_` for them) -> (status, body). Returns its URL."""
+    app = web.Application()
+
+    def fixed(status: int, body: str) -> Any:
+        async def handle(_: web.Request) -> web.Response:
+            return web.Response(status=status, text=body)
+
+        return handle
+
+    for path, (status, body) in answers.items():
+        app.router.add_route("*", "/" + path.replace("_", "/"), fixed(status, body))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    stack.append(runner)
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    return f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
+@pytest.fixture
+async def servers() -> AsyncIterator[list[web.AppRunner]]:
+    stack: list[web.AppRunner] = []
+    yield stack
+    for runner in stack:
+        await runner.cleanup()
+
+
+async def test_a_whole_world_has_nothing_to_mend(engine: ScriptedEngine, tmp_path: Path) -> None:
+    """Beside a serving engine, with a writable directory and free ports, no finding is a `fail`, and all are there."""
+    any_port = ("127.0.0.1", 0)
+    chosen = Settings(engine=engine.url, state_dir=str(tmp_path / "state"), listen=any_port, admin=any_port)
+    findings = await examine(chosen)
+    assert [f for f in findings if f.level == "fail"] == []
+    assert {f.name for f in findings} == {
+        "engine", "engine-kind", "engine-metrics", "canary", "engine-threads", *CHECKS,
+    }  # fmt: skip
+    assert not (tmp_path / "state").exists(), "a check leaves nothing behind"
+
+
+async def test_the_engine_is_recognised_and_serves(engine: ScriptedEngine) -> None:
+    """Kind, metrics and canary of a serving engine are ok, and its model is named."""
+    found = await of_engine(engine.url)
+    assert {found[n].level for n in ("engine", "engine-kind", "engine-metrics", "canary")} == {"ok"}
+    assert "scripted" in found["engine"].what and found["engine-kind"].what == "scripted"
+
+
+async def test_an_engine_that_is_not_there_is_one_failure(unused_tcp_port: int) -> None:
+    """No connection: one finding with a remedy, and nothing more is asked."""
+    found = await of_engine(f"http://127.0.0.1:{unused_tcp_port}")
+    assert list(found) == ["engine"] and found["engine"].level == "fail" and found["engine"].remedy
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "level"),
+    [
+        ("error_500", "canary", "fail"),
+        ("garbage_metrics", "engine-metrics", "warn"),
+        ("no_metrics", "engine-metrics", "warn"),
+    ],
+)
+async def test_a_broken_engine_is_named(engine: ScriptedEngine, fault: str, name: str, level: str) -> None:
+    """What is broken gets the finding, with a remedy; the rest stays ok."""
+    engine.faults.inject(fault)
+    found = await of_engine(engine.url, engine_kind="scripted")
+    assert (found[name].level, found["engine"].level) == (level, "ok") and found[name].remedy
+
+
+async def test_a_frozen_engine_fails_the_canary(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that answers HTTP and serves no token is found."""
+    monkeypatch.setattr(engine_checks, "TOKEN", 0.3)
+    engine.faults.inject("freeze")
+    found = await of_engine(engine.url)
+    assert found["canary"].level == "fail" and "starved" in found["canary"].what
+
+
+@pytest.mark.parametrize(("status", "level", "words"), [(401, "fail", "--engine-key"), (404, "warn", "--canary-model")])
+async def test_refusals_say_what_to_do(servers: list[web.AppRunner], status: int, level: str, words: str) -> None:
+    """A key that is missing, or no list of models: the flag that mends it is named."""
+    found = await of_engine(await serve(servers, v1_models=(status, "")))
+    assert found["engine"].level == level and words in found["engine"].remedy
+
+
+async def test_an_unknown_engine_is_taken_as_openai(servers: list[web.AppRunner]) -> None:
+    """A server that does not say what it is gets a warning, and its metrics are not missed."""
+    models = json.dumps({"data": [{"id": "m"}]})
+    answers = {"v1_models": (200, models), "v1_chat_completions": (200, "data: [DONE]\n\n")}
+    found = await of_engine(await serve(servers, **answers))
+    assert (found["engine-kind"].level, found["engine-metrics"].level) == ("warn", "absent")
+    assert found["canary"].level == "ok"
+
+
+async def test_a_wrong_engine_kind_is_noticed(engine: ScriptedEngine) -> None:
+    """A kind that was chosen and is not what answers is a warning that names both."""
+    found = await of_engine(engine.url, engine_kind="tgi")
+    assert found["engine-kind"].level == "warn" and "tgi" in found["engine-kind"].what
+
+
+@pytest.mark.parametrize(("wanted", "level"), [(None, "warn"), ("4096", "warn"), ("1", "ok")])
+def test_the_engines_threads(wanted: str | None, level: str) -> None:
+    """OMP_NUM_THREADS of the process that listens on the engine's port is held against the usable CPUs."""
+    import subprocess
+
+    code = (
+        "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True);"
+        "sys.stdin.read()"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | (
+        {"OMP_NUM_THREADS": wanted} if wanted else {}
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as child:
+        assert child.stdout and child.stdin
+        found = engine_checks.threads(f"http://127.0.0.1:{int(child.stdout.readline())}")
+        child.stdin.close()
+        child.wait(10)
+    assert found.level == level
+
+
+def test_an_engine_elsewhere_has_no_threads_to_see(unused_tcp_port: int) -> None:
+    """A process that is not on this machine is absent, not wrong."""
+    assert engine_checks.threads(f"http://127.0.0.1:{unused_tcp_port}").level == "absent"
+
+
+def test_a_directory_that_cannot_be_is_a_failure(tmp_path: Path) -> None:
+    """A state directory below a file cannot be made; the line says what to mount."""
+    (tmp_path / "file").touch()
+    found = machine.state_dir(Settings(state_dir=str(tmp_path / "file" / "state")))
+    assert found.level == "fail" and "emptyDir" in found.remedy
+
+
+def test_a_taken_port_is_a_failure() -> None:
+    """The port that is taken is named."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = taken.getsockname()
+        found = machine.ports(Settings(listen=("127.0.0.1", 0), admin=address))
+    assert found.level == "fail" and str(address[1]) in found.what
+
+
+@pytest.mark.parametrize(
+    ("content", "level"), [('{"a": 0.1, "d": 0.2, "fingerprint": "x"}', "ok"), ("{", "fail"), ('{"zz": 1}', "fail")]
+)
+def test_a_coefficients_file_is_read(tmp_path: Path, content: str, level: str) -> None:
+    """A good file is ok; a broken one fails, as it would fail the start."""
+    file = tmp_path / "c.json"
+    file.write_text(content)
+    assert machine.coefficients(Settings(coefficients=str(file))).level == level
+
+
+def test_default_coefficients_are_a_warning() -> None:
+    """The roofline of another model is worth a word."""
+    assert machine.coefficients(Settings()).level == "warn"
+
+
+def model_dir(path: Path, config: dict[str, Any]) -> str:
+    (path / "preprocessor_config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_a_known_and_an_unknown_processor(tmp_path: Path) -> None:
+    """A known image processor is ok, another one is passed through with a warning, none at all is absent."""
+    known = Settings(model=model_dir(tmp_path, PROCESSOR))
+    assert machine.model(known).level == "ok"
+    assert machine.model(Settings(model=model_dir(tmp_path, {"image_processor_type": "Other"}))).level == "warn"
+    assert machine.model(Settings()).level == "absent"
+
+
+def test_the_image_extra_loads(tmp_path: Path) -> None:
+    """With a known processor, torch and torchvision are really loaded, in a process of their own."""
+    pytest.importorskip("torchvision")
+    found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR)))
+    assert found.level == "ok" and "torchvision" in found.what
+
+
+def test_an_image_extra_that_does_not_load_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that breaks at import is told, with its last line and a remedy."""
+    pytest.importorskip("torchvision")
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR)))
+    assert found.level == "fail" and "libtorch is broken" in found.what and found.remedy
+
+
+@pytest.mark.parametrize(
+    ("mode", "level"), [("auto", "absent"), ("off", "absent"), ("inline", "fail"), ("shm", "fail")]
+)
+def test_images_that_cannot_be_had(mode: str, level: str) -> None:
+    """Without a model, images are off; that fails only where they were asked for, as it fails the start."""
+    assert machine.images(Settings(images=mode)).level == level
+
+
+def test_a_small_shared_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than an engine with several GPUs needs is a warning, no /dev/shm is absent."""
+    monkeypatch.setattr(machine, "SHM_SMALL", 1 << 62)
+    assert machine.shm(Settings()).level == "warn"
+    monkeypatch.setattr(machine, "SHM", tmp_path / "none")
+    assert machine.shm(Settings()).level == "absent"
+
+
+def test_more_processes_than_cpus_is_a_warning() -> None:
+    """Settings that ask for more processes than there are CPUs are told."""
+    assert machine.cpu(Settings(workers=64)).level == "warn"
+    assert machine.cpu(Settings()).level == "ok"
+
+
+def test_text_is_aligned_and_remedies_follow() -> None:
+    """One line each, the remedy below, a count at the end."""
+    lines = text([Finding("a", "ok", "well"), Finding("longer", "fail", "broken", "mend it")]).splitlines()
+    assert lines == [
+        "ok      a       well",
+        "fail    longer  broken",
+        "                -> mend it",
+        "1 to mend",
+    ]
+
+
+def test_the_command_prints_json_and_exits_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """`--json` prints a list of findings; a failure (no --engine) is exit code 1; a bad setting is 2."""
+    assert cli.run(["doctor", "--json", "--state-dir", str(tmp_path), "--listen", "127.0.0.1:0"]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert findings[0]["name"] == "engine" and findings[0]["level"] == "fail"
+    assert cli.run(["doctor", "--workers", "many"]) == 2
