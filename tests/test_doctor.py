@@ -97,7 +97,7 @@ async def test_an_engine_that_is_not_there_is_one_failure(unused_tcp_port: int) 
 )
 async def test_a_broken_engine_is_named(engine: ScriptedEngine, fault: str, name: str, level: str) -> None:
     """What is broken gets the finding, with a remedy; the rest stays ok."""
-    engine.faults.inject(fault)
+    engine.faults.start(fault)
     found = await of_engine(engine.url, engine_kind="scripted")
     assert (found[name].level, found["engine"].level) == (level, "ok") and found[name].remedy
 
@@ -105,7 +105,7 @@ async def test_a_broken_engine_is_named(engine: ScriptedEngine, fault: str, name
 async def test_a_frozen_engine_fails_the_canary(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that answers HTTP and serves no token is found."""
     monkeypatch.setattr(engine_checks, "TOKEN", 0.3)
-    engine.faults.inject("freeze")
+    engine.faults.start("freeze")
     found = await of_engine(engine.url)
     assert found["canary"].level == "fail" and "starved" in found["canary"].what
 

@@ -85,11 +85,16 @@ def _png(data: bytes) -> Header:
 
 
 def _webp(data: bytes) -> Header:
-    """Plain: a lossy image alone (lossless and extended files may carry alpha, animation, metadata)."""
+    """Plain: a lossy image alone, whose lengths add up to the file's; the decoders differ in what else they forgive.
+
+    Lossless and extended files may carry alpha, animation, metadata.
+    """
     kind = data[12:16]
     if kind == b"VP8 ":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
-        return Header("webp", height, width, plain=data[23:26] == b"\x9d\x01\x2a")
+        riff, chunk = struct.unpack_from("<I8xI", data, 4)
+        whole = riff + 8 == len(data) == 20 + chunk + chunk % 2
+        return Header("webp", height, width, plain=whole and data[23:26] == b"\x9d\x01\x2a")
     if kind == b"VP8L":
         bits = struct.unpack_from("<I", data, 21)[0]
         return Header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)

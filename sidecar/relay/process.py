@@ -163,7 +163,7 @@ async def _images(socket_path: str, own: settings.Settings) -> AsyncIterator[Ima
 
 
 def _preprocess(images: Images, own: settings.Settings, emit: Callable[[Fact], None]) -> Handler:
-    from sidecar.preprocess import preprocess
+    from sidecar.relay.preprocess import preprocess
 
     return lambda request: preprocess(request, images, own, emit)
 

@@ -21,7 +21,7 @@ from sidecar.errors import RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.images import Images
 from sidecar.kernels.grid import ProcessorSpec
-from sidecar.preprocess import SAFETENSORS, accepted, preprocess
+from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
 
 from .conftest import QWEN2_VL, Server
 

@@ -37,9 +37,11 @@ ENGINE_ENV = {
     "OMP_NUM_THREADS": "1",
 }
 # float32: bfloat16 dies on a CPU without AMX. No prefix cache: the second of two equal requests must compute what the first did.
-# Trusted, so that a request may say how its images are processed, which the sidecar must respect.
+# Trusted, so that a request may say how its images are processed, which the sidecar must respect; comments into silent streams,
+# so that bytes without tokens arrive from a hung engine, which must not pass for progress.
 ENGINE_FLAGS = (
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--no-enable-prefix-caching", "--trust-request-mm-kwargs",
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--no-enable-prefix-caching",
+    "--trust-request-mm-kwargs", "--sse-keep-alive-interval", "1",
 )  # fmt: skip
 SIDECAR_FLAGS = {
     "canary-interval": "1",

@@ -1,0 +1,46 @@
+# docker build -t inference-sidecar:0.1.0 .
+#   --build-arg EXTRAS=              without torch: no image preparation, a far smaller image
+#   --build-arg PILLOW=pillow-simd   see README, "Pillow-SIMD"
+#   --build-arg PYTHON=3.13
+ARG PYTHON=3.11
+
+FROM python:${PYTHON}-slim-bookworm AS build
+ARG EXTRAS=images
+ARG PILLOW=pillow
+# A compiler and headers are needed for Pillow-SIMD only; they stay in this stage.
+# hadolint ignore=DL3008
+RUN if [ "$PILLOW" != pillow ]; then \
+      apt-get update \
+      && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev libwebp-dev libtiff-dev \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi
+WORKDIR /src
+COPY constraints.txt pyproject.toml README.md ./
+RUN python -m venv /opt/sidecar && /opt/sidecar/bin/pip install --no-cache-dir -c constraints.txt uv
+ENV VIRTUAL_ENV=/opt/sidecar UV_LINK_MODE=copy UV_NO_CACHE=1 PATH=/opt/sidecar/bin:$PATH
+COPY kernels kernels
+COPY sidecar sidecar
+RUN uv pip install --compile-bytecode -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
+# It is a drop-in for Pillow under another name, so it takes Pillow's place once everything else is there.
+RUN if [ "$PILLOW" != pillow ]; then \
+      uv pip uninstall pillow && CC="gcc -mavx2" uv pip install --compile-bytecode --no-binary "$PILLOW" "$PILLOW"; \
+    fi
+RUN uv pip uninstall uv pip && sidecar --version
+
+FROM python:${PYTHON}-slim-bookworm
+ARG PILLOW=pillow
+# hadolint ignore=DL3008
+RUN if [ "$PILLOW" != pillow ]; then \
+      apt-get update \
+      && apt-get install -y --no-install-recommends libjpeg62-turbo libwebp7 libwebpmux3 libwebpdemux2 libtiff6 \
+      && rm -rf /var/lib/apt/lists/*; \
+    fi \
+    && useradd --uid 65532 --no-create-home --shell /usr/sbin/nologin sidecar \
+    && install -d -o sidecar /run/sidecar
+COPY --from=build /opt/sidecar /opt/sidecar
+ENV PATH=/opt/sidecar/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 65532:65532
+EXPOSE 8080 9400
+# No HEALTHCHECK: Kubernetes ignores it; the manifests have probes.
+ENTRYPOINT ["sidecar"]
+CMD ["run"]

