@@ -1,7 +1,7 @@
 """What every test may need and no test may quietly miss.
 
 `requires("gcc")` is the one way to ask for something outside the package: it returns where the thing is, and where it is
-absent it skips with a reason. With SIDECAR_TEST_REQUIRE=1 (continuous integration) an absent tool or module fails the
+absent it skips with a reason. With TEST_REQUIRE=1 (continuous integration) an absent tool or module fails the
 test instead: a skip there would look like a pass. Material beside the repository (`../...`) is optional everywhere.
 """
 
@@ -23,7 +23,7 @@ PARTNERS = {"chromium": ("chromedriver",)}  # a tool that is of no use without a
 def requires() -> Callable[[str], Path]:
     """A function: tool name, `python:MODULE`, or path relative to the repository root (`../shared/images`) -> its place.
 
-    Skips the test where the thing is absent; fails it instead when SIDECAR_TEST_REQUIRE=1 and it is no `../` path.
+    Skips the test where the thing is absent; fails it instead when TEST_REQUIRE=1 and it is no `../` path.
     """
     return _need
 
@@ -32,8 +32,8 @@ def _need(what: str) -> Path:
     found = _find(what)
     if found is not None:
         return found
-    if os.environ.get("SIDECAR_TEST_REQUIRE") == "1" and not what.startswith("../"):
-        pytest.fail(f"{what} is not installed, and SIDECAR_TEST_REQUIRE=1 asks that nothing is skipped for that")
+    if os.environ.get("TEST_REQUIRE") == "1" and not what.startswith("../"):
+        pytest.fail(f"{what} is not installed, and TEST_REQUIRE=1 asks that nothing is skipped for that")
     pytest.skip(f"{what} is not installed" if not what.startswith("../") else f"{what} is absent beside the repository")
 
 

@@ -25,6 +25,7 @@ from sidecar.signals.canary import CanarySignal
 
 ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
 TOKEN: Final = 60.0  # seconds for one token
+LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(slots=True)
@@ -146,7 +147,8 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: kinds.
 
 def threads(engine: str) -> Finding:
     """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
-    process = _listening(urlsplit(engine).port or 80)
+    url = urlsplit(engine)
+    process = _listening(url.port or 80) if url.hostname in LOCAL else None
     if process is None:
         return Finding("engine-threads", "absent", "the engine's process cannot be seen from here")
     try:

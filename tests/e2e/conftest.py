@@ -73,6 +73,22 @@ class Sidecar:
                     return str(page)
                 await asyncio.sleep(0.2)
 
+    async def until_file(self, name: str, *, there: bool = True) -> None:
+        """Wait until a file of the state directory is there, or gone; a thread writes them."""
+        async with asyncio.timeout(PATIENCE):
+            while (self.state / name).exists() is not there:
+                await asyncio.sleep(0.1)
+
+    async def until_merged(self, *lines: str) -> None:
+        """Wait until the relay's merged page has all of `lines`; the engine's part comes with its first scrape."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                async with self.session.get(self.relay + "/metrics") as answer:
+                    page = await answer.text()
+                if all(line in page for line in lines):
+                    return
+                await asyncio.sleep(0.2)
+
     def chat(self, *, stream: bool = True, tokens: int = 5, text: str = "hello", **headers: str) -> Any:
         body = {
             "model": "scripted", "stream": stream, "max_tokens": tokens, "messages": [{"role": "user", "content": text}],

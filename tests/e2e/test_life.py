@@ -116,13 +116,13 @@ async def test_the_merged_page_and_the_orca_header_carry_the_load(engine: Script
     """Routers that see only the inference port see one complete page, and the load of each answer when they ask."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
-    async with sidecar.session.get(sidecar.relay + "/metrics") as answer:
-        page = await answer.text()
-    assert "vllm:num_requests_running" in page and "sidecar_mu_utilization_ratio" in page
-    async with sidecar.chat(**{"endpoint-load-metrics-format": "JSON"}) as answer:
-        await answer.read()
-        assert answer.headers["endpoint-load-metrics"].startswith("JSON {")
-        assert "mu_utilization" in answer.headers["endpoint-load-metrics"]
+    await sidecar.until_merged("vllm:num_requests_running", "sidecar_mu_utilization_ratio")
+    header = ""
+    while not header:  # the relay knows the load once the control process has told it, within a second of its start
+        async with sidecar.chat(**{"endpoint-load-metrics-format": "JSON"}) as answer:
+            await answer.read()
+            header = answer.headers.get("endpoint-load-metrics", "")
+    assert header.startswith("JSON {") and "mu_utilization" in header
     async with sidecar.chat() as answer:
         await answer.read()
         assert "endpoint-load-metrics" not in answer.headers

@@ -28,12 +28,13 @@ async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine:
         assert (status, body["verdict"], body["reason"]) == (503, "stalled", "no_progress")
         assert "canary starved" in body["detail"]
         assert (await sidecar.get("/readyz"))[0] == 503
-        assert (sidecar.state / "stalled").exists()
+        await sidecar.until_file("stalled")
         async with sidecar.session.get(engine.url + "/health") as health:
             assert health.status == 200, "the engine itself says that it is fine"
         engine.faults.clear()
         await sidecar.until_verdict("progressing")
     assert (await sidecar.get("/livez"))[0] == 200
+    await sidecar.until_file("stalled", there=False)
     await sidecar.until(lambda s: bool(s["diagnoses"]))
     _, listed = await sidecar.get("/diagnoses")
     _, bundle = await sidecar.get("/diagnoses/" + listed["diagnoses"][0]["id"])

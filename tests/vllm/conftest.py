@@ -24,7 +24,7 @@ def vllm_python() -> Path:
     """The interpreter of the real vLLM's environment. Skips where it was not made."""
     if not environment.complete():
         missing = "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk)"
-        pytest.fail(missing) if os.environ.get("SIDECAR_TEST_REQUIRE") == "1" else pytest.skip(missing)
+        pytest.fail(missing) if os.environ.get("TEST_REQUIRE") == "1" else pytest.skip(missing)
     return environment.python()
 
 

@@ -108,9 +108,18 @@ async def recording(engine_url: str, http: Http) -> AsyncIterator[tuple[str, Rec
         await runner.cleanup()
 
 
-def beside(start_sidecar: Callable[..., Sidecar], engine_url: str, model: Path) -> Sidecar:
-    """A sidecar that prepares images for `model`."""
-    return start_sidecar(engine_url, model=str(model), images="inline")
+async def beside(start_sidecar: Callable[..., Sidecar], engine_url: str, model: Path, http: Http) -> Sidecar:
+    """A sidecar that prepares images for `model`, once its workers do; until then it answers 503."""
+    sidecar = start_sidecar(engine_url, model=str(model), images="inline")
+
+    async def prepares() -> bool:
+        image = io.BytesIO(encoded("PNG", 64, 64))
+        headers = {"content-type": "image/png", "accept": "application/json"}
+        async with http.post(f"{sidecar.url}/v1/preprocess", data=image, headers=headers) as answer:
+            return answer.status == 200
+
+    await client.until(prepares, "image workers")
+    return sidecar
 
 
 def formats(body: dict[str, Any]) -> list[str]:
@@ -121,7 +130,7 @@ def formats(body: dict[str, Any]) -> list[str]:
 
 async def test_the_answer_is_the_same(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """Text, log-probabilities and usage of an image chat are the same, to the last bit, with and without the sidecar."""
-    sidecar = beside(start_sidecar, engine.url, engine.model)
+    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
     bodies = [BODIES[name] for name in ("1080p", "EXIF 6", "EXIF 7", "small, enlarged", "alpha", "two")]
     without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
     through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
@@ -148,7 +157,7 @@ async def test_the_pixels_are_the_same(
     Over sizes, all EXIF orientations, formats and modes. Every image was really prepared: none passed untouched.
     """
     async with recording(engine.url, http) as (url, recorder):
-        sidecar = beside(start_sidecar, url, engine.model)
+        sidecar = await beside(start_sidecar, url, engine.model, http)
         for body in BODIES.values():
             await client.ask(http, sidecar.url + PATH, body | {"max_tokens": 1})
     pairs = list(zip(BODIES.values(), recorder.bodies, strict=True))
@@ -173,7 +182,7 @@ async def test_a_request_with_its_own_processing_is_left_alone(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, name: str
 ) -> None:
     """A request that tells vLLM how to process its images gets the answer that it gets without the sidecar."""
-    sidecar = beside(start_sidecar, engine.url, engine.model)
+    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
     body = BODIES[name] | OWN_PROCESSING[name]
     without = await client.ask(http, engine.url + PATH, body)
     assert await client.ask(http, sidecar.url + PATH, body) == without
@@ -182,15 +191,14 @@ async def test_a_request_with_its_own_processing_is_left_alone(
 
 async def test_images_are_counted(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """Each prepared image is counted by format and outcome, and its request settles with outcome ok."""
-    sidecar = beside(start_sidecar, engine.url, engine.model)
+    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
     await client.ask(http, sidecar.url + PATH, BODIES["two"], tenant="acme")
+    page = f"{sidecar.admin}/metrics"
 
     async def counted() -> bool:
-        page = f"{sidecar.admin}/metrics"
         images = await client.sample(http, page, "sidecar_images_total", format="jpeg", outcome="ok")
-        return (
-            images == 2 and await client.sample(http, page, "sidecar_requests_total", tenant="acme", outcome="ok") == 1
-        )
+        requests = await client.sample(http, page, "sidecar_requests_total", tenant="acme", outcome="ok")
+        return (images, requests) == (2, 1)
 
     await client.until(counted, "two images and one request")
 
