@@ -1,6 +1,6 @@
 """What an idle sidecar costs: CPU share and memory of each of its processes, beside an idle engine.
 
-    python benchmarks/idle.py [--seconds 60]
+    python benchmarks/idle.py [--seconds 60] [--write]
 
 CPU is user + system time of the process over wall time, as a share of one core. RSS is resident memory, PSS counts shared
 pages once. The engine is the scripted one, with vLLM's metric names; the real vLLM's page is larger (about 100 KB), so its size
@@ -10,6 +10,7 @@ is printed.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import socket
 import subprocess
@@ -25,7 +26,9 @@ import psutil
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    seconds = chosen.seconds
     engine_port, relay_port, admin_port = (free_port() for _ in range(3))
     engine = start("engine", "--listen", f"127.0.0.1:{engine_port}")
     with tempfile.TemporaryDirectory() as state:
@@ -36,7 +39,11 @@ def main() -> None:
         try:
             wait_for(f"http://127.0.0.1:{admin_port}/startupz")
             size = len(urllib.request.urlopen(f"http://127.0.0.1:{engine_port}/metrics").read())
-            report(measure(psutil.Process(sidecar.pid), seconds), seconds, size)
+            text = report(measure(psutil.Process(sidecar.pid), seconds), seconds, size)
+            print(text)
+            if chosen.write:
+                folder = Path(__file__).parent / "results"
+                (folder / f"idle-{time.strftime('%Y-%m-%d')}.md").write_text(text + "\n")
         finally:
             for process in (sidecar, engine):
                 process.terminate()
@@ -59,11 +66,17 @@ def measure(control: psutil.Process, seconds: float) -> list[tuple[str, float, f
     ]
 
 
-def report(rows: list[tuple[str, float, float, float]], seconds: float, page: int) -> None:
-    print(f"idle, {seconds:.0f} s, engine metrics page {page / 1000:.1f} KB; {time.strftime('%Y-%m-%d')}, {cpu_name()}")
-    print("| process | CPU (share of a core) | RSS MB | PSS MB |\n|---|---|---|---|")
-    for name, share, rss, pss in rows:
-        print(f"| {name} | {share:.2%} | {rss:.1f} | {pss:.1f} |")
+def report(rows: list[tuple[str, float, float, float]], seconds: float, page: int) -> str:
+    lines = [
+        f"# Idle, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"{cpu_name()}; `python benchmarks/idle.py --seconds {seconds:.0f}`; engine metrics page {page / 1000:.1f} KB, load {os.getloadavg()[0]:.1f}.",
+        "",
+        "| process | CPU (share of a core) | RSS MB | PSS MB |",
+        "|---|---|---|---|",
+        *(f"| {name} | {share:.2%} | {rss:.1f} | {pss:.1f} |" for name, share, rss, pss in rows),
+    ]
+    return "\n".join(lines)
 
 
 def used(process: psutil.Process) -> float:
