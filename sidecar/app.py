@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import secrets
 import shutil
 import signal
 import socket
@@ -126,7 +127,8 @@ def configure(chosen: Settings, co: units.Coefficients, images: ImageServer | No
     """What a relay process is told first, by its index."""
     text, prices = settings.to_json(chosen), units.to_json(co)
     kind = chosen.engine_kind if chosen.engine_kind != "auto" else ""
-    return lambda index: Configure(text, index, images.path if images else "", kind, prices)
+    path, key = images.path if images else "", secrets.token_hex(32)
+    return lambda index: Configure(text, index, path, kind, prices, key)
 
 
 class ImageServer:

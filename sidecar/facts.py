@@ -184,6 +184,7 @@ class Configure:
     image_socket: str  # "" where images are off
     engine_kind: str
     coefficients: str  # JSON of units.Coefficients
+    image_key: str = ""  # hex; names images for the engine's cache, the same in all relays
 
 
 @dataclass(frozen=True, slots=True)

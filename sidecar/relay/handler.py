@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
+from functools import partial
 from typing import Any, Final
 
 import aiohttp
@@ -51,6 +52,7 @@ class Relay:
         emit: Callable[[Fact], None],
         *,
         engine_kind: str = "openai",
+        image_key: bytes = b"",
         images: ImageWork | None = None,
         preprocess: Handler | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class Relay:
         self._images = images
         self._preprocess = preprocess
         self._engine_kind = engine_kind
+        self._image_key = image_key or secrets.token_bytes(32)
         self._published: Published | None = None
         self._desk = Desk(emit)
         self._estimator = Estimator(coefficients)
@@ -201,7 +204,8 @@ class Relay:
             )
         finally:
             admission.image_seconds = time.monotonic() - started
-        replaced = inlining.replacements(parts, prepared, uuid=self._engine_kind == "vllm")
+        name = partial(inlining.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
+        replaced = inlining.replacements(parts, prepared, name)
         return replaced, [image.tokens for image in prepared]
 
     async def _answer(

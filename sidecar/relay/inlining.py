@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -60,16 +61,24 @@ async def prepare(
     return [task.result() for task in tasks]
 
 
-def replacements(parts: list[ImagePart], prepared: list[Prepared], *, uuid: bool) -> dict[int, tuple[str, bytes]]:
-    """What to put in the place of which original, for bodies.join. `uuid`: name the content, so that vLLM caches by it."""
+def replacements(
+    parts: list[ImagePart], prepared: list[Prepared], name: Callable[[str], str] | None
+) -> dict[int, tuple[str, bytes]]:
+    """What to put in the place of which original, for bodies.join. `name`: content hash -> `uuid`, where vLLM caches by it."""
     replaced: dict[int, tuple[str, bytes]] = {}
     for part, image in zip(parts, prepared, strict=True):
         if image.base64 is None:
             continue
         replaced[part.index] = (image.media_type, image.base64)
-        if uuid:
-            part.part.setdefault("uuid", image.content_hash)
+        if name is not None:
+            part.part.setdefault("uuid", name(image.content_hash))
     return replaced
+
+
+def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
+    """The `uuid` of an image. vLLM takes it for the image itself, so nobody who lacks our key may be able to compute the one of
+    another tenant's image and put his own picture there."""
+    return hashlib.blake2b(f"{tenant}\0{content_hash}".encode(), key=key, digest_size=16).hexdigest()
 
 
 async def _one(images: ImageWork, part: ImagePart, emit: Callable[[Fact], None], id: str) -> Prepared:

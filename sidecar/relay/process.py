@@ -132,6 +132,7 @@ async def _relay(configured: Configure, own: settings.Settings, channel: Channel
             coefficients,
             channel.send,
             engine_kind=configured.engine_kind,
+            image_key=bytes.fromhex(configured.image_key),
             images=images,
             preprocess=_preprocess(images, own, channel.send) if images is not None else None,
         )

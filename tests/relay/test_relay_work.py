@@ -476,11 +476,12 @@ async def echo(request: web.BaseRequest) -> web.StreamResponse:
 
 
 async def test_images_are_replaced(rig: Any, serve: Any) -> None:
-    """A prepared image takes the original's place with its hash as uuid; a passed one stays; each is reported; tokens count."""
+    """A prepared image takes the original's place with a uuid; a passed one stays; each is reported; tokens count."""
     r = await rig(await serve(echo), images=Workers())
     async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA", "PASS")) as got:
         first, second = (await got.json(content_type=None))["messages"][0]["content"]
-    assert first == {"type": "image_url", "image_url": {"url": "data:image/bmp;base64,Qk0="}, "uuid": "h0"}
+    assert len(first.pop("uuid")) == 32
+    assert first == {"type": "image_url", "image_url": {"url": "data:image/bmp;base64,Qk0="}}
     assert second == pictures("PASS")["messages"][0]["content"][0]
     admitted, _ = once(r.facts)
     assert [i.outcome for i in r.facts.of(Imaged)] == ["ok", "ok"]
@@ -488,8 +489,22 @@ async def test_images_are_replaced(rig: Any, serve: Any) -> None:
     assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 154)
 
 
+async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: Any, serve: Any) -> None:
+    """The same image keeps its name for a tenant; another tenant's differs; neither is the hash that a client could make."""
+    r = await rig(await serve(echo), images=Workers())
+
+    async def name(tenant: str) -> str:
+        headers = {"x-tenant-id": tenant}
+        async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA"), headers=headers) as got:
+            return str((await got.json(content_type=None))["messages"][0]["content"][0]["uuid"])
+
+    first, again, other = await name("acme"), await name("acme"), await name("umbrella")
+    assert first == again != other
+    assert "h0" not in (first, other)
+
+
 async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any, serve: Any) -> None:
-    """The hash is set for vLLM only, and only where the part has no uuid."""
+    """A name is set for vLLM only, and only where the part has no uuid."""
     for kind, given, uuid in (("vllm", {"uuid": "mine"}, "mine"), ("sglang", {}, None)):
         r = await rig(await serve(echo), images=Workers(), kind=kind)
         async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA", **given)) as got:
