@@ -76,7 +76,7 @@ class Sidecar:
     async def until_file(self, name: str, *, there: bool = True) -> None:
         """Wait until a file of the state directory is there, or gone; a thread writes them."""
         async with asyncio.timeout(PATIENCE):
-            while (self.state / name).exists() is not there:
+            while (self.state / name).exists() is not there:  # noqa: ASYNC110  a file has no event
                 await asyncio.sleep(0.1)
 
     async def until_merged(self, *lines: str) -> None:
