@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from sidecar.channel import Channel
 from sidecar.children import Child
-from sidecar.facts import Configure, Drain, Fact, Order, Pulse
+from sidecar.facts import Configure, Drain, Fact, Order, Published, Pulse
 from sidecar.snapshot import RelayUse
 
 PULSE_LOST = 30.0  # seconds without a pulse before a relay is killed
@@ -55,6 +55,7 @@ class RelayPool:
         self._configure = configure
         self._on_fact = on_fact
         self._on_lost = on_lost
+        self._published: Published | None = None
         self._relays = [self._make(i) for i in range(workers)]
 
     async def run(self) -> None:
@@ -64,7 +65,9 @@ class RelayPool:
                 group.create_task(self._keep(relay), name=f"relay-{relay.index}")
 
     def order(self, order: Order, index: int | None = None) -> None:
-        """Send an order to one relay, or to all."""
+        """Send an order to one relay, or to all. The last load is kept for relays that start later."""
+        if isinstance(order, Published):
+            self._published = order
         for relay in self._relays:
             if relay.channel is not None and index in (None, relay.index):
                 relay.channel.send(order)
@@ -126,6 +129,8 @@ class RelayPool:
 
         relay.channel = await Channel.open(relay.near_end, on_record, relay.closed.set)
         relay.channel.send(self._configure(relay.index))
+        if self._published is not None:
+            relay.channel.send(self._published)
 
     async def _keep(self, relay: _Relay) -> None:
         async def ended() -> None:

@@ -1,0 +1,119 @@
+"""Real neighbours: nginx in front of the relay, Prometheus scraping both ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from sidecar.engine.scripted import ScriptedEngine
+
+from .conftest import free_port
+
+NGINX = """
+daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1;
+events {{ worker_connections 64; }}
+http {{
+  access_log off; client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+  uwsgi_temp_path {folder}; scgi_temp_path {folder};
+  server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {relay}; proxy_http_version 1.1; proxy_buffering off; }} }}
+}}
+"""
+PROMETHEUS = """
+global: {{scrape_interval: 1s, scrape_timeout: 1s}}
+scrape_configs:
+  - {{job_name: admin, static_configs: [{{targets: ["{admin}"]}}]}}
+  - {{job_name: relay, static_configs: [{{targets: ["{relay}"]}}]}}
+"""
+
+
+@contextlib.asynccontextmanager
+async def running(*command: str) -> AsyncIterator[None]:
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def answering(session: aiohttp.ClientSession, url: str) -> None:
+    """Wait until `url` answers 200."""
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(url) as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(0.1)
+
+
+async def test_streams_pass_nginx_event_by_event_and_its_client_can_leave(
+    engine: ScriptedEngine, start: Any, requires: Any, tmp_path: Path
+) -> None:
+    """Behind an ingress: the first event comes before the last is made, and a client that leaves frees the engine."""
+    nginx = str(requires("nginx"))
+    sidecar = await start(engine.url)
+    port = free_port()
+    config = tmp_path / "nginx.conf"
+    config.write_text(NGINX.format(folder=tmp_path, port=port, relay=sidecar.relay))
+    async with running(nginx, "-e", str(tmp_path / "error.log"), "-c", str(config)):
+        front = f"http://127.0.0.1:{port}"
+        await answering(sidecar.session, front + "/v1/models")
+        body = {
+            "model": "scripted",
+            "stream": True,
+            "max_tokens": 100_000,
+            "messages": [{"role": "user", "content": "hi"}],
+        }
+        async with sidecar.session.post(front + "/v1/chat/completions", json=body) as stream:
+            assert (await stream.content.readline()).startswith(b"data: {")
+            assert engine.open == 1
+            stream.close()
+        async with asyncio.timeout(30):
+            await engine.until(lambda: engine.open == 0)
+    await sidecar.until_metrics('outcome="client_cancelled"')
+
+
+async def test_prometheus_scrapes_both_ports(engine: ScriptedEngine, start: Any, requires: Any, tmp_path: Path) -> None:
+    """A real Prometheus finds both targets up, ours on the admin port, ours and the engine's on the relay port."""
+    prometheus = str(requires("prometheus"))
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    port = free_port()
+    config = tmp_path / "prometheus.yml"
+    config.write_text(
+        PROMETHEUS.format(admin=sidecar.admin.removeprefix("http://"), relay=sidecar.relay.removeprefix("http://"))
+    )
+    listen = f"--web.listen-address=127.0.0.1:{port}"
+    async with running(prometheus, f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/data", listen):
+        api = f"http://127.0.0.1:{port}"
+        await answering(sidecar.session, api + "/-/ready")
+        for query, expected in (
+            ("up == 1", {"admin", "relay"}),
+            ("sidecar_mu_in_flight", {"admin", "relay"}),
+            ('sidecar_verdict{verdict="idle"} == 1', {"admin", "relay"}),
+            ('{__name__="vllm:num_requests_running"}', {"relay"}),
+        ):
+            await queried(sidecar.session, api, query, expected)
+
+
+async def queried(session: aiohttp.ClientSession, api: str, query: str, expected: set[str]) -> None:
+    """Wait until the jobs that have a series for `query` are `expected`."""
+    found: set[str] = set()
+    try:
+        async with asyncio.timeout(30):
+            while found != expected:
+                async with session.get(api + "/api/v1/query", params={"query": query}) as answer:
+                    found = {series["metric"]["job"] for series in json.loads(await answer.text())["data"]["result"]}
+                await asyncio.sleep(0.2)
+    except TimeoutError:
+        pytest.fail(f"{query}: jobs {found}, not {expected}")
