@@ -130,7 +130,7 @@ class GpuSignal:
             self._close()
 
     def _devices(self) -> list[Device]:
-        """All GPUs of this session; one whose handle cannot be had keeps the name that it had before."""
+        """All GPUs that NVML counts; one whose handle cannot be had keeps the name that it had before."""
         for index in range(self._ask(self._nvml.nvmlDeviceGetCount)):
             before = self._known.get(index, Device(index, "", "", None))
             try:

@@ -1,0 +1,48 @@
+"""Image workers and bodies with images, for tests of the relay."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from sidecar.errors import BadImage, ImagesBusy
+
+
+class Prepared:
+    """What image work returns, for a test."""
+
+    media_type, tokens, content_hash, format, outcome, seconds = "image/bmp", 77, "h0", "png", "ok", 0.5
+    stages, bytes_in, bytes_out = (("decode", 0.1),), 3, 9
+
+    def __init__(self, base64: bytes | None) -> None:
+        self.base64 = base64
+
+
+class Workers:
+    """Image workers of a test: answers what the base64 text says."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.started = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def inline(self, data: memoryview, where: str) -> Prepared:
+        match bytes(data):
+            case b"BAD/":
+                raise BadImage(f"{where} is no image", "image_unknown_format")
+            case b"BUSY":
+                raise ImagesBusy("all image workers are busy")
+            case b"HANG":
+                self.started.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.cancelled.set()
+            case b"PASS":
+                return Prepared(None)
+        return Prepared(b"Qk0=")
+
+
+def pictures(*base64: str, **more: Any) -> dict[str, Any]:
+    parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b}"}, **more} for b in base64]
+    return {"model": "m", "messages": [{"role": "user", "content": parts}]}

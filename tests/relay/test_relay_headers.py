@@ -1,0 +1,102 @@
+"""Our headers, and the merged metrics page."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from sidecar.facts import Page, PageWanted, Published
+
+from .work import once
+
+# --- headers of ours ---
+
+
+async def test_request_ids(rig: Any, serve: Any) -> None:
+    """A sound id of the client is kept, an unsound one replaced, a missing one made; the engine gets the same."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text=request.headers["x-request-id"])
+
+    r = await rig(await serve(engine))
+    for given, kept in (("abc-1", True), ("a" * 129, False), ("a b", False), (None, False)):
+        for path in ("/v1/completions", "/other"):
+            async with r.client.post(r.url + path, data=b"{}", headers={"x-request-id": given} if given else {}) as got:
+                assert await got.text() == got.headers["x-request-id"]
+                assert (got.headers["x-request-id"] == given) is kept
+
+
+async def test_load_reports(rig: Any, serve: Any) -> None:
+    """The load report comes in the form that is asked for, replaces the engine's own, and is the engine's before we have one."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(headers={"endpoint-load-metrics": "engine's"})
+
+    r = await rig(await serve(engine))
+
+    async def ask(form: str) -> str:
+        headers = {"endpoint-load-metrics-format": form} if form else {}
+        async with r.client.post(r.url + "/v1/completions", data=b"{}", headers=headers) as got:
+            return str(got.headers["endpoint-load-metrics"])
+
+    assert await ask("JSON") == "engine's"
+    r.relay.obey(Published('JSON {"a": 1}', "TEXT a=1", "idle"))
+    assert [await ask(form) for form in ("json", "TEXT", "", "BIN")] == [
+        'JSON {"a": 1}',
+        "TEXT a=1",
+        "engine's",
+        "engine's",
+    ]
+
+
+async def test_tracing_makes_our_span_the_parent(rig: Any, serve: Any) -> None:
+    """With tracing on the engine's parent is the span that control is told of, in the client's trace, state untouched."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response([request.headers.get("traceparent"), request.headers.get("tracestate")])
+
+    r = await rig(await serve(engine), otlp_endpoint="http://127.0.0.1:1")
+    given = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
+    async with r.client.post(r.url + "/v1/completions", data=b"{}", headers=given) as got:
+        parent, state = await got.json()
+    trace = once(r.facts)[0].trace
+    assert trace is not None
+    assert parent == f"00-0af7651916cd43dd8448eb211c80319c-{trace.span_id}-01"
+    assert (trace.parent_id, trace.sampled, state) == ("b7ad6b7169203331", True, "a=b")
+
+
+# --- metrics ---
+
+
+async def test_the_merged_page_is_asked_for_once(rig: Any, serve: Any) -> None:
+    """Many scrapes at once cost one question to control, all get its page, and the engine none."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        raise AssertionError("the engine was scraped")
+
+    r = await rig(await serve(engine))
+
+    async def scrape() -> str:
+        async with r.client.get(r.url + "/metrics?x=1") as got:
+            assert got.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+            return str(await got.text())
+
+    scrapes = [asyncio.create_task(scrape()) for _ in range(5)]
+    await r.facts.wait(PageWanted)
+    r.relay.obey(Page(0.0, "a 1\n"))
+    assert await asyncio.gather(*scrapes) == ["a 1\n"] * 5
+    assert await scrape() == "a 1\n"
+    assert len(r.facts.of(PageWanted)) == 1
+
+
+async def test_without_control_the_engines_page_passes(rig: Any, serve: Any) -> None:
+    """A control process that does not answer costs a bounded wait, not the engine's metrics."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text="engine 1\n")
+
+    r = await rig(await serve(engine))
+    async with r.client.get(r.url + "/metrics") as got:
+        assert await got.text() == "engine 1\n"

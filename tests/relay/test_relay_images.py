@@ -1,0 +1,87 @@
+"""Images of requests: replaced, named, refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from sidecar.facts import Imaged
+
+from .pictures import Workers, pictures
+from .work import echo, once
+
+
+async def test_images_are_replaced(rig: Any, serve: Any) -> None:
+    """A prepared image takes the original's place with a uuid; a passed one stays; each is reported; tokens count."""
+    r = await rig(await serve(echo), images=Workers())
+    async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA", "PASS")) as got:
+        first, second = (await got.json(content_type=None))["messages"][0]["content"]
+    assert len(first.pop("uuid")) == 32
+    assert first == {"type": "image_url", "image_url": {"url": "data:image/bmp;base64,Qk0="}}
+    assert second == pictures("PASS")["messages"][0]["content"][0]
+    admitted, _ = once(r.facts)
+    assert [i.outcome for i in r.facts.of(Imaged)] == ["ok", "ok"]
+    assert {i.id for i in r.facts.of(Imaged)} == {admitted.id}
+    assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 154)
+
+
+async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: Any, serve: Any) -> None:
+    """The same image keeps its name for a tenant; another tenant's differs; neither is the hash that a client could make."""
+    r = await rig(await serve(echo), images=Workers())
+
+    async def name(tenant: str) -> str:
+        headers = {"x-tenant-id": tenant}
+        async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA"), headers=headers) as got:
+            return str((await got.json(content_type=None))["messages"][0]["content"][0]["uuid"])
+
+    first, again, other = await name("acme"), await name("acme"), await name("umbrella")
+    assert first == again != other
+    assert "h0" not in (first, other)
+
+
+async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any, serve: Any) -> None:
+    """A name is set for vLLM only, and only where the part has no uuid."""
+    for kind, given, uuid in (("vllm", {"uuid": "mine"}, "mine"), ("sglang", {}, None)):
+        r = await rig(await serve(echo), images=Workers(), kind=kind)
+        async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA", **given)) as got:
+            assert (await got.json(content_type=None))["messages"][0]["content"][0].get("uuid") == uuid
+
+
+@pytest.mark.parametrize(
+    ("base64", "status", "code", "imaged"),
+    [
+        (["AAAA", "BAD/"], 400, "image_unknown_format", "rejected"),
+        (["BAD/", "BAD/", "HANG"], 400, "image_unknown_format", "rejected"),
+        (["BUSY"], 503, "images_busy", "failed"),
+        (["AAAA"] * 5, 400, "image_count", None),
+    ],
+)
+async def test_images_that_cannot_be_taken(
+    rig: Any, serve: Any, base64: list[str], status: int, code: str, imaged: str | None
+) -> None:
+    """A bad image, busy workers or too many images end the request in OpenAI's form before the engine sees it."""
+    r = await rig(await serve(echo), images=Workers(), image_max_count=4)
+    async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*base64)) as got:
+        assert (got.status, (await got.json())["error"]["code"]) == (status, code)
+    admitted, settled = once(r.facts)
+    assert (settled.outcome, settled.error, settled.sent_at, admitted.mu) == ("rejected", code, None, 0.0)
+    assert admitted.model == "m"
+    if imaged:
+        assert imaged in {i.outcome for i in r.facts.of(Imaged)}
+
+
+async def test_preprocess_says_how_to_switch_it_on(rig: Any, serve: Any) -> None:
+    """Where images are off, /v1/preprocess is a 404 in OpenAI's form that names the flag; where they are on, it is served."""
+    r = await rig(await serve(echo))
+    async with r.client.post(r.url + "/v1/preprocess", data=b"x") as got:
+        assert got.status == 404
+        assert "--images" in (await got.json())["error"]["message"]
+
+    async def served(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=await request.read())
+
+    r = await rig(await serve(echo), preprocess=served)
+    async with r.client.post(r.url + "/v1/preprocess", data=b"x") as got:
+        assert await got.read() == b"x"

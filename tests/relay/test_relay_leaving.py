@@ -1,0 +1,118 @@
+"""Clients that leave: the engine is told within 2 s, and the request settles as cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.facts import Admitted, FirstToken
+
+from .pictures import Workers, pictures
+from .work import CHAT, FAST, TOKEN, echo, once, sse
+
+# --- clients that leave ---
+
+
+async def leave(r: Any, body: Any, when: asyncio.Event) -> None:
+    """Send a request, and hang up once `when` is set."""
+    reader, writer = await asyncio.open_connection(r.host, r.port)
+    text = json.dumps(body).encode()
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
+    async with asyncio.timeout(10):
+        await when.wait()
+    writer.transport.abort()
+    assert reader is not None
+
+
+async def gone_engine(serve: Any, first: bytes | None) -> tuple[str, asyncio.Event, asyncio.Event]:
+    """(URL, `has it`, `saw the client leave`) of an engine that answers `first` and then never ends."""
+    has, left = asyncio.Event(), asyncio.Event()
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        try:
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            if first is not None:
+                await response.prepare(request)
+                await response.write(first)
+            has.set()
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+        return response
+
+    return await serve(engine), has, left
+
+
+@pytest.mark.parametrize("first", [None, sse(TOKEN)[0]], ids=["before the first byte", "in the stream"])
+async def test_the_engine_is_told_when_the_client_leaves(rig: Any, serve: Any, first: bytes | None) -> None:
+    """A client that hangs up, before or after the first token, ends the engine's request within 2 s and settles as cancelled."""
+    url, has, left = await gone_engine(serve, first)
+    r = await rig(url)
+    await leave(r, {**CHAT, "stream": True}, has)
+    async with asyncio.timeout(2):
+        await left.wait()
+    await r.facts.settled()
+    _, settled = once(r.facts)
+    assert (settled.outcome, settled.error) == ("client_cancelled", "client_gone")
+
+
+async def test_a_real_engine_frees_the_sequence(rig: Any) -> None:
+    """The scripted engine's core, frozen in decode, sees its sequence aborted when the client hangs up."""
+    async with ScriptedEngine(EngineSettings(**{**FAST, "decode_step_ms": 5.0})) as engine:
+        r = await rig(engine.url)
+        got = await r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "stream": True, "max_tokens": 100_000})
+        await r.facts.wait(FirstToken)
+        got.close()
+        assert (await r.facts.settled()).outcome == "client_cancelled"
+        async with asyncio.timeout(2):
+            while True:
+                async with r.client.get(engine.url + "/metrics") as page:
+                    lines = (await page.text()).splitlines()
+                if any(line.startswith("vllm:num_requests_running") and line.endswith(" 0.0") for line in lines):
+                    break
+
+
+async def test_a_client_that_leaves_during_image_work(rig: Any, serve: Any) -> None:
+    """Image work of a client that left is cancelled, the engine never hears of it, and it settles as cancelled."""
+    workers = Workers()
+    r = await rig(await serve(echo), images=workers)
+    await leave(r, pictures("HANG", "AAAA"), workers.started)
+    async with asyncio.timeout(2):
+        await workers.cancelled.wait()
+    await r.facts.settled()
+    admitted, settled = once(r.facts)
+    assert (settled.outcome, settled.sent_at, admitted.mu) == ("client_cancelled", None, 0.0)
+
+
+async def test_a_client_that_leaves_in_its_upload(rig: Any, serve: Any) -> None:
+    """A body that never becomes whole settles as cancelled and costs nothing."""
+    r = await rig(await serve(echo))
+    reader, writer = await asyncio.open_connection(r.host, r.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\nexpect: 100-continue\r\n\r\n{")
+    async with asyncio.timeout(10):
+        await reader.readuntil(b"\r\n\r\n")  # the relay reads
+    writer.transport.abort()
+    assert (await r.facts.settled()).outcome == "client_cancelled"
+    once(r.facts)
+
+
+async def test_learning_moves_the_estimate(rig: Any) -> None:
+    """After answers of known length the next hold expects about that length instead of the start value."""
+    async with ScriptedEngine(EngineSettings(**FAST)) as engine:
+        r = await rig(engine.url)
+        for _ in range(40):
+            async with r.client.post(
+                r.url + "/v1/completions", json={"model": "scripted", "prompt": "a", "max_tokens": 2}
+            ) as got:
+                await got.read()
+        async with r.client.post(r.url + "/v1/completions", json={"model": "scripted", "prompt": "a"}) as got:
+            await got.read()
+    outputs = [a.expected.output for a in r.facts.of(Admitted)]
+    assert outputs[0] == 2
+    assert outputs[-1] < 64
