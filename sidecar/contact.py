@@ -47,6 +47,11 @@ class Contact:
         """The last reading of the engine's metrics."""
         return self._scrape.read() if self._scrape else Absent("the engine has not answered yet")
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether the engine takes connections and answers nothing on them: its API's loop is blocked, or all of it hangs."""
+        return self._scrape is not None and self._scrape.unanswered
+
     def page(self) -> str | None:
         """The engine's own metrics page, if a fresh one was read."""
         return self._scrape.page() if self._scrape else None

@@ -41,7 +41,8 @@ CHANGES = 50  # verdict changes kept
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """The signals at a tick. `refused_since`: since when the engine's port takes no connection."""
+    """The signals at a tick. `refused_since`: since when the engine's port takes no connection; `unanswered`: it takes them, and
+    its metrics page does not answer."""
 
     engine: Reading[EngineSample]
     gpus: Reading[tuple[GpuSample, ...]]
@@ -49,6 +50,7 @@ class Readings:
     relays: tuple[RelayUse, ...]
     refused_since: float | None
     engine_kind: str
+    unanswered: bool = False
     diagnoses: tuple[DiagnosisSummary, ...] = ()
 
 
@@ -84,6 +86,7 @@ class Control:
         self._image_label = Bounded(20)
         self._sampled_at = 0.0
         self._queue = 0.0
+        self._blocked = 0.0  # seconds of patience with an API that answers nothing
         self._restarted = False
         self._ticked_at, self._ticked_wall = now, wall
         self._withheld_until, self._withheld_reason = 0.0, ""
@@ -137,7 +140,10 @@ class Control:
         last = self.canary.ended if self.canary else None
         if not verdict.canary_due(self.memory, self.evidence, last, self._settings.canary_interval):
             return None
-        return self._settings.silence_cap if self.memory.state == "starting" else self.evidence.allowed
+        if self.memory.state == "starting":
+            return self._settings.silence_cap
+        # With work outstanding the silence itself has waited for a blocked API already; its canary need not wait again.
+        return self.evidence.allowed - (self._blocked if self.evidence.age is not None else 0.0)
 
     def canary_sent(self, now: float) -> None:
         """A canary is under way."""
@@ -159,7 +165,8 @@ class Control:
         """Judge, and say everything that reports may show."""
         self._watch_ourselves(r, now, wall)
         self._read_engine(r.engine, now, wall)
-        extra = 2 * max((self.lag, *(relay.lag for relay in r.relays)))
+        self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
+        extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
         items = (item_of(h.admitted, h.first_at, h.last_at) for h in self.ledger.holds())
         self.evidence = self.progress.evidence(items, now, extra=extra, learn=self.memory.state in LEARNING)
         inputs = verdict.Inputs(

@@ -200,6 +200,12 @@ class Settings:
         "Floor until this engine's own gaps have been learned",
         expected="seconds from 0.5 to 3600",
     )
+    silence_blocked: float = flag(
+        90.0,
+        number(0, 3600),
+        "Silence allowed on top while the engine's API answers nothing at all, as while it tokenizes or decodes images",
+        expected="seconds from 0 to 3600",
+    )
     silence_margin: float = flag(
         3.0, number(1, 100), "Allowed over predicted silence", expected="a number from 1 to 100"
     )

@@ -165,6 +165,7 @@ class Ticker:
             relays=self._pool.use(now) if self._pool is not None else (),
             refused_since=self._signals.port.refused_since,
             engine_kind=self._signals.contact.kind_name,
+            unanswered=self._signals.contact.unanswered,
             diagnoses=self.sinks.diagnoses.summaries(),
         )
 

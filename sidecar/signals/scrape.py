@@ -72,6 +72,7 @@ class ScrapeSignal:
         self._clock = clock
         self._reading: Reading[EngineSample] = Absent("not read yet" if url else "this engine has no metrics page")
         self._page: tuple[float, bytes] | None = None
+        self.unanswered = False  # the last scrape had no answer in time, though the port took its connection
 
     def read(self) -> Reading[EngineSample]:
         """The last reading, at once. `seconds` of a value is what its scrape took, parsing included."""
@@ -102,7 +103,9 @@ class ScrapeSignal:
             read = self._parse(page, started)
             self._page = (self._clock(), page)  # only once it parsed: garbage would break the merged page as well
             self._keep(Value(read, at=started, seconds=self._clock() - started))
+            self.unanswered = False
         except Exception as e:  # noqa: BLE001 - whatever a page or its parser does, the control process lives on
+            self.unanswered = isinstance(e, TimeoutError)
             self._keep(Failed(self._reason(e)))
         return self._reading
 

@@ -23,6 +23,7 @@ PATIENCE = 45.0  # seconds; a bound on hanging, not a measure of anything
 QUICK = {
     "silence-floor": "1.5",
     "silence-unlearned": "1.5",
+    "silence-blocked": "4",
     "canary-interval": "1",
     "drain-seconds": "10",
     "images": "off",

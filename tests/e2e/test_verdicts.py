@@ -88,6 +88,31 @@ async def test_a_long_prefill_and_a_slow_health_page_are_no_hang(engine: Scripte
     assert not {"suspect", "stalled", "dead"} & set(states), states
 
 
+async def test_an_api_that_is_blocked_for_a_while_is_no_hang(engine: ScriptedEngine, start: Any) -> None:
+    """Tokenizing or decoding images can block every HTTP answer for long: the silence gets --silence-blocked on top."""
+    sidecar = await start(engine.url, silence_blocked="60")
+    await sidecar.until_verdict("idle")
+    async with sidecar.chat(tokens=100_000) as stream:
+        await stream.content.readany()
+        engine.faults.start("api_block", seconds=9)
+        await sidecar.until(lambda s: "failed" in s["engine"])
+        await sidecar.until(lambda s: "failed" not in s["engine"])
+        await sidecar.until_verdict("progressing")
+    states = [v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]]
+    assert not {"stalled", "dead"} & set(states), states
+
+
+async def test_an_api_that_stays_blocked_is_a_hang(engine: ScriptedEngine, start: Any) -> None:
+    """The engine computes, and nobody ever hears of it again: found once the longer patience is over."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    async with sidecar.chat(tokens=100_000) as stream:
+        await stream.content.readany()
+        engine.faults.start("api_block")
+        await sidecar.until_verdict("stalled")
+        assert (await sidecar.get("/livez"))[0] == 503
+
+
 async def test_garbage_metrics_are_a_failed_reading_and_change_no_verdict(engine: ScriptedEngine, start: Any) -> None:
     """What cannot be read is failed, never 0, and nobody is killed for it."""
     sidecar = await start(engine.url)
