@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from sidecar import __version__, units, verdict
 from sidecar.bounded import Bounded
 from sidecar.facts import (
+    Admitted,
     CanaryResult,
     Delivered,
     DiagnosisSummary,
@@ -36,6 +37,10 @@ JUMP = 5.0  # seconds between wall and monotonic clock that count as a jump
 PULSE_STALE = 4.0  # seconds without a relay's pulse (sent each second), past which its deliveries are unknown
 LEARNING = ("idle", "progressing", "quiet", "suspect")  # states whose silences, once ended, were legitimate
 QUEUE_WEIGHT = 0.2  # of one reading: a request that waits for a step (20 ms) is no queue, one that is seen for 5 s is
+CONFIRMING = 24.0  # most seconds of the canary that confirms a suspicion
+CANARY_FLOOR = 8.0  # seconds that the canary of an idle engine always has, once some are known
+CANARY_MARGIN = 5.0  # allowed over the slowest known canary
+CANARIES_KNOWN = 3
 CHANGES = 50  # verdict changes kept
 
 
@@ -86,6 +91,8 @@ class Control:
         self._image_label = Bounded(20)
         self._sampled_at = 0.0
         self._queue = 0.0
+        self._canary_seconds: deque[float] = deque(maxlen=16)  # of those that passed since the engine started
+        self._was_refused = False
         self._blocked = 0.0  # seconds of patience with an API that answers nothing
         self._restarted = False
         self._ticked_at, self._ticked_wall = now, wall
@@ -99,11 +106,14 @@ class Control:
     def fact(self, relay: int, fact: Fact) -> Settlement | None:
         """Book one fact. Returns the settlement when it ended a request."""
         match fact:
+            case Admitted(stream=True):
+                self.progress.admitted((relay, fact.id), fact.expected, fact.at)
             case FirstToken():
-                self.progress.first_token(fact.at)
+                self.progress.first_token((relay, fact.id), fact.at)
             case Delivered(bytes=size) if size > 0:
                 self.progress.delivered(fact.at)
             case Settled():
+                self.progress.settled((relay, fact.id))
                 self._ended(fact)
             case Imaged():
                 self._imaged(fact)
@@ -114,7 +124,10 @@ class Control:
     def relay_lost(self, relay: int, now: float) -> list[Settlement]:
         """Settle what a dead relay held. Its deliveries are unknown, so silence starts anew."""
         self.progress.rebaseline(now)
-        return self.ledger.lose(relay, now)
+        lost = self.ledger.lose(relay, now)
+        for settlement in lost:
+            self.progress.settled((relay, settlement.admitted.id))
+        return lost
 
     def _ended(self, fact: Settled) -> None:
         if fact.outcome == "ok":
@@ -142,8 +155,17 @@ class Control:
             return None
         if self.memory.state == "starting":
             return self._settings.silence_cap
-        # With work outstanding the silence itself has waited for a blocked API already; its canary need not wait again.
-        return self.evidence.allowed - (self._blocked if self.evidence.age is not None else 0.0)
+        if self.evidence.age is None:
+            return self._idle_canary_allowed()
+        # The silence itself has had all that the outstanding work may take, a blocked API included: no need to wait as long again.
+        return min(self.evidence.allowed - self._blocked, max(CONFIRMING, self._settings.silence_floor))
+
+    def _idle_canary_allowed(self) -> float:
+        """Nothing is outstanding: what a canary may take is known from those before it."""
+        if len(self._canary_seconds) < CANARIES_KNOWN:
+            return self.evidence.allowed
+        known = max(min(self._settings.silence_floor, CANARY_FLOOR), CANARY_MARGIN * max(self._canary_seconds))
+        return min(known + self._blocked, self._settings.silence_cap)
 
     def canary_sent(self, now: float) -> None:
         """A canary is under way."""
@@ -155,7 +177,7 @@ class Control:
         if result.outcome in ("failed", "starved") and at is not None and at > result.started:
             result = replace(result, outcome="moot")
         if result.outcome == "ok":
-            self.progress.learned.first_tokens += 1
+            self._canary_seconds.append(result.ended - result.started)
         self.canary, self.canary_since, self._canary_touched = result, None, result.ended
         return result
 
@@ -165,6 +187,9 @@ class Control:
         """Judge, and say everything that reports may show."""
         self._watch_ourselves(r, now, wall)
         self._read_engine(r.engine, now, wall)
+        # A port that was closed belongs to a new process when it opens.
+        self._restarted |= self._was_refused and r.refused_since is None and self.memory.state != "starting"
+        self._was_refused = r.refused_since is not None
         self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
         items = (item_of(h.admitted, h.first_at, h.last_at) for h in self.ledger.holds())
@@ -225,6 +250,8 @@ class Control:
         self.verdict = Verdict(m.state, m.reason, explain(m, i, name), m.since, since_wall, facts_of(i, name))
         if changed:
             self.changes.appendleft(self.verdict)
+            if m.state == "starting":
+                self._canary_seconds.clear()
 
     # --- reports ---
 

@@ -2,19 +2,22 @@
 
 Rules:
 - Work is what the relay counts as outstanding; the engine's own gauges can lie (they freeze with its core) and only add.
-- Progress is anything delivered, a generation or completion counter that moves, or prefill evidence (KV use that moves). Engine
-  steps alone hold suspicion off up to the cap; they prove nothing.
+- Progress is anything delivered, or a generation or completion counter that moves. Prefill evidence (KV use, prompt tokens) and
+  engine steps hold suspicion off for a while; alone they prove nothing: an engine that admits and never delivers shows them too.
 - Silence is judged against what the outstanding work may take: max(floor, margin x predicted, learned), capped.
 - Times are monotonic seconds, passed in.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sidecar import units
 from sidecar.facts import Admitted, EngineSample, Work
+
+Key = tuple[int, str]  # (relay index, request id)
 
 LEARNED_AFTER = 20  # first tokens seen, before this engine's own gaps count as known
 GAP_HALF_LIFE = 600.0  # seconds in which a learned gap loses half its weight
@@ -22,15 +25,16 @@ GAP_MARGIN = 2.0  # allowed over the longest learned gap
 TOKEN_SECONDS = 0.05  # silence per output token of a request that does not stream, before any was measured
 UNBOUNDED_OUTPUT = 4096  # tokens assumed for such a request without max_tokens
 SHORT_GAP = 0.25  # seconds; shorter gaps teach nothing
-SHORT_PREFILL = 0.02  # seconds of predicted prefill; below it launch overhead rules and the ratio means nothing
+SHORT_PREFILL = 0.25  # seconds of predicted prefill; below it launch overhead rules, and the ratio is taken over this
 MAX_SLOWNESS = 1000.0
+RATIOS = 64  # observations of a prefill's time over its predicted one, whose 90th percentile is the slowness
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The bounds of allowed silence, seconds; see the settings of the same names."""
 
-    floor: float = 8.0
+    floor: float = 12.0
     unlearned: float = 60.0
     margin: float = 3.0
     cap: float = 900.0
@@ -71,20 +75,31 @@ class Evidence:
 
 @dataclass(slots=True)
 class Learned:
-    """The longest legitimate gap seen, fading, and how slow this hardware is against the coefficients."""
+    """The longest legitimate gap seen, fading while there is work, and how slow this hardware is against the coefficients.
+
+    Slowness is a high percentile, not a maximum: one hiccup must not lengthen every later patience, and a machine that is slow
+    every time must be known as slow after any time of idleness.
+    """
 
     first_tokens: int = 0
     gap: float = 0.0
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=RATIOS))
     slowness: float = 1.0
     token_seconds: float = TOKEN_SECONDS
     at: float = 0.0
 
-    def fade(self, now: float) -> None:
-        """Let what was learned lose weight with time."""
-        share = 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE)
-        self.gap *= share
-        self.slowness = max(1.0, self.slowness * share)
+    def fade(self, now: float, *, working: bool) -> None:
+        """Let the learned gap lose weight with the time that the engine worked."""
+        if working:
+            self.gap *= 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE)
         self.at = now
+
+    def first_token(self, seconds: float, prefill: float) -> None:
+        """A prefill took `seconds`; the cost model had said `prefill`."""
+        self.first_tokens += 1
+        self.ratios.append(seconds / max(prefill, SHORT_PREFILL))
+        ranked = sorted(self.ratios)
+        self.slowness = min(MAX_SLOWNESS, max(1.0, ranked[int(0.9 * (len(ranked) - 1))]))
 
 
 @dataclass(slots=True)
@@ -104,7 +119,8 @@ class Progress:
     _tainted: bool = (
         False  # the silence under way was, at some time, a stall, a start or an exemption: it teaches nothing
     )
-    _open_prefill: float = 0.0  # what the cost model, unscaled, made of the prefill in it
+    _first_at: float = 0.0  # the last first token
+    _promised: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, predicted seconds of prefill
 
     def rebaseline(self, now: float) -> None:
         """Forget silence up to `now`: our own clock or loop was not to be trusted."""
@@ -114,10 +130,24 @@ class Progress:
         """Bytes of an answer reached a client."""
         self._mark("delivered", now)
 
-    def first_token(self, now: float) -> None:
-        """A first token: progress, and one more observation of how this engine behaves."""
-        self.learned.first_tokens += 1
+    def admitted(self, key: Key, work: Work, now: float) -> None:
+        """A stream is on its way to the engine."""
+        self._promised[key] = (now, units.terms(work, self.co).before_first_token / 1000)
+
+    def first_token(self, key: Key, now: float) -> None:
+        """A first token: progress, and one more observation of how this engine behaves.
+
+        Prefills end first come, first served, so this one's own time runs from its admission or from the first token before it.
+        """
+        promise = self._promised.pop(key, None)
+        if promise is not None and not self._tainted:
+            self.learned.first_token(max(0.0, now - max(promise[0], self._first_at)), promise[1])
+        self._first_at = now
         self._mark("delivered", now)
+
+    def settled(self, key: Key) -> None:
+        """Whatever was expected of a request is not expected any more."""
+        self._promised.pop(key, None)
 
     def completed(self, now: float) -> None:
         """The engine ended a request by itself."""
@@ -142,7 +172,7 @@ class Progress:
         for kind, names in COUNTERS.items():
             if not canary and any(moved(getattr(before, n), getattr(sample, n)) for n in names):
                 self._mark(kind, now)
-        if moved(before.iterations, sample.iterations):
+        if any(moved(getattr(before, n), getattr(sample, n)) for n in SIGNS_OF_LIFE):
             self.steps_at = now
         return False
 
@@ -151,14 +181,14 @@ class Progress:
         work = list(items)
         busy = self._busy
         since = self._silent_since(work, busy, now)
-        self.learned.fade(now)
+        self.learned.fade(now, working=bool(work))
         known = self.learned.first_tokens >= LEARNED_AFTER and (bool(work) or not busy)  # others' work has unknown size
         floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
         prefill = early_prefill(work, since, floor, self.co)
         predicted = prefill * self.learned.slowness + longest_answer(work) * self.learned.token_seconds
         allowed, ruled_by = allowed_silence(predicted, floor, self.learned.gap, self.limits)
         age = max(0.0, now - since) if work or busy else None
-        self._open_gap, self._open_prefill = age or 0.0, prefill
+        self._open_gap = age or 0.0
         self._tainted = (self._tainted or not learn) and age is not None
         kind, at = self.last()
         return Evidence(
@@ -193,17 +223,16 @@ class Progress:
         tainted, self._tainted = self._tainted, False
         if gap > SHORT_GAP and not tainted:
             self.learned.gap = max(self.learned.gap, min(gap, self.limits.cap))
-            if self._open_prefill > SHORT_PREFILL:
-                self.learned.slowness = min(MAX_SLOWNESS, max(self.learned.slowness, gap / self._open_prefill))
         self.kinds[kind] = max(now, self.kinds.get(kind, 0.0))
 
 
-# Counters whose movement is progress, by the kind of evidence. KV use moves during prefill only, and is no counter.
+# Counters whose movement is progress, by the kind of evidence.
 COUNTERS: dict[str, tuple[str, ...]] = {
     "generation": ("generation_tokens",),
     "completed": ("finished",),
-    "prefill": ("prompt_tokens", "kv_usage"),
 }
+# Numbers whose movement only holds suspicion off.
+SIGNS_OF_LIFE = ("iterations", "prompt_tokens", "kv_usage")
 
 
 def moved(before: float | None, after: float | None) -> bool:

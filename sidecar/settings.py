@@ -192,7 +192,7 @@ class Settings:
     )
     max_body_bytes: int = flag(256 << 20, size, "Largest request body", expected="a size such as 256M")
     silence_floor: float = flag(
-        8.0, number(0.5, 600), "Shortest silence that can raise suspicion", expected="seconds from 0.5 to 600"
+        12.0, number(0.5, 600), "Shortest silence that can raise suspicion", expected="seconds from 0.5 to 600"
     )
     silence_unlearned: float = flag(
         60.0,

@@ -105,12 +105,17 @@ def _confirmed(m: Memory, i: Inputs) -> bool:
 
 
 def _canary_lost(m: Memory, i: Inputs) -> bool:
-    return m.served and i.evidence.age is None and _canary(m, i, "failed", "starved")
+    return m.served and i.evidence.age is None and _since_progress(i) and _canary(m, i, "failed", "starved")
+
+
+def _since_progress(i: Inputs) -> bool:
+    """Whether the last canary was sent after the last progress: an older one says nothing of now."""
+    return i.canary is not None and i.canary.started > (i.evidence.progress_at or 0.0)
 
 
 def _rejected(m: Memory, i: Inputs) -> bool:
     judged = m.rejected >= REJECTED_STARTS if not m.served else i.evidence.age is None or _silent(m, i)
-    return judged and _canary(m, i, "rejected")
+    return judged and _since_progress(i) and _canary(m, i, "rejected")
 
 
 def _working(m: Memory, i: Inputs) -> bool:
@@ -220,7 +225,7 @@ def canary_due(m: Memory, e: Evidence, last_ended: float | None, interval: float
     """
     pauses = {"starting": STARTING_CANARY, "suspect": STALLED_CANARY, "stalled": STALLED_CANARY, "dead": STALLED_CANARY}
     pause = pauses.get(m.state, interval)
-    idle = m.state in ("idle", "unknown") and e.age is None
+    idle = m.state in ("idle", "unknown") and (e.age is None or e.age > e.allowed)
     quiet_for = e.now - max(last_ended or 0.0, e.progress_at or 0.0 if idle else 0.0)
     fresh_suspect = m.state == "suspect" and (last_ended is None or last_ended <= m.since)
     return (idle or m.state in pauses) and (fresh_suspect or quiet_for >= pause)

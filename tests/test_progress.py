@@ -36,7 +36,7 @@ def test_silence_runs_from_the_first_outstanding_request_or_the_last_progress() 
 
 
 def test_counters_that_move_are_progress_and_steps_alone_are_not() -> None:
-    """Generation, completions, prefill evidence count; engine steps are kept apart."""
+    """Generation and completions count; engine steps and prefill evidence are kept apart."""
     p = learned()
     p.engine(EngineSample(generation_tokens=5, iterations=1), 10.0)
     p.engine(EngineSample(generation_tokens=5, iterations=2), 11.0)
@@ -46,7 +46,10 @@ def test_counters_that_move_are_progress_and_steps_alone_are_not() -> None:
     assert p.evidence([item(10.0)], 14.0).age == 1.0
     p.engine(EngineSample(generation_tokens=6, kv_usage=0.5), 15.0)
     p.engine(EngineSample(generation_tokens=6, kv_usage=0.6), 16.0)
-    assert p.evidence([item(10.0)], 16.5).progress_kind == "prefill"
+    e = p.evidence([item(10.0)], 16.5)
+    assert (e.age, e.steps_age, e.progress_kind) == (3.5, 0.5, "generation"), (
+        "prefill evidence holds off, it proves nothing"
+    )
 
 
 def test_our_own_canary_moves_counters_and_proves_nothing_of_the_users_work() -> None:
@@ -100,7 +103,8 @@ def test_patience_is_long_until_the_engine_is_known() -> None:
     p = Progress(CO, LIMITS)
     assert p.evidence([item(0.0)], 1.0).allowed == 60.0
     for n in range(LEARNED_AFTER):
-        p.first_token(float(n))
+        p.admitted((0, str(n)), Work(100), float(n))
+        p.first_token((0, str(n)), n + 0.01)
     assert p.evidence([item(30.0)], 31.0).allowed == 8.0
 
 
@@ -129,15 +133,42 @@ def test_a_gap_that_was_judged_a_stall_teaches_nothing() -> None:
     assert p.evidence([item(0.0, first=122.0)], 123.0).ruled_by == "learned", "the next one counts again"
 
 
-def test_a_slow_machine_is_learned_from_its_prefills() -> None:
-    """What took longer than the cost model said scales what it says next."""
+def serve(p: Progress, n: int, tokens: int, seconds: float) -> None:
+    """One stream alone, whose first token takes `seconds`."""
+    at = 1000.0 + 100.0 * n
+    p.evidence([], at)
+    p.admitted((0, str(n)), Work(tokens), at)
+    p.first_token((0, str(n)), at + seconds)
+
+
+def test_a_slow_machine_is_learned_from_its_first_tokens_and_not_forgotten_while_idle() -> None:
+    """What takes longer than the cost model said, time and again, scales what it says next, even hours later."""
     p = learned()
-    work = item(0.0, 3500)
-    p.evidence([work], 0.0)
-    p.evidence([work], 5.0)
-    p.first_token(5.0)
-    e = p.evidence([item(6.0, 35_000)], 6.5)
-    assert e.ruled_by == "predicted" and e.allowed > 3 * 40
+    for n in range(20):
+        serve(p, n, 3500, 30.0)
+    later = 1000.0 + 100_000.0
+    e = p.evidence([item(later, 7000)], later + 1.0)
+    assert e.ruled_by == "predicted" and e.allowed > 60, "twice the prompt takes twice as long: 60 s"
+
+
+def test_one_hiccup_does_not_lengthen_every_later_patience() -> None:
+    """Slowness is a percentile: a single first token that took 100 times too long changes little."""
+    p = learned()
+    for n in range(40):
+        serve(p, n, 3500, 6.0 if n == 20 else 0.12)
+    assert p.learned.slowness < 2
+    assert p.evidence([item(9000.0, 3500)], 9001.0).ruled_by in ("floor", "learned")
+
+
+def test_a_gap_fades_with_the_time_of_work_only() -> None:
+    """An idle hour says nothing about how long this engine's silences are."""
+    p = learned()
+    p.evidence([item(0.0)], 0.0)
+    p.evidence([item(0.0)], 20.0)
+    p.delivered(20.0)
+    for hour in range(1, 5):
+        p.evidence([], hour * 3600.0)
+    assert p.evidence([item(14_400.0)], 14_401.0).ruled_by == "learned"
 
 
 def test_own_lag_lengthens_patience_and_a_rebaseline_forgets_silence() -> None:

@@ -80,7 +80,7 @@ def test_the_engine_is_probed_through_the_sidecar(stage: Stage) -> None:
 def test_quick_settings_are_told_with_the_defaults() -> None:
     """What the demo sets differently is said together with what it is by default."""
     said = stages.quick_settings()
-    assert "--silence-floor 3 (default 8)" in said
+    assert "--silence-floor 3 (default 12)" in said
     assert "--silence-unlearned 3 (default 60)" in said
     assert "--canary-interval 3 (default 10)" in said
 

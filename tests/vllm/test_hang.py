@@ -21,13 +21,13 @@ PROMPT = "The tokens come one by one, and each of them is progress."
 
 
 @pytest.fixture
-def freeze(engine: Engine) -> Iterator[Callable[[str], None]]:
-    """A function: stop the engine's process of this title ("EngineCore", "Worker"). It goes on when the test ends."""
+def freeze() -> Iterator[Callable[[psutil.Process], None]]:
+    """A function: stop a process of the engine. It goes on when the test ends."""
     frozen = []
 
-    def stop(title: str) -> None:
-        frozen.append(engine.process(title))
-        frozen[-1].send_signal(signal.SIGSTOP)
+    def stop(process: psutil.Process) -> None:
+        frozen.append(process)
+        process.send_signal(signal.SIGSTOP)
 
     yield stop
     for process in frozen:
@@ -52,14 +52,15 @@ def is_idle(http: Http, sidecar: Sidecar) -> Callable[[], object]:
 @pytest.mark.parametrize("title", ["Worker", "EngineCore"])
 @pytest.mark.parametrize("engine", ["text"], indirect=True)
 async def test_a_silent_hang_fails_liveness_until_it_ends(
-    engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[str], None], title: str
+    engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[psutil.Process], None], title: str
 ) -> None:
     """A stop amid a stream turns /livez to 503 and makes the stalled file, though vLLM says 200; going on takes both back."""
     await client.until(is_idle(http, sidecar), "idle before the hang")
-    body = client.completion(PROMPT, max_tokens=800, stream=True)
+    body = client.completion(PROMPT, max_tokens=3500, stream=True)
+    process = engine.process(title)  # looked up before the stream, which would be over by then
     async with http.post(f"{sidecar.url}/v1/completions", json=body) as answer:
         await answer.content.readline()
-        freeze(title)
+        freeze(process)
         drain = asyncio.create_task(answer.read())
         try:
             await client.until(is_live(http, sidecar, 503), "/livez 503")
@@ -68,7 +69,7 @@ async def test_a_silent_hang_fails_liveness_until_it_ends(
             assert await client.status(http, f"{engine.url}/health") == 200
             await client.until(lambda: asyncio.to_thread((sidecar.state / "stalled").exists), "the stalled file")
         finally:
-            engine.process(title).send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGCONT)
         await client.until(is_live(http, sidecar, 200), "/livez 200")
         rest = await asyncio.wait_for(drain, client.WAIT)
     assert b": keep-alive" in rest  # bytes came all the time, and did not pass for progress
@@ -79,11 +80,11 @@ async def test_a_silent_hang_fails_liveness_until_it_ends(
 
 @pytest.mark.parametrize("engine", ["text"], indirect=True)
 async def test_a_hang_of_an_idle_engine_is_found_by_the_canary(
-    engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[str], None]
+    engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[psutil.Process], None]
 ) -> None:
     """A stop while nobody asks for anything fails liveness too, because the canaries starve."""
     await client.until(is_idle(http, sidecar), "idle before the hang")
-    freeze("EngineCore")
+    freeze(engine.process("EngineCore"))
     await client.until(is_live(http, sidecar, 503), "/livez 503")
     assert await client.status(http, f"{engine.url}/health") == 200
     engine.process("EngineCore").send_signal(signal.SIGCONT)
@@ -92,7 +93,7 @@ async def test_a_hang_of_an_idle_engine_is_found_by_the_canary(
 
 @pytest.mark.parametrize("engine", ["text"], indirect=True)
 async def test_startup_waits_for_a_token(
-    engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, freeze: Callable[[str], None]
+    engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, freeze: Callable[[psutil.Process], None]
 ) -> None:
     """/startupz is 503 beside an engine that listens and says it is healthy, until a canary made it generate a token."""
 
@@ -100,7 +101,7 @@ async def test_startup_waits_for_a_token(
         return await client.sample(http, f"{engine.url}/metrics", "vllm:generation_tokens_total")
 
     before = await generated()
-    freeze("EngineCore")
+    freeze(engine.process("EngineCore"))
     beside = start_sidecar(engine.url, silence_cap="4")  # what a canary gets while the engine starts
 
     async def startup() -> int:

@@ -1,0 +1,348 @@
+"""A continuous-batching engine under a simulated clock, as a fluid: work flows in quanta of 0.5 s, not in single steps.
+
+Rules, after vLLM: waiting requests are admitted in order while the batch and the KV cache have room; prefills go first come,
+first served; either a prefill shares the step with the decodes (chunked) or the decodes starve until it ends. A prefill under way moves
+no counter, only KV use. What the faults change is the product's own table (`sidecar.engine.faults`); the facts are what a relay would send.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from sidecar import units
+from sidecar.engine.behaviour import Behaviour
+from sidecar.engine.faults import changes_of
+from sidecar.facts import (
+    Absent,
+    Admitted,
+    Delivered,
+    EngineSample,
+    Fact,
+    Failed,
+    FirstToken,
+    Reading,
+    Settled,
+    Value,
+    Work,
+)
+
+QUANTUM = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it
+CHUNK_SHARE = 0.85  # of a step that a chunked prefill takes while others decode
+FAMILY = 32  # requests that share a decode step, as in the coefficients
+SERIES = ("kv_usage", "iterations", "counters")  # what a metrics page may lack
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One engine and its users. `slowness`: this hardware's time over what the coefficients say. Capacities in tokens."""
+
+    trace: str = "synthetic"
+    rate: float = 1.0  # of the trace's own
+    slowness: float = 1.0
+    starves: bool = False
+    max_batch: int = 32
+    kv_tokens: int = 1_000_000
+    streams: float = 1.0  # share of the requests that stream
+    lacks: frozenset[str] = frozenset()  # of SERIES
+    page: bool = True  # a metrics page at all
+    ranks: int = 1  # data-parallel
+
+
+@dataclass(eq=False, slots=True)
+class Seq:
+    """One request in the engine. `owner` is "user", or whose canary it is; those of baselines are seen by nobody but them."""
+
+    id: str
+    prompt: int
+    limit: int
+    streams: bool
+    owner: str
+    need: float  # GPU seconds of prefill, at the coefficients' speed
+    rank: int = 0
+    done: float = 0.0  # of `need`
+    first: bool = False
+    tokens: float = 0.0
+    sent: int = 0
+    first_at: float | None = None
+    ended_at: float | None = None
+    pieces: int = 0
+
+    @property
+    def shadow(self) -> bool:
+        return self.owner not in ("user", "ours")
+
+    def computed(self) -> float:
+        """Tokens in the KV cache."""
+        return self.prompt * (self.done / self.need if self.need else 1.0) + self.tokens
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the metrics page counts."""
+
+    prompt: float = 0.0
+    generation: float = 0.0
+    finished: float = 0.0
+    iterations: float = 0.0
+
+
+@dataclass(slots=True)
+class Engine:
+    """One engine process. `advance` moves it and returns the relay's facts; it is fed by `submit` and `abort`."""
+
+    site: Site
+    co: units.Coefficients
+    started: float
+    how: Behaviour = field(default_factory=Behaviour)
+    counters: Counters = field(default_factory=Counters)
+    waiting: deque[Seq] = field(default_factory=deque)
+    running: list[Seq] = field(default_factory=list)
+    loop_at: float = 0.0  # the core's loop last came round
+    token_at: float = 0.0  # the core last put out a token
+    chunk_at: float = 0.0  # a client last got a chunk
+    busy_at: float = 0.0  # work was last there
+    compile_left: float = 0.0
+    lag: float = 0.0  # seconds by which HTTP answers are late, beside what the fault says
+    _inbox: list[Seq] = field(default_factory=list)  # sent while the API did not answer
+    _held: list[Fact] = field(default_factory=list)
+    _late: list[Seq] = field(default_factory=list)  # canaries that ended while the API did not answer
+    _gauges: tuple[float, float] = (0.0, 0.0)
+    _victim: Seq | None = None
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+    _speed: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.loop_at = self.token_at = self.chunk_at = self.busy_at = self.started
+        self._speed = self.co.d * FAMILY / 1000
+
+    @property
+    def fastest(self) -> float:
+        """Seconds per token of a stream while no prefill shares the steps."""
+        return self._speed * self.site.slowness
+
+    # --- what comes in ---
+
+    def submit(
+        self, id: str, prompt: int, limit: int, now: float, *, streams: bool = True, owner: str = "user"
+    ) -> Seq | None:
+        """Queue a request. None when it is refused (a dead core, start-up): no fact follows but the relay's own."""
+        if self.how.after_idle and now - self.busy_at >= self.how.after_idle[0] and owner == "user":
+            self.fault(self.how.after_idle[1])
+        if self.how.error or self.how.loading or not self.how.port_open:
+            return None
+        need = units.terms(Work(prompt), self.co).before_first_token / 1000
+        seq = Seq(id, prompt, limit, streams, owner, need, rank=next(self._numbers) % self.site.ranks)
+        (self.waiting if self.how.answering else self._inbox).append(seq)
+        if owner == "user":
+            self.busy_at = now
+        return seq
+
+    def abort(self, seq: Seq, now: float) -> None:
+        """The client hung up."""
+        for place in (self.waiting, self.running, self._inbox):
+            if seq in place:
+                place.remove(seq)
+        seq.ended_at = seq.ended_at or now
+        if self.how.on_abort and seq.owner == "user":
+            self.fault(self.how.on_abort)
+
+    def fault(self, kind: str, **parameters: float) -> None:
+        """Begin a fault of the product's table."""
+        self.how = replace(self.how, **changes_of(kind, parameters))
+        self.compile_left += self.how.first_step_seconds
+        self.how = replace(self.how, first_step_seconds=0.0)
+
+    def heal(self) -> None:
+        """End all faults."""
+        self.how = Behaviour()
+
+    # --- what goes on inside ---
+
+    def advance(self, start: float, end: float) -> list[Fact]:
+        """Move from `start` to `end`. Returns the facts in order of time."""
+        out: list[Fact] = []
+        now = start
+        while now < end - 1e-9:
+            dt = min(QUANTUM, end - now)
+            now += dt
+            self._quantum(dt, now, out)
+        return out
+
+    def _quantum(self, dt: float, now: float, out: list[Fact]) -> None:
+        if self.how.answering:
+            self._flush(now, out)
+        if not self.how.stepping or (self.how.dead_rank is not None and self.site.ranks == 1):
+            return
+        if not (self.running or self.waiting):
+            self.loop_at, self._gauges = now, (0.0, 0.0)
+            return
+        if any(s.owner == "user" for s in (*self.running, *self.waiting)):
+            self.busy_at = now
+        if self.compile_left > 0:
+            self.compile_left -= dt
+            return
+        if self.how.admitting:
+            self._admit()
+        gpu = dt / (self.site.slowness * self.how.step_factor)
+        outputs = self.counters.generation
+        left = self._prefill(gpu, now, out) if self.how.prefilling else gpu
+        if self.how.decoding:
+            self._decode(left, now, out)
+        self.counters.iterations += self.how.empty_steps or self.counters.generation > outputs
+        self.loop_at = now
+        users = [s for s in self.running if not s.shadow]
+        self._gauges = (float(len(users)), float(sum(not s.shadow for s in self.waiting)))
+
+    def _admit(self) -> None:
+        used = sum(s.prompt + s.tokens for s in self.running)
+        while self.waiting and (self.waiting[0].shadow or len(self.running) < self.site.max_batch):
+            head = self.waiting[0]
+            if head.prompt > self.site.kv_tokens and not self.how.oversized:
+                self.waiting.popleft()  # never fits: a real engine answers 400
+                continue
+            if used + head.prompt + 1 > self.site.kv_tokens:
+                return
+            used += head.prompt
+            self.running.append(self.waiting.popleft())
+
+    def _movable(self) -> list[Seq]:
+        if not self.how.stuck_one:
+            self._victim = None
+        elif self._victim is None and self.running:
+            self._victim = self.running[0]
+        return [s for s in self.running if s is not self._victim and s.rank != self.how.dead_rank]
+
+    def _prefill(self, gpu: float, now: float, out: list[Fact]) -> float:
+        """Spend GPU seconds on prefills, first come first served. Returns what is left for decodes."""
+        movable = self._movable()
+        prefills = [s for s in movable if not s.first]
+        if not prefills:
+            return gpu
+        decoding = any(s.first for s in movable)
+        left = gpu * (CHUNK_SHARE if decoding and not self.site.starves else 1.0)
+        kept = gpu - left
+        for seq in prefills:
+            speed = seq.need / self.how.prefill_seconds * self.site.slowness if self.how.prefill_seconds else 1.0
+            used = min(left, max(0.0, seq.need - seq.done) / speed)
+            seq.done += used * speed
+            left -= used
+            if seq.done >= seq.need - 1e-9 and self.how.first_token:
+                self._first(seq, now, out)
+            if left <= 1e-9:
+                break
+        return kept + left
+
+    def _first(self, seq: Seq, now: float, out: list[Fact]) -> None:
+        seq.first, seq.tokens = True, 1.0
+        if not seq.shadow:
+            self.counters.prompt += seq.prompt
+        self._output(seq, now, out)
+
+    def _decode(self, gpu: float, now: float, out: list[Fact]) -> None:
+        for seq in [s for s in self._movable() if s.first]:
+            most = seq.limit if self.how.last_token else seq.limit - 1
+            seq.tokens = min(max(seq.tokens, most), seq.tokens + gpu / self._speed)
+            self._output(seq, now, out)
+
+    def _output(self, seq: Seq, now: float, out: list[Fact]) -> None:
+        """Put out the whole tokens that are new, and end the request at its last."""
+        tokens = int(seq.tokens) - seq.sent
+        if tokens <= 0:
+            return
+        seq.sent += tokens
+        ends = seq.sent >= seq.limit
+        if not seq.shadow:
+            self.counters.generation += tokens
+            self.counters.finished += ends
+            self.token_at = now
+        if ends:
+            self.running.remove(seq)
+            if seq.owner != "user" and not self.how.answering:
+                self._late.append(seq)
+            elif seq.owner != "user" and self.how.max_pieces is None:
+                seq.ended_at = now
+        if seq.owner == "user":
+            self._deliver(seq, tokens, ends, now, out)
+        elif seq.first_at is None and self.how.answering:
+            seq.first_at = now
+
+    def _deliver(self, seq: Seq, tokens: int, ends: bool, now: float, out: list[Fact]) -> None:
+        seq.pieces += 1
+        if self.how.max_pieces is not None and (seq.pieces > self.how.max_pieces):
+            return
+        facts: list[Fact] = []
+        if seq.streams or ends:
+            if seq.first_at is None:
+                seq.first_at = now
+                facts.append(FirstToken(seq.id, now))
+            facts.append(Delivered(seq.id, now, tokens if seq.streams else seq.sent, 4 * tokens))
+        if ends and self.how.max_pieces is None:
+            seq.ended_at = now
+            facts.append(settled(seq, now, "ok"))
+        if self.how.answering:
+            self.chunk_at = now if facts else self.chunk_at
+            out.extend(facts)
+        else:
+            self._held.extend(facts)
+
+    def _flush(self, now: float, out: list[Fact]) -> None:
+        if self._inbox:
+            self.waiting.extend(self._inbox)
+            self._inbox.clear()
+        for seq in self._late:
+            seq.first_at = seq.ended_at = now
+        self._late.clear()
+        if self._held:
+            out.extend(replace(f, at=now) for f in self._held)  # they reach the relay now
+            self._held.clear()
+            self.chunk_at = now
+
+    # --- what it shows ---
+
+    def sample(self, now: float, wall_offset: float) -> Reading[EngineSample]:
+        """The metrics page, as a scrape reads it."""
+        if not self.site.page or self.how.metrics == "none":
+            return Absent("the engine has no metrics page")
+        if not self.how.answering or self.how.metrics == "garbage" or not self.how.port_open:
+            return Failed("the metrics page could not be read")
+        if self.how.serial and (self.running or self.waiting):
+            return Failed("the metrics page did not answer in time")
+        running, waiting = (0.0, 0.0) if self.how.gauges_zeroed else self._gauges
+        kv = min(1.0, sum(s.computed() for s in self.running if not s.shadow) / self.site.kv_tokens)
+        c, lacks = self.counters, self.site.lacks
+        counted = "counters" not in lacks
+        return Value(
+            EngineSample(
+                running=running, waiting=waiting,
+                kv_usage=None if "kv_usage" in lacks else kv if self.how.kv_usage is None else self.how.kv_usage,
+                prompt_tokens=c.prompt if counted else None, generation_tokens=c.generation if counted else None,
+                finished=c.finished if counted else None, iterations=None if "iterations" in lacks else c.iterations,
+                started_wall=self.started + wall_offset, sleeping=self.how.sleeping,
+            ),
+            now,
+        )  # fmt: skip
+
+    def health(self) -> tuple[int, float]:
+        """What `/health` answers: status and seconds; infinity when it does not."""
+        if not self.how.answering or not self.how.port_open:
+            return 0, float("inf")
+        if self.how.loading:
+            return 503, 0.01
+        wait = 0.0
+        if self.how.serial:
+            wait = sum(max(0.0, s.need - s.done) * self.site.slowness for s in (*self.running, *self.waiting))
+        return self.how.health_status, 0.01 + self.how.health_delay + self.lag + wait
+
+
+def admitted(id: str, prompt: int, limit: int, streams: bool, now: float, co: units.Coefficients) -> Admitted:
+    """The fact of a request's admission, priced as the relay does without knowing its output."""
+    work = Work(prompt, output=min(limit, 256))
+    return Admitted(id, now, "t", "m", "chat", streams, work, max(limit, 256), units.mu(work, co))
+
+
+def settled(seq: Seq, now: float, outcome: str, status: int = 200) -> Settled:
+    """The fact of a request's end."""
+    return Settled(seq.id, now, outcome, status, None, seq.sent, 4 * seq.sent, seq.first_at, now, 0.0)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""Engine-weeks: calm time that is passed over, and stretches in full resolution where a verdict could change.
+
+Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an exemption,
+our own ill-health, a restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. The first five are
+alarms here, always in full resolution. A healthy engine's silence can end in a kill only when it lasts twice `allowed`: once until suspicion,
+once more until the suspicion's canary starves. It is bounded per arrival by `sites.longest_gap`, and `allowed` from below by
+`sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to 80 % of that are counted and
+drawn from, in full resolution; elsewhere no kill is possible. What passing over changes in the control object is on the impatient side:
+learned gaps fade, none is learned. tests/test_verdict_sim.py holds it against full resolution.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from sidecar import units
+from sidecar.progress import Limits
+from sim.alarms import ALARMS, Alarm
+from sim.engine import Site
+from sim.sites import draw, slice_of, windows
+from sim.traces import Trace
+from sim.world import CALM, World
+
+WEEK = 7 * 86_400.0
+RATE = 0.25  # of the alarms' weekly rates: as many as 2,400 core-seconds hold for 10,000 weeks
+LEAD = 20.0  # seconds of traffic before a story
+AFTER = 30.0
+DRAIN = 60.0  # seconds for outstanding work to end; then its clients hang up
+MOST_WINDOWS = 2  # of a week's natural windows are run in full
+BUSY = 0.7  # share of the calm time in which users come
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """One false kill: where to find it again, and what led to it."""
+
+    seed: str
+    alarm: str
+    after: float  # seconds from the story's begin
+    site: Site
+    trail: tuple[tuple[float, str, str], ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm)."""
+
+    weeks: float = 0.0
+    full: float = 0.0  # seconds in full resolution
+    windows: int = 0  # natural windows that the weeks held, by the bound
+    drawn: int = 0  # of them in full resolution
+    events: dict[str, int] = field(default_factory=dict)
+    suspects: dict[str, int] = field(default_factory=dict)
+    kills: dict[str, int] = field(default_factory=dict)
+    unrecovered: int = 0
+    baseline: dict[tuple[str, str], int] = field(default_factory=dict)
+    examples: list[Kill] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Take another's sums into this one."""
+        self.weeks += other.weeks
+        self.full += other.full
+        self.windows += other.windows
+        self.drawn += other.drawn
+        self.unrecovered += other.unrecovered
+        for mine, theirs in ((self.events, other.events), (self.suspects, other.suspects), (self.kills, other.kills)):
+            for key, n in theirs.items():
+                mine[key] = mine.get(key, 0) + n
+        for pair, n in other.baseline.items():
+            self.baseline[pair] = self.baseline.get(pair, 0) + n
+        self.examples.extend(other.examples)
+
+
+def label(alarm: Alarm) -> str:
+    """An alarm's row in tables."""
+    return f"{alarm.number}: {alarm.text}" if alarm.number else alarm.text
+
+
+def week(seed: str, traces: dict[str, Trace], co: units.Coefficients, *, only: str = "", compare: bool = True) -> Tally:
+    """One engine-week. `only` keeps the alarms whose label begins so. Deterministic in `seed`."""
+    rng = random.Random(seed)
+    site = draw(rng, traces, co)
+    w = World(site, rng, compare, co=co)
+    tally = Tally()
+    natural = [] if only else natural_windows(w, traces, tally)
+    start, end = w.now, w.now + WEEK
+    w.run(15)
+    full = 15.0
+    stories = [(a.per_week * RATE, a) for a in ALARMS if label(a).startswith(only)]
+    plan = [(rng.uniform(0, WEEK - 7200), a) for rate, a in stories for _ in range(poisson(rng, rate))]
+    plan += [(rng.uniform(0, WEEK - 7200), n) for n in natural]
+    for at, what in sorted(plan, key=lambda p: p[0]):
+        if w.now < start + at:
+            w.skip(start + at - w.now, rng.random() < BUSY)
+        began = w.now
+        w = event(w, what, traces, tally, seed)
+        full += w.now - began
+    if w.now < end:
+        w.skip(end - w.now, True)
+    tally.weeks, tally.full = (w.now - start) / WEEK, full
+    return tally
+
+
+def natural_windows(w: World, traces: dict[str, Trace], tally: Tally) -> list[float]:
+    """Count the week's natural windows; return the times in the trace, of those that are run in full."""
+    trace = traces[w.site.trace]
+    at = windows(trace, w.site, w.co, Limits())
+    tally.windows += round(len(at) * WEEK * BUSY * w.site.rate / (trace[-1].at + 1.0))
+    return [trace[i].at for i in w.rng.sample(at, min(MOST_WINDOWS, len(at)))]
+
+
+def poisson(rng: random.Random, mean: float) -> int:
+    """A Poisson number."""
+    n, left = 0, rng.expovariate(1.0)
+    while left < mean:
+        n, left = n + 1, left + rng.expovariate(1.0)
+    return n
+
+
+def event(w: World, what: Alarm | float, traces: dict[str, Trace], tally: Tally, seed: str) -> World:
+    """One story, or one natural window, in full resolution. Returns the world to go on with."""
+    name = label(what) if isinstance(what, Alarm) else "natural window"
+    trace, began = traces[w.site.trace], w.now
+    rate = w.site.rate
+    w.forget_baselines()
+    if isinstance(what, Alarm):
+        w.traffic(slice_of(trace, w.rng.uniform(0, trace[-1].at), rate, w.now))
+        w.run(LEAD)
+        what.story(w)
+        w.run(AFTER)
+    else:
+        lead = min(what, LEAD * rate)
+        w.traffic(slice_of(trace, what - lead, rate, w.now))
+        w.run(lead / rate + AFTER)
+    settle(w)
+    return judged(w, name, began, tally, seed)
+
+
+def settle(w: World) -> None:
+    """Let the users' work end and the verdict become calm again."""
+    w.engine.heal()
+    if not w.drained(DRAIN):
+        for seq in list(w.users.values()):
+            w.abort(seq)
+    until = w.now + 1200
+    w.run(5)
+    while w.verdict not in CALM and w.now < until:
+        w.tick()
+
+
+def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
+    """Book what an event did to the verdicts. A world that was killed, or did not recover, is replaced by a new one."""
+    tally.events[name] = tally.events.get(name, 0) + 1
+    tally.drawn += name == "natural window"
+    if w.first(("suspect",), began) is not None:
+        tally.suspects[name] = tally.suspects.get(name, 0) + 1
+    for baseline in w.baselines:
+        if baseline.killed_at is not None:
+            key = (baseline.name, name)
+            tally.baseline[key] = tally.baseline.get(key, 0) + 1
+    killed = w.killed(began)
+    if killed is not None:
+        tally.kills[name] = tally.kills.get(name, 0) + 1
+        trail = tuple((round(c.at - began, 1), c.state, c.reason) for c in w.trail if c.at >= began)[:20]
+        tally.examples.append(Kill(seed, name, killed - began, w.site, trail))
+    w.trail.clear()
+    if w.verdict in CALM and not w.users:
+        return w
+    tally.unrecovered += 1
+    fresh = World(w.site, w.rng, w.compare, co=w.co, now=w.now)
+    fresh.run(15)
+    fresh.trail.clear()
+    return fresh

@@ -1,0 +1,298 @@
+"""The production control object beside an engine model, under one simulated clock.
+
+Rules: `sidecar.control.Control` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
+0.5 s, a canary when it asks for one. Nothing of the verdict is re-implemented here. `skip` passes over time in which nothing
+that a verdict hangs on can happen (see weeks.py for when that is so); the only private fields it touches are the control's own clock.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sidecar import units
+from sidecar.control import TICK, Control, Readings
+from sidecar.facts import Absent, CanaryResult, EngineSample, Fact, Failed, Reading, Settled, Value
+from sidecar.progress import LEARNED_AFTER
+from sidecar.settings import Settings
+from sidecar.snapshot import RelayUse
+from sim.detectors import CHECKS, Baseline, Seen
+from sim.engine import Engine, Seq, Site, admitted, settled
+from sim.traces import Arrival
+
+WALL = 1_700_000_000.0  # the wall clock when the monotonic one reads 0
+GONE = 300.0  # seconds after an engine's own death in which `dead` is the truth
+UNLIVE = ("stalled", "dead")
+UNREADY = ("starting", "suspect", "stalled", "dead", "exempt")
+CALM = ("idle", "progressing", "quiet")
+GPUS = Absent("not simulated")
+UNREAD = Absent("not read yet")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The verdict from `at` on."""
+
+    at: float
+    state: str
+    reason: str
+
+
+@dataclass(slots=True)
+class World:
+    """One engine, its users, our control, and the baselines. Times are simulated monotonic seconds."""
+
+    site: Site
+    rng: random.Random
+    compare: bool = True  # run the baselines, too
+    settings: Settings = field(default_factory=lambda: Settings(engine="http://engine"))
+    co: units.Coefficients = field(default_factory=units.Coefficients)
+    now: float = 1000.0
+    wall: float = WALL
+    arrivals: Iterator[Arrival] | None = None
+    trail: list[Change] = field(default_factory=list)
+    users: dict[str, Seq] = field(default_factory=dict)
+    blind: bool = False  # the relay process is stopped: its facts wait
+    restarted_at: float = -1e9  # the engine, last
+    ticks: int = 0
+    engine: Engine = field(init=False)
+    control: Control = field(init=False)
+    baselines: list[Baseline] = field(default_factory=list)
+    _next: Arrival | None = None
+    _facts: list[Fact] = field(default_factory=list)
+    _reading: Reading[EngineSample] = UNREAD
+    _canary: tuple[Seq, float, float] | None = None  # ours: (sequence, started, allowed)
+    _others: dict[str, tuple[Seq | None, float]] = field(default_factory=dict)
+    _requests: int = 0
+    _pulse_at: float = 0.0
+    _refused: float | None = None
+
+    def __post_init__(self) -> None:
+        self.engine = Engine(self.site, self.co, self.now)
+        self._pulse_at = self.now
+        self.new_control()
+        self.forget_baselines()
+
+    # --- what the story does ---
+
+    def run(self, seconds: float) -> None:
+        """Live through `seconds`, tick by tick."""
+        for _ in range(round(seconds / TICK)):
+            self.tick()
+
+    def traffic(self, arrivals: Iterator[Arrival] | None) -> None:
+        """Requests from now on; their times are absolute. None ends them."""
+        self.arrivals = arrivals
+        self._next = next(arrivals, None) if arrivals is not None else None
+
+    def request(self, prompt: int, output: int, streams: bool = True) -> Seq | None:
+        """One request through the relay, now."""
+        self._requests += 1
+        id = str(self._requests)
+        self._facts.append(admitted(id, prompt, output, streams, self.now, self.co))
+        seq = self.engine.submit(id, prompt, output, self.now, streams=streams)
+        if seq is None:
+            self._facts.append(Settled(id, self.now, "engine_error", 500, None, 0, 0, None, self.now, 0.0))
+        else:
+            self.users[id] = seq
+        return seq
+
+    def streams(self) -> bool:
+        """Whether the next request streams."""
+        return self.rng.random() < self.site.streams
+
+    def abort(self, seq: Seq, outcome: str = "client_cancelled") -> None:
+        """A client hangs up."""
+        if self.users.pop(seq.id, None) is not None:
+            self.engine.abort(seq, self.now)
+            self._facts.append(settled(seq, self.now, outcome))
+
+    def pause(self, seconds: float) -> None:
+        """The control process is stopped; engine and relay go on."""
+        for _ in range(round(seconds / TICK)):
+            self._live()
+
+    def restart_engine(self, closed: float) -> None:
+        """A new engine process: what the old one held breaks off, and the port is closed for `closed` seconds."""
+        for seq in list(self.users.values()):
+            self.abort(seq, "engine_error")
+        self.engine = Engine(self.site, self.co, self.now)
+        self.restarted_at = self.now
+        if self._canary is not None:
+            _, started, allowed = self._canary
+            self._canary = None
+            self.control.canary_ended(CanaryResult("failed", started, self.now, allowed))
+        self.engine.fault("refuse")
+        self.run(closed)
+        self.engine.heal()
+
+    def restart_relay(self) -> None:
+        """The relay process died: all its requests are lost and the engine sees them hang up."""
+        self._book()
+        self.control.relay_lost(0, self.now)
+        for seq in list(self.users.values()):
+            self.engine.abort(seq, self.now)
+        self.users.clear()
+
+    def new_control(self) -> None:
+        """The control process starts anew and knows nothing."""
+        self.control = Control(self.settings, self.co, self.now, self.wall + self.now)
+        self._canary = None
+
+    def drained(self, most: float) -> bool:
+        """Let outstanding requests end without new ones, for at most `most` seconds. Whether they did."""
+        self.traffic(None)
+        until = self.now + most
+        while self.users and self.now < until:
+            self.tick()
+        return not self.users
+
+    def skip(self, seconds: float, busy: bool) -> None:
+        """Pass over calm time. `busy`: users were served meanwhile, so that this engine's gaps count as learned, and its
+        tokens as fast as it can: the impatient side. What else they would have taught (patience) is left out."""
+        assert not self.users and self.verdict in CALM, "only calm time may be skipped"
+        self.now += seconds
+        self.control._ticked_at, self.control._ticked_wall = self.now, self.wall + self.now
+        learned = self.control.progress.learned
+        learned.first_tokens += int(
+            seconds / self.settings.canary_interval
+        )  # what idle canaries alone would have added
+        if busy:
+            learned.first_tokens += LEARNED_AFTER
+            learned.token_seconds = min(learned.token_seconds, 2 * self.engine.fastest)
+            self.engine.counters.generation += 1
+        e = self.engine
+        e.loop_at = e.token_at = e.chunk_at = e.busy_at = self._pulse_at = self.now
+        self.forget_baselines()
+
+    def forget_baselines(self) -> None:
+        """The baselines start anew."""
+        self.baselines = [Baseline(name) for name in CHECKS] if self.compare else []
+        self._others.clear()
+
+    # --- what is seen ---
+
+    @property
+    def verdict(self) -> str:
+        return self.control.memory.state
+
+    def killed(self, since: float) -> float | None:
+        """When liveness first failed, from `since` on, for an engine that had not just died of itself."""
+        return next(
+            (c.at for c in self.trail if c.at >= since and c.state in UNLIVE and not self._gone(c)), None
+        )  # fmt: skip
+
+    def _gone(self, change: Change) -> bool:
+        return change.state == "dead" and change.at - self.restarted_at < GONE
+
+    def first(self, states: tuple[str, ...], since: float) -> float | None:
+        """When the verdict was first one of `states`, from `since` on."""
+        return next((c.at for c in self.trail if c.at >= since and c.state in states), None)
+
+    # --- one tick ---
+
+    def tick(self) -> None:
+        """0.5 s of everybody's life, and then ours."""
+        self._live()
+        self._book()
+        self._read()
+        self._end_canary()
+        self.control.tick(self._readings(), self.now, self.wall + self.now)
+        self._note()
+        allowed = self.control.canary_due()
+        if allowed is not None:
+            self._send_canary(allowed)
+        self.ticks += 1
+        if self.baselines and self.ticks % 2 == 0:
+            self._poll()
+
+    def _live(self) -> None:
+        start, self.now = self.now, self.now + TICK
+        facts = self.engine.advance(start, self.now)
+        for fact in facts:
+            if isinstance(fact, Settled):
+                self.users.pop(fact.id, None)
+        self._facts.extend(facts)
+        while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
+            self.request(self._next.prompt, self._next.output, self.streams())
+            self._next = next(self.arrivals, None)
+        if not self.blind:
+            self._pulse_at = self.now
+
+    def _book(self) -> None:
+        if self.blind:
+            return
+        for fact in self._facts:
+            self.control.fact(0, fact)
+        self._facts.clear()
+
+    def _read(self) -> None:
+        if self.ticks % 2 == 0:
+            self._reading = self.engine.sample(self.now, self.wall)
+        closed = not self.engine.how.port_open
+        self._refused = (self._refused or self.now) if closed else None
+
+    def _readings(self) -> Readings:
+        relay = RelayUse(0, 1, 0, len(self.users), 0.0, self.now - self._pulse_at)
+        how = self.engine.how
+        unanswered = isinstance(self._reading, Failed) and how.port_open and not how.answering
+        return Readings(self._reading, GPUS, GPUS, (relay,), self._refused, "vllm", unanswered)
+
+    def _send_canary(self, allowed: float) -> None:
+        self.control.canary_sent(self.now)
+        seq = self.engine.submit("canary", 8, 1, self.now, owner="ours")
+        if seq is not None:
+            self._canary = (seq, self.now, allowed)
+            return
+        how = self.engine.how
+        outcome = "refused" if not how.port_open else "busy" if how.loading else "failed"
+        self.control.canary_ended(CanaryResult(outcome, self.now, self.now, allowed))  # type: ignore[arg-type]
+
+    def _end_canary(self) -> None:
+        if self._canary is None:
+            return
+        seq, started, allowed = self._canary
+        if seq.ended_at is None and self.now - started < allowed:
+            return
+        outcome = "ok" if seq.ended_at is not None else "starved"
+        if seq.ended_at is None:
+            self.engine.abort(seq, self.now)
+        self._canary = None
+        self.control.canary_ended(CanaryResult(outcome, started, self.now, allowed))  # type: ignore[arg-type]
+
+    def _note(self) -> None:
+        m = self.control.memory
+        if not self.trail or (self.trail[-1].state, self.trail[-1].reason) != (m.state, m.reason):
+            self.trail.append(Change(self.now, m.state, m.reason))
+
+    # --- the baselines ---
+
+    def _poll(self) -> None:
+        e = self.engine
+        if e.how.loading or not e.how.port_open:  # kubelet's startup probe keeps liveness probes off until it passes
+            self.forget_baselines()
+            return
+        status, seconds = e.health()
+        sample = self._reading.value if isinstance(self._reading, Value) else EngineSample()
+        seen = Seen(
+            self.now, status, seconds, sample.running or 0.0, sample.waiting or 0.0, self.now - e.token_at,
+            self.now - e.loop_at, self.now - e.chunk_at, e.counters.iterations, len(self.users), self._ask,
+        )  # fmt: skip
+        for baseline in self.baselines:
+            baseline.poll(seen)
+
+    def _ask(self, whose: str, limit: float) -> bool | None:
+        """The canary of a baseline: at most one each 10 s."""
+        seq, started = self._others.get(whose, (None, -1e9))
+        if seq is not None:
+            if seq.first_at is None and self.now - started < limit:
+                return None
+            self.engine.abort(seq, self.now)
+            self._others[whose] = (None, started)
+            return seq.first_at is not None
+        if self.now - started < 10.0:
+            return None
+        seq = self.engine.submit(f"canary {whose}", 8, 1, self.now, owner=whose)
+        self._others[whose] = (seq, self.now)
+        return False if seq is None else None

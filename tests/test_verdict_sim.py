@@ -1,0 +1,268 @@
+"""The verdict simulator itself: its engine keeps the bounds that passing over time rests on, and its detectors do what they say."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from sim import modes, sites, traces, weeks  # noqa: E402  # the path above must come first
+from sim.alarms import ALARMS, Alarm  # noqa: E402
+from sim.detectors import Baseline, Seen  # noqa: E402
+from sim.engine import Site  # noqa: E402
+from sim.world import CALM, UNLIVE, World  # noqa: E402
+
+from sidecar.facts import Delivered, Settled  # noqa: E402
+from sidecar.progress import Limits  # noqa: E402
+from sidecar.units import Coefficients  # noqa: E402
+
+CO = Coefficients()
+TRACES = {"synthetic": traces.synthetic()}
+TRACE = TRACES["synthetic"]
+
+Danger = tuple[str, float]
+
+
+def test_a_quick_run_prints_what_it_covered_and_every_table() -> None:
+    """The command ends well on synthetic arrivals and says how much of the weeks was simulated in full resolution."""
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "verdict_sim.py"),
+        "--quick",
+        "--processes",
+        "1",
+        "--traces",
+        "/nonexistent",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "12.0 engine-weeks" in done.stdout
+    assert "in full resolution" in done.stdout
+    for title in ("Whole-engine hangs", "Healthy engines", "Every hang mode", "false kills per engine-week"):
+        assert title in done.stdout
+    assert "synthetic" in done.stdout
+
+
+def test_a_folder_without_traces_is_an_error_that_names_what_is_expected(tmp_path: Path) -> None:
+    """An empty folder is not taken for real traces."""
+    with pytest.raises(ValueError, match=r"azure-2023-code\.csv\.gz"):
+        traces.load(tmp_path)
+
+
+def test_real_traces_are_read_in_order_of_time() -> None:
+    """Each file of the shared folder gives thousands of arrivals of about an hour."""
+    folder = BENCHMARKS.parent.parent / "shared" / "traces"
+    if not folder.is_dir():
+        pytest.skip("the shared traces are not here")
+    for trace in traces.load(folder).values():
+        assert len(trace) > 5000
+        assert 3000 < trace[-1].at < 4000
+        assert all(a.at <= b.at for a, b in pairwise(trace))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_silence_of_a_healthy_engine_is_longer_than_the_bound_that_weeks_pass_over_by(seed: int) -> None:
+    """In full resolution, on drawn sites: between two signs of progress never more than `longest_gap` of an arrival."""
+    rng = random.Random(f"bound:{seed}")
+    site = sites.draw(rng, TRACES, CO)
+    w = World(site, rng, compare=False, co=CO)
+    w.run(15)
+    start = rng.uniform(0, 3000)
+    served = [a for a in TRACE if start <= a.at]
+    w.traffic(sites.slice_of(TRACE, start, site.rate, w.now))
+    longest = 0.0
+    for _ in range(600):
+        w.tick()
+        longest = max(longest, w.control.evidence.age or 0.0)
+    bound = max(
+        sites.longest_gap(a, p, site, CO) for a, p in zip(served, sites.prefills(traces.Trace(served), CO), strict=True)
+    )
+    assert longest <= bound
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_passing_over_calm_time_hides_no_danger_that_full_resolution_shows(seed: int) -> None:
+    """Calm time in full resolution shows no danger; and what a story then does to a verdict, it does no later, and no less,
+    after calm time that was passed over."""
+    skipped, _ = lived(seed, skip=True)
+    full, calm = lived(seed, skip=False)
+    assert calm == []
+    for state, at in full:
+        assert any(other == state and when <= at for other, when in skipped), (state, at, skipped)
+
+
+def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
+    """A quarter of an hour of calm, then a story, with the same draws either way. Returns the story's dangers and those of the calm."""
+    rng = random.Random(f"lived:{seed}")
+    site, busy = sites.draw(rng, TRACES, CO), rng.random() < 0.7
+    alarm = rng.choice([a for a in ALARMS if a.number != 3])
+    w = World(site, random.Random(f"calm:{seed}"), compare=False, co=CO)
+    w.run(15)
+    began = w.now
+    if skip:
+        w.skip(900, busy)
+    else:
+        if busy:
+            w.traffic(sites.slice_of(TRACE, w.rng.uniform(0, 3000), site.rate, w.now))
+        w.run(400)
+        assert w.drained(490)
+        w.run(began + 900 - w.now)
+    calm = [c.state for c in w.trail if c.at >= began and c.state not in CALM]
+    w.rng, began = random.Random(f"story:{seed}"), w.now
+    w.traffic(sites.slice_of(TRACE, w.rng.uniform(0, 3000), site.rate, w.now))
+    w.run(weeks.LEAD)
+    alarm.story(w)
+    w.run(weeks.AFTER)
+    dangers = [(c.state, c.at - began) for c in w.trail if c.at >= began and c.state in ("suspect", *UNLIVE)]
+    first = dict(reversed(dangers))
+    return list(first.items()), calm
+
+
+def test_natural_windows_are_found_where_hardware_is_far_slower_than_the_coefficients_say() -> None:
+    """At the coefficients' speed no arrival of the trace can end in a kill; ten times slower, its long prompts can."""
+    at_speed, slow = (sites.windows(TRACE, Site(slowness=s), CO, Limits()) for s in (1.0, 10.0))
+    assert at_speed == []
+    assert slow
+    assert all(sites.prefills(TRACE, CO)[i] > 0.5 for i in slow)
+
+
+def test_only_calm_time_may_be_passed_over() -> None:
+    """Not while users wait, nor while the verdict is anything but calm."""
+    w = World(Site(), random.Random(0), compare=False)
+    with pytest.raises(AssertionError, match="only calm time"):
+        w.skip(10, busy=True)
+    w.run(15)
+    w.request(100_000, 100)
+    with pytest.raises(AssertionError, match="only calm time"):
+        w.skip(10, busy=True)
+
+
+def test_a_week_is_the_same_again_from_its_seed() -> None:
+    """What a false kill's seed names can be looked at again."""
+    one, two = (weeks.week("7:3", TRACES, CO) for _ in range(2))
+    assert one == two
+    assert one.weeks == pytest.approx(1.0, abs=0.05)
+
+
+HARMLESS = ("1:", "3:", "4:", "7:", "9:", "12:", "13:", "16:", "17:", "garbage", "client")
+
+
+@pytest.mark.parametrize("alarm", [a for a in ALARMS if weeks.label(a).startswith(HARMLESS)], ids=weeks.label)
+def test_the_production_code_stays_silent_in_the_simulated_alarm(alarm: Alarm) -> None:
+    """Three stories of each of these alarms kill nothing."""
+    for seed in range(3):
+        tally, rng = weeks.Tally(), random.Random(f"alarm:{seed}:{alarm.text}")
+        site = sites.draw(rng, TRACES, CO)
+        if alarm.text.startswith("sleep"):
+            site = replace(
+                site, page=True
+            )  # sleep is read from the page; without one it looks like a hang (README, limits)
+        w = World(site, rng, compare=False, co=CO)
+        w.run(15)
+        weeks.event(w, alarm, TRACES, tally, str(seed))
+        assert tally.kills == {}, tally.examples
+
+
+WHOLE = [(m, load) for m in modes.MODES for load in m.loads if not m.part and load in ("idle", "decoding")]
+
+
+@pytest.mark.parametrize(("mode", "load"), WHOLE, ids=lambda p: p if isinstance(p, str) else str(p.number))
+def test_the_production_code_finds_every_hang_of_the_whole_engine(mode: modes.Mode, load: str) -> None:
+    """Idle or decoding, liveness fails while nothing but the fault happened, and never before it."""
+    w = modes.made_for(mode, random.Random(f"mode:{mode.number}:{load}"))
+    w.compare, w.baselines = False, []
+    found = modes.trial(w, mode, load)
+    assert found.before in CALM
+    assert found.liveness is not None, found.trail
+    assert found.liveness > 0
+
+
+def test_prefills_share_the_step_or_starve_the_decodes() -> None:
+    """A prefill of seconds leaves a running stream its share of tokens, or nothing, as the site says."""
+    counts = {}
+    for starves in (False, True):
+        w = World(Site(starves=starves), random.Random(0), compare=False)
+        w.request(100, 5000)
+        w.run(2)
+        before = w.control.ledger.delivered_total
+        w.request(100_000, 10)  # 8.5 s of prefill
+        w.run(5)
+        counts[starves] = w.control.ledger.delivered_total - before
+    assert counts[True] == 0 < counts[False]
+
+
+def test_a_prefill_under_way_moves_no_counter_but_kv_use() -> None:
+    """As vLLM: prompt, generation and iteration counters stand still, KV use grows."""
+    w = World(Site(), random.Random(0), compare=False)
+    w.request(100_000, 10)
+    w.run(2)
+    one = w.engine.sample(w.now, 0.0).value
+    w.run(3)
+    two = w.engine.sample(w.now, 0.0).value
+    assert (one.prompt_tokens, one.generation_tokens, one.iterations) == (
+        two.prompt_tokens,
+        two.generation_tokens,
+        two.iterations,
+    )
+    assert two.kv_usage > one.kv_usage > 0
+
+
+def test_chunks_held_up_by_a_blocked_api_reach_the_relay_when_it_answers_again() -> None:
+    """Nothing is lost: the tokens and the end of a stream come late."""
+    w = World(Site(), random.Random(0), compare=False)
+    w.engine.submit("a", 100, 50, w.now)
+    w.engine.fault("api_block")
+    assert w.engine.advance(w.now, w.now + 10) == []
+    w.engine.heal()
+    w.engine.submit("b", 100, 50, w.now + 10)
+    facts = w.engine.advance(w.now + 10, w.now + 15)
+    assert sum(f.tokens for f in facts if isinstance(f, Delivered) and f.id == "a") == 50
+    assert [f.outcome for f in facts if isinstance(f, Settled)] == ["ok", "ok"]
+
+
+def seen(now: float, **changes: object) -> Seen:
+    """A healthy look, with changes."""
+    calm = {
+        "health_status": 200, "health_seconds": 0.01, "running": 0.0, "waiting": 0.0, "token_age": 0.0, "loop_age": 0.0,
+        "chunk_age": 0.0, "iterations": now, "users": 0, "canary": lambda whose, limit: True,
+    }  # fmt: skip
+    return Seen(now=now, **{**calm, **changes})  # type: ignore[arg-type]
+
+
+def failing(whose: str, limit: float) -> bool:
+    """Every canary fails."""
+    return False
+
+
+FIRES = {
+    "vLLM /health": {"health_status": 503},
+    "kubelet default 1 s": {"health_seconds": 1.5},
+    "vLLM PR 45526": {"running": 1.0, "token_age": 61.0},
+    "gonka PR 1421": {"running": 1.0, "iterations": 5.0},
+    "SGLang /health_generate": {"canary": failing, "token_age": 25.0},
+    "LMDeploy 90 s": {"loop_age": 91.0},
+    "Dynamo canary": {"canary": failing, "chunk_age": 11.0},
+    "TensorRT-LLM 300 s": {"loop_age": 301.0},
+}
+
+
+@pytest.mark.parametrize("name", FIRES)
+def test_a_baseline_fires_on_its_own_condition_and_on_nothing_else(name: str) -> None:
+    """Each detector fails on the one thing that it looks at, not before, and not on what the others look at."""
+    calm = Baseline(name)
+    for now in range(0, 400, 10):
+        calm.poll(seen(float(now)))
+    assert (calm.failing_since, calm.killed_at) == (None, None)
+    fires = Baseline(name)
+    for now in range(0, 400, 10):
+        fires.poll(seen(float(now), **FIRES[name]))
+    assert fires.killed_at is not None
+    assert fires.killed_at >= (fires.failing_since or 0.0)
