@@ -68,3 +68,17 @@ def test_the_scripts_parse(requires: Callable[[str], Path]) -> None:
     make = requires("make")
     for target in ("run", "test", "test-vllm", "bench", "docs", "clean"):
         subprocess.run([make, "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=30)
+
+
+def test_our_kernels_and_hugging_faces_live_together() -> None:
+    """`import kernels` is theirs, `sidecar.kernels` is ours, and transformers imports beside both, from the repository root too."""
+    code = (
+        "import kernels, sidecar.kernels.grid as ours, transformers; transformers.Qwen2VLImageProcessor;"
+        "print(kernels.__file__); print(ours.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    theirs, ours = done.stdout.split()
+    assert Path(theirs).is_relative_to(Path(sys.prefix)) and "sidecar" in ours
