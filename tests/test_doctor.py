@@ -203,16 +203,18 @@ def test_a_known_and_an_unknown_processor(tmp_path: Path) -> None:
     assert machine.model(Settings()).level == "absent"
 
 
-def test_the_image_extra_loads(tmp_path: Path) -> None:
+def test_the_image_extra_loads(tmp_path: Path, requires: Callable[[str], Path]) -> None:
     """With a known processor, torch and torchvision are really loaded, in a process of their own."""
-    pytest.importorskip("torchvision")
+    requires("python:torchvision")
     found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR)))
     assert found.level == "ok" and "torchvision" in found.what
 
 
-def test_an_image_extra_that_does_not_load_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_extra_that_does_not_load_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requires: Callable[[str], Path]
+) -> None:
     """A torch that breaks at import is told, with its last line and a remedy."""
-    pytest.importorskip("torchvision")
+    requires("python:torchvision")
     (tmp_path / "torch.py").write_text("raise OSError('libtorch is broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = machine.images(Settings(model=model_dir(tmp_path, PROCESSOR)))
