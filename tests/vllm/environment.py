@@ -24,7 +24,14 @@ OVERRIDES = ("torch==2.13.0", "torchvision==0.28.0")
 PINS = "\n".join((REQUIREMENT, *OVERRIDES, ""))
 FREE_BYTES = 12 << 30  # 6.3 GB for the environment, as much again for what the installer caches on the way
 NO_DISK = 3
-CHECK = "import torch, torchvision, vllm, vllm._C; print(vllm.__version__, torch.__version__)"
+# vLLM chooses its kernels by what the processor can do: importing one by name ends with SIGILL on another.
+CHECK = """
+import torch, torchvision, vllm
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+assert hasattr(torch.ops._C, "rms_norm"), "vLLM loaded no kernels for this processor"
+print(vllm.__version__, torch.__version__)
+"""
 
 
 class NotMade(Exception):
