@@ -157,6 +157,27 @@ class Imaged:
 
 
 @dataclass(frozen=True, slots=True)
+class Backpressure:
+    """An open answer waits for its client to read (`on`), or goes on again: its silence is the client's, not the engine's."""
+
+    id: str
+    at: float
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Directed:
+    """The engine took an order that stops its work on purpose (`on`), or lets it go on: silence in between is no hang.
+
+    `what` is the reason code of the exemption: "engine_sleeping", "engine_paused", "engine_profiling" or "weight_update".
+    """
+
+    at: float
+    what: str
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Pulse:
     """A relay process is alive: its own event loop lag (seconds) and open client requests. Sent once a second."""
 
@@ -206,14 +227,22 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """End these open requests at once: their connection to the engine closes, their client gets an error of this code."""
+
+    ids: tuple[str, ...]
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Stop accepting, let streams finish for at most `seconds`, then exit 0."""
 
     seconds: float
 
 
-Fact = Admitted | FirstToken | Delivered | Settled | Imaged | Pulse | PageWanted
-Order = Configure | Published | Page | Drain
+Fact = Admitted | FirstToken | Delivered | Settled | Imaged | Backpressure | Directed | Pulse | PageWanted
+Order = Configure | Published | Page | End | Drain
 
 
 # --- samples: what a signal reads ---
