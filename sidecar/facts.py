@@ -249,6 +249,16 @@ Order = Configure | Published | Page | End | Drain
 
 
 @dataclass(frozen=True, slots=True)
+class RankSample:
+    """One data-parallel rank's own numbers; None where they are not broken down by rank."""
+
+    rank: int
+    running: float | None = None
+    waiting: float | None = None
+    generation_tokens: float | None = None  # a counter
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSample:
     """The engine's own numbers from its metrics page; None where its page has no such series."""
 
@@ -261,6 +271,8 @@ class EngineSample:
     iterations: float | None = None
     started_wall: float | None = None  # process_start_time_seconds
     sleeping: bool | None = None
+    kv_capacity_tokens: float | None = None  # tokens that the KV cache of one rank holds
+    ranks: tuple[RankSample, ...] = ()  # by rank; empty where the page tells no ranks apart
 
 
 @dataclass(frozen=True, slots=True)

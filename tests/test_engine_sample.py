@@ -13,7 +13,7 @@ from sidecar.engine.behaviour import Behaviour
 from sidecar.engine.kinds import KINDS, canary, recognise
 from sidecar.engine.pages import GARBAGE, Meters
 from sidecar.engine.sample import Garbage, parse
-from sidecar.facts import EngineSample
+from sidecar.facts import EngineSample, RankSample
 from sidecar.settings import ENGINE_KINDS
 
 VLLM = KINDS["vllm"]
@@ -55,7 +55,9 @@ vllm:iteration_tokens_total_sum{engine="0",model_name="org/model"} 4000.0
 PAGES = {
     "vllm": (
         VLLM_PAGE,
-        EngineSample(7, 2, 0.75, 12345678, 99, 11, 1000, 1763731234.56, False),
+        EngineSample(
+            7, 2, 0.75, 12345678, 99, 11, 1000, 1763731234.56, False, None, (RankSample(0, 3, 2, 99), RankSample(1, 4))
+        ),
     ),
     "sglang": (
         b"""\
@@ -173,6 +175,34 @@ def test_a_sleeping_engine_is_read_from_its_page() -> None:
     assert parse(page, VLLM).sleeping is True
 
 
+@pytest.mark.parametrize(
+    ("page", "tokens"),
+    [
+        (b'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0', 1600),
+        (b'vllm:cache_config_info{block_size="16",kv_cache_size_tokens="2000",num_gpu_blocks="100"} 1.0', 2000),
+        (b'vllm:cache_config_info{block_size="16",kv_cache_size_tokens="None",num_gpu_blocks="100"} 1.0', 1600),
+        (b'vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0', None),
+        (b'vllm:cache_config_info{block_size="16",num_gpu_blocks="1e999"} 1.0', None),
+        (b'vllm:cache_config_info{num_gpu_blocks_override="7"} 1.0', None),
+    ],
+)
+def test_the_capacity_is_read_from_labels(page: bytes, tokens: float | None) -> None:
+    """The KV cache's tokens come from vLLM's info gauge, the larger of its two forms; what is no number is absent."""
+    assert parse(page, VLLM).kv_capacity_tokens == tokens
+    assert parse(b"sglang:max_total_num_tokens 4096\n", KINDS["sglang"]).kv_capacity_tokens == 4096
+
+
+def test_ranks_are_told_apart() -> None:
+    """Each rank's running, waiting and generated tokens stand beside their sums; a label that is no number is no rank."""
+    page = b"".join(
+        b'vllm:generation_tokens_total{engine="%s",model_name="a,engine=\\"9\\""} %d\n' % (rank, tokens)
+        for rank, tokens in ((b"0", 5), (b"1", 7), (b"10", 1), (b"x", 2), (b"9" * 5000, 3))
+    )
+    sample = parse(page, VLLM)
+    assert sample.generation_tokens == 18
+    assert sample.ranks == tuple(RankSample(rank, generation_tokens=n) for rank, n in ((0, 5), (1, 7), (10, 1)))
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_give_a_sample_or_garbage(noise: bytes) -> None:
     """No input makes the reader raise anything but Garbage, alone or after wanted names."""
@@ -180,6 +210,7 @@ def test_any_bytes_give_a_sample_or_garbage(noise: bytes) -> None:
         noise,
         b"vllm:num_requests_running" + noise,
         b'vllm:kv_cache_usage_perc{a="' + noise,
+        b'vllm:cache_config_info{block_size="' + noise + b'",num_gpu_blocks="3"} 1',
         VLLM_PAGE + noise,
     ):
         for kind in KINDS.values():

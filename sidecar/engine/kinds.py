@@ -26,6 +26,17 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
+class Capacity:
+    """Where the tokens of the KV cache stand: the value of `name`, or the product of labels, the largest of `products`.
+
+    The largest, because a request is ended that exceeds it: one that might fit must not be.
+    """
+
+    name: str
+    products: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineKind:
     """One engine. `series` maps a field of EngineSample to what it is read from: the first that the page has.
 
@@ -37,6 +48,8 @@ class EngineKind:
     series: Mapping[str, tuple[Series, ...]] = field(default_factory=dict)
     metrics_path: str = "/metrics"
     awake: Series | None = None
+    capacity: Capacity | None = None
+    rank: str = ""  # the label that numbers data-parallel ranks
     sleep_paths: tuple[tuple[str, str], ...] = ()
     canary_path: str = "/v1/completions"
     honours_uuid: bool = False  # an image part's `uuid` is its cache key
@@ -60,12 +73,18 @@ _VLLM_SERIES: Final = _plain(
     started_wall="process_start_time_seconds",
 )
 _VLLM_AWAKE: Final = Series("vllm:engine_sleep_state", 'sleep_state="awake"')
+# kv_cache_size_tokens counts groups of layers, as the scheduler does; the product stands in where a version lacks it.
+_VLLM_CAPACITY: Final = Capacity(
+    "vllm:cache_config_info", (("kv_cache_size_tokens",), ("num_gpu_blocks", "block_size"))
+)
 
 KINDS: Final[dict[str, EngineKind]] = {
     "scripted": EngineKind(
         "scripted",
         _VLLM_SERIES,
         awake=_VLLM_AWAKE,
+        capacity=_VLLM_CAPACITY,
+        rank="engine",
         sleep_paths=(("/is_sleeping", "is_sleeping"),),
         honours_uuid=True,
         owner="scripted",
@@ -75,6 +94,8 @@ KINDS: Final[dict[str, EngineKind]] = {
         "vllm",
         _VLLM_SERIES,
         awake=_VLLM_AWAKE,
+        capacity=_VLLM_CAPACITY,
+        rank="engine",
         sleep_paths=(("/is_sleeping", "is_sleeping"), ("/is_paused", "is_paused")),
         honours_uuid=True,
         owner="vllm",
@@ -102,6 +123,8 @@ KINDS: Final[dict[str, EngineKind]] = {
                 Series("sglang:generation_tokens_total"),
             ),
         },
+        capacity=Capacity("sglang:max_total_num_tokens"),
+        rank="dp_rank",
         owner="sglang",
         prefix="sglang:",
     ),

@@ -2,8 +2,9 @@
 
 A vLLM page is 100 KB and more, and it is read every second: so one search finds the lines that begin with a wanted name, and
 only those are parsed (Prometheus text and OpenMetrics alike). Counters, running and waiting are summed over label sets
-(data-parallel ranks, finish reasons); KV use and start time are the largest. A series that is not on the page is None; a value
-that is not a finite number >= 0, a wanted line that cannot be read, and a page that is no metrics page are Garbage.
+(data-parallel ranks, finish reasons); KV use and start time are the largest; ranks stand beside the sums, too. A series that is
+not on the page is None; a value that is not a finite number >= 0, a wanted line that cannot be read, and a page that is no
+metrics page are Garbage.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final
 
-from sidecar.engine.kinds import EngineKind, Series
-from sidecar.facts import EngineSample
+from sidecar.engine.kinds import Capacity, EngineKind, Series
+from sidecar.facts import EngineSample, RankSample
 
 # After the name: labels (quoted values may hold braces, commas and escaped quotes), value, and what may follow it: a
 # timestamp, an OpenMetrics exemplar. Possessive, so that no page can make it backtrack.
@@ -26,6 +27,8 @@ _NUMBER: Final = re.compile(rb"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9
 _LINE: Final = re.compile(rb"\s*(#|[a-zA-Z_:][a-zA-Z0-9_:]*[ \t{])")
 
 _LARGEST: Final = frozenset({"kv_usage", "started_wall"})
+RANKED: Final = ("running", "waiting", "generation_tokens")  # fields of EngineSample that RankSample has, too
+MAX_RANK_DIGITS: Final = 4
 
 Samples = Mapping[str, list[tuple[bytes, float]]]  # stem of a series name -> its (labels, value)
 
@@ -42,16 +45,22 @@ def parse(page: bytes, kind: EngineKind) -> EngineSample:
     found = {
         field: value for field, options in kind.series.items() if (value := _first(samples, field, options)) is not None
     }
-    awake = _values(samples, kind.awake) if kind.awake else []
-    return EngineSample(**found, sleeping=max(awake) == 0 if awake else None)
+    awake = [value for _, value in _lines(samples, kind.awake)] if kind.awake else []
+    return EngineSample(
+        **found,
+        sleeping=max(awake) == 0 if awake else None,
+        kv_capacity_tokens=_capacity(samples, kind.capacity) if kind.capacity else None,
+        ranks=_ranks(samples, kind) if kind.rank else (),
+    )
 
 
 def _samples(page: bytes, kind: EngineKind) -> Samples:
     """All samples of the kind's series. Formats differ in a counter's `_total`: both spellings are taken."""
-    series = [s for options in kind.series.values() for s in options] + ([kind.awake] if kind.awake else [])
+    names = [s.name for options in kind.series.values() for s in options]
+    names += [one.name for one in (kind.awake, kind.capacity) if one]
     samples: dict[str, list[tuple[bytes, float]]] = {}
     page = b"\n" + page
-    for match in _pattern(tuple(dict.fromkeys(_stem(s.name) for s in series))).finditer(page) if series else ():
+    for match in _pattern(tuple(dict.fromkeys(map(_stem, names)))).finditer(page) if names else ():
         stem = _stem(match[1].decode())
         samples.setdefault(stem, []).append(_read(page, match.end(), stem))
     return samples
@@ -75,14 +84,46 @@ def _stem(name: str) -> str:
 def _first(samples: Samples, field: str, options: Iterable[Series]) -> float | None:
     """The value of the first series that the page has: its sum over label sets, or its largest."""
     for series in options:
-        values = _values(samples, series)
+        values = [value for _, value in _lines(samples, series)]
         if values:
             return max(values) if field in _LARGEST else math.fsum(values)
     return None
 
 
-def _values(samples: Samples, series: Series) -> list[float]:
-    return [value for labels, value in samples.get(_stem(series.name), ()) if _wanted(labels, series)]
+def _lines(samples: Samples, series: Series) -> list[tuple[bytes, float]]:
+    return [line for line in samples.get(_stem(series.name), ()) if _wanted(line[0], series)]
+
+
+def _ranks(samples: Samples, kind: EngineKind) -> tuple[RankSample, ...]:
+    """The numbers of each rank, from the first series of a field that is on the page and names ranks."""
+    found: dict[int, dict[str, float]] = {}
+    for field in RANKED:
+        lines = (_lines(samples, series) for series in kind.series.get(field, ()))
+        for labels, value in next(filter(None, lines), ()):
+            rank = _label(labels, kind.rank)
+            if rank.isdecimal() and len(rank) <= MAX_RANK_DIGITS:
+                of_rank = found.setdefault(int(rank), {})
+                of_rank[field] = of_rank.get(field, 0.0) + value
+    return tuple(RankSample(rank, **found[rank]) for rank in sorted(found))
+
+
+def _capacity(samples: Samples, capacity: Capacity) -> float | None:
+    """Tokens that fit the largest rank's KV cache; None where the page does not say, or not in numbers."""
+    sizes: list[float] = []
+    for labels, value in samples.get(_stem(capacity.name), ()):
+        if not capacity.products:
+            sizes.append(value)
+        for names in capacity.products:
+            parts = [_label(labels, name) for name in names]
+            if all(_NUMBER.fullmatch(part.encode()) for part in parts):
+                sizes.append(math.prod(map(float, parts)))
+    return max((size for size in sizes if 0 < size < math.inf), default=None)
+
+
+def _label(labels: bytes, name: str) -> str:
+    """A label's value as it stands; empty where there is none, or one with escapes."""
+    match = re.search(rb"[{,]" + name.encode() + rb'="([^"\\]*)"', labels)
+    return match[1].decode("ascii", "replace") if match else ""
 
 
 def _wanted(labels: bytes, series: Series) -> bool:
