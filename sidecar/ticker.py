@@ -1,6 +1,6 @@
 """The control process at work: facts in, ticks, and what each tick sets going.
 
-Rules: a tick never waits; what takes time (a canary, a file, a bundle) is a task of its own that is kept and awaited; one
+Rules: a tick never waits; what takes time (a canary, a file, a bundle) is an errand that is kept and awaited; one
 canary and one file write at a time.
 """
 
@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,8 @@ from sidecar import probes
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
 from sidecar.diagnosis import Diagnoses, bundle
-from sidecar.facts import Admitted, Fact, FirstToken, Imaged, Page, PageWanted, Published
+from sidecar.errands import Errands
+from sidecar.facts import Admitted, CanaryResult, Fact, FirstToken, Imaged, Page, PageWanted, Published
 from sidecar.ledger import Settlement
 from sidecar.meters import Meters
 from sidecar.relays import RelayPool
@@ -67,7 +67,7 @@ class Ticker:
         self.sinks = sinks
         self._dollars_per_mu = dollars_per_gpu_hour / 3_600_000 * control.unit_ms
         self._pool: RelayPool | None = None
-        self._errands: dict[str, asyncio.Task[None]] = {}
+        self._errands = Errands()
         self._ticks = 0
         self.ticked_at = time.monotonic()
         self.snapshot = self.control.tick(self._readings(self.ticked_at), self.ticked_at, time.time())
@@ -86,9 +86,7 @@ class Ticker:
                 due = max(due + TICK, loop.time())
                 await asyncio.sleep(due - loop.time())
         finally:
-            for task in self._errands.values():
-                task.cancel()
-            await asyncio.gather(*self._errands.values(), return_exceptions=True)
+            await self._errands.close()
 
     def stand(self) -> probes.Stand:
         """What probes render."""
@@ -150,7 +148,7 @@ class Ticker:
         allowed = self.control.canary_due()
         if allowed is not None and self._signals.contact.canary is not None:
             self.control.canary_sent(now)
-            self._run("canary", self._canary(allowed))
+            self._errands.start("canary", self._canary(allowed), lambda what: self._canary_broke(now, allowed, what))
         if changed or self._ticks % PUBLISH_EVERY == 0:
             self._publish(wall)
         if self._pool is not None and self.control.lag < TICK:
@@ -179,7 +177,7 @@ class Ticker:
         if verdict.state == "stalled":
             stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(wall))
             content = bundle(self.snapshot, list(self.control.ledger.holds()), self._signals.contact.page())
-            self._run("diagnosis", self._diagnose(content, f"{stamp}-{verdict.reason}"))
+            self._errands.start("diagnosis", self._diagnose(content, f"{stamp}-{verdict.reason}"))
         elif verdict.state == "starting":
             self._signals.contact.engine_restarted()
 
@@ -189,16 +187,9 @@ class Ticker:
             headers = orca.header_json(load, engine), orca.header_text(load, engine)
             self._pool.order(Published(*headers, self.control.verdict.state, self._signals.contact.kind_name))
         self.sinks.feed.publish(self.snapshot)
-        self._run("state", self._write_state(self.stand(), wall))
+        self._errands.start("state", self._write_state(self.stand(), wall))
 
     # --- errands ---
-
-    def _run(self, name: str, errand: Coroutine[Any, Any, None]) -> None:
-        """Start a task unless its like is still under way: a slow disk must not pile them up."""
-        if (running := self._errands.get(name)) is not None and not running.done():
-            errand.close()
-            return
-        self._errands[name] = asyncio.create_task(errand, name=name)
 
     async def _canary(self, allowed: float) -> None:
         canary = self._signals.contact.canary
@@ -207,6 +198,13 @@ class Ticker:
         self.sinks.meters.observe(result)
         if result.outcome not in ("ok", "refused"):
             _log.warning("canary %s: %s", result.outcome, result.detail)
+
+    def _canary_broke(self, sent: float, allowed: float, what: str) -> None:
+        """Our own error says nothing of the engine; but a canary that is held to be outstanding for ever would end all judging."""
+        detail = f"our own canary could not run ({what})"
+        self.sinks.meters.observe(
+            self.control.canary_ended(CanaryResult("rejected", sent, time.monotonic(), allowed, detail))
+        )
 
     async def _write_state(self, stand: probes.Stand, wall: float) -> None:
         try:

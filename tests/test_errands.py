@@ -1,0 +1,98 @@
+"""Errands of the control process: none ends unseen, and none that breaks can wedge the judge."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from sidecar import app, units
+from sidecar.errands import PLACES, Errands
+from sidecar.settings import Settings, load
+from sidecar.signals.canary import CanarySignal
+from sidecar.statefile import StateDir
+from sidecar.ticker import Ticker
+
+
+async def breaks(secret: str = "") -> None:
+    raise TypeError(secret)
+
+
+async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever sent it hears the error's type; the log names the place once, and never the text of the error."""
+    errands, broken = Errands(), asyncio.Queue[str]()
+    for _ in range(3):
+        assert errands.start("canary", breaks("a user's words"), broken.put_nowait)
+        assert await broken.get() == "TypeError"
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR and "canary" in record.message and "test_errands.py:" in record.message
+    assert "words" not in caplog.text
+
+
+async def test_an_errand_that_others_cancel_is_told() -> None:
+    """A cancellation that is not ours ends an errand like an error does."""
+    errands, broken = Errands(), asyncio.Queue[str]()
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    errands.start("canary", cancelled(), broken.put_nowait)
+    assert await broken.get() == "cancelled"
+
+
+async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    """What is under way is not started again; closing ends it without a word, and nothing starts any more."""
+    errands, broken = Errands(), list[str]()
+    for expected in (True, False):
+        assert errands.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
+    assert errands.running("state")
+    await errands.close()
+    assert not errands.start("state", breaks()) and not errands.running("state")
+    assert not broken and not caplog.records
+
+
+async def test_what_is_logged_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    """However many errands break, the log gets a bounded number of lines."""
+    errands, broken = Errands(), asyncio.Queue[str]()
+    for i in range(PLACES + 5):
+        errands.start(f"errand {i}", breaks(), broken.put_nowait)
+        await broken.get()
+    assert len(caplog.records) == PLACES
+
+
+@pytest.fixture
+async def ticker(tmp_path: Path) -> AsyncIterator[Ticker]:
+    """A control process without relays, whose canary breaks on whatever it is asked."""
+    chosen = load(Settings, {"engine": "http://127.0.0.1:9"}, {})
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        made, signals, _ = app.build(chosen, units.Coefficients(), StateDir(str(tmp_path)), session, stack)
+
+        def impossible(model: str) -> tuple[str, dict[str, object]]:
+            raise TypeError(model)
+
+        signals.contact.canary = CanarySignal(session, chosen.engine, impossible, {}, "model")
+        yield made
+
+
+async def test_a_canary_that_breaks_does_not_wedge_the_judge(ticker: Ticker) -> None:
+    """It is booked as one that could not run, which judges nothing, and the next one is sent."""
+    ticks = asyncio.create_task(ticker.run())
+    async with asyncio.timeout(30):
+        ends = set[float]()
+        while len(ends) < 2:  # the one after the broken one ended too
+            await asyncio.sleep(0.05)
+            if ticker.control.canary is not None:
+                ends.add(ticker.control.canary.ended)
+    result = ticker.control.canary
+    assert result is not None and result.outcome == "rejected" and "could not run (TypeError)" in result.detail
+    assert ticker.control.canary_since is None and ticker.stand().verdict.state == "starting"
+    assert time.monotonic() - ticker.ticked_at < 30
+    ticks.cancel()
+    await asyncio.gather(ticks, return_exceptions=True)
