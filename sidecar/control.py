@@ -5,11 +5,12 @@ facts -> ledger + progress        readings -> progress        tick -> evidence -
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, replace
 
-from sidecar import __version__, units, verdict
+from sidecar import __version__, sums, units, verdict
 from sidecar.bounded import Bounded
+from sidecar.explain import explain, facts_of
 from sidecar.facts import (
     Admitted,
     CanaryResult,
@@ -26,10 +27,10 @@ from sidecar.facts import (
     Value,
     Verdict,
 )
-from sidecar.ledger import Hold, Ledger, Settlement
-from sidecar.progress import Evidence, Limits, Progress, item_of
+from sidecar.ledger import Ledger, Settlement
+from sidecar.progress import Limits, Progress, item_of
 from sidecar.settings import Settings
-from sidecar.snapshot import ImageUse, Load, RelayUse, Snapshot, TenantUse
+from sidecar.snapshot import Load, RelayUse, Snapshot
 
 TICK = 0.5  # seconds between ticks
 LATE = 2.0  # seconds that a tick may be late before our own evidence is withheld
@@ -59,16 +60,6 @@ class Readings:
     diagnoses: tuple[DiagnosisSummary, ...] = ()
 
 
-@dataclass(slots=True)
-class ImageSums:
-    """Image work since the start."""
-
-    outcomes: Counter[str]
-    stages: dict[str, tuple[int, float]]
-    bytes_in: int = 0
-    bytes_out: int = 0
-
-
 class Control:
     """State of the control process. The composition root feeds it and acts on what `tick` returns."""
 
@@ -87,8 +78,7 @@ class Control:
         self.canary_since: float | None = None
         self._canary_touched = 0.0
         self.draining = False
-        self._images = ImageSums(Counter(), {})
-        self._image_label = Bounded(20)
+        self._images = sums.ImageSums()
         self._sampled_at = 0.0
         self._queue = 0.0
         self._canary_seconds: deque[float] = deque(maxlen=16)  # of those that passed since the engine started
@@ -116,7 +106,7 @@ class Control:
                 self.progress.settled((relay, fact.id))
                 self._ended(fact)
             case Imaged():
-                self._imaged(fact)
+                self._images.add(fact)
             case _:
                 pass
         return self.ledger.apply(relay, fact)
@@ -134,15 +124,6 @@ class Control:
             self.progress.completed(fact.at)
         if fact.first_at is not None and fact.delivered_tokens > 1:
             self.progress.token_time((fact.at - fact.first_at) / (fact.delivered_tokens - 1))
-
-    def _imaged(self, fact: Imaged) -> None:
-        sums = self._images
-        sums.outcomes[self._image_label(fact.outcome)] += 1
-        sums.bytes_in += fact.bytes_in
-        sums.bytes_out += fact.bytes_out
-        for stage, seconds in fact.stages:
-            count, total = sums.stages.get(stage, (0, 0.0))
-            sums.stages[self._image_label(stage)] = (count + 1, total + seconds)
 
     # --- canaries ---
 
@@ -223,7 +204,7 @@ class Control:
             if self.canary_since is not None:
                 self._canary_touched = now
             canary = self._canary_touched >= self._sampled_at
-            self._queue += QUEUE_WEIGHT * (queue_share(reading.value) - self._queue)
+            self._queue += QUEUE_WEIGHT * (sums.queue_share(reading.value) - self._queue)
             restarted = self.progress.engine(reading.value, reading.at, canary=canary)
             self._restarted |= restarted and not self._served_since_start(reading.value, now, wall)
             self._sampled_at = reading.at
@@ -259,115 +240,12 @@ class Control:
         return Snapshot(
             at=now, at_wall=wall, version=__version__, engine_kind=r.engine_kind, draining=self.draining,
             verdict=self.verdict, progress_age=self.evidence.age, silence_allowed=self.evidence.allowed,
-            silence_ruled_by=self.evidence.ruled_by, load=self._load(r, now), tenants=self._tenants(),
-            images=self._image_use(), images_device="off" if self._settings.images == "off" else self._settings.images_device,
+            silence_ruled_by=self.evidence.ruled_by, load=self._load(r, now), tenants=sums.tenants_of(self.ledger),
+            images=self._images.use(), images_device="off" if self._settings.images == "off" else self._settings.images_device,
             engine=r.engine, gpus=r.gpus, own=r.own, own_lag=self.lag, relays=r.relays, canary=self.canary,
             canary_outstanding_since=self.canary_since, changes=tuple(self.changes), diagnoses=r.diagnoses,
         )  # fmt: skip
 
     def _load(self, r: Readings, now: float) -> Load:
-        stock = self.ledger.stock()
-        per_minute = self.ledger.mu_per_minute(now)
-        max_per_minute = units.max_mu_per_minute(self._co)
-        max_in_flight = units.max_mu_in_flight(self._co, self._settings.slo_seconds)
-        sample = r.engine.value if isinstance(r.engine, Value) else EngineSample()
-        shares = {
-            "stock": stock.mu / max_in_flight,
-            "flow": per_minute / max_per_minute,
-            "kv": sample.kv_usage or 0.0,
-            "queue": self._queue,
-        }
-        limited_by = max(shares, key=lambda name: shares[name])
-        return Load(
-            mu_in_flight=stock.mu, mu_max_in_flight=max_in_flight, mu_per_minute=per_minute,
-            mu_max_per_minute=max_per_minute, utilization=shares[limited_by], limited_by=limited_by,
-            prefill_tokens_in_flight=stock.prefill_tokens, decode_tokens_in_flight=stock.decode_tokens,
-            tokens_delivered_total=self.ledger.delivered_total,
-            tokens_per_second=self.ledger.tokens_per_second(now), requests_in_flight=stock.requests,
-            requests_waiting=stock.waiting, requests_per_second=self.ledger.requests_per_second(now),
-            coefficients_fingerprint=self._co.fingerprint, coefficients_source=self._co.source,
-            coefficients_stale=False,
-        )  # fmt: skip
-
-    def _tenants(self) -> tuple[TenantUse, ...]:
-        open_: dict[str, list[Hold]] = {}
-        for hold in self.ledger.holds():
-            open_.setdefault(hold.tenant, []).append(hold)
-        outcomes: dict[str, Counter[str]] = {}
-        for (tenant, _, outcome), (_, requests) in self.ledger.totals.items():
-            outcomes.setdefault(tenant, Counter())[outcome] += int(requests)
-        accounts = self.ledger.accounts
-        return tuple(
-            TenantUse(
-                tenant=t,
-                requests_in_flight=len(open_.get(t, ())),
-                mu_in_flight=sum(self.ledger.remaining(h) for h in open_.get(t, ())),
-                mu_total=accounts[t].mu if t in accounts else 0.0,
-                requests_total=accounts[t].requests if t in accounts else 0,
-                tokens_total=accounts[t].tokens if t in accounts else 0,
-                outcomes=tuple(sorted(outcomes.get(t, Counter()).items())),
-            )
-            for t in sorted({*open_, *accounts})
-        )
-
-    def _image_use(self) -> ImageUse:
-        s = self._images
-        stages = tuple((stage, count, seconds) for stage, (count, seconds) in s.stages.items())
-        return ImageUse(tuple(s.outcomes.items()), stages, s.bytes_in, s.bytes_out)
-
-
-def queue_share(sample: EngineSample) -> float:
-    """Share of the engine's requests that wait for a place."""
-    waiting, running = sample.waiting or 0.0, sample.running or 0.0
-    return waiting / (waiting + running) if waiting > 0 else 0.0
-
-
-def facts_of(i: verdict.Inputs, name: str) -> dict[str, float | int | str | bool | None]:
-    """The evidence of a verdict as plain numbers and codes."""
-    e, c = i.evidence, i.canary
-    return {
-        "condition": name,
-        "outstanding": e.outstanding,
-        "waiting": e.waiting,
-        "engine_busy": e.engine_busy,
-        "progress_age": _round(e.age),
-        "progress_kind": e.progress_kind,
-        "silence_allowed": _round(e.allowed),
-        "ruled_by": e.ruled_by,
-        "silence_predicted": _round(e.predicted),
-        "learned": e.learned,
-        "canary": c.outcome if c else None,
-        "canary_age": _round(i.now - c.ended) if c else None,
-        "refused_for": _round(i.now - i.refused_since) if i.refused_since is not None else None,
-    }
-
-
-def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
-    """One line for an operator: why this verdict."""
-    e: Evidence = i.evidence
-    silence = (
-        f"{e.outstanding} outstanding, {e.age:.1f} s without progress, {e.allowed:.1f} s allowed ({e.ruled_by})"
-        if e.age is not None
-        else "nothing outstanding"
-    )
-    canary = f"canary {i.canary.outcome} ({i.canary.detail})" if i.canary and i.canary.detail else "no canary verdict"
-    texts = {
-        "progress": f"{e.outstanding} outstanding, last progress {e.progress_kind}",
-        "confirmed": f"{silence}; {canary}",
-        "held": f"{silence}; {canary}",
-        "canary_lost": f"{silence}; {canary}",
-        "canary_rejected": f"{canary}; silence cannot be judged",
-        "stuck": f"{silence}; the canary passes, the users' work does not move",
-        "refused": "the engine takes no connection",
-        "refused_long": "the engine takes no connection; a restart must be under way",
-        "restarted": "the engine was started anew",
-        "reopened": "the engine takes connections again",
-        "not_served": f"no token from the engine yet; {canary}",
-        "exempt": f"not judged: {m.reason}",
-        "withheld": f"withheld: {m.reason}",
-    }
-    return texts.get(name, silence)
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+        kv = r.engine.value.kv_usage if isinstance(r.engine, Value) else None
+        return sums.load_of(self.ledger, self._co, self._settings.slo_seconds, kv or 0.0, self._queue, now)
