@@ -38,6 +38,14 @@ async def freeze_busy(client: Client) -> None:
     assert (await client.json("/health"))[0] == 200
 
 
+async def gpu_fault(client: Client) -> None:
+    stream = client.start(LONG)
+    await client.running()
+    client.engine.faults.start("gpu_fault")
+    assert await client.silent(stream, client.start(1))
+    assert (await client.json("/health"))[0] == 200
+
+
 async def freeze_admission(client: Client) -> None:
     old = client.start(60)
     await client.running()
@@ -57,7 +65,7 @@ async def oversized_head(client: Client) -> None:
     await client.engine.until(lambda: client.engine.open == 2)
     await client.steps(3)
     sample = await client.sample()
-    assert (sample.running, sample.waiting) == (0, 2)
+    assert (sample.running, sample.waiting, sample.kv_capacity_tokens) == (0, 2, 131_072)
     huge.cancel()
     await small
 
@@ -122,6 +130,11 @@ async def stuck_near_limit(client: Client) -> None:
     await client.engine.until(lambda: any(sequence.generated == 4 for sequence in running))
     await client.steps(5)
     assert (await client.sample()).generation_tokens == 4 and not stream.done()
+    client.engine.faults.start("stuck_near_limit", short=100)
+    assert len(await stream) == 6, "so short a sequence is not near any limit"
+    long = client.start(101)
+    await client.chat(5)
+    assert await client.silent(long)
 
 
 async def start_hang(client: Client) -> None:
@@ -252,6 +265,36 @@ async def sleep(client: Client) -> None:
     assert (await client.sample()).sleeping is False
 
 
+async def pause(client: Client) -> None:
+    stream = client.start(LONG)
+    await client.running()
+    assert await client.json("/pause", {}) == (200, {"status": "paused"})
+    assert (await client.json("/is_paused"))[1] == {"is_paused": True}
+    short = client.start(1)
+    assert await client.silent(stream, short)
+    assert await client.json("/resume", {}) == (200, {"status": "resumed"})
+    await short
+    assert (await client.json("/is_paused"))[1] == {"is_paused": False}
+
+
+async def weight_update(client: Client) -> None:
+    update = client._task(client.json("/update_weights?seconds=0.3", {}))
+    await client.engine.faults.until(lambda how: not how.stepping)
+    short = client.start(1)
+    assert await client.silent(short)
+    assert (await update)[0] == 200
+    await short
+    assert (await client.json("/update_weights?seconds=soon", {}))[0] == 400
+
+
+async def profile(client: Client) -> None:
+    assert (await client.json("/start_profile", {}))[0] == 200
+    short = client.start(1)
+    assert await client.silent(short)
+    assert (await client.json("/stop_profile", {}))[0] == 200
+    await short
+
+
 async def error_500(client: Client) -> None:
     client.engine.faults.start("error_500")
     status, error = await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1})
@@ -298,9 +341,9 @@ async def refuse(client: Client) -> None:
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
-        freeze, freeze_busy, freeze_admission, oversized_head, kv_deadlock, livelock, one_rank, freeze_decode, transfer_stuck,
+        freeze, freeze_busy, gpu_fault, freeze_admission, oversized_head, kv_deadlock, livelock, one_rank, freeze_decode, transfer_stuck,
         stuck_near_limit, start_hang, core_dead, api_block, first_chunk_then_silence, one_stream, wedge_on_abort,
-        hang_after_idle, slow, gibberish, slow_health, long_prefill, jit, serial_http, sleep, error_500, garbage_metrics,
+        hang_after_idle, slow, gibberish, slow_health, long_prefill, jit, serial_http, sleep, pause, weight_update, profile, error_500, garbage_metrics,
         no_metrics, crash, refuse,
     )
 }  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.engine import answers
+from sidecar.engine import answers, orders
 from sidecar.engine.answers import CHAT, COMPLETION, Shape
 from sidecar.engine.asks import Ask, Refusal, bad, read
 from sidecar.engine.core import Core, Stream
@@ -55,8 +55,7 @@ def application(parts: Parts) -> web.Application:
     app = web.Application(middlewares=[api.gate], client_max_size=MAX_BODY)
     app.add_routes([
         web.get("/health", api.health), web.get("/version", api.version), web.get("/v1/models", api.models),
-        web.get("/metrics", api.metrics), web.get("/is_sleeping", api.is_sleeping),
-        web.post("/sleep", api.sleep), web.post("/wake_up", api.wake_up),
+        web.get("/metrics", api.metrics), *orders.routes(parts.faults),
         web.post("/v1/chat/completions", api.complete("chat", CHAT)),
         web.post("/v1/completions", api.complete("completions", COMPLETION)),
         web.post("/v1/embeddings", api.embeddings),
@@ -120,17 +119,6 @@ class Api:
             return web.Response(body=GARBAGE, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         body, content_type = self._parts.meters.page(how, request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
-
-    async def is_sleeping(self, _: web.Request) -> web.Response:
-        return web.json_response({"is_sleeping": self._faults.behaviour.sleeping})
-
-    async def sleep(self, _: web.Request) -> web.Response:
-        self._faults.start("sleep")
-        return web.json_response({"status": "sleeping", "level": 1})
-
-    async def wake_up(self, _: web.Request) -> web.Response:
-        self._faults.clear("sleep")
-        return web.json_response({"status": "awake", "tags": None})
 
     # --- work ---
 

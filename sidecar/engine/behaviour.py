@@ -16,7 +16,8 @@ class Behaviour:
     prefilling: bool = True
     decoding: bool = True
     first_token: bool = True  # the end of a prefill yields a token
-    last_token: bool = True  # a sequence can generate its last token
+    last_token: bool = True  # a sequence of more than `short` tokens can generate its last token
+    short: int = 0
     stuck_one: bool = False  # the oldest running sequence never advances
     oversized: bool = False  # a prompt over the KV capacity is queued instead of refused
     kv_usage: float | None = None  # what the gauge says instead of the truth
@@ -38,6 +39,7 @@ class Behaviour:
     metrics: str = "page"  # "page", "garbage", "none"
     text: str = ""  # every token's text; "": varied words
     sleeping: bool = False
+    paused: bool = False
     # process
     port_open: bool = True
     exit_code: int | None = None

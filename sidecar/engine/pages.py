@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from sidecar.engine.behaviour import Behaviour
-from sidecar.engine.scheduler import Output, Scheduler
+from sidecar.engine.scheduler import BLOCK, Output, Scheduler
 
 LABELS = ("model_name", "engine")
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -34,9 +34,9 @@ GARBAGE = b'vllm:num_requests_running{engine="0",model_name="\xff\xfe" NaN\x00\n
 
 
 class Meters:
-    """All series of one engine of `ranks` data-parallel ranks."""
+    """All series of one engine of `ranks` data-parallel ranks, each with a KV cache of `kv_tokens`."""
 
-    def __init__(self, model: str, ranks: int) -> None:
+    def __init__(self, model: str, ranks: int, kv_tokens: int) -> None:
         self.registry = CollectorRegistry()
         self._labels = [(model, str(rank)) for rank in range(ranks)]
         self._running = self._gauge("vllm:num_requests_running", "Number of requests in model execution batches.")
@@ -46,6 +46,7 @@ class Meters:
             "vllm:engine_sleep_state", "Engine sleep state; awake = 0 means engine is sleeping.",
             (*LABELS, "sleep_state"), registry=self.registry,
         )  # fmt: skip
+        self._cache_config(kv_tokens // BLOCK)
         self._queries = self._counter("vllm:prefix_cache_queries", "Prefix cache queries, in number of queried tokens.")
         self._hits = self._counter("vllm:prefix_cache_hits", "Prefix cache hits, in number of cached tokens.")
         self._preemptions = self._counter("vllm:num_preemptions", "Cumulative number of preemption from the engine.")
@@ -131,6 +132,14 @@ class Meters:
                 series.labels(*labels)
             for reason in FINISH_REASONS:
                 self._success.labels(*labels, reason)
+
+    def _cache_config(self, blocks: int) -> None:
+        """vLLM's series of the cache's shape: numbers as labels, of which these are the ones that say its size."""
+        sizes = {"num_gpu_blocks": str(blocks), "block_size": str(BLOCK), "kv_cache_size_tokens": str(blocks * BLOCK)}
+        config = Gauge("vllm:cache_config_info", "Information of the LLMEngine CacheConfig",
+                       ("engine", *sizes), registry=self.registry)  # fmt: skip
+        for _, rank in self._labels:
+            config.labels(rank, *sizes.values()).set(1)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, LABELS, registry=self.registry)

@@ -111,7 +111,7 @@ class Scheduler:
         if how.admitting:
             self._admit()
         movable = self._movable(how)
-        decodes = [s for s in movable if s.prefilled and how.decoding and (how.last_token or s.generated + 1 < s.limit)]
+        decodes = [s for s in movable if s.prefilled and how.decoding and not _at_limit(s, how)]
         decodes = self._with_room(decodes)
         held = [s for s in movable if not s.prefilled and s in self.running]
         budget = self.limits.step_tokens - len(decodes) if how.prefilling else 0
@@ -201,6 +201,11 @@ class Scheduler:
 
     def _capacity(self) -> int:
         return max(1, self.limits.kv_tokens // BLOCK)
+
+
+def _at_limit(s: Sequence, how: Behaviour) -> bool:
+    """Whether a sequence is kept from its last token."""
+    return not how.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > how.short
 
 
 def _chunks(prefills: list[Sequence], budget: int, spare: int) -> list[tuple[Sequence, int]]:

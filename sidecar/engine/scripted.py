@@ -134,11 +134,10 @@ class ScriptedEngine:
         self._address = self._sock.getsockname()
         if self.settings.fault:
             self.faults.start(self.settings.fault)
-        meters = Meters(self.settings.served_model, self.settings.data_parallel)
-        limits = self.settings.limits()
-        self.cores = tuple(
-            Core(i, limits, self.faults, meters, self._activity) for i in range(self.settings.data_parallel)
-        )
+        s = self.settings
+        meters = Meters(s.served_model, s.data_parallel, s.kv_tokens)
+        limits = s.limits()
+        self.cores = tuple(Core(i, limits, self.faults, meters, self._activity) for i in range(s.data_parallel))
         self._runner = web.AppRunner(
             application(self._parts(meters)), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS
         )
