@@ -13,6 +13,7 @@ from sidecar.bounded import Bounded
 from sidecar.explain import explain, facts_of
 from sidecar.facts import (
     Admitted,
+    Backpressure,
     CanaryResult,
     Delivered,
     DiagnosisSummary,
@@ -102,6 +103,8 @@ class Control:
                 self.progress.first_token((relay, fact.id), fact.at)
             case Delivered(bytes=size) if size > 0:
                 self.progress.delivered(fact.at)
+            case Backpressure(on=False):
+                self.progress.resumed((relay, fact.id), fact.at)
             case Settled():
                 self.progress.settled((relay, fact.id))
                 self._ended(fact)
@@ -122,7 +125,7 @@ class Control:
     def _ended(self, fact: Settled) -> None:
         if fact.outcome == "ok":
             self.progress.completed(fact.at)
-        if fact.first_at is not None and fact.delivered_tokens > 1:
+        if fact.first_at is not None and fact.delivered_tokens > 1 and fact.outcome != "stalled":
             self.progress.token_time((fact.at - fact.first_at) / (fact.delivered_tokens - 1))
 
     # --- canaries ---
@@ -173,7 +176,7 @@ class Control:
         self._was_refused = r.refused_since is not None
         self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
-        items = (item_of(h.admitted, h.first_at, h.last_at) for h in self.ledger.holds())
+        items = (item_of(h.admitted, h.since, h.first_at, h.last_at) for h in self.ledger.holds() if not h.blocked)
         self.evidence = self.progress.evidence(items, now, extra=extra, learn=self.memory.state in LEARNING)
         inputs = verdict.Inputs(
             now=now, evidence=self.evidence, canary=self.canary, refused_since=r.refused_since,

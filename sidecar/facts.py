@@ -158,7 +158,10 @@ class Imaged:
 
 @dataclass(frozen=True, slots=True)
 class Backpressure:
-    """An open answer waits for its client to read (`on`), or goes on again: its silence is the client's, not the engine's."""
+    """An open request waits (`on`) for its client to read, or in the relay to be sent on; or it goes on again.
+
+    Its silence in between is not the engine's.
+    """
 
     id: str
     at: float

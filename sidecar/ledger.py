@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sidecar import units
-from sidecar.facts import Admitted, Delivered, Fact, FirstToken, Outcome, Settled, Work
+from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Outcome, Settled, Work
 
 WINDOW = 60.0  # seconds of the flow ("per minute")
 RATE_WINDOW = 5.0  # seconds of tokens per second
@@ -24,15 +24,21 @@ Key = tuple[int, str]  # (relay index, request id)
 
 @dataclass(slots=True)
 class Hold:
-    """One open admission. `accrued` is the MU already counted in the flow."""
+    """One open admission. `accrued` is the MU already counted in the flow.
+
+    `blocked`: it is not the engine that keeps it waiting, but its client, or our own queue. `since`: when its silence began to be
+    the engine's: its admission, or the end of the last block.
+    """
 
     admitted: Admitted
     tenant: str
     model: str
+    since: float
     first_at: float | None = None
     last_at: float = 0.0
     delivered: int = 0
     accrued: float = 0.0
+    blocked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,8 @@ class Ledger:
                 self._first(relay, fact)
             case Delivered():
                 self._accrue(relay, fact)
+            case Backpressure():
+                self._block(relay, fact)
             case Settled():
                 return self._settle(relay, fact)
             case _:
@@ -166,7 +174,7 @@ class Ledger:
 
     def _hold(self, relay: int, fact: Admitted) -> None:
         tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
-        self._holds.setdefault((relay, fact.id), Hold(fact, tenant, model, last_at=fact.at))
+        self._holds.setdefault((relay, fact.id), Hold(fact, tenant, model, fact.at, last_at=fact.at))
 
     def _first(self, relay: int, fact: FirstToken) -> None:
         hold = self._holds.get((relay, fact.id))
@@ -181,6 +189,14 @@ class Ledger:
         hold.last_at = fact.at
         self._deliver(hold, fact.tokens, fact.at)
         self._book(hold, fact.at)
+
+    def _block(self, relay: int, fact: Backpressure) -> None:
+        hold = self._holds.get((relay, fact.id))
+        if hold is None:
+            return
+        hold.blocked = fact.on
+        if not fact.on:
+            hold.since = hold.last_at = fact.at
 
     def _deliver(self, hold: Hold, tokens: int, at: float) -> None:
         hold.delivered += tokens

@@ -134,6 +134,11 @@ class Progress:
         """A stream is on its way to the engine."""
         self._promised[key] = (now, units.terms(work, self.co).before_first_token / 1000)
 
+    def resumed(self, key: Key, now: float) -> None:
+        """A request that waited for its client, or in our own queue, is the engine's from now on."""
+        if (promise := self._promised.get(key)) is not None:
+            self._promised[key] = (now, promise[1])
+
     def first_token(self, key: Key, now: float) -> None:
         """A first token: progress, and one more observation of how this engine behaves.
 
@@ -272,10 +277,13 @@ def allowed_silence(predicted: float, floor: float, gap: float, limits: Limits) 
     return terms[ruled_by], ruled_by
 
 
-def item_of(admitted: Admitted, first_at: float | None, last_at: float) -> Item:
-    """An outstanding request as far as silence goes. What asks for no tokens (embeddings) is like a stream of one event."""
+def item_of(admitted: Admitted, since: float, first_at: float | None, last_at: float) -> Item:
+    """An outstanding request as far as silence goes; the engine has it `since` then.
+
+    What asks for no tokens (embeddings) is like a stream of one event.
+    """
     whole = not admitted.stream and admitted.route not in SHORT_ROUTES
-    return Item(admitted.at, first_at, last_at, admitted.expected, admitted.max_output, not whole)
+    return Item(since, first_at, last_at, admitted.expected, admitted.max_output, not whole)
 
 
 SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from sidecar import units
-from sidecar.facts import Admitted, Delivered, FirstToken, Outcome, Settled, Usage, Work
+from sidecar.facts import Admitted, Backpressure, Delivered, FirstToken, Outcome, Settled, Usage, Work
 from sidecar.ledger import Ledger, Rate
 
 CO = units.Coefficients()
@@ -53,6 +53,19 @@ def test_a_second_settlement_changes_nothing() -> None:
     assert ledger.apply(0, settled("a", 1.0)) is None
     assert ledger.apply(0, settled("never", 1.0)) is None
     assert ledger.accounts["acme"].requests == 1
+
+
+def test_a_blocked_request_is_held_and_its_silence_starts_anew_when_it_goes_on() -> None:
+    """A hold that waits for its client keeps its units, is marked, and from its unblocking on the engine answers for it."""
+    ledger = Ledger(CO)
+    ledger.apply(0, admitted("a", at=1.0))
+    ledger.apply(0, Backpressure("a", 2.0, True))
+    ledger.apply(0, Backpressure("never", 2.0, True))
+    [hold] = ledger.holds()
+    assert (hold.blocked, hold.since, ledger.stock().waiting) == (True, 1.0, 1)
+    ledger.apply(0, Backpressure("a", 9.0, False))
+    [hold] = ledger.holds()
+    assert (hold.blocked, hold.since, hold.last_at) == (False, 9.0, 9.0)
 
 
 def test_what_a_dead_relay_held_is_lost_and_only_that() -> None:
