@@ -7,13 +7,11 @@ ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm AS build
 ARG EXTRAS=images
 ARG PILLOW=pillow
-# A compiler and headers are needed for Pillow-SIMD only; they stay in this stage.
+# The compiler builds our kernel and, where it is chosen, Pillow-SIMD; it stays in this stage.
 # hadolint ignore=DL3008
-RUN if [ "$PILLOW" != pillow ]; then \
-      apt-get update \
-      && apt-get install -y --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev libwebp-dev libtiff-dev \
-      && rm -rf /var/lib/apt/lists/*; \
-    fi
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ libc6-dev libjpeg62-turbo-dev zlib1g-dev libwebp-dev libtiff-dev \
+    && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md ./
 RUN python -m venv /opt/sidecar && /opt/sidecar/bin/pip install --no-cache-dir -c constraints.txt uv

@@ -4,7 +4,8 @@
 
 Rules: one core (affinity and one thread); the chains of a size take turns in every round, and a row is the median over the
 rounds, so that noise of the machine meets all alike; before anything is timed, our tensors are compared with the torchvision
-processor's, and must be equal. `--write` puts the table into benchmarks/results/.
+processor's, and must be equal. The kernel alone is set against the bytes that it must read and write at the speed of copying.
+`--write` puts the table into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from sidecar import photos
 from sidecar.imaging import headers
 from sidecar.imaging.decode import decode
-from sidecar.imaging.patches import patches, ppm, resize
+from sidecar.imaging.patches import by_torchvision, patches, ppm, prepare, resize
 from sidecar.jobs import Limits
+from sidecar.kernels import fused
 from sidecar.kernels.grid import ProcessorSpec
 
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
 CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
 LIMITS = Limits(20 << 20, 50_000_000)
 
-DECODE, PIXELS, TENSORS = "decode alone", "decode + resize + PPM", "decode + resize + fp32 patches"
+DECODE, PIXELS = "decode alone", "decode + resize + PPM"
+BYTES, TENSORS = "decode + uint8 patches", "decode + fp32 patches"
 HF_PIL, HF_TV = "HF PIL processor", "HF torchvision processor, PIL decode"
+ATEN, KERNEL, COPY = "ATen resize + torch ops to fp32 patches", "our kernel to fp32 patches", "copy of as many bytes"
 
 
 def chains(data: bytes, spec: ProcessorSpec) -> dict[str, Callable[[], Any]]:
@@ -56,20 +60,28 @@ def chains(data: bytes, spec: ProcessorSpec) -> dict[str, Callable[[], Any]]:
         assert header is not None and header.plain
         return decode(data, header, LIMITS)
 
-    def resized() -> tuple[Any, Any]:
+    def sized() -> tuple[Any, Any]:
         pixels = decoded()
-        geometry = spec.geometry(*pixels.shape[-2:])
-        return resize(pixels, geometry, spec), geometry
+        return pixels, spec.geometry(*pixels.shape[-2:])
+
+    pixels, geometry = sized()
+    rows = pixels.permute(1, 2, 0).numpy()
+    moved = rows.nbytes + 2 * 3 * 4 * geometry.height * geometry.width
+    source, target = torch.empty(moved // 2, dtype=torch.uint8), torch.empty(moved // 2, dtype=torch.uint8)
 
     def opened() -> Any:
         return Image.open(io.BytesIO(data)).convert("RGB")
 
     return {
         DECODE: decoded,
-        PIXELS: lambda: ppm(resized()[0]),
-        TENSORS: lambda: patches(*resized(), spec),
+        PIXELS: lambda: ppm(resize(*sized(), spec)),
+        BYTES: lambda: fused.patches(decoded().permute(1, 2, 0).numpy(), geometry, spec, "uint8"),
+        TENSORS: lambda: prepare(*sized(), spec),
         HF_PIL: lambda: pil(images=[opened()], return_tensors="pt")["pixel_values"],
         HF_TV: lambda: torchv(images=[opened()], return_tensors="pt")["pixel_values"],
+        ATEN: lambda: patches(by_torchvision(pixels, geometry, spec), geometry, spec),
+        KERNEL: lambda: prepare(pixels, geometry, spec),
+        COPY: lambda: target.copy_(source),
     }
 
 
@@ -108,7 +120,7 @@ def report(rounds: int) -> str:
         "",
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}, "
-        f"{torch.backends.cpu.get_cpu_capability()}; median of {rounds} interleaved rounds, ms per image; "
+        f"ATen {torch.backends.cpu.get_cpu_capability()}, our kernel {fused.level()}; median of {rounds} interleaved rounds, ms per image; "
         "Qwen2-VL, at most 1003520 pixels; our fp32 patches equal the torchvision processor's to the last bit.",
         "",
         "| size (JPEG bytes) | " + " | ".join(rows["1080p"]) + " |",
@@ -124,10 +136,13 @@ def report(rounds: int) -> str:
             f"| {label} | " + " | ".join(f"{row[over] / row[under]:.2f}" for row in rows.values()) + " |"
             for label, over, under in (
                 ("our pixels / decode alone", PIXELS, DECODE),
+                ("our uint8 patches / decode alone", BYTES, DECODE),
                 ("our fp32 patches / decode alone", TENSORS, DECODE),
                 ("HF PIL processor / our fp32 patches", HF_PIL, TENSORS),
                 ("HF torchvision processor / our fp32 patches", HF_TV, TENSORS),
                 ("HF torchvision processor / our pixels", HF_TV, PIXELS),
+                ("ATen + torch ops / our kernel", ATEN, KERNEL),
+                ("our kernel / copy of the bytes that it reads and writes", KERNEL, COPY),
             )
         ),
         "",

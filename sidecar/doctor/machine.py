@@ -31,7 +31,10 @@ SHM: Final = Path("/dev/shm")
 SHM_SMALL: Final = 1 << 30  # bytes; a container's default is 64 MiB
 LOADING: Final = 120.0  # seconds that torch may take to be imported from a cold disk
 NVML: Final = 6.0
-_IMPORT: Final = "import torch, torchvision; from torchvision.io import decode_jpeg; print(torch.__version__, torchvision.__version__)"
+_IMPORT: Final = (
+    "import torch, torchvision; from torchvision.io import decode_jpeg; from sidecar.kernels import fused; "
+    "print(torch.__version__, torchvision.__version__, fused.level())"
+)
 
 
 def coefficients(chosen: Settings) -> Finding:
@@ -107,8 +110,12 @@ def images(chosen: Settings) -> Finding:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         remedy = "install a pair that fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
         return Finding("images", "fail", f"torch and torchvision do not load: {last[:200]}", remedy)
-    versions = child.stdout.split()
-    return Finding("images", "ok", f"{chosen.images}; torch {versions[0]}, torchvision {versions[1]}")
+    torch, torchvision, kernel = child.stdout.split()
+    text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
+    if kernel == "none":
+        remedy = "install a C++ compiler, then the package from source; torchvision does the work meanwhile, 2-3 times slower"
+        return Finding("images", "warn", f"{text}: our own was not built", remedy)
+    return Finding("images", "ok", text)
 
 
 def gpu(chosen: Settings) -> Finding:

@@ -18,7 +18,7 @@ import torch
 
 from sidecar.imaging import work
 from sidecar.imaging.decode import BadPixels
-from sidecar.imaging.patches import resize
+from sidecar.imaging.patches import by_torchvision
 from sidecar.imaging.worker import JOBS_PER_LIFE, PATIENCE, deadline, payload_bound, receive
 from sidecar.jobs import LAYOUT, FrameError, Job, Limits, Ready, Refused, head
 from sidecar.kernels.grid import ProcessorSpec
@@ -104,10 +104,10 @@ def _resize(batch: list[Ticket], spec: ProcessorSpec) -> None:
     pictures = [ticket.picture for ticket in batch if ticket.picture is not None]
     try:
         stacked = torch.stack([p.pixels.contiguous() for p in pictures]).cuda()
-        resized = resize(stacked, pictures[0].geometry, spec).cpu()
+        resized = by_torchvision(stacked, pictures[0].geometry, spec).cpu()
     except torch.cuda.OutOfMemoryError:
         # the budget is full: these images are resized where they are
-        resized = [resize(p.pixels, p.geometry, spec) for p in pictures]
+        resized = [by_torchvision(p.pixels, p.geometry, spec) for p in pictures]
     for ticket, picture, pixels in zip(batch, pictures, resized, strict=True):
         picture.stages.end("resize")
         ticket.answer = work.finish(ticket.job, picture, pixels, spec)

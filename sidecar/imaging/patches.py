@@ -1,7 +1,8 @@
 """Pixels -> what the model's processor makes of them, bit for bit as the torchvision backend does on the CPU.
 
 Rules: uint8 through the antialiased integer resize; memory stays (height, width, channel), which is 2-4 times faster than
-planes; floats come from the processor's own operations in its own order, so that they round alike.
+planes; floats come from the processor's own operations in its own order, so that they round alike. The compiled kernel does
+it in one pass; where it was not built, torchvision and torch do it in several, with the same bits.
 """
 
 from __future__ import annotations
@@ -13,11 +14,33 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
+from sidecar.kernels import fused
 from sidecar.kernels.grid import BILINEAR, Geometry, ProcessorSpec
 
 
 def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
-    """uint8 (3, height, width) or (n, 3, height, width) in the geometry's size; the same tensor where it has that size."""
+    """uint8 (3, height, width) in the geometry's size; the same tensor where it has that size."""
+    if fused.missing() or tuple(pixels.shape[-2:]) == (geometry.height, geometry.width):
+        return by_torchvision(pixels, geometry, spec)
+    resized = fused.resize(_rows(pixels), geometry.height, geometry.width, spec.resample)
+    return torch.from_numpy(resized).permute(2, 0, 1)
+
+
+def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
+    """`pixel_values` of an image in its own size, uint8 (3, height, width): see `patches`."""
+    if fused.missing():
+        return patches(by_torchvision(pixels, geometry, spec), geometry, spec)
+    kind: fused.Kind = "float32" if spec.do_normalize or spec.do_rescale else "uint8"
+    return torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, kind))
+
+
+def _rows(pixels: Tensor) -> Any:
+    """(3, height, width) as contiguous (height, width, 3); no copy where memory lies so already."""
+    return pixels.permute(1, 2, 0).contiguous().numpy()
+
+
+def by_torchvision(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
+    """As `resize`, and for (n, 3, height, width) on any device (exact on the CPU only)."""
     if tuple(pixels.shape[-2:]) == (geometry.height, geometry.width):
         return pixels
     mode = InterpolationMode.BILINEAR if spec.resample == BILINEAR else InterpolationMode.BICUBIC

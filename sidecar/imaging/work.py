@@ -15,7 +15,7 @@ import pybase64
 
 from sidecar.imaging import headers
 from sidecar.imaging.decode import BadPixels, check_size, decode
-from sidecar.imaging.patches import patches, ppm, resize
+from sidecar.imaging.patches import patches, ppm, prepare, resize
 from sidecar.jobs import LAYOUT, PIXELS, Done, Job, Refused
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 
@@ -68,9 +68,13 @@ def run(job: Job, payload: Payload) -> Answer:
         name = opened.header.format
         if job.want == LAYOUT:
             return done(opened, ""), b""
-        pixels = resize(opened.pixels, opened.geometry, spec)
+        if job.want == PIXELS:
+            pixels = resize(opened.pixels, opened.geometry, spec)
+            opened.stages.end("resize")
+            return finish(job, opened, pixels, spec)
+        values = prepare(opened.pixels, opened.geometry, spec)
         opened.stages.end("resize")
-        return finish(job, opened, pixels, spec)
+        return done(opened, OCTETS), _bytes(values)
     except BadPixels as e:
         return Refused(e.reason, str(e), name), b""
     except MemoryError:
@@ -103,9 +107,14 @@ def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answ
     if job.want == PIXELS:
         payload: Payload = pybase64.b64encode(ppm(pixels))
     else:
-        payload = patches(pixels, picture.geometry, spec).numpy().reshape(-1).view("uint8").data
+        payload = _bytes(patches(pixels, picture.geometry, spec))
     picture.stages.end("encode")
     return done(picture, PPM if job.want == PIXELS else OCTETS), payload
+
+
+def _bytes(values: Any) -> memoryview:
+    view: memoryview = values.numpy().reshape(-1).view("uint8").data
+    return view
 
 
 def done(picture: Picture, media_type: str) -> Done:

@@ -1,0 +1,141 @@
+// Python module sidecar.kernels._fused. Buffers in, buffers out; the GIL is released while an image is worked on.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "image.hpp"
+
+namespace {
+
+using namespace sidecar;
+
+constexpr char PLAN[] = "sidecar.kernels._fused.Plan";
+constexpr int LONGEST = 1 << 20;  // pixels a side: products of sizes stay far from overflow
+
+struct Buffer {
+    Py_buffer view{};
+    bool held = false;
+    bool get(PyObject* o, bool writable) {
+        return held = PyObject_GetBuffer(o, &view, PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0)) == 0;
+    }
+    ~Buffer() {
+        if (held) PyBuffer_Release(&view);
+    }
+};
+
+void forget(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, PLAN)); }
+
+PyObject* plan(PyObject*, PyObject* args) {
+    int h, w, new_h, new_w, resample;
+    if (!PyArg_ParseTuple(args, "iiiii", &h, &w, &new_h, &new_w, &resample)) return nullptr;
+    if (std::min({h, w, new_h, new_w}) < 1 || std::max({h, w, new_h, new_w}) > LONGEST || (resample != 2 && resample != 3)) {
+        PyErr_SetString(PyExc_ValueError, "sizes must be 1..1048576 and resample 2 (bilinear) or 3 (bicubic)");
+        return nullptr;
+    }
+    try {
+        auto made = std::make_unique<Plan>(h, w, new_h, new_w, resample);
+        PyObject* capsule = PyCapsule_New(made.get(), PLAN, forget);
+        if (capsule) made.release();
+        return capsule;
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    }
+}
+
+bool level_of(int number, Level* level) {
+    if (number == 0) return *level = fastest(), true;
+    if (number == 1) return *level = Level::PLAIN, true;
+    PyErr_SetString(PyExc_ValueError, "level must be 0 (fastest) or 1 (plain)");
+    return false;
+}
+
+bool sized(const Buffer& b, unsigned long long wanted, const char* name) {
+    if (static_cast<unsigned long long>(b.view.len) == wanted) return true;
+    PyErr_Format(PyExc_ValueError, "%s has %zd bytes, %llu are wanted", name, b.view.len, wanted);
+    return false;
+}
+
+unsigned long long bytes(const Axis& y, const Axis& x, bool target) {
+    return 3ull * (target ? y.target : y.source) * (target ? x.target : x.source);
+}
+
+template <class Work>
+PyObject* without_gil(Work work) {
+    bool memory = true;
+    Py_BEGIN_ALLOW_THREADS
+    try {
+        work();
+    } catch (const std::bad_alloc&) {
+        memory = false;
+    }
+    Py_END_ALLOW_THREADS
+    if (!memory) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+PyObject* resize_(PyObject*, PyObject* args) {
+    PyObject *capsule, *image, *out;
+    int number;
+    Level level;
+    Buffer from, to;
+    if (!PyArg_ParseTuple(args, "OOOi", &capsule, &image, &out, &number) || !level_of(number, &level)) return nullptr;
+    const auto* p = static_cast<const Plan*>(PyCapsule_GetPointer(capsule, PLAN));
+    if (!p || !from.get(image, false) || !to.get(out, true)) return nullptr;
+    if (!sized(from, bytes(p->y, p->x, false), "image") || !sized(to, bytes(p->y, p->x, true), "out")) return nullptr;
+    return without_gil([&] {
+        resize(*p, static_cast<const uint8_t*>(from.view.buf), static_cast<uint8_t*>(to.view.buf), level);
+    });
+}
+
+PyObject* patches_(PyObject*, PyObject* args) {
+    PyObject *capsule, *image, *out;
+    int number, size, merge, temporal, type, normalise;
+    Level level;
+    Values v;
+    Buffer from, to;
+    if (!PyArg_ParseTuple(args, "OOOiiiiip(fff)(fff)f", &capsule, &image, &out, &number, &size, &merge, &temporal, &type, &normalise,
+                          &v.mean[0], &v.mean[1], &v.mean[2], &v.deviation[0], &v.deviation[1], &v.deviation[2], &v.factor) ||
+        !level_of(number, &level))
+        return nullptr;
+    v.normalise = normalise != 0;
+    const auto* p = static_cast<const Plan*>(PyCapsule_GetPointer(capsule, PLAN));
+    if (!p || !from.get(image, false) || !to.get(out, true)) return nullptr;
+    const int step = size * merge;
+    if (size < 1 || merge < 1 || temporal < 1 || size > 256 || merge > 256 || temporal > 256 || p->y.target % step || p->x.target % step) {
+        PyErr_SetString(PyExc_ValueError, "the resized image is no whole number of merged patches");
+        return nullptr;
+    }
+    const int item = type == 0 ? 1 : type == 1 ? 4 : type == 2 ? 2 : 0;
+    if (!item) {
+        PyErr_SetString(PyExc_ValueError, "type must be 0 (uint8), 1 (float32) or 2 (bfloat16)");
+        return nullptr;
+    }
+    if (!sized(from, bytes(p->y, p->x, false), "image") || !sized(to, bytes(p->y, p->x, true) * temporal * item, "out")) return nullptr;
+    const auto* in = static_cast<const uint8_t*>(from.view.buf);
+    return without_gil([&] {
+        if (type == 0) patches<U8>(*p, in, size, merge, temporal, v, static_cast<uint8_t*>(to.view.buf), level);
+        if (type == 1) patches<F32>(*p, in, size, merge, temporal, v, static_cast<float*>(to.view.buf), level);
+        if (type == 2) patches<BF16>(*p, in, size, merge, temporal, v, static_cast<uint16_t*>(to.view.buf), level);
+    });
+}
+
+PyObject* level(PyObject*, PyObject*) { return PyUnicode_FromString(fastest() == Level::AVX2 ? "avx2" : "plain"); }
+
+PyMethodDef METHODS[] = {
+    {"plan", plan, METH_VARARGS, "plan(h, w, new_h, new_w, resample): the tables of one resize"},
+    {"resize", resize_, METH_VARARGS, "resize(plan, image, out, level): uint8 (h, w, 3) to (new_h, new_w, 3)"},
+    {"patches", patches_, METH_VARARGS,
+     "patches(plan, image, out, level, patch, merge, temporal, type, normalise, mean, deviation, factor)"},
+    {"level", level, METH_NOARGS, "the instruction set that is used on this machine"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_fused", "Exact resize fused with the patch layout.", 0, METHODS, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__fused() { return PyModule_Create(&MODULE); }

@@ -1,0 +1,94 @@
+"""The compiled resize, fused with the patch layout: the same bits as ATen's uint8 path and torch's operations, in one pass.
+
+Rules: numpy arrays in and out, memory in (height, width, channel) order; inputs are never changed; the GIL is released
+meanwhile. Where the module was not built, `missing()` says why, and callers take torchvision instead.
+Source: csrc/. Specification: reference.py. Tests: tests/images/test_fused.py. Figures: benchmarks/images.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidecar.kernels.grid import Geometry, ProcessorSpec
+
+try:
+    from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
+except ImportError as error:
+    _fused = None
+    _why = str(error)
+else:
+    _why = ""
+
+Kind = Literal["uint8", "float32", "bfloat16"]
+KINDS: Final[dict[Kind, tuple[int, Any]]] = {
+    "uint8": (0, np.uint8),
+    "float32": (1, np.float32),
+    "bfloat16": (2, np.uint16),  # numpy has no such type: its bits
+}
+FASTEST, PLAIN = 0, 1
+PLANS: Final = 64  # tables kept, of about 0.1-0.3 MB each
+
+
+def missing() -> str:
+    """Why the compiled kernel is not used here; empty where it is."""
+    if _fused is not None:
+        return ""
+    return f"the compiled kernel is not there ({_why}); install a C++ compiler and the package from source"
+
+
+def level() -> str:
+    """The instruction set that the kernel uses here: "avx2" or "plain"; "none" where it is not built."""
+    return str(_fused.level()) if _fused is not None else "none"
+
+
+def resize(image: NDArray[np.uint8], height: int, width: int, resample: int, level: int = FASTEST) -> NDArray[np.uint8]:
+    """uint8 (h, w, 3), contiguous, to (height, width, 3). Raises ValueError for other shapes or sizes of 0."""
+    out = np.empty((height, width, 3), np.uint8)
+    _fused.resize(_plan(*_size(image), height, width, resample), image, out, level)
+    return out
+
+
+def patches(
+    image: NDArray[np.uint8], geometry: Geometry, spec: ProcessorSpec, kind: Kind, level: int = FASTEST
+) -> NDArray[Any]:
+    """`pixel_values` of uint8 (h, w, 3), contiguous: (grid_h * grid_w, 3 * temporal * patch * patch) of `kind`."""
+    number, dtype = KINDS[kind]
+    plan = _plan(*_size(image), geometry.height, geometry.width, spec.resample)
+    row = 3 * spec.temporal_patch_size * spec.patch_size**2
+    out = _aligned((geometry.grid_h * geometry.grid_w, row), dtype)
+    _fused.patches(
+        plan, image, out, level, spec.patch_size, spec.merge_size, spec.temporal_patch_size, number, *_values(spec)
+    )
+    return out
+
+
+def _size(image: NDArray[np.uint8]) -> tuple[int, int]:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.flags.c_contiguous:
+        raise ValueError(f"an image must be contiguous uint8 (height, width, 3), not {image.dtype} {image.shape}")
+    return image.shape[0], image.shape[1]
+
+
+@lru_cache(PLANS)
+def _plan(h: int, w: int, height: int, width: int, resample: int) -> Any:
+    return _fused.plan(h, w, height, width, resample)
+
+
+def _values(spec: ProcessorSpec) -> tuple[bool, tuple[float, ...], tuple[float, ...], float]:
+    """How a byte becomes a value: whether (x - mean) / deviation, else x * factor; float32, rounded as the processor rounds."""
+    scale = np.float32(1.0 / spec.rescale_factor) if spec.do_rescale else np.float32(1)
+    mean, deviation = (np.array(v, np.float32) * scale for v in (spec.image_mean, spec.image_std))
+    factor = spec.rescale_factor if spec.do_rescale else 1.0
+    return spec.do_normalize, tuple(mean.tolist()), tuple(deviation.tolist()), factor
+
+
+def _aligned(shape: tuple[int, int], dtype: Any) -> NDArray[Any]:
+    """An empty array at a multiple of 64 bytes, so that it can be written past the caches."""
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    array: NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
+    return array
