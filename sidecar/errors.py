@@ -7,6 +7,9 @@
         ├── BodyTooLarge      413      body_too_large
         ├── EngineUnreachable 502      engine_unreachable
         ├── EngineStalled     503      engine_stalled
+        ├── StreamStuck       503      stream_stuck
+        ├── PromptTooLarge    400      prompt_exceeds_kv_cache
+        ├── QueueFull         429      queue_full
         ├── Draining          503      draining
         ├── ImagesBusy        503      images_busy
         ├── ImagesOff         404      images_off
@@ -76,6 +79,30 @@ class EngineStalled(RequestError):
     status = 503
     type = "server_error"
     retry_after = 10
+
+
+class StreamStuck(RequestError):
+    """The engine stopped work on this one request while others went on."""
+
+    code = "stream_stuck"
+    status = 503
+    type = "server_error"
+    retry_after = 1
+
+
+class PromptTooLarge(RequestError):
+    """The prompt can never fit into the engine's KV cache, and would block its queue for ever."""
+
+    code = "prompt_exceeds_kv_cache"
+
+
+class QueueFull(RequestError):
+    """As many requests as may wait for the engine's capacity (--max-concurrent) wait already."""
+
+    code = "queue_full"
+    status = 429
+    type = "rate_limit_error"
+    retry_after = 1
 
 
 class Draining(RequestError):

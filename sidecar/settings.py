@@ -191,6 +191,32 @@ class Settings:
         expected="a whole number from 1 to 10000",
     )
     max_body_bytes: int = flag(256 << 20, size, "Largest request body", expected="a size such as 256M")
+    max_concurrent: int = flag(
+        0,
+        integer(0, 1_000_000),
+        "Requests that the engine runs at once (vLLM: max_num_seqs); past it less one, which the canary finds free, requests wait "
+        "in the relay; 0: no limit",
+        expected="a whole number from 0 to 1000000",
+    )
+    max_queued: int = flag(
+        1000,
+        integer(1, 1_000_000),
+        "Requests that wait so in one relay process before 429",
+        expected="a whole number from 1 to 1000000",
+    )
+    client_stall_seconds: float = flag(
+        600.0,
+        number(0, 86_400),
+        "How long a client may read nothing of its answer before it is hung up on; 0: for ever",
+        expected="seconds from 0 to 86400",
+    )
+    retry_stalled: float = flag(
+        0.0,
+        number(0, 3600),
+        "How long a request of which nothing was answered when the engine stalled waits for its recovery, to be sent once more; "
+        "0: it ends at once",
+        expected="seconds from 0 to 3600",
+    )
     silence_floor: float = flag(
         12.0, number(0.5, 600), "Shortest silence that can raise suspicion", expected="seconds from 0.5 to 600"
     )

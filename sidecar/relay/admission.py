@@ -1,97 +1,54 @@
 """Every admission is a `with`: it holds model units from `admit` on and settles exactly once, however it ends.
 
 Rules: Admitted comes before the request's other facts, Settled after them; a request that ends before it was admitted (too
-large, a bad image, the client left) is reported as both at once, so that it is counted. Delivered is summed and sent at most
-every FLUSH seconds, by one timer for all streams, which runs only while something is delivered.
+large, a bad image, the client left) is reported as both at once, so that it is counted. Whoever ends a request from outside does
+it by `end`, which cancels what is inside `endable`, and only that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
-from sidecar.errors import EngineStalled, EngineUnreachable, RequestError, SidecarError
-from sidecar.facts import Admitted, Delivered, Fact, FirstToken, Outcome, Settled, State, Trace, Usage, Work
+from aiohttp import web
+
+from sidecar.errors import SidecarError
+from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, State, Trace, Usage, Work
+from sidecar.relay.outcomes import ClientStalled, Cut, outcome_of, reason_of
 from sidecar.relay.shapes import Shape
+from sidecar.relay.stream import SSE
 
-FLUSH: Final = 0.2  # seconds
+BLOCKED: Final = 1.0  # seconds that a write may wait for its client before the request's silence is the client's
 NO_WORK: Final = Work(uncached=0)
 
 
-class ClientGone(SidecarError):
-    """The client hung up while we wrote to it."""
+class Books(Protocol):
+    """What an admission needs of the desk where it was opened."""
 
-    code = "client_gone"
+    emit: Callable[[Fact], None]
+    verdict: State
+    cutting: bool
 
-
-class EngineBroke(SidecarError):
-    """The engine's answer ended before it was complete; part of it is with the client already."""
-
-    code = "engine_broke"
-
-
-class Cut(SidecarError):
-    """We ended the request ourselves, because a drain ran out of time."""
-
-    code = "drain_cut"
+    def enter(self, admission: Admission) -> None: ...
+    def note(self, admission: Admission) -> None: ...
+    def forget(self, admission: Admission) -> None: ...
 
 
-# How an exception settles a request; the first that fits. A request that ends without one is settled by its status.
-_OUTCOMES: Final[tuple[tuple[type[BaseException], Outcome], ...]] = (
-    (EngineUnreachable, "engine_error"),
-    (EngineStalled, "stalled"),
-    (EngineBroke, "engine_error"),
-    (RequestError, "rejected"),
-    (Cut, "lost"),
-    (ClientGone, "client_cancelled"),
-    (asyncio.CancelledError, "client_cancelled"),
-    (Exception, "lost"),
-)
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """An answer whose head the client has; `sse` where it is an event stream that we read along."""
+
+    response: web.StreamResponse
+    sse: SSE | None
 
 
-class Desk:
-    """Where requests are admitted. `emit` takes facts; `verdict` is the last one that control published."""
-
-    def __init__(self, emit: Callable[[Fact], None]) -> None:
-        self.emit = emit
-        self.verdict: State = "unknown"
-        self.cutting = False  # whether open requests are being cut off by a drain that ran out of time
-        # ids are unique over relay processes and their restarts; a client's own request id need not be
-        self._prefix = os.urandom(4).hex()
-        self._counter = itertools.count(1)
-        self._dirty: set[Admission] = set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
-
-    def new_id(self) -> str:
-        """A request id that nobody else has."""
-        return f"{self._prefix}-{next(self._counter):x}"
-
-    def open(self, route: str, tenant: str, trace: Trace | None) -> Admission:
-        """An admission, to be entered by `with`."""
-        return Admission(self, self.new_id(), route, tenant, trace)
-
-    def note(self, admission: Admission) -> None:
-        """Remember that `admission` has deliveries to report."""
-        self._dirty.add(admission)
-        if self._timer is None:
-            self._timer = self._loop.call_later(FLUSH, self._flush)
-
-    def forget(self, admission: Admission) -> None:
-        """`admission` settles; its sums are in Settled."""
-        self._dirty.discard(admission)
-
-    def _flush(self) -> None:
-        self._timer = None
-        now = time.monotonic()
-        for admission in self._dirty:
-            self.emit(admission.delivery(now))
-        self._dirty.clear()
+def _nothing() -> None:
+    pass
 
 
 class Admission:
@@ -99,15 +56,22 @@ class Admission:
 
     __slots__ = (
         "_admitted",
+        "_blocked",
         "_desk",
+        "_ending",
         "_pending_bytes",
         "_pending_tokens",
+        "_scope",
+        "_writing_since",
+        "aside_seconds",
         "at",
+        "begun",
         "bytes",
         "first_at",
         "id",
         "image_seconds",
         "mu",
+        "on_begun",
         "read_at",
         "route",
         "sent_at",
@@ -119,11 +83,15 @@ class Admission:
         "usage",
     )
 
-    def __init__(self, desk: Desk, id: str, route: str, tenant: str, trace: Trace | None) -> None:
+    def __init__(self, desk: Books, id: str, route: str, tenant: str, trace: Trace | None) -> None:
         self._desk = desk
         self._admitted = False
         self._pending_tokens = 0
         self._pending_bytes = 0
+        self._scope: asyncio.Timeout | None = None
+        self._ending: SidecarError | None = None
+        self._writing_since: float | None = None
+        self._blocked = False
         self.id = id
         self.route = route
         self.tenant = tenant
@@ -134,6 +102,9 @@ class Admission:
         self.sent_at: float | None = None
         self.first_at: float | None = None
         self.image_seconds = 0.0
+        self.aside_seconds = 0.0
+        self.begun: Begun | None = None
+        self.on_begun: Callable[[], None] = _nothing  # called once, when the answer begins
         self.status = 0
         self.mu = 0.0
         self.tokens = 0
@@ -164,6 +135,75 @@ class Admission:
         """The request is with the engine."""
         self.sent_at = time.monotonic()
 
+    def again(self) -> None:
+        """The request is to be sent once more: nothing was answered."""
+        self.sent_at, self.status = None, 0
+
+    def begin(self, response: web.StreamResponse, sse: SSE | None) -> None:
+        """The client has the head of its answer; `sse` where that is an event stream."""
+        self.begun = Begun(response, sse)
+        self.on_begun()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A wait of ours, in which the request is not with the engine."""
+        began = time.monotonic()
+        self._desk.emit(Backpressure(self.id, began, True))
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self.aside_seconds += now - began
+            self._desk.emit(Backpressure(self.id, now, False))
+
+    # --- ended from outside ---
+
+    @asynccontextmanager
+    async def endable(self) -> AsyncIterator[None]:
+        """What is inside is cancelled by `end`, and raises its error."""
+        self._scope = asyncio.timeout(None)
+        try:
+            async with self._scope:
+                yield
+        except TimeoutError:
+            if self._ending is None:
+                raise
+            raise self._ending from None
+        finally:
+            self._scope, self._ending = None, None
+
+    def end(self, error: SidecarError) -> None:
+        """End the request with `error`, where it is in a part that can be ended; the first one counts."""
+        if self._scope is not None and self._ending is None:
+            self._ending = error
+            self._scope.reschedule(0.0)  # long ago: now
+
+    # --- written to the client ---
+
+    def writing(self) -> None:
+        """A write to the client begins."""
+        self._writing_since = time.monotonic()
+
+    def written(self) -> None:
+        """It has ended."""
+        self._writing_since = None
+        if self._blocked:
+            self._blocked = False
+            self._desk.emit(Backpressure(self.id, time.monotonic(), False))
+
+    def look(self, now: float, limit: float) -> None:
+        """Whether a write waits for the client, and too long (`limit` seconds, 0: for ever)."""
+        if self._writing_since is None:
+            return
+        waited = now - self._writing_since
+        if waited > BLOCKED and not self._blocked:
+            self._blocked = True
+            self._desk.emit(Backpressure(self.id, now, True))
+        if 0 < limit < waited:
+            self.end(ClientStalled())
+
+    # --- deliveries ---
+
     def deliver(self, tokens: int, size: int, started: bool) -> None:
         """`tokens` and `size` bytes came from the engine; `started`: generation has begun."""
         if started and self.first_at is None:
@@ -184,13 +224,14 @@ class Admission:
 
     @property
     def overhead(self) -> float:
-        """Seconds of our own between the client's last byte and ours to the engine, image work excluded."""
+        """Seconds of our own between the client's last byte and ours to the engine, image work and waiting excluded."""
         if self.read_at is None:
             return 0.0
         until = time.monotonic() if self.sent_at is None else self.sent_at
-        return max(0.0, until - self.read_at - self.image_seconds)
+        return max(0.0, until - self.read_at - self.image_seconds - self.aside_seconds)
 
     def __enter__(self) -> Admission:
+        self._desk.enter(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -199,7 +240,7 @@ class Admission:
         self._desk.forget(self)
         if isinstance(error, asyncio.CancelledError) and self._desk.cutting:
             error = Cut()
-        outcome = _outcome(error, self.status, self._desk.verdict)
+        outcome = outcome_of(error, self.status, self._desk.verdict)
         self._desk.emit(
             Settled(
                 id=self.id,
@@ -212,23 +253,6 @@ class Admission:
                 first_at=self.first_at,
                 sent_at=self.sent_at,
                 overhead=self.overhead,
-                error=_reason(error, self.status),
+                error=reason_of(error, self.status),
             )
         )
-
-
-def _outcome(error: BaseException | None, status: int, verdict: State) -> Outcome:
-    if error is None:
-        outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 400 else "ok"
-    else:
-        outcome = next((outcome for kind, outcome in _OUTCOMES if isinstance(error, kind)), "lost")
-    return "stalled" if outcome == "engine_error" and error is not None and verdict == "stalled" else outcome
-
-
-def _reason(error: BaseException | None, status: int) -> str:
-    """A reason code, never free text."""
-    if error is None:
-        return f"status_{status}" if status >= 400 else ""
-    if isinstance(error, asyncio.CancelledError):
-        return ClientGone.code
-    return str(getattr(error, "reason", error.code)) if isinstance(error, SidecarError) else "internal"

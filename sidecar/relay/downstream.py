@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp import web
 
 from sidecar.errors import BodyTooLarge
-from sidecar.relay.admission import ClientGone, EngineBroke
+from sidecar.relay.outcomes import ClientGone, EngineBroke
 
 BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -41,16 +41,11 @@ async def read(request: web.BaseRequest, limit: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-async def next_chunk(answer: aiohttp.ClientResponse, request: web.BaseRequest) -> bytes:
-    """More of the engine's answer; empty at its end.
-
-    When the engine breaks, the client's connection is closed, so that it cannot take the part it has for the whole.
-    """
+async def next_chunk(answer: aiohttp.ClientResponse) -> bytes:
+    """More of the engine's answer; empty at its end. Raises EngineBroke when that end is not the answer's."""
     try:
         return await answer.content.readany()
     except BREAKS:
-        if request.transport is not None:
-            request.transport.close()
         raise EngineBroke("the engine's answer ended early") from None
 
 
@@ -76,3 +71,16 @@ async def end(response: web.StreamResponse) -> None:
         await response.write_eof()
     except ConnectionError:
         raise ClientGone from None
+
+
+def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:
+    """Close the client's connection; `at_once`: also where it has not read what it was sent.
+
+    aiohttp wants an answer all the same; this one is never sent.
+    """
+    if request.transport is not None:
+        if at_once:
+            request.transport.abort()
+        else:
+            request.transport.close()
+    return web.Response()

@@ -21,20 +21,32 @@ import aiohttp
 from aiohttp import web
 
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
-from sidecar.facts import Fact, Order, Page, Published, Trace
-from sidecar.relay import bodies, downstream, headers, inlining, realtime, shapes, upstream
-from sidecar.relay.admission import Admission, ClientGone, Desk, EngineBroke
+from sidecar.facts import End, Fact, Order, Page, Published, Trace
+from sidecar.relay import (
+    answering,
+    bodies,
+    directed,
+    downstream,
+    headers,
+    inlining,
+    outcomes,
+    realtime,
+    retry,
+    shapes,
+    slots,
+    upstream,
+)
+from sidecar.relay.admission import Admission
+from sidecar.relay.desk import Desk
 from sidecar.relay.estimate import Estimator
 from sidecar.relay.inlining import ImageWork
 from sidecar.relay.merged_page import MergedPage
-from sidecar.relay.stream import SSE, Tail, usage_of
 from sidecar.settings import Settings
 from sidecar.tracecontext import new_trace, parse_traceparent
 from sidecar.units import Coefficients
 
 _log = logging.getLogger(__name__)
 
-SMALL: Final = 256 << 10  # bytes: an answer of known length up to here is read whole and written at once
 MAX_TENANT: Final = 64  # characters
 NO_TENANT: Final = "default"
 _PAGE_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -43,7 +55,7 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Relay:
-    """Handles every request of one relay process. `preprocess` serves /v1/preprocess where images are on."""
+    """Handles every request of relay process `index`. `preprocess` serves /v1/preprocess where images are on."""
 
     def __init__(
         self,
@@ -51,6 +63,7 @@ class Relay:
         coefficients: Coefficients,
         emit: Callable[[Fact], None],
         *,
+        index: int = 0,
         engine_kind: str = "openai",
         image_key: bytes = b"",
         images: ImageWork | None = None,
@@ -62,7 +75,10 @@ class Relay:
         self._engine_kind = engine_kind
         self._image_key = image_key or secrets.token_bytes(32)
         self._published: Published | None = None
-        self._desk = Desk(emit)
+        self._desk = Desk(emit, settings.client_stall_seconds)
+        self._slots = slots.Slots(slots.places(settings.max_concurrent, settings.workers, index), settings.max_queued)
+        self._retries = retry.Retries(self._desk, settings.retry_stalled)
+        self._windows = directed.Windows(emit, time.monotonic)
         self._estimator = Estimator(coefficients)
         self._page = MergedPage(emit)
         self._session = upstream.open_session()
@@ -79,8 +95,10 @@ class Relay:
         match order:
             case Published():
                 self._published = order
-                self._desk.verdict = order.verdict
                 self._engine_kind = order.engine_kind or self._engine_kind
+                self._desk.judged(order.verdict)
+            case End():
+                self._desk.end(order.ids, order.code)
             case Page():
                 self._page.put(order)
 
@@ -92,6 +110,7 @@ class Relay:
     async def drain(self, server: web.Server, seconds: float) -> None:
         """Close idle connections and wait for open requests, at most `seconds`; what is left then is cut off."""
         self.draining = True
+        self._desk.drain()
         for connection in server.connections:
             if connection not in self._busy:
                 connection.close()
@@ -120,16 +139,16 @@ class Relay:
                 raise Draining("this server is shutting down; send the request again")
             return await self._dispatch(request, id)
         except RequestError as e:
-            return _refusal(e, id)
-        except (ClientGone, EngineBroke):
-            return _hang_up(request)
+            return _refusal(e, id) if not request.writer.output_size else downstream.hang_up(request)
+        except outcomes.ClientStalled:
+            return downstream.hang_up(request, at_once=True)
+        except (outcomes.ClientGone, outcomes.EngineBroke):
+            return downstream.hang_up(request)
         except Exception as e:  # noqa: BLE001  # the border: a defect of ours costs one request, and says where it is
             _log.error("request failed: %s at %s", type(e).__name__, _place(e))
-            return (
-                _refusal(Internal("internal error of the sidecar"), id)
-                if not request.writer.output_size
-                else _hang_up(request)
-            )
+            if request.writer.output_size:
+                return downstream.hang_up(request)
+            return _refusal(Internal("internal error of the sidecar"), id)
         finally:
             self._busy.discard(connection)
             if not self._busy:
@@ -155,40 +174,80 @@ class Relay:
         return await self._pass(request, id)
 
     async def _pass(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
-        """Not engine work: both bodies stream through unread."""
-        await downstream.expect(request)
-        data = request.content if request.body_exists else None
-        with closing(await self._send(request, self._to_engine(request, id, None, None), data)) as answer:
+        """Not engine work: both bodies stream through, unread but for those that resume the engine's work."""
+        path, _, query = upstream.origin_form(request.raw_path).partition("?")
+        row, partly = directed.row_of(request.method, path), False
+        data: Any = None
+        if row is not None and row.turn == "resumes":
+            data = await downstream.read(request, self._settings.max_body_bytes)
+            partly = directed.in_part(query, data)
+        elif request.body_exists:
+            await downstream.expect(request)
+            data = request.content
+        with (
+            self._windows.call(row, partly=partly) as call,
+            closing(await self._send(request, self._to_engine(request, id, None, None), data)) as answer,
+        ):
+            call.answered(answer.status)
             response = web.StreamResponse(
                 status=answer.status, reason=answer.reason, headers=self._to_client(request, answer, id)
             )
             await downstream.start(response, request)
-            while chunk := await downstream.next_chunk(answer, request):
+            while chunk := await downstream.next_chunk(answer):
                 await downstream.write(response, chunk)
             await downstream.end(response)
             return response
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
-        """Engine work: one admission from here on."""
+        """Engine work: one admission, settled before its client is told of an error."""
         tenant = request.headers.get(self._settings.tenant_header, "")[:MAX_TENANT] or NO_TENANT
-        with self._desk.open(route, tenant, self._trace(request)) as admission:
-            body = await downstream.read(request, self._settings.max_body_bytes)
-            admission.read_at = time.monotonic()
-            opaque = route == "audio" or "content-encoding" in request.headers
-            skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce)
-            shape = admission.shape = shapes.describe(skeleton.payload, route, len(body))
-            replaced, image_tokens = await self._prepare(skeleton, admission)
-            work = self._estimator.work(tenant, shape, image_tokens)
-            admission.admit(shape, work, self._estimator.mu(work))
-            pieces = bodies.join(skeleton, replaced, ask_usage=shape.ask_usage)
-            data = upstream.Pieces(pieces, admission.sent)
+        admission = self._desk.open(route, tenant, self._trace(request))
+        try:
+            with admission:
+                self._desk.check()
+                return await self._admitted(request, admission, await self._ready(request, admission), id)
+        except RequestError as e:
+            if admission.begun is None:
+                raise
+            return await answering.part(request, admission, e)
+
+    async def _ready(self, request: web.BaseRequest, admission: Admission) -> upstream.Pieces:
+        """The body to send, read, prepared and admitted."""
+        body = await downstream.read(request, self._settings.max_body_bytes)
+        admission.read_at = time.monotonic()
+        opaque = admission.route == "audio" or "content-encoding" in request.headers
+        skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce)
+        shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body))
+        replaced, image_tokens = await self._prepare(skeleton, admission)
+        work = self._estimator.work(admission.tenant, shape, image_tokens)
+        admission.admit(shape, work, self._estimator.mu(work))
+        return upstream.Pieces(bodies.join(skeleton, replaced, ask_usage=shape.ask_usage), admission.sent)
+
+    async def _admitted(
+        self, request: web.BaseRequest, admission: Admission, data: upstream.Pieces, id: str
+    ) -> web.StreamResponse:
+        """The answer to `data`; where that may be sent once more, of the second attempt."""
+        with self._retries.keeping(admission, data):
+            try:
+                return await self._attempt(request, admission, data, id)
+            except EngineStalled as e:
+                if not data.kept:
+                    raise
+                await self._retries.recovered(admission, e)
+                return await self._attempt(request, admission, data, id)
+
+    async def _attempt(
+        self, request: web.BaseRequest, admission: Admission, data: upstream.Pieces, id: str
+    ) -> web.StreamResponse:
+        async with admission.endable(), self._slots.taken(admission):
+            self._desk.check()
             passed = self._to_engine(request, id, admission.trace, data.size)
             with closing(await self._send(request, passed, data)) as answer:
                 admission.status = answer.status
-                response = await self._answer(request, answer, admission, id, hide_usage=shape.ask_usage)
-            if admission.usage is not None:
-                self._estimator.learn(tenant, shape, admission.usage)
-            return response
+                response = await self._answer(request, answer, admission, id)
+        if admission.usage is not None:
+            self._estimator.learn(admission.tenant, admission.shape, admission.usage)
+        return response
 
     async def _prepare(
         self, skeleton: bodies.Skeleton, admission: Admission
@@ -209,73 +268,18 @@ class Relay:
         return replaced, [image.tokens for image in prepared]
 
     async def _answer(
-        self,
-        request: web.BaseRequest,
-        answer: aiohttp.ClientResponse,
-        admission: Admission,
-        id: str,
-        *,
-        hide_usage: bool,
+        self, request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, id: str
     ) -> web.StreamResponse:
-        """The engine's answer to work, on its way to the client and measured as it passes."""
+        """The engine's answer to work."""
         ours = {"x-sidecar-mu": f"{admission.mu:.4f}", "x-sidecar-overhead-ms": f"{admission.overhead * 1e3:.3f}"}
-        plain = "content-encoding" not in answer.headers
-        streamed = answer.headers.get("content-type", "").startswith("text/event-stream")
-        if plain and streamed:
-            drop = "content-length" if hide_usage else ""
-            passed = self._to_client(request, answer, id, ours, drop)
-            return await self._stream(request, answer, admission, passed, SSE(hide_usage))
-        passed = self._to_client(request, answer, id, ours)
-        if (answer.content_length or SMALL + 1) <= SMALL:
-            return await self._small(answer, admission, passed)
-        tail = Tail()
-        opaque_stream = int(streamed and not plain)  # where events cannot be told apart, each chunk counts as one
-        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-        await downstream.start(response, request)
-        while chunk := await downstream.next_chunk(answer, request):
-            tail.feed(chunk)
-            admission.deliver(opaque_stream, len(chunk), started=answer.ok)
-            await downstream.write(response, chunk)
-        admission.usage = tail.usage if plain else None
-        await downstream.end(response)
-        return response
-
-    async def _stream(
-        self,
-        request: web.BaseRequest,
-        answer: aiohttp.ClientResponse,
-        admission: Admission,
-        passed: headers.Headers,
-        sse: SSE,
-    ) -> web.StreamResponse:
-        """An event stream."""
-        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-        await downstream.start(response, request)
+        changed = admission.shape.ask_usage and answering.is_stream(answer) and answering.is_plain(answer)
+        passed = self._to_client(request, answer, id, ours, "content-length" if changed else "")
         try:
-            while chunk := await downstream.next_chunk(answer, request):
-                before = sse.tokens
-                piece = sse.feed(chunk)
-                admission.deliver(sse.tokens - before, len(chunk), sse.started)
-                if piece:
-                    await downstream.write(response, piece)
-            if rest := sse.finish():
-                await downstream.write(response, rest)
-        finally:
-            admission.usage = sse.usage
-        await downstream.end(response)
-        return response
-
-    async def _small(
-        self, answer: aiohttp.ClientResponse, admission: Admission, passed: headers.Headers
-    ) -> web.StreamResponse:
-        """A short answer: one read, one write. Nothing is with the client yet, so a break is an error it can read."""
-        try:
-            body = await answer.read()
-        except downstream.BREAKS:
-            raise self._broken() from None
-        admission.usage = usage_of(body)
-        admission.deliver(0, len(body), started=answer.ok)
-        return web.Response(status=answer.status, reason=answer.reason, headers=passed, body=body)
+            return await answering.pass_on(request, answer, admission, passed, hold_head=self._retries.on)
+        except outcomes.EngineBroke:
+            if admission.begun is None:  # the client can still be told
+                raise self._broken() from None
+            raise
 
     async def _preprocessed(self, request: web.BaseRequest) -> web.StreamResponse:
         if self._preprocess is None:
@@ -299,7 +303,7 @@ class Relay:
     def _broken(self, error: BaseException | None = None) -> RequestError:
         """The engine broke before the client got anything: what the client is told."""
         if self._desk.verdict == "stalled" and not isinstance(error, aiohttp.ClientConnectorError):
-            return EngineStalled("the engine made no progress and was given up; send the request again")
+            return outcomes.stalled()
         if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
             return EngineUnreachable("the engine does not accept connections; it may be starting or restarting")
         return EngineUnreachable("the engine closed the connection before it answered")
@@ -332,13 +336,6 @@ def _refusal(error: RequestError, id: str) -> web.Response:
     if isinstance(error, BodyTooLarge):
         response.force_close()  # the rest of the body is not worth reading
     return response
-
-
-def _hang_up(request: web.BaseRequest) -> web.Response:
-    """Close the client's connection. aiohttp wants an answer all the same; this one is never sent."""
-    if request.transport is not None:
-        request.transport.close()
-    return web.Response()
 
 
 def _place(error: Exception) -> str:

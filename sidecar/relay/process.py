@@ -131,6 +131,7 @@ async def _relay(configured: Configure, own: settings.Settings, channel: Channel
             own,
             coefficients,
             channel.send,
+            index=configured.index,
             engine_kind=configured.engine_kind,
             image_key=bytes.fromhex(configured.image_key),
             images=images,

@@ -22,6 +22,7 @@ _ROLE: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "cont
 _HOLD: Final = 64 << 10  # bytes of an incomplete event that may wait to be seen whole; usage events have below 4 KiB
 _KEEP: Final = 1 << 20  # bytes of an event or body that are kept to read its usage
 _SKIPPED_NAMES: Final = (b"message_delta",)  # Anthropic's usage event
+_NAMED_ERRORS: Final = ("messages", "responses")  # routes whose events have names
 _decoder: Final = json.JSONDecoder()
 
 
@@ -53,6 +54,11 @@ class SSE:
         self._open.clear()
         self._held = 0
         return rest
+
+    @property
+    def whole(self) -> bool:
+        """Whether what went out so far ends between two events, so that another may follow."""
+        return len(self._open) == self._held
 
     @property
     def usage(self) -> Usage | None:
@@ -116,6 +122,17 @@ class SSE:
         self.started = self.started or output or not name
         self.tokens += output
         return False
+
+
+def error_event(error: dict[str, str], route: str) -> bytes:
+    """The event that ends a stream by an error, in the form that the clients of `route` raise on.
+
+    OpenAI's look for an `error` in the data; Anthropic's for an event of that name; the responses API knows both.
+    """
+    if route not in _NAMED_ERRORS:
+        return b"data: %b\n\n" % json.dumps({"error": error}).encode()
+    data = {"type": "error", "code": error["code"], "message": error["message"], "error": error}
+    return b"event: error\ndata: %b\n\n" % json.dumps(data).encode()
 
 
 def usage_of(text: bytes) -> Usage | None:

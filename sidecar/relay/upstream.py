@@ -29,14 +29,15 @@ _AUTO: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT
 
 
 class Pieces(payload.Payload):
-    """A request body in pieces. `sent` is called when the last of them has been written."""
+    """A request body in pieces. `sent` is called when the last of them has been written; then they are dropped, unless `kept`."""
 
     _autoclose = True  # holds nothing that needs closing
 
     def __init__(self, pieces: Sequence[Buffer], sent: Callable[[], None]) -> None:
-        super().__init__(pieces)
+        super().__init__(None)
         self._pieces = pieces
         self._sent = sent
+        self.kept = False
         self._size = sum(len(piece) for piece in pieces)
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -51,6 +52,13 @@ class Pieces(payload.Payload):
             for at in range(0, len(view), _STEP):
                 await writer.write(view[at : at + _STEP])
         self._sent()
+        if not self.kept:
+            self.drop()
+
+    def drop(self) -> None:
+        """Let go of the bytes: they are not sent a second time."""
+        self.kept = False
+        self._pieces = ()
 
 
 def open_session() -> aiohttp.ClientSession:

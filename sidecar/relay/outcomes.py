@@ -1,0 +1,88 @@
+"""Pure: how a request ends. What its end is called, whose fault it is, and what its client is told."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from sidecar.errors import (
+    EngineStalled,
+    EngineUnreachable,
+    PromptTooLarge,
+    RequestError,
+    SidecarError,
+    StreamStuck,
+)
+from sidecar.facts import Outcome, State
+
+
+class ClientGone(SidecarError):
+    """The client hung up while we wrote to it."""
+
+    code = "client_gone"
+
+
+class ClientStalled(SidecarError):
+    """The client read nothing of its answer for --client-stall-seconds."""
+
+    code = "client_stalled"
+
+
+class EngineBroke(SidecarError):
+    """The engine's answer ended before it was complete; part of it is with the client already."""
+
+    code = "engine_broke"
+
+
+class Cut(SidecarError):
+    """We ended the request ourselves, because a drain ran out of time."""
+
+    code = "drain_cut"
+
+
+# How an exception settles a request; the first that fits. A request that ends without one is settled by its status.
+_OUTCOMES: Final[tuple[tuple[type[BaseException], Outcome], ...]] = (
+    (EngineUnreachable, "engine_error"),
+    (EngineStalled, "stalled"),
+    (StreamStuck, "stalled"),
+    (EngineBroke, "engine_error"),
+    (RequestError, "rejected"),
+    (Cut, "lost"),
+    (ClientGone, "client_cancelled"),
+    (ClientStalled, "client_cancelled"),
+    (asyncio.CancelledError, "client_cancelled"),
+    (Exception, "lost"),
+)
+
+
+def outcome_of(error: BaseException | None, status: int, verdict: State) -> Outcome:
+    """How a request settles that ended with `error`, or without one by the engine's `status`."""
+    if error is None:
+        outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 400 else "ok"
+    else:
+        outcome = next((outcome for kind, outcome in _OUTCOMES if isinstance(error, kind)), "lost")
+    return "stalled" if outcome == "engine_error" and error is not None and verdict == "stalled" else outcome
+
+
+def reason_of(error: BaseException | None, status: int) -> str:
+    """A reason code, never free text."""
+    if error is None:
+        return f"status_{status}" if status >= 400 else ""
+    if isinstance(error, asyncio.CancelledError):
+        return ClientGone.code
+    return str(getattr(error, "reason", error.code)) if isinstance(error, SidecarError) else "internal"
+
+
+def stalled() -> EngineStalled:
+    """The whole engine hangs: the end of every request that it has."""
+    return EngineStalled("the engine made no progress and was given up; send the request again")
+
+
+def ended(code: str) -> RequestError:
+    """Why the control process ends a single request."""
+    match code:
+        case StreamStuck.code:
+            return StreamStuck("the engine stopped work on this request while it went on with others; send it again")
+        case PromptTooLarge.code:
+            return PromptTooLarge("the prompt is larger than the engine's KV cache, so it can never run; shorten it")
+    return stalled()

@@ -1,0 +1,56 @@
+"""How many requests are with the engine at once, where the operator said what it can run.
+
+Rules: off by default; first come, first served; what waits is bounded in number; one place is left free, so that a canary finds
+one. The limit is split evenly between relay processes, which know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sidecar.errors import QueueFull
+from sidecar.relay.admission import Admission
+
+
+class Slots:
+    """The places of one relay process. `places` 0: no limit."""
+
+    def __init__(self, places: int, queued: int) -> None:
+        self._free = asyncio.Semaphore(places) if places else None
+        self._queued = queued
+        self.waiting = 0
+
+    @asynccontextmanager
+    async def taken(self, admission: Admission) -> AsyncIterator[None]:
+        """A place, held; waits for one. Raises QueueFull where too many wait already."""
+        if self._free is None:
+            yield
+            return
+        if self._free.locked():
+            await self._wait(self._free, admission)
+        else:
+            await self._free.acquire()
+        try:
+            yield
+        finally:
+            self._free.release()
+
+    async def _wait(self, free: asyncio.Semaphore, admission: Admission) -> None:
+        if self.waiting >= self._queued:
+            raise QueueFull("the engine is full and so is the queue before it; send the request again later")
+        self.waiting += 1
+        try:
+            with admission.aside():
+                await free.acquire()
+        finally:
+            self.waiting -= 1
+
+
+def places(limit: int, workers: int, index: int) -> int:
+    """The places of relay process `index`: its share of `limit` less the canary's; at least one. 0 where there is no limit."""
+    if not limit:
+        return 0
+    share, rest = divmod(limit - 1, workers)
+    return max(1, share + (index < rest))
