@@ -15,6 +15,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
+from sidecar.engine import catalogue
+from sidecar.engine.catalogue import OWED, Case
 from sidecar.engine.faults import FAULTS
 from sidecar.facts import STATES, State
 from sidecar.manifests.render import render
@@ -90,6 +92,16 @@ def faults_table() -> str:
     return table(("fault", "what it does", "hang modes", "alarms"), rows)
 
 
+def cases_table(cases: Iterable[Case]) -> str:
+    """Every case of the catalogue: how it is played, and what is owed to it."""
+    rows = ((str(c.number), c.text, codes(c.faults), OWED[c.owed], codes(c.reasons)) for c in cases)
+    return table(("", "case", "fault", "what is owed", "reason"), rows)
+
+
+def codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def verdict_page() -> str:
     """docs/verdict.md."""
     conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
@@ -145,6 +157,8 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "metrics": metrics_table,
     "verdicts": verdict_table,
     "faults": faults_table,
+    "modes": lambda: cases_table(catalogue.MODES),
+    "alarms": lambda: cases_table(catalogue.ALARMS),
 }
 _BLOCK: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -13,20 +13,10 @@ from typing import Any
 
 import pytest
 
+from .nvml_stub.build import build
+
 HERE = Path(__file__).parent / "nvml_stub"
 FIELDS = ("utilization", "memory_used", "memory_total", "power", "temperature")
-
-
-def build(gcc: Path, into: Path, *flags: str) -> Path:
-    """Compile the stub as the library that NVML's users look for; the folder that holds it."""
-    into.mkdir()
-    target = into / "libnvidia-ml.so.1"
-    subprocess.run(
-        [gcc, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", *flags, "-o", target, HERE / "nvml_stub.c"],
-        check=True,
-        timeout=60,
-    )
-    return into
 
 
 @pytest.fixture(scope="module")

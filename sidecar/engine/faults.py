@@ -44,7 +44,7 @@ def _frozen(**more: Any) -> dict[str, Any]:
 FAULTS: Final[Mapping[str, Fault]] = {
     "freeze": Fault(
         "the core stops; HTTP answers, /health says 200, the gauges read running 0 and waiting 0",
-        _frozen(gauges_zeroed=True), modes=(1, 17),
+        _frozen(gauges_zeroed=True), modes=(1,),
     ),
     "freeze_busy": Fault(
         "the core stops inside a step; HTTP answers, the gauges keep their last values (running N at 0 tokens/s)",

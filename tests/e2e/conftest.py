@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ QUICK = {
     "drain-seconds": "10",
     "images": "off",
 }
+
+
+TABLE = pytest.StashKey[list[str]]()  # lines of the matrix of hangs and alarms, once it was played
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """End with the matrix, where tests are named one by one (`-v`)."""
+    if config.get_verbosity() > 0 and TABLE in config.stash:
+        terminalreporter.section("hang modes and alarms")
+        terminalreporter.write_line("\n".join(config.stash[TABLE]))
 
 
 @dataclass
@@ -126,7 +136,7 @@ async def starter(folder: Path) -> AsyncIterator[Start]:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         count = 0
 
-        async def run(engine: str, **chosen: str) -> Sidecar:
+        async def run(engine: str, environ: Mapping[str, str] | None = None, **chosen: str) -> Sidecar:
             nonlocal count
             count += 1
             relay, admin, state = free_port(), free_port(), folder / f"state{count}"
@@ -134,7 +144,7 @@ async def starter(folder: Path) -> AsyncIterator[Start]:
             flags |= {"engine": engine, "listen": f"127.0.0.1:{relay}", "admin": f"127.0.0.1:{admin}"}
             flags |= {"state-dir": str(state)}
             command = [sys.executable, "-m", "sidecar", "run", *(x for k, v in flags.items() for x in (f"--{k}", v))]
-            env = {k: v for k, v in os.environ.items() if not k.startswith("SIDECAR_")}
+            env = {k: v for k, v in os.environ.items() if not k.startswith("SIDECAR_")} | dict(environ or {})
             process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=env)
             sidecar = Sidecar(f"http://127.0.0.1:{relay}", f"http://127.0.0.1:{admin}", state, process, session)
             reader = asyncio.create_task(_read(process, sidecar.log))

@@ -1,0 +1,79 @@
+"""Pure: what is owed to each case that the verdict is held against: hang modes that must be found, alarms that must stay silent.
+
+The tables are literal and live here alone: docs/health.md is written from them, the tests play every row with the scripted
+engine (`faults` are rows of its table; none where the trouble is not the engine's) and compare what came with `owed`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Owed = Literal["liveness", "readiness", "startup", "request", "report", "silence"]
+OWED: Final[dict[Owed, str]] = {
+    "liveness": "liveness fails: the engine is restarted",
+    "readiness": "readiness fails first; liveness only after a longer window",
+    "startup": "the start-up probe never passes, and says why",
+    "request": "the one request is ended with an error; no probe fails",
+    "report": "a warning and a metric; no probe fails",
+    "silence": "liveness never fails",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row. `reasons`: the reason codes that are right; empty where silence is owed."""
+
+    number: int
+    text: str
+    faults: tuple[str, ...]
+    owed: Owed
+    reasons: tuple[str, ...] = ()
+
+
+MODES: Final = (
+    Case(1, "The core is dead, the API answers 200.", ("freeze",), "liveness", ("no_progress",)),
+    Case(2, "Running 0, waiting above 0, for minutes.", ("freeze_admission",), "liveness", ("admission_stalled",)),
+    Case(3, "The head of the queue is larger than the KV cache; it recovers when that request is aborted.", ("oversized_head",),
+         "request", ("prompt_exceeds_kv_cache",)),
+    Case(4, "KV connector and memory pressure deadlock.", ("kv_deadlock",), "liveness", ("no_progress",)),
+    Case(5, "Livelock at 100 % CPU.", ("livelock",), "liveness", ("livelock",)),
+    Case(6, "A grammar freezes it: running 2 at 0 tokens/s.", ("freeze_busy",), "liveness", ("no_progress",)),
+    Case(7, "One data-parallel rank stops.", ("one_rank",), "readiness", ("rank_silent",)),
+    Case(8, "NCCL hangs at 100 % GPU.", ("freeze_busy",), "liveness", ("no_progress",)),
+    Case(9, "Prefill at full speed, decode 0.", ("freeze_decode",), "readiness", ("decode_stalled",)),
+    Case(10, "A collective deadlock during graph capture.", ("start_hang",), "startup", ("startup_stuck",)),
+    Case(11, "The core dies, the parent process stays.", ("core_dead",), "liveness", ("no_progress",)),
+    Case(12, "The API's loop is blocked for minutes, the engine is fine.", ("api_block",), "liveness", ("api_blocked",)),
+    Case(13, "One chunk, then silence.", ("first_chunk_then_silence",), "readiness", ("decode_stalled",)),
+    Case(14, "One single stream never ends.", ("one_stream",), "request", ("stream_stuck",)),
+    Case(15, "The transfer from prefill to decode is stuck.", ("transfer_stuck",), "liveness", ("no_progress",)),
+    Case(16, "A client's abort wedges the engine.", ("wedge_on_abort",), "liveness", ("no_progress",)),
+    Case(17, "The first request after a long idle time hangs.", ("hang_after_idle",), "liveness", ("no_progress",)),
+    Case(18, "A GPU fault, and the process lives on.", ("gpu_fault",), "liveness", ("gpu_fault",)),
+    Case(19, "Start-up never ends.", ("start_hang",), "startup", ("startup_stuck",)),
+    Case(20, "The loop iterates, nothing is delivered.", ("livelock",), "liveness", ("livelock",)),
+    Case(21, "Very slow, yet alive: must not be killed before the cap.", ("slow",), "silence"),
+    Case(22, "Speculative decoding stops near the maximum length.", ("stuck_near_limit",), "request", ("stream_stuck",)),
+    Case(23, "Tokens advance, all garbage: to be reported, not killed.", ("gibberish",), "report", ("garbage_output",)),
+)  # fmt: skip
+
+ALARMS: Final = (
+    Case(1, "`/health` takes 40 s under load.", ("slow_health",), "silence"),
+    Case(2, "Image work blocks the API's loop.", ("api_block",), "silence"),
+    Case(3, "1,280 requests at once.", (), "silence"),
+    Case(4, "A probe limit of 1 s on a full engine.", ("slow_health",), "silence"),
+    Case(5, "A canary that queues behind users.", (), "silence"),
+    Case(6, "A limit of 2 s at the largest batch.", (), "silence"),
+    Case(7, "A prefill of 600,000 tokens starves decodes for 82 s.", ("long_prefill",), "silence"),
+    Case(8, "Cold kernels compile for 10-20 minutes.", ("jit",), "silence"),
+    Case(9, "A one-token check takes over 20 s under load.", ("long_prefill",), "silence"),
+    Case(10, "A profiler stops the world.", ("profile",), "silence"),
+    Case(11, "A canary before the engine is ready.", (), "silence"),
+    Case(12, "The node's CPUs are starved; a restarted watchdog forgot what it knew.", (), "silence"),
+    Case(13, "Load becomes a storm of restarts.", (), "silence"),
+    Case(14, "HTTP waits behind inference for 27 s while TCP connects at once.", ("serial_http",), "silence"),
+    Case(15, "The tokenizer holds the GIL for 60 s.", ("api_block",), "silence"),
+    Case(16, "Pause, sleep, weight update.", ("sleep", "pause", "weight_update"), "silence"),
+    Case(17, "The sidecar itself was stopped, starved, restarted, or its clock jumped.", (), "silence"),
+)  # fmt: skip

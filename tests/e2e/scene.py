@@ -1,0 +1,213 @@
+"""One engine, one sidecar and its users, watched as kubelet watches: what the stories of the matrix are played on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+
+from .conftest import Sidecar, starter
+
+PATIENCE = 60.0  # seconds; a bound on hanging, not a measure of anything
+PERIOD = 0.2  # seconds between probes
+PAUSE = 0.1  # seconds that a client waits before its next request
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One look at both probes: HTTP statuses, and the verdict that /readyz told."""
+
+    at: float
+    live: int
+    ready: int
+    verdict: str
+    reason: str
+
+
+class Scene:
+    """What a story acts on. Times are monotonic seconds."""
+
+    def __init__(self, engine: ScriptedEngine, sidecar: Sidecar, session: aiohttp.ClientSession) -> None:
+        self.engine = engine
+        self.sidecar = sidecar
+        self.seen: list[Seen] = []
+        self.ended: list[str] = []  # how each request ended: "done", "broken", or an error's code
+        self.began = time.monotonic()
+        self._session = session
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._news = asyncio.Condition()
+
+    # --- what a story does ---
+
+    def fault(self, kind: str, seconds: float | None = None, **parameters: float) -> None:
+        """Begin a fault; what is found is timed from here."""
+        self.began = time.monotonic()
+        self.engine.faults.start(kind, seconds, **parameters)
+
+    def open(self, tokens: int = 100_000, prompt: int = 4, *, stream: bool = True) -> asyncio.Task[str]:
+        """One request as a task, whose result is how it ended."""
+        return self._task(self.ask(tokens, prompt, stream=stream))
+
+    def crowd(self, clients: int, tokens: int = 5, prompt: int = 4, *, stream: bool = True) -> None:
+        """So many clients, each with one request after the other."""
+        for _ in range(clients):
+            self._task(self._again_and_again(tokens, prompt, stream))
+
+    async def ask(self, tokens: int, prompt: int = 4, *, stream: bool = True) -> str:
+        """One request of `prompt` and `tokens` tokens, read to its end; how it ended."""
+        body = {
+            "model": "scripted",
+            "stream": stream,
+            "max_tokens": tokens,
+            "messages": [{"role": "user", "content": "word" * prompt}],
+        }
+        try:
+            async with self._session.post(self.sidecar.relay + "/v1/chat/completions", json=body) as answer:
+                end = await _end_of(answer)
+        except (aiohttp.ClientError, ConnectionError):
+            end = "broken"
+        async with self._news:
+            self.ended.append(end)
+            self._news.notify_all()
+        return end
+
+    async def post(self, path: str) -> int:
+        """An order through the relay; its status."""
+        async with self._session.post(self.sidecar.relay + path) as answer:
+            await answer.read()
+            return answer.status
+
+    async def served(self, verdict: str = "progressing") -> None:
+        """Wait until users are served."""
+        await self.sidecar.until_verdict(verdict)
+
+    # --- what a test waits for ---
+
+    async def until(self, holds: Callable[[], object], what: str) -> None:
+        """Wait until `holds()`; it is asked again after each look at the probes and each request's end."""
+        try:
+            async with asyncio.timeout(PATIENCE), self._news:
+                await self._news.wait_for(lambda: bool(holds()))
+        except TimeoutError:
+            raise AssertionError(f"never {what}; {self.story()}") from None
+
+    def story(self) -> str:
+        """What was seen and how requests ended, in one line, for a test that fails."""
+        changes = (
+            [self.seen[0], *(b for a, b in zip(self.seen, self.seen[1:], strict=False) if _differ(a, b))]
+            if self.seen
+            else []
+        )
+        told = ", ".join(f"{s.at - self.began:+.1f} s {s.verdict}/{s.reason} {s.live} {s.ready}" for s in changes[-25:])
+        return f"seen: {told}; requests ended: {sorted(set(self.ended))}; log: {''.join(self.sidecar.log[-6:])}"
+
+    def since(self) -> list[Seen]:
+        """The looks since the fault."""
+        return [s for s in self.seen if s.at >= self.began]
+
+    async def watch(self) -> None:
+        """Probe as kubelet does, without end. A sidecar that does not answer (stopped, restarting) is no answer of a probe."""
+        while True:
+            try:
+                live, _ = await self._probe("/livez")
+                ready, body = await self._probe("/readyz")
+            except (aiohttp.ClientError, ConnectionError, TimeoutError):
+                await asyncio.sleep(PERIOD)
+                continue
+            async with self._news:
+                self.seen.append(Seen(time.monotonic(), live, ready, body["verdict"], body["reason"]))
+                self._news.notify_all()
+            await asyncio.sleep(PERIOD)
+
+    async def _probe(self, path: str) -> tuple[int, Any]:
+        async with self._session.get(self.sidecar.admin + path, timeout=aiohttp.ClientTimeout(total=2)) as answer:
+            return answer.status, await answer.json()
+
+    async def _again_and_again(self, tokens: int, prompt: int, stream: bool) -> None:
+        while True:
+            await self.ask(tokens, prompt, stream=stream)
+            await asyncio.sleep(PAUSE)
+
+    def _task(self, job: Any) -> asyncio.Task[Any]:
+        task = asyncio.create_task(job)
+        self._tasks.append(task)
+        return task
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _differ(a: Seen, b: Seen) -> bool:
+    return (a.verdict, a.reason, a.live, a.ready) != (b.verdict, b.reason, b.live, b.ready)
+
+
+async def _end_of(answer: aiohttp.ClientResponse) -> str:
+    """How an answer ended: its error's code, in whatever form it came, or "done"."""
+    if answer.status != 200:
+        return _code(await answer.read()) or str(answer.status)
+    end = "broken"
+    async for line in answer.content:
+        if b'"error"' in line:
+            end = _code(line.removeprefix(b"data: ")) or end
+        elif line.startswith((b"data: [DONE]", b'{"id"')) and end == "broken":
+            end = "done"
+    return end
+
+
+def _code(body: bytes) -> str:
+    """The code of an OpenAI error; "" where there is none."""
+    try:
+        error = json.loads(body)["error"]
+        return str(error.get("code") or error.get("type"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a story's engine and sidecar are started. `before` is done to the engine before the sidecar is there."""
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    before: Callable[[ScriptedEngine], None] | None = None
+    served: bool = True  # the story begins once the engine has served a token
+    gpu: bool = False  # with the stub of the GPU's driver
+
+
+@contextlib.asynccontextmanager
+async def scene(setting: Setting, relays: int, folder: Path, environ: dict[str, str]) -> AsyncIterator[Scene]:
+    """An engine, a sidecar with so many relays, and a watch over its probes."""
+    made = EngineSettings(**{"listen": ("127.0.0.1", 0), "decode_step_ms": 20.0, **setting.engine})
+    flags = {"drain_seconds": "2", "workers": str(relays), **setting.flags}
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # a connection each, so that all relays get some
+    async with (
+        ScriptedEngine(made) as engine,
+        aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session,
+        starter(folder) as start,
+    ):
+        if setting.before:
+            setting.before(engine)
+        played = Scene(engine, await start(engine.url, environ=environ if setting.gpu else {}, **flags), session)
+        try:
+            played._task(played.watch())
+            if setting.served:
+                await played.sidecar.until(lambda s: s["verdict"]["state"] == "idle" and _whole(s, relays))
+            yield played
+        finally:
+            await played.close()
+
+
+def _whole(snapshot: dict[str, Any], relays: int) -> bool:
+    """Whether all relays are there."""
+    return len([r for r in snapshot["relays"] if r["pulse_age"] is not None]) == relays

@@ -1,0 +1,228 @@
+"""Every hang mode is found with the right reason and every alarm stays silent: real processes, real clock, one and two relays.
+
+All selected stories are played at once, a few beside each other, before the first test looks at what came of its own; `-v` ends
+with the matrix as a table. What is owed stands in sidecar/engine/catalogue.py, how a row is played in stories.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import pytest_asyncio
+
+from sidecar.engine import catalogue
+from sidecar.engine.catalogue import Case
+from sidecar.engine.faults import FAULTS
+
+from ..nvml_stub.build import build
+from . import stories
+from .conftest import TABLE
+from .scene import Scene, Seen, scene
+from .stories import Story
+
+pytestmark = pytest.mark.timeout(600)
+
+BESIDE = 8  # stories at a time
+RELAYS = (1, 2)
+
+
+class Row(NamedTuple):
+    """One test: a row of the catalogue, the story that plays it, and with how many relays."""
+
+    kind: str
+    case: Case
+    story: Story
+    relays: int
+
+    def __str__(self) -> str:
+        name = self.story.name or (self.case.faults[0] if self.case.faults else self.story.play.__name__)
+        return f"{self.kind}-{self.case.number:02}-{name}[{self.relays} relay{'s' * (self.relays > 1)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came of a story: seconds from the fault to what was owed (None where silence was), or why not."""
+
+    seconds: float | None = None
+    seen: str = ""
+    wrong: str = ""
+
+
+ROWS = [
+    Row(kind, case, story, relays)
+    for kind, cases, told in (("mode", catalogue.MODES, stories.MODES), ("alarm", catalogue.ALARMS, stories.ALARMS))
+    for case in cases
+    for story in told[case.number]
+    for relays in RELAYS
+]
+MISSING: dict[str, str] = {  # "kind-number": what the row still waits for
+    "mode-02": "the reason admission_stalled",
+    "mode-03": "the end of a request that exceeds the KV cache",
+    "mode-05": "the reason livelock",
+    "mode-07": "the rule rank_silent",
+    "mode-09": "the rule decode_stalled",
+    "mode-10": "the reason startup_stuck",
+    "mode-12": "the reason api_blocked",
+    "mode-13": "the rule decode_stalled",
+    "mode-14": "the end of a stuck stream",
+    "mode-18": "the reason gpu_fault",
+    "mode-19": "the reason startup_stuck",
+    "mode-20": "the reason livelock",
+    "mode-22": "the end of a stuck stream",
+    "mode-23": "the report garbage_output",
+    "alarm-10": "Directed facts",
+    "alarm-16": "Directed facts",
+}
+
+
+def _param(row: Row) -> Any:
+    missing = MISSING.get(f"{row.kind}-{row.case.number:02}")
+    marks = [pytest.mark.xfail(reason=missing, strict=True)] if missing and row.story.name != "sleep" else []
+    return pytest.param(row, id=str(row), marks=marks)
+
+
+@pytest.mark.parametrize("row", [_param(row) for row in ROWS])
+def test_the_row_gets_what_is_owed(row: Row, found: dict[str, Found]) -> None:
+    """A hang is found as the catalogue says and with its reason; an alarm fails no liveness probe."""
+    if found[str(row)].wrong:
+        pytest.fail(found[str(row)].wrong, pytrace=False)
+
+
+def test_every_mode_and_alarm_is_played() -> None:
+    """The catalogue has all 23 modes and 17 alarms, each with a story, and names the faults that have its number."""
+    for cases, told, last, numbers in (
+        (catalogue.MODES, stories.MODES, 23, lambda f: f.modes),
+        (catalogue.ALARMS, stories.ALARMS, 17, lambda f: f.alarms),
+    ):
+        assert [case.number for case in cases] == list(told) == list(range(1, last + 1))
+        for case in cases:
+            assert {name for name, fault in FAULTS.items() if case.number in numbers(fault)} == set(case.faults), case
+            assert bool(case.reasons) == (case.owed != "silence"), case
+
+
+# --- playing ---
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def found(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, requires: Callable[[str], Path]
+) -> dict[str, Found]:
+    """What came of each selected row."""
+    parameters = [getattr(item, "callspec", Nothing).params for item in request.session.items]
+    wanted = [each["row"] for each in parameters if "row" in each]
+    folder = tmp_path_factory.mktemp("matrix")
+    environ = _gpu(folder, requires) if any(row.story.setting.gpu for row in wanted) else {}
+    gate = asyncio.Semaphore(BESIDE)
+    results: dict[str, Found] = {}
+
+    async def play(row: Row) -> None:
+        async with gate:
+            place = folder / str(len(list(folder.iterdir())))
+            place.mkdir()
+            results[str(row)] = await _played(row, place, environ)
+
+    await asyncio.gather(*(play(row) for row in wanted if not row.story.alone))
+    for row in wanted:
+        if row.story.alone:
+            await play(row)
+    request.config.stash[TABLE] = lines(results)
+    return results
+
+
+class Nothing:
+    """What a test without parameters has for a callspec."""
+
+    params: dict[str, Any] = {}  # noqa: RUF012
+
+
+def lines(results: dict[str, Found]) -> list[str]:
+    """The matrix as Markdown."""
+    rows = [f"| `{name}` | {'-' if f.seconds is None else f'{f.seconds:.1f} s'} | {f.seen or 'silent'} | {'wrong' if f.wrong else 'ok'} |"
+            for name, f in results.items()]  # fmt: skip
+    return ["| case | found after | seen | |", "|---|---|---|---|", *sorted(rows)]
+
+
+def _gpu(folder: Path, requires: Callable[[str], Path]) -> dict[str, str]:
+    """The environment in which the sidecar finds a GPU whose driver reports XID 31, an error that a restart mends."""
+    script = folder / "nvml.txt"
+    script.write_text("xid 31\n")
+    return {"LD_LIBRARY_PATH": str(build(requires("gcc"), folder / "lib")), "NVML_STUB_SCRIPT": str(script)}
+
+
+async def _played(row: Row, folder: Path, environ: dict[str, str]) -> Found:
+    """Play one row; whatever goes wrong is told by its test alone."""
+    try:
+        async with scene(row.story.setting, row.relays, folder, environ) as s:
+            await row.story.play(s)
+            return await CHECKS[row.case.owed](s, row.case)
+    except Exception as e:  # noqa: BLE001  one story's failure must not end the others'
+        return Found(wrong=f"{type(e).__name__}: {e}")
+
+
+async def _liveness(s: Scene, case: Case) -> Found:
+    """/livez fails, and the first failure has the right reason."""
+    await s.until(lambda: _dead(s), "a failed liveness probe")
+    first = _dead(s)[0]
+    return _judged(s, first, first.verdict == "stalled" and first.reason in case.reasons)
+
+
+async def _readiness(s: Scene, case: Case) -> Found:
+    """/readyz fails with the right reason, before any liveness probe fails."""
+    await s.until(
+        lambda: [x for x in s.since() if x.ready != 200 and x.reason in case.reasons] or _dead(s),
+        f"unready for {case.reasons}",
+    )
+    first = next(x for x in s.since() if (x.ready != 200 and x.reason in case.reasons) or x.live != 200)
+    return _judged(s, first, first.live == 200)
+
+
+async def _startup(s: Scene, case: Case) -> Found:
+    """The verdict stays `starting` with the right reason; /startupz fails, /livez does not."""
+    await s.until(lambda: [x for x in s.since() if x.reason in case.reasons], f"the reason {case.reasons}")
+    first = next(x for x in s.since() if x.reason in case.reasons)
+    startup, _ = await s.sidecar.get("/startupz")
+    return _judged(s, first, first.verdict == "starting" and startup == 503 and not _dead(s))
+
+
+async def _request(s: Scene, case: Case) -> Found:
+    """The client of the one request gets an error with the right code; the others are served on, and no probe fails."""
+    await s.until(lambda: set(case.reasons) & set(s.ended), f"a request that ended with {case.reasons}")
+    seconds = time.monotonic() - s.began
+    done = s.ended.count("done")
+    await s.until(lambda: s.ended.count("done") > done + 3, "others served on")
+    calm = all((x.live, x.ready) == (200, 200) for x in s.since())
+    return Found(seconds, f"request ended: {case.reasons[0]}", "" if calm else s.story())
+
+
+async def _report(s: Scene, case: Case) -> Found:
+    """The log warns with the reason; no probe fails."""
+    await s.until(lambda: any(case.reasons[0] in line for line in s.sidecar.log), f"a warning of {case.reasons}")
+    calm = all((x.live, x.ready) == (200, 200) for x in s.since())
+    return Found(time.monotonic() - s.began, f"warning: {case.reasons[0]}", "" if calm else s.story())
+
+
+async def _silence(s: Scene, case: Case) -> Found:
+    """No liveness probe has failed, and the sidecar still answers."""
+    count = len(s.seen)
+    await s.until(lambda: len(s.seen) > count, "an answer of the probes after the story")
+    worst = [f"{x.verdict}/{x.reason}" for x in s.seen if x.verdict in ("suspect", "unknown", "exempt")]
+    return Found(seen="silent" + "".join(f", {w}" for w in dict.fromkeys(worst)), wrong=s.story() if _dead(s) else "")
+
+
+CHECKS = {
+    "liveness": _liveness, "readiness": _readiness, "startup": _startup, "request": _request, "report": _report, "silence": _silence,
+}  # fmt: skip
+
+
+def _dead(s: Scene) -> list[Seen]:
+    return [x for x in s.since() if x.live != 200]
+
+
+def _judged(s: Scene, first: Seen, right: bool) -> Found:
+    return Found(first.at - s.began, f"{first.verdict}/{first.reason}", "" if right else s.story())
