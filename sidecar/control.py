@@ -29,7 +29,7 @@ from sidecar.facts import (
     Verdict,
 )
 from sidecar.ledger import Ledger, Settlement
-from sidecar.progress import Limits, Progress, item_of
+from sidecar.progress import Limits, Progress
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, RelayUse, Snapshot
 
@@ -72,7 +72,7 @@ class Control:
         limits = Limits(
             settings.silence_floor, settings.silence_unlearned, settings.silence_margin, settings.silence_cap
         )
-        self.progress = Progress(co, limits, baseline=now)
+        self.progress = Progress(limits, baseline=now)
         self.memory = verdict.Memory(since=now, engine_since=now)
         self.changes: deque[Verdict] = deque(maxlen=CHANGES)
         self.canary: CanaryResult | None = None
@@ -98,7 +98,8 @@ class Control:
         """Book one fact. Returns the settlement when it ended a request."""
         match fact:
             case Admitted(stream=True):
-                self.progress.admitted((relay, fact.id), fact.expected, fact.at)
+                prefill = units.terms(fact.expected, self._co).before_first_token / 1000
+                self.progress.admitted((relay, fact.id), prefill, fact.at)
             case FirstToken():
                 self.progress.first_token((relay, fact.id), fact.at)
             case Delivered(bytes=size) if size > 0:
@@ -126,7 +127,7 @@ class Control:
         if fact.outcome == "ok":
             self.progress.completed(fact.at)
         if fact.first_at is not None and fact.delivered_tokens > 1 and fact.outcome != "stalled":
-            self.progress.token_time((fact.at - fact.first_at) / (fact.delivered_tokens - 1))
+            self.progress.learned.token_time((fact.at - fact.first_at) / (fact.delivered_tokens - 1))
 
     # --- canaries ---
 
@@ -176,8 +177,9 @@ class Control:
         self._was_refused = r.refused_since is not None
         self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
-        items = (item_of(h.admitted, h.since, h.first_at, h.last_at) for h in self.ledger.holds() if not h.blocked)
-        self.evidence = self.progress.evidence(items, now, extra=extra, learn=self.memory.state in LEARNING)
+        self.evidence = self.progress.evidence(
+            self.ledger.holds(), now, extra=extra, learn=self.memory.state in LEARNING
+        )
         inputs = verdict.Inputs(
             now=now, evidence=self.evidence, canary=self.canary, refused_since=r.refused_since,
             exempt=self._exemption(r.engine), restarted=self._restarted,

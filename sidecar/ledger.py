@@ -18,6 +18,14 @@ from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, O
 
 WINDOW = 60.0  # seconds of the flow ("per minute")
 RATE_WINDOW = 5.0  # seconds of tokens per second
+UNBOUNDED_OUTPUT = 4096  # tokens assumed for an answer in one piece without max_tokens
+SHORT_ROUTES = (
+    "embeddings",
+    "rerank",
+    "score",
+    "pooling",
+    "classify",
+)  # no tokens are asked for: like a stream of one event
 
 Key = tuple[int, str]  # (relay index, request id)
 
@@ -39,6 +47,9 @@ class Hold:
     delivered: int = 0
     accrued: float = 0.0
     blocked: bool = False
+    prefill: float = 0.0  # seconds before the first token, by the cost model
+    whole: int = 0  # most tokens of an answer that comes in one piece; 0 for a stream, and for what asks for no tokens
+    remaining: float = 0.0  # MU that it still keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +122,7 @@ class Ledger:
         self._tenant_label = tenant_label
         self._model_label = model_label
         self._holds: dict[Key, Hold] = {}
+        self._token_mu = units.mu(Work(0, output=1), co) - units.mu(Work(0), co)
         self._flow = Rate(WINDOW)
         self._tokens = Rate(RATE_WINDOW)
         self._finished = Rate(WINDOW)
@@ -149,16 +161,12 @@ class Ledger:
         mu, prefill, decode, waiting = 0.0, 0, 0, 0
         for hold in self._holds.values():
             expected = hold.admitted.expected
-            mu += remaining_mu(hold, self.co)
+            mu += hold.remaining
             decode += max(expected.output - hold.delivered, 0)
             if hold.first_at is None:
                 waiting += 1
                 prefill += expected.uncached
         return Stock(mu, prefill, decode, len(self._holds), waiting)
-
-    def remaining(self, hold: Hold) -> float:
-        """MU that an open hold still keeps."""
-        return remaining_mu(hold, self.co)
 
     def mu_per_minute(self, now: float) -> float:
         """MU done in the last minute."""
@@ -174,7 +182,11 @@ class Ledger:
 
     def _hold(self, relay: int, fact: Admitted) -> None:
         tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
-        self._holds.setdefault((relay, fact.id), Hold(fact, tenant, model, fact.at, last_at=fact.at))
+        hold = Hold(fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu)
+        hold.prefill = units.terms(fact.expected, self.co).before_first_token / 1000
+        if not fact.stream and fact.route not in SHORT_ROUTES:
+            hold.whole = fact.max_output or UNBOUNDED_OUTPUT
+        self._holds.setdefault((relay, fact.id), hold)
 
     def _first(self, relay: int, fact: FirstToken) -> None:
         hold = self._holds.get((relay, fact.id))
@@ -208,6 +220,7 @@ class Ledger:
         done = units.mu(work_so_far(hold), self.co)
         self._flow.add(done - hold.accrued, at)
         hold.accrued = done
+        hold.remaining = max(hold.admitted.mu - done, self._token_mu)
 
     def _settle(self, relay: int, fact: Settled) -> Settlement | None:
         hold = self._holds.pop((relay, fact.id), None)
@@ -251,13 +264,6 @@ def work_so_far(hold: Hold) -> Work:
     """The estimate with the tokens that were delivered so far."""
     e = hold.admitted.expected
     return Work(e.uncached, e.cached, hold.delivered, e.image_tokens, e.images)
-
-
-def remaining_mu(hold: Hold, co: units.Coefficients) -> float:
-    """MU that a hold still keeps: all of it before the first token; then what is not accrued yet, but at least one token."""
-    if hold.first_at is None:
-        return hold.admitted.mu
-    return max(hold.admitted.mu - hold.accrued, units.mu(Work(0, output=1), co) - units.mu(Work(0), co))
 
 
 def lost(hold: Hold, id: str, now: float) -> Settled:

@@ -10,24 +10,20 @@ Rules:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from sidecar import units
-from sidecar.facts import Admitted, EngineSample, Work
+from sidecar.facts import EngineSample
+from sidecar.learned import Learned
 
 Key = tuple[int, str]  # (relay index, request id)
 
-LEARNED_AFTER = 20  # first tokens seen, before this engine's own gaps count as known
-GAP_HALF_LIFE = 600.0  # seconds in which a learned gap loses half its weight
+LEARNED_AFTER = 10  # first tokens seen, before this engine's own gaps count as known
 GAP_MARGIN = 2.0  # allowed over the longest learned gap
-TOKEN_SECONDS = 0.05  # silence per output token of a request that does not stream, before any was measured
-UNBOUNDED_OUTPUT = 4096  # tokens assumed for such a request without max_tokens
 SHORT_GAP = 0.25  # seconds; shorter gaps teach nothing
-SHORT_PREFILL = 0.25  # seconds of predicted prefill; below it launch overhead rules, and the ratio is taken over this
-MAX_SLOWNESS = 1000.0
-RATIOS = 64  # observations of a prefill's time over its predicted one, whose 90th percentile is the slowness
+EXCESS = 5  # readings in a row with more requests than the relay's, that count as somebody else's
+APART = 3.0  # seconds without the relay's own work, after which work of the engine is somebody else's
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +36,23 @@ class Limits:
     cap: float = 900.0
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One outstanding request, as far as silence goes."""
+class Item(Protocol):
+    """One outstanding request, as far as silence goes. The ledger's holds are such.
 
-    admitted_at: float
-    first_at: float | None
-    last_at: float
-    expected: Work
-    max_output: int | None
-    streams: bool
+    `since`: when its silence began to be the engine's; `prefill`: seconds before its first token, by the cost model; `whole`:
+    tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the relay.
+    """
+
+    @property
+    def since(self) -> float: ...
+    @property
+    def first_at(self) -> float | None: ...
+    @property
+    def prefill(self) -> float: ...
+    @property
+    def whole(self) -> int: ...
+    @property
+    def blocked(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,39 +77,9 @@ class Evidence:
 
 
 @dataclass(slots=True)
-class Learned:
-    """The longest legitimate gap seen, fading while there is work, and how slow this hardware is against the coefficients.
-
-    Slowness is a high percentile, not a maximum: one hiccup must not lengthen every later patience, and a machine that is slow
-    every time must be known as slow after any time of idleness.
-    """
-
-    first_tokens: int = 0
-    gap: float = 0.0
-    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=RATIOS))
-    slowness: float = 1.0
-    token_seconds: float = TOKEN_SECONDS
-    at: float = 0.0
-
-    def fade(self, now: float, *, working: bool) -> None:
-        """Let the learned gap lose weight with the time that the engine worked."""
-        if working:
-            self.gap *= 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE)
-        self.at = now
-
-    def first_token(self, seconds: float, prefill: float) -> None:
-        """A prefill took `seconds`; the cost model had said `prefill`."""
-        self.first_tokens += 1
-        self.ratios.append(seconds / max(prefill, SHORT_PREFILL))
-        ranked = sorted(self.ratios)
-        self.slowness = min(MAX_SLOWNESS, max(1.0, ranked[int(0.9 * (len(ranked) - 1))]))
-
-
-@dataclass(slots=True)
 class Progress:
     """Keeps the times of the last progress of each kind."""
 
-    co: units.Coefficients
     limits: Limits
     kinds: dict[str, float] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
@@ -115,6 +88,9 @@ class Progress:
     steps_at: float | None = None
     _sample: EngineSample | None = None
     _busy: bool = False  # the engine's gauges show work that is not our canary
+    _open: int = 0  # requests that the relay has out
+    _excess: int = 0  # readings in a row that moved and showed more than those
+    _worked_at: float = 0.0  # when the relay last had work out
     _open_gap: float = 0.0  # the silence under way; it is learned only when progress ends it
     _tainted: bool = (
         False  # the silence under way was, at some time, a stall, a start or an exemption: it teaches nothing
@@ -130,9 +106,9 @@ class Progress:
         """Bytes of an answer reached a client."""
         self._mark("delivered", now)
 
-    def admitted(self, key: Key, work: Work, now: float) -> None:
-        """A stream is on its way to the engine."""
-        self._promised[key] = (now, units.terms(work, self.co).before_first_token / 1000)
+    def admitted(self, key: Key, prefill: float, now: float) -> None:
+        """A stream is on its way to the engine; the cost model says `prefill` seconds before its first token."""
+        self._promised[key] = (now, prefill)
 
     def resumed(self, key: Key, now: float) -> None:
         """A request that waited for its client, or in our own queue, is the engine's from now on."""
@@ -158,39 +134,40 @@ class Progress:
         """The engine ended a request by itself."""
         self._mark("completed", now)
 
-    def token_time(self, seconds: float) -> None:
-        """Mean time per output token of a settled stream."""
-        if 0 < seconds < 60:
-            self.learned.token_seconds += 0.1 * (2 * seconds - self.learned.token_seconds)
-
     def engine(self, sample: EngineSample, now: float, *, canary: bool = False) -> bool:
         """Compare the engine's counters with the last reading. Returns True when the engine was restarted.
 
         `canary`: one ran between the two readings, so that counters that moved say nothing of the users' work.
         """
         before, self._sample = self._sample, sample
-        self._busy = not canary and ((sample.running or 0) + (sample.waiting or 0)) > 0
+        self._busy = not canary and load(sample) > 0
+        self.learned.foreign |= not canary and self._is_foreign(before, sample, now)
         if before is None:
             return False
         if restarted(before, sample):
             return True
         for kind, names in COUNTERS.items():
-            if not canary and any(moved(getattr(before, n), getattr(sample, n)) for n in names):
+            if not canary and any_moved(before, sample, names):
                 self._mark(kind, now)
-        if any(moved(getattr(before, n), getattr(sample, n)) for n in SIGNS_OF_LIFE):
+        if any_moved(before, sample, SIGNS_OF_LIFE):
             self.steps_at = now
         return False
 
     def evidence(self, items: Iterable[Item], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
         """Judge the silence at `now`. `extra` seconds of patience for our own lag; `learn` False while a silence is no measure."""
-        work = list(items)
-        busy = self._busy
+        every = list(items)
+        work = [i for i in every if not i.blocked]
+        self._open = max(len(every), self._open - 1)  # falls slowly: gauges lag behind
+        if work:
+            self._worked_at = now
+        busy = self._busy and (bool(work) or self.learned.foreign)  # else it can only be what is left of our own
         since = self._silent_since(work, busy, now)
         self.learned.fade(now, working=bool(work))
+        self.learned.refit()
         known = self.learned.first_tokens >= LEARNED_AFTER and (bool(work) or not busy)  # others' work has unknown size
         floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
-        prefill = early_prefill(work, since, floor, self.co)
-        predicted = prefill * self.learned.slowness + longest_answer(work) * self.learned.token_seconds
+        predicted = self.learned.seconds(early_prefill(work, since, floor))
+        predicted += max((i.whole for i in work), default=0) * self.learned.token_seconds
         allowed, ruled_by = allowed_silence(predicted, floor, self.learned.gap, self.limits)
         age = max(0.0, now - since) if work or busy else None
         self._open_gap = age or 0.0
@@ -200,7 +177,7 @@ class Progress:
             now=now,
             outstanding=len(work),
             waiting=sum(i.first_at is None for i in work),
-            engine_busy=busy,
+            engine_busy=self._busy,
             progress_at=at,
             progress_kind=kind,
             age=age,
@@ -215,11 +192,23 @@ class Progress:
         """The newest progress: its kind and time; ("none", None) before any."""
         return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
 
+    def _is_foreign(self, before: EngineSample | None, sample: EngineSample, now: float) -> bool:
+        """Whether a reading shows work of others: it came or moved while the relay had none, or is more than the relay has.
+
+        A gauge that only stays up after the relay's last request proves nothing: an abort can wedge an engine.
+        """
+        if before is None:
+            return load(sample) > 0 and now - self._worked_at > APART
+        moves = any_moved(before, sample, PROGRESS)
+        self._excess = self._excess + 1 if moves and load(sample) > self._open else 0
+        apart = now - self._worked_at > APART and (moves or load(sample) > load(before))
+        return apart or self._excess >= EXCESS
+
     def _silent_since(self, work: list[Item], busy: bool, now: float) -> float:
         if not work and not busy:
             self.started_at = None
         elif self.started_at is None:
-            self.started_at = min((i.admitted_at for i in work), default=now)
+            self.started_at = min((i.since for i in work), default=now)
         started = now if self.started_at is None else self.started_at
         return max(self.last()[1] or 0.0, self.baseline, started)
 
@@ -236,8 +225,19 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "generation": ("generation_tokens",),
     "completed": ("finished",),
 }
+PROGRESS = tuple(name for names in COUNTERS.values() for name in names)
 # Numbers whose movement only holds suspicion off.
 SIGNS_OF_LIFE = ("iterations", "prompt_tokens", "kv_usage")
+
+
+def load(sample: EngineSample) -> float:
+    """Requests that the engine's gauges show."""
+    return (sample.running or 0) + (sample.waiting or 0)
+
+
+def any_moved(before: EngineSample, after: EngineSample, names: tuple[str, ...]) -> bool:
+    """Whether any of these numbers changed between two readings."""
+    return any(moved(getattr(before, n), getattr(after, n)) for n in names)
 
 
 def moved(before: float | None, after: float | None) -> bool:
@@ -253,19 +253,13 @@ def restarted(before: EngineSample, after: EngineSample) -> bool:
     return any((b := getattr(before, n)) is not None and (a := getattr(after, n)) is not None and a < b for n in names)
 
 
-def early_prefill(items: list[Item], since: float, grace: float, co: units.Coefficients) -> float:
+def early_prefill(items: Iterable[Item], since: float, grace: float) -> float:
     """Seconds of prefill, by the cost model, that can explain a silence since `since`.
 
     Counted are requests without a first token that were there when the silence began or came within `grace` seconds of it:
     later arrivals queue behind them and cannot excuse them.
     """
-    early = (i for i in items if i.first_at is None and i.admitted_at <= since + grace)
-    return sum(units.terms(i.expected, co).before_first_token for i in early) / 1000
-
-
-def longest_answer(items: list[Item]) -> int:
-    """Output tokens of the longest answer that comes in one piece, because its request does not stream."""
-    return max((i.max_output or UNBOUNDED_OUTPUT for i in items if not i.streams), default=0)
+    return sum(i.prefill for i in items if i.first_at is None and i.since <= since + grace)
 
 
 def allowed_silence(predicted: float, floor: float, gap: float, limits: Limits) -> tuple[float, str]:
@@ -275,15 +269,3 @@ def allowed_silence(predicted: float, floor: float, gap: float, limits: Limits) 
     if terms[ruled_by] > limits.cap:
         return limits.cap, "cap"
     return terms[ruled_by], ruled_by
-
-
-def item_of(admitted: Admitted, since: float, first_at: float | None, last_at: float) -> Item:
-    """An outstanding request as far as silence goes; the engine has it `since` then.
-
-    What asks for no tokens (embeddings) is like a stream of one event.
-    """
-    whole = not admitted.stream and admitted.route not in SHORT_ROUTES
-    return Item(since, first_at, last_at, admitted.expected, admitted.max_output, not whole)
-
-
-SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")

@@ -70,7 +70,7 @@ def tenants_of(ledger: Ledger) -> tuple[TenantUse, ...]:
         TenantUse(
             tenant=t,
             requests_in_flight=len(open_.get(t, ())),
-            mu_in_flight=sum(ledger.remaining(h) for h in open_.get(t, ())),
+            mu_in_flight=sum(h.remaining for h in open_.get(t, ())),
             mu_total=accounts[t].mu if t in accounts else 0.0,
             requests_total=accounts[t].requests if t in accounts else 0,
             tokens_total=accounts[t].tokens if t in accounts else 0,

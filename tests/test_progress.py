@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from sidecar import units
 from sidecar.facts import EngineSample, Work
-from sidecar.progress import GAP_MARGIN, LEARNED_AFTER, Item, Limits, Progress, restarted
+from sidecar.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, restarted
 
 CO = units.Coefficients()
 LIMITS = Limits(floor=8.0, unlearned=60.0, margin=3.0, cap=900.0)
 
 
-def item(
-    at: float, tokens: int = 100, *, first: float | None = None, streams: bool = True, most: int | None = 64
-) -> Item:
-    return Item(at, first, first or at, Work(tokens), most, streams)
+@dataclass
+class Item:
+    since: float
+    first_at: float | None
+    prefill: float
+    whole: int = 0
+    blocked: bool = False
+
+
+def prefill(tokens: int) -> float:
+    return units.terms(Work(tokens), CO).before_first_token / 1000
+
+
+def item(at: float, tokens: int = 100, *, first: float | None = None, whole: int = 0, blocked: bool = False) -> Item:
+    return Item(at, first, prefill(tokens), whole, blocked)
 
 
 def learned() -> Progress:
-    p = Progress(CO, LIMITS)
+    p = Progress(LIMITS)
     p.learned.first_tokens = LEARNED_AFTER
     return p
 
@@ -64,9 +77,39 @@ def test_our_own_canary_moves_counters_and_proves_nothing_of_the_users_work() ->
 def test_work_that_came_around_the_relay_is_judged_with_unlearned_patience() -> None:
     """Gauges that show work without ours: its size is unknown, so patience is long."""
     p = learned()
+    p.engine(EngineSample(running=0, generation_tokens=1), 9.0)
     p.engine(EngineSample(running=2, generation_tokens=1), 10.0)
     e = p.evidence([], 15.0)
     assert e.engine_busy and e.age is not None and e.allowed == LIMITS.unlearned
+
+
+def test_a_gauge_that_only_stays_up_after_our_own_work_is_nobodys_work() -> None:
+    """An abort can wedge an engine: where no other way to it was ever seen, that is an idle engine, and canaries judge it."""
+    p = learned()
+    p.engine(EngineSample(running=0, generation_tokens=1), 9.0)
+    p.evidence([item(9.5)], 9.5)
+    p.engine(EngineSample(running=1, generation_tokens=5), 10.0)
+    p.evidence([item(9.5)], 10.0)
+    for n in range(20):
+        p.engine(EngineSample(running=1, generation_tokens=5), 11.0 + n)
+        e = p.evidence([], 11.0 + n)
+    assert e.engine_busy and e.age is None and not p.learned.foreign
+
+
+def test_more_requests_than_the_relay_has_are_somebody_elses() -> None:
+    """While the counters move, gauges over the relay's own count show another way to the engine, even if it never was idle."""
+    p = learned()
+    for n in range(20):
+        p.evidence([item(0.0)], float(n))
+        p.engine(EngineSample(running=3, generation_tokens=float(n)), float(n))
+    assert p.learned.foreign
+
+
+def test_what_is_blocked_by_its_client_is_no_work_of_the_engines() -> None:
+    """A client that does not read keeps its own answer waiting: no silence of the engine."""
+    p = learned()
+    assert p.evidence([item(0.0, blocked=True)], 100.0).age is None
+    assert p.evidence([item(0.0, blocked=True), item(90.0)], 100.0).age == 10.0
 
 
 def test_allowed_silence_follows_the_prefill_that_is_outstanding() -> None:
@@ -75,8 +118,7 @@ def test_allowed_silence_follows_the_prefill_that_is_outstanding() -> None:
     short = p.evidence([item(0.0, 100)], 1.0)
     assert (short.allowed, short.ruled_by) == (8.0, "floor")
     long = p.evidence([item(0.0, 600_000)], 1.0)
-    predicted = units.terms(Work(600_000), CO).before_first_token / 1000
-    assert long.ruled_by == "predicted" and long.allowed == pytest.approx(3 * predicted)
+    assert long.ruled_by == "predicted" and long.allowed == pytest.approx(3 * prefill(600_000))
     endless = p.evidence([item(0.0, 50_000_000)], 1.0)
     assert (endless.allowed, endless.ruled_by) == (900.0, "cap")
 
@@ -93,17 +135,17 @@ def test_later_arrivals_do_not_excuse_an_older_silence() -> None:
 def test_a_request_that_does_not_stream_may_be_silent_for_its_whole_answer() -> None:
     """Without a stream nothing is delivered until the end; its longest answer is allowed for."""
     p = learned()
-    e = p.evidence([item(0.0, streams=False, most=2000)], 1.0)
+    e = p.evidence([item(0.0, whole=2000)], 1.0)
     assert e.ruled_by == "predicted" and e.allowed >= 3 * 2000 * 0.05
-    assert p.evidence([item(0.0, streams=False, most=None)], 1.0).allowed > 600
+    assert p.evidence([item(0.0, whole=4096)], 1.0).allowed > 600
 
 
 def test_patience_is_long_until_the_engine_is_known() -> None:
     """Before LEARNED_AFTER first tokens the unlearned floor rules."""
-    p = Progress(CO, LIMITS)
+    p = Progress(LIMITS)
     assert p.evidence([item(0.0)], 1.0).allowed == 60.0
     for n in range(LEARNED_AFTER):
-        p.admitted((0, str(n)), Work(100), float(n))
+        p.admitted((0, str(n)), 0.01, float(n))
         p.first_token((0, str(n)), n + 0.01)
     assert p.evidence([item(30.0)], 31.0).allowed == 8.0
 
@@ -137,7 +179,7 @@ def serve(p: Progress, n: int, tokens: int, seconds: float) -> None:
     """One stream alone, whose first token takes `seconds`."""
     at = 1000.0 + 100.0 * n
     p.evidence([], at)
-    p.admitted((0, str(n)), Work(tokens), at)
+    p.admitted((0, str(n)), prefill(tokens), at)
     p.first_token((0, str(n)), at + seconds)
 
 

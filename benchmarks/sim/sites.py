@@ -10,7 +10,8 @@ from functools import lru_cache
 
 from sidecar import units
 from sidecar.facts import Work
-from sidecar.progress import TOKEN_SECONDS, Limits
+from sidecar.learned import TOKEN_SECONDS
+from sidecar.progress import Limits
 from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM, Site
 from sim.traces import Arrival, Trace
 
