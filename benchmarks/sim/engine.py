@@ -188,7 +188,7 @@ class Engine:
             self._admit()
         gpu = dt / (self.site.slowness * self.how.step_factor)
         outputs = self.counters.generation
-        left = self._prefill(gpu, now, out) if self.how.prefilling else gpu
+        left = self._prefill(gpu, dt, now, out) if self.how.prefilling else gpu
         if self.how.decoding:
             self._decode(left, now, out)
         self.counters.iterations += self.how.empty_steps or self.counters.generation > outputs
@@ -215,22 +215,23 @@ class Engine:
             self._victim = self.running[0]
         return [s for s in self.running if s is not self._victim and s.rank != self.how.dead_rank]
 
-    def _prefill(self, gpu: float, now: float, out: list[Fact]) -> float:
-        """Spend GPU seconds on prefills, first come first served. Returns what is left for decodes."""
+    def _prefill(self, gpu: float, dt: float, now: float, out: list[Fact]) -> float:
+        """Spend GPU seconds on prefills, first come first served, each first token at its own time in `dt`. Returns what is
+        left for decodes."""
         movable = self._movable()
         prefills = [s for s in movable if not s.first]
         if not prefills:
             return gpu
         decoding = any(s.first for s in movable)
         left = gpu * (CHUNK_SHARE if decoding and not self.site.starves else 1.0)
-        kept = gpu - left
+        kept, most = gpu - left, left
         for seq in prefills:
             speed = seq.need / self.how.prefill_seconds * self.site.slowness if self.how.prefill_seconds else 1.0
             used = min(left, max(0.0, seq.need - seq.done) / speed)
             seq.done += used * speed
             left -= used
             if seq.done >= seq.need - 1e-9 and self.how.first_token:
-                self._first(seq, now, out)
+                self._first(seq, now - dt * left / most, out)
             if left <= 1e-9:
                 break
         return kept + left
