@@ -35,8 +35,8 @@ from sidecar.imaging import headers
 from sidecar.imaging.decode import decode
 from sidecar.imaging.patches import by_torchvision, patches, ppm, prepare, resize
 from sidecar.jobs import Limits
-from sidecar.kernels import fused
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels import families, fused
+from sidecar.kernels.grid import PatchSpec
 
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
 CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
@@ -48,7 +48,7 @@ HF_PIL, HF_TV = "HF PIL processor", "HF torchvision processor, PIL decode"
 ATEN, KERNEL, COPY = "ATen resize + torch ops to fp32 patches", "our kernel to fp32 patches", "copy of as many bytes"
 
 
-def chains(data: bytes, spec: ProcessorSpec) -> dict[str, Callable[[], Any]]:
+def chains(data: bytes, spec: PatchSpec) -> dict[str, Callable[[], Any]]:
     """What is compared, each from the file's bytes."""
     pil, torchv = (
         Qwen2VLImageProcessorPil(max_pixels=spec.max_pixels),
@@ -104,8 +104,8 @@ def cpu_name() -> str:
 
 def report(rounds: int) -> str:
     """The whole table as Markdown."""
-    spec = ProcessorSpec.from_config(CONFIG)
-    assert spec is not None
+    spec = families.from_config(CONFIG)
+    assert isinstance(spec, PatchSpec)
     rows: dict[str, dict[str, float]] = {}
     sizes: dict[str, int] = {}
     for name, (width, height) in SIZES.items():

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.kernels.grid import Geometry, ProcessorSpec
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec
 
 try:
     from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
@@ -53,7 +53,7 @@ def resize(image: NDArray[np.uint8], height: int, width: int, resample: int, lev
 
 
 def patches(
-    image: NDArray[np.uint8], geometry: Geometry, spec: ProcessorSpec, kind: Kind, level: int = FASTEST
+    image: NDArray[np.uint8], geometry: Geometry, spec: PatchSpec, kind: Kind, level: int = FASTEST
 ) -> NDArray[Any]:
     """`pixel_values` of uint8 (h, w, 3), contiguous: (grid_h * grid_w, 3 * temporal * patch * patch) of `kind`."""
     number, dtype = KINDS[kind]

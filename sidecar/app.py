@@ -31,7 +31,7 @@ from sidecar.control import Control
 from sidecar.diagnosis import Diagnoses
 from sidecar.errors import StartError
 from sidecar.facts import Configure
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels import families
 from sidecar.meters import Meters
 from sidecar.relays import RelayPool
 from sidecar.report.otel import Tracing
@@ -190,7 +190,7 @@ def no_images(chosen: Settings) -> str:
         return "as chosen"
     if chosen.images == "shm":
         return "the shm hand-off is not built yet; use inline"
-    if not chosen.model or ProcessorSpec.from_dir(chosen.model) is None:
+    if not chosen.model or families.from_dir(chosen.model) is None:
         return "no --model directory with a known image processor (preprocessor_config.json)"
     if importlib.util.find_spec("torchvision") is None:
         return "the extra is not installed; pip install 'inference-sidecar[images]'"

@@ -11,9 +11,16 @@
 
 namespace sidecar {
 
-enum Resample { BILINEAR = 2, BICUBIC = 3 };  // PIL's numbers
+enum Resample { LANCZOS = 1, BILINEAR = 2, BICUBIC = 3 };  // PIL's numbers
+
+inline double sinc(double x) {
+    if (x == 0.0) return 1.0;
+    x *= 3.14159265358979323846;
+    return std::sin(x) / x;
+}
 
 inline double kernel(double x, int resample) {
+    if (resample == LANCZOS) return x > -3.0 && x < 3.0 ? sinc(x) * sinc(x / 3.0) : 0.0;
     x = std::fabs(x);
     if (resample == BILINEAR) return x < 1.0 ? 1.0 - x : 0.0;
     if (x < 1.0) return (1.5 * x - 2.5) * x * x + 1.0;
@@ -34,7 +41,7 @@ struct Axis {
     Axis(int source_, int target_, int resample, int group) : source(source_), target(target_) {
         if (source < 1 || target < 1) throw std::invalid_argument("an axis without pixels");
         const double scale = static_cast<double>(source) / target, stretch = std::max(scale, 1.0);
-        const double inverse = 1.0 / stretch, support = (resample == BILINEAR ? 1 : 2) * stretch;
+        const double inverse = 1.0 / stretch, support = (resample == BILINEAR ? 1 : resample == BICUBIC ? 2 : 3) * stretch;
         const int longest = static_cast<int>(std::ceil(support)) * 2 + 1;
         std::vector<double> real(static_cast<size_t>(target) * longest);
         std::vector<int> counts(target);

@@ -32,8 +32,8 @@ void forget(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(
 PyObject* plan(PyObject*, PyObject* args) {
     int h, w, new_h, new_w, resample;
     if (!PyArg_ParseTuple(args, "iiiii", &h, &w, &new_h, &new_w, &resample)) return nullptr;
-    if (std::min({h, w, new_h, new_w}) < 1 || std::max({h, w, new_h, new_w}) > LONGEST || (resample != 2 && resample != 3)) {
-        PyErr_SetString(PyExc_ValueError, "sizes must be 1..1048576 and resample 2 (bilinear) or 3 (bicubic)");
+    if (std::min({h, w, new_h, new_w}) < 1 || std::max({h, w, new_h, new_w}) > LONGEST || resample < 1 || resample > 3) {
+        PyErr_SetString(PyExc_ValueError, "sizes must be 1..1048576 and resample 1 (Lanczos), 2 (bilinear) or 3 (bicubic)");
         return nullptr;
     }
     try {

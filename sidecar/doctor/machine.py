@@ -21,7 +21,7 @@ from sidecar import app, cpus
 from sidecar.doctor.finding import Finding
 from sidecar.errors import SidecarError
 from sidecar.facts import Absent, Failed
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels import families
 from sidecar.probes import STALE
 from sidecar.settings import Settings
 from sidecar.signals.gpu import GpuSignal
@@ -83,11 +83,11 @@ def model(chosen: Settings) -> Finding:
         return Finding(
             "model", "absent", "no --model: images pass through untouched", "give the model's directory: --model DIR"
         )
-    spec = ProcessorSpec.from_dir(chosen.model)
+    spec = families.from_dir(chosen.model)
     if spec is None:
         text = "no image processor that is known here: images pass through untouched"
         return Finding("model", "warn" if chosen.images != "off" else "absent", text)
-    return Finding("model", "ok", f"image processor known; {spec.min_pixels} to {spec.max_pixels} pixels")
+    return Finding("model", "ok", f"image processor known ({type(spec).__name__.lower()} size)")
 
 
 def images(chosen: Settings) -> Finding:

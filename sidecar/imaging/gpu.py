@@ -21,6 +21,7 @@ from sidecar.imaging.decode import BadPixels
 from sidecar.imaging.patches import by_torchvision
 from sidecar.imaging.worker import JOBS_PER_LIFE, PATIENCE, deadline, payload_bound, receive
 from sidecar.jobs import LAYOUT, FrameError, Job, Limits, Ready, Refused, head
+from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 
 BATCH: Final = 8
@@ -85,12 +86,12 @@ def _answer(tickets: list[Ticket]) -> None:
         if ticket.picture is not None:
             batches[ticket.job.spec, ticket.picture.pixels.shape].append(ticket)
     for (spec, _), batch in batches.items():
-        _resize(batch, ProcessorSpec.from_json(spec))
+        _resize(batch, families.from_json(spec))
 
 
 def _open(ticket: Ticket) -> None:
     try:
-        opened = work.open_picture(ticket.job, ticket.payload, ProcessorSpec.from_json(ticket.job.spec))
+        opened = work.open_picture(ticket.job, ticket.payload, families.from_json(ticket.job.spec))
     except BadPixels as e:
         ticket.answer = (Refused(e.reason, str(e)), b"")
         return

@@ -15,23 +15,38 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from sidecar.kernels import fused
-from sidecar.kernels.grid import BILINEAR, Geometry, ProcessorSpec
+from sidecar.kernels.grid import BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec
+
+MODES = {BILINEAR: InterpolationMode.BILINEAR, LANCZOS: InterpolationMode.LANCZOS}
 
 
 def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
-    """uint8 (3, height, width) in the geometry's size; the same tensor where it has that size."""
+    """uint8 (3, height, width) in the geometry's final size; the same tensor where it has that size."""
     if fused.missing() or tuple(pixels.shape[-2:]) == (geometry.height, geometry.width):
-        return by_torchvision(pixels, geometry, spec)
+        return _crop(by_torchvision(pixels, geometry, spec), geometry)
     resized = fused.resize(_rows(pixels), geometry.height, geometry.width, spec.resample)
-    return torch.from_numpy(resized).permute(2, 0, 1)
+    return _crop(torch.from_numpy(resized).permute(2, 0, 1), geometry)
 
 
 def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
-    """`pixel_values` of an image in its own size, uint8 (3, height, width): see `patches`."""
-    if fused.missing():
-        return patches(by_torchvision(pixels, geometry, spec), geometry, spec)
-    kind: fused.Kind = "float32" if spec.do_normalize or spec.do_rescale else "uint8"
-    return torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, kind))
+    """`pixel_values` of an image in its own size, uint8 (3, height, width): see `values`."""
+    if fused.missing() or not isinstance(spec, PatchSpec):
+        return values(resize(pixels, geometry, spec), geometry, spec)
+    return torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, "float32" if spec.floats else "uint8"))
+
+
+def values(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
+    """`pixel_values` of one resized image: its patches, or its planes (3, height, width)."""
+    if isinstance(spec, PatchSpec):
+        return patches(pixels, geometry, spec)
+    return normalise(pixels, spec).contiguous()
+
+
+def _crop(pixels: Tensor, geometry: Geometry) -> Tensor:
+    if geometry.crop is None:
+        return pixels
+    top, left, height, width = geometry.crop
+    return pixels[:, top : top + height, left : left + width]
 
 
 def _rows(pixels: Tensor) -> Any:
@@ -40,10 +55,10 @@ def _rows(pixels: Tensor) -> Any:
 
 
 def by_torchvision(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
-    """As `resize`, and for (n, 3, height, width) on any device (exact on the CPU only)."""
+    """uint8 (3, height, width) or (n, 3, height, width) on any device in the geometry's size before it is cut. Exact on the CPU."""
     if tuple(pixels.shape[-2:]) == (geometry.height, geometry.width):
         return pixels
-    mode = InterpolationMode.BILINEAR if spec.resample == BILINEAR else InterpolationMode.BICUBIC
+    mode = MODES.get(spec.resample, InterpolationMode.BICUBIC)
     if pixels.ndim == 3:
         pixels = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return tvf.resize(pixels, [geometry.height, geometry.width], interpolation=mode, antialias=True)
@@ -71,7 +86,7 @@ def normalise(pixels: Tensor, spec: ProcessorSpec) -> Tensor:
     return floats.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def patches(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
+def patches(pixels: Tensor, geometry: Geometry, spec: PatchSpec) -> Tensor:
     """`pixel_values` of one image: (grid_h * grid_w, 3 * temporal * patch * patch), patches that merge beside each other."""
     p, m, t = spec.patch_size, spec.merge_size, spec.temporal_patch_size
     values = normalise(pixels, spec)

@@ -15,8 +15,9 @@ import pybase64
 
 from sidecar.imaging import headers
 from sidecar.imaging.decode import BadPixels, check_size, decode
-from sidecar.imaging.patches import patches, ppm, prepare, resize
+from sidecar.imaging.patches import ppm, prepare, resize, values
 from sidecar.jobs import LAYOUT, PIXELS, Done, Job, Refused
+from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 
 Payload = bytes | bytearray | memoryview
@@ -59,7 +60,7 @@ class Picture:
 
 def run(job: Job, payload: Payload) -> Answer:
     """Do one job on the CPU."""
-    spec = ProcessorSpec.from_json(job.spec)
+    spec = families.from_json(job.spec)
     name = "unknown"
     try:
         opened = open_picture(job, payload, spec)
@@ -72,9 +73,9 @@ def run(job: Job, payload: Payload) -> Answer:
             pixels = resize(opened.pixels, opened.geometry, spec)
             opened.stages.end("resize")
             return finish(job, opened, pixels, spec)
-        values = prepare(opened.pixels, opened.geometry, spec)
+        tensor = prepare(opened.pixels, opened.geometry, spec)
         opened.stages.end("resize")
-        return done(opened, OCTETS), _bytes(values)
+        return done(opened, OCTETS), _bytes(tensor)
     except BadPixels as e:
         return Refused(e.reason, str(e), name), b""
     except MemoryError:
@@ -107,13 +108,13 @@ def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answ
     if job.want == PIXELS:
         payload: Payload = pybase64.b64encode(ppm(pixels))
     else:
-        payload = _bytes(patches(pixels, picture.geometry, spec))
+        payload = _bytes(values(pixels, picture.geometry, spec))
     picture.stages.end("encode")
     return done(picture, PPM if job.want == PIXELS else OCTETS), payload
 
 
-def _bytes(values: Any) -> memoryview:
-    view: memoryview = values.numpy().reshape(-1).view("uint8").data
+def _bytes(tensor: Any) -> memoryview:
+    view: memoryview = tensor.contiguous().numpy().reshape(-1).view("uint8").data
     return view
 
 
@@ -121,7 +122,7 @@ def done(picture: Picture, media_type: str) -> Done:
     """The answer for an image that was prepared."""
     g = picture.geometry
     return Done(
-        "ok", picture.header.format, media_type, g.height, g.width, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
+        "ok", picture.header.format, media_type, *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
         picture.hash, tuple(picture.stages.taken), picture.bytes_in,
     )  # fmt: skip
 
@@ -157,8 +158,8 @@ def _passed(
     """The engine gets the client's own bytes: a format or a shape that we cannot prepare exactly."""
     if job.want != PIXELS:
         raise BadPixels("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
-    g = geometry or Geometry(0, 0, 0, 0, 0, 0)
+    g = geometry or Geometry(0, 0)
     return Done(
-        "passed", header.format, "", g.height, g.width, (g.grid_t, g.grid_h, g.grid_w), g.tokens, digest,
+        "passed", header.format, "", *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens, digest,
         tuple(stages.taken), size,
     )  # fmt: skip

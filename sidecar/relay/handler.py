@@ -265,7 +265,7 @@ class Relay:
             admission.image_seconds = time.monotonic() - started
         name = partial(inlining.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
         replaced = inlining.replacements(parts, prepared, name)
-        return replaced, [image.tokens for image in prepared]
+        return replaced, [image.tokens for image in prepared if image.tokens]  # 0: the model's files do not say
 
     async def _answer(
         self, request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, id: str

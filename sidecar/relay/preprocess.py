@@ -10,6 +10,7 @@ came from the workers, one after the other, and never joined.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import struct
 import time
@@ -21,9 +22,9 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from sidecar.errors import BadImage, BodyTooLarge, RequestError
 from sidecar.facts import Fact, Imaged
-from sidecar.images import Data, Images, Tensors
+from sidecar.images import Data, Images, Prepared, Tensors
 from sidecar.jobs import LAYOUT, TENSORS
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels.grid import PlaneSpec, ProcessorSpec
 from sidecar.relay import bodies, downstream
 from sidecar.settings import Settings
 
@@ -62,6 +63,10 @@ class NotImplementedYet(RequestError):
 async def preprocess(request: web.BaseRequest, images: Images, limits: Settings, emit: Emit) -> web.StreamResponse:
     """Serve one request; one Imaged fact per image goes to `emit`. Raises RequestError, which is OpenAI-style to the client."""
     want = accepted(request.headers.get("accept", ""), request.headers.get(HANDOFF, ""))
+    if want == TENSORS and not images.spec.tensors:
+        raise BadRequest(
+            "this model's processor cuts images into tiles, whose tensors are not made here; inline images work"
+        )
     sources = await _sources(request, limits)
     if not sources:
         raise BadRequest(
@@ -89,10 +94,7 @@ def accepted(accept: str, handoff: str) -> str:
 
 def shapes(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
     """Each tensor's safetensors dtype and shape, in the order in which they are written: 8-byte integers first."""
-    rows = sum(t.prepared.grid[0] * t.prepared.grid[1] * t.prepared.grid[2] for t in done)
-    dtype = "F32" if spec.do_normalize or spec.do_rescale else "U8"
-    row = 3 * spec.temporal_patch_size * spec.patch_size**2
-    return {"image_grid_thw": ("I64", [len(done), 3]), "pixel_values": (dtype, [rows, row])}
+    return spec.shapes([((t.prepared.height, t.prepared.width), t.prepared.grid) for t in done])
 
 
 def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
@@ -123,13 +125,38 @@ def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint}}
     at = 0
     for name, (dtype, shape) in shapes(done, spec).items():
-        end = at + SIZES[dtype] * shape[0] * shape[1]
+        end = at + SIZES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants aligned data
-    grids = [side for t in done for side in t.prepared.grid]
-    return struct.pack("<Q", len(text)) + text + struct.pack(f"<{len(grids)}q", *grids)
+    return struct.pack("<Q", len(text)) + text + _integers(done, spec)
+
+
+def _integers(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
+    """The tensors of integers: a grid, or a size, for each image."""
+    rows: dict[str, Callable[[Prepared], tuple[int, ...]]] = {
+        "image_grid_thw": lambda p: p.grid,
+        "image_sizes": lambda p: (p.height, p.width),
+    }
+    numbers = [n for name in shapes(done, spec) if name in rows for t in done for n in rows[name](t.prepared)]
+    return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+def padded(values: bytearray, size: tuple[int, int], shape: list[int], item: int) -> list[memoryview]:
+    """One image's planes (3, *size) as pieces of (3, *shape[2:]): rows, with zeros to the right and below."""
+    (height, width), (full_height, full_width) = size, shape[2:]
+    view = memoryview(values)
+    if (height, width) == (full_height, full_width):
+        return [view]
+    row, right = item * width, memoryview(bytes(item * (full_width - width)))
+    below = memoryview(bytes(item * full_width * (full_height - height)))
+    pieces: list[memoryview] = []
+    for plane in range(3):
+        for y in range(plane * height, (plane + 1) * height):
+            pieces += (view[y * row : (y + 1) * row], right)
+        pieces.append(below)
+    return pieces
 
 
 async def _answer(
@@ -137,11 +164,16 @@ async def _answer(
 ) -> web.StreamResponse:
     head = safetensors_head(done, spec)
     response = web.StreamResponse(headers={"content-type": SAFETENSORS, **extra})
-    response.content_length = len(head) + sum(len(t.values) for t in done)
+    dtype, shape = shapes(done, spec)["pixel_values"]
+    response.content_length = len(head) + SIZES[dtype] * math.prod(shape)
     await downstream.start(response, request)
     await downstream.write(response, head)
-    for tensors in done:
-        await downstream.write(response, tensors.values)
+    for t in done:
+        if isinstance(spec, PlaneSpec):
+            pieces = padded(t.values, (t.prepared.height, t.prepared.width), shape, SIZES[dtype])
+            await downstream.write(response, b"".join(pieces) if len(pieces) > 1 else t.values)
+        else:
+            await downstream.write(response, t.values)
     await downstream.end(response)
     return response
 

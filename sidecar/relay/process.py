@@ -151,9 +151,9 @@ async def _images(socket_path: str, own: settings.Settings) -> AsyncIterator[Ima
         return
     # imported only where images are on: without them a relay stays as small as it is
     from sidecar.images import Images
-    from sidecar.kernels.grid import ProcessorSpec
+    from sidecar.kernels import families
 
-    spec = ProcessorSpec.from_dir(own.model)
+    spec = families.from_dir(own.model)
     if spec is None:
         yield None
         return

@@ -19,6 +19,7 @@ import pytest
 
 from sidecar import settings
 from sidecar.images import Images
+from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
 
@@ -86,7 +87,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def spec() -> ProcessorSpec:
     """Qwen2-VL's processor, at the size that engines set."""
-    found = ProcessorSpec.from_config(QWEN2_VL)
+    found = families.from_config(QWEN2_VL)
     assert found is not None
     return found
 

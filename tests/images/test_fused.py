@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.imaging import patches as aten
-from sidecar.kernels import fused, reference
-from sidecar.kernels.grid import BICUBIC, BILINEAR, Geometry, ProcessorSpec
+from sidecar.kernels import families, fused, reference
+from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 
 LEVELS = pytest.mark.parametrize("level", [fused.FASTEST, fused.PLAIN], ids=["fastest", "plain"])
 SIDE = st.one_of(st.integers(1, 40), st.integers(1, 700))
@@ -35,9 +35,9 @@ def picture(h: int, w: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return image
 
 
-def spec(**changes: Any) -> ProcessorSpec:
-    found = ProcessorSpec.from_config({"image_processor_type": "Qwen2VLImageProcessor"})
-    assert found is not None
+def spec(**changes: Any) -> PatchSpec:
+    found = families.from_config({"image_processor_type": "Qwen2VLImageProcessor"})
+    assert isinstance(found, PatchSpec)
     return dataclasses.replace(found, **changes)
 
 
@@ -49,7 +49,14 @@ def torchvision(image: np.ndarray[Any, Any], height: int, width: int, resample: 
 
 @LEVELS
 @settings(max_examples=120, deadline=None)
-@given(h=SIDE, w=SIDE, height=SIDE, width=SIDE, resample=st.sampled_from([BILINEAR, BICUBIC]), seed=st.integers(0, 9))
+@given(
+    h=SIDE,
+    w=SIDE,
+    height=SIDE,
+    width=SIDE,
+    resample=st.sampled_from([BILINEAR, BICUBIC, LANCZOS]),
+    seed=st.integers(0, 9),
+)
 def test_resize_equals_torchvision(
     level: int, h: int, w: int, height: int, width: int, resample: int, seed: int
 ) -> None:
@@ -76,7 +83,7 @@ def test_resize_equals_torchvision(
 def test_resize_equals_torchvision_at_extremes(level: int, h: int, w: int, height: int, width: int) -> None:
     """One pixel, one column, scales over 100, and a size of the real world."""
     image = picture(h, w)
-    for resample in (BILINEAR, BICUBIC):
+    for resample in (BILINEAR, BICUBIC, LANCZOS):
         assert np.array_equal(
             fused.resize(image, height, width, resample, level), torchvision(image, height, width, resample)
         )
@@ -86,7 +93,7 @@ def test_resize_equals_torchvision_at_extremes(level: int, h: int, w: int, heigh
 def test_resize_equals_the_reference(level: int) -> None:
     """The slow integers are the specification."""
     image = picture(67, 91)
-    for resample in (BILINEAR, BICUBIC):
+    for resample in (BILINEAR, BICUBIC, LANCZOS):
         assert np.array_equal(fused.resize(image, 28, 56, resample, level), reference.resize(image, 28, 56, resample))
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from sidecar import photos
 from sidecar.errors import BadImage
 from sidecar.images import Images
+from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 
 from .conftest import QWEN2_VL
@@ -83,7 +84,7 @@ async def test_turned_photographs(images: Images, how: int) -> None:
 
 async def test_the_hash_names_the_content_and_the_processor(server: Any, spec: ProcessorSpec) -> None:
     """Equal bytes and processor give an equal hash; another image or another processor gives another one."""
-    other = ProcessorSpec.from_config({"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 501_760})
+    other = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 501_760})
     assert other is not None
     first, second = base64.b64encode(photos.photo(64, 64, 1)), base64.b64encode(photos.photo(64, 64, 2))
     ours = Images(server.path, server.settings, spec)

@@ -20,7 +20,7 @@ from sidecar import photos
 from sidecar.errors import RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.images import Images
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels import families
 from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
 
 from .conftest import QWEN2_VL, Server
@@ -143,7 +143,7 @@ async def test_layout_alone(service: Service) -> None:
 )
 async def test_every_setting_of_the_processor(service: Service, server: Server, options: dict[str, Any]) -> None:
     """Rescaling, normalising, resampling, patch sizes: the tensors follow the model's configuration, dtype included."""
-    spec = ProcessorSpec.from_config({**QWEN2_VL, **options})
+    spec = families.from_config({**QWEN2_VL, **options})
     assert spec is not None
     service.images = Images(server.path, server.settings, spec)
     _, body, _ = await service.post(data=form(PHOTOS[:2]))
