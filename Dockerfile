@@ -1,11 +1,11 @@
 # docker build -t inference-sidecar:0.1.0 .
-#   --build-arg EXTRAS=              without torch: no image preparation, a far smaller image
+#   --build-arg EXTRAS=diagnose      without torch: no image preparation, a far smaller image; EXTRAS= leaves py-spy away, too
 #   --build-arg PILLOW=pillow-simd   see README, "Pillow-SIMD"
 #   --build-arg PYTHON=3.13
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS build
-ARG EXTRAS=images
+ARG EXTRAS=images,diagnose
 ARG PILLOW=pillow
 # The compiler builds our kernel and, where it is chosen, Pillow-SIMD; it stays in this stage.
 # hadolint ignore=DL3008

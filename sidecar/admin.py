@@ -16,7 +16,7 @@ from aiohttp import web
 from sidecar import probes
 from sidecar.diagnosis import Diagnoses
 from sidecar.facts import Verdict
-from sidecar.report import load, page
+from sidecar.report import diagnosis_page, load, page
 from sidecar.report.prometheus import Pages
 from sidecar.snapshot import Snapshot
 
@@ -104,14 +104,23 @@ def _verdict(v: Verdict) -> dict[str, Any]:
 
 
 def _diagnoses(diagnoses: Diagnoses) -> list[dict[str, Any]]:
-    return [{"id": d.id, "at": d.at_wall, "reason": d.reason, "bytes": d.bytes} for d in diagnoses.summaries()]
+    return [
+        {"id": d.id, "at": d.at_wall, "reason": d.reason, "summary": d.summary, "bytes": d.bytes}
+        for d in diagnoses.summaries()
+    ]
 
 
 def _diagnosis(diagnoses: Diagnoses) -> Handler:
+    """The bundle as JSON; as a page to read where a browser asks."""
+
     async def handle(request: web.Request) -> web.Response:
-        body = await asyncio.to_thread(diagnoses.read, request.match_info["id"])
+        id = request.match_info["id"]
+        body = await asyncio.to_thread(diagnoses.read, id)
         if body is None:
             return _answer({"error": "no such diagnosis; see /diagnoses"}, 404)
-        return web.Response(body=body, content_type="application/json")
+        if "text/html" in request.headers.get("Accept", ""):
+            text = await asyncio.to_thread(lambda: diagnosis_page.render(id, json.loads(body)))
+            return web.Response(text=text, content_type="text/html", headers=diagnosis_page.HEADERS)
+        return web.Response(body=body, content_type="application/json", headers={"Vary": "Accept"})
 
     return handle

@@ -30,6 +30,7 @@ from sidecar.contact import Contact
 from sidecar.control import Control
 from sidecar.diagnosis import Diagnoses
 from sidecar.errors import StartError
+from sidecar.examination import Examiner
 from sidecar.facts import Configure
 from sidecar.kernels import families
 from sidecar.meters import Meters
@@ -96,7 +97,7 @@ def build(
     gpus = GpuSignal()
     gpus.start()
     stack.push_async_callback(gpus.stop)
-    signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus)
+    signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus, Examiner(chosen.engine))
     control = Control(chosen, co, time.monotonic(), time.time())
     sinks = Sinks(meters, Pages(meters.registry), feed, Diagnoses(state), state, tracing)
     ticker = Ticker(control, signals, sinks, chosen.dollars_per_gpu_hour)

@@ -1,17 +1,21 @@
 """Bundles taken when an engine is found stalled, before anybody kills it.
 
-Bounded in number and size, on the state directory; numbers, names and the engine's own metrics page: never a prompt, an image
-or a header of a user.
+Written in steps, each whole: at once what is known already, then what its processes were seen doing, so that a kill in between
+loses little. Bounded in number and size, on the state directory; numbers, names, stacks without their values, and the engine's own
+metrics page: never a prompt, an image or a header of a user.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, Final
 
+from sidecar.examination import Examiner
 from sidecar.facts import DiagnosisSummary
 from sidecar.ledger import Hold
 from sidecar.snapshot import Snapshot
@@ -19,9 +23,29 @@ from sidecar.statefile import StateDir
 
 FOLDER: Final = "diagnoses"
 KEPT: Final = 10
+MAX_BYTES: Final = 2 << 20  # of one bundle
 MAX_PAGE: Final = 512 * 1024  # characters of the engine's metrics page
 MAX_REQUESTS: Final = 200
 _ID = re.compile(r"\d{8}T\d{6}-[a-z_]{1,40}")
+
+_log = logging.getLogger(__name__)
+
+
+async def diagnose(store: Diagnoses, examiner: Examiner, content: dict[str, Any], id: str) -> None:
+    """Write what is known now, then examine the engine's processes and write what that adds. Never raises OSError."""
+    taken: DiagnosisSummary | None = None
+
+    async def keep(part: dict[str, Any]) -> None:
+        nonlocal taken
+        taken = await asyncio.to_thread(store.take, content | part, id)
+
+    try:
+        await keep({"complete": False})
+        await examiner.examine(keep)
+    except OSError as e:
+        _log.error("cannot write the diagnosis (%s)", e.strerror)
+    if taken is not None:
+        _log.warning("diagnosis %s taken (%d bytes): %s", taken.id, taken.bytes, taken.summary)
 
 
 def bundle(snapshot: Snapshot, holds: list[Hold], page: str | None) -> dict[str, Any]:
@@ -32,6 +56,9 @@ def bundle(snapshot: Snapshot, holds: list[Hold], page: str | None) -> dict[str,
         "verdict": verdict.state,
         "reason": verdict.reason,
         "detail": verdict.detail,
+        "summary": "",  # what the engine's processes did, once they were looked at
+        "complete": False,
+        "processes": [],
         "evidence": dict(verdict.evidence),
         "engine_kind": snapshot.engine_kind,
         "engine": dataclasses.asdict(snapshot.engine),
@@ -61,10 +88,10 @@ class Diagnoses:
         return tuple(reversed(self._kept))
 
     def take(self, content: dict[str, Any], id: str) -> DiagnosisSummary:
-        """Write one bundle; the oldest past KEPT go. Raises OSError."""
-        size = self._state.replace(f"{FOLDER}/{id}.json", content)
-        summary = DiagnosisSummary(id, content["at"], content["reason"], size)
-        self._kept.append(summary)
+        """Write one bundle, or write it anew; the oldest past KEPT go. Raises OSError."""
+        size = self._state.replace(f"{FOLDER}/{id}.json", fitting(content))
+        summary = DiagnosisSummary(id, content["at"], content["reason"], size, content["summary"])
+        self._kept = [*(kept for kept in self._kept if kept.id != id), summary]
         for old in self._kept[:-KEPT]:
             (self._folder / f"{old.id}.json").unlink(missing_ok=True)
         self._kept = self._kept[-KEPT:]
@@ -78,6 +105,16 @@ class Diagnoses:
             return (self._folder / f"{id}.json").read_bytes()
         except FileNotFoundError:
             return None
+
+
+def fitting(content: dict[str, Any]) -> dict[str, Any]:
+    """The bundle within MAX_BYTES: the engine's page goes first, then the stacks, and both say so."""
+    left_out = {"failed": "left out: the bundle would be too large"}
+    for part in ("engine_metrics", "processes"):
+        if len(json.dumps(content)) <= MAX_BYTES:
+            break
+        content = content | {part: left_out}
+    return content
 
 
 def _shape(hold: Hold, now: float) -> dict[str, Any]:
@@ -99,6 +136,7 @@ def _summary(path: Path) -> DiagnosisSummary | None:
     """Read a bundle that an earlier run left."""
     try:
         raw = json.loads(path.read_bytes())
-        return DiagnosisSummary(path.stem, float(raw["at"]), str(raw["reason"]), path.stat().st_size)
+        size, summary = path.stat().st_size, str(raw.get("summary", ""))
+        return DiagnosisSummary(path.stem, float(raw["at"]), str(raw["reason"]), size, summary)
     except (OSError, ValueError, KeyError, TypeError):
         return None

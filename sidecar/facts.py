@@ -335,9 +335,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisSummary:
-    """A bundle that was taken: its id (also its file name), when, and the verdict's reason."""
+    """A bundle that was taken: its id (also its file name), when, the verdict's reason, and what the engine's processes did."""
 
     id: str
     at_wall: float
     reason: str
     bytes: int
+    summary: str = ""

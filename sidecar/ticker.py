@@ -11,13 +11,13 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from sidecar import probes
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
-from sidecar.diagnosis import Diagnoses, bundle
+from sidecar.diagnosis import Diagnoses, bundle, diagnose
 from sidecar.errands import Errands
+from sidecar.examination import Examiner
 from sidecar.facts import Admitted, CanaryResult, Fact, FirstToken, Imaged, Page, PageWanted, Published
 from sidecar.ledger import Settlement
 from sidecar.meters import Meters
@@ -44,6 +44,7 @@ class Signals:
     contact: Contact
     port: PortSignal
     gpus: GpuSignal
+    examiner: Examiner
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,8 @@ class Ticker:
         if verdict.state == "stalled":
             stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(wall))
             content = bundle(self.snapshot, list(self.control.ledger.holds()), self._signals.contact.page())
-            self._errands.start("diagnosis", self._diagnose(content, f"{stamp}-{verdict.reason}"))
+            examined = diagnose(self.sinks.diagnoses, self._signals.examiner, content, f"{stamp}-{verdict.reason}")
+            self._errands.start("diagnosis", examined)
         elif verdict.state == "starting":
             self._signals.contact.engine_restarted()
 
@@ -211,10 +213,3 @@ class Ticker:
             await asyncio.to_thread(self.sinks.state.write, stand, wall)
         except OSError as e:
             _log.error("cannot write to the state directory (%s); exec probes fail open", e.strerror)
-
-    async def _diagnose(self, content: dict[str, Any], id: str) -> None:
-        try:
-            summary = await asyncio.to_thread(self.sinks.diagnoses.take, content, id)
-            _log.warning("diagnosis %s taken (%d bytes)", summary.id, summary.bytes)
-        except OSError as e:
-            _log.error("cannot write the diagnosis (%s)", e.strerror)

@@ -62,6 +62,7 @@ function diagnoses(list) {
   return [table([
     ["taken", (d) => node("a", { href: `diagnoses/${encodeURIComponent(d.id)}`, textContent: clock(d.at_wall), title: new Date(d.at_wall * 1000).toISOString() })],
     ["reason", (d) => node("code", { textContent: d.reason })],
+    ["what its processes did", (d) => d.summary || soft("not looked at")],
     ["size", (d) => size(d.bytes), "n"],
   ], list)];
 }

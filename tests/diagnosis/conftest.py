@@ -1,0 +1,52 @@
+"""What the tests of diagnoses share: py-spy where it may read another process, another user, and waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable
+
+import pytest
+
+from sidecar.facts import Failed
+from sidecar.signals import stacks
+
+from .victims import victim
+
+
+@pytest.fixture(scope="session")
+def py_spy() -> str:
+    """py-spy's place. Skips where it is absent, or where this machine lets nobody read another process (CI without ptrace)."""
+    place = stacks.locate()
+    if place is None:
+        if os.environ.get("TEST_REQUIRE") == "1":
+            pytest.fail("py-spy is not installed, and TEST_REQUIRE=1 asks that nothing is skipped for that")
+        pytest.skip("py-spy is not installed")
+    with victim() as target:
+        if asyncio.run(stacks.dump(target.pid, place, 30)) == Failed(stacks.REFUSED):
+            pytest.skip("this machine does not let one process read another (Yama, seccomp or capabilities)")
+    return place
+
+
+@pytest.fixture(scope="session")
+def as_nobody() -> list[str]:
+    """The words before a command that run it as another user without capabilities."""
+    place = shutil.which("setpriv")
+    if place is None or os.geteuid() != 0:
+        pytest.skip("to become another user needs root and setpriv")
+    return [place, "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Waits until what a function says is true; the kernel has no event for it."""
+
+    def wait(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, "it never came true"
+            time.sleep(0.02)
+
+    return wait

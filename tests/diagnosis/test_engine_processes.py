@@ -1,0 +1,92 @@
+"""The engine's processes are found by its port, looked at without touching them, and why there are none is said."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from sidecar.bounded import printable
+from sidecar.facts import Absent, Failed
+from sidecar.signals.engine_processes import MAX_THREADS, find, look
+from sidecar.symptoms import EngineProcess, Look
+
+from .victims import victim
+
+PARENT = """
+import socket, subprocess, sys, time
+listener = socket.create_server(("127.0.0.1", 0))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+print(listener.getsockname()[1], flush=True)
+child.wait()
+"""
+
+
+def found(url: str) -> tuple[EngineProcess, ...]:
+    processes = find(url)
+    assert isinstance(processes, tuple), processes
+    return processes
+
+
+def test_the_process_that_listens_is_found_and_not_ourselves() -> None:
+    """By its port, under each of its names; neither this process nor those it descends from are taken for the engine."""
+    with victim() as engine:
+        for host in ("127.0.0.1", "localhost"):
+            (process,) = found(f"http://{host}:{engine.port}")
+            assert (process.pid, process.role) == (engine.pid, "api")
+            assert "secret" not in process.name
+
+
+def test_its_children_are_found_too() -> None:
+    """What the listening process started belongs to the engine."""
+    with victim(command=(sys.executable, "-c", PARENT)) as engine:
+        processes = found(engine.url)
+        assert len(processes) == 2 and processes[0].pid == engine.pid
+        os.kill(processes[1].pid, signal.SIGKILL)
+
+
+def test_an_engine_elsewhere_and_a_port_of_nobody_are_said_in_plain_words() -> None:
+    """A remote engine has no processes here; a port that nobody holds has none either."""
+    remote = find("http://192.0.2.1:8000")
+    assert isinstance(remote, Absent) and "not on this machine (192.0.2.1)" in remote.reason
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    nobody = find(f"http://127.0.0.1:{port}")
+    assert isinstance(nobody, Absent) and f"nothing listens on port {port}" in nobody.reason
+
+
+def test_a_port_that_only_we_hold_is_no_engine() -> None:
+    """Our own process is never examined."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert isinstance(find(f"http://127.0.0.1:{listener.getsockname()[1]}"), Absent)
+
+
+@pytest.mark.parametrize(("does", "states"), [("spin_here", "R"), ("sleep_here", "S")])
+def test_a_look_tells_running_from_sleeping(does: str, states: str, until: Callable[..., None]) -> None:
+    """State, threads, CPU time and memory come from the kernel."""
+    with victim(does) as engine:
+        (process,) = found(engine.url)
+        until(lambda: isinstance(seen := look(process), Look) and seen.state in states)
+        seen = look(process)
+        assert isinstance(seen, Look) and seen.threads >= 1 and seen.rss > 1 << 20 and seen.cpu >= 0
+        assert seen.by_thread[0].tid == engine.pid and len(seen.by_thread) <= MAX_THREADS
+
+
+def test_a_look_at_a_stopped_process_and_at_one_that_ended(until: Callable[..., None]) -> None:
+    """T is seen as T; a process that is gone is said to have ended, and a later one of its pid is not mistaken for it."""
+    with victim() as engine:
+        (process,) = found(engine.url)
+        os.kill(engine.pid, signal.SIGSTOP)
+        until(lambda: isinstance(seen := look(process), Look) and seen.state == "T")
+        other = look(EngineProcess(process.pid, process.name, process.role, process.started + 1))
+        assert other == Failed("it ended; its pid belongs to another process now")
+    assert look(process) == Failed("it has ended")
+
+
+def test_names_are_made_safe() -> None:
+    """A process chooses its name: what cannot be printed is not passed on."""
+    assert printable("evil\x1b[31m") == "evil?[31m"
