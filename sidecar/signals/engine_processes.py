@@ -46,9 +46,15 @@ def find(engine: str) -> tuple[EngineProcess, ...] | Absent:
         return Absent(
             f"nothing listens on port {port} here: the engine is gone, or its port is forwarded from elsewhere"
         )
-    family = _family(listeners or _by_name())
+    me = psutil.Process()
+    ours = {
+        me.pid,
+        *(p.pid for p in me.parents()),
+    }  # what we descend from is not the engine, or we would examine ourselves
+    family = _family(listeners or _by_name(), ours)
     if not family:
-        return Absent(_hidden(port))
+        own = f"the process on port {port} is our own, or one that started us: it is not examined"
+        return Absent(own if listeners else _hidden(port))
     made = (process for p in family if (process := _process(p, p.pid in listeners)) is not None)
     return tuple(sorted(made, key=lambda p: (ROLES.index(p.role), p.pid))[:MAX_PROCESSES])
 
@@ -91,19 +97,14 @@ def _here(host: str) -> bool:
     return any(str(address).startswith(("127.", "::1", "0.0.0.0")) or address in own for address in wanted)
 
 
-def _family(pids: Iterable[int]) -> list[psutil.Process]:
-    """These processes, their launchers of the same process group, and all their descendants; never our own, nor those we are
-    descended from."""
-    me = psutil.Process()
-    ours = {me.pid, *(p.pid for p in me.parents())}
+def _family(pids: Iterable[int], ours: set[int]) -> list[psutil.Process]:
+    """These processes but for `ours`, their launchers of the same process group, and all their descendants."""
     found: dict[int, psutil.Process] = {}
-    for pid in pids:
-        with suppress(psutil.Error, OSError):
+    for pid in set(pids) - ours:
+        with suppress(psutil.Error, OSError):  # it ended meanwhile
             root = _root(psutil.Process(pid), ours)
             found |= {p.pid: p for p in (root, *root.children(recursive=True))}
-    with suppress(psutil.Error):
-        ours |= {p.pid for p in me.children(recursive=True)} - set(found)
-    return [p for pid, p in found.items() if pid not in ours]
+    return list(found.values())
 
 
 def _root(process: psutil.Process, ours: set[int]) -> psutil.Process:
