@@ -97,8 +97,8 @@ class Control:
     def fact(self, relay: int, fact: Fact) -> Settlement | None:
         """Book one fact. Returns the settlement when it ended a request."""
         match fact:
-            case Admitted(stream=True):
-                prefill = units.terms(fact.expected, self._co).before_first_token / 1000
+            case Admitted():
+                prefill = units.terms(fact.expected, self._co).before_first_token / 1000 if fact.stream else None
                 self.progress.admitted((relay, fact.id), prefill, fact.at)
             case FirstToken():
                 self.progress.first_token((relay, fact.id), fact.at)

@@ -90,6 +90,7 @@ class Progress:
     _busy: bool = False  # the engine's gauges show work that is not our canary
     _open: int = 0  # requests that the relay has out
     _excess: int = 0  # readings in a row that moved and showed more than those
+    _alone_at: float | None = None  # the last reading, where it showed work while the relay seemed to have none
     _worked_at: float = 0.0  # when the relay last had work out
     _open_gap: float = 0.0  # the silence under way; it is learned only when progress ends it
     _tainted: bool = (
@@ -106,9 +107,11 @@ class Progress:
         """Bytes of an answer reached a client."""
         self._mark("delivered", now)
 
-    def admitted(self, key: Key, prefill: float, now: float) -> None:
-        """A stream is on its way to the engine; the cost model says `prefill` seconds before its first token."""
-        self._promised[key] = (now, prefill)
+    def admitted(self, key: Key, prefill: float | None, now: float) -> None:
+        """A request is on its way to the engine; the cost model says `prefill` seconds before its first token, if it streams."""
+        self._worked_at = max(now, self._worked_at)
+        if prefill is not None:
+            self._promised[key] = (now, prefill)
 
     def resumed(self, key: Key, now: float) -> None:
         """A request that waited for its client, or in our own queue, is the engine's from now on."""
@@ -197,12 +200,12 @@ class Progress:
 
         A gauge that only stays up after the relay's last request proves nothing: an abort can wedge an engine.
         """
-        if before is None:
-            return load(sample) > 0 and now - self._worked_at > APART
-        moves = any_moved(before, sample, PROGRESS)
+        moves = before is not None and any_moved(before, sample, PROGRESS)
         self._excess = self._excess + 1 if moves and load(sample) > self._open else 0
-        apart = now - self._worked_at > APART and (moves or load(sample) > load(before))
-        return apart or self._excess >= EXCESS
+        alone, self._alone_at = self._alone_at, None  # the reading before: by now it is known whether we had work then
+        if now - self._worked_at > APART and (moves or load(sample) > (load(before) if before else 0)):
+            self._alone_at = now
+        return self._excess >= EXCESS or (alone is not None and alone - self._worked_at > APART)
 
     def _silent_since(self, work: list[Item], busy: bool, now: float) -> float:
         if not work and not busy:

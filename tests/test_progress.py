@@ -79,6 +79,7 @@ def test_work_that_came_around_the_relay_is_judged_with_unlearned_patience() -> 
     p = learned()
     p.engine(EngineSample(running=0, generation_tokens=1), 9.0)
     p.engine(EngineSample(running=2, generation_tokens=1), 10.0)
+    p.engine(EngineSample(running=2, generation_tokens=1), 11.0)
     e = p.evidence([], 15.0)
     assert e.engine_busy and e.age is not None and e.allowed == LIMITS.unlearned
 
