@@ -88,6 +88,7 @@ def test_every_flag_in_a_document_exists() -> None:
         "--enable-metrics",
         "--metrics",
         *("--rounds", "--weeks", "--trials"),  # benchmarks
+        *("--nonblocking", "--locals"),  # py-spy
     }
     context = click.Context(cli.cli)
     commands = [cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)]

@@ -49,7 +49,7 @@ def containers(**chosen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     [
         *itertools.product(KINDS, ("safe", "http"), ("annotations",), ({},)),
         ("vllm", "safe", "podmonitor", {"namespace": "models", "gpus": 8, "replicas": 3}),
-        ("vllm", "safe", "none", CLAIM | {"gpus": 0}),
+        ("vllm", "safe", "none", CLAIM | {"gpus": 0, "stack_dumps": "on"}),
     ],
 )
 def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, more: dict[str, Any]) -> None:
@@ -79,6 +79,17 @@ def test_the_sidecars_environment_is_valid_settings(tmp_path: Path) -> None:
     settings = load(Settings, {}, {**env, "SIDECAR_MODEL": str(tmp_path)})
     assert (settings.listen[1], settings.admin[1], settings.state_dir) == (RELAY, ADMIN, STATE)
     assert sidecar["restartPolicy"] == "Always" and sidecar["readinessProbe"]["httpGet"]["path"] == "/readyz"
+
+
+def test_stack_dumps_are_asked_for() -> None:
+    """By default the sidecar sees no process but its own and has no capability; with --stack-dumps it has what py-spy needs."""
+    assert "shareProcessNamespace" not in made()
+    assert containers()[0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert made(stack_dumps="on")["shareProcessNamespace"] is True
+    user = containers(stack_dumps="on")[0]["securityContext"]
+    assert (user["runAsUser"], user["capabilities"]) == (0, {"drop": ["ALL"], "add": ["SYS_PTRACE"]})
+    assert user["allowPrivilegeEscalation"] is False and "runAsNonRoot" not in user
+    assert containers(stack_dumps="on")[1] == containers()[1]
 
 
 def test_the_engines_probes_use_numeric_ports() -> None:

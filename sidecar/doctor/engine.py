@@ -21,6 +21,7 @@ from sidecar.doctor.finding import Finding, Level
 from sidecar.engine import kinds, sample
 from sidecar.facts import EngineSample
 from sidecar.settings import Settings
+from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
 
 ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
@@ -148,10 +149,11 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: kinds.
 def threads(engine: str) -> Finding:
     """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
     url = urlsplit(engine)
-    process = _listening(url.port or 80) if url.hostname in LOCAL else None
-    if process is None:
+    pids = engine_processes.listening(url.port or 80)[0] if url.hostname in LOCAL else set()
+    if not pids:
         return Finding("engine-threads", "absent", "the engine's process cannot be seen from here")
     try:
+        process = psutil.Process(min(pids))
         wanted, usable = process.environ().get("OMP_NUM_THREADS", ""), len(process.cpu_affinity() or [])
     except psutil.Error:
         return Finding("engine-threads", "absent", "the engine's environment may not be read from here")
@@ -167,14 +169,3 @@ def threads(engine: str) -> Finding:
     if int(wanted) > usable:
         return Finding("engine-threads", "warn", f"OMP_NUM_THREADS is {wanted}, over the {usable} usable CPUs", remedy)
     return Finding("engine-threads", "ok", f"OMP_NUM_THREADS is {wanted}")
-
-
-def _listening(port: int) -> psutil.Process | None:
-    try:
-        found = (
-            c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr[1:] == (port,)
-        )
-        pid = next((pid for pid in found if pid), None)
-        return psutil.Process(pid) if pid else None
-    except psutil.Error:
-        return None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Final
 
-from sidecar.doctor import engine, machine
+from sidecar.doctor import engine, machine, stacks
 from sidecar.doctor.finding import Finding
 from sidecar.settings import Settings
 
@@ -27,6 +27,7 @@ CHECKS: Final[dict[str, Check]] = {
     "gpu": machine.gpu,
     "cpu": machine.cpu,
     "shm": machine.shm,
+    "stack-dumps": stacks.check,
 }
 
 

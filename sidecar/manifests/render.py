@@ -58,7 +58,7 @@ spec:
       terminationGracePeriodSeconds: {ENDPOINTS + DRAIN + 40}
       enableServiceLinks: false
       automountServiceAccountToken: false
-      securityContext:
+{_lines(6, _shared_processes(s))}      securityContext:
         seccompProfile:
           type: RuntimeDefault
       initContainers:
@@ -152,17 +152,37 @@ def _sidecar(s: ManifestSettings) -> str:
     requests: {{cpu: "{s.sidecar_cpus}", memory: 512Mi}}
     limits: {{cpu: "{s.sidecar_cpus}", memory: {s.sidecar_memory}}}
   securityContext:
-    runAsNonRoot: true
-    runAsUser: 65532
-    runAsGroup: 65532
-    readOnlyRootFilesystem: true
+{_lines(4, _sidecar_user(s))}    readOnlyRootFilesystem: true
     allowPrivilegeEscalation: false
-    capabilities: {{drop: ["ALL"]}}
+    capabilities: {{drop: ["ALL"]{', add: ["SYS_PTRACE"]' if s.stack_dumps == "on" else ""}}}
   volumeMounts:
     - {{name: sidecar-state, mountPath: {STATE}}}
     - {{name: sidecar-tmp, mountPath: /tmp}}
 """
     return head + _lines(4, _sidecar_env(s)) + tail + _lines(4, _model_mount(s, read_only=True))
+
+
+def _shared_processes(s: ManifestSettings) -> str:
+    if s.stack_dumps == "off":
+        return ""
+    return """\
+# The sidecar sees the engine's processes, which py-spy needs.
+shareProcessNamespace: true
+"""
+
+
+def _sidecar_user(s: ManifestSettings) -> str:
+    if s.stack_dumps == "off":
+        return """\
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+"""
+    return """\
+# Asked for with --stack-dumps: root, as in the engines' images, because an added capability reaches no other user. Whoever
+# takes over the sidecar, say by a hostile image, can then read the engine's memory, with its users' prompts and its keys.
+runAsUser: 0
+"""
 
 
 def _sidecar_env(s: ManifestSettings) -> str:

@@ -126,6 +126,12 @@ class ManifestSettings:
         "How Prometheus finds the pods",
         expected="one of annotations, podmonitor, none",
     )
+    stack_dumps: str = flag(
+        "off",
+        one_of("off", "on"),
+        "Whether the sidecar may read the engine's stacks when it hangs: it then runs as root with SYS_PTRACE",
+        expected="one of off, on",
+    )
 
 
 def start(s: ManifestSettings) -> tuple[str, str, str]:

@@ -21,15 +21,13 @@ import psutil
 
 from sidecar.bounded import printable
 from sidecar.facts import Absent, Failed
+from sidecar.signals.stacks import PERMIT
 from sidecar.symptoms import ROLES, EngineProcess, Look, Thread, role_of
 
 MAX_PROCESSES: Final = 32
 MAX_THREADS: Final = 64  # told apart per process
 PROC: Final = Path("/proc")
 SHARE: Final = "set shareProcessNamespace: true on the pod (sidecar manifests --stack-dumps on)"
-PERMIT: Final = (
-    "run the sidecar as the engine's user and give it the capability SYS_PTRACE (sidecar manifests --stack-dumps on)"
-)
 _ENGINES: Final = re.compile(r"VLLM::|vllm|sglang|text-generation|llama-server", re.IGNORECASE)
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")

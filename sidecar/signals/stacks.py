@@ -25,7 +25,10 @@ MAX_LINE: Final = 300
 SECONDS: Final = 3.0  # a dump takes 0.05 s, and a second where the machine is starved
 KILLED: Final = 1.0  # seconds to wait for one that was killed
 INSTALL: Final = "py-spy is not installed: pip install 'inference-sidecar[diagnose]'"
-REFUSED: Final = "no permission to read its memory"
+PERMIT: Final = (
+    "run the sidecar as the engine's user and with the capability SYS_PTRACE (sidecar manifests --stack-dumps on)"
+)
+REFUSED: Final = f"no permission to read its memory: {PERMIT}"
 FOREIGN: Final = "no Python in it that py-spy knows"
 ENDED: Final = "it ended meanwhile"
 FINAL: Final = (REFUSED, FOREIGN, ENDED)  # reasons that a second attempt would find again

@@ -127,7 +127,7 @@ def story(until: int) -> Iterator[snapshot.Snapshot]:
             gpus=facts.Value((replace(gpu, utilization=facts.Value(busy, float(at))),), float(at)),
             canary_outstanding_since=float(at - 3) if state == "suspect" else None,
             canary=facts.CanaryResult("starved", 307.0, 315.0, 8.0, "no token") if at >= 315 else base.canary,
-            diagnoses=(facts.DiagnosisSummary("20251121-030522-stalled", WALL + 322, "no_progress", 182_044),) if at > 325 else (),
+            diagnoses=(facts.DiagnosisSummary("20251121-030522-stalled", WALL + 322, "no_progress", 182_044, "VLLM::EngineCore (pid 12): stopped (T)"),) if at > 325 else (),
             engine=facts.Failed("no answer from /metrics within 2 s") if down else base.engine,
         )  # fmt: skip
 

@@ -43,7 +43,7 @@ def test_the_page_shows_every_part_with_units(
         "#for": "for 2 min 4", "#detail": "Tokens are delivered.", "#reason": "progress", "#now-silence-of": "of 8 s allowed",
         "#now-utilization-of": "limited by MU per minute", "#engine-kind": "vllm", "#charts": "capacity 12 MU",
         "#tenants": "client_cancelled 14", "#images": "6.02 ms", "#gpus": "640 W", "#engine": "46 %", "#own": "48 MiB",
-        "#relays": "1, pid 22", "#canary": "starved", "#changes": "no_progress", "#diagnoses": "178 KiB", "#version": "0.1.0",
+        "#relays": "1, pid 22", "#canary": "starved", "#changes": "no_progress", "#diagnoses": "EngineCore (pid 12): stopped (T)178 KiB", "#version": "0.1.0",
     }  # fmt: skip
     assert {selector: wanted for selector, wanted in shown.items() if wanted not in text_of(driver, selector)} == {}
     assert "absent: not supported under MIG" in text_of(driver, "#gpus")
@@ -140,7 +140,7 @@ def test_hostile_names_stay_text(
             tenants=(snapshot.TenantUse(evil, 1, 0.1, 1.0, 1, 1, ((evil, 1),)),),
             verdict=verdict("suspect", evil, evil, evil=evil), changes=(verdict("suspect", evil, evil, evil=evil),),
             engine=facts.Failed(evil), gpus=facts.Absent(evil), engine_kind=evil, version=evil,
-            diagnoses=(facts.DiagnosisSummary("../../x?" + evil, 1.0, evil, 1),),
+            diagnoses=(facts.DiagnosisSummary("../../x?" + evil, 1.0, evil, 1, evil),),
         )
     )  # fmt: skip
     driver = open_page()
