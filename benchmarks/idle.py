@@ -10,6 +10,7 @@ is printed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import socket
@@ -19,6 +20,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -39,7 +41,8 @@ def main() -> None:
         try:
             wait_for(f"http://127.0.0.1:{admin_port}/startupz")
             size = len(urllib.request.urlopen(f"http://127.0.0.1:{engine_port}/metrics").read())
-            text = report(measure(psutil.Process(sidecar.pid), seconds), seconds, size)
+            health = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{admin_port}/healthz").read())
+            text = report(measure(sidecar.pid, health, seconds), seconds, size)
             print(text)
             if chosen.write:
                 folder = Path(__file__).parent / "results"
@@ -50,10 +53,12 @@ def main() -> None:
                 process.wait(30)
 
 
-def measure(control: psutil.Process, seconds: float) -> list[tuple[str, float, float, float]]:
-    """(name, share of a core, RSS MB, PSS MB) of the control process and its children."""
+def measure(supervisor: int, health: Any, seconds: float) -> list[tuple[str, float, float, float]]:
+    """(name, share of a core, RSS MB, PSS MB) of each process of a sidecar. `health`: what /healthz says."""
     time.sleep(5)  # past start-up
-    processes = {"control": control} | {f"relay {i}": p for i, p in enumerate(control.children())}
+    pids = {"supervisor": supervisor, "control": health["pid"]}
+    pids |= {f"relay {relay['index']}": relay["pid"] for relay in health["relays"]}
+    processes = {name: psutil.Process(pid) for name, pid in pids.items()}
     before = {name: used(p) for name, p in processes.items()}
     started = time.monotonic()
     for left in range(int(seconds), 0, -10):

@@ -20,6 +20,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import AsyncExitStack, contextmanager
 from importlib.metadata import version
@@ -30,12 +31,18 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
-from sidecar import settings, units
+from sidecar import settings
 from sidecar.channel import Channel
-from sidecar.facts import Configure, Drain, Pulse
+from sidecar.facts import Pulse
 
 EVENTS, CONCURRENCY = 200, 32
-RUN = "import sys; from sidecar.relay.process import main; sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))"
+RUN = """
+import socket, sys
+from sidecar import settings, units
+from sidecar.relay.process import Place, main
+place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"")
+sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))
+"""
 CHUNK = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 0, "model": "m"}
 EVENT = b"data: " + json.dumps({**CHUNK, "choices": [{"index": 0, "delta": {"content": " word"}}]}).encode() + b"\n\n"
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":200}}\n\n'
@@ -80,21 +87,22 @@ def child(args: list[str], fds: tuple[int, ...]) -> Any:
         process.wait()
 
 
-async def start(stack: AsyncExitStack) -> tuple[str, str, Channel, int]:
-    """(direct URL, relayed URL, channel, the relay's pid) of a fresh engine and a fresh relay process."""
+async def start(stack: AsyncExitStack) -> tuple[str, str, int]:
+    """(direct URL, relayed URL, the relay's pid) of a fresh engine and a fresh relay process that reports to us."""
     engine, listener = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
     urls = [f"http://127.0.0.1:{s.getsockname()[1]}" for s in (engine, listener)]
-    near, far = socket.socketpair()
     stack.enter_context(child([__file__, "--serve"], (engine.fileno(),)))
-    relay = stack.enter_context(child(["-c", RUN], (far.fileno(), listener.fileno())))
-    for sock in (engine, far, listener):
-        sock.close()
     ready = asyncio.Event()
-    channel = await Channel.open(near, lambda fact: ready.set() if isinstance(fact, Pulse) else None, lambda: None)
-    own = settings.to_json(settings.Settings(engine=urls[0]))
-    channel.send(Configure(own, 0, "", "vllm", units.to_json(units.Coefficients())))
+    path = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "control")
+    await asyncio.get_running_loop().create_unix_server(
+        lambda: Channel(lambda fact: ready.set() if isinstance(fact, Pulse) else None, lambda: None), path
+    )
+    own = settings.to_json(settings.Settings(engine=urls[0], engine_kind="vllm"))
+    relay = stack.enter_context(child(["-c", RUN, own, path], (listener.fileno(),)))
+    for sock in (engine, listener):
+        sock.close()
     await ready.wait()
-    return urls[0], urls[1], channel, relay.pid
+    return urls[0], urls[1], relay.pid
 
 
 async def one(client: aiohttp.ClientSession, url: str) -> float:
@@ -150,7 +158,7 @@ def resident_mib(pid: int) -> float:
 
 async def measure(rounds: int, streams: int) -> list[tuple[str, str]]:
     async with AsyncExitStack() as stack:
-        direct, relayed, channel, pid = await start(stack)
+        direct, relayed, pid = await start(stack)
         connector = aiohttp.TCPConnector(limit=0)
         client = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         before = cpu_seconds(pid)
@@ -163,8 +171,6 @@ async def measure(rounds: int, streams: int) -> list[tuple[str, str]]:
             rates[relayed].append(await throughput(client, relayed, streams, b""))
         per_event = (cpu_seconds(pid) - before) / (5 * streams * EVENTS)
         memory = resident_mib(pid)
-        channel.send(Drain(1.0))
-        channel.close()
     md, mr = statistics.median(d) * 1e3, statistics.median(r) * 1e3
     added = statistics.median(b - a for a, b in zip(d, r, strict=True)) * 1e3
     ed, er = statistics.median(rates[direct]), statistics.median(rates[relayed])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import os
 import sys
@@ -23,9 +22,14 @@ def main() -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Run one command; returns its exit code. Errors of ours are one line on stderr."""
+    """Run one command; returns its exit code."""
+    return coded(lambda: int(cli.main(argv, prog_name="sidecar", standalone_mode=False) or 0))
+
+
+def coded(life: Callable[[], int]) -> int:
+    """Run a command, or the life of a process; returns its exit code. Errors of ours are one line on stderr."""
     try:
-        return int(cli.main(argv, prog_name="sidecar", standalone_mode=False) or 0)
+        return _ungrouped(life)
     except click.exceptions.Exit as e:
         return e.exit_code
     except click.ClickException as e:
@@ -107,10 +111,9 @@ def run_command(config: str | None, **flags: str | None) -> int:
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     logs.setup(chosen.log_format, chosen.log_level)
-    from sidecar import app  # here, so that `sidecar probe` starts quickly
+    from sidecar import tree  # here, so that `sidecar probe` starts quickly
 
-    _loop_run(app.run(chosen))
-    return 0
+    return tree.main(chosen, coded)
 
 
 @cli.command("probe")
@@ -134,16 +137,6 @@ def doctor_command(as_json: bool, config: str | None, **flags: str | None) -> in
     return report.main(settings.load(Settings, flags, os.environ, config), as_json)
 
 
-@cli.command("relay-process", hidden=True)
-@click.option("--control-fd", type=int, required=True)
-@click.option("--listen-fd", type=int, required=True)
-def relay_command(control_fd: int, listen_fd: int) -> int:
-    """One relay process; started by `run`."""
-    from sidecar.relay import process
-
-    return process.main(control_fd, listen_fd)
-
-
 @cli.command("image-server", hidden=True)
 @click.option("--listen-fd", type=int, required=True)
 def image_command(listen_fd: int) -> int:
@@ -153,12 +146,10 @@ def image_command(listen_fd: int) -> int:
     return server.main(listen_fd, sys.stdin.readline())
 
 
-def _loop_run(main: Any) -> None:
-    import uvloop
-
+def _ungrouped(life: Callable[[], int]) -> int:
+    """An error of ours that ended a task group is raised alone."""
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(main)
+        return life()
     except BaseExceptionGroup as group:
         ours = group.subgroup(SidecarError)
         if ours is None:

@@ -190,6 +190,16 @@ class Pulse:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """The first record of a connection: which relay this is. What follows tells again what was open before."""
+
+    at: float
+    index: int
+    pid: int
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
 class PageWanted:
     """A relay was scraped and has no fresh merged metrics page."""
 
@@ -197,18 +207,6 @@ class PageWanted:
 
 
 # --- orders: control -> relay ---
-
-
-@dataclass(frozen=True, slots=True)
-class Configure:
-    """First message to a relay process: its settings as JSON text, and what it must know of its place."""
-
-    settings: str
-    index: int
-    image_socket: str  # "" where images are off
-    engine_kind: str
-    coefficients: str  # JSON of units.Coefficients
-    image_key: str = ""  # hex; names images for the engine's cache, the same in all relays
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +236,14 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
-    """Stop accepting, let streams finish for at most `seconds`, then exit 0."""
+class Booked:
+    """The control process has booked the first `count` settlements of this connection."""
 
-    seconds: float
+    count: int
 
 
-Fact = Admitted | FirstToken | Delivered | Settled | Imaged | Backpressure | Directed | Pulse | PageWanted
-Order = Configure | Published | Page | End | Drain
+Fact = Admitted | FirstToken | Delivered | Settled | Imaged | Backpressure | Directed | Pulse | Joined | PageWanted
+Order = Published | Page | End | Booked
 
 
 # --- samples: what a signal reads ---

@@ -1,23 +1,23 @@
-"""The relay processes, as the control process sees them: started, fed with orders, watched, started again.
+"""The relay processes, as the control process sees them: each has a connection, on which it reports and takes orders.
 
-Rules: what a relay held when it died is reported once, after its last fact was read; a relay whose pulse stopped while we
-ourselves are well is killed and started again, because its streams are lost already.
+Rules: a relay says first which one it is and what is open; what it held when its connection ended is reported once, after
+its last fact was read; a relay whose pulse stopped while we ourselves are well is killed, because its streams are lost already.
+Starting them, and starting them again, is the supervisor's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from sidecar.channel import Channel
-from sidecar.children import Child
-from sidecar.facts import Configure, Drain, Fact, Order, Published, Pulse
+from sidecar.facts import Booked, Fact, Joined, Order, Published, Pulse, Settled
 from sidecar.snapshot import RelayUse
 
 PULSE_LOST = 30.0  # seconds without a pulse before a relay is killed
@@ -28,114 +28,110 @@ OnFact = Callable[[int, Fact], None]
 OnLost = Callable[[int], None]
 
 
-@dataclass(slots=True)
-class _Relay:
-    index: int
-    child: Child
-    channel: Channel | None = None
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
-    pulse: Pulse | None = None
-    born: float = 0.0
-    far_end: socket.socket | None = None
-    near_end: socket.socket | None = None
-
-
 class RelayPool:
-    """`workers` relay processes on one listening socket."""
+    """The `workers` relay processes of this sidecar."""
 
-    def __init__(
-        self,
-        workers: int,
-        listener: socket.socket,
-        configure: Callable[[int], Configure],
-        on_fact: OnFact,
-        on_lost: OnLost,
-    ) -> None:
-        self._listener = listener
-        self._configure = configure
+    def __init__(self, workers: int, on_fact: OnFact, on_lost: OnLost) -> None:
+        self._workers = workers
         self._on_fact = on_fact
         self._on_lost = on_lost
         self._published: Published | None = None
-        self._relays = [self._make(i) for i in range(workers)]
+        self._relays: dict[int, _Relay] = {}
 
-    async def run(self) -> None:
-        """Keep all relays running until stopped."""
-        async with asyncio.TaskGroup() as group:
-            for relay in self._relays:
-                group.create_task(self._keep(relay), name=f"relay-{relay.index}")
+    async def run(self, joining: socket.socket) -> None:
+        """Take the connections of relays until cancelled."""
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(
+            lambda: _Relay(self._joined, self._on_fact, self._left).channel, sock=joining
+        )
+        async with server:
+            await server.serve_forever()
 
     def order(self, order: Order, index: int | None = None) -> None:
-        """Send an order to one relay, or to all. The last load is kept for relays that start later."""
+        """Send an order to one relay, or to all. The last load is kept for relays that join later."""
         if isinstance(order, Published):
             self._published = order
-        for relay in self._relays:
-            if relay.channel is not None and index in (None, relay.index):
+        for relay in self._relays.values():
+            if index in (None, relay.index):
                 relay.channel.send(order)
+                if isinstance(order, Published):
+                    relay.channel.send(Booked(relay.booked))
 
     def use(self, now: float) -> tuple[RelayUse, ...]:
-        """What each relay last said of itself."""
-        return tuple(
-            RelayUse(
-                index=r.index,
-                pid=r.child.pid,
-                restarts=r.child.restarts,
-                open=r.pulse.open if r.pulse else 0,
-                lag=r.pulse.lag if r.pulse else 0.0,
-                pulse_age=now - r.pulse.at if r.pulse else None,
-            )
-            for r in self._relays
-        )
+        """What each relay last said of itself; one that has not joined has no process id."""
+        return tuple(self._use(i, now) for i in range(self._workers))
 
     def check(self, now: float) -> None:
         """Kill relays without a pulse. Call it only while our own loop is well."""
-        for relay in self._relays:
+        for relay in self._relays.values():
             last = max(relay.born, relay.pulse.at if relay.pulse else 0.0)
-            if relay.channel is not None and now - last > PULSE_LOST:
-                _log.error(
-                    "relay %d (pid %d): no pulse for %.0f s; killing it", relay.index, relay.child.pid, now - last
-                )
+            if now - last > PULSE_LOST:
+                _log.error("relay %d (pid %d): no pulse for %.0f s; killing it", relay.index, relay.pid, now - last)
                 relay.born = now
-                relay.child.signal(signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # its connection is open, so the number is still its own
+                    os.kill(relay.pid, signal.SIGKILL)
 
-    async def drain(self, seconds: float) -> None:
-        """Let open streams finish, at most `seconds`, then end the processes."""
-        self.order(Drain(seconds))
-        async with asyncio.TaskGroup() as group:
-            for relay in self._relays:
-                group.create_task(relay.child.stop(seconds + 5))
+    def _use(self, index: int, now: float) -> RelayUse:
+        relay = self._relays.get(index)
+        if relay is None:
+            return RelayUse(index, 0, 0, 0, 0.0, None)
+        pulse = relay.pulse
+        if pulse is None:
+            return RelayUse(index, relay.pid, relay.restarts, 0, 0.0, None)
+        return RelayUse(index, relay.pid, relay.restarts, pulse.open, pulse.lag, now - pulse.at)
 
-    def _make(self, index: int) -> _Relay:
-        def args() -> tuple[list[str], list[int]]:
-            relay.near_end, relay.far_end = socket.socketpair()
-            listen = os.dup(self._listener.fileno())
-            control = relay.far_end.detach()
-            return ["relay-process", "--control-fd", str(control), "--listen-fd", str(listen)], [control, listen]
-
-        async def started(_: asyncio.subprocess.Process) -> None:
-            await self._connect(relay)
-
-        relay = _Relay(index, Child(f"relay {index}", args, started))
-        return relay
-
-    async def _connect(self, relay: _Relay) -> None:
-        assert relay.near_end is not None
-        relay.closed = asyncio.Event()
-        relay.pulse, relay.born = None, time.monotonic()
-
-        def on_record(record: Fact | Order) -> None:
-            if isinstance(record, Pulse):
-                relay.pulse = record
-            self._on_fact(relay.index, record)  # type: ignore[arg-type]  # a relay sends facts only
-
-        relay.channel = await Channel.open(relay.near_end, on_record, relay.closed.set)
-        relay.channel.send(self._configure(relay.index))
+    def _joined(self, relay: _Relay) -> None:
+        before = self._relays.get(relay.index)
+        if before is not None:  # the end of its connection was not read yet
+            before.leave()
+        self._relays[relay.index] = relay
         if self._published is not None:
             relay.channel.send(self._published)
 
-    async def _keep(self, relay: _Relay) -> None:
-        async def ended() -> None:
-            await relay.closed.wait()  # its last facts are read before what it held is given up
-            relay.channel = None
-            self._on_lost(relay.index)
+    def _left(self, relay: _Relay) -> None:
+        del self._relays[relay.index]
+        self._on_lost(relay.index)
 
-        await relay.child.run(ended)
+
+class _Relay:
+    """One relay's connection."""
+
+    def __init__(self, joined: Callable[[_Relay], None], on_fact: OnFact, left: Callable[[_Relay], None]) -> None:
+        self.channel = Channel(self._take, self.leave)
+        self._on_joined = joined
+        self._on_fact = on_fact
+        self._on_left = left
+        self._here = False
+        self.index = -1
+        self.pid = 0
+        self.restarts = 0
+        self.booked = 0  # settlements
+        self.born = 0.0
+        self.pulse: Pulse | None = None
+
+    def leave(self) -> None:
+        """Its connection ended, or its successor is there."""
+        if self._here:
+            self._here = False
+            self._on_left(self)
+        self.channel.close()
+
+    def _take(self, record: Fact | Order) -> None:
+        match record:
+            case Joined() if not self._here and self.index < 0:
+                self._here = True
+                self.index, self.pid, self.restarts, self.born = (
+                    record.index,
+                    record.pid,
+                    record.restarts,
+                    time.monotonic(),
+                )
+                self._on_joined(self)
+            case _ if not self._here:
+                pass  # it did not say who it is, or has been replaced
+            case Pulse():
+                self.pulse = record
+                self._on_fact(self.index, record)
+            case _:
+                self._on_fact(self.index, record)  # type: ignore[arg-type]  # a relay sends facts only
+                self.booked += isinstance(record, Settled)

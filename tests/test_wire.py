@@ -24,8 +24,8 @@ RECORDS = [
     facts.PageWanted(1.0),
     facts.Page(1.0, 'a{b="ü\n"} 1\n'),
     facts.Published("JSON {}", "TEXT a=1", "idle"),
-    facts.Drain(30.0),
-    facts.Configure("{}", 0, "", "vllm", "{}"),
+    facts.Booked(30),
+    facts.Joined(1.0, 0, 77, 2),
 ]
 
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from sidecar import app, cpus
+from sidecar import cpus, preflight
 from sidecar.doctor.finding import Finding
 from sidecar.errors import SidecarError
 from sidecar.facts import Absent, Failed
@@ -40,7 +40,7 @@ _IMPORT: Final = (
 def coefficients(chosen: Settings) -> Finding:
     """The coefficients file, or that there is none."""
     try:
-        co = app.coefficients(chosen)
+        co = preflight.coefficients(chosen)
     except (SidecarError, OSError) as e:
         return Finding("coefficients", "fail", str(e), "correct the file, or leave --coefficients away")
     if not chosen.coefficients:
@@ -71,7 +71,7 @@ def ports(chosen: Settings) -> Finding:
     """Whether both ports are free."""
     try:
         for name, address in (("listen", chosen.listen), ("admin", chosen.admin)):
-            app.bind(name, address).close()
+            preflight.bind(name, address).close()
     except SidecarError as e:
         return Finding("ports", "fail", str(e), "or is the sidecar running already?")
     return Finding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
@@ -92,7 +92,7 @@ def model(chosen: Settings) -> Finding:
 
 def images(chosen: Settings) -> Finding:
     """Whether images can be prepared: the extra is there and loads."""
-    why = app.no_images(chosen)
+    why = preflight.no_images(chosen)
     if why:
         asked = chosen.images in ("inline", "shm")
         return Finding(

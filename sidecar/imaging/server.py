@@ -69,7 +69,9 @@ def main(listen_fd: int, settings_json: str) -> int:
             while len(workers) < wanted.workers:
                 workers[_fork(listening, wanted)] = time.monotonic()
             got = signal.sigtimedwait(WATCHED, POLL)
-            if got is not None and got.si_signo != signal.SIGCHLD:
+            if (
+                got is not None and got.si_signo == signal.SIGTERM
+            ):  # SIGINT, which the whole group gets, is the supervisor's
                 break
             _reap(workers)
     finally:

@@ -1,8 +1,8 @@
-"""One relay process: a listening socket and a channel to the control process in, a served data path out.
+"""One relay process: a listening socket and a path to the control process in, a served data path out.
 
-Rules: the first order must be Configure; the process ends by Drain, or when the control process is gone: then it stops
-accepting at once, lets its streams finish, and exits. SIGTERM and SIGINT are ignored, because the control process, which gets
-them too, drains us. Neither metrics, nor tracing, nor NVML is imported here: a relay is as small as its job.
+Rules: it outlives every control process: while there is none it serves as before, and tells the next one what is open (see
+link.py). SIGTERM and SIGINT, which the whole group may get, mean drain: it stops accepting at once, lets its streams finish, and exits.
+Neither metrics, nor tracing, nor NVML is imported here: a relay is as small as its job.
 """
 
 from __future__ import annotations
@@ -11,84 +11,64 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import uvloop
 from aiohttp import web
 
-from sidecar import logs, settings, units
-from sidecar.channel import Channel
-from sidecar.facts import Configure, Drain, Fact, Order, Pulse
+from sidecar.facts import Fact, Joined, Pulse
 from sidecar.relay import upstream
 from sidecar.relay.handler import Handler, Relay
+from sidecar.relay.link import Link
+from sidecar.settings import Settings
+from sidecar.units import Coefficients
 
 if TYPE_CHECKING:
     from sidecar.images import Images
 
-_log = logging.getLogger(__name__)
-
 PULSE: Final = 1.0  # seconds
 _TICKS: Final = 4  # looks at the clock per pulse; the pulse carries the worst
 _BACKLOG: Final = 1024
-_CONFIGURE_SECONDS: Final = 30.0
-_FLUSH_SECONDS: Final = 2.0
 
 
-def main(control_fd: int, listen_fd: int) -> int:
-    """Serve until drained. `control_fd`: our end of a connected Unix stream; `listen_fd`: a listening TCP socket."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a relay process must know: its settings, and where it stands. `control` is the path of a listening Unix socket."""
+
+    settings: Settings
+    coefficients: Coefficients
+    control: str
+    image_key: bytes  # names images for the engine's cache, the same in all relays
+    image_socket: str = ""  # "" where images are off
+    index: int = 0
+    restarts: int = 0
+
+
+def main(place: Place, listener: socket.socket) -> int:
+    """Serve until drained. Returns 0."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a stream takes two; many shells and runtimes allow 1024
-    control = socket.socket(fileno=control_fd)
-    listener = socket.socket(fileno=listen_fd)
-    with contextlib.closing(control), contextlib.closing(listener):
-        status: int = uvloop.run(_serve(control, listener))
-        return status
+    with contextlib.closing(listener):
+        uvloop.run(_serve(place, listener))
+    return 0
 
 
-class _Orders:
-    """Orders as they come: the first configures, Drain (or the end of the channel) ends, the rest is the relay's."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.configured: asyncio.Future[Configure] = loop.create_future()
-        self.ended: asyncio.Future[float | None] = loop.create_future()  # seconds to drain; None: as the settings say
-        self.gone: asyncio.Future[None] = loop.create_future()
-        self.sink: Callable[[Order], None] = lambda _: None
-
-    def take(self, order: Fact | Order) -> None:
-        match order:
-            case Configure() if not self.configured.done():
-                self.configured.set_result(order)
-            case Drain() if not self.ended.done():
-                self.ended.set_result(order.seconds)
-            case _:
-                self.sink(order)  # type: ignore[arg-type]  # the control process sends orders only
-
-    def closed(self) -> None:
-        if not self.gone.done():
-            self.gone.set_result(None)
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-
-async def _serve(control: socket.socket, listener: socket.socket) -> int:
-    orders = _Orders()
-    channel = await Channel.open(control, orders.take, orders.closed)
-    configured = await _configuration(orders)
-    if configured is None:
-        _log.error("relay: the control process sent no configuration")
-        return 1
-    own = settings.from_json(configured.settings)
-    logs.setup(own.log_format, own.log_level)
-    async with _relay(configured, own, channel) as relay:
-        orders.sink = relay.obey
+async def _serve(place: Place, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what was sent before is heard now
+    link = Link(place.control, lambda at: Joined(at, place.index, os.getpid(), place.restarts))
+    async with _relay(place, link.send) as relay:
+        link.obey = relay.obey
         server = web.Server(
             relay.handle,
             handler_cancellation=True,
@@ -102,40 +82,32 @@ async def _serve(control: socket.socket, listener: socket.socket) -> int:
         # what lives now lives to the end, and a request leaves next to no cycles: look for them less often
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
-        accepting = await asyncio.get_running_loop().create_server(server, sock=listener, backlog=_BACKLOG)
-        pulse = asyncio.create_task(_pulse(channel, relay))
+        accepting = await loop.create_server(server, sock=listener, backlog=_BACKLOG)
+        duties = [asyncio.create_task(link.run()), asyncio.create_task(_pulse(link, relay))]
         try:
-            seconds = await orders.ended
+            await ended.wait()
             accepting.close()
-            await relay.drain(server, own.drain_seconds if seconds is None else seconds)
+            await relay.drain(server, place.settings.drain_seconds)
         finally:
-            pulse.cancel()
-            await asyncio.gather(pulse, return_exceptions=True)
-    channel.close()
-    await asyncio.wait((orders.gone,), timeout=_FLUSH_SECONDS)  # the last facts are on their way
-    return 0
-
-
-async def _configuration(orders: _Orders) -> Configure | None:
-    await asyncio.wait(
-        (orders.configured, orders.ended), timeout=_CONFIGURE_SECONDS, return_when=asyncio.FIRST_COMPLETED
-    )
-    return orders.configured.result() if orders.configured.done() else None
+            for duty in duties:
+                duty.cancel()
+            await asyncio.gather(*duties, return_exceptions=True)
+    await link.close()
 
 
 @contextlib.asynccontextmanager
-async def _relay(configured: Configure, own: settings.Settings, channel: Channel) -> AsyncIterator[Relay]:
-    coefficients = units.from_json(configured.coefficients)
-    async with _images(configured.image_socket, own) as images:
+async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Relay]:
+    own = place.settings
+    async with _images(place.image_socket, own) as images:
         relay = Relay(
             own,
-            coefficients,
-            channel.send,
-            index=configured.index,
-            engine_kind=configured.engine_kind,
-            image_key=bytes.fromhex(configured.image_key),
+            place.coefficients,
+            emit,
+            index=place.index,
+            engine_kind=own.engine_kind if own.engine_kind != "auto" else "",
+            image_key=place.image_key,
             images=images,
-            preprocess=_preprocess(images, own, channel.send) if images is not None else None,
+            preprocess=_preprocess(images, own, emit) if images is not None else None,
         )
         try:
             yield relay
@@ -144,7 +116,7 @@ async def _relay(configured: Configure, own: settings.Settings, channel: Channel
 
 
 @contextlib.asynccontextmanager
-async def _images(socket_path: str, own: settings.Settings) -> AsyncIterator[Images | None]:
+async def _images(socket_path: str, own: Settings) -> AsyncIterator[Images | None]:
     """The image workers' client; None where images are off."""
     if not socket_path:
         yield None
@@ -164,13 +136,13 @@ async def _images(socket_path: str, own: settings.Settings) -> AsyncIterator[Ima
         await images.close()
 
 
-def _preprocess(images: Images, own: settings.Settings, emit: Callable[[Fact], None]) -> Handler:
+def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None]) -> Handler:
     from sidecar.relay.preprocess import preprocess
 
     return lambda request: preprocess(request, images, own, emit)
 
 
-async def _pulse(channel: Channel, relay: Relay) -> None:
+async def _pulse(link: Link, relay: Relay) -> None:
     """Tell the control process once a second that we live, and how late our timers run."""
     step = PULSE / _TICKS
     while True:
@@ -179,7 +151,7 @@ async def _pulse(channel: Channel, relay: Relay) -> None:
             due = time.monotonic() + step
             await asyncio.sleep(step)
             worst = max(worst, time.monotonic() - due)
-        channel.send(Pulse(time.monotonic(), worst, relay.open))
+        link.send(Pulse(time.monotonic(), worst, relay.open))
 
 
 def _quiet() -> logging.Logger:

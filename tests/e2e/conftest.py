@@ -56,6 +56,10 @@ class Sidecar:
             body = await answer.text()
             return answer.status, json.loads(body) if body.startswith("{") else body
 
+    async def control(self) -> int:
+        """Process id of the control process; `process` is the supervisor."""
+        return int((await self.get("/healthz"))[1]["pid"])
+
     async def until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first snapshot of the live feed for which `holds`."""
         async with asyncio.timeout(PATIENCE), self.session.get(self.admin + "/events") as feed:

@@ -177,9 +177,10 @@ async def test_a_stopped_sidecar_does_not_blame_the_engine(engine: ScriptedEngin
     async with sidecar.chat(tokens=100_000) as stream:
         await stream.content.readany()
         await sidecar.until_verdict("progressing")
-        sidecar.process.send_signal(signal.SIGSTOP)
+        control = await sidecar.control()
+        os.kill(control, signal.SIGSTOP)
         await asyncio.sleep(3)  # the time itself is what is tested: longer than the floor
-        sidecar.process.send_signal(signal.SIGCONT)
+        os.kill(control, signal.SIGCONT)
         await sidecar.until_verdict("progressing")
     states = {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
     assert "unknown" in states and not {"suspect", "stalled", "dead"} & states

@@ -1,4 +1,4 @@
-"""A relay process: configured, served, drained, and orphaned, as the control process does it."""
+"""A relay process: served, drained, and without its control process, as supervisor and control see it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,71 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar import settings, units
+from sidecar import settings
 from sidecar.channel import Channel
-from sidecar.facts import Admitted, Configure, Drain, FirstToken, Page, PageWanted, Pulse, Settled
+from sidecar.facts import Admitted, Booked, FirstToken, Joined, Page, PageWanted, Pulse, Settled
 
-RUN = "import sys; from sidecar.relay.process import main; sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))"
+RUN = """
+import socket, sys
+from sidecar import settings, units
+from sidecar.relay.process import Place, main
+place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"", index=3, restarts=2)
+sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))
+"""
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 
 
-class Process:
-    """A relay process and the control end of its channel."""
+class Control:
+    """A control process's end: takes the relay's connection on a Unix socket."""
 
     def __init__(self, facts: Any) -> None:
         self.facts = facts
+        self.channel = Channel(facts, self._left)
+        self.left = asyncio.Event()
+
+    def _left(self) -> None:
+        self.left.set()
+
+    @classmethod
+    async def open(cls, path: Path, facts: Any) -> Control:
+        control = cls(facts)
+        control.server = await asyncio.get_running_loop().create_unix_server(lambda: control.channel, str(path))
+        return control
+
+    async def die(self) -> None:
+        """As the kernel ends a process: its sockets close, nothing is said."""
+        self.server.close()
+        self.channel.close()
+        await self.left.wait()
+
+    server: asyncio.Server
+
+
+class Process:
+    """A relay process and the control end of its connection."""
+
+    def __init__(self, facts: Any, folder: Path) -> None:
+        self.facts = facts
+        self.path = folder / "control"
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.closed = asyncio.Event()
 
     async def start(self, engine: str, **own: Any) -> None:
-        near, far = socket.socketpair()
-        fds = (far.fileno(), self.listener.fileno())
+        self.control = await Control.open(self.path, self.facts)
+        text = settings.to_json(settings.Settings(engine=engine, **{"engine_kind": "vllm", **own}))
+        fd = self.listener.fileno()
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", RUN, *map(str, fds), pass_fds=fds, stderr=asyncio.subprocess.PIPE
+            sys.executable, "-c", RUN, text, str(self.path), str(fd), pass_fds=(fd,), stderr=asyncio.subprocess.PIPE
         )
-        far.close()
         self.listener.close()
-        self.channel = await Channel.open(near, self.facts, self.closed.set)
-        text = settings.to_json(settings.Settings(engine=engine, **own))
-        self.channel.send(Configure(text, 0, "", "vllm", units.to_json(units.Coefficients())))
         await self.facts.wait(Pulse)
 
     async def ended(self) -> tuple[int | None, bytes]:
@@ -65,11 +95,11 @@ class Process:
 
 
 @pytest.fixture
-async def relay_process(facts: Any) -> AsyncIterator[Callable[..., Awaitable[Process]]]:
+async def relay_process(facts: Any, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Process]]]:
     async with AsyncExitStack() as stack:
 
         async def start(engine: str, **own: Any) -> Process:
-            process = Process(facts)
+            process = Process(facts, tmp_path)
             await process.start(engine, **own)
             stack.push_async_callback(_stop, process)
             return process
@@ -81,8 +111,7 @@ async def _stop(process: Process) -> None:
     if process.process.returncode is None:
         process.process.kill()
     await process.process.wait()
-    process.channel.close()
-    await process.closed.wait()
+    await process.control.die()
 
 
 async def two_step_engine(serve: Any) -> tuple[str, asyncio.Event]:
@@ -108,37 +137,84 @@ async def begin(client: aiohttp.ClientSession, process: Process) -> aiohttp.Clie
     return got
 
 
-@pytest.mark.parametrize("how", ["drain", "control dies"])
-async def test_open_streams_finish(relay_process: Any, serve: Any, how: str) -> None:
-    """Drained or orphaned, the process stops accepting at once, lets its stream end whole, and exits 0."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_drain_lets_open_streams_finish(relay_process: Any, serve: Any, number: signal.Signals) -> None:
+    """SIGTERM or SIGINT: the process stops accepting at once, lets its stream end whole, reports it, and exits 0."""
     url, go_on = await two_step_engine(serve)
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:
         got = await begin(client, process)
-        if how == "drain":
-            process.channel.send(Drain(30.0))
-        else:
-            process.channel.close()
+        process.process.send_signal(number)
         await process.refused()
         go_on.set()
         assert await got.read() == EVENT
     assert await process.ended() == (0, b"")
-    if how == "drain":
-        assert process.facts.of(Settled)[0].outcome == "ok"
+    await process.control.left.wait()
+    assert process.facts.of(Settled)[0].outcome == "ok"
+
+
+async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, facts: Any, tmp_path: Path) -> None:
+    """Without control a stream goes on and new requests are served; the next control is told all that is open, and all that ended."""
+    url, go_on = await two_step_engine(serve)
+    process = await relay_process(url)
+    async with aiohttp.ClientSession() as client:
+        streams = [await begin(client, process) for _ in range(2)]
+        await facts.wait(FirstToken, 2)
+        await process.control.die()
+        process.path.unlink()
+        go_on.set()
+        assert await streams[0].read() == EVENT  # with nobody to tell
+        async with client.post(process.url + "/v1/completions", json={"prompt": "x"}) as new:
+            assert await new.read() == EVENT * 2
+        later = type(facts)()
+        process.control = await Control.open(process.path, later)
+        await later.wait(Settled, 2)
+        assert isinstance(later.all[0], Joined)
+        assert (later.all[0].index, later.all[0].pid, later.all[0].restarts) == (3, process.process.pid, 2)
+        assert await streams[1].read() == EVENT
+        await later.wait(Settled, 3)
+    told = {fact.id: fact for fact in later.of(Admitted)}
+    assert set(told) == {fact.id for fact in later.of(Settled)} and len(told) == 3
+    assert {fact.id: fact for fact in facts.of(Admitted)}.items() <= told.items()
+    assert {fact.outcome for fact in later.of(Settled)} == {"ok"}
+
+
+async def test_what_control_has_booked_is_not_told_again(relay_process: Any, serve: Any, facts: Any) -> None:
+    """A settlement comes again to the next control process unless the last one said that it has booked it."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=EVENT)
+
+    process = await relay_process(await serve(engine))
+    async with aiohttp.ClientSession() as client:
+        for count in (1, 2):
+            async with client.post(process.url + "/v1/completions", json={"prompt": "x"}) as got:
+                await got.read()
+            await facts.wait(Settled, count)
+    process.control.channel.send(Booked(1))
+    seen = len(facts.of(Pulse))
+    await facts.wait(Pulse, seen + 1)  # the order was read before it
+    await process.control.die()
+    process.path.unlink()
+    later = type(facts)()
+    process.control = await Control.open(process.path, later)
+    await later.wait(Pulse)
+    assert [fact.id for fact in later.of(Settled)] == [facts.of(Settled)[1].id]
 
 
 async def test_a_drain_has_an_end(relay_process: Any, serve: Any) -> None:
     """A stream that outlasts the drain is cut off, told to control as lost, and the process still exits 0."""
     url, _ = await two_step_engine(serve)
-    process = await relay_process(url)
+    process = await relay_process(url, drain_seconds=0.05)
     async with aiohttp.ClientSession() as client:
         got = await begin(client, process)
-        process.channel.send(Drain(0.05))
+        process.process.terminate()
         with pytest.raises(aiohttp.ClientPayloadError):
             await got.read()
     code, errors = await process.ended()
     assert code == 0
     assert b"cut off" in errors
+    await process.control.left.wait()
     [settled] = process.facts.of(Settled)
     assert (settled.outcome, settled.error) == ("lost", "drain_cut")
 
@@ -149,26 +225,12 @@ async def test_idle_connections_do_not_delay_the_end(relay_process: Any, serve: 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(text="ok")
 
-    process = await relay_process(await serve(engine))
+    process = await relay_process(await serve(engine), drain_seconds=600.0)
     async with aiohttp.ClientSession() as client:
         async with client.get(process.url + "/health") as got:
             assert await got.text() == "ok"
-        process.channel.send(Drain(600.0))
+        process.process.terminate()
         assert await process.ended() == (0, b"")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signals_are_controls_to_obey(relay_process: Any, serve: Any, number: signal.Signals) -> None:
-    """SIGTERM and SIGINT, which the whole group gets, end no stream: the control process drains."""
-    url, go_on = await two_step_engine(serve)
-    process = await relay_process(url)
-    async with aiohttp.ClientSession() as client:
-        got = await begin(client, process)
-        process.process.send_signal(number)
-        go_on.set()
-        assert await got.read() == EVENT
-    process.channel.send(Drain(5.0))
-    assert (await process.ended())[0] == 0
 
 
 async def test_facts_and_orders_cross_the_channel(relay_process: Any, serve: Any) -> None:
@@ -183,28 +245,13 @@ async def test_facts_and_orders_cross_the_channel(relay_process: Any, serve: Any
         assert pulse.lag >= 0
         scrape = asyncio.create_task(client.get(process.url + "/metrics"))
         await process.facts.wait(PageWanted)
-        process.channel.send(Page(0.0, "ours 1\n"))
+        process.control.channel.send(Page(0.0, "ours 1\n"))
         assert await (await scrape).text() == "ours 1\n"
         go_on.set()
         await got.read()
     await process.facts.wait(Settled)
     order = [type(f) for f in process.facts.all if isinstance(f, Admitted | FirstToken | Settled)]
     assert order == [Admitted, FirstToken, Settled]
-
-
-async def test_without_a_configuration_it_ends(facts: Any) -> None:
-    """A control process that dies before it configured the relay leaves no orphan behind."""
-    process = Process(facts)
-    near, far = socket.socketpair()
-    fds = (far.fileno(), process.listener.fileno())
-    process.process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", RUN, *map(str, fds), pass_fds=fds, stderr=asyncio.subprocess.PIPE
-    )
-    for sock in (near, far, process.listener):
-        sock.close()
-    code, errors = await process.ended()
-    assert code == 1
-    assert b"no configuration" in errors
 
 
 async def test_a_relay_is_small() -> None:

@@ -1,0 +1,72 @@
+"""What a start needs, found wrong before anything runs: files, sockets, what images need. `doctor` asks the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import socket
+from pathlib import Path
+
+from sidecar import units
+from sidecar.errors import StartError
+from sidecar.kernels import families
+from sidecar.settings import Settings
+
+BACKLOG = 1024
+
+_log = logging.getLogger("sidecar")
+
+
+def coefficients(chosen: Settings) -> units.Coefficients:
+    """The coefficients file, or the documented defaults. Raises UsageError."""
+    if not chosen.coefficients:
+        return units.Coefficients()
+    return units.from_json(Path(chosen.coefficients).read_text(), f"--coefficients {chosen.coefficients}")
+
+
+def image_mode(chosen: Settings) -> str:
+    """ "inline" or "off". Raises StartError where images were asked for and cannot be had."""
+    why = no_images(chosen)
+    _log.info("images: %s", f"off ({why})" if why else "inline")
+    if not why:
+        return "inline"
+    if chosen.images in ("auto", "off"):
+        return "off"
+    raise StartError(f"--images {chosen.images}: {why}")
+
+
+def no_images(chosen: Settings) -> str:
+    """Why images cannot be prepared; empty where they can."""
+    if chosen.images == "off":
+        return "as chosen"
+    if chosen.images == "shm":
+        return "the shm hand-off is not built yet; use inline"
+    if not chosen.model or families.from_dir(chosen.model) is None:
+        return "no --model directory with a known image processor (preprocessor_config.json)"
+    if importlib.util.find_spec("torchvision") is None:
+        return "the extra is not installed; pip install 'inference-sidecar[images]'"
+    return ""
+
+
+def bind(name: str, address: tuple[str, int]) -> socket.socket:
+    """A listening socket. Raises StartError that names the port."""
+    host, port = address
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as e:
+        sock.close()
+        text = f"--{name}: port {port} on {host} cannot be used ({e.strerror}); free it or choose another"
+        raise StartError(text) from None
+    sock.setblocking(False)
+    return sock
+
+
+def unix(path: Path) -> socket.socket:
+    """A listening Unix socket at `path`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.bind(str(path))
+    sock.listen(BACKLOG)
+    return sock

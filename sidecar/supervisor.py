@@ -1,0 +1,248 @@
+"""The container's first process: starts the others by fork, starts them again when they end, passes signals on, reaps.
+
+    start     control alone; what it cannot start with (exit code 1 or 2 before it first served) ends the container with that code
+    serving   SIGUSR1 from control: it serves, now the others are started
+    death     a process that ends is started again: at once, then with pauses that double while it keeps dying young
+    SIGTERM   (or SIGINT) to control, which withdraws readiness, and to the relays, which let their streams finish; when the last
+              relay is gone SIGUSR1 tells control to end, and with it the container; a control that dies meanwhile is still replaced
+
+Rules: one thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and it has
+next to nothing to die of. The listening sockets are its own, so that no connection is refused while a process is replaced. Its
+children die with it; orphans of theirs are reaped. A child is born with the watched signals blocked: none is lost before it
+has said what they mean to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
+STEADY: Final = 10.0  # seconds of life after which a death is no sign of a crash loop
+PAUSE_FIRST, PAUSE_MOST = 0.1, 5.0  # seconds; the first restart comes without a pause
+LEAVE: Final = 5.0  # seconds that control and the image server have to end once they are told to
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+
+_log = logging.getLogger(__name__)
+
+Kind = Literal["control", "relay", "images"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One process to keep alive. `run` is its life: it gets how often it was started again, and returns its exit code.
+
+    `sockets` are the listening sockets that it goes on with; the others are closed in it.
+    """
+
+    kind: Kind
+    name: str
+    run: Callable[[int], int]
+    sockets: tuple[socket.socket, ...]
+
+
+@dataclass(slots=True)
+class _Child:
+    role: Role
+    pid: int = 0  # 0: not running
+    born: float = 0.0
+    due: float | None = None  # when it is to be started
+    pause: float = 0.0
+    restarts: int = -1
+
+
+def pause_after(lived: float, before: float) -> float:
+    """Seconds to wait before a process that lived so long is started again; `before` is the last such pause."""
+    if lived >= STEADY:
+        return 0.0
+    return min(PAUSE_MOST, 2 * before) if before else PAUSE_FIRST
+
+
+class Supervisor:
+    """Keeps `roles` alive; the first of them is control. `grace`: seconds from SIGTERM until whatever still lives is killed."""
+
+    def __init__(self, roles: Iterable[Role], grace: float) -> None:
+        self._children = [_Child(role) for role in roles]
+        self._control = self._children[0]
+        self._grace = grace
+        self._served = False
+        self._deadline: float | None = None  # set by SIGTERM
+        self._told_to_end = False
+        self._status: int | None = None  # set when the container is to end
+
+    def run(self) -> int:
+        """Supervise until SIGTERM has ended everything, or until the first start failed. Returns the container's exit code."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        gc.collect()
+        gc.freeze()  # children share the memory of what was imported here; their collectors leave it alone
+        self._control.due = 0.0
+        try:
+            while self._status is None:
+                now = time.monotonic()
+                self._start_due(now)
+                self._take(_wait(self._next(), now))
+                self._reap(time.monotonic())
+                self._end_if_over(time.monotonic())
+        finally:
+            self._end_all()
+        return self._status
+
+    # --- what happens ---
+
+    def _take(self, got: signal.struct_siginfo | None) -> None:
+        if got is None or got.si_signo == signal.SIGCHLD:
+            return
+        if got.si_signo == signal.SIGUSR1:
+            if got.si_pid == self._control.pid and not self._served:
+                self._served = True
+                for child in self._children[1:]:
+                    child.due = 0.0
+        elif self._deadline is None:
+            self._drain(time.monotonic())
+
+    def _drain(self, now: float) -> None:
+        """Nothing new is taken from now on; what is under way may finish."""
+        self._deadline = now + self._grace
+        for child in self._children:
+            if child.role.kind == "relay":
+                child.due = None
+                for sock in child.role.sockets:
+                    sock.close()  # the relays close theirs; ours would keep new connections waiting in the kernel
+            if child.role.kind != "images":
+                _kill(child, signal.SIGTERM)
+        if self._control.due is not None:
+            self._control.due = 0.0
+
+    def _reap(self, now: float) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for child in self._children:
+                if child.pid == pid:  # anything else was an orphan of a child of ours
+                    self._ended(child, os.waitstatus_to_exitcode(status), now)
+
+    def _ended(self, child: _Child, code: int, now: float) -> None:
+        pid, child.pid = child.pid, 0
+        if child is self._control and code > 0 and not self._served:
+            self._status = code  # it has said why
+            return
+        if self._deadline is not None and (child.role.kind == "relay" or self._told_to_end):
+            return
+        child.pause = pause_after(now - child.born, child.pause)
+        child.due = now + child.pause
+        _log.error("%s (pid %d) ended with %s; starting it again", child.role.name, pid, _how(code))
+
+    def _end_if_over(self, now: float) -> None:
+        """After SIGTERM: when the relays are gone, control has done its work."""
+        if self._deadline is None or self._status is not None:
+            return
+        if any(child.pid for child in self._children if child.role.kind == "relay"):
+            if now > self._deadline:
+                _log.error("not everything ended within %.0f s; killing it", self._grace)
+                self._status = 1
+        elif not self._told_to_end:
+            self._told_to_end = True
+            self._control.due, self._deadline = None, now + LEAVE
+            _kill(self._control, signal.SIGUSR1)
+        if self._told_to_end and not self._control.pid:
+            self._status = 0
+        elif self._told_to_end and now > self._deadline:
+            self._status = 1
+
+    def _next(self) -> float | None:
+        """When something is to be done even if no signal comes."""
+        times = [child.due for child in self._children if child.due is not None]
+        return min([*times, *([] if self._deadline is None else [self._deadline])], default=None)
+
+    # --- processes ---
+
+    def _start_due(self, now: float) -> None:
+        for child in self._children:
+            if child.due is not None and child.due <= now:
+                child.due, child.born = None, now
+                child.restarts += 1
+                child.pid = self._fork(child)
+                if self._deadline is not None and child is self._control:
+                    _kill(child, signal.SIGTERM)  # it waits, blocked, until it is listened to
+
+    def _fork(self, child: _Child) -> int:
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        try:
+            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:  # it died before that
+                os._exit(status)
+            _prctl(PR_SET_NAME, f"sidecar {child.role.name}".encode()[:15])
+            self._close_but(child.role.sockets)
+            status = child.role.run(child.restarts)
+        except BaseException:  # noqa: BLE001  the border of the process
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _close_but(self, kept: tuple[socket.socket, ...]) -> None:
+        for child in self._children:
+            for sock in child.role.sockets:
+                if sock not in kept:
+                    sock.close()
+
+    def _end_all(self) -> None:
+        """The image server may end by itself; nothing else lives that is still of use."""
+        for child in self._children:
+            child.due = None
+            _kill(child, signal.SIGTERM if child.role.kind == "images" else signal.SIGKILL)
+        until = time.monotonic() + LEAVE
+        while any(child.pid for child in self._children):
+            if time.monotonic() > until:
+                for child in self._children:
+                    _kill(child, signal.SIGKILL)
+            _wait(until if time.monotonic() < until else None, time.monotonic())
+            self._collect()
+
+    def _collect(self) -> None:
+        for child in self._children:
+            if child.pid and os.waitpid(child.pid, os.WNOHANG)[0]:
+                child.pid = 0
+
+
+def _wait(until: float | None, now: float) -> signal.struct_siginfo | None:
+    """The next watched signal; None at `until`."""
+    if until is None:
+        return signal.sigwaitinfo(WATCHED)
+    return signal.sigtimedwait(WATCHED, max(0.0, until - now))
+
+
+def _kill(child: _Child, number: signal.Signals) -> None:
+    if child.pid:  # not reaped yet, so the number is still its own
+        os.kill(child.pid, number)
+
+
+def _prctl(option: int, value: int | bytes) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _how(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"

@@ -1,0 +1,96 @@
+"""The tree of processes of one sidecar: what it needs before any of them starts, and what each of them is.
+
+    supervisor ── control, relay 0 .. N-1, image server
+
+Rules: whatever can be found wrong before the first process starts ends the start here. The sockets, and the directory that
+the Unix sockets lie in, belong to the supervisor and outlive every other process: a relay that lost its control process finds
+the next one behind the same socket, a kubelet that asks meanwhile waits in the kernel's queue. Control and relays are forked
+from what is imported here, once; the image server is a fresh interpreter, because what it imports is nobody else's.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import uvloop
+
+from sidecar import app, settings, units
+from sidecar.preflight import bind, coefficients, image_mode, unix
+from sidecar.relay import process
+from sidecar.settings import Settings
+from sidecar.supervisor import Role, Supervisor
+
+MARGIN = 10.0  # seconds beyond the drain in which everything must have ended
+
+Border = Callable[
+    [Callable[[], int]], int
+]  # runs the life of a process; errors of ours become one line and an exit code
+
+
+def main(chosen: Settings, border: Border) -> int:
+    """Serve until SIGTERM or SIGINT; then drain and return the exit code. Raises UsageError and StartError before that."""
+    prices = coefficients(chosen)
+    chosen = replace(chosen, images=image_mode(chosen))
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind("listen", chosen.listen))
+        admin = stack.enter_context(bind("admin", chosen.admin))
+        folder = Path(tempfile.mkdtemp(prefix="sidecar-"))  # mode 0700
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        joining = stack.enter_context(unix(folder / "control"))
+        roles = [
+            Role(
+                "control",
+                "control",
+                _guarded(border, partial(_control, chosen, prices, admin, joining)),
+                (admin, joining),
+            )
+        ]
+        place = process.Place(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
+        if chosen.images != "off":
+            place = replace(place, image_socket=str(folder / "images"))
+            jobs = stack.enter_context(unix(folder / "images"))
+            roles.append(Role("images", "image server", partial(_image_server, chosen, jobs), (jobs,)))
+        for index in range(chosen.workers):
+            run = _guarded(border, partial(_relay, replace(place, index=index), listener))
+            roles.append(Role("relay", f"relay {index}", run, (listener,)))
+        return Supervisor(roles, chosen.drain_seconds + MARGIN).run()
+
+
+# --- what each process does; each gets how often it was started again ---
+
+
+def _guarded(border: Border, run: Callable[[int], int]) -> Callable[[int], int]:
+    return lambda restarts: border(partial(run, restarts))
+
+
+def _control(
+    chosen: Settings, prices: units.Coefficients, admin: socket.socket, joining: socket.socket, restarts: int
+) -> int:
+    serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
+    uvloop.run(app.run(chosen, prices, app.Doors(admin, joining), serving))
+    return 0
+
+
+def _relay(place: process.Place, listener: socket.socket, restarts: int) -> int:
+    return process.main(replace(place, restarts=restarts), listener)
+
+
+def _image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:
+    """Becomes the image server, with the settings on its standard input: they hold a key, so no argument may."""
+    reading, writing = os.pipe()
+    os.write(writing, settings.to_json(chosen).encode() + b"\n")  # far less than a pipe takes at once
+    os.close(writing)
+    os.dup2(reading, 0)
+    jobs.set_inheritable(True)
+    os.execv(sys.executable, [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(jobs.fileno())])

@@ -1,0 +1,79 @@
+"""What a relay tells a new control process: the same ledger, each request once."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar import units
+from sidecar.facts import Admitted, Backpressure, Delivered, Directed, Fact, FirstToken, Settled, Usage, Work
+from sidecar.ledger import Ledger
+from sidecar.relay.outstanding import MAX_SETTLED, Outstanding
+
+
+def admitted(id: str, at: float) -> Admitted:
+    return Admitted(id, at, "t", "m", "chat", True, Work(100, output=10), 10, 0.5)
+
+
+def settled(id: str, at: float) -> Settled:
+    return Settled(id, at, "ok", 200, Usage(100, 5), 5, 50, at, at, 0.0)
+
+
+def life(id: str, began: float) -> list[Fact]:
+    """A request from admission to settlement."""
+    times = [began + n for n in range(5)]
+    return [
+        admitted(id, times[0]), FirstToken(id, times[1]), Delivered(id, times[2], 2, 20), Delivered(id, times[3], 3, 30),
+        settled(id, times[4]),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 5)), max_size=8), st.integers(0, 8))
+def test_a_new_ledger_has_the_same_holds_and_each_settlement_that_was_not_booked(
+    requests: list[tuple[float, int]], booked: int
+) -> None:
+    """However far each request came: what is open is open again, with its tokens; what was booked does not come back."""
+    facts = sorted((f for n, (at, far) in enumerate(requests) for f in life(str(n), at)[:far]), key=lambda f: f.at)
+    outstanding, before, after = Outstanding(), Ledger(units.Coefficients()), Ledger(units.Coefficients())
+    for fact in facts:
+        outstanding.note(fact)
+        before.apply(0, fact)
+    outstanding.booked(booked)
+    settlements = [s for fact in outstanding.again() if (s := after.apply(0, fact)) is not None]
+    assert {h.admitted.id: h for h in after.holds()} == {h.admitted.id: h for h in before.holds()}
+    ends = [f.id for f in facts if isinstance(f, Settled)]
+    assert [s.admitted.id for s in settlements] == ends[booked:]
+
+
+def test_bookings_count_for_one_connection() -> None:
+    """After a new connection, the first settlement told on it is number 1."""
+    outstanding = Outstanding()
+    for id in ("a", "b", "c"):
+        for fact in life(id, 0.0):
+            outstanding.note(fact)
+    outstanding.booked(1)
+    outstanding.again()
+    outstanding.booked(1)
+    assert [f.id for f in outstanding.again() if isinstance(f, Settled)] == ["c"]
+
+
+def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_holds() -> None:
+    """A pause that goes on and a client that does not read are known to the next control process; what is over is not."""
+    outstanding = Outstanding()
+    for fact in (
+        admitted("a", 1.0), Backpressure("a", 2.0, True), admitted("b", 1.0), Backpressure("b", 2.0, True),
+        Backpressure("b", 3.0, False), Directed(1.0, "engine_paused", True), Directed(1.0, "engine_sleeping", True),
+        Directed(2.0, "engine_sleeping", False),
+    ):  # fmt: skip
+        outstanding.note(fact)
+    told = [f for f in outstanding.again() if isinstance(f, Backpressure | Directed)]
+    assert told == [Directed(1.0, "engine_paused", True), Backpressure("a", 2.0, True)]
+
+
+def test_what_is_kept_is_bounded() -> None:
+    """Where no control process ever comes, the oldest settlements are forgotten."""
+    outstanding = Outstanding()
+    for n in range(MAX_SETTLED + 1):
+        outstanding.note(admitted(str(n), float(n)))
+        outstanding.note(settled(str(n), float(n)))
+    assert sum(isinstance(f, Settled) for f in outstanding.again()) == MAX_SETTLED
