@@ -1,0 +1,82 @@
+"""Clients that do not read: reported, so that the engine is not blamed for them, and at last hung up on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from sidecar.facts import Backpressure
+
+from .work import once
+
+BIG = b"data: " + b"x" * 65536 + b"\n\n"
+
+
+async def flood(request: web.BaseRequest) -> web.StreamResponse:
+    """An engine whose stream never ends by itself."""
+    response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+    await response.prepare(request)
+    while True:
+        await response.write(BIG)
+
+
+async def test_a_client_that_does_not_read_is_reported_until_it_does(rig: Any, serve: Any) -> None:
+    """A write that waits for its client over a second is told as backpressure, and its end too, in this order."""
+    r = await rig(await serve(flood))
+    got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
+    [on] = await r.facts.wait(Backpressure)
+    assert on.on
+    while len(r.facts.of(Backpressure)) < 2:
+        await got.content.readany()
+    off = r.facts.of(Backpressure)[1]
+    got.close()
+    await r.facts.settled()
+    admitted, settled = once(r.facts)
+    assert (off.on, on.id, off.id) == (False, admitted.id, admitted.id)
+    assert off.at >= on.at
+    assert settled.outcome == "client_cancelled"
+
+
+async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> None:
+    """After --client-stall-seconds without a byte read the request ends as cancelled, and the engine is told by its connection."""
+    left = asyncio.Event()
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await flood(request)
+        finally:
+            left.set()
+
+    r = await rig(await serve(engine), client_stall_seconds=1.2)
+    got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
+    async with asyncio.timeout(10):
+        await left.wait()
+    await r.facts.settled()
+    _, settled = once(r.facts)
+    assert (settled.outcome, settled.error) == ("client_cancelled", "client_stalled")
+    assert [fact.on for fact in r.facts.of(Backpressure)] == [True]
+    got.close()
+
+
+async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> None:
+    """A silent engine is not its client's fault: a stream that waits for the engine tells no backpressure."""
+    go_on = asyncio.Event()
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(BIG)
+        async with asyncio.timeout(10):
+            await go_on.wait()
+        return response
+
+    r = await rig(await serve(engine), client_stall_seconds=0.1)
+    got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
+    reading = asyncio.create_task(got.read())
+    await asyncio.wait((reading,), timeout=2.0)  # several looks of the relay
+    go_on.set()
+    assert await reading == BIG
+    assert not r.facts.of(Backpressure)
+    assert once(r.facts)[1].outcome == "ok"
