@@ -14,7 +14,7 @@ from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
 
 async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine: ScriptedEngine, start: Any) -> None:
-    """Requests outstanding, /health 200, no token: /livez turns 503 and back once the engine moves again."""
+    """Requests outstanding, /health 200, no token: /livez turns 503, the client is told, and all is well once the engine moves."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     assert (await sidecar.get("/startupz"))[0] == 200
@@ -31,8 +31,15 @@ async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine:
         await sidecar.until_file("stalled")
         async with sidecar.session.get(engine.url + "/health") as health:
             assert health.status == 200, "the engine itself says that it is fine"
-        engine.faults.clear()
-        await sidecar.until_verdict("progressing")
+        async with asyncio.timeout(10):
+            assert b'"engine_stalled"' in (await stream.read()).split(b"data: ")[-1]
+    async with sidecar.chat() as refused:
+        assert (refused.status, refused.headers["retry-after"]) == (503, "10")
+    engine.faults.clear()
+    await sidecar.until_verdict("idle")
+    async with asyncio.timeout(10):
+        while (await _status(sidecar)) != 200:  # noqa: ASYNC110  the relay hears of it some milliseconds after the page
+            await asyncio.sleep(0.05)
     assert (await sidecar.get("/livez"))[0] == 200
     await sidecar.until_file("stalled", there=False)
     await sidecar.until(lambda s: bool(s["diagnoses"]))
@@ -41,7 +48,7 @@ async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine:
     assert bundle["outstanding"][0]["route"] == "chat" and "vllm:num_requests_running" in bundle["engine_metrics"]
     assert "hello" not in str(bundle)
     states = [v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]]
-    assert states[:2] == ["progressing", "stalled"]
+    assert states[states.index("stalled") - 1] == "idle", states
 
 
 async def test_an_idle_hang_is_found_by_canaries(engine: ScriptedEngine, start: Any) -> None:
@@ -66,6 +73,11 @@ async def test_hangs_of_other_kinds_fail_readiness_or_liveness(fault: str, engin
         await sidecar.until_verdict("suspect", "stalled")
         for task in asking:
             task.cancel()
+
+
+async def _status(sidecar: Any) -> int:
+    async with sidecar.chat() as answer:
+        return int(answer.status)
 
 
 async def _ask(sidecar: Any) -> None:
