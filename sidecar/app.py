@@ -26,6 +26,7 @@ from sidecar.contact import Contact
 from sidecar.control import Control
 from sidecar.diagnosis import Diagnoses
 from sidecar.examination import Examiner
+from sidecar.keeping import Keeping
 from sidecar.meters import Meters
 from sidecar.relays import RelayPool
 from sidecar.report.otel import Tracing
@@ -104,8 +105,11 @@ def build(
     gpus.start()
     stack.push_async_callback(gpus.stop)
     signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus, Examiner(chosen.engine))
-    control = Control(chosen, co, time.monotonic(), time.time())
-    sinks = Sinks(meters, Pages(meters.registry), feed, Diagnoses(state), state, tracing)
+    pod = os.environ.get("POD_UID") or os.environ.get("POD_NAME", "")
+    control = Control(chosen, co, time.monotonic(), time.time(), pod)
+    keeping = Keeping(state, chosen.engine, co.fingerprint)
+    keeping.restore(control, time.monotonic())
+    sinks = Sinks(meters, Pages(meters.registry), feed, Diagnoses(state), state, tracing, keeping)
     ticker = Ticker(control, signals, sinks, chosen.dollars_per_gpu_hour)
     return ticker, signals, feed
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from sidecar import __version__, sums, units, verdict
 from sidecar.bounded import Bounded
-from sidecar.explain import explain, facts_of
+from sidecar.explain import explain, facts_of, held
 from sidecar.facts import (
     Admitted,
     Backpressure,
@@ -28,7 +28,9 @@ from sidecar.facts import (
     Value,
     Verdict,
 )
+from sidecar.fleet import NO_BUDGET, Budget, Fleet, rules
 from sidecar.ledger import Ledger, Settlement
+from sidecar.memory import Kept
 from sidecar.progress import Limits, Progress
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, RelayUse, Snapshot
@@ -43,6 +45,7 @@ CONFIRMING = 24.0  # most seconds of the canary that confirms a suspicion
 CANARY_FLOOR = 8.0  # seconds that the canary of an idle engine always has, once some are known
 CANARY_MARGIN = 5.0  # allowed over the slowest known canary
 CANARIES_KNOWN = 3
+RESTORED = "sidecar_restarted"
 CHANGES = 50  # verdict changes kept
 
 
@@ -59,12 +62,13 @@ class Readings:
     engine_kind: str
     unanswered: bool = False
     diagnoses: tuple[DiagnosisSummary, ...] = ()
+    budget: Budget = NO_BUDGET
 
 
 class Control:
     """State of the control process. The composition root feeds it and acts on what `tick` returns."""
 
-    def __init__(self, settings: Settings, co: units.Coefficients, now: float, wall: float) -> None:
+    def __init__(self, settings: Settings, co: units.Coefficients, now: float, wall: float, pod: str = "") -> None:
         self._settings = settings
         self._co = co
         self.unit_ms = units.unit_ms(co)
@@ -74,6 +78,7 @@ class Control:
         )
         self.progress = Progress(limits, baseline=now)
         self.memory = verdict.Memory(since=now, engine_since=now)
+        self.fleet = Fleet(rules(settings, pod))
         self.changes: deque[Verdict] = deque(maxlen=CHANGES)
         self.canary: CanaryResult | None = None
         self.canary_since: float | None = None
@@ -88,6 +93,8 @@ class Control:
         self._restarted = False
         self._ticked_at, self._ticked_wall = now, wall
         self._withheld_until, self._withheld_reason = 0.0, ""
+        self._doubt = False
+        self._passed_at: float | None = None  # when a canary last passed
         self.lag = 0.0
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
         self.evidence = self.progress.evidence((), now)
@@ -163,6 +170,7 @@ class Control:
             result = replace(result, outcome="moot")
         if result.outcome == "ok":
             self._canary_seconds.append(result.ended - result.started)
+            self._passed_at = result.ended
         self.canary, self.canary_since, self._canary_touched = result, None, result.ended
         return result
 
@@ -172,6 +180,7 @@ class Control:
         """Judge, and say everything that reports may show."""
         self._watch_ourselves(r, now, wall)
         self._read_engine(r.engine, now, wall)
+        self._watch_restored()
         # A port that was closed belongs to a new process when it opens.
         self._restarted |= self._was_refused and r.refused_since is None and self.memory.state != "starting"
         self._was_refused = r.refused_since is not None
@@ -186,8 +195,9 @@ class Control:
             withheld=self._withheld_reason if now < self._withheld_until else None,
         )  # fmt: skip
         self._restarted = False
-        before = self.memory.state
+        before = self.memory.state, self.fleet.reason
         self.memory, name = verdict.judge(self.memory, inputs)
+        self.fleet.tick(self.memory.state, self._proof(), r.gpus, r.budget, now)
         self._say(inputs, name, before, now, wall)
         return self._snapshot(r, now, wall)
 
@@ -229,15 +239,57 @@ class Control:
             return "engine_sleeping"
         return None
 
-    def _say(self, i: verdict.Inputs, name: str, before: str, now: float, wall: float) -> None:
+    def _say(self, i: verdict.Inputs, name: str, before: tuple[str, str], now: float, wall: float) -> None:
         m = self.memory
-        changed = m.state != before
+        changed = (m.state, self.fleet.reason) != before
         since_wall = wall if changed else self.verdict.since_wall
-        self.verdict = Verdict(m.state, m.reason, explain(m, i, name), m.since, since_wall, facts_of(i, name))
+        bare = Verdict(m.state, m.reason, explain(m, i, name), m.since, since_wall, facts_of(i, name))
+        self.verdict = held(bare, self.fleet.hold)
         if changed:
             self.changes.appendleft(self.verdict)
-            if m.state == "starting":
-                self._canary_seconds.clear()
+        if m.state == "starting" != before[0]:
+            self._canary_seconds.clear()
+
+    # --- over a restart of our own process ---
+
+    def keep(self) -> Kept:
+        """What a next process of ours should know."""
+        m = self.memory
+        return Kept(
+            learned=self.progress.learned, canary_seconds=tuple(self._canary_seconds), served=m.served, rejected=m.rejected,
+            stalled=m.state in ("suspect", "stalled"), allowed=self.evidence.allowed, fleet=self.fleet.memory,
+        )  # fmt: skip
+
+    def restore(self, kept: Kept, now: float, *, same: bool) -> None:
+        """Know it. `same`: of the engine process that runs now. Work that we do not know of may be under way in it."""
+        self.progress.learned = kept.learned
+        self.fleet.memory = kept.fleet
+        if not same:
+            return
+        self._canary_seconds.extend(kept.canary_seconds)
+        self.memory = replace(self.memory, rejected=kept.rejected)
+        if kept.served:
+            self.memory = replace(self.memory, state="unknown", reason=RESTORED, served=True)
+            self._doubt = kept.stalled
+            window = min(max(kept.allowed, self._settings.silence_floor), self._settings.silence_cap)
+            self._withheld_until, self._withheld_reason = now + window, RESTORED
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last that was known is a stall, or an operator has to act and no token says otherwise."""
+        return self._doubt or (self.fleet.memory.handover != "" and self.memory.state == "unknown")
+
+    def _proof(self) -> float | None:
+        """When the engine last did anything: a token, an answer, a canary that passed. None before any."""
+        times = (self.progress.last()[1], self._passed_at)
+        return max((t for t in times if t is not None), default=None)
+
+    def _watch_restored(self) -> None:
+        """What has been seen to work since a restart of ours need not be waited for."""
+        if self._proof() is not None:
+            self._doubt = False
+            if self._withheld_reason == RESTORED:
+                self._withheld_until = 0.0
 
     # --- reports ---
 
@@ -249,6 +301,7 @@ class Control:
             images=self._images.use(), images_device="off" if self._settings.images == "off" else self._settings.images_device,
             engine=r.engine, gpus=r.gpus, own=r.own, own_lag=self.lag, relays=r.relays, canary=self.canary,
             canary_outstanding_since=self.canary_since, changes=tuple(self.changes), diagnoses=r.diagnoses,
+            kills=self.fleet.memory.kills_total, handover=self.fleet.memory.handover,
         )  # fmt: skip
 
     def _load(self, r: Readings, now: float) -> Load:

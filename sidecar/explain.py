@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sidecar import verdict
+from sidecar.facts import Verdict
+from sidecar.fleet import BRIEF, Hold
 from sidecar.progress import Evidence
 
 
@@ -51,6 +55,15 @@ def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
         "withheld": f"withheld: {m.reason}",
     }
     return texts.get(name, silence)
+
+
+def held(verdict: Verdict, hold: Hold | None) -> Verdict:
+    """A verdict whose kill is held back: the hold is its reason, the cause moves into its evidence."""
+    if hold is None:
+        return verdict
+    evidence = {**verdict.evidence, "cause": verdict.reason, "held": hold.reason}
+    reason = verdict.reason if hold.reason == BRIEF else hold.reason
+    return replace(verdict, reason=reason, detail=f"{verdict.detail}; {hold.detail}", evidence=evidence)
 
 
 def _round(value: float | None) -> float | None:

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from sidecar.bounded import OTHER, Bounded
 from sidecar.facts import STATES, CanaryResult, Failed, GpuSample, Imaged, Outcome, Reading, Value, Verdict
+from sidecar.fleet import HANDOVERS
 from sidecar.snapshot import Snapshot
 
 Labels = tuple[str, ...]
@@ -63,6 +64,8 @@ METRICS: Final = (
     Metric("sidecar_relay_overhead_seconds", "histogram", "Time that the relay itself added, less image work.", (), _OVERHEAD),
     Metric("sidecar_verdict", "gauge", "1 for the verdict that holds, 0 for all others.", ("verdict",)),
     Metric("sidecar_verdict_changes_total", "counter", "Changes of the verdict.", ("to", "reason")),
+    Metric("sidecar_kills_total", "counter", "Times that liveness was failed for a stall."),
+    Metric("sidecar_handover", "gauge", "1 while the engine is handed over: a restart does not help, an operator must act.", ("reason",)),
     Metric("sidecar_progress_age_seconds", "gauge", "Since the last progress; no series while nothing is outstanding."),
     Metric("sidecar_silence_allowed_seconds", "gauge", "Silence that the outstanding work may keep without suspicion."),
     Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST),
@@ -225,6 +228,9 @@ def gauges(s: Snapshot) -> Iterator[Row]:
     yield "sidecar_requests_in_flight", (), load.requests_in_flight
     for state in STATES:
         yield "sidecar_verdict", (state,), s.verdict.state == state
+    yield "sidecar_kills_total", (), s.kills
+    for reason in HANDOVERS:
+        yield "sidecar_handover", (reason,), s.handover == reason
     if s.progress_age is not None:
         yield "sidecar_progress_age_seconds", (), s.progress_age
     yield "sidecar_silence_allowed_seconds", (), s.silence_allowed

@@ -25,19 +25,27 @@ STALE: Final = 10.0  # seconds; a verdict file older than this proves nothing
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """What probes render: the verdict, whether start-up is done, and whether the sidecar drains."""
+    """What probes render: the verdict, whether start-up is done, and whether the sidecar drains.
+
+    `held`: a stalled engine must not be killed now (see fleet.py). `doubtful`: what was known last was a
+    stall, and nothing has shown the contrary yet.
+    """
 
     verdict: Verdict
     startup_done: bool
     draining: bool
+    held: bool = False
+    doubtful: bool = False
 
 
 def passes(kind: Kind, stand: Stand) -> bool:
     """Whether a probe of this kind passes."""
     if kind == "startup" and not stand.startup_done:
         return False
-    if kind == "ready" and stand.draining:
+    if kind == "ready" and (stand.draining or stand.doubtful):
         return False
+    if kind == "live" and stand.held and stand.verdict.state == "stalled":
+        return True
     return stand.verdict.state not in FAILS[kind]
 
 

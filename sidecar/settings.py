@@ -109,6 +109,15 @@ def header_name(value: str) -> str:
     return value.lower()
 
 
+_BUDGET = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/([a-z0-9]([a-z0-9-]{0,58}[a-z0-9])?):([1-9]|1[0-6])")
+
+
+def budget(value: str) -> str:
+    if not _BUDGET.fullmatch(value):
+        raise ValueError
+    return value
+
+
 def switch(value: str) -> bool:
     return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
         value.lower()
@@ -237,6 +246,51 @@ class Settings:
     )
     silence_cap: float = flag(
         900.0, number(1, 86_400), "Longest silence that is ever allowed", expected="seconds from 1 to 86400"
+    )
+    kill_interval: float = flag(
+        300.0,
+        number(0, 86_400),
+        "Shortest time between two kills; it doubles from kill to kill",
+        expected="seconds from 0 to 86400",
+    )
+    kill_interval_cap: float = flag(
+        3600.0, number(0, 86_400), "Longest time between two kills", expected="seconds from 0 to 86400"
+    )
+    kill_jitter: float = flag(
+        10.0,
+        number(0, 600),
+        "Replicas that stall at once are killed within this time, each at its own, by POD_UID or POD_NAME",
+        expected="seconds from 0 to 600",
+    )
+    kill_recovery: float = flag(
+        600.0,
+        number(0, 86_400),
+        "An engine that stalls again within this time of its first token was not helped by its restart",
+        expected="seconds from 0 to 86400",
+    )
+    kill_healthy: float = flag(
+        3600.0,
+        number(0, 604_800),
+        "Health after which kills and a hand-over are forgotten",
+        expected="seconds from 0 to 604800",
+    )
+    useless_restarts: int = flag(
+        2,
+        integer(0, 100),
+        "Restarts in a row that did not help, before the engine is handed over to an operator; 0: never",
+        expected="a whole number from 0 to 100",
+    )
+    restart_budget: str = flag(
+        "",
+        budget,
+        "Kubernetes Leases that bound the replicas restarting at once, as NAMESPACE/NAME:N; needs the extra `fleet`",
+        expected="NAMESPACE/NAME:N with N from 1 to 16",
+    )
+    restart_budget_wait: float = flag(
+        120.0,
+        number(0, 3600),
+        "Wait for the API server before the pod decides alone",
+        expected="seconds from 0 to 3600",
     )
     canary_interval: float = flag(
         10.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"

@@ -93,3 +93,5 @@ class Snapshot:
     canary_outstanding_since: float | None
     changes: tuple[Verdict, ...]  # newest first, bounded
     diagnoses: tuple[DiagnosisSummary, ...]  # newest first, bounded
+    kills: int = 0  # times that liveness was failed for a stall
+    handover: str = ""  # why an operator must act; empty while nobody must

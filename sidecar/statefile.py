@@ -53,6 +53,17 @@ class StateDir:
         scratch.replace(target)
         return len(data)
 
+    def load(self, name: str, limit: int) -> Any:
+        """The JSON of a file of at most `limit` bytes; None where it is missing. Raises OSError, ValueError."""
+        try:
+            with (self.path / name).open("rb") as file:
+                data = file.read(limit + 1)
+        except FileNotFoundError:
+            return None
+        if len(data) > limit:
+            raise ValueError(f"more than {limit} bytes")
+        return json.loads(data)
+
     def clear(self) -> None:
         """On a clean exit: leave nothing that says `stalled`."""
         (self.path / STALLED).unlink(missing_ok=True)

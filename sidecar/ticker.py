@@ -11,14 +11,16 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
-from sidecar import probes
+from sidecar import memory, probes
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
 from sidecar.diagnosis import Diagnoses, bundle, diagnose
 from sidecar.errands import Errands
 from sidecar.examination import Examiner
 from sidecar.facts import Admitted, CanaryResult, Fact, FirstToken, Imaged, Page, PageWanted, Published
+from sidecar.keeping import EVERY, RESUME, Keeping
 from sidecar.ledger import Settlement
 from sidecar.meters import Meters
 from sidecar.relays import RelayPool
@@ -57,6 +59,7 @@ class Sinks:
     diagnoses: Diagnoses
     state: StateDir
     tracing: Tracing
+    keeping: Keeping
 
 
 class Ticker:
@@ -91,7 +94,10 @@ class Ticker:
 
     def stand(self) -> probes.Stand:
         """What probes render."""
-        return probes.Stand(self.control.verdict, self.control.memory.startup_done, self.control.draining)
+        c = self.control
+        return probes.Stand(
+            c.verdict, c.memory.startup_done, c.draining, held=c.fleet.hold is not None, doubtful=c.doubtful
+        )
 
     # --- facts ---
 
@@ -139,13 +145,18 @@ class Ticker:
 
     def _tick(self) -> None:
         now, wall = time.monotonic(), time.time()
-        before = self.control.verdict.state
+        before, held = self.control.verdict.state, self.control.fleet.reason
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         self.ticked_at = now
         self.sinks.meters.update(self.snapshot)
         changed = self.control.verdict.state != before
+        turned = self.control.fleet.reason != held
         if changed:
             self._changed(wall)
+        if turned:
+            self._held(counted=changed)
+        if changed or turned or self._ticks % EVERY == 0:
+            self._errands.start("memory", self._keep(memory.dump(self.control.keep(), now)))
         allowed = self.control.canary_due()
         if allowed is not None and self._signals.contact.canary is not None:
             self.control.canary_sent(now)
@@ -183,6 +194,26 @@ class Ticker:
         elif verdict.state == "starting":
             self._signals.contact.engine_restarted()
 
+    def _held(self, *, counted: bool) -> None:
+        """A kill is held back, for another reason than before, or not any more."""
+        hold, verdict = self.control.fleet.hold, self.control.verdict
+        if verdict.state != "stalled":
+            return
+        if not counted:
+            self.sinks.meters.observe(verdict)
+        if hold is None:
+            _log.warning("liveness fails from now on: nothing holds the kill back any more")
+        elif hold.handover:
+            remedy = f"when it is mended, delete the pod or touch {self.sinks.state.path / RESUME}"
+            _log.error(
+                "handed over (%s): %s; until then the pod is unready and not killed; %s",
+                hold.reason,
+                hold.detail,
+                remedy,
+            )
+        else:
+            _log.warning("not killed yet (%s): %s", hold.reason, hold.detail)
+
     def _publish(self, wall: float) -> None:
         load, engine = self.snapshot.load, self.snapshot.engine
         if self._pool is not None:
@@ -211,5 +242,14 @@ class Ticker:
     async def _write_state(self, stand: probes.Stand, wall: float) -> None:
         try:
             await asyncio.to_thread(self.sinks.state.write, stand, wall)
+            if await asyncio.to_thread(self.sinks.keeping.resumed):
+                _log.info("an operator says that it is mended: kills are allowed again")
+                self.control.fleet.resume = True
         except OSError as e:
             _log.error("cannot write to the state directory (%s); exec probes fail open", e.strerror)
+
+    async def _keep(self, content: dict[str, Any]) -> None:
+        try:
+            await asyncio.to_thread(self.sinks.keeping.write, content)
+        except OSError as e:
+            _log.error("cannot write what was learned (%s); a restart of the sidecar would forget it", e.strerror)

@@ -94,6 +94,15 @@ class Sidecar:
             while (self.state / name).exists() is not there:  # noqa: ASYNC110  a file has no event
                 await asyncio.sleep(0.1)
 
+    async def until_remembered(self, holds: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait until the memory file says so; it is written every ten seconds and when the verdict changes."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                with contextlib.suppress(FileNotFoundError):
+                    if holds(json.loads((self.state / "memory.json").read_text())["kept"]):
+                        return
+                await asyncio.sleep(0.1)
+
     async def until_merged(self, *lines: str) -> None:
         """Wait until the relay's merged page has all of `lines`; the engine's part comes with its first scrape."""
         async with asyncio.timeout(PATIENCE):
@@ -143,7 +152,7 @@ async def starter(folder: Path) -> AsyncIterator[Start]:
         async def run(engine: str, environ: Mapping[str, str] | None = None, **chosen: str) -> Sidecar:
             nonlocal count
             count += 1
-            relay, admin, state = free_port(), free_port(), folder / f"state{count}"
+            relay, admin, state = free_port(), free_port(), folder / chosen.pop("state", f"state{count}")
             flags = QUICK | {k.replace("_", "-"): v for k, v in chosen.items()}
             flags |= {"engine": engine, "listen": f"127.0.0.1:{relay}", "admin": f"127.0.0.1:{admin}"}
             flags |= {"state-dir": str(state)}

@@ -1,0 +1,94 @@
+"""Kills end where they do not help, and a restart of the sidecar forgets nothing that matters."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+
+
+async def serving(stack: AsyncExitStack, port: int = 0) -> ScriptedEngine:
+    settings = EngineSettings(listen=("127.0.0.1", port), decode_step_ms=5.0)
+    return await stack.enter_async_context(ScriptedEngine(settings))
+
+
+async def test_two_restarts_that_do_not_help_hand_the_engine_over(start: Any) -> None:
+    """Stalled a third time: unready, not killed, and the verdict, the files, the metric and the log say what an operator must do."""
+    async with AsyncExitStack() as first:
+        engine = await serving(first)
+        port = int(engine.url.rpartition(":")[2])
+        sidecar = await start(engine.url, kill_interval="0")
+        await sidecar.until_verdict("idle")
+        engine.faults.start("freeze")
+        await sidecar.until_verdict("stalled")
+        assert (await sidecar.get("/livez"))[0] == 503
+    async with AsyncExitStack() as second:
+        await sidecar.until_verdict("starting")
+        engine = await serving(second, port)
+        await sidecar.until_verdict("idle")
+        engine.faults.start("freeze")
+        snapshot = await sidecar.until_verdict("stalled")
+        assert (await sidecar.get("/livez"))[0] == 503 and snapshot["kills"] == 2
+    async with AsyncExitStack() as third:
+        await sidecar.until_verdict("starting")
+        engine = await serving(third, port)
+        await sidecar.until_verdict("idle")
+        engine.faults.start("freeze")
+        snapshot = await sidecar.until_verdict("stalled")
+        assert (snapshot["kills"], snapshot["handover"]) == (2, "restart_useless")
+        status, body = await sidecar.get("/livez")
+        assert (status, body["reason"], body["evidence"]["held"]) == (200, "restart_useless", "restart_useless")
+        assert (await sidecar.get("/readyz"))[0] == 503
+        await sidecar.until_file("stalled", there=False)
+        changes = (await sidecar.get("/verdicts"))[1]["verdicts"]
+        assert changes[0]["reason"] == "restart_useless" and changes[0]["evidence"]["cause"]
+        await sidecar.until_metrics('sidecar_handover{reason="restart_useless"} 1.0', "sidecar_kills_total 2.0")
+        assert [line for line in sidecar.log if "handed over (restart_useless)" in line and "resume" in line]
+        (sidecar.state / "resume").touch()
+        await sidecar.until(lambda s: s["kills"] == 3 and not s["handover"])
+        assert (await sidecar.get("/livez"))[0] == 503
+
+
+async def test_a_restarted_sidecar_knows_what_it_had_learned(
+    engine: ScriptedEngine, start: Any, tmp_path: Path
+) -> None:
+    """kill -9 of the sidecar beside an engine that works: start-up stays done, and the engine's gaps stay known."""
+    sidecar = await start(engine.url, state="kept")
+    await sidecar.until_verdict("idle")
+    for _ in range(20):
+        async with sidecar.chat(tokens=2) as answer:
+            await answer.read()
+    await sidecar.until(lambda s: s["verdict"]["evidence"]["learned"])
+    await sidecar.until_remembered(lambda kept: kept["learned"]["first_tokens"] >= 20)
+    sidecar.process.kill()
+    await sidecar.process.wait()
+    again = await start(engine.url, state="kept")
+    assert (await again.get("/startupz"))[0] == 200
+    snapshot = await again.until_verdict("idle")
+    assert snapshot["verdict"]["evidence"]["learned"]
+    assert any("the same engine process is there" in line for line in again.log)
+    states = [v["verdict"] for v in (await again.get("/verdicts"))[1]["verdicts"]]
+    assert set(states) <= {"idle", "unknown", "progressing"}, states
+
+
+async def test_a_stall_outlives_the_sidecar_only_once_it_is_found_anew(engine: ScriptedEngine, start: Any) -> None:
+    """kill -9 of the sidecar beside an engine that hangs: alive and unready at first, stalled after a canary of its own."""
+    sidecar = await start(engine.url, state="kept")
+    await sidecar.until_verdict("idle")
+    engine.faults.start("freeze")
+    await sidecar.until_verdict("stalled")
+    await sidecar.until_remembered(lambda kept: kept["stalled"] and kept["fleet"]["kills"] == 1)
+    sidecar.process.kill()
+    await sidecar.process.wait()
+    again = await start(engine.url, state="kept")
+    status, body = await again.get("/livez")
+    assert status == 200 and body["verdict"] == "unknown" and body["reason"] == "sidecar_restarted"
+    assert (await again.get("/readyz"))[0] == 503
+    snapshot = await again.until_verdict("stalled")
+    assert snapshot["kills"] == 1, "the order of before still stands"
+    async with asyncio.timeout(45):
+        while (await again.get("/livez"))[0] != 503:  # noqa: ASYNC110  a probe has no event
+            await asyncio.sleep(0.1)

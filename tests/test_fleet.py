@@ -1,0 +1,283 @@
+"""The policy between the verdict and liveness: how often a stalled engine is killed, and when it is handed over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar import fleet
+from sidecar.facts import STATES, Absent, GpuSample, State, Value
+from sidecar.fleet import Budget, Fleet, Hold, Inputs, Memory, Rules, decide, interval, needs_budget, share
+
+RULES = Rules(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2, patience=120)
+
+
+@dataclass
+class Story:
+    """An engine's life under the policy; `kills` are the times at which liveness began to fail."""
+
+    rules: Rules = RULES
+    now: float = 1000.0
+    memory: Memory = field(default_factory=Memory)
+    hold: Hold | None = None
+    kills: list[float] = field(default_factory=list)
+
+    def be(self, state: State, seconds: float = 0.5, **inputs: object) -> str:
+        """Spend `seconds` in a state, in steps; the reason that holds at the end."""
+        end = self.now + seconds
+        while self.now < end:
+            before = self.memory.kills_total
+            self.memory, self.hold = decide(self.memory, replace(self._inputs(state), **inputs), self.rules)  # type: ignore[arg-type]
+            if self.memory.kills_total > before:
+                self.kills.append(self.now)
+            self.now += min(0.5 if seconds < 60 else 5.0, end - self.now)
+        return self.hold.reason if self.hold else ""
+
+    def _inputs(self, state: State) -> Inputs:
+        return Inputs(self.now, state, proof=self.now if state in fleet.HEALTHY else None)
+
+    def restart(self, served: float = 0.0) -> None:
+        """Kubelet restarts the engine, which then serves for `served` seconds."""
+        self.be("starting", 60)
+        if served:
+            self.be("progressing", served)
+
+
+def test_the_first_stall_is_killed_at_once() -> None:
+    """Nothing holds the first kill, and the order stands while the stall lasts."""
+    story = Story()
+    story.be("progressing", 10)
+    assert story.be("stalled") == "" and story.be("stalled", 4000) == ""
+    assert len(story.kills) == 1
+
+
+@pytest.mark.parametrize(
+    ("kills", "seconds"), [(0, 0), (1, 300), (2, 600), (3, 1200), (4, 2400), (5, 3600), (999, 3600)]
+)
+def test_the_interval_doubles_up_to_its_cap(kills: int, seconds: float) -> None:
+    """5 minutes after the first kill, then 10, 20, 40, 60."""
+    assert interval(kills, RULES) == seconds
+
+
+def test_a_stall_soon_after_a_kill_waits_for_the_interval() -> None:
+    """The verdict stays, liveness passes until the interval is over, and an operator can read how long that takes."""
+    story = Story(replace(RULES, useless=0))
+    story.be("stalled")
+    story.restart(served=20)
+    assert story.be("stalled") == "kill_interval"
+    assert story.hold and "may come in 2" in story.hold.detail and not story.hold.handover
+    story.be("stalled", 300)
+    story.restart(served=20)
+    story.be("stalled", 700)
+    assert story.hold is None
+    assert [round(b - a) for a, b in zip(story.kills, story.kills[1:], strict=False)] == pytest.approx(
+        [300, 600], abs=5
+    )
+
+
+def test_a_healthy_hour_forgets_the_interval() -> None:
+    """An hour later a stall is a first stall again."""
+    story = Story()
+    story.be("stalled")
+    story.restart(served=3601)
+    assert story.be("stalled") == "" and len(story.kills) == 2
+
+
+def test_two_restarts_that_do_not_help_are_the_last() -> None:
+    """Stalled a third time: handed over, for good, whatever the interval would allow."""
+    story = Story()
+    for _ in range(2):
+        story.be("stalled", 1200)
+        story.restart(served=30)
+    assert story.be("stalled") == "restart_useless"
+    assert story.hold and story.hold.handover and "2 restarts in a row" in story.hold.detail
+    assert story.be("stalled", 20_000) == "restart_useless" and len(story.kills) == 2
+
+
+def test_a_restart_that_helped_for_a_while_is_not_useless() -> None:
+    """Stalls with a quarter of an hour of service between them are killed again and again, as the interval allows."""
+    story = Story()
+    for _ in range(5):
+        story.be("stalled", 4000)
+        story.restart(served=900)
+    assert len(story.kills) == 5 and not story.memory.handover
+
+
+def test_one_restart_counts_once_even_if_the_engine_stalls_on_and_off() -> None:
+    """A stall that passes by itself says nothing more of the restart before it."""
+    story = Story()
+    story.be("stalled")
+    story.restart(served=10)
+    for _ in range(5):
+        story.be("stalled", 2)
+        story.be("progressing", 2)
+    assert story.memory.useless == 1 and not story.memory.handover
+
+
+def test_idle_without_a_token_proves_nothing() -> None:
+    """An engine that nobody asks after a restart of ours is idle, and may hang all the same: the order stands, the restart is open."""
+    story = Story()
+    story.be("stalled")
+    story.be("idle", 4000, proof=None)
+    assert story.be("stalled") == "" and len(story.kills) == 1, "still the same kill"
+
+
+@pytest.mark.parametrize("clear", ["operator", "hour"])
+def test_a_hand_over_ends_by_an_operator_or_a_healthy_hour(clear: str) -> None:
+    """Sticky through recoveries that are short, and over then."""
+    story = Story()
+    for _ in range(2):
+        story.be("stalled", 1200)
+        story.restart(served=30)
+    story.be("stalled")
+    story.be("progressing", 1800)
+    assert story.be("stalled") == "restart_useless", "half an hour is not enough"
+    if clear == "operator":
+        assert story.be("stalled", resume=True) == ""
+    else:
+        story.be("progressing", 3605)
+        assert story.be("stalled") == ""
+
+
+@pytest.mark.parametrize(
+    ("xid", "reason"), [*((x, "gpu_needs_reset") for x in fleet.NEEDS_RESET), (79, "node_needs_reboot"), (0, "")]
+)
+def test_an_xid_that_a_restart_does_not_heal_hands_over(xid: int, reason: str) -> None:
+    """Seen before the stall: no kill at all; seen while liveness fails already: the order is taken back."""
+    story = Story()
+    story.be("progressing", 10)
+    story.be("progressing", xid=xid)
+    assert story.be("stalled") == reason
+    late = Story()
+    late.be("stalled")
+    assert late.be("stalled", xid=xid) == reason
+
+
+def test_the_gravest_reason_is_told() -> None:
+    """A GPU off the bus is more than one that needs a reset, and both are more than restarts that did not help."""
+    story = Story(memory=Memory(handover="restart_useless"))
+    assert story.be("stalled", xid=119) == "gpu_needs_reset"
+    assert story.be("stalled", xid=79) == "node_needs_reboot"
+    assert story.be("stalled", xid=46) == "node_needs_reboot"
+
+
+def test_an_xid_with_ten_minutes_of_service_after_it_is_forgotten() -> None:
+    """Another pod's GPU, or a reset since: what served on was not broken."""
+    story = Story()
+    story.be("progressing", 1)
+    story.be("progressing", xid=46)
+    story.be("progressing", 700)
+    assert story.be("stalled") == ""
+
+
+def test_dead_is_neither_held_nor_counted() -> None:
+    """A process that is gone is kubelet's: no kill, no interval, and a hand-over stays known."""
+    story = Story()
+    for _ in range(5):
+        story.be("dead", 20)
+        story.restart(served=20)
+    assert story.kills == [] and story.be("stalled") == ""
+    gone = Story()
+    gone.be("dead", xid=79)
+    assert gone.hold is None and gone.memory.handover == "node_needs_reboot"
+
+
+def test_jitter_spreads_replicas_that_stall_at_once() -> None:
+    """Each waits for its own share, the same each time; without a name there is none."""
+    shares = [share(f"llm-{n}") for n in range(100)]
+    assert len({round(s, 3) for s in shares}) > 80 and all(0 <= s < 1 for s in shares)
+    assert share("llm-1") == shares[1] and share("") == 0
+    story = Story(replace(RULES, jitter=8))
+    assert story.be("stalled", 7) == "kill_jitter" and story.be("stalled", 2) == ""
+
+
+def test_a_taken_budget_waits_and_a_lost_one_waits_for_a_bounded_time() -> None:
+    """While others hold the places nobody is killed, however long; without an API server the pod's own rules follow."""
+    story = Story()
+    assert story.be("stalled", 5000, budget=Budget("taken")) == "awaiting_budget"
+    lost = Budget("unreachable", since=story.now)
+    assert story.be("stalled", 110, budget=lost) == "awaiting_budget"
+    assert story.be("stalled", 20, budget=lost) == "" and len(story.kills) == 1
+    granted = Story()
+    assert granted.be("stalled", budget=Budget("granted")) == ""
+
+
+def test_a_place_is_kept_until_the_engine_serves_again() -> None:
+    """Asked for while waiting, kept over the restart, given back at the first token, on a hand-over, and after half an hour."""
+    story = Story()
+    story.be("progressing", 5)
+    assert not needs_budget(story.memory, story.now)
+    story.be("stalled", budget=Budget("taken"))
+    assert needs_budget(story.memory, story.now)
+    story.be("stalled", budget=Budget("granted"))
+    story.restart()
+    assert needs_budget(story.memory, story.now)
+    assert not needs_budget(story.memory, story.now + fleet.MAX_DOWN)
+    assert not needs_budget(replace(story.memory, handover="restart_useless"), story.now)
+    story.be("idle")
+    assert not needs_budget(story.memory, story.now)
+
+
+def gpu(index: int, *xids: tuple[int, int]) -> GpuSample:
+    nothing = Absent("not asked")
+    return GpuSample(index, "", "", nothing, nothing, nothing, nothing, nothing, xids)
+
+
+def test_only_new_xids_beyond_healing_count() -> None:
+    """Counts of the driver are compared from tick to tick; an XID of an application (13) is not looked at."""
+    it = Fleet(RULES)
+    none = Budget()
+    it.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), none, 1.0)
+    assert it.memory.xid_at == 1.0 and it.memory.xid == 46
+    it.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), none, 2.0)
+    assert it.memory.xid_at == 1.0
+    it.tick("progressing", None, Value((gpu(0, (46, 1)), gpu(1, (79, 1), (46, 9))), at=2), none, 3.0)
+    assert it.memory.xid == 79
+    assert it.tick("stalled", None, Absent("lost"), none, 4.0) == it.hold
+    assert it.hold and it.hold.reason == "node_needs_reboot"
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(STATES),
+        st.sampled_from((0.5, 5.0, 60.0, 400.0, 4000.0)),
+        st.sampled_from(("none", "granted", "taken", "unreachable")),
+        st.sampled_from((0, 0, 0, 0, 46, 79)),
+        st.sampled_from((False, False, False, True)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps=steps, jitter=st.sampled_from((0.0, 7.0)))
+def test_whatever_happens_the_promises_hold(
+    steps: list[tuple[State, float, fleet.BudgetState, int, bool]], jitter: float
+) -> None:
+    """No two kills closer than the interval; only `stalled` is killed or held; a hand-over ends by an operator or a healthy hour
+    only, and nothing is killed under it; a taken budget kills nobody."""
+    rules, memory, now = replace(RULES, jitter=jitter), Memory(), 1000.0
+    last_kill, forgotten, healthy_since = None, True, None
+    for state, seconds, budget, xid, resume in steps:
+        before = memory
+        memory, hold = decide(
+            memory, Inputs(now, state, now if state in fleet.HEALTHY else None, xid, Budget(budget), resume), rules
+        )
+        healthy_since = (healthy_since or now) if state in fleet.HEALTHY else healthy_since
+        healthy_since = None if state in fleet.UNHEALTHY else healthy_since
+        well = state in fleet.HEALTHY and healthy_since is not None and now - healthy_since >= rules.healthy
+        forgotten |= resume or well
+        if before.handover:
+            assert memory.handover or resume or well
+        if memory.handover and state == "stalled":
+            assert hold and hold.handover
+        if state != "stalled":
+            assert hold is None
+        if memory.kills_total > before.kills_total:
+            assert state == "stalled" and hold is None and not memory.handover and budget != "taken"
+            assert last_kill is None or forgotten or now - last_kill >= interval(before.kills, rules) >= rules.interval
+            last_kill, forgotten = now, False
+        now += seconds

@@ -1,0 +1,258 @@
+"""What outlives the sidecar's own process: kept whole, believed only where it fits, and never a reason to kill."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar import fleet, memory, units
+from sidecar.control import TICK, Control, Readings
+from sidecar.facts import Absent, CanaryResult
+from sidecar.keeping import FILE, MAX_BYTES, RESUME, Keeping
+from sidecar.learned import Learned
+from sidecar.memory import Kept, Place, Unfit
+from sidecar.probes import Stand, passes
+from sidecar.settings import Settings
+from sidecar.signals.listener import boot, listeners
+from sidecar.statefile import StateDir
+
+HERE = Place("boot-1", "http://127.0.0.1:8000", "default", (4711,))
+
+
+def kept() -> Kept:
+    learned = Learned()
+    for n in range(30):
+        learned.first_token(0.5 + n / 100, 0.25)
+    policy = fleet.Memory(state="stalled", stalled_at=9.0, killed_at=10.5, standing=True, kills=2, kills_total=3)
+    return Kept(learned, (0.2, 0.3), served=True, rejected=1, stalled=True, allowed=31.5, fleet=policy)
+
+
+def file_of(it: Kept, now: float = 100.0, place: Place = HERE) -> Any:
+    return json.loads(json.dumps(memory.signed(memory.dump(it, now), place)))
+
+
+def test_what_is_kept_comes_back_whole() -> None:
+    """Every field, through JSON: what was learned with its bounds, the policy's memory, what was true of the process."""
+    found, same = memory.load(file_of(kept()), HERE, 110.0)
+    assert same and found == kept()
+    assert found.learned.__class__ is Learned and memory.plain(Learned()) == memory.plain(
+        memory.revive(Learned, memory.plain(Learned()))
+    )
+
+
+def test_another_process_of_the_engine_shares_only_what_was_learned() -> None:
+    """Other listening sockets, or none that can be seen: not the same process."""
+    for listener in ((4712,), (), (4711, 4712)):
+        assert memory.load(file_of(kept()), replace(HERE, listener=listener), 110.0) == (kept(), False)
+
+
+def changed(path: str, value: Any) -> Callable[[Any], None]:
+    def change(raw: Any) -> None:
+        *parents, last = path.split(".")
+        for name in parents:
+            raw = raw[name]
+        raw[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (changed("version", 0), "another version"),
+        (changed("place.boot", "boot-0"), "earlier boot"),
+        (changed("place.engine", "http://127.0.0.1:9"), "another engine"),
+        (changed("place.coefficients", "measured"), "other coefficients"),
+        (changed("at", 111.0), "old"),
+        (changed("at", 110.0 - memory.FRESH - 1), "3601 s old"),
+        (changed("at", True), "damaged"),
+        (changed("kept.served", 1), "damaged"),
+        (changed("kept.allowed", float("nan")), "damaged"),
+        (changed("kept.allowed", None), "damaged"),
+        (changed("kept.more", 1), "damaged"),
+        (changed("kept.canary_seconds", ["x"]), "damaged"),
+        (changed("kept.canary_seconds", [0.1] * 20_000), "damaged"),
+        (changed("kept.fleet.state", "happy"), "damaged"),
+        (changed("kept.fleet.handover", "x" * 10_000), "damaged"),
+        (changed("kept.learned", []), "damaged"),
+        (changed("kept.learned.prefills", [[1.0, 2.0, 3.0]]), "damaged"),
+        (changed("kept.allowed", 10**400), "damaged"),
+        (changed("place.listener", None), "damaged"),
+    ],
+)
+def test_what_does_not_fit_is_not_believed(change: Callable[[Any], None], words: str) -> None:
+    """The error says why, in words for the log."""
+    raw = file_of(kept())
+    change(raw)
+    with pytest.raises(Unfit, match=words):
+        memory.load(raw, HERE, 110.0)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(where=st.integers(0, 10_000), value=values)
+def test_a_damaged_file_raises_nothing_but_unfit(where: int, value: Any) -> None:
+    """Any one value of the file replaced by anything: it is believed whole, or not at all."""
+    raw = {"file": file_of(kept())}
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key, item in list(node.items() if isinstance(node, dict) else enumerate(node)):
+            places.append((node, key))
+            if isinstance(item, dict | list):
+                walk(item)
+
+    walk(raw)
+    node, key = places[where % len(places)]
+    node[key] = value
+    try:
+        found, _ = memory.load(raw["file"], HERE, 110.0)
+    except Unfit:
+        return
+    assert isinstance(found, Kept)
+
+
+# --- what the control makes of it ---
+
+NOTHING = Readings(Absent("x"), Absent("x"), Absent("x"), (), None, "auto")
+
+
+class Life:
+    """A control under a simulated clock whose engine never answers a canary."""
+
+    def __init__(self, at: float = 1000.0) -> None:
+        self.now = at
+        self.control = Control(Settings(), units.Coefficients(), at, at)
+        self.states: list[str] = []
+
+    def run(self, seconds: float, *, answers: bool = False) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += TICK
+            self.control.tick(NOTHING, self.now, self.now)
+            self.states.append(self.control.verdict.state)
+            self._canary(answers)
+
+    def _canary(self, answers: bool) -> None:
+        allowed = self.control.canary_due()
+        if allowed is not None:
+            self.control.canary_sent(self.now)
+            self._due = self.now + (0.1 if answers else allowed)
+        since = self.control.canary_since
+        if since is not None and self.now >= self._due:
+            outcome: Any = "ok" if answers else "starved"
+            self.control.canary_ended(CanaryResult(outcome, since, self.now, 8.0))
+
+
+def probe(it: Life) -> Stand:
+    c = it.control
+    return Stand(c.verdict, c.memory.startup_done, c.draining, c.fleet.hold is not None, c.doubtful)
+
+
+def test_a_restored_stall_is_judged_anew() -> None:
+    """Unknown first, unready but not killed, for the whole silence that was allowed; then a canary of ours must fail again."""
+    life = Life()
+    life.control.restore(kept(), life.now, same=True)
+    life.run(30)
+    assert set(life.states) == {"unknown"} and life.control.verdict.reason == "sidecar_restarted"
+    assert passes("live", probe(life)) and passes("startup", probe(life)) and not passes("ready", probe(life))
+    life.run(60)
+    assert life.states[-1] == "stalled" and life.states.index("stalled") * TICK > 31.5
+    assert not passes("live", probe(life)), "the order before the restart stands: this is no second kill"
+    assert life.control.fleet.memory.kills_total == 3
+
+
+def test_a_restored_engine_that_serves_is_believed_at_once() -> None:
+    """One canary that passes ends the waiting; nothing is learned anew."""
+    life = Life()
+    life.control.restore(replace(kept(), stalled=False), life.now, same=True)
+    life.run(2, answers=True)
+    assert life.states[-1] == "idle" and life.control.evidence.learned
+    assert life.control.progress.learned.first_tokens == 30 and passes("ready", probe(life))
+
+
+def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
+    """What it served is not known; what was learned and the kills are."""
+    life = Life()
+    life.control.restore(kept(), life.now, same=False)
+    life.run(1)
+    assert set(life.states) == {"starting"} and not passes("startup", probe(life))
+    policy = life.control.fleet.memory
+    assert policy.restarted_at is not None and not policy.standing and policy.kills == 2
+    assert life.control.progress.learned.first_tokens == 30
+
+
+def test_a_hand_over_outlives_the_sidecar() -> None:
+    """Unready from the first moment, although nothing is known yet."""
+    life = Life()
+    policy = replace(kept().fleet, handover="gpu_needs_reset")
+    life.control.restore(replace(kept(), stalled=False, fleet=policy), life.now, same=True)
+    life.run(1)
+    assert life.states[-1] == "unknown" and not passes("ready", probe(life))
+
+
+# --- the files ---
+
+
+def test_a_file_that_does_not_fit_costs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Garbled, foreign, too large: the start goes on with nothing, and the log says why."""
+    state = StateDir(str(tmp_path))
+    keeping = Keeping(state, "http://127.0.0.1:1", "default")
+    control = Control(Settings(), units.Coefficients(), 1.0, 1.0)
+    keeping.restore(control, 1.0)
+    assert caplog.messages == [], "no file is nothing to tell"
+    for content in ("{", "[]", '"' + "x" * MAX_BYTES + '"', "\x00"):
+        caplog.clear()
+        (tmp_path / FILE).write_text(content)
+        keeping.restore(control, 1.0)
+        assert [r.levelno for r in caplog.records] == [logging.WARNING] and "ignored" in caplog.text
+    assert control.progress.learned.first_tokens == 0
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    """Through the real file, of this machine's boot; a process that listens on the engine's port is known again."""
+    with socket.create_server(("127.0.0.1", 0)) as engine:
+        url = f"http://127.0.0.1:{engine.getsockname()[1]}"
+        keeping = Keeping(StateDir(str(tmp_path)), url, "default")
+        keeping.write(memory.dump(kept(), 100.0))
+        control = Control(Settings(), units.Coefficients(), 101.0, 101.0)
+        keeping.restore(control, 101.0)
+    assert control.keep() == replace(kept(), stalled=False, canary_seconds=(0.2, 0.3), allowed=control.evidence.allowed)
+    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+
+
+def test_listening_sockets_tell_processes_apart() -> None:
+    """The inode of a socket that listens on the port, also by IPv6; nothing for another machine, or a port that is closed."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+        assert listeners(f"http://127.0.0.1:{port}") == (os.fstat(one.fileno()).st_ino,)
+        assert listeners(f"http://192.0.2.1:{port}") == ()
+    assert listeners(f"http://127.0.0.1:{port}") == ()
+    if socket.has_dualstack_ipv6():
+        with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as both:
+            assert listeners(f"http://localhost:{both.getsockname()[1]}") == (os.fstat(both.fileno()).st_ino,)
+    assert boot() == boot() != ""
+
+
+def test_an_operators_word_is_heard_once(tmp_path: Path) -> None:
+    """The file `resume` is taken away when it was seen."""
+    keeping = Keeping(StateDir(str(tmp_path)), "http://127.0.0.1:1", "default")
+    assert not keeping.resumed()
+    (tmp_path / RESUME).touch()
+    assert keeping.resumed() and not keeping.resumed()
