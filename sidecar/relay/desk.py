@@ -19,6 +19,7 @@ from sidecar.relay.outcomes import ended, stalled
 
 FLUSH: Final = 0.2  # seconds
 LOOK: Final = 0.5  # seconds between looks for writes that wait for their client
+HEARD: Final = 5.0  # seconds that a verdict holds, which is published every second; without control nobody is refused
 WELL: Final = ("idle", "progressing", "quiet")  # verdicts under which a kept request is sent again
 
 
@@ -32,6 +33,7 @@ class Desk:
         self.emit = emit
         self.verdict: State = "unknown"
         self.cutting = False  # whether open requests are being cut off by a drain that ran out of time
+        self._judged_at = 0.0
         self._draining = False
         # ids are unique over relay processes and their restarts; a client's own request id need not be
         self._prefix = os.urandom(4).hex()
@@ -46,9 +48,9 @@ class Desk:
 
     # --- orders ---
 
-    def judged(self, verdict: State) -> None:
+    def judged(self, verdict: State, now: float) -> None:
         """Control published a verdict: one that gives the engine up ends what is with it."""
-        before, self.verdict = self.verdict, verdict
+        before, self.verdict, self._judged_at = self.verdict, verdict, now
         if verdict == before:
             return
         self._tell()
@@ -67,9 +69,9 @@ class Desk:
         self._draining = True
         self._tell()
 
-    def check(self) -> None:
+    def check(self, now: float) -> None:
         """Raises EngineStalled while the engine is given up. One that is gone is tried: it may be back before control knows."""
-        if self.verdict == "stalled":
+        if self.verdict == "stalled" and now - self._judged_at < HEARD:
             raise stalled()
 
     async def well(self) -> bool:

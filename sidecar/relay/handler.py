@@ -96,7 +96,7 @@ class Relay:
             case Published():
                 self._published = order
                 self._engine_kind = order.engine_kind or self._engine_kind
-                self._desk.judged(order.verdict)
+                self._desk.judged(order.verdict, time.monotonic())
             case End():
                 self._desk.end(order.ids, order.code)
             case Page():
@@ -204,7 +204,7 @@ class Relay:
         admission = self._desk.open(route, tenant, self._trace(request))
         try:
             with admission:
-                self._desk.check()
+                self._desk.check(time.monotonic())
                 return await self._admitted(request, admission, await self._ready(request, admission), id)
         except RequestError as e:
             if admission.begun is None:
@@ -240,7 +240,7 @@ class Relay:
         self, request: web.BaseRequest, admission: Admission, data: upstream.Pieces, id: str
     ) -> web.StreamResponse:
         async with admission.endable(), self._slots.taken(admission):
-            self._desk.check()
+            self._desk.check(time.monotonic())
             passed = self._to_engine(request, id, admission.trace, data.size)
             with closing(await self._send(request, passed, data)) as answer:
                 admission.status = answer.status

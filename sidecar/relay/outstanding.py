@@ -58,7 +58,7 @@ class Outstanding:
                     self._settled.append((self._ends, request, fact))
             case Backpressure():
                 if (request := self._open.get(fact.id)) is not None:
-                    request.pressed = fact if fact.on else None
+                    request.pressed = fact  # its end, too: since then the engine answers for the silence
             case Directed():
                 self._directed.pop(fact.what, None)
                 if fact.on:

@@ -58,7 +58,7 @@ def test_bookings_count_for_one_connection() -> None:
 
 
 def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_holds() -> None:
-    """A pause that goes on and a client that does not read are known to the next control process; what is over is not."""
+    """A pause that goes on is known to the next control process, one that is over is not; of a client, who kept whom waiting last."""
     outstanding = Outstanding()
     for fact in (
         admitted("a", 1.0), Backpressure("a", 2.0, True), admitted("b", 1.0), Backpressure("b", 2.0, True),
@@ -67,7 +67,7 @@ def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_hol
     ):  # fmt: skip
         outstanding.note(fact)
     told = [f for f in outstanding.again() if isinstance(f, Backpressure | Directed)]
-    assert told == [Directed(1.0, "engine_paused", True), Backpressure("a", 2.0, True)]
+    assert told == [Directed(1.0, "engine_paused", True), Backpressure("a", 2.0, True), Backpressure("b", 3.0, False)]
 
 
 def test_what_is_kept_is_bounded() -> None:

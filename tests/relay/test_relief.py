@@ -10,7 +10,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from sidecar.errors import EngineStalled
 from sidecar.facts import Admitted, End, FirstToken, Published, Settled
+from sidecar.relay.desk import HEARD, Desk
 
 from .work import CHAT, TOKEN, once, sse
 
@@ -147,6 +149,15 @@ async def test_new_work_is_refused_while_stalled_and_other_paths_pass(rig: Any, 
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert got.status == 200
     assert seen == ["/health", "/v1/chat/completions"]
+
+
+async def test_an_old_verdict_refuses_nobody(facts: Any) -> None:
+    """A stalled verdict that is not said again holds for seconds: a relay whose control process died goes on."""
+    desk = Desk(facts)
+    desk.judged("stalled", 10.0)
+    with pytest.raises(EngineStalled):
+        desk.check(10.0 + HEARD - 0.1)
+    desk.check(10.0 + HEARD)
 
 
 @pytest.mark.parametrize("verdict", ["suspect", "unknown", "quiet", "exempt", "starting"])
