@@ -56,6 +56,10 @@ class Contact:
         """The engine's own metrics page, if a fresh one was read."""
         return self._scrape.page() if self._scrape else None
 
+    def last_page(self, most: int) -> tuple[float, str] | None:
+        """(age in seconds, first `most` bytes) of the last metrics page of the engine, however old."""
+        return self._scrape.last_page(most) if self._scrape else None
+
     def engine_restarted(self) -> None:
         """The engine is another process now, which may serve another model."""
         if self.canary is not None:

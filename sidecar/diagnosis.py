@@ -24,7 +24,7 @@ from sidecar.statefile import StateDir
 FOLDER: Final = "diagnoses"
 KEPT: Final = 10
 MAX_BYTES: Final = 2 << 20  # of one bundle
-MAX_PAGE: Final = 512 * 1024  # characters of the engine's metrics page
+MAX_PAGE: Final = 512 * 1024  # bytes of the engine's metrics page
 MAX_REQUESTS: Final = 200
 _ID = re.compile(r"\d{8}T\d{6}-[a-z_]{1,40}")
 
@@ -48,8 +48,8 @@ async def diagnose(store: Diagnoses, examiner: Examiner, content: dict[str, Any]
         _log.warning("diagnosis %s taken (%d bytes): %s", taken.id, taken.bytes, taken.summary)
 
 
-def bundle(snapshot: Snapshot, holds: list[Hold], page: str | None) -> dict[str, Any]:
-    """What a bundle says."""
+def bundle(snapshot: Snapshot, holds: list[Hold], page: tuple[float, str] | None) -> dict[str, Any]:
+    """What a bundle says before the engine's processes were looked at. `page`: (age in seconds, text) of its last metrics page."""
     verdict = snapshot.verdict
     return {
         "at": snapshot.at_wall,
@@ -71,7 +71,8 @@ def bundle(snapshot: Snapshot, holds: list[Hold], page: str | None) -> dict[str,
         "changes": [
             {"state": c.state, "reason": c.reason, "detail": c.detail, "at": c.since_wall} for c in snapshot.changes
         ],
-        "engine_metrics": page[:MAX_PAGE] if page else None,
+        "engine_metrics_age": round(page[0], 3) if page else None,
+        "engine_metrics": page[1][:MAX_PAGE] if page else None,
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from sidecar import memory, probes
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
-from sidecar.diagnosis import Diagnoses, bundle, diagnose
+from sidecar.diagnosis import MAX_PAGE, Diagnoses, bundle, diagnose
 from sidecar.errands import Errands
 from sidecar.examination import Examiner
 from sidecar.facts import Admitted, CanaryResult, Fact, FirstToken, Imaged, Page, PageWanted, Published
@@ -188,7 +188,9 @@ class Ticker:
         self._signals.port.period = PORT_CLOSE if verdict.state == "stalled" else PORT_CALM
         if verdict.state == "stalled":
             stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(wall))
-            content = bundle(self.snapshot, list(self.control.ledger.holds()), self._signals.contact.page())
+            content = bundle(
+                self.snapshot, list(self.control.ledger.holds()), self._signals.contact.last_page(MAX_PAGE)
+            )
             examined = diagnose(self.sinks.diagnoses, self._signals.examiner, content, f"{stamp}-{verdict.reason}")
             self._errands.start("diagnosis", examined)
         elif verdict.state == "starting":

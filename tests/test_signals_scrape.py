@@ -181,6 +181,7 @@ async def test_a_failure_keeps_the_last_page_until_it_is_too_old(serve: Serve, s
     assert signal.page() == PAGE.decode()
     now += 0.1
     assert signal.page() is None
+    assert signal.last_page(5) == (now, PAGE.decode()[:5]), "however old, for whoever looks at a hang afterwards"
 
 
 async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve) -> None:

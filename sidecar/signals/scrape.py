@@ -84,6 +84,12 @@ class ScrapeSignal:
             return None
         return self._page[1].decode("utf-8", "replace")
 
+    def last_page(self, most: int) -> tuple[float, str] | None:
+        """(its age in seconds, its first `most` bytes as text) of the last page that could be read, however old."""
+        if self._page is None:
+            return None
+        return self._clock() - self._page[0], self._page[1][:most].decode("utf-8", "replace")
+
     async def run(self) -> None:
         """Poll until cancelled. Returns at once where there is nothing to read."""
         if not self._url:

@@ -40,8 +40,8 @@ async def ticker(tmp_path: Path) -> AsyncIterator[Ticker]:
         yield app.build(chosen, units.Coefficients(), StateDir(str(tmp_path)), session, stack)[0]
 
 
-def content(ticker: Ticker, page: str | None = "vllm:num_requests_running 1\n") -> dict[str, Any]:
-    return bundle(ticker.snapshot, list(ticker.control.ledger.holds()), page)
+def content(ticker: Ticker) -> dict[str, Any]:
+    return bundle(ticker.snapshot, list(ticker.control.ledger.holds()), (2.5, "vllm:num_requests_running 1\n"))
 
 
 def kept(folder: Path, id: str = ID) -> dict[str, Any]:

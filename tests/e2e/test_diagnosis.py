@@ -44,6 +44,7 @@ async def test_a_stopped_engine_process_is_named_before_it_is_killed(engine_proc
         bundle = await _complete(sidecar)
     assert bundle["processes"][0]["pid"] == process.pid and bundle["complete"]
     assert [look["state"] for look in bundle["processes"][0]["looks"]] == ["T", "T"]
+    assert "vllm:num_requests_running" in bundle["engine_metrics"] and bundle["engine_metrics_age"] > 0
     assert bundle["verdict"] == "stalled" and bundle["outstanding"] and bundle["changes"]
     text = str(bundle)
     assert PROMPT not in text and "acme-tenant" not in text
