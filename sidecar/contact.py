@@ -1,7 +1,7 @@
-"""Our own contact with the engine: which kind it is, its metrics, its canary.
+"""Our own contact with the engine: which kind it is, its metrics, its canary, whether it rests.
 
-The kind is found once, when the engine first answers; until then there is nothing to read and nothing to send. What the
-engine refuses to say leaves it `openai`, the kind of which nothing is assumed.
+The kind is found when the engine first answers, and anew when its process is another one; until then there is nothing to read
+and nothing to send. What the engine refuses to say leaves it `openai`, the kind of which nothing is assumed.
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
+from typing import Final
 
 import aiohttp
 
 from sidecar.engine import kinds, sample
-from sidecar.engine.kinds import KINDS, EngineKind
-from sidecar.facts import Absent, EngineSample, Reading
+from sidecar.engine.kind import EngineKind
+from sidecar.engine.kinds import KINDS
+from sidecar.facts import Absent, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
+from sidecar.signals.meeting import Met, ask, meet
+from sidecar.signals.rest import RestSignal
 from sidecar.signals.scrape import ScrapeSignal
 
-MEETING = ("/v1/models", "/metrics")
-MAX_PAGE = 16 << 20
-RETRY = 1.0  # seconds between attempts to meet the engine
-ATTEMPTS = 3  # answers that say nothing, before the kind is `openai`
+RETRY: Final = 1.0  # seconds between attempts to meet the engine
+QUESTION: Final = 5.0  # seconds for the answer to one
+ATTEMPTS: Final = 3  # answers that say nothing, before the kind is `openai`
+LOADING: Final = (0, 500, 502, 503, 504)  # of the model list: not there yet
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +39,8 @@ class Contact:
         self._settings = chosen
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
         self._scrape: ScrapeSignal | None = None
+        self._rest: RestSignal | None = None
+        self._another = asyncio.Event()
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
 
@@ -46,6 +52,14 @@ class Contact:
     def read(self) -> Reading[EngineSample]:
         """The last reading of the engine's metrics."""
         return self._scrape.read() if self._scrape else Absent("the engine has not answered yet")
+
+    @property
+    def resting(self) -> str:
+        """The reason code of the engine's rest, "engine_sleeping" or "engine_paused"; "" where it is awake or does not say."""
+        reading = self.read()
+        if isinstance(reading, Value) and reading.value.sleeping:
+            return "engine_sleeping"
+        return self._rest.read() if self._rest else ""
 
     @property
     def unanswered(self) -> bool:
@@ -61,46 +75,72 @@ class Contact:
         return self._scrape.last_page(most) if self._scrape else None
 
     def engine_restarted(self) -> None:
-        """The engine is another process now, which may serve another model."""
+        """The engine is another process now: it may be of another kind, serve another model, take other canaries."""
         if self.canary is not None:
             self.canary.forget_model()
+        self._another.set()
 
     async def run(self, opened: asyncio.Event) -> None:
-        """Wait until the engine's port is open, meet it, then scrape it until cancelled."""
+        """Wait until the engine's port is open; then meet it and read from it until cancelled, once for each engine process."""
         if not opened.is_set():
             _log.info("engine %s: not there yet; trying again every second", self._settings.engine)
         await opened.wait()
-        if self.kind is None:
-            self.kind = KINDS[await self._recognise()]
-            _log.info("engine %s: recognised as %s", self._settings.engine, self.kind.name)
-        make = partial(kinds.canary, self.kind)
+        while True:
+            self._another.clear()
+            await self._meet()
+            async with asyncio.TaskGroup() as group:
+                readers = [group.create_task(signal.run()) for signal in (self._scrape, self._rest) if signal]
+                await self._another.wait()
+                for reader in readers:
+                    reader.cancel()
+
+    async def _meet(self) -> None:
+        """Learn what there is to learn of this engine process, and begin anew with it."""
+        if self._settings.engine_kind == "auto":
+            name = await self._recognise()
+            if name != self.kind_name:
+                _log.info("engine %s: recognised as %s", self._settings.engine, name)
+            self.kind = KINDS[name]
+        assert self.kind is not None
+        kind, url = self.kind, self._settings.engine
+        rest = self._rest = RestSignal(self._session, url, kind.signs, self._headers)
         self.canary = CanarySignal(
-            self._session, self._settings.engine, make, self._headers, self._settings.canary_model
-        )
-        url = self._settings.engine + self.kind.metrics_path if self.kind.series else ""
-        self._scrape = ScrapeSignal(url, partial(_parse, self.kind), headers=self._headers)
-        await self._scrape.run()
+            self._session, url, kind, self._headers, model=self._settings.canary_model,
+            priority=await self._priority(kind), asleep=partial(_asleep, rest) if kind.wakes else None,
+        )  # fmt: skip
+        page = kind.metrics_path if kind.series else ""
+        self._scrape = ScrapeSignal(
+            url + (page or kind.contact_path), partial(_parse, kind) if page else None, headers=self._headers,
+            rests=rest.read if kind.wakes else None,
+        )  # fmt: skip
 
     async def _recognise(self) -> str:
         """Ask until it says what it is; an engine that answers and says nothing is taken for `openai`."""
         silent = 0
         while True:
-            pages = {path: body for path in MEETING if (body := await self._get(path)) is not None}
-            name = kinds.recognise(pages)
-            silent += "/v1/models" in pages
+            met = await meet(self._session, self._settings.engine, self._headers, QUESTION)
+            name = kinds.recognise(met.pages)
+            silent += met.status["/v1/models"] not in LOADING
+            if name == "openai" and silent >= ATTEMPTS and met.status["/v1/models"] in (401, 403):
+                _log.warning("engine %s: it wants a key; give it with --engine-key", self._settings.engine)
             if name != "openai" or silent >= ATTEMPTS:
                 return name
             await asyncio.sleep(RETRY)
 
-    async def _get(self, path: str) -> bytes | None:
-        timeout = aiohttp.ClientTimeout(total=5)
-        try:
-            async with self._session.get(
-                self._settings.engine + path, headers=self._headers, timeout=timeout
-            ) as answer:
-                return await answer.content.read(MAX_PAGE) if answer.status == 200 else None
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return None
+    async def _priority(self, kind: EngineKind) -> int | None:
+        """What puts a canary first; asked of the engine where its settings decide."""
+        if kind.read_priority is None:
+            return kind.priority
+        met = Met()
+        for path in kind.info_paths:
+            await ask(met, self._session, self._settings.engine, (path,), self._headers, QUESTION)
+            if path in met.pages:
+                return kind.read_priority(met.pages[path])
+        return kind.priority
+
+
+async def _asleep(rest: RestSignal) -> bool:
+    return bool(await rest.poll())
 
 
 def _parse(kind: EngineKind, page: bytes, at: float) -> EngineSample:

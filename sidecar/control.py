@@ -52,7 +52,7 @@ CHANGES = 50  # verdict changes kept
 @dataclass(frozen=True, slots=True)
 class Readings:
     """The signals at a tick. `refused_since`: since when the engine's port takes no connection; `unanswered`: it takes them, and
-    its metrics page does not answer."""
+    its API answers nothing; `resting`: the reason code of the engine's own rest, "" where it is awake."""
 
     engine: Reading[EngineSample]
     gpus: Reading[tuple[GpuSample, ...]]
@@ -61,6 +61,7 @@ class Readings:
     refused_since: float | None
     engine_kind: str
     unanswered: bool = False
+    resting: str = ""
     diagnoses: tuple[DiagnosisSummary, ...] = ()
     budget: Budget = NO_BUDGET
 
@@ -191,7 +192,7 @@ class Control:
         )
         inputs = verdict.Inputs(
             now=now, evidence=self.evidence, canary=self.canary, refused_since=r.refused_since,
-            exempt=self._exemption(r.engine), restarted=self._restarted,
+            exempt=self._exemption(r), restarted=self._restarted,
             withheld=self._withheld_reason if now < self._withheld_until else None,
         )  # fmt: skip
         self._restarted = False
@@ -232,12 +233,12 @@ class Control:
         canary = self.canary.started if self.canary and self.canary.outcome == "ok" else 0.0
         return max(self.progress.last()[1] or 0.0, canary) > started
 
-    def _exemption(self, reading: Reading[EngineSample]) -> str | None:
+    def _exemption(self, r: Readings) -> str | None:
         if self.draining:
             return "draining"
-        if isinstance(reading, Value) and reading.value.sleeping:
+        if isinstance(r.engine, Value) and r.engine.value.sleeping:
             return "engine_sleeping"
-        return None
+        return r.resting or None
 
     def _say(self, i: verdict.Inputs, name: str, before: tuple[str, str], now: float, wall: float) -> None:
         m = self.memory

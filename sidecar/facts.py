@@ -314,6 +314,8 @@ class CanaryResult:
     ended: float
     allowed: float
     detail: str = ""
+    prompt_tokens: int = 0  # of one that passed
+    digest: str = ""  # a short hash of its answer; "" where there is none to compare
 
 
 # --- verdicts ---

@@ -176,6 +176,7 @@ class Ticker:
             refused_since=self._signals.port.refused_since,
             engine_kind=self._signals.contact.kind_name,
             unanswered=self._signals.contact.unanswered,
+            resting=self._signals.contact.resting,
             diagnoses=self.sinks.diagnoses.summaries(),
         )
 

@@ -21,6 +21,7 @@ from sidecar.doctor.report import CHECKS, examine, text
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.settings import Settings
 
+TOKEN = 'data: {"choices": [{"delta": {"content": "1"}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
 PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1003520}
 
 
@@ -120,7 +121,7 @@ async def test_refusals_say_what_to_do(servers: list[web.AppRunner], status: int
 async def test_an_unknown_engine_is_taken_as_openai(servers: list[web.AppRunner]) -> None:
     """A server that does not say what it is gets a warning, and its metrics are not missed."""
     models = json.dumps({"data": [{"id": "m"}]})
-    answers = {"v1_models": (200, models), "v1_chat_completions": (200, "data: [DONE]\n\n")}
+    answers = {"v1_models": (200, models), "v1_chat_completions": (200, TOKEN)}
     found = await of_engine(await serve(servers, **answers))
     assert (found["engine-kind"].level, found["engine-metrics"].level) == ("warn", "absent")
     assert found["canary"].level == "ok"

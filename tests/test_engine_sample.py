@@ -1,8 +1,7 @@
-"""The metrics reader and the engine kinds, held against pages as the engines write them and against garbage."""
+"""The metrics reader, held against pages as the engines write them and against garbage."""
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 
 import pytest
@@ -10,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.engine.behaviour import Behaviour
-from sidecar.engine.kinds import KINDS, canary, recognise
+from sidecar.engine.kinds import KINDS
 from sidecar.engine.pages import GARBAGE, Meters
 from sidecar.engine.sample import Garbage, parse
 from sidecar.facts import EngineSample, RankSample
-from sidecar.settings import ENGINE_KINDS
 
 VLLM = KINDS["vllm"]
 
@@ -52,81 +50,11 @@ vllm:iteration_tokens_total_count{engine="0",model_name="org/model"} 1000.0
 vllm:iteration_tokens_total_sum{engine="0",model_name="org/model"} 4000.0
 """
 
-PAGES = {
-    "vllm": (
-        VLLM_PAGE,
-        EngineSample(
-            7, 2, 0.75, 12345678, 99, 11, 1000, 1763731234.56, False, None, (RankSample(0, 3, 2, 99), RankSample(1, 4))
-        ),
-    ),
-    "sglang": (
-        b"""\
-# TYPE sglang:num_running_reqs gauge
-sglang:num_running_reqs{engine_type="unified",model_name="m",pp_rank="0",priority="",tp_rank="0"} 5.0
-sglang:num_running_reqs{engine_type="unified",model_name="m",pp_rank="0",priority="1",tp_rank="0"} 2.0
-sglang:num_running_reqs{engine_type="unified",model_name="m",pp_rank="0",priority="9",tp_rank="0"} 3.0
-sglang:num_running_reqs_offline_batch{model_name="m"} 50.0
-sglang:num_queue_reqs{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 1.0
-sglang:token_usage{engine_type="unified",model_name="m",pp_rank="0",tp_rank="0"} 0.28
-sglang:prompt_tokens_total{model_name="m"} 100.0
-sglang:generation_tokens_total{model_name="m"} 200.0
-sglang:realtime_tokens_total{mode="prefill_compute",model_name="m"} 150.0
-sglang:realtime_tokens_total{mode="prefill_cache",model_name="m"} 9000.0
-sglang:realtime_tokens_total{mode="decode",model_name="m"} 260.0
-sglang:cuda_graph_passes_total{mode="decode_cuda_graph",model_name="m"} 30.0
-sglang:cuda_graph_passes_total{mode="prefill_none",model_name="m"} 4.0
-sglang:num_requests_total{model_name="m"} 8.0
-""",
-        EngineSample(5, 1, 0.28, 150, 260, 8, 34),
-    ),
-    "tgi": (
-        b"""\
-# TYPE tgi_request_success counter
-tgi_request_success{method="generate"} 7
-# TYPE tgi_batch_inference_count counter
-tgi_batch_inference_count{method="decode"} 40
-tgi_batch_inference_count{method="prefill"} 2
-# TYPE tgi_queue_size gauge
-tgi_queue_size 3
-# TYPE tgi_batch_current_size gauge
-tgi_batch_current_size 6
-# TYPE tgi_request_generated_tokens histogram
-tgi_request_generated_tokens_bucket{le="+Inf"} 7
-tgi_request_generated_tokens_sum 700
-tgi_request_generated_tokens_count 7
-tgi_request_input_length_sum 1400
-""",
-        EngineSample(6, 3, None, 1400, 700, 7, 42),
-    ),
-    "llamacpp": (
-        b"""\
-# HELP llamacpp:prompt_tokens_total Number of prompt tokens processed.
-# TYPE llamacpp:prompt_tokens_total counter
-llamacpp:prompt_tokens_total 512
-llamacpp:tokens_predicted_total 64
-llamacpp:n_decode_total 70
-llamacpp:requests_processing 1
-llamacpp:requests_deferred 2
-""",
-        EngineSample(1, 2, None, 512, 64, None, 70),
-    ),
-    "openai": (b"anything_at_all 1\n", EngineSample()),
-}
 
-
-@pytest.mark.parametrize("name", PAGES)
-def test_each_kind_reads_its_own_page(name: str) -> None:
-    """A page as that engine writes it gives its numbers: ranks summed, KV use the largest, look-alike names left alone."""
-    page, sample = PAGES[name]
-    assert parse(page, KINDS[name]) == sample
-
-
-def test_a_row_for_every_kind_of_the_setting() -> None:
-    """--engine-kind and the table name the same kinds, and each row knows its own name and real sample fields."""
-    assert {*KINDS, "auto"} == set(ENGINE_KINDS)
-    assert all(kind.name == name for name, kind in KINDS.items())
-    fields = set(EngineSample.__dataclass_fields__)
-    assert all(set(kind.series) <= fields for kind in KINDS.values())
+def test_ranks_are_summed() -> None:
+    """Counters, running and waiting are summed over ranks, KV use is the largest, look-alike names are left alone."""
+    ranks = (RankSample(0, 3, 2, 99), RankSample(1, 4))
+    assert parse(VLLM_PAGE, VLLM) == EngineSample(7, 2, 0.75, 12345678, 99, 11, 1000, 1763731234.56, False, None, ranks)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +115,7 @@ def test_a_sleeping_engine_is_read_from_its_page() -> None:
     ],
 )
 def test_the_capacity_is_read_from_labels(page: bytes, tokens: float | None) -> None:
-    """The KV cache's tokens come from vLLM's info gauge, the larger of its two forms; what is no number is absent."""
+    """The KV cache's tokens come from vLLM's info gauge, one rank's where it tells; what is no number is absent."""
     assert parse(page, VLLM).kv_capacity_tokens == tokens
     assert parse(b"sglang:max_total_num_tokens 4096\n", KINDS["sglang"]).kv_capacity_tokens == 4096
 
@@ -225,45 +153,3 @@ def test_what_prometheus_client_writes_is_read_back(value: float, model: str) ->
     meters._kv_usage.labels(model, "0").set(value)
     for accept in ("text/plain", "application/openmetrics-text; version=1.0.0"):
         assert parse(meters.page(Behaviour(), accept)[0], VLLM).kv_usage == value
-
-
-@pytest.mark.parametrize(
-    ("owner", "page", "kind"),
-    [
-        ("vllm", b"", "vllm"),
-        ("sglang", b"", "sglang"),
-        ("llamacpp", b"", "llamacpp"),
-        ("scripted", VLLM_PAGE, "scripted"),
-        ("my-org", VLLM_PAGE, "vllm"),
-        ("my-org", PAGES["sglang"][0], "sglang"),
-        ("my-org", PAGES["tgi"][0], "tgi"),
-        ("my-org", b"# vllm: mentioned\nx{name=\"vllm:num_requests_running\"} 1\n", "openai"),
-        ("", b"", "openai"),
-    ],
-)  # fmt: skip
-def test_recognise(owner: str, page: bytes, kind: str) -> None:
-    """The owner of the models decides, then the series of the page; a mere mention of an engine does not."""
-    models = json.dumps({"object": "list", "data": [{"id": "m", "owned_by": owner}]}).encode()
-    assert recognise({"/v1/models": models, "/metrics": page}) == kind
-
-
-@given(st.binary(max_size=100))
-def test_recognise_takes_any_bytes(noise: bytes) -> None:
-    """Whatever an engine answers, recognition gives a row of the table."""
-    assert recognise({"/v1/models": noise, "/metrics": noise, "/version": noise}) in KINDS
-    assert recognise({}) == "openai"
-
-
-@pytest.mark.parametrize("body", [b'{"data": 3}', b'{"data": [{"owned_by": []}]}', b"[[[", b'{"data": {"a": 1}}'])
-def test_recognise_takes_odd_json(body: bytes) -> None:
-    """JSON of another shape than a model list says nothing."""
-    assert recognise({"/v1/models": body}) == "openai"
-
-
-@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
-def test_the_canary_asks_for_one_streamed_token(kind: object) -> None:
-    """Every kind's canary is a stream of one token, with no priority, and JSON."""
-    path, body = canary(kind, "m")  # type: ignore[arg-type]
-    assert path.startswith("/v1/")
-    assert (body["model"], body["max_tokens"], body["stream"]) == ("m", 1, True)
-    assert "priority" not in json.loads(json.dumps(body))

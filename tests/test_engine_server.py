@@ -16,7 +16,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 
-from sidecar.engine.kinds import KINDS, canary, recognise
+from sidecar.engine import canary
+from sidecar.engine.kinds import KINDS, recognise
 from sidecar.engine.pictures import size_of
 from sidecar.engine.scripted import ScriptedEngine, bound
 from sidecar.errors import StartError
@@ -274,9 +275,11 @@ async def test_it_is_recognised_and_takes_its_canary() -> None:
             async with client.session.get(path) as response:
                 pages[path] = await response.read()
         assert recognise(pages) == "scripted"
-        path, body = canary(KINDS["scripted"], "scripted")
-        async with client.session.post(path, json=body) as response:
-            assert len([event async for event in events(response)]) == 1
+        kind = KINDS["scripted"]
+        form = canary.Forms(kind, kind.priority).forms()[0]
+        async with client.session.post(form.path, json=canary.body(kind, form, "scripted")) as response:
+            assert response.status == 200
+            assert canary.read(await response.read(), form.path).token
 
 
 async def test_start_up_with_an_open_port() -> None:

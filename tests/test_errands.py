@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from sidecar import app, units
+from sidecar.engine.openai import OPENAI
 from sidecar.errands import PLACES, Errands
 from sidecar.settings import Settings, load
 from sidecar.signals.canary import CanarySignal
@@ -74,10 +75,10 @@ async def ticker(tmp_path: Path) -> AsyncIterator[Ticker]:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         made, signals, _ = app.build(chosen, units.Coefficients(), StateDir(str(tmp_path)), session, stack)
 
-        def impossible(model: str) -> tuple[str, dict[str, object]]:
-            raise TypeError(model)
+        async def impossible() -> bool:
+            raise TypeError
 
-        signals.contact.canary = CanarySignal(session, chosen.engine, impossible, {}, "model")
+        signals.contact.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
         yield made
 
 

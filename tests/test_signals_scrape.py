@@ -78,12 +78,41 @@ async def test_a_page_becomes_a_sample_with_its_cost(serve: Serve, session: aioh
     assert signal.page() == PAGE.decode()
 
 
-async def test_an_engine_without_a_page_is_absent_and_never_asked() -> None:
-    """Without a URL the reading is absent and `run` ends by itself."""
-    signal = ScrapeSignal("", parse)
-    await signal.run()
-    assert isinstance(signal.read(), Absent)
-    assert signal.page() is None
+@pytest.mark.parametrize("status", [200, 401, 404, 500])
+async def test_an_engine_without_a_page_is_asked_whether_it_answers(
+    serve: Serve, session: aiohttp.ClientSession, status: int
+) -> None:
+    """Where there is nothing to parse the reading stays absent, and any answer shows that the API's loop runs."""
+    signal = ScrapeSignal(await serve(answering(status, b"{}")), None)
+    assert isinstance(await signal.poll(session), Absent)
+    assert signal.page() is None and not signal.unanswered
+
+
+async def test_an_api_without_a_page_that_answers_nothing_is_seen(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """A blocked API is told from one that answers, also where the engine has no metrics page."""
+    free = asyncio.Event()
+
+    async def blocked(_: web.Request) -> web.Response:
+        await free.wait()
+        return web.Response()
+
+    signal = ScrapeSignal(await serve(blocked), None, timeout=0.1)
+    await signal.poll(session)
+    assert signal.unanswered
+    free.set()
+    signal = ScrapeSignal(signal._url, None)
+    await signal.poll(session)
+    assert not signal.unanswered
+
+
+async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp.ClientSession) -> None:
+    """While the engine sleeps its page is not asked for, and the reading says why there is none."""
+    resting = "engine_sleeping"
+    signal = ScrapeSignal(await serve(answering()), parse, rests=lambda: resting)
+    reading = await signal.poll(session)
+    assert isinstance(reading, Absent) and "sleeps" in reading.reason
+    resting = ""
+    assert isinstance(await signal.poll(session), Value)
 
 
 @pytest.mark.parametrize(

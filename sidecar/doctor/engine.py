@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -16,33 +14,25 @@ import aiohttp
 import psutil
 
 from sidecar import cpus
-from sidecar.contact import MAX_PAGE, MEETING
 from sidecar.doctor.finding import Finding, Level
 from sidecar.engine import kinds, sample
+from sidecar.engine.kind import EngineKind
 from sidecar.facts import EngineSample
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
+from sidecar.signals.meeting import Met, meet
 
 ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
 TOKEN: Final = 60.0  # seconds for one token
 LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclass(slots=True)
-class Met:
-    """What the engine answered. `status` by path: HTTP status, or 0 where there was no answer, with its reason in `why`."""
-
-    pages: dict[str, bytes] = field(default_factory=dict)
-    status: dict[str, int] = field(default_factory=dict)
-    why: str = ""
-
-
 async def check(chosen: Settings) -> list[Finding]:
     """All findings about the engine. Where it is not there, the rest is left out."""
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
-        met = await _meet(session, chosen.engine)
+        met = await meet(session, chosen.engine, headers, ANSWER)
         found = [_reached(met)]
         if found[0].level == "fail":
             return found
@@ -50,21 +40,6 @@ async def check(chosen: Settings) -> list[Finding]:
         kind = kinds.KINDS[name]
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
     return [*found, threads(chosen.engine)]
-
-
-async def _meet(session: aiohttp.ClientSession, engine: str) -> Met:
-    met = Met()
-    for path in MEETING:
-        try:
-            async with session.get(engine + path, timeout=aiohttp.ClientTimeout(total=ANSWER)) as answer:
-                met.status[path] = answer.status
-                if answer.status == 200:
-                    met.pages[path] = await answer.content.read(MAX_PAGE)
-        except TimeoutError:
-            met.status[path], met.why = 0, f"no answer in {ANSWER:.0f} s"
-        except (aiohttp.ClientError, OSError) as e:
-            met.status[path], met.why = 0, f"no connection ({type(e).__name__})"
-    return met
 
 
 def _reached(met: Met) -> Finding:
@@ -105,7 +80,7 @@ def _kind(met: Met, name: str, chosen: str) -> Finding:
     return Finding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
 
 
-def _metrics(met: Met, kind: kinds.EngineKind) -> Finding:
+def _metrics(met: Met, kind: EngineKind) -> Finding:
     if not kind.series:
         return Finding("engine-metrics", "absent", f"none are read from the kind {kind.name}")
     remedy = "start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"
@@ -137,11 +112,11 @@ _CANARY: Final[dict[str, tuple[Level, str]]] = {
 }
 
 
-async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: kinds.EngineKind) -> Finding:
-    signal = CanarySignal(session, chosen.engine, partial(kinds.canary, kind), {}, chosen.canary_model)
+async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> Finding:
+    signal = CanarySignal(session, chosen.engine, kind, {}, model=chosen.canary_model)
     result = await signal.send(TOKEN)
     if result.outcome == "ok":
-        return Finding("canary", "ok", f"one token in {result.ended - result.started:.2f} s")
+        return Finding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
     return Finding("canary", level, f"{result.outcome}: {result.detail}", remedy)
 

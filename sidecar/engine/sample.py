@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final
 
-from sidecar.engine.kinds import Capacity, EngineKind, Series
+from sidecar.engine.kind import Capacity, EngineKind, Series
 from sidecar.facts import EngineSample, RankSample
 
 # After the name: labels (quoted values may hold braces, commas and escaped quotes), value, and what may follow it: a
@@ -108,16 +108,19 @@ def _ranks(samples: Samples, kind: EngineKind) -> tuple[RankSample, ...]:
 
 
 def _capacity(samples: Samples, capacity: Capacity) -> float | None:
-    """Tokens that fit the largest rank's KV cache; None where the page does not say, or not in numbers."""
-    sizes: list[float] = []
-    for labels, value in samples.get(_stem(capacity.name), ()):
-        if not capacity.products:
-            sizes.append(value)
-        for names in capacity.products:
-            parts = [_label(labels, name) for name in names]
-            if all(_NUMBER.fullmatch(part.encode()) for part in parts):
-                sizes.append(math.prod(map(float, parts)))
+    """Tokens that the largest rank's KV cache holds; None where the page does not say, or not in numbers."""
+    lines = samples.get(_stem(capacity.name), ())
+    sizes = [_product(labels, capacity.products) if capacity.products else value for labels, value in lines]
     return max((size for size in sizes if 0 < size < math.inf), default=None)
+
+
+def _product(labels: bytes, products: Iterable[tuple[str, ...]]) -> float:
+    """The first product whose labels are all numbers; 0 where there is none."""
+    for names in products:
+        parts = [_label(labels, name) for name in names]
+        if all(_NUMBER.fullmatch(part.encode()) for part in parts):
+            return math.prod(map(float, parts))
+    return 0.0
 
 
 def _label(labels: bytes, name: str) -> str:

@@ -1,7 +1,7 @@
 """One token from the engine, read to the end of its stream: the canary.
 
-One at a time; its cost is one token; its answer is not kept. It goes straight to the engine, past the relay, so that a relay in
-trouble does not look like an engine in trouble. It is never counted as a tenant's work.
+One at a time; its cost is one token; of its answer a short hash is kept, never the text. It goes straight to the engine, past the
+relay, so that a relay in trouble does not look like an engine in trouble. It is never counted as a tenant's work.
 """
 
 from __future__ import annotations
@@ -10,92 +10,118 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Final
 
 import aiohttp
 
+from sidecar.engine import canary
+from sidecar.engine.canary import Answer, Form, Forms
+from sidecar.engine.kind import EngineKind
 from sidecar.facts import CanaryResult
+from sidecar.signals.answer import whole
 
-MAX_ANSWER = 1 << 20  # bytes read of a canary's answer
+MAX_ANSWER: Final = 1 << 20  # bytes read of a canary's answer
 Clock = Callable[[], float]
-
-
-# model name -> (path, JSON body)
-MakeRequest = Callable[[str], tuple[str, dict[str, Any]]]
+Asleep = Callable[[], Awaitable[bool]]
 
 
 class CanarySignal:
-    """Sends canaries. `send` never raises; the caller sees to it that only one is under way."""
+    """Sends canaries. `send` never raises; the caller sees to it that only one is under way.
+
+    `asleep` is asked first where a request would wake the engine. `priority` is what puts a request before all others.
+    """
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         engine: str,
-        make: MakeRequest,
+        kind: EngineKind,
         headers: dict[str, str],
+        *,
         model: str = "",
+        priority: int | None = None,
+        asleep: Asleep | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._session = session
         self._engine = engine
-        self._make = make
+        self._kind = kind
         self._headers = headers
         self._chosen = self._model = model
+        self._forms = Forms(kind, priority)
+        self._asleep = asleep
         self._clock = clock
 
     async def send(self, allowed: float) -> CanaryResult:
         """Send one; it is starved when its stream has not ended after `allowed` seconds."""
         started = self._clock()
-        outcome, detail = await self._outcome(self._attempt, allowed)
-        return CanaryResult(outcome, started, self._clock(), allowed, detail)
 
-    async def _outcome(self, attempt: Callable[[], Awaitable[tuple[Any, str]]], allowed: float) -> tuple[Any, str]:
+        def ended(outcome: str, detail: str = "", answer: Answer | None = None) -> CanaryResult:
+            tokens = answer.prompt_tokens if answer else 0
+            digest = answer.digest if answer else ""
+            return CanaryResult(outcome, started, self._clock(), allowed, detail, tokens, digest)  # type: ignore[arg-type]
+
         try:
             async with asyncio.timeout(allowed):
-                return await attempt()
+                if self._asleep is not None and await self._asleep():
+                    return ended("moot", "the engine sleeps, and a request would wake it")
+                return ended(*await self._attempt())
         except TimeoutError:
-            return "starved", f"no token within {allowed:.1f} s"
+            return ended("starved", f"no token within {allowed:.1f} s")
         except aiohttp.ClientConnectorError:
-            return "refused", "the engine takes no connection"
+            return ended("refused", "the engine takes no connection")
         except (aiohttp.ClientError, OSError, ValueError) as e:
-            return "failed", f"the answer broke off ({type(e).__name__})"
+            return ended("failed", f"the answer broke off ({type(e).__name__})")
 
-    async def _attempt(self) -> tuple[Any, str]:
+    async def _attempt(self) -> tuple[str, str, Answer | None]:
+        """Outcome, detail, and the answer of the form that passed."""
         if not self._model and (refusal := await self._discover()):
             return refusal
-        path, body = self._make(self._model)
-        async with self._session.post(self._engine + path, json=body, headers=self._headers) as answer:
-            if answer.status != 200:
-                return _refusal(answer.status)
-            return await _read(answer)
+        refusals = []
+        model = self._model
+        for form in self._forms.forms():
+            status, answer = await self._ask(form, model)
+            if status == 200:
+                self._forms.passed(form)
+                self._model = model
+                return "ok", form.path, answer
+            refusals.append(f"HTTP {status} on {form.path}")
+            if status in canary.OTHER_FORM:
+                self.forget_model()  # it may be the name that is refused; the next canary asks for it anew
+            if not self._forms.goes_on(form, status):
+                return *_refusal(status, refusals[-1]), None
+        return *_refusal(status, ", ".join(dict.fromkeys(refusals))), None
 
-    async def _discover(self) -> tuple[str, str] | None:
+    async def _ask(self, form: Form, model: str) -> tuple[int, Answer]:
+        """One request; an error inside an answer of status 200 counts as that status. Raises ValueError without a token."""
+        body = canary.body(self._kind, form, model)
+        async with self._session.post(self._engine + form.path, json=body, headers=self._headers) as response:
+            if response.status != 200:
+                return response.status, Answer()
+            answer = canary.read(await whole(response, MAX_ANSWER), form.path)
+        if not answer.error and not answer.token:
+            raise ValueError("no token in the answer")
+        return answer.error or 200, answer
+
+    async def _discover(self) -> tuple[str, str, None] | None:
         """Learn the first name of /v1/models. Returns the outcome when there is none."""
-        async with self._session.get(self._engine + "/v1/models", headers=self._headers) as answer:
-            if answer.status != 200:
-                return _refusal(answer.status)
-            raw = json.loads(await answer.content.read(MAX_ANSWER))
+        async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
+            if response.status != 200:
+                return *_refusal(response.status, f"HTTP {response.status} on /v1/models"), None
+            raw = json.loads(await whole(response, MAX_ANSWER))
         models = raw.get("data") if isinstance(raw, dict) else None
         if isinstance(models, list) and models and isinstance(models[0], dict):
             self._model = str(models[0].get("id", ""))
-        return None if self._model else ("rejected", "the engine names no model; set --canary-model")
+        return None if self._model else ("rejected", "the engine names no model; set --canary-model", None)
 
     def forget_model(self) -> None:
-        """The engine was restarted: it may serve another model now."""
+        """The engine may serve another model now."""
         self._model = self._chosen
 
 
-def _refusal(status: int) -> tuple[str, str]:
+def _refusal(status: int, detail: str) -> tuple[str, str]:
     if status in (429, 503):
-        return "busy", f"HTTP {status}"
-    return ("failed" if status >= 500 else "rejected"), f"HTTP {status}"
-
-
-async def _read(answer: aiohttp.ClientResponse) -> tuple[str, str]:
-    """Read to the end: a stream that starts and never ends is a hang too."""
-    size = 0
-    async for chunk in answer.content.iter_any():
-        size += len(chunk)
-        if size > MAX_ANSWER:
-            return "failed", "the answer has no end"
-    return ("ok", "") if size else ("failed", "the answer is empty")
+        return "busy", detail
+    if status in (401, 403):
+        return "rejected", f"{detail}; give the engine's key with --engine-key"
+    return ("failed" if status >= 500 else "rejected"), detail

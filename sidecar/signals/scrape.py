@@ -1,4 +1,4 @@
-"""The engine's own metrics page, read over HTTP.
+"""The engine's own metrics page, read over HTTP; or where it has none, whether its API answers at all.
 
 Rules: one scrape at a time and at most one per period, whoever reads us and however often; the body is bounded; no error
 ever leaves `poll`, it becomes a reading that failed. An old page is not shown as a fresh one: gauges of a frozen engine
@@ -16,6 +16,7 @@ from typing import Final
 import aiohttp
 
 from sidecar.facts import Absent, EngineSample, Failed, Reading, Value
+from sidecar.signals.answer import TooLong, whole
 
 Parse = Callable[[bytes, float], EngineSample]
 
@@ -32,10 +33,6 @@ _REMEDIES: Final = {
 _log = logging.getLogger(__name__)
 
 
-class _TooLarge(Exception):
-    """The page is over its bound."""
-
-
 class _Status(Exception):
     """The engine answered, but not with its page."""
 
@@ -47,19 +44,21 @@ class _Status(Exception):
 class ScrapeSignal:
     """Reads `url` (the whole URL of the metrics page) once per `period` seconds while `run` runs.
 
-    `url` is "" for an engine kind without metrics. `parse(page, at)` makes the sample and raises ValueError on garbage.
-    `headers` go with each scrape, for engines that ask for a key.
+    `parse(page, at)` makes the sample and raises ValueError on garbage. It is None for an engine kind without metrics: `url` is
+    then only asked whether it is answered, with whatever status. `headers` go with each scrape, for engines that ask for a key.
+    While `rests()` is not "", the engine is left alone.
     """
 
     def __init__(
         self,
         url: str,
-        parse: Parse,
+        parse: Parse | None,
         *,
         headers: Mapping[str, str] | None = None,
         period: float = 1.0,
         timeout: float = 2.0,
         max_bytes: int = MAX_BYTES,
+        rests: Callable[[], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
@@ -69,8 +68,9 @@ class ScrapeSignal:
         self._period = period
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._max_bytes = max_bytes
+        self._rests = rests
         self._clock = clock
-        self._reading: Reading[EngineSample] = Absent("not read yet" if url else "this engine has no metrics page")
+        self._reading: Reading[EngineSample] = Absent("not read yet" if parse else "this engine has no metrics page")
         self._page: tuple[float, bytes] | None = None
         self.unanswered = False  # the last scrape had no answer in time, though the port took its connection
 
@@ -91,9 +91,7 @@ class ScrapeSignal:
         return self._clock() - self._page[0], self._page[1][:most].decode("utf-8", "replace")
 
     async def run(self) -> None:
-        """Poll until cancelled. Returns at once where there is nothing to read."""
-        if not self._url:
-            return
+        """Poll until cancelled."""
         async with aiohttp.ClientSession(timeout=self._timeout, connector=aiohttp.TCPConnector(limit=1)) as session:
             while True:
                 started = self._clock()
@@ -103,16 +101,22 @@ class ScrapeSignal:
 
     async def poll(self, session: aiohttp.ClientSession) -> Reading[EngineSample]:
         """One scrape. The reading is kept, and returned."""
+        if self._rests is not None and self._rests():
+            self.unanswered = False
+            self._keep(Absent("the engine sleeps, and is not woken to be read"))
+            return self._reading
         started = self._clock()
         try:
             page = await self._fetch(session)
-            read = self._parse(page, started)
-            self._page = (self._clock(), page)  # only once it parsed: garbage would break the merged page as well
-            self._keep(Value(read, at=started, seconds=self._clock() - started))
+            if self._parse is not None:
+                read = self._parse(page, started)
+                self._page = (self._clock(), page)  # only once it parsed: garbage would break the merged page as well
+                self._keep(Value(read, at=started, seconds=self._clock() - started))
             self.unanswered = False
         except Exception as e:  # noqa: BLE001 - whatever a page or its parser does, the control process lives on
             self.unanswered = isinstance(e, TimeoutError)
-            self._keep(Failed(self._reason(e)))
+            if self._parse is not None:
+                self._keep(Failed(self._reason(e)))
         return self._reading
 
     async def _fetch(self, session: aiohttp.ClientSession) -> bytes:
@@ -122,12 +126,7 @@ class ScrapeSignal:
             if response.status != 200:
                 response.close()
                 raise _Status(response.status)
-            page = bytearray()
-            async for chunk in response.content.iter_any():
-                page += chunk
-                if len(page) > self._max_bytes:
-                    raise _TooLarge
-            return bytes(page)
+            return await whole(response, self._max_bytes)
 
     def _keep(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Failed) and reading != self._reading:
@@ -138,7 +137,7 @@ class ScrapeSignal:
         match error:
             case _Status(status=status):
                 return f"the metrics page answered {status}" + _REMEDIES.get(status, "")
-            case _TooLarge():
+            case TooLong():
                 return f"the metrics page is over {self._max_bytes} bytes"
             case TimeoutError():
                 return f"the metrics page did not answer in {self._timeout.total:g} s"

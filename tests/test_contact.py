@@ -1,0 +1,186 @@
+"""Our contact with each engine, over real HTTP: which kind it is, with and without keys and metrics, and after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from sidecar import contact as contacts
+from sidecar.contact import Contact
+from sidecar.engine import sglang
+from sidecar.facts import Absent, Value
+from sidecar.settings import Settings
+
+from .engine_faces import FACES, Shown, models, page, said, shown
+
+PATIENCE = 20.0  # seconds; a bound on hanging
+
+
+@pytest.fixture
+async def meet() -> AsyncIterator[Callable[..., Any]]:
+    """A function: engine and settings -> a Contact that runs."""
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+        tasks = []
+
+        async def start(engine: Shown, **chosen: Any) -> Contact:
+            contact = Contact(session, Settings(engine=engine.url, **chosen))
+            opened = asyncio.Event()
+            opened.set()
+            tasks.append(group.create_task(contact.run(opened)))
+            await until(lambda: contact.canary is not None)
+            return contact
+
+        yield start
+        for task in tasks:
+            task.cancel()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rests between attempts."""
+    monkeypatch.setattr(contacts, "RETRY", 0.01)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not holds():  # noqa: ASYNC110 - a state of another task, of which nothing tells
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("metrics", [True, False], ids=["metrics", "no-metrics"])
+@pytest.mark.parametrize("key", ["none", "ours", "missing"])
+@pytest.mark.parametrize("name", FACES)
+async def test_each_engine_is_recognised(meet: Callable[..., Any], name: str, key: str, metrics: bool) -> None:
+    """Each engine is told whatever it calls its model, with metrics on or off, with its key, and where it can be, without."""
+    hidden = name == "sglang" and key == "missing" and not metrics  # nothing but /health and /ready is open then
+    async with shown(name, metrics=metrics, key=key != "none") as engine:
+        contact = await meet(engine, **({"engine_key": "secret"} if key == "ours" else {}))
+        assert contact.kind_name == ("openai" if hidden else name)
+
+
+async def test_an_engine_that_wants_a_key_is_not_waited_for_for_ever(
+    meet: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where all is refused the kind is `openai`, and the log says what to give."""
+    async with Shown({}, guarded=("/",)) as engine:
+        assert (await meet(engine)).kind_name == "openai"
+    assert "--engine-key" in caplog.text
+
+
+async def test_a_loading_engine_is_waited_for(meet: Callable[..., Any]) -> None:
+    """An engine that answers 503 while it loads is no `openai`: it is asked until it can say."""
+    async with Shown({"/v1/models": (503, "")}) as engine:
+        task = asyncio.create_task(meet(engine))
+        await until(lambda: engine.asked["/v1/models"] > 2 * contacts.ATTEMPTS)
+        engine.answers |= {"/v1/models": models("vllm")}
+        assert (await task).kind_name == "vllm"
+
+
+async def test_an_engine_is_recognised_anew_after_a_restart(meet: Callable[..., Any]) -> None:
+    """Another engine on the same port is told from the one before it: kind, page and canary are its own."""
+    async with shown("vllm") as engine:
+        contact = await meet(engine)
+        await until(lambda: isinstance(contact.read(), Value))
+        engine.answers = dict(shown("tgi").answers)
+        contact.engine_restarted()
+        await until(lambda: contact.kind_name == "tgi")
+        await until(lambda: isinstance(contact.read(), Value) and contact.read().value.running == 6)
+        assert (await contact.canary.send(5)).outcome == "ok"
+        assert engine.bodies["/v1/completions"][-1]["model"] == "org/model"
+
+
+async def test_a_chosen_kind_is_kept(meet: Callable[..., Any]) -> None:
+    """--engine-kind is not overruled, by a restart neither."""
+    async with shown("vllm") as engine:
+        contact = await meet(engine, engine_kind="openai")
+        contact.engine_restarted()
+        await until(lambda: engine.asked["/v1/models"] > 1)
+        assert contact.kind_name == "openai"
+        assert isinstance(contact.read(), Absent)
+
+
+async def test_an_engine_without_a_page_shows_a_blocked_api(
+    meet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kind of which no metrics are read is asked something cheap, so that an API that answers nothing is seen there, too."""
+    monkeypatch.setattr(contacts, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.1, "period": 0.02}))
+    free = asyncio.Event()
+    async with Shown({"/v1/models": models("my-org")}) as engine:
+        contact = await meet(engine, engine_kind="openai")
+        await until(lambda: engine.asked["/v1/models"] > 0)
+        assert not contact.unanswered
+
+        async def blocked(_: Any) -> Any:
+            await free.wait()
+
+        engine.handlers["/v1/models"] = blocked
+        await until(lambda: contact.unanswered)
+        engine.handlers.clear()
+        free.set()
+        await until(lambda: not contact.unanswered)
+
+
+real = contacts.ScrapeSignal
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "resting"),
+    [
+        ("vllm", {}, ""),
+        ("vllm", {"/metrics": page("vllm-0.32-asleep.txt")}, "engine_sleeping"),
+        ("vllm", {"/is_paused": said(is_paused=True), "/is_sleeping": said(is_sleeping=True)}, "engine_paused"),
+        (
+            "vllm",
+            {"/metrics": page("vllm-0.32-asleep.txt"), "/is_paused": said(is_paused=True)},
+            "engine_sleeping",
+        ),
+        ("llamacpp", {"/props": said(default_generation_settings={}, is_sleeping=True)}, "engine_sleeping"),
+        ("sglang", {}, ""),
+    ],
+)
+async def test_a_rest_has_its_reason(
+    meet: Callable[..., Any], name: str, changes: dict[str, Any], resting: str
+) -> None:
+    """Sleep and pause are read where the engine says them, and told apart: what is exempt has its reason code."""
+    async with shown(name) as engine:
+        engine.answers |= changes
+        contact = await meet(engine)
+        await until(lambda: contact.resting != "" or (not resting and isinstance(contact.read(), Value)))
+        assert contact.resting == resting
+
+
+async def test_a_sleeping_llama_is_not_woken(meet: Callable[..., Any]) -> None:
+    """No canary and no scrape goes to a server that a request would wake; both go again once it is awake."""
+    asleep = said(default_generation_settings={}, is_sleeping=True)
+    async with shown("llamacpp") as engine:
+        awake = engine.answers["/props"]
+        engine.answers["/props"] = asleep
+        contact = await meet(engine)
+        result = await contact.canary.send(5)
+        assert (result.outcome, engine.asked["/v1/completions"]) == ("moot", 0)
+        engine.answers["/props"] = awake
+        assert (await contact.canary.send(5)).outcome == "ok"
+
+
+async def test_sglangs_own_flags_choose_the_priority(meet: Callable[..., Any]) -> None:
+    """Where the server schedules by priority the canary has the first one."""
+    async with shown("sglang") as engine:
+        contact = await meet(engine)
+        assert (await contact.canary.send(5)).outcome == "ok"
+        assert engine.bodies["/v1/completions"][0]["priority"] == sglang.FIRST
+
+
+async def test_contact_survives_an_engine_that_goes_away(meet: Callable[..., Any]) -> None:
+    """A restart amid a meeting, and a port that closes, end nothing of ours."""
+    async with shown("vllm") as engine:
+        contact = await meet(engine)
+    contact.engine_restarted()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await until(lambda: isinstance(contact.read(), Value))
+    assert contact.kind_name == "vllm" and not contact.resting

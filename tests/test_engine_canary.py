@@ -1,0 +1,170 @@
+"""The canary as data: the forms that are tried, what they ask, and what an answer says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.engine.canary import Answer, Form, Forms, body, read
+from sidecar.engine.garbage import BASE, STRIKES, Sameness
+from sidecar.engine.kind import CHAT, COMPLETIONS, EMBEDDINGS
+from sidecar.engine.kinds import KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_a_canary_asks_for_one_greedy_token(kind: Any) -> None:
+    """Every form of every kind is JSON that asks for one token of the same short prompt, as a stream."""
+    for form in Forms(kind, 7).forms():
+        asked = json.loads(json.dumps(body(kind, form, "m")))
+        assert asked["model"] == "m" and ("priority" in asked) == (
+            form.priority is not None and form.path != EMBEDDINGS
+        )
+        if form.path != EMBEDDINGS:
+            assert (asked["max_tokens"], asked["stream"], asked["temperature"]) == (1, True, 0)
+
+
+def test_each_route_is_tried_with_the_priority_first() -> None:
+    """Completions, chat, embeddings, each with the priority and then without it."""
+    tried = [(form.path, form.priority) for form in Forms(KINDS["vllm"], -5).forms()]
+    assert tried[:3] == [(COMPLETIONS, -5), (COMPLETIONS, None), (CHAT, -5)] and tried[-1] == (EMBEDDINGS, None)
+    assert [form.path for form in Forms(KINDS["openai"], None).forms()] == [CHAT, COMPLETIONS, EMBEDDINGS]
+
+
+def test_what_passed_is_remembered_until_it_is_refused() -> None:
+    """Once a form passed nothing else is asked; a later refusal of it opens all forms again, for the next canary."""
+    forms = Forms(KINDS["vllm"], None)
+    assert forms.goes_on(Form(COMPLETIONS), 404)
+    forms.passed(Form(CHAT))
+    assert forms.forms() == (Form(CHAT),)
+    assert not forms.goes_on(Form(CHAT), 400)
+    assert len(forms.forms()) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "priority", "goes_on"),
+    [(400, None, True), (501, None, True), (401, None, False), (429, None, False), (500, None, False),
+     (503, None, False), (503, 9, True), (500, 9, True), (401, 9, False)],
+)  # fmt: skip
+def test_which_refusals_are_of_the_form(status: int, priority: int | None, goes_on: bool) -> None:
+    """A missing route or a bad field may do better in another form; a missing key, a full or a broken engine does not."""
+    assert Forms(KINDS["vllm"], 9).goes_on(Form(COMPLETIONS, priority), status) is goes_on
+
+
+def events(*payloads: Any) -> bytes:
+    return b"".join(b"data: " + json.dumps(p).encode() + b"\n\n" for p in payloads) + b"data: [DONE]\n\n"
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    ("raw", "token"),
+    [
+        (events({"choices": [{"text": "a", "finish_reason": "length"}]}), True),
+        (events({"choices": [{"text": "", "finish_reason": "length"}]}), True),
+        (events({"choices": [{"delta": {"role": "assistant", "content": ""}}]}), False),
+        (
+            events({"choices": [{"delta": {"content": ""}}]}, {"choices": [{"delta": {}, "finish_reason": "stop"}]}),
+            True,
+        ),
+        (events({"choices": [{"delta": {"reasoning_content": "Hm"}}]}), True),
+        (json.dumps({"choices": [{"message": {"content": "a"}, "finish_reason": "length"}]}).encode(), True),
+        (json.dumps({"data": [{"embedding": [0.5]}]}).encode(), True),
+        (b"data: [DONE]\n\n", False),
+        (b": keep-alive\n\n", False),
+        (b"<html>", False),
+        (b"", False),
+    ],
+)
+def test_a_token_is_told_from_mere_bytes(raw: bytes, token: bool) -> None:
+    """Text, thoughts, a finish reason or an embedding prove that the engine computed; roles, comments and pages do not."""
+    assert read(raw, CHAT).token is token
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        ({"error": {"message": "core died", "code": 500}}, 500),
+        ({"error": {"message": "no priority here", "code": 400}}, 400),
+        ({"error": {"message": "no priority here", "code": "bad"}}, 500),
+        ({"error": "boom"}, 500),
+        ({"choices": [{"text": "", "finish_reason": "abort"}]}, 500),
+        ({"choices": [{"text": "a", "finish_reason": "stop"}], "error": None}, 0),
+    ],
+)
+def test_an_error_inside_an_answer_counts(event: Any, error: int) -> None:
+    """A stream of status 200 that tells of an error, or of a token that was aborted, is no pass."""
+    assert read(events(event), COMPLETIONS).error == error
+
+
+def test_an_answer_is_counted_and_hashed_never_kept() -> None:
+    """The prompt's tokens come from the usage, or are estimated; of the text a short hash is left, the same for the same text."""
+    said = read(events({"choices": [{"text": "secret", "finish_reason": "length"}]}, USAGE), COMPLETIONS)
+    assert said.prompt_tokens == 3 and "secret" not in repr(said)
+    whole = read(json.dumps({"choices": [{"message": {"content": "secret"}}]}).encode(), CHAT)
+    assert (whole.prompt_tokens, whole.digest) == (16, said.digest)
+    assert read(json.dumps({"data": [1]}).encode(), EMBEDDINGS).digest == ""
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_answer(noise: bytes) -> None:
+    """Whatever comes back is read without an error of ours."""
+    for raw in (noise, b"data: " + noise, b'{"choices": [{"text": ' + noise):
+        assert isinstance(read(raw, COMPLETIONS), Answer)
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(
+    st.sampled_from(["choices", "error", "usage", "delta", "text", "code", "data", "finish_reason"]), x)))  # fmt: skip
+def test_any_json_is_an_answer(value: Any) -> None:
+    """JSON of any shape is read without an error of ours."""
+    assert isinstance(read(json.dumps(value).encode(), CHAT), Answer)
+
+
+def sameness(*answers: str) -> list[bool]:
+    """What each answer in turn gives."""
+    one = Sameness()
+    return [one.heard(answer) for answer in answers]
+
+
+def test_garbage_is_told_once_after_several_other_answers() -> None:
+    """An engine that always said the same, and then says something else several times in a row, is reported, once."""
+    told = sameness(*["a"] * BASE, *["!"] * (STRIKES + 10))
+    assert [n for n, begins in enumerate(told) if begins] == [BASE + STRIKES - 1]
+
+
+def test_garbage_ends_with_the_usual_answer() -> None:
+    """The report is taken back when the usual answer returns, and can begin anew."""
+    one = Sameness()
+    for answer in ["a"] * BASE + ["!"] * STRIKES:
+        one.heard(answer)
+    assert one.garbage
+    one.heard("a")
+    assert not one.garbage and one.strikes == 0
+
+
+@pytest.mark.parametrize("answers", [["a", "b"] * 50, ["a"] * 50 + ["b", "a"] * 30, ["b"] * 3 + ["a"] * 100, [""] * 99])
+def test_near_ties_are_no_garbage(answers: list[str]) -> None:
+    """Answers that change with the batch, now and then or half of the time, are never reported; nor are embeddings."""
+    assert not any(sameness(*answers))
+
+
+def test_another_engine_process_is_known_anew() -> None:
+    """What the last process said is no measure of this one."""
+    one = Sameness()
+    for answer in ["a"] * BASE:
+        one.heard(answer)
+    one.forget()
+    assert not any(one.heard("b") for _ in range(BASE + STRIKES))
+
+
+@given(st.lists(st.text("abcdefghijklmnopqrstuvwxyz", max_size=2), max_size=200))
+def test_memory_is_bounded(answers: list[str]) -> None:
+    """However many answers differ, a few are kept."""
+    one = Sameness()
+    for answer in answers:
+        one.heard(answer)
+    assert len(one.answers) <= 16

@@ -1,0 +1,163 @@
+"""Canaries against real servers: the form that passes is found once and remembered, and a refusal is told from a hang."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from sidecar.engine.kinds import KINDS
+from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.signals.canary import CanarySignal
+
+from .engine_faces import TOKEN, Shown, models
+
+EMBEDDED = json.dumps({"object": "list", "data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 2}})
+COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+
+
+@pytest.fixture
+async def canary() -> AsyncIterator[Callable[..., CanarySignal]]:
+    """A function: engine and kind -> its canary."""
+    async with aiohttp.ClientSession() as session:
+        yield lambda engine, kind="vllm", **more: CanarySignal(session, engine.url, KINDS[kind], {}, **more)
+
+
+def engine(**answers: tuple[int, str]) -> Shown:
+    return Shown({"/v1/models": models("vllm"), **{path.replace("_", "/"): a for path, a in answers.items()}})
+
+
+@pytest.mark.parametrize(
+    ("answers", "passes"),
+    [
+        ({COMPLETIONS: (200, TOKEN)}, COMPLETIONS),
+        ({COMPLETIONS: (404, ""), CHAT: (200, TOKEN)}, CHAT),
+        (
+            {COMPLETIONS: (501, "no completions"), CHAT: (400, "no chat template"), EMBEDDINGS: (200, EMBEDDED)},
+            EMBEDDINGS,
+        ),
+    ],
+    ids=["base model", "chat only", "embeddings only"],
+)
+async def test_the_form_that_passes_is_found_once(
+    canary: Callable[..., CanarySignal], answers: dict[str, Any], passes: str
+) -> None:
+    """Base models, chat-only servers and embedding models all take a canary; the next one asks for nothing else."""
+    async with engine(**answers) as shown:
+        signal = canary(shown)
+        first = await signal.send(5)
+        assert (first.outcome, first.detail, first.prompt_tokens) == ("ok", passes, 2)
+        before = shown.asked.copy()
+        assert (await signal.send(5)).outcome == "ok"
+        assert shown.asked - before == {passes: 1}
+
+
+async def test_a_priority_that_is_refused_is_left_out(canary: Callable[..., CanarySignal]) -> None:
+    """An engine that refuses a priority, with 400 or inside a stream, is asked without, and without only from then on."""
+
+    async def picky(request: web.Request) -> web.Response:
+        if "priority" in await request.json():
+            return web.Response(text='data: {"error": {"message": "priority is disabled", "code": 503}}\n\n')
+        return web.Response(text=TOKEN)
+
+    async with engine() as shown:
+        shown.handlers[COMPLETIONS] = picky
+        signal = canary(shown, priority=-9)
+        assert [(await signal.send(5)).outcome for _ in range(2)] == ["ok", "ok"]
+        assert [body.get("priority") for body in shown.bodies[COMPLETIONS]] == [-9, None, None]
+
+
+async def test_a_priority_that_is_taken_is_kept(canary: Callable[..., CanarySignal]) -> None:
+    """An engine that takes the priority gets it with each canary."""
+    async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
+        signal = canary(shown, priority=-9)
+        assert [(await signal.send(5)).outcome for _ in range(2)] == ["ok", "ok"]
+        assert [body["priority"] for body in shown.bodies[COMPLETIONS]] == [-9, -9]
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ((500, ""), "failed"),
+        ((503, ""), "busy"),
+        ((429, ""), "busy"),
+        ((401, ""), "rejected"),
+        ((404, ""), "rejected"),
+        ((200, ""), "failed"),
+        ((200, "data: [DONE]\n\n"), "failed"),
+        ((200, 'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n'), "failed"),
+        ((200, "<html>"), "failed"),
+    ],
+)
+async def test_an_answer_without_a_token_never_passes(
+    canary: Callable[..., CanarySignal], answer: tuple[int, str], outcome: str
+) -> None:
+    """Refusals, empty streams, pages and errors inside a stream are each told, and none of them is a pass."""
+    async with engine(**{COMPLETIONS: answer}) as shown:
+        result = await canary(shown).send(5)
+        assert result.outcome == outcome and result.detail and not result.digest
+
+
+async def test_a_renamed_model_is_learned_again(canary: Callable[..., CanarySignal]) -> None:
+    """A name that the engine does not know any more is asked for anew."""
+
+    async def by_name(request: web.Request) -> web.Response:
+        known = (await request.json())["model"] == name
+        return web.Response(text=TOKEN) if known else web.Response(status=404)
+
+    name = "old"
+    async with engine() as shown:
+        shown.answers["/v1/models"] = models("vllm", name)
+        shown.handlers[COMPLETIONS] = by_name
+        signal = canary(shown)
+        assert (await signal.send(5)).outcome == "ok"
+        name = "new"
+        shown.answers["/v1/models"] = models("vllm", name)
+        assert [(await signal.send(5)).outcome for _ in range(3)] == ["rejected", "ok", "ok"]
+
+
+async def test_a_stream_that_never_ends_starves(canary: Callable[..., CanarySignal]) -> None:
+    """The first token is not enough: what begins and does not end is a hang."""
+
+    async def begins(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(TOKEN.encode())
+        await asyncio.Event().wait()
+        return response
+
+    async with engine() as shown:
+        shown.handlers[COMPLETIONS] = begins
+        assert (await canary(shown).send(0.2)).outcome == "starved"
+
+
+async def test_the_answer_of_a_healthy_engine_is_always_the_same(canary: Callable[..., CanarySignal]) -> None:
+    """Equal canaries have equal hashes, and garbage has another one."""
+    async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=1.0)) as scripted:
+        signal = canary(scripted, "scripted")
+        passed = await signal.send(5)
+        assert passed.outcome == "ok" and passed.prompt_tokens and passed.digest
+        assert (await signal.send(5)).digest == passed.digest
+        scripted.faults.start("gibberish")
+        assert (await signal.send(5)).digest != passed.digest
+
+
+async def test_an_answer_without_end_is_bounded(
+    canary: Callable[..., CanarySignal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An endless answer is given up at the bound."""
+    monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER", 1000)
+    async with engine(**{COMPLETIONS: (200, TOKEN * 100)}) as shown:
+        assert (await canary(shown).send(5)).outcome == "failed"
+
+
+async def test_no_connection_is_refused(canary: Callable[..., CanarySignal]) -> None:
+    """A closed port is no hang."""
+    async with engine() as shown:
+        pass
+    assert (await canary(shown).send(5)).outcome == "refused"

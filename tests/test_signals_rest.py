@@ -1,0 +1,97 @@
+"""Whether the engine rests on purpose, read from real servers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+
+from sidecar.engine.kinds import KINDS
+from sidecar.signals import rest as rests
+from sidecar.signals.rest import RestSignal
+
+from .engine_faces import Shown, said
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+async def rest() -> AsyncIterator[Callable[..., RestSignal]]:
+    """A function: engine and kind -> its signal."""
+    async with aiohttp.ClientSession() as session:
+        yield lambda engine, kind="vllm", **more: RestSignal(session, engine.url, KINDS[kind].signs, {}, **more)
+
+
+@pytest.mark.parametrize(
+    ("paused", "sleeping", "reason"),
+    [
+        (False, False, ""),
+        (True, True, "engine_paused"),
+        (False, True, "engine_sleeping"),
+        (None, True, "engine_sleeping"),
+    ],
+)
+async def test_the_first_sign_that_is_true_counts(
+    rest: Callable[..., RestSignal], paused: bool | None, sleeping: bool, reason: str
+) -> None:
+    """A paused vLLM says that it sleeps, too: the pause is asked first, and a sign that the engine lacks is no hindrance."""
+    answers = {"/is_sleeping": said(is_sleeping=sleeping)} | (
+        {} if paused is None else {"/is_paused": said(is_paused=paused)}
+    )
+    async with Shown(answers) as engine:
+        assert await rest(engine).poll() == reason
+
+
+async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[..., RestSignal]) -> None:
+    """404 is remembered: without its development mode vLLM is asked once, and then left alone."""
+    async with Shown({}) as engine:
+        signal = rest(engine, period=0.0)
+        async with asyncio.timeout(10):
+            await signal.run()
+        assert engine.asked == {"/is_paused": 1, "/is_sleeping": 1}
+
+
+@pytest.mark.parametrize("answer", [(500, ""), (200, "no JSON"), (503, "")])
+async def test_what_is_not_answered_is_unknown_after_a_while(
+    rest: Callable[..., RestSignal], answer: tuple[int, str]
+) -> None:
+    """A rest outlives a lost answer, and is not believed for ever: unknown is no exemption."""
+    clock = Clock()
+    async with Shown({"/props": said(is_sleeping=True)}) as engine:
+        signal = rest(engine, "llamacpp", clock=clock)
+        assert await signal.poll() == "engine_sleeping"
+        engine.answers["/props"] = answer
+        clock.now += rests.STALE
+        assert await signal.poll() == "engine_sleeping"
+        clock.now += 0.1
+        assert await signal.poll() == ""
+
+
+@pytest.mark.parametrize("body", ["[]", "3", '{"is_sleeping": "yes"}', '{"is_sleeping": 1}', "{}"])
+async def test_only_a_plain_true_is_rest(rest: Callable[..., RestSignal], body: str) -> None:
+    """Other JSON than the one that is published says nothing."""
+    async with Shown({"/props": (200, body)}) as engine:
+        assert await rest(engine, "llamacpp").poll() == ""
+
+
+async def test_an_engine_that_answers_nothing_ends_no_polling(
+    rest: Callable[..., RestSignal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sign that hangs with the core costs its timeout, and is unknown."""
+    monkeypatch.setattr(rests, "TIMEOUT", 0.05)
+
+    async def never(_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async with Shown({}) as engine:
+        engine.handlers["/props"] = never
+        assert await rest(engine, "llamacpp").poll() == ""
+    assert await rest(engine, "llamacpp").poll() == ""
