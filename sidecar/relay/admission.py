@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol
@@ -58,10 +58,8 @@ class Admission:
         "_admitted",
         "_blocked",
         "_desk",
-        "_ending",
         "_pending_bytes",
         "_pending_tokens",
-        "_scope",
         "_writing_since",
         "aside_seconds",
         "at",
@@ -74,6 +72,7 @@ class Admission:
         "on_begun",
         "read_at",
         "route",
+        "scope",
         "sent_at",
         "shape",
         "status",
@@ -88,8 +87,7 @@ class Admission:
         self._admitted = False
         self._pending_tokens = 0
         self._pending_bytes = 0
-        self._scope: asyncio.Timeout | None = None
-        self._ending: SidecarError | None = None
+        self.scope: Endable | None = None
         self._writing_since: float | None = None
         self._blocked = False
         self.id = id
@@ -158,25 +156,14 @@ class Admission:
 
     # --- ended from outside ---
 
-    @asynccontextmanager
-    async def endable(self) -> AsyncIterator[None]:
-        """What is inside is cancelled by `end`, and raises its error."""
-        self._scope = asyncio.timeout(None)
-        try:
-            async with self._scope:
-                yield
-        except TimeoutError:
-            if self._ending is None:
-                raise
-            raise self._ending from None
-        finally:
-            self._scope, self._ending = None, None
+    def endable(self) -> Endable:
+        """A block that `end` cancels, and that then raises its error."""
+        return Endable(self)
 
     def end(self, error: SidecarError) -> None:
         """End the request with `error`, where it is in a part that can be ended; the first one counts."""
-        if self._scope is not None and self._ending is None:
-            self._ending = error
-            self._scope.reschedule(0.0)  # long ago: now
+        if self.scope is not None:
+            self.scope.end(error)
 
     # --- written to the client ---
 
@@ -256,3 +243,35 @@ class Admission:
                 error=reason_of(error, self.status),
             )
         )
+
+
+class Endable:
+    """A block of an admission's handling that can be ended from outside, once."""
+
+    __slots__ = ("_admission", "_error", "_timeout")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._error: SidecarError | None = None
+        self._timeout = asyncio.timeout(None)  # cancels, and tells its own cancelling from a client's
+
+    def end(self, error: SidecarError) -> None:
+        """Cancel the block; the first error counts."""
+        if self._error is None:
+            self._error = error
+            self._timeout.reschedule(0.0)  # long ago: now
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._admission.scope = self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._admission.scope = None
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._error is None:
+                raise
+            raise self._error from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 from sidecar.errors import EngineStalled
@@ -36,14 +36,14 @@ class Retries:
         """Whether anything is sent twice at all."""
         return self._seconds > 0
 
-    @contextmanager
-    def keeping(self, admission: Admission, data: Pieces) -> Iterator[None]:
+    def keeping(self, admission: Admission, data: Pieces) -> AbstractContextManager[None]:
         """Keep `data` until the answer begins or the block ends, where that is allowed and there is room."""
+        data.kept = self.on and admission.route in _REPEATABLE and (data.size or 0) <= self._left
+        return self._kept(admission, data) if data.kept else nullcontext()
+
+    @contextmanager
+    def _kept(self, admission: Admission, data: Pieces) -> Iterator[None]:
         size = data.size or 0
-        data.kept = self.on and admission.route in _REPEATABLE and size <= self._left
-        if not data.kept:
-            yield
-            return
         self._left -= size
 
         def drop() -> None:

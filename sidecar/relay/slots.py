@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from sidecar.errors import QueueFull
 from sidecar.relay.admission import Admission
@@ -22,20 +22,20 @@ class Slots:
         self._queued = queued
         self.waiting = 0
 
+    def taken(self, admission: Admission) -> AbstractAsyncContextManager[None]:
+        """A place, held for a block; waits for one. Raises QueueFull where too many wait already."""
+        return nullcontext() if self._free is None else self._taken(self._free, admission)
+
     @asynccontextmanager
-    async def taken(self, admission: Admission) -> AsyncIterator[None]:
-        """A place, held; waits for one. Raises QueueFull where too many wait already."""
-        if self._free is None:
-            yield
-            return
-        if self._free.locked():
-            await self._wait(self._free, admission)
+    async def _taken(self, free: asyncio.Semaphore, admission: Admission) -> AsyncIterator[None]:
+        if free.locked():
+            await self._wait(free, admission)
         else:
-            await self._free.acquire()
+            await free.acquire()
         try:
             yield
         finally:
-            self._free.release()
+            free.release()
 
     async def _wait(self, free: asyncio.Semaphore, admission: Admission) -> None:
         if self.waiting >= self._queued:
