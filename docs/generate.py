@@ -23,6 +23,7 @@ from sidecar.manifests.render import render
 from sidecar.manifests.settings import ManifestSettings
 from sidecar.meters import METRICS
 from sidecar.probes import FAILS
+from sidecar.reasons import CAUSES, TEXTS
 from sidecar.settings import Settings, default_of, spelled
 from sidecar.verdict import CONDITIONS, TABLE
 
@@ -128,10 +129,20 @@ Twice a second the first condition that holds decides.
 {table(("", "condition", "holds when"), conditions)}
 ## Transitions
 
-The present state picks the line of the condition that decided. For the conditions `exempt` and `withheld` the reason is more
-exact than the one in this table: `draining`, `engine_sleeping`; `own_pause`, `clock_jump`, `relay_blind`.
+The present state picks the line of the condition that decided. Some reasons are more exact than the one in this table: `exempt`
+and `own_lag` name what holds the verdict back (`draining`, `engine_sleeping`, ...; `own_pause`, `clock_jump`, `relay_blind`), `part`
+the part that hangs, `no_progress` the cause of the silence (below), `awaiting_first_token` becomes `startup_stuck`; `kept` keeps
+the reason that there was.
 
 {table(("condition", "from", "to", "reason"), rows)}
+## Causes of a silence
+
+The first that holds names the reason of a silence of the whole engine; what none explains is `no_progress`. A cause decides nothing.
+
+{table(("", "reason", "holds when"), ((str(n), f"`{code}`", text) for n, (code, _, text) in enumerate(CAUSES, 1)))}
+## Reasons in words
+
+{table(("reason", "meaning"), ((f"`{code}`", text) for code, text in TEXTS.items()))}
 ## As a picture
 
 `any` stands for every state that a condition does not name on its own.

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from sidecar import __version__, sums, units, verdict
+from sidecar import __version__, reasons, sums, units, verdict
 from sidecar.bounded import Bounded
+from sidecar.exemptions import Orders
 from sidecar.explain import explain, facts_of, held
 from sidecar.facts import (
     Admitted,
@@ -17,6 +18,8 @@ from sidecar.facts import (
     CanaryResult,
     Delivered,
     DiagnosisSummary,
+    Directed,
+    End,
     EngineSample,
     Fact,
     FirstToken,
@@ -29,12 +32,14 @@ from sidecar.facts import (
     Verdict,
 )
 from sidecar.fleet import NO_BUDGET, Budget, Fleet, rules
-from sidecar.ledger import Ledger, Settlement
+from sidecar.ledger import Hold, Ledger, Settlement
 from sidecar.memory import Kept
+from sidecar.parts import Finding, Parts
 from sidecar.progress import Limits, Progress
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, RelayUse, Snapshot
 
+OF_REQUESTS = (Admitted, FirstToken, Delivered, Backpressure, Settled)
 TICK = 0.5  # seconds between ticks
 LATE = 2.0  # seconds that a tick may be late before our own evidence is withheld
 JUMP = 5.0  # seconds between wall and monotonic clock that count as a jump
@@ -78,6 +83,13 @@ class Control:
             settings.silence_floor, settings.silence_unlearned, settings.silence_margin, settings.silence_cap
         )
         self.progress = Progress(limits, baseline=now)
+        self.parts = Parts(limits)
+        self.orders = Orders(settings.silence_cap)
+        self._watch = reasons.Watch(start_at=now)
+        self._ends: list[tuple[int, End]] = []
+        self._exempt: str | None = None
+        self._judged_from = 0.0  # a canary that was sent before an exemption ended says nothing
+        self.news = False  # the last tick's verdict is one to tell
         self.memory = verdict.Memory(since=now, engine_since=now)
         self.fleet = Fleet(rules(settings, pod))
         self.changes: deque[Verdict] = deque(maxlen=CHANGES)
@@ -104,31 +116,46 @@ class Control:
 
     def fact(self, relay: int, fact: Fact) -> Settlement | None:
         """Book one fact. Returns the settlement when it ended a request."""
+        key = (relay, fact.id) if isinstance(fact, OF_REQUESTS) else None
+        settlement = self.ledger.apply(relay, fact)
+        if key is not None:
+            self._of_request(key, fact, self.ledger.hold(key))
         match fact:
-            case Admitted():
-                prefill = units.terms(fact.expected, self._co).before_first_token / 1000 if fact.stream else None
-                self.progress.admitted((relay, fact.id), prefill, fact.at)
-            case FirstToken():
-                self.progress.first_token((relay, fact.id), fact.at)
             case Delivered(bytes=size) if size > 0:
                 self.progress.delivered(fact.at)
-            case Backpressure(on=False):
-                self.progress.resumed((relay, fact.id), fact.at)
+            case Directed():
+                self.orders.book(fact)
             case Settled():
-                self.progress.settled((relay, fact.id))
                 self._ended(fact)
             case Imaged():
                 self._images.add(fact)
             case _:
                 pass
-        return self.ledger.apply(relay, fact)
+        return settlement
+
+    def _of_request(self, key: tuple[int, str], fact: Fact, hold: Hold | None) -> None:
+        """What a fact says of its request's progress."""
+        self.parts.book(key, fact, *((hold.prefill, hold.whole) if hold else ()))
+        match fact:
+            case Admitted():
+                self.progress.admitted(key, hold.prefill if hold and fact.stream else None, fact.at)
+            case FirstToken():
+                self.progress.first_token(key, fact.at)
+                if hold is not None:
+                    self.orders.served(hold.admitted.at)
+            case Backpressure(on=False):
+                self.progress.resumed(key, fact.at)
+            case Settled():
+                self.progress.settled(key)
+            case _:
+                pass
 
     def relay_lost(self, relay: int, now: float) -> list[Settlement]:
         """Settle what a dead relay held. Its deliveries are unknown, so silence starts anew."""
         self.progress.rebaseline(now)
         lost = self.ledger.lose(relay, now)
         for settlement in lost:
-            self.progress.settled((relay, settlement.admitted.id))
+            self._of_request((relay, settlement.admitted.id), settlement.settled, None)
         return lost
 
     def _ended(self, fact: Settled) -> None:
@@ -151,7 +178,10 @@ class Control:
         if self.evidence.age is None:
             return self._idle_canary_allowed()
         # The silence itself has had all that the outstanding work may take, a blocked API included: no need to wait as long again.
-        return min(self.evidence.allowed - self._blocked, max(CONFIRMING, self._settings.silence_floor))
+        # What engine steps held off counts as part of its time.
+        e, floor = self.evidence, self._settings.silence_floor
+        left = e.allowed - self._blocked - max(0.0, (e.age or 0.0) - e.allowed)
+        return max(min(floor, CANARY_FLOOR), min(left, max(CONFIRMING, floor)))
 
     def _idle_canary_allowed(self) -> float:
         """Nothing is outstanding: what a canary may take is known from those before it."""
@@ -190,17 +220,61 @@ class Control:
         self.evidence = self.progress.evidence(
             self.ledger.holds(), now, extra=extra, learn=self.memory.state in LEARNING
         )
+        withheld = self._withheld_reason if now < self._withheld_until else None
+        exempt = self._judged(self._exemption(r), now)
+        trusted = withheld is None and exempt is None and not r.unanswered
+        sample = r.engine.value if isinstance(r.engine, Value) else None
+        canary = self.canary if self.canary and self.canary.started >= self._judged_from else None
         inputs = verdict.Inputs(
-            now=now, evidence=self.evidence, canary=self.canary, refused_since=r.refused_since,
-            exempt=self._exemption(r), restarted=self._restarted,
-            withheld=self._withheld_reason if now < self._withheld_until else None,
+            now=now, evidence=self.evidence, canary=canary, refused_since=r.refused_since,
+            exempt=exempt, restarted=self._restarted, withheld=withheld, part=self._part(sample, now, trusted=trusted),
+            cause=self._cause(r, sample, now), startup_stuck=now - self._watch.start_at >= self._settings.silence_cap,
         )  # fmt: skip
         self._restarted = False
-        before = self.memory.state, self.fleet.reason
+        before = self.memory, self.fleet.reason
         self.memory, name = verdict.judge(self.memory, inputs)
         self.fleet.tick(self.memory.state, self._proof(), r.gpus, r.budget, now)
         self._say(inputs, name, before, now, wall)
         return self._snapshot(r, now, wall)
+
+    def _judged(self, exempt: str | None, now: float) -> str | None:
+        """The exemption that holds now. An order that the relay saw exempts only while no token flows; when one ends, silence starts anew."""
+        at = self.progress.last()[1]
+        if exempt is None and (at is None or now - at > verdict.FRESH):
+            exempt = self.orders.active(now)
+        if self._exempt is not None and exempt is None:
+            self.progress.rebaseline(now)
+            self._judged_from = now
+        self._exempt = exempt
+        return exempt
+
+    def _part(self, sample: EngineSample | None, now: float, *, trusted: bool) -> Finding | None:
+        """A part that hangs alone. Single requests that can never end are asked of their relay to be ended."""
+        self.parts.tick(now, self.evidence.progress_at, trusted=trusted)
+        if not trusted:
+            return None
+        found, stuck = self.parts.judge(now, sample, self.progress.learned)
+        self._end(stuck, "stream_stuck")
+        oversized = self.parts.oversized(sample, self.evidence.age)
+        self._end((oversized,) if oversized else (), "prompt_exceeds_kv_cache")
+        return found
+
+    def _end(self, keys: tuple[tuple[int, str], ...], code: str) -> None:
+        self._ends.extend((relay, End((id,), code)) for relay, id in keys)
+
+    def take_ends(self) -> list[tuple[int, End]]:
+        """Orders to relays since the last call: (relay index, what to end)."""
+        ends, self._ends = self._ends, []
+        return ends
+
+    def _cause(self, r: Readings, sample: EngineSample | None, now: float) -> str:
+        gpus = r.gpus.value if isinstance(r.gpus, Value) else None
+        self._watch.see(now, r.unanswered, None if gpus is None else sum(n for g in gpus for _, n in g.xid_errors))
+        signs = reasons.Signs(
+            self.evidence.age, sample, self._watch.xid_age(now), self._watch.unanswered(now), self.progress.iterating,
+            self.parts.first_only(),
+        )  # fmt: skip
+        return reasons.cause_of(signs)
 
     def _watch_ourselves(self, r: Readings, now: float, wall: float) -> None:
         """Our own ill-health lengthens patience: re-baseline, and withhold for a full window."""
@@ -240,16 +314,20 @@ class Control:
             return "engine_sleeping"
         return r.resting or None
 
-    def _say(self, i: verdict.Inputs, name: str, before: tuple[str, str], now: float, wall: float) -> None:
-        m = self.memory
-        changed = (m.state, self.fleet.reason) != before
+    def _say(self, i: verdict.Inputs, name: str, before: tuple[verdict.Memory, str], now: float, wall: float) -> None:
+        m, (was, hold) = self.memory, before
+        changed = (m.state, self.fleet.reason) != (was.state, hold)
+        self.news = m.state != was.state or (m.reason != was.reason and m.reason in reasons.LOUD)
         since_wall = wall if changed else self.verdict.since_wall
         bare = Verdict(m.state, m.reason, explain(m, i, name), m.since, since_wall, facts_of(i, name))
         self.verdict = held(bare, self.fleet.hold)
-        if changed:
+        if changed or self.news:
             self.changes.appendleft(self.verdict)
-        if m.state == "starting" != before[0]:
+        if m.state == "starting" and (was.state != "starting" or name == "restarted"):
             self._canary_seconds.clear()
+            self.parts.restart()
+            self.orders.clear()
+            self._watch.start_at = now
 
     # --- over a restart of our own process ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sidecar import verdict
+from sidecar import reasons, verdict
 from sidecar.facts import Verdict
 from sidecar.fleet import BRIEF, Hold
 from sidecar.progress import Evidence
@@ -24,6 +24,8 @@ def facts_of(i: verdict.Inputs, name: str) -> dict[str, float | int | str | bool
         "ruled_by": e.ruled_by,
         "silence_predicted": _round(e.predicted),
         "learned": e.learned,
+        "part": i.part.reason if i.part else None,
+        "part_for": _round(i.now - i.part.since) if i.part else None,
         "canary": c.outcome if c else None,
         "canary_age": _round(i.now - c.ended) if c else None,
         "refused_for": _round(i.now - i.refused_since) if i.refused_since is not None else None,
@@ -39,10 +41,14 @@ def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
         else "nothing outstanding"
     )
     canary = f"canary {i.canary.outcome} ({i.canary.detail})" if i.canary and i.canary.detail else "no canary verdict"
+    why = reasons.TEXTS.get(m.reason, m.reason)
     texts = {
+        "part": f"{why}: {i.part.detail}" if i.part else why,
+        "part_severe": f"{why}: {i.part.detail}" if i.part else f"{why}; held until the engine is restarted",
+        "silent": f"{silence}: {why}",
         "progress": f"{e.outstanding} outstanding, last progress {e.progress_kind}",
-        "confirmed": f"{silence}; {canary}",
-        "held": f"{silence}; {canary}",
+        "confirmed": f"{silence}; {canary}: {why}",
+        "held": f"{silence}; {canary}: {why}",
         "canary_lost": f"{silence}; {canary}",
         "canary_rejected": f"{canary}; silence cannot be judged",
         "stuck": f"{silence}; the canary passes, the users' work does not move",
@@ -50,7 +56,7 @@ def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
         "refused_long": "the engine takes no connection; a restart must be under way",
         "restarted": "the engine was started anew",
         "reopened": "the engine takes connections again",
-        "not_served": f"no token from the engine yet; {canary}",
+        "not_served": f"no token from the engine yet; {canary}" + (f": {why}" if m.reason == "startup_stuck" else ""),
         "exempt": f"not judged: {m.reason}",
         "withheld": f"withheld: {m.reason}",
     }

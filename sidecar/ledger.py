@@ -156,6 +156,10 @@ class Ledger:
         """The open holds, oldest first."""
         return iter(self._holds.values())
 
+    def hold(self, key: Key) -> Hold | None:
+        """One open hold."""
+        return self._holds.get(key)
+
     def stock(self) -> Stock:
         """What is in flight: the sum over the open holds."""
         mu, prefill, decode, waiting = 0.0, 0, 0, 0

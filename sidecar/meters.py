@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sidecar.bounded import OTHER, Bounded
-from sidecar.facts import STATES, CanaryResult, Failed, GpuSample, Imaged, Outcome, Reading, Value, Verdict
+from sidecar.facts import STATES, CanaryResult, End, Failed, GpuSample, Imaged, Outcome, Reading, Value, Verdict
 from sidecar.fleet import HANDOVERS
 from sidecar.snapshot import Snapshot
 
@@ -68,6 +68,7 @@ METRICS: Final = (
     Metric("sidecar_handover", "gauge", "1 while the engine is handed over: a restart does not help, an operator must act.", ("reason",)),
     Metric("sidecar_progress_age_seconds", "gauge", "Since the last progress; no series while nothing is outstanding."),
     Metric("sidecar_silence_allowed_seconds", "gauge", "Silence that the outstanding work may keep without suspicion."),
+    Metric("sidecar_streams_ended_total", "counter", "Requests that were ended because they alone could not go on.", ("reason",)),
     Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST),
     Metric("sidecar_canaries_total", "counter", "Canaries that ended.", ("outcome",)),
     Metric("sidecar_images_total", "counter", "Images of requests.", ("format", "outcome")),
@@ -151,8 +152,8 @@ class Meters(Collector):
         """The moment that gauges show from now on."""
         self._snapshot = snapshot
 
-    def observe(self, record: Imaged | CanaryResult | Verdict) -> None:
-        """Count an image, a canary that ended, or a verdict that has just changed."""
+    def observe(self, record: Imaged | CanaryResult | Verdict | End) -> None:
+        """Count an image, a canary that ended, a verdict that has just changed, or an order to end requests."""
         match record:
             case Imaged():
                 self._imaged(record)
@@ -161,6 +162,8 @@ class Meters(Collector):
                 self._fed.observe("sidecar_canary_seconds", record.ended - record.started)
             case Verdict():
                 self._fed.count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
+            case End():
+                self._fed.count("sidecar_streams_ended_total", (record.code,), len(record.ids))
 
     def settled(
         self,

@@ -86,6 +86,7 @@ class Progress:
     started_at: float | None = None  # when work last began to be outstanding
     baseline: float = 0.0  # nothing before this counts as silence
     steps_at: float | None = None
+    iterating: int = 0  # readings in a row in which the engine's steps moved
     _sample: EngineSample | None = None
     _busy: bool = False  # the engine's gauges show work that is not our canary
     _open: int = 0  # requests that the relay has out
@@ -152,6 +153,7 @@ class Progress:
         for kind, names in COUNTERS.items():
             if not canary and any_moved(before, sample, names):
                 self._mark(kind, now)
+        self.iterating = self.iterating + 1 if moved(before.iterations, sample.iterations) else 0
         if any_moved(before, sample, SIGNS_OF_LIFE):
             self.steps_at = now
         return False

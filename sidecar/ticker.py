@@ -13,13 +13,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar import memory, probes
+from sidecar import memory, probes, reasons
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
 from sidecar.diagnosis import MAX_PAGE, Diagnoses, bundle, diagnose
 from sidecar.errands import Errands
 from sidecar.examination import Examiner
-from sidecar.facts import Admitted, CanaryResult, Fact, FirstToken, Imaged, Page, PageWanted, Published
+from sidecar.facts import Admitted, CanaryResult, End, Fact, FirstToken, Imaged, Page, PageWanted, Published
 from sidecar.keeping import EVERY, RESUME, Keeping
 from sidecar.ledger import Settlement
 from sidecar.meters import Meters
@@ -145,18 +145,19 @@ class Ticker:
 
     def _tick(self) -> None:
         now, wall = time.monotonic(), time.time()
-        before, held = self.control.verdict.state, self.control.fleet.reason
+        held = self.control.fleet.reason
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         self.ticked_at = now
         self.sinks.meters.update(self.snapshot)
-        changed = self.control.verdict.state != before
-        turned = self.control.fleet.reason != held
+        changed, turned = self.control.news, self.control.fleet.reason != held
         if changed:
             self._changed(wall)
         if turned:
             self._held(counted=changed)
         if changed or turned or self._ticks % EVERY == 0:
             self._errands.start("memory", self._keep(memory.dump(self.control.keep(), now)))
+        for relay, end in self.control.take_ends():
+            self._end(relay, end)
         allowed = self.control.canary_due()
         if allowed is not None and self._signals.contact.canary is not None:
             self.control.canary_sent(now)
@@ -182,7 +183,8 @@ class Ticker:
 
     def _changed(self, wall: float) -> None:
         verdict = self.control.verdict
-        level = logging.WARNING if verdict.state in ("suspect", "stalled", "dead") else logging.INFO
+        bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.LOUD
+        level = logging.WARNING if bad else logging.INFO
         _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
         self.sinks.meters.observe(verdict)
         # A restart can be over in a second; while one is awaited, the port is watched closely enough to see it.
@@ -216,6 +218,13 @@ class Ticker:
             )
         else:
             _log.warning("not killed yet (%s): %s", hold.reason, hold.detail)
+
+    def _end(self, relay: int, end: End) -> None:
+        """Have a relay end requests that can never end by themselves."""
+        _log.warning("ending %d request(s) of relay %d: %s", len(end.ids), relay, reasons.TEXTS[end.code])
+        self.sinks.meters.observe(end)
+        if self._pool is not None:
+            self._pool.order(end, relay)
 
     def _publish(self, wall: float) -> None:
         load, engine = self.snapshot.load, self.snapshot.engine

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sidecar.facts import CanaryResult, State
+from sidecar.parts import Finding
 from sidecar.progress import Evidence
 
 FRESH = 2.0  # seconds after progress in which the engine counts as progressing
@@ -18,6 +19,9 @@ REFUSED_GRACE = 5.0  # seconds of refused connections before the engine counts a
 DEAD_HOLD = 60.0  # seconds that `dead` is held; then a restart is under way, and killing again would loop
 STUCK_CYCLES = 3  # canaries that passed while the users' work stood still, before readiness stays withdrawn
 REJECTED_STARTS = 3  # canaries rejected (4xx) before start-up no longer waits for one
+PART_HOLD = (
+    120.0  # seconds that `stalled` holds after a part was the reason: its streams are ended, nothing else would show it
+)
 STALLED_CANARY = 2.0  # seconds between canaries of a stalled or suspect engine
 STARTING_CANARY = 1.0
 
@@ -33,6 +37,9 @@ class Inputs:
     exempt: str | None = None
     withheld: str | None = None
     restarted: bool = False
+    part: Finding | None = None  # a part that hangs alone
+    cause: str = "no_progress"  # the reason code of a silence of the whole engine
+    startup_stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,7 @@ class Memory:
     window_at: float = 0.0
     stuck_cycles: int = 0
     rejected: int = 0
+    part: bool = False  # a part that hangs alone ruled last
     canary_seen: float = 0.0  # `ended` of the last canary that was counted
 
     @property
@@ -80,7 +88,7 @@ def _silent(m: Memory, i: Inputs) -> bool:
     return silence > e.allowed and not steps
 
 
-STEPS_HOLD_OFF = 2.0  # engine steps alone hold suspicion off for this multiple of the allowed silence
+STEPS_HOLD_OFF = 1.5  # engine steps alone hold suspicion off for this multiple of the allowed silence
 
 
 def _canary(m: Memory, i: Inputs, *outcomes: str) -> bool:
@@ -118,6 +126,17 @@ def _rejected(m: Memory, i: Inputs) -> bool:
     return judged and _since_progress(i) and _canary(m, i, "rejected")
 
 
+def _part(m: Memory, i: Inputs) -> bool:
+    """A part hangs alone; the silence of the whole engine goes before it."""
+    return i.part is not None and m.served and m.state not in ("starting", "dead") and not _silent(m, i)
+
+
+def _part_severe(m: Memory, i: Inputs) -> bool:
+    """A part has hung for long, or did until its requests were ended for it: then the kill is under way."""
+    held = m.state == "stalled" and m.part and i.now - m.since < PART_HOLD
+    return held or (_part(m, i) and i.part is not None and i.part.severe)
+
+
 def _working(m: Memory, i: Inputs) -> bool:
     return i.evidence.age is not None
 
@@ -138,6 +157,8 @@ CONDITIONS: tuple[tuple[str, Condition, str], ...] = (
     ),
     ("refused", _refused, f"no connection taken for {REFUSED_GRACE:.0f} s"),
     ("reopened", lambda m, i: m.state == "dead" and i.refused_since is None, "connections are taken again after death"),
+    ("part_severe", _part_severe, "a part has hung alone for long, with much of the work"),
+    ("part", _part, "a part hangs alone: a stream again and again, all decodes, one rank, admission"),
     ("progress", _progress, f"progress within the last {FRESH:.0f} s"),
     ("confirmed", _confirmed, "silent beyond the allowed time, and the confirming canary failed or starved"),
     ("stuck", _stuck, f"{STUCK_CYCLES} canaries passed while the users' work stood still"),
@@ -165,6 +186,8 @@ TABLE: dict[str, Row] = {
         "*": ("dead", "engine_gone"),
     },
     "reopened": {"*": ("starting", "engine_restarting")},
+    "part_severe": {"*": ("stalled", "part")},
+    "part": {"*": ("suspect", "part")},
     "progress": {"*": ("progressing", "progress")},
     "confirmed": {"*": ("stalled", "no_progress")},
     "stuck": {"*": ("suspect", "work_stuck")},
@@ -172,11 +195,11 @@ TABLE: dict[str, Row] = {
     "canary_ok": {"*": ("idle", "canary_ok")},
     "canary_rejected": {"*": ("unknown", "canary_rejected")},
     "not_served": {"*": ("starting", "awaiting_first_token")},
-    "held": {"stalled": ("stalled", "no_progress"), "dead": ("dead", "engine_gone")},
+    "held": {"stalled": ("stalled", "kept"), "dead": ("dead", "engine_gone")},
     "canary_lost": {"*": ("suspect", "canary_lost")},
-    "silent": {"*": ("suspect", "silent")},
-    "working": {"suspect": ("suspect", "canary_pending"), "*": ("quiet", "within_allowed")},
-    "nothing": {"suspect": ("suspect", "canary_pending"), "*": ("idle", "no_work")},
+    "silent": {"*": ("suspect", "no_progress")},
+    "working": {"suspect": ("suspect", "kept"), "*": ("quiet", "within_allowed")},
+    "nothing": {"suspect": ("suspect", "kept"), "*": ("idle", "no_work")},
 }
 
 
@@ -186,11 +209,20 @@ def judge(m: Memory, i: Inputs) -> tuple[Memory, str]:
     name = next(name for name, holds, _ in CONDITIONS if holds(m, i))
     row = TABLE[name]
     state, reason = row.get(m.state) or row.get("*", (m.state, m.reason))
-    if i.exempt is not None and name == "exempt":
-        reason = i.exempt
-    if i.withheld is not None and name == "withheld":
-        reason = i.withheld
-    return _enter(m, i, name, state, reason), name
+    return _enter(m, i, name, state, _exact(m, i, reason)), name
+
+
+def _exact(m: Memory, i: Inputs, reason: str) -> str:
+    """The reason code, where the table's stands for one that the inputs or the memory name."""
+    exact = {
+        "exempt": i.exempt,
+        "own_lag": i.withheld,
+        "part": i.part.reason if i.part is not None else m.reason,
+        "kept": m.reason,
+        "no_progress": i.cause,
+        "awaiting_first_token": "startup_stuck" if i.startup_stuck else None,
+    }
+    return exact.get(reason) or reason
 
 
 def _count(m: Memory, i: Inputs) -> Memory:
@@ -203,7 +235,7 @@ def _count(m: Memory, i: Inputs) -> Memory:
 
 
 def _enter(m: Memory, i: Inputs, name: str, state: State, reason: str) -> Memory:
-    changes: dict[str, float | int | bool] = {}
+    changes: dict[str, float | int | bool] = {"part": name in ("part", "part_severe")}
     if name in ("progress", "canary_ok", "canary_ok_busy"):
         changes["served"] = True
     if name == "canary_ok_busy":
@@ -224,7 +256,7 @@ def canary_due(m: Memory, e: Evidence, last_ended: float | None, interval: float
     Never while work progresses or is silent within its time: a canary would only add load.
     """
     pauses = {"starting": STARTING_CANARY, "suspect": STALLED_CANARY, "stalled": STALLED_CANARY, "dead": STALLED_CANARY}
-    pause = pauses.get(m.state, interval)
+    pause = interval if m.part else pauses.get(m.state, interval)
     idle = m.state in ("idle", "unknown") and (e.age is None or e.age > e.allowed)
     quiet_for = e.now - max(last_ended or 0.0, e.progress_at or 0.0 if idle else 0.0)
     fresh_suspect = m.state == "suspect" and (last_ended is None or last_ended <= m.since)

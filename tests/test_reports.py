@@ -17,6 +17,7 @@ from sidecar.facts import (
     STATES,
     Absent,
     CanaryResult,
+    End,
     EngineSample,
     Failed,
     GpuSample,
@@ -63,6 +64,7 @@ def full() -> Meters:
     meters.observe(Imaged("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
     meters.observe(CanaryResult("ok", 10.0, 10.1, 8.0))
     meters.observe(Verdict("progressing", "bytes_delivered", "", 1.0, 1.0))
+    meters.observe(End(("r",), "stream_stuck"))
     return meters
 
 

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.facts import STATES, CanaryResult, State
+from sidecar.parts import Finding
 from sidecar.progress import Evidence
 from sidecar.verdict import (
     CONDITIONS,
     DEAD_HOLD,
+    PART_HOLD,
     REFUSED_GRACE,
     REJECTED_STARTS,
     STUCK_CYCLES,
@@ -350,3 +352,54 @@ def test_canaries_are_sent_when_starting_idle_suspect_or_stalled_and_never_to_a_
     assert not canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
     suspect = Memory(state="suspect", since=99.9)
     assert canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
+
+
+PART = Finding("rank_silent", 0.0, False, "rank 1")
+
+
+def test_a_part_that_hangs_withdraws_readiness_though_the_rest_progresses() -> None:
+    """Progress of others does not hide it, its own reason names it, and canaries come at the pace of an idle engine."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    assert w.tick(part=PART).state == "suspect"
+    assert w.memory.reason == "rank_silent"
+    assert not canary_due(w.memory, evidence(w.now + 9.0), w.now + 0.1, 10.0)
+    assert canary_due(w.memory, evidence(w.now + 11.0), w.now + 0.1, 10.0)
+    w.progress_at = w.now + 0.4
+    assert w.tick().state == "progressing"
+
+
+def test_a_part_that_hangs_for_long_fails_liveness_and_is_held_while_its_streams_are_ended() -> None:
+    """The kill is under way once liveness failed: the requests that showed the hang are gone, a canary passes, and still it holds."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.tick(part=PART)
+    w.tick(part=replace(PART, severe=True))
+    assert (w.memory.state, w.memory.reason) == ("stalled", "rank_silent")
+    w.work_since = None
+    w.canary_ends("ok")
+    w.wait(PART_HOLD - 5)
+    assert w.memory.state == "stalled"
+    w.wait(10)
+    assert w.memory.state == "idle", "nothing shows it any more, and nobody restarted it"
+
+
+def test_the_silence_of_the_whole_engine_goes_before_a_part() -> None:
+    """Once all is silent, the whole engine is judged: by its canary."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.tick(part=PART)
+    for _ in range(30):
+        w.tick(part=PART)
+    assert (w.memory.state, w.memory.reason) == ("suspect", "no_progress")
+    w.canary_ends("starved", took=1)
+    assert w.tick(part=PART, cause="livelock").state == "stalled"
+    assert w.memory.reason == "livelock"
+
+
+def test_a_start_up_without_a_sign_of_progress_is_named_and_stays_the_startup_probes() -> None:
+    """Its reason changes, its state does not."""
+    w = World()
+    assert w.tick(startup_stuck=True).state == "starting"
+    assert w.memory.reason == "startup_stuck"
+    assert w.tick().reason == "awaiting_first_token"

@@ -1,0 +1,232 @@
+"""Parts that hang alone while the engine works: what is found, what is ended, and what must not be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sidecar.facts import Admitted, Backpressure, Delivered, EngineSample, FirstToken, RankSample, Settled, Work
+from sidecar.learned import Learned
+from sidecar.parts import MOST_ENDS, REPEATED, SEVERE, Finding, Parts
+from sidecar.progress import Key, Limits
+
+
+@dataclass
+class Engine:
+    """Parts beside a scripted engine; each `tick` is a second in which, unless `silent`, something progresses."""
+
+    now: float = 1000.0
+    parts: Parts = field(default_factory=lambda: Parts(Limits()))
+    learned: Learned = field(default_factory=lambda: Learned(token_seconds=0.02))
+    sample: EngineSample | None = None
+    requests: int = 0
+    ended: list[Key] = field(default_factory=list)
+    finding: Finding | None = None
+
+    def admit(self, prefill: float = 0.1, output: int = 100) -> Key:
+        self.requests += 1
+        key = (0, str(self.requests))
+        fact = Admitted(key[1], self.now, "t", "m", "chat", True, Work(1000, output=output), output, 1.0)
+        self.parts.book(key, fact, prefill, 0)
+        return key
+
+    def first(self, key: Key) -> None:
+        self.parts.book(key, FirstToken(key[1], self.now))
+        self.parts.book(key, Delivered(key[1], self.now, 1, 4))
+
+    def deliver(self, *keys: Key, tokens: int = 5) -> None:
+        for key in keys:
+            self.parts.book(key, Delivered(key[1], self.now, tokens, 4))
+
+    def settle(self, key: Key, tokens: int = 50) -> None:
+        self.parts.book(key, Settled(key[1], self.now, "ok", 200, None, tokens, 4, None, self.now, 0.0))
+
+    def decoding(self, *, tokens: int = 5) -> Key:
+        key = self.admit()
+        self.first(key)
+        self.deliver(key, tokens=tokens)
+        return key
+
+    def tick(self, seconds: int = 1, *moving: Key, silent: bool = False, trusted: bool = True) -> None:
+        for _ in range(seconds):
+            self.now += 1.0
+            self.deliver(*moving, tokens=1)
+            self.parts.tick(self.now, None if silent else self.now, trusted=trusted)
+            self.finding, ends = self.parts.judge(self.now, self.sample, self.learned)
+            self.ended.extend(ends)
+
+
+def test_a_stream_that_is_silent_while_others_move_is_ended_once() -> None:
+    """Its own silence counts, not the engine's; nobody else is ended, and readiness stays."""
+    e = Engine()
+    stuck, other = e.decoding(), e.decoding()
+    e.tick(55, other)
+    assert e.ended == []
+    e.tick(60, other)
+    assert e.ended == [stuck]
+    assert e.finding is None
+
+
+def test_no_stream_is_stuck_while_the_whole_engine_is_silent_or_we_are_unwell() -> None:
+    """The clock of parts stands still in a silence of all, and while we are not to be trusted."""
+    e = Engine()
+    e.decoding(), e.decoding()
+    e.tick(600, silent=True)
+    e.tick(600, trusted=False)
+    e.tick(5)
+    assert e.ended == [] and e.finding is None
+
+
+def test_a_client_that_does_not_read_keeps_its_own_answer_waiting() -> None:
+    """Backpressure is no silence of the engine; the count starts anew once it is over."""
+    e = Engine()
+    slow, other = e.decoding(), e.decoding()
+    e.parts.book(slow, Backpressure(slow[1], e.now, True))
+    e.tick(600, other)
+    assert e.ended == []
+    e.parts.book(slow, Backpressure(slow[1], e.now, False))
+    e.tick(50, other)
+    assert e.ended == []
+    e.tick(30, other)
+    assert e.ended == [slow]
+
+
+def test_a_request_that_waits_behind_a_full_batch_is_not_stuck_unless_it_was_overtaken() -> None:
+    """Waiting in turn may take minutes; being passed by later ones may not."""
+    e = Engine()
+    running, waiting = e.decoding(), e.admit()
+    e.tick(300, running)
+    assert e.ended == []
+    for _ in range(3):
+        e.decoding()
+    e.tick(1, running)
+    assert waiting in e.ended
+
+
+def test_prefill_done_meanwhile_explains_a_silence() -> None:
+    """Where prefills go first, decodes starve for as long as prefills take: nothing is stuck."""
+    e = Engine()
+    e.decoding(), e.decoding()
+    for _ in range(200):
+        e.first(e.admit(prefill=1.0))
+        e.tick(1)
+    assert e.ended == [] and e.finding is None
+
+
+def test_an_answer_that_is_held_back_gets_the_time_of_its_tokens() -> None:
+    """A tool call is often buffered until it is whole."""
+    e = Engine(learned=Learned(token_seconds=0.1))
+    key = e.admit(output=2000)
+    e.first(key)
+    other = e.decoding()
+    e.tick(180, other)
+    assert e.ended == []
+
+
+def test_preempted_streams_get_more_time_while_the_cache_is_full() -> None:
+    """Under memory pressure an engine puts streams back into its queue."""
+    e = Engine(sample=EngineSample(running=9, waiting=4, kv_usage=0.97))
+    e.decoding()
+    other = e.decoding()
+    e.tick(200, other)
+    assert e.ended == []
+    e.tick(200, other)
+    assert len(e.ended) == 1
+
+
+def test_stuck_streams_that_repeat_are_a_finding_and_only_some_are_ended() -> None:
+    """Distinct requests within a window withdraw readiness; the number that is ended is bounded."""
+    e = Engine()
+    for _ in range(MOST_ENDS + 5):
+        e.decoding()
+    other = e.decoding()
+    e.tick(90, other)
+    assert e.finding is not None and e.finding.reason == "stream_stuck" and not e.finding.severe
+    assert len(e.ended) == len(set(e.ended)) == MOST_ENDS >= REPEATED
+    e.tick(int(SEVERE), other)
+    assert e.finding is not None and e.finding.severe, "most of the open requests have been stuck for long"
+
+
+def test_first_tokens_without_any_other_are_decodes_that_stall() -> None:
+    """Prefill at full speed and no decode: one finding for all, and no stream is ended for it."""
+    e = Engine()
+    for n in range(80):
+        if n % 2 == 0:
+            e.first(e.admit())
+        e.tick(1)
+    assert e.finding is not None and e.finding.reason == "decode_stalled" and not e.finding.severe
+    e.tick(int(SEVERE) + 1)
+    assert e.finding.severe and e.ended == []
+    e.decoding()
+    e.tick(1)
+    assert e.finding is None
+
+
+def ranks(*rows: tuple[float, float]) -> EngineSample:
+    """(running, generation tokens) by rank."""
+    return EngineSample(running=1, ranks=tuple(RankSample(n, r, 0, g) for n, (r, g) in enumerate(rows)))
+
+
+def test_a_rank_with_work_that_generates_nothing_while_others_do_is_silent() -> None:
+    """Its own counter stands and it has work; an idle rank, or one whose counter moves, is well."""
+    e = Engine()
+    for n in range(59):
+        e.sample = ranks((2, 100), (3, 100 + n), (0, 50))
+        e.tick(1)
+        assert e.finding is None
+    for n in range(10):
+        e.sample = ranks((2, 100), (3, 200 + n), (0, 50))
+        e.tick(1)
+    assert e.finding is not None and e.finding.reason == "rank_silent" and "rank 0" in e.finding.detail
+    e.sample = None
+    e.tick(1)
+    assert e.finding is None, "a page that cannot be read says nothing"
+
+
+def test_a_long_prefill_explains_a_silent_rank() -> None:
+    """A 600k-token prompt keeps one rank's counter still for minutes."""
+    e = Engine()
+    e.admit(prefill=80.0)
+    for n in range(200):
+        e.sample = ranks((1, 100), (3, 100 + n))
+        e.tick(1)
+        assert e.finding is None
+
+
+def test_admission_that_stands_while_requests_end_is_a_finding() -> None:
+    """Places became free, requests wait, none is admitted; while none ends, a full batch explains it."""
+    e = Engine(sample=EngineSample(running=4, waiting=2, kv_usage=0.3))
+    running = [e.decoding() for _ in range(6)]
+    e.admit()
+    e.tick(100, *running)
+    assert e.finding is None
+    for key in running[:4]:
+        e.settle(key)
+    e.tick(2, *running[4:])
+    assert e.finding is not None and e.finding.reason == "admission_stalled"
+
+
+def test_a_prompt_that_never_fits_is_named_once_while_the_queue_stands() -> None:
+    """Only while the page says that nothing runs, requests wait, and the engine has been silent for a while."""
+    e = Engine()
+    full = EngineSample(running=0, waiting=2, kv_capacity_tokens=900)
+    assert e.parts.oversized(full, 20.0) is None
+    e.requests = 6
+    key = e.admit()  # 1000 tokens
+    assert e.parts.oversized(EngineSample(running=1, waiting=2, kv_capacity_tokens=900), 20.0) is None
+    assert e.parts.oversized(EngineSample(running=0, waiting=2, kv_capacity_tokens=2000), 20.0) is None
+    assert e.parts.oversized(full, 2.0) is None
+    assert e.parts.oversized(full, 20.0) == key
+    assert e.parts.oversized(full, 20.0) is None
+
+
+def test_a_restarted_engine_starts_without_findings() -> None:
+    """What the old process left stuck is not the new one's."""
+    e = Engine()
+    for _ in range(REPEATED + 1):
+        e.decoding()
+    other = e.decoding()
+    e.tick(90, other)
+    assert e.finding is not None
+    e.parts.restart()
+    e.tick(1, other)
+    assert e.finding is None

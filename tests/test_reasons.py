@@ -1,0 +1,50 @@
+"""Which reason code a silence gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from sidecar.facts import EngineSample
+from sidecar.reasons import CAUSES, TEXTS, Signs, Watch, cause_of
+
+WAITING = EngineSample(running=0, waiting=3, kv_usage=0.1)
+
+
+@pytest.mark.parametrize(
+    ("signs", "code"),
+    [
+        (Signs(age=20.0), "no_progress"),
+        (Signs(age=20.0, sample=EngineSample(running=2, waiting=0)), "no_progress"),
+        (Signs(age=20.0, sample=WAITING), "admission_stalled"),
+        (Signs(sample=WAITING), "admission_stalled"),
+        (Signs(age=20.0, sample=EngineSample(running=0, waiting=3, kv_usage=1.0)), "no_progress"),
+        (Signs(age=20.0, sample=EngineSample(running=2), iterating=10), "livelock"),
+        (Signs(age=20.0, iterating=2), "no_progress"),
+        (Signs(age=20.0, unanswered=15.0), "api_blocked"),
+        (Signs(age=100.0, unanswered=5.0), "no_progress"),
+        (Signs(unanswered=8.0), "api_blocked"),
+        (Signs(age=20.0, xid_age=25.0, sample=WAITING, unanswered=15.0), "gpu_fault"),
+        (Signs(age=20.0, xid_age=3600.0), "no_progress"),
+        (Signs(age=20.0, first_only=True), "decode_stalled"),
+    ],
+)
+def test_the_first_cause_that_holds_names_the_silence(signs: Signs, code: str) -> None:
+    """What was seen together with the silence decides, the most telling sign first; else `no_progress`."""
+    assert cause_of(signs) == code
+
+
+def test_every_cause_has_words_for_an_operator() -> None:
+    """No code is shown bare."""
+    assert {code for code, _, _ in CAUSES} <= set(TEXTS)
+
+
+def test_xids_from_before_we_looked_explain_nothing() -> None:
+    """The driver's count at our start is history; a rise is news."""
+    watch = Watch()
+    watch.see(1.0, False, 3)
+    watch.see(2.0, False, None)
+    assert watch.xid_age(5.0) is None
+    watch.see(6.0, True, 4)
+    assert (watch.xid_age(8.0), watch.unanswered(8.0)) == (2.0, 2.0)
+    watch.see(9.0, False, 4)
+    assert watch.unanswered(10.0) == 0.0
