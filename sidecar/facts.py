@@ -149,7 +149,7 @@ class Imaged:
     id: str
     at: float  # when it ended
     format: str  # "jpeg", "png", "webp", ..., "unknown"
-    outcome: str  # "ok", "passed", "rejected", "failed"
+    outcome: str  # "ok", "cached", "passed", "rejected", "failed"
     seconds: float  # wall time in the relay, queueing included
     stages: tuple[tuple[str, float], ...]  # ("decode", s), ("resize", s), ("encode", s), ... inside the worker
     bytes_in: int

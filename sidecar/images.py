@@ -3,7 +3,8 @@
 Rules: no torch here, no pixels: bytes go to a worker and bytes come back. One connection per job (see jobs.py), so that a
 job that is cancelled, late or broken takes its connection with it and touches nothing else. As long as no worker has said
 Ready the job is unspoilt and is tried again; from then on a broken connection means that the image killed its worker.
-Everything that waits is bounded: in number by --image-queue, in time by --image-seconds or PATIENCE.
+Everything that waits is bounded: in number by --image-queue, in time by --image-seconds or PATIENCE. What was prepared once is
+kept for the tenant who sent it, where there is a cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from sidecar import cpus
 from sidecar.errors import BadImage, ImagesBusy
+from sidecar.imagecache import ImageCache
 from sidecar.jobs import (
     MAX_REPLY,
     PIXELS,
@@ -43,17 +45,20 @@ PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes
 RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
 JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
 JOBS_PER_GPU = 16  # a GPU works in batches of half of these
+HASHED_HERE = 128 * 1024  # bytes; hashing more takes a thread
+KEEPING = 4  # results on their way into the cache at once; more are not kept
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One prepared image. `base64` is None where the client's own bytes must go on untouched (outcome "passed").
+    Outcome "cached": it had been prepared before.
 
     Sizes and tokens are what the model sees (0 where that is unknown); times are seconds.
     """
 
     media_type: str
-    base64: bytes | None
+    base64: Data | None
     width: int
     height: int
     tokens: int
@@ -73,13 +78,15 @@ class Tensors:
     """One image as the processor's output: `values` are the raw rows of `pixel_values`, empty where only sizes were asked."""
 
     prepared: Prepared
-    values: bytearray
+    values: Data
 
 
 class Images:
     """The relay's way to the image workers behind the Unix socket `socket_path`."""
 
-    def __init__(self, socket_path: str, settings: Settings, spec: ProcessorSpec) -> None:
+    def __init__(
+        self, socket_path: str, settings: Settings, spec: ProcessorSpec, cache: ImageCache | None = None
+    ) -> None:
         workers = settings.image_workers or cpus.quota()
         slots = JOBS_PER_GPU if settings.images_device == "cuda" else JOBS_PER_WORKER * workers
         self.spec = spec
@@ -92,14 +99,16 @@ class Images:
         self._slots = asyncio.Semaphore(slots)
         self._waiting = 0
         self._closed = False
+        self._cache = cache
+        self._keeping: set[asyncio.Task[None]] = set()
 
-    async def inline(self, data: Data, where: str) -> Prepared:
+    async def inline(self, data: Data, where: str, tenant: str = "") -> Prepared:
         """One image's base64 text as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there."""
-        prepared, payload = await self._job(PIXELS, data, where, is_base64=True)
-        return prepared if payload is None else replace(prepared, base64=bytes(payload))
+        prepared, payload = await self._prepare(PIXELS, data, where, True, tenant)
+        return replace(prepared, base64=payload) if payload else prepared
 
     async def tensors(
-        self, images: Sequence[tuple[Data, bool]], *, want: str = TENSORS, where: str = "images"
+        self, images: Sequence[tuple[Data, bool]], *, want: str = TENSORS, where: str = "images", tenant: str = ""
     ) -> list[Tensors]:
         """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
 
@@ -108,20 +117,47 @@ class Images:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._job(want, data, f"{where}[{i}]", is_base64))
+                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant))
                     for i, (data, is_base64) in enumerate(images)
                 ]
         except* (BadImage, ImagesBusy) as failed:
             raise failed.exceptions[0] from None
-        return [Tensors(prepared, payload or bytearray()) for prepared, payload in (task.result() for task in tasks)]
+        return [Tensors(*task.result()) for task in tasks]
 
     async def close(self) -> None:
         """Take no more images; those under way end by themselves within their deadline."""
         self._closed = True
+        await asyncio.gather(*self._keeping, return_exceptions=True)
 
-    async def _job(self, want: str, data: Data, where: str, is_base64: bool) -> tuple[Prepared, bytearray | None]:
+    async def _prepare(self, want: str, data: Data, where: str, is_base64: bool, tenant: str) -> tuple[Prepared, Data]:
         started = time.monotonic()
         self._check_size(data, where, is_base64)
+        key = await self._key(data, want, str(is_base64), self._spec_json, tenant)
+        if self._cache is not None and (hit := self._cache.get(key)) is not None:
+            done, payload = hit
+            return _prepared(
+                replace(done, outcome="cached", stages=()), payload, time.monotonic() - started, True
+            ), payload
+        answer, fresh, exact = await self._job(want, data, where, is_base64)
+        if exact and answer.outcome == "ok":
+            self._keep(key, answer, fresh)
+        return _prepared(answer, fresh, time.monotonic() - started, exact), fresh
+
+    async def _key(self, data: Data, *parts: str) -> str:
+        """What the result is kept under; "" where nothing is kept."""
+        if self._cache is None:
+            return ""
+        if len(data) <= HASHED_HERE:
+            return self._cache.key(data, *parts)
+        return await asyncio.to_thread(self._cache.key, data, *parts)
+
+    def _keep(self, key: str, done: Done, payload: Data) -> None:
+        if self._cache is not None and len(self._keeping) < KEEPING:
+            task = asyncio.create_task(asyncio.to_thread(self._cache.put, key, done, payload))
+            self._keeping.add(task)
+            task.add_done_callback(self._keeping.discard)
+
+    async def _job(self, want: str, data: Data, where: str, is_base64: bool) -> tuple[Done, bytearray, bool]:
         async with self._connection() as (connection, exact):
             job = Job(want, self._spec_json, is_base64, self._limits, self._seconds)
             sent = time.monotonic()
@@ -134,7 +170,7 @@ class Images:
         if isinstance(answer, Refused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
         assert isinstance(answer, Done)
-        return _prepared(answer, payload, time.monotonic() - started, exact), payload or None
+        return answer, payload, exact
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
         """The worker checks the real size; this bounds what is sent to it at all."""
@@ -229,7 +265,7 @@ def _killed(where: str, took: float, seconds: float) -> BadImage:
     return BadImage(f"{where}: the image could not be decoded; send it in another format", "image_failed")
 
 
-def _prepared(done: Done, payload: bytearray, seconds: float, exact: bool) -> Prepared:
+def _prepared(done: Done, payload: Data, seconds: float, exact: bool) -> Prepared:
     return Prepared(
         media_type=done.media_type,
         base64=None,

@@ -199,6 +199,10 @@ class Settings:
         "Images waiting for a worker per relay before 503",
         expected="a whole number from 1 to 10000",
     )
+    image_cache_bytes: int = flag(
+        256 << 20, size, "Prepared images kept in shared memory; 0 keeps none", expected="a size such as 256M, or 0"
+    )
+    shm_dir: str = flag("/dev/shm", str, "Folder in memory for prepared images", expected="a directory")
     max_body_bytes: int = flag(256 << 20, size, "Largest request body", expected="a size such as 256M")
     max_concurrent: int = flag(
         0,

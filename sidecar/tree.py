@@ -26,6 +26,7 @@ from pathlib import Path
 import uvloop
 
 from sidecar import app, settings, units
+from sidecar.imagecache import Folder
 from sidecar.preflight import bind, coefficients, image_mode, unix
 from sidecar.relay import process
 from sidecar.settings import Settings
@@ -58,7 +59,11 @@ def main(chosen: Settings, border: Border) -> int:
         ]
         place = process.Place(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
         if chosen.images != "off":
-            place = replace(place, image_socket=str(folder / "images"))
+            kept = Folder(chosen.shm_dir, chosen.image_cache_bytes)
+            stack.callback(kept.close)
+            place = replace(
+                place, image_socket=str(folder / "images"), image_cache=kept.path, image_cache_bytes=kept.bytes
+            )
             jobs = stack.enter_context(unix(folder / "images"))
             roles.append(Role("images", "image server", partial(_image_server, chosen, jobs), (jobs,)))
         for index in range(chosen.workers):

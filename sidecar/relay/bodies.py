@@ -49,7 +49,7 @@ OWN_PROCESSING: Final = ("mm_processor_kwargs", "media_io_kwargs")
 _MARK: Final = b";base64,"
 _MAX_MEDIA_TYPE: Final = 128  # bytes between `"data:` and `;base64,`
 
-Buffer = bytes | memoryview
+Buffer = bytes | memoryview | bytearray
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ def cut(body: bytes, nonce: str) -> Skeleton:
     return skeleton
 
 
-def join(skeleton: Skeleton, replaced: Mapping[int, tuple[str, bytes]], *, ask_usage: bool = False) -> list[Buffer]:
+def join(skeleton: Skeleton, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:
     """The body to send, in pieces.
 
     `replaced` maps ImagePart.index to (media type, base64 text). `ask_usage` adds `stream_options.include_usage`. With
@@ -187,12 +187,11 @@ def _index_of(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -
 
 def _split(original: Buffer, text: str) -> tuple[str, bool, memoryview]:
     """(media type, whether it is base64, the base64 text) of a data URL; `text` is its decoded form where it was not cut."""
-    if isinstance(original, bytes):
-        original = memoryview(text.encode(errors="replace"))
-    head = bytes(original[: _MAX_MEDIA_TYPE + len(_MARK)])
+    view = memoryview(text.encode(errors="replace") if isinstance(original, bytes) else original)
+    head = bytes(view[: _MAX_MEDIA_TYPE + len(_MARK)])
     at = head.find(_MARK)
     media_type = head[len("data:") : max(at, 0)].decode("latin-1").partition(";")[0].strip().lower()
-    return media_type, at > 0, original[at + len(_MARK) :]
+    return media_type, at > 0, view[at + len(_MARK) :]
 
 
 def _placeholder(nonce: str, index: int) -> str:
@@ -205,7 +204,7 @@ def _spliced(body: bytes, member: bytes) -> list[Buffer]:
     return [body[:brace] + member, memoryview(body)[brace:]]
 
 
-def _filled(skeleton: Skeleton, text: bytes, replaced: Mapping[int, tuple[str, bytes]]) -> Iterator[Buffer]:
+def _filled(skeleton: Skeleton, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
     """`text` with each placeholder exchanged for its replacement, or else for what stood there."""
     pieces = re.split(rb"data:,%b-(\d+)\." % skeleton.nonce.encode(), text)
     yield pieces[0]

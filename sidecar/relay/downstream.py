@@ -57,7 +57,7 @@ async def start(response: web.StreamResponse, request: web.BaseRequest) -> None:
         raise ClientGone from None
 
 
-async def write(response: web.StreamResponse, data: bytes | bytearray) -> None:
+async def write(response: web.StreamResponse, data: bytes | bytearray | memoryview) -> None:
     """Send a part of the answer."""
     try:
         await response.write(data)

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
 from sidecar.facts import End, Fact, Order, Page, Published, Trace
+from sidecar.jobs import Data
 from sidecar.relay import (
     answering,
     bodies,
@@ -251,7 +252,7 @@ class Relay:
 
     async def _prepare(
         self, skeleton: bodies.Skeleton, admission: Admission
-    ) -> tuple[Mapping[int, tuple[str, bytes]], list[int]]:
+    ) -> tuple[Mapping[int, tuple[str, Data]], list[int]]:
         """(what is replaced in the body, encoder tokens of each image); nothing where images are off."""
         parts = skeleton.images
         if self._images is None or not parts:
@@ -259,7 +260,7 @@ class Relay:
         started = time.monotonic()
         try:
             prepared = await inlining.prepare(
-                self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id
+                self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id, admission.tenant
             )
         finally:
             admission.image_seconds = time.monotonic() - started

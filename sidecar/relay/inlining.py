@@ -10,6 +10,7 @@ from typing import Protocol
 
 from sidecar.errors import BadImage, RequestError
 from sidecar.facts import Fact, Imaged
+from sidecar.jobs import Data
 from sidecar.relay.bodies import ImagePart
 
 
@@ -19,7 +20,7 @@ class Prepared(Protocol):
     @property
     def media_type(self) -> str: ...
     @property
-    def base64(self) -> bytes | None: ...
+    def base64(self) -> Data | None: ...
     @property
     def tokens(self) -> int: ...
     @property
@@ -41,21 +42,21 @@ class Prepared(Protocol):
 class ImageWork(Protocol):
     """The image workers, as a relay sees them."""
 
-    async def inline(self, data: memoryview, where: str) -> Prepared:
+    async def inline(self, data: memoryview, where: str, tenant: str) -> Prepared:
         """Prepare one image from its base64 text. Raises BadImage or ImagesBusy."""
 
 
 async def prepare(
-    images: ImageWork, parts: list[ImagePart], limit: int, emit: Callable[[Fact], None], id: str
+    images: ImageWork, parts: list[ImagePart], limit: int, emit: Callable[[Fact], None], id: str, tenant: str
 ) -> list[Prepared]:
-    """All images of request `id`, in order. Raises BadImage or ImagesBusy; the other images are then given up."""
+    """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy; the other images are then given up."""
     if len(parts) > limit:
         raise BadImage(f"{len(parts)} images in one request; at most {limit} are accepted", "image_count")
     if len(parts) == 1:  # the usual request needs no task
-        return [await _one(images, parts[0], emit, id)]
+        return [await _one(images, parts[0], emit, id, tenant)]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_one(images, part, emit, id)) for part in parts]
+            tasks = [group.create_task(_one(images, part, emit, id, tenant)) for part in parts]
     except* RequestError as group_error:
         raise _first(group_error) from None
     return [task.result() for task in tasks]
@@ -63,9 +64,9 @@ async def prepare(
 
 def replacements(
     parts: list[ImagePart], prepared: list[Prepared], name: Callable[[str], str] | None
-) -> dict[int, tuple[str, bytes]]:
+) -> dict[int, tuple[str, Data]]:
     """What to put in the place of which original, for bodies.join. `name`: content hash -> `uuid`, where vLLM caches by it."""
-    replaced: dict[int, tuple[str, bytes]] = {}
+    replaced: dict[int, tuple[str, Data]] = {}
     for part, image in zip(parts, prepared, strict=True):
         if image.base64 is None:
             continue
@@ -81,10 +82,10 @@ def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
     return hashlib.blake2b(f"{tenant}\0{content_hash}".encode(), key=key, digest_size=16).hexdigest()
 
 
-async def _one(images: ImageWork, part: ImagePart, emit: Callable[[Fact], None], id: str) -> Prepared:
+async def _one(images: ImageWork, part: ImagePart, emit: Callable[[Fact], None], id: str, tenant: str) -> Prepared:
     started = time.monotonic()
     try:
-        image = await images.inline(part.data, part.where)
+        image = await images.inline(part.data, part.where, tenant)
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"

@@ -72,7 +72,8 @@ async def preprocess(request: web.BaseRequest, images: Images, limits: Settings,
         raise BadRequest(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
-    done = await _prepare(images, sources, want, emit)
+    tenant = request.headers.get(limits.tenant_header, "")
+    done = await _prepare(images, sources, want, emit, tenant)
     extra = {} if all(t.prepared.exact for t in done) else INEXACT
     if want == LAYOUT:
         return web.json_response(layout(done, images.spec), headers=extra)
@@ -143,7 +144,7 @@ def _integers(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
     return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
-def padded(values: bytearray, size: tuple[int, int], shape: list[int], item: int) -> list[memoryview]:
+def padded(values: Data, size: tuple[int, int], shape: list[int], item: int) -> list[memoryview]:
     """One image's planes (3, *size) as pieces of (3, *shape[2:]): rows, with zeros to the right and below."""
     (height, width), (full_height, full_width) = size, shape[2:]
     view = memoryview(values)
@@ -178,10 +179,10 @@ async def _answer(
     return response
 
 
-async def _prepare(images: Images, sources: list[Source], want: str, emit: Emit) -> list[Tensors]:
+async def _prepare(images: Images, sources: list[Source], want: str, emit: Emit, tenant: str) -> list[Tensors]:
     started = time.monotonic()
     try:
-        done = await images.tensors(sources, want=want)
+        done = await images.tensors(sources, want=want, tenant=tenant)
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"

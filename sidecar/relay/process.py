@@ -47,6 +47,8 @@ class Place:
     control: str
     image_key: bytes  # names images for the engine's cache, the same in all relays
     image_socket: str = ""  # "" where images are off
+    image_cache: str = ""  # folder of prepared images; "" where none are kept
+    image_cache_bytes: int = 0
     index: int = 0
     restarts: int = 0
 
@@ -98,7 +100,7 @@ async def _serve(place: Place, listener: socket.socket) -> None:
 @contextlib.asynccontextmanager
 async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Relay]:
     own = place.settings
-    async with _images(place.image_socket, own) as images:
+    async with _images(place) as images:
         relay = Relay(
             own,
             place.coefficients,
@@ -116,12 +118,14 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
 
 
 @contextlib.asynccontextmanager
-async def _images(socket_path: str, own: Settings) -> AsyncIterator[Images | None]:
+async def _images(place: Place) -> AsyncIterator[Images | None]:
     """The image workers' client; None where images are off."""
-    if not socket_path:
+    own = place.settings
+    if not place.image_socket:
         yield None
         return
     # imported only where images are on: without them a relay stays as small as it is
+    from sidecar.imagecache import ImageCache
     from sidecar.images import Images
     from sidecar.kernels import families
 
@@ -129,7 +133,8 @@ async def _images(socket_path: str, own: Settings) -> AsyncIterator[Images | Non
     if spec is None:
         yield None
         return
-    images = Images(socket_path, own, spec)
+    cache = ImageCache(place.image_cache, place.image_cache_bytes, place.image_key) if place.image_cache else None
+    images = Images(place.image_socket, own, spec, cache)
     try:
         yield images
     finally:

@@ -27,7 +27,7 @@ function meter(part) {
   return node("span", { className: "meter" }, bar);
 }
 
-const GOOD = ["ok", "passed"];
+const GOOD = ["ok", "cached", "passed"];
 const chips = (outcomes) => node("span", {}, ...outcomes.filter(([, count]) => count).map(([outcome, count]) =>
   node("span", { className: GOOD.includes(outcome) || outcome === "client_cancelled" ? "chip" : "chip bad", textContent: `${outcome} ${amount(count)}` })));
 

@@ -216,3 +216,24 @@ async def test_one_trace_spans_client_sidecar_and_engine(recorder: Recorder, sid
     assert {a.key: a.value.string_value for a in server.attributes}["sidecar.outcome"] == "ok"
     assert [s for s in spans if s.parent_span_id == server.span_id], "the image work is a child"
     assert recorder.headers[-1]["traceparent"] == f"00-{trace_id}-{server.span_id.hex()}-01"
+
+
+async def test_an_image_of_an_earlier_turn_comes_from_the_cache(sidecar: Any, recorder: Recorder) -> None:
+    """The same photograph twice, as in a chat of several turns: the engine sees the same bytes, the workers work once."""
+
+    async def cached() -> float:
+        async with sidecar.session.get(sidecar.admin + "/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        return sum(float(line.split()[-1]) for line in lines if "sidecar_images_total{" in line and '"cached"' in line)
+
+    before, body = await cached(), chat(data_url(photo(700, 500, seed=77)))
+    for _ in range(2):
+        status, _, _ = await ask(sidecar, body)
+        assert status == 200
+    first, second = (body["messages"][0]["content"] for body in recorder.bodies)
+    assert first == second
+    async with asyncio.timeout(20):
+        while (
+            await cached() == before
+        ):  # facts reach the page within a second; the first result may still be on its way
+            await ask(sidecar, body)

@@ -1,0 +1,128 @@
+"""Prepared images are kept by content, for one tenant, within a bound, and whatever goes wrong is a miss."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar import photos
+from sidecar.imagecache import Folder, ImageCache, sweep
+from sidecar.images import Images
+from sidecar.jobs import PIXELS, TENSORS, Done
+
+DONE = Done("ok", "jpeg", "image/x-portable-pixmap", 28, 56, (1, 2, 4), 2, "cafe", (("decode", 0.1),), 99)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ImageCache:
+    return ImageCache(str(tmp_path), 1 << 20, b"secret")
+
+
+def test_what_was_put_is_got(cache: ImageCache) -> None:
+    """Record and payload come back; an unknown key is a miss."""
+    cache.put("aa", DONE, b"pixels")
+    found = cache.get("aa")
+    assert found is not None and (found[0], bytes(found[1])) == (DONE, b"pixels")
+    assert cache.get("bb") is None
+
+
+def test_the_key_depends_on_all_that_the_result_does(cache: ImageCache, tmp_path: Path) -> None:
+    """Bytes, wish, processor, tenant and our secret: another one of them is another entry."""
+    other = ImageCache(str(tmp_path), 1 << 20, b"other")
+    keys = [
+        cache.key(b"x", PIXELS, "spec", "tenant"),
+        cache.key(b"y", PIXELS, "spec", "tenant"),
+        cache.key(b"x", TENSORS, "spec", "tenant"),
+        cache.key(b"x", PIXELS, "spec2", "tenant"),
+        cache.key(b"x", PIXELS, "spec", "tenant2"),
+        cache.key(b"x", PIXELS, "spect", "enant"),
+        other.key(b"x", PIXELS, "spec", "tenant"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert cache.key(memoryview(b"x"), PIXELS, "spec", "tenant") == keys[0]
+
+
+def test_the_least_recently_used_go_first_and_the_bound_holds(cache: ImageCache, tmp_path: Path) -> None:
+    """Ten entries of a fifth of the bound: the folder never holds more than it may, and what was just read stays."""
+    for i in range(10):
+        cache.put(f"{i:02x}", DONE, bytes(200_000))
+        os.utime(tmp_path / f"{i:02x}", (i, i))
+        cache.get("00")
+        assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 1 << 20
+    assert cache.get("00") is not None and cache.get("09") is not None
+    assert cache.get("01") is None
+
+
+def test_an_evicted_entry_stays_with_its_reader(cache: ImageCache, tmp_path: Path) -> None:
+    """A request that is being sent keeps its bytes."""
+    cache.put("aa", DONE, b"pixels")
+    found = cache.get("aa")
+    (tmp_path / "aa").unlink()
+    assert found is not None and bytes(found[1]) == b"pixels"
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\0" * 12, b"\xff" * 500, b"\0\0\0\2\0\0\0\0\0\0\0\5{}x"], ids=["empty", "zeros", "ones", "short"]
+)
+def test_a_damaged_entry_is_a_miss(cache: ImageCache, tmp_path: Path, damage: bytes) -> None:
+    """Nothing in the folder can raise."""
+    (tmp_path / "aa").write_bytes(damage)
+    assert cache.get("aa") is None
+
+
+def test_links_are_not_followed(cache: ImageCache, tmp_path: Path) -> None:
+    """Neither read through nor written through."""
+    (tmp_path / "target").write_bytes(b"mine")
+    (tmp_path / "aa").symlink_to(tmp_path / "target")
+    assert cache.get("aa") is None
+    cache.put("aa", DONE, b"pixels")
+    assert (tmp_path / "target").read_bytes() == b"mine"
+
+
+def test_too_large_and_a_folder_that_is_gone_are_no_errors(tmp_path: Path) -> None:
+    """An entry over a quarter of the bound is not kept; a folder may vanish at any time."""
+    cache = ImageCache(str(tmp_path), 1000, b"")
+    cache.put("aa", DONE, bytes(900))
+    assert cache.get("aa") is None
+    gone = ImageCache(str(tmp_path / "gone"), 1 << 20, b"")
+    gone.put("aa", DONE, b"x")
+    assert gone.get("aa") is None
+
+
+def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
+    """Closed, it is gone; left by a process that was killed, the next one sweeps it; one in use stays."""
+    mine = Folder(str(tmp_path), 1 << 20)
+    assert Path(mine.path).stat().st_mode & 0o777 == 0o700
+    code = f"from sidecar.imagecache import Folder; import os; print(Folder({str(tmp_path)!r}, 1 << 20).path, flush=True); os._exit(9)"
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    assert Path(left).is_dir()
+    sweep(str(tmp_path))
+    assert not Path(left).exists() and Path(mine.path).is_dir()
+    mine.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_is_no_cache(tmp_path: Path) -> None:
+    """A missing folder, or a bound of 0, gives no cache and no error."""
+    assert Folder(str(tmp_path / "absent"), 1 << 20).path == ""
+    assert Folder(str(tmp_path), 0).path == ""
+
+
+async def test_a_repeated_image_is_not_prepared_again(server: Any, spec: Any, tmp_path: Path) -> None:
+    """The second time, the workers see nothing; the bytes and the sizes are the same; another tenant starts anew."""
+    cache = ImageCache(str(tmp_path), 64 << 20, b"secret")
+    images = Images(server.path, server.settings, spec, cache)
+    photo = photos.photo(640, 480, seed=3)
+    first = (await images.tensors([(photo, False)], tenant="a"))[0]
+    await images.close()  # what is on its way into the cache is awaited
+    images = Images("/nowhere", server.settings, spec, cache)
+    again = (await images.tensors([(photo, False)], tenant="a"))[0]
+    assert bytes(again.values) == bytes(first.values)
+    assert (first.prepared.outcome, again.prepared.outcome) == ("ok", "cached")
+    assert again.prepared.grid == first.prepared.grid and again.prepared.bytes_out == len(first.values)
+    assert cache.get(cache.key(photo, TENSORS, "False", spec.to_json(), "b")) is None
