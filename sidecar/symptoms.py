@@ -23,8 +23,9 @@ ROLES: Final[tuple[Role, ...]] = (
     "other",
 )  # the order in which an operator wants to hear of them
 
+# The kernel keeps 15 letters of a name; the rest may not be readable.
 _NAMES: Final = (
-    ("core", re.compile(r"EngineCore|scheduler", re.IGNORECASE)),
+    ("core", re.compile(r"EngineCor|schedul", re.IGNORECASE)),
     ("worker", re.compile(r"Worker|text-generation-server|shard|_TP\d|_PP\d", re.IGNORECASE)),
     ("api", re.compile(r"APIServer|ApiServer|router|llama-server", re.IGNORECASE)),
 )

@@ -29,6 +29,7 @@ MAX_THREADS: Final = 64  # told apart per process
 PROC: Final = Path("/proc")
 SHARE: Final = "set shareProcessNamespace: true on the pod (sidecar manifests --stack-dumps on)"
 _ENGINES: Final = re.compile(r"VLLM::|vllm|sglang|text-generation|llama-server", re.IGNORECASE)
+_LISTEN: Final = "0A"  # a state of /proc/net/tcp
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -49,11 +50,14 @@ def find(engine: str) -> tuple[EngineProcess, ...] | Absent:
         me.pid,
         *(p.pid for p in me.parents()),
     }  # what we descend from is not the engine, or we would examine ourselves
-    family = _family(listeners or _by_name(), ours)
-    if not family:
-        own = f"the process on port {port} is our own, or one that started us: it is not examined"
-        return Absent(own if listeners else _hidden(port))
-    made = (process for p in family if (process := _process(p, p.pid in listeners)) is not None)
+    families = _families(listeners or _by_name(port), ours)
+    if not families and listeners:
+        return Absent(f"the process on port {port} is our own, or one that started us: it is not examined")
+    if not families or (
+        len(families) > 1 and not listeners
+    ):  # two engines of one user: a guess would blame the wrong one
+        return Absent(_hidden(port))
+    made = (process for family in families for p in family if (process := _process(p, p.pid in listeners)) is not None)
     return tuple(sorted(made, key=lambda p: (ROLES.index(p.role), p.pid))[:MAX_PROCESSES])
 
 
@@ -95,27 +99,41 @@ def _here(host: str) -> bool:
     return any(str(address).startswith(("127.", "::1", "0.0.0.0")) or address in own for address in wanted)
 
 
-def _family(pids: Iterable[int], ours: set[int]) -> list[psutil.Process]:
-    """These processes but for `ours`, their launchers of the same process group, and all their descendants."""
-    found: dict[int, psutil.Process] = {}
+def _families(pids: Iterable[int], ours: set[int]) -> list[list[psutil.Process]]:
+    """Each launcher of one of these processes with all its descendants; none of `ours`."""
+    found: dict[int, list[psutil.Process]] = {}
     for pid in set(pids) - ours:
         with suppress(psutil.Error, OSError):  # it ended meanwhile
             root = _root(psutil.Process(pid), ours)
-            found |= {p.pid: p for p in (root, *root.children(recursive=True))}
+            found.setdefault(root.pid, [root, *root.children(recursive=True)])
     return list(found.values())
 
 
 def _root(process: psutil.Process, ours: set[int]) -> psutil.Process:
-    """The launcher of a process (TGI's port belongs to a sibling of its shards): up while the process group is the same."""
-    group = os.getpgid(process.pid)
-    while (parent := process.parent()) is not None and parent.pid not in ours and os.getpgid(parent.pid) == group:
+    """The engine's launcher: up as long as a parent calls itself an engine (TGI's port belongs to a sibling of its shards)."""
+    while (parent := process.parent()) is not None and parent.pid not in ours and _ENGINES.search(parent.name()):
         process = parent
     return process
 
 
-def _by_name() -> list[int]:
-    """Processes that call themselves an engine: names are for everybody to read, ports are not."""
-    return [p.pid for p in psutil.process_iter(["name"]) if _ENGINES.search(p.info["name"] or "")]
+def _by_name(port: int) -> list[int]:
+    """Processes that call themselves an engine and belong to the user who listens: both are for everybody to read."""
+    users = _users(port)
+    named = (p for p in psutil.process_iter(["name", "uids"]) if _ENGINES.search(p.info["name"] or ""))
+    return [p.pid for p in named if p.info["uids"] and p.info["uids"].effective in users]
+
+
+def _users(port: int) -> set[int]:
+    """Ids of the users who listen on a TCP port."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in _table(PROC / "net" / name)]
+    return {int(line[7]) for line in lines if line[3] == _LISTEN and int(line[1].rpartition(":")[2], 16) == port}
+
+
+def _table(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()[1:]
+    except OSError:
+        return []
 
 
 def _hidden(port: int) -> str:

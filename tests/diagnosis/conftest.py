@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -31,12 +32,21 @@ def py_spy() -> str:
 
 
 @pytest.fixture(scope="session")
-def as_nobody() -> list[str]:
-    """The words before a command that run it as another user without capabilities."""
+def powerless() -> list[str]:
+    """The words before a command that run it without any capability; with `stranger`, what a pod looks like by default."""
     place = shutil.which("setpriv")
     if place is None or os.geteuid() != 0:
-        pytest.skip("to become another user needs root and setpriv")
-    return [place, "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+        pytest.skip("to drop capabilities needs root and setpriv")
+    return [place, "--inh-caps=-all", "--bounding-set=-all"]
+
+
+@pytest.fixture(scope="session")
+def stranger() -> dict[str, Any]:
+    """Arguments of `victim` that make it another user's: one who has no engine on this machine, with an interpreter for all."""
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin")
+    if python is None or os.geteuid() != 0:
+        pytest.skip("another user's process needs root, and a python3 that everybody may run")
+    return {"python": python, "user": 65533}
 
 
 @pytest.fixture

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +20,29 @@ from sidecar.symptoms import EngineProcess, Look
 
 from .victims import victim
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PARENT = """
 import socket, subprocess, sys, time
 listener = socket.create_server(("127.0.0.1", 0))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
 print(listener.getsockname()[1], flush=True)
 child.wait()
+"""
+
+
+NAMED = """
+import pathlib, socket, time
+listener = socket.create_server(("127.0.0.1", 0))
+pathlib.Path("/proc/self/comm").write_text("VLLM::EngineCor")
+print(listener.getsockname()[1], flush=True)
+time.sleep(1000)
+"""
+LOOK = """
+import sys
+from sidecar.signals.engine_processes import find, look
+processes = find(sys.argv[1])
+print(processes)
+print([look(process) for process in processes] if isinstance(processes, tuple) else "")
 """
 
 
@@ -43,7 +63,7 @@ def test_the_process_that_listens_is_found_and_not_ourselves() -> None:
 
 def test_its_children_are_found_too() -> None:
     """What the listening process started belongs to the engine."""
-    with victim(command=(sys.executable, "-c", PARENT)) as engine:
+    with victim(program=PARENT) as engine:
         processes = found(engine.url)
         assert len(processes) == 2 and processes[0].pid == engine.pid
         os.kill(processes[1].pid, signal.SIGKILL)
@@ -86,6 +106,23 @@ def test_a_look_at_a_stopped_process_and_at_one_that_ended(until: Callable[..., 
         other = look(EngineProcess(process.pid, process.name, process.role, process.started + 1))
         assert other == Failed("it ended; its pid belongs to another process now")
     assert look(process) == Failed("it has ended")
+
+
+def test_without_capabilities_another_users_engine_is_known_by_its_name(
+    powerless: list[str], stranger: dict[str, Any]
+) -> None:
+    """A pod with a shared PID namespace and nothing more: ports have no owner, but vLLM's processes bear its name and can be
+    looked at; of one without a telling name there is the reason and the remedy."""
+
+    def asked(url: str) -> str:
+        command = [*powerless, sys.executable, "-c", LOOK, url]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT).stdout
+
+    with victim(**stranger) as engine:
+        assert "may not be looked at" in (said := asked(engine.url)) and "SYS_PTRACE" in said
+    with victim(program=NAMED, **stranger) as engine:
+        said = asked(engine.url)
+        assert f"pid={engine.pid}, name='VLLM::EngineCor', role='core'" in said and "state='S'" in said
 
 
 def test_names_are_made_safe() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -116,9 +117,11 @@ async def test_a_py_spy_that_cannot_be_started_says_so(tmp_path: Path) -> None:
     assert isinstance(failed, Failed) and "cannot be started" in failed.error
 
 
-async def test_without_the_capability_another_users_process_is_refused(py_spy: str, as_nobody: list[str]) -> None:
-    """What the pod looks like by default: the process is there, its stacks are not ours to read."""
-    with victim() as engine:
-        command = [*as_nobody, py_spy, "dump", "--nonblocking", "--pid", str(engine.pid)]
+async def test_without_the_capability_another_users_process_is_refused(
+    py_spy: str, powerless: list[str], stranger: dict[str, Any]
+) -> None:
+    """What a pod looks like by default: the process is there, its stacks are not ours to read."""
+    with victim(**stranger) as engine:
+        command = [*powerless, py_spy, "dump", "--nonblocking", "--pid", str(engine.pid)]
         run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
         assert stacks.reason(run.stderr) == stacks.REFUSED

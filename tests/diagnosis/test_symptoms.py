@@ -93,7 +93,7 @@ def test_the_summary_names_the_worst_processes_first() -> None:
 @pytest.mark.parametrize(
     ("name", "listens", "role"),
     [
-        ("VLLM::EngineCore", False, "core"), ("VLLM::EngineCore_DP1", False, "core"), ("VLLM::Worker_TP0", False, "worker"),
+        ("VLLM::EngineCor", False, "core"), ("VLLM::EngineCore_DP1", False, "core"), ("VLLM::Worker_TP0", False, "worker"),
         ("sglang::scheduler_TP0", False, "core"), ("vllm", True, "api"), ("python3", False, "other"), ("llama-server", True, "api"),
     ],
 )  # fmt: skip

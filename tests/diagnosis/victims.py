@@ -39,10 +39,16 @@ class Victim:
 
 
 @contextmanager
-def victim(does: str = "sleep_here", command: tuple[str, ...] = ()) -> Iterator[Victim]:
-    """A process that does `sleep_here` or `spin_here`, or a command that prints its port first."""
-    argv = command or (sys.executable, "-c", _PROGRAM, does, "--api-key=sk-secret")
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+def victim(
+    does: str = "sleep_here",
+    program: str = _PROGRAM,
+    command: tuple[str, ...] = (),
+    python: str = sys.executable,
+    user: int | None = None,
+) -> Iterator[Victim]:
+    """A process that does `sleep_here` or `spin_here`, or another program or command that prints its port first."""
+    argv = command or (python, "-c", program, does, "--api-key=sk-secret")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, user=user) as process:
         try:
             assert process.stdout is not None
             yield Victim(process, int(process.stdout.readline()))
