@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -16,7 +17,22 @@ import pytest
 from . import environment, processes
 from .processes import Engine, Sidecar
 
+TIMES = pytest.StashKey[list[str]]()  # what took how long, for the end of the report
 SCRIPT = Path(__file__).with_name("tiny_models.py")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """End with the times that tests took down."""
+    if TIMES in config.stash:
+        terminalreporter.section("beside a real vLLM")
+        terminalreporter.write_line("\n".join(config.stash[TIMES]))
+
+
+@pytest.fixture
+def took(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """A function: takes down what took how many seconds."""
+    lines = request.config.stash.setdefault(TIMES, [])
+    return lambda what, seconds: lines.append(f"{what}: {seconds:.1f} s")
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +71,7 @@ def engine(
     pytest runs the tests of one parameter in a row and ends their engine before the next one starts.
     """
     log = tmp_path_factory.mktemp("engine") / "engine.log"
-    with processes.engine(model(request.param.partition(",")[0]), log) as running:
+    with processes.engine(model(request.param.partition(",")[0]), log, environ=processes.DEVELOPMENT) as running:
         yield running
 
 

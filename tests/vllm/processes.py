@@ -16,9 +16,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -36,6 +37,7 @@ ENGINE_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
+DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # /pause, /sleep and their signs, which production has not
 # float32: bfloat16 dies on a CPU without AMX. No prefix cache: the second of two equal requests must compute what the first did.
 # Trusted, so that a request may say how its images are processed, which the sidecar must respect; comments into silent streams,
 # so that bytes without tokens arrive from a hung engine, which must not pass for progress.
@@ -80,7 +82,9 @@ class Sidecar:
 
 
 @contextlib.contextmanager
-def engine(model: Path, log: Path, *, port: int = 0, ready: bool = True) -> Iterator[Engine]:
+def engine(
+    model: Path, log: Path, *, port: int = 0, ready: bool = True, environ: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Engine]:
     """Run vLLM on `model`; with `ready`, until it has served one token. Raises NotReady."""
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
@@ -88,7 +92,11 @@ def engine(model: Path, log: Path, *, port: int = 0, ready: bool = True) -> Iter
         str(environment.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), *ENGINE_FLAGS,
     ]  # fmt: skip
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | ENGINE_ENV
+    env = (
+        {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        | ENGINE_ENV
+        | dict(environ)
+    )
     with _running(command, log, env) as process:
         if ready:
             _await(lambda: _serves(url), process, log, START_SECONDS)

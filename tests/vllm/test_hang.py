@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 
-from . import client, processes
+from . import client
 from .client import Http
 from .processes import Engine, Sidecar
 
@@ -121,26 +120,3 @@ async def test_startup_waits_for_a_token(
 
     await client.until(started, "/startupz 200")
     assert await generated() > before  # nobody but the canary asked for any
-
-
-@pytest.mark.parametrize("engine", ["text, to be killed"], indirect=True)
-async def test_a_restart_heals_a_hang(engine: Engine, sidecar: Sidecar, http: Http, tmp_path: Path) -> None:
-    """A hung engine that is killed and started anew on its port is unready till its first token, then live and started again."""
-
-    async def startup() -> int:
-        return await client.status(http, f"{sidecar.admin}/startupz")
-
-    async def startup_withdrawn() -> bool:
-        return await startup() == 503
-
-    await client.until(is_idle(http, sidecar), "idle before the hang")
-    engine.process("EngineCore").send_signal(signal.SIGSTOP)
-    await client.until(is_live(http, sidecar, 503), "/livez 503")
-    for process in (*engine.root.children(recursive=True), engine.root):
-        process.kill()
-    await client.until(startup_withdrawn, "/startupz 503 while it is gone")
-    port = int(engine.url.rpartition(":")[2])
-    with processes.engine(engine.model, tmp_path / "second.log", port=port, ready=False):
-        await client.until(is_idle(http, sidecar), "idle after the restart", processes.START_SECONDS)
-        assert await client.status(http, f"{sidecar.admin}/livez") == 200
-        assert await startup() == 200
