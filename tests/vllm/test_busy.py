@@ -125,7 +125,7 @@ async def test_200_long_prompts_at_once_kill_nobody(
 
     async def ask(number: int) -> int:
         body = client.completion(max_tokens=4, stream=True) | {
-            "prompt": [LETTER + number % 16, LETTER + number // 16] * LONG
+            "prompt": [LETTER + number % 16, LETTER + number // 16] * (length // 2)
         }
         async with crowd.post(f"{beside.url}/v1/completions", json=body) as answer:
             return answer.status if b"[DONE]" in await answer.read() else 0
