@@ -188,6 +188,7 @@ def outputs() -> dict[Path, str]:
         ROOT / "docs" / "verdict.md": verdict_page(),
         kubernetes / "vllm.yaml": render(safe),
         kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),
+        kubernetes / "vllm-restart-budget.yaml": render(replace(safe, replicas=3, restarts_at_once=1)),
     }
 
 

@@ -22,6 +22,7 @@ from aiohttp import web
 
 from sidecar import __version__, units
 from sidecar.admin import Sources, make_app
+from sidecar.budget import shared
 from sidecar.contact import Contact
 from sidecar.control import Control
 from sidecar.diagnosis import Diagnoses
@@ -72,6 +73,8 @@ async def run(chosen: Settings, co: units.Coefficients, doors: Doors, serving: C
             "relays": pool.run(doors.joining), "port": signals.port.run(), "ticks": ticker.run(),
             "contact": signals.contact.run(signals.port.opened),
         }  # fmt: skip
+        if signals.budget is not None:
+            duties["budget"] = signals.budget.run()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(duty, name=name) for name, duty in duties.items()]
             await ended.wait()
@@ -104,8 +107,9 @@ def build(
     gpus = GpuSignal()
     gpus.start()
     stack.push_async_callback(gpus.stop)
-    signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus, Examiner(chosen.engine))
-    pod = os.environ.get("POD_UID") or os.environ.get("POD_NAME", "")
+    pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
+    budget = shared(chosen.restart_budget, pod or socket.gethostname())
+    signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus, Examiner(chosen.engine), budget)
     control = Control(chosen, co, time.monotonic(), time.time(), pod)
     keeping = Keeping(state, chosen.engine, co.fingerprint)
     keeping.restore(control, time.monotonic())

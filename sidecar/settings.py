@@ -109,7 +109,7 @@ def header_name(value: str) -> str:
     return value.lower()
 
 
-_BUDGET = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/([a-z0-9]([a-z0-9-]{0,58}[a-z0-9])?):([1-9]|1[0-6])")
+_BUDGET = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?):([1-9]|1[0-6])")
 
 
 def budget(value: str) -> str:

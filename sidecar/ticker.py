@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidecar import memory, probes, reasons
+from sidecar.budget import SharedBudget
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
 from sidecar.diagnosis import MAX_PAGE, Diagnoses, bundle, diagnose
 from sidecar.errands import Errands
 from sidecar.examination import Examiner
 from sidecar.facts import Admitted, CanaryResult, End, Fact, FirstToken, Imaged, Page, PageWanted, Published
+from sidecar.fleet import NO_BUDGET, needs_budget
 from sidecar.keeping import EVERY, RESUME, Keeping
 from sidecar.ledger import Settlement
 from sidecar.meters import Meters
@@ -47,6 +49,7 @@ class Signals:
     port: PortSignal
     gpus: GpuSignal
     examiner: Examiner
+    budget: SharedBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,8 @@ class Ticker:
         now, wall = time.monotonic(), time.time()
         held = self.control.fleet.reason
         self.snapshot = self.control.tick(self._readings(now), now, wall)
+        if self._signals.budget is not None:
+            self._signals.budget.want(needs_budget(self.control.fleet.memory, now))
         self.ticked_at = now
         self.sinks.meters.update(self.snapshot)
         changed, turned = self.control.news, self.control.fleet.reason != held
@@ -179,6 +184,7 @@ class Ticker:
             unanswered=self._signals.contact.unanswered,
             resting=self._signals.contact.resting,
             diagnoses=self.sinks.diagnoses.summaries(),
+            budget=self._signals.budget.read() if self._signals.budget else NO_BUDGET,
         )
 
     def _changed(self, wall: float) -> None:

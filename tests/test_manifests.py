@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from sidecar import __main__ as cli
+from sidecar.budget import target
 from sidecar.errors import UsageError
 from sidecar.facts import Verdict
 from sidecar.manifests import shell
@@ -50,6 +51,7 @@ def containers(**chosen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         *itertools.product(KINDS, ("safe", "http"), ("annotations",), ({},)),
         ("vllm", "safe", "podmonitor", {"namespace": "models", "gpus": 8, "replicas": 3}),
         ("vllm", "safe", "none", CLAIM | {"gpus": 0, "stack_dumps": "on"}),
+        ("vllm", "safe", "none", CLAIM | {"restarts_at_once": 2, "namespace": "models"}),
     ],
 )
 def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, more: dict[str, Any]) -> None:
@@ -62,11 +64,19 @@ def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, mo
             kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
-@pytest.mark.parametrize("name", ["vllm", "vllm-http-probe"])
-def test_what_lies_in_deploy_is_what_the_command_prints(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("vllm", []),
+        ("vllm-http-probe", ["--probe", "http"]),
+        ("vllm-restart-budget", ["--replicas", "3", "--restarts-at-once", "1"]),
+    ],
+)
+def test_what_lies_in_deploy_is_what_the_command_prints(
+    name: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """deploy/kubernetes holds the command's own output; `make docs` writes it."""
-    probe = "http" if name.endswith("http-probe") else "safe"
-    assert cli.run(["manifests", "--probe", probe]) == 0
+    assert cli.run(["manifests", *flags]) == 0
     kept = Path(__file__).parent.parent / "deploy" / "kubernetes" / f"{name}.yaml"
     assert kept.read_text() == capsys.readouterr().out
 
@@ -90,6 +100,26 @@ def test_stack_dumps_are_asked_for() -> None:
     assert (user["runAsUser"], user["capabilities"]) == (0, {"drop": ["ALL"], "add": ["SYS_PTRACE"]})
     assert user["allowPrivilegeEscalation"] is False and "runAsNonRoot" not in user
     assert containers(stack_dumps="on")[1] == containers()[1]
+
+
+def test_a_restart_budget_gives_the_sidecar_and_nobody_else_the_right_to_its_leases() -> None:
+    """The places that the setting names are those that the role names; the engine's container has no token."""
+    chosen = replace(ManifestSettings(), name="qwen", restarts_at_once=2)
+    account, role, binding, deployment, _ = yaml.safe_load_all(render(chosen))
+    spec = deployment["spec"]["template"]["spec"]
+    sidecar, engine = spec["initContainers"][0], spec["containers"][0]
+    env = {e["name"]: e["value"] for e in sidecar["env"] if "value" in e}
+    text = env["SIDECAR_RESTART_BUDGET"].replace("$(POD_NAMESPACE)", "models")
+    names = [e["name"] for e in sidecar["env"]]
+    assert names.index("POD_NAMESPACE") < names.index("SIDECAR_RESTART_BUDGET"), "Kubernetes expands what stands before"
+    settings = load(Settings, {"restart_budget": text}, {})
+    where = target(settings.restart_budget)
+    assert role["rules"][0]["resourceNames"] == [f"{where.name}-{n}" for n in range(where.places)]
+    assert spec["serviceAccountName"] == account["metadata"]["name"] == binding["subjects"][0]["name"]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    token = "/var/run/secrets/kubernetes.io/serviceaccount"
+    assert spec["automountServiceAccountToken"] is False
+    assert [token in {m["mountPath"] for m in c["volumeMounts"]} for c in (sidecar, engine)] == [True, False]
 
 
 def test_the_engines_probes_use_numeric_ports() -> None:

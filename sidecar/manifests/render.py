@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from textwrap import dedent, indent
 from typing import Final
 
-from sidecar.manifests import shell
+from sidecar.manifests import budget, shell
 from sidecar.manifests.settings import ENGINE_PORT, ManifestSettings, start
 from sidecar.probes import STALE
 
@@ -32,7 +32,7 @@ def main(settings: ManifestSettings) -> int:
 
 def render(s: ManifestSettings) -> str:
     """The YAML documents as text. Raises UsageError where two settings do not fit together."""
-    documents = [_deployment(s), _service(s)]
+    documents = [*budget.documents(s), _deployment(s), _service(s)]
     if s.monitor == "podmonitor":
         documents.append(_pod_monitor(s))
     return "---\n".join(documents)
@@ -58,7 +58,7 @@ spec:
       terminationGracePeriodSeconds: {ENDPOINTS + DRAIN + 40}
       enableServiceLinks: false
       automountServiceAccountToken: false
-{_lines(6, _shared_processes(s))}      securityContext:
+{_lines(6, budget.account(s) + _shared_processes(s))}      securityContext:
         seccompProfile:
           type: RuntimeDefault
       initContainers:
@@ -159,7 +159,7 @@ def _sidecar(s: ManifestSettings) -> str:
     - {{name: sidecar-state, mountPath: {STATE}}}
     - {{name: sidecar-tmp, mountPath: /tmp}}
 """
-    return head + _lines(4, _sidecar_env(s)) + tail + _lines(4, _model_mount(s, read_only=True))
+    return head + _lines(4, _sidecar_env(s)) + tail + _lines(4, _model_mount(s, read_only=True) + budget.mount(s))
 
 
 def _shared_processes(s: ManifestSettings) -> str:
@@ -197,10 +197,16 @@ def _sidecar_env(s: ManifestSettings) -> str:
     note = "# No SIDECAR_MODEL, so images pass through untouched: their preparation needs the model's directory (--claim).\n"
     if s.claim:
         values["SIDECAR_MODEL"], note = s.model, ""
-    fields = {"POD_NAME": "metadata.name", "POD_NAMESPACE": "metadata.namespace", "NODE_NAME": "spec.nodeName"}
+    fields = {
+        "POD_NAME": "metadata.name",
+        "POD_UID": "metadata.uid",
+        "POD_NAMESPACE": "metadata.namespace",
+        "NODE_NAME": "spec.nodeName",
+    }
     own = "".join(f"- {{name: {k}, valueFrom: {{fieldRef: {{fieldPath: {v}}}}}}}\n" for k, v in fields.items())
     attributes = "k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),k8s.node.name=$(NODE_NAME)"
-    return _env(values.items()) + note + own + _env([("OTEL_RESOURCE_ATTRIBUTES", attributes)])
+    last = [("OTEL_RESOURCE_ATTRIBUTES", attributes), *budget.env(s)]
+    return _env(values.items()) + note + own + _env(last)
 
 
 def _engine(s: ManifestSettings) -> str:
@@ -304,7 +310,7 @@ def _volumes(s: ManifestSettings) -> str:
         - name: engine-shm
           emptyDir: {medium: Memory, sizeLimit: 8Gi}
         """)
-    return memory + models
+    return memory + models + budget.volume(s)
 
 
 def _env(values: Iterable[tuple[str, str]]) -> str:
