@@ -212,12 +212,13 @@ async def weights(s: Scene) -> None:
 
 
 async def stopped(s: Scene) -> None:
-    """The sidecar's first process is stopped for several times the floor while users are served."""
+    """The control process is stopped for several times the floor while users are served."""
     s.open()
     await s.served()
-    s.sidecar.process.send_signal(signal.SIGSTOP)
+    control = await s.sidecar.control()
+    os.kill(control, signal.SIGSTOP)
     await asyncio.sleep(5)  # the stop itself
-    s.sidecar.process.send_signal(signal.SIGCONT)
+    os.kill(control, signal.SIGCONT)
     s.began = time.monotonic()
     await s.until(lambda: len(s.since()) > 10, "two seconds of probes")
     await s.served()
@@ -227,7 +228,7 @@ async def starved(s: Scene) -> None:
     """All processes of the sidecar get one part in four of the time."""
     s.open()
     await s.served()
-    processes = [s.sidecar.process.pid, *await relays_of(s)]
+    processes = [s.sidecar.process.pid, await s.sidecar.control(), *await relays_of(s)]
     for _ in range(8):
         for pid in processes:
             os.kill(pid, signal.SIGSTOP)
@@ -239,7 +240,7 @@ async def starved(s: Scene) -> None:
 
 
 async def relays_of(s: Scene) -> list[int]:
-    snapshot = await s.sidecar.until(lambda snapshot: bool(snapshot["relays"]))
+    snapshot = await s.sidecar.until(lambda snapshot: all(relay["pid"] for relay in snapshot["relays"]))
     return [relay["pid"] for relay in snapshot["relays"]]
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 from aiohttp import web
@@ -203,6 +204,18 @@ async def test_preprocess_returns_what_the_hugging_face_processor_returns(sideca
     theirs = processor()([Image.open(io.BytesIO(j)).convert("RGB") for j in jpegs], return_tensors="np")
     assert np.array_equal(got["pixel_values"], theirs["pixel_values"])
     assert np.array_equal(got["image_grid_thw"], theirs["image_grid_thw"])
+
+
+async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar: Any) -> None:
+    """kill -9 of the image server, whose workers die with it: the next image waits for the next one; control and relay live on."""
+    assert (await ask(sidecar, chat(data_url(photo(640, 480, 3)))))[0] == 200
+    control = await sidecar.control()
+    (server,) = [p for p in psutil.Process(sidecar.process.pid).children() if "image-server" in p.cmdline()]
+    server.kill()
+    await asyncio.to_thread(psutil.wait_procs, [server], 30)
+    status, _, _ = await ask(sidecar, chat(data_url(photo(640, 480, 4))))
+    assert status == 200 and await sidecar.control() == control
+    assert (await sidecar.get("/livez"))[0] == 200
 
 
 async def test_one_trace_spans_client_sidecar_and_engine(recorder: Recorder, sidecar: Any) -> None:

@@ -1,0 +1,174 @@
+"""The supervisor with real processes: what it starts, starts again, passes on, and takes with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import psutil
+import pytest
+
+from sidecar.supervisor import PAUSE_FIRST, PAUSE_MOST, STEADY, pause_after
+
+# Each process says who it is and waits; what it gets on SIGTERM and SIGUSR1 is said, too.
+PROGRAM = """
+import os, signal, subprocess, sys
+from functools import partial
+from sidecar.supervisor import Role, Supervisor
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # one write: lines of processes do not mix
+
+def life(name, end, restarts):
+    say(name, "born", os.getpid(), restarts)
+    if name == "control":
+        if end == "fails":
+            return 2
+        os.kill(os.getppid(), signal.SIGUSR1)
+    while True:
+        got = signal.sigwait((signal.SIGTERM, signal.SIGUSR1))
+        say(name, signal.Signals(got).name)
+        if got == signal.SIGUSR1 or end == "at once":
+            return 0
+        if end == "orphan":
+            os.system("(sleep 0.2; echo orphan) &")  # its child, whose parent ends at once
+
+roles = [Role("control", "control", partial(life, "control", sys.argv[1]), ())]
+roles += [Role("relay", f"relay {n}", partial(life, f"relay{n}", sys.argv[2]), ()) for n in range(2)]
+sys.exit(Supervisor(roles, float(sys.argv[3])).run())
+"""
+
+
+class Program:
+    """The program under way, and what its processes said."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.said: list[str] = []
+
+    async def says(self, beginning: str) -> list[str]:
+        """The words of the next line that begins so."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(30):
+            while line := (await self.process.stdout.readline()).decode():
+                self.said.append(line)
+                if line.startswith(beginning):
+                    return line.split()
+        raise AssertionError(f"never said {beginning!r}: {self.said}")
+
+    async def ended(self) -> int:
+        async with asyncio.timeout(30):
+            assert self.process.stdout is not None
+            self.said += (await self.process.stdout.read()).decode().splitlines(keepends=True)
+            return await self.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def program(control: str = "", relay: str = "at once", grace: float = 20.0) -> AsyncIterator[Program]:
+    command = (sys.executable, "-c", PROGRAM, control, relay, str(grace))
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        yield Program(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def test_the_first_restart_waits_for_nothing_and_a_crash_loop_for_longer_each_time() -> None:
+    """A steady life is followed at once; young deaths double the pause up to its bound."""
+    assert pause_after(STEADY, PAUSE_MOST) == 0.0
+    pauses = [PAUSE_FIRST]
+    for _ in range(10):
+        pauses.append(pause_after(0.1, pauses[-1]))
+    assert pause_after(0.1, 0.0) == PAUSE_FIRST
+    assert pauses[:3] == [PAUSE_FIRST, 2 * PAUSE_FIRST, 4 * PAUSE_FIRST] and pauses[-1] == PAUSE_MOST
+
+
+async def test_a_start_that_fails_ends_with_its_code_and_starts_nothing_else() -> None:
+    """A control process that cannot start is not started again; nobody else is started."""
+    async with program(control="fails") as p:
+        assert await p.ended() == 2
+    assert [line.split()[0] for line in p.said] == ["control"]
+
+
+@pytest.mark.parametrize("name", ["control", "relay1"])
+async def test_a_process_that_is_killed_is_started_again_and_nobody_else_notices(name: str) -> None:
+    """kill -9: the next life knows how often; SIGTERM then ends all with 0."""
+    async with program() as p:
+        pids = {who: int((await p.says(f"{who} born"))[2]) for who in ("control",)}
+        for _ in range(2):
+            who, _, pid, _ = await p.says("relay")
+            pids[who] = int(pid)
+        os.kill(pids[name], signal.SIGKILL)
+        assert (await p.says(f"{name} born"))[3] == "1"
+        p.process.terminate()
+        assert await p.ended() == 0
+    assert len([line for line in p.said if " born " in line]) == 4
+
+
+async def test_control_ends_after_the_last_relay() -> None:
+    """SIGTERM goes to control and relays at once; SIGUSR1 to control when the relays are gone."""
+    async with program() as p:
+        for _ in range(2):
+            await p.says("relay")
+        p.process.terminate()
+        assert await p.ended() == 0
+    ends = [line.split() for line in p.said if "SIG" in line]
+    assert ["control", "SIGTERM"] in ends and ["relay0", "SIGTERM"] in ends and ["relay1", "SIGTERM"] in ends
+    assert ends[-1] == ["control", "SIGUSR1"]
+
+
+async def test_a_control_that_dies_in_the_drain_is_replaced_and_told_of_it() -> None:
+    """kill -9 of control while relays drain: the next one hears SIGTERM, too, although it was sent before it listened."""
+    async with program(relay="never") as p:
+        control = int((await p.says("control born"))[2])
+        relays = [int((await p.says("relay"))[2]) for _ in range(2)]
+        p.process.terminate()
+        await p.says("control SIGTERM")
+        os.kill(control, signal.SIGKILL)
+        await p.says("control born")
+        await p.says("control SIGTERM")
+        for pid in relays:
+            os.kill(pid, signal.SIGUSR1)
+        assert await p.ended() == 0
+
+
+async def test_the_drain_has_an_end() -> None:
+    """What still lives when the grace is over is killed, and the exit code says so."""
+    async with program(relay="never", grace=0.5) as p:
+        for _ in range(2):
+            await p.says("relay")
+        p.process.terminate()
+        assert await p.ended() == 1
+
+
+async def test_children_die_with_their_supervisor() -> None:
+    """kill -9 of the first process leaves nothing behind."""
+    async with program() as p:
+        await p.says("control born")
+        for _ in range(2):
+            await p.says("relay")
+        children = psutil.Process(p.process.pid).children()
+        p.process.kill()
+        await p.ended()
+        gone, alive = await asyncio.to_thread(psutil.wait_procs, children, 30)
+    assert len(gone) == 3 and not alive
+
+
+async def test_orphans_are_reaped() -> None:
+    """A grandchild whose parent ended comes to the supervisor, which leaves no zombie."""
+    async with program(relay="orphan") as p:
+        await p.says("control born")
+        relay = int((await p.says("relay"))[2])
+        await p.says("relay")
+        os.kill(relay, signal.SIGTERM)
+        await p.says("orphan")
+        root = psutil.Process(p.process.pid)
+        async with asyncio.timeout(30):
+            while len(root.children()) > 3:  # noqa: ASYNC110  the kernel has no event for it
+                await asyncio.sleep(0.05)
