@@ -13,6 +13,7 @@ from typing import Final, Literal
 from sidecar.facts import Failed
 
 SPINNING: Final = 0.8  # cores' worth of CPU from which a process spins
+ORDINARY: Final = 4  # rank of what healthy processes do, too: then the core is the one to hear of
 ASLEEP: Final = 0.05  # cores' worth of CPU below which it sleeps
 
 Role = Literal["core", "worker", "api", "other"]
@@ -104,20 +105,20 @@ def summary(seen: tuple[Seen, ...]) -> str:
         return "no process of the engine was seen"
     told = sorted(seen, key=lambda one: (symptom(one)[0], ROLES.index(one.process.role)))
     worst = symptom(told[0])[0]
-    picked = [one for one in told if symptom(one)[0] == worst][:3] if worst < 4 else told[:1]
+    picked = [one for one in told if symptom(one)[0] == worst][:3] if worst < ORDINARY else told[:1]
     lines = [f"{one.process.name} (pid {one.process.pid}): {symptom(one)[1]}" for one in picked]
     left = len(seen) - len(picked)
     return "; ".join(lines) + (f"; and {left} more" if left else "")
 
 
 def symptom(seen: Seen) -> tuple[int, str]:
-    """(how telling it is, least first; what the process does, in words)."""
+    """(rank, the most telling is 0; what the process does, in words). What healthy processes do, too, is ORDINARY, all alike."""
     looks = [look for look in seen.looks if isinstance(look, Look)]
     failed = next((look.error for look in seen.looks if isinstance(look, Failed)), None)
     if failed is not None:
-        return (2, failed) if looks else (6, failed)
+        return (2, failed) if looks else (ORDINARY, failed)
     if not looks:
-        return 6, "not looked at"
+        return ORDINARY, "not looked at"
     last = looks[-1]
     if last.state in _STATES:
         return _STATES[last.state]
@@ -125,12 +126,12 @@ def symptom(seen: Seen) -> tuple[int, str]:
         return 1, f"uninterruptible (D) in {last.wchan or 'the kernel'}: it waits for a driver or a disk"
     share = _share(looks)
     if share is None:
-        return 6, {"R": "running", "S": "asleep"}.get(last.state, f"state {last.state}") + _waiting(last)
+        return ORDINARY, {"R": "running", "S": "asleep"}.get(last.state, f"state {last.state}") + _waiting(last)
     if share >= SPINNING:
         return 3, f"spinning at {share:.0%} CPU" + _where(seen, _busiest(looks))
     if share >= ASLEEP:
-        return 5, f"working at {share:.0%} CPU" + _where(seen, _busiest(looks))
-    return 4, "asleep" + _waiting(last) + _where(seen, seen.process.pid)
+        return ORDINARY, f"working at {share:.0%} CPU" + _where(seen, _busiest(looks))
+    return ORDINARY, "asleep" + _waiting(last) + _where(seen, seen.process.pid)
 
 
 _STATES: Final[dict[str, tuple[int, str]]] = {

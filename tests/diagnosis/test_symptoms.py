@@ -86,6 +86,8 @@ def test_the_summary_names_the_worst_processes_first() -> None:
     assert summary((api, core, worker)).startswith("VLLM::Worker_TP1 (pid 12): stopped (T)")
     assert summary((api, core, worker)).endswith("; and 2 more")
     assert summary((api, core)) == "VLLM::EngineCore (pid 12): asleep; and 1 more"
+    working = seen(look(0, "R", 0), look(5, "R", 2))
+    assert summary((api, working)).startswith("VLLM::EngineCore (pid 12): working at 40% CPU")
     assert summary((worker,) * 5).count("stopped (T)") == 3
     assert summary(()) == "no process of the engine was seen"
 
