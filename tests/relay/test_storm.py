@@ -1,0 +1,70 @@
+"""All at once: stalls, ended requests, clients that leave, a queue and retries; every admission settles once and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from sidecar.facts import Admitted, End, Published, Settled
+
+from .work import CHAT, TOKEN, sse
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_concurrent": 5, "max_queued": 20, "retry_stalled": 5.0}], ids=["plain", "all on"]
+)
+async def test_a_storm_leaves_nothing_behind(rig: Any, serve: Any, seed: int, settings: dict[str, Any]) -> None:
+    """Whatever meets, each admission is followed by one settlement of its id, and the relay then serves as on its first day."""
+    dice = random.Random(seed)
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await asyncio.sleep(dice.random() * 0.02)
+        await response.prepare(request)
+        for event in sse(*[TOKEN] * dice.randrange(5)):
+            await asyncio.sleep(dice.random() * 0.01)
+            await response.write(event)
+        return response
+
+    r = await rig(await serve(engine), **settings)
+
+    async def ask() -> None:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "stream": True}) as got:
+                await got.read()
+
+    async def disturb() -> None:
+        while True:
+            await asyncio.sleep(dice.random() * 0.02)
+            r.relay.obey(Published("{}", "", dice.choice(["stalled", "dead", "progressing", "idle", "starting"])))
+            ids = [fact.id for fact in r.facts.of(Admitted)]
+            r.relay.obey(
+                End(tuple(dice.sample(ids, min(3, len(ids)))), dice.choice(["stream_stuck", "prompt_exceeds_kv_cache"]))
+            )
+
+    disturbance = asyncio.create_task(disturb())
+    clients = [asyncio.create_task(ask()) for _ in range(60)]
+    for client in dice.sample(clients, 15):
+        await asyncio.sleep(dice.random() * 0.01)
+        client.cancel()
+    await asyncio.wait(clients, timeout=30)
+    disturbance.cancel()
+    r.relay.obey(Published("{}", "", "idle"))
+    await r.facts.wait(Settled, len(r.facts.of(Admitted)))
+    admitted, settled = (Counter(f.id for f in r.facts.of(kind)) for kind in (Admitted, Settled))
+    assert admitted == settled
+    assert set(settled.values()) == {1}
+    assert not {f.outcome for f in r.facts.of(Settled)} & {"lost"}
+    before = len(settled)
+    again = [asyncio.create_task(ask()) for _ in range(20)]
+    await asyncio.gather(*again)
+    assert [f.outcome for f in r.facts.of(Settled)[before:]] == ["ok"] * 20
