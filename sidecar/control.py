@@ -126,7 +126,7 @@ class Control:
             case Directed():
                 self.orders.book(fact)
             case Settled():
-                self._ended(fact)
+                self._ended(fact, slowed=settlement is not None and settlement.slowed)
             case Imaged():
                 self._images.add(fact)
             case _:
@@ -158,10 +158,10 @@ class Control:
             self._of_request((relay, settlement.admitted.id), settlement.settled, None)
         return lost
 
-    def _ended(self, fact: Settled) -> None:
+    def _ended(self, fact: Settled, *, slowed: bool) -> None:
         if fact.outcome == "ok":
             self.progress.completed(fact.at)
-        if fact.first_at is not None and fact.delivered_tokens > 1 and fact.outcome != "stalled":
+        if fact.first_at is not None and fact.delivered_tokens > 1 and fact.outcome != "stalled" and not slowed:
             self.progress.learned.token_time((fact.at - fact.first_at) / (fact.delivered_tokens - 1))
 
     # --- canaries ---

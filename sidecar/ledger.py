@@ -47,6 +47,7 @@ class Hold:
     delivered: int = 0
     accrued: float = 0.0
     blocked: bool = False
+    slowed: bool = False  # by its client, after the first token: its pace says nothing of the engine
     prefill: float = 0.0  # seconds before the first token, by the cost model
     whole: int = 0  # most tokens of an answer that comes in one piece; 0 for a stream, and for what asks for no tokens
     remaining: float = 0.0  # MU that it still keeps
@@ -64,6 +65,7 @@ class Settlement:
     held: float
     mu: float
     delivered: int
+    slowed: bool = False  # its client kept it waiting after the first token
 
 
 @dataclass(slots=True)
@@ -211,6 +213,7 @@ class Ledger:
         if hold is None:
             return
         hold.blocked = fact.on
+        hold.slowed |= hold.first_at is not None
         if not fact.on:
             hold.since = hold.last_at = fact.at
 
@@ -244,7 +247,7 @@ class Ledger:
         account.requests += 1
         account.tokens += delivered
         return Settlement(
-            hold.admitted, fact, hold.tenant, hold.model, work or Work(0), hold.admitted.mu, mu, delivered
+            hold.admitted, fact, hold.tenant, hold.model, work or Work(0), hold.admitted.mu, mu, delivered, hold.slowed
         )
 
 

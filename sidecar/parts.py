@@ -111,6 +111,9 @@ class Parts:
             case Backpressure(on=on) if (s := self._streams.get(key)) is not None:
                 s.blocked = on
                 self._touch(s)
+                if not on and not s.first:  # it waited in the relay: the engine has it from now on
+                    self._orders += 1
+                    s.order, s.came = self._orders, self.clock
             case Settled():
                 self._settled(key, fact.delivered_tokens, fact.outcome == "ok")
             case _:

@@ -230,3 +230,16 @@ def test_a_restarted_engine_starts_without_findings() -> None:
     e.parts.restart()
     e.tick(1, other)
     assert e.finding is None
+
+
+def test_a_request_that_waited_in_the_relay_is_new_when_it_is_sent_on() -> None:
+    """Those that were served while it waited did not overtake it in the engine, and it has not waited there."""
+    e = Engine()
+    waiting, other = e.admit(), e.decoding()
+    e.parts.book(waiting, Backpressure(waiting[1], e.now, True))
+    for _ in range(30):
+        e.settle(e.decoding())
+        e.tick(10, other)
+    e.parts.book(waiting, Backpressure(waiting[1], e.now, False))
+    e.tick(100, other)
+    assert (e.ended, e.finding) == ([], None)

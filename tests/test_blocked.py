@@ -1,0 +1,71 @@
+"""Requests that their client, or the relay's own queue, keeps waiting: load, but no silence of the engine's."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+
+from sidecar.control import TICK, Control, Readings
+from sidecar.facts import Absent, Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, Work
+from sidecar.settings import Settings
+from sidecar.units import Coefficients
+
+FLOOR: Final = 4.0
+NOTHING: Final = Absent("not here")
+
+
+class Judge:
+    """A control object beside an engine without a metrics page."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        chosen = Settings(engine="http://engine", silence_floor=FLOOR, silence_unlearned=FLOOR)
+        self.control = Control(chosen, Coefficients(), self.now, self.now)
+
+    def tell(self, *facts: Fact) -> None:
+        for fact in facts:
+            self.control.fact(0, fact)
+
+    def admitted(self) -> Admitted:
+        return Admitted("a", self.now, "t", "m", "chat", True, Work(10, output=100), 100, 1.0)
+
+    def wait(self, seconds: float) -> set[str]:
+        """The verdicts of this time."""
+        states = set()
+        for _ in range(int(seconds / TICK)):
+            self.now += TICK
+            readings = Readings(NOTHING, NOTHING, NOTHING, (), None, "openai")
+            states.add(self.control.tick(readings, self.now, self.now).verdict.state)
+        return states
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["a client that does not read", "a request in our queue"])
+def test_a_blocked_request_is_no_silence_and_its_end_begins_one(started: bool) -> None:
+    """However long it is blocked nobody is suspected; when it goes on, it has the whole of its time anew, and no more."""
+    judge = Judge()
+    judge.wait(1)
+    judge.tell(Admitted("z", judge.now, "t", "m", "chat", True, Work(1), 1, 1.0), FirstToken("z", judge.now))
+    judge.tell(Settled("z", judge.now, "ok", 200, None, 1, 1, judge.now, judge.now, 0.0))
+    assert judge.wait(1) == {"progressing"}
+    judge.tell(judge.admitted())
+    if started:
+        judge.tell(FirstToken("a", judge.now), Delivered("a", judge.now, 1, 1))
+    judge.tell(Backpressure("a", judge.now, True))
+    assert not judge.wait(100) & {"suspect", "stalled"}
+    assert judge.control.ledger.stock().requests == 1
+    judge.tell(Backpressure("a", judge.now, False))
+    assert not judge.wait(FLOOR - TICK) & {"suspect", "stalled"}
+    assert "suspect" in judge.wait(2 * TICK + FLOOR)
+
+
+def test_the_pace_of_a_slow_client_is_not_learned() -> None:
+    """A stream that its client slowed down teaches nothing of how long a token takes; the same stream at its own pace does."""
+    for slowed in (True, False):
+        judge = Judge()
+        before = judge.control.progress.learned.token_seconds
+        judge.tell(judge.admitted(), FirstToken("a", judge.now))
+        if slowed:
+            judge.tell(Backpressure("a", judge.now + 1, True), Backpressure("a", judge.now + 50, False))
+        judge.tell(Settled("a", judge.now + 100, "ok", 200, None, 11, 11, judge.now, judge.now, 0.0))
+        assert (judge.control.progress.learned.token_seconds == before) is slowed
