@@ -188,7 +188,8 @@ class Control:
         if len(self._canary_seconds) < CANARIES_KNOWN:
             return self.evidence.allowed
         known = max(min(self._settings.silence_floor, CANARY_FLOOR), CANARY_MARGIN * max(self._canary_seconds))
-        return min(known + self._blocked, self._settings.silence_cap)
+        blocked = max(0.0, self._blocked - self._watch.unanswered(self.evidence.now))  # its patience is spent once
+        return min(known + blocked, self._settings.silence_cap)
 
     def canary_sent(self, now: float) -> None:
         """A canary is under way."""
@@ -272,7 +273,7 @@ class Control:
         self._watch.see(now, r.unanswered, None if gpus is None else sum(n for g in gpus for _, n in g.xid_errors))
         signs = reasons.Signs(
             self.evidence.age, sample, self._watch.xid_age(now), self._watch.unanswered(now), self.progress.iterating,
-            self.parts.first_only(),
+            self.parts.hint(),
         )  # fmt: skip
         return reasons.cause_of(signs)
 

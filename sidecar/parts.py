@@ -23,6 +23,8 @@ FLOORS = 5.0  # floors that a part may always be silent
 FIRST_PIECES = 2  # deliveries of a stream that prove no decode: the role, and the first token
 OVERTAKEN = 3  # requests that came later and were served, before one that still waits counts as stuck
 SOME = 2  # streams that no part of a finding on decodes can do without
+DECODE_FIRSTS = 3  # first tokens without any other, before the silence of all counts as decodes that stalled
+BURST = 3.0  # seconds over which they must have come: prefills that go first end in bursts
 FREED = 3  # requests that ended without anybody being admitted, before admission counts as stuck
 PRESSURE = 0.9  # share of the KV cache in use, from which preempted streams may wait long
 PRESSED = 5.0  # times the patience with one stream under pressure
@@ -209,10 +211,17 @@ class Parts:
                 return key
         return None
 
-    def first_only(self) -> bool:
-        """Whether all open requests, and more than one, have their first token and nothing else."""
-        open_ = [s for s in self._streams.values() if not s.blocked]
-        return len(open_) >= SOME and all(s.first and s.tokens <= FIRST_PIECES for s in open_)
+    def hint(self) -> str:
+        """What the parts say of a silence of the whole engine: a stuck part can fill it up until nothing moves. "" for nothing."""
+        if self._since:
+            return next(iter(self._since))
+        seen = [rank.seen for rank in self._ranks.values()]
+        if len(seen) > 1 and max(seen) - min(seen) > self.limits.floor:
+            return "rank_silent"
+        if self._decode_firsts >= DECODE_FIRSTS and self._first_seen - self._decode_seen >= BURST:
+            return "decode_stalled"
+        went = [self.clock - s.seen for s in self._streams.values() if s.first and not s.blocked]
+        return "stream_stuck" if sum(silent > FRESH + self.limits.floor for silent in went) >= REPEATED else ""
 
     @property
     def least(self) -> float:

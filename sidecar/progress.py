@@ -70,6 +70,7 @@ class Evidence:
     progress_kind: str
     age: float | None
     steps_age: float | None
+    prefill_age: float | None
     allowed: float
     ruled_by: str
     predicted: float
@@ -86,6 +87,7 @@ class Progress:
     started_at: float | None = None  # when work last began to be outstanding
     baseline: float = 0.0  # nothing before this counts as silence
     steps_at: float | None = None
+    prefill_at: float | None = None
     iterating: int = 0  # readings in a row in which the engine's steps moved
     _sample: EngineSample | None = None
     _busy: bool = False  # the engine's gauges show work that is not our canary
@@ -154,8 +156,10 @@ class Progress:
             if not canary and any_moved(before, sample, names):
                 self._mark(kind, now)
         self.iterating = self.iterating + 1 if moved(before.iterations, sample.iterations) else 0
-        if any_moved(before, sample, SIGNS_OF_LIFE):
+        if moved(before.iterations, sample.iterations):
             self.steps_at = now
+        if any_moved(before, sample, PREFILLING):
+            self.prefill_at = now
         return False
 
     def evidence(self, items: Iterable[Item], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
@@ -187,6 +191,7 @@ class Progress:
             progress_kind=kind,
             age=age,
             steps_age=None if self.steps_at is None else now - self.steps_at,
+            prefill_age=None if self.prefill_at is None else now - self.prefill_at,
             allowed=allowed + extra,
             ruled_by=ruled_by,
             predicted=predicted,
@@ -231,8 +236,8 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "completed": ("finished",),
 }
 PROGRESS = tuple(name for names in COUNTERS.values() for name in names)
-# Numbers whose movement only holds suspicion off.
-SIGNS_OF_LIFE = ("iterations", "prompt_tokens", "kv_usage")
+# Numbers whose movement, like that of the steps, only holds suspicion off.
+PREFILLING = ("prompt_tokens", "kv_usage")
 
 
 def load(sample: EngineSample) -> float:

@@ -21,8 +21,8 @@ KV_FULL = 0.95  # share of the KV cache from which waiting is memory's, not admi
 class Signs:
     """What a cause is chosen from. `sample` is None where the page could not be read; `xid_age` None without an XID.
 
-    `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved; `first_only`:
-    all open requests (two or more) have first tokens and nothing else.
+    `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved; `part`: the code of a
+    part that had begun to hang before, "" for none.
     """
 
     age: float | None = None
@@ -30,7 +30,7 @@ class Signs:
     xid_age: float | None = None
     unanswered: float = 0.0
     iterating: int = 0
-    first_only: bool = False
+    part: str = ""
 
 
 def _gpu_fault(s: Signs) -> bool:
@@ -79,8 +79,10 @@ CAUSES: tuple[tuple[str, Cause, str], ...] = (
     ("gpu_fault", _gpu_fault, "the driver reported an XID just before or during the silence"),
     ("api_blocked", _api_blocked, "the API takes connections and answers nothing on them: its event loop is blocked, or its process stopped"),
     ("admission_stalled", _admission_stalled, "requests wait and none runs: the scheduler admits nothing, or the head of the queue cannot enter"),
+    ("rank_silent", lambda s: s.part == "rank_silent", "one data-parallel rank had stood while others worked"),
+    ("decode_stalled", lambda s: s.part == "decode_stalled", "several first tokens had come, and since then no other token"),
+    ("stream_stuck", lambda s: s.part == "stream_stuck", "several streams had fallen silent one by one while others moved"),
     ("livelock", lambda s: s.iterating >= ITERATING, "the engine's steps go on and nothing is delivered"),
-    ("decode_stalled", lambda s: s.first_only, "all streams have their first token and no other: prefill works, decode does not"),
 )  # fmt: skip
 
 # What an operator reads beside a code, for codes that are not causes of a silence.
@@ -94,7 +96,7 @@ TEXTS: dict[str, str] = {
     "admission_stalled": "requests end and none that waits is admitted",
     "prompt_exceeds_kv_cache": "the prompt is larger than the engine's KV cache, waits for ever, and blocks the queue",
     "startup_stuck": "start-up has shown no sign of progress for longer than any is known to take",
-    **{code: text for code, _, text in CAUSES if code not in ("decode_stalled", "admission_stalled")},
+    **{code: text for code, _, text in CAUSES if code in ("gpu_fault", "api_blocked", "livelock")},
 }
 
 LOUD: frozenset[str] = frozenset(

@@ -84,11 +84,22 @@ def _silent(m: Memory, i: Inputs) -> bool:
     if e.age is None:
         return False
     silence = min(e.age, i.now - m.window_at)
-    steps = e.steps_age is not None and e.steps_age <= FRESH and e.age <= STEPS_HOLD_OFF * e.allowed
-    return silence > e.allowed and not steps
+    return (
+        silence > e.allowed and not (_fresh(e.steps_age) and e.age <= e.allowed + STEPS_HOLD_OFF) and not _prefills(e)
+    )
 
 
-STEPS_HOLD_OFF = 1.5  # engine steps alone hold suspicion off for this multiple of the allowed silence
+def _fresh(age: float | None) -> bool:
+    return age is not None and age <= FRESH
+
+
+def _prefills(e: Evidence) -> bool:
+    """Prefill evidence moves: a prefill may take longer than was foreseen, for a while."""
+    return _fresh(e.prefill_age) and e.age is not None and e.age <= PREFILL_HOLD_OFF * e.allowed
+
+
+STEPS_HOLD_OFF = 6.0  # seconds over the allowed silence for which engine steps alone hold suspicion off
+PREFILL_HOLD_OFF = 1.5  # times the allowed silence for which prefill evidence alone does
 
 
 def _canary(m: Memory, i: Inputs, *outcomes: str) -> bool:

@@ -60,7 +60,7 @@ def test_counters_that_move_are_progress_and_steps_alone_are_not() -> None:
     p.engine(EngineSample(generation_tokens=6, kv_usage=0.5), 15.0)
     p.engine(EngineSample(generation_tokens=6, kv_usage=0.6), 16.0)
     e = p.evidence([item(10.0)], 16.5)
-    assert (e.age, e.steps_age, e.progress_kind) == (3.5, 0.5, "generation"), (
+    assert (e.age, e.prefill_age, e.progress_kind) == (3.5, 0.5, "generation"), (
         "prefill evidence holds off, it proves nothing"
     )
 

@@ -25,7 +25,8 @@ WAITING = EngineSample(running=0, waiting=3, kv_usage=0.1)
         (Signs(unanswered=8.0), "api_blocked"),
         (Signs(age=20.0, xid_age=25.0, sample=WAITING, unanswered=15.0), "gpu_fault"),
         (Signs(age=20.0, xid_age=3600.0), "no_progress"),
-        (Signs(age=20.0, first_only=True), "decode_stalled"),
+        (Signs(age=20.0, part="decode_stalled", iterating=9), "decode_stalled"),
+        (Signs(age=20.0, part="rank_silent"), "rank_silent"),
     ],
 )
 def test_the_first_cause_that_holds_names_the_silence(signs: Signs, code: str) -> None:

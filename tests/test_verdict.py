@@ -32,7 +32,7 @@ def evidence(now: float, *, age: float | None = None, at: float | None = None, a
     """Evidence with `age` of silence over one outstanding request, or none outstanding."""
     return Evidence(
         now=now, outstanding=int(age is not None), waiting=0, engine_busy=False, progress_at=at, progress_kind="delivered",
-        age=age, steps_age=None, allowed=allowed, ruled_by="floor", predicted=0.0, learned=True,
+        age=age, steps_age=None, prefill_age=None, allowed=allowed, ruled_by="floor", predicted=0.0, learned=True,
     )  # fmt: skip
 
 
