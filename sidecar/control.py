@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from sidecar import __version__, reasons, sums, units, verdict
 from sidecar.bounded import Bounded
+from sidecar.canaries import GARBAGE, Canaries
 from sidecar.exemptions import Orders
 from sidecar.explain import explain, facts_of, held
 from sidecar.facts import (
@@ -94,6 +95,7 @@ class Control:
         self.fleet = Fleet(rules(settings, pod))
         self.changes: deque[Verdict] = deque(maxlen=CHANGES)
         self.canary: CanaryResult | None = None
+        self.canaries = Canaries(co)
         self.canary_since: float | None = None
         self._canary_touched = 0.0
         self.draining = False
@@ -203,8 +205,16 @@ class Control:
         if result.outcome == "ok":
             self._canary_seconds.append(result.ended - result.started)
             self._passed_at = result.ended
+            if self.canaries.passed(result):
+                self._report_garbage(result.ended)
         self.canary, self.canary_since, self._canary_touched = result, None, result.ended
         return result
+
+    def _report_garbage(self, now: float) -> None:
+        """A line among the changes of the verdict, which stays what it is."""
+        seen = {**self.verdict.evidence, "garbage_output": True}
+        report = Verdict(self.verdict.state, "garbage_output", GARBAGE, now, self._ticked_wall, seen)
+        self.changes.appendleft(report)
 
     # --- ticks ---
 
@@ -319,8 +329,12 @@ class Control:
         m, (was, hold) = self.memory, before
         changed = (m.state, self.fleet.reason) != (was.state, hold)
         self.news = m.state != was.state or (m.reason != was.reason and m.reason in reasons.LOUD)
+        if m.state in ("starting", "exempt") and m.state != was.state:
+            self.canaries.sameness.forget()
         since_wall = wall if changed else self.verdict.since_wall
         bare = Verdict(m.state, m.reason, explain(m, i, name), m.since, since_wall, facts_of(i, name))
+        if self.canaries.sameness.garbage:
+            bare.evidence["garbage_output"] = True
         self.verdict = held(bare, self.fleet.hold)
         if changed or self.news:
             self.changes.appendleft(self.verdict)
@@ -381,7 +395,7 @@ class Control:
             images=self._images.use(), images_device="off" if self._settings.images == "off" else self._settings.images_device,
             engine=r.engine, gpus=r.gpus, own=r.own, own_lag=self.lag, relays=r.relays, canary=self.canary,
             canary_outstanding_since=self.canary_since, changes=tuple(self.changes), diagnoses=r.diagnoses,
-            kills=self.fleet.memory.kills_total, handover=self.fleet.memory.handover,
+            kills=self.fleet.memory.kills_total, handover=self.fleet.memory.handover, canaries=self.canaries.use(),
         )  # fmt: skip
 
     def _load(self, r: Readings, now: float) -> Load:

@@ -305,8 +305,8 @@ class ProcessSample:
 class CanaryResult:
     """One canary, ended.
 
-    "ok" a token came; "failed" the engine answered 500 or broke the answer off; "starved" no token within `allowed`; "moot" real
-    work progressed meanwhile; "refused" no connection; "busy" 429 or 503; "rejected" any other 4xx: it cannot judge this engine.
+    "ok" a token came; "failed" the engine answered 500 or broke the answer off; "starved" no token within `allowed`; "moot" it
+    says nothing, as real work progressed meanwhile or the engine sleeps; "refused" no connection; "busy" 429 or 503; "rejected" any other 4xx: it cannot judge this engine.
     """
 
     outcome: Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]

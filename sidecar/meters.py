@@ -71,6 +71,9 @@ METRICS: Final = (
     Metric("sidecar_streams_ended_total", "counter", "Requests that were ended because they alone could not go on.", ("reason",)),
     Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST),
     Metric("sidecar_canaries_total", "counter", "Canaries that ended.", ("outcome",)),
+    Metric("sidecar_canary_mu_total", "counter", "Model units of canaries that passed; of no tenant."),
+    Metric("sidecar_canary_tokens_total", "counter", "Tokens of canaries that passed, prompts and outputs."),
+    Metric("sidecar_garbage_output", "gauge", "1 while canaries are answered otherwise than they always were; restarts nothing."),
     Metric("sidecar_images_total", "counter", "Images of requests.", ("format", "outcome")),
     Metric("sidecar_image_seconds", "histogram", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE),
     Metric("sidecar_image_bytes_total", "counter", "Bytes of images, as received and as handed on.", ("direction",)),
@@ -237,6 +240,9 @@ def gauges(s: Snapshot) -> Iterator[Row]:
     if s.progress_age is not None:
         yield "sidecar_progress_age_seconds", (), s.progress_age
     yield "sidecar_silence_allowed_seconds", (), s.silence_allowed
+    yield "sidecar_canary_mu_total", (), s.canaries.mu
+    yield "sidecar_canary_tokens_total", (), s.canaries.tokens
+    yield "sidecar_garbage_output", (), s.canaries.garbage
     yield "sidecar_loop_lag_seconds", ("control",), s.own_lag
     for relay in s.relays:
         yield "sidecar_loop_lag_seconds", (f"relay-{relay.index}",), relay.lag

@@ -56,6 +56,16 @@ class ImageUse:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryUse:
+    """What the canaries that passed since the start have cost; `garbage`: their answers are no longer the usual ones."""
+
+    passed: int = 0
+    mu: float = 0.0
+    tokens: int = 0  # prompts and outputs
+    garbage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RelayUse:
     """One relay process. `pulse_age` is seconds since its last Pulse; None before the first."""
 
@@ -95,3 +105,4 @@ class Snapshot:
     diagnoses: tuple[DiagnosisSummary, ...]  # newest first, bounded
     kills: int = 0  # times that liveness was failed for a stall
     handover: str = ""  # why an operator must act; empty while nobody must
+    canaries: CanaryUse = CanaryUse()

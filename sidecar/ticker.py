@@ -15,6 +15,7 @@ from typing import Any
 
 from sidecar import memory, probes, reasons
 from sidecar.budget import SharedBudget
+from sidecar.canaries import GARBAGE
 from sidecar.contact import Contact
 from sidecar.control import TICK, Control, Readings
 from sidecar.diagnosis import MAX_PAGE, Diagnoses, bundle, diagnose
@@ -245,8 +246,12 @@ class Ticker:
     async def _canary(self, allowed: float) -> None:
         canary = self._signals.contact.canary
         assert canary is not None
-        result = self.control.canary_ended(await canary.send(allowed))
+        result = await canary.send(allowed)
+        garbage = self.control.canaries.sameness.garbage
+        result = self.control.canary_ended(result)
         self.sinks.meters.observe(result)
+        if self.control.canaries.sameness.garbage and not garbage:
+            _log.warning("garbage_output: %s", GARBAGE)
         if result.outcome not in ("ok", "refused"):
             _log.warning("canary %s: %s", result.outcome, result.detail)
 

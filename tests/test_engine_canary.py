@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.engine.canary import Answer, Form, Forms, body, read
-from sidecar.engine.garbage import BASE, STRIKES, Sameness
 from sidecar.engine.kind import CHAT, COMPLETIONS, EMBEDDINGS
 from sidecar.engine.kinds import KINDS
 
@@ -122,49 +121,3 @@ def test_any_bytes_are_an_answer(noise: bytes) -> None:
 def test_any_json_is_an_answer(value: Any) -> None:
     """JSON of any shape is read without an error of ours."""
     assert isinstance(read(json.dumps(value).encode(), CHAT), Answer)
-
-
-def sameness(*answers: str) -> list[bool]:
-    """What each answer in turn gives."""
-    one = Sameness()
-    return [one.heard(answer) for answer in answers]
-
-
-def test_garbage_is_told_once_after_several_other_answers() -> None:
-    """An engine that always said the same, and then says something else several times in a row, is reported, once."""
-    told = sameness(*["a"] * BASE, *["!"] * (STRIKES + 10))
-    assert [n for n, begins in enumerate(told) if begins] == [BASE + STRIKES - 1]
-
-
-def test_garbage_ends_with_the_usual_answer() -> None:
-    """The report is taken back when the usual answer returns, and can begin anew."""
-    one = Sameness()
-    for answer in ["a"] * BASE + ["!"] * STRIKES:
-        one.heard(answer)
-    assert one.garbage
-    one.heard("a")
-    assert not one.garbage and one.strikes == 0
-
-
-@pytest.mark.parametrize("answers", [["a", "b"] * 50, ["a"] * 50 + ["b", "a"] * 30, ["b"] * 3 + ["a"] * 100, [""] * 99])
-def test_near_ties_are_no_garbage(answers: list[str]) -> None:
-    """Answers that change with the batch, now and then or half of the time, are never reported; nor are embeddings."""
-    assert not any(sameness(*answers))
-
-
-def test_another_engine_process_is_known_anew() -> None:
-    """What the last process said is no measure of this one."""
-    one = Sameness()
-    for answer in ["a"] * BASE:
-        one.heard(answer)
-    one.forget()
-    assert not any(one.heard("b") for _ in range(BASE + STRIKES))
-
-
-@given(st.lists(st.text("abcdefghijklmnopqrstuvwxyz", max_size=2), max_size=200))
-def test_memory_is_bounded(answers: list[str]) -> None:
-    """However many answers differ, a few are kept."""
-    one = Sameness()
-    for answer in answers:
-        one.heard(answer)
-    assert len(one.answers) <= 16

@@ -126,13 +126,16 @@ const engine = (read) => [reading(read, (sample) =>
 const CANARY = { ok: "a token came back", failed: "ended with an error", starved: "no token in the time allowed",
   moot: "real work progressed meanwhile", refused: "no connection", busy: "the engine is full",
   rejected: "the engine does not take it" };
-function canary({ last, ago, outstanding }) {
+function canary({ last, ago, outstanding, use }) {
   const pairs = outstanding === null ? [] : [["outstanding", bad(`for ${span(Math.max(0.001, outstanding))}`)]];
   if (!last) return [...(pairs.length ? [facts(pairs)] : []), soft("none has ended yet")];
   const outcome = `${last.outcome}: ${CANARY[last.outcome] ?? ""}`;
   pairs.push(["last", ["failed", "starved", "refused"].includes(last.outcome) ? bad(outcome) : outcome], ["ended", `${span(Math.max(1, ago))} ago`],
     ["took", `${span(last.ended - last.started)} of ${span(last.allowed)} allowed`]);
-  return [facts(last.detail ? [...pairs, ["detail", last.detail]] : pairs)];
+  if (last.detail) pairs.push(["detail", last.detail]);
+  pairs.push(["cost so far", `${amount(use.passed)} passed, ${amount(use.mu)} MU, ${amount(use.tokens)} tokens`]);
+  if (use.garbage) pairs.push(["answers", bad("not the usual ones: the engine may compute garbage")]);
+  return [facts(pairs)];
 }
 
 const own = ({ read, lag }) => [reading(read, (sample) => facts([
@@ -155,7 +158,7 @@ const SECTIONS = [
   ["images", (s) => ({ images: s.images, device: s.images_device }), images],
   ["gpus", (s) => s.gpus, gpus],
   ["engine", (s) => s.engine, engine],
-  ["canary", (s) => ({ last: s.canary, ago: s.canary && s.at - s.canary.ended, outstanding: s.canary_outstanding_since === null ? null : s.at - s.canary_outstanding_since }), canary],
+  ["canary", (s) => ({ last: s.canary, use: s.canaries, ago: s.canary && s.at - s.canary.ended, outstanding: s.canary_outstanding_since === null ? null : s.at - s.canary_outstanding_since }), canary],
   ["own", (s) => ({ read: s.own, lag: s.own_lag }), own],
   ["relays", (s) => s.relays, relays],
 ];

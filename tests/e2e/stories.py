@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
+from sidecar.canaries import BASE
 from sidecar.engine.scripted import ScriptedEngine
 
 from .scene import Scene, Setting
@@ -124,7 +125,7 @@ async def slowly(s: Scene) -> None:
 
 async def gibberish(s: Scene) -> None:
     """Idle, so that canaries are sent; then every token is garbage."""
-    await asyncio.sleep(2)  # canaries of a sound engine, for comparison
+    await s.sidecar.until(lambda seen: seen["canaries"]["passed"] > BASE)  # of a sound engine, for comparison
     s.fault("gibberish")
 
 

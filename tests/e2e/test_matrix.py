@@ -75,7 +75,6 @@ MISSING: dict[str, str] = {  # "kind-number": what the row still waits for
     "mode-19": "the reason startup_stuck",
     "mode-20": "the reason livelock",
     "mode-22": "the end of a stuck stream",
-    "mode-23": "the report garbage_output",
     "alarm-10": "Directed facts",
     "alarm-16": "Directed facts",
 }
