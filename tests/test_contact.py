@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from sidecar import contact as contacts
 from sidecar.contact import Contact
@@ -108,15 +109,15 @@ async def test_an_engine_without_a_page_shows_a_blocked_api(
     meet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kind of which no metrics are read is asked something cheap, so that an API that answers nothing is seen there, too."""
-    monkeypatch.setattr(contacts, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.1, "period": 0.02}))
+    monkeypatch.setattr(contacts, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.5, "period": 0.02}))
     free = asyncio.Event()
     async with Shown({"/v1/models": models("my-org")}) as engine:
         contact = await meet(engine, engine_kind="openai")
-        await until(lambda: engine.asked["/v1/models"] > 0)
-        assert not contact.unanswered
+        await until(lambda: engine.asked["/v1/models"] > 0 and not contact.unanswered)
 
-        async def blocked(_: Any) -> Any:
+        async def blocked(_: web.Request) -> web.Response:
             await free.wait()
+            return web.Response()
 
         engine.handlers["/v1/models"] = blocked
         await until(lambda: contact.unanswered)
