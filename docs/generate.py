@@ -19,6 +19,7 @@ from sidecar.engine import catalogue
 from sidecar.engine.catalogue import OWED, Case
 from sidecar.engine.faults import FAULTS
 from sidecar.facts import STATES, State
+from sidecar.fleet import HANDOVERS, HOLDS
 from sidecar.manifests.render import render
 from sidecar.manifests.settings import ManifestSettings
 from sidecar.meters import METRICS
@@ -103,6 +104,17 @@ def codes(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def holds_table() -> str:
+    """Why a stalled engine is not killed now, and what ends that."""
+    ends = {
+        "kill_interval": "time",
+        "kill_jitter": "time",
+        "awaiting_budget": "a place, or `--restart-budget-wait` without an answer",
+    }
+    rows = ((f"`{reason}`", text, HANDOVERS.get(reason) or ends[reason]) for reason, _, text in HOLDS)
+    return table(("reason", "holds when", "what ends it"), rows)
+
+
 def verdict_page() -> str:
     """docs/verdict.md."""
     conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
@@ -168,6 +180,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "metrics": metrics_table,
     "verdicts": verdict_table,
     "faults": faults_table,
+    "holds": holds_table,
     "modes": lambda: cases_table(catalogue.MODES),
     "alarms": lambda: cases_table(catalogue.ALARMS),
 }
@@ -184,7 +197,10 @@ def outputs() -> dict[Path, str]:
     safe = ManifestSettings()
     kubernetes = ROOT / "deploy" / "kubernetes"
     return {
-        **{path: filled(path.read_text()) for path in (ROOT / "README.md", ROOT / "docs" / "health.md")},
+        **{
+            path: filled(path.read_text())
+            for path in (ROOT / "README.md", ROOT / "docs" / "health.md", ROOT / "docs" / "fleet.md")
+        },
         ROOT / "docs" / "verdict.md": verdict_page(),
         kubernetes / "vllm.yaml": render(safe),
         kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),

@@ -119,7 +119,7 @@ def decide(m: Memory, i: Inputs, r: Rules) -> tuple[Memory, Hold | None]:
     if i.state != "stalled":
         return replace(m, state=i.state, stalled_at=None, waiting_at=None), None
     m = replace(m, state=i.state)
-    reason = next((reason for reason, holds in HOLDS if holds(m, i, r)), "")
+    reason = next((reason for reason, holds, _ in HOLDS if holds(m, i, r)), "")
     if reason == "awaiting_budget":
         m = replace(m, waiting_at=i.now if m.waiting_at is None else m.waiting_at)
     if reason:
@@ -156,6 +156,10 @@ def share(identity: str) -> float:
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) / 2**64 if identity else 0.0
 
 
+def _listed(numbers: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
 Condition = Callable[[Memory, Inputs, Rules], bool]
 
 
@@ -180,13 +184,17 @@ def _no_budget(m: Memory, i: Inputs, r: Rules) -> bool:
 BRIEF: Final = "kill_jitter"  # too short to be a reason of the verdict
 
 # The first that holds keeps liveness passing.
-HOLDS: Final[tuple[tuple[str, Condition], ...]] = (
-    ("node_needs_reboot", lambda m, i, r: m.handover == "node_needs_reboot"),
-    ("gpu_needs_reset", lambda m, i, r: m.handover == "gpu_needs_reset"),
-    ("restart_useless", lambda m, i, r: m.handover == "restart_useless"),
-    ("kill_interval", _too_soon),
-    (BRIEF, _jitter),
-    ("awaiting_budget", _no_budget),
+HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
+    ("node_needs_reboot", lambda m, i, r: m.handover == "node_needs_reboot", f"XID {_listed(NEEDS_REBOOT)}"),
+    ("gpu_needs_reset", lambda m, i, r: m.handover == "gpu_needs_reset", f"XID {_listed(NEEDS_RESET)}"),
+    (
+        "restart_useless",
+        lambda m, i, r: m.handover == "restart_useless",
+        "it stalled again soon after each of its last restarts",
+    ),
+    ("kill_interval", _too_soon, "the last kill is too recent"),
+    (BRIEF, _jitter, "its share of the jitter is not over; the verdict keeps its own reason"),
+    ("awaiting_budget", _no_budget, "other replicas hold all places, or the API server has not answered yet"),
 )
 
 

@@ -39,7 +39,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What is kept. `allowed` is the silence that was allowed last, seconds; `stalled`: it was suspect or stalled."""
+    """What is kept. `allowed` is the silence that was allowed last, seconds; `stalled`: it was suspect or stalled.
+
+    `orders`: those that stop the engine on purpose, by code, and since when.
+    """
 
     learned: Learned
     canary_seconds: tuple[float, ...]
@@ -47,6 +50,7 @@ class Kept:
     rejected: int
     stalled: bool
     allowed: float
+    orders: dict[str, float]
     fleet: fleet.Memory
 
 

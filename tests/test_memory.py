@@ -34,7 +34,7 @@ def kept() -> Kept:
     for n in range(30):
         learned.first_token(0.5 + n / 100, 0.25)
     policy = fleet.Memory(state="stalled", stalled_at=9.0, killed_at=10.5, standing=True, kills=2, kills_total=3)
-    return Kept(learned, (0.2, 0.3), served=True, rejected=1, stalled=True, allowed=31.5, fleet=policy)
+    return Kept(learned, (0.2, 0.3), served=True, rejected=1, stalled=True, allowed=31.5, orders={}, fleet=policy)
 
 
 def file_of(it: Kept, now: float = 100.0, place: Place = HERE) -> Any:
@@ -196,6 +196,14 @@ def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
     policy = life.control.fleet.memory
     assert policy.restarted_at is not None and not policy.standing and policy.kills == 2
     assert life.control.progress.learned.first_tokens == 30
+
+
+def test_an_engine_that_was_paused_on_purpose_is_still_paused() -> None:
+    """The order came through the relay before our restart; only its opposite, a token or the cap ends it."""
+    life = Life()
+    life.control.restore(replace(kept(), stalled=False, orders={"engine_paused": life.now - 30}), life.now, same=True)
+    life.run(120)
+    assert set(life.states) == {"exempt"} and life.control.verdict.reason == "engine_paused"
 
 
 def test_a_hand_over_outlives_the_sidecar() -> None:

@@ -25,6 +25,7 @@ QUICK = {
     "silence-unlearned": "1.5",
     "silence-blocked": "4",
     "canary-interval": "1",
+    "kill-interval": "0",  # some see more than one hang
     "drain-seconds": "10",
     "images": "off",
 }

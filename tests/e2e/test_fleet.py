@@ -23,7 +23,7 @@ async def test_two_restarts_that_do_not_help_hand_the_engine_over(start: Any) ->
     async with AsyncExitStack() as first:
         engine = await serving(first)
         port = int(engine.url.rpartition(":")[2])
-        sidecar = await start(engine.url, kill_interval="0")
+        sidecar = await start(engine.url)
         await sidecar.until_verdict("idle")
         engine.faults.start("freeze")
         await sidecar.until_verdict("stalled")

@@ -48,6 +48,7 @@ ENGINE_FLAGS = (
 SIDECAR_FLAGS = {
     "canary-interval": "1",
     "silence-floor": "3",
+    "kill-interval": "0",  # one sidecar sees several hangs
     "silence-unlearned": "6",
     "drain-seconds": "2",
     "engine-kind": "vllm",
