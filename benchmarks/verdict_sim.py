@@ -1,11 +1,13 @@
 """The verdict simulator: the production progress and verdict code against hangs and alarms, beside the field's detectors.
 
     python benchmarks/verdict_sim.py [--weeks N] [--trials N] [--seed N] [--processes N] [--traces DIR] [--quick] [--write]
+    python benchmarks/verdict_sim.py --weeks 10000 --keep FILE   # what is done is kept in FILE; the same command goes on there
     python benchmarks/verdict_sim.py --only-week SEED:NUMBER     # one week again, with all that it found
 
 Simulated, not measured: an engine model under a simulated clock (benchmarks/sim/engine.py) drives `sidecar.control.Control` itself.
-Prints how many hangs each detector finds and when (p50 / p99 seconds), and how many healthy engines each would have killed.
-`--write` puts the tables and a plot into benchmarks/results/. Progress goes to stderr.
+Prints how many hangs each detector finds and when (p50 / p99 seconds), with which reason, and how many healthy engines each would
+have killed. What an engine-week contains stands in benchmarks/sim/weeks.py. `--write` puts the tables and a plot into
+benchmarks/results/. Progress and the time that is left go to stderr.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from sim import modes, report, traces
+from sim.keep import Job, Kept
+from sim.plot import plot
 from sim.weeks import Tally, week
 
 from sidecar.units import Coefficients
@@ -28,7 +32,8 @@ from sidecar.units import Coefficients
 HERE = Path(__file__).resolve().parent
 TRACES = HERE.parent.parent / "shared" / "traces"
 CO = Coefficients()
-BATCH = 10  # weeks, or trials, of one job
+BATCH = 10  # weeks of one job
+Result = tuple[Tally, list[modes.Trial], list[modes.Trial], float]  # trials, those at sites that tell less, CPU seconds
 
 
 def main() -> None:
@@ -38,19 +43,28 @@ def main() -> None:
         tally = week(args.only_week, loaded(args.traces), CO)
         print(report.coverage(tally), report.alarms(tally), report.findings(tally, 99), sep="\n\n")
         return
-    began = time.monotonic()
-    tally, trials = Tally(), []
-    for done, (part, found) in enumerate(jobs(args), 1):
+    began, seconds = time.monotonic(), 0.0
+    tally, trials, poor = Tally(), [], []
+    work = planned(args)
+    for done, (part, found, less, cpu) in enumerate(results(args, work), 1):
         tally.add(part)
         trials.extend(found)
-        if done % 10 == 0:
-            print(f"{tally.weeks:.0f} weeks, {len(trials)} trials, {time.monotonic() - began:.0f} s", file=sys.stderr)
-    text = page(args, tally, trials, time.monotonic() - began)
+        poor.extend(less)
+        seconds += cpu
+        if done % 20 == 0 or done == len(work):
+            left = (time.monotonic() - began) * (len(work) / done - 1)
+            print(
+                f"{done}/{len(work)} jobs, {tally.weeks:.0f} weeks, {len(trials)} trials; {left:.0f} s left",
+                file=sys.stderr,
+            )
+    text = page(args, tally, trials, poor, (time.monotonic() - began, seconds))
     print(text)
     if args.write:
         stem = HERE / "results" / f"verdict-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
         stem.with_suffix(".md").write_text(text + "\n")
-        stem.with_suffix(".svg").write_text(report.plot(trials))
+        stem.with_suffix(".svg").write_text(
+            plot(trials, f"Time to detect a hang of the whole engine, {len(trials)} simulated trials")
+        )
 
 
 def parsed() -> argparse.Namespace:
@@ -65,6 +79,9 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument(
+        "--keep", type=Path, default=None, metavar="FILE", help="go on from, and add to, what is kept there"
+    )
     parser.add_argument("--only-week", default="", metavar="SEED:NUMBER")
     args = parser.parse_args()
     if args.quick:
@@ -80,41 +97,69 @@ def loaded(folder: Path) -> dict[str, traces.Trace]:
     return traces.load(folder)
 
 
-def jobs(args: argparse.Namespace) -> Iterator[tuple[Tally, list[modes.Trial]]]:
-    """All jobs' results, as they come in order."""
-    work = [("week", f"{args.seed}", first, min(BATCH, args.weeks - first)) for first in range(0, args.weeks, BATCH)]
-    work += [("quick" if args.quick else "trial", f"{args.seed}", n, 1) for n in range(args.trials)]
+def planned(args: argparse.Namespace) -> list[Job]:
+    """All jobs: weeks in batches, then rounds of trials."""
+    weeks = [("week", f"{args.seed}", first, min(BATCH, args.weeks - first)) for first in range(0, args.weeks, BATCH)]
+    return weeks + [("quick" if args.quick else "trial", f"{args.seed}", n, 1) for n in range(args.trials)]
+
+
+def results(args: argparse.Namespace, work: list[Job]) -> Iterator[Result]:
+    """All jobs' results: first what is kept, then the rest as it comes, in order."""
+    kept = Kept(args.keep, HERE)
+    yield from (kept.done[each] for each in work if each in kept.done)
+    rest = [each for each in work if each not in kept.done]
     if args.processes == 1:
-        yield from (job(*each, args.traces) for each in work)
-        return
-    with ProcessPoolExecutor(args.processes) as pool:
-        yield from pool.map(job, *zip(*work, strict=True), [args.traces] * len(work))
+        for each in rest:
+            yield kept.add(each, job(*each, args.traces))
+    elif rest:
+        with ProcessPoolExecutor(args.processes) as pool:
+            found = pool.map(job, *zip(*rest, strict=True), [args.traces] * len(rest))
+            for each, result in zip(rest, found, strict=True):
+                yield kept.add(each, result)
 
 
-def job(kind: str, seed: str, first: int, count: int, folder: Path) -> tuple[Tally, list[modes.Trial]]:
-    """Some weeks, or one trial of each mode under each of its loads. Deterministic in its arguments."""
-    tally = Tally()
+def job(kind: str, seed: str, first: int, count: int, folder: Path) -> Result:
+    """Some weeks, or one trial of each mode under each of its loads: at sites that tell all, and while decoding at sites that do
+    not. Deterministic in its arguments but for the CPU seconds."""
+    tally, began = Tally(), time.process_time()
     if kind == "week":
         for n in range(first, first + count):
             tally.add(week(f"{seed}:{n}", loaded(folder), CO))
-        return tally, []
+        return tally, [], [], time.process_time() - began
     loads, horizon = (("idle", "decoding"), 100.0) if kind == "quick" else (modes.LOADS, modes.HORIZON)
-    rows = [(mode, load) for mode in modes.MODES for load in mode.loads if load in loads]
-    rngs = (random.Random(f"{seed}:{first}:{mode.number}:{load}") for mode, load in rows)
-    return tally, [
-        modes.trial(modes.made_for(m, rng), m, load, horizon) for (m, load), rng in zip(rows, rngs, strict=True)
-    ]
+    found, less = [], []
+    for mode in modes.MODES:
+        for load in (x for x in mode.loads if x in loads):
+            rng = random.Random(f"{seed}:{first}:{mode.number}:{load}")
+            found.append(modes.trial(modes.made_for(mode, rng), mode, load, horizon))
+        if mode.whole and "decoding" in mode.loads and kind != "quick":
+            rng = random.Random(f"{seed}:{first}:{mode.number}:less")
+            less.append(modes.trial(modes.made_for(mode, rng, tells=False), mode, "decoding", horizon))
+    return tally, found, less, time.process_time() - began
 
 
-def page(args: argparse.Namespace, tally: Tally, trials: list[modes.Trial], seconds: float) -> str:
+def page(
+    args: argparse.Namespace,
+    tally: Tally,
+    trials: list[modes.Trial],
+    poor: list[modes.Trial],
+    spent: tuple[float, float],
+) -> str:
     """All tables."""
     names = ", ".join(sorted(loaded(args.traces)))
+    alarms = "Kills of a healthy engine. Ours count from the first tick of a failing liveness, theirs from the last of their failing probes."
     return "\n\n".join((
         f"# Progress verdicts, simulated, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        f"Simulated, not measured. Seed {args.seed}, traces: {names}; {seconds:.0f} s on {args.processes} process(es).",
+        f"Simulated, not measured. Seed {args.seed}, traces: {names}; {spent[0]:.0f} s ({spent[1]:.0f} s of CPU) on {args.processes} process(es).",
         report.coverage(tally),
-        "## Whole-engine hangs: found/all, then p50 / p99 seconds\n\n" + report.summary(trials),
-        "## Healthy engines: what each alarm did\n\n" + report.alarms(tally),
+        "## Both axes, in the terms of Chen, Toueg and Aguilera (2002)\n\n" + report.quality(tally, trials),
+        "## Whole-engine hangs: found/all, then p50 / p99 seconds to the first failing check\n\n"
+        + report.summary(trials) + "\n\n" + report.right(trials),
+        "## Long prefills: detection against the prefill that was outstanding\n\n" + report.long_prefills(trials),
+        "## Hangs of a part, of one request, of a start-up\n\n" + report.parts(trials),
+        "## The whole engine again, decoding, at sites without a metrics page and with half the answers in one piece\n\n"
+        + report.summary(poor),
+        "## Healthy engines: what each alarm did\n\n" + alarms + "\n\n" + report.alarms(tally),
         "## Every hang mode: found/all, then p50 / p99 seconds\n\n" + report.detection(trials),
         "## The first false kills of each alarm\n\n" + report.findings(tally),
     ))  # fmt: skip

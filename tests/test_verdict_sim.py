@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,8 +15,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from sim import modes, sites, traces, weeks  # noqa: E402  # the path above must come first
 from sim.alarms import ALARMS, Alarm  # noqa: E402
-from sim.detectors import Baseline, Seen  # noqa: E402
-from sim.engine import Site  # noqa: E402
+from sim.detectors import CHECKS, Baseline, Check, Seen  # noqa: E402
+from sim.keep import Kept  # noqa: E402
+from sim.seqs import Site  # noqa: E402
+from sim.surface import sample  # noqa: E402
 from sim.world import CALM, UNLIVE, World  # noqa: E402
 
 from sidecar.facts import Delivered, Settled  # noqa: E402
@@ -45,8 +46,8 @@ def test_a_quick_run_prints_what_it_covered_and_every_table() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr
     assert "12.0 engine-weeks" in done.stdout
-    assert "in full resolution" in done.stdout
-    for title in ("Whole-engine hangs", "Healthy engines", "Every hang mode", "false kills per engine-week"):
+    assert "In full resolution" in done.stdout
+    for title in ("Both axes", "Whole-engine hangs", "right reason", "Healthy engines", "Every hang mode"):
         assert title in done.stdout
     assert "synthetic" in done.stdout
 
@@ -131,7 +132,7 @@ def test_natural_windows_are_found_where_hardware_is_far_slower_than_the_coeffic
     at_speed, slow = (sites.windows(TRACE, Site(slowness=s), CO, Limits()) for s in (1.0, 10.0))
     assert at_speed == []
     assert slow
-    assert all(sites.prefills(TRACE, CO)[i] > 0.5 for i in slow)
+    assert all(sites.prefills(TRACE, CO)[i] > 0.5 and ratio > sites.SHARE for ratio, i in slow)
 
 
 def test_only_calm_time_may_be_passed_over() -> None:
@@ -152,37 +153,110 @@ def test_a_week_is_the_same_again_from_its_seed() -> None:
     assert one.weeks == pytest.approx(1.0, abs=0.05)
 
 
-HARMLESS = ("1:", "3:", "4:", "7:", "9:", "12:", "13:", "16:", "17:", "garbage", "client")
-
-
-@pytest.mark.parametrize("alarm", [a for a in ALARMS if weeks.label(a).startswith(HARMLESS)], ids=weeks.label)
+@pytest.mark.parametrize("alarm", [a for a in ALARMS if not a.hidden and a.number != 15], ids=weeks.label)
 def test_the_production_code_stays_silent_in_the_simulated_alarm(alarm: Alarm) -> None:
-    """Three stories of each of these alarms kill nothing."""
+    """Three stories of each alarm kill nothing; but for a tokenizer of 60 s, which an engine without a page cannot tell from a hang."""
     for seed in range(3):
         tally, rng = weeks.Tally(), random.Random(f"alarm:{seed}:{alarm.text}")
         site = sites.draw(rng, TRACES, CO)
-        if alarm.text.startswith("sleep"):
-            site = replace(
-                site, page=True
-            )  # sleep is read from the page; without one it looks like a hang (README, limits)
         w = World(site, rng, compare=False, co=CO)
         w.run(15)
         weeks.event(w, alarm, TRACES, tally, str(seed))
         assert tally.kills == {}, tally.examples
 
 
-WHOLE = [(m, load) for m in modes.MODES for load in m.loads if not m.part and load in ("idle", "decoding")]
+WHOLE = [(m, load) for m in modes.MODES for load in m.loads if m.whole and load in ("idle", "decoding")]
+PARTS = [(m, load) for m in modes.MODES for load in m.loads[:1] if not m.whole]
 
 
 @pytest.mark.parametrize(("mode", "load"), WHOLE, ids=lambda p: p if isinstance(p, str) else str(p.number))
 def test_the_production_code_finds_every_hang_of_the_whole_engine(mode: modes.Mode, load: str) -> None:
-    """Idle or decoding, liveness fails while nothing but the fault happened, and never before it."""
-    w = modes.made_for(mode, random.Random(f"mode:{mode.number}:{load}"))
-    w.compare, w.baselines = False, []
-    found = modes.trial(w, mode, load)
+    """Idle or decoding, liveness fails with a right reason while nothing but the fault happened, and never before it."""
+    found = tried(mode, load)
     assert found.before in CALM
     assert found.liveness is not None, found.trail
     assert found.liveness > 0
+    assert found.right, found.trail
+
+
+@pytest.mark.parametrize(("mode", "load"), PARTS, ids=lambda p: p if isinstance(p, str) else str(p.number))
+def test_the_production_code_finds_every_hang_of_a_part(mode: modes.Mode, load: str) -> None:
+    """What the catalogue owes comes, with a right reason: readiness is withdrawn, the one request ended, or the start-up named."""
+    found = tried(mode, load)
+    assert found.found is not None, found.trail
+    assert found.right, found.trail
+    assert found.owed != "request" or found.liveness is None, found.trail
+
+
+def tried(mode: modes.Mode, load: str) -> modes.Trial:
+    """One trial without the baselines."""
+    w = modes.made_for(mode, random.Random(f"mode:{mode.number}:{load}"))
+    w.compare, w.rivals.baselines = False, []
+    return modes.trial(w, mode, load)
+
+
+def test_a_request_that_control_ends_frees_its_place_in_the_engine() -> None:
+    """The relay of the simulation obeys End: the stuck stream is gone from the engine, and is settled as stalled."""
+    mode = next(m for m in modes.MODES if m.number == 14)
+    w = modes.made_for(mode, random.Random(0))
+    assert modes.trial(w, mode, "decoding", horizon=200.0).ended is not None
+    assert w.ended[0].id not in {s.id for s in w.engine.running}
+    assert w.control.ledger.totals[("t", "m", "stalled")][1] == 1
+
+
+def test_a_client_that_does_not_read_is_told_and_gets_all_in_the_end() -> None:
+    """Backpressure goes to control after a second, deliveries stop, and come at once when the client reads again."""
+    w = World(Site(), random.Random(0), compare=False)
+    w.run(15)
+    seq = w.request(100, 200)
+    w.unread(seq)
+    w.run(10)
+    (hold,) = w.control.ledger.holds()
+    assert (hold.blocked, hold.delivered) == (True, 0)
+    w.read(seq)
+    w.run(1)
+    assert not w.users
+    assert w.control.ledger.delivered_total == 200
+
+
+def test_work_past_the_relay_shows_on_the_page_alone() -> None:
+    """It moves gauges and counters, and is none of the relay's requests."""
+    w = World(Site(), random.Random(0), compare=False)
+    w.past_relay(4000, 1000)
+    w.run(2)
+    page = sample(w.engine, w.now, 0.0).value
+    assert page.running == 1
+    assert page.generation_tokens > 10
+    assert w.control.evidence.outstanding == 0
+
+
+def test_each_rank_counts_its_own_tokens() -> None:
+    """With one of two ranks dead, its counter stands and the other's moves."""
+    w = World(Site(ranks=2), random.Random(0), compare=False)
+    for _ in range(4):
+        w.request(100, 5000)
+    w.run(2)
+    w.engine.fault("one_rank", rank=0)
+    before = [r.generation_tokens for r in sample(w.engine, w.now, 0.0).value.ranks]
+    w.run(2)
+    after = [r.generation_tokens for r in sample(w.engine, w.now, 0.0).value.ranks]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
+
+
+def test_a_run_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    """What is kept is read again, a record that was cut off is dropped, and other code's results are refused."""
+    file = tmp_path / "kept"
+    first: Kept[str] = Kept(file, BENCHMARKS)
+    first.add(("week", "1", 0, 10), "one")
+    first.add(("week", "1", 10, 10), "two")
+    file.write_bytes(file.read_bytes()[:-3])
+    again: Kept[str] = Kept(file, BENCHMARKS)
+    assert again.done == {("week", "1", 0, 10): "one"}
+    again.add(("week", "1", 10, 10), "two")
+    assert list(Kept(file, BENCHMARKS).done.values()) == ["one", "two"]
+    with pytest.raises(ValueError, match="other code"):
+        Kept(file, tmp_path)
 
 
 def test_prefills_share_the_step_or_starve_the_decodes() -> None:
@@ -204,9 +278,9 @@ def test_a_prefill_under_way_moves_no_counter_but_kv_use() -> None:
     w = World(Site(), random.Random(0), compare=False)
     w.request(100_000, 10)
     w.run(2)
-    one = w.engine.sample(w.now, 0.0).value
+    one = sample(w.engine, w.now, 0.0).value
     w.run(3)
-    two = w.engine.sample(w.now, 0.0).value
+    two = sample(w.engine, w.now, 0.0).value
     assert (one.prompt_tokens, one.generation_tokens, one.iterations) == (
         two.prompt_tokens,
         two.generation_tokens,
@@ -244,7 +318,9 @@ def failing(whose: str, limit: float) -> bool:
 
 FIRES = {
     "vLLM /health": {"health_status": 503},
-    "kubelet default 1 s": {"health_seconds": 1.5},
+    "llm-d, kubelet 1 s": {"health_seconds": 1.5},
+    "KServe, NIM: static page": {"health_seconds": 1.5},
+    "Ray Serve": {"health_seconds": 31.0},
     "vLLM PR 45526": {"running": 1.0, "token_age": 61.0},
     "gonka PR 1421": {"running": 1.0, "iterations": 5.0},
     "SGLang /health_generate": {"canary": failing, "token_age": 25.0},
@@ -254,15 +330,15 @@ FIRES = {
 }
 
 
-@pytest.mark.parametrize("name", FIRES)
-def test_a_baseline_fires_on_its_own_condition_and_on_nothing_else(name: str) -> None:
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_a_baseline_fires_on_its_own_condition_and_on_nothing_else(check: Check) -> None:
     """Each detector fails on the one thing that it looks at, not before, and not on what the others look at."""
-    calm = Baseline(name)
+    calm = Baseline(check)
     for now in range(0, 400, 10):
         calm.poll(seen(float(now)))
     assert (calm.failing_since, calm.killed_at) == (None, None)
-    fires = Baseline(name)
+    fires = Baseline(check)
     for now in range(0, 400, 10):
-        fires.poll(seen(float(now), **FIRES[name]))
+        fires.poll(seen(float(now), **FIRES[check.name]))
     assert fires.killed_at is not None
     assert fires.killed_at >= (fires.failing_since or 0.0)

@@ -15,78 +15,12 @@ from dataclasses import dataclass, field, replace
 from sidecar import units
 from sidecar.engine.behaviour import Behaviour
 from sidecar.engine.faults import changes_of
-from sidecar.facts import (
-    Absent,
-    Admitted,
-    Delivered,
-    EngineSample,
-    Fact,
-    Failed,
-    FirstToken,
-    Reading,
-    Settled,
-    Value,
-    Work,
-)
+from sidecar.facts import Delivered, Fact, FirstToken, Work
+from sim.seqs import USER, Counters, Seq, Site, settled
 
 QUANTUM = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it
 CHUNK_SHARE = 0.85  # of a step that a chunked prefill takes while others decode
 FAMILY = 32  # requests that share a decode step, as in the coefficients
-SERIES = ("kv_usage", "iterations", "counters")  # what a metrics page may lack
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One engine and its users. `slowness`: this hardware's time over what the coefficients say. Capacities in tokens."""
-
-    trace: str = "synthetic"
-    rate: float = 1.0  # of the trace's own
-    slowness: float = 1.0
-    starves: bool = False
-    max_batch: int = 32
-    kv_tokens: int = 1_000_000
-    streams: float = 1.0  # share of the requests that stream
-    lacks: frozenset[str] = frozenset()  # of SERIES
-    page: bool = True  # a metrics page at all
-    ranks: int = 1  # data-parallel
-
-
-@dataclass(eq=False, slots=True)
-class Seq:
-    """One request in the engine. `owner` is "user", or whose canary it is; those of baselines are seen by nobody but them."""
-
-    id: str
-    prompt: int
-    limit: int
-    streams: bool
-    owner: str
-    need: float  # GPU seconds of prefill, at the coefficients' speed
-    rank: int = 0
-    done: float = 0.0  # of `need`
-    first: bool = False
-    tokens: float = 0.0
-    sent: int = 0
-    first_at: float | None = None
-    ended_at: float | None = None
-    pieces: int = 0
-
-    @property
-    def shadow(self) -> bool:
-        return self.owner not in ("user", "ours")
-
-    def computed(self) -> float:
-        """Tokens in the KV cache."""
-        return self.prompt * (self.done / self.need if self.need else 1.0) + self.tokens
-
-
-@dataclass(slots=True)
-class Counters:
-    """What the metrics page counts."""
-
-    prompt: float = 0.0
-    generation: float = 0.0
-    finished: float = 0.0
-    iterations: float = 0.0
 
 
 @dataclass(slots=True)
@@ -106,10 +40,10 @@ class Engine:
     busy_at: float = 0.0  # work was last there
     compile_left: float = 0.0
     lag: float = 0.0  # seconds by which HTTP answers are late, beside what the fault says
+    gauges: tuple[float, float] = (0.0, 0.0)  # running, waiting, as the core last told them
     _inbox: list[Seq] = field(default_factory=list)  # sent while the API did not answer
     _held: list[Fact] = field(default_factory=list)
     _late: list[Seq] = field(default_factory=list)  # canaries that ended while the API did not answer
-    _gauges: tuple[float, float] = (0.0, 0.0)
     _victim: Seq | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
     _speed: float = 0.0
@@ -117,6 +51,7 @@ class Engine:
     def __post_init__(self) -> None:
         self.loop_at = self.token_at = self.chunk_at = self.busy_at = self.started
         self._speed = self.co.d * FAMILY / 1000
+        self.counters.ranks = [0.0] * self.site.ranks
 
     @property
     def fastest(self) -> float:
@@ -126,17 +61,17 @@ class Engine:
     # --- what comes in ---
 
     def submit(
-        self, id: str, prompt: int, limit: int, now: float, *, streams: bool = True, owner: str = "user"
+        self, id: str, prompt: int, limit: int, now: float, *, streams: bool = True, owner: str = USER
     ) -> Seq | None:
         """Queue a request. None when it is refused (a dead core, start-up): no fact follows but the relay's own."""
-        if self.how.after_idle and now - self.busy_at >= self.how.after_idle[0] and owner == "user":
+        if self.how.after_idle and now - self.busy_at >= self.how.after_idle[0] and owner == USER:
             self.fault(self.how.after_idle[1])
         if self.how.error or self.how.loading or not self.how.port_open:
             return None
         need = units.terms(Work(prompt), self.co).before_first_token / 1000
         seq = Seq(id, prompt, limit, streams, owner, need, rank=next(self._numbers) % self.site.ranks)
         (self.waiting if self.how.answering else self._inbox).append(seq)
-        if owner == "user":
+        if owner == USER:
             self.busy_at = now
         return seq
 
@@ -146,7 +81,7 @@ class Engine:
             if seq in place:
                 place.remove(seq)
         seq.ended_at = seq.ended_at or now
-        if self.how.on_abort and seq.owner == "user":
+        if self.how.on_abort and seq.owner == USER:
             self.fault(self.how.on_abort)
 
     def fault(self, kind: str, **parameters: float) -> None:
@@ -177,9 +112,9 @@ class Engine:
         if not self.how.stepping or (self.how.dead_rank is not None and self.site.ranks == 1):
             return
         if not (self.running or self.waiting):
-            self.loop_at, self._gauges = now, (0.0, 0.0)
+            self.loop_at, self.gauges = now, (0.0, 0.0)
             return
-        if any(s.owner == "user" for s in (*self.running, *self.waiting)):
+        if any(s.owner == USER for s in (*self.running, *self.waiting)):
             self.busy_at = now
         if self.compile_left > 0:
             self.compile_left -= dt
@@ -194,7 +129,7 @@ class Engine:
         self.counters.iterations += self.how.empty_steps or self.counters.generation > outputs
         self.loop_at = now
         users = [s for s in self.running if not s.shadow]
-        self._gauges = (float(len(users)), float(sum(not s.shadow for s in self.waiting)))
+        self.gauges = (float(len(users)), float(sum(not s.shadow for s in self.waiting)))
 
     def _admit(self) -> None:
         used = sum(s.prompt + s.tokens for s in self.running)
@@ -244,7 +179,7 @@ class Engine:
 
     def _decode(self, gpu: float, now: float, out: list[Fact]) -> None:
         for seq in [s for s in self._movable() if s.first]:
-            most = seq.limit if self.how.last_token else seq.limit - 1
+            most = seq.limit if self.how.last_token or seq.limit <= self.how.short else seq.limit - 1
             seq.tokens = min(max(seq.tokens, most), seq.tokens + gpu / self._speed)
             self._output(seq, now, out)
 
@@ -257,15 +192,16 @@ class Engine:
         ends = seq.sent >= seq.limit
         if not seq.shadow:
             self.counters.generation += tokens
+            self.counters.ranks[seq.rank] += tokens
             self.counters.finished += ends
             self.token_at = now
         if ends:
             self.running.remove(seq)
-            if seq.owner != "user" and not self.how.answering:
+            if seq.owner != USER and not self.how.answering:
                 self._late.append(seq)
-            elif seq.owner != "user" and self.how.max_pieces is None:
+            elif seq.owner != USER and self.how.max_pieces is None:
                 seq.ended_at = now
-        if seq.owner == "user":
+        if seq.owner == USER:
             self._deliver(seq, tokens, ends, now, out)
         elif seq.first_at is None and self.how.answering:
             seq.first_at = now
@@ -273,6 +209,12 @@ class Engine:
     def _deliver(self, seq: Seq, tokens: int, ends: bool, now: float, out: list[Fact]) -> None:
         seq.pieces += 1
         if self.how.max_pieces is not None and (seq.pieces > self.how.max_pieces):
+            return
+        if seq.blocked:
+            seq.unread += tokens
+            seq.unread_since = now if seq.unread_since is None else seq.unread_since
+            seq.ended_at = now if ends else None
+            self.chunk_at = now
             return
         facts: list[Fact] = []
         if seq.streams or ends:
@@ -289,6 +231,20 @@ class Engine:
         else:
             self._held.extend(facts)
 
+    def read(self, seq: Seq, now: float) -> list[Fact]:
+        """A client that did not read goes on: what waited for it comes at once."""
+        seq.blocked = False
+        if not seq.unread:
+            return []
+        facts: list[Fact] = []
+        if seq.streams or seq.ended_at is not None:
+            facts = [Delivered(seq.id, now, seq.unread if seq.streams else seq.sent, 4 * seq.unread)]
+            if seq.first_at is None:
+                seq.first_at = now
+                facts.insert(0, FirstToken(seq.id, now))
+        seq.unread, seq.unread_since, seq.told = 0, None, False
+        return [*facts, settled(seq, now, "ok")] if seq.ended_at is not None else facts
+
     def _flush(self, now: float, out: list[Fact]) -> None:
         if self._inbox:
             self.waiting.extend(self._inbox)
@@ -300,50 +256,3 @@ class Engine:
             out.extend(replace(f, at=now) for f in self._held)  # they reach the relay now
             self._held.clear()
             self.chunk_at = now
-
-    # --- what it shows ---
-
-    def sample(self, now: float, wall_offset: float) -> Reading[EngineSample]:
-        """The metrics page, as a scrape reads it."""
-        if not self.site.page or self.how.metrics == "none":
-            return Absent("the engine has no metrics page")
-        if not self.how.answering or self.how.metrics == "garbage" or not self.how.port_open:
-            return Failed("the metrics page could not be read")
-        if self.how.serial and (self.running or self.waiting):
-            return Failed("the metrics page did not answer in time")
-        running, waiting = (0.0, 0.0) if self.how.gauges_zeroed else self._gauges
-        kv = min(1.0, sum(s.computed() for s in self.running if not s.shadow) / self.site.kv_tokens)
-        c, lacks = self.counters, self.site.lacks
-        counted = "counters" not in lacks
-        return Value(
-            EngineSample(
-                running=running, waiting=waiting,
-                kv_usage=None if "kv_usage" in lacks else kv if self.how.kv_usage is None else self.how.kv_usage,
-                prompt_tokens=c.prompt if counted else None, generation_tokens=c.generation if counted else None,
-                finished=c.finished if counted else None, iterations=None if "iterations" in lacks else c.iterations,
-                started_wall=self.started + wall_offset, sleeping=self.how.sleeping,
-            ),
-            now,
-        )  # fmt: skip
-
-    def health(self) -> tuple[int, float]:
-        """What `/health` answers: status and seconds; infinity when it does not."""
-        if not self.how.answering or not self.how.port_open:
-            return 0, float("inf")
-        if self.how.loading:
-            return 503, 0.01
-        wait = 0.0
-        if self.how.serial:
-            wait = sum(max(0.0, s.need - s.done) * self.site.slowness for s in (*self.running, *self.waiting))
-        return self.how.health_status, 0.01 + self.how.health_delay + self.lag + wait
-
-
-def admitted(id: str, prompt: int, limit: int, streams: bool, now: float, co: units.Coefficients) -> Admitted:
-    """The fact of a request's admission, priced as the relay does without knowing its output."""
-    work = Work(prompt, output=min(limit, 256))
-    return Admitted(id, now, "t", "m", "chat", streams, work, max(limit, 256), units.mu(work, co))
-
-
-def settled(seq: Seq, now: float, outcome: str, status: int = 200) -> Settled:
-    """The fact of a request's end."""
-    return Settled(seq.id, now, outcome, status, None, seq.sent, 4 * seq.sent, seq.first_at, now, 0.0)  # type: ignore[arg-type]

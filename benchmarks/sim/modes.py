@@ -1,8 +1,9 @@
 """What must be found: the hang modes of docs/health.md as rows of the product's own fault table, under four kinds of load.
 
-Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON seconds. A
-part that hangs alone is found when readiness is withdrawn; the whole, when liveness fails. A start-up that never ends is the
-startup probe's to find, for every detector.
+Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON seconds. What is owed
+and which reason codes are right stand in the product's catalogue (`sidecar.engine.catalogue`) and are not repeated here: liveness
+that fails, readiness that is withdrawn, the one request that is ended, or a start-up that says why it is none. Mode 21 is an alarm here, and mode
+23 (garbage) cannot be seen in a simulation without text.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from sidecar import units
+from sidecar.engine.catalogue import MODES as CATALOGUE
+from sidecar.engine.catalogue import Case
 from sidecar.facts import Work
-from sim.engine import Site
+from sim.engine import CHUNK_SHARE
+from sim.seqs import Site
 from sim.sites import spread
 from sim.traces import Arrival
-from sim.world import UNLIVE, UNREADY, World
+from sim.world import UNLIVE, UNREADY, Change, Ended, World
 
 HORIZON = 600.0
+STARTING = 1000.0  # the same for start-ups: they may compile for the cap
 LOADS = ("idle", "decoding", "short prefill", "long prefill")
 BUSY = LOADS[1:]
+CASES = {case.number: case for case in CATALOGUE}
+UNTOLD = ("no_progress", "canary_lost")  # what is right where nothing but a canary's silence can be seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +35,23 @@ class Mode:
     """One row: its number in docs/health.md, the fault, under which loads it can show, and what sets it off."""
 
     number: int
-    text: str
     fault: str
     loads: tuple[str, ...] = LOADS
     parameters: dict[str, float] = field(default_factory=dict)
     trigger: Callable[[World], None] | None = None
-    part: bool = False  # only a part of the engine hangs
     kv_tokens: int = 600_000
     ranks: int = 1
+    late: bool = False  # the hang begins when the trigger is over
+
+    @property
+    def case(self) -> Case:
+        """What is owed, and the reasons that are right."""
+        return CASES[self.number]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole engine hangs, so that liveness must fail."""
+        return self.case.owed == "liveness"
 
 
 def oversized(w: World) -> None:
@@ -63,45 +79,73 @@ def new_process(w: World) -> None:
     w.engine.fault("start_hang")
 
 
+def long_one(w: World) -> None:
+    """One request that is longer than all others, come to its end."""
+    seq = w.request(1000, 1000)
+    until = w.now + 120
+    while seq is not None and seq.sent < seq.limit - 1 and w.now < until:
+        w.tick()
+
+
+def gpu_fault(w: World) -> None:
+    """The driver reports an XID (31: a page fault of the GPU's memory)."""
+    w.xid(31)
+
+
+SHORT = {"short": 900.0}  # tokens up to which sequences end
+
 MODES: tuple[Mode, ...] = (
-    Mode(1, "core dead, API answers", "freeze"),
-    Mode(2, "running 0, waiting > 0", "freeze_admission"),
-    Mode(3, "head larger than the KV cache", "oversized_head", LOADS[:3], trigger=oversized, kv_tokens=100_000),
-    Mode(4, "KV pressure deadlock", "kv_deadlock"),
-    Mode(5, "livelock at 100 % CPU", "livelock"),
-    Mode(6, "grammar freeze", "freeze_busy"),
-    Mode(7, "one of two ranks stops", "one_rank", BUSY, {"rank": 0}, part=True, ranks=2),
-    Mode(8, "NCCL hang", "freeze_busy"),
-    Mode(9, "decode 0, prefill goes on", "freeze_decode", BUSY, part=True),
-    Mode(10, "deadlock in graph capture", "start_hang", ("idle",), trigger=new_process, part=True),
-    Mode(11, "core dies, parent stays", "core_dead"),
-    Mode(12, "API loop blocked for minutes", "api_block"),
-    Mode(13, "one chunk, then silence", "first_chunk_then_silence", part=True),
-    Mode(14, "one stream never ends", "one_stream", ("decoding", "short prefill"), part=True),
-    Mode(15, "transfer queue stuck", "transfer_stuck"),
-    Mode(16, "abort wedges the engine", "wedge_on_abort", trigger=client_aborts),
-    Mode(17, "first request after idle hangs", "hang_after_idle", ("idle",), {"idle": 30}, first_after_idle),
-    Mode(18, "GPU fault, process alive", "freeze_busy"),
-    Mode(19, "start-up never ends", "start_hang", ("idle",), trigger=new_process, part=True),
-    Mode(20, "iterates, delivers nothing", "livelock"),
-    Mode(22, "stuck near max length", "stuck_near_limit", BUSY, part=True),
+    Mode(1, "freeze"),
+    Mode(2, "freeze_admission"),
+    Mode(3, "oversized_head", LOADS[:3], trigger=oversized, kv_tokens=100_000),
+    Mode(4, "kv_deadlock"),
+    Mode(5, "livelock"),
+    Mode(6, "freeze_busy"),
+    Mode(7, "one_rank", BUSY, {"rank": 0}, ranks=2),
+    Mode(8, "freeze_busy"),
+    Mode(9, "freeze_decode", BUSY),
+    Mode(10, "start_hang", ("idle",), trigger=new_process, late=True),
+    Mode(11, "core_dead"),
+    Mode(12, "api_block"),
+    Mode(13, "first_chunk_then_silence", BUSY),
+    Mode(14, "one_stream", ("decoding", "short prefill")),
+    Mode(15, "transfer_stuck"),
+    Mode(16, "wedge_on_abort", trigger=client_aborts),
+    Mode(17, "hang_after_idle", ("idle",), {"idle": 30}, first_after_idle),
+    Mode(18, "gpu_fault", trigger=gpu_fault),
+    Mode(19, "start_hang", ("idle",), trigger=new_process, late=True),
+    Mode(20, "livelock"),
+    Mode(22, "stuck_near_limit", BUSY, SHORT, long_one, late=True),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one trial found: seconds from the fault to each detector's detection (None: not within HORIZON)."""
+    """What one trial found: seconds from the fault to each detection (None: not within the horizon).
+
+    `found`: what is owed came, with whatever reason; `right`: it came with a right one. `predicted` and `real`: seconds of prefill that
+    were outstanding at the fault, by the cost model, and as this site would have taken them.
+    """
 
     mode: int
     load: str
-    part: bool
-    predicted: float  # seconds of prefill, by the cost model, that were outstanding at the fault
+    owed: str
+    predicted: float
+    real: float
     liveness: float | None
     readiness: float | None
-    reason: str
-    before: str  # the verdict at the fault
-    baselines: dict[str, float | None]
-    trail: tuple[tuple[float, str, str], ...]
+    ended: float | None  # the first request that our control ended
+    found: float | None
+    right: bool
+    reasons: tuple[str, ...]  # all that were given, in order
+    before: str  # our verdict when the fault began
+    baselines: dict[str, float | None]  # their first failing check
+    kills: dict[str, float | None]  # when those would have killed
+    trail: tuple[tuple[float, str, str], ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        return self.owed == "liveness"
 
 
 def arrivals(w: World, load: str) -> Iterator[Arrival] | None:
@@ -119,13 +163,13 @@ def poisson(w: World, prompt: int, output: int) -> Iterator[Arrival]:
         yield Arrival(at, int(spread(w.rng, prompt / 2, prompt * 2)), int(spread(w.rng, output / 2, output * 2)))
 
 
-def made_for(mode: Mode, rng: random.Random) -> World:
-    """A world whose engine can show the mode; speeds and habits are drawn."""
+def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
+    """A world whose engine can show the mode; speeds and habits are drawn. `tells` False: no page, and answers in one piece."""
     site = Site(
         slowness=spread(rng, 0.3, 3.0), starves=rng.random() < 0.5, kv_tokens=mode.kv_tokens, ranks=mode.ranks,
-        lacks=rng.choice((frozenset(), frozenset({"iterations"}))),
+        lacks=rng.choice((frozenset(), frozenset({"iterations"}))), page=tells, streams=1.0 if tells else 0.5,
     )  # fmt: skip
-    return World(site, rng)
+    return World(site, rng, relief=False)
 
 
 def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON) -> Trial:
@@ -142,8 +186,9 @@ def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON) -> Trial:
     w.run(w.rng.randrange(8) / 2)
     predicted, before, at = outstanding(w), w.verdict, w.now
     strike(w, mode)
-    at = w.now if mode.fault == "start_hang" else at  # it hangs once the new process has opened its port
-    while w.now - at < horizon and not over(w, at):
+    at = w.now if mode.late else at
+    until = at + (STARTING if mode.case.owed == "startup" and horizon >= HORIZON else horizon)
+    while w.now < until and not over(w, mode, at):
         w.tick()
     return result(w, mode, load, predicted, before, at)
 
@@ -156,9 +201,9 @@ def strike(w: World, mode: Mode) -> None:
         mode.trigger(w)
 
 
-def over(w: World, at: float) -> bool:
+def over(w: World, mode: Mode, at: float) -> bool:
     """Whether all have spoken."""
-    return w.first(UNLIVE, at) is not None and all(b.failing_since is not None for b in w.baselines)
+    return w.first(UNLIVE, at) is not None and all(b.killed_at is not None for b in w.rivals.baselines)
 
 
 def outstanding(w: World) -> float:
@@ -167,12 +212,39 @@ def outstanding(w: World) -> float:
     return sum(units.terms(Work(s.prompt), w.co).before_first_token for s in waiting) / 1000
 
 
+def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:
+    """The catalogue's, and what is as right where the evidence cannot tell more: nobody's request but a canary is out, or the
+    engine's page does not count its steps."""
+    untold = load == "idle" or ("iterations" in w.site.lacks and "livelock" in mode.case.reasons) or not w.site.page
+    return (*mode.case.reasons, *(UNTOLD if untold else ()))
+
+
 def result(w: World, mode: Mode, load: str, predicted: float, before: str, at: float) -> Trial:
-    live, ready = w.first(UNLIVE, at), w.first(UNREADY, at)
-    found = [c for c in w.trail if c.at >= at and c.state in UNREADY]
+    """What was found of the fault that began at `at`."""
+    reasons, owed = right_reasons(w, mode, load), mode.case.owed
+    seen = [c for c in w.trail if c.at >= at and c.state in UNREADY]
+    live = next((c for c in seen if c.state in UNLIVE), None)
+    ready = next(iter(seen), None)
+    ended = next(iter(w.ended), None)
+    named = next((c for c in seen if c.reason in reasons), None)
+    found = {"liveness": live, "readiness": ready, "request": ended, "startup": named}[owed]
+    right = {
+        "liveness": live is not None and live.reason in reasons,
+        "readiness": named is not None,
+        "request": ended is not None and ended.code in reasons,
+        "startup": named is not None,
+    }[owed]
+    codes = [f"{c.state}/{c.reason}" for c in seen if c.reason not in ("silent", "canary_pending")]
+    slow = w.site.slowness / (1.0 if w.site.starves else CHUNK_SHARE)
     return Trial(
-        mode.number, load, mode.part, predicted, None if live is None else live - at, None if ready is None else ready - at,
-        f"{found[-1].state}/{found[-1].reason}" if found else "-", before,
-        {b.name: None if b.failing_since is None else max(0.0, b.failing_since - at) for b in w.baselines},
+        mode.number, load, owed, predicted, predicted * slow, since(live, at), since(ready, at), since(ended, at), since(found, at),
+        right, tuple(dict.fromkeys([*codes, *(f"end/{e.code}" for e in w.ended)])), before,
+        {b.name: None if b.failing_since is None else max(0.0, b.failing_since - at) for b in w.rivals.baselines},
+        {b.name: None if b.killed_at is None else max(0.0, b.killed_at - at) for b in w.rivals.baselines},
         tuple((c.at - at, c.state, c.reason) for c in w.trail if c.at >= at - 30)[:30],
     )  # fmt: skip
+
+
+def since(what: Change | Ended | None, at: float) -> float | None:
+    """Seconds from `at`."""
+    return None if what is None else what.at - at

@@ -12,14 +12,14 @@ from sidecar import units
 from sidecar.facts import Work
 from sidecar.learned import TOKEN_SECONDS
 from sidecar.progress import Limits
-from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM, Site
+from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM
+from sim.seqs import Site
 from sim.traces import Arrival, Trace
 
 MOST_PER_SECOND = 1.5  # arrivals; bounds the cost of a simulated second
-CONFIRMED = 1.0  # times the allowed silence: suspicion comes after one; the canary that confirms it may be much shorter
 SHARE = 0.8  # of the least silence that can end in a kill, past which a gap is simulated in full resolution
 LACKS = (frozenset(), frozenset(), frozenset(), frozenset({"iterations"}), frozenset({"kv_usage"}),
-         frozenset({"counters", "iterations"}))  # fmt: skip
+         frozenset({"kv_capacity"}), frozenset({"counters", "iterations"}))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ def draw(rng: random.Random, traces: dict[str, Trace], co: units.Coefficients) -
     site = Site(
         trace=name, rate=per_second / load.per_second, slowness=slowness, starves=rng.random() < 0.3, max_batch=batch,
         streams=rng.choice((1.0, 1.0, 0.9, 0.5, 0.0)), lacks=rng.choice(LACKS), page=rng.random() < 0.9,
+        shared=rng.random() < 0.1, ranks=rng.choice((1, 1, 1, 2, 4)),
     )  # fmt: skip
     return (
         replace(site, starves=False) if unseen(site) else site
@@ -84,18 +85,15 @@ def prefills(trace: Trace, co: units.Coefficients) -> tuple[float, ...]:
     return tuple(units.terms(Work(a.prompt), co).before_first_token / 1000 for a in trace)
 
 
-def windows(trace: Trace, site: Site, co: units.Coefficients, limits: Limits) -> list[int]:
-    """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a kill."""
-    fatal = SHARE * CONFIRMED
+def windows(trace: Trace, site: Site, co: units.Coefficients, limits: Limits) -> list[tuple[float, int]]:
+    """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a kill:
+    (longest silence over least allowed one, place in the trace)."""
     tail = longest_gap(Arrival(0.0, 1, longest_output(trace)), 0.0, site, co)
-    least = (
-        (fatal * limits.floor - tail) * CHUNK_SHARE / site.slowness
-    )  # a shorter prefill cannot: most need no second look
-    return [
-        i
-        for i, (a, p) in enumerate(zip(trace, prefills(trace, co), strict=True))
-        if p >= least and longest_gap(a, p, site, co) > fatal * least_allowed(a, p, site, co, limits)
-    ]
+    # a shorter prefill cannot: most need no second look
+    least = (SHARE * limits.floor - tail) * CHUNK_SHARE / site.slowness
+    rows = ((i, a, p) for i, (a, p) in enumerate(zip(trace, prefills(trace, co), strict=True)) if p >= least)
+    ratios = ((longest_gap(a, p, site, co) / least_allowed(a, p, site, co, limits), i) for i, a, p in rows)
+    return [(ratio, i) for ratio, i in ratios if ratio > SHARE]
 
 
 @lru_cache

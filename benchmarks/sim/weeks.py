@@ -1,12 +1,18 @@
 """Engine-weeks: calm time that is passed over, and stretches in full resolution where a verdict could change.
 
-Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an exemption,
-our own ill-health, a restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. The first five are
-alarms here, always in full resolution. A healthy engine's silence can end in a kill only when it lasts twice `allowed`: once until suspicion,
-once more until the suspicion's canary starves. It is bounded per arrival by `sites.longest_gap`, and `allowed` from below by
-`sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to 80 % of that are counted and
-drawn from, in full resolution; elsewhere no kill is possible. What passing over changes in the control object is on the impatient side:
-learned gaps fade, none is learned. tests/test_verdict_sim.py holds it against full resolution.
+What a week contains, in full resolution, at one site drawn anew: one minute of ordinary traffic at a drawn place of its trace; the stories of
+alarms.py at drawn times, at RATE of their weekly rates; of its natural windows (below) the most dangerous one and one by lot. All the
+rest of its seven days is passed over. A figure per engine-week is therefore one per week of *these rates of alarms*, whose traffic
+in between is judged by the argument below, not simulated.
+
+Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an exemption, a part
+that hangs, our own ill-health, a restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. All but the last
+are alarms here, always in full resolution, or need an engine that is not healthy. A healthy engine's silence can end in a kill only when it
+outlasts `allowed`, and then a canary's time. It is bounded per arrival by `sites.longest_gap`, and `allowed` from below by
+`sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows;
+elsewhere no kill is possible. They are many where the hardware is far slower than the coefficients say: the bound takes the sidecar for one
+that never learned so. In full resolution each begins just so, which is the impatient side: after a skip learned gaps have faded and
+nothing was learned. tests/test_verdict_sim.py holds all this against full resolution.
 """
 
 from __future__ import annotations
@@ -17,17 +23,19 @@ from dataclasses import dataclass, field
 from sidecar import units
 from sidecar.progress import Limits
 from sim.alarms import ALARMS, Alarm
-from sim.engine import Site
+from sim.seqs import Site
 from sim.sites import draw, slice_of, windows
 from sim.traces import Trace
-from sim.world import CALM, World
+from sim.world import CALM, UNLIVE, World
 
 WEEK = 7 * 86_400.0
 RATE = 0.25  # of the alarms' weekly rates: as many as 2,400 core-seconds hold for 10,000 weeks
 LEAD = 20.0  # seconds of traffic before a story
 AFTER = 30.0
 DRAIN = 60.0  # seconds for outstanding work to end; then its clients hang up
-MOST_WINDOWS = 2  # of a week's natural windows are run in full
+ORDINARY = 60.0  # seconds of ordinary traffic in each week
+OURS = ("sidecar, liveness", "sidecar, readiness")
+NATURAL, PLAIN = "natural window", "ordinary traffic"
 BUSY = 0.7  # share of the calm time in which users come
 
 
@@ -42,9 +50,19 @@ class Kill:
     trail: tuple[tuple[float, str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Traffic of the site's own, around second `at` of its trace and for `seconds` after it."""
+
+    name: str
+    at: float
+    seconds: float
+
+
 @dataclass(slots=True)
 class Tally:
-    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm)."""
+    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm), `wrong` seconds by detector: for how long
+    a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio among the windows that were run."""
 
     weeks: float = 0.0
     full: float = 0.0  # seconds in full resolution
@@ -55,6 +73,8 @@ class Tally:
     kills: dict[str, int] = field(default_factory=dict)
     unrecovered: int = 0
     baseline: dict[tuple[str, str], int] = field(default_factory=dict)
+    wrong: dict[str, float] = field(default_factory=dict)
+    worst: float = 0.0
     examples: list[Kill] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
@@ -67,6 +87,9 @@ class Tally:
         for mine, theirs in ((self.events, other.events), (self.suspects, other.suspects), (self.kills, other.kills)):
             for key, n in theirs.items():
                 mine[key] = mine.get(key, 0) + n
+        self.worst = max(self.worst, other.worst)
+        for who, seconds in other.wrong.items():
+            self.wrong[who] = self.wrong.get(who, 0.0) + seconds
         for pair, n in other.baseline.items():
             self.baseline[pair] = self.baseline.get(pair, 0) + n
         self.examples.extend(other.examples)
@@ -83,13 +106,15 @@ def week(seed: str, traces: dict[str, Trace], co: units.Coefficients, *, only: s
     site = draw(rng, traces, co)
     w = World(site, rng, compare, co=co)
     tally = Tally()
-    natural = [] if only else natural_windows(w, traces, tally)
+    natural = [] if only else stretches(w, traces, tally)
     start, end = w.now, w.now + WEEK
     w.run(15)
     full = 15.0
     stories = [(a.per_week * RATE, a) for a in ALARMS if label(a).startswith(only)]
-    plan = [(rng.uniform(0, WEEK - 7200), a) for rate, a in stories for _ in range(poisson(rng, rate))]
-    plan += [(rng.uniform(0, WEEK - 7200), n) for n in natural]
+    plan: list[tuple[float, Alarm | Stretch]] = [
+        (rng.uniform(0, WEEK - 7200), a) for rate, a in stories for _ in range(poisson(rng, rate))
+    ]
+    plan += [(rng.uniform(0, WEEK - 7200), stretch) for stretch in natural]
     for at, what in sorted(plan, key=lambda p: p[0]):
         if w.now < start + at:
             w.skip(start + at - w.now, rng.random() < BUSY)
@@ -102,12 +127,17 @@ def week(seed: str, traces: dict[str, Trace], co: units.Coefficients, *, only: s
     return tally
 
 
-def natural_windows(w: World, traces: dict[str, Trace], tally: Tally) -> list[float]:
-    """Count the week's natural windows; return the times in the trace, of those that are run in full."""
+def stretches(w: World, traces: dict[str, Trace], tally: Tally) -> list[Stretch]:
+    """Count the week's natural windows; return what of its own traffic is run in full."""
     trace = traces[w.site.trace]
-    at = windows(trace, w.site, w.co, Limits())
-    tally.windows += round(len(at) * WEEK * BUSY * w.site.rate / (trace[-1].at + 1.0))
-    return [trace[i].at for i in w.rng.sample(at, min(MOST_WINDOWS, len(at)))]
+    found = windows(trace, w.site, w.co, Limits())
+    tally.windows += round(len(found) * WEEK * BUSY * w.site.rate / (trace[-1].at + 1.0))
+    plain = Stretch(PLAIN, w.rng.uniform(0, trace[-1].at), ORDINARY)
+    if not found:
+        return [plain]
+    worst, by_lot = max(found), w.rng.choice(found)
+    tally.worst = worst[0]
+    return [plain, *(Stretch(NATURAL, trace[i].at, AFTER) for _, i in {worst, by_lot})]
 
 
 def poisson(rng: random.Random, mean: float) -> int:
@@ -118,9 +148,8 @@ def poisson(rng: random.Random, mean: float) -> int:
     return n
 
 
-def event(w: World, what: Alarm | float, traces: dict[str, Trace], tally: Tally, seed: str) -> World:
-    """One story, or one natural window, in full resolution. Returns the world to go on with."""
-    name = label(what) if isinstance(what, Alarm) else "natural window"
+def event(w: World, what: Alarm | Stretch, traces: dict[str, Trace], tally: Tally, seed: str) -> World:
+    """One story, or one stretch of traffic, in full resolution. Returns the world to go on with."""
     trace, began = traces[w.site.trace], w.now
     rate = w.site.rate
     w.forget_baselines()
@@ -130,11 +159,11 @@ def event(w: World, what: Alarm | float, traces: dict[str, Trace], tally: Tally,
         what.story(w)
         w.run(AFTER)
     else:
-        lead = min(what, LEAD * rate)
-        w.traffic(slice_of(trace, what - lead, rate, w.now))
-        w.run(lead / rate + AFTER)
+        lead = min(what.at, LEAD * rate)
+        w.traffic(slice_of(trace, what.at - lead, rate, w.now))
+        w.run(min(lead / rate, LEAD) + what.seconds)
     settle(w)
-    return judged(w, name, began, tally, seed)
+    return judged(w, label(what) if isinstance(what, Alarm) else what.name, began, tally, seed)
 
 
 def settle(w: World) -> None:
@@ -152,10 +181,13 @@ def settle(w: World) -> None:
 def judged(w: World, name: str, began: float, tally: Tally, seed: str) -> World:
     """Book what an event did to the verdicts. A world that was killed, or did not recover, is replaced by a new one."""
     tally.events[name] = tally.events.get(name, 0) + 1
-    tally.drawn += name == "natural window"
+    tally.drawn += name == NATURAL
     if w.first(("suspect",), began) is not None:
         tally.suspects[name] = tally.suspects.get(name, 0) + 1
-    for baseline in w.baselines:
+    for who, states in zip(OURS, (UNLIVE, ("suspect", *UNLIVE)), strict=True):
+        tally.wrong[who] = tally.wrong.get(who, 0.0) + w.spent(states, began)
+    for baseline in w.rivals.baselines:
+        tally.wrong[baseline.name] = tally.wrong.get(baseline.name, 0.0) + baseline.wrong
         if baseline.killed_at is not None:
             key = (baseline.name, name)
             tally.baseline[key] = tally.baseline.get(key, 0) + 1

@@ -1,7 +1,8 @@
 """The production control object beside an engine model, under one simulated clock.
 
 Rules: `sidecar.control.Control` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
-0.5 s, a canary when it asks for one. Nothing of the verdict is re-implemented here. `skip` passes over time in which nothing
+0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is re-implemented here; the relay
+does what the real one does: a stalled verdict ends all its requests and refuses new ones. `skip` passes over time in which nothing
 that a verdict hangs on can happen (see weeks.py for when that is so); the only private fields it touches are the control's own clock.
 """
 
@@ -9,16 +10,30 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sidecar import units
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Absent, CanaryResult, EngineSample, Fact, Failed, Reading, Settled, Value
+from sidecar.facts import (
+    Absent,
+    Backpressure,
+    CanaryResult,
+    Directed,
+    EngineSample,
+    Fact,
+    Failed,
+    GpuSample,
+    Reading,
+    Settled,
+    Value,
+)
 from sidecar.progress import LEARNED_AFTER
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
-from sim.detectors import CHECKS, Baseline, Seen
-from sim.engine import Engine, Seq, Site, admitted, settled
+from sim.engine import Engine
+from sim.rivals import Rivals
+from sim.seqs import FOREIGN, OURS, Seq, Site, admitted, refused, settled
+from sim.surface import sample
 from sim.traces import Arrival
 
 WALL = 1_700_000_000.0  # the wall clock when the monotonic one reads 0
@@ -26,8 +41,11 @@ GONE = 300.0  # seconds after an engine's own death in which `dead` is the truth
 UNLIVE = ("stalled", "dead")
 UNREADY = ("starting", "suspect", "stalled", "dead", "exempt")
 CALM = ("idle", "progressing", "quiet")
-GPUS = Absent("not simulated")
+NONE = Absent("not simulated")
+HEALTHY_GPU = GpuSample(0, "GPU", "GPU-0", NONE, NONE, NONE, NONE, NONE)
 UNREAD = Absent("not read yet")
+WRITE_BLOCKS = 1.0  # seconds that a write to a client must wait, before the relay says so
+FOREIGN_EVERY = 20.0  # seconds between requests that go past the relay, at a shared engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,15 @@ class Change:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that our control ordered to end."""
+
+    at: float
+    id: str
+    code: str
+
+
 @dataclass(slots=True)
 class World:
     """One engine, its users, our control, and the baselines. Times are simulated monotonic seconds."""
@@ -46,27 +73,30 @@ class World:
     site: Site
     rng: random.Random
     compare: bool = True  # run the baselines, too
+    relief: bool = True  # a stalled verdict ends all requests; off where the baselines are to find the same hang
     settings: Settings = field(default_factory=lambda: Settings(engine="http://engine"))
     co: units.Coefficients = field(default_factory=units.Coefficients)
     now: float = 1000.0
     wall: float = WALL
     arrivals: Iterator[Arrival] | None = None
     trail: list[Change] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
     users: dict[str, Seq] = field(default_factory=dict)
     blind: bool = False  # the relay process is stopped: its facts wait
     restarted_at: float = -1e9  # the engine, last
     ticks: int = 0
     engine: Engine = field(init=False)
     control: Control = field(init=False)
-    baselines: list[Baseline] = field(default_factory=list)
+    gpu: GpuSample = HEALTHY_GPU
+    rivals: Rivals = field(default_factory=Rivals)
     _next: Arrival | None = None
     _facts: list[Fact] = field(default_factory=list)
     _reading: Reading[EngineSample] = UNREAD
     _canary: tuple[Seq, float, float] | None = None  # ours: (sequence, started, allowed)
-    _others: dict[str, tuple[Seq | None, float]] = field(default_factory=dict)
     _requests: int = 0
     _pulse_at: float = 0.0
     _refused: float | None = None
+    _foreign_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.engine = Engine(self.site, self.co, self.now)
@@ -87,26 +117,51 @@ class World:
         self._next = next(arrivals, None) if arrivals is not None else None
 
     def request(self, prompt: int, output: int, streams: bool = True) -> Seq | None:
-        """One request through the relay, now."""
+        """One request through the relay, now. None where it was refused."""
         self._requests += 1
         id = str(self._requests)
         self._facts.append(admitted(id, prompt, output, streams, self.now, self.co))
+        if self.verdict == "stalled" and self.relief:
+            self._facts.append(refused(id, self.now, "stalled", "engine_stalled"))
+            return None
         seq = self.engine.submit(id, prompt, output, self.now, streams=streams)
         if seq is None:
-            self._facts.append(Settled(id, self.now, "engine_error", 500, None, 0, 0, None, self.now, 0.0))
+            self._facts.append(refused(id, self.now))
         else:
             self.users[id] = seq
         return seq
+
+    def past_relay(self, prompt: int, output: int) -> None:
+        """A request that reaches the engine by another way."""
+        self.engine.submit("foreign", prompt, output, self.now, owner=FOREIGN)
+
+    def unread(self, seq: Seq) -> None:
+        """A client stops reading."""
+        seq.blocked = True
+
+    def read(self, seq: Seq) -> None:
+        """It reads again: what waited comes at once."""
+        if seq.told:
+            self._facts.append(Backpressure(seq.id, self.now, on=False))
+        self._keep(self.engine.read(seq, self.now))
+
+    def direct(self, what: str, on: bool) -> None:
+        """The relay saw an order that stops the engine on purpose, or lets it go on."""
+        self._facts.append(Directed(self.now, what, on))
+
+    def xid(self, number: int) -> None:
+        """The driver reports an error of the GPU."""
+        self.gpu = replace(self.gpu, xid_errors=((number, 1),))
 
     def streams(self) -> bool:
         """Whether the next request streams."""
         return self.rng.random() < self.site.streams
 
-    def abort(self, seq: Seq, outcome: str = "client_cancelled") -> None:
-        """A client hangs up."""
+    def abort(self, seq: Seq, outcome: str = "client_cancelled", code: str = "") -> None:
+        """A client hangs up, or the relay ends the request: the engine frees its place."""
         if self.users.pop(seq.id, None) is not None:
             self.engine.abort(seq, self.now)
-            self._facts.append(settled(seq, self.now, outcome))
+            self._facts.append(settled(seq, self.now, outcome, error=code))
 
     def pause(self, seconds: float) -> None:
         """The control process is stopped; engine and relay go on."""
@@ -135,10 +190,13 @@ class World:
             self.engine.abort(seq, self.now)
         self.users.clear()
 
-    def new_control(self) -> None:
-        """The control process starts anew and knows nothing."""
+    def new_control(self, *, remembers: bool = False) -> None:
+        """The control process starts anew; `remembers`: it finds the memory of the one before in its state directory."""
+        kept = self.control.keep() if remembers else None
         self.control = Control(self.settings, self.co, self.now, self.wall + self.now)
         self._canary = None
+        if kept is not None:
+            self.control.restore(kept, self.now, same=True)
 
     def drained(self, most: float) -> bool:
         """Let outstanding requests end without new ones, for at most `most` seconds. Whether they did."""
@@ -163,13 +221,13 @@ class World:
             learned.token_seconds = min(learned.token_seconds, 2 * self.engine.fastest)
             self.engine.counters.generation += 1
         e = self.engine
-        e.loop_at = e.token_at = e.chunk_at = e.busy_at = self._pulse_at = self.now
+        e.loop_at = e.token_at = e.chunk_at = e.busy_at = self._pulse_at = self._foreign_at = self.now
         self.forget_baselines()
 
     def forget_baselines(self) -> None:
         """The baselines start anew."""
-        self.baselines = [Baseline(name) for name in CHECKS] if self.compare else []
-        self._others.clear()
+        if self.compare:
+            self.rivals.forget()
 
     # --- what is seen ---
 
@@ -182,6 +240,15 @@ class World:
         return next(
             (c.at for c in self.trail if c.at >= since and c.state in UNLIVE and not self._gone(c)), None
         )  # fmt: skip
+
+    def spent(self, states: tuple[str, ...], since: float) -> float:
+        """Seconds in some states from `since` on; those of an engine that had just died of itself do not count."""
+        ends = [*(c.at for c in self.trail[1:]), self.now]
+        return sum(
+            end - max(since, c.at)
+            for c, end in zip(self.trail, ends, strict=True)
+            if c.state in states and end > since and not self._gone(c)
+        )
 
     def _gone(self, change: Change) -> bool:
         return change.state == "dead" and change.at - self.restarted_at < GONE
@@ -200,25 +267,46 @@ class World:
         self._end_canary()
         self.control.tick(self._readings(), self.now, self.wall + self.now)
         self._note()
+        self._obey()
         allowed = self.control.canary_due()
         if allowed is not None:
             self._send_canary(allowed)
         self.ticks += 1
-        if self.baselines and self.ticks % 2 == 0:
-            self._poll()
+        if self.compare and self.ticks % 2 == 0:
+            self.rivals.poll(self.engine, self._reading, len(self.users), self.now)
 
     def _live(self) -> None:
         start, self.now = self.now, self.now + TICK
-        facts = self.engine.advance(start, self.now)
+        self._keep(self.engine.advance(start, self.now))
+        while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
+            self.request(self._next.prompt, self._next.output, self.streams())
+            self._next = next(self.arrivals, None)
+        if self.site.shared and self.arrivals is not None and self.now - self._foreign_at >= FOREIGN_EVERY:
+            self._foreign_at = self.now
+            self.past_relay(self.rng.randrange(200, 8000), self.rng.randrange(20, 400))
+        for seq in self.users.values():
+            if seq.unread_since is not None and not seq.told and self.now - seq.unread_since >= WRITE_BLOCKS:
+                seq.told = True
+                self._facts.append(Backpressure(seq.id, self.now, on=True))
+        if not self.blind:
+            self._pulse_at = self.now
+
+    def _keep(self, facts: list[Fact]) -> None:
         for fact in facts:
             if isinstance(fact, Settled):
                 self.users.pop(fact.id, None)
         self._facts.extend(facts)
-        while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
-            self.request(self._next.prompt, self._next.output, self.streams())
-            self._next = next(self.arrivals, None)
-        if not self.blind:
-            self._pulse_at = self.now
+
+    def _obey(self) -> None:
+        """What the relay does on a verdict and on orders, before the next tick."""
+        if self.verdict in UNLIVE and self.relief and not self.blind:
+            for seq in list(self.users.values()):
+                self.abort(seq, "stalled", "engine_stalled")
+        for _, end in self.control.take_ends():
+            for id in end.ids:
+                if (seq := self.users.get(id)) is not None:
+                    self.ended.append(Ended(self.now, id, end.code))
+                    self.abort(seq, "rejected" if end.code == "prompt_exceeds_kv_cache" else "stalled", end.code)
 
     def _book(self) -> None:
         if self.blind:
@@ -229,7 +317,7 @@ class World:
 
     def _read(self) -> None:
         if self.ticks % 2 == 0:
-            self._reading = self.engine.sample(self.now, self.wall)
+            self._reading = sample(self.engine, self.now, self.wall)
         closed = not self.engine.how.port_open
         self._refused = (self._refused or self.now) if closed else None
 
@@ -237,11 +325,14 @@ class World:
         relay = RelayUse(0, 1, 0, len(self.users), 0.0, self.now - self._pulse_at)
         how = self.engine.how
         unanswered = isinstance(self._reading, Failed) and how.port_open and not how.answering
-        return Readings(self._reading, GPUS, GPUS, (relay,), self._refused, "vllm", unanswered)
+        told = self.site.tells_rest and how.answering
+        resting = "engine_paused" if how.paused and told else "engine_sleeping" if how.sleeping and told else ""
+        gpus = Value((self.gpu,), self.now)
+        return Readings(self._reading, gpus, NONE, (relay,), self._refused, "vllm", unanswered, resting)
 
     def _send_canary(self, allowed: float) -> None:
         self.control.canary_sent(self.now)
-        seq = self.engine.submit("canary", 8, 1, self.now, owner="ours")
+        seq = self.engine.submit("canary", 8, 1, self.now, owner=OURS)
         if seq is not None:
             self._canary = (seq, self.now, allowed)
             return
@@ -265,34 +356,3 @@ class World:
         m = self.control.memory
         if not self.trail or (self.trail[-1].state, self.trail[-1].reason) != (m.state, m.reason):
             self.trail.append(Change(self.now, m.state, m.reason))
-
-    # --- the baselines ---
-
-    def _poll(self) -> None:
-        e = self.engine
-        if e.how.loading or not e.how.port_open:  # kubelet's startup probe keeps liveness probes off until it passes
-            self.forget_baselines()
-            return
-        status, seconds = e.health()
-        sample = self._reading.value if isinstance(self._reading, Value) else EngineSample()
-        seen = Seen(
-            self.now, status, seconds, sample.running or 0.0, sample.waiting or 0.0, self.now - e.token_at,
-            self.now - e.loop_at, self.now - e.chunk_at, e.counters.iterations, len(self.users), self._ask,
-        )  # fmt: skip
-        for baseline in self.baselines:
-            baseline.poll(seen)
-
-    def _ask(self, whose: str, limit: float) -> bool | None:
-        """The canary of a baseline: at most one each 10 s."""
-        seq, started = self._others.get(whose, (None, -1e9))
-        if seq is not None:
-            if seq.first_at is None and self.now - started < limit:
-                return None
-            self.engine.abort(seq, self.now)
-            self._others[whose] = (None, started)
-            return seq.first_at is not None
-        if self.now - started < 10.0:
-            return None
-        seq = self.engine.submit(f"canary {whose}", 8, 1, self.now, owner=whose)
-        self._others[whose] = (seq, self.now)
-        return False if seq is None else None
