@@ -228,11 +228,11 @@ class Control:
         self._was_refused = r.refused_since is not None
         self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
+        exempt = self._judged(self._exemption(r), now)  # first: where one ends, silence starts anew
         self.evidence = self.progress.evidence(
             self.ledger.holds(), now, extra=extra, learn=self.memory.state in LEARNING
         )
         withheld = self._withheld_reason if now < self._withheld_until else None
-        exempt = self._judged(self._exemption(r), now)
         trusted = withheld is None and exempt is None and not r.unanswered
         sample = r.engine.value if isinstance(r.engine, Value) else None
         canary = self.canary if self.canary and self.canary.started >= self._judged_from else None

@@ -1,0 +1,227 @@
+"""The control object as a whole: what facts, pages and orders make of the verdict, and what it asks of relays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from sidecar.control import TICK, Control, Readings
+from sidecar.facts import (
+    Absent,
+    Admitted,
+    CanaryResult,
+    Delivered,
+    Directed,
+    End,
+    EngineSample,
+    FirstToken,
+    GpuSample,
+    Reading,
+    Settled,
+    Value,
+    Work,
+)
+from sidecar.settings import Settings
+from sidecar.snapshot import RelayUse
+from sidecar.units import Coefficients
+
+NOTHING = Absent("not here")
+WALL = 1_700_000_000.0
+
+
+@dataclass
+class Pod:
+    """A control object on a simulated clock, past start-up and with its engine known; canaries end as `canaries` says."""
+
+    now: float = 1000.0
+    page: EngineSample | None = None
+    gpus: Reading[tuple[GpuSample, ...]] = NOTHING
+    canaries: str = "ok"
+    unanswered: bool = False
+    control: Control = field(init=False)
+    requests: int = 0
+    sent: tuple[float, float] | None = None
+    ends: list[tuple[int, End]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.control = Control(Settings(engine="http://engine"), Coefficients(), self.now, WALL + self.now)
+        self.control.progress.learned.first_tokens = 100
+        self.tick(5)
+        assert self.state == "idle"
+
+    @property
+    def state(self) -> str:
+        return self.control.verdict.state
+
+    @property
+    def reason(self) -> str:
+        return self.control.verdict.reason
+
+    def tick(self, seconds: float = TICK, *moving: str) -> None:
+        for _ in range(round(seconds / TICK)):
+            self.now += TICK
+            for id in moving:
+                self.control.fact(0, Delivered(id, self.now, 1, 4))
+            self._canary()
+            page = NOTHING if self.page is None else Value(self.page, self.now)
+            relay = RelayUse(0, 1, 0, 1, 0.0, 0.1)
+            readings = Readings(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered)
+            self.control.tick(readings, self.now, WALL + self.now)
+            self.ends.extend(self.control.take_ends())
+            if (allowed := self.control.canary_due()) is not None:
+                self.control.canary_sent(self.now)
+                self.sent = (self.now, allowed)
+
+    def _canary(self) -> None:
+        if self.sent is None:
+            return
+        started, allowed = self.sent
+        if self.canaries == "ok" or self.now - started >= allowed:
+            self.sent = None
+            self.control.canary_ended(CanaryResult(self.canaries, started, self.now, allowed))  # type: ignore[arg-type]
+
+    def admit(self, tokens: int = 500) -> str:
+        self.requests += 1
+        id = str(self.requests)
+        work = Work(tokens, output=64)
+        self.control.fact(0, Admitted(id, self.now, "t", "m", "chat", True, work, 64, 1.0))
+        return id
+
+    def decoding(self) -> str:
+        id = self.admit()
+        self.control.fact(0, FirstToken(id, self.now))
+        self.control.fact(0, Delivered(id, self.now, 5, 20))
+        return id
+
+    def direct(self, what: str, on: bool) -> None:
+        self.control.fact(0, Directed(self.now, what, on))
+
+    def until(self, state: str, most: float = 200.0) -> float:
+        began = self.now
+        while self.state != state and self.now - began < most:
+            self.tick()
+        assert self.state == state, (self.state, self.reason)
+        return self.now - began
+
+
+def test_a_stuck_stream_is_ended_through_its_own_relay_while_the_verdict_stays() -> None:
+    """One End order, once, with its code; others go on and nothing is withdrawn."""
+    pod = Pod()
+    stuck, other = pod.decoding(), pod.decoding()
+    pod.tick(200, other)
+    assert pod.ends == [(0, End((stuck,), "stream_stuck"))]
+    assert pod.state == "progressing"
+
+
+def test_a_prompt_larger_than_the_cache_is_ended_before_anybody_is_suspected() -> None:
+    """The page says that nothing runs and requests wait; the head can never enter."""
+    pod = Pod()
+    pod.page = EngineSample(running=0, waiting=2, kv_usage=0.0, kv_capacity_tokens=100_000)
+    big = pod.admit(200_000)
+    pod.admit()
+    pod.tick(10)
+    assert pod.ends == [(0, End((big,), "prompt_exceeds_kv_cache"))]
+    assert pod.state == "quiet"
+    pod.control.fact(0, Settled(big, pod.now, "rejected", 0, None, 0, 0, None, pod.now, 0.0))
+    pod.tick(TICK, "2")
+    assert pod.state == "progressing"
+
+
+@pytest.mark.parametrize("what", ["engine_sleeping", "engine_paused", "weight_update", "engine_profiling"])
+def test_an_order_that_stops_the_engine_exempts_its_silence_and_the_silence_starts_anew_after_it(what: str) -> None:
+    """As long as it holds nothing is judged, whatever canaries would say; once it is off, a full window begins."""
+    pod = Pod()
+    pod.decoding()
+    pod.direct(what, True)
+    pod.canaries = "starved"
+    pod.tick(300)
+    assert (pod.state, pod.reason) == ("exempt", what)
+    pod.direct(what, False)
+    pod.tick(10)
+    assert pod.state == "quiet"
+    assert 10 < 10 + pod.until("stalled") < 40
+
+
+def test_an_order_whose_end_was_lost_exempts_no_longer_than_the_cap() -> None:
+    """A relay that died with the `off` must not hide a hang for ever."""
+    pod = Pod()
+    pod.decoding()
+    pod.direct("engine_paused", True)
+    pod.canaries = "starved"
+    pod.tick(899)
+    assert pod.state == "exempt"
+    pod.until("stalled", 60)
+
+
+def test_tokens_that_flow_beside_an_order_are_progress() -> None:
+    """A profiler runs beside work: readiness stays while tokens come."""
+    pod = Pod()
+    id = pod.decoding()
+    pod.direct("engine_profiling", True)
+    pod.tick(30, id)
+    assert pod.state == "progressing"
+    pod.tick(10)
+    assert pod.state == "exempt"
+
+
+def test_a_start_up_without_any_sign_is_named_once_the_cap_has_passed() -> None:
+    """Its state stays `starting`, its reason changes, and that is news."""
+    control = Control(Settings(engine="http://engine"), Coefficients(), 1000.0, WALL)
+    now, told = 1000.0, []
+    while now < 2000.0:
+        now += TICK
+        readings = Readings(NOTHING, NOTHING, NOTHING, (), None, "vllm")
+        control.tick(readings, now, WALL + now - 1000.0)
+        if control.news:
+            told.append((now - 1000.0, control.verdict.state, control.verdict.reason))
+    assert told == [(900.0, "starting", "startup_stuck")]
+
+
+def test_an_xid_seen_with_the_silence_names_it() -> None:
+    """The driver's report says more than the silence does."""
+
+    def gpu(count: int) -> Reading[tuple[GpuSample, ...]]:
+        sample = GpuSample(0, "GPU", "u", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, ((31, count),))
+        return Value((sample,), 0.0)
+
+    pod = Pod()
+    pod.gpus = gpu(1)
+    pod.decoding()
+    pod.tick(2)
+    pod.gpus, pod.canaries = gpu(2), "starved"
+    assert pod.until("stalled") <= 30
+    assert pod.reason == "gpu_fault"
+
+
+def test_an_api_that_answers_nothing_has_its_patience_once_and_its_own_reason() -> None:
+    """Idle: 90 s from when it stopped to answer, and the canaries' own time; not 90 s for each canary."""
+    pod = Pod()
+    pod.tick(40)
+    pod.unanswered, pod.canaries = True, "starved"
+    assert 90 <= pod.until("stalled", 300) <= 125
+    assert pod.reason == "api_blocked"
+
+
+def test_what_is_left_of_our_own_work_is_judged_by_canaries_like_an_idle_engine() -> None:
+    """A client hung up and the engine wedged: its gauge stays at 1, and nobody else ever used it."""
+    pod = Pod()
+    pod.tick(60)
+    pod.page = EngineSample(running=0, waiting=0, generation_tokens=5)
+    pod.tick(12)
+    pod.page = EngineSample(running=1, waiting=0, generation_tokens=5)
+    id = pod.admit()
+    pod.tick(1)
+    pod.control.fact(0, Settled(id, pod.now, "client_cancelled", 0, None, 0, 0, None, pod.now, 0.0))
+    pod.canaries = "starved"
+    assert pod.until("stalled") <= 32
+
+
+def test_every_verdict_says_which_term_ruled_and_why_in_one_line() -> None:
+    """The evidence names the term; the detail is one line in words."""
+    pod = Pod()
+    pod.decoding()
+    pod.canaries = "starved"
+    pod.until("stalled")
+    assert pod.control.verdict.evidence["ruled_by"] == "floor"
+    assert "without progress" in pod.control.verdict.detail and "\n" not in pod.control.verdict.detail
