@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from sidecar import __version__, reasons, sums, units, verdict
 from sidecar.bounded import Bounded
 from sidecar.canaries import GARBAGE, Canaries
-from sidecar.exemptions import Orders
+from sidecar.circumstances import Circumstances
 from sidecar.explain import explain, facts_of, held
 from sidecar.facts import (
     Admitted,
@@ -35,7 +35,6 @@ from sidecar.facts import (
 from sidecar.fleet import NO_BUDGET, Budget, Fleet, rules
 from sidecar.ledger import Hold, Ledger, Settlement
 from sidecar.memory import Kept
-from sidecar.parts import Finding, Parts
 from sidecar.progress import Limits, Progress
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, RelayUse, Snapshot
@@ -84,12 +83,7 @@ class Control:
             settings.silence_floor, settings.silence_unlearned, settings.silence_margin, settings.silence_cap
         )
         self.progress = Progress(limits, baseline=now)
-        self.parts = Parts(limits)
-        self.orders = Orders(settings.silence_cap)
-        self._watch = reasons.Watch(start_at=now)
-        self._ends: list[tuple[int, End]] = []
-        self._exempt: str | None = None
-        self._judged_from = 0.0  # a canary that was sent before an exemption ended says nothing
+        self.around = Circumstances.around(self.progress, limits, now)
         self.news = False  # the last tick's verdict is one to tell
         self.memory = verdict.Memory(since=now, engine_since=now)
         self.fleet = Fleet(rules(settings, pod))
@@ -126,7 +120,7 @@ class Control:
             case Delivered(bytes=size) if size > 0:
                 self.progress.delivered(fact.at)
             case Directed():
-                self.orders.book(fact)
+                self.around.orders.book(fact)
             case Settled():
                 self._ended(fact, slowed=settlement is not None and settlement.slowed)
             case Imaged():
@@ -137,14 +131,14 @@ class Control:
 
     def _of_request(self, key: tuple[int, str], fact: Fact, hold: Hold | None) -> None:
         """What a fact says of its request's progress."""
-        self.parts.book(key, fact, *((hold.prefill, hold.whole) if hold else ()))
+        self.around.parts.book(key, fact, *((hold.prefill, hold.whole) if hold else ()))
         match fact:
             case Admitted():
                 self.progress.admitted(key, hold.prefill if hold and fact.stream else None, fact.at)
             case FirstToken():
                 self.progress.first_token(key, fact.at)
                 if hold is not None:
-                    self.orders.served(hold.admitted.at)
+                    self.around.orders.served(hold.admitted.at)
             case Backpressure(on=False):
                 self.progress.resumed(key, fact.at)
             case Settled():
@@ -190,7 +184,9 @@ class Control:
         if len(self._canary_seconds) < CANARIES_KNOWN:
             return self.evidence.allowed
         known = max(min(self._settings.silence_floor, CANARY_FLOOR), CANARY_MARGIN * max(self._canary_seconds))
-        blocked = max(0.0, self._blocked - self._watch.unanswered(self.evidence.now))  # its patience is spent once
+        blocked = max(
+            0.0, self._blocked - self.around.watch.unanswered(self.evidence.now)
+        )  # its patience is spent once
         return min(known + blocked, self._settings.silence_cap)
 
     def canary_sent(self, now: float) -> None:
@@ -216,6 +212,10 @@ class Control:
         report = Verdict(self.verdict.state, "garbage_output", GARBAGE, now, self._ticked_wall, seen)
         self.changes.appendleft(report)
 
+    def take_ends(self) -> list[tuple[int, End]]:
+        """Orders to relays since the last call: (relay index, what to end)."""
+        return self.around.take_ends()
+
     # --- ticks ---
 
     def tick(self, r: Readings, now: float, wall: float) -> Snapshot:
@@ -228,18 +228,19 @@ class Control:
         self._was_refused = r.refused_since is not None
         self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
-        exempt = self._judged(self._exemption(r), now)  # first: where one ends, silence starts anew
+        exempt = self.around.exemption(self._exemption(r), now)  # first: where one ends, silence starts anew
         self.evidence = self.progress.evidence(
             self.ledger.holds(), now, extra=extra, learn=self.memory.state in LEARNING
         )
         withheld = self._withheld_reason if now < self._withheld_until else None
         trusted = withheld is None and exempt is None and not r.unanswered
         sample = r.engine.value if isinstance(r.engine, Value) else None
-        canary = self.canary if self.canary and self.canary.started >= self._judged_from else None
+        age, around = self.evidence.age, self.around
+        around.see(r.gpus, r.unanswered, now)
         inputs = verdict.Inputs(
-            now=now, evidence=self.evidence, canary=canary, refused_since=r.refused_since,
-            exempt=exempt, restarted=self._restarted, withheld=withheld, part=self._part(sample, now, trusted=trusted),
-            cause=self._cause(r, sample, now), startup_stuck=now - self._watch.start_at >= self._settings.silence_cap,
+            now=now, evidence=self.evidence, canary=around.canary(self.canary), refused_since=r.refused_since,
+            exempt=exempt, restarted=self._restarted, withheld=withheld, part=around.part(sample, age, now, trusted=trusted),
+            cause=around.cause(sample, age, now), startup_stuck=around.startup_stuck(now),
         )  # fmt: skip
         self._restarted = False
         before = self.memory, self.fleet.reason
@@ -247,45 +248,6 @@ class Control:
         self.fleet.tick(self.memory.state, self._proof(), r.gpus, r.budget, now)
         self._say(inputs, name, before, now, wall)
         return self._snapshot(r, now, wall)
-
-    def _judged(self, exempt: str | None, now: float) -> str | None:
-        """The exemption that holds now. An order that the relay saw exempts only while no token flows; when one ends, silence starts anew."""
-        at = self.progress.last()[1]
-        if exempt is None and (at is None or now - at > verdict.FRESH):
-            exempt = self.orders.active(now)
-        if self._exempt is not None and exempt is None:
-            self.progress.rebaseline(now)
-            self._judged_from = now
-        self._exempt = exempt
-        return exempt
-
-    def _part(self, sample: EngineSample | None, now: float, *, trusted: bool) -> Finding | None:
-        """A part that hangs alone. Single requests that can never end are asked of their relay to be ended."""
-        self.parts.tick(now, self.evidence.progress_at, trusted=trusted)
-        if not trusted:
-            return None
-        found, stuck = self.parts.judge(now, sample, self.progress.learned)
-        self._end(stuck, "stream_stuck")
-        oversized = self.parts.oversized(sample, self.evidence.age)
-        self._end((oversized,) if oversized else (), "prompt_exceeds_kv_cache")
-        return found
-
-    def _end(self, keys: tuple[tuple[int, str], ...], code: str) -> None:
-        self._ends.extend((relay, End((id,), code)) for relay, id in keys)
-
-    def take_ends(self) -> list[tuple[int, End]]:
-        """Orders to relays since the last call: (relay index, what to end)."""
-        ends, self._ends = self._ends, []
-        return ends
-
-    def _cause(self, r: Readings, sample: EngineSample | None, now: float) -> str:
-        gpus = r.gpus.value if isinstance(r.gpus, Value) else None
-        self._watch.see(now, r.unanswered, None if gpus is None else sum(n for g in gpus for _, n in g.xid_errors))
-        signs = reasons.Signs(
-            self.evidence.age, sample, self._watch.xid_age(now), self._watch.unanswered(now), self.progress.iterating,
-            self.parts.hint(),
-        )  # fmt: skip
-        return reasons.cause_of(signs)
 
     def _watch_ourselves(self, r: Readings, now: float, wall: float) -> None:
         """Our own ill-health lengthens patience: re-baseline, and withhold for a full window."""
@@ -340,9 +302,7 @@ class Control:
             self.changes.appendleft(self.verdict)
         if m.state == "starting" and (was.state != "starting" or name == "restarted"):
             self._canary_seconds.clear()
-            self.parts.restart()
-            self.orders.clear()
-            self._watch.start_at = now
+            self.around.restarted(now)
 
     # --- over a restart of our own process ---
 
