@@ -312,7 +312,7 @@ class Control:
         return Kept(
             learned=self.progress.learned, canary_seconds=tuple(self._canary_seconds), served=m.served, rejected=m.rejected,
             stalled=m.state in ("suspect", "stalled"), allowed=self.evidence.allowed,
-            orders=dict(self.orders.since), fleet=self.fleet.memory,
+            orders=dict(self.around.orders.since), fleet=self.fleet.memory,
         )  # fmt: skip
 
     def restore(self, kept: Kept, now: float, *, same: bool) -> None:
@@ -322,7 +322,7 @@ class Control:
         if not same:
             return
         self._canary_seconds.extend(kept.canary_seconds)
-        self.orders.since = dict(kept.orders)
+        self.around.orders.since = dict(kept.orders)
         self.memory = replace(self.memory, rejected=kept.rejected)
         if kept.served:
             self.memory = replace(self.memory, state="unknown", reason=RESTORED, served=True)
