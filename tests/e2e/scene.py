@@ -36,13 +36,14 @@ class Seen:
 class Scene:
     """What a story acts on. Times are monotonic seconds."""
 
-    def __init__(self, engine: ScriptedEngine, sidecar: Sidecar, session: aiohttp.ClientSession) -> None:
+    def __init__(self, engine: ScriptedEngine, sidecar: Sidecar, session: aiohttp.ClientSession, driver: Path) -> None:
         self.engine = engine
         self.sidecar = sidecar
         self.seen: list[Seen] = []
         self.ended: list[str] = []  # how each request ended: "done", "broken", or an error's code
         self.began = time.monotonic()
         self._session = session
+        self._driver = driver  # the script of the GPU's driver
         self._tasks: list[asyncio.Task[Any]] = []
         self._news = asyncio.Condition()
 
@@ -52,6 +53,12 @@ class Scene:
         """Begin a fault; what is found is timed from here."""
         self.began = time.monotonic()
         self.engine.faults.start(kind, seconds, **parameters)
+
+    def xid(self, number: int) -> None:
+        """The GPU's driver reports an error."""
+        written = self._driver.with_suffix(".new")
+        written.write_text(f"xid {number}\n")
+        written.replace(self._driver)
 
     def open(self, tokens: int = 100_000, prompt: int = 4, *, stream: bool = True) -> asyncio.Task[str]:
         """One request as a task, whose result is how it ended."""
@@ -186,8 +193,11 @@ class Setting:
 
 
 @contextlib.asynccontextmanager
-async def scene(setting: Setting, relays: int, folder: Path, environ: dict[str, str]) -> AsyncIterator[Scene]:
-    """An engine, a sidecar with so many relays, and a watch over its probes."""
+async def scene(setting: Setting, relays: int, folder: Path, library: Path | None) -> AsyncIterator[Scene]:
+    """An engine, a sidecar with so many relays, and a watch over its probes. `library`: the folder of a GPU driver's stub."""
+    driver = folder / "driver"
+    driver.touch()
+    environ = {"LD_LIBRARY_PATH": str(library), "NVML_STUB_SCRIPT": str(driver)} if library else {}
     made = EngineSettings(**{"listen": ("127.0.0.1", 0), "decode_step_ms": 20.0, **setting.engine})
     flags = {"drain_seconds": "2", "workers": str(relays), **setting.flags}
     connector = aiohttp.TCPConnector(limit=0, force_close=True)  # a connection each, so that all relays get some
@@ -198,7 +208,7 @@ async def scene(setting: Setting, relays: int, folder: Path, environ: dict[str, 
     ):
         if setting.before:
             setting.before(engine)
-        played = Scene(engine, await start(engine.url, environ=environ if setting.gpu else {}, **flags), session)
+        played = Scene(engine, await start(engine.url, environ=environ, **flags), session, driver)
         try:
             played._task(played.watch())
             if setting.served:

@@ -53,6 +53,14 @@ async def amid_short_requests(
     s.fault(fault, **parameters)
 
 
+async def gpu_fault(s: Scene) -> None:
+    """The driver reports an XID, and the core stops."""
+    s.open()
+    await s.served()
+    s.fault("gpu_fault")
+    s.xid(31)  # a memory page fault, which a restart mends
+
+
 async def oversized(s: Scene) -> None:
     """A prompt larger than the KV cache, in front of many small ones."""
     s.crowd(2)
@@ -66,7 +74,7 @@ async def one_of_two_ranks(s: Scene) -> None:
     for _ in range(4):
         s.open()
     s.crowd(2)
-    await s.engine.until(lambda: all(core.scheduler.running for core in s.engine.cores))
+    await s.engine.until(lambda: all(core.steps > 100 for core in s.engine.cores))  # each has published what it does
     s.fault("one_rank", rank=0)
 
 
@@ -83,7 +91,7 @@ async def started_anew(s: Scene) -> None:
 
 async def one_stream(s: Scene) -> None:
     """One stream stops, all others go on."""
-    s.open()
+    s.open(tokens=300)
     await s.served()
     s.fault("one_stream")
     s.crowd(3)
@@ -240,6 +248,19 @@ async def starved(s: Scene) -> None:
     await s.served()
 
 
+async def forgetful(s: Scene) -> None:
+    """The judging process is killed twice while a long prefill starves all streams: its successors know nothing of before."""
+    s.open()
+    await s.served()
+    s.fault("long_prefill", duration=6.0)
+    prefill = s.open(2, prompt=120_000)
+    for _ in range(2):
+        await asyncio.sleep(1.5)  # as long as silence is allowed
+        os.kill(await s.sidecar.control(), signal.SIGKILL)
+    assert await prefill == "done"
+    await s.served()
+
+
 async def relays_of(s: Scene) -> list[int]:
     snapshot = await s.sidecar.until(lambda snapshot: all(relay["pid"] for relay in snapshot["relays"]))
     return [relay["pid"] for relay in snapshot["relays"]]
@@ -299,7 +320,7 @@ MODES: Final[dict[int, tuple[Story, ...]]] = {
     15: (Story(partial(amid_short_requests, fault="transfer_stuck")),),
     16: (Story(abort),),
     17: (Story(after_idle, Setting(flags={"canary_interval": "30"})),),
-    18: (Story(partial(amid_a_stream, fault="gpu_fault"), Setting(gpu=True)),),
+    18: (Story(gpu_fault, Setting(gpu=True)),),
     19: (Story(started_anew, Setting(flags=SLOW_START)),),
     20: (Story(partial(amid_short_requests, fault="livelock", stream=False)),),
     21: (Story(slowly),),
@@ -318,7 +339,7 @@ ALARMS: Final[dict[int, tuple[Story, ...]]] = {
     9: (Story(behind_users, Setting(engine={"max_batch": 2})),),
     10: (Story(profiled),),
     11: (Story(before_ready, Setting(before=load_for_a_while, served=False)),),
-    12: (Story(starved),),
+    12: (Story(starved, name="starved"), Story(forgetful, name="forgetful")),
     13: (Story(overload, Setting(engine={"max_batch": 8})),),
     14: (Story(partial(throughout, fault="serial_http", seconds=5)),),
     15: (Story(partial(throughout, fault="api_block", seconds=6), Setting(flags=PATIENT)),),

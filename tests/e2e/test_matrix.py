@@ -61,32 +61,9 @@ ROWS = [
     for story in told[case.number]
     for relays in RELAYS
 ]
-MISSING: dict[str, str] = {  # "kind-number": what the row still waits for
-    "mode-02": "the reason admission_stalled",
-    "mode-03": "the end of a request that exceeds the KV cache",
-    "mode-05": "the reason livelock",
-    "mode-07": "the rule rank_silent",
-    "mode-09": "the rule decode_stalled",
-    "mode-10": "the reason startup_stuck",
-    "mode-12": "the reason api_blocked",
-    "mode-13": "the rule decode_stalled",
-    "mode-14": "the end of a stuck stream",
-    "mode-18": "the reason gpu_fault",
-    "mode-19": "the reason startup_stuck",
-    "mode-20": "the reason livelock",
-    "mode-22": "the end of a stuck stream",
-    "alarm-10": "Directed facts",
-    "alarm-16": "Directed facts",
-}
 
 
-def _param(row: Row) -> Any:
-    missing = MISSING.get(f"{row.kind}-{row.case.number:02}")
-    marks = [pytest.mark.xfail(reason=missing, strict=True)] if missing and row.story.name != "sleep" else []
-    return pytest.param(row, id=str(row), marks=marks)
-
-
-@pytest.mark.parametrize("row", [_param(row) for row in ROWS])
+@pytest.mark.parametrize("row", [pytest.param(row, id=str(row)) for row in ROWS])
 def test_the_row_gets_what_is_owed(row: Row, found: dict[str, Found]) -> None:
     """A hang is found as the catalogue says and with its reason; an alarm fails no liveness probe."""
     if found[str(row)].wrong:
@@ -116,7 +93,7 @@ async def found(
     parameters = [getattr(item, "callspec", Nothing).params for item in request.session.items]
     wanted = [each["row"] for each in parameters if "row" in each]
     folder = tmp_path_factory.mktemp("matrix")
-    environ = _gpu(folder, requires) if any(row.story.setting.gpu for row in wanted) else {}
+    driver = build(requires("gcc"), folder / "lib") if any(row.story.setting.gpu for row in wanted) else None
     gate = asyncio.Semaphore(BESIDE)
     results: dict[str, Found] = {}
 
@@ -124,7 +101,7 @@ async def found(
         async with gate:
             place = folder / str(len(list(folder.iterdir())))
             place.mkdir()
-            results[str(row)] = await _played(row, place, environ)
+            results[str(row)] = await _played(row, place, driver if row.story.setting.gpu else None)
 
     await asyncio.gather(*(play(row) for row in wanted if not row.story.alone))
     for row in wanted:
@@ -147,17 +124,10 @@ def lines(results: dict[str, Found]) -> list[str]:
     return ["| case | found after | seen | |", "|---|---|---|---|", *sorted(rows)]
 
 
-def _gpu(folder: Path, requires: Callable[[str], Path]) -> dict[str, str]:
-    """The environment in which the sidecar finds a GPU whose driver reports XID 31, an error that a restart mends."""
-    script = folder / "nvml.txt"
-    script.write_text("xid 31\n")
-    return {"LD_LIBRARY_PATH": str(build(requires("gcc"), folder / "lib")), "NVML_STUB_SCRIPT": str(script)}
-
-
-async def _played(row: Row, folder: Path, environ: dict[str, str]) -> Found:
+async def _played(row: Row, folder: Path, driver: Path | None) -> Found:
     """Play one row; whatever goes wrong is told by its test alone."""
     try:
-        async with scene(row.story.setting, row.relays, folder, environ) as s:
+        async with scene(row.story.setting, row.relays, folder, driver) as s:
             await row.story.play(s)
             return await CHECKS[row.case.owed](s, row.case)
     except Exception as e:  # noqa: BLE001  one story's failure must not end the others'
