@@ -54,7 +54,7 @@ def bundle(snapshot: Snapshot, holds: list[Hold], page: tuple[float, str] | None
     return {
         "at": snapshot.at_wall,
         "verdict": verdict.state,
-        "reason": verdict.reason,
+        "reason": verdict.cause,
         "detail": verdict.detail,
         "summary": "",  # what the engine's processes did, once they were looked at
         "complete": False,

@@ -332,6 +332,11 @@ class Verdict:
     since_wall: float
     evidence: dict[str, float | int | str | bool | None] = field(default_factory=dict)
 
+    @property
+    def cause(self) -> str:
+        """The reason of the state itself, where `reason` says why its kill is held back."""
+        return str(self.evidence.get("cause") or self.reason)
+
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisSummary:

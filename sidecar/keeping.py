@@ -6,6 +6,7 @@ for the silence that was allowed last, and a stall must be found anew.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ class Keeping:
     def __init__(self, state: StateDir, engine: str, coefficients: str) -> None:
         self._state = state
         self._engine, self._coefficients = engine, coefficients
+        self._name = hashlib.sha256(engine.encode()).hexdigest()[:16]  # an address can hold a password
 
     def restore(self, control: Control, now: float) -> None:
         """Give the control what an earlier process of this sidecar knew, as far as it fits."""
@@ -58,4 +60,4 @@ class Keeping:
         return True
 
     def _place(self) -> Place:
-        return Place(listener.boot(), self._engine, self._coefficients, listener.listeners(self._engine))
+        return Place(listener.boot(), self._name, self._coefficients, listener.listeners(self._engine))

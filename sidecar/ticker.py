@@ -201,7 +201,7 @@ class Ticker:
             content = bundle(
                 self.snapshot, list(self.control.ledger.holds()), self._signals.contact.last_page(MAX_PAGE)
             )
-            examined = diagnose(self.sinks.diagnoses, self._signals.examiner, content, f"{stamp}-{verdict.reason}")
+            examined = diagnose(self.sinks.diagnoses, self._signals.examiner, content, f"{stamp}-{verdict.cause}")
             self._errands.start("diagnosis", examined)
         elif verdict.state == "starting":
             self._signals.contact.engine_restarted()

@@ -274,6 +274,10 @@ def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_pat
     assert sh(interpreter, liveness) == 0 and not waited()
     state.write(stand("stalled", 12), time.time())
     assert sh(interpreter, liveness) == 1 and not waited()
+    state.write(replace(stand("stalled", 12), held=True), time.time())
+    assert sh(interpreter, liveness) == 0 and not waited(), (
+        "held back: not killed, and not waited for when it is deleted"
+    )
     state.clear()
     assert sh(interpreter, liveness) == 0
 

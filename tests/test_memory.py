@@ -245,6 +245,12 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [FILE]
 
 
+def test_no_password_of_an_address_is_written(tmp_path: Path) -> None:
+    """The address is known again by a digest."""
+    Keeping(StateDir(str(tmp_path)), "http://user:secret@127.0.0.1:1", "default").write(memory.dump(kept(), 100.0))
+    assert "secret" not in (tmp_path / FILE).read_text() and "127.0.0.1" not in (tmp_path / FILE).read_text()
+
+
 def test_listening_sockets_tell_processes_apart() -> None:
     """The inode of a socket that listens on the port, also by IPv6; nothing for another machine, or a port that is closed."""
     with socket.create_server(("127.0.0.1", 0)) as one:

@@ -15,9 +15,13 @@ def safe_liveness(state: str) -> str:
 
 
 def drain(state: str, endpoints: int, seconds: int) -> str:
-    """The shell line of the engine's preStop: wait until nothing is outstanding. At once where the engine is stalled."""
+    """The shell line of the engine's preStop: wait until nothing is outstanding. At once where the engine is stalled or dead.
+
+    A stalled engine whose kill is held back has no file `stalled`; the verdict says it.
+    """
+    lost = f"""[ -e {state}/stalled ] || grep -q '"verdict": "stalled"' {state}/verdict.json"""
     idle = f"""grep -q '"outstanding": 0[,}}]' {state}/verdict.json"""
     return (
-        f"[ -e {state}/stalled ] && exit 0; sleep {endpoints}; n=0; "
+        f"{{ {lost}; }} && exit 0; sleep {endpoints}; n=0; "
         f"while [ $n -lt {seconds} ] && ! {idle}; do sleep 1; n=$((n+1)); done"
     )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
@@ -75,6 +80,27 @@ async def test_a_restarted_sidecar_knows_what_it_had_learned(
     assert any("the same engine process is there" in line for line in again.log)
     states = [v["verdict"] for v in (await again.get("/verdicts"))[1]["verdicts"]]
     assert set(states) <= {"idle", "unknown", "progressing"}, states
+
+
+async def test_a_control_process_that_dies_is_followed_by_one_that_knows(engine: ScriptedEngine, start: Any) -> None:
+    """kill -9 of the control process alone, amid a stream: its successor never takes the engine for one that starts."""
+    sidecar = await start(engine.url)
+    await sidecar.until_verdict("idle")
+    await sidecar.until_remembered(lambda kept: kept["served"])
+    pid = (await sidecar.get("/healthz"))[1]["pid"]
+    async with sidecar.chat(tokens=100_000) as stream:
+        await stream.content.readany()
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(45):
+            while True:
+                with contextlib.suppress(aiohttp.ClientError):
+                    if (await sidecar.get("/healthz"))[1]["pid"] != pid:
+                        break
+                await asyncio.sleep(0.05)
+        assert (await sidecar.get("/startupz"))[0] == 200
+        await sidecar.until_verdict("progressing")
+    states = {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
+    assert states <= {"unknown", "idle", "quiet", "progressing"}, states
 
 
 async def test_a_stall_outlives_the_sidecar_only_once_it_is_found_anew(engine: ScriptedEngine, start: Any) -> None:
