@@ -92,7 +92,7 @@ async def test_an_engine_is_recognised_anew_after_a_restart(meet: Callable[..., 
         await until(lambda: contact.kind_name == "tgi")
         await until(lambda: isinstance(contact.read(), Value) and contact.read().value.running == 6)
         assert (await contact.canary.send(5)).outcome == "ok"
-        assert engine.bodies["/v1/completions"][-1]["model"] == "org/model"
+        assert engine.bodies["/v1/completions"][-1]["model"] == "tgi"
 
 
 async def test_a_chosen_kind_is_kept(meet: Callable[..., Any]) -> None:

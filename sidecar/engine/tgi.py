@@ -4,6 +4,7 @@
   with each forward pass. It has no KV gauge, no start time and no ranks.
 - /v1/models names the model itself as its owner, so /info tells what it is; both are open where an API key guards the rest.
 - /health may ask the shards, so it can hang with them: /info is answered by the router alone.
+- `model` names a LoRA adapter, whatever it is, but for "tgi" (router/src/server.rs): that is the canary's.
 - It has no priorities, no sleep and no pause.
 """
 
@@ -24,6 +25,7 @@ TGI: Final = EngineKind(
         iterations="tgi_batch_inference_count",
     ),
     contact_path="/info",
+    canary_model="tgi",
     canary_paths=(COMPLETIONS, CHAT),
     prefix="tgi_",
     marks=(Mark("/info", {"router": "text-generation-router"}),),

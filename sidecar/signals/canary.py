@@ -47,7 +47,7 @@ class CanarySignal:
         self._engine = engine
         self._kind = kind
         self._headers = headers
-        self._chosen = self._model = model
+        self._chosen = self._model = model or kind.canary_model
         self._forms = Forms(kind, priority)
         self._asleep = asleep
         self._clock = clock
@@ -70,7 +70,7 @@ class CanarySignal:
             return ended("starved", f"no token within {allowed:.1f} s")
         except aiohttp.ClientConnectorError:
             return ended("refused", "the engine takes no connection")
-        except (aiohttp.ClientError, OSError, ValueError) as e:
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as e:
             return ended("failed", f"the answer broke off ({type(e).__name__})")
 
     async def _attempt(self) -> tuple[str, str, Answer | None]:
