@@ -111,7 +111,7 @@ class Contact:
         page = kind.metrics_path if kind.series else ""
         self._scrape = ScrapeSignal(
             url + (page or kind.contact_path), partial(_parse, kind) if page else None, headers=self._headers,
-            rests=rest.read if kind.wakes else None,
+            contact=url + kind.contact_path if page else "", rests=rest.read if kind.wakes else None,
         )  # fmt: skip
 
     async def _recognise(self) -> str:

@@ -105,6 +105,25 @@ async def test_an_api_without_a_page_that_answers_nothing_is_seen(serve: Serve, 
     assert not signal.unanswered
 
 
+@pytest.mark.parametrize("status", [200, 404])
+async def test_a_page_that_hangs_alone_is_no_blocked_api(
+    serve: Serve, session: aiohttp.ClientSession, status: int
+) -> None:
+    """llama.cpp makes its page in the loop that decodes: where the API answers elsewhere, it is the engine that hangs."""
+
+    async def hangs(_: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        return web.Response()
+
+    page = await serve(hangs)
+    signal = ScrapeSignal(page, parse, contact=await serve(answering(status)), timeout=0.2)
+    assert "did not answer" in error(await signal.poll(session))
+    assert not signal.unanswered
+    signal = ScrapeSignal(page, parse, contact=page, timeout=0.1)
+    await signal.poll(session)
+    assert signal.unanswered
+
+
 async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp.ClientSession) -> None:
     """While the engine sleeps its page is not asked for, and the reading says why there is none."""
     resting = "engine_sleeping"

@@ -45,7 +45,8 @@ class ScrapeSignal:
     """Reads `url` (the whole URL of the metrics page) once per `period` seconds while `run` runs.
 
     `parse(page, at)` makes the sample and raises ValueError on garbage. It is None for an engine kind without metrics: `url` is
-    then only asked whether it is answered, with whatever status. `headers` go with each scrape, for engines that ask for a key.
+    then only asked whether it is answered, with whatever status. Where a page can hang with the engine itself, `contact` is another
+    URL of which that is asked: the API is blocked only where that is not answered either. `headers` go with each scrape, for engines that ask for a key.
     While `rests()` is not "", the engine is left alone.
     """
 
@@ -54,6 +55,7 @@ class ScrapeSignal:
         url: str,
         parse: Parse | None,
         *,
+        contact: str = "",
         headers: Mapping[str, str] | None = None,
         period: float = 1.0,
         timeout: float = 2.0,
@@ -63,6 +65,7 @@ class ScrapeSignal:
     ) -> None:
         self._url = url
         self._parse = parse
+        self._contact = contact
         # identity: compression on loopback costs both sides more than it saves.
         self._headers = {"Accept": "text/plain;version=0.0.4", "Accept-Encoding": "identity", **(headers or {})}
         self._period = period
@@ -114,10 +117,20 @@ class ScrapeSignal:
                 self._keep(Value(read, at=started, seconds=self._clock() - started))
             self.unanswered = False
         except Exception as e:  # noqa: BLE001 - whatever a page or its parser does, the control process lives on
-            self.unanswered = isinstance(e, TimeoutError)
+            self.unanswered = isinstance(e, TimeoutError) and not await self._answers(session)
             if self._parse is not None:
                 self._keep(Failed(self._reason(e)))
         return self._reading
+
+    async def _answers(self, session: aiohttp.ClientSession) -> bool:
+        """Whether the API answers elsewhere."""
+        if not self._contact:
+            return False
+        try:
+            async with session.get(self._contact, headers=self._headers, timeout=self._timeout, allow_redirects=False):
+                return True
+        except (aiohttp.ClientError, OSError):
+            return False
 
     async def _fetch(self, session: aiohttp.ClientSession) -> bytes:
         async with session.get(
