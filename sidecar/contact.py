@@ -19,14 +19,13 @@ from sidecar.engine.kinds import KINDS
 from sidecar.facts import Absent, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
-from sidecar.signals.meeting import Met, ask, meet
+from sidecar.signals.meeting import LOADING, Met, ask, meet
 from sidecar.signals.rest import RestSignal
 from sidecar.signals.scrape import ScrapeSignal
 
 RETRY: Final = 1.0  # seconds between attempts to meet the engine
 QUESTION: Final = 5.0  # seconds for the answer to one
 ATTEMPTS: Final = 3  # answers that say nothing, before the kind is `openai`
-LOADING: Final = (0, 500, 502, 503, 504)  # of the model list: not there yet
 
 _log = logging.getLogger(__name__)
 

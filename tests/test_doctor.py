@@ -70,7 +70,7 @@ async def test_a_whole_world_has_nothing_to_mend(engine: ScriptedEngine, tmp_pat
     findings = await examine(chosen)
     assert [f for f in findings if f.level == "fail"] == []
     assert {f.name for f in findings} == {
-        "engine", "engine-kind", "engine-metrics", "canary", "engine-threads", *CHECKS,
+        "engine", "engine-kind", "engine-metrics", "canary", "engine-rest", "engine-threads", *CHECKS,
     }  # fmt: skip
     assert not (tmp_path / "state").exists(), "a check leaves nothing behind"
 
@@ -125,6 +125,14 @@ async def test_an_unknown_engine_is_taken_as_openai(servers: list[web.AppRunner]
     found = await of_engine(await serve(servers, **answers))
     assert (found["engine-kind"].level, found["engine-metrics"].level) == ("warn", "absent")
     assert found["canary"].level == "ok"
+
+
+async def test_what_tells_a_rest_is_named(engine: ScriptedEngine, servers: list[web.AppRunner]) -> None:
+    """Where sleep and pause are read is told, and where nothing tells them, what to do about it."""
+    assert "/is_sleeping" in (await of_engine(engine.url))["engine-rest"].what
+    unknown = await serve(servers, v1_models=(200, json.dumps({"data": [{"id": "m"}]})))
+    found = (await of_engine(unknown))["engine-rest"]
+    assert found.level == "absent" and "relay" in found.what
 
 
 async def test_a_wrong_engine_kind_is_noticed(engine: ScriptedEngine) -> None:

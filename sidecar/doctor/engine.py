@@ -21,7 +21,7 @@ from sidecar.facts import EngineSample
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
-from sidecar.signals.meeting import Met, meet
+from sidecar.signals.meeting import Met, ask, meet
 
 ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
 TOKEN: Final = 60.0  # seconds for one token
@@ -39,6 +39,7 @@ async def check(chosen: Settings) -> list[Finding]:
         name = kinds.recognise(met.pages) if chosen.engine_kind == "auto" else chosen.engine_kind
         kind = kinds.KINDS[name]
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
+        found.append(await _rest(session, chosen, kind))
     return [*found, threads(chosen.engine)]
 
 
@@ -119,6 +120,17 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
         return Finding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
     return Finding("canary", level, f"{result.outcome}: {result.detail}", remedy)
+
+
+async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> Finding:
+    """Where the engine's sleep and pause can be read; what cannot be read is only known when the relay passes the order."""
+    met = Met()
+    await ask(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, ANSWER)
+    read = [*(["its metrics page"] if kind.awake else []), *met.pages]
+    if read:
+        return Finding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
+    text = "it publishes no sleep or pause: orders of that kind must pass the relay, or their silence looks like a hang"
+    return Finding("engine-rest", "absent", text)
 
 
 def threads(engine: str) -> Finding:

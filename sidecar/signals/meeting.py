@@ -11,6 +11,7 @@ import aiohttp
 from sidecar.engine import kinds
 from sidecar.signals.answer import whole
 
+LOADING: Final = (0, 500, 502, 503, 504)  # of the model list: not there yet
 MAX_PAGE: Final = 16 << 20  # a large vLLM page is 1-2 MiB
 
 
@@ -27,7 +28,7 @@ async def meet(session: aiohttp.ClientSession, engine: str, headers: Mapping[str
     """Ask what tells the common cases apart, and look closer where that says nothing. Each question has `seconds`."""
     met = Met()
     await ask(met, session, engine, kinds.FIRST_LOOK, headers, seconds)
-    if met.status["/v1/models"] and kinds.recognise(met.pages) == "openai":
+    if met.status["/v1/models"] not in LOADING and kinds.recognise(met.pages) == "openai":
         await ask(met, session, engine, kinds.CLOSER_LOOK, headers, seconds)
     return met
 
