@@ -110,7 +110,7 @@ class Contact:
         page = kind.metrics_path if kind.series else ""
         self._scrape = ScrapeSignal(
             url + (page or kind.contact_path), partial(_parse, kind) if page else None, headers=self._headers,
-            contact=url + kind.contact_path if page else "", rests=rest.read if kind.wakes else None,
+            contact=url + kind.contact_path if kind.page_hangs else "", rests=rest.read if kind.wakes else None,
         )  # fmt: skip
 
     async def _recognise(self) -> str:

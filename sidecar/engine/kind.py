@@ -64,6 +64,7 @@ class EngineKind:
     series: Mapping[str, tuple[Series, ...]] = field(default_factory=dict)
     metrics_path: str = "/metrics"
     contact_path: str = "/v1/models"  # asked where there is no page: answered by the API process alone, and cheap
+    page_hangs: bool = False  # the page can hang with the engine while the API answers
     awake: Series | None = None
     capacity: Capacity | None = None
     rank: str = ""  # the label that numbers data-parallel ranks

@@ -25,6 +25,7 @@ LLAMACPP: Final = EngineKind(
         iterations="llamacpp:n_decode_total",
     ),
     contact_path="/health",
+    page_hangs=True,
     signs=(Sign("/props", "is_sleeping", "engine_sleeping"),),
     wakes=True,
     owner="llamacpp",
