@@ -120,8 +120,8 @@ def decide(m: Memory, i: Inputs, r: Rules) -> tuple[Memory, Hold | None]:
         return replace(m, state=i.state, stalled_at=None, waiting_at=None), None
     m = replace(m, state=i.state)
     reason = next((reason for reason, holds, _ in HOLDS if holds(m, i, r)), "")
-    if reason == "awaiting_budget":
-        m = replace(m, waiting_at=i.now if m.waiting_at is None else m.waiting_at)
+    waiting = i.now if m.waiting_at is None else m.waiting_at
+    m = replace(m, waiting_at=waiting if reason == "awaiting_budget" else None)
     if reason:
         return m, Hold(reason, explain(reason, m, i, r), reason in HANDOVERS)
     return (m if m.standing else _order(m, i.now)), None
@@ -207,9 +207,16 @@ def explain(reason: str, m: Memory, i: Inputs, r: Rules) -> str:
         "restart_useless": f"{m.useless} restarts in a row without recovery; {HANDOVERS['restart_useless']}",
         "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {interval(m.kills, r) - ago:.0f} s",
         BRIEF: f"killed within {r.jitter:.0f} s, so that replicas do not restart at once",
-        "awaiting_budget": f"other replicas are restarting; waiting for a place ({i.budget.detail or i.budget.state})",
+        "awaiting_budget": f"waiting for a place among the replicas that restart ({_place(i.budget, r)})",
     }
     return texts[reason]
+
+
+def _place(budget: Budget, r: Rules) -> str:
+    """Why there is no place yet."""
+    if budget.state == "taken":
+        return budget.detail
+    return f"no answer of the API server: {budget.detail}; this pod decides alone after {r.patience:.0f} s"
 
 
 def _see(m: Memory, i: Inputs) -> Memory:

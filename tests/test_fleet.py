@@ -205,6 +205,16 @@ def test_a_taken_budget_waits_and_a_lost_one_waits_for_a_bounded_time() -> None:
     assert granted.be("stalled", budget=Budget("granted")) == ""
 
 
+def test_the_wait_for_the_api_server_begins_anew_after_a_hand_over() -> None:
+    """What was waited for before an operator had to act does not count: the API server is asked first."""
+    story = Story()
+    lost = Budget("unreachable", detail="not asked yet")
+    story.be("stalled", 100, budget=lost)
+    assert story.be("stalled", 600, budget=lost, xid=46) == "gpu_needs_reset"
+    assert story.be("stalled", budget=lost, resume=True) == "awaiting_budget"
+    assert story.hold and "decides alone after 120 s" in story.hold.detail and story.kills == []
+
+
 def test_a_place_is_kept_until_the_engine_serves_again() -> None:
     """Asked for while waiting, kept over the restart, given back at the first token, on a hand-over, and after half an hour."""
     story = Story()
