@@ -1,12 +1,14 @@
-"""Prepared images by their content: a bounded folder in shared memory that all relay processes read and write.
+"""Prepared images by their content, and on their way to the engine: a folder in shared memory that all relay processes share.
 
 A key is the hash of the bytes that came, of what is wanted, of the processor's fingerprint and of the tenant, under a secret of
 this sidecar: nobody can learn by timing whether another tenant has sent an image. An entry is one frame of jobs.py. A hit is
 mapped, not copied; an entry that is evicted meanwhile stays mapped.
 
-Rules: whatever goes wrong is a miss, never an error; entries appear whole or not at all; the oldest used ones go when the folder
-is full; nothing outlives the sidecar (`sweep` removes what a crash left). `get` and `put` touch memory only, yet call `put` off
-the event loop: it copies and may evict.
+What is handed over has a random name of its own: a second link to an entry, or a file of its own; its reader removes it.
+
+Rules: whatever goes wrong with an entry is a miss, never an error; entries appear whole or not at all; the oldest used ones go
+when the folder is full; nothing outlives the sidecar (`sweep` removes what a crash left). All of it touches memory only, yet call
+`put` and `hand_over` off the event loop: they copy and may evict.
 """
 
 from __future__ import annotations
@@ -16,16 +18,34 @@ import fcntl
 import hashlib
 import mmap
 import os
+import secrets
 import shutil
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from sidecar.jobs import PREFIX, Data, Done, FrameError, head, lengths, parse
 
 PREFIXED: Final = "sidecar-images-"
+OUT: Final = "out-"
+UNREAD: Final = 600.0  # seconds after which a file that was handed over and never read is removed
 LOCK: Final = "lock"
 ROOM: Final = 0.9  # share of the bound that an eviction leaves in use
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A file for another process: its folder's name and its own; the content begins `offset` bytes into it."""
+
+    folder: str
+    name: str
+    offset: int
+
+    def url(self, height: int, width: int) -> str:
+        """Where vLLM's plugin finds RGB pixels (plugins/vllm)."""
+        return f"sidecar-shm://{self.folder}/{self.name}?h={height}&w={width}&o={self.offset}"
 
 
 class ImageCache:
@@ -74,19 +94,39 @@ class ImageCache:
         size = len(first) + len(payload)
         if size > self._most // 4:
             return
-        scratch = self._folder / f".{key}.{os.getpid()}"
+        scratch = self._folder / f".{key}.{secrets.token_hex(4)}"
         try:
             self._evict(size)
-            fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb", buffering=0) as file:
-                _write(file.fileno(), first)
-                _write(file.fileno(), payload)
+            _create(scratch, first, payload)
             scratch.rename(self._folder / key)
         except OSError:  # the folder is gone, or shared memory is full
             scratch.unlink(missing_ok=True)
 
+    def hand_over(self, *pieces: Data, key: str = "") -> Handed:
+        """A file of a random name with `pieces`; where the entry `key` holds them, a link to it. Raises OSError."""
+        name = OUT + secrets.token_hex(16)
+        path = self._folder / name
+        try:
+            os.link(self._folder / key, path)
+            offset = path.stat().st_size - sum(len(piece) for piece in pieces)
+        except OSError:
+            _create(path, *pieces)
+            offset = 0
+        return Handed(self._folder.name, name, offset)
+
+    def take_back(self, handed: Handed) -> None:
+        """Remove what was handed over, where its reader has not."""
+        (self._folder / handed.name).unlink(missing_ok=True)
+
     def _evict(self, coming: int) -> None:
-        entries = [(e.stat(), e.name) for e in os.scandir(self._folder) if e.name != LOCK]
+        entries, now = [], time.time()
+        for entry in os.scandir(self._folder):
+            stat = entry.stat()
+            if entry.name.startswith(OUT):
+                if now - stat.st_ctime > UNREAD:
+                    Path(entry.path).unlink(missing_ok=True)
+            elif entry.name != LOCK:
+                entries.append((stat, entry.name))
         used = sum(s.st_size for s, _ in entries)
         if used + coming <= self._most:
             return
@@ -99,16 +139,19 @@ class ImageCache:
 
 
 class Folder:
-    """The folder, made for one run and locked for as long. `path` is "" where there is no room for one."""
+    """The folder, made for one run and locked for as long. `path` is "" where there is no room for one.
 
-    def __init__(self, shm: str, most_bytes: int) -> None:
+    `needed`: it is made even where nothing is to be kept.
+    """
+
+    def __init__(self, shm: str, most_bytes: int, *, needed: bool = False) -> None:
         self.path, self.bytes = "", 0
         self._lock = -1
         try:
             sweep(shm)
             free = shutil.disk_usage(shm).free
             self.bytes = min(most_bytes, free // 2)  # engines need shared memory, too
-            if self.bytes > 0:
+            if self.bytes > 0 or needed:
                 self.path = tempfile.mkdtemp(prefix=PREFIXED, dir=shm)  # mode 0700
                 self._lock = os.open(Path(self.path) / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -137,6 +180,13 @@ def sweep(shm: str) -> None:
             continue
         finally:
             os.close(fd)
+
+
+def _create(path: Path, *pieces: Data) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb", buffering=0) as file:
+        for piece in pieces:
+            _write(file.fileno(), piece)
 
 
 def _write(fd: int, data: Data) -> None:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 
 from sidecar import cpus
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.imagecache import ImageCache
+from sidecar.imagecache import UNREAD, Handed, ImageCache
 from sidecar.jobs import (
     MAX_REPLY,
     PIXELS,
     PREFIX,
+    RAW,
     TENSORS,
     Done,
     Frame,
@@ -51,7 +52,8 @@ KEEPING = 4  # results on their way into the cache at once; more are not kept
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One prepared image. `base64` is None where the client's own bytes must go on untouched (outcome "passed").
+    """One prepared image. `base64` and `url` are empty where the client's own bytes must go on untouched (outcome "passed");
+    `url` is where its pixels lie in shared memory.
     Outcome "cached": it had been prepared before.
 
     Sizes and tokens are what the model sees (0 where that is unknown); times are seconds.
@@ -71,6 +73,7 @@ class Prepared:
     bytes_out: int
     grid: tuple[int, int, int] = (0, 0, 0)
     exact: bool = True
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +104,42 @@ class Images:
         self._closed = False
         self._cache = cache
         self._keeping: set[asyncio.Task[None]] = set()
+        self._handed: dict[str, list[Handed]] = {}
 
-    async def inline(self, data: Data, where: str, tenant: str = "") -> Prepared:
-        """One image's base64 text as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there."""
-        prepared, payload = await self._prepare(PIXELS, data, where, True, tenant)
-        return replace(prepared, base64=payload) if payload else prepared
+    async def inline(self, data: Data, where: str, tenant: str = "", hand_over: str = "") -> Prepared:
+        """One image's base64 text as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
+
+        `hand_over`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
+        """
+        if not hand_over or self._cache is None:
+            prepared, payload, _ = await self._prepare(PIXELS, data, where, True, tenant)
+            return replace(prepared, base64=payload) if payload else prepared
+        prepared, payload, key = await self._prepare(RAW, data, where, True, tenant)
+        if not payload:
+            return prepared
+        try:
+            handed = await asyncio.to_thread(self._cache.hand_over, payload, key=key)
+        except OSError:
+            raise ImagesBusy("shared memory is full; try again shortly") from None
+        self._handed.setdefault(hand_over, []).append(handed)
+        return replace(prepared, url=handed.url(prepared.height, prepared.width))
+
+    async def share(self, *pieces: Data) -> Handed | None:
+        """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory."""
+        if self._cache is None:
+            return None
+        try:
+            handed = await asyncio.to_thread(self._cache.hand_over, *pieces)
+        except OSError:
+            raise ImagesBusy("shared memory is full; try again shortly") from None
+        asyncio.get_running_loop().call_later(UNREAD, self._cache.take_back, handed)
+        return handed
+
+    def release(self, request: str) -> None:
+        """A request has ended: nobody reads any more what was handed over for it."""
+        for handed in self._handed.pop(request, ()):
+            if self._cache is not None:
+                self._cache.take_back(handed)
 
     async def tensors(
         self, images: Sequence[tuple[Data, bool]], *, want: str = TENSORS, where: str = "images", tenant: str = ""
@@ -122,26 +156,28 @@ class Images:
                 ]
         except* (BadImage, ImagesBusy) as failed:
             raise failed.exceptions[0] from None
-        return [Tensors(*task.result()) for task in tasks]
+        return [Tensors(*task.result()[:2]) for task in tasks]
 
     async def close(self) -> None:
         """Take no more images; those under way end by themselves within their deadline."""
         self._closed = True
         await asyncio.gather(*self._keeping, return_exceptions=True)
 
-    async def _prepare(self, want: str, data: Data, where: str, is_base64: bool, tenant: str) -> tuple[Prepared, Data]:
+    async def _prepare(
+        self, want: str, data: Data, where: str, is_base64: bool, tenant: str
+    ) -> tuple[Prepared, Data, str]:
+        """The image, its payload, and the key that this is kept under."""
         started = time.monotonic()
         self._check_size(data, where, is_base64)
         key = await self._key(data, want, str(is_base64), self._spec_json, tenant)
         if self._cache is not None and (hit := self._cache.get(key)) is not None:
             done, payload = hit
-            return _prepared(
-                replace(done, outcome="cached", stages=()), payload, time.monotonic() - started, True
-            ), payload
+            known = replace(done, outcome="cached", stages=())
+            return _prepared(known, payload, time.monotonic() - started, True), payload, key
         answer, fresh, exact = await self._job(want, data, where, is_base64)
         if exact and answer.outcome == "ok":
-            self._keep(key, answer, fresh)
-        return _prepared(answer, fresh, time.monotonic() - started, exact), fresh
+            await self._keep(key, answer, fresh, at_once=want == RAW)
+        return _prepared(answer, fresh, time.monotonic() - started, exact), fresh, key
 
     async def _key(self, data: Data, *parts: str) -> str:
         """What the result is kept under; "" where nothing is kept."""
@@ -151,11 +187,15 @@ class Images:
             return self._cache.key(data, *parts)
         return await asyncio.to_thread(self._cache.key, data, *parts)
 
-    def _keep(self, key: str, done: Done, payload: Data) -> None:
-        if self._cache is not None and len(self._keeping) < KEEPING:
-            task = asyncio.create_task(asyncio.to_thread(self._cache.put, key, done, payload))
-            self._keeping.add(task)
-            task.add_done_callback(self._keeping.discard)
+    async def _keep(self, key: str, done: Done, payload: Data, *, at_once: bool) -> None:
+        """Keep a result: meanwhile, or `at_once` where it is about to be handed over."""
+        if self._cache is None or len(self._keeping) >= KEEPING:
+            return
+        task = asyncio.create_task(asyncio.to_thread(self._cache.put, key, done, payload))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+        if at_once:
+            await task
 
     async def _job(self, want: str, data: Data, where: str, is_base64: bool) -> tuple[Done, bytearray, bool]:
         async with self._connection() as (connection, exact):

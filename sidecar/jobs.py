@@ -21,6 +21,8 @@ MAX_HEADER: Final = 64 * 1024
 MAX_REPLY: Final = 2 << 30  # fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
 
 PIXELS: Final = "pixels"  # a resized lossless image, as base64 text
+RAW: Final = "raw"  # the resized image's RGB bytes
+INLINE: Final = (PIXELS, RAW)  # what takes the image's place in a request
 TENSORS: Final = "tensors"  # the processor's output
 LAYOUT: Final = "layout"  # no payload: sizes only, of an image that does decode
 
@@ -43,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, TENSORS or LAYOUT."""
+    """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, RAW, TENSORS or LAYOUT."""
 
     want: str
     spec: str

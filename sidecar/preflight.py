@@ -27,9 +27,10 @@ def coefficients(chosen: Settings) -> units.Coefficients:
 def image_mode(chosen: Settings) -> str:
     """ "inline" or "off". Raises StartError where images were asked for and cannot be had."""
     why = no_images(chosen)
-    _log.info("images: %s", f"off ({why})" if why else "inline")
+    mode = "shm" if chosen.images == "shm" else "inline"
+    _log.info("images: %s", f"off ({why})" if why else mode)
     if not why:
-        return "inline"
+        return mode
     if chosen.images in ("auto", "off"):
         return "off"
     raise StartError(f"--images {chosen.images}: {why}")
@@ -39,8 +40,6 @@ def no_images(chosen: Settings) -> str:
     """Why images cannot be prepared; empty where they can."""
     if chosen.images == "off":
         return "as chosen"
-    if chosen.images == "shm":
-        return "the shm hand-off is not built yet; use inline"
     if not chosen.model or families.from_dir(chosen.model) is None:
         return "no --model directory with a known image processor (preprocessor_config.json)"
     if importlib.util.find_spec("torchvision") is None:

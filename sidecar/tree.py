@@ -59,7 +59,7 @@ def main(chosen: Settings, border: Border) -> int:
         ]
         place = process.Place(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
         if chosen.images != "off":
-            kept = Folder(chosen.shm_dir, chosen.image_cache_bytes)
+            kept = Folder(chosen.shm_dir, chosen.image_cache_bytes, needed=chosen.images == "shm")
             stack.callback(kept.close)
             place = replace(
                 place, image_socket=str(folder / "images"), image_cache=kept.path, image_cache_bytes=kept.bytes

@@ -16,7 +16,7 @@ import pybase64
 from sidecar.imaging import headers
 from sidecar.imaging.decode import BadPixels, check_size, decode
 from sidecar.imaging.patches import ppm, prepare, resize, values
-from sidecar.jobs import LAYOUT, PIXELS, Done, Job, Refused
+from sidecar.jobs import INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 
@@ -69,7 +69,7 @@ def run(job: Job, payload: Payload) -> Answer:
         name = opened.header.format
         if job.want == LAYOUT:
             return done(opened, ""), b""
-        if job.want == PIXELS:
+        if job.want in INLINE:
             pixels = resize(opened.pixels, opened.geometry, spec)
             opened.stages.end("resize")
             return finish(job, opened, pixels, spec)
@@ -98,7 +98,7 @@ def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | D
     stages.end("decode")
     geometry = _geometry(spec, height, width)
     check_size(geometry.height, geometry.width, job.limits)
-    if job.want == PIXELS and not spec.keeps(geometry):
+    if job.want in INLINE and not spec.keeps(geometry):
         return _passed(job, header, spec, digest, len(data), stages, geometry)
     return Picture(pixels, geometry, header, digest, len(data), stages)
 
@@ -107,6 +107,8 @@ def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answ
     """Encode resized pixels as the job wants them."""
     if job.want == PIXELS:
         payload: Payload = pybase64.b64encode(ppm(pixels))
+    elif job.want == RAW:
+        payload = _bytes(pixels.permute(1, 2, 0))
     else:
         payload = _bytes(values(pixels, picture.geometry, spec))
     picture.stages.end("encode")
@@ -156,7 +158,7 @@ def _passed(
     geometry: Geometry | None = None,
 ) -> Done:
     """The engine gets the client's own bytes: a format or a shape that we cannot prepare exactly."""
-    if job.want != PIXELS:
+    if job.want not in INLINE:
         raise BadPixels("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
     g = geometry or Geometry(0, 0)
     return Done(

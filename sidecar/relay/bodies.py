@@ -100,7 +100,7 @@ def cut(body: bytes, nonce: str) -> Skeleton:
 def join(skeleton: Skeleton, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:
     """The body to send, in pieces.
 
-    `replaced` maps ImagePart.index to (media type, base64 text). `ask_usage` adds `stream_options.include_usage`. With
+    `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds `stream_options.include_usage`. With
     neither, the original bytes. Changes that were made in `payload` are sent only along with a replacement.
     """
     if skeleton.payload is None or not (replaced or ask_usage):
@@ -212,7 +212,8 @@ def _filled(skeleton: Skeleton, text: bytes, replaced: Mapping[int, tuple[str, B
         index = int(number)
         if index in replaced:
             media_type, data = replaced[index]
-            yield f"data:{media_type};base64,".encode()
+            if media_type:
+                yield f"data:{media_type};base64,".encode()
             yield data
         else:
             yield skeleton.originals[index]

@@ -211,6 +211,9 @@ class Relay:
             if admission.begun is None:
                 raise
             return await answering.part(request, admission, e)
+        finally:
+            if self._images is not None:
+                self._images.release(admission.id)
 
     async def _ready(self, request: web.BaseRequest, admission: Admission) -> upstream.Pieces:
         """The body to send, read, prepared and admitted."""
@@ -260,8 +263,9 @@ class Relay:
         started = time.monotonic()
         try:
             prepared = await inlining.prepare(
-                self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id, admission.tenant
-            )
+                self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id, admission.tenant,
+                shm=self._settings.images == "shm" and self._engine_kind == "vllm",
+            )  # fmt: skip
         finally:
             admission.image_seconds = time.monotonic() - started
         name = partial(inlining.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None

@@ -22,6 +22,8 @@ class Prepared(Protocol):
     @property
     def base64(self) -> Data | None: ...
     @property
+    def url(self) -> str: ...
+    @property
     def tokens(self) -> int: ...
     @property
     def content_hash(self) -> str: ...
@@ -42,21 +44,31 @@ class Prepared(Protocol):
 class ImageWork(Protocol):
     """The image workers, as a relay sees them."""
 
-    async def inline(self, data: memoryview, where: str, tenant: str) -> Prepared:
+    async def inline(self, data: memoryview, where: str, tenant: str, hand_over: str) -> Prepared:
         """Prepare one image from its base64 text. Raises BadImage or ImagesBusy."""
+
+    def release(self, request: str) -> None:
+        """Nobody reads any more what was handed over for a request."""
 
 
 async def prepare(
-    images: ImageWork, parts: list[ImagePart], limit: int, emit: Callable[[Fact], None], id: str, tenant: str
+    images: ImageWork,
+    parts: list[ImagePart],
+    limit: int,
+    emit: Callable[[Fact], None],
+    id: str,
+    tenant: str,
+    *,
+    shm: bool = False,
 ) -> list[Prepared]:
-    """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy; the other images are then given up."""
+    """All images of `tenant`'s request `id`, in order; `shm`: handed over in shared memory. Raises BadImage or ImagesBusy; the other images are then given up."""
     if len(parts) > limit:
         raise BadImage(f"{len(parts)} images in one request; at most {limit} are accepted", "image_count")
     if len(parts) == 1:  # the usual request needs no task
-        return [await _one(images, parts[0], emit, id, tenant)]
+        return [await _one(images, parts[0], emit, id, tenant, shm)]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_one(images, part, emit, id, tenant)) for part in parts]
+            tasks = [group.create_task(_one(images, part, emit, id, tenant, shm)) for part in parts]
     except* RequestError as group_error:
         raise _first(group_error) from None
     return [task.result() for task in tasks]
@@ -68,9 +80,12 @@ def replacements(
     """What to put in the place of which original, for bodies.join. `name`: content hash -> `uuid`, where vLLM caches by it."""
     replaced: dict[int, tuple[str, Data]] = {}
     for part, image in zip(parts, prepared, strict=True):
-        if image.base64 is None:
+        if image.url:
+            replaced[part.index] = ("", image.url.encode())
+        elif image.base64 is not None:
+            replaced[part.index] = (image.media_type, image.base64)
+        else:
             continue
-        replaced[part.index] = (image.media_type, image.base64)
         if name is not None:
             part.part.setdefault("uuid", name(image.content_hash))
     return replaced
@@ -82,10 +97,12 @@ def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
     return hashlib.blake2b(f"{tenant}\0{content_hash}".encode(), key=key, digest_size=16).hexdigest()
 
 
-async def _one(images: ImageWork, part: ImagePart, emit: Callable[[Fact], None], id: str, tenant: str) -> Prepared:
+async def _one(
+    images: ImageWork, part: ImagePart, emit: Callable[[Fact], None], id: str, tenant: str, shm: bool
+) -> Prepared:
     started = time.monotonic()
     try:
-        image = await images.inline(part.data, part.where, tenant)
+        image = await images.inline(part.data, part.where, tenant, id if shm else "")
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"

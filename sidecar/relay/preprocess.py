@@ -1,7 +1,8 @@
 """`POST /v1/preprocess`: images in, the model's processor output out.
 
 In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, multipart with one part named `image` per image, or one raw body of
-type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only.
+type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
+`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes.
 
 Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
 came from the workers, one after the other, and never joined.
@@ -53,8 +54,8 @@ class NotAcceptable(RequestError):
     status: ClassVar[int] = 406
 
 
-class NotImplementedYet(RequestError):
-    """A hand-off that this version does not have."""
+class NotImplementedHere(RequestError):
+    """A hand-off that is not known, or not possible here."""
 
     code = "handoff_not_implemented"
     status: ClassVar[int] = 501
@@ -62,7 +63,8 @@ class NotImplementedYet(RequestError):
 
 async def preprocess(request: web.BaseRequest, images: Images, limits: Settings, emit: Emit) -> web.StreamResponse:
     """Serve one request; one Imaged fact per image goes to `emit`. Raises RequestError, which is OpenAI-style to the client."""
-    want = accepted(request.headers.get("accept", ""), request.headers.get(HANDOFF, ""))
+    shm = handoff(request.headers.get(HANDOFF, ""))
+    want = TENSORS if shm else accepted(request.headers.get("accept", ""))
     if want == TENSORS and not images.spec.tensors:
         raise BadRequest(
             "this model's processor cuts images into tiles, whose tensors are not made here; inline images work"
@@ -77,13 +79,30 @@ async def preprocess(request: web.BaseRequest, images: Images, limits: Settings,
     extra = {} if all(t.prepared.exact for t in done) else INEXACT
     if want == LAYOUT:
         return web.json_response(layout(done, images.spec), headers=extra)
+    if shm:
+        return web.json_response(await shared(images, done), headers=extra)
     return await _answer(request, done, images.spec, extra)
 
 
-def accepted(accept: str, handoff: str) -> str:
-    """TENSORS or LAYOUT, by the Accept header. Raises NotAcceptable, or NotImplementedYet for a hand-off."""
-    if handoff:
-        raise NotImplementedYet(f"{HANDOFF}: {handoff[:16]!r} is not available in this version; leave the header out")
+async def shared(images: Images, done: Sequence[Tensors]) -> dict[str, Any]:
+    """The tensors in a file in shared memory: their layout, and its name below --shm-dir. Raises NotImplementedHere."""
+    pieces = [safetensors_head(done, images.spec), *(piece for t in done for piece in rows(t, done, images.spec))]
+    handed = await images.share(*pieces)
+    if handed is None:
+        raise NotImplementedHere(f"{HANDOFF}: there is no shared memory here (--shm-dir); leave the header out")
+    segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, pieces))}
+    return layout(done, images.spec) | {"segments": [segment]}
+
+
+def handoff(wanted: str) -> bool:
+    """Whether the answer goes through shared memory. Raises NotImplementedHere for another hand-off."""
+    if wanted not in ("", "shm"):
+        raise NotImplementedHere(f"{HANDOFF}: {wanted[:16]!r} is not known; send shm, or leave the header out")
+    return bool(wanted)
+
+
+def accepted(accept: str) -> str:
+    """TENSORS or LAYOUT, by the Accept header. Raises NotAcceptable."""
     types = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
     for kind in types:
         if kind in ("", "*/*", "application/*", "application/octet-stream", SAFETENSORS):
@@ -160,6 +179,14 @@ def padded(values: Data, size: tuple[int, int], shape: list[int], item: int) -> 
     return pieces
 
 
+def rows(t: Tensors, done: Sequence[Tensors], spec: ProcessorSpec) -> Sequence[Data]:
+    """One image's part of `pixel_values`, in pieces: as it came, or padded to the size of the batch."""
+    if not isinstance(spec, PlaneSpec):
+        return [t.values]
+    dtype, shape = shapes(done, spec)["pixel_values"]
+    return padded(t.values, (t.prepared.height, t.prepared.width), shape, SIZES[dtype])
+
+
 async def _answer(
     request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec, extra: dict[str, str]
 ) -> web.StreamResponse:
@@ -170,11 +197,8 @@ async def _answer(
     await downstream.start(response, request)
     await downstream.write(response, head)
     for t in done:
-        if isinstance(spec, PlaneSpec):
-            pieces = padded(t.values, (t.prepared.height, t.prepared.width), shape, SIZES[dtype])
-            await downstream.write(response, b"".join(pieces) if len(pieces) > 1 else t.values)
-        else:
-            await downstream.write(response, t.values)
+        pieces = rows(t, done, spec)
+        await downstream.write(response, b"".join(pieces) if len(pieces) > 1 else pieces[0])
     await downstream.end(response)
     return response
 

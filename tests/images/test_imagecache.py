@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +114,75 @@ def test_no_room_is_no_cache(tmp_path: Path) -> None:
     """A missing folder, or a bound of 0, gives no cache and no error."""
     assert Folder(str(tmp_path / "absent"), 1 << 20).path == ""
     assert Folder(str(tmp_path), 0).path == ""
+
+
+def test_what_is_handed_over_is_read_once_and_never_evicted(cache: ImageCache, tmp_path: Path) -> None:
+    """A random name each time: of an entry without a copy, of anything else by writing it; its reader or we remove it."""
+    cache.put("aa", DONE, b"pixels")
+    linked, written = cache.hand_over(b"pixels", key="aa"), cache.hand_over(b"pix", b"els", key="bb")
+    assert linked.name != written.name and linked.folder == tmp_path.name
+    for handed in (linked, written):
+        path = tmp_path / handed.name
+        assert path.read_bytes()[handed.offset :] == b"pixels" and path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / linked.name).samefile(tmp_path / "aa")
+    for i in range(8):
+        cache.put(f"{i:02x}", DONE, bytes(200_000))
+    assert (tmp_path / linked.name).exists() and (tmp_path / written.name).exists()
+    cache.take_back(linked)
+    cache.take_back(linked)
+    assert not (tmp_path / linked.name).exists()
+
+
+def test_what_nobody_read_goes_in_the_end(cache: ImageCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relay that died could not take it back: the next entry that is kept sweeps it."""
+    handed = cache.hand_over(b"pixels")
+    cache.put("aa", DONE, b"x")
+    assert (tmp_path / handed.name).exists()
+    later = time.time() + 1000
+    monkeypatch.setattr("sidecar.imagecache.time.time", lambda: later)
+    cache.put("bb", DONE, b"x")
+    assert not (tmp_path / handed.name).exists()
+
+
+def plugin() -> Any:
+    """plugins/vllm, which has an environment of its own."""
+    place = Path(__file__).parents[2] / "plugins/vllm/sidecar_vllm/__init__.py"
+    found = importlib.util.spec_from_file_location("sidecar_vllm", place)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+async def test_the_plugins_urls_are_ours(server: Any, spec: Any, tmp_path: Path) -> None:
+    """What we hand over is what the plugin's pattern takes, and holds the pixels that inline images have; then it is gone."""
+    folder = Folder(str(tmp_path), 64 << 20)
+    images = Images(server.path, server.settings, spec, ImageCache(folder.path, folder.bytes, b"secret"))
+    photo = base64.b64encode(photos.photo(640, 480, seed=4))
+    inline = await images.inline(photo, "image")
+    ppm = base64.b64decode(inline.base64 or b"")
+    for outcome in ("ok", "cached"):
+        prepared = await images.inline(photo, "image", "t", "request")
+        found = plugin().URL.fullmatch(prepared.url)
+        assert found and prepared.outcome == outcome and prepared.base64 is None
+        file = tmp_path / found[1] / found[2]
+        assert ppm.endswith(file.read_bytes()[int(found[5]) :])
+        assert (int(found[3]), int(found[4])) == (prepared.height, prepared.width)
+        images.release("request")
+        assert not file.exists()
+    folder.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sidecar-shm://../out-" + "0" * 32 + "?h=1&w=1&o=0",
+        "sidecar-shm://sidecar-images-x/../../etc/passwd?h=1&w=1&o=0",
+    ],
+)
+def test_the_plugin_takes_no_other_name(url: str) -> None:
+    """Nothing that a client writes leads out of the folder."""
+    assert plugin().URL.fullmatch(url) is None
 
 
 async def test_a_repeated_image_is_not_prepared_again(server: Any, spec: Any, tmp_path: Path) -> None:

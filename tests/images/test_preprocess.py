@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -19,6 +20,7 @@ from safetensors.torch import load
 from sidecar import photos
 from sidecar.errors import RequestError
 from sidecar.facts import Fact, Imaged
+from sidecar.imagecache import ImageCache
 from sidecar.images import Images
 from sidecar.kernels import families
 from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
@@ -95,6 +97,19 @@ async def test_json_in_tensors_out(service: Service) -> None:
     status, body, kind = await service.post(json={"images": [url(p) for p in PHOTOS]})
     assert (status, kind) == (200, SAFETENSORS)
     assert same(body, PHOTOS)
+
+
+async def test_tensors_through_shared_memory(service: Service, spec: Any, tmp_path: Path) -> None:
+    """The named file holds the very bytes that the body would have had."""
+    service.images = Images(service.images._path, service.chosen, spec, ImageCache(str(tmp_path), 1 << 28, b"key"))
+    headers = {"x-sidecar-handoff": "shm"}
+    status, body, kind = await service.post(json={"images": [url(p) for p in PHOTOS]}, headers=headers)
+    assert (status, kind) == (200, "application/json")
+    answer = json.loads(body)
+    (segment,) = answer["segments"]
+    file = tmp_path.parent / segment["name"]
+    assert same(file.read_bytes(), PHOTOS) and file.stat().st_size == segment["bytes"]
+    assert set(answer["tensors"]) == {"pixel_values", "image_grid_thw"}
 
 
 async def test_every_form_of_request_gives_the_same_bytes(service: Service) -> None:
@@ -177,7 +192,8 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "cut multipart": ({"data": b"--b\r\nContent-Dis", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "bad_request"),
     "large body": ({"data": bytes(900_001), "headers": {"content-type": "application/json"}}, 413, "body_too_large"),
     "large image": ({"data": bytes(500_001), "headers": {"content-type": "image/png"}}, 413, "body_too_large"),
-    "shm": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "shm"}}, 501, "handoff_not_implemented"),
+    "no shm": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "shm"}}, 501, "handoff_not_implemented"),
+    "unknown handoff": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "pigeon"}}, 501, "handoff_not_implemented"),
     "accept": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "accept": "text/html"}}, 406, "not_acceptable"),
 }  # fmt: skip
 
@@ -212,7 +228,7 @@ async def test_one_bad_image_fails_the_request_and_is_named(service: Service) ->
 )
 def test_the_first_form_that_we_have_is_taken(accept: str, want: str) -> None:
     """The Accept header chooses between tensors and their layout."""
-    assert accepted(accept, "") == want
+    assert accepted(accept) == want
 
 
 @pytest.mark.filterwarnings("ignore::aiohttp.multipart.BadContentDispositionHeader")

@@ -12,7 +12,7 @@ class Prepared:
     """What image work returns, for a test."""
 
     media_type, tokens, content_hash, format, outcome, seconds = "image/bmp", 77, "h0", "png", "ok", 0.5
-    stages, bytes_in, bytes_out = (("decode", 0.1),), 3, 9
+    stages, bytes_in, bytes_out, url = (("decode", 0.1),), 3, 9, ""
 
     def __init__(self, base64: bytes | None) -> None:
         self.base64 = base64
@@ -26,7 +26,7 @@ class Workers:
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def inline(self, data: memoryview, where: str, tenant: str) -> Prepared:
+    async def inline(self, data: memoryview, where: str, tenant: str, hand_over: str) -> Prepared:
         match bytes(data):
             case b"BAD/":
                 raise BadImage(f"{where} is no image", "image_unknown_format")
@@ -41,6 +41,9 @@ class Workers:
             case b"PASS":
                 return Prepared(None)
         return Prepared(b"Qk0=")
+
+    def release(self, request: str) -> None:
+        """Nothing was handed over."""
 
 
 def pictures(*base64: str, **more: Any) -> dict[str, Any]:

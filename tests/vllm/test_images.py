@@ -108,9 +108,11 @@ async def recording(engine_url: str, http: Http) -> AsyncIterator[tuple[str, Rec
         await runner.cleanup()
 
 
-async def beside(start_sidecar: Callable[..., Sidecar], engine_url: str, model: Path, http: Http) -> Sidecar:
+async def beside(
+    start_sidecar: Callable[..., Sidecar], engine_url: str, model: Path, http: Http, **more: str
+) -> Sidecar:
     """A sidecar that prepares images for `model`, once its workers do; until then it answers 503."""
-    sidecar = start_sidecar(engine_url, model=str(model), images="inline")
+    sidecar = start_sidecar(engine_url, **({"model": str(model), "images": "inline"} | more))
 
     async def prepares() -> bool:
         image = io.BytesIO(encoded("PNG", 64, 64))
