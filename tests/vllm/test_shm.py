@@ -30,6 +30,10 @@ def engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
         yield running
 
 
+def left_behind() -> list[str]:
+    return [p.name for p in Path("/dev/shm").glob("sidecar-images-*/out-*")]
+
+
 async def test_pixels_in_shared_memory_give_the_same_answer(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http
 ) -> None:
@@ -42,8 +46,7 @@ async def test_pixels_in_shared_memory_give_the_same_answer(
     assert through == without
     seen = [found for body in recorder.bodies for found in formats(body)]
     assert len(seen) == 7 and all(found.startswith("sidecar-shm://") for found in seen)
-    left = [p.name for p in Path("/dev/shm").glob("sidecar-images-*/out-*")]
-    assert left == []
+    assert left_behind() == []
 
 
 async def test_a_name_that_is_not_there_is_the_clients_error(engine: Engine, http: Http) -> None:
