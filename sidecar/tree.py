@@ -32,6 +32,7 @@ from sidecar.relay import process
 from sidecar.settings import Settings
 from sidecar.supervisor import Role, Supervisor
 
+NICE = 5  # image work is the longest and the least urgent: where cores are short, probes and streams go first
 MARGIN = 10.0  # seconds beyond the drain in which everything must have ended
 
 Border = Callable[
@@ -98,4 +99,5 @@ def _image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:
     os.close(writing)
     os.dup2(reading, 0)
     jobs.set_inheritable(True)
+    os.nice(NICE)
     os.execv(sys.executable, [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(jobs.fileno())])
