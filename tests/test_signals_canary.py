@@ -88,10 +88,10 @@ async def test_a_priority_that_is_taken_is_kept(canary: Callable[..., CanarySign
         ((429, ""), "busy"),
         ((401, ""), "rejected"),
         ((404, ""), "rejected"),
-        ((200, ""), "failed"),
-        ((200, "data: [DONE]\n\n"), "failed"),
+        ((200, ""), "rejected"),
+        ((200, "data: [DONE]\n\n"), "rejected"),
         ((200, 'data: {"error": {"message": "EngineCore died", "code": 500}}\n\n'), "failed"),
-        ((200, "<html>"), "failed"),
+        ((200, "<html>"), "rejected"),
     ],
 )
 async def test_an_answer_without_a_token_never_passes(
@@ -101,6 +101,15 @@ async def test_an_answer_without_a_token_never_passes(
     async with engine(**{COMPLETIONS: answer}) as shown:
         result = await canary(shown).send(5)
         assert result.outcome == outcome and result.detail and not result.digest
+
+
+async def test_an_engine_that_served_tokens_fails_without_them(canary: Callable[..., CanarySignal]) -> None:
+    """An answer without a token is a failure of an engine that gave one before; of another it proves nothing."""
+    async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
+        signal = canary(shown)
+        assert (await signal.send(5)).outcome == "ok"
+        shown.answers[COMPLETIONS] = (200, "data: [DONE]\n\n")
+        assert (await signal.send(5)).outcome == "failed"
 
 
 async def test_a_renamed_model_is_learned_again(canary: Callable[..., CanarySignal]) -> None:

@@ -51,7 +51,7 @@ class Forms:
         self._kind = kind
         self._priorities = [priority, None] if priority is not None else [None]
         self._left = self._all()
-        self._known = False
+        self.known = False  # one has passed
 
     def forms(self) -> tuple[Form, ...]:
         """What to try now, in this order."""
@@ -59,14 +59,14 @@ class Forms:
 
     def passed(self, form: Form) -> None:
         """This one is taken: nothing else is asked from now on."""
-        self._left, self._known = (form,), True
+        self._left, self.known = (form,), True
 
     def goes_on(self, form: Form, status: int) -> bool:
         """Whether the next form may fare better than this one did. Where none is left, all are tried again next time."""
         if status not in (OTHER_FORM if form.priority is None else OTHER_PRIORITY):
             return False
-        if self._known:
-            self._left, self._known = self._all(), False
+        if self.known:
+            self._left, self.known = self._all(), False
             return False
         return True
 
