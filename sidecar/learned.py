@@ -6,9 +6,11 @@ that one hiccup does not lengthen every later patience; gaps fade with the time 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import sqrt
 from statistics import median
 
@@ -22,6 +24,7 @@ HEAVIEST = 4.0  # times the median prefill that any one of them can weigh
 LEAST = 0.001  # seconds; no prefill is shorter
 HIGH = 0.9  # the share of the prefills' weight that must be no slower than what is learned
 MAX_SLOWNESS = 1000.0
+UNKNOWN_SLOWNESS = 10.0  # until a line could be drawn, a machine may be this much slower than the coefficients
 ERRORS = 2.0  # standard errors by which a line's overhead is taken lower than it seems
 
 Prefill = tuple[float, float]  # seconds that the cost model said, and that it took
@@ -37,7 +40,7 @@ class Learned:
     first_tokens: int = 0
     gap: float = 0.0
     prefills: deque[Prefill] = field(default_factory=lambda: deque(maxlen=OBSERVATIONS))
-    slowness: float = 1.0
+    slowness: float = UNKNOWN_SLOWNESS
     overhead: float = 0.0
     fitted_at: int = 0  # first tokens when the two were made
     token_seconds: float = TOKEN_SECONDS
@@ -78,7 +81,7 @@ def law(seen: Sequence[Prefill]) -> tuple[float, float]:
     machine must not be killed for being slow.
     """
     if not seen:
-        return 1.0, 0.0
+        return UNKNOWN_SLOWNESS, 0.0
     overhead = least_overhead(seen)
     shortest = 0.0 if overhead is not None else SHORT_PREFILL
     fixed = overhead or 0.0
@@ -86,12 +89,10 @@ def law(seen: Sequence[Prefill]) -> tuple[float, float]:
     ratios = sorted(
         (max(0.0, took - fixed) / max(said, shortest, LEAST), min(max(said, LEAST), most)) for said, took in seen
     )
-    enough, weight = HIGH * sum(w for _, w in ratios), 0.0
-    for ratio, w in ratios:
-        weight += w
-        if weight >= enough:
-            return min(MAX_SLOWNESS, max(1.0, ratio)), fixed
-    return 1.0, fixed
+    weights = list(accumulate(w for _, w in ratios))
+    ratio = ratios[bisect_left(weights, HIGH * weights[-1])][0]
+    least = 1.0 if len(seen) >= LINE_FROM else UNKNOWN_SLOWNESS
+    return min(MAX_SLOWNESS, max(least, ratio)), fixed
 
 
 def least_overhead(seen: Sequence[Prefill]) -> float | None:

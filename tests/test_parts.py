@@ -16,7 +16,7 @@ class Engine:
 
     now: float = 1000.0
     parts: Parts = field(default_factory=lambda: Parts(Limits()))
-    learned: Learned = field(default_factory=lambda: Learned(token_seconds=0.02))
+    learned: Learned = field(default_factory=lambda: Learned(slowness=1.0, token_seconds=0.02))
     sample: EngineSample | None = None
     requests: int = 0
     ended: list[Key] = field(default_factory=list)
@@ -114,7 +114,7 @@ def test_prefill_done_meanwhile_explains_a_silence() -> None:
 
 def test_an_answer_that_is_held_back_gets_the_time_of_its_tokens() -> None:
     """A tool call is often buffered until it is whole."""
-    e = Engine(learned=Learned(token_seconds=0.1))
+    e = Engine(learned=Learned(slowness=1.0, token_seconds=0.1))
     key = e.admit(output=2000)
     e.first(key)
     other = e.decoding()

@@ -8,6 +8,7 @@ import pytest
 
 from sidecar import units
 from sidecar.facts import EngineSample, Work
+from sidecar.learned import UNKNOWN_SLOWNESS
 from sidecar.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, restarted
 
 CO = units.Coefficients()
@@ -33,7 +34,8 @@ def item(at: float, tokens: int = 100, *, first: float | None = None, whole: int
 
 def learned() -> Progress:
     p = Progress(LIMITS)
-    p.learned.first_tokens = LEARNED_AFTER
+    p.learned.first_tokens = p.learned.fitted_at = LEARNED_AFTER
+    p.learned.slowness = 1.0
     return p
 
 
@@ -142,9 +144,10 @@ def test_a_request_that_does_not_stream_may_be_silent_for_its_whole_answer() -> 
 
 
 def test_patience_is_long_until_the_engine_is_known() -> None:
-    """Before LEARNED_AFTER first tokens the unlearned floor rules."""
+    """Before LEARNED_AFTER first tokens the unlearned floor rules, and the machine may be far slower than the coefficients."""
     p = Progress(LIMITS)
     assert p.evidence([item(0.0)], 1.0).allowed == 60.0
+    assert p.evidence([item(0.0, 100_000)], 1.0).allowed == pytest.approx(3 * UNKNOWN_SLOWNESS * prefill(100_000))
     for n in range(LEARNED_AFTER):
         p.admitted((0, str(n)), 0.01, float(n))
         p.first_token((0, str(n)), n + 0.01)
