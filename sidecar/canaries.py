@@ -18,7 +18,7 @@ from sidecar.snapshot import CanaryUse
 
 BASE: Final = 8  # canaries before a majority is believed
 SHARE: Final = 0.9  # of the canaries so far that a majority needs
-STRIKES: Final = 5  # canaries in a row that differ: 50 s of an idle engine
+STRIKES: Final = 5  # canaries in a row that differ: 35 s of an idle engine
 ANSWERS: Final = 16  # told apart; an engine with more has no majority
 
 GARBAGE: Final = (

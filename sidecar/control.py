@@ -35,6 +35,7 @@ from sidecar.facts import (
 from sidecar.fleet import NO_BUDGET, Budget, Fleet, rules
 from sidecar.ledger import Hold, Ledger, Settlement
 from sidecar.memory import Kept
+from sidecar.patience import canary_allowed
 from sidecar.progress import Limits, Progress
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, RelayUse, Snapshot
@@ -46,10 +47,6 @@ JUMP = 5.0  # seconds between wall and monotonic clock that count as a jump
 PULSE_STALE = 4.0  # seconds without a relay's pulse (sent each second), past which its deliveries are unknown
 LEARNING = ("idle", "progressing", "quiet", "suspect")  # states whose silences, once ended, were legitimate
 QUEUE_WEIGHT = 0.2  # of one reading: a request that waits for a step (20 ms) is no queue, one that is seen for 5 s is
-CONFIRMING = 24.0  # most seconds of the canary that confirms a suspicion
-CANARY_FLOOR = 8.0  # seconds that the canary of an idle engine always has, once some are known
-CANARY_MARGIN = 5.0  # allowed over the slowest known canary
-CANARIES_KNOWN = 3
 RESTORED = "sidecar_restarted"
 CHANGES = 50  # verdict changes kept
 
@@ -163,31 +160,15 @@ class Control:
     # --- canaries ---
 
     def canary_due(self) -> float | None:
-        """Seconds that a canary may take, if one should be sent now. Start-up may compile for minutes: it gets the cap."""
+        """Seconds that a canary may take, if one should be sent now."""
         if self.canary_since is not None or self.draining:
             return None
         last = self.canary.ended if self.canary else None
         if not verdict.canary_due(self.memory, self.evidence, last, self._settings.canary_interval):
             return None
-        if self.memory.state == "starting":
-            return self._settings.silence_cap
-        if self.evidence.age is None:
-            return self._idle_canary_allowed()
-        # The silence itself has had all that the outstanding work may take, a blocked API included: no need to wait as long again.
-        # What engine steps held off counts as part of its time.
-        e, floor = self.evidence, self._settings.silence_floor
-        left = e.allowed - self._blocked - max(0.0, (e.age or 0.0) - e.allowed)
-        return max(min(floor, CANARY_FLOOR), min(left, max(CONFIRMING, floor)))
-
-    def _idle_canary_allowed(self) -> float:
-        """Nothing is outstanding: what a canary may take is known from those before it."""
-        if len(self._canary_seconds) < CANARIES_KNOWN:
-            return self.evidence.allowed
-        known = max(min(self._settings.silence_floor, CANARY_FLOOR), CANARY_MARGIN * max(self._canary_seconds))
-        blocked = max(
-            0.0, self._blocked - self.around.watch.unanswered(self.evidence.now)
-        )  # its patience is spent once
-        return min(known + blocked, self._settings.silence_cap)
+        unanswered = self.around.watch.unanswered(self.evidence.now)
+        limits = self.progress.limits
+        return canary_allowed(self.memory.state, self.evidence, self._canary_seconds, limits, self._blocked, unanswered)
 
     def canary_sent(self, now: float) -> None:
         """A canary is under way."""

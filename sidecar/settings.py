@@ -297,7 +297,7 @@ class Settings:
         expected="seconds from 0 to 3600",
     )
     canary_interval: float = flag(
-        10.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"
+        7.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"
     )
     canary_model: str = flag(
         "", text, "Model name for the canary; default: the first of /v1/models", expected="a model name"
