@@ -69,6 +69,10 @@ class Scene:
         for _ in range(clients):
             self._task(self._again_and_again(tokens, prompt, stream))
 
+    def arrivals(self, every: float, tokens: int = 5) -> None:
+        """A new client each `every` seconds, whatever became of those before."""
+        self._task(self._arrive(every, tokens))
+
     async def ask(self, tokens: int, prompt: int = 4, *, stream: bool = True) -> str:
         """One request of `prompt` and `tokens` tokens, read to its end; how it ended."""
         body = {
@@ -143,6 +147,11 @@ class Scene:
         while True:
             await self.ask(tokens, prompt, stream=stream)
             await asyncio.sleep(PAUSE)
+
+    async def _arrive(self, every: float, tokens: int) -> None:
+        while True:
+            self.open(tokens)
+            await asyncio.sleep(every)
 
     def _task(self, job: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(job)

@@ -53,6 +53,13 @@ async def amid_short_requests(
     s.fault(fault, **parameters)
 
 
+async def amid_arrivals(s: Scene, fault: str) -> None:
+    """New users come all the time and are prefilled; it is the rest of their answers that does not come."""
+    s.arrivals(every=0.4)
+    await s.served()
+    s.fault(fault)
+
+
 async def gpu_fault(s: Scene) -> None:
     """The driver reports an XID, and the core stops."""
     s.open()
@@ -300,6 +307,7 @@ def load_for_a_while(engine: ScriptedEngine) -> None:
 
 
 FULL: Final = Setting(engine={"max_batch": 4})
+UNHURRIED: Final = Setting(flags={"silence_floor": "3", "silence_unlearned": "3"})  # until a scrape has run out of time
 SLOW_START: Final = {"silence_cap": "3"}
 
 MODES: Final[dict[int, tuple[Story, ...]]] = {
@@ -311,11 +319,11 @@ MODES: Final[dict[int, tuple[Story, ...]]] = {
     6: (Story(partial(amid_a_stream, fault="freeze_busy")),),
     7: (Story(one_of_two_ranks, Setting(engine={"data_parallel": 2})),),
     8: (Story(partial(amid_short_requests, fault="freeze_busy", clients=16)),),
-    9: (Story(partial(amid_short_requests, fault="freeze_decode", clients=8)),),
+    9: (Story(partial(amid_arrivals, fault="freeze_decode")),),
     10: (Story(start_up, Setting(flags=SLOW_START, before=loading, served=False)),),
     11: (Story(partial(amid_a_stream, fault="core_dead")),),
-    12: (Story(partial(amid_a_stream, fault="api_block")),),
-    13: (Story(partial(amid_short_requests, fault="first_chunk_then_silence", clients=8)),),
+    12: (Story(partial(amid_a_stream, fault="api_block"), UNHURRIED),),
+    13: (Story(partial(amid_arrivals, fault="first_chunk_then_silence")),),
     14: (Story(one_stream),),
     15: (Story(partial(amid_short_requests, fault="transfer_stuck")),),
     16: (Story(abort),),
