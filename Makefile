@@ -1,4 +1,4 @@
-# make run | test | check | test-vllm | bench | docs | clean
+# make run | test | check | test-vllm | sanitize | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and a C compiler for one test. Everything else goes into .venv, pinned by
 # constraints.txt. An installation is repeated only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, each start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test check test-vllm bench docs constraints clean
+.PHONY: help run test check test-vllm sanitize bench docs constraints clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -35,6 +35,12 @@ check: .venv/.installed-test ## Format, lint, layers, types
 test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; makes its environment first (12 GB of disk, once)
 	$(BIN)/python tests/vllm/environment.py
 	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
+
+sanitize: ## The compiled kernel under AddressSanitizer and UBSan over random sizes; ARGS="SECONDS SEED"
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -ffp-contract=off -fno-sanitize-recover=all \
+		-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero -Ikernels/csrc tests/images/sanitize.cpp -o build/sanitize
+	build/sanitize $(or $(ARGS),20)
 
 bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the results
 	for file in benchmarks/*.py; do

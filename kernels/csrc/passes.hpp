@@ -128,9 +128,9 @@ SIDECAR_AVX2 inline void across_avx2(const Axis& x, const Lanes& lanes, const ui
         const __m128i low = _mm256_castsi256_si128(all), high = _mm256_extracti128_si256(all, 1);
         const __m128i r01 = _mm_unpacklo_epi32(low, high), r23 = _mm_unpackhi_epi32(low, high);
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out[0] + 8 * i), r01);
-        _mm_storeh_pd(reinterpret_cast<double*>(out[1] + 8 * i), _mm_castsi128_pd(r01));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out[1] + 8 * i), _mm_unpackhi_epi64(r01, r01));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out[2] + 8 * i), r23);
-        _mm_storeh_pd(reinterpret_cast<double*>(out[3] + 8 * i), _mm_castsi128_pd(r23));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out[3] + 8 * i), _mm_unpackhi_epi64(r23, r23));
     }
 }
 
@@ -175,7 +175,8 @@ SIDECAR_AVX2 inline void down_avx2(const uint8_t* const* rows, const int16_t* w,
             const bool pair = j + 1 < n;
             const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[j] + i));
             const __m256i b = pair ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[j + 1] + i)) : zero;
-            const int32_t both = static_cast<uint16_t>(w[j]) | (pair ? static_cast<int32_t>(w[j + 1]) << 16 : 0);
+            const uint32_t second = pair ? static_cast<uint16_t>(w[j + 1]) : 0;
+            const int32_t both = static_cast<int32_t>(second << 16 | static_cast<uint16_t>(w[j]));
             const __m256i weights = _mm256_set1_epi32(both);
             const __m256i lo = _mm256_unpacklo_epi8(a, b), hi = _mm256_unpackhi_epi8(a, b);
             s0 = _mm256_add_epi32(s0, _mm256_madd_epi16(_mm256_unpacklo_epi8(lo, zero), weights));
