@@ -48,6 +48,7 @@ HEAVY = {
     "engine": ("sidecar.engine.scripted", "EngineSettings"),
     "demo": ("sidecar.demo.story", "DemoSettings"),
     "manifests": ("sidecar.manifests.render", "ManifestSettings"),
+    "usage": ("sidecar.usage", "UsageSettings"),
 }
 
 

@@ -29,6 +29,7 @@ from sidecar.diagnosis import Diagnoses
 from sidecar.examination import Examiner
 from sidecar.keeping import Keeping
 from sidecar.meters import Meters
+from sidecar.records import Records
 from sidecar.relays import RelayPool
 from sidecar.report.otel import Tracing
 from sidecar.report.page import Feed
@@ -113,7 +114,9 @@ def build(
     control = Control(chosen, co, time.monotonic(), time.time(), pod)
     keeping = Keeping(state, chosen.engine, co.fingerprint)
     keeping.restore(control, time.monotonic())
-    sinks = Sinks(meters, Pages(meters.registry), feed, Diagnoses(state), state, tracing, keeping)
+    kept = chosen.usage_bytes
+    records = Records(state.path, control.unit_ms, chosen.usage_days, kept) if kept else None
+    sinks = Sinks(meters, Pages(meters.registry), feed, Diagnoses(state), state, tracing, keeping, records)
     ticker = Ticker(control, signals, sinks, chosen.dollars_per_gpu_hour)
     return ticker, signals, feed
 

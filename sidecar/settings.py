@@ -306,6 +306,10 @@ class Settings:
     slo_seconds: float = flag(
         10.0, number(0.1, 3600), "Request time that max_in_flight is derived from", expected="seconds from 0.1 to 3600"
     )
+    usage_days: int = flag(35, integer(1, 3660), "Days of usage records kept", expected="a whole number from 1 to 3660")
+    usage_bytes: int = flag(
+        64 << 20, size, "Largest size of the usage records; 0 keeps none", expected="a size such as 64M, or 0"
+    )
     dollars_per_gpu_hour: float = flag(
         0.0,
         number(0, 10_000),

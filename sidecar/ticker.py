@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from sidecar.fleet import NO_BUDGET, needs_budget
 from sidecar.keeping import EVERY, RESUME, Keeping
 from sidecar.ledger import Settlement
 from sidecar.meters import Meters
+from sidecar.records import Records
 from sidecar.relays import RelayPool
 from sidecar.report import orca
 from sidecar.report.otel import Tracing
@@ -64,6 +66,7 @@ class Sinks:
     state: StateDir
     tracing: Tracing
     keeping: Keeping
+    records: Records | None = None
 
 
 class Ticker:
@@ -95,6 +98,7 @@ class Ticker:
                 await asyncio.sleep(due - loop.time())
         finally:
             await self._errands.close()
+            await self._record(time.time())
 
     def stand(self) -> probes.Stand:
         """What probes render."""
@@ -139,6 +143,8 @@ class Ticker:
             overhead=None if e.sent_at is None else e.overhead,
             dollars=s.mu * self._dollars_per_mu,
         )  # fmt: skip
+        if self.sinks.records is not None:
+            self.sinks.records.add(s, time.time())
 
     def _send_page(self, relay: int) -> None:
         if self._pool is not None:
@@ -240,6 +246,7 @@ class Ticker:
             self._pool.order(Published(*headers, self.control.verdict.state, self._signals.contact.kind_name))
         self.sinks.feed.publish(self.snapshot)
         self._errands.start("state", self._write_state(self.stand(), wall))
+        self._errands.start("records", self._record(wall))
 
     # --- errands ---
 
@@ -270,6 +277,23 @@ class Ticker:
                 self.control.fleet.resume = True
         except OSError as e:
             _log.error("cannot write to the state directory (%s); exec probes fail open", e.strerror)
+
+    async def _record(self, wall: float) -> None:
+        """Write what was settled since the last time; what cannot be written is kept and tried again."""
+        records = self.sinks.records
+        if records is None or not (taken := records.take()):
+            return
+        writing = asyncio.ensure_future(asyncio.to_thread(records.write, taken, wall))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait((writing,))  # a thread cannot be cancelled: whether it wrote must be known
+            if writing.exception() is not None:
+                records.restore(taken)
+            raise
+        except (OSError, sqlite3.Error) as e:
+            records.restore(taken)
+            _log.error("cannot write the usage records (%s); they are kept in memory and tried again", type(e).__name__)
 
     async def _keep(self, content: dict[str, Any]) -> None:
         try:

@@ -1,0 +1,168 @@
+"""Consumption on disk: sums that add up, whatever is killed, damaged or full, within their bounds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar import records
+from sidecar.facts import Admitted, Outcome, Settled, Work
+from sidecar.ledger import Settlement
+from sidecar.records import DAY, FILE, HOUR, Records, Sums, read
+
+NOW = 1_800_000_000.0  # a full hour
+
+
+def settlement(tenant: str = "a", outcome: Outcome = "ok", mu: float = 2.0) -> Settlement:
+    admitted = Admitted("1", 10.0, tenant, "m", "chat", True, Work(100, output=50), None, 3.0)
+    settled = Settled("1", 14.0, outcome, 200, None, 40, 400, 11.0, 10.1, 0.001)
+    return Settlement(admitted, settled, tenant, "m", Work(90, cached=10, output=40, images=1), 3.0, mu, 40)
+
+
+def fresh(folder: Path, days: int = 35, most: int = 64 << 20) -> Records:
+    return Records(folder, 1000.0, days, most)
+
+
+def total(folder: Path) -> Sums:
+    rows = read(folder / FILE, 0, NOW * 2, ())
+    return rows[0][1] if rows else Sums()
+
+
+def test_settlements_add_up_by_minute_tenant_and_outcome(tmp_path: Path) -> None:
+    """Two batches of the same minute are one row; another tenant, outcome or minute is another."""
+    kept = fresh(tmp_path)
+    for tenant, outcome, at in (("a", "ok", 0), ("a", "ok", 30), ("a", "stalled", 0), ("b", "ok", 61)):
+        kept.add(settlement(tenant, outcome), NOW + at)  # type: ignore[arg-type]
+        kept.write(kept.take(), NOW)
+    rows = dict(read(tmp_path / FILE, NOW, NOW + 100, ("tenant", "outcome")))
+    assert {key: sums.requests for key, sums in rows.items()} == {("a", "ok"): 2, ("a", "stalled"): 1, ("b", "ok"): 1}
+    assert rows["a", "ok"] == Sums(2, 4.0, 4.0, 200, 20, 80, 2, 8.0)
+    assert read(tmp_path / FILE, NOW + 60, NOW + 100, ("tenant",))[0][0] == ("b",)
+
+
+def test_what_could_not_be_written_is_written_later_once(tmp_path: Path) -> None:
+    """The folder is gone for a while; afterwards every settlement is there exactly once."""
+    kept = fresh(tmp_path / "later")
+    kept.add(settlement(), NOW)
+    taken = kept.take()
+    with pytest.raises(sqlite3.OperationalError):
+        kept.write(taken, NOW)
+    kept.restore(taken)
+    kept.add(settlement(), NOW)
+    (tmp_path / "later").mkdir()
+    kept.write(kept.take(), NOW)
+    assert total(tmp_path / "later").requests == 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(batches=st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 9)), max_size=9), max_size=6))
+def test_sums_are_conserved(tmp_path_factory: pytest.TempPathFactory, batches: list[list[tuple[str, float]]]) -> None:
+    """Whatever is added in whatever batches, tidied or not: what is read is what was added."""
+    folder = tmp_path_factory.mktemp("usage")
+    kept = fresh(folder)
+    for i, batch in enumerate(batches):
+        for tenant, mu in batch:
+            kept.add(settlement(tenant, mu=mu), NOW + 7 * HOUR * i)
+        kept.write(kept.take(), NOW + 7 * HOUR * i)
+    wanted = [mu for batch in batches for _, mu in batch]
+    if wanted:
+        assert total(folder).requests == len(wanted)
+        assert total(folder).mu == pytest.approx(sum(wanted))
+
+
+def test_old_minutes_become_hours_and_old_days_go(tmp_path: Path) -> None:
+    """Sums survive the summing up; what is past the days that are kept does not."""
+    kept = fresh(tmp_path, days=2)
+    for minute in range(120):
+        kept.add(settlement(), NOW + 60 * minute)
+    kept.write(kept.take(), NOW)
+    kept.write({}, NOW + 1.5 * DAY)
+    with sqlite3.connect(tmp_path / FILE) as db:
+        assert db.execute("SELECT count(*) FROM usage").fetchone() == (2,)
+    db.close()
+    assert total(tmp_path).requests == 120
+    kept.write({}, NOW + 4 * DAY)
+    assert total(tmp_path).requests == 0
+
+
+def test_the_file_is_bounded(tmp_path: Path) -> None:
+    """More tenants and minutes than the bound has room for: the oldest go, the newest stay."""
+    kept = fresh(tmp_path, most=200_000)
+    for hour in range(10):
+        for i in range(500):
+            kept.add(settlement(f"tenant-{i}"), NOW + HOUR * hour)
+        kept.write(kept.take(), NOW + HOUR * hour)
+    kept.write({}, NOW + 11 * HOUR)
+    assert (tmp_path / FILE).stat().st_size < 600_000
+    assert read(tmp_path / FILE, NOW + 9 * HOUR, NOW + 10 * HOUR, ())[0][1].requests == 500
+
+
+@pytest.mark.parametrize("damage", [b"no database", b"SQLite format 3\0" + b"\xff" * 4096], ids=["text", "pages"])
+def test_a_damaged_file_is_put_aside(tmp_path: Path, damage: bytes) -> None:
+    """The sidecar goes on with a new one, and the old one can be looked at."""
+    (tmp_path / FILE).write_bytes(damage)
+    kept = fresh(tmp_path)
+    kept.add(settlement(), NOW)
+    kept.write(kept.take(), NOW)
+    assert total(tmp_path).requests == 1
+    assert (tmp_path / (FILE + ".damaged")).read_bytes() == damage
+
+
+def test_kill_9_amid_writing_loses_the_last_batch_at_most(tmp_path: Path) -> None:
+    """A process that says after each commit how much it wrote is killed: the file holds that, or one batch more."""
+    code = (
+        "import sys, itertools\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_records import *\n"
+        "kept = fresh(Path(sys.argv[1]))\n"
+        "for n in itertools.count(1):\n"
+        "    for _ in range(10): kept.add(settlement(), NOW + n)\n"
+        "    kept.write(kept.take(), NOW + n)\n"
+        "    print(n * 10, flush=True)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    said = 0
+    while said < 300:
+        said = int(writer.stdout.readline())
+    os.kill(writer.pid, signal.SIGKILL)
+    said = max([said, *(int(line) for line in writer.stdout.read().split())])
+    writer.wait()
+    writer.stdout.close()
+    assert total(tmp_path).requests in (said, said + 10)
+    kept = fresh(tmp_path)
+    kept.add(settlement(), NOW)
+    kept.write(kept.take(), NOW)
+    assert total(tmp_path).requests in (said + 1, said + 11)
+
+
+def test_a_newer_version_is_not_overwritten(tmp_path: Path) -> None:
+    """A file of a later version is put aside whole."""
+    kept = fresh(tmp_path)
+    kept.write(kept.take(), NOW)
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    kept.add(settlement(), NOW)
+    kept.write(kept.take(), NOW)
+    assert (tmp_path / (FILE + ".damaged")).exists() and total(tmp_path).requests == 1
+
+
+def test_every_group_can_be_read(tmp_path: Path) -> None:
+    """Each name of --by is a column; times are in order."""
+    kept = fresh(tmp_path)
+    for hour in (2, 0, 1):
+        kept.add(settlement(), NOW + HOUR * hour)
+    kept.write(kept.take(), NOW + 3 * HOUR)
+    for name in records.GROUPS:
+        assert read(tmp_path / FILE, NOW, NOW + DAY, (name,))
+    hours = [key[0] for key, _ in read(tmp_path / FILE, NOW, NOW + DAY, ("hour",))]
+    assert hours == sorted(hours) and len(hours) == 3
