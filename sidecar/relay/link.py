@@ -47,6 +47,7 @@ class Link:
             await self._connect()
             await self._lost.wait()
             self._channel = None
+            _log.warning("the control process is gone; requests go on, and the next one will be told of them")
 
     async def close(self) -> None:
         """Send what is queued and hang up. What is written stays readable when we are gone."""

@@ -210,7 +210,9 @@ async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar
     """kill -9 of the image server, whose workers die with it: the next image waits for the next one; control and relay live on."""
     assert (await ask(sidecar, chat(data_url(photo(640, 480, 3)))))[0] == 200
     control = await sidecar.control()
-    (server,) = [p for p in psutil.Process(sidecar.process.pid).children() if "image-server" in p.cmdline()]
+    supervisor = psutil.Process(sidecar.process.pid)
+    assert supervisor.num_threads() == 1  # it forks: with images, too, nothing that it imports may start a thread
+    (server,) = [p for p in supervisor.children() if "image-server" in p.cmdline()]
     server.kill()
     await asyncio.to_thread(psutil.wait_procs, [server], 30)
     status, _, _ = await ask(sidecar, chat(data_url(photo(640, 480, 4))))

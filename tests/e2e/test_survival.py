@@ -165,7 +165,9 @@ async def test_nothing_outlives_the_supervisor(engine: ScriptedEngine, start: An
     await sidecar.until_verdict("idle")
     await relays(sidecar)
     async with checked(sidecar.state):
-        children = psutil.Process(sidecar.process.pid).children(recursive=True)
+        supervisor = psutil.Process(sidecar.process.pid)
+        assert supervisor.num_threads() == 1  # it forks
+        children = supervisor.children(recursive=True)
         sidecar.process.kill()
         await sidecar.process.wait()
         gone, alive = await asyncio.to_thread(psutil.wait_procs, children, PATIENCE)
