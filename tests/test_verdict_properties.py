@@ -2,112 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.control import TICK, Control, Readings
-from sidecar.facts import (
-    Absent,
-    Admitted,
-    CanaryResult,
-    Delivered,
-    EngineSample,
-    Failed,
-    FirstToken,
-    Reading,
-    Settled,
-    Value,
-    Work,
-)
-from sidecar.settings import Settings
-from sidecar.snapshot import RelayUse
-from sidecar.units import Coefficients
+from sidecar.control import TICK
+from sidecar.facts import EngineSample, Failed, Value
 
-FLOOR, UNLEARNED, CAP = 4.0, 12.0, 40.0
-SETTINGS = Settings(engine="http://engine", silence_floor=FLOOR, silence_unlearned=UNLEARNED, silence_cap=CAP)
-CO = Coefficients()
-NOTHING = Absent("not here")
-WALL = 1_700_000_000.0
-DOWN = ("stalled", "dead")
-
-
-@dataclass
-class Pod:
-    """A control object and what is around it. Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet."""
-
-    now: float = 1000.0
-    wall: float = WALL
-    page: Reading[EngineSample] = NOTHING
-    canaries: str = "ok"
-    control: Control = field(init=False)
-    open: list[str] = field(default_factory=list)
-    requests: int = 0
-    sent: tuple[float, float] | None = None  # the canary under way: started, allowed
-    pulse: float = 1000.0
-    refused: float | None = None
-
-    def __post_init__(self) -> None:
-        self.control = Control(SETTINGS, CO, self.now, self.wall + self.now)
-
-    @property
-    def state(self) -> str:
-        return self.control.memory.state
-
-    def tick(self) -> str:
-        """Half a second. Returns the verdict."""
-        self.now += TICK
-        self.pulse = self.now
-        self.judge()
-        return self.state
-
-    def judge(self) -> None:
-        self._end_canary()
-        page = Value(self.page.value, self.now) if isinstance(self.page, Value) else self.page
-        relay = RelayUse(0, 1, 0, len(self.open), 0.0, self.now - self.pulse)
-        self.control.tick(
-            Readings(page, NOTHING, NOTHING, (relay,), self.refused, "vllm"), self.now, self.wall + self.now
-        )
-        allowed = self.control.canary_due()
-        if allowed is not None:
-            self.control.canary_sent(self.now)
-            self.sent = (self.now, allowed)
-
-    def _end_canary(self) -> None:
-        if self.sent is None:
-            return
-        started, allowed = self.sent
-        starved = self.now - started >= allowed
-        if self.canaries and (self.canaries != "starved" or starved):
-            self.control.canary_ended(CanaryResult(self.canaries, started, self.now, allowed))  # type: ignore[arg-type]
-            self.sent = None
-
-    def request(self, tokens: int = 500, streams: bool = True) -> None:
-        self.requests += 1
-        id = str(self.requests)
-        self.open.append(id)
-        work = Work(tokens, output=64)
-        self.control.fact(0, Admitted(id, self.now, "t", "m", "chat", streams, work, 64, 1.0))
-
-    def deliver(self) -> None:
-        """A token of the oldest request."""
-        if not self.open:
-            return
-        self.control.fact(0, FirstToken(self.open[0], self.now))
-        self.control.fact(0, Delivered(self.open[0], self.now, 1, 4))
-
-    def settle(self, outcome: str = "ok") -> None:
-        if self.open:
-            id = self.open.pop(0)
-            self.control.fact(0, Settled(id, self.now, outcome, 200, None, 1, 4, None, self.now, 0.0))  # type: ignore[arg-type]
-
-    def served(self) -> Pod:
-        """Past start-up, by a canary's token."""
-        for _ in range(6):
-            self.tick()
-        assert self.state == "idle"
-        return self
+from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, WALL, Pod
 
 
 def act(pod: Pod, action: str) -> None:
@@ -138,8 +39,7 @@ def act(pod: Pod, action: str) -> None:
                 EngineSample(running=0, waiting=0, kv_usage=0.0, generation_tokens=9, iterations=3), pod.now
             )
         case "relay dies":
-            pod.control.relay_lost(0, pod.now)
-            pod.open.clear()
+            pod.relay_dies()
         case "pause":
             pod.now += 7.0
         case "jump":
@@ -161,7 +61,7 @@ def scripts(*actions: str, most: int = 25) -> st.SearchStrategy[list[tuple[str, 
     return st.lists(st.tuples(st.sampled_from(actions), st.integers(0, 30)), max_size=most)
 
 
-@settings(deadline=None)
+@SEARCH
 @given(scripts(*USERS, *PAGES, *INNOCENT, *GUILTY, "jump"), st.integers(1, int(FLOOR / TICK) - 1))
 def test_never_stalled_or_suspect_while_deliveries_come_within_the_allowed_silence(
     script: list[tuple[str, int]], every: int
@@ -180,7 +80,7 @@ def test_never_stalled_or_suspect_while_deliveries_come_within_the_allowed_silen
             assert pod.tick() not in ("suspect", *DOWN)
 
 
-@settings(deadline=None)
+@SEARCH
 @given(scripts(*USERS, *PAGES, *OURS, *INNOCENT, *GUILTY, most=40))
 def test_never_stalled_without_work_or_a_canary_that_failed_since_suspicion(script: list[tuple[str, int]]) -> None:
     """Stalled is entered from suspect alone, by a canary sent since that failed, over silent work where there is work."""
@@ -199,7 +99,7 @@ def test_never_stalled_without_work_or_a_canary_that_failed_since_suspicion(scri
                 assert e.age is None or e.age > e.allowed
 
 
-@settings(deadline=None)
+@SEARCH
 @given(scripts(*USERS, *PAGES, *OURS, *INNOCENT, most=40))
 def test_unknown_never_kills(script: list[tuple[str, int]]) -> None:
     """Pages that cannot be read, canaries without a verdict, our own pauses, any silence: none of it fails liveness."""
@@ -210,7 +110,7 @@ def test_unknown_never_kills(script: list[tuple[str, int]]) -> None:
             assert pod.tick() not in DOWN
 
 
-@settings(deadline=None)
+@SEARCH
 @given(
     scripts(*USERS, *PAGES, *NEUTRAL, *GUILTY), st.sampled_from(("no page", "broken page", "stale page", "idle page"))
 )
@@ -241,7 +141,7 @@ def test_once_progress_ends_suspicion_comes_within_the_cap_and_the_verdict_withi
     assert pod.now - ended <= 2 * CAP + 4 * TICK
 
 
-@settings(deadline=None)
+@SEARCH
 @given(st.integers(0, 200), st.integers(1, 200))
 def test_a_control_process_that_starts_anew_never_kills_what_it_has_not_seen_working(ticks: int, requests: int) -> None:
     """After a restart in the midst of a hang of any age: starting, for as long as no token comes; it forgot its watermarks."""
@@ -252,7 +152,7 @@ def test_a_control_process_that_starts_anew_never_kills_what_it_has_not_seen_wor
         assert pod.tick() == "starting"
 
 
-@settings(deadline=None)
+@SEARCH
 @given(st.integers(1, 60), st.one_of(st.floats(-1e6, -6), st.floats(6, 1e6)), st.sampled_from(GUILTY))
 def test_a_clock_jump_in_a_silence_gives_a_full_window_anew(quiet: int, jump: float, canary: str) -> None:
     """A jump of the wall clock, at any moment of a silence that is not yet a stall: no kill within the next floor of seconds."""
@@ -268,7 +168,7 @@ def test_a_clock_jump_in_a_silence_gives_a_full_window_anew(quiet: int, jump: fl
         assert pod.tick() not in DOWN
 
 
-@settings(deadline=None)
+@SEARCH
 @given(st.integers(1, 60), st.floats(2.5, 1e5), st.sampled_from(GUILTY))
 def test_a_pause_of_our_own_in_a_silence_gives_a_full_window_anew(quiet: int, pause: float, canary: str) -> None:
     """Stopped for any time, at any moment of a silence that is not yet a stall: no kill within the next floor of seconds."""
@@ -284,7 +184,7 @@ def test_a_pause_of_our_own_in_a_silence_gives_a_full_window_anew(quiet: int, pa
         assert pod.tick() not in DOWN
 
 
-@settings(deadline=None)
+@SEARCH
 @given(st.integers(0, 60), st.sampled_from(GUILTY))
 def test_an_engine_that_is_started_anew_is_starting_and_not_killed_for_the_old_ones_silence(
     quiet: int, canary: str

@@ -146,8 +146,8 @@ class Engine:
     def _movable(self) -> list[Seq]:
         if not self.how.stuck_one:
             self._victim = None
-        elif self._victim is None and self.running:
-            self._victim = self.running[0]
+        elif self._victim is None:
+            self._victim = next((s for s in self.running if s.owner == USER), None)
         return [s for s in self.running if s is not self._victim and s.rank != self.how.dead_rank]
 
     def _prefill(self, gpu: float, dt: float, now: float, out: list[Fact]) -> float:

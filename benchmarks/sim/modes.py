@@ -124,7 +124,8 @@ class Trial:
     """What one trial found: seconds from the fault to each detection (None: not within the horizon).
 
     `found`: what is owed came, with whatever reason; `right`: it came with a right one. `predicted` and `real`: seconds of prefill that
-    were outstanding at the fault, by the cost model, and as this site would have taken them.
+    were outstanding at the fault, by the cost model, and as this site would have taken them; `expected`: as the sidecar itself
+    expected after what it had learned.
     """
 
     mode: int
@@ -132,6 +133,7 @@ class Trial:
     owed: str
     predicted: float
     real: float
+    expected: float
     liveness: float | None
     readiness: float | None
     ended: float | None  # the first request that our control ended
@@ -184,7 +186,7 @@ def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON) -> Trial:
         w.request(int(spread(w.rng, 100_000, 250_000)), 50)
         w.run(spread(w.rng, 1, 10))
     w.run(w.rng.randrange(8) / 2)
-    predicted, before, at = outstanding(w), w.verdict, w.now
+    predicted, before, at = prefill_of(w), w.verdict, w.now
     strike(w, mode)
     at = w.now if mode.late else at
     until = at + (STARTING if mode.case.owed == "startup" and horizon >= HORIZON else horizon)
@@ -206,10 +208,12 @@ def over(w: World, mode: Mode, at: float) -> bool:
     return w.first(UNLIVE, at) is not None and all(b.killed_at is not None for b in w.rivals.baselines)
 
 
-def outstanding(w: World) -> float:
-    """Seconds of prefill that are outstanding, by the cost model."""
+def prefill_of(w: World) -> tuple[float, float, float]:
+    """Seconds of prefill that are outstanding: by the cost model, as this site takes them, and as the sidecar expects."""
     waiting = (s for s in w.users.values() if not s.first)
-    return sum(units.terms(Work(s.prompt), w.co).before_first_token for s in waiting) / 1000
+    seconds = sum(units.terms(Work(s.prompt), w.co).before_first_token for s in waiting) / 1000
+    slow = w.site.slowness / (1.0 if w.site.starves else CHUNK_SHARE)
+    return seconds, seconds * slow, w.control.progress.learned.seconds(seconds)
 
 
 def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:
@@ -219,7 +223,7 @@ def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:
     return (*mode.case.reasons, *(UNTOLD if untold else ()))
 
 
-def result(w: World, mode: Mode, load: str, predicted: float, before: str, at: float) -> Trial:
+def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float], before: str, at: float) -> Trial:
     """What was found of the fault that began at `at`."""
     reasons, owed = right_reasons(w, mode, load), mode.case.owed
     seen = [c for c in w.trail if c.at >= at and c.state in UNREADY]
@@ -235,9 +239,8 @@ def result(w: World, mode: Mode, load: str, predicted: float, before: str, at: f
         "startup": named is not None,
     }[owed]
     codes = [f"{c.state}/{c.reason}" for c in seen if c.reason not in ("silent", "canary_pending")]
-    slow = w.site.slowness / (1.0 if w.site.starves else CHUNK_SHARE)
     return Trial(
-        mode.number, load, owed, predicted, predicted * slow, since(live, at), since(ready, at), since(ended, at), since(found, at),
+        mode.number, load, owed, *predicted, since(live, at), since(ready, at), since(ended, at), since(found, at),
         right, tuple(dict.fromkeys([*codes, *(f"end/{e.code}" for e in w.ended)])), before,
         {b.name: None if b.failing_since is None else max(0.0, b.failing_since - at) for b in w.rivals.baselines},
         {b.name: None if b.killed_at is None else max(0.0, b.killed_at - at) for b in w.rivals.baselines},

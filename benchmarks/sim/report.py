@@ -77,6 +77,7 @@ def long_prefills(trials: Sequence[Trial]) -> str:
     late = [t for t in trials if t.whole and t.load == "long prefill" and t.mode != 12 and t.predicted > 0]
     rows = []
     ways: dict[str, Callable[[Trial], float]] = {"cost model": lambda t: t.predicted, "this site": lambda t: t.real}
+    ways["what the sidecar expected"] = lambda t: t.expected
     for name, of in ways.items():
         rest = [t.liveness - 3 * of(t) for t in late if t.liveness is not None]
         if rest:

@@ -11,8 +11,8 @@ are alarms here, always in full resolution, or need an engine that is not health
 outlasts `allowed`, and then a canary's time. It is bounded per arrival by `sites.longest_gap`, and `allowed` from below by
 `sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows;
 elsewhere no kill is possible. They are many where the hardware is far slower than the coefficients say: the bound takes the sidecar for one
-that never learned so. In full resolution each begins just so, which is the impatient side: after a skip learned gaps have faded and
-nothing was learned. tests/test_verdict_sim.py holds all this against full resolution.
+that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if alone on the engine,
+and no gap at all. tests/test_verdict_sim.py holds all this against full resolution.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import random
 from dataclasses import dataclass, field
 
 from sidecar import units
+from sidecar.learned import OBSERVATIONS
 from sidecar.progress import Limits
 from sim.alarms import ALARMS, Alarm
 from sim.seqs import Site
-from sim.sites import draw, slice_of, windows
+from sim.sites import draw, prefills, slice_of, windows
 from sim.traces import Trace
 from sim.world import CALM, UNLIVE, World
 
@@ -117,14 +118,21 @@ def week(seed: str, traces: dict[str, Trace], co: units.Coefficients, *, only: s
     plan += [(rng.uniform(0, WEEK - 7200), stretch) for stretch in natural]
     for at, what in sorted(plan, key=lambda p: p[0]):
         if w.now < start + at:
-            w.skip(start + at - w.now, rng.random() < BUSY)
+            pass_over(w, start + at - w.now, rng.random() < BUSY, traces)
         began = w.now
         w = event(w, what, traces, tally, seed)
         full += w.now - began
     if w.now < end:
-        w.skip(end - w.now, True)
+        pass_over(w, end - w.now, True, traces)
     tally.weeks, tally.full = (w.now - start) / WEEK, full
     return tally
+
+
+def pass_over(w: World, seconds: float, busy: bool, traces: dict[str, Trace]) -> None:
+    """Skip calm time; users teach what as many of the site's streams as came, 64 at most, would have taught."""
+    trace = prefills(traces[w.site.trace], w.co)
+    came = seconds * w.site.rate * len(trace) / (traces[w.site.trace][-1].at + 1.0) * w.site.streams
+    w.skip(seconds, busy, w.rng.choices(trace, k=min(OBSERVATIONS, int(came))))
 
 
 def stretches(w: World, traces: dict[str, Trace], tally: Tally) -> list[Stretch]:

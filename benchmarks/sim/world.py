@@ -9,7 +9,7 @@ that a verdict hangs on can happen (see weeks.py for when that is so); the only 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from sidecar import units
@@ -21,13 +21,11 @@ from sidecar.facts import (
     Directed,
     EngineSample,
     Fact,
-    Failed,
     GpuSample,
     Reading,
     Settled,
     Value,
 )
-from sidecar.progress import LEARNED_AFTER
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 from sim.engine import Engine
@@ -44,6 +42,7 @@ CALM = ("idle", "progressing", "quiet")
 NONE = Absent("not simulated")
 HEALTHY_GPU = GpuSample(0, "GPU", "GPU-0", NONE, NONE, NONE, NONE, NONE)
 UNREAD = Absent("not read yet")
+ANSWER = 2.0  # seconds that the sidecar waits for an answer of the API, a metrics page or a cheap one
 WRITE_BLOCKS = 1.0  # seconds that a write to a client must wait, before the relay says so
 FOREIGN_EVERY = 20.0  # seconds between requests that go past the relay, at a shared engine
 
@@ -97,6 +96,7 @@ class World:
     _pulse_at: float = 0.0
     _refused: float | None = None
     _foreign_at: float = 0.0
+    _unanswered: float = 0.0  # seconds for which the API has answered nothing
 
     def __post_init__(self) -> None:
         self.engine = Engine(self.site, self.co, self.now)
@@ -206,18 +206,19 @@ class World:
             self.tick()
         return not self.users
 
-    def skip(self, seconds: float, busy: bool) -> None:
-        """Pass over calm time. `busy`: users were served meanwhile, so that this engine's gaps count as learned, and its
-        tokens as fast as it can: the impatient side. What else they would have taught (patience) is left out."""
+    def skip(self, seconds: float, busy: bool, taught: Iterable[float] = ()) -> None:
+        """Pass over calm time. `busy`: users were served meanwhile. `taught`: seconds of prefill, by the cost model, of the
+        streams among them; each is taken to have had the engine to itself, and tokens to have come as fast as they can: the
+        impatient side. What waiting and sharing would have taught (patience) is left out."""
         assert not self.users and self.verdict in CALM, "only calm time may be skipped"
         self.now += seconds
         self.control._ticked_at, self.control._ticked_wall = self.now, self.wall + self.now
         learned = self.control.progress.learned
-        learned.first_tokens += int(
-            seconds / self.settings.canary_interval
-        )  # what idle canaries alone would have added
+        canaries = int(seconds / self.settings.canary_interval)
+        learned.first_tokens += canaries  # what idle canaries alone would have added
         if busy:
-            learned.first_tokens += LEARNED_AFTER
+            for prefill in taught:
+                learned.first_token(prefill * self.site.slowness, prefill)
             learned.token_seconds = min(learned.token_seconds, 2 * self.engine.fastest)
             self.engine.counters.generation += 1
         e = self.engine
@@ -318,13 +319,19 @@ class World:
     def _read(self) -> None:
         if self.ticks % 2 == 0:
             self._reading = sample(self.engine, self.now, self.wall)
-        closed = not self.engine.how.port_open
+        how = self.engine.how
+        self._unanswered = 0.0 if how.answering and not self._waits() else self._unanswered + TICK
+        closed = not how.port_open
         self._refused = (self._refused or self.now) if closed else None
+
+    def _waits(self) -> bool:
+        """HTTP is served behind inference, one request at a time."""
+        return self.engine.how.serial and bool(self.engine.running or self.engine.waiting)
 
     def _readings(self) -> Readings:
         relay = RelayUse(0, 1, 0, len(self.users), 0.0, self.now - self._pulse_at)
         how = self.engine.how
-        unanswered = isinstance(self._reading, Failed) and how.port_open and not how.answering
+        unanswered = self._unanswered >= ANSWER and how.port_open
         told = self.site.tells_rest and how.answering
         resting = "engine_paused" if how.paused and told else "engine_sleeping" if how.sleeping and told else ""
         gpus = Value((self.gpu,), self.now)

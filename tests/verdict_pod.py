@@ -1,0 +1,175 @@
+"""A pod around the production control object, for tests of invariants: users, relay, engine page, canaries and clocks by hand."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+
+from sidecar import memory
+from sidecar.control import TICK, Control, Readings
+from sidecar.facts import (
+    Absent,
+    Admitted,
+    Backpressure,
+    CanaryResult,
+    Delivered,
+    Directed,
+    EngineSample,
+    FirstToken,
+    GpuSample,
+    Reading,
+    Settled,
+    Value,
+    Work,
+)
+from sidecar.settings import Settings
+from sidecar.snapshot import RelayUse
+from sidecar.units import Coefficients
+
+FLOOR, UNLEARNED, CAP = 4.0, 12.0, 40.0
+SETTINGS = Settings(engine="http://engine", silence_floor=FLOOR, silence_unlearned=UNLEARNED, silence_cap=CAP)
+CO = Coefficients()
+NOTHING = Absent("not here")
+WALL = 1_700_000_000.0
+DOWN = ("stalled", "dead")
+# The same examples in each run of continuous integration; new ones elsewhere.
+SEARCH = settings(deadline=None, max_examples=50, derandomize=os.environ.get("TEST_REQUIRE") == "1")
+
+
+@dataclass
+class Pod:
+    """A control object and what is around it. Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet."""
+
+    now: float = 1000.0
+    wall: float = WALL
+    page: Reading[EngineSample] = NOTHING
+    canaries: str = "ok"
+    control: Control = field(init=False)
+    open: list[str] = field(default_factory=list)
+    blocked: set[str] = field(default_factory=set)
+    moved: dict[str, float] = field(default_factory=dict)  # when a request last got something, by id
+    ended: list[tuple[str, str]] = field(default_factory=list)  # (id, code) of all that control ended
+    requests: int = 0
+    sent: tuple[float, float] | None = None  # the canary under way: started, allowed
+    refused: float | None = None
+    unanswered: bool = False
+    resting: str = ""
+    xids: int = 0
+    delivered_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.control = Control(SETTINGS, CO, self.now, self.wall + self.now)
+
+    @property
+    def state(self) -> str:
+        return self.control.memory.state
+
+    # --- time ---
+
+    def tick(self) -> str:
+        """Half a second. Returns the verdict."""
+        self.now += TICK
+        self._end_canary()
+        page = Value(self.page.value, self.now) if isinstance(self.page, Value) else self.page
+        relay = RelayUse(0, 1, 0, len(self.open), 0.0, 0.0)
+        gpu = GpuSample(0, "GPU", "GPU-0", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, ((31, self.xids),))
+        readings = Readings(
+            page, Value((gpu,), self.now), NOTHING, (relay,), self.refused, "vllm", self.unanswered, self.resting
+        )
+        self.control.tick(readings, self.now, self.wall + self.now)
+        allowed = self.control.canary_due()
+        if allowed is not None:
+            self.control.canary_sent(self.now)
+            self.sent = (self.now, allowed)
+        return self.state
+
+    def _end_canary(self) -> None:
+        if self.sent is None:
+            return
+        started, allowed = self.sent
+        starved = self.now - started >= allowed
+        if self.canaries and (self.canaries != "starved" or starved):
+            self.control.canary_ended(CanaryResult(self.canaries, started, self.now, allowed))  # type: ignore[arg-type]
+            self.sent = None
+
+    def served(self) -> Pod:
+        """Past start-up, by a canary's token."""
+        for _ in range(6):
+            self.tick()
+        assert self.state == "idle"
+        return self
+
+    # --- users ---
+
+    def request(self, tokens: int = 500, streams: bool = True) -> None:
+        """One more, through the relay."""
+        self.requests += 1
+        id = str(self.requests)
+        self.open.append(id)
+        self.moved[id] = self.now
+        work = Work(tokens, output=64)
+        self.control.fact(0, Admitted(id, self.now, "t", "m", "chat", streams, work, 64, 1.0))
+
+    def deliver(self, place: int = 0, tokens: int = 1) -> None:
+        """Tokens of an open request, by default the oldest."""
+        if not self.open:
+            return
+        id = self.open[place % len(self.open)]
+        if id in self.blocked:
+            return
+        self.control.fact(0, FirstToken(id, self.now))
+        self.control.fact(0, Delivered(id, self.now, tokens, 4 * tokens))
+        self.moved[id] = self.delivered_at = self.now
+
+    def settle(self, outcome: str = "ok", id: str = "", tokens: int = 1) -> None:
+        """A request ends, by default the oldest."""
+        if not self.open:
+            return
+        id = id or self.open[0]
+        self.open.remove(id)
+        self.blocked.discard(id)
+        self.control.fact(0, Settled(id, self.now, outcome, 200, None, tokens, 4, None, self.now, 0.0))  # type: ignore[arg-type]
+        if outcome == "ok":
+            self.delivered_at = self.now
+
+    def read(self, place: int, *, on: bool) -> None:
+        """A client stops reading, or goes on."""
+        if not self.open:
+            return
+        id = self.open[place % len(self.open)]
+        (self.blocked.discard if on else self.blocked.add)(id)
+        self.moved[id] = self.now
+        self.control.fact(0, Backpressure(id, self.now, on=not on))
+
+    def obey(self) -> list[tuple[str, str]]:
+        """What the relay does of control's orders. Returns (id, code) of each request that it was told to end."""
+        ends = [(id, end.code) for _, end in self.control.take_ends() for id in end.ids]
+        for id, _ in ends:
+            if id in self.open:
+                self.settle("stalled", id)
+        self.ended += ends
+        return ends
+
+    # --- operators, engine, and ourselves ---
+
+    def order(self, what: str, *, on: bool) -> None:
+        """The relay saw an order that stops the engine on purpose, or lets it go on."""
+        self.control.fact(0, Directed(self.now, what, on))
+
+    def relay_dies(self) -> None:
+        """All its requests are lost."""
+        self.control.relay_lost(0, self.now)
+        self.open.clear()
+        self.blocked.clear()
+
+    def restart(self, *, remembers: bool) -> None:
+        """Our process starts anew; what the old one kept goes through the form of its file."""
+        kept = memory.revive(memory.Kept, memory.plain(self.control.keep())) if remembers else None
+        self.control = Control(SETTINGS, CO, self.now, self.wall + self.now)
+        self.sent = None
+        self.open.clear()  # those of the old process's relays are not known to the new one
+        self.blocked.clear()
+        if kept is not None:
+            self.control.restore(kept, self.now, same=True)
