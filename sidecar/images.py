@@ -106,15 +106,17 @@ class Images:
         self._keeping: set[asyncio.Task[None]] = set()
         self._handed: dict[str, list[Handed]] = {}
 
-    async def inline(self, data: Data, where: str, tenant: str = "", hand_over: str = "") -> Prepared:
-        """One image's base64 text as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
+    async def inline(
+        self, data: Data, where: str, tenant: str = "", hand_over: str = "", is_base64: bool = True
+    ) -> Prepared:
+        """One image's base64 text, or its bytes, as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
 
         `hand_over`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
         """
         if not hand_over or self._cache is None:
-            prepared, payload, _ = await self._prepare(PIXELS, data, where, True, tenant)
+            prepared, payload, _ = await self._prepare(PIXELS, data, where, is_base64, tenant)
             return replace(prepared, base64=payload) if payload else prepared
-        prepared, payload, key = await self._prepare(RAW, data, where, True, tenant)
+        prepared, payload, key = await self._prepare(RAW, data, where, is_base64, tenant)
         if not payload:
             return prepared
         try:

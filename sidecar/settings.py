@@ -118,6 +118,16 @@ def budget(value: str) -> str:
     return value
 
 
+_DOMAIN = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
+_DOMAINS = re.compile(rf"off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", re.IGNORECASE)
+
+
+def domains(value: str) -> str:
+    if not _DOMAINS.fullmatch(value):
+        raise ValueError
+    return value.lower()
+
+
 def switch(value: str) -> bool:
     return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
         value.lower()
@@ -198,6 +208,12 @@ class Settings:
         integer(1, 10_000),
         "Images waiting for a worker per relay before 503",
         expected="a whole number from 1 to 10000",
+    )
+    image_urls: str = flag(
+        "off",
+        domains,
+        "Domains that images behind links are fetched from, such as img.example.com,*.example.org; off: links are the engine's",
+        expected="off, or domains divided by commas",
     )
     image_cache_bytes: int = flag(
         256 << 20, size, "Prepared images kept in shared memory; 0 keeps none", expected="a size such as 256M, or 0"

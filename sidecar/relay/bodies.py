@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from sidecar.relay.links import is_link
+
 # The end of a POST path -> route name. The last two segments are looked up first, then the last one.
 ROUTES: Final[dict[str, str]] = {
     "chat/completions": "chat",
@@ -54,13 +56,17 @@ Buffer = bytes | memoryview | bytearray
 
 @dataclass(slots=True)
 class ImagePart:
-    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it."""
+    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it.
+
+    `link`: where its bytes must be fetched from; it has no `data` then.
+    """
 
     index: int  # into Skeleton.originals
     where: str  # "messages[0].content[1]"
     media_type: str  # "image/jpeg"
     data: memoryview
     part: dict[str, Any]
+    link: str = ""
 
 
 @dataclass(slots=True)
@@ -80,8 +86,11 @@ def route_of(path: str) -> str | None:
     return ROUTES.get(head.rpartition("/")[2] + "/" + last) or ROUTES.get(last)
 
 
-def cut(body: bytes, nonce: str) -> Skeleton:
-    """Cut the data URLs out of `body` and parse the rest. `nonce`: letters and digits that nobody outside can know."""
+def cut(body: bytes, nonce: str, *, links: bool = False) -> Skeleton:
+    """Cut the data URLs out of `body` and parse the rest. `nonce`: letters and digits that nobody outside can know.
+
+    `links`: images behind http(s) links count as images, too.
+    """
     skeleton = Skeleton(body, nonce)
     pieces: list[Buffer] = []
     view = memoryview(body)
@@ -93,7 +102,7 @@ def cut(body: bytes, nonce: str) -> Skeleton:
     rest = b"".join((*pieces, view[at:])) if pieces else body
     skeleton.payload = _parse(rest)
     if skeleton.payload is not None:
-        skeleton.images = list(_images(skeleton, skeleton.payload))
+        skeleton.images = list(_images(skeleton, skeleton.payload, links))
     return skeleton
 
 
@@ -145,8 +154,8 @@ def _parse(rest: bytes) -> dict[str, Any] | None:
     return payload if isinstance(payload, dict) else None
 
 
-def _images(skeleton: Skeleton, payload: dict[str, Any]) -> Iterator[ImagePart]:
-    """The base64 images in content parts of `messages` (chat) and `input` (responses)."""
+def _images(skeleton: Skeleton, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
+    """The base64 images, and with `links` those to be fetched, in content parts of `messages` (chat) and `input` (responses)."""
     if any(payload.get(name) for name in OWN_PROCESSING):
         return
     for where, part in _image_parts(payload):
@@ -154,6 +163,9 @@ def _images(skeleton: Skeleton, payload: dict[str, Any]) -> Iterator[ImagePart]:
         holder, key = (url, "url") if isinstance(url, dict) else (part, "image_url")
         text = holder.get(key)
         if not isinstance(text, str):
+            continue
+        if links and is_link(text):
+            yield ImagePart(_put_away(skeleton, holder, key, text), where, "", memoryview(b""), part, text)
             continue
         index = _index_of(skeleton, holder, key, text)
         if index is None:
@@ -180,6 +192,11 @@ def _index_of(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -
         return int(text[len(stem) : -1])
     if not text.startswith("data:image/"):
         return None
+    return _put_away(skeleton, holder, key, text)
+
+
+def _put_away(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -> int:
+    """Let a placeholder stand for `text`; which original it is."""
     skeleton.originals.append(json.dumps(text)[1:-1].encode())
     holder[key] = _placeholder(skeleton.nonce, len(skeleton.originals) - 1)
     return len(skeleton.originals) - 1

@@ -56,7 +56,7 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Relay:
-    """Handles every request of relay process `index`. `preprocess` serves /v1/preprocess where images are on."""
+    """Handles every request of relay process `index`. `preprocess` serves /v1/preprocess where images are on, `fetch` gets images behind links."""
 
     def __init__(
         self,
@@ -69,10 +69,12 @@ class Relay:
         image_key: bytes = b"",
         images: ImageWork | None = None,
         preprocess: Handler | None = None,
+        fetch: inlining.Fetch | None = None,
     ) -> None:
         self._settings = settings
         self._images = images
         self._preprocess = preprocess
+        self._fetch = fetch if images is not None else None
         self._engine_kind = engine_kind
         self._image_key = image_key or secrets.token_bytes(32)
         self._published: Published | None = None
@@ -220,7 +222,7 @@ class Relay:
         body = await downstream.read(request, self._settings.max_body_bytes)
         admission.read_at = time.monotonic()
         opaque = admission.route == "audio" or "content-encoding" in request.headers
-        skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce)
+        skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce, links=self._fetch is not None)
         shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body))
         replaced, image_tokens = await self._prepare(skeleton, admission)
         work = self._estimator.work(admission.tenant, shape, image_tokens)
@@ -264,7 +266,7 @@ class Relay:
         try:
             prepared = await inlining.prepare(
                 self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id, admission.tenant,
-                shm=self._settings.images == "shm" and self._engine_kind == "vllm",
+                shm=self._settings.images == "shm" and self._engine_kind == "vllm", fetch=self._fetch,
             )  # fmt: skip
         finally:
             admission.image_seconds = time.monotonic() - started

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 from sidecar.errors import BadImage, RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.jobs import Data
 from sidecar.relay.bodies import ImagePart
+
+Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it -> the image
 
 
 class Prepared(Protocol):
@@ -44,8 +48,8 @@ class Prepared(Protocol):
 class ImageWork(Protocol):
     """The image workers, as a relay sees them."""
 
-    async def inline(self, data: memoryview, where: str, tenant: str, hand_over: str) -> Prepared:
-        """Prepare one image from its base64 text. Raises BadImage or ImagesBusy."""
+    async def inline(self, data: Data, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
+        """Prepare one image from its base64 text, or from its bytes. Raises BadImage or ImagesBusy."""
 
     def release(self, request: str) -> None:
         """Nobody reads any more what was handed over for a request."""
@@ -60,15 +64,17 @@ async def prepare(
     tenant: str,
     *,
     shm: bool = False,
+    fetch: Fetch | None = None,
 ) -> list[Prepared]:
-    """All images of `tenant`'s request `id`, in order; `shm`: handed over in shared memory. Raises BadImage or ImagesBusy; the other images are then given up."""
+    """All images of `tenant`'s request `id`, in order; `shm`: handed over in shared memory; `fetch`: for those behind links. Raises BadImage or ImagesBusy; the other images are then given up."""
     if len(parts) > limit:
         raise BadImage(f"{len(parts)} images in one request; at most {limit} are accepted", "image_count")
+    one = partial(_one, images, emit, id, tenant, shm, fetch)
     if len(parts) == 1:  # the usual request needs no task
-        return [await _one(images, parts[0], emit, id, tenant, shm)]
+        return [await one(parts[0])]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_one(images, part, emit, id, tenant, shm)) for part in parts]
+            tasks = [group.create_task(one(part)) for part in parts]
     except* RequestError as group_error:
         raise _first(group_error) from None
     return [task.result() for task in tasks]
@@ -84,6 +90,9 @@ def replacements(
             replaced[part.index] = ("", image.url.encode())
         elif image.base64 is not None:
             replaced[part.index] = (image.media_type, image.base64)
+        elif part.link:  # the engine need not fetch again what we have
+            replaced[part.index] = (f"image/{image.format}", part.data)
+            continue
         else:
             continue
         if name is not None:
@@ -98,11 +107,22 @@ def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
 
 
 async def _one(
-    images: ImageWork, part: ImagePart, emit: Callable[[Fact], None], id: str, tenant: str, shm: bool
+    images: ImageWork,
+    emit: Callable[[Fact], None],
+    id: str,
+    tenant: str,
+    shm: bool,
+    fetch: Fetch | None,
+    part: ImagePart,
 ) -> Prepared:
     started = time.monotonic()
+    fetched: tuple[tuple[str, float], ...] = ()
     try:
-        image = await images.inline(part.data, part.where, tenant, id if shm else "")
+        data: Data = part.data
+        if part.link and fetch is not None:
+            data = await fetch(part.link, part.where)
+            fetched = (("fetch", time.monotonic() - started),)
+        image = await images.inline(data, part.where, tenant, id if shm else "", not part.link)
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"
@@ -114,12 +134,14 @@ async def _one(
             time.monotonic(),
             image.format,
             image.outcome,
-            image.seconds,
-            image.stages,
+            time.monotonic() - started if fetched else image.seconds,
+            (*fetched, *image.stages),
             image.bytes_in,
             image.bytes_out,
         )
     )
+    if part.link and image.outcome == "passed":
+        part.data = memoryview(await asyncio.to_thread(base64.b64encode, data))
     return image
 
 

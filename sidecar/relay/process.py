@@ -24,8 +24,10 @@ import uvloop
 from aiohttp import web
 
 from sidecar.facts import Fact, Joined, Pulse
-from sidecar.relay import upstream
+from sidecar.relay import links, upstream
+from sidecar.relay.fetching import Fetcher
 from sidecar.relay.handler import Handler, Relay
+from sidecar.relay.inlining import Fetch
 from sidecar.relay.link import Link
 from sidecar.settings import Settings
 from sidecar.units import Coefficients
@@ -100,7 +102,7 @@ async def _serve(place: Place, listener: socket.socket) -> None:
 @contextlib.asynccontextmanager
 async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Relay]:
     own = place.settings
-    async with _images(place) as images:
+    async with _images(place) as images, _fetcher(own) as fetch:
         relay = Relay(
             own,
             place.coefficients,
@@ -110,6 +112,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             image_key=place.image_key,
             images=images,
             preprocess=_preprocess(images, own, emit) if images is not None else None,
+            fetch=fetch,
         )
         try:
             yield relay
@@ -139,6 +142,20 @@ async def _images(place: Place) -> AsyncIterator[Images | None]:
         yield images
     finally:
         await images.close()
+
+
+@contextlib.asynccontextmanager
+async def _fetcher(own: Settings) -> AsyncIterator[Fetch | None]:
+    """Fetches images behind links; None where --image-urls is off."""
+    among = links.domains(own.image_urls)
+    if not among:
+        yield None
+        return
+    fetcher = Fetcher(among, own.image_max_bytes)
+    try:
+        yield fetcher.fetch
+    finally:
+        await fetcher.close()
 
 
 def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None]) -> Handler:

@@ -111,9 +111,15 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            engine: str, *, images: Any = None, preprocess: Any = None, kind: str = "vllm", **settings: Any
+            engine: str,
+            *,
+            images: Any = None,
+            preprocess: Any = None,
+            fetch: Any = None,
+            kind: str = "vllm",
+            **settings: Any,
         ) -> Rig:
-            return await stack.enter_async_context(_rig(engine, images, preprocess, kind, settings))
+            return await stack.enter_async_context(_rig(engine, images, preprocess, fetch, kind, settings))
 
         yield start
 
@@ -125,10 +131,12 @@ async def facts() -> Facts:
 
 
 @asynccontextmanager
-async def _rig(engine: str, images: Any, preprocess: Any, kind: str, settings: dict[str, Any]) -> AsyncIterator[Rig]:
+async def _rig(
+    engine: str, images: Any, preprocess: Any, fetch: Any, kind: str, settings: dict[str, Any]
+) -> AsyncIterator[Rig]:
     facts = Facts()
     own = Settings(engine=engine, **settings)
-    relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, preprocess=preprocess)
+    relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, preprocess=preprocess, fetch=fetch)
     server = web.Server(
         relay.handle,
         handler_cancellation=True,

@@ -26,7 +26,9 @@ class Workers:
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def inline(self, data: memoryview, where: str, tenant: str, hand_over: str) -> Prepared:
+    async def inline(
+        self, data: memoryview, where: str, tenant: str, hand_over: str, is_base64: bool = True
+    ) -> Prepared:
         match bytes(data):
             case b"BAD/":
                 raise BadImage(f"{where} is no image", "image_unknown_format")

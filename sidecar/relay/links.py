@@ -1,0 +1,87 @@
+"""Pure: which links of image parts may be fetched, and which addresses may be talked to.
+
+Rules: http and https only, no user names or passwords; the host must be on the operator's list, at the scheme's own port or the
+one that the list names. An address counts as public only where the whole Internet could route to it: what an IPv6 address
+embeds (mapped, NAT64, 6to4) is judged as the IPv4 address that it is.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from yarl import URL
+
+OFF: Final = "off"
+_LINK: Final = re.compile(r"\s*https?:", re.IGNORECASE)
+MAX_LINK: Final = 8192  # characters
+_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+_TEREDO: Final = ipaddress.IPv6Network("2001::/32")
+_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")  # 6to4's, gone since RFC 7526
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A host that may be fetched from; `below`: any name below it instead. `port` None: the scheme's own."""
+
+    host: str
+    below: bool = False
+    port: int | None = None
+
+    def holds(self, url: URL) -> bool:
+        host = (url.raw_host or "").rstrip(".")
+        named = host.endswith("." + self.host) if self.below else host == self.host
+        return named and (url.is_default_port() if self.port is None else url.port == self.port)
+
+
+def domains(text: str) -> tuple[Domain, ...]:
+    """The domains of --image-urls: `img.example.com`, `*.example.com` (all below), `img.example.com:8443`; none for `off`."""
+    return () if text == OFF else tuple(_domain(entry.strip()) for entry in text.split(","))
+
+
+def _domain(entry: str) -> Domain:
+    host, _, port = entry.partition(":")
+    return Domain(host.removeprefix("*."), host.startswith("*."), int(port) if port else None)
+
+
+def is_link(text: str) -> bool:
+    """Whether an image's URL is one that would be fetched."""
+    return _LINK.match(text) is not None
+
+
+def allowed(text: str, among: tuple[Domain, ...], base: URL | None = None) -> URL | None:
+    """The URL to ask for; None where it may not be fetched. `base`: where a redirect to `text` came from."""
+    try:
+        url = URL(text) if base is None else base.join(URL(text))
+        port = url.port
+    except (ValueError, TypeError):
+        return None
+    if len(text) > MAX_LINK or url.scheme not in ("http", "https") or not port or "@" in url.raw_authority:
+        return None
+    if base is not None and base.scheme == "https" and url.scheme != "https":
+        return None
+    return url if any(domain.holds(url) for domain in among) else None
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address, without a port, belongs to the public Internet. False for what is no address."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip.is_global and not ip.is_multicast and not ip.is_reserved and ip not in _RELAYS
+    embedded = ip.ipv4_mapped or ip.sixtofour
+    if ip in _NAT64:
+        embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if embedded is not None:
+        return is_public(str(embedded))
+    return ip.is_global and ip in _UNICAST and ip not in _TEREDO
+
+
+def is_literal(host: str) -> bool:
+    """Whether a host is meant as an address: also the short and numeric forms (127.1, 2130706433), which are none of ours."""
+    return ":" in host or host.replace(".", "").isdigit() or host.startswith("0x")
