@@ -1,4 +1,4 @@
-# make run | test | check | test-vllm | sanitize | bench | docs | clean
+# make run | test | check | matrix | test-vllm | sanitize | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and a C compiler for one test. Everything else goes into .venv, pinned by
 # constraints.txt. An installation is repeated only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, each start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test check test-vllm sanitize bench docs constraints clean
+.PHONY: help run test check matrix test-vllm sanitize bench docs constraints clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -31,6 +31,9 @@ check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+matrix: .venv/.installed-test ## Every hang mode and every alarm beside the scripted engine; ends with what was found, as a table
+	$(BIN)/pytest -v tests/e2e/test_matrix.py $(ARGS)
 
 test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; makes its environment first (12 GB of disk, once)
 	$(BIN)/python tests/vllm/environment.py

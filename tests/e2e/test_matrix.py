@@ -28,7 +28,7 @@ from .stories import Story
 
 pytestmark = pytest.mark.timeout(600)
 
-BESIDE = 8  # stories at a time
+BESIDE = 10  # stories at a time
 RELAYS = (1, 2)
 
 
