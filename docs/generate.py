@@ -20,6 +20,8 @@ from sidecar.engine.catalogue import OWED, Case
 from sidecar.engine.faults import FAULTS
 from sidecar.facts import STATES, State
 from sidecar.fleet import HANDOVERS, HOLDS
+from sidecar.kernels import families
+from sidecar.kernels.grid import PatchSpec
 from sidecar.manifests.render import render
 from sidecar.manifests.settings import ManifestSettings
 from sidecar.meters import METRICS
@@ -115,6 +117,17 @@ def holds_table() -> str:
     return table(("reason", "holds when", "what ends it"), rows)
 
 
+def families_table() -> str:
+    """Every known image processor: what it does, and what /v1/preprocess makes."""
+    rows = []
+    for name in families.FAMILIES:
+        spec = families.from_config({"image_processor_type": name})
+        assert spec is not None, f"{name} cannot be read with its defaults"
+        made = "patches" if isinstance(spec, PatchSpec) else "planes" if spec.tensors else "not made here"
+        rows.append((f"`{name}`", (type(spec).__doc__ or "").splitlines()[0], made))
+    return table(("processor", "what it does", "`pixel_values`"), rows)
+
+
 def verdict_page() -> str:
     """docs/verdict.md."""
     conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
@@ -181,6 +194,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "verdicts": verdict_table,
     "faults": faults_table,
     "holds": holds_table,
+    "families": families_table,
     "modes": lambda: cases_table(catalogue.MODES),
     "alarms": lambda: cases_table(catalogue.ALARMS),
 }
@@ -199,7 +213,7 @@ def outputs() -> dict[Path, str]:
     return {
         **{
             path: filled(path.read_text())
-            for path in (ROOT / "README.md", ROOT / "docs" / "health.md", ROOT / "docs" / "fleet.md")
+            for path in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("health", "fleet", "images")))
         },
         ROOT / "docs" / "verdict.md": verdict_page(),
         kubernetes / "vllm.yaml": render(safe),

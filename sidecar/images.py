@@ -144,16 +144,23 @@ class Images:
                 self._cache.take_back(handed)
 
     async def tensors(
-        self, images: Sequence[tuple[Data, bool]], *, want: str = TENSORS, where: str = "images", tenant: str = ""
+        self,
+        images: Sequence[tuple[Data, bool]],
+        *,
+        want: str = TENSORS,
+        where: str = "images",
+        tenant: str = "",
+        spec: ProcessorSpec | None = None,
     ) -> list[Tensors]:
         """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
 
-        Raises BadImage or ImagesBusy for the first that fails, and gives up the others.
+        `spec`: for another processor than the model's, such as the same one without its last steps. Raises BadImage or
+        ImagesBusy for the first that fails, and gives up the others.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant))
+                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec))
                     for i, (data, is_base64) in enumerate(images)
                 ]
         except* (BadImage, ImagesBusy) as failed:
@@ -166,17 +173,18 @@ class Images:
         await asyncio.gather(*self._keeping, return_exceptions=True)
 
     async def _prepare(
-        self, want: str, data: Data, where: str, is_base64: bool, tenant: str
+        self, want: str, data: Data, where: str, is_base64: bool, tenant: str, spec: ProcessorSpec | None = None
     ) -> tuple[Prepared, Data, str]:
         """The image, its payload, and the key that this is kept under."""
         started = time.monotonic()
         self._check_size(data, where, is_base64)
-        key = await self._key(data, want, str(is_base64), self._spec_json, tenant)
+        spec_json = spec.to_json() if spec is not None else self._spec_json
+        key = await self._key(data, want, str(is_base64), spec_json, tenant)
         if self._cache is not None and (hit := self._cache.get(key)) is not None:
             done, payload = hit
             known = replace(done, outcome="cached", stages=())
             return _prepared(known, payload, time.monotonic() - started, True), payload, key
-        answer, fresh, exact = await self._job(want, data, where, is_base64)
+        answer, fresh, exact = await self._job(want, spec_json, data, where, is_base64)
         if exact and answer.outcome == "ok":
             await self._keep(key, answer, fresh, at_once=want == RAW)
         return _prepared(answer, fresh, time.monotonic() - started, exact), fresh, key
@@ -199,9 +207,11 @@ class Images:
         if at_once:
             await task
 
-    async def _job(self, want: str, data: Data, where: str, is_base64: bool) -> tuple[Done, bytearray, bool]:
+    async def _job(
+        self, want: str, spec_json: str, data: Data, where: str, is_base64: bool
+    ) -> tuple[Done, bytearray, bool]:
         async with self._connection() as (connection, exact):
-            job = Job(want, self._spec_json, is_base64, self._limits, self._seconds)
+            job = Job(want, spec_json, is_base64, self._limits, self._seconds)
             sent = time.monotonic()
             try:
                 async with asyncio.timeout(self._seconds + SLACK):

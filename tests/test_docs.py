@@ -88,6 +88,7 @@ def test_every_flag_in_a_document_exists() -> None:
         "--enable-metrics",
         "--metrics",
         *("--rounds", "--weeks", "--trials"),  # benchmarks
+        *("--mm-processor-kwargs", "--enable-scale-out", "--no-mm-device-do-normalize"),  # vLLM
         *("--nonblocking", "--locals"),  # py-spy
     }
     context = click.Context(cli.cli)

@@ -2,7 +2,8 @@
 
 In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, multipart with one part named `image` per image, or one raw body of
 type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
-`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes.
+`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes. `?values=uint8`
+leaves rescaling and normalising out, for engines that do both on their device.
 
 Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
 came from the workers, one after the other, and never joined.
@@ -16,6 +17,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from aiohttp import BodyPartReader, web
@@ -69,29 +71,39 @@ async def preprocess(request: web.BaseRequest, images: Images, limits: Settings,
         raise BadRequest(
             "this model's processor cuts images into tiles, whose tensors are not made here; inline images work"
         )
+    spec = valued(images.spec, request.query.get("values", ""))
     sources = await _sources(request, limits)
     if not sources:
         raise BadRequest(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
     tenant = request.headers.get(limits.tenant_header, "")
-    done = await _prepare(images, sources, want, emit, tenant)
+    done = await _prepare(images, spec, sources, want, emit, tenant)
     extra = {} if all(t.prepared.exact for t in done) else INEXACT
     if want == LAYOUT:
-        return web.json_response(layout(done, images.spec), headers=extra)
+        return web.json_response(layout(done, spec), headers=extra)
     if shm:
-        return web.json_response(await shared(images, done), headers=extra)
-    return await _answer(request, done, images.spec, extra)
+        return web.json_response(await shared(images, spec, done), headers=extra)
+    return await _answer(request, done, spec, extra)
 
 
-async def shared(images: Images, done: Sequence[Tensors]) -> dict[str, Any]:
+def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
+    """The processor whose `pixel_values` are of the asked type; "": of the model's own. Raises BadRequest."""
+    if values == "uint8":
+        return replace(spec, do_rescale=False, do_normalize=False)
+    if values == "" or (values == "float32" and spec.floats):
+        return spec
+    raise BadRequest("values: send uint8, or float32 where the model's processor makes floats, or leave it out")
+
+
+async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -> dict[str, Any]:
     """The tensors in a file in shared memory: their layout, and its name below --shm-dir. Raises NotImplementedHere."""
-    pieces = [safetensors_head(done, images.spec), *(piece for t in done for piece in rows(t, done, images.spec))]
+    pieces = [safetensors_head(done, spec), *(piece for t in done for piece in rows(t, done, spec))]
     handed = await images.share(*pieces)
     if handed is None:
         raise NotImplementedHere(f"{HANDOFF}: there is no shared memory here (--shm-dir); leave the header out")
     segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, pieces))}
-    return layout(done, images.spec) | {"segments": [segment]}
+    return layout(done, spec) | {"segments": [segment]}
 
 
 def handoff(wanted: str) -> bool:
@@ -123,17 +135,19 @@ def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
         "processor": spec.fingerprint,
         "exact": all(t.prepared.exact for t in done),
         "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
-        "images": [
-            {
-                "format": p.format,
-                "height": p.height,
-                "width": p.width,
-                "grid_thw": list(p.grid),
-                "tokens": p.tokens,
-                "content_hash": p.content_hash,
-            }
-            for p in (t.prepared for t in done)
-        ],
+        "images": [described(t.prepared) for t in done],
+    }
+
+
+def described(image: Prepared) -> dict[str, Any]:
+    """What one image became, in its final size."""
+    return {
+        "format": image.format,
+        "height": image.height,
+        "width": image.width,
+        "grid_thw": list(image.grid),
+        "tokens": image.tokens,
+        "content_hash": image.content_hash,
     }
 
 
@@ -142,7 +156,8 @@ SIZES: Final = {"I64": 8, "F32": 4, "U8": 1}  # bytes of one element
 
 def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
     """Everything of a safetensors file before the rows of `pixel_values`: length, JSON header, and the grids."""
-    header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint}}
+    images = json.dumps([described(t.prepared) for t in done], separators=(",", ":"))  # metadata are texts
+    header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
     at = 0
     for name, (dtype, shape) in shapes(done, spec).items():
         end = at + SIZES[dtype] * math.prod(shape)
@@ -203,10 +218,12 @@ async def _answer(
     return response
 
 
-async def _prepare(images: Images, sources: list[Source], want: str, emit: Emit, tenant: str) -> list[Tensors]:
+async def _prepare(
+    images: Images, spec: ProcessorSpec, sources: list[Source], want: str, emit: Emit, tenant: str
+) -> list[Tensors]:
     started = time.monotonic()
     try:
-        done = await images.tensors(sources, want=want, tenant=tenant)
+        done = await images.tensors(sources, want=want, tenant=tenant, spec=spec)
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"

@@ -7,7 +7,8 @@ import base64
 import io
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from PIL import Image
 
+from sidecar.client import Client, Preprocessed, PreprocessError
 from sidecar.photos import photo
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -86,8 +88,16 @@ async def recorder() -> AsyncIterator[Recorder]:
     await runner.cleanup()
 
 
+@pytest.fixture(scope="module")
+def shm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Instead of /dev/shm, which is everybody's."""
+    return tmp_path_factory.mktemp("shm")
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def sidecar(recorder: Recorder, sidecars: Any, tmp_path_factory: Any, requires: Any) -> AsyncIterator[Any]:
+async def sidecar(
+    recorder: Recorder, sidecars: Any, shm_dir: Path, tmp_path_factory: Any, requires: Any
+) -> AsyncIterator[Any]:
     """One for all tests here: its image workers load torch for seconds. The engine is its OTLP collector, too."""
     requires("python:torchvision")
     folder = tmp_path_factory.mktemp("images")
@@ -95,7 +105,7 @@ async def sidecar(recorder: Recorder, sidecars: Any, tmp_path_factory: Any, requ
     async with sidecars(folder) as start:
         sidecar = await start(
             recorder.url, images="inline", model=str(folder), image_workers="1", canary_interval="60",
-            otlp_endpoint=recorder.url,
+            otlp_endpoint=recorder.url, shm_dir=str(shm_dir),
         )  # fmt: skip
         await sidecar.until_verdict("idle")
         yield sidecar
@@ -121,11 +131,11 @@ def chat(*urls: str) -> dict[str, Any]:
     }
 
 
-def processor() -> Any:
+def processor(**more: Any) -> Any:
     from transformers import Qwen2VLImageProcessor
 
     return Qwen2VLImageProcessor(
-        **{k: v for k, v in CONFIG.items() if k not in ("image_processor_type", "min_pixels", "max_pixels")}
+        **{k: v for k, v in CONFIG.items() if k not in ("image_processor_type", "min_pixels", "max_pixels")}, **more
     )
 
 
@@ -252,3 +262,45 @@ async def test_an_image_of_an_earlier_turn_comes_from_the_cache(sidecar: Any, re
             await cached() == before
         ):  # facts reach the page within a second; the first result may still be on its way
             await ask(sidecar, body)
+
+
+@pytest.mark.parametrize("shm", [False, True], ids=["body", "shm"])
+async def test_the_client_gives_what_the_hugging_face_processor_gives(
+    sidecar: Any, shm_dir: Path, tmp_path: Path, shm: bool
+) -> None:
+    """Bytes and paths in; the processor's tensors out, as floats and as bytes, and what each image became; no file is left."""
+    jpegs = [photo(640, 480, 31), photo(300, 900, 32)]
+    (tmp_path / "a.jpg").write_bytes(jpegs[0])
+    images = [Image.open(io.BytesIO(j)).convert("RGB") for j in jpegs]
+    async with Client(sidecar.relay, shm_dir=str(shm_dir)) as client:
+        for values, kind in (("", "float32"), ("uint8", "uint8")):
+            made = await patiently(
+                lambda v=values: client.preprocess([tmp_path / "a.jpg", jpegs[1]], values=v, shm=shm)
+            )
+            theirs = processor(do_rescale=not values, do_normalize=not values)(images, return_tensors="np")
+            assert (
+                set(made.tensors) == {"pixel_values", "image_grid_thw"} and made.tensors["pixel_values"].dtype == kind
+            )
+            assert all(np.array_equal(made.tensors[name], theirs[name]) for name in made.tensors)
+            assert [i.grid_thw for i in made.images] == [tuple(g) for g in theirs["image_grid_thw"]]
+            assert [i.tokens for i in made.images] == [g.prod() // 4 for g in theirs["image_grid_thw"]] and made.exact
+        with pytest.raises(PreprocessError, match=r"images\[0\]") as caught:
+            await client.preprocess([b"nothing"], shm=shm)
+    assert (caught.value.status, caught.value.code) == (400, "image_unknown_format")
+    assert handed_over(shm_dir) == []
+
+
+def handed_over(shm_dir: Path) -> list[str]:
+    return [p.name for p in shm_dir.glob("*/out-*")]
+
+
+async def patiently(ask: Callable[[], Any]) -> Preprocessed:
+    """The image workers load torch for some seconds; until then the answer is 503."""
+    for _ in range(100):
+        try:
+            return await ask()
+        except PreprocessError as e:
+            if e.status != 503:
+                raise
+            await asyncio.sleep(min(e.retry_after or 0.1, 0.2))
+    raise AssertionError("images never became ready")

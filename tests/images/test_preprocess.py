@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,15 @@ async def test_every_setting_of_the_processor(service: Service, server: Server, 
     assert same(body, PHOTOS[:2], **options)
 
 
+async def test_bytes_for_engines_that_normalise_themselves(service: Service) -> None:
+    """?values=uint8 gives what the processor gives without rescaling and normalising, of another hash; float32 is the default here."""
+    plain, floats, nothing = [await service.post(data=form(PHOTOS[:2]), params=p) for p in ({"values": "uint8"}, {"values": "float32"}, {})]  # fmt: skip
+    assert same(plain[1], PHOTOS[:2], do_rescale=False, do_normalize=False)
+    assert floats[1] == nothing[1] and same(floats[1], PHOTOS[:2])
+    hashes = [re.findall(rb"content_hash[^0-9a-f]+([0-9a-f]{32})", body[:2000]) for _, body, _ in (plain, floats)]
+    assert len({*hashes[0], *hashes[1]}) == 4
+
+
 async def test_one_fact_per_image(service: Service) -> None:
     """Every prepared image is told once, with its format, bytes and stages."""
     await service.post(data=form(PHOTOS))
@@ -194,6 +204,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "large image": ({"data": bytes(500_001), "headers": {"content-type": "image/png"}}, 413, "body_too_large"),
     "no shm": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "shm"}}, 501, "handoff_not_implemented"),
     "unknown handoff": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "pigeon"}}, 501, "handoff_not_implemented"),
+    "values": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg"}, "params": {"values": "int4"}}, 400, "bad_request"),
     "accept": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "accept": "text/html"}}, 406, "not_acceptable"),
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -84,14 +84,20 @@ class Sidecar:
 
 @contextlib.contextmanager
 def engine(
-    model: Path, log: Path, *, port: int = 0, ready: bool = True, environ: Mapping[str, str] = MappingProxyType({})
+    model: Path,
+    log: Path,
+    *,
+    port: int = 0,
+    ready: bool = True,
+    environ: Mapping[str, str] = MappingProxyType({}),
+    more: Sequence[str] = (),
 ) -> Iterator[Engine]:
-    """Run vLLM on `model`; with `ready`, until it has served one token. Raises NotReady."""
+    """Run vLLM on `model`, with `more` flags; with `ready`, until it has served one token. Raises NotReady."""
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         str(environment.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), *ENGINE_FLAGS,
+        "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), *ENGINE_FLAGS, *more,
     ]  # fmt: skip
     env = (
         {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
@@ -102,6 +108,22 @@ def engine(
         if ready:
             _await(lambda: _serves(url), process, log, START_SECONDS)
         yield Engine(url, model, psutil.Process(process.pid))
+
+
+def with_plugin(site: Path) -> dict[str, str]:
+    """Our plugin in a folder of its own, so that the shared environment stays as it is: what an engine's environment then needs."""
+    uv = [
+        environment._uv(),
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(ROOT / "plugins/vllm"),
+    ]
+    subprocess.run([*uv, "--python", str(environment.python())], check=True, timeout=120)
+    return {"PYTHONPATH": str(site), "VLLM_MEDIA_CONNECTOR": "inference_sidecar"}
 
 
 @contextlib.contextmanager

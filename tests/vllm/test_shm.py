@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from . import client, environment, processes
+from . import client, processes
 from .client import Http
 from .processes import Engine, Sidecar
 from .test_images import BODIES, PATH, beside, formats, recording
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-PLUGIN = processes.ROOT / "plugins/vllm"
-
 
 @pytest.fixture(scope="module")
 def engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A vLLM with the plugin, which lies in a folder of its own: the shared environment stays as it is."""
     site = tmp_path_factory.mktemp("site")
-    uv = [environment._uv(), "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(PLUGIN)]
-    subprocess.run([*uv, "--python", str(environment.python())], check=True, timeout=120)
-    environ = {"PYTHONPATH": str(site), "VLLM_MEDIA_CONNECTOR": "inference_sidecar"}
-    with processes.engine(model("vision"), site / "engine.log", environ=environ) as running:
+    with processes.engine(model("vision"), site / "engine.log", environ=processes.with_plugin(site)) as running:
         yield running
 
 

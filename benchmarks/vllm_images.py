@@ -1,0 +1,348 @@
+"""What the sidecar is worth to a real vLLM: photographs straight to it, and through the sidecar inline and by shared memory.
+
+    python benchmarks/vllm_images.py [--rounds N] [--write]          (the environment: `make test-vllm`, or tests/vllm/environment.py)
+
+One vLLM on a CPU with a tiny Qwen2-VL whose images are limited to 448 x 448, so that the vision tower is cheap and preprocessing
+shows; its image cache is off. Everything shares this machine's cores: engine, sidecar and client. Rules: the ways take turns in
+every round and a row is the median over the rounds; answers with log-probabilities are compared before anything is timed; every
+photograph of a block is another file (a comment is put into it), so that no cache helps but where a row says so. CPU seconds are those of
+the process tree. `--write` puts the table into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import datetime
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sidecar import photos
+from tests.vllm import client, environment, processes
+
+PATH = "/v1/chat/completions"
+LIMIT = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
+SIZES = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
+REPEATED = {"720p": (1280, 720), **SIZES}
+REQUESTS = {"1080p": 32, "12 MP": 16}  # of one block
+AT_ONCE = 8
+DIRECT, INLINE, SHM = "vLLM alone", "sidecar, inline", "sidecar, shm"
+SMALL, TEXT = "vLLM alone, image already resized", "vLLM alone, no image"
+FLAGS = {"canary-interval": "300", "silence-floor": "60", "log-level": "warning"}
+DECODE = """
+import sys, time, statistics, torch
+from sidecar.imaging import headers
+from sidecar.imaging.decode import decode
+from sidecar.jobs import Limits
+torch.set_num_threads(1)
+data, taken = open(sys.argv[1], "rb").read(), []
+for _ in range(9):
+    start = time.perf_counter()
+    decode(data, headers.read(data), Limits(20 << 20, 50_000_000))
+    taken.append(time.perf_counter() - start)
+print(statistics.median(taken))
+"""
+_names = itertools.count()
+
+
+@dataclass
+class Row:
+    """One way's blocks: requests per second, and CPU seconds per request of engine and sidecar."""
+
+    rate: list[float] = field(default_factory=list)
+    engine: list[float] = field(default_factory=list)
+    sidecar: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where requests go, and whose CPU time counts as the sidecar's."""
+
+    url: str
+    sidecar: psutil.Process | None = None
+
+
+def another(jpeg: bytes) -> bytes:
+    """The same photograph as another file: with a comment that no other has."""
+    note = b"%016d" % next(_names)
+    return jpeg[:2] + b"\xff\xfe" + (2 + len(note)).to_bytes(2) + note + jpeg[2:]
+
+
+def body(image: bytes | None, media: str = "image/jpeg", **more: Any) -> bytes:
+    """A chat request for one token about one image."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": "What is in this picture?"}]
+    if image is not None:
+        url = f"data:{media};base64,{base64.b64encode(image).decode()}"
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    asked = client.completion(**({"max_tokens": 1} | more)) | {"messages": [{"role": "user", "content": content}]}
+    return json.dumps(asked).encode()
+
+
+def resized(jpeg: bytes) -> bytes:
+    """What the sidecar hands over inline: the image in its final size, as PPM."""
+    import torch
+
+    from sidecar.imaging import headers
+    from sidecar.imaging.decode import decode
+    from sidecar.imaging.patches import ppm, resize
+    from sidecar.jobs import Limits
+    from sidecar.kernels import families
+
+    torch.set_num_threads(1)
+    spec = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "size": LIMIT})
+    header = headers.read(jpeg)
+    assert spec is not None and header is not None
+    pixels = decode(jpeg, header, Limits(20 << 20, 50_000_000))
+    return bytes(ppm(resize(pixels, spec.geometry(*pixels.shape[-2:]), spec)))
+
+
+async def ask(http: aiohttp.ClientSession, url: str, data: bytes) -> dict[str, Any]:
+    """One answer, without what is new in each. A sidecar that still starts is waited for."""
+    for _ in range(300):
+        async with http.post(url + PATH, data=io.BytesIO(data), headers={"content-type": "application/json"}) as answer:
+            whole = await answer.json()
+            if answer.status == 200:
+                return {name: value for name, value in whole.items() if name not in client.OWN}
+            if answer.status != 503:
+                raise SystemExit(f"{answer.status}: {whole}")
+        await asyncio.sleep(0.2)
+    raise SystemExit("the sidecar's image workers never became ready")
+
+
+def cpu(root: psutil.Process | None) -> float:
+    """CPU seconds of a process and all below it."""
+    total = 0.0
+    for process in [root, *root.children(recursive=True)] if root else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+async def block(http: aiohttp.ClientSession, way: Way, engine: psutil.Process, bodies: list[bytes], row: Row) -> None:
+    """All requests of one block, AT_ONCE at a time."""
+    before, start = (cpu(engine), cpu(way.sidecar)), time.perf_counter()
+    waiting = iter(bodies)
+
+    async def client_loop() -> None:
+        for data in waiting:
+            await ask(http, way.url, data)
+
+    await asyncio.gather(*(client_loop() for _ in range(AT_ONCE)))
+    took = time.perf_counter() - start
+    row.rate.append(len(bodies) / took)
+    row.engine.append((cpu(engine) - before[0]) / len(bodies))
+    row.sidecar.append((cpu(way.sidecar) - before[1]) / len(bodies))
+
+
+async def throughput(
+    http: aiohttp.ClientSession, ways: dict[str, Way], engine: psutil.Process, rounds: int
+) -> dict[str, dict[str, Row]]:
+    """Size -> way -> its blocks."""
+    rows: dict[str, dict[str, Row]] = {}
+    for size, (width, height) in SIZES.items():
+        jpeg = photos.photo(width, height, seed=1)
+        small = body(resized(jpeg), "image/x-portable-pixmap")
+        checks = [await ask(http, ways[w].url, body(jpeg, max_tokens=8, logprobs=True, top_logprobs=3)) for w in ways]
+        assert all(answer == checks[0] for answer in checks), "the answers differ: nothing is timed"
+        rows[size] = {way: Row() for way in (*ways, SMALL, TEXT)}
+        for turn in range(rounds + 1):
+            for way, row in rows[size].items():
+                count = REQUESTS[size] if turn else AT_ONCE  # the first turn warms up
+                fixed = {SMALL: small, TEXT: body(None)}.get(way)
+                bodies = [fixed or body(another(jpeg)) for _ in range(count)]
+                await block(http, ways.get(way, ways[DIRECT]), engine, bodies, row if turn else Row())
+    return rows
+
+
+async def repeated(
+    http: aiohttp.ClientSession, sidecar: processes.Sidecar, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Size -> mean seconds that the sidecar spent on an image that it saw for the first time, and on one that it knew."""
+    found: dict[str, tuple[float, float]] = {}
+    for size, (width, height) in REPEATED.items():
+        jpeg = photos.photo(width, height, seed=2)
+        taken: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            bodies = [body(another(jpeg)) for _ in range(6)]
+            for seconds in taken:
+                seconds.append(await _image_seconds(http, sidecar, bodies))
+        found[size] = (statistics.median(taken[0]), statistics.median(taken[1]))
+    return found
+
+
+async def _image_seconds(http: aiohttp.ClientSession, sidecar: processes.Sidecar, bodies: list[bytes]) -> float:
+    """Mean time of an image in the sidecar, queueing included, by its own metrics; one request at a time."""
+    page, labels = f"{sidecar.admin}/metrics", {"stage": "total"}
+
+    async def told() -> tuple[float, float]:
+        name = "sidecar_image_seconds"
+        return (
+            await client.sample(http, page, f"{name}_count", **labels),
+            await client.sample(http, page, f"{name}_sum", **labels),
+        )
+
+    count, total = await told()
+    for data in bodies:
+        await ask(http, sidecar.url, data)
+    await client.until(lambda: _reached(told, count + len(bodies)), "all images told")
+    return ((await told())[1] - total) / len(bodies)
+
+
+async def _reached(told: Any, count: float) -> bool:
+    return bool((await told())[0] >= count)
+
+
+def decode_seconds(jpeg: bytes) -> float:
+    """Decoding alone on one core, in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        file.write(jpeg)
+        file.flush()
+        run = [sys.executable, "-c", DECODE, file.name]
+        return float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=processes.ROOT).stdout)
+
+
+def limited(model: Path, folder: Path) -> Path:
+    """The tiny model with small images, for engine and sidecar alike."""
+    shutil.copytree(model, folder)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        config = json.loads((folder / name).read_text())
+        config |= {"size": LIMIT, "min_pixels": LIMIT["shortest_edge"], "max_pixels": LIMIT["longest_edge"]}
+        (folder / name).write_text(json.dumps(config))
+    return folder
+
+
+def tiny(folder: Path) -> Path:
+    """The tiny Qwen2-VL of the tests, made anew."""
+    script = processes.ROOT / "tests/vllm/tiny_models.py"
+    environ = os.environ | processes.ENGINE_ENV
+    subprocess.run([str(environment.python()), str(script), "vision", str(folder)], check=True, env=environ)
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def running(folder: Path) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
+    """The engine and both sidecars beside it."""
+    model = limited(tiny(folder / "made"), folder / "model")
+    environ = processes.with_plugin(folder / "site")
+    more = ("--mm-processor-cache-gb", "0")
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=more))
+        sidecars = {
+            kind: stack.enter_context(
+                processes.sidecar(
+                    engine.url, folder / kind, folder / f"{kind}.log", model=str(model), images=kind, **FLAGS
+                )
+            )
+            for kind in ("inline", "shm")
+        }
+        ways = {DIRECT: Way(engine.url)} | {
+            name: Way(sidecars[kind].url, psutil.Process(sidecars[kind].process.pid))
+            for name, kind in ((INLINE, "inline"), (SHM, "shm"))
+        }
+        yield ways, engine.root, sidecars["inline"]
+
+
+def report(
+    rows: dict[str, dict[str, Row]], again: dict[str, tuple[float, float]], loads: list[float], rounds: int
+) -> str:
+    """Everything as Markdown."""
+    lines = [
+        f"# A real vLLM and the sidecar on the same cores: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "",
+        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache off; {os.cpu_count()} cores "
+        f"for engine, sidecar and client together; {AT_ONCE} requests at once, one token each, median of {rounds} interleaved rounds; "
+        f"Python {platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f} (the benchmark itself is "
+        "about 3). The answers of the three ways are equal, log-probabilities included.",
+        "",
+    ]
+    for size, ways in rows.items():
+        limit = os.cpu_count() or 1
+        decoding = decode_seconds(photos.photo(*SIZES[size], seed=1))
+        lines += [
+            f"## {size} JPEG, each another file",
+            "",
+            "| | requests/s | over vLLM alone | engine CPU ms/request | less engine CPU | sidecar CPU ms/request |",
+            "|---|---|---|---|---|---|",
+            *(_line(name, row, ways[DIRECT]) for name, row in ways.items()),
+            "",
+            f"Limit: decoding alone takes {decoding * 1e3:.1f} ms on one core, so {limit / decoding:.0f} images/s on {limit} cores that do "
+            "nothing else.",
+            "",
+        ]
+    lines += [
+        "## Repeated images: time in the sidecar, by its own metrics (inline, one request at a time)",
+        "",
+        "| | first, ms | repeated, ms | faster |",
+        "|---|---|---|---|",
+        *(f"| {size} | {a * 1e3:.2f} | {b * 1e3:.2f} | {a / b:.0f}x |" for size, (a, b) in again.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _line(name: str, row: Row, base: Row) -> str:
+    rate, engine, sidecar = (statistics.median(values) for values in (row.rate, row.engine, row.sidecar))
+    faster = statistics.median(a / b for a, b in zip(row.rate, base.rate, strict=True))
+    less = statistics.median(b / a if a else float("nan") for a, b in zip(row.engine, base.engine, strict=True))
+    return f"| {name} | {rate:.1f} | {faster:.2f}x | {engine * 1e3:.1f} | {less:.1f}x | {sidecar * 1e3:.1f} |"
+
+
+def cpu_name() -> str:
+    """The processor, as the kernel calls it."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+async def measure(rounds: int) -> str:
+    loads = [os.getloadavg()[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        async with running(Path(folder)) as (ways, engine, sidecar), aiohttp.ClientSession() as http:
+            rows = await throughput(http, ways, engine, rounds)
+            again = await repeated(http, sidecar, rounds)
+    loads.append(os.getloadavg()[0])
+    return report(rows, again, loads, rounds)
+
+
+def main() -> None:
+    """Print the tables; write them where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    if not environment.complete():
+        print(
+            "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk); nothing is measured"
+        )
+        return
+    text = asyncio.run(measure(chosen.rounds))
+    print(text)
+    if chosen.write:
+        slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+        folder = Path(__file__).parent / "results"
+        (folder / f"vllm-images-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{slug}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The client's own part: answers that lie are refused, and what goes to vLLM is put together right. A real relay: tests/e2e."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from sidecar.client import Client, ImageLayout, Preprocessed, PreprocessError, parse
+from sidecar.features import expanded, features, packed
+
+NAME = "sidecar-images-abc/out-" + "0" * 32
+GOOD: dict[str, Any] = {
+    "__metadata__": {"processor": "p", "images": "[]"},
+    "grid": {"dtype": "I64", "shape": [1, 3], "data_offsets": [0, 24]},
+    "pixels": {"dtype": "U8", "shape": [2, 2], "data_offsets": [24, 28]},
+}
+
+
+def file(head: Any, body: bytes = bytes(28)) -> bytes:
+    text = json.dumps(head).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+class Liar:
+    """A server that answers as `answer` says."""
+
+    def __init__(self) -> None:
+        self.answer: tuple[int, bytes, dict[str, str]] = (200, b"", {})
+        self.url = ""
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        status, body, headers = self.answer
+        return web.Response(status=status, body=body, headers=headers)
+
+
+@pytest.fixture
+async def liar() -> AsyncIterator[Liar]:
+    found = Liar()
+    runner = web.ServerRunner(web.Server(found.handle))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield found
+    await runner.cleanup()
+
+
+def test_a_file_is_read_without_copying() -> None:
+    """Tensors lie in the very memory that was given, in their types and shapes."""
+    data = bytearray(file(GOOD))
+    made = parse(memoryview(data))
+    data[-1] = 7
+    assert made.tensors["pixels"].tolist() == [[0, 0], [0, 7]]
+    assert (made.tensors["grid"].dtype, made.tensors["grid"].shape) == (np.int64, (1, 3))
+    assert (made.processor, made.images, made.exact) == ("p", (), True)
+
+
+LIES: dict[str, bytes] = {
+    "empty": b"",
+    "cut head": file(GOOD)[:40],
+    "long head": struct.pack("<Q", 1 << 62) + b"{}",
+    "no json": struct.pack("<Q", 2) + b"{]",
+    "no object": file([1]),
+    "no metadata": file({k: v for k, v in GOOD.items() if k != "__metadata__"}),
+    "cut body": file(GOOD, bytes(27)),
+    "another dtype": file(GOOD | {"grid": GOOD["grid"] | {"dtype": "O"}}),
+    "another size": file(GOOD | {"grid": GOOD["grid"] | {"shape": [1, 4]}}),
+    "negative": file(GOOD | {"grid": GOOD["grid"] | {"shape": [-1, -3]}}),
+    "before the file": file(GOOD | {"pixels": GOOD["pixels"] | {"data_offsets": [-28, -24]}}),
+    "more members": file(GOOD | {"grid": GOOD["grid"] | {"more": 1}}),
+    "images of another kind": file(GOOD | {"__metadata__": {"processor": "p", "images": '[{"a": 1}]'}}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_damaged_file_is_one_clear_error(lie: str) -> None:
+    """Whatever is wrong with a file, it is a PreprocessError and nothing else."""
+    with pytest.raises(PreprocessError) as caught:
+        parse(memoryview(LIES[lie]))
+    assert caught.value.code == "unreadable"
+
+
+async def test_the_sidecars_refusal_is_told(liar: Liar) -> None:
+    """Message, code, status and Retry-After of the sidecar's error reach the caller."""
+    error = {"error": {"message": "all image workers are busy", "type": "server_error", "code": "images_busy"}}
+    liar.answer = (503, json.dumps(error).encode(), {"retry-after": "2"})
+    async with Client(liar.url) as client:
+        with pytest.raises(PreprocessError, match="all image workers") as caught:
+            await client.preprocess([b"x"])
+    assert (caught.value.code, caught.value.status, caught.value.retry_after) == ("images_busy", 503, 2.0)
+
+
+async def test_an_answer_over_the_bound_is_not_read(liar: Liar) -> None:
+    """An answer that announces more than `max_bytes` is refused before it is kept; one that is no error of ours keeps its status."""
+    liar.answer = (200, bytes(1001), {})
+    async with Client(liar.url, max_bytes=1000) as client:
+        with pytest.raises(PreprocessError, match="more than 1000 bytes"):
+            await client.preprocess([b"x"])
+        liar.answer = (502, b"<html>", {})
+        with pytest.raises(PreprocessError, match="status 502"):
+            await client.preprocess([b"x"])
+
+
+async def test_no_sidecar_is_one_clear_error(liar: Liar) -> None:
+    """Where nothing listens, the error says that no answer came."""
+    async with Client("http://127.0.0.1:1") as client:
+        with pytest.raises(PreprocessError, match="no answer") as caught:
+            await client.preprocess([b"x"])
+    assert (caught.value.code, caught.value.status) == ("unreachable", 0)
+
+
+@pytest.mark.parametrize(
+    ("segments", "code"),
+    [
+        ([{"name": "../../etc/passwd", "bytes": 9}], "unreadable"),
+        ([{"name": NAME, "bytes": 1 << 40}], "unreadable"),
+        ([{"name": NAME, "bytes": 9}], "shm_missing"),
+        ([{"bytes": 9}], "unreadable"),
+        ([], "unreadable"),
+        ("x", "unreadable"),
+    ],
+)
+async def test_a_segment_that_lies_is_refused(liar: Liar, tmp_path: Path, segments: Any, code: str) -> None:
+    """No name leaves the folder, none that is missing is waited for, no size is believed."""
+    liar.answer = (200, json.dumps({"segments": segments, "exact": True}).encode(), {})
+    async with Client(liar.url, shm_dir=str(tmp_path)) as client:
+        with pytest.raises(PreprocessError) as caught:
+            await client.preprocess([b"x"], shm=True)
+    assert caught.value.code == code
+
+
+async def test_links_are_not_followed_and_sizes_are_checked(liar: Liar, tmp_path: Path) -> None:
+    """A link in the folder is not opened; a file of another size is an error, and is removed all the same."""
+    (tmp_path / "target").write_bytes(file(GOOD))
+    path = tmp_path / NAME
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "target")
+    size = len(file(GOOD))
+    async with Client(liar.url, shm_dir=str(tmp_path)) as client:
+        for wanted, code in ((size, "shm_missing"), (size + 1, "unreadable")):
+            liar.answer = (200, json.dumps({"segments": [{"name": NAME, "bytes": wanted}]}).encode(), {})
+            with pytest.raises(PreprocessError) as caught:
+                await client.preprocess([b"x"], shm=True)
+            assert caught.value.code == code
+            path.unlink(missing_ok=True)
+            path.write_bytes(file(GOOD))
+        liar.answer = (200, json.dumps({"segments": [{"name": NAME, "bytes": size}], "exact": True}).encode(), {})
+        made = await client.preprocess([b"x"], shm=True)
+        made.tensors["pixels"][0, 0] = 1  # ours: the mapping is private
+    assert not path.exists()
+
+
+def patches(*grids: tuple[int, int, int]) -> Preprocessed:
+    """What a processor of 2 x 2 merged patches makes of images with these grids."""
+    images = tuple(ImageLayout("jpeg", 14 * h, 14 * w, (t, h, w), t * h * w // 4, f"{i}") for i, (t, h, w) in enumerate(grids))  # fmt: skip
+    rows = sum(t * h * w for t, h, w in grids)
+    tensors = {"pixel_values": np.arange(rows * 3, dtype=np.uint8).reshape(rows, 3), "image_grid_thw": np.array(grids)}
+    return Preprocessed(tensors, images, "p", True)
+
+
+def test_a_prompt_is_expanded_and_its_images_are_placed() -> None:
+    """Each image token becomes as many as the model sees, and the places say where; another tenant's salt gives other names."""
+    made = patches((1, 2, 4), (1, 2, 2))
+    ids = expanded([1, 9, 2, 9, 3], 9, made)
+    assert ids == [1, 9, 9, 2, 9, 3]
+    found = features(ids, 9, made, b"acme")
+    assert found["mm_placeholders"]["image"] == [{"offset": 1, "length": 2}, {"offset": 4, "length": 1}]
+    assert len(base64.b64decode(found["kwargs_data"]["image"][1])) > 12
+    assert not set(found["mm_hashes"]["image"]) & set(features(ids, 9, made, b"other")["mm_hashes"]["image"])
+
+
+def test_a_prompt_that_does_not_fit_its_images_is_refused() -> None:
+    """Too few or too many image tokens, expanded or not, and planes instead of patches, are errors."""
+    made = patches((1, 2, 4))
+    for wrong in ([1, 2], [9, 9]):
+        with pytest.raises(ValueError, match="one image token"):
+            expanded(wrong, 9, made)
+    with pytest.raises(ValueError, match="expanded"):
+        features([1, 9, 2], 9, made, b"")
+    with pytest.raises(ValueError, match="patches"):
+        features([9], 9, Preprocessed({"pixel_values": np.zeros(3)}, (), "p", True), b"")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (127, "7f"), (128, "cc80"), (256, "cd0100"), (65536, "ce00010000"), (1 << 32, "cf0000000100000000"),
+        (None, "c0"), (True, "c3"), (False, "c2"), ("dim", "a364696d"), ({"a": [1, None]}, "81a16192" "01c0"),
+        (np.zeros((1, 2), np.uint8), "93a575696e7438920102c702030000"),
+    ],
+)  # fmt: skip
+def test_items_are_packed_as_msgpack_says(value: Any, wanted: str) -> None:
+    """Each kind of value that an item has, in the shortest form of the specification."""
+    assert packed(value).hex() == wanted
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "x" * 32, np.zeros(1, np.float64), b"x"])
+def test_anything_else_is_refused(value: Any) -> None:
+    """What an item never has is a TypeError, not a wrong item."""
+    with pytest.raises(TypeError):
+        packed(value)
