@@ -86,6 +86,12 @@ def normalise(pixels: Tensor, spec: ProcessorSpec) -> Tensor:
     return floats.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
+def table(spec: ProcessorSpec) -> Tensor:
+    """What each byte of each channel becomes: float32 (3, 256)."""
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    return normalise(levels, spec).to(torch.float32).reshape(3, 256)
+
+
 def patches(pixels: Tensor, geometry: Geometry, spec: PatchSpec) -> Tensor:
     """`pixel_values` of one image: (grid_h * grid_w, 3 * temporal * patch * patch), patches that merge beside each other."""
     p, m, t = spec.patch_size, spec.merge_size, spec.temporal_patch_size
