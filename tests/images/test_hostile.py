@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import base64
-import io
 import struct
-import zlib
-from typing import Any
+import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sidecar import photos
 from sidecar.errors import BadImage
 from sidecar.images import Images
+from sidecar.imaging import patches
+from sidecar.imaging.worker import memory_bound
+from sidecar.jobs import Limits
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.settings import Settings
 
-
-def png(width: int, height: int, rows: bytes = b"", depth: int = 8, color: int = 2) -> bytes:
-    """A PNG that says one size and holds what it is given."""
-    ihdr = struct.pack("!IIBBBBB", width, height, depth, color, 0, 0, 0)
-    chunks = ((b"IHDR", ihdr), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack("!I", len(body)) + kind + body + struct.pack("!I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
+from . import corpus, jpegs
+from .conftest import Server
+from .corpus import png, saved
+from .test_decode import engine
 
 
 def jpeg_that_says(width: int, height: int) -> bytes:
@@ -30,12 +32,6 @@ def jpeg_that_says(width: int, height: int) -> bytes:
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = struct.pack("!HH", height, width)
     return bytes(data)
-
-
-def saved(image: Image.Image, format: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
 
 
 PHOTO = photos.photo(640, 480, 3)
@@ -118,3 +114,60 @@ ODD: dict[str, bytes] = {
 async def test_odd_but_sound_images_are_served(images: Images, name: str) -> None:
     """Unusual images that the engine would take are prepared."""
     assert (await images.inline(base64.b64encode(ODD[name]), "part")).outcome == "ok"
+
+
+def wanted(data: bytes, spec: ProcessorSpec) -> bytes | None:
+    """The PPM of what the engine sees of a file; None where it sees nothing, or its model takes no such shape."""
+    pixels = engine(data)
+    if pixels is None:
+        return None
+    try:
+        geometry = spec.geometry(*pixels.shape[:2])
+    except ValueError:
+        return None
+    planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    return bytes(patches.ppm(patches.by_torchvision(planes, geometry, spec)))
+
+
+REASONS = ("image_broken", "image_unknown_format", "image_aspect", "image_too_many_pixels", "image_too_long")
+
+
+def peak(pid: int) -> int:
+    """Most bytes of memory that a process has had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+async def test_the_corpus_ends_as_in_the_engine(server: Server, images: Images, spec: ProcessorSpec) -> None:
+    """Of some 800 odd, lying and broken files each gives the engine's pixels or is refused where the engine refuses; no worker
+    dies of one, and none has used more memory than one image may."""
+    await images.inline(base64.b64encode(PHOTO), "part")
+    workers = server.workers()
+    wrong: list[str] = []
+    for name, data in corpus.all_files().items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = wanted(data, spec)
+        try:
+            answer = await images.inline(base64.b64encode(data), "part")
+            ours = base64.b64decode(answer.base64 or b"")
+        except BadImage as refused:
+            assert refused.reason in REASONS, (name, refused.reason)
+            ours = None
+        if ours != theirs:
+            wrong.append(name)
+    assert not wrong
+    assert server.workers() == workers
+    most = max(map(peak, workers))
+    assert most < memory_bound(Limits(server.settings.image_max_bytes, server.settings.image_max_pixels)) + (
+        600 << 20
+    ), most
+
+
+async def test_a_file_of_endless_scans_ends_by_its_deadline(server: Server, spec: ProcessorSpec) -> None:
+    """A hundred kilobytes that would take a decoder many seconds cost no more than --image-seconds."""
+    hasty = Images(server.path, Settings(image_workers=2, image_seconds=0.5), spec)
+    with pytest.raises(BadImage) as refused:
+        await hasty.inline(base64.b64encode(jpegs.scans(4400, 4400, 4000)), "part")
+    assert refused.value.reason == "image_deadline"
+    assert (await Images(server.path, server.settings, spec).inline(base64.b64encode(PHOTO), "part")).outcome == "ok"
