@@ -37,6 +37,14 @@ class Coefficients:
     h: float = 1.0
     fingerprint: str = "default-8b-h100"
     source: str = "default"
+    # What `sidecar calibrate` adds: what was measured, errors on held-out shapes, MU in flight that kept p95 within slo_seconds.
+    model: str = ""
+    engine: str = ""
+    mape: float = 0.0
+    p90: float = 0.0
+    r2: float = 0.0
+    mu_in_flight: float = 0.0
+    slo_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,9 @@ def max_mu_per_minute(co: Coefficients) -> float:
 
 
 def max_mu_in_flight(co: Coefficients, slo_seconds: float) -> float:
-    """MU in flight at which a request takes `slo_seconds` at full flow (Little's law)."""
+    """MU in flight at which a request takes `slo_seconds`: as measured at that SLO, else at full flow by Little's law."""
+    if co.mu_in_flight > 0 and co.slo_seconds == slo_seconds:
+        return co.mu_in_flight
     return max_mu_per_minute(co) / 60 * slo_seconds
 
 

@@ -1,0 +1,1 @@
+"""Measures the coefficients and the capacity of one (model, hardware) pair."""
