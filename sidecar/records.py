@@ -3,7 +3,8 @@
     add (each settlement, in memory) -> take, about once a second -> write, one transaction -> rows
 
 Rules: a batch is written whole or not at all, and is forgotten only once it is written: what is lost by kill -9 is at most what
-was not written yet, and nothing is ever counted twice. Minutes older than a day are summed up to hours; rows past the bounds of
+was not written yet. Nothing is ever counted twice: the ids of the last minutes are written in the same transaction, because a relay
+tells a new control process again what the last one may not have booked. Minutes older than a day are summed up to hours; rows past the bounds of
 age or size go, oldest first. A damaged file is put aside, never a reason not to start. No content, no names but labels.
 `write` touches the disk: call it off the event loop, one at a time.
 """
@@ -14,7 +15,7 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ FILE: Final = "usage.db"
 VERSION: Final = 1
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 TIDY_EVERY: Final = HOUR  # seconds between two looks at what is old
+SEEN: Final = 120  # seconds for which ids are kept; a relay repeats what is a second old
 
 _log = logging.getLogger(__name__)
 
@@ -57,9 +59,27 @@ _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS usage (
     at INTEGER NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL, {_COLUMNS},
     PRIMARY KEY (at, tenant, model, outcome)) WITHOUT ROWID"""
+_SEEN = "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID"
 _UPSERT = f"""
 INSERT INTO usage (at, tenant, model, outcome, {_COLUMNS}) VALUES (?, ?, ?, ?, {", ".join("?" * len(NAMES))})
 ON CONFLICT (at, tenant, model, outcome) DO UPDATE SET {_ADDED}"""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Settlements that are not on disk yet: their sums, and the ids of their requests with the times of their ends."""
+
+    sums: dict[Key, Sums] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.ids)
+
+    def add(self, other: Batch) -> None:
+        """Take in another batch."""
+        for key, sums in other.sums.items():
+            self.sums.setdefault(key, Sums()).add(sums)
+        self.ids |= other.ids
 
 
 class Records:
@@ -70,11 +90,14 @@ class Records:
         self._unit_ms = unit_ms
         self._days = days
         self._most = most_bytes
-        self._pending: dict[Key, Sums] = {}
+        self._pending = Batch()
         self._tidied = 0.0
+        self._seen = _seen(self.path)  # by the process before us
 
     def add(self, s: Settlement, wall: float) -> None:
-        """Count one settlement at `wall`, seconds since 1970."""
+        """Count one settlement at `wall`, seconds since 1970; one that is on disk already is not counted again."""
+        if s.admitted.id in self._seen:
+            return
         key = int(wall) // MINUTE * MINUTE, s.tenant, s.model, s.settled.outcome
         work, cost = s.work, s.mu * self._unit_ms / 1000
         spent = Sums(
@@ -87,23 +110,24 @@ class Records:
             work.images,
             s.settled.at - s.admitted.at,
         )
-        self._pending.setdefault(key, Sums()).add(spent)
+        self._pending.add(Batch({key: spent}, {s.admitted.id: int(wall)}))
 
-    def take(self) -> dict[Key, Sums]:
+    def take(self) -> Batch:
         """What was added since the last take. Give it to `write`, or back to `restore`."""
-        taken, self._pending = self._pending, {}
+        taken, self._pending = self._pending, Batch()
         return taken
 
-    def restore(self, taken: Mapping[Key, Sums]) -> None:
+    def restore(self, taken: Batch) -> None:
         """A write failed: what was taken is pending again."""
-        for key, sums in taken.items():
-            self._pending.setdefault(key, Sums()).add(sums)
+        self._pending.add(taken)
 
-    def write(self, taken: Mapping[Key, Sums], wall: float) -> None:
+    def write(self, taken: Batch, wall: float) -> None:
         """Add a batch to the file, and tidy it from time to time. Raises OSError or sqlite3.Error; then nothing was written."""
         with _opened(self.path) as db:
             with _transaction(db):
-                db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.items()])
+                db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
+                db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
+                db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN,))
             if wall - self._tidied >= TIDY_EVERY:
                 self._tidied = wall
                 tidy(db, wall, self._days, self._most)
@@ -141,6 +165,17 @@ def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tu
         db.close()
     width = max(len(by), 1)
     return [(row[:width], Sums(*row[width:])) for row in found]
+
+
+def _seen(path: Path) -> frozenset[str]:
+    """Ids that an earlier process wrote; none where there is no file that can be read."""
+    if not path.is_file():
+        return frozenset()
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)) as db:
+            return frozenset(id for (id,) in db.execute("SELECT id FROM seen"))
+    except sqlite3.Error:
+        return frozenset()
 
 
 # What `sidecar usage --by` may name, and its SQL.
@@ -186,6 +221,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         if version not in (0, VERSION):
             raise sqlite3.DatabaseError(f"usage records of version {version}")
         db.execute(_SCHEMA)
+        db.execute(_SEEN)
         db.execute(f"PRAGMA user_version = {VERSION}")
     except BaseException:
         db.close()

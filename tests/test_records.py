@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 import sqlite3
@@ -16,13 +18,18 @@ from hypothesis import strategies as st
 from sidecar import records
 from sidecar.facts import Admitted, Outcome, Settled, Work
 from sidecar.ledger import Settlement
-from sidecar.records import DAY, FILE, HOUR, Records, Sums, read
+from sidecar.records import DAY, FILE, HOUR, Batch, Records, Sums, read
 
 NOW = 1_800_000_000.0  # a full hour
 
 
-def settlement(tenant: str = "a", outcome: Outcome = "ok", mu: float = 2.0) -> Settlement:
-    admitted = Admitted("1", 10.0, tenant, "m", "chat", True, Work(100, output=50), None, 3.0)
+COUNTER = itertools.count()
+
+
+def settlement(tenant: str = "a", outcome: Outcome = "ok", mu: float = 2.0, id: str = "") -> Settlement:
+    admitted = Admitted(
+        id or f"{os.getpid()}-{next(COUNTER)}", 10.0, tenant, "m", "chat", True, Work(100, output=50), None, 3.0
+    )
     settled = Settled("1", 14.0, outcome, 200, None, 40, 400, 11.0, 10.1, 0.001)
     return Settlement(admitted, settled, tenant, "m", Work(90, cached=10, output=40, images=1), 3.0, mu, 40)
 
@@ -84,12 +91,12 @@ def test_old_minutes_become_hours_and_old_days_go(tmp_path: Path) -> None:
     for minute in range(120):
         kept.add(settlement(), NOW + 60 * minute)
     kept.write(kept.take(), NOW)
-    kept.write({}, NOW + 1.5 * DAY)
+    kept.write(Batch(), NOW + 1.5 * DAY)
     with sqlite3.connect(tmp_path / FILE) as db:
         assert db.execute("SELECT count(*) FROM usage").fetchone() == (2,)
     db.close()
     assert total(tmp_path).requests == 120
-    kept.write({}, NOW + 4 * DAY)
+    kept.write(Batch(), NOW + 4 * DAY)
     assert total(tmp_path).requests == 0
 
 
@@ -100,7 +107,7 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
         for i in range(500):
             kept.add(settlement(f"tenant-{i}"), NOW + HOUR * hour)
         kept.write(kept.take(), NOW + HOUR * hour)
-    kept.write({}, NOW + 11 * HOUR)
+    kept.write(Batch(), NOW + 11 * HOUR)
     assert (tmp_path / FILE).stat().st_size < 600_000
     assert read(tmp_path / FILE, NOW + 9 * HOUR, NOW + 10 * HOUR, ())[0][1].requests == 500
 
@@ -154,6 +161,21 @@ def test_a_newer_version_is_not_overwritten(tmp_path: Path) -> None:
     kept.add(settlement(), NOW)
     kept.write(kept.take(), NOW)
     assert (tmp_path / (FILE + ".damaged")).exists() and total(tmp_path).requests == 1
+
+
+def test_what_a_relay_tells_again_is_counted_once(tmp_path: Path) -> None:
+    """A control process that was killed had written it and not said so; the next one hears of it again."""
+    kept = fresh(tmp_path)
+    kept.add(settlement(id="x"), NOW)
+    kept.write(kept.take(), NOW)
+    again = fresh(tmp_path)
+    again.add(settlement(id="x"), NOW + 1)
+    again.add(settlement(id="y"), NOW + 1)
+    again.write(again.take(), NOW + 1)
+    assert total(tmp_path).requests == 2
+    again.write(Batch({}, {"z": int(NOW)}), NOW + 500)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as db:
+        assert db.execute("SELECT count(*) FROM seen").fetchone() == (0,), "ids are kept for minutes only"
 
 
 def test_every_group_can_be_read(tmp_path: Path) -> None:

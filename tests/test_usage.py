@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sidecar.__main__ import run
-from sidecar.records import Key, Records, Sums
+from sidecar.records import Batch, Key, Records, Sums
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
         (minute, "shop", "llama", "stalled"): Sums(2, 4.0, 900.0, 200, 0, 10, 0, 90.0),
         (minute, "=cmd()\x1b[31m", "llama", "ok"): Sums(1, 0.5, 100.0, 10, 0, 5, 2, 1.0),
     }
-    Records(tmp_path, 1000.0, 35, 1 << 20).write(rows, now)
+    Records(tmp_path, 1000.0, 35, 1 << 20).write(Batch(rows, {"1": minute}), now)
     return tmp_path
 
 
