@@ -47,6 +47,7 @@ sanitize: ## The compiled kernel under AddressSanitizer and UBSan over random si
 
 bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the results
 	for file in benchmarks/*.py; do
+		[[ $$file != *gpu* ]] || command -v nvidia-smi > /dev/null || continue
 		echo "== $$file"
 		$(BIN)/python "$$file" $(ARGS)
 	done

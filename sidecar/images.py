@@ -45,7 +45,6 @@ SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the
 PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
 RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
 JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
-JOBS_PER_GPU = 16  # a GPU works in batches of half of these
 HASHED_HERE = 128 * 1024  # bytes; hashing more takes a thread
 KEEPING = 4  # results on their way into the cache at once; more are not kept
 
@@ -72,7 +71,6 @@ class Prepared:
     bytes_in: int
     bytes_out: int
     grid: tuple[int, int, int] = (0, 0, 0)
-    exact: bool = True
     url: str = ""
 
 
@@ -91,7 +89,6 @@ class Images:
         self, socket_path: str, settings: Settings, spec: ProcessorSpec, cache: ImageCache | None = None
     ) -> None:
         workers = settings.image_workers or cpus.quota()
-        slots = JOBS_PER_GPU if settings.images_device == "cuda" else JOBS_PER_WORKER * workers
         self.spec = spec
         self._path = socket_path
         self._seconds = settings.image_seconds
@@ -99,9 +96,10 @@ class Images:
         self._queue = settings.image_queue
         self._limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
-        self._slots = asyncio.Semaphore(slots)
+        self._slots = asyncio.Semaphore(JOBS_PER_WORKER * workers)
         self._waiting = 0
         self._closed = False
+        self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine
         self._cache = cache
         self._keeping: set[asyncio.Task[None]] = set()
         self._handed: dict[str, list[Handed]] = {}
@@ -183,11 +181,11 @@ class Images:
         if self._cache is not None and (hit := self._cache.get(key)) is not None:
             done, payload = hit
             known = replace(done, outcome="cached", stages=())
-            return _prepared(known, payload, time.monotonic() - started, True), payload, key
-        answer, fresh, exact = await self._job(want, spec_json, data, where, is_base64)
-        if exact and answer.outcome == "ok":
+            return _prepared(known, payload, time.monotonic() - started), payload, key
+        answer, fresh = await self._job(want, spec_json, data, where, is_base64)
+        if answer.outcome == "ok":
             await self._keep(key, answer, fresh, at_once=want == RAW)
-        return _prepared(answer, fresh, time.monotonic() - started, exact), fresh, key
+        return _prepared(answer, fresh, time.monotonic() - started), fresh, key
 
     async def _key(self, data: Data, *parts: str) -> str:
         """What the result is kept under; "" where nothing is kept."""
@@ -207,11 +205,9 @@ class Images:
         if at_once:
             await task
 
-    async def _job(
-        self, want: str, spec_json: str, data: Data, where: str, is_base64: bool
-    ) -> tuple[Done, bytearray, bool]:
-        async with self._connection() as (connection, exact):
-            job = Job(want, spec_json, is_base64, self._limits, self._seconds)
+    async def _job(self, want: str, spec_json: str, data: Data, where: str, is_base64: bool) -> tuple[Done, bytearray]:
+        async with self._connection() as connection:
+            job = Job(want, spec_json, is_base64, self._limits, self._seconds, self.gpu)
             sent = time.monotonic()
             try:
                 async with asyncio.timeout(self._seconds + SLACK):
@@ -222,7 +218,7 @@ class Images:
         if isinstance(answer, Refused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
         assert isinstance(answer, Done)
-        return answer, payload, exact
+        return answer, payload
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
         """The worker checks the real size; this bounds what is sent to it at all."""
@@ -232,7 +228,7 @@ class Images:
             raise BadImage(text, "image_too_large")
 
     @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[tuple[socket.socket, bool]]:
+    async def _connection(self) -> AsyncIterator[socket.socket]:
         """A connection whose worker has said Ready. Raises ImagesBusy when the queue is full or the wait too long."""
         if self._closed or (self._slots.locked() and self._waiting >= self._queue):
             raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
@@ -247,14 +243,14 @@ class Images:
         except TimeoutError:
             raise ImagesBusy("no image worker became free in time; try again shortly") from None
         try:
-            connection, ready = await self._ready()
-            yield connection, ready.exact
+            connection = await self._ready()
+            yield connection
         finally:
             self._slots.release()
             if connection is not None:
                 connection.close()
 
-    async def _ready(self) -> tuple[socket.socket, Ready]:
+    async def _ready(self) -> socket.socket:
         """Connect until a worker takes us; a server that is being restarted is waited for."""
         pause, longest = RETRY
         try:
@@ -262,25 +258,26 @@ class Images:
                 while True:
                     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     try:
-                        return connection, await _greeting(connection, self._path)
+                        await _greeting(connection, self._path)
                     except (OSError, EOFError, FrameError):
                         connection.close()
                     except BaseException:
                         connection.close()
                         raise
+                    else:
+                        return connection
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, longest)
         except TimeoutError:
             raise ImagesBusy("no image worker took the image in time; try again shortly") from None
 
 
-async def _greeting(connection: socket.socket, path: str) -> Ready:
+async def _greeting(connection: socket.socket, path: str) -> None:
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, path)
     ready, _ = await _receive(connection)
     if not isinstance(ready, Ready):
         raise FrameError("not a worker of this version")
-    return ready
 
 
 async def _send(connection: socket.socket, job: Job, data: Data) -> None:
@@ -317,7 +314,7 @@ def _killed(where: str, took: float, seconds: float) -> BadImage:
     return BadImage(f"{where}: the image could not be decoded; send it in another format", "image_failed")
 
 
-def _prepared(done: Done, payload: Data, seconds: float, exact: bool) -> Prepared:
+def _prepared(done: Done, payload: Data, seconds: float) -> Prepared:
     return Prepared(
         media_type=done.media_type,
         base64=None,
@@ -332,5 +329,4 @@ def _prepared(done: Done, payload: Data, seconds: float, exact: bool) -> Prepare
         bytes_in=done.bytes_in,
         bytes_out=len(payload),
         grid=done.grid,
-        exact=exact,
     )

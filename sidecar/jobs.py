@@ -52,13 +52,12 @@ class Job:
     base64: bool
     limits: Limits
     seconds: float  # deadline, counted from when the worker has the whole image
+    gpu: bool = False  # whether a GPU that is there may be used now
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
     """A worker has taken the connection."""
-
-    exact: bool  # false where the pixels come from a device that rounds otherwise
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,10 @@ class Settings:
         expected="one of auto, off, inline, shm",
     )
     images_device: str = flag(
-        "cpu", one_of("auto", "cpu", "cuda"), "Where images are resized", expected="one of auto, cpu, cuda"
+        "auto",
+        one_of("auto", "cpu", "cuda"),
+        "Where images are resized; auto: on a GPU that is visible here, else on the CPU",
+        expected="one of auto, cpu, cuda",
     )
     gpu_memory_budget: int = flag(
         1 << 30, size, "GPU memory that image work may use (bytes, or 1G)", expected="a size such as 1G"

@@ -1,122 +1,215 @@
-"""The one worker that owns a GPU: decodes on the CPU, resizes there in batches of equal sizes. Not exact.
+"""The one process that owns a GPU: takes pixels from the image workers, resizes them exactly in batches, hands them back.
 
-Rules: CUDA is initialised in this process only, never in the fork server. torchvision resizes uint8 on CUDA through floats,
-which rounds up to 6 grey levels away from the processor's result on the CPU: every answer says so (Ready.exact is false).
-A batch is what waits at the door, never waited for. A job that fails to decode is answered alone; the others go on. The
-deadline is the batch's: the sum of what its jobs may take is never needed, since decoding is what takes time.
+Rules: no byte from outside is decoded here. A batch is what has been asked when the last one is done, never waited for. The GPU is
+touched at the first ask and no earlier, because asks come only when the engine is not starting: an engine that profiles its
+memory gives up when a neighbour's use changes. Device memory has a hard bound; what does not fit is refused, and resized on the
+CPU. Whatever else goes wrong on the GPU ends this process, since a CUDA context does not recover: the workers go on alone, and
+the server tries again after a while.
+
+With TRITON_INTERPRET=1 the kernel runs in Triton's interpreter on the CPU: for tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import selectors
 import socket
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
-from sidecar.imaging import work
-from sidecar.imaging.decode import BadPixels
-from sidecar.imaging.patches import by_torchvision
-from sidecar.imaging.worker import JOBS_PER_LIFE, PATIENCE, deadline, payload_bound, receive
-from sidecar.jobs import LAYOUT, FrameError, Job, Limits, Ready, Refused, head
+from sidecar.imaging.door import MAX_ASK, Ask, mapped, parse
+from sidecar.imaging.patches import table
+from sidecar.imaging.worker import deadline
+from sidecar.jobs import FrameError, Limits
 from sidecar.kernels import families
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels.grid import PatchSpec, ProcessorSpec
+from sidecar.kernels.ragged import Batch, Wanted
 
-BATCH: Final = 8
+_log = logging.getLogger("sidecar.imaging")
+
+SECONDS: Final = 10.0  # most that a batch may take; a GPU that hangs in the driver ends this process
+FIRST: Final = 180.0  # the first one makes a CUDA context and compiles the kernel
+KNOWN: Final = 16  # tables of values that are kept: there is one per model
+OK, FULL = b"ok", b"full"
 
 
-@dataclass(slots=True)
-class Ticket:
-    """One job of a batch, on its way to an answer."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One ask of one worker, checked. `memory` is its arena as a tensor."""
 
     connection: socket.socket
-    job: Job
-    payload: bytearray
-    picture: work.Picture | None = None
-    answer: work.Answer | None = None
+    memory: Any
+    wanted: Wanted
+    spec: ProcessorSpec
+    floats: bool
+
+
+class Device:
+    """The GPU with the kernel compiled for it. Raises whatever CUDA or Triton raise where it cannot be used."""
+
+    def __init__(self, memory_budget: int) -> None:
+        from sidecar.kernels import gpu
+
+        self._kernel = gpu
+        self._name = "cpu" if gpu.interpreted() else "cuda"
+        self._budget = memory_budget
+        self._tables: dict[ProcessorSpec, Any] = {}
+        self._stream: Any = contextlib.nullcontext()
+        if self._name == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_budget / total))
+            least, _ = torch.cuda.Stream.priority_range()
+            self._stream = torch.cuda.stream(torch.cuda.Stream(priority=least))
+
+    def make(self, asked: list[Asked]) -> list[Asked]:
+        """Do what fits into the budget, each into its arena. Returns what was done."""
+        done: list[Asked] = []
+        kinds: defaultdict[bool, list[Asked]] = defaultdict(list)
+        for ask in asked:
+            kinds[ask.floats].append(ask)
+        for floats, alike in kinds.items():
+            item = 4 if floats else 1
+            while alike:
+                some, batch = self._fitting(alike, item)
+                if batch is not None and self._launch(some, batch, floats):
+                    done += some
+                alike = alike[max(1, len(some)) :]
+        return done
+
+    def _fitting(self, asked: list[Asked], item: int) -> tuple[list[Asked], Batch | None]:
+        """The longest beginning of `asked` that fits into the budget, found by halving; None where not even one does."""
+        while asked:
+            specs = list(dict.fromkeys(ask.spec for ask in asked))
+            batch = self._kernel.lay_out([replace(ask.wanted, table=specs.index(ask.spec)) for ask in asked])
+            if batch.memory(item) + len(specs) * 768 * item <= self._budget:
+                return asked, batch
+            asked = asked[: len(asked) // 2]
+        return [], None
+
+    def _launch(self, asked: list[Asked], batch: Batch, floats: bool) -> bool:
+        """One batch, start to end. False where the GPU has no memory for it."""
+        try:
+            with self._stream:
+                self._run(asked, batch, floats)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return False
+        return True
+
+    def _run(self, asked: list[Asked], batch: Batch, floats: bool) -> None:
+        kind = torch.float32 if floats else torch.uint8
+        sources, scratch = (self._empty(n, torch.uint8) for n in (batch.source_bytes, batch.scratch_bytes))
+        out = self._empty(batch.values, kind)
+        for at, ask in zip(batch.sources, asked, strict=True):
+            size = 3 * ask.wanted.height * ask.wanted.width
+            sources[at : at + size].copy_(ask.memory[:size])
+        values = self._values(asked) if floats else None
+        self._kernel.launch(self._kernel.load(batch, self._name), sources, scratch, values, out)
+        octets = out.view(torch.uint8)
+        for at, ask in zip(batch.outs, asked, strict=True):
+            first, size = at * kind.itemsize, ask.wanted.values * kind.itemsize
+            ask.memory[:size].copy_(octets[first : first + size])  # waits for the kernel
+
+    def _values(self, asked: list[Asked]) -> Any:
+        """The tables of the batch's processors, in the order in which they first come."""
+        if len(self._tables) > KNOWN:
+            self._tables.clear()
+        specs = list(dict.fromkeys(ask.spec for ask in asked))
+        for spec in specs:
+            if spec not in self._tables:
+                self._tables[spec] = table(spec)
+        return torch.stack([self._tables[spec] for spec in specs]).to(self._name)
+
+    def _empty(self, size: int, kind: Any) -> Any:
+        return torch.empty(size, dtype=kind, device=self._name)
 
 
 def visible() -> bool:
-    """Whether this process can use a CUDA device. Initialises CUDA."""
-    return bool(torch.cuda.is_available())
+    """Whether this process can use a CUDA device, or the interpreter stands in for it. Takes no device memory."""
+    return os.environ.get("TRITON_INTERPRET") == "1" or bool(torch.cuda.is_available())
 
 
-def serve(listening: socket.socket, limits: Limits, memory_budget: int) -> int:
-    """Take batches until the process has done its share. Returns 0."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory_budget / total))
-    done = 0
-    while done < JOBS_PER_LIFE:
-        with contextlib.ExitStack() as open_connections:
-            tickets = _take(listening, limits, open_connections)
-            done += len(tickets)
-            if tickets:
-                with deadline(max(t.job.seconds for t in tickets)):
-                    _answer(tickets)
-            for ticket in tickets:
-                _send(ticket)
-    return 0
-
-
-def _take(listening: socket.socket, limits: Limits, open_connections: contextlib.ExitStack) -> list[Ticket]:
-    """Wait for one connection, then take those that are there already, at most BATCH."""
-    tickets: list[Ticket] = []
-    listening.settimeout(None)
-    while len(tickets) < BATCH:
+def serve(path: str, limits: Limits, memory_budget: int) -> int:
+    """Answer asks until the GPU is lost. Returns 1 then, having said so."""
+    os.environ.setdefault("TRITON_CACHE_DIR", f"{path}-kernels")  # a home may be read-only
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # noqa: PTH108
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening, selectors.DefaultSelector() as waiting:
+        listening.bind(path)
+        listening.listen()
+        waiting.register(listening, selectors.EVENT_READ)
         try:
-            connection, _ = listening.accept()
-        except BlockingIOError:
-            break
-        listening.settimeout(0)
-        open_connections.enter_context(connection)
-        connection.settimeout(PATIENCE)
-        with contextlib.suppress(OSError, FrameError):
-            connection.sendall(head(Ready(exact=False)))
-            tickets.append(Ticket(connection, *receive(connection, payload_bound(limits))))
-    return tickets
+            _loop(listening, waiting, limits, memory_budget)
+        except Exception as e:  # noqa: BLE001  CUDA's and Triton's errors are of many kinds, and each means the same
+            _log.warning("the GPU cannot be used (%s); images are resized on the CPU", _why(e))
+    return 1
 
 
-def _answer(tickets: list[Ticket]) -> None:
-    """Decode each, resize those of equal sizes together, encode each."""
-    batches: defaultdict[Any, list[Ticket]] = defaultdict(list)
-    for ticket in tickets:
-        _open(ticket)
-        if ticket.picture is not None:
-            batches[ticket.job.spec, ticket.picture.pixels.shape].append(ticket)
-    for (spec, _), batch in batches.items():
-        _resize(batch, families.from_json(spec))
+def _why(error: Exception) -> str:
+    """The error's type and its first line: it comes from a driver or a compiler, never from an image."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
-def _open(ticket: Ticket) -> None:
-    try:
-        opened = work.open_picture(ticket.job, ticket.payload, families.from_json(ticket.job.spec))
-    except BadPixels as e:
-        ticket.answer = (Refused(e.reason, str(e)), b"")
-        return
-    if isinstance(opened, work.Picture) and ticket.job.want != LAYOUT:
-        ticket.picture = opened
-    else:
-        ticket.answer = (opened if not isinstance(opened, work.Picture) else work.done(opened, ""), b"")
+def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: Limits, memory_budget: int) -> None:
+    device: Device | None = None
+    arenas: dict[socket.socket, Any] = {}
+    while True:
+        asked: list[Asked] = []
+        for key, _ in waiting.select():
+            if key.fileobj is listening:
+                connection, _ = listening.accept()
+                waiting.register(connection, selectors.EVENT_READ)
+                continue
+            connection = key.fileobj  # type: ignore[assignment]
+            try:
+                asked += _hear(connection, arenas, limits)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):  # gone, or no worker of this version
+                waiting.unregister(connection)
+                arenas.pop(connection, None)
+                connection.close()
+        if asked:
+            with deadline(SECONDS if device else FIRST):
+                device = device or Device(memory_budget)
+                done = {id(ask) for ask in device.make(asked)}
+            for ask in asked:
+                with contextlib.suppress(OSError):  # a worker that has gone is noticed when it is read from
+                    ask.connection.send(OK if id(ask) in done else FULL)
 
 
-def _resize(batch: list[Ticket], spec: ProcessorSpec) -> None:
-    pictures = [ticket.picture for ticket in batch if ticket.picture is not None]
-    try:
-        stacked = torch.stack([p.pixels.contiguous() for p in pictures]).cuda()
-        resized = by_torchvision(stacked, pictures[0].geometry, spec).cpu()
-    except torch.cuda.OutOfMemoryError:
-        # the budget is full: these images are resized where they are
-        resized = [by_torchvision(p.pixels, p.geometry, spec) for p in pictures]
-    for ticket, picture, pixels in zip(batch, pictures, resized, strict=True):
-        picture.stages.end("resize")
-        ticket.answer = work.finish(ticket.job, picture, pixels, spec)
+def _hear(connection: socket.socket, arenas: dict[socket.socket, Any], limits: Limits) -> list[Asked]:
+    """A worker's arena, or its ask. Raises OSError, FrameError or ValueError for what is neither."""
+    if connection not in arenas:
+        connection.setblocking(False)
+        _, fds, _, _ = socket.recv_fds(connection, 16, 1)
+        try:
+            if not fds:
+                raise FrameError("no arena")
+            arenas[connection] = torch.frombuffer(mapped(fds[0]), dtype=torch.uint8)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return []
+    text = connection.recv(MAX_ASK)
+    if not text:
+        raise ConnectionResetError("the worker has ended")
+    return [_checked(connection, arenas[connection], parse(text), limits)]
 
 
-def _send(ticket: Ticket) -> None:
-    assert ticket.answer is not None
-    record, payload = ticket.answer
-    with contextlib.suppress(OSError):
-        ticket.connection.sendall(head(record, len(payload)))
-        ticket.connection.sendall(payload)
+def _checked(connection: socket.socket, memory: Any, ask: Ask, limits: Limits) -> Asked:
+    """An ask whose pixels and whose answer lie within the arena. Raises FrameError or ValueError."""
+    spec = families.from_json(ask.spec)
+    height, width = ask.height, ask.width
+    if max(height, width) > limits.max_side:
+        raise FrameError("a side over the bound")
+    geometry = spec.geometry(height, width)
+    patches = spec if isinstance(spec, PatchSpec) and not ask.inline else None
+    wanted = Wanted(height, width, geometry, spec.resample, patches, planes=not ask.inline)
+    floats = spec.floats and not ask.inline
+    if max(3 * height * width, wanted.values * (4 if floats else 1)) > memory.numel():
+        raise FrameError("an ask beyond its arena")
+    return Asked(connection, memory, wanted, spec, floats)

@@ -9,16 +9,20 @@ in its backlog meet the next server.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from sidecar import cpus
 from sidecar.errors import StartError
+from sidecar.imaging.door import NAME
 from sidecar.jobs import Limits
 from sidecar.settings import Settings, from_json
 
@@ -31,6 +35,7 @@ PAUSE: Final = 0.25  # seconds
 ENDS: Final[dict[int, str]] = {signal.SIGALRM: "past its deadline", signal.SIGKILL: "killed"}
 NO_CUDA: Final = 78  # exit status of a worker that found no CUDA device (EX_CONFIG)
 NO_CUDA_TEXT: Final = "--images-device cuda: no CUDA device is visible to the image worker; use --images-device cpu"
+GPU_REST: Final = 60.0  # seconds after which a lost GPU is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +44,16 @@ class Plan:
 
     workers: int
     threads: int
-    cuda: bool
+    device: str  # "auto", "cpu" or "cuda"
     gpu_memory: int  # bytes
     limits: Limits
 
 
 def plan(settings: Settings, available: int) -> Plan:
-    """Workers and threads for `available` CPUs. `auto` is the CPU; one worker owns a GPU."""
-    cuda = settings.images_device == "cuda"
-    workers = 1 if cuda else settings.image_workers or available
+    """Workers and threads for `available` CPUs. The process that owns a GPU comes on top: it waits most of the time."""
+    workers = settings.image_workers or available
     limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
-    return Plan(workers, max(1, available // workers), cuda, settings.gpu_memory_budget, limits)
+    return Plan(workers, max(1, available // workers), settings.images_device, settings.gpu_memory_budget, limits)
 
 
 def main(listen_fd: int, settings_json: str) -> int:
@@ -63,20 +67,56 @@ def main(listen_fd: int, settings_json: str) -> int:
     warm()
     listening = socket.socket(fileno=listen_fd)
     listening.setblocking(True)
+    door = f"{listening.getsockname()}{NAME}" if wanted.device != "cpu" else ""
     workers: dict[int, float] = {}
+    gpu = Owner(wanted)
     try:
         while os.getppid() == parent:
             while len(workers) < wanted.workers:
-                workers[_fork(listening, wanted)] = time.monotonic()
+                workers[_fork(partial(_work, listening, wanted, door))] = time.monotonic()
+            if gpu.due(time.monotonic()):
+                gpu.pid = _fork(partial(_own, door, wanted))
             got = signal.sigtimedwait(WATCHED, POLL)
             if (
                 got is not None and got.si_signo == signal.SIGTERM
             ):  # SIGINT, which the whole group gets, is the supervisor's
                 break
+            gpu.reap(time.monotonic())
             _reap(workers)
     finally:
-        _end(workers)
+        _end([*workers, *([gpu.pid] if gpu.pid else [])])
     return 0
+
+
+class Owner:
+    """The life of the process that owns the GPU, where one is wanted."""
+
+    def __init__(self, wanted: Plan) -> None:
+        self._device = wanted.device
+        self._at = 0.0 if wanted.device != "cpu" else math.inf
+        self.pid = 0
+
+    def due(self, now: float) -> bool:
+        """Whether to start it now."""
+        return not self.pid and now >= self._at
+
+    def reap(self, now: float) -> None:
+        """Notice its end. Raises StartError where a GPU was asked for and none is there."""
+        ended, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
+        if not ended:
+            return
+        self.pid, self._at = 0, now + GPU_REST
+        code = os.waitstatus_to_exitcode(status)
+        if code == NO_CUDA and self._device == "cuda":
+            raise StartError(NO_CUDA_TEXT)
+        if code == NO_CUDA:
+            self._at = math.inf
+        else:
+            _log.warning(
+                "the GPU's process ended (%s); it is tried again in %g s",
+                ENDS.get(-code, f"exit status {code}"),
+                GPU_REST,
+            )
 
 
 def warm() -> None:
@@ -91,14 +131,14 @@ def warm() -> None:
     import sidecar.imaging.work  # noqa: F401
 
 
-def _fork(listening: socket.socket, wanted: Plan) -> int:
+def _fork(life: Callable[[], int]) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        status = _work(listening, wanted)
+        status = life()
     except BaseException as e:  # noqa: BLE001  the border of the process; a message could quote an image, a type cannot
         _log.error("an image worker failed: %s", type(e).__name__)
     finally:
@@ -106,24 +146,33 @@ def _fork(listening: socket.socket, wanted: Plan) -> int:
         os._exit(status)
 
 
-def _work(listening: socket.socket, wanted: Plan) -> int:
+def _work(listening: socket.socket, wanted: Plan, door: str) -> int:
     """The life of a worker, in the worker's process."""
     import torch
 
     from sidecar.imaging import work, worker
+    from sidecar.imaging.door import Door
 
     torch.set_num_threads(wanted.threads)
     torch.set_grad_enabled(False)
-    worker.confine(wanted.limits, memory=not wanted.cuda)
-    if not wanted.cuda:
-        return worker.serve(listening, work.run, wanted.limits)
-    from sidecar.imaging import gpu
+    do = partial(work.run, door=Door(door)) if door else work.run
+    worker.confine(wanted.limits)
+    return worker.serve(listening, do, wanted.limits)
 
-    return gpu.serve(listening, wanted.limits, wanted.gpu_memory) if gpu.visible() else NO_CUDA
+
+def _own(door: str, wanted: Plan) -> int:
+    """The life of the process that owns the GPU, in that process."""
+    import torch
+
+    from sidecar.imaging import gpu, worker
+
+    torch.set_grad_enabled(False)
+    worker.bind_to_server()
+    return gpu.serve(door, wanted.limits, wanted.gpu_memory) if gpu.visible() else NO_CUDA
 
 
 def _reap(workers: dict[int, float]) -> None:
-    """Forget the workers that have ended. Raises StartError for one that found no device."""
+    """Forget the workers that have ended."""
     young = False
     for pid in list(workers):
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -132,15 +181,13 @@ def _reap(workers: dict[int, float]) -> None:
         young = young or time.monotonic() - workers[pid] < YOUNG
         del workers[pid]
         code = os.waitstatus_to_exitcode(status)
-        if code == NO_CUDA:
-            raise StartError(NO_CUDA_TEXT)
         if code:
             _log.warning("an image worker ended (%s); the next one is started", ENDS.get(-code, f"exit status {code}"))
     if young:
         time.sleep(PAUSE)
 
 
-def _end(workers: dict[int, float]) -> None:
+def _end(workers: Sequence[int]) -> None:
     for pid in workers:
         os.kill(pid, signal.SIGKILL)  # a worker holds nothing that needs care, and may be deep in C code
     for pid in workers:

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pybase64
+import torch
 
 from sidecar.imaging import headers
 from sidecar.imaging.decode import BadPixels, check_size, decode
+from sidecar.imaging.door import Ask, Door
 from sidecar.imaging.patches import ppm, prepare, resize, values
 from sidecar.jobs import INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.kernels import families
-from sidecar.kernels.grid import Geometry, ProcessorSpec
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec
 
 Payload = bytes | bytearray | memoryview
 Answer = tuple[Done | Refused, Payload]
@@ -58,8 +60,8 @@ class Picture:
     stages: Stages
 
 
-def run(job: Job, payload: Payload) -> Answer:
-    """Do one job on the CPU."""
+def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
+    """Do one job; the resizing behind `door` where there is one and the job allows it, else here."""
     spec = families.from_json(job.spec)
     name = "unknown"
     try:
@@ -69,6 +71,8 @@ def run(job: Job, payload: Payload) -> Answer:
         name = opened.header.format
         if job.want == LAYOUT:
             return done(opened, ""), b""
+        if door is not None and job.gpu and (made := _elsewhere(door, job, opened, spec)) is not None:
+            return made
         if job.want in INLINE:
             pixels = resize(opened.pixels, opened.geometry, spec)
             opened.stages.end("resize")
@@ -80,6 +84,31 @@ def run(job: Job, payload: Payload) -> Answer:
         return Refused(e.reason, str(e), name), b""
     except MemoryError:
         return Refused("image_failed", "it needs more memory than one image may use", name), b""
+
+
+def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> Answer | None:
+    """The answer by the GPU; None where it cannot be had."""
+    rows = picture.pixels.permute(1, 2, 0).contiguous().numpy()
+    inline, (height, width) = job.want in INLINE, picture.geometry.size
+    if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
+        return None  # nothing to resize
+    size = 3 * height * width if inline else tensor_bytes(picture.geometry, spec)
+    octets = door.make(rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], job.spec, inline), size)
+    if octets is None:
+        return None
+    picture.stages.end("resize_gpu")
+    if not inline:
+        return done(picture, OCTETS), octets
+    return finish(
+        job, picture, torch.frombuffer(octets, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1), spec
+    )
+
+
+def tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
+    """Bytes of one image's `pixel_values`."""
+    height, width = geometry.size
+    copies = spec.temporal_patch_size if isinstance(spec, PatchSpec) else 1
+    return 3 * height * width * copies * (4 if spec.floats else 1)
 
 
 def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | Done:

@@ -29,18 +29,18 @@ BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours,
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 
-def serve(listening: socket.socket, do: Do, limits: Limits, exact: bool = True) -> int:
+def serve(listening: socket.socket, do: Do, limits: Limits) -> int:
     """Take connections until the process has done its share. Returns 0."""
     for _ in range(JOBS_PER_LIFE):
         connection, _ = listening.accept()
         with connection, contextlib.suppress(OSError, FrameError):  # the relay is gone, or sent no job: nobody to tell
             connection.settimeout(PATIENCE)
-            _one(connection, do, limits, exact)
+            _one(connection, do, limits)
     return 0
 
 
-def _one(connection: socket.socket, do: Do, limits: Limits, exact: bool) -> None:
-    connection.sendall(head(Ready(exact)))
+def _one(connection: socket.socket, do: Do, limits: Limits) -> None:
+    connection.sendall(head(Ready()))
     job, payload = receive(connection, payload_bound(limits))
     with deadline(job.seconds):
         answer, out = do(job, payload)
@@ -83,19 +83,24 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def confine(limits: Limits, memory: bool = True) -> None:
-    """Give up what a worker does not need. `memory=False` where a GPU driver maps far more than it uses."""
+def confine(limits: Limits) -> None:
+    """Give up what a worker does not need."""
     _mute()
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    bind_to_server()
     for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, MAX_FILES)):
         _lower(what, most)
+    if sys.platform == "linux":
+        _lower(resource.RLIMIT_AS, _mapped() + memory_bound(limits))
+
+
+def bind_to_server() -> None:
+    """Die with the server, leave Ctrl-C to it, gain no privileges, and let a deadline's signal end this process."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        if memory:
-            _lower(resource.RLIMIT_AS, _mapped() + memory_bound(limits))
 
 
 def _mute() -> None:

@@ -100,6 +100,8 @@ class Relay:
                 self._published = order
                 self._engine_kind = order.engine_kind or self._engine_kind
                 self._desk.judged(order.verdict, time.monotonic())
+                if self._images is not None:
+                    self._images.gpu = order.verdict in inlining.SETTLED
             case End():
                 self._desk.end(order.ids, order.code)
             case Page():

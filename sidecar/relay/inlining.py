@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from sidecar.errors import BadImage, RequestError
 from sidecar.facts import Fact, Imaged
@@ -45,8 +45,14 @@ class Prepared(Protocol):
     def bytes_out(self) -> int: ...
 
 
+# An engine that starts measures the GPU's memory, and gives up when a neighbour's use changes; one that is given up will start
+SETTLED: Final = ("idle", "progressing", "quiet", "suspect")
+
+
 class ImageWork(Protocol):
     """The image workers, as a relay sees them."""
+
+    gpu: bool  # whether a GPU that is there may be used now
 
     async def inline(self, data: Data, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
         """Prepare one image from its base64 text, or from its bytes. Raises BadImage or ImagesBusy."""

@@ -34,7 +34,6 @@ from sidecar.settings import Settings
 SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
 HANDOFF: Final = "x-sidecar-handoff"
-INEXACT: Final = {"x-sidecar-images": "inexact"}
 MALFORMED: Final = (ValueError, AssertionError, HttpProcessingError)  # what aiohttp raises for a damaged multipart body
 MARK: Final = b";base64,"
 MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
@@ -79,12 +78,11 @@ async def preprocess(request: web.BaseRequest, images: Images, limits: Settings,
         )
     tenant = request.headers.get(limits.tenant_header, "")
     done = await _prepare(images, spec, sources, want, emit, tenant)
-    extra = {} if all(t.prepared.exact for t in done) else INEXACT
     if want == LAYOUT:
-        return web.json_response(layout(done, spec), headers=extra)
+        return web.json_response(layout(done, spec))
     if shm:
-        return web.json_response(await shared(images, spec, done), headers=extra)
-    return await _answer(request, done, spec, extra)
+        return web.json_response(await shared(images, spec, done))
+    return await _answer(request, done, spec)
 
 
 def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
@@ -133,7 +131,7 @@ def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
     """The JSON form: names, shapes, dtypes, and what each image became."""
     return {
         "processor": spec.fingerprint,
-        "exact": all(t.prepared.exact for t in done),
+        "exact": True,
         "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
         "images": [described(t.prepared) for t in done],
     }
@@ -202,11 +200,9 @@ def rows(t: Tensors, done: Sequence[Tensors], spec: ProcessorSpec) -> Sequence[D
     return padded(t.values, (t.prepared.height, t.prepared.width), shape, SIZES[dtype])
 
 
-async def _answer(
-    request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec, extra: dict[str, str]
-) -> web.StreamResponse:
+async def _answer(request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec) -> web.StreamResponse:
     head = safetensors_head(done, spec)
-    response = web.StreamResponse(headers={"content-type": SAFETENSORS, **extra})
+    response = web.StreamResponse(headers={"content-type": SAFETENSORS})
     dtype, shape = shapes(done, spec)["pixel_values"]
     response.content_length = len(head) + SIZES[dtype] * math.prod(shape)
     await downstream.start(response, request)

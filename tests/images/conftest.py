@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -34,9 +34,10 @@ def children(pid: int) -> list[int]:
 class Server:
     """A running image server. `pid` is the fork server's."""
 
-    def __init__(self, folder: Path, chosen: Settings) -> None:
+    def __init__(self, folder: Path, chosen: Settings, env: dict[str, str] | None = None) -> None:
         self.path = str(folder / "images.sock")
         self.settings = chosen
+        self.env = env or {}
         self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listening.bind(self.path)
         self.listening.listen(64)
@@ -45,7 +46,7 @@ class Server:
     def _start(self) -> subprocess.Popen[bytes]:
         fd = self.listening.fileno()
         command = [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(fd)]
-        process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.PIPE)
+        process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.PIPE, env={**os.environ, **self.env})
         stdin = process.stdin
         assert stdin is not None
         _tell(stdin, self.settings)
@@ -97,8 +98,9 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     """A function: settings -> a running server, ended with the session at the latest."""
     with contextlib.ExitStack() as stack:
 
-        def start(**chosen: object) -> Server:
-            server = Server(tmp_path_factory.mktemp("images"), Settings(**{"image_workers": 2, **chosen}))  # type: ignore[arg-type]
+        def start(env: dict[str, str] | None = None, **chosen: object) -> Server:
+            few: dict[str, Any] = {"image_workers": 2, "images_device": "cpu", **chosen}
+            server = Server(tmp_path_factory.mktemp("images"), Settings(**few), env)
             stack.callback(_end, server)
             return server
 

@@ -111,10 +111,10 @@ def test_extremes_equal_the_cpu(gpu: Any, resample: int) -> None:
     """One pixel, one column, scales over 100, sizes that do not change, and tiles that are crossed, in one batch."""
     sizes = [
         (1, 1, 56, 56),
-        (3000, 4, 28, 28),
-        (4, 5000, 28, 252),
+        (900, 4, 7, 28),
+        (4, 1500, 28, 12),
         (64, 1, 64, 700),
-        (2, 3000, 28, 10),
+        (2, 700, 28, 10),
         (40, 50, 40, 50),
         (90, 700, 70, 600),
     ]

@@ -235,7 +235,7 @@ async def test_sigterm_ends_server_and_workers(start_server: Callable[..., Serve
 async def test_the_server_ends_with_its_parent(tmp_path: Path, spec: ProcessorSpec) -> None:
     """When whoever started the server is killed, server and workers end by themselves."""
     path = str(tmp_path / "images.sock")
-    chosen = Settings(image_workers=1)
+    chosen = Settings(image_workers=1, images_device="cpu")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(8)
@@ -286,7 +286,7 @@ def test_cuda_without_a_device_says_what_to_do(requires: Callable[[str], Path]) 
         (Settings(), 4, 4, 1),
         (Settings(image_workers=2), 8, 2, 4),
         (Settings(image_workers=8), 2, 8, 1),
-        (Settings(images_device="cuda"), 8, 1, 8),
+        (Settings(images_device="cuda"), 8, 8, 1),
         (Settings(images_device="auto"), 2, 2, 1),
     ],
 )

@@ -22,6 +22,7 @@ class Workers:
     """Image workers of a test: answers what the base64 text says."""
 
     def __init__(self) -> None:
+        self.gpu = False
         self.running = 0
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()

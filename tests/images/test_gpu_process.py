@@ -1,0 +1,283 @@
+"""The process that owns the GPU, from a worker's side: what it makes, and that nothing it fails at costs more than time.
+
+The kernel runs in Triton's interpreter, so all but CUDA itself is the real thing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sidecar.images import Images
+from sidecar.imaging import door, work
+from sidecar.imaging.door import Ask, Door
+from sidecar.imaging.server import GPU_REST, NO_CUDA, Owner, plan
+from sidecar.jobs import PIXELS, RAW, TENSORS, Done, Job, Limits
+from sidecar.kernels import families
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.settings import Settings
+
+from .conftest import Server
+
+LIMITS = Limits(1 << 20, 1 << 20)
+LONG = 100.0  # seconds: the interpreter is slow, and more so on a busy machine
+
+
+def png(height: int, width: int, seed: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def small(name: str = "Qwen2VLImageProcessor") -> ProcessorSpec:
+    """A processor whose results are small."""
+    found = families.from_config({"image_processor_type": name, "max_pixels": 6272, "min_pixels": 3136})
+    assert found is not None
+    return found
+
+
+def job(want: str, chosen: ProcessorSpec | None = None, gpu: bool = True) -> Job:
+    return Job(want, (chosen or small()).to_json(), False, LIMITS, 60.0, gpu)
+
+
+def stages(answer: work.Answer) -> list[str]:
+    assert isinstance(answer[0], Done), answer[0]
+    return [name for name, _ in answer[0].stages]
+
+
+def peer(connection: socket.socket) -> int:
+    """The process behind a connection."""
+    return int(struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+def connected(path: str) -> socket.socket:
+    """A connection to the GPU's process, which may still be starting."""
+    deadline = time.monotonic() + LONG
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(LONG)
+        try:
+            connection.connect(path)
+        except OSError:
+            connection.close()
+            assert time.monotonic() < deadline, "the GPU's process does not listen"
+            time.sleep(0.02)  # a path that appears gives no event
+        else:
+            return connection
+
+
+@pytest.fixture(scope="module")
+def gpu(start_server: Callable[..., Server], requires: Any) -> Iterator[str]:
+    """Where a server's GPU process listens."""
+    requires("python:triton")
+    server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1)
+    path = server.path + door.NAME
+    connected(path).close()
+    yield path
+    server.stop()
+
+
+@pytest.fixture
+def enter() -> Iterator[Callable[..., Door]]:
+    """A function: arguments of a Door -> one that is closed with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def made(*args: Any) -> Door:
+            one = Door(*args)
+            stack.callback(one.close)
+            return one
+
+        yield made
+
+
+@pytest.mark.parametrize("want", [PIXELS, RAW, TENSORS])
+def test_the_gpu_gives_what_the_cpu_gives(gpu: str, want: str, enter: Callable[..., Door]) -> None:
+    """Inline pixels and tensors are the same bytes, and the stages say where they were made."""
+    data = png(70, 90)
+    there, here = work.run(job(want), data, enter(gpu, LONG)), work.run(job(want), data)
+    assert "resize_gpu" in stages(there) and "resize_gpu" not in stages(here)
+    assert bytes(there[1]) == bytes(here[1]) and len(here[1]) > 0
+
+
+def test_planes_and_crops_come_back_whole(gpu: str, enter: Callable[..., Door]) -> None:
+    """CLIP's processor, whose crop is cut on the GPU."""
+    data = png(40, 52)
+    config = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": 28}
+    clip = families.from_config(config)
+    assert clip is not None
+    there = work.run(job(TENSORS, clip), data, enter(gpu, LONG))
+    assert "resize_gpu" in stages(there)
+    assert bytes(there[1]) == bytes(work.run(job(TENSORS, clip), data)[1])
+
+
+def test_one_door_serves_many_images(gpu: str, enter: Callable[..., Door]) -> None:
+    """An arena is used again and again, by images of different sizes."""
+    one = enter(gpu, LONG)
+    for seed, size in enumerate([(60, 80), (30, 40), (90, 61)]):
+        data = png(*size, seed)
+        assert bytes(work.run(job(PIXELS), data, one)[1]) == bytes(work.run(job(PIXELS), data)[1])
+
+
+def test_a_job_that_may_not_use_the_gpu_does_not(tmp_path: Path, enter: Callable[..., Door]) -> None:
+    """While the engine starts, jobs say so, and nobody is asked."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(tmp_path / "door"))
+        listening.listen()
+        listening.setblocking(False)
+        answer = work.run(job(PIXELS, gpu=False), png(50, 50), enter(str(tmp_path / "door")))
+        assert "resize" in stages(answer)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+
+
+def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(tmp_path: Path, enter: Callable[..., Door]) -> None:
+    """A refused connection costs nothing; it is tried again after a pause that doubles."""
+    now = [0.0]
+    one = enter(str(tmp_path / "nobody"), 0.1, lambda: now[0])
+    assert "resize" in stages(work.run(job(PIXELS), png(50, 50), one))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(tmp_path / "nobody"))
+        listening.listen()
+        listening.setblocking(False)
+        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, "", True), 12) is None
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        now[0] = 1.0
+        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, "", True), 12) is None
+        listening.accept()[0].close()
+
+
+def test_a_full_budget_leaves_the_image_to_the_cpu(
+    start_server: Callable[..., Server], requires: Any, enter: Callable[..., Door]
+) -> None:
+    """What does not fit into --gpu-memory-budget is refused, and the process goes on."""
+    requires("python:triton")
+    server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1, gpu_memory_budget=40_000)
+    connected(server.path + door.NAME).close()
+    one = enter(server.path + door.NAME, LONG)
+    large = png(120, 120)
+    answer = work.run(job(PIXELS), large, one)
+    assert "resize" in stages(answer) and bytes(answer[1]) == bytes(work.run(job(PIXELS), large)[1])
+    assert "resize_gpu" in stages(work.run(job(PIXELS), png(20, 30), one))
+
+
+def test_a_late_gpu_is_not_waited_for_and_never_mixes_images(gpu: str, enter: Callable[..., Door]) -> None:
+    """While the process stands still the CPU does the work; until the late answer is there, the arena is left alone."""
+    data = [png(50 + i, 60, i) for i in range(3)]
+    here = [bytes(work.run(job(PIXELS), d)[1]) for d in data]
+    with connected(gpu) as connection:
+        process = peer(connection)
+    one = enter(gpu, 0.05)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        for d, wanted in zip(data, here, strict=True):
+            answer = work.run(job(PIXELS), d, one)
+            assert "resize" in stages(answer) and bytes(answer[1]) == wanted
+    finally:
+        os.kill(process, signal.SIGCONT)
+    one._patience = LONG
+    deadline = time.monotonic() + LONG
+    while True:
+        answer = work.run(job(PIXELS), data[2], one)
+        assert bytes(answer[1]) == here[2]
+        if "resize_gpu" in stages(answer):
+            break
+        assert time.monotonic() < deadline
+
+
+def nonsense() -> dict[str, Callable[[socket.socket], Any]]:
+    """What a worker that was taken over might send."""
+    spec = small().to_json()
+
+    def arena(connection: socket.socket, fd: int) -> None:
+        try:
+            socket.send_fds(connection, [b"arena"], [fd])
+        finally:
+            os.close(fd)
+
+    def unsealed(connection: socket.socket) -> None:
+        fd = os.memfd_create("loose")
+        os.ftruncate(fd, door.ARENA)
+        arena(connection, fd)
+
+    def ask(text: bytes) -> Callable[[socket.socket], None]:
+        def send(connection: socket.socket) -> None:
+            arena(connection, door.arena())
+            connection.send(text)
+
+        return send
+
+    return {
+        "no arena": lambda c: c.send(b"hello"),
+        "an arena that can shrink": unsealed,
+        "no JSON": ask(b"\xff"),
+        "another shape": ask(b'{"height": 1}'),
+        "no size": ask(Ask(0, -3, spec, True).to_json()),
+        "more pixels than the arena": ask(Ask(60_000, 60_000, spec, True).to_json()),
+        "no processor": ask(Ask(9, 9, '{"family": "Nobody"}', True).to_json()),
+        "a processor without numbers": ask(Ask(9, 9, '{"family": "Smart"}', True).to_json()),
+    }
+
+
+@pytest.mark.parametrize("what", nonsense())
+def test_a_worker_that_lies_is_hung_up_on(gpu: str, what: str) -> None:
+    """Nothing a worker sends ends the GPU's process."""
+    with connected(gpu) as connection:
+        process = peer(connection)
+        nonsense()[what](connection)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+    with connected(gpu) as connection:
+        assert peer(connection) == process
+
+
+async def test_a_lost_gpu_costs_nothing(start_server: Callable[..., Server], requires: Any) -> None:
+    """The process is killed: images go on through the server's workers, on the CPU."""
+    requires("python:triton")
+    server = start_server({"TRITON_INTERPRET": "1"}, images_device="auto", image_workers=1)
+    with connected(server.path + door.NAME) as connection:
+        os.kill(peer(connection), signal.SIGKILL)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    images = Images(server.path, server.settings, small())
+    images.gpu = True
+    tensors = await images.tensors([(png(50, 60), False)])
+    assert bytes(tensors[0].values) == bytes(work.run(job(TENSORS), png(50, 60))[1])
+    await asyncio.to_thread(server.stop)
+
+
+async def test_auto_without_a_gpu_is_the_cpu(start_server: Callable[..., Server]) -> None:
+    """Where no device is visible, `auto` serves on the CPU."""
+    server = start_server({"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": ""}, images_device="auto", image_workers=1)
+    images = Images(server.path, server.settings, small())
+    images.gpu = True
+    assert (await images.tensors([(png(50, 60), False)]))[0].prepared.outcome == "ok"
+    await asyncio.to_thread(server.stop)
+
+
+@pytest.mark.parametrize(
+    ("device", "status", "again"), [("auto", NO_CUDA, None), ("auto", 1, GPU_REST), ("cuda", 1, GPU_REST)]
+)
+def test_when_a_gpu_is_tried_again(device: str, status: int, again: float | None) -> None:
+    """A lost GPU after a while; one that was never there is not looked for again."""
+    owner = Owner(plan(Settings(images_device=device), 1))
+    assert owner.due(0.0)
+    owner.pid = os.posix_spawn("/bin/sh", ["sh", "-c", f"exit {status}"], {})
+    os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
+    assert not owner.due(1e9)
+    owner.reap(10.0)
+    assert not owner.due(10.0)
+    assert owner.due(10.0 + GPU_REST) is (again is not None)
