@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Imaged
+from sidecar.facts import STATES, Imaged, Published
 
 from .pictures import Workers, pictures
 from .work import echo, once
@@ -85,3 +85,15 @@ async def test_preprocess_says_how_to_switch_it_on(rig: Any, serve: Any) -> None
     r = await rig(await serve(echo), preprocess=served)
     async with r.client.post(r.url + "/v1/preprocess", data=b"x") as got:
         assert await got.read() == b"x"
+
+
+async def test_no_gpu_beside_an_engine_that_starts(rig: Any, serve: Any) -> None:
+    """Images may use a GPU only under verdicts of an engine whose start is over and not about to come again."""
+    workers = Workers()
+    r = await rig(await serve(echo), images=workers)
+    assert not workers.gpu
+    allowed = []
+    for verdict in STATES:
+        r.relay.obey(Published("{}", "", verdict))
+        allowed += [verdict] * workers.gpu
+    assert allowed == ["idle", "progressing", "quiet", "suspect"]
