@@ -1,9 +1,10 @@
 """What the sidecar is worth to a real vLLM: photographs straight to it, and through the sidecar inline and by shared memory.
 
-    python benchmarks/vllm_images.py [--rounds N] [--write]          (the environment: `make test-vllm`, or tests/vllm/environment.py)
+    python benchmarks/vllm_images.py [--rounds N] [--executor uni|mp] [--write]       (the environment: `make test-vllm`, or tests/vllm/environment.py)
 
 One vLLM on a CPU with a tiny Qwen2-VL whose images are limited to 448 x 448, so that the vision tower is cheap and preprocessing
-shows; its image cache is off. Everything shares this machine's cores: engine, sidecar and client. Rules: the ways take turns in
+shows; its image cache is off. Its worker runs in the core's process, as on one GPU: the CPU's default, a worker of its own, polls for a
+second after each step, which takes a core from whoever works and counts as the engine's CPU time (`--executor mp` shows that). Everything shares this machine's cores: engine, sidecar and client. Rules: the ways take turns in
 every round and a row is the median over the rounds; answers with log-probabilities are compared before anything is timed; every
 photograph of a block is another file (a comment is put into it), so that no cache helps but where a row says so. CPU seconds are those of
 the process tree. `--write` puts the table into benchmarks/results/.
@@ -45,7 +46,7 @@ PATH = "/v1/chat/completions"
 LIMIT = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
 SIZES = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
 REPEATED = {"720p": (1280, 720), **SIZES}
-REQUESTS = {"1080p": 32, "12 MP": 16}  # of one block
+REQUESTS = {"1080p": 32, "12 MP": 24}  # of one block
 AT_ONCE = 8
 DIRECT, INLINE, SHM = "vLLM alone", "sidecar, inline", "sidecar, shm"
 SMALL, TEXT = "vLLM alone, image already resized", "vLLM alone, no image"
@@ -63,6 +64,8 @@ for _ in range(9):
     taken.append(time.perf_counter() - start)
 print(statistics.median(taken))
 """
+# vLLM refuses "uni" on a CPU, for the sake of OMP settings that ENGINE_ENV makes itself, unless this is said.
+EXECUTORS = {"uni": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, "mp": {}}
 _names = itertools.count()
 
 
@@ -237,16 +240,23 @@ def tiny(folder: Path) -> Path:
     """The tiny Qwen2-VL of the tests, made anew."""
     script = processes.ROOT / "tests/vllm/tiny_models.py"
     environ = os.environ | processes.ENGINE_ENV
-    subprocess.run([str(environment.python()), str(script), "vision", str(folder)], check=True, env=environ)
+    subprocess.run(
+        [str(environment.python()), str(script), "vision", str(folder)],
+        check=True,
+        env=environ,
+        stderr=subprocess.DEVNULL,
+    )
     return folder
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
+async def running(
+    folder: Path, executor: str
+) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
     """The engine and both sidecars beside it."""
     model = limited(tiny(folder / "made"), folder / "model")
-    environ = processes.with_plugin(folder / "site")
-    more = ("--mm-processor-cache-gb", "0")
+    environ = processes.with_plugin(folder / "site") | EXECUTORS[executor]
+    more = ("--mm-processor-cache-gb", "0", "--distributed-executor-backend", executor)
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=more))
         sidecars = {
@@ -265,13 +275,17 @@ async def running(folder: Path) -> AsyncIterator[tuple[dict[str, Way], psutil.Pr
 
 
 def report(
-    rows: dict[str, dict[str, Row]], again: dict[str, tuple[float, float]], loads: list[float], rounds: int
+    rows: dict[str, dict[str, Row]],
+    again: dict[str, tuple[float, float]],
+    loads: list[float],
+    rounds: int,
+    executor: str,
 ) -> str:
     """Everything as Markdown."""
     lines = [
         f"# A real vLLM and the sidecar on the same cores: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache off; {os.cpu_count()} cores "
+        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache off, executor {executor}; {os.cpu_count()} cores "
         f"for engine, sidecar and client together; {AT_ONCE} requests at once, one token each, median of {rounds} interleaved rounds; "
         f"Python {platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f} (the benchmark itself is "
         "about 3). The answers of the three ways are equal, log-probabilities included.",
@@ -315,20 +329,21 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-async def measure(rounds: int) -> str:
+async def measure(rounds: int, executor: str) -> str:
     loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
-        async with running(Path(folder)) as (ways, engine, sidecar), aiohttp.ClientSession() as http:
+        async with running(Path(folder), executor) as (ways, engine, sidecar), aiohttp.ClientSession() as http:
             rows = await throughput(http, ways, engine, rounds)
             again = await repeated(http, sidecar, rounds)
     loads.append(os.getloadavg()[0])
-    return report(rows, again, loads, rounds)
+    return report(rows, again, loads, rounds, executor)
 
 
 def main() -> None:
     """Print the tables; write them where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--executor", choices=EXECUTORS, default="uni")
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     if not environment.complete():
@@ -336,7 +351,7 @@ def main() -> None:
             "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk); nothing is measured"
         )
         return
-    text = asyncio.run(measure(chosen.rounds))
+    text = asyncio.run(measure(chosen.rounds, chosen.executor))
     print(text)
     if chosen.write:
         slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
