@@ -1,4 +1,4 @@
-# make run | test | check | matrix | test-vllm | sanitize | bench | docs | clean
+# make run | test | check | matrix | test-vllm | sanitize | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and a C compiler for one test. Everything else goes into .venv, pinned by
 # constraints.txt. An installation is repeated only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, each start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test check matrix test-vllm sanitize bench docs constraints clean
+.PHONY: help run test check matrix test-vllm sanitize fuzz bench docs constraints clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -45,6 +45,12 @@ sanitize: ## The compiled kernel under AddressSanitizer and UBSan over random si
 		-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero -Ikernels/csrc tests/images/sanitize.cpp -o build/sanitize
 	build/sanitize $(or $(ARGS),20)
 
+fuzz: .venv/.installed-test ## Search for bytes that headers, bodies and links do not withstand; ARGS=SECONDS for each, 60 if none
+	$(INSTALL) -e ".[fuzz]"
+	for target in header body link; do
+		$(BIN)/python -m tests.fuzz $$target $(or $(ARGS),60)
+	done
+
 bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the results
 	for file in benchmarks/*.py; do
 		[[ $$file != *gpu* ]] || command -v nvidia-smi > /dev/null || continue
@@ -56,7 +62,7 @@ docs: .venv/.installed-test ## Write what is generated: docs/verdict.md, docs/se
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade everything and pin it in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,fleet,test,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,fleet,test,fuzz,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable

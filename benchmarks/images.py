@@ -1,11 +1,12 @@
 """Images on one core: our chain against decoding alone and against Hugging Face's processors.
 
-    python benchmarks/images.py [--rounds N] [--write]
+    python benchmarks/images.py [--rounds N] [--write] [--pillow-simd PYTHON]
 
 Rules: one core (affinity and one thread); the chains of a size take turns in every round, and a row is the median over the
 rounds, so that noise of the machine meets all alike; before anything is timed, our tensors are compared with the torchvision
 processor's, and must be equal. The kernel alone is set against the bytes that it must read and write at the speed of copying.
-`--write` puts the table into benchmarks/results/.
+`--pillow-simd` names the interpreter of an environment like this one that has Pillow-SIMD in Pillow's place; a process of it, on the
+same core, takes its turns with the rest. `--write` puts the table into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ LIMITS = Limits(20 << 20, 50_000_000)
 
 DECODE, PIXELS = "decode alone", "decode + resize + PPM"
 BYTES, TENSORS = "decode + uint8 patches", "decode + fp32 patches"
+HF_SIMD = "HF PIL processor with Pillow-SIMD"
 HF_PIL, HF_TV = "HF PIL processor", "HF torchvision processor, PIL decode"
 ATEN, KERNEL, COPY = "ATen resize + torch ops to fp32 patches", "our kernel to fp32 patches", "copy of as many bytes"
 
@@ -96,13 +101,48 @@ def measure(todo: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
+class Simd:
+    """The Pillow processor in an interpreter that has Pillow-SIMD: one line with a size in, one line out when it is done."""
+
+    def __init__(self, python: str) -> None:
+        command = [python, __file__, "--serve"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.version = self._answer()
+        if ".post" not in self.version:
+            raise SystemExit(f"--pillow-simd {python}: it has Pillow {self.version}, not Pillow-SIMD")
+
+    def process(self, size: str) -> str:
+        """Process the picture of one size there."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(size + "\n")
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line:
+            raise SystemExit("--pillow-simd: its process ended; run it with --serve to see why")
+        return line
+
+
+def serve() -> None:
+    """The other side of Simd."""
+    pil = Qwen2VLImageProcessorPil(max_pixels=CONFIG["max_pixels"])
+    files = {name: photos.photo(*size, seed=1) for name, size in SIZES.items()}
+    print(PIL.__version__, flush=True)
+    for line in sys.stdin:
+        image = Image.open(io.BytesIO(files[line.strip()])).convert("RGB")
+        pil(images=[image], return_tensors="pt")
+        print("done", flush=True)
+
+
 def cpu_name() -> str:
     """The processor, as the kernel calls it."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def report(rounds: int) -> str:
+def report(rounds: int, simd: Simd | None) -> str:
     """The whole table as Markdown."""
     spec = families.from_config(CONFIG)
     assert isinstance(spec, PatchSpec)
@@ -112,13 +152,16 @@ def report(rounds: int) -> str:
         data = photos.photo(width, height, seed=1)
         todo = chains(data, spec)
         assert torch.equal(todo[TENSORS](), todo[HF_TV]()), "not exact: nothing is timed"
+        if simd is not None:
+            todo[HF_SIMD] = partial(simd.process, name)
+            todo[HF_SIMD]()
         todo[HF_PIL]()  # warm
         sizes[name] = len(data)
         rows[name] = measure(todo, rounds)
     lines = [
         f"# Images, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, "
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, {f'Pillow-SIMD {simd.version}, ' if simd else ''}"
         f"transformers {transformers.__version__}, Python {platform.python_version()}, "
         f"ATen {torch.backends.cpu.get_cpu_capability()}, our kernel {fused.level()}; median of {rounds} interleaved rounds, ms per image; "
         "Qwen2-VL, at most 1003520 pixels; our fp32 patches equal the torchvision processor's to the last bit.",
@@ -139,11 +182,13 @@ def report(rounds: int) -> str:
                 ("our uint8 patches / decode alone", BYTES, DECODE),
                 ("our fp32 patches / decode alone", TENSORS, DECODE),
                 ("HF PIL processor / our fp32 patches", HF_PIL, TENSORS),
+                ("HF PIL processor with Pillow-SIMD / our fp32 patches", HF_SIMD, TENSORS),
                 ("HF torchvision processor / our fp32 patches", HF_TV, TENSORS),
                 ("HF torchvision processor / our pixels", HF_TV, PIXELS),
                 ("ATen + torch ops / our kernel", ATEN, KERNEL),
                 ("our kernel / copy of the bytes that it reads and writes", KERNEL, COPY),
             )
+            if over in rows["1080p"]
         ),
         "",
     ]
@@ -155,11 +200,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--pillow-simd", metavar="PYTHON")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    text = report(chosen.rounds)
+    if chosen.serve:
+        serve()
+        return
+    text = report(chosen.rounds, Simd(chosen.pillow_simd) if chosen.pillow_simd else None)
     print(text)
     if chosen.write:
         slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")

@@ -145,8 +145,8 @@ def _data_urls(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _parse(rest: bytes) -> dict[str, Any] | None:
-    if len(rest) > MAX_PARSED:
-        return None
+    if len(rest) > MAX_PARSED or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return None  # too long; or UTF-16 or UTF-32, which `json` would read and which our bytes do not fit into
     try:
         payload = json.loads(rest)
     except (ValueError, RecursionError):

@@ -139,6 +139,14 @@ def test_what_is_no_json_object_is_the_engines_to_judge(body: bytes) -> None:
     assert join(skeleton, {}, ask_usage=True) == [body]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_body_in_wide_characters_is_left_alone(encoding: str) -> None:
+    """Python's parser would read it, and so does an engine in Python; nothing of ours can be spliced into it."""
+    body = json.dumps({"model": "m", "stream": True}).encode(encoding)
+    skeleton = cut(body, NONCE)
+    assert skeleton.payload is None and join(skeleton, {}, ask_usage=True) == [body]
+
+
 def test_a_long_text_is_not_parsed_but_sent() -> None:
     """A body over the parse bound passes untouched and is measured by its length."""
     body = b'{"prompt":"' + b"a" * bodies.MAX_PARSED + b'"}'

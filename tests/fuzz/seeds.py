@@ -1,0 +1,47 @@
+"""Where the search begins: files of the corpus, and bodies and links of every form."""
+
+from __future__ import annotations
+
+import json
+
+from ..images import corpus
+
+MOST = 20_000  # bytes of a seed
+
+IMAGES = (
+    "data:image/png;base64,AAAA",
+    "data:image/jpeg;base64,/9j/+A==",
+    "data:text/plain,x",
+    "https://img.example.com/a.jpg",
+    "file:///a",
+)
+LINKS = (
+    b"https://img.example.com/a.jpg?x#y", b"http://a.example.org:80/", b"http://user:word@img.example.com", b"//img.example.com", b"http://[::1]/",
+    b"http://img.example.com\\@evil.net/", b"http://\xe2\x91\xa0.example.org/", b"64:ff9b::a00:1", b"::ffff:127.0.0.1", b"fe80::1%eth0", b"10.0.0.1",
+)  # fmt: skip
+
+
+def bodies() -> list[bytes]:
+    """Request bodies: chat and responses, indented, escaped, in other encodings, cut off."""
+    made = []
+    for image in IMAGES:
+        parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": image}]
+        chat = {"model": "m", "stream": True, "messages": [{"role": "user", "content": parts}]}
+        answer = {"input": [{"content": [{"type": "input_image", "image_url": image}]}], "stream_options": {"a": 1}}
+        for body in (chat, answer):
+            text = json.dumps(body)
+            made += [text.encode(), text.replace("/", "\\/").encode(), json.dumps(body, indent=1).encode(), text.encode("utf-16"),
+                     text.encode("utf-16-le"), text.encode("utf-32"), text.encode("utf-8-sig"), text[:-9].encode()]  # fmt: skip
+    return [
+        *made,
+        b'{"a":NaN,"a":1}',
+        b"[1]",
+        b'{"data:;base64,\\"":1}',
+        b'{"data:image/png;base64,AAAA":"\xed\xa0\x80"}',
+    ]
+
+
+def of(target: str) -> list[bytes]:
+    """The seeds of a target."""
+    files = (data for data in corpus.all_files().values() if len(data) <= MOST)
+    return {"header": lambda: list(files), "body": bodies, "link": lambda: list(LINKS)}[target]()

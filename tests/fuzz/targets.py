@@ -1,0 +1,99 @@
+"""What must hold for any bytes at all: each function raises AssertionError where it does not.
+
+`make fuzz` drives them with atheris; tests/test_fuzz.py does it with the corpus and with hypothesis.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sidecar.imaging import headers
+from sidecar.relay import bodies, links, shapes
+
+NONCE = "0123456789abcdef"
+MOST = 1 << 20  # pixels of an image that is decoded here
+IMAGE = "data:image/png;base64,AAAA"
+
+
+def image_header(data: bytes) -> None:
+    """Reading a header never fails, gives no negative size, and tells a plain file's size as its decoder sees it."""
+    header = headers.read(data)
+    if header is None:
+        return
+    assert header.height >= 0 and header.width >= 0
+    assert not header.plain or header.format in ("jpeg", "webp")
+    if header.plain and 0 < header.height * header.width <= MOST:
+        import torch
+        import torchvision.io.image  # noqa: F401  registers torch.ops.image
+
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try:
+            pixels: Any = getattr(torch.ops.image, "decode_" + header.format)(encoded, 3)
+        except RuntimeError:
+            return
+        assert tuple(pixels.shape[1:]) == (header.height, header.width), (tuple(pixels.shape), header)
+
+
+def request_body(data: bytes) -> None:
+    """A body goes out as it came in, or means the same but for what was to change."""
+    for with_links in (False, True):
+        skeleton = bodies.cut(data, NONCE, links=with_links)
+        assert bodies.join(skeleton, {}) == [data]
+        shapes.describe(skeleton.payload, "chat", len(data))
+        if not skeleton.payload:
+            assert not skeleton.images
+            continue
+        try:
+            means = json.loads(data)
+        except ValueError:
+            return  # JSON but for what stands in a data URL, which is the image workers' to judge
+        if means.get("stream_options") is None or isinstance(means["stream_options"], dict):
+            asked = json.loads(b"".join(bodies.join(skeleton, {}, ask_usage=True)))
+            asked["stream_options"].pop("include_usage")
+            assert _text(asked, "stream_options") == _text(means, "stream_options")
+        for part in skeleton.images:
+            assert part.link or part.data is not None
+        if skeleton.images:
+            replaced = {part.index: ("image/png", b"AAAA") for part in skeleton.images}
+            changed = json.loads(b"".join(bodies.join(skeleton, replaced)))
+            for part in skeleton.images:
+                assert _url(changed, part.where) == IMAGE
+                _put(changed, part.where, _url(means, part.where))
+            assert _text(changed) == _text(means)
+
+
+def link(data: bytes) -> None:
+    """What may be fetched is on the list, without a user name, by http or https."""
+    among = links.domains("img.example.com,*.example.org")
+    url = links.allowed(data.decode(errors="replace"), among)
+    if url is not None:
+        assert url.scheme in ("http", "https") and url.user is None and url.port in (80, 443)
+        host = (url.host or "").rstrip(".")
+        assert host == "img.example.com" or host.endswith(".example.org")
+    links.is_public(data.decode("latin-1"))
+
+
+def _text(value: dict[str, Any], without: str = "") -> str:
+    return json.dumps({k: v for k, v in value.items() if k != without}, sort_keys=True)
+
+
+def _part(payload: dict[str, Any], where: str) -> Any:
+    name, i, j = where.replace("]", "").replace(".content", "").split("[")
+    return payload[name][int(i)]["content"][int(j)]
+
+
+def _url(payload: dict[str, Any], where: str) -> Any:
+    image = _part(payload, where)["image_url"]
+    return image["url"] if isinstance(image, dict) else image
+
+
+def _put(payload: dict[str, Any], where: str, url: Any) -> None:
+    part = _part(payload, where)
+    if isinstance(part["image_url"], dict):
+        part["image_url"]["url"] = url
+    else:
+        part["image_url"] = url
+
+
+TARGETS = {"header": image_header, "body": request_body, "link": link}
