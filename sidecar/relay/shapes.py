@@ -86,7 +86,8 @@ def _measure(stack: list[Any]) -> tuple[int, int, int]:
             else:
                 stack.extend(value)
         elif isinstance(value, dict):
-            if value.get("type") in _IMAGE_TYPES:
+            kind = value.get("type")
+            if isinstance(kind, str) and kind in _IMAGE_TYPES:
                 images += 1
             else:
                 # `data` is base64 in every API that has it: audio, files

@@ -105,7 +105,7 @@ async def sidecar(
     async with sidecars(folder) as start:
         sidecar = await start(
             recorder.url, images="inline", model=str(folder), image_workers="1", canary_interval="60",
-            otlp_endpoint=recorder.url, shm_dir=str(shm_dir),
+            otlp_endpoint=recorder.url, shm_dir=str(shm_dir), image_urls=recorder.url.removeprefix("http://"),
         )  # fmt: skip
         await sidecar.until_verdict("idle")
         yield sidecar
@@ -162,6 +162,18 @@ async def test_the_engine_sees_a_lossless_image_of_the_final_size(recorder: Reco
     ours = processor()(seen.convert("RGB"), return_tensors="np")
     assert np.array_equal(theirs["pixel_values"], ours["pixel_values"])
     assert np.array_equal(theirs["image_grid_thw"], ours["image_grid_thw"])
+
+
+async def test_a_link_into_the_pod_is_refused(recorder: Recorder, sidecar: Any) -> None:
+    """A listed host is still not fetched from at an address that is not public, nor one that is not listed; the engine is not asked."""
+    for link, code in (
+        (recorder.url + "/v1/models", "image_url_failed"),
+        ("http://169.254.169.254/latest/meta-data", "image_url"),
+    ):
+        status, body, _ = await ask(sidecar, chat(link))
+        assert (status, body["error"]["code"]) == (400, code)
+        assert "messages[0].content[1]" in body["error"]["message"] and "127.0.0.1" not in body["error"]["message"]
+    assert not recorder.bodies
 
 
 async def test_an_image_is_counted_and_its_time_told_by_stage(recorder: Recorder, sidecar: Any) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import atheris
+import torchvision.io.image  # noqa: F401  takes longer than one try may
 
 with atheris.instrument_imports(include=["sidecar.imaging.headers", "sidecar.relay", "json"]):
     from tests.fuzz.targets import TARGETS

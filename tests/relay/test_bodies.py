@@ -225,6 +225,7 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
         ({"prompt": [[1, 2], [3]]}, Shape(token_ids=3)),
         ({"prompt": ["ab", "é"]}, Shape(text_bytes=4)),
         ({"model": 7, "max_tokens": -1, "n": "x"}, Shape()),
+        ({"messages": [{"content": [{"type": {}}, {"type": ["image_url"]}]}]}, Shape(text_bytes=9)),
         ({"max_tokens": True, "max_completion_tokens": 5}, Shape(max_output=5)),
         ({"sampling_params": {"max_new_tokens": 9}, "text": "abc"}, Shape(max_output=9, text_bytes=3)),
         (chat({"type": "text", "text": "ab"}, image("http://x")), Shape("m", text_bytes=len("userabtext"), images=1)),
