@@ -3,8 +3,8 @@
 Rules: bytes from outside are decoded in the workers and never reach the GPU's process: it sees pixels and numbers. They travel
 in shared memory that the worker made and sealed, so that it cannot shrink under a reader; what an Ask says is checked again. An
 ask may always be refused, and a refusal costs nothing but time: the worker then does the image itself. So a full budget, a lost
-GPU, one that is being prepared and one that is not there are all one case here: None. After PATIENCE in vain a worker goes on by itself,
-and leaves the shared memory alone until the answer has come: the GPU may still be writing.
+GPU, one that is being prepared and one that is not there are all one case here: None. After PATIENCE in vain a worker goes on by itself
+for a while, and leaves the shared memory alone until the answer has come: the GPU may still be writing.
 """
 
 from __future__ import annotations
@@ -90,31 +90,30 @@ class Door:
 
     def make(self, pixels: memoryview, ask: Ask, size: int) -> memoryview | None:
         """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
-        if max(len(pixels), size) > ARENA:
+        if max(len(pixels), size) > ARENA or self._now() < self._not_before:
             return None
         try:
             connection = self._open()
-            if connection is None:
-                return None
             self._memory[: len(pixels)] = pixels
             connection.send(ask.to_json())
             self._late = True
             answer = self._answer(connection, self._patience)
         except TimeoutError:
+            self._pause()
             return None
         except OSError:
-            self._give_up()
+            self._hang_up()
+            self._pause()
             return None
+        self._rest = REST[0]
         return memoryview(self._memory)[:size] if answer == b"ok" else None
 
-    def _open(self) -> socket.socket | None:
-        """A connection whose arena is ours alone; None while the GPU may still write to it, or has just been lost."""
+    def _open(self) -> socket.socket:
+        """A connection whose arena is ours alone. Raises TimeoutError while the GPU may still write to it, OSError where it is lost."""
         if self._connection is not None:
             if self._late:
                 self._answer(self._connection, 0)
             return self._connection
-        if self._now() < self._not_before:
-            return None
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.settimeout(self._patience)
         self._connection.connect(self._path)
@@ -132,11 +131,9 @@ class Door:
             raise ConnectionResetError("the GPU's process hung up")
         connection.settimeout(self._patience)
         self._late = False
-        self._rest = REST[0]
         return answer
 
-    def _give_up(self) -> None:
-        self._hang_up()
+    def _pause(self) -> None:
         self._not_before = self._now() + self._rest
         self._rest = min(2 * self._rest, REST[1])
 
