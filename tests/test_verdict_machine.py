@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from sidecar import verdict
 from sidecar.control import TICK
@@ -145,20 +145,38 @@ class Machine(RuleBasedStateMachine):
         for _ in range(n):
             self._tick()
 
-    @precondition(lambda self: len(self.pod.open) > 2)
-    @rule(n=st.integers(30, 80), tokens=st.sampled_from((1, 3)))
-    def one_moves(self, n: int, tokens: int) -> None:
-        """The newest request gets tokens all the time, the others nothing."""
+    @rule(n=st.integers(30, 80), tokens=st.sampled_from((1, 3)), read=st.booleans())
+    def one_moves(self, n: int, tokens: int, read: bool) -> None:
+        """The newest request gets tokens all the time, the others nothing; the oldest's client reads, or does not."""
+        self.pod.resting, self.pod.unanswered = "", False
+        for _ in range(3):
+            self.request(500, True)
+        self.deliver(0, 1)
+        self.pod.read(0, on=read)
         for _ in range(n):
             self.pod.deliver(len(self.pod.open) - 1, tokens)
             self._tick()
 
-    @rule(n=st.integers(20, 100), canaries=st.sampled_from(("starved", "failed")), asked=st.booleans())
-    def hang(self, n: int, canaries: str, asked: bool) -> None:
-        """Nothing moves, canaries fail, and nobody says why."""
+    @rule(
+        n=st.integers(20, 100), canaries=st.sampled_from(("starved", "failed")), asked=st.booleans(),
+        what=st.sampled_from(("", "", *WHAT)), amid=st.sampled_from(("", "", "pause", "jump", "restart")),
+    )  # fmt: skip
+    def hang(self, n: int, canaries: str, asked: bool, what: str, amid: str) -> None:
+        """Nothing moves and canaries fail, after an order that stops the engine or without one; amid it we may falter."""
         self.pod.canaries, self.pod.resting, self.pod.refused = canaries, "", None
+        if what:
+            self.order(what, True)
         if asked:
             self.pod.request()
+        for _ in range(n):
+            self._tick()
+        falter = {
+            "pause": lambda: self.pause(7.0),
+            "jump": lambda: self.jump(3600.0),
+            "restart": lambda: self.restart(True),
+        }
+        if amid:
+            falter[amid]()
         for _ in range(n):
             self._tick()
 
@@ -178,13 +196,15 @@ class Machine(RuleBasedStateMachine):
         before, kills = self.pod.control.memory, self.pod.control.fleet.memory.kills_total
         self.pod.tick()
         after = self.pod.control.memory
-        if after.state == "suspect":
+        if after.state in ("suspect", *DOWN):
             self.suspected.append(self.pod.now)
         if after.state in DOWN and before.state not in DOWN:
             self._checked(before, str(self.pod.control.verdict.evidence["condition"]))
         if self.pod.control.fleet.memory.kills_total > kills:
             self._spaced()
-        self._check_ends(self.pod.obey())
+        ends = self.pod.told()
+        self._check_ends(ends)
+        self.pod.obey(ends)
         assert after.reason
 
     def _checked(self, before: verdict.Memory, condition: str) -> None:

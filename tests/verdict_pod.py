@@ -143,14 +143,17 @@ class Pod:
         self.moved[id] = self.now
         self.control.fact(0, Backpressure(id, self.now, on=not on))
 
-    def obey(self) -> list[tuple[str, str]]:
-        """What the relay does of control's orders. Returns (id, code) of each request that it was told to end."""
+    def told(self) -> list[tuple[str, str]]:
+        """(id, code) of each request that control wants ended."""
         ends = [(id, end.code) for _, end in self.control.take_ends() for id in end.ids]
+        self.ended += ends
+        return ends
+
+    def obey(self, ends: list[tuple[str, str]]) -> None:
+        """What the relay does of it."""
         for id, _ in ends:
             if id in self.open:
                 self.settle("stalled", id)
-        self.ended += ends
-        return ends
 
     # --- operators, engine, and ourselves ---
 
