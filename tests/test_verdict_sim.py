@@ -109,7 +109,7 @@ def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
     w.run(15)
     began = w.now
     if skip:
-        w.skip(900, busy)
+        weeks.pass_over(w, 900, busy, {site.trace: TRACE})
     else:
         if busy:
             w.traffic(sites.slice_of(TRACE, w.rng.uniform(0, 3000), site.rate, w.now))
