@@ -276,8 +276,9 @@ class Parts:
         for times in (self.ended, self.found):
             while times and times[0] < now - WINDOW:
                 times.popleft()
+        least = self.least
         for key, s in self._streams.items():
-            if s.stuck or s.blocked or self.clock - s.seen <= self.least or not self._alone(s, sample, learned):
+            if s.stuck or s.blocked or self.clock - s.seen <= least or not self._alone(s, sample, learned):
                 continue
             s.stuck = True
             self.found.append(now)
@@ -286,13 +287,16 @@ class Parts:
                 yield key
 
     def _alone(self, s: Stream, sample: EngineSample | None, learned: Learned) -> bool:
+        unexplained = self._unexplained(s, learned)
+        if unexplained <= self.least:  # before the sum below, which a long queue would make for each that waits in it
+            return False
         if not s.first and sum(order > s.order for order in self._firsts) < OVERTAKEN:
             return False
         if s.first and s.seen >= self._decode_seen and self._decode_firsts >= SOME:
             return False  # nobody decodes: it is not alone
         early = sum(o.prefill for o in self._streams.values() if not o.first and o.order <= s.order)
         allowed = max(self.least, self.limits.margin * learned.seconds(early) + held_back(s, learned))
-        return self._unexplained(s, learned) > allowed * (PRESSED if pressed(sample) else 1.0)
+        return unexplained > allowed * (PRESSED if pressed(sample) else 1.0)
 
     def _unexplained(self, s: Stream, learned: Learned) -> float:
         """Seconds of a stream's silence that the prefill done meanwhile does not explain."""

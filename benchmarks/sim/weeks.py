@@ -30,7 +30,7 @@ from sim.traces import Trace
 from sim.world import CALM, UNLIVE, World
 
 WEEK = 7 * 86_400.0
-RATE = 0.25  # of the alarms' weekly rates: as many as 2,400 core-seconds hold for 10,000 weeks
+RATE = 0.2  # of the weekly rates of the alarms: what 10,000 weeks in 20 minutes on two cores leave room for
 LEAD = 20.0  # seconds of traffic before a story
 AFTER = 30.0
 DRAIN = 60.0  # seconds for outstanding work to end; then its clients hang up
