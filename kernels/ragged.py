@@ -27,7 +27,7 @@ from sidecar.kernels.reference import MAX_PRECISION
 RADIUS: Final = {LANCZOS: 3, BILINEAR: 1, BICUBIC: 2}
 WORD: Final = 4  # taps that three 32-bit words hold: the horizontal pass takes so many at a time
 ALIGN: Final = 16  # bytes to which images and scratch rows are aligned, so that the vertical pass loads whole vectors
-SLACK: Final = 64  # readable bytes behind the last image
+SLACK: Final = 64  # readable bytes behind the last image: three pixels of a padded window, and two words
 AXES: Final = 128  # tables kept, of 10-100 KB each
 FIELDS: Final = 32  # integers of one image's descriptor
 
@@ -195,7 +195,10 @@ def _up(value: int, multiple: int) -> int:
 
 @lru_cache(AXES)
 def axis(source: int, target: int, resample: int, group: int) -> Axis:
-    """Weights of one axis, as reference.taps has them, padded with zeros to a multiple of `group` taps."""
+    """Weights of one axis, as reference.taps has them, padded with zeros to a multiple of `group` taps.
+
+    Windows near the end move back, so that none reaches more than `group` - 1 positions behind the last.
+    """
     if source < 1 or target < 1:
         raise ValueError("an axis without pixels")
     scale = source / target
@@ -215,7 +218,10 @@ def axis(source: int, target: int, resample: int, group: int) -> Axis:
         bits += 1
     scaled = real * (1 << bits)
     weights = np.trunc(scaled + np.where(scaled >= 0, 0.5, -0.5)).astype(np.int32)
-    return Axis(first.astype(np.int32), weights, bits)
+    back = np.clip(first + len(weights) - source, 0, np.minimum(first, len(weights) - count))
+    moved = np.arange(len(weights))[:, None] - back
+    weights = np.where(moved < 0, np.int32(0), np.take_along_axis(weights, np.maximum(moved, 0), 0))
+    return Axis((first - back).astype(np.int32), weights, bits)
 
 
 def _kernel(x: NDArray[np.float64], resample: int) -> NDArray[np.float64]:

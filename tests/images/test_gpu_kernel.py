@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,14 +87,17 @@ def tables(*specs: ProcessorSpec, dtype: Any) -> Any:
 @settings(max_examples=150, deadline=None)
 @given(source=st.integers(1, 900), target=st.integers(1, 700), resample=RESAMPLE)
 def test_weights_are_the_references(source: int, target: int, resample: int) -> None:
-    """Vectorised weights equal the slow ones, with zeros behind each window."""
+    """Vectorised weights equal the slow ones, with zeros around, and no window reaches far behind the end."""
     slow, bits = reference.taps(source, target, resample)
     fast = ragged.axis(source, target, resample, 4)
-    assert fast.bits == bits and fast.weights.shape[0] % 4 == 0
+    taps = fast.weights.shape[0]
+    assert fast.bits == bits and taps % 4 == 0
+    assert fast.first.min() >= 0 and fast.first.max() + taps <= source + 3
     for i, (first, weights) in enumerate(slow):
-        assert fast.first[i] == first
-        assert np.array_equal(fast.weights[: len(weights), i], weights)
-        assert not fast.weights[len(weights) :, i].any()
+        before = first - fast.first[i]
+        assert before >= 0
+        wanted = np.pad(weights, (before, taps - before - len(weights)))
+        assert np.array_equal(fast.weights[:, i], wanted)
 
 
 @SLOW
@@ -220,3 +224,19 @@ def test_it_compiles_for_a_real_gpu(requires: Any, tmp_path: Any) -> None:
         [sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(requires: Any) -> None:
+    """Without a CUDA device benchmarks/gpu_images.py ends with exit status 1 and one line."""
+    requires("python:triton")
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "benchmarks/gpu_images.py")],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "no CUDA device is visible" in done.stderr
