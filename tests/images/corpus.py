@@ -247,11 +247,12 @@ def others() -> Files:
     )
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "raw"):
         yield f"tiff {compression}", saved(base, "TIFF", compression=compression)
-    for mode in ("1", "L", "LA", "P", "CMYK", "YCbCr", "LAB", "I;16", "F", "I"):
+    for mode in ("1", "L", "LA", "P", "CMYK", "YCbCr", "I;16", "F", "I"):
         yield (
             f"tiff {mode}",
             saved(base.convert("L").convert(mode) if mode in ("I;16", "F", "I") else base.convert(mode), "TIFF"),
         )
+    yield "tiff LAB", saved(Image.frombytes("LAB", base.size, base.tobytes()), "TIFF")
     yield from lying_tiffs()
 
 
