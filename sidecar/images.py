@@ -45,9 +45,7 @@ SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the
 PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
 RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
 JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
-HASHED_HERE = (
-    512 * 1024
-)  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms and more where the cores are busy
+HASHED_HERE = 512 * 1024  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
 KEEPING = 4  # results on their way into the cache at once; more are not kept
 
 
