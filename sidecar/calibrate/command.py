@@ -14,7 +14,8 @@ import hashlib
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,14 +27,14 @@ from sidecar.calibrate import fit, report
 from sidecar.calibrate.fit import Measured
 from sidecar.calibrate.journal import Done, Journal
 from sidecar.calibrate.shapes import Shape, plan, reference
-from sidecar.calibrate.traffic import EngineRefused, Target, Traffic
+from sidecar.calibrate.traffic import EngineRefused, Sample, Target, Traffic
 from sidecar.errors import UsageError
 from sidecar.facts import Work
 from sidecar.settings import ENGINE_KINDS, flag, integer, number, one_of, text, url
 
 TURNS: Final = 2
 SEARCH_SHARE: Final = 0.2  # of the time, for the search at the SLO
-MOST: Final = 100_000  # requests of one run
+MOST_OPEN: Final = 1024  # requests
 CONTEXT: Final = 4096  # tokens, where the engine does not say
 
 
@@ -104,13 +105,24 @@ async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findin
 
 async def measure(session: aiohttp.ClientSession, met: Met, shape: Shape, concurrency: int, seconds: float) -> Measured:
     """One shape's cost."""
-    sample = await Traffic(session, met.target, seed=hash((shape, seconds)) & 0xFFFF).run(
-        shape, concurrency, seconds, MOST
-    )
-    found = sample.cost(concurrency)
-    if found is None:
-        raise EngineRefused("too few requests ended to tell what one costs")
-    return found
+    seed = hash((shape, concurrency)) & 0xFFFF
+    return (await refused(Traffic(session, met.target, seed).run(shape, concurrency, seconds))).cost()
+
+
+async def refused(run: Coroutine[Any, Any, Sample]) -> Sample:
+    """The run; of what its workers raised, the first that is ours."""
+    try:
+        return await run
+    except* EngineRefused as group:
+        raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup[EngineRefused]) -> EngineRefused:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, EngineRefused)
+    return error
 
 
 def merged(done: Done, *, held_out: bool) -> list[Measured]:
@@ -126,10 +138,10 @@ async def at_slo(
     """Open more and more requests of the reference's shape until their p95 is over the SLO; the last step before it counts."""
     steps: list[tuple[int, float]] = []
     shape, held = reference(met.context), 0
-    each, number = seconds / 6, 1
-    while number <= 1024 and len(steps) < 11:
+    each, number, until = seconds / 8, 1, time.monotonic() + seconds
+    while number <= MOST_OPEN and time.monotonic() < until:
         say(f"{number} requests of {shape.name} open at all times")
-        sample = await Traffic(session, met.target, seed=number).run(shape, number, each, 4 * number + 4)
+        sample = await refused(Traffic(session, met.target, seed=number).run(shape, number, each))
         steps.append((number, sample.p95()))
         if sample.p95() > chosen.slo_seconds:
             break
@@ -173,14 +185,14 @@ async def meet(session: aiohttp.ClientSession, chosen: CalibrateSettings) -> Met
     target = Target(chosen.engine, model, chosen.engine_key)
     probe = Shape(16, 0, 1)
     try:
-        await Traffic(session, target).run(probe, 1, 0.0, 3)
+        await refused(Traffic(session, target).run(probe, 1, 0.0))
     except EngineRefused:
         target = replace(target, ids=False)
-        await Traffic(session, target).run(probe, 1, 0.0, 3)
+        await refused(Traffic(session, target).run(probe, 1, 0.0))
     say(f"{model} on {version}: warming up")
     quarter = Shape(context // 4, 0, max(1, context // 64))
-    await Traffic(session, target, seed=1).run(quarter, min(2, chosen.concurrency), 0.0, 4)
-    again = await Traffic(session, target, seed=2).run(Shape(8, context // 4, 1), 1, 0.0, 3)
+    await refused(Traffic(session, target, seed=1).run(quarter, min(2, chosen.concurrency), 0.0))
+    again = await refused(Traffic(session, target, seed=2).run(Shape(8, context // 4, 1), 1, 0.0))
     cached = any(work.cached > context // 16 for work in again.works)
     return Met(target, context, cached, version)
 

@@ -1,7 +1,7 @@
 """Requests of a chosen size against a live engine, a fixed number of them open at all times, and what each cost.
 
-The cost of a request is the engine's time for it under load: the time between completions, once as many as are open have ended,
-over their number. Alone, a request would be charged for weights that others read along with it.
+The cost of a request is the engine's time for it under load: with a fixed number open, the mean time that one takes over that number
+(Little's law). Alone, a request would be charged for weights that others read along with it.
 
 Rules: prompts are random, so that nothing is cached by accident; what was really used is what the engine's `usage` says; a request has
 a deadline; an engine that refuses ends the measurement with its own words.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -47,19 +48,15 @@ class Target:
 
 @dataclass(slots=True)
 class Sample:
-    """What a run at one shape and concurrency showed. Times in seconds, `ended` on the monotonic clock."""
+    """What a run at one shape and concurrency showed, of requests that began and ended while all others were open, too. Seconds."""
 
-    ended: list[float]
+    concurrency: int
     latencies: list[float]
     works: Counter[Work]
 
-    def cost(self, concurrency: int) -> Measured | None:
-        """The cost of the commonest size seen; None where too few ended to tell."""
-        if len(self.ended) < concurrency + 2:
-            return None
-        ended = sorted(self.ended)
-        window = ended[-1] - ended[concurrency - 1]
-        return Measured(self.works.most_common(1)[0][0], window * 1000 / (len(ended) - concurrency))
+    def cost(self) -> Measured:
+        """The cost of the commonest size seen."""
+        return Measured(self.works.most_common(1)[0][0], statistics.mean(self.latencies) * 1000 / self.concurrency)
 
     def p95(self) -> float:
         """The 95th percentile of latency, seconds."""
@@ -75,30 +72,33 @@ class Traffic:
         self._target = target
         self._random = random.Random(seed)
 
-    async def run(self, shape: Shape, concurrency: int, seconds: float, most: int) -> Sample:
-        """Keep `concurrency` requests open for `seconds`, or until `most` were sent; then await the rest. Raises EngineRefused."""
-        sample = Sample([], [], Counter())
+    async def run(self, shape: Shape, concurrency: int, seconds: float, rounds: int = 2) -> Sample:
+        """Keep `concurrency` requests open for `seconds`, and until `rounds` of them have counted. Raises EngineRefused."""
+        sample = Sample(concurrency, [], Counter())
         prefix = self._tokens(shape.cached)
         if shape.cached:
             await self._one(prefix + self._tokens(1), 1)
-        until, left = time.monotonic() + seconds, most
+        until, enough = time.monotonic() + seconds, asyncio.Event()
+        warm = concurrency  # the first of each worker does not count: not all others were open yet
 
-        async def loop() -> None:
-            nonlocal left
-            while left > 0 and (time.monotonic() < until or len(sample.ended) < concurrency + 2):
-                left -= 1
-                started = time.monotonic()
+        async def worker() -> None:
+            nonlocal warm
+            while True:
+                started, counts = time.monotonic(), warm <= 0
                 work = await self._one(prefix + self._tokens(shape.uncached), shape.output)
-                sample.ended.append(time.monotonic())
-                sample.latencies.append(sample.ended[-1] - started)
-                sample.works[work] += 1
+                warm -= 1
+                if counts:
+                    sample.latencies.append(time.monotonic() - started)
+                    sample.works[work] += 1
+                if len(sample.latencies) >= rounds * concurrency and time.monotonic() >= until:
+                    enough.set()
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(concurrency):
-                    group.create_task(loop())
-        except* EngineRefused as refused:
-            raise refused.exceptions[0] from None
+        async with asyncio.TaskGroup() as group:
+            workers = [group.create_task(worker()) for _ in range(concurrency)]
+            ended = group.create_task(enough.wait())
+            await asyncio.wait([ended, *workers], return_when=asyncio.FIRST_COMPLETED)
+            for task in (ended, *workers):  # a worker ends by itself only when it failed
+                task.cancel()
         return sample
 
     def _tokens(self, count: int) -> list[int]:
