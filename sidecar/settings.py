@@ -11,130 +11,34 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sidecar.errors import UsageError
+from sidecar.flags import (
+    ENGINE_KINDS,
+    address,
+    budget,
+    domains,
+    existing_dir,
+    existing_file,
+    flag,
+    header_name,
+    integer,
+    number,
+    one_of,
+    size,
+    text,
+    url,
+)
 
 S = TypeVar("S")
-Parse = Callable[[str], Any]
 
 ENV_PREFIX = "SIDECAR_"
 # Kubernetes injects these for a Service that happens to be named `sidecar`; they are nobody's settings.
 _SERVICE_LINK = re.compile(r"^SIDECAR_(SERVICE_(HOST|PORT.*)|PORT(_.*)?)$")
-
-
-def flag(default: Any, parse: Parse, help: str, *, expected: str, secret: bool = False) -> Any:
-    """One setting. `parse` turns text into the value or raises ValueError; `expected` completes "expected ..."."""
-    return field(default=default, metadata={"parse": parse, "help": help, "expected": expected, "secret": secret})
-
-
-# --- parsers: text -> value, ValueError when it is none ---
-
-
-def url(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
-        raise ValueError
-    return text.rstrip("/")
-
-
-def address(text: str) -> tuple[str, int]:
-    host, sep, port = text.rpartition(":")
-    host = host.strip("[]")
-    if not sep or not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError
-    return host, int(port)
-
-
-def one_of(*options: str) -> Parse:
-    def parse(text: str) -> str:
-        if text not in options:
-            raise ValueError
-        return text
-
-    return parse
-
-
-def number(low: float, high: float) -> Parse:
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return parse
-
-
-def integer(low: int, high: int) -> Parse:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return parse
-
-
-_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-
-
-def size(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise ValueError
-    return int(match[1]) << 10 * " kmgt".index(match[2].lower() or " ")
-
-
-def existing_dir(text: str) -> str:
-    if not Path(text).is_dir():
-        raise ValueError
-    return text
-
-
-def existing_file(text: str) -> str:
-    if not Path(text).is_file():
-        raise ValueError
-    return text
-
-
-def text(value: str) -> str:
-    return value
-
-
-def header_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", value):
-        raise ValueError
-    return value.lower()
-
-
-_BUDGET = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?):([1-9]|1[0-6])")
-
-
-def budget(value: str) -> str:
-    if not _BUDGET.fullmatch(value):
-        raise ValueError
-    return value
-
-
-_DOMAIN = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
-_DOMAINS = re.compile(rf"off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", re.IGNORECASE)
-
-
-def domains(value: str) -> str:
-    if not _DOMAINS.fullmatch(value):
-        raise ValueError
-    return value.lower()
-
-
-def switch(value: str) -> bool:
-    return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
-        value.lower()
-    ]
-
-
-ENGINE_KINDS = ("auto", "vllm", "sglang", "tgi", "llamacpp", "openai", "scripted")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.errors import SidecarError
+from sidecar.flags import flag, number, one_of, text
 from sidecar.records import FILE, GROUPS, Sums, read
-from sidecar.settings import flag, number, one_of, text
 
 UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
 

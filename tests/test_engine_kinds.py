@@ -13,7 +13,7 @@ from sidecar.engine import sglang
 from sidecar.engine.kind import EngineKind
 from sidecar.engine.kinds import CLOSER_LOOK, KINDS, recognise
 from sidecar.facts import EngineSample
-from sidecar.settings import ENGINE_KINDS
+from sidecar.flags import ENGINE_KINDS
 
 
 def test_a_row_for_every_kind_of_the_setting() -> None:

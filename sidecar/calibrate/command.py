@@ -30,7 +30,7 @@ from sidecar.calibrate.shapes import Shape, plan, reference
 from sidecar.calibrate.traffic import EngineRefused, Sample, Target, Traffic
 from sidecar.errors import UsageError
 from sidecar.facts import Work
-from sidecar.settings import ENGINE_KINDS, flag, integer, number, one_of, text, url
+from sidecar.flags import ENGINE_KINDS, flag, integer, number, one_of, text, url
 
 TURNS: Final = 2
 SEARCH_SHARE: Final = 0.2  # of the time, for the search at the SLO

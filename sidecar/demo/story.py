@@ -24,7 +24,7 @@ from sidecar.demo.kubelet import Event, Happening, Kubelet
 from sidecar.demo.scorecard import Figures, Scorecard, summary
 from sidecar.demo.stage import MODEL, Stage, url
 from sidecar.demo.traffic import OUTCOMES, Plan, Traffic, found_pictures, made_pictures
-from sidecar.settings import address, flag, integer, number, one_of
+from sidecar.flags import address, flag, integer, number, one_of
 
 WATCH: Final = 0.25  # seconds between looks at the verdicts
 PROGRESS: Final = 5.0  # seconds between progress lines

@@ -26,7 +26,7 @@ from sidecar.engine.faults import FAULTS, Faults
 from sidecar.engine.pages import Meters
 from sidecar.engine.scheduler import Limits
 from sidecar.errors import StartError
-from sidecar.settings import address, flag, integer, number, one_of, text
+from sidecar.flags import address, flag, integer, number, one_of, text
 
 BACKLOG = 2048  # as vLLM's API server
 STOP_SECONDS = 0.05  # open streams are cut at the end, as a killed engine cuts them

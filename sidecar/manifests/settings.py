@@ -10,7 +10,7 @@ from typing import Final
 
 from sidecar import __version__
 from sidecar.errors import UsageError
-from sidecar.settings import flag, integer, one_of, text
+from sidecar.flags import flag, integer, one_of, text
 
 ENGINE_PORT: Final = 8000
 
