@@ -1,6 +1,6 @@
 # make run | test | check | matrix | test-vllm | sanitize | fuzz | bench | docs | clean
 #
-# Needs GNU make, Python 3.11-3.13 with pip and venv, and a C compiler for one test. Everything else goes into .venv, pinned by
+# Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else goes into .venv, pinned by
 # constraints.txt. An installation is repeated only when pyproject.toml or constraints.txt changes.
 
 SHELL := /bin/bash
@@ -23,8 +23,8 @@ help: ## Say what there is
 run: .venv/.installed ## The demo: scripted engine, traffic, a stall found and mended; ARGS="--seconds 60" ends it by itself
 	@exec $(BIN)/sidecar demo $(ARGS)
 
-test: check ## All checks and all tests but those of the real vLLM; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm" $(ARGS)
+test: check ## All checks and all tests but the matrix and those of the real vLLM; ARGS go to pytest
+	$(BIN)/pytest -m "not vllm and not matrix" $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
@@ -33,7 +33,7 @@ check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/mypy
 
 matrix: .venv/.installed-test ## Every hang mode and every alarm beside the scripted engine; ends with what was found, as a table
-	$(BIN)/pytest -v tests/e2e/test_matrix.py $(ARGS)
+	$(BIN)/pytest -v -m matrix tests/e2e/test_matrix.py $(ARGS)
 
 test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; makes its environment first (12 GB of disk, once)
 	$(BIN)/python tests/vllm/environment.py
