@@ -16,9 +16,9 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 from aiohttp import web
@@ -34,6 +34,8 @@ from sidecar.units import Coefficients
 
 if TYPE_CHECKING:
     from sidecar.images import Images
+
+_log = logging.getLogger(__name__)
 
 PULSE: Final = 1.0  # seconds
 _TICKS: Final = 4  # looks at the clock per pulse; the pulse carries the worst
@@ -87,7 +89,7 @@ async def _serve(place: Place, listener: socket.socket) -> None:
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
         accepting = await loop.create_server(server, sock=listener, backlog=_BACKLOG)
-        duties = [asyncio.create_task(link.run()), asyncio.create_task(_pulse(link, relay))]
+        duties = [asyncio.create_task(_lasting(link.run)), asyncio.create_task(_lasting(lambda: _pulse(link, relay)))]
         try:
             await ended.wait()
             accepting.close()
@@ -162,6 +164,24 @@ def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None]) -> 
     from sidecar.relay.preprocess import preprocess
 
     return lambda request: preprocess(request, images, own, emit)
+
+
+async def _lasting(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Begin a duty again when a defect of ours ends it: a relay that serves on and reports no more would blind the verdict."""
+    while True:
+        try:
+            return await duty()
+        except Exception as e:  # noqa: BLE001  whatever it was: streams must go on
+            _log.error("a duty of the relay broke: %s at line %d", type(e).__name__, _line(e))
+            await asyncio.sleep(PULSE)
+
+
+def _line(e: BaseException) -> int:
+    """Where an error was raised; its text could hold what a user sent."""
+    trace = e.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_lineno if trace is not None else 0
 
 
 async def _pulse(link: Link, relay: Relay) -> None:

@@ -19,6 +19,7 @@ from aiohttp import web
 from sidecar import settings
 from sidecar.channel import Channel
 from sidecar.facts import Admitted, Booked, FirstToken, Joined, Page, PageWanted, Pulse, Settled
+from sidecar.relay import process
 
 RUN = """
 import socket, sys
@@ -264,3 +265,20 @@ async def test_a_relay_is_small() -> None:
     loaded = set(out.decode().split())
     assert "aiohttp" in loaded
     assert not loaded & {"prometheus_client", "opentelemetry", "psutil", "pynvml", "torch", "numpy", "PIL", "click"}
+
+
+async def test_a_duty_that_breaks_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A defect in what reports to control costs a second, not the sight of everything that the relay does; its text is not logged."""
+    monkeypatch.setattr(process, "PULSE", 0.01)
+    runs: list[int] = []
+
+    async def duty() -> None:
+        runs.append(1)
+        if len(runs) < 3:
+            raise RuntimeError("a secret")
+
+    await process._lasting(duty)
+    assert len(runs) == 3
+    assert "RuntimeError" in caplog.text and "secret" not in caplog.text
