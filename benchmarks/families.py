@@ -1,0 +1,115 @@
+"""Images of every known family on one core: our resized image and our tensors against Hugging Face's torchvision processor.
+
+    python benchmarks/families.py [--rounds N] [--write]
+
+Rules: as in images.py: one core, one thread, interleaved rounds, medians; nothing is timed that is not equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from images import DECODE, LIMITS, cpu_name, measure
+from PIL import Image
+
+from sidecar import photos
+from sidecar.imaging import headers
+from sidecar.imaging.decode import decode
+from sidecar.imaging.patches import ppm, prepare, resize
+from sidecar.kernels import families, fused
+
+SIZES: Final = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
+PIXELS, TENSORS, THEIRS = "pixels", "tensors", "HF torchvision, PIL decode"
+
+# family -> class and module in transformers, and the settings of a model of it
+ROWS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
+    "Qwen2.5-VL": ("Qwen2VLImageProcessor", "qwen2_vl.image_processing_qwen2_vl", {"max_pixels": 1_003_520}),
+    "GLM-4V": ("Glm4vImageProcessor", "glm4v.image_processing_glm4v", {"size": {"shortest_edge": 12544, "longest_edge": 2_007_040}}),
+    "LLaVA-1.5": ("CLIPImageProcessor", "clip.image_processing_clip", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
+    "SigLIP": ("SiglipImageProcessor", "siglip.image_processing_siglip", {"size": {"height": 384, "width": 384}}),
+    "Gemma 3": ("Gemma3ImageProcessor", "gemma3.image_processing_gemma3", {"size": {"height": 896, "width": 896}}),
+    "Pixtral": ("PixtralImageProcessor", "pixtral.image_processing_pixtral", {}),
+    "Idefics 3": ("Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {}),
+}  # fmt: skip
+
+
+def chains(data: bytes, name: str, module: str, config: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """What is compared for one family, each from the file's bytes. Raises AssertionError where it is not exact."""
+    spec = families.from_config({"image_processor_type": name, **config})
+    assert spec is not None
+    theirs = getattr(importlib.import_module(f"transformers.models.{module}"), name)(**config)
+
+    def decoded() -> Any:
+        header = headers.read(data)
+        assert header is not None and header.plain
+        return decode(data, header, LIMITS)
+
+    def hf(image: Any) -> Any:
+        return theirs(images=[image], return_tensors="pt")["pixel_values"]
+
+    pixels = decoded()
+    geometry = spec.geometry(*pixels.shape[-2:])
+    wanted = hf(pixels)
+    assert torch.equal(hf(resize(pixels, geometry, spec)), wanted), f"{name}: the resized image is no fixed point"
+    todo: dict[str, Callable[[], Any]] = {DECODE: decoded, PIXELS: lambda: ppm(resize(decoded(), geometry, spec))}
+    if spec.tensors:
+        got = prepare(pixels, geometry, spec)
+        assert torch.equal(got, wanted if wanted.ndim == 2 else wanted[0]), f"{name}: not exact"
+        todo[TENSORS] = lambda: prepare(decoded(), geometry, spec)
+    todo[THEIRS] = lambda: hf(Image.open(io.BytesIO(data)).convert("RGB"))
+    return todo
+
+
+def report(rounds: int) -> str:
+    """The table as Markdown."""
+    lines = [
+        f"# Image families, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "",
+        f"torch {torch.__version__}, transformers {transformers.__version__}, our kernel {fused.level()}; median of {rounds} interleaved "
+        "rounds, ms per JPEG. Pixels are handed on inline; tensors are the processor's output, equal to the last bit.",
+        "",
+        "| family | size | decode alone | pixels | over decode | tensors | over decode | HF torchvision, PIL decode | over our pixels |",
+        "|---" * 9 + "|",
+    ]
+    for size, (width, height) in SIZES.items():
+        data = photos.photo(width, height, seed=1)
+        for family, row in ROWS.items():
+            ms = measure(chains(data, *row), rounds)
+            tensors = (f"{ms[TENSORS]:.1f}", f"{ms[TENSORS] / ms[DECODE]:.2f}") if TENSORS in ms else ("", "")
+            cells = (
+                family, size, f"{ms[DECODE]:.1f}", f"{ms[PIXELS]:.1f}", f"{ms[PIXELS] / ms[DECODE]:.2f}", *tensors, f"{ms[THEIRS]:.1f}",
+                f"{ms[THEIRS] / ms[PIXELS]:.1f}",
+            )  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Print the table; write it where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    text = report(chosen.rounds)
+    print(text)
+    if chosen.write:
+        slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+        folder = Path(__file__).parent / "results"
+        (folder / f"families-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{slug}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
