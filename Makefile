@@ -24,7 +24,7 @@ run: .venv/.installed ## The demo: scripted engine, traffic, a stall found and m
 	@exec $(BIN)/sidecar demo $(ARGS)
 
 test: check ## All checks and all tests but the matrix and those of the real vLLM; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not matrix" $(ARGS)
+	$(BIN)/pytest -m "not vllm and not matrix" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ import pytest
 from sidecar.demo import stage as stages
 from sidecar.demo.stage import QUICK, Stage
 from sidecar.errors import StartError
+from sidecar.settings import Settings
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_quick_settings_are_told_with_the_defaults() -> None:
     said = stages.quick_settings()
     assert "--silence-floor 3 (default 12)" in said
     assert "--silence-unlearned 3 (default 60)" in said
-    assert "--canary-interval 3 (default 10)" in said
+    assert f"--canary-interval 3 (default {Settings().canary_interval:g})" in said
 
 
 @pytest.mark.parametrize(
