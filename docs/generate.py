@@ -3,7 +3,7 @@
     python docs/generate.py            write      (make docs)
     python docs/generate.py --check    exit 1 and name the files that differ
 
-Rules: what is written depends on the code alone; prose stands in the documents, between the marks stands what is generated.
+Rules: what is written depends on the code alone, and on docs/verdict-figures.md; prose stands in the documents, between the marks stands what is generated.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sidecar.settings import Settings, default_of, spelled
 from sidecar.verdict import CONDITIONS, TABLE
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+FIGURES: Final = ROOT / "docs" / "verdict-figures.md"  # of runs, kept by hand
 
 MEANING: Final[dict[State, str]] = {
     "starting": "no token yet since the engine started",
@@ -174,7 +175,8 @@ The first that holds names the reason of a silence of the whole engine; what non
 
 ```mermaid
 {diagram()}```
-"""
+
+{FIGURES.read_text()}"""
 
 
 def diagram() -> str:
