@@ -1,4 +1,4 @@
-# make run | test | check | matrix | test-vllm | sanitize | fuzz | bench | docs | clean
+# make run | test | test-slow | check | matrix | test-vllm | sanitize | fuzz | bench | docs | clean
 #
 # Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else goes into .venv, pinned by
 # constraints.txt. An installation is repeated only when pyproject.toml or constraints.txt changes.
@@ -15,7 +15,7 @@ PINS := pyproject.toml constraints.txt
 # Without bytecode on disk, each start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
-.PHONY: help run test check matrix test-vllm sanitize fuzz bench docs constraints clean
+.PHONY: help run test test-slow check matrix test-vllm sanitize fuzz bench docs constraints clean
 
 help: ## Say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -23,14 +23,17 @@ help: ## Say what there is
 run: .venv/.installed ## The demo: scripted engine, traffic, a stall found and mended; ARGS="--seconds 60" ends it by itself
 	@exec $(BIN)/sidecar demo $(ARGS)
 
-test: check ## All checks and all tests but the matrix and those of the real vLLM; ARGS go to pytest
-	$(BIN)/pytest -m "not vllm and not matrix" --durations 15 $(ARGS)
+test: check ## All checks, and all tests but those of the three targets below; ARGS go to pytest
+	$(BIN)/pytest -m "not vllm and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+test-slow: .venv/.installed-test ## Tests whose real time cannot be made shorter
+	$(BIN)/pytest -m slow $(ARGS)
 
 matrix: .venv/.installed-test ## Every hang mode and every alarm beside the scripted engine; ends with what was found, as a table
 	$(BIN)/pytest -v -m matrix tests/e2e/test_matrix.py $(ARGS)

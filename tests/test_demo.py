@@ -79,6 +79,7 @@ def read_until(process: subprocess.Popen[str], words: str, said: list[str]) -> N
     pytest.fail(f"ended before it said {words!r}: {''.join(said)}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_the_story_of_a_stall(scratch: Path, start: Start) -> None:
     """The URL first; a stall is detected, killed and recovered from; Ctrl-C sums it up with exit code 0, nothing is left."""

@@ -66,7 +66,7 @@ def test_the_scripts_parse(requires: Callable[[str], Path]) -> None:
     """The CI script is valid bash, and every make target expands."""
     subprocess.run(["bash", "-n", ".ci/run"], cwd=ROOT, check=True, timeout=30)
     make = requires("make")
-    for target in ("run", "test", "test-vllm", "bench", "docs", "clean"):
+    for target in ("run", "test", "test-slow", "matrix", "test-vllm", "bench", "docs", "clean"):
         subprocess.run([make, "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=30)
 
 

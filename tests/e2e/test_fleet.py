@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
 from ..lease_server import LeaseServer, lease_server
 from .conftest import free_port
+
+pytestmark = pytest.mark.slow
 
 
 async def serving(stack: AsyncExitStack, port: int = 0) -> ScriptedEngine:
