@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ import aiohttp
 import pytest
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+
+from ..ports import free_port
 
 PATIENCE = 45.0  # seconds; a bound on hanging, not a measure of anything
 QUICK = {
@@ -125,12 +126,6 @@ class Sidecar:
             self.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(PATIENCE):
             return await self.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 Start = Callable[..., Any]

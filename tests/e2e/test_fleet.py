@@ -16,7 +16,7 @@ import pytest
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
 from ..lease_server import LeaseServer, lease_server
-from .conftest import free_port
+from ..ports import free_port
 
 pytestmark = pytest.mark.slow
 

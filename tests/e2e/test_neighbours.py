@@ -14,7 +14,7 @@ import pytest
 
 from sidecar.engine.scripted import ScriptedEngine
 
-from .conftest import free_port
+from ..ports import free_port
 
 NGINX = """
 daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1;

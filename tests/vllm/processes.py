@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from ..ports import free_port
 from . import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,13 +140,6 @@ def sidecar(engine_url: str, state: Path, log: Path, **flags: str) -> Iterator[S
     with _running(command, log, env) as process:
         _await(lambda: _status(f"http://127.0.0.1:{admin}/healthz") == 200, process, log, 60)
         yield Sidecar(f"http://127.0.0.1:{relay}", f"http://127.0.0.1:{admin}", state, process)
-
-
-def free_port() -> int:
-    """A port that nothing listened on a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextlib.contextmanager
