@@ -2,80 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sidecar.facts import STATES, CanaryResult, State
-from sidecar.parts import Finding
-from sidecar.progress import Evidence
+from sidecar.facts import STATES
 from sidecar.verdict import (
     CONDITIONS,
     DEAD_HOLD,
-    PART_HOLD,
     REFUSED_GRACE,
     REJECTED_STARTS,
     STUCK_CYCLES,
     TABLE,
-    Inputs,
     Memory,
     canary_due,
-    judge,
 )
 
-ALLOWED = 8.0
-
-
-def evidence(now: float, *, age: float | None = None, at: float | None = None, allowed: float = ALLOWED) -> Evidence:
-    """Evidence with `age` of silence over one outstanding request, or none outstanding."""
-    return Evidence(
-        now=now, outstanding=int(age is not None), waiting=0, engine_busy=False, progress_at=at, progress_kind="delivered",
-        age=age, steps_age=None, prefill_age=None, allowed=allowed, ruled_by="floor", predicted=0.0, learned=True,
-    )  # fmt: skip
-
-
-@dataclass
-class World:
-    """A scripted engine seen through evidence only; time passes in ticks of 0.5 s."""
-
-    now: float = 100.0
-    memory: Memory = field(default_factory=lambda: Memory(since=100.0, engine_since=100.0))
-    canary: CanaryResult | None = None
-    refused_since: float | None = None
-    progress_at: float | None = None
-    work_since: float | None = None
-    seen: list[tuple[State, str]] = field(default_factory=list)
-
-    def tick(self, **changes: object) -> Memory:
-        self.now += 0.5
-        age = None if self.work_since is None else self.now - max(self.work_since, self.progress_at or 0.0)
-        inputs = Inputs(self.now, evidence(self.now, age=age, at=self.progress_at), self.canary, self.refused_since)
-        self.memory, _ = judge(self.memory, replace(inputs, **changes))  # type: ignore[arg-type]
-        if not self.seen or self.seen[-1][0] != self.memory.state:
-            self.seen.append((self.memory.state, self.memory.reason))
-        return self.memory
-
-    def wait(self, seconds: float) -> Memory:
-        for _ in range(int(seconds * 2)):
-            self.tick()
-        return self.memory
-
-    def canary_ends(self, outcome: str, took: float = 0.1) -> None:
-        self.now += 0.2
-        self.canary = CanaryResult(outcome, self.now - took, self.now, ALLOWED)  # type: ignore[arg-type]
-
-    def started(self) -> World:
-        self.tick()
-        self.canary_ends("ok")
-        self.tick()
-        assert self.memory.state == "idle" and self.memory.served
-        self.seen.clear()
-        return self
-
-    def states(self) -> list[State]:
-        return [state for state, _ in self.seen]
+from .verdict_world import World, evidence
 
 
 def test_the_table_has_a_row_for_every_condition_and_every_row_ends_in_a_state() -> None:
@@ -279,67 +220,6 @@ def test_exempt_and_withheld_take_precedence_over_silence() -> None:
     assert (w.tick(withheld="own_pause").state, w.memory.reason) == ("unknown", "own_pause")
 
 
-steps = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["deliver", "work", "drop", "starved", "failed", "ok", "busy", "rejected", "refuse", "open", "none"]
-        ),
-        st.integers(1, 40),
-    ),
-    max_size=60,
-)
-
-
-@given(steps)
-def test_stalled_needs_silence_and_a_failed_canary_since_suspicion(script: list[tuple[str, int]]) -> None:
-    """In any history: stalled is entered only from suspect, never within the allowed silence of outstanding work, and only by a
-    canary that was sent after suspicion began and failed or starved."""
-    w = World().started()
-    for action, ticks in script:
-        _act(w, action)
-        for _ in range(ticks):
-            before = w.memory
-            w.tick()
-            if w.memory.state == "stalled" and before.state != "stalled":
-                assert before.state == "suspect"
-                assert w.canary is not None and w.canary.outcome in ("failed", "starved")
-                assert w.canary.started >= before.since
-                assert w.work_since is None or w.now - max(w.work_since, w.progress_at or 0.0) > ALLOWED
-
-
-@given(steps)
-def test_an_engine_that_keeps_delivering_is_never_suspect(script: list[tuple[str, int]]) -> None:
-    """While deliveries come within the allowed silence, nothing that canaries do makes the engine suspect."""
-    w = World().started()
-    w.work_since = w.now
-    for action, ticks in script:
-        if action in ("starved", "failed", "ok", "busy", "rejected"):
-            w.canary_ends(action, took=0.4)
-        for n in range(ticks):
-            if n % 12 == 0:
-                w.progress_at = w.now + 0.4
-            w.tick()
-            assert w.memory.state in ("progressing", "quiet")
-
-
-def _act(w: World, action: str) -> None:
-    match action:
-        case "deliver":
-            w.progress_at = w.now
-        case "work":
-            w.work_since = w.work_since or w.now
-        case "drop":
-            w.work_since = None
-        case "refuse":
-            w.refused_since = w.refused_since or w.now
-        case "open":
-            w.refused_since = None
-        case "none":
-            pass
-        case _:
-            w.canary_ends(action)
-
-
 def test_canaries_are_sent_when_starting_idle_suspect_or_stalled_and_never_to_a_working_engine() -> None:
     """A canary adds load, so a working engine gets none."""
     for state in STATES:
@@ -352,49 +232,6 @@ def test_canaries_are_sent_when_starting_idle_suspect_or_stalled_and_never_to_a_
     assert not canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
     suspect = Memory(state="suspect", since=99.9)
     assert canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
-
-
-PART = Finding("rank_silent", 0.0, False, "rank 1")
-
-
-def test_a_part_that_hangs_withdraws_readiness_though_the_rest_progresses() -> None:
-    """Progress of others does not hide it, its own reason names it, and canaries come at the pace of an idle engine."""
-    w = World().started()
-    w.work_since = w.progress_at = w.now
-    assert w.tick(part=PART).state == "suspect"
-    assert w.memory.reason == "rank_silent"
-    assert not canary_due(w.memory, evidence(w.now + 9.0), w.now + 0.1, 10.0)
-    assert canary_due(w.memory, evidence(w.now + 11.0), w.now + 0.1, 10.0)
-    w.progress_at = w.now + 0.4
-    assert w.tick().state == "progressing"
-
-
-def test_a_part_that_hangs_for_long_fails_liveness_and_is_held_while_its_streams_are_ended() -> None:
-    """The kill is under way once liveness failed: the requests that showed the hang are gone, a canary passes, and still it holds."""
-    w = World().started()
-    w.work_since = w.progress_at = w.now
-    w.tick(part=PART)
-    w.tick(part=replace(PART, severe=True))
-    assert (w.memory.state, w.memory.reason) == ("stalled", "rank_silent")
-    w.work_since = None
-    w.canary_ends("ok")
-    w.wait(PART_HOLD - 5)
-    assert w.memory.state == "stalled"
-    w.wait(10)
-    assert w.memory.state == "idle", "nothing shows it any more, and nobody restarted it"
-
-
-def test_the_silence_of_the_whole_engine_goes_before_a_part() -> None:
-    """Once all is silent, the whole engine is judged: by its canary."""
-    w = World().started()
-    w.work_since = w.progress_at = w.now
-    w.tick(part=PART)
-    for _ in range(30):
-        w.tick(part=PART)
-    assert (w.memory.state, w.memory.reason) == ("suspect", "no_progress")
-    w.canary_ends("starved", took=1)
-    assert w.tick(part=PART, cause="livelock").state == "stalled"
-    assert w.memory.reason == "livelock"
 
 
 def test_a_start_up_without_a_sign_of_progress_is_named_and_stays_the_startup_probes() -> None:

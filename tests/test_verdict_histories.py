@@ -1,0 +1,116 @@
+"""The verdict under any history of an engine, and where only a part of it hangs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.parts import Finding
+from sidecar.verdict import PART_HOLD, canary_due
+
+from .verdict_world import ALLOWED, World, evidence
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["deliver", "work", "drop", "starved", "failed", "ok", "busy", "rejected", "refuse", "open", "none"]
+        ),
+        st.integers(1, 40),
+    ),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_stalled_needs_silence_and_a_failed_canary_since_suspicion(script: list[tuple[str, int]]) -> None:
+    """In any history: stalled is entered only from suspect, never within the allowed silence of outstanding work, and only by a
+    canary that was sent after suspicion began and failed or starved."""
+    w = World().started()
+    for action, ticks in script:
+        _act(w, action)
+        for _ in range(ticks):
+            before = w.memory
+            w.tick()
+            if w.memory.state == "stalled" and before.state != "stalled":
+                assert before.state == "suspect"
+                assert w.canary is not None and w.canary.outcome in ("failed", "starved")
+                assert w.canary.started >= before.since
+                assert w.work_since is None or w.now - max(w.work_since, w.progress_at or 0.0) > ALLOWED
+
+
+@given(steps)
+def test_an_engine_that_keeps_delivering_is_never_suspect(script: list[tuple[str, int]]) -> None:
+    """While deliveries come within the allowed silence, nothing that canaries do makes the engine suspect."""
+    w = World().started()
+    w.work_since = w.now
+    for action, ticks in script:
+        if action in ("starved", "failed", "ok", "busy", "rejected"):
+            w.canary_ends(action, took=0.4)
+        for n in range(ticks):
+            if n % 12 == 0:
+                w.progress_at = w.now + 0.4
+            w.tick()
+            assert w.memory.state in ("progressing", "quiet")
+
+
+def _act(w: World, action: str) -> None:
+    match action:
+        case "deliver":
+            w.progress_at = w.now
+        case "work":
+            w.work_since = w.work_since or w.now
+        case "drop":
+            w.work_since = None
+        case "refuse":
+            w.refused_since = w.refused_since or w.now
+        case "open":
+            w.refused_since = None
+        case "none":
+            pass
+        case _:
+            w.canary_ends(action)
+
+
+PART = Finding("rank_silent", 0.0, False, "rank 1")
+
+
+def test_a_part_that_hangs_withdraws_readiness_though_the_rest_progresses() -> None:
+    """Progress of others does not hide it, its own reason names it, and canaries come at the pace of an idle engine."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    assert w.tick(part=PART).state == "suspect"
+    assert w.memory.reason == "rank_silent"
+    assert not canary_due(w.memory, evidence(w.now + 9.0), w.now + 0.1, 10.0)
+    assert canary_due(w.memory, evidence(w.now + 11.0), w.now + 0.1, 10.0)
+    w.progress_at = w.now + 0.4
+    assert w.tick().state == "progressing"
+
+
+def test_a_part_that_hangs_for_long_fails_liveness_and_is_held_while_its_streams_are_ended() -> None:
+    """The kill is under way once liveness failed: the requests that showed the hang are gone, a canary passes, and still it holds."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.tick(part=PART)
+    w.tick(part=replace(PART, severe=True))
+    assert (w.memory.state, w.memory.reason) == ("stalled", "rank_silent")
+    w.work_since = None
+    w.canary_ends("ok")
+    w.wait(PART_HOLD - 5)
+    assert w.memory.state == "stalled"
+    w.wait(10)
+    assert w.memory.state == "idle", "nothing shows it any more, and nobody restarted it"
+
+
+def test_the_silence_of_the_whole_engine_goes_before_a_part() -> None:
+    """Once all is silent, the whole engine is judged: by its canary."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.tick(part=PART)
+    for _ in range(30):
+        w.tick(part=PART)
+    assert (w.memory.state, w.memory.reason) == ("suspect", "no_progress")
+    w.canary_ends("starved", took=1)
+    assert w.tick(part=PART, cause="livelock").state == "stalled"
+    assert w.memory.reason == "livelock"
