@@ -56,7 +56,7 @@ fuzz: .venv/.installed-test ## Search for bytes that headers, bodies and links d
 
 bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the results
 	for file in benchmarks/*.py; do
-		[[ $$file != *gpu* ]] || command -v nvidia-smi > /dev/null || continue
+		[[ ! $$file =~ gpu|nvml ]] || command -v nvidia-smi > /dev/null || continue
 		echo "== $$file"
 		$(BIN)/python "$$file" $(ARGS)
 	done

@@ -16,6 +16,8 @@ Outcome = Literal["ok", "engine_error", "client_cancelled", "rejected", "stalled
 OUTCOMES: Final[tuple[Outcome, ...]] = ("ok", "engine_error", "client_cancelled", "rejected", "stalled", "lost")
 
 State = Literal["starting", "idle", "progressing", "quiet", "suspect", "stalled", "dead", "exempt", "unknown"]
+# What makes a GPU slower than its load would have it; idleness and chosen clocks do not.
+SLOWDOWNS: Final = ("power_cap", "hardware", "thermal_software", "thermal_hardware", "power_brake")
 STATES: Final[tuple[State, ...]] = (
     "starting", "idle", "progressing", "quiet", "suspect", "stalled", "dead", "exempt", "unknown",
 )  # fmt: skip
@@ -48,6 +50,7 @@ class Failed:
 
 
 Reading = Value[T] | Absent | Failed
+_NOT_READ: Final = Absent("not read")
 
 
 # --- what a request asks for and what it used, in numbers only ---
@@ -289,6 +292,16 @@ class GpuSample:
     power: Reading[float]  # watts
     temperature: Reading[float]  # degrees Celsius
     xid_errors: tuple[tuple[int, int], ...] = ()  # (xid, count) since start
+    mig: int | None = None  # the place of a MIG slice in its GPU
+    energy: Reading[float] = _NOT_READ  # joules since the driver was loaded
+    sm_clock: Reading[int] = _NOT_READ  # hertz
+    slowdowns: Reading[tuple[str, ...]] = _NOT_READ  # why its clocks are lower than they could be
+    processes: Reading[int] = _NOT_READ  # that compute on it
+
+    @property
+    def label(self) -> str:
+        """Tells it from its neighbours: 0, or 0:2 for the third slice of GPU 0."""
+        return str(self.index) if self.mig is None else f"{self.index}:{self.mig}"
 
 
 @dataclass(frozen=True, slots=True)

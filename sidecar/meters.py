@@ -19,7 +19,19 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sidecar.bounded import OTHER, Bounded
-from sidecar.facts import STATES, CanaryResult, End, Failed, GpuSample, Imaged, Outcome, Reading, Value, Verdict
+from sidecar.facts import (
+    SLOWDOWNS,
+    STATES,
+    CanaryResult,
+    End,
+    Failed,
+    GpuSample,
+    Imaged,
+    Outcome,
+    Reading,
+    Value,
+    Verdict,
+)
 from sidecar.fleet import HANDOVERS
 from sidecar.snapshot import Snapshot
 
@@ -80,6 +92,9 @@ METRICS: Final = (
     Metric("sidecar_gpu_utilization_ratio", "gauge", "Share of time in which a kernel ran; 1 is not proof of progress.", ("gpu",)),
     Metric("sidecar_gpu_memory_used_bytes", "gauge", "GPU memory in use.", ("gpu",)),
     Metric("sidecar_gpu_power_watts", "gauge", "Power drawn by the GPU.", ("gpu",)),
+    Metric("sidecar_gpu_energy_joules_total", "counter", "Energy that the GPU used since its driver was loaded.", ("gpu",)),
+    Metric("sidecar_gpu_sm_clock_hertz", "gauge", "Clock of the GPU's multiprocessors.", ("gpu",)),
+    Metric("sidecar_gpu_slowdown", "gauge", "1 while this lowers the GPU's clocks, else 0.", ("gpu", "reason")),
     Metric("sidecar_gpu_xid_errors_total", "counter", "XID errors that the driver reported; xid 0 counts the rarer rest.", ("gpu", "xid")),
     Metric("sidecar_signal_up", "gauge", "1 where a signal was read, 0 where it failed; no series where it does not exist.", ("signal",)),
     Metric("sidecar_signal_seconds", "gauge", "What the last reading of a signal cost.", ("signal",)),
@@ -270,16 +285,21 @@ def _answering(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSamp
 
 
 def _gpu(gpu: GpuSample) -> Iterator[Row]:
-    index = str(gpu.index)
+    index = gpu.label
     fields: Iterable[tuple[str, Labels, Reading[float] | Reading[int], float]] = (
         ("sidecar_gpu_utilization_ratio", (index,), gpu.utilization, 1),
         ("sidecar_gpu_memory_used_bytes", (index,), gpu.memory_used, 1),
         ("sidecar_gpu_power_watts", (index,), gpu.power, 1),
+        ("sidecar_gpu_energy_joules_total", (index,), gpu.energy, 1),
+        ("sidecar_gpu_sm_clock_hertz", (index,), gpu.sm_clock, 1),
         ("DCGM_FI_DEV_GPU_UTIL", (index, gpu.uuid), gpu.utilization, 100),
     )
     for name, labels, reading, scale in fields:
         if isinstance(reading, Value):
             yield name, labels, reading.value * scale
+    if isinstance(gpu.slowdowns, Value):
+        for reason in SLOWDOWNS:
+            yield "sidecar_gpu_slowdown", (index, reason), reason in gpu.slowdowns.value
     for xid, count in gpu.xid_errors:
         yield "sidecar_gpu_xid_errors_total", (index, str(xid)), count
 

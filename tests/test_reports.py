@@ -39,7 +39,7 @@ LOAD = Load(
 )  # fmt: skip
 GPU = GpuSample(
     0, "H100", "GPU-0", Value(0.93, 99.0), Value(1 << 30, 99.0), Value(80 << 30, 99.0), Value(640.5, 99.0),
-    Value(61.0, 99.0), ((79, 2),),
+    Value(61.0, 99.0), ((79, 2),), None, Value(9.5e6, 99.0), Value(1_980_000_000, 99.0), Value(("power_cap",), 99.0), Value(2, 99.0),
 )  # fmt: skip
 SNAPSHOT = Snapshot(
     at=100.0, at_wall=1_700_000_000.0, version="1.2.3", engine_kind="vllm", draining=False,
@@ -97,6 +97,9 @@ def test_a_snapshot_is_shown_whole() -> None:
     assert got['sidecar_gpu_utilization_ratio{gpu="0"}'] == 0.93
     assert got['DCGM_FI_DEV_GPU_UTIL{UUID="GPU-0",gpu="0"}'] == 93
     assert got['sidecar_gpu_xid_errors_total{gpu="0",xid="79"}'] == 2
+    assert got['sidecar_gpu_energy_joules_total{gpu="0"}'] == 9.5e6
+    assert got['sidecar_gpu_slowdown{gpu="0",reason="power_cap"}'] == 1
+    assert got['sidecar_gpu_slowdown{gpu="0",reason="thermal_hardware"}'] == 0
     assert got['sidecar_signal_up{signal="scrape"}'] == 1
     assert got['sidecar_signal_seconds{signal="gpu"}'] == 0.002
     assert got['sidecar_build_info{engine_kind="vllm",version="1.2.3"}'] == 1
@@ -118,6 +121,17 @@ def test_what_was_not_read_is_never_a_zero() -> None:
     assert 'sidecar_signal_seconds{signal="process"}' not in got
     assert got['sidecar_gpu_memory_used_bytes{gpu="0"}'] == 1 << 30
     assert got['sidecar_signal_up{signal="gpu"}'] == 1
+    assert "sidecar_gpu_utilization_ratio" not in str(got)
+
+
+def test_the_slices_of_a_gpu_are_told_apart() -> None:
+    """Two MIG slices of GPU 0 are two series of each number, named by their places."""
+    slices = tuple(replace(GPU, mig=place, uuid=f"MIG-{place}", utilization=Absent("MIG")) for place in (0, 2))
+    got = page(replace(SNAPSHOT, gpus=Value(slices, 1.0)))
+    assert [n for n in got if n.startswith("sidecar_gpu_memory_used")] == [
+        'sidecar_gpu_memory_used_bytes{gpu="0:0"}',
+        'sidecar_gpu_memory_used_bytes{gpu="0:2"}',
+    ]
     assert "sidecar_gpu_utilization_ratio" not in str(got)
 
 
@@ -202,7 +216,7 @@ def test_an_engine_behind_a_sidecar_does_not_double_our_families() -> None:
 
 
 def test_load_is_the_contracts_object() -> None:
-    """Keys and values are those of the contract, no more and no less."""
+    """Keys and values are those of the contract, and of each GPU what else NVML gives."""
     assert load.render(SNAPSHOT) == {
         "mu": {
             "in_flight": 3.2,
@@ -217,10 +231,17 @@ def test_load_is_the_contracts_object() -> None:
         "gpu": [
             {
                 "index": 0,
+                "mig": None,
+                "name": "H100",
                 "utilization": 0.93,
                 "memory_used_bytes": 1 << 30,
                 "memory_total_bytes": 80 << 30,
                 "power_watts": 640.5,
+                "energy_joules": 9.5e6,
+                "temperature_celsius": 61.0,
+                "sm_clock_hertz": 1_980_000_000,
+                "slowdowns": ("power_cap",),
+                "processes": 2,
             }
         ],
         "coefficients": {"fingerprint": "llama-h100", "stale": False},

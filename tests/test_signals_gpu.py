@@ -16,7 +16,17 @@ import pytest
 from .nvml_stub.build import build
 
 HERE = Path(__file__).parent / "nvml_stub"
-FIELDS = ("utilization", "memory_used", "memory_total", "power", "temperature")
+FIELDS = (
+    "utilization",
+    "memory_used",
+    "memory_total",
+    "power",
+    "temperature",
+    "energy",
+    "sm_clock",
+    "slowdowns",
+    "processes",
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +118,11 @@ def test_a_healthy_gpu_gives_numbers_in_our_units(stub: Path, watch: Watch) -> N
             "power": 640.5,
             "temperature": 61.0,
             "xid_errors": [],
+            "mig": None,
+            "energy": 5000000.5,
+            "sm_clock": 1_980_000_000,
+            "slowdowns": ["power_cap", "thermal_hardware"],
+            "processes": 2,
         }
     ]
     assert watched.stop() == (True, True)
@@ -174,13 +189,44 @@ def test_a_number_that_the_gpu_lacks_is_absent_and_one_that_failed_is_failed(stu
     assert (gpu["memory_used"], gpu["power"]) == (60 << 30, 640.5)
 
 
-def test_a_function_that_an_old_driver_lacks_is_absent(
+def test_what_an_old_driver_lacks_is_asked_otherwise_or_absent(
     tmp_path: Path, requires: Callable[[str], Path], watch: Watch
 ) -> None:
-    """A missing symbol costs its own number only."""
+    """Without batches of fields power comes by its own call; energy, which has no other, is absent; the rest has values."""
     gpu = watch(build(requires("gcc"), tmp_path / "old", "-DOLD")).until(values)[0]
-    assert "Absent" in gpu["power"]
+    assert gpu["power"] == 640.0
+    assert "Absent" in gpu["energy"]
     assert gpu["temperature"] == 61.0
+
+
+def test_each_field_of_a_batch_has_a_code_of_its_own(stub: Path, watch: Watch) -> None:
+    """A batch that succeeds with fields that do not gives no number of theirs: the single calls are asked, never 0 taken."""
+    gpu = watch(stub, "field 2").until(values)[0]
+    assert (gpu["power"], gpu["energy"]) == (640.0, 7.0)
+
+
+def test_a_slice_of_a_gpu_has_its_own_memory_and_nothing_of_its_neighbours(stub: Path, watch: Watch) -> None:
+    """Of a sliced GPU only the slices that can be seen are told; what NVML has of the whole GPU only is absent, not theirs."""
+    first, second = watch(stub, "count 2\nmig 3").until(values)
+    assert (first["index"], first["mig"], first["uuid"]) == (0, 3, "MIG-0-3")
+    assert (first["memory_used"], first["temperature"]) == (7 << 30, 61.0)
+    assert all("MIG" in first[number]["Absent"] for number in ("utilization", "power", "energy"))
+    assert (second["mig"], second["power"]) == (None, 640.5)
+
+
+def test_an_xid_of_a_sliced_gpu_is_counted_once(stub: Path, watch: Watch) -> None:
+    """Slices share the events of their GPU."""
+    watched = watch(stub, "mig 3\nxid 31")
+    assert watched.until(lambda r: values(r) and r[0]["xid_errors"])[0]["xid_errors"] == [[31, 1]]
+
+
+def test_process_lists_are_asked_for_rarely(stub: Path, watch: Watch) -> None:
+    """Lists of processes lock the driver: of many rounds only the first asks."""
+    watched = watch(stub)
+    watched.until(values)
+    watched.say("processes 5\nnvmlDeviceGetTemperature 4")
+    again = watched.until(lambda r: values(r) and "Failed" in str(r[0]["temperature"]))
+    assert again[0]["processes"] == 2
 
 
 @pytest.mark.parametrize("function", ["nvmlInitWithFlags", "nvmlDeviceGetMemoryInfo"])

@@ -130,7 +130,7 @@ def gpu(chosen: Settings) -> Finding:
         return Finding("gpu", "absent", reading.reason)
     if isinstance(reading, Failed):
         return Finding("gpu", "warn", reading.error, "the verdict does not need it; see the message")
-    return Finding("gpu", "ok", ", ".join(f"{g.index}: {g.name}" for g in reading.value))
+    return Finding("gpu", "ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
 
 
 def cpu(chosen: Settings) -> Finding:

@@ -44,10 +44,17 @@ def _gpus(reading: Reading[tuple[GpuSample, ...]]) -> dict[str, Any]:
 def _gpu(gpu: GpuSample) -> dict[str, Any]:
     return {
         "index": gpu.index,
+        "mig": gpu.mig,
+        "name": gpu.name,
         **_entry("utilization", gpu.utilization),
         **_entry("memory_used_bytes", gpu.memory_used),
         **_entry("memory_total_bytes", gpu.memory_total),
         **_entry("power_watts", gpu.power),
+        **_entry("energy_joules", gpu.energy),
+        **_entry("temperature_celsius", gpu.temperature),
+        **_entry("sm_clock_hertz", gpu.sm_clock),
+        **_entry("slowdowns", gpu.slowdowns),
+        **_entry("processes", gpu.processes),
     }
 
 

@@ -17,47 +17,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sidecar.facts import Absent, Failed, GpuSample, Reading, Value
+from sidecar.signals.gpu_sample import Device, Sampler, failed, found
 from sidecar.signals.xid import XidWatch
-
-T = TypeVar("T")
 
 LIBRARY: Final = "libnvidia-ml.so.1"
 PATIENCE: Final = 5.0  # seconds; a call takes milliseconds, and tens of them while the driver wakes a GPU
 FIRST_RETRY: Final = 1.0
 LONGEST_RETRY: Final = 60.0
 
-# NVML's codes, as numbers because the module that names them is imported only where there is a driver.
-_NOT_HERE: Final = frozenset({3, 13})  # not supported, function not found
-_GONE: Final = frozenset({1, 15, 16, 18})  # uninitialised, lost, reset required, driver mismatch: ask nothing more
-_REMEDY: Final = {
-    1: "NVML is not initialised any more; it is being restarted",
-    4: "the GPU's device files may not be opened; if it worked before, a systemd daemon-reload on the node took them"
-    " away: restart the pod",
-    9: "the NVIDIA driver is not loaded on this node",
-    13: "the driver library lacks a function that we need; update the driver",
-    15: "the GPU is lost (XID 79); the node needs a reboot",
-    16: "the GPU needs a reset; drain the node",
-    18: "driver library and kernel module differ in version; the node needs a reboot, the pod a restart",
-    999: "the driver does not say why; if it worked before, a systemd daemon-reload on the node took the devices away:"
-    " restart the pod",
-}
-
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """One GPU of one NVML session. `handle` is NVML's own; where it could not be had, `error` says why."""
-
-    index: int
-    name: str
-    uuid: str
-    handle: Any
-    error: Exception | None = None
 
 
 class GpuSignal:
@@ -74,7 +45,7 @@ class GpuSignal:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
         self._nvml: Any = None
-        self._known: dict[int, Device] = {}
+        self._known: dict[int, tuple[str, str]] = {}  # name and UUID by index, once they were read
         self._xids = XidWatch(self._stopping)
 
     def start(self) -> None:
@@ -117,12 +88,12 @@ class GpuSignal:
         try:
             self._ask(self._nvml.nvmlInit)
         except self._nvml.NVMLError as e:
-            self._keep(Failed(_why(e)))
+            self._keep(failed(e))
             return
         try:
             self._poll(self._devices())
         except self._nvml.NVMLError as e:
-            self._keep(Failed(_why(e)))
+            self._keep(failed(e))
         except Exception as e:  # noqa: BLE001 - a binding that misbehaves must not end the thread
             _log.exception("GPU signal: unexpected error")
             self._keep(Failed(f"reading failed ({type(e).__name__})"))
@@ -130,73 +101,38 @@ class GpuSignal:
             self._close()
 
     def _devices(self) -> list[Device]:
-        """All GPUs that NVML counts; one whose handle cannot be had keeps the name that it had before."""
+        """All GPUs that NVML counts, or their slices; one whose handle cannot be had keeps the name that it had before."""
+        every: list[Device] = []
         for index in range(self._ask(self._nvml.nvmlDeviceGetCount)):
-            before = self._known.get(index, Device(index, "", "", None))
-            try:
-                handle = self._ask(self._nvml.nvmlDeviceGetHandleByIndex, index)
-                name = self._ask(self._nvml.nvmlDeviceGetName, handle)
-                uuid = self._ask(self._nvml.nvmlDeviceGetUUID, handle)
-                self._known[index] = Device(index, name, uuid, handle)
-            except self._nvml.NVMLError as e:
-                self._known[index] = Device(index, before.name, before.uuid, None, e)
-        return sorted(self._known.values(), key=lambda device: device.index)
+            every += found(self._nvml, self._ask, index, *self._known.get(index, ("", "")))
+            self._known[index] = (every[-1].name, every[-1].uuid)
+        return every
 
     def _poll(self, devices: list[Device]) -> None:
         if not devices:
             self._keep(Absent("no NVIDIA GPU is visible here"))
             return
         self._xids.begin(self._nvml, devices)
+        sampler = Sampler(self._nvml, self._ask, self._xids.counts)
         answering = True
         while answering and not self._stopping.is_set():
-            answering = self._round(devices)
+            answering = self._round(sampler, devices)
             if answering:
                 self._stopping.wait(self._period)
 
-    def _round(self, devices: list[Device]) -> bool:
+    def _round(self, sampler: Sampler, devices: list[Device]) -> bool:
         """One sample of each GPU. False when none of them answers any more."""
         began = self._clock()
         samples: list[GpuSample] = []
         gone = 0
         for device in devices:
             try:
-                samples.append(self._sample(device, began))
+                samples.append(sampler.sample(device, began))
             except self._nvml.NVMLError as e:
                 gone += 1
-                samples.append(self._lost(device, Failed(_why(e))))
+                samples.append(sampler.lost(device, e))
         self._keep(Value(tuple(samples), at=began, seconds=self._clock() - began))
         return gone < len(devices)
-
-    def _sample(self, device: Device, now: float) -> GpuSample:
-        """Each number of one GPU. Raises NVMLError when the GPU will answer nothing more."""
-        if device.error is not None:
-            raise device.error
-        nvml, handle = self._nvml, device.handle
-
-        def field(call: Callable[..., Any], convert: Callable[[Any], T], *args: int) -> Reading[T]:
-            try:
-                return Value(convert(self._ask(call, handle, *args)), at=now)
-            except nvml.NVMLError as e:
-                if e.value in _GONE:
-                    raise
-                return _unread(e)
-
-        memory = field(nvml.nvmlDeviceGetMemoryInfo, lambda m: (int(m.used), int(m.total)))
-        return GpuSample(
-            index=device.index,
-            name=device.name,
-            uuid=device.uuid,
-            utilization=field(nvml.nvmlDeviceGetUtilizationRates, lambda rates: rates.gpu / 100),
-            memory_used=_part(memory, 0),
-            memory_total=_part(memory, 1),
-            power=field(nvml.nvmlDeviceGetPowerUsage, lambda milliwatts: milliwatts / 1000),
-            temperature=field(nvml.nvmlDeviceGetTemperature, float, nvml.NVML_TEMPERATURE_GPU),
-            xid_errors=self._xids.counts(device.index),
-        )
-
-    def _lost(self, device: Device, why: Failed) -> GpuSample:
-        xids = self._xids.counts(device.index)
-        return GpuSample(device.index, device.name, device.uuid, why, why, why, why, why, xids)
 
     def _close(self) -> None:
         # To shut NVML down under a thread that is still inside it is undefined; then it is left as it is.
@@ -222,16 +158,3 @@ def _load() -> Any:
     """The module `pynvml`. Raises OSError where there is no driver library, before 3 MB of bindings are imported."""
     ctypes.CDLL(LIBRARY)
     return importlib.import_module("pynvml")
-
-
-def _why(error: Any) -> str:
-    remedy = _REMEDY.get(error.value)
-    return f"NVML: {error}" + (f": {remedy}" if remedy else "")
-
-
-def _unread(error: Any) -> Absent | Failed:
-    return Absent(f"NVML: {error}") if error.value in _NOT_HERE else Failed(_why(error))
-
-
-def _part(pair: Reading[tuple[int, int]], index: int) -> Reading[int]:
-    return Value(pair.value[index], at=pair.at) if isinstance(pair, Value) else pair

@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 
 class HasHandle(Protocol):
-    """A GPU of the session; `handle` is None where NVML gave none."""
+    """A GPU of the session; `whole` is its handle, None where NVML gave none; slices share one."""
 
     @property
     def index(self) -> int: ...
     @property
-    def handle(self) -> Any: ...
+    def whole(self) -> Any: ...
 
 
 class XidWatch:
@@ -91,11 +91,11 @@ def _register(nvml: Any, devices: Sequence[HasHandle], events: Any) -> dict[int 
     """Subscribe to each GPU that can; GPU index by the address of its handle, which is what an event carries."""
     registered: dict[int | None, int] = {}
     for device in devices:
-        if device.handle is None:
+        if device.whole is None or _address(device.whole) in registered:
             continue
         try:
-            nvml.nvmlDeviceRegisterEvents(device.handle, nvml.nvmlEventTypeXidCriticalError, events)
-            registered[_address(device.handle)] = device.index
+            nvml.nvmlDeviceRegisterEvents(device.whole, nvml.nvmlEventTypeXidCriticalError, events)
+            registered[_address(device.whole)] = device.index
         except nvml.NVMLError as e:
             _log.info("XID events of GPU %d are not available: %s", device.index, e)
     return registered

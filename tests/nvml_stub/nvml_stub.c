@@ -5,21 +5,32 @@
  *   hang FUNCTION      calls of the function do not return while the line is there
  *   count N            GPUs (default 1)
  *   lost I             GPU I answers "GPU is lost" to everything
+ *   field CODE         each field of a batch has this code of its own
+ *   mig N              GPU 0 is sliced, and slice N alone can be seen from here
+ *   processes N        processes that compute on each GPU (default 2); each list that is asked for is told on stderr
  *   xid N              one event with this XID for GPU 0; delivered once for each new N
- * Compiled with -DOLD it lacks nvmlDeviceGetPowerUsage, as an old driver lacks newer functions.
+ * Compiled with -DOLD it lacks nvmlDeviceGetFieldValues and nvmlDeviceGetTotalEnergyConsumption, as an old driver lacks newer functions.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-typedef struct { int index; } Device;
+typedef struct { int index; int slice; } Device; /* slice: -1 for a whole GPU */
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned int gpu, memory; } Utilization;
 typedef struct { Device *device; unsigned long long type, data; unsigned int gi, ci; } Event;
 
-enum { OK = 0, INVALID = 2, TIMEOUT = 10, LOST = 15 };
-static Device devices[8] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
+enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, SMALL = 7, TIMEOUT = 10, LOST = 15 };
+typedef struct {
+    unsigned int id, scope;
+    long long timestamp, latency;
+    unsigned int type, code;
+    union { double dVal; unsigned int uiVal; unsigned long long ullVal; } value;
+} Field;
+typedef struct { unsigned int pid; unsigned long long memory; unsigned int gi, ci; } Process;
+static Device devices[8] = {{0, -1}, {1, -1}, {2, -1}, {3, -1}, {4, -1}, {5, -1}, {6, -1}, {7, -1}};
+static Device slices[8] = {{0, 0}, {0, 1}, {0, 2}, {0, 3}, {0, 4}, {0, 5}, {0, 6}, {0, 7}};
 static int events;
 
 /* The number after `name`, or `otherwise`; where `word` is given, whether a line `name word` is there. */
@@ -56,20 +67,21 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int index, Device **device) {
 
 int nvmlDeviceGetName(Device *d, char *name, unsigned int length) {
     ENTER(d);
-    snprintf(name, length, "Stub GPU");
+    snprintf(name, length, d->slice < 0 ? "Stub GPU" : "Stub GPU MIG 1g.10gb");
     return OK;
 }
 
 int nvmlDeviceGetUUID(Device *d, char *uuid, unsigned int length) {
     ENTER(d);
-    snprintf(uuid, length, "GPU-%d", d->index);
+    if (d->slice < 0) snprintf(uuid, length, "GPU-%d", d->index);
+    else snprintf(uuid, length, "MIG-%d-%d", d->index, d->slice);
     return OK;
 }
 
 int nvmlDeviceGetMemoryInfo(Device *d, Memory *memory) {
     ENTER(d);
-    memory->total = 80ULL << 30;
-    memory->used = 60ULL << 30;
+    memory->total = (d->slice < 0 ? 80ULL : 10ULL) << 30;
+    memory->used = (d->slice < 0 ? 60ULL : 7ULL) << 30;
     memory->free = memory->total - memory->used;
     return OK;
 }
@@ -81,9 +93,62 @@ int nvmlDeviceGetUtilizationRates(Device *d, Utilization *rates) {
     return OK;
 }
 
+int nvmlDeviceGetPowerUsage(Device *d, unsigned int *milliwatts) { ENTER(d); *milliwatts = 640000; return OK; }
 #ifndef OLD
-int nvmlDeviceGetPowerUsage(Device *d, unsigned int *milliwatts) { ENTER(d); *milliwatts = 640500; return OK; }
+int nvmlDeviceGetTotalEnergyConsumption(Device *d, unsigned long long *millijoules) { ENTER(d); *millijoules = 7000; return OK; }
+
+/* Average power in milliwatts, energy in millijoules: other figures than the single calls give, to tell the two apart. */
+int nvmlDeviceGetFieldValues(Device *d, int count, Field *fields) {
+    ENTER(d);
+    for (int i = 0; i < count; i++) {
+        fields[i].code = (unsigned int)script("field", NULL, OK);
+        fields[i].type = fields[i].id == 185 ? 1 : 3;
+        if (fields[i].id == 185) fields[i].value.uiVal = 640500;
+        else if (fields[i].id == 83) fields[i].value.ullVal = 5000000500ULL;
+        else fields[i].code = INVALID;
+    }
+    return OK;
+}
 #endif
+
+int nvmlDeviceGetClockInfo(Device *d, unsigned int type, unsigned int *megahertz) {
+    ENTER(d);
+    if (type != 1) return INVALID;
+    *megahertz = 1980;
+    return OK;
+}
+
+int nvmlDeviceGetCurrentClocksThrottleReasons(Device *d, unsigned long long *reasons) {
+    ENTER(d);
+    *reasons = 0x4 | 0x1 | 0x40;
+    return OK;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(Device *d, unsigned int *count, Process *list) {
+    unsigned int there = (unsigned int)script("processes", NULL, 2);
+    ENTER(d);
+    if (!list) fprintf(stderr, "process list\n");
+    if (there > *count || !list) return *count = there, there ? SMALL : OK;
+    for (unsigned int i = 0; i < there; i++) list[i] = (Process){100 + i, 1 << 30, 0, 0};
+    *count = there;
+    return OK;
+}
+
+int nvmlDeviceGetMigMode(Device *d, unsigned int *now, unsigned int *pending) {
+    ENTER(d);
+    if (d->slice >= 0) return INVALID;
+    *now = *pending = d->index == 0 && script("mig", NULL, -1) >= 0;
+    return OK;
+}
+
+int nvmlDeviceGetMaxMigDeviceCount(Device *d, unsigned int *count) { ENTER(d); *count = 7; return OK; }
+
+int nvmlDeviceGetMigDeviceHandleByIndex(Device *d, unsigned int index, Device **slice) {
+    ENTER(d);
+    if (script("mig", NULL, -1) != (long)index) return NOT_FOUND;
+    *slice = &slices[index];
+    return OK;
+}
 
 int nvmlDeviceGetTemperature(Device *d, unsigned int sensor, unsigned int *celsius) {
     (void)sensor;
