@@ -1,8 +1,9 @@
 """vLLM's `features` for `POST /inference/v1/generate` (--enable-scale-out), from the tensors of sidecar.client: no image goes to the engine.
 
-Pure. Written for vLLM 0.32 and held against its own `/render` byte for byte (tests/vllm/test_generate.py). Only processors that
-make patches (`pixel_values` and `image_grid_thw`, as Qwen's) are known. vLLM normalises those models' pixels on its device: ask
-for `values="uint8"`, and for floats only where it runs with `--no-mm-device-do-normalize`.
+Pure. Written for vLLM 0.32 and held against its own `/render` (tests/vllm/test_generate.py): the same bytes, but for the order of
+an item's tensors, which vLLM takes from a set, so that it differs from process to process. Only processors that make patches
+(`pixel_values` and `image_grid_thw`, as Qwen's) are known. vLLM normalises those models' pixels on its device: ask for
+`values="uint8"`, and for floats only where it runs with `--no-mm-device-do-normalize`.
 """
 
 from __future__ import annotations
@@ -47,24 +48,22 @@ def features(token_ids: Sequence[int], image_token: int, made: Preprocessed, sal
     return {
         "mm_hashes": {"image": names},
         "mm_placeholders": {"image": holders},
-        "kwargs_data": {"image": [base64.b64encode(item).decode() for item in _items(made)]},
+        "kwargs_data": {"image": [base64.b64encode(packed(item)).decode() for item in items(made)]},
     }
 
 
-def _items(made: Preprocessed) -> list[bytes]:
-    """Each image's tensors with how they are put together again, as vLLM's msgpack."""
+def items(made: Preprocessed) -> list[dict[str, Any]]:
+    """Each image's tensors with how vLLM puts them together again; for `packed`."""
     grids, patches = made.tensors["image_grid_thw"], made.tensors["pixel_values"]
     rows = list(accumulate((int(np.prod(grid)) for grid in grids), initial=0))
     slices = [[[first, end, None]] for first, end in pairwise(rows)]
     flat = ["flat", {"keep_on_cpu": False, "slices": slices, "dim": 0}]
     whole = ["batched", {"keep_on_cpu": True}]
     return [
-        packed(
-            {
-                "pixel_values": {"data": patches[first:end], "field": flat},
-                "image_grid_thw": {"data": grid, "field": whole},
-            }
-        )
+        {
+            "pixel_values": {"data": patches[first:end], "field": flat},
+            "image_grid_thw": {"data": grid, "field": whole},
+        }
         for (first, end), grid in zip(pairwise(rows), grids, strict=True)
     ]
 

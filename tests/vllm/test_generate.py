@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from typing import Any
 
 import pytest
 
 from sidecar.client import Client
-from sidecar.features import expanded, features
+from sidecar.features import expanded, features, items, packed
 from sidecar.photos import photo
 
 from . import client, processes
@@ -37,20 +39,22 @@ def engine(kind: str, model: Any, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
+def in_any_order(item: dict[str, Any]) -> list[bytes]:
+    """The forms that an item has in vLLM's msgpack: the same entries, one after the other."""
+    return [packed(dict(entries)) for entries in permutations(item.items())]
+
+
 async def tokens(engine: Engine, http: Http, prompt: str) -> list[int]:
     asked = {"model": "tiny", "prompt": prompt, "add_special_tokens": False}
     return list((await client.ask(http, f"{engine.url}/tokenize", asked))["tokens"])
 
 
-@pytest.mark.xfail(
-    strict=False, reason="passed when written; later the tensors differed from vLLM's, and why is not known yet"
-)
 async def test_our_features_are_those_that_vllm_renders(
     kind: Any, engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http
 ) -> None:
     """Prompt, places and tensors equal vLLM's own /render to the last byte, and so do tokens and log-probabilities.
 
-    vLLM sees no image of ours, only tensors; under another salt they have other names.
+    Only the order of an item's tensors is vLLM's own affair: it comes from a set, and changes with PYTHONHASHSEED. vLLM sees no image of ours, only tensors; under another salt they have other names.
     """
     rendered = await client.ask(http, f"{engine.url}{PATH}/render", chat(*PHOTOS))
     sidecar = await beside(start_sidecar, engine.url, engine.model, http)
@@ -63,8 +67,9 @@ async def test_our_features_are_those_that_vllm_renders(
 
     assert ids == rendered["token_ids"]
     assert found["mm_placeholders"] == rendered["features"]["mm_placeholders"]
-    same = found["kwargs_data"] == rendered["features"]["kwargs_data"]
-    assert same  # megabytes: their difference would take minutes to print
+    theirs = [base64.b64decode(item) for item in rendered["features"]["kwargs_data"]["image"]]
+    same = [item in in_any_order(ours) for item, ours in zip(theirs, items(made), strict=True)]
+    assert same == [True] * len(PHOTOS)  # megabytes: their difference would take minutes to print
     asked = {"model": "tiny", "token_ids": ids, "features": found, "sampling_params": rendered["sampling_params"]}
     through = await client.ask(http, engine.url + GENERATE, asked)
     without = await client.ask(http, engine.url + GENERATE, rendered)
