@@ -70,7 +70,7 @@ async def test_a_whole_world_has_nothing_to_mend(engine: ScriptedEngine, tmp_pat
     findings = await examine(chosen)
     assert [f for f in findings if f.level == "fail"] == []
     assert {f.name for f in findings} == {
-        "engine", "engine-kind", "engine-metrics", "canary", "engine-rest", "engine-threads", *CHECKS,
+        "engine", "engine-kind", "engine-metrics", "canary", "engine-rest", "images-shm", "engine-threads", *CHECKS,
     }  # fmt: skip
     assert not (tmp_path / "state").exists(), "a check leaves nothing behind"
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import psutil
 
-from sidecar import cpus
+from sidecar import cpus, plugin
 from sidecar.doctor.finding import Finding, Level
 from sidecar.engine import kinds, sample
 from sidecar.engine.kind import EngineKind
@@ -40,6 +40,7 @@ async def check(chosen: Settings) -> list[Finding]:
         kind = kinds.KINDS[name]
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
         found.append(await _rest(session, chosen, kind))
+        found.append(shared_memory(chosen, name))
     return [*found, threads(chosen.engine)]
 
 
@@ -131,6 +132,20 @@ async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKi
         return Finding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
     text = "it publishes no sleep or pause: orders of that kind must pass the relay, or their silence looks like a hang"
     return Finding("engine-rest", "absent", text)
+
+
+def shared_memory(chosen: Settings, kind: str) -> Finding:
+    """Whether images can go to this engine through shared memory, where that was chosen."""
+    if chosen.images != "shm":
+        return Finding("images-shm", "absent", f"not used with --images {chosen.images}")
+    if kind != "vllm":
+        return Finding(
+            "images-shm", "warn", f"images go inline: {kind} takes none from shared memory", "--images inline"
+        )
+    seen = plugin.look(chosen.shm_dir)
+    if seen.why:
+        return Finding("images-shm", "warn", f"images go inline: {chosen.shm_dir}: {seen.why}", plugin.REMEDY)
+    return Finding("images-shm", "ok", f"vLLM reads {chosen.shm_dir} with plugin {seen.version}")
 
 
 def threads(engine: str) -> Finding:

@@ -56,7 +56,8 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Relay:
-    """Handles every request of relay process `index`. `preprocess` serves /v1/preprocess where images are on, `fetch` gets images behind links."""
+    """Handles every request of relay process `index`. `preprocess` serves /v1/preprocess where images are on, `fetch` gets images behind links,
+    `shm` says whether a vLLM takes images from shared memory now."""
 
     def __init__(
         self,
@@ -70,11 +71,13 @@ class Relay:
         images: ImageWork | None = None,
         preprocess: Handler | None = None,
         fetch: inlining.Fetch | None = None,
+        shm: Callable[[], bool] | None = None,
     ) -> None:
         self._settings = settings
         self._images = images
         self._preprocess = preprocess
         self._fetch = fetch if images is not None else None
+        self._shm = shm
         self._engine_kind = engine_kind
         self._image_key = image_key or secrets.token_bytes(32)
         self._published: Published | None = None
@@ -268,7 +271,7 @@ class Relay:
         try:
             prepared = await inlining.prepare(
                 self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id, admission.tenant,
-                shm=self._settings.images == "shm" and self._engine_kind == "vllm", fetch=self._fetch,
+                shm=self._shm is not None and self._engine_kind == "vllm" and self._shm(), fetch=self._fetch,
             )  # fmt: skip
         finally:
             admission.image_seconds = time.monotonic() - started

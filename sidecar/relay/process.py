@@ -24,6 +24,7 @@ import uvloop
 from aiohttp import web
 
 from sidecar.facts import Fact, Joined, Pulse
+from sidecar.plugin import Watch
 from sidecar.relay import links, upstream
 from sidecar.relay.fetching import Fetcher
 from sidecar.relay.handler import Handler, Relay
@@ -115,6 +116,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             images=images,
             preprocess=_preprocess(images, own, emit) if images is not None else None,
             fetch=fetch,
+            shm=Watch(own.shm_dir) if own.images == "shm" else None,
         )
         try:
             yield relay

@@ -117,9 +117,11 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             preprocess: Any = None,
             fetch: Any = None,
             kind: str = "vllm",
+            shm: Any = None,
             **settings: Any,
         ) -> Rig:
-            return await stack.enter_async_context(_rig(engine, images, preprocess, fetch, kind, settings))
+            ways = {"preprocess": preprocess, "fetch": fetch, "shm": shm}
+            return await stack.enter_async_context(_rig(engine, images, ways, kind, settings))
 
         yield start
 
@@ -132,11 +134,11 @@ async def facts() -> Facts:
 
 @asynccontextmanager
 async def _rig(
-    engine: str, images: Any, preprocess: Any, fetch: Any, kind: str, settings: dict[str, Any]
+    engine: str, images: Any, ways: dict[str, Any], kind: str, settings: dict[str, Any]
 ) -> AsyncIterator[Rig]:
     facts = Facts()
     own = Settings(engine=engine, **settings)
-    relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, preprocess=preprocess, fetch=fetch)
+    relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, **ways)
     server = web.Server(
         relay.handle,
         handler_cancellation=True,

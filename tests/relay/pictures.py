@@ -23,6 +23,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.gpu = False
+        self.handed_over: list[bool] = []
         self.running = 0
         self.started = asyncio.Event()
         self.cancelled = asyncio.Event()
@@ -30,6 +31,7 @@ class Workers:
     async def inline(
         self, data: memoryview, where: str, tenant: str, hand_over: str, is_base64: bool = True
     ) -> Prepared:
+        self.handed_over.append(bool(hand_over))
         match bytes(data):
             case b"BAD/":
                 raise BadImage(f"{where} is no image", "image_unknown_format")

@@ -72,6 +72,19 @@ async def test_images_that_cannot_be_taken(
         assert imaged in {i.outcome for i in r.facts.of(Imaged)}
 
 
+async def test_shared_memory_is_for_a_vllm_that_reads_it(rig: Any, serve: Any) -> None:
+    """Images are handed over while there is a reader, and inline while there is none, from one request to the next; to vLLM only."""
+    workers, reader = Workers(), [True, False, True]
+    r = await rig(await serve(echo), images=workers, shm=lambda: reader.pop(0))
+    for _ in range(3):
+        async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA")) as got:
+            assert got.status == 200
+    assert workers.handed_over == [True, False, True]
+    r = await rig(await serve(echo), images=workers, kind="sglang", shm=lambda: True)
+    async with r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA")) as got:
+        assert got.status == 200 and workers.handed_over[3:] == [False]
+
+
 async def test_preprocess_says_how_to_switch_it_on(rig: Any, serve: Any) -> None:
     """Where images are off, /v1/preprocess is a 404 in OpenAI's form that names the flag; where they are on, it is served."""
     r = await rig(await serve(echo))

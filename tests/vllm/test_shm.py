@@ -2,45 +2,100 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sidecar.doctor import engine as doctor
+from sidecar.doctor.finding import Finding
+from sidecar.settings import Settings
+
 from . import client, processes
 from .client import Http
 from .processes import Engine, Sidecar
-from .test_images import BODIES, PATH, beside, formats, recording
+from .test_images import BODIES, LOSSLESS, PATH, beside, formats, recording
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
+NAMES = ("1080p", "EXIF 6", "small, enlarged", "alpha", "two", "1080p")
+
 
 @pytest.fixture(scope="module")
-def engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def shm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Instead of /dev/shm, which other engines use, too."""
+    return tmp_path_factory.mktemp("shm")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Any, shm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A vLLM with the plugin, which lies in a folder of its own: the shared environment stays as it is."""
     site = tmp_path_factory.mktemp("site")
-    with processes.engine(model("vision"), site / "engine.log", environ=processes.with_plugin(site)) as running:
+    environ = processes.with_plugin(site) | {"SIDECAR_SHM_DIR": str(shm)}
+    with processes.engine(model("vision"), site / "engine.log", environ=environ) as running:
         yield running
 
 
-def left_behind() -> list[str]:
-    return [p.name for p in Path("/dev/shm").glob("sidecar-images-*/out-*")]
+def left_behind(shm: Path) -> list[str]:
+    return [p.name for p in shm.glob("sidecar-images-*/out-*")]
+
+
+async def found(engine: Engine, shm: Path) -> Finding:
+    """What `sidecar doctor` says of the hand-over."""
+    findings = await doctor.check(Settings(engine=engine.url, images="shm", shm_dir=str(shm)))
+    return next(finding for finding in findings if finding.name == "images-shm")
+
+
+async def inline_instead(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, shm: Path) -> None:
+    """Every image goes inline, with the answer that vLLM gives by itself; the log says so once, and so does the doctor."""
+    bodies = [BODIES[name] for name in ("1080p", "two")]
+    without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
+    async with recording(engine.url, http) as (url, recorder):
+        sidecar = await beside(start_sidecar, url, engine.model, http, images="shm", shm_dir=str(shm))
+        through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
+    assert through == without
+    seen = [kind for body in recorder.bodies for kind in formats(body)]
+    assert len(seen) == 3 and all(kind in LOSSLESS for kind in seen)
+    said = [line for line in (sidecar.state.parent / "sidecar.log").read_text().splitlines() if "go inline" in line]
+    finding = await found(engine, shm)
+    assert len(said) == 1 and finding.level == "warn" and "go inline" in finding.what and finding.remedy in said[0]
+
+
+async def test_a_vllm_without_the_plugin_gets_its_images_inline(
+    model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
+) -> None:
+    """Where the mark of an earlier vLLM still lies, but no living process holds it, images go inline."""
+    mark = {"form": 1, "version": "0.1.0", "pid": 1, "user": 0, "reads_all": True, "connector": "inference_sidecar"}
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    (folder / "sidecar-plugin-0").write_text(json.dumps(mark))
+    with processes.engine(model("vision"), tmp_path / "engine.log") as bare:
+        await inline_instead(bare, start_sidecar, http, folder)
 
 
 async def test_pixels_in_shared_memory_give_the_same_answer(
-    engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http
+    engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, shm: Path
 ) -> None:
     """Text, log-probabilities and usage are the same to the last bit; nothing is left behind; a repeated image, too."""
-    bodies = [BODIES[name] for name in ("1080p", "EXIF 6", "small, enlarged", "alpha", "two", "1080p")]
+    bodies = [BODIES[name] for name in NAMES]
     without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
     async with recording(engine.url, http) as (url, recorder):
-        sidecar = await beside(start_sidecar, url, engine.model, http, images="shm")
+        sidecar = await beside(start_sidecar, url, engine.model, http, images="shm", shm_dir=str(shm))
         through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
     assert through == without
-    seen = [found for body in recorder.bodies for found in formats(body)]
-    assert len(seen) == 7 and all(found.startswith("sidecar-shm://") for found in seen)
-    assert left_behind() == []
+    seen = [kind for body in recorder.bodies for kind in formats(body)]
+    assert len(seen) == 7 and all(kind.startswith("sidecar-shm://") for kind in seen)
+    assert left_behind(shm) == []
+    assert (await found(engine, shm)).level == "ok"
+
+
+async def test_another_folder_means_inline(
+    engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
+) -> None:
+    """A vLLM whose plugin looks into another folder gets its images inline."""
+    await inline_instead(engine, start_sidecar, http, tmp_path)
 
 
 async def test_a_name_that_is_not_there_is_the_clients_error(engine: Engine, http: Http) -> None:

@@ -1,20 +1,31 @@
 """vLLM's media connector for `sidecar-shm://FOLDER/NAME?h=H&w=W&o=OFFSET`: RGB pixels in a file in shared memory.
 
 Rules: neither torch nor the sidecar is imported; a name is hexadecimal and cannot leave the folder; links are not followed; the
-file is removed as soon as it is mapped, so that it is read once.
+file is removed as soon as it is mapped, so that it is read once. A mark in the folder, locked as long as this process lives, tells the
+sidecar that there is a reader; without it, images come inline. Nothing of that may keep vLLM from starting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import json
+import logging
 import mmap
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
+__version__ = "0.1.0"
+
 SCHEME = "sidecar-shm://"
 NAME = "inference_sidecar"
+MARK = "sidecar-plugin-"
+FORM = 1  # of the URLs
+MARK_BYTES = 512  # always as many, so that writing over an old mark leaves nothing of it
+READS_ALL = 1 << 1  # CAP_DAC_OVERRIDE: a file's mode does not matter
 URL = re.compile(
     r"sidecar-shm://(sidecar-images-[a-z0-9_]{1,32})/(out-[0-9a-f]{32})\?h=(\d{1,6})&w=(\d{1,6})&o=(\d{1,6})"
 )
@@ -39,6 +50,47 @@ def register() -> None:
                 return await asyncio.get_running_loop().run_in_executor(None, load, url)
             return await super().load_from_url_async(url, media_io, **more)
 
+    leave_mark()
+
+
+def leave_mark() -> None:
+    """Tell the sidecar that a vLLM with this plugin lives. The file stays open, and locked, until this process ends."""
+    path = folder() / f"{MARK}{os.geteuid()}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+        os.fchmod(fd, 0o644)  # whatever the umask is: nothing in it is secret
+        os.pwrite(fd, mark().ljust(MARK_BYTES), 0)
+    except OSError as e:
+        text = "the inference sidecar will send images inline: no mark could be left in %s (%s)"
+        logging.getLogger("vllm").warning(text, path.parent, e.strerror)
+
+
+def mark() -> bytes:
+    """What the sidecar must know of this process."""
+    return json.dumps(
+        {
+            "form": FORM,
+            "version": __version__,
+            "pid": os.getpid(),
+            "user": os.geteuid(),
+            "reads_all": _reads_all(),
+            "connector": os.environ.get("VLLM_MEDIA_CONNECTOR", "")[:40],
+        }
+    ).encode()
+
+
+def folder() -> Path:
+    """The folder that both containers share."""
+    return Path(os.environ.get("SIDECAR_SHM_DIR", "/dev/shm"))
+
+
+def _reads_all() -> bool:
+    """Whether this process may read files of another user with mode 0600: root often may not, in a container without capabilities."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    effective = next((line.split()[1] for line in lines if line.startswith("CapEff:")), "0")
+    return bool(int(effective, 16) & READS_ALL)
+
 
 def load(url: str) -> Any:
     """The image of a URL, as vLLM's loaders give it. Raises ValueError, which vLLM answers with 400."""
@@ -48,14 +100,13 @@ def load(url: str) -> Any:
     found = URL.fullmatch(url)
     if found is None:
         raise ValueError("not a shared memory URL of the inference sidecar")
-    folder, name = found[1], found[2]
     height, width, offset = (int(found[i]) for i in (3, 4, 5))
-    pixels = _read(Path(os.environ.get("SIDECAR_SHM_DIR", "/dev/shm")) / folder / name)
+    pixels = _read(folder() / found[1] / found[2])
     if len(pixels) != offset + 3 * height * width:
         raise ValueError("the image in shared memory does not have the size that its URL says")
     image = Image.frombuffer("RGB", (width, height), memoryview(pixels)[offset:], "raw", "RGB", 0, 1)
     # The bytes name the image in vLLM's caches where no uuid does: a file's name is used once, so nothing is mistaken for another.
-    return MediaWithBytes(image, name.encode())
+    return MediaWithBytes(image, found[2].encode())
 
 
 def _read(path: Path) -> mmap.mmap:

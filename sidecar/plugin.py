@@ -1,0 +1,122 @@
+"""Whether images may go to vLLM through shared memory: whether a vLLM that runs has our plugin, uses it, and may read our files.
+
+The plugin (plugins/vllm) leaves a mark in the shared folder and holds a lock on it as long as its process lives. So the mark tells
+three things at once: the plugin is there, the folder is one and the same in both containers, and the engine that has both is alive. The
+lock is only asked about here, never taken: nothing that we do can hold up an engine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+MARK: Final = "sidecar-plugin-"
+FORM: Final = 1  # of the URLs that both sides know
+CONNECTOR: Final = "inference_sidecar"
+EVERY: Final = 1.0  # seconds between two looks of a relay
+MOST: Final = 64  # marks that are looked at: one for each user that an engine has run as
+MAX_MARK: Final = 4096  # bytes
+REMEDY: Final = (
+    "install plugins/vllm into vLLM's environment, start it with VLLM_MEDIA_CONNECTOR=inference_sidecar, and mount one "
+    "folder in both containers (--shm-dir, SIDECAR_SHM_DIR)"
+)
+_FLOCK: Final = "hhqqi"  # struct flock: type, whence, start, length, pid
+
+_log = logging.getLogger("sidecar")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the folder tells. `why` images cannot go through it; "" where they can."""
+
+    why: str
+    version: str = ""
+
+
+def look(shm: str) -> Seen:
+    """What the folder `shm` tells now. Never raises, never waits."""
+    found = Seen("no vLLM with our plugin uses this folder")
+    try:
+        paths = list(islice(Path(shm).glob(MARK + "*"), MOST))
+    except OSError:
+        return found
+    for path in paths:
+        seen = _seen(path)
+        if seen is not None and not seen.why:
+            return seen
+        found = seen or found
+    return found
+
+
+def judged(text: bytes, user: int) -> Seen:
+    """What a mark says to a sidecar that runs as `user`."""
+    try:
+        mark: Any = json.loads(text)
+        version, form = str(mark["version"])[:20], mark["form"]
+        connector, owner, reads_all = str(mark["connector"])[:40], int(mark["user"]), bool(mark["reads_all"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return Seen("the mark of vLLM's plugin cannot be read")
+    if form != FORM:
+        return Seen(f"vLLM's plugin {version!a} is not of this sidecar's version", version)
+    if connector != CONNECTOR:
+        return Seen(f"vLLM has the plugin, but VLLM_MEDIA_CONNECTOR is {connector!a}", version)
+    if owner != user and not reads_all:
+        return Seen(f"vLLM runs as user {owner}, and may not read the files of user {user}", version)
+    return Seen("", version)
+
+
+def _seen(path: Path) -> Seen | None:
+    """What one mark says; None where the process that left it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or not _held(fd):
+            return None
+        return judged(os.pread(fd, MAX_MARK, 0), os.geteuid())
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _held(fd: int) -> bool:
+    """Whether a living process holds its lock on the file."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+class Watch:
+    """Called for each request with images: whether they may go through the folder `shm` now. Says in the log when that changes."""
+
+    def __init__(self, shm: str, now: Callable[[], float] = time.monotonic) -> None:
+        self._shm = shm
+        self._now = now
+        self._at = float("-inf")
+        self._seen: Seen | None = None
+
+    def __call__(self) -> bool:
+        now = self._now()
+        if now - self._at >= EVERY or self._seen is None:
+            before, self._seen, self._at = self._seen, look(self._shm), now
+            if before != self._seen:
+                self._say(self._seen)
+        return not self._seen.why
+
+    def _say(self, seen: Seen) -> None:
+        if seen.why:
+            _log.warning("images go inline, not through %s: %s; %s", self._shm, seen.why, REMEDY)
+        else:
+            _log.info("images go through %s: vLLM has plugin %s", self._shm, seen.version)

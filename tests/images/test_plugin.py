@@ -1,0 +1,127 @@
+"""The mark by which vLLM's plugin tells the sidecar that it reads shared memory, left by real processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar.plugin import EVERY, MARK, Watch, judged, look
+
+from .test_imagecache import plugin
+
+NOBODY = "no vLLM with our plugin"
+ENGINE = "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm; sidecar_vllm.leave_mark(); print('left', flush=True); sys.stdin.read()"
+SOURCES = Path(__file__).parents[2] / "plugins/vllm"
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """A function: starts a process that has left its mark, as each of vLLM's does."""
+    with ExitStack() as stack:
+
+        def run(connector: str = "inference_sidecar") -> subprocess.Popen[str]:
+            env = os.environ | {"SIDECAR_SHM_DIR": str(tmp_path), "VLLM_MEDIA_CONNECTOR": connector}
+            command = [sys.executable, "-c", ENGINE, str(SOURCES)]
+            process = stack.enter_context(
+                subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.kill)
+            assert process.stdout is not None and process.stdout.readline() == "left\n"
+            return process
+
+        yield run
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait(20)
+
+
+def test_a_mark_lives_as_long_as_the_processes_that_left_it(start: Start, tmp_path: Path) -> None:
+    """Nobody, one, two, one, nobody: the file stays, and says nothing once the last process was killed; then it is used again."""
+    assert look(str(tmp_path)).why.startswith(NOBODY)
+    first, second = start(), start()
+    assert look(str(tmp_path)).why == ""
+    end(first)
+    assert look(str(tmp_path)).why == "" and look(str(tmp_path)).version == plugin().__version__
+    end(second)
+    assert look(str(tmp_path)).why.startswith(NOBODY) and len(list(tmp_path.iterdir())) == 1
+    start()
+    assert look(str(tmp_path)).why == "" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_plugin_that_is_not_in_use_is_told_from_none(start: Start, tmp_path: Path) -> None:
+    """vLLM loads every plugin that is installed, and uses the connector that its environment names."""
+    start("http")
+    assert "VLLM_MEDIA_CONNECTOR is 'http'" in look(str(tmp_path)).why
+
+
+GOOD = {"form": 1, "version": "0.1.0", "pid": 7, "user": 5, "reads_all": False, "connector": "inference_sidecar"}
+JUDGED: dict[str, tuple[Any, str]] = {
+    "the same user": (GOOD, ""),
+    "one who may read all": (GOOD | {"user": 0, "reads_all": True}, ""),
+    "root without capabilities": (GOOD | {"user": 0}, "may not read"),
+    "another form": (GOOD | {"form": 2}, "not of this sidecar's version"),
+    "another connector": (GOOD | {"connector": ""}, "VLLM_MEDIA_CONNECTOR is ''"),
+    "too little": ({"form": 1}, "cannot be read"),
+    "no object": ([], "cannot be read"),
+    "no numbers": (GOOD | {"user": "x"}, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_what_a_mark_says(case: str) -> None:
+    """Images go through shared memory only where the one who left the mark can read them; else the reason is named."""
+    said, why = JUDGED[case]
+    found = judged(json.dumps(said).encode().ljust(512), user=5).why
+    assert why in found and bool(why) == bool(found)
+
+
+def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
+    """A link, a pipe, a folder and a file that nobody holds are passed over, without waiting, and hide no real mark."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(json.dumps(GOOD).encode())
+    (tmp_path / (MARK + "link")).symlink_to(elsewhere)
+    os.mkfifo(tmp_path / (MARK + "pipe"))
+    (tmp_path / (MARK + "folder")).mkdir()
+    (tmp_path / (MARK + "old")).write_bytes(json.dumps(GOOD | {"user": os.geteuid()}).encode())
+    assert look(str(tmp_path)).why.startswith(NOBODY)
+    assert look(str(tmp_path / "missing")).why.startswith(NOBODY)
+    start()
+    assert look(str(tmp_path)).why == ""
+
+
+def test_a_folder_that_cannot_be_written_keeps_no_engine_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plugin says in vLLM's log that images will come inline, and why."""
+    monkeypatch.setenv("SIDECAR_SHM_DIR", str(tmp_path / "missing"))
+    plugin().leave_mark()
+    assert "inline" in caplog.text and "No such file" in caplog.text
+
+
+def test_the_log_names_each_change_once(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Looks are at least a second apart; what was said is said again only when it has changed."""
+    caplog.set_level(logging.INFO, "sidecar")
+    now = [0.0]
+    watch = Watch(str(tmp_path), lambda: now[0])
+    assert [watch(), watch()] == [False, False]
+    process = start()
+    assert not watch(), "it looked a moment ago"
+    for alive in (True, True, False, False):
+        if not alive:
+            end(process)
+        now[0] += EVERY
+        assert watch() is alive
+    said = [record.levelname for record in caplog.records]
+    assert said == ["WARNING", "INFO", "WARNING"] and "images go inline" in caplog.records[0].message
