@@ -110,6 +110,19 @@ def domains(value: str) -> str:
     return value.lower()
 
 
+def gpu(value: str) -> str:
+    gpu_of(value)
+    return value
+
+
+def gpu_of(value: str) -> tuple[int, str]:
+    """How many GPUs of which name: "2xH100" is (2, "H100"). Raises ValueError."""
+    match = re.fullmatch(r"(?:([1-9][0-9]?)\s*x\s*)?([A-Za-z][\w .-]{1,60})", value)
+    if not match:
+        raise ValueError
+    return int(match[1] or 1), match[2]
+
+
 def switch(value: str) -> bool:
     return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
         value.lower()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 from sidecar import units
 from sidecar.errors import StartError
+from sidecar.flags import gpu_of
 from sidecar.kernels import families
+from sidecar.roofline import roofline
 from sidecar.settings import Settings
+from sidecar.signals import gpu_names
 
 BACKLOG = 1024
 
@@ -18,10 +23,28 @@ _log = logging.getLogger("sidecar")
 
 
 def coefficients(chosen: Settings) -> units.Coefficients:
-    """The coefficients file, or the documented defaults. Raises UsageError."""
-    if not chosen.coefficients:
-        return units.Coefficients()
-    return units.from_json(Path(chosen.coefficients).read_text(), f"--coefficients {chosen.coefficients}")
+    """The coefficients file; else a roofline of --model on the GPU; else the documented default. Raises UsageError."""
+    if chosen.coefficients:
+        return units.from_json(Path(chosen.coefficients).read_text(), f"--coefficients {chosen.coefficients}")
+    found = _roofline(chosen) if chosen.model else units.Coefficients()
+    _log.info("coefficients: %s; `sidecar calibrate` measures them", found.source)
+    return found
+
+
+def _roofline(chosen: Settings) -> units.Coefficients:
+    """From the model's config.json and the GPU that --gpu names, or NVML."""
+    try:
+        config = json.loads((Path(chosen.model) / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        return replace(units.Coefficients(), source=f"default: no config.json of --model ({type(e).__name__})")
+    count, name = gpu_of(chosen.gpu) if chosen.gpu else _seen()
+    return roofline(config if isinstance(config, dict) else {}, name, count)
+
+
+def _seen() -> tuple[int, str]:
+    """The GPUs that NVML shows: all of them are taken to be the engine's."""
+    names = gpu_names.read()
+    return len(names), names[0] if names else ""
 
 
 def image_mode(chosen: Settings) -> str:

@@ -25,6 +25,7 @@ from sidecar.flags import (
     existing_dir,
     existing_file,
     flag,
+    gpu,
     header_name,
     integer,
     number,
@@ -63,8 +64,14 @@ class Settings:
     coefficients: str = flag(
         "",
         existing_file,
-        "Coefficients file of this model and hardware; default: a documented roofline",
+        "Coefficients file of this model and hardware; default: a roofline of --model on its GPU",
         expected="an existing file",
+    )
+    gpu: str = flag(
+        "",
+        gpu,
+        "The engine's GPUs, such as H100 or 2xL40S, for that roofline; default: what NVML sees, else an H100",
+        expected="a name such as H100 or 2xH100",
     )
     state_dir: str = flag("/run/sidecar", text, "Directory shared with the engine's container", expected="a directory")
     tenant_header: str = flag(

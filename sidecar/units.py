@@ -3,19 +3,22 @@
     gpu_ms = k + a*u + b*u*(c + u/2) + d*o + f*o*(n + o/2) + g*e + h*items        n = u + c
     MU     = gpu_ms / gpu_ms(3500 in, 300 out)
 
-u uncached and c cached input tokens, o output tokens, e encoder tokens of images. The coefficients belong to a (model,
-hardware) pair. The defaults are a roofline, not a measurement; `Coefficients.source` says which of the two one has.
+u uncached and c cached input tokens, o output tokens, e encoder tokens of images. u*(c + u/2) and o*(n + o/2) are the tokens that
+lie before each new one, summed; of a share `windowed` of the layers, each sees the last `window` of them at most. The coefficients
+belong to a (model, hardware) pair. Where they come from is `Coefficients.source`: the default, a roofline, or a measurement.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Final
 
 from sidecar.errors import UsageError
 from sidecar.facts import Usage, Work
 
 REFERENCE = Work(uncached=3500, output=300)
+TERMS: Final = ("k", "a", "b", "d", "f", "g", "h")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,12 @@ class Coefficients:
     f: float = 5.7e-5
     g: float = 0.0108
     h: float = 1.0
+    window: float = 0.0  # tokens that a layer with a sliding window sees; 0: there are none
+    windowed: float = 0.0  # share of the work with the context, that such layers do
+    batch: float = 32.0  # requests that decode together where d holds: they share the reading of the weights
     fingerprint: str = "default-8b-h100"
     source: str = "default"
+    gpu: str = ""  # NVML's name
     # What `sidecar calibrate` adds: what was measured, errors on held-out shapes, MU in flight that kept p95 within slo_seconds.
     model: str = ""
     engine: str = ""
@@ -71,15 +78,31 @@ class Terms:
 
 def terms(work: Work, co: Coefficients) -> Terms:
     """Price each term of one request in GPU milliseconds."""
-    u, c, o = work.uncached, work.cached, work.output
+    one, u, attended, o, read, encoded, items = features(work, co)
     return Terms(
-        overhead=co.k,
+        overhead=co.k * one,
         prefill=co.a * u,
-        attention=co.b * u * (c + u / 2),
+        attention=co.b * attended,
         decode=co.d * o,
-        kv_read=co.f * o * (u + c + o / 2),
-        images=co.g * work.image_tokens + co.h * work.images,
+        kv_read=co.f * read,
+        images=co.g * encoded + co.h * items,
     )
+
+
+def features(work: Work, co: Coefficients) -> tuple[float, float, float, float, float, float, float]:
+    """What each coefficient is multiplied by, in the order of TERMS. Of `co` only the sliding window counts."""
+    u, c, o = work.uncached, work.cached, work.output
+    return 1.0, u, context(c, u, co), o, context(u + c, o, co), work.image_tokens, work.images
+
+
+def context(before: float, tokens: float, co: Coefficients) -> float:
+    """Tokens that each of `tokens` new ones sees before it, summed; `before` lie before the first."""
+    whole = tokens * (before + tokens / 2)
+    if co.windowed <= 0 or before + tokens <= co.window:
+        return whole
+    growing = max(0.0, co.window - before)  # new tokens until the window is full
+    seen = growing * (before + growing / 2) + (tokens - growing) * co.window
+    return (1 - co.windowed) * whole + co.windowed * seen
 
 
 def gpu_ms(work: Work, co: Coefficients) -> float:
@@ -141,6 +164,8 @@ def from_json(text: str, name: str = "coefficients") -> Coefficients:
         ):
             raise UsageError(f"{name}: {key} must be a number of milliseconds >= 0, not {value!r}")
     co = Coefficients(**{"source": "file", **raw})
+    if co.windowed > 1:
+        raise UsageError(f"{name}: windowed is a share of the layers, from 0 to 1, not {co.windowed!r}")
     if unit_ms(co) <= 0:
         raise UsageError(f"{name}: all coefficients are 0")
     return co
