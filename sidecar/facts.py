@@ -80,10 +80,15 @@ class Trace:
 
 # --- facts: relay -> control ---
 
+TAIL_AT: Final = (1, 2, 4, 8)  # times the expected output, at which an estimate says what is still to come
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request was admitted and holds `mu` until it is settled. `expected` is the estimate the hold was priced with."""
+    """A request was admitted and holds `mu` until it is settled. `expected` is the estimate the hold was priced with.
+
+    `tail`: output tokens that are still to come once TAIL_AT times the expected ones have come; empty where nothing is known of that.
+    """
 
     id: str
     at: float
@@ -95,6 +100,7 @@ class Admitted:
     max_output: int | None
     mu: float
     trace: Trace | None = None
+    tail: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from sidecar import units
-from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Outcome, Settled, Work
+from sidecar.facts import TAIL_AT, Admitted, Backpressure, Delivered, Fact, FirstToken, Outcome, Settled, Work
 
 WINDOW = 60.0  # seconds of the flow ("per minute")
 RATE_WINDOW = 5.0  # seconds of tokens per second
@@ -51,6 +52,7 @@ class Hold:
     prefill: float = 0.0  # seconds before the first token, by the cost model
     whole: int = 0  # most tokens of an answer that comes in one piece; 0 for a stream, and for what asks for no tokens
     remaining: float = 0.0  # MU that it still keeps
+    left: int = 0  # output tokens that it is still expected to bring
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ class Ledger:
         for hold in self._holds.values():
             expected = hold.admitted.expected
             mu += hold.remaining
-            decode += max(expected.output - hold.delivered, 0)
+            decode += hold.left
             if hold.first_at is None:
                 waiting += 1
                 prefill += expected.uncached
@@ -188,7 +190,7 @@ class Ledger:
 
     def _hold(self, relay: int, fact: Admitted) -> None:
         tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
-        hold = Hold(fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu)
+        hold = Hold(fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu, left=fact.expected.output)
         hold.prefill = units.terms(fact.expected, self.co).before_first_token / 1000
         if not fact.stream and fact.route not in SHORT_ROUTES:
             hold.whole = fact.max_output or UNBOUNDED_OUTPUT
@@ -227,7 +229,9 @@ class Ledger:
         done = units.mu(work_so_far(hold), self.co)
         self._flow.add(done - hold.accrued, at)
         hold.accrued = done
-        hold.remaining = max(hold.admitted.mu - done, self._token_mu)
+        hold.left = tokens_left(hold)
+        whole = replace(work_so_far(hold), output=hold.delivered + hold.left)
+        hold.remaining = max(units.mu(whole, self.co) - done, self._token_mu)
 
     def _settle(self, relay: int, fact: Settled) -> Settlement | None:
         hold = self._holds.pop((relay, fact.id), None)
@@ -271,6 +275,24 @@ def work_so_far(hold: Hold) -> Work:
     """The estimate with the tokens that were delivered so far."""
     e = hold.admitted.expected
     return Work(e.uncached, e.cached, hold.delivered, e.image_tokens, e.images)
+
+
+def tokens_left(hold: Hold) -> int:
+    """Output tokens still expected, given those that came: what outlasts its estimate is taken to go on, as such answers do.
+
+    Between the points of the estimate's tail on a straight line, beyond them level; never over what the client allows.
+    """
+    expected, came, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
+    if not tail or expected == 0:
+        return max(expected - came, 0)
+    points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_AT, tail, strict=False))]
+    left = points[-1][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if came < x1:
+            left = round(y0 + (y1 - y0) * (came - x0) / (x1 - x0))
+            break
+    most = hold.admitted.max_output
+    return left if most is None else max(0, min(left, most - came))
 
 
 def lost(hold: Hold, id: str, now: float) -> Settled:

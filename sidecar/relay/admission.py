@@ -19,12 +19,13 @@ from aiohttp import web
 
 from sidecar.errors import SidecarError
 from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, State, Trace, Usage, Work
+from sidecar.relay.estimate import Estimate
 from sidecar.relay.outcomes import ClientStalled, Cut, outcome_of, reason_of
 from sidecar.relay.shapes import Shape
 from sidecar.relay.stream import SSE
 
 BLOCKED: Final = 1.0  # seconds that a write may wait for its client before the request's silence is the client's
-NO_WORK: Final = Work(uncached=0)
+NOTHING: Final = Estimate(Work(uncached=0), 0.0, 0.0)
 
 
 class Books(Protocol):
@@ -80,6 +81,7 @@ class Admission:
         "tokens",
         "trace",
         "usage",
+        "work",
     )
 
     def __init__(self, desk: Books, id: str, route: str, tenant: str, trace: Trace | None) -> None:
@@ -105,15 +107,16 @@ class Admission:
         self.on_begun: Callable[[], None] = _nothing  # called once, when the answer begins
         self.status = 0
         self.mu = 0.0
+        self.work = NOTHING.work
         self.tokens = 0
         self.bytes = 0
         self.usage: Usage | None = None
 
-    def admit(self, shape: Shape, work: Work, mu: float) -> None:
-        """Hold `mu` from now on."""
+    def admit(self, shape: Shape, estimate: Estimate) -> None:
+        """Hold the estimate from now on."""
         self._admitted = True
         self.shape = shape
-        self.mu = mu
+        self.mu, self.work = estimate.mu, estimate.work
         self._desk.emit(
             Admitted(
                 id=self.id,
@@ -122,10 +125,11 @@ class Admission:
                 model=shape.model,
                 route=self.route,
                 stream=shape.stream,
-                expected=work,
+                expected=estimate.work,
                 max_output=shape.max_output,
-                mu=mu,
+                mu=estimate.mu,
                 trace=self.trace,
+                tail=estimate.tail,
             )
         )
 
@@ -223,7 +227,7 @@ class Admission:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if not self._admitted:
-            self.admit(self.shape, NO_WORK, 0.0)
+            self.admit(self.shape, NOTHING)
         self._desk.forget(self)
         if isinstance(error, asyncio.CancelledError) and self._desk.cutting:
             error = Cut()

@@ -1,26 +1,29 @@
 """Pure: request shape -> expected work. What is not known before the engine answers is learned from what it answered.
 
-Rules: prompt tokens are text bytes over a ratio learned per model; output tokens are a decayed mean per (tenant, model),
-capped by what the client allows. Both tables are bounded and forget what was used least recently. One per relay process.
+Rules: prompt tokens are counted (see counting.py), or else text bytes over a ratio learned per model and script; output tokens come from
+decayed histograms (outputs.py), capped by what the client allows. The expected value prices the hold; the 90th percentile is what a limit
+reserves. All tables are bounded and forget what was used least recently. Each relay process learns alone: the histograms are good
+after some ten answers, and a second process would have to be told what this one forgets again.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
 from sidecar import units
-from sidecar.facts import Usage, Work
+from sidecar.facts import TAIL_AT, Usage, Work
+from sidecar.relay.outputs import Forecast, Outputs
 from sidecar.relay.shapes import Shape
 
 K = TypeVar("K")
 
 BYTES_PER_TOKEN: Final = 4.0  # English text in a 100k-150k vocabulary
-OUTPUT_TOKENS: Final = 256.0  # mean of conversation traces (Azure 2023: 211 tokens)
 IMAGE_TOKENS: Final = 1000  # an image nobody measured: about 1 Mpx at 28x28 pixels per token (Qwen2-VL's kind)
 _WEIGHT: Final = 0.05  # of one new observation
 _MODELS: Final = 256
-_PAIRS: Final = 4096
+HIGH: Final = 0.9  # the share of answers that a reservation covers
 
 
 class Means(Generic[K]):
@@ -43,26 +46,50 @@ class Means(Generic[K]):
             self._means.popitem(last=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request is expected to be. `mu` is the price of `work`, `high` of the same with an output that 9 of 10 do not exceed.
+
+    `tail`: output tokens still expected once `TAIL_AT` times the expected ones have come (facts.Admitted).
+    """
+
+    work: Work
+    mu: float
+    high: float
+    tail: tuple[int, ...] = ()
+
+
 class Estimator:
     """Expected work of requests, and its price in model units."""
 
     def __init__(self, coefficients: units.Coefficients) -> None:
         self._coefficients = coefficients
         self._unit_ms = units.unit_ms(coefficients)
-        self._ratios: Means[str] = Means(BYTES_PER_TOKEN, _MODELS)
-        self._outputs: Means[tuple[str, str]] = Means(OUTPUT_TOKENS, _PAIRS)
+        self._ratios: Means[tuple[str, int]] = Means(BYTES_PER_TOKEN, _MODELS)
+        self._outputs = Outputs()
 
-    def work(self, tenant: str, shape: Shape, image_tokens: list[int]) -> Work:
-        """Expected work. `image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each."""
+    def estimate(self, tenant: str, shape: Shape, image_tokens: list[int], text_tokens: int | None = None) -> Estimate:
+        """`image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each. `text_tokens`: where they were counted."""
         images = max(shape.images, len(image_tokens))
         encoder = sum(image_tokens) + IMAGE_TOKENS * (images - len(image_tokens))
-        text = round(shape.text_bytes / self._ratios.get(shape.model))
-        return Work(
-            uncached=max(1, text + shape.token_ids + encoder),
-            output=self._output(tenant, shape),
-            image_tokens=encoder,
-            images=images,
-        )
+        text = self.text_tokens(shape) if text_tokens is None else text_tokens
+        prompt = Work(max(1, text + shape.token_ids + encoder), image_tokens=encoder, images=images)
+        if not shape.generative:
+            mu = self.mu(prompt)
+            return Estimate(prompt, mu, mu)
+        forecast = self.forecast(tenant, shape, prompt.uncached)
+        work = replace(prompt, output=round(forecast.mean() * shape.choices))
+        high = replace(prompt, output=round(forecast.quantile(HIGH) * shape.choices))
+        return Estimate(work, self.mu(work), self.mu(high), tail_of(forecast, work.output, shape.choices))
+
+    def text_tokens(self, shape: Shape) -> int:
+        """The tokens of a prompt's text, by what this model made of such text lately."""
+        return round(shape.text_bytes / self._ratios.get((shape.model, shape.script)))
+
+    def forecast(self, tenant: str, shape: Shape, prompt: int) -> Forecast:
+        """The tokens of one choice."""
+        limit = None if shape.max_output is None else shape.max_output // shape.choices
+        return self._outputs.forecast(tenant, shape.model, prompt, limit)
 
     def mu(self, work: Work) -> float:
         """The price of `work` in model units."""
@@ -73,12 +100,14 @@ class Estimator:
         text_tokens = usage.prompt_tokens - shape.token_ids
         if shape.images == 0 and text_tokens > 0 and shape.text_bytes > 0:
             # templates of short prompts weigh more than their text: 0.5 to 16 bytes a token is what a tokenizer can do
-            self._ratios.add(shape.model, min(16.0, max(0.5, shape.text_bytes / text_tokens)))
+            self._ratios.add((shape.model, shape.script), min(16.0, max(0.5, shape.text_bytes / text_tokens)))
         if shape.generative:
-            self._outputs.add((tenant, shape.model), usage.completion_tokens / shape.choices)
+            cut = shape.max_output is not None and usage.completion_tokens >= shape.max_output
+            tokens = usage.completion_tokens / shape.choices
+            self._outputs.learn(tenant, shape.model, usage.prompt_tokens, tokens, cut=cut)
 
-    def _output(self, tenant: str, shape: Shape) -> int:
-        if not shape.generative:
-            return 0
-        expected = round(self._outputs.get((tenant, shape.model)) * shape.choices)
-        return expected if shape.max_output is None else min(expected, shape.max_output)
+
+def tail_of(forecast: Forecast, expected: int, choices: int) -> tuple[int, ...]:
+    """The tail of an estimate of `expected` output tokens over all choices."""
+    left = forecast.left([at * expected / choices for at in TAIL_AT])
+    return tuple(round(tokens * choices) for tokens in left)

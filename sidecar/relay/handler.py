@@ -230,8 +230,7 @@ class Relay:
         skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce, links=self._fetch is not None)
         shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body))
         replaced, image_tokens = await self._prepare(skeleton, admission)
-        work = self._estimator.work(admission.tenant, shape, image_tokens)
-        admission.admit(shape, work, self._estimator.mu(work))
+        admission.admit(shape, self._estimator.estimate(admission.tenant, shape, image_tokens))
         return upstream.Pieces(bodies.join(skeleton, replaced, ask_usage=shape.ask_usage), admission.sent)
 
     async def _admitted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,7 +23,10 @@ MAX_NAME: Final = 128  # characters kept of a model's name
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices."""
+    """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices.
+
+    `script`: bytes per character, rounded: 1 for Latin letters, 2 for Greek, Cyrillic or Arabic, 3 for Chinese, Japanese or Korean.
+    """
 
     model: str = ""
     stream: bool = False
@@ -30,6 +34,8 @@ class Shape:
     max_output: int | None = None
     choices: int = 1
     text_bytes: int = 0
+    script: int = 1
+    messages: int = 0
     token_ids: int = 0
     images: int = 0
     ask_usage: bool = False  # whether we have to ask for the usage of a stream, because the client did not
@@ -43,7 +49,8 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Sha
     model, stream = payload.get("model"), payload.get("stream") is True
     choices = _count(payload.get("n")) or 1
     limit = _max_output(payload)
-    text_bytes, token_ids, images = _measure([payload[key] for key in _PROMPT_KEYS if key in payload])
+    text_bytes, characters, token_ids, images = _measure(prompts(payload))
+    messages = payload.get("messages")
     return Shape(
         model=model[:MAX_NAME] if isinstance(model, str) else "",
         stream=stream,
@@ -51,6 +58,8 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Sha
         max_output=None if limit is None else limit * choices,
         choices=choices,
         text_bytes=text_bytes,
+        script=min(3, max(1, round(text_bytes / max(1, characters)))),
+        messages=len(messages) if isinstance(messages, list) else 0,
         token_ids=token_ids,
         images=images,
         ask_usage=stream and route in _ASKABLE and _usage_is_ours_to_ask(payload.get("stream_options")),
@@ -73,29 +82,41 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
 
 
-def _measure(stack: list[Any]) -> tuple[int, int, int]:
-    """(UTF-8 bytes of text, token ids, images) below the given values."""
-    text_bytes = token_ids = images = 0
+def prompts(payload: dict[str, Any]) -> list[Any]:
+    """The members of a body that hold its prompt."""
+    return [payload[key] for key in _PROMPT_KEYS if key in payload]
+
+
+def _measure(stack: list[Any]) -> tuple[int, int, int, int]:
+    """(UTF-8 bytes of text, its characters, token ids, images) below the given values."""
+    size = characters = token_ids = images = 0
+    for value in leaves(stack):
+        if isinstance(value, str):
+            size += len(value) if value.isascii() else len(value.encode(errors="replace"))
+            characters += len(value)
+        elif isinstance(value, list):
+            token_ids += len(value)
+        else:
+            images += 1
+    return size, characters, token_ids, images
+
+
+def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
+    """The texts, lists of token ids, and image parts below the given values, which are used up; the last come first."""
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            text_bytes += _text_bytes(value)
+            if not value.startswith("data:"):  # a placeholder, or a data URL outside an image part
+                yield value
         elif isinstance(value, list):
             if value and isinstance(value[0], int):
-                token_ids += len(value)
+                yield value
             else:
                 stack.extend(value)
         elif isinstance(value, dict):
             kind = value.get("type")
             if isinstance(kind, str) and kind in _IMAGE_TYPES:
-                images += 1
+                yield value
             else:
                 # `data` is base64 in every API that has it: audio, files
                 stack.extend(item for key, item in value.items() if key != "data")
-    return text_bytes, token_ids, images
-
-
-def _text_bytes(text: str) -> int:
-    if text.startswith("data:"):  # a placeholder, or a data URL outside an image part
-        return 0
-    return len(text) if text.isascii() else len(text.encode(errors="replace"))

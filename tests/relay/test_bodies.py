@@ -224,14 +224,20 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
         ({"prompt": [1, 2, 3]}, Shape(token_ids=3)),
         ({"prompt": [[1, 2], [3]]}, Shape(token_ids=3)),
         ({"prompt": ["ab", "é"]}, Shape(text_bytes=4)),
+        ({"prompt": "жизнь"}, Shape(text_bytes=10, script=2)),
+        ({"prompt": "你好 vLLM, 世界和平"}, Shape(text_bytes=25, script=2)),
+        ({"prompt": "你好"}, Shape(text_bytes=6, script=3)),
         ({"model": 7, "max_tokens": -1, "n": "x"}, Shape()),
-        ({"messages": [{"content": [{"type": {}}, {"type": ["image_url"]}]}]}, Shape(text_bytes=9)),
+        ({"messages": [{"content": [{"type": {}}, {"type": ["image_url"]}]}]}, Shape(text_bytes=9, messages=1)),
         ({"max_tokens": True, "max_completion_tokens": 5}, Shape(max_output=5)),
         ({"sampling_params": {"max_new_tokens": 9}, "text": "abc"}, Shape(max_output=9, text_bytes=3)),
-        (chat({"type": "text", "text": "ab"}, image("http://x")), Shape("m", text_bytes=len("userabtext"), images=1)),
+        (
+            chat({"type": "text", "text": "ab"}, image("http://x")),
+            Shape("m", text_bytes=len("userabtext"), messages=1, images=1),
+        ),
         (
             {"messages": [{"content": [{"type": "input_audio", "input_audio": {"data": "A" * 99}}]}]},
-            Shape(text_bytes=11),
+            Shape(text_bytes=11, messages=1),
         ),
     ],
 )

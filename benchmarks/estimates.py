@@ -1,0 +1,98 @@
+"""How well output lengths are foretold on real traces: the estimator of the relay against the decayed mean that it had before.
+
+    .venv/bin/python benchmarks/estimates.py [--traces DIR]
+
+Each request of a trace is estimated when it arrives and taught when it ends (half a second and 30 ms a token later). Printed are the
+mean absolute error and the mean error of the expected output tokens, the share of answers within the 90th percentile (what a limit
+reserves) and within the 80 % interval, and the pinball loss of that percentile (less is better; a percentile can be covered by being
+useless). Traces carry numbers only: how text becomes tokens is benchmarks/tokens.py's matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from sim.traces import Trace, load
+
+from sidecar import units
+from sidecar.facts import Usage
+from sidecar.relay.estimate import Estimator
+from sidecar.relay.shapes import Shape
+
+FIRST_TOKEN, PER_TOKEN = 0.5, 0.03  # seconds
+MEAN_START, MEAN_WEIGHT = 256.0, 0.05  # of the decayed mean
+COLUMNS = ("trace", "requests", "mean", "MAE", "MAE of mean", "error", "p90 covers", "80 % covers", "p90 loss", "tail error")
+
+
+@dataclass
+class Score:
+    """Sums of one trace."""
+
+    actual: list[int] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    tails: list[float] = field(default_factory=list)  # what was still to come at the estimate, less what was said
+
+    def row(self, name: str) -> tuple[str, ...]:
+        """One line of the table."""
+        pairs = list(zip(self.actual, self.expected, strict=True))
+        within = [low <= a <= high for a, low, high in zip(self.actual, self.low, self.high, strict=True)]
+        over = [a - high for a, high in zip(self.actual, self.high, strict=True)]
+        return (
+            name, str(len(pairs)), f"{fmean(self.actual):.0f}", f"{fmean(abs(a - e) for a, e in pairs):.1f}",
+            f"{fmean(abs(a - b) for a, b in zip(self.actual, self.before, strict=True)):.1f}",
+            f"{fmean(e - a for a, e in pairs):+.1f}", f"{fmean(x <= 0 for x in over):.1%}", f"{fmean(within):.1%}",
+            f"{fmean(max(0.9 * x, -0.1 * x) for x in over):.1f}", f"{fmean(self.tails):+.1f}",
+        )  # fmt: skip
+
+
+def arrivals(trace: Trace) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Each arrival's (prompt, output), and the same of what ended since the last one."""
+    open_: list[tuple[float, int, int]] = []
+    for request in trace:
+        ended = []
+        while open_ and open_[0][0] <= request.at:
+            ended.append(heapq.heappop(open_)[1:])
+        yield request.prompt, request.output, ended
+        end = request.at + FIRST_TOKEN + PER_TOKEN * request.output
+        heapq.heappush(open_, (end, request.prompt, request.output))
+
+
+def score(trace: Trace) -> Score:
+    """The estimator through one trace."""
+    estimator, mean, result = Estimator(units.Coefficients()), MEAN_START, Score()
+    for prompt, output, ended in arrivals(trace):
+        for p, o in ended:
+            estimator.learn("t", Shape("m", token_ids=p), Usage(p, o))
+            mean += MEAN_WEIGHT * (o - mean)
+        forecast = estimator.forecast("t", Shape("m"), prompt)
+        expected = forecast.mean()
+        result.actual.append(output)
+        result.expected.append(expected)
+        result.low.append(forecast.quantile(0.1))
+        result.high.append(forecast.quantile(0.9))
+        result.before.append(mean)
+        if output > expected:
+            result.tails.append(forecast.left([expected])[0] - (output - expected))
+    return result
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--traces", type=Path, help="folder of real traces; without it a synthetic one")
+    rows = [score(trace).row(name) for name, trace in load(parser.parse_args().traces).items()]
+    print(" | ".join(COLUMNS))
+    for row in rows:
+        print(" | ".join(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""How long answers will be: histograms that fade, and levels that lend to each other."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.relay.outputs import BUCKETS, PRIOR, STARTS, Forecast, Outputs, bucket_of
+
+lengths = st.lists(st.integers(0, 200_000), min_size=1, max_size=60)
+
+
+def taught(answers: list[int]) -> Outputs:
+    outputs = Outputs()
+    for tokens in answers:
+        outputs.learn("t", "m", 100, tokens)
+    return outputs
+
+
+def test_buckets_cover_every_length_once() -> None:
+    """Each start begins its own bucket, and nothing is past the last."""
+    assert [bucket_of(start) for start in STARTS] == list(range(1, BUCKETS))
+    assert bucket_of(0) == 0 and bucket_of(1 << 30) == BUCKETS - 1
+
+
+@given(lengths, st.none() | st.integers(1, 5000))
+def test_a_forecast_is_a_distribution_within_its_limit(answers: list[int], limit: int | None) -> None:
+    """Shares sum to 1; quantiles grow; mean and quantiles keep to what the client allows."""
+    forecast = taught(answers).forecast("t", "m", 100, limit)
+    assert sum(forecast.shares) == pytest.approx(1.0)
+    quantiles = [forecast.quantile(q) for q in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)]
+    assert all(a <= b for a, b in pairwise(quantiles))
+    assert limit is None or (quantiles[-1] <= limit and forecast.mean() <= limit)
+
+
+@given(lengths, st.integers(1, 5000), st.integers(0, 6000))
+def test_what_is_left_never_passes_the_limit_and_is_never_nothing_before_it(
+    answers: list[int], limit: int, came: int
+) -> None:
+    """At least one token is expected of an open answer, and no more than its client allows."""
+    [left] = taught(answers).forecast("t", "m", 100, limit).left([came])
+    assert min(1, max(0, limit - came)) <= left <= max(0, limit - came)
+
+
+def test_the_mean_residual_of_a_memoryless_length_is_level() -> None:
+    """Geometric answers: whatever has come, as much is expected still, to within the width of a bucket."""
+    rng = random.Random(1)
+    outputs = taught([int(rng.expovariate(1 / 300)) for _ in range(3000)])
+    assert all(150 < left < 600 for left in outputs.forecast("t", "m", 100, None).left([1, 100, 300, 600]))
+
+
+def test_quantiles_cover_what_they_say() -> None:
+    """Of 2000 log-normal answers after 500, nine in ten stay under the 90th percentile that was foretold, to within 3 points."""
+    rng = random.Random(2)
+    outputs, covered = taught([round(rng.lognormvariate(5, 1)) for _ in range(500)]), 0
+    for _ in range(2000):
+        tokens = round(rng.lognormvariate(5, 1))
+        covered += tokens <= outputs.forecast("t", "m", 100, None).quantile(0.9)
+        outputs.learn("t", "m", 100, tokens)
+    assert 0.87 < covered / 2000 < 0.93
+
+
+def test_old_answers_fade() -> None:
+    """After a change of habit the new one rules within some hundred answers."""
+    outputs = taught([10] * 1000 + [1000] * 600)
+    assert outputs.forecast("t", "m", 100, None).mean() > 900
+
+
+def test_weights_that_grow_are_scaled_back() -> None:
+    """Ten thousand answers leave finite weights, and the effective number is what the decay allows."""
+    outputs = taught([100] * 10_000)
+    assert max(outputs.forecast("t", "m", 100, None).shares) > 0.99
+
+
+def test_an_unknown_tenant_borrows_from_its_model_and_an_unknown_model_from_the_prior() -> None:
+    """Back-off goes from the particular to the general."""
+    outputs = taught([50] * 300)
+    assert outputs.forecast("new", "m", 100, None).mean() < 60
+    assert 50 < outputs.forecast("new", "m", 8000, None).mean() < 60  # another size class: the model's own
+    assert list(outputs.forecast("t", "else", 100, None).shares) == pytest.approx(list(PRIOR))
+
+
+def test_answers_that_were_cut_off_count_above_their_limit() -> None:
+    """A tenant that always asks for 16 tokens does not teach that answers have 16."""
+    outputs = taught([400] * 50)
+    for _ in range(500):
+        outputs.learn("t", "m", 100, 16, cut=True)
+    assert outputs.forecast("t", "m", 100, None).mean() > 300
+    assert outputs.forecast("t", "m", 100, 16).mean() == pytest.approx(16, abs=0.5)
+
+
+def test_the_table_is_bounded() -> None:
+    """However many tenants come, so many histograms are kept, and those used last are among them."""
+    outputs = Outputs(limit=30)
+    for n in range(500):
+        outputs.learn(f"tenant-{n}", "m", 100, 10)
+    assert len(outputs) == 30
+    assert (
+        outputs.forecast("tenant-499", "m", 100, None).mean() < outputs.forecast("tenant-0", "m", 100, None).mean() + 1
+    )
+
+
+def test_a_length_beyond_all_seen_is_expected_to_double() -> None:
+    """Where no answer was ever so long, as much again is expected."""
+    nothing_beyond = Forecast([1.0] + [0.0] * (BUCKETS - 1))
+    assert nothing_beyond.left([500.0]) == [500.0]
