@@ -5,7 +5,7 @@
 Each request of a trace is estimated when it arrives and taught when it ends (half a second and 30 ms a token later). Printed are the
 mean absolute error and the mean error of the expected output tokens, the share of answers within the 90th percentile (what a limit
 reserves) and within the 80 % interval, and the pinball loss of that percentile (less is better; a percentile can be covered by being
-useless). Traces carry numbers only: how text becomes tokens is benchmarks/tokens.py's matter.
+useless).
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ from sidecar.relay.shapes import Shape
 
 FIRST_TOKEN, PER_TOKEN = 0.5, 0.03  # seconds
 MEAN_START, MEAN_WEIGHT = 256.0, 0.05  # of the decayed mean
-COLUMNS = ("trace", "requests", "mean", "MAE", "MAE of mean", "error", "p90 covers", "80 % covers", "p90 loss", "tail error")
+COLUMNS = (
+    "trace",
+    "requests",
+    "mean",
+    "MAE",
+    "MAE of mean",
+    "error",
+    "p90 covers",
+    "80 % covers",
+    "p90 loss",
+    "tail error",
+)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +45,18 @@ def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage(
     assert ledger.stock() == type(ledger.stock())(0.0, 0, 0, 0, 0)
     assert ledger.mu_per_minute(3.0) == pytest.approx(done.mu)
     assert ledger.delivered_total == 50
+
+
+def test_a_request_that_outlasts_its_estimate_keeps_a_hold() -> None:
+    """Past its estimate a hold follows the tail that was given along, and ends at what the client allows."""
+    ledger = Ledger(CO)
+    ledger.apply(0, replace(admitted("a"), tail=(60, 200, 300, 300), max_output=1000))
+    left = []
+    for at, tokens in enumerate((50, 50, 50, 50, 200, 400, 190), 1):
+        ledger.apply(0, Delivered("a", at, tokens, 900))
+        left.append(ledger.stock().decode_tokens)
+        assert ledger.stock().mu > units.mu(Work(0, output=left[-1]), CO) / 2
+    assert left == [80, 60, 130, 200, 300, 200, 10]
 
 
 def test_a_second_settlement_changes_nothing() -> None:

@@ -108,7 +108,9 @@ async def test_learning_moves_the_estimate(rig: Any) -> None:
         r = await rig(engine.url)
 
         async def ask() -> int:
-            async with r.client.post(r.url + "/v1/completions", json={"model": "scripted", "prompt": "a"}) as got:
+            async with r.client.post(
+                r.url + "/v1/completions", json={"model": "scripted", "prompt": "Say something."}
+            ) as got:
                 return int((await got.json())["usage"]["completion_tokens"])
 
         lengths = await asyncio.gather(*(ask() for _ in range(40)))
