@@ -209,6 +209,14 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
+class Listening:
+    """The first and only record of a process that is no relay, and is to be sent the load that relays are sent."""
+
+    at: float
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class PageWanted:
     """A relay was scraped and has no fresh merged metrics page."""
 
@@ -226,6 +234,7 @@ class Published:
     orca_text: str
     verdict: State
     engine_kind: str = ""  # once it is recognised
+    orca_bin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +260,19 @@ class Booked:
     count: int
 
 
-Fact = Admitted | FirstToken | Delivered | Settled | Imaged | Backpressure | Directed | Pulse | Joined | PageWanted
+Fact = (
+    Admitted
+    | FirstToken
+    | Delivered
+    | Settled
+    | Imaged
+    | Backpressure
+    | Directed
+    | Pulse
+    | Joined
+    | Listening
+    | PageWanted
+)
 Order = Published | Page | End | Booked
 
 

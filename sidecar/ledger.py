@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Final
 
 from sidecar import units
 from sidecar.facts import TAIL_AT, Admitted, Backpressure, Delivered, Fact, FirstToken, Outcome, Settled, Work
 
 WINDOW = 60.0  # seconds of the flow ("per minute")
+RECENT = 10.0  # seconds of the flow that routers weigh by
 RATE_WINDOW = 5.0  # seconds of tokens per second
 UNBOUNDED_OUTPUT = 4096  # tokens assumed for an answer in one piece without max_tokens
 SHORT_ROUTES = (
@@ -27,6 +29,10 @@ SHORT_ROUTES = (
     "pooling",
     "classify",
 )  # no tokens are asked for: like a stream of one event
+
+FAILED: Final[frozenset[Outcome]] = frozenset(
+    ("engine_error", "stalled", "lost")
+)  # the engine, or the sidecar, is at fault
 
 Key = tuple[int, str]  # (relay index, request id)
 
@@ -127,9 +133,10 @@ class Ledger:
         self._model_label = model_label
         self._holds: dict[Key, Hold] = {}
         self._token_mu = units.mu(Work(0, output=1), co) - units.mu(Work(0), co)
-        self._flow = Rate(WINDOW)
+        self._flow, self._recent = Rate(WINDOW), Rate(RECENT)
         self._tokens = Rate(RATE_WINDOW)
         self._finished = Rate(WINDOW)
+        self._failed = Rate(WINDOW)
         self.delivered_total = 0
         self.accounts: dict[str, Account] = {}
         self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
@@ -180,6 +187,10 @@ class Ledger:
         """MU done in the last minute."""
         return self._flow.sum(now)
 
+    def recent_mu_per_second(self, now: float) -> float:
+        """MU done per second, over the last 10 s."""
+        return self._recent.sum(now) / RECENT
+
     def tokens_per_second(self, now: float) -> float:
         """Tokens delivered per second, over the last 5 s."""
         return self._tokens.sum(now) / RATE_WINDOW
@@ -187,6 +198,10 @@ class Ledger:
     def requests_per_second(self, now: float) -> float:
         """Requests settled per second, over the last minute."""
         return self._finished.sum(now) / WINDOW
+
+    def errors_per_second(self, now: float) -> float:
+        """Requests per second that the engine failed, over the last minute."""
+        return self._failed.sum(now) / WINDOW
 
     def _hold(self, relay: int, fact: Admitted) -> None:
         tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
@@ -227,11 +242,15 @@ class Ledger:
     def _book(self, hold: Hold, at: float) -> None:
         """Bring what a hold has accrued up to what was delivered so far."""
         done = units.mu(work_so_far(hold), self.co)
-        self._flow.add(done - hold.accrued, at)
+        self._flowed(done - hold.accrued, at)
         hold.accrued = done
         hold.left = tokens_left(hold)
         whole = replace(work_so_far(hold), output=hold.delivered + hold.left)
         hold.remaining = max(units.mu(whole, self.co) - done, self._token_mu)
+
+    def _flowed(self, mu: float, at: float) -> None:
+        self._flow.add(mu, at)
+        self._recent.add(mu, at)
 
     def _settle(self, relay: int, fact: Settled) -> Settlement | None:
         hold = self._holds.pop((relay, fact.id), None)
@@ -241,8 +260,10 @@ class Ledger:
         self._deliver(hold, delivered - hold.delivered, fact.at)
         work = spent(hold, fact)
         mu = units.mu(work, self.co) if work is not None else 0.0
-        self._flow.add(mu - hold.accrued, fact.at)
+        self._flowed(mu - hold.accrued, fact.at)
         self._finished.add(1, fact.at)
+        if fact.outcome in FAILED:
+            self._failed.add(1, fact.at)
         total = self.totals.setdefault((hold.tenant, hold.model, fact.outcome), [0.0, 0])
         total[0] += mu
         total[1] += 1

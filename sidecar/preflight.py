@@ -86,6 +86,26 @@ def bind(name: str, address: tuple[str, int]) -> socket.socket:
     return sock
 
 
+def reserve(name: str, address: tuple[str, int], module: str, extra: str) -> socket.socket:
+    """A socket that keeps a port for a server which opens its own beside it (SO_REUSEPORT), and takes no connection itself.
+
+    Raises StartError where the port is taken, or the module that serves it is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise StartError(f"--{name}: the extra is not installed; pip install 'inference-sidecar[{extra}]'")
+    host, port = address
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))  # not shared yet, so that a port which another one serves is refused
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError as e:
+        sock.close()
+        text = f"--{name}: port {port} on {host} cannot be used ({e.strerror}); free it or choose another"
+        raise StartError(text) from None
+    return sock
+
+
 def unix(path: Path) -> socket.socket:
     """A listening Unix socket at `path`."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

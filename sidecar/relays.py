@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from sidecar.channel import Channel
-from sidecar.facts import Booked, Fact, Joined, Order, Published, Pulse, Settled
+from sidecar.facts import Booked, Fact, Joined, Listening, Order, Published, Pulse, Settled
 from sidecar.snapshot import RelayUse
 
 PULSE_LOST = 30.0  # seconds without a pulse before a relay is killed
@@ -37,6 +37,7 @@ class RelayPool:
         self._on_lost = on_lost
         self._published: Published | None = None
         self._relays: dict[int, _Relay] = {}
+        self._listeners: set[_Relay] = set()
 
     async def run(self, joining: socket.socket) -> None:
         """Take the connections of relays until cancelled."""
@@ -56,6 +57,9 @@ class RelayPool:
                 relay.channel.send(order)
                 if isinstance(order, Published):
                     relay.channel.send(Booked(relay.booked))
+        if isinstance(order, Published):
+            for listener in self._listeners:
+                listener.channel.send(order)
 
     def use(self, now: float) -> tuple[RelayUse, ...]:
         """What each relay last said of itself; one that has not joined has no process id."""
@@ -81,6 +85,11 @@ class RelayPool:
         return RelayUse(index, relay.pid, relay.restarts, pulse.open, pulse.lag, now - pulse.at)
 
     def _joined(self, relay: _Relay) -> None:
+        if relay.index < 0:
+            self._listeners.add(relay)
+            if self._published is not None:
+                relay.channel.send(self._published)
+            return
         before = self._relays.get(relay.index)
         if before is not None:  # the end of its connection was not read yet
             before.leave()
@@ -89,12 +98,15 @@ class RelayPool:
             relay.channel.send(self._published)
 
     def _left(self, relay: _Relay) -> None:
+        if relay.index < 0:
+            self._listeners.discard(relay)
+            return
         del self._relays[relay.index]
         self._on_lost(relay.index)
 
 
 class _Relay:
-    """One relay's connection."""
+    """One relay's connection; a listener's has the index -1."""
 
     def __init__(self, joined: Callable[[_Relay], None], on_fact: OnFact, left: Callable[[_Relay], None]) -> None:
         self.channel = Channel(self._take, self.leave)
@@ -127,8 +139,12 @@ class _Relay:
                     time.monotonic(),
                 )
                 self._on_joined(self)
-            case _ if not self._here:
-                pass  # it did not say who it is, or has been replaced
+            case Listening() if not self._here:
+                self._here = True
+                self.pid = record.pid
+                self._on_joined(self)
+            case _ if not self._here or self.index < 0:
+                pass  # it did not say who it is, or has been replaced, or only listens
             case Pulse():
                 self.pulse = record
                 self._on_fact(self.index, record)

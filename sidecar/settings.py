@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sidecar.errors import UsageError
 from sidecar.flags import (
@@ -248,6 +248,12 @@ class Settings:
     )
     orca: str = flag(
         "auto", one_of("auto", "always"), "ORCA response header: on request, or always", expected="one of auto, always"
+    )
+    orca_grpc: tuple[str, int] | Literal[""] = flag(
+        "",
+        address,
+        "Where load reports are streamed over gRPC, for ORCA out of band; none: nowhere; needs the extra `orca`",
+        expected="HOST:PORT",
     )
     otlp_endpoint: str = flag("", url, "OTLP/HTTP collector for spans; empty: tracing off", expected="an http(s) URL")
     drain_seconds: float = flag(

@@ -30,6 +30,9 @@ class Load:
     coefficients_fingerprint: str
     coefficients_source: str
     coefficients_stale: bool
+    errors_per_second: float = 0.0  # what the engine failed: engine_error, stalled, lost
+    recent_mu_per_second: float = 0.0  # over the last 10 s
+    pressure: float = 0.0  # the largest share but the flow's: of stock, KV use and queue, at this moment
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ def load_of(ledger: Ledger, co: units.Coefficients, slo_seconds: float, kv: floa
         tokens_delivered_total=ledger.delivered_total, tokens_per_second=ledger.tokens_per_second(now),
         requests_in_flight=stock.requests, requests_waiting=stock.waiting,
         requests_per_second=ledger.requests_per_second(now), coefficients_fingerprint=co.fingerprint,
-        coefficients_source=co.source, coefficients_stale=False,
+        coefficients_source=co.source, coefficients_stale=False, errors_per_second=ledger.errors_per_second(now),
+        recent_mu_per_second=ledger.recent_mu_per_second(now), pressure=max(shares["stock"], kv, queue),
     )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 _log = logging.getLogger(__name__)
 
-Kind = Literal["control", "relay", "images"]
+Kind = Literal["control", "relay", "images", "reports"]
+SERVING: Final = ("relay", "reports")  # what takes nothing new once we drain, and ends by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class Supervisor:
         """Nothing new is taken from now on; what is under way may finish."""
         self._deadline = now + self._grace
         for child in self._children:
-            if child.role.kind == "relay":
+            if child.role.kind in SERVING:
                 child.due = None
                 for sock in child.role.sockets:
                     sock.close()  # the relays close theirs; ours would keep new connections waiting in the kernel
@@ -141,7 +142,7 @@ class Supervisor:
         if child is self._control and code > 0 and not self._served:
             self._status = code  # it has said why
             return
-        if self._deadline is not None and (child.role.kind == "relay" or self._told_to_end):
+        if self._deadline is not None and (child.role.kind in SERVING or self._told_to_end):
             return
         child.pause = pause_after(now - child.born, child.pause)
         child.due = now + child.pause

@@ -80,6 +80,7 @@ class Ticker:
         self._pool: RelayPool | None = None
         self._errands = Errands()
         self._ticks = 0
+        self._recently = orca.Recently()
         self.ticked_at = time.monotonic()
         self.snapshot = self.control.tick(self._readings(self.ticked_at), self.ticked_at, time.time())
 
@@ -242,8 +243,12 @@ class Ticker:
     def _publish(self, wall: float) -> None:
         load, engine = self.snapshot.load, self.snapshot.engine
         if self._pool is not None:
-            headers = orca.header_json(load, engine), orca.header_text(load, engine)
-            self._pool.order(Published(*headers, self.control.verdict.state, self._signals.contact.kind_name))
+            report, state = (
+                orca.report(load, engine, self._recently.mean(load.pressure, self.snapshot.at)),
+                self.control.verdict.state,
+            )
+            kind = self._signals.contact.kind_name
+            self._pool.order(Published(report.json(), report.text(), state, kind, report.binary()))
         self.sinks.feed.publish(self.snapshot)
         self._errands.start("state", self._write_state(self.stand(), wall))
         self._errands.start("records", self._record(wall))

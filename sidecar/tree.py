@@ -1,6 +1,6 @@
 """The tree of processes of one sidecar: what it needs before any of them starts, and what each of them is.
 
-    supervisor ── control, relay 0 .. N-1, image server
+    supervisor ── control, relay 0 .. N-1, image server, load reports
 
 Rules: whatever can be found wrong before the first process starts ends the start here. The sockets, and the directory that
 the Unix sockets lie in, belong to the supervisor and outlive every other process: a relay that lost its control process finds
@@ -25,9 +25,9 @@ from pathlib import Path
 
 import uvloop
 
-from sidecar import app, settings, units
+from sidecar import app, orca_grpc, settings, units
 from sidecar.imagecache import Folder
-from sidecar.preflight import bind, coefficients, image_mode, unix
+from sidecar.preflight import bind, coefficients, image_mode, reserve, unix
 from sidecar.relay import process
 from sidecar.settings import Settings
 from sidecar.supervisor import Role, Supervisor
@@ -67,6 +67,10 @@ def main(chosen: Settings, border: Border) -> int:
             )
             jobs = stack.enter_context(unix(folder / "images"))
             roles.append(Role("images", "image server", partial(_image_server, chosen, jobs), (jobs,)))
+        if chosen.orca_grpc:
+            reserved = stack.enter_context(reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca"))
+            run = _guarded(border, partial(_reports, reserved.getsockname()[:2], place.control))
+            roles.append(Role("reports", "load reports", run, (reserved,)))
         for index in range(chosen.workers):
             run = _guarded(border, partial(_relay, replace(place, index=index), listener))
             roles.append(Role("relay", f"relay {index}", run, (listener,)))
@@ -90,6 +94,10 @@ def _control(
 
 def _relay(place: process.Place, listener: socket.socket, restarts: int) -> int:
     return process.main(replace(place, restarts=restarts), listener)
+
+
+def _reports(address: tuple[str, int], control: str, restarts: int) -> int:
+    return orca_grpc.main(address, control)
 
 
 def _image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client import openmetrics, parser
@@ -27,7 +26,7 @@ from sidecar.facts import (
     Verdict,
 )
 from sidecar.meters import METRICS, Meters
-from sidecar.report import load, orca, prometheus
+from sidecar.report import load, prometheus
 from sidecar.report.prometheus import PLAIN, Pages, merged
 from sidecar.snapshot import ImageUse, Load, RelayUse, Snapshot
 
@@ -258,66 +257,3 @@ def test_load_says_why_a_value_is_missing() -> None:
     (gpu,) = load.render(replace(SNAPSHOT, gpus=Value((replace(GPU, power=Absent("MIG")),), 1.0)))["gpu"]
     assert (gpu["power_watts"], gpu["power_watts_absent"], gpu["utilization"]) == (None, "MIG", 0.93)
     assert json.loads(json.dumps(none)) == none
-
-
-# --- ORCA ---
-
-
-def report(header: str) -> dict[str, Any]:
-    """The numbers of either form, by dotted name."""
-    form, _, rest = header.partition(" ")
-    if form == "TEXT":
-        return {k: float(v) for k, v in (pair.split("=") for pair in rest.split(", "))}
-    assert form == "JSON"
-    fields = json.loads(rest)
-    named = fields.pop("named_metrics")
-    return fields | {f"named_metrics.{k}": v for k, v in named.items()}
-
-
-FORMS = pytest.mark.parametrize("form", [orca.header_json, orca.header_text])
-
-
-@FORMS
-def test_orca_carries_utilisation_twice_and_vllms_own_two(form: Callable[..., str]) -> None:
-    """application_utilization and named mu_utilization are alike, rps is there, and what vLLM reports is not lost."""
-    assert report(form(LOAD, SNAPSHOT.engine)) == {
-        "rps_fractional": 0.7,
-        "application_utilization": 0.41,
-        "named_metrics.mu_utilization": 0.41,
-        "named_metrics.mu_in_flight": 3.2,
-        "named_metrics.kv_cache_usage_perc": 0.3,
-        "named_metrics.num_requests_waiting": 3.0,
-    }
-
-
-@FORMS
-@pytest.mark.parametrize("capacity", [0.0, 100.0])
-def test_an_idle_engine_still_sends_a_report_that_envoy_takes(form: Callable[..., str], capacity: float) -> None:
-    """With nothing in flight, rps and utilisation are above 0; their ratio, Envoy's weight, is the capacity per second."""
-    idle = replace(LOAD, utilization=0.0, requests_per_second=0.0, mu_in_flight=0.0, mu_max_per_minute=capacity)
-    got = report(form(idle, Absent("no page")))
-    assert got["rps_fractional"] > 0
-    assert got["application_utilization"] == got["named_metrics.mu_utilization"] > 0
-    if capacity:
-        assert got["rps_fractional"] / got["application_utilization"] == pytest.approx(capacity / 60, rel=1e-3)
-
-
-@FORMS
-def test_orca_leaves_out_what_was_not_read(form: Callable[..., str]) -> None:
-    """Without the engine's page there is no KV use in the report, and the waiting requests are the relay's own count."""
-    got = report(form(LOAD, Failed("refused")))
-    assert "named_metrics.kv_cache_usage_perc" not in got
-    assert got["named_metrics.num_requests_waiting"] == 2.0
-    broken = Value(EngineSample(kv_usage=float("nan"), waiting=float("inf")), 1.0)
-    assert not {"named_metrics.kv_cache_usage_perc", "named_metrics.num_requests_waiting"} & set(
-        report(form(LOAD, broken))
-    )
-
-
-@FORMS
-def test_an_orca_report_is_one_header_value(form: Callable[..., str]) -> None:
-    """Printable ASCII on one line, short enough for any proxy's limit."""
-    header = form(LOAD, SNAPSHOT.engine)
-    assert header.isascii()
-    assert header.isprintable()
-    assert len(header) < 1024

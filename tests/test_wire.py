@@ -26,6 +26,7 @@ RECORDS = [
     facts.Published("JSON {}", "TEXT a=1", "idle"),
     facts.Booked(30),
     facts.Joined(1.0, 0, 77, 2),
+    facts.Listening(1.0, 78),
 ]
 
 

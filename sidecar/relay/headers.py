@@ -60,9 +60,11 @@ def to_client(headers: Received, ours: Mapping[str, str], *, drop: str = "") -> 
 def orca(headers: Received, always: bool, published: Published | None) -> dict[str, str]:
     """Our load report in the form the request asks for; empty where none is wanted, or none is known yet."""
     wanted = headers.get(ORCA_FORMAT, "JSON" if always else "").upper()
-    if published is None or wanted not in ("JSON", "TEXT"):
+    if published is None:
         return {}
-    return {ORCA: published.orca_text if wanted == "TEXT" else published.orca_json}
+    forms = {"JSON": published.orca_json, "TEXT": published.orca_text, "BIN": published.orca_bin}
+    value = forms.get(wanted, "")
+    return {ORCA: value} if value else {}
 
 
 def _passed(headers: Received, dropped: frozenset[str]) -> Headers:

@@ -149,13 +149,14 @@ async def starter(folder: Path) -> AsyncIterator[Start]:
             nonlocal count
             count += 1
             relay, admin, state = free_port(), free_port(), folder / chosen.pop("state", f"state{count}")
+            host = chosen.pop("host", "127.0.0.1")  # of the relay
             flags = QUICK | {k.replace("_", "-"): v for k, v in chosen.items()}
-            flags |= {"engine": engine, "listen": f"127.0.0.1:{relay}", "admin": f"127.0.0.1:{admin}"}
+            flags |= {"engine": engine, "listen": f"{host}:{relay}", "admin": f"127.0.0.1:{admin}"}
             flags |= {"state-dir": str(state)}
             command = [sys.executable, "-m", "sidecar", "run", *(x for k, v in flags.items() for x in (f"--{k}", v))]
             env = {k: v for k, v in os.environ.items() if not k.startswith("SIDECAR_")} | dict(environ or {})
             process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=env)
-            sidecar = Sidecar(f"http://127.0.0.1:{relay}", f"http://127.0.0.1:{admin}", state, process, session)
+            sidecar = Sidecar(f"http://{host}:{relay}", f"http://127.0.0.1:{admin}", state, process, session)
             reader = asyncio.create_task(_read(process, sidecar.log))
             stack.push_async_callback(_end, sidecar, reader)
             await _listening(sidecar)

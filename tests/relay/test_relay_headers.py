@@ -42,11 +42,12 @@ async def test_load_reports(rig: Any, serve: Any) -> None:
             return str(got.headers["endpoint-load-metrics"])
 
     assert await ask("JSON") == "engine's"
-    r.relay.obey(Published('JSON {"a": 1}', "TEXT a=1", "idle"))
-    assert [await ask(form) for form in ("json", "TEXT", "", "BIN")] == [
+    r.relay.obey(Published('JSON {"a": 1}', "TEXT a=1", "idle", "", "BIN CQ=="))
+    assert [await ask(form) for form in ("json", "TEXT", "", "BIN", "XML")] == [
         'JSON {"a": 1}',
         "TEXT a=1",
         "engine's",
+        "BIN CQ==",
         "engine's",
     ]
 

@@ -1,0 +1,331 @@
+"""ORCA reports: the header's three forms, the message, and the stream over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar import orca_grpc
+from sidecar.channel import Channel
+from sidecar.errors import StartError
+from sidecar.facts import EngineSample, Failed, Listening, Published, Reading, Value
+from sidecar.preflight import reserve
+from sidecar.relays import RelayPool
+from sidecar.report import orca, orca_messages
+from sidecar.report.orca_messages import Report as OrcaLoadReport
+from sidecar.report.orca_messages import Request as OrcaLoadReportRequest
+from sidecar.snapshot import Load
+
+LOAD = Load(
+    mu_in_flight=3.2, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,
+    limited_by="flow", prefill_tokens_in_flight=5120, decode_tokens_in_flight=900, tokens_delivered_total=123456,
+    tokens_per_second=500.0, requests_in_flight=7, requests_waiting=2, requests_per_second=0.7,
+    coefficients_fingerprint="llama-h100", coefficients_source="file", coefficients_stale=False, recent_mu_per_second=0.5,
+)  # fmt: skip
+ENGINE: Reading[EngineSample] = Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004)
+FORMS = pytest.mark.parametrize(
+    "form", [orca.Report.json, orca.Report.text, orca.Report.binary], ids=lambda f: f.__name__
+)
+Form = Callable[[orca.Report], str]
+
+
+def read(header: str) -> dict[str, Any]:
+    """The numbers of any form, by dotted name."""
+    form, _, rest = header.partition(" ")
+    if form == "TEXT":
+        return {k: float(v) for k, v in (pair.split("=") for pair in rest.split(", "))}
+    if form == "BIN":
+        message = OrcaLoadReport.FromString(orca.message(header))
+        fields = {f.name: value for f, value in message.ListFields()}
+    else:
+        assert form == "JSON"
+        fields = json.loads(rest)
+    named = fields.pop("named_metrics")
+    return fields | {f"named_metrics.{k}": v for k, v in named.items()}
+
+
+def weight(report: dict[str, Any]) -> int:
+    """What Envoy makes of a report: a whole number."""
+    utilization = report["application_utilization"] + report.get("eps", 0.0) / report["rps_fractional"]
+    return int(report["rps_fractional"] / utilization)
+
+
+@FORMS
+def test_a_report_carries_utilisation_thrice_and_vllms_own_two(form: Form) -> None:
+    """All utilisations are alike, the rate is in milli-MU per second, and what vLLM itself reports is not lost."""
+    assert read(form(orca.report(LOAD, ENGINE, 0.41))) == {
+        "rps_fractional": pytest.approx(500),
+        "application_utilization": 0.41,
+        "cpu_utilization": 0.41,
+        "mem_utilization": 0.3,
+        "named_metrics.mu_utilization": 0.41,
+        "named_metrics.mu_in_flight": 3.2,
+        "named_metrics.requests_per_second": 0.7,
+        "named_metrics.kv_cache_usage_perc": 0.3,
+        "named_metrics.num_requests_waiting": 3.0,
+    }
+
+
+@FORMS
+@pytest.mark.parametrize("capacity", [0.0, 100.0])
+def test_an_idle_engine_still_sends_a_report_that_envoy_takes(form: Form, capacity: float) -> None:
+    """With nothing in flight, rate and utilisation are above 0; their ratio, Envoy's weight, is the capacity."""
+    idle = replace(LOAD, requests_per_second=0.0, recent_mu_per_second=0.0, mu_max_per_minute=capacity)
+    got = read(form(orca.report(idle, Failed("refused"), 0.0)))
+    assert got["rps_fractional"] > 0 and got["application_utilization"] > 0
+    assert got["rps_fractional"] / got["application_utilization"] == pytest.approx(capacity / 60 * 1000 or 1, rel=1e-3)
+
+
+@given(
+    st.floats(0, 1e4), st.floats(0, 50), st.floats(1e-3, 1e6), st.floats(0, 1e3), st.floats(0, 1), st.sampled_from([0, 0.3, math.nan])
+)  # fmt: skip
+def test_no_load_makes_a_report_that_is_rejected(
+    flow: float, utilization: float, capacity: float, rps: float, failed: float, kv: float
+) -> None:
+    """Whatever the load, rate and utilisation are above 0, every number is finite, and memory is a share."""
+    load = replace(
+        LOAD, recent_mu_per_second=flow, mu_max_per_minute=capacity, requests_per_second=rps,
+        errors_per_second=rps * failed,
+    )  # fmt: skip
+    got = read(orca.report(load, Value(EngineSample(kv_usage=kv), 1.0), utilization).binary())
+    assert all(math.isfinite(value) for value in got.values())
+    assert got["rps_fractional"] > 0 and got["application_utilization"] > 0
+    assert 0 <= got.get("mem_utilization", 0) <= 1
+    assert 0 <= got.get("eps", 0) <= got["rps_fractional"] * 1.000001
+
+
+def test_the_weight_is_the_capacity_and_does_not_vanish_in_rounding() -> None:
+    """Engines of 1.9 and 0.6 MU per second, both half loaded, weigh as they can, although Envoy cuts to whole numbers."""
+    reports = [
+        read(orca.report(replace(LOAD, mu_max_per_minute=60 * most, recent_mu_per_second=most / 2), ENGINE, 0.0).json())
+        for most in (1.9, 0.6)
+    ]
+    assert [weight(report) for report in reports] == [1900, 600]
+
+
+def test_pressure_is_the_mean_of_the_rates_seconds() -> None:
+    """A moment's queue hardly moves it, a lasting one does within ten seconds, and the time before the start counts as idle."""
+    recently = orca.Recently()
+    means = [recently.mean(0.5, at) for at in range(100, 140)]
+    assert means[0] == 0.0 and means[5] == pytest.approx(0.25) and means[-1] == pytest.approx(0.5)
+    assert recently.mean(1.0, 140) == pytest.approx(0.55)
+    assert recently.mean(0.5, 1000) == pytest.approx(0.5)  # nothing was read for a while
+
+
+def test_requests_that_the_engine_fails_lower_its_weight() -> None:
+    """eps stands to the rate as the failed requests to all."""
+    got = read(orca.report(replace(LOAD, errors_per_second=0.35), ENGINE, 0.41).json())
+    assert got["eps"] / got["rps_fractional"] == pytest.approx(0.5)
+
+
+@FORMS
+def test_a_report_is_one_header_value_and_leaves_out_what_was_not_read(form: Form) -> None:
+    """Printable ASCII on one line, short enough for any proxy; without the engine's page there is no KV use in it."""
+    header = form(orca.report(LOAD, ENGINE, 0.41))
+    assert header.isascii() and header.isprintable() and len(header) < 1024
+    got = read(form(orca.report(LOAD, Failed("refused"), 0.41)))
+    assert not {"mem_utilization", "named_metrics.kv_cache_usage_perc"} & set(got)
+    assert got["named_metrics.num_requests_waiting"] == 2.0
+
+
+def test_the_messages_are_those_of_others() -> None:
+    """The bytes of a report and of a request are those that Envoy 1.40 and grpc-java write, field by field."""
+    theirs = "CQAAAAAAAOA/MQAAAAAAAFlAOQAAAAAAAABAQg4KA3JpZhEAAAAAAAAQQA=="  # of Envoy's own test of its parser
+    numbers = {"cpu_utilization": 0.5, "rps_fractional": 100.0, "eps": 2.0}
+    assert base64.b64encode(orca_messages.encode(numbers, {"rif": 4.0})).decode() == theirs
+    ours = orca_messages.encode({"application_utilization": 0.5, "mem_utilization": 0.25}, {})
+    assert ours == b"\x11" + struct.pack("<d", 0.25) + b"\x49" + struct.pack("<d", 0.5)  # fields 2 and 9
+    assert orca_messages.interval(b"\x0a\x08\x08\x02\x10\x80\xca\xb5\xee\x01") == 2.5  # field 1: 2 s, 500,000,000 ns
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"), [(0.0, 1.0), (-3.0, 1.0), (0.001, 0.1), (0.1, 0.1), (10.0, 10.0), (3600.0, 3600.0)]
+)
+def test_the_interval_is_the_clients_but_not_below_a_tenth(asked: float, seconds: float) -> None:
+    """A stream without an interval gets a report a second, a hasty one ten."""
+    request = OrcaLoadReportRequest()
+    request.report_interval.FromNanoseconds(int(asked * 1e9))
+    assert orca_grpc.interval(request.SerializeToString()) == pytest.approx(seconds)
+    with pytest.raises(ValueError, match="not an OrcaLoadReportRequest"):
+        orca_grpc.interval(b"\xff\xff\xff")
+
+
+# --- the stream ---
+
+
+class Control:
+    """A control process's side: real relays' socket, real pool; `publish` sends a load."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.pool = RelayPool(1, lambda *_: None, lambda _: None)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.bind(self.path)
+        self.sock.listen(8)
+
+    def publish(self, utilization: float) -> None:
+        r = orca.report(replace(LOAD, recent_mu_per_second=0.0), ENGINE, utilization)
+        self.pool.order(Published(r.json(), r.text(), "idle", "", r.binary()))
+
+
+@pytest.fixture
+async def control(tmp_path: Path) -> AsyncIterator[Control]:
+    control = Control(tmp_path / "control")
+    task = asyncio.create_task(control.pool.run(control.sock))
+    yield control
+    async with asyncio.timeout(30):
+        while control.pool._listeners:  # noqa: ASYNC110  the end of a connection is read when it is read
+            await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait((task,))
+
+
+class Client:
+    """A client of the service, with the generated classes."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        self.StreamCoreMetrics = channel.unary_stream(
+            f"/{orca_messages.SERVICE}/{orca_messages.METHOD}",
+            request_serializer=OrcaLoadReportRequest.SerializeToString,
+            response_deserializer=OrcaLoadReport.FromString,
+        )
+
+
+@pytest.fixture
+async def stub(control: Control) -> AsyncIterator[tuple[Client, asyncio.Event]]:
+    """A client of the stream, and what ends it."""
+    latest, ended = orca_grpc.Latest(control.path), asyncio.Event()
+    keeping = asyncio.create_task(latest.run())
+    with reserve("orca-grpc", ("127.0.0.1", 0), "grpc", "orca") as reserved:
+        address = reserved.getsockname()
+        server = await orca_grpc.start(address, latest, ended)
+        async with aio.insecure_channel(f"127.0.0.1:{address[1]}") as channel:
+            yield Client(channel), ended
+        await server.stop(0)
+    keeping.cancel()
+    await asyncio.wait((keeping,))
+
+
+def asked(seconds: float) -> Any:
+    request = OrcaLoadReportRequest()
+    request.report_interval.FromNanoseconds(int(seconds * 1e9))
+    return request
+
+
+async def test_a_stream_carries_the_load_as_it_changes(control: Control, stub: Any) -> None:
+    """Reports come at the interval, without a request of the client, and a new load is in a later one."""
+    control.publish(0.25)
+    stream = stub[0].StreamCoreMetrics(asked(0.1))
+    async with asyncio.timeout(30):
+        assert (await stream.read()).application_utilization == 0.25
+        control.publish(0.75)
+        while (await stream.read()).named_metrics["mu_utilization"] != 0.75:
+            pass
+    stream.cancel()
+
+
+async def test_a_stream_ends_when_the_sidecar_drains(control: Control, stub: Any) -> None:
+    """The end is UNAVAILABLE, also for one that asked for a report an hour, and for one that waits for its first."""
+    client, ended = stub
+    waiting = client.StreamCoreMetrics(asked(1))
+    first = asyncio.create_task(waiting.read())
+    async with asyncio.timeout(30):
+        await asyncio.wait((first,), timeout=0.2)
+        assert not first.done()  # no load is known yet
+        control.publish(0.5)
+        assert (await first).application_utilization == 0.5
+        slow = client.StreamCoreMetrics(asked(3600))
+        assert (await slow.read()).application_utilization == 0.5
+        ended.set()
+        for stream in (waiting, slow):
+            assert await stream.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def big_request() -> Any:
+    """A request with names of costs, which we do not know, and too many of them."""
+    name = b"\x12\xe8\x07" + b"x" * 1000
+    return OrcaLoadReportRequest.FromString(name * 5)
+
+
+async def test_streams_are_bounded_and_bad_requests_refused(control: Control, stub: Any) -> None:
+    """Bytes that are no request, or too many, end their stream alone; past the bound a stream is refused."""
+    control.publish(0.5)
+    kept = stub[0].StreamCoreMetrics(asked(0.1))
+    async with asyncio.timeout(30):
+        assert (await kept.read()).rps_fractional > 0
+        big = stub[0].StreamCoreMetrics(big_request())
+        assert await big.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        streams = [stub[0].StreamCoreMetrics(asked(3600)) for _ in range(orca_grpc.MOST_STREAMS + 4)]
+        codes = [asyncio.ensure_future(stream.code()) for stream in streams]
+        refused = 0
+        while refused < 5:  # the one above has a place, too
+            done, _ = await asyncio.wait([c for c in codes if not c.done()], return_when=asyncio.FIRST_COMPLETED)
+            assert {code.result() for code in done} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+            refused += len(done)
+        assert (await kept.read()).rps_fractional > 0
+        for stream in [kept, *streams]:
+            stream.cancel()
+
+
+async def test_a_load_that_grew_old_is_not_sent(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a control process for some seconds, nothing is said; with the next load it goes on."""
+    latest = orca_grpc.Latest(control.path)
+    keeping = asyncio.create_task(latest.run())
+    control.publish(0.5)
+    async with asyncio.timeout(30):
+        await latest.get()
+        monkeypatch.setattr(orca_grpc, "STALE", -1.0)
+        getting = asyncio.create_task(latest.get())
+        await asyncio.wait((getting,), timeout=0.1)
+        assert not getting.done()
+        monkeypatch.undo()
+        control.publish(0.75)
+        assert OrcaLoadReport.FromString(await getting).application_utilization == 0.75
+    keeping.cancel()
+    await asyncio.wait((keeping,))
+
+
+async def test_a_listener_is_no_relay(control: Control) -> None:
+    """The pool sends it the load alone, counts it among no relays, and its end loses nothing."""
+    lost: list[int] = []
+    control.pool._on_lost = lost.append
+    got: list[Any] = []
+    gone = asyncio.Event()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(control.path)
+    channel = await Channel.open(sock, got.append, gone.set)
+    channel.send(Listening(1.0, 42))
+    async with asyncio.timeout(30):
+        while not got:
+            control.publish(0.5)
+            await asyncio.sleep(0.01)
+        assert {type(record) for record in got} == {Published}
+        assert control.pool.use(2.0)[0].pid == 0
+        channel.close()
+        await gone.wait()
+        while control.pool._listeners:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert lost == []
+
+
+async def test_a_port_that_is_taken_is_found_before_anything_runs() -> None:
+    """One line names the port; the extra's absence, too."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(StartError, match="--orca-grpc: port"):
+            reserve("orca-grpc", taken.getsockname(), "grpc", "orca")
+        with pytest.raises(StartError, match=r"inference-sidecar\[orca\]"):
+            reserve("orca-grpc", taken.getsockname(), "no_such_module", "orca")
