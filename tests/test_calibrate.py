@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import random
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar import units
 from sidecar.__main__ import run
-from sidecar.calibrate import fit, report
+from sidecar.calibrate import command, fit, report, search, traffic
 from sidecar.calibrate.command import CalibrateSettings, calibrate
 from sidecar.calibrate.fit import Measured
-from sidecar.calibrate.journal import Journal
-from sidecar.calibrate.shapes import LEAST, Shape, plan, reference
+from sidecar.calibrate.journal import Entry, Journal, Plan, Step
+from sidecar.calibrate.prompts import Target
+from sidecar.calibrate.shapes import LEAST, SIDES, Shape, ordered, plan, reference
+from sidecar.calibrate.traffic import EngineRefused
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.facts import Work
 from sidecar.units import Coefficients
@@ -27,7 +32,9 @@ TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
 
 def measured(shapes: list[Shape], noise: float = 0.0, seed: int = 1) -> list[Measured]:
     rng = random.Random(seed)
-    works = [Work(s.uncached, s.cached, s.output) for s in shapes]
+    works = [
+        Work(s.uncached + s.images * s.side // 4, s.cached, s.output, s.images * s.side // 4, s.images) for s in shapes
+    ]
     return [Measured(w, units.gpu_ms(w, TRUE) * (1 + rng.uniform(-noise, noise))) for w in works]
 
 
@@ -49,10 +56,10 @@ def test_known_coefficients_are_found_again() -> None:
 @given(seed=st.integers(0, 10_000), noise=st.floats(0, 0.3))
 def test_noise_gives_no_negative_and_no_wild_coefficient(seed: int, noise: float) -> None:
     """Whatever the noise: all at least 0, finite, and errors of about its size."""
-    shapes = plan(4096, cached=False, seed=seed)
+    shapes = plan(4096, cached=False)
     fitted = measured([s for s in shapes if not s.held_out], noise, seed)
     co = fit.fit(fitted)
-    assert all(0 <= getattr(co, name) < 1e6 for name in fit.TERMS)
+    assert all(0 <= getattr(co, name) < 1e6 for name in units.TERMS)
     assert fit.accuracy(fitted, co).mape < 0.02 + noise
 
 
@@ -70,16 +77,63 @@ def test_too_few_measurements_are_said() -> None:
         fit.fit(split()[0][:3])
 
 
-@pytest.mark.parametrize("context", [LEAST, 512, 4096, 131_072])
+def test_a_term_that_is_many_times_the_priors_is_found() -> None:
+    """The pull of a prior from another machine is bounded: attention that costs a hundred times its share is predicted."""
+    steep = Coefficients(k=5.0, a=0.03, b=4e-5, d=0.4, f=1.5e-4)
+    shapes = [s for s in plan(8192, cached=True) if not s.held_out]
+    works = [Work(s.uncached, s.cached, s.output) for s in shapes]
+    co = fit.fit([Measured(w, units.gpu_ms(w, steep)) for w in works])
+    assert co.b == pytest.approx(steep.b, rel=0.1)
+
+
+def test_prices_of_images_are_found() -> None:
+    """Photos of two sizes tell the price of an encoder token from that of an image, and both from the prompt's."""
+    true = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.7, h=12.0)
+    shapes = plan(8192, cached=True, tokens={side: side // 4 for side in SIDES})
+    works = [m.work for m in measured([s for s in shapes if not s.held_out])]
+    co = fit.fit([Measured(w, units.gpu_ms(w, true)) for w in works])
+    assert co.g == pytest.approx(0.7, rel=0.1) and co.h == pytest.approx(12, rel=0.2)
+    assert any(s.images for s in shapes if s.held_out)
+
+
+def test_what_others_took_is_left_out() -> None:
+    """Of the turns of a shape the lower quartile counts: one of five that was disturbed changes nothing."""
+    shape = Shape(8, 0, 1)
+    (row,) = fit.merged((shape, Measured(Work(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
+    assert row.measured.ms == 10 and row.spread == 0
+
+
+@pytest.mark.parametrize("length", [LEAST, 512, 4096, 16_384])
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_plan_fits_the_context(context: int, cached: bool) -> None:
-    """Every request fits; shapes differ; some are held out; another seed is another order of the same."""
-    shapes = plan(context, cached=cached)
-    assert all(s.uncached + s.cached + s.output <= context for s in shapes)
+def test_a_plan_fits_the_length(length: int, cached: bool) -> None:
+    """Every request fits; shapes differ; some are held out; each turn is another order of the same."""
+    tokens = {side: (side // 28) ** 2 * 3 // 4 for side in SIDES}
+    shapes = plan(length, cached=cached, tokens=tokens)
+    assert all(s.uncached + s.cached + s.images * tokens.get(s.side, 0) + s.output <= length for s in shapes)
     assert any(s.held_out for s in shapes) and sum(not s.held_out for s in shapes) >= 8
-    assert any(s.cached for s in shapes) is cached
-    assert sorted(map(repr, shapes)) == sorted(map(repr, plan(context, cached=cached, seed=5)))
-    assert reference(context).uncached + reference(context).output <= context
+    assert any(s.cached for s in shapes) is cached and len(set(shapes)) == len(shapes)
+    assert sorted(map(repr, shapes)) == sorted(map(repr, ordered(shapes, 1))) and ordered(shapes, 1) != ordered(
+        shapes, 2
+    )
+    assert reference(length).uncached + reference(length).output <= length
+
+
+def test_one_image_at_most_is_kept_to() -> None:
+    """An engine that takes one image for each request is not asked for two."""
+    assert {s.images for s in plan(4096, cached=True, tokens={448: 192, 896: 768}, most_images=1)} == {0, 1}
+
+
+def test_open_requests_at_the_slo() -> None:
+    """Between the last step that kept it and the first that did not; none where it was never passed."""
+    steps = tuple(Step(n, p95, 1.0, Work(8, output=1)) for n, p95 in ((1, 1.0), (2, 2.0), (4, 6.0)))
+    assert search.held(steps, 4.0) == 3
+    assert search.held(steps, 7.0) == 0 and search.held(steps, 0.5) == 0
+
+
+def test_the_engine_is_full_where_more_requests_gain_little() -> None:
+    """The fewest open requests that reach nine tenths of the highest rate."""
+    rates = ((1, 1.0), (2, 1.9), (4, 3.0), (8, 3.2), (16, 3.1))
+    assert search.full(tuple(Step(n, 1.0, rate, Work(8, output=1)) for n, rate in rates)) == 4
 
 
 def test_a_context_that_is_too_short_is_refused() -> None:
@@ -88,37 +142,102 @@ def test_a_context_that_is_too_short_is_refused() -> None:
         plan(LEAST - 1, cached=False)
 
 
-def test_a_journal_goes_on_and_belongs_to_one_plan(tmp_path: Path) -> None:
-    """What was measured is read back, a half-written line is left out, another plan begins anew."""
-    out, shape, cost = tmp_path / "co.json", Shape(8, 0, 1), Measured(Work(8, output=1), 2.5)
+def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
+    """What was measured is read back, a half-written line is left out, another identity begins anew."""
+    out, shape, planned = tmp_path / "co.json", Shape(8, 0, 1), Plan(512, 2, (Step(1, 0.5, 2.0, Work(8, output=1)),))
+    entry = Entry(Measured(Work(8, output=1), 2.5), 1.5)
     journal = Journal(out, {"model": "a"})
-    assert journal.read() == {}
-    journal.add(shape, 0, cost)
+    assert journal.read() == (None, {})
+    journal.begin(planned)
+    journal.add(shape, 0, entry)
     with (tmp_path / "co.json.partial").open("a") as file:
         file.write('{"shape": {"unca')
-    assert Journal(out, {"model": "a"}).read() == {(shape, 0): cost}
-    assert Journal(out, {"model": "b"}).read() == {}
+    again = Journal(out, {"model": "a"})
+    assert again.read() == (planned, {(shape, 0): entry})
+    again.add(shape, 1, entry)
+    assert Journal(out, {"model": "a"}).read() == (planned, {(shape, 0): entry, (shape, 1): entry})
+    assert Journal(out, {"model": "b"}).read() == (None, {})
     journal.close()
     assert not list(tmp_path.iterdir())
 
 
+def quick(**more: Any) -> EngineSettings:
+    return EngineSettings(listen=("127.0.0.1", 0), prefill_tokens_per_second=50_000, decode_step_ms=2.0, **more)
+
+
 async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
-    """Prefill and decode prices come out near the engine's own speeds; the file is read by `sidecar run`; the report names errors."""
-    engine = EngineSettings(listen=("127.0.0.1", 0), prefill_tokens_per_second=20_000, decode_step_ms=4.0)
-    async with ScriptedEngine(engine) as running:
+    """Decoding and photos come out near the engine's own speeds; the file is read by `sidecar run`; the report names errors."""
+    out = tmp_path / "co.json"
+    async with ScriptedEngine(quick(image_ms=50.0)) as running:
         chosen = CalibrateSettings(
-            engine=running.url, out=str(tmp_path / "co.json"), seconds=5, concurrency=2, context=LEAST, slo_seconds=2
+            engine=running.url, out=str(out), seconds=6, concurrency=2, context=2048, slo_seconds=2
         )
-        found, met = await calibrate(chosen, tmp_path / "co.json")
-        done = Journal(
-            tmp_path / "co.json", json.loads((tmp_path / "co.json.partial").read_text().splitlines()[0])
-        ).read()
-    assert len(done) == 2 * len(plan(LEAST, cached=met.cached))
+        found, journal = await calibrate(chosen, out)
+    planned, done = journal.read()
+    assert planned == found.plan and {turn for _, turn in done} >= {0, 1}
     co = found.co
-    assert 0.4 * 4.0 / 2 < co.d < 2.5 * 4.0 / 2, "two requests share a step of 4 ms"
+    assert 0.4 * 2.0 / 2 < co.d < 2.5 * 2.0 / 2, "two requests share a step of 2 ms"
     assert units.from_json(units.to_json(co)) == co and co.source.startswith("calibrated") and co.model == "scripted"
+    assert co.batch == 2 and co.engine.endswith("scripted")
+    assert any(row.shape.images for row in found.fitted) or planned.length < 1024
     text = report.text(found, 2)
     assert "held out: MAPE" in text and "alpha-beta line" in text and "MU in flight" in text
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that nobody can catch")
+async def test_killed_in_between_it_goes_on(tmp_path: Path) -> None:
+    """After SIGKILL in the middle of the grid the same command measures only what is missing, and writes the file."""
+    out, partial = tmp_path / "co.json", tmp_path / "co.json.partial"
+    async with ScriptedEngine(quick()) as running:
+        command = [
+            sys.executable, "-m", "sidecar", "calibrate", "--engine", running.url, "--out", str(out), "--seconds", "5",
+            "--concurrency", "2", "--context", "512",
+        ]  # fmt: skip
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+        assert process.stderr is not None
+        while b"turn 2" not in await process.stderr.readline():
+            pass
+        process.kill()
+        await process.wait()
+        before = partial.read_text().splitlines()
+        again = await asyncio.create_subprocess_exec(
+            *command,
+            "--measurements",
+            str(tmp_path / "all.jsonl"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        said, errors = await again.communicate()
+    assert again.returncode == 0 and b"held out: MAPE" in said
+    assert b"turn 1:" not in errors
+    assert (tmp_path / "all.jsonl").read_text().splitlines()[: len(before)] == before
+    assert units.from_json(out.read_text()).model == "scripted" and not partial.exists()
+
+
+async def test_an_engine_that_serves_others_is_not_measured(tmp_path: Path, monkeypatch: Any) -> None:
+    """Requests of others are said, waited for, and end the calibration where they stay."""
+    monkeypatch.setattr(command, "QUIET", 0.5)
+    monkeypatch.setattr(command, "LOOK", 0.1)
+    async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
+        body = {"model": "scripted", "prompt": "x", "max_tokens": 100_000, "stream": True}
+        async with session.post(f"{running.url}/v1/completions", json=body) as answer:
+            await answer.content.readline()
+            chosen = CalibrateSettings(engine=running.url, out=str(tmp_path / "co.json"), seconds=5, context=512)
+            with pytest.raises(EngineRefused, match="1 requests that are not ours"):
+                await calibrate(chosen, tmp_path / "co.json")
+
+
+async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> None:
+    """A sample during which the engine had more requests than ours says how many."""
+    monkeypatch.setattr(traffic, "LOOK", 0.01)
+
+    async def load() -> float:
+        return 5.0
+
+    async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
+        target = Target(running.url, "scripted", ids=False)
+        sample = await traffic.Traffic(session, target, load=load).run(Shape(16, 0, 8), 2, 0.2)
+    assert sample.others == 3
 
 
 def test_mu_in_flight_is_the_measured_one_at_its_slo() -> None:

@@ -2,8 +2,8 @@
 
     sidecar calibrate --engine http://127.0.0.1:8000 --out coefficients.json
 
-Each shape is run twice, in another order, with several requests open at all times; some shapes are held out of the fit and say what it
-is worth. Ended in between, it goes on where it was. The file is for `sidecar run --coefficients`.
+Each shape is run in several turns, each in an order of its own, with as many requests open as fill the engine; some shapes are held
+out of the fit and say what it is worth. Ended in between, it goes on where it was. The file is for `sidecar run --coefficients`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import asyncio
 import datetime
 import hashlib
 import json
-import statistics
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,19 +22,20 @@ from typing import Any, Final
 import aiohttp
 
 from sidecar import units
-from sidecar.calibrate import fit, report
-from sidecar.calibrate.fit import Measured
-from sidecar.calibrate.journal import Done, Journal
-from sidecar.calibrate.shapes import Shape, plan, reference
-from sidecar.calibrate.traffic import EngineRefused, Sample, Target, Traffic
+from sidecar.calibrate import fit, hardware, report, search
+from sidecar.calibrate.journal import Done, Entry, Journal, Plan
+from sidecar.calibrate.meet import Met, meet
+from sidecar.calibrate.shapes import Shape, ordered, plan
+from sidecar.calibrate.traffic import EngineRefused, Traffic
 from sidecar.errors import UsageError
-from sidecar.facts import Work
-from sidecar.flags import ENGINE_KINDS, flag, integer, number, one_of, text, url
+from sidecar.flags import ENGINE_KINDS, existing_dir, flag, gpu, integer, number, one_of, text, url
+from sidecar.roofline import roofline
 
-TURNS: Final = 2
 SEARCH_SHARE: Final = 0.2  # of the time, for the search at the SLO
-MOST_OPEN: Final = 1024  # requests
-CONTEXT: Final = 4096  # tokens, where the engine does not say
+LEAST_TURNS: Final = 2
+MOST_TURNS: Final = 8
+QUIET: Final = 60.0  # seconds to wait until an engine that serves others is idle again
+LOOK: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,186 +45,176 @@ class CalibrateSettings:
     engine: str = flag("", url, "Base URL of the engine", expected="a URL such as http://127.0.0.1:8000")
     engine_key: str = flag("", text, "Bearer key for the engine", expected="a key", secret=True)
     engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Engine", expected="one of " + ", ".join(ENGINE_KINDS))
+    model: str = flag(
+        "", existing_dir, "The model's directory, for exact image tokens", expected="an existing directory"
+    )
+    gpu: str = flag(
+        "", gpu, "The engine's GPUs; default: those of this machine", expected="a name such as H100 or 2xH100"
+    )
     out: str = flag("coefficients.json", text, "File to write", expected="a path")
+    measurements: str = flag("", text, "File to keep every single measurement in", expected="a path")
     seconds: float = flag(480.0, number(5, 36_000), "Time to take", expected="seconds from 5 to 36000")
-    concurrency: int = flag(8, integer(1, 1024), "Requests open at all times", expected="a whole number from 1 to 1024")
+    concurrency: int = flag(
+        0,
+        integer(0, 1024),
+        "Requests open at all times; 0: as fill the engine",
+        expected="a whole number from 0 to 1024",
+    )
     slo_seconds: float = flag(
         10.0, number(0.05, 3600), "Latency that p95 is to keep", expected="seconds from 0.05 to 3600"
     )
     context: int = flag(0, integer(0, 1 << 20), "Context length; 0: ask the engine", expected="tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class Met:
-    """What the engine said of itself."""
-
-    target: Target
-    context: int
-    cached: bool
-    version: str
-
-
 def main(chosen: CalibrateSettings) -> int:
     """Measure, report, write. Returns 0. Raises UsageError and EngineRefused."""
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
-    out = Path(chosen.out)
-    if not out.parent.is_dir():
-        raise UsageError(f"--out: the directory of {chosen.out} does not exist")
-    found, met = asyncio.run(calibrate(chosen, out))
+    out, kept = Path(chosen.out), Path(chosen.measurements) if chosen.measurements else None
+    for name, path in (("out", out), ("measurements", kept)):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--{name}: the directory of {path} does not exist")
+    try:
+        found, journal = asyncio.run(calibrate(chosen, out))
+    except KeyboardInterrupt:
+        say("")
+        print("ended; the same command goes on from here", file=sys.stderr)
+        return 1
     print(report.text(found, chosen.slo_seconds))
     out.write_text(units.to_json(found.co) + "\n")
-    Journal(out, identity(chosen, met)).close()
+    journal.close(kept)
     print(f"written: {out}; use it with sidecar run --coefficients {out}")
     return 0
 
 
-async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findings, Met]:
+async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findings, Journal]:
     """The whole measurement against the live engine."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        met = await meet(session, chosen)
-        try:
-            shapes = plan(met.context, cached=met.cached)
-        except ValueError as e:
-            raise UsageError(f"--context: {e}") from None
+        met = await meet(session, chosen.engine, chosen.engine_key, chosen.engine_kind, chosen.model, chosen.context)
+        say(f"{met.target.model} on {met.kind} {met.version}, {met.context} tokens of context")
+        for note in met.notes:
+            say(note, lasting=True)
+        await quiet(met)
         journal = Journal(out, identity(chosen, met))
-        done = journal.read()
-        each = chosen.seconds * (1 - SEARCH_SHARE) / (TURNS * len(shapes))
-        for turn in range(TURNS):
-            for shape in shapes if turn % 2 == 0 else shapes[::-1]:
-                if (shape, turn) not in done:
-                    say(report.bar(len(done), TURNS * len(shapes), shape.name))
-                    done[shape, turn] = await measure(session, met, shape, chosen.concurrency, each)
-                    journal.add(shape, turn, done[shape, turn])
-        fitted, held_out = merged(done, held_out=False), merged(done, held_out=True)
-        co = fit.fit(fitted)
-        search = await at_slo(session, met, co, chosen, chosen.seconds * SEARCH_SHARE)
+        planned, done = journal.read()
+        if planned is None:
+            seconds = chosen.seconds * SEARCH_SHARE, chosen.seconds * (1 - SEARCH_SHARE)
+            traffic = Traffic(session, met.target, seed=4, load=met.load)
+            try:
+                planned = await search.plan(traffic, met.context, chosen.slo_seconds, seconds, chosen.concurrency, say)
+                shapes_of(planned, met)
+            except ValueError as e:
+                raise UsageError(f"--context: {e}") from None
+            journal.begin(planned)
+        await grid(session, met, planned, journal, done, chosen.seconds * (1 - SEARCH_SHARE))
         say("")
-    return report.Findings(fitted, held_out, named(co, fitted, held_out, search, chosen, met), search), met
+        return findings(planned, done, chosen, met), journal
 
 
-async def measure(session: aiohttp.ClientSession, met: Met, shape: Shape, concurrency: int, seconds: float) -> Measured:
-    """One shape's cost."""
-    seed = hash((shape, concurrency)) & 0xFFFF
-    return (await refused(Traffic(session, met.target, seed).run(shape, concurrency, seconds))).cost()
+def shapes_of(planned: Plan, met: Met) -> list[Shape]:
+    """The shapes of a plan."""
+    return plan(planned.length, cached=met.cached, tokens=met.target.tokens, most_images=met.most_images)
 
 
-async def refused(run: Coroutine[Any, Any, Sample]) -> Sample:
-    """The run; of what its workers raised, the first that is ours."""
-    try:
-        return await run
-    except* EngineRefused as group:
-        raise _first(group) from None
+async def grid(
+    session: aiohttp.ClientSession, met: Met, planned: Plan, journal: Journal, done: Done, seconds: float
+) -> None:
+    """Turns of all shapes, at least two, and more while another fits into the time. Fills `done`."""
+    shapes = shapes_of(planned, met)
+    least = seconds / (MOST_TURNS * len(shapes))
+    turn, turns = 0, LEAST_TURNS
+    while turn < turns:
+        for shape in ordered(shapes, turn):
+            if (shape, turn) not in done:
+                spent = sum(entry.seconds for entry in done.values())
+                say(report.bar(spent, seconds, f"turn {turn + 1}: {shape.name}"))
+                done[shape, turn] = await measure(session, met, shape, planned.concurrency, least, turn)
+                journal.add(shape, turn, done[shape, turn])
+        turn += 1
+        spent = sum(entry.seconds for entry in done.values())
+        turns = max(LEAST_TURNS, min(MOST_TURNS, int(seconds / (spent / turn))))
 
 
-def _first(group: BaseExceptionGroup[EngineRefused]) -> EngineRefused:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, EngineRefused)
-    return error
+async def measure(
+    session: aiohttp.ClientSession, met: Met, shape: Shape, concurrency: int, seconds: float, turn: int
+) -> Entry:
+    """One shape's cost; again where the engine served others meanwhile. Raises EngineRefused where it goes on doing so."""
+    seed = zlib.crc32(f"{shape} {turn} {time.time_ns()}".encode())  # new prompts also when it is done again
+    while True:
+        started = time.monotonic()
+        sample = await Traffic(session, met.target, seed, met.load).run(shape, concurrency, seconds)
+        if not sample.others:
+            return Entry(sample.cost(), time.monotonic() - started)
+        await quiet(met)
+        seed += 1
 
 
-def merged(done: Done, *, held_out: bool) -> list[Measured]:
-    """The turns of each shape as one: the median cost."""
-    shapes = {shape for shape, _ in done if shape.held_out is held_out}
-    turns = {shape: [m for (s, _), m in done.items() if s == shape] for shape in shapes}
-    return [Measured(ms[0].work, statistics.median(m.ms for m in ms)) for ms in turns.values()]
+async def quiet(met: Met) -> None:
+    """Wait until the engine has no requests. Raises EngineRefused where that does not come."""
+    until = time.monotonic() + QUIET
+    while load := await met.load():
+        say(f"the engine has {load:.0f} requests of others; waiting until it is idle")
+        if time.monotonic() > until:
+            raise EngineRefused(
+                f"the engine serves {load:.0f} requests that are not ours, which would be measured, too; take it out of traffic, "
+                "then run the same command again: it goes on from here"
+            )
+        await asyncio.sleep(LOOK)
 
 
-async def at_slo(
-    session: aiohttp.ClientSession, met: Met, co: units.Coefficients, chosen: CalibrateSettings, seconds: float
-) -> report.Search:
-    """Open more and more requests of the reference's shape until their p95 is over the SLO; the last step before it counts."""
-    steps: list[tuple[int, float]] = []
-    shape, held = reference(met.context), 0
-    each, number, until = seconds / 8, 1, time.monotonic() + seconds
-    while number <= MOST_OPEN and time.monotonic() < until:
-        say(f"{number} requests of {shape.name} open at all times")
-        sample = await refused(Traffic(session, met.target, seed=number).run(shape, number, each))
-        steps.append((number, sample.p95()))
-        if sample.p95() > chosen.slo_seconds:
-            break
-        held, number = number, number * 2
-    one = units.mu(Work(shape.uncached, output=shape.output), co)
-    return report.Search(tuple(steps), held * one)
-
-
-def named(
-    co: units.Coefficients, fitted: Sequence[Measured], held_out: Sequence[Measured], search: report.Search,
-    chosen: CalibrateSettings, met: Met,
-) -> units.Coefficients:  # fmt: skip
-    """The coefficients with their origin: what they were measured on, when, and how well they hold."""
-    worth = fit.accuracy(held_out, co)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    text = json.dumps([identity(chosen, met), *(getattr(co, name) for name in fit.TERMS)])
-    return replace(
-        co, fingerprint=hashlib.blake2b(text.encode(), digest_size=6).hexdigest(), source=f"calibrated {today}",
-        model=met.target.model, engine=met.version, mape=round(worth.mape, 4), p90=round(worth.p90, 4), r2=round(worth.r2, 4),
-        mu_in_flight=round(search.mu_in_flight, 4), slo_seconds=chosen.slo_seconds,
+def findings(planned: Plan, done: Done, chosen: CalibrateSettings, met: Met) -> report.Findings:
+    """Fit, and say what the fit is worth."""
+    rows = fit.merged([(shape, entry.measured) for (shape, _), entry in done.items()])
+    fitted, held_out = [r for r in rows if not r.shape.held_out], [r for r in rows if r.shape.held_out]
+    gpus = hardware.gpus_of(chosen.engine, chosen.gpu)
+    co = fit.fit([r.measured for r in fitted], prior(chosen, gpus))
+    worth = fit.accuracy([r.measured for r in held_out], co)
+    in_flight = search.held(planned.steps, chosen.slo_seconds) * units.mu(planned.steps[0].work, co)
+    co = replace(
+        co, source=origin(hardware.text(chosen.engine, gpus)), model=met.target.model, engine=met.version, gpu=gpus[1],
+        batch=float(planned.concurrency), mape=round(worth.mape, 4), p90=round(worth.p90, 4), r2=round(worth.r2, 4),
+        mu_in_flight=round(in_flight, 4), slo_seconds=chosen.slo_seconds,
     )  # fmt: skip
+    named = json.dumps([identity(chosen, met), co.source, *(getattr(co, name) for name in units.TERMS)])
+    co = replace(co, fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest())
+    return report.Findings(fitted, held_out, co, planned)
+
+
+def origin(machine: str) -> str:
+    """Where the coefficients come from, and since when."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return f"calibrated {today} on {machine}" if machine else f"calibrated {today}"
+
+
+def prior(chosen: CalibrateSettings, gpus: tuple[int, str]) -> units.Coefficients:
+    """A roofline of the model where its directory was given, else the documented default."""
+    config = config_of(chosen.model)
+    return roofline(config, gpus[1], gpus[0]) if config else units.Coefficients()
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """The model's config.json; empty where there is none."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text()) if model else {}
+        return config if isinstance(config, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def identity(chosen: CalibrateSettings, met: Met) -> dict[str, Any]:
     """What a measurement depends on."""
+    config = config_of(chosen.model)
     return {
-        "model": met.target.model, "engine": met.version, "context": met.context, "cached": met.cached,
-        "concurrency": chosen.concurrency, "seconds": chosen.seconds,
+        "model": met.target.model, "engine": f"{met.kind} {met.version}", "flags": dict(met.flags), "context": met.context,
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or ""), "cached": met.cached,
+        "tokens": {str(side): count for side, count in met.target.tokens.items()}, "concurrency": chosen.concurrency,
+        "seconds": chosen.seconds, "slo_seconds": chosen.slo_seconds,
     }  # fmt: skip
 
 
-# --- meeting the engine ---
-
-
-async def meet(session: aiohttp.ClientSession, chosen: CalibrateSettings) -> Met:
-    """Ask what it serves, and try what it can do. Raises EngineRefused."""
-    card = await _model(session, chosen)
-    model = str(card["id"])
-    context = chosen.context or int(card.get("max_model_len") or CONTEXT)
-    version = await _version(session, chosen)
-    target = Target(chosen.engine, model, chosen.engine_key)
-    probe = Shape(16, 0, 1)
-    try:
-        await refused(Traffic(session, target).run(probe, 1, 0.0))
-    except EngineRefused:
-        target = replace(target, ids=False)
-        await refused(Traffic(session, target).run(probe, 1, 0.0))
-    say(f"{model} on {version}: warming up")
-    quarter = Shape(context // 4, 0, max(1, context // 64))
-    await refused(Traffic(session, target, seed=1).run(quarter, min(2, chosen.concurrency), 0.0))
-    again = await refused(Traffic(session, target, seed=2).run(Shape(8, context // 4, 1), 1, 0.0))
-    cached = any(work.cached > context // 16 for work in again.works)
-    return Met(target, context, cached, version)
-
-
-async def _model(session: aiohttp.ClientSession, chosen: CalibrateSettings) -> dict[str, Any]:
-    try:
-        async with session.get(chosen.engine + "/v1/models", headers=_headers(chosen)) as answer:
-            if answer.status != 200:
-                raise EngineRefused(f"/v1/models answered {answer.status}; is --engine right, and --engine-key?")
-            card = (await answer.json(content_type=None))["data"][0]
-            return dict(card)
-    except (aiohttp.ClientError, OSError, TimeoutError):
-        raise EngineRefused(f"no engine answers at {chosen.engine}; start it, and name its base URL") from None
-    except (ValueError, LookupError, TypeError):
-        raise EngineRefused("/v1/models names no model; wait until the engine has loaded it") from None
-
-
-async def _version(session: aiohttp.ClientSession, chosen: CalibrateSettings) -> str:
-    try:
-        async with session.get(chosen.engine + "/version", headers=_headers(chosen)) as answer:
-            return str((await answer.json(content_type=None))["version"])[:64]
-    except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
-        return "unknown"
-
-
-def _headers(chosen: CalibrateSettings) -> dict[str, str]:
-    return {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
-
-
-def say(line: str) -> None:
+def say(line: str, *, lasting: bool = False) -> None:
     """Progress for people: one line that is written over where a terminal reads."""
     if sys.stderr.isatty():
-        print("\r\x1b[K" + line, end="", file=sys.stderr, flush=True)
+        print("\r\x1b[K" + line, end="\n" if lasting else "", file=sys.stderr, flush=True)
     elif line:
         print(line, file=sys.stderr, flush=True)

@@ -1,24 +1,26 @@
 """Pure: measured costs -> coefficients, with what they are worth on shapes that were held out.
 
 Non-negative least squares on relative errors, pulled slightly toward a prior whose overall scale is fitted first: a term that
-the shapes hardly show keeps the prior's share instead of a wild value. Solved by coordinate descent: a handful of unknowns.
+the shapes hardly show keeps the prior's share instead of a wild value. The pull is of ratios and bounded: a term may be any number of
+times the prior where the measurements say so. Solved by coordinate descent: a handful of unknowns.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from sidecar import units
+from sidecar.calibrate.shapes import Shape
 from sidecar.facts import Work
-from sidecar.units import Coefficients
+from sidecar.units import TERMS, Coefficients
 
-TERMS: Final = ("k", "a", "b", "d", "f", "g", "h")
-RIDGE: Final = 0.003  # weight of the prior, per measurement
+RIDGE: Final = 0.0003  # weight of the prior, per measurement
 ROUNDS: Final = 4000
+AGAIN: Final = 20  # times that the pull is weighed by where the last one led
 ENOUGH: Final = 1e-12
 
 
@@ -31,6 +33,15 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """A shape over all turns: its cost, and how far the turns lie apart (their range between quartiles, as a share of the cost)."""
+
+    shape: Shape
+    measured: Measured
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
 class Accuracy:
     """Errors of a model on measurements: relative, as shares of the measured cost. `r2` on the logarithms."""
 
@@ -39,10 +50,17 @@ class Accuracy:
     r2: float
 
 
-def row(work: Work) -> list[float]:
-    """What each coefficient is multiplied by, in the order of TERMS."""
-    u, c, o = work.uncached, work.cached, work.output
-    return [1.0, u, u * (c + u / 2), o, o * (u + c + o / 2), work.image_tokens, work.images]
+def merged(turns: Iterable[tuple[Shape, Measured]]) -> list[Row]:
+    """The turns of each shape as one: their lower quartile, because whatever else the machine does only ever adds to a cost."""
+    shapes: dict[Shape, list[Measured]] = {}
+    for shape, measured in turns:
+        shapes.setdefault(shape, []).append(measured)
+    rows = []
+    for shape, several in shapes.items():
+        costs = [m.ms for m in several]
+        low, _, high = statistics.quantiles(costs, n=4, method="inclusive") if len(costs) > 1 else costs * 3
+        rows.append(Row(shape, Measured(several[0].work, low), (high - low) / low))
+    return rows
 
 
 def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coefficients:
@@ -50,7 +68,7 @@ def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coef
     if len(measured) < 4:
         raise ValueError("too few measurements to fit: at least four shapes are needed")
     prior = prior or Coefficients()
-    rows = [row(m.work) for m in measured]
+    rows = [units.features(m.work, prior) for m in measured]
     shown = [any(r[j] for r in rows) for j in range(len(TERMS))]
     scale = _scale(measured, prior)
     start = [getattr(prior, name) * scale for name in TERMS]
@@ -64,21 +82,31 @@ def _scale(measured: Sequence[Measured], prior: Coefficients) -> float:
 
 
 def solve(rows: Sequence[Sequence[float]], costs: Sequence[float], prior: Sequence[float], ridge: float) -> list[float]:
-    """argmin over x >= 0 of sum(((row . x - cost) / cost)^2) + ridge * sum(((x - prior) / prior)^2)."""
-    count = len(prior)
+    """argmin over x >= 0 of sum(((row . x - cost) / cost)^2) + ridge * sum(((x - prior) / max(x, prior))^2)."""
+    count = range(len(prior))
     relative = [[value / cost for value in r] for r, cost in zip(rows, costs, strict=True)]
-    pull = [ridge / p**2 if p > 0 else 0.0 for p in prior]
-    gram = [[sum(r[i] * r[j] for r in relative) for j in range(count)] for i in range(count)]
-    target = [sum(r[i] for r in relative) + pull[i] * prior[i] for i in range(count)]
+    gram = [[sum(r[i] * r[j] for r in relative) for j in count] for i in count]
+    target = [sum(r[i] for r in relative) for i in count]
     x = list(prior)
+    for _ in range(AGAIN if ridge else 1):
+        pull = [ridge / max(x[i], prior[i]) ** 2 if prior[i] > 0 else 0.0 for i in count]
+        x = _descend(gram, target, prior, pull, x)
+    return x
+
+
+def _descend(
+    gram: Sequence[Sequence[float]], target: Sequence[float], prior: Sequence[float], pull: Sequence[float], start: list[float]
+) -> list[float]:  # fmt: skip
+    """Coordinate descent on the quadratic form, each coordinate held at 0 or above."""
+    x, count = list(start), range(len(start))
     for _ in range(ROUNDS):
         moved = 0.0
-        for i in range(count):
+        for i in count:
             weight = gram[i][i] + pull[i]
             if weight <= 0:
                 continue
-            rest = sum(gram[i][j] * x[j] for j in range(count) if j != i)
-            new = max(0.0, (target[i] - rest) / weight)
+            rest = sum(gram[i][j] * x[j] for j in count if j != i)
+            new = max(0.0, (target[i] + pull[i] * prior[i] - rest) / weight)
             moved += weight * (new - x[i]) ** 2
             x[i] = new
         if moved < ENOUGH:

@@ -1,9 +1,13 @@
-"""Measurements as they come, one JSON line each beside the file that will be written: a calibration that was ended goes on there."""
+"""Measurements as they come, one JSON line each beside the file that will be written: a calibration that was ended goes on there.
+
+The first line is what a measurement depends on, the second the plan, each further one a measurement. A line that was cut off in
+writing is left out; lines of another engine, model or setting are begun anew.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +15,88 @@ from sidecar.calibrate.fit import Measured
 from sidecar.calibrate.shapes import Shape
 from sidecar.facts import Work
 
-Done = dict[tuple[Shape, int], Measured]  # by shape and pass
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the search for the capacity: requests open, their p95 in seconds, how many a second, and their size."""
+
+    open: int
+    p95: float
+    rate: float
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is decided before the grid: tokens of the longest shapes, requests open, the search that decided it."""
+
+    length: int
+    concurrency: int
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One measurement, and the seconds that it took."""
+
+    measured: Measured
+    seconds: float
+
+
+Done = dict[tuple[Shape, int], Entry]  # by shape and turn
 
 
 class Journal:
-    """The journal of one plan. `identity` is whatever a measurement depends on: a journal of another plan is begun anew."""
+    """The journal of one calibration. `identity` is whatever a measurement depends on."""
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self._path = out.with_name(out.name + ".partial")
         self._identity = identity
 
-    def read(self) -> Done:
-        """What was measured before."""
+    def read(self) -> tuple[Plan | None, Done]:
+        """What was decided and measured before."""
         try:
-            first, *lines = self._path.read_text().splitlines()
+            first, *lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
             if json.loads(first) != self._identity:
-                raise ValueError("another plan")
-            return dict(_entry(line) for line in lines if line.endswith("}"))
+                raise ValueError("another calibration")
+            plan, done = read_plan(lines[0]) if lines else None, dict(map(read_entry, lines[1:]))
         except (OSError, ValueError, KeyError, TypeError):
-            self._path.write_text(json.dumps(self._identity) + "\n")
-            return {}
+            plan, done = None, {}
+        if not done:
+            self._write(json.dumps(self._identity), "w")
+        else:
+            self._write("", "a")  # ends a line that was cut off
+        return (plan, done) if done else (None, {})
 
-    def add(self, shape: Shape, turn: int, measured: Measured) -> None:
+    def begin(self, plan: Plan) -> None:
+        """Keep the plan."""
+        self._write(json.dumps(asdict(plan)), "a")
+
+    def add(self, shape: Shape, turn: int, entry: Entry) -> None:
         """Keep one measurement."""
-        record = {"shape": asdict(shape), "turn": turn, "work": asdict(measured.work), "ms": measured.ms}
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        record = {"shape": asdict(shape), "turn": turn, "work": asdict(entry.measured.work), "ms": entry.measured.ms}
+        self._write(json.dumps({**record, "seconds": round(entry.seconds, 3)}), "a")
 
-    def close(self) -> None:
-        """The file is written: the journal is not needed any more."""
+    def close(self, kept: Path | None = None) -> None:
+        """The file is written: the journal is not needed any more, unless it is to be `kept` somewhere."""
+        if kept is not None:
+            kept.write_text(self._path.read_text())
         self._path.unlink(missing_ok=True)
 
+    def _write(self, line: str, mode: str) -> None:
+        with self._path.open(mode) as file:
+            file.write(line + "\n")
 
-def _entry(line: str) -> tuple[tuple[Shape, int], Measured]:
+
+def read_plan(line: str) -> Plan:
+    """The second line."""
     raw = json.loads(line)
-    return (Shape(**raw["shape"]), raw["turn"]), Measured(Work(**raw["work"]), raw["ms"])
+    return Plan(
+        raw["length"], raw["concurrency"], tuple(Step(**step | {"work": Work(**step["work"])}) for step in raw["steps"])
+    )
+
+
+def read_entry(line: str) -> tuple[tuple[Shape, int], Entry]:
+    """A further line."""
+    raw = json.loads(line)
+    return (Shape(**raw["shape"]), raw["turn"]), Entry(Measured(Work(**raw["work"]), raw["ms"]), raw["seconds"])

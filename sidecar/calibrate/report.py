@@ -2,78 +2,111 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from sidecar import units
-from sidecar.calibrate.fit import Accuracy, Measured, accuracy, line, line_accuracy, variation
+from sidecar.calibrate.fit import Accuracy, Measured, Row, accuracy, line, line_accuracy, variation
+from sidecar.calibrate.journal import Plan
 from sidecar.units import Coefficients
 
-BAR = 24
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """The search for the capacity at the SLO: (requests open, p95 seconds) of each step, and the MU in flight that held it."""
-
-    steps: tuple[tuple[int, float], ...]
-    mu_in_flight: float
+BAR: Final = 24
+NOISY: Final = 0.15  # spread of the turns, from which on the machine is said to be busy with other things
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Measurements that were fitted and that were held out, and what came of them."""
+    """Shapes that were fitted and that were held out, and what came of them."""
 
-    fitted: Sequence[Measured]
-    held_out: Sequence[Measured]
+    fitted: Sequence[Row]
+    held_out: Sequence[Row]
     co: Coefficients
-    search: Search
+    plan: Plan
 
     @property
     def ours(self) -> Accuracy:
         """The cost model's errors on what was held out."""
-        return accuracy(self.held_out, self.co)
+        return accuracy(_of(self.held_out), self.co)
 
     @property
     def theirs(self) -> Accuracy:
         """Those of an alpha-beta line."""
-        return line_accuracy(self.held_out, line(self.fitted))
+        return line_accuracy(_of(self.held_out), line(_of(self.fitted)))
 
     @property
     def variation(self) -> float:
         """How much the capacity differs between shapes."""
-        return variation([*self.fitted, *self.held_out], self.co)
+        return variation(_of([*self.fitted, *self.held_out]), self.co)
+
+    @property
+    def spread(self) -> float:
+        """How far the turns of one shape lie apart: the median over the shapes."""
+        return statistics.median(row.spread for row in (*self.fitted, *self.held_out))
+
+
+def _of(rows: Sequence[Row]) -> list[Measured]:
+    return [row.measured for row in rows]
 
 
 def text(found: Findings, slo: float) -> str:
     """The report."""
-    rows = [("shape", "measured ms", "model ms", "error", "")]
-    for kept, group in (("", found.fitted), ("held out", found.held_out)):
-        for m in sorted(group, key=lambda m: m.ms):
-            w, predicted = m.work, units.gpu_ms(m.work, found.co)
-            name = f"{w.uncached}{f'+{w.cached}c' if w.cached else ''}/{w.output}"
-            rows.append((name, f"{m.ms:.1f}", f"{predicted:.1f}", f"{predicted / m.ms - 1:+.0%}", kept))
-    widths = [max(len(r[i]) for r in rows) for i in range(5)]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    ours, theirs = found.ours, found.theirs
-    co = found.co
+    ours, theirs, co = found.ours, found.theirs, found.co
+    noisy = "; the machine does other things, too: measure again when it does not" if found.spread > NOISY else ""
     return "\n".join(
         [
-            *lines,
+            *table(found),
             "",
             f"held out: MAPE {ours.mape:.1%}, P90 {ours.p90:.1%}, R2 {ours.r2:.3f}; "
             f"alpha-beta line: MAPE {theirs.mape:.1%}, P90 {theirs.p90:.1%}, R2 {theirs.r2:.3f}",
-            f"capacity: {units.max_mu_per_minute(co):.1f} MU per minute, coefficient of variation over the shapes {found.variation:.1%}",
-            f"at p95 <= {slo:g} s: {found.search.mu_in_flight:.2f} MU in flight ("
-            + ", ".join(f"{n} open: {p95:.2f} s" for n, p95 in found.search.steps)
-            + ")",
+            f"capacity with {found.plan.concurrency} open: {units.max_mu_per_minute(co):.1f} MU per minute, "
+            f"coefficient of variation over the shapes {found.variation:.1%}",
+            f"turns of one shape lie {found.spread:.1%} apart{noisy}",
+            f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
             f"1 MU = {units.unit_ms(co):.1f} ms; "
-            + ", ".join(f"{name} {getattr(co, name):.4g}" for name in ("k", "a", "b", "d", "f", "g", "h")),
+            + ", ".join(f"{name} {getattr(co, name):.4g}" for name in units.TERMS),
         ]
     )
 
 
-def bar(done: int, of: int, what: str) -> str:
-    """One line of progress."""
-    full = BAR * done // max(of, 1)
-    return f"[{'#' * full}{'.' * (BAR - full)}] {done}/{of} {what}"
+def table(found: Findings) -> list[str]:
+    """One line for each shape, the cheap ones first."""
+    rows = [("shape", "measured ms", "model ms", "error", "turns", "")]
+    for kept, group in (("", found.fitted), ("held out", found.held_out)):
+        for row in sorted(group, key=lambda row: row.measured.ms):
+            ms, predicted = row.measured.ms, units.gpu_ms(row.measured.work, found.co)
+            rows.append(
+                (
+                    row.shape.name,
+                    f"{ms:.1f}",
+                    f"{predicted:.1f}",
+                    f"{predicted / ms - 1:+.0%}",
+                    f"±{row.spread / 2:.0%}",
+                    kept,
+                )
+            )
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+
+
+def _in_flight(found: Findings, slo: float) -> str:
+    if found.co.mu_in_flight > 0:
+        return f"{found.co.mu_in_flight:.2f} MU in flight"
+    if found.plan.steps[0].p95 > slo:
+        return "nothing; not even one request of this size alone keeps it"
+    return f"not reached in the time; by Little's law {units.max_mu_in_flight(found.co, slo):.2f} MU in flight"
+
+
+def _steps(found: Findings) -> str:
+    return ", ".join(
+        f"{s.open} open: {s.p95:.2f} s, {s.rate * units.mu(s.work, found.co) * 60:.0f} MU per minute"
+        for s in found.plan.steps
+    )
+
+
+def bar(done: float, of: float, what: str) -> str:
+    """One line of progress; more than all is all."""
+    share = min(1.0, done / max(of, 1e-9))
+    full = int(BAR * share)
+    return f"[{'#' * full}{'.' * (BAR - full)}] {share:.0%} {what}"

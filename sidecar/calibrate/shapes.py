@@ -1,36 +1,46 @@
 """Pure: which request shapes are measured, and which of them are held out.
 
-Rules: sizes are shares of the engine's context length, so that the same plan fits a model of 4k and one of 128k; held-out shapes lie
-between those that are fitted, never at a corner; the order is shuffled by a seed, so that a machine that slows down over the minutes
-does not look like a shape that costs more.
+Rules: sizes are shares of a length, so that the same plan fits a model of 4k and one of 128k; held-out shapes lie between those
+that are fitted, never at a corner; each turn has an order of its own, so that a machine that slows down over the minutes does
+not look like a shape that costs more.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 MOST: Final = 16_384  # tokens; longer prompts take minutes to measure, and the square term shows well before
 LEAST: Final = 256
+SIDES: Final = (448, 896)  # pixels of a photo's longer side, 4:3; multiples of the usual patch sizes
+WORDS: Final = 32  # tokens of text beside images, about
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Tokens of one request: new prompt tokens, tokens that an earlier request left in the prefix cache, output tokens."""
+    """Tokens of one request: new prompt tokens, tokens that an earlier request left in the prefix cache, output tokens.
+
+    And photos: how many, and their longer side in pixels; `uncached` is then the text beside them.
+    """
 
     uncached: int
     cached: int
     output: int
     held_out: bool = False
+    images: int = 0
+    side: int = 0
 
     @property
     def name(self) -> str:
-        """As people read it: 512+1024c/64."""
-        return f"{self.uncached}{f'+{self.cached}c' if self.cached else ''}/{self.output}"
+        """As people read it: 512+1024c/64, 32+2x448px/8."""
+        cached = f"+{self.cached}c" if self.cached else ""
+        images = f"+{self.images}x{self.side}px" if self.images else ""
+        return f"{self.uncached}{cached}{images}/{self.output}"
 
 
-# (uncached, cached, output) as shares of the context, and whether the shape is held out.
+# (uncached, cached, output) as shares of the length, and whether the shape is held out.
 GRID: Final[tuple[tuple[float, float, float, bool], ...]] = (
     (1 / 128, 0, 1 / 1024, False),
     (1 / 8, 0, 1 / 1024, False),
@@ -51,23 +61,52 @@ GRID: Final[tuple[tuple[float, float, float, bool], ...]] = (
     (1 / 3, 0, 3 / 32, True),
     (1 / 16, 3 / 8, 1 / 64, True),
 )
+LARGEST: Final = (3 / 4, 0, 1 / 8)  # what takes longest of the grid
+
+# (images, which of SIDES, output as a share of the length), and whether the shape is held out.
+PHOTOS: Final[tuple[tuple[int, int, float, bool], ...]] = (
+    (1, 0, 1 / 1024, False),
+    (4, 0, 1 / 1024, False),
+    (1, 1, 1 / 1024, False),
+    (4, 1, 1 / 1024, False),
+    (1, 0, 1 / 32, False),
+    (2, 0, 1 / 1024, True),
+    (2, 1, 1 / 1024, True),
+    (2, 0, 1 / 64, True),
+)
 
 
-def plan(context: int, *, cached: bool, seed: int = 0) -> list[Shape]:
-    """The shapes for an engine of `context` tokens. `cached`: whether it says how much of a prompt it had cached."""
-    length = min(context, MOST)
+def plan(length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, most_images: int = 4) -> list[Shape]:
+    """The shapes of up to `length` tokens. Raises ValueError where that is too short.
+
+    `cached`: whether the engine says how much of a prompt it had cached. `tokens`: of one photo, by its side, where it takes photos.
+    """
     if length < LEAST:
-        raise ValueError(f"a context of {context} tokens is too short to tell prompt from output; {LEAST} are needed")
-    shapes = [
-        Shape(max(8, int(u * length)), int(c * length), max(1, int(o * length)), held_out)
-        for u, c, o, held_out in GRID
-        if cached or not c
-    ]
-    random.Random(seed).shuffle(shapes)
+        raise ValueError(f"a context of {length} tokens is too short to tell prompt from output; {LEAST} are needed")
+    shapes = [_shape(length, *row) for row in GRID if cached or not row[1]]
+    for images, which, output, held_out in PHOTOS if tokens else ():
+        side = SIDES[which]
+        shape = Shape(WORDS, 0, max(1, int(output * length)), held_out, images, side)
+        if images <= most_images and images * (tokens or {}).get(side, length) + 4 * WORDS + shape.output <= length:
+            shapes.append(shape)
     return shapes
 
 
-def reference(context: int) -> Shape:
-    """The shape that one model unit stands for, 3500 in and 300 out, cut down to what the engine takes."""
-    scale = min(1.0, 0.9 * context / 3800)
-    return Shape(int(3500 * scale), 0, int(300 * scale))
+def _shape(length: int, uncached: float, cached: float, output: float, held_out: bool = False) -> Shape:
+    return Shape(max(8, int(uncached * length)), int(cached * length), max(1, int(output * length)), held_out)
+
+
+def largest(length: int) -> Shape:
+    """The shape of a plan that takes longest."""
+    return _shape(length, *LARGEST)
+
+
+def ordered(shapes: list[Shape], turn: int) -> list[Shape]:
+    """The shapes in the order of this turn."""
+    return random.Random(turn).sample(shapes, len(shapes))
+
+
+def reference(context: int, part: float = 1.0) -> Shape:
+    """The shape that one model unit stands for, 3500 in and 300 out, or a part of it; cut down to what the engine takes."""
+    scale = part * min(1.0, 0.9 * context / 3800)
+    return Shape(max(1, int(3500 * scale)), 0, max(1, int(300 * scale)))

@@ -3,30 +3,36 @@
 The cost of a request is the engine's time for it under load: with a fixed number open, the mean time that one takes over that number
 (Little's law). Alone, a request would be charged for weights that others read along with it.
 
-Rules: prompts are random, so that nothing is cached by accident; what was really used is what the engine's `usage` says; a request has
-a deadline; an engine that refuses ends the measurement with its own words.
+Rules: a request has a deadline; an engine that refuses ends the measurement with its own words; a run during which the engine
+served others, too, says so, and does not count.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import random
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
 
 import aiohttp
 
 from sidecar.calibrate.fit import Measured
+from sidecar.calibrate.prompts import Prompt, Prompts, Target, used, words
 from sidecar.calibrate.shapes import Shape
 from sidecar.errors import SidecarError
 from sidecar.facts import Work
 
 SECONDS: Final = 300.0  # deadline of one request
-WORDS: Final = ("red", "blue", "tree", "house", "seven", "river", "stone", "light", "paper", "north", "glass", "winter")
+LOOK: Final = 1.0  # seconds between looks at what else the engine serves: its page costs it milliseconds
+STRANGE: Final = (
+    3  # looks in a row with requests of others: one alone may show requests of ours that were just broken off
+)
+
+Load = Callable[[], Awaitable[float | None]]  # requests that the engine runs and queues; None where it does not say
 
 
 class EngineRefused(SidecarError):
@@ -35,24 +41,17 @@ class EngineRefused(SidecarError):
     code = "calibration_refused"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The engine, and how it is asked. `ids`: it takes prompts as token ids, of which `vocabulary` are safe."""
-
-    url: str
-    model: str
-    key: str = ""
-    ids: bool = True
-    vocabulary: int = 256
-
-
 @dataclass(slots=True)
 class Sample:
-    """What a run at one shape and concurrency showed, of requests that began and ended while all others were open, too. Seconds."""
+    """What a run at one shape and concurrency showed, of requests that began and ended while all others were open, too. Seconds.
+
+    `others`: requests of others that were there all the while; 0 where there were none.
+    """
 
     concurrency: int
-    latencies: list[float]
-    works: Counter[Work]
+    latencies: list[float] = field(default_factory=list)
+    works: Counter[Work] = field(default_factory=Counter)
+    others: int = 0
 
     def cost(self) -> Measured:
         """The cost of the commonest size seen."""
@@ -67,25 +66,38 @@ class Sample:
 class Traffic:
     """Sends requests of given shapes."""
 
-    def __init__(self, session: aiohttp.ClientSession, target: Target, seed: int = 0) -> None:
+    def __init__(self, session: aiohttp.ClientSession, target: Target, seed: int = 0, load: Load | None = None) -> None:
         self._session = session
         self._target = target
-        self._random = random.Random(seed)
+        self._prompts = Prompts(target, seed)
+        self._load = load
 
-    async def run(self, shape: Shape, concurrency: int, seconds: float, rounds: int = 2) -> Sample:
-        """Keep `concurrency` requests open for `seconds`, and until `rounds` of them have counted. Raises EngineRefused."""
-        sample = Sample(concurrency, [], Counter())
-        prefix = self._tokens(shape.cached)
+    async def once(self, shape: Shape) -> Work:
+        """One request alone. Raises EngineRefused."""
         if shape.cached:
-            await self._one(prefix + self._tokens(1), 1)
+            await self._ask(self._prompts.lead(shape), shape)
+        return await self._ask(await self._next(shape), shape)
+
+    async def burst(self, shape: Shape, number: int) -> float:
+        """Seconds until as many requests, sent at once, are all answered. Raises EngineRefused."""
+        started = time.monotonic()
+        await asyncio.gather(*(self.once(shape) for _ in range(number)))
+        return time.monotonic() - started
+
+    async def run(self, shape: Shape, concurrency: int, seconds: float, rounds: int = 1) -> Sample:
+        """Keep `concurrency` requests open for `seconds`, and until `rounds` of them have counted. Raises EngineRefused."""
+        sample = Sample(concurrency)
+        if shape.cached:
+            await self._ask(self._prompts.lead(shape), shape)
         until, enough = time.monotonic() + seconds, asyncio.Event()
         warm = concurrency  # the first of each worker does not count: not all others were open yet
 
         async def worker() -> None:
             nonlocal warm
             while True:
+                prompt = await self._next(shape)
                 started, counts = time.monotonic(), warm <= 0
-                work = await self._one(prefix + self._tokens(shape.uncached), shape.output)
+                work = await self._ask(prompt, shape)
                 warm -= 1
                 if counts:
                     sample.latencies.append(time.monotonic() - started)
@@ -93,58 +105,45 @@ class Traffic:
                 if len(sample.latencies) >= rounds * concurrency and time.monotonic() >= until:
                     enough.set()
 
-        async with asyncio.TaskGroup() as group:
-            workers = [group.create_task(worker()) for _ in range(concurrency)]
-            ended = group.create_task(enough.wait())
-            await asyncio.wait([ended, *workers], return_when=asyncio.FIRST_COMPLETED)
-            for task in (ended, *workers):  # a worker ends by itself only when it failed
+        workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
+        looking, ended = asyncio.create_task(self._look(sample)), asyncio.create_task(enough.wait())
+        try:
+            done, _ = await asyncio.wait([ended, *workers], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:  # a worker ends by itself only when it failed
+                task.result()
+        finally:
+            for task in (*workers, looking, ended):
                 task.cancel()
+            await asyncio.gather(*workers, looking, ended, return_exceptions=True)
         return sample
 
-    def _tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(self._target.vocabulary) for _ in range(count)]
+    async def _look(self, sample: Sample) -> None:
+        """Take down what the engine serves beside us. Ends with the run."""
+        seen = 0
+        while self._load is not None:
+            await asyncio.sleep(LOOK)
+            load = await self._load()
+            more = int((load or 0) - sample.concurrency)
+            seen = seen + 1 if more > 0 else 0
+            if seen >= STRANGE:
+                sample.others = max(sample.others, more)
 
-    def _prompt(self, tokens: list[int]) -> Any:
-        if self._target.ids:
-            return tokens
-        return " ".join(WORDS[token % len(WORDS)] for token in tokens)
+    async def _next(self, shape: Shape) -> Prompt:
+        if shape.images:  # a JPEG holds the loop up otherwise
+            return await asyncio.to_thread(self._prompts.next, shape)
+        return self._prompts.next(shape)
 
-    async def _one(self, tokens: list[int], output: int) -> Work:
-        body = {
-            "model": self._target.model, "prompt": self._prompt(tokens), "max_tokens": output, "min_tokens": output,
-            "ignore_eos": True, "temperature": 0.0, "stream": False,
-        }  # fmt: skip
-        headers = {"authorization": f"Bearer {self._target.key}"} if self._target.key else {}
-        timeout = aiohttp.ClientTimeout(total=SECONDS)
+    async def _ask(self, prompt: Prompt, shape: Shape) -> Work:
         try:
             async with self._session.post(
-                f"{self._target.url}/v1/completions", json=body, headers=headers, timeout=timeout
-            ) as answer:
+                self._target.url + prompt.path, json=prompt.body, headers=self._target.headers,
+                timeout=aiohttp.ClientTimeout(total=SECONDS),
+            ) as answer:  # fmt: skip
                 text = await answer.text()
                 if answer.status != 200:
                     raise EngineRefused(f"the engine answered {answer.status}: {words(text)}")
-                return used(json.loads(text))
+                return used(json.loads(text), shape, self._target)
         except (aiohttp.ClientError, OSError, TimeoutError) as e:
             raise EngineRefused(f"the engine broke off ({type(e).__name__}); is it still running?") from None
         except ValueError:
             raise EngineRefused("the engine's answer is no JSON with a usage object") from None
-
-
-def used(answer: Any) -> Work:
-    """What an answer says that it used. Raises ValueError."""
-    try:
-        usage = answer["usage"]
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return Work(usage["prompt_tokens"] - cached, cached, usage["completion_tokens"])
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError("no usage") from None
-
-
-def words(text: str) -> str:
-    """An engine's error in one short line."""
-    try:
-        error = json.loads(text)
-        text = str(error.get("error", {}).get("message") or error.get("message") or text)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:200]
