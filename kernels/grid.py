@@ -9,15 +9,43 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Final
 
 BILINEAR, BICUBIC, LANCZOS = 2, 3, 1  # PIL's numbers, as the config file has them
 RESAMPLES: Final = (BILINEAR, BICUBIC, LANCZOS)
 
+# How the values of a batch's images lie in `pixel_values`: one after the other; planes with zeros to the right and below; zeros
+# behind each image up to the shape's; or side by side in each of the leading rows.
+JOINED, PLANES, FILLED, ABREAST = "joined", "planes", "filled", "abreast"
+
+# How the values of one image's tiles lie: (tile, channel, y, x); (tile, y, x, channel); or (channel, y, tile, x).
+TILES, ROWS, STRIPS = "tiles", "rows", "strips"
+
 Size = tuple[int, int]
 Shape = tuple[str, list[int]]  # safetensors dtype, shape
+Integers = tuple[Shape, list[int]]  # a tensor of integers: its dtype and shape, and its numbers in order
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One resized copy of an image, cut into tiles row by row: resized to `size`, put at (top, left) on a canvas of one color."""
+
+    size: Size
+    canvas: Size
+    tile: Size
+    top: int = 0
+    left: int = 0
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of tiles."""
+        return self.canvas[0] // self.tile[0], self.canvas[1] // self.tile[1]
+
+    @property
+    def tiles(self) -> int:
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +53,8 @@ class Geometry:
     """What an image becomes: resized to (height, width), then cut to `crop` (top, left, height, width) where there is one.
 
     The patch grid is 0 where the processor makes no patches; `tokens` are those that the language model sees, 0 where the
-    processor's own files do not say.
+    processor's own files do not say. Where the processor makes several views of an image, (height, width) is the canvas of the
+    largest, and `original` the image's own size.
     """
 
     height: int
@@ -35,6 +64,13 @@ class Geometry:
     grid_w: int = 0
     tokens: int = 0
     crop: tuple[int, int, int, int] | None = None
+    views: tuple[View, ...] = ()
+    original: Size = (0, 0)
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles its views have in all."""
+        return sum(view.tiles for view in self.views)
 
     @property
     def size(self) -> Size:
@@ -54,17 +90,30 @@ class ProcessorSpec(ABC):
     image_std: tuple[float, ...]
 
     tensors: ClassVar[bool] = True  # whether /v1/preprocess can give this family's processor output
+    inline: ClassVar[bool] = True  # whether a resized image can be handed on at all
+    batch: ClassVar[str] = JOINED  # how the images of a batch lie in `pixel_values`
 
     @abstractmethod
     def geometry(self, height: int, width: int) -> Geometry:
         """What an image of this size becomes. Raises ValueError where the processor refuses it."""
 
     @abstractmethod
-    def shapes(self, images: Sequence[tuple[Size, tuple[int, int, int]]]) -> dict[str, Shape]:
-        """The processor's tensors of a batch, by its names: integers first. An image is its final size and its grid."""
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        """The shape of a batch's `pixel_values`."""
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        """The processor's other tensors of a batch, by its names: 8-byte integers before smaller ones."""
+        return {}
+
+    def shapes(self, images: Sequence[Geometry]) -> dict[str, Shape]:
+        """The dtype and shape of each of a batch's tensors, by the processor's names: integers first."""
+        integers = {name: shape for name, (shape, _) in self.integers(images).items()}
+        return integers | {"pixel_values": (self.dtype, self.pixels(images))}
 
     def keeps(self, geometry: Geometry) -> bool:
         """Whether the processor leaves an image alone that already has the final size of `geometry`."""
+        if not self.inline:
+            return False
         height, width = geometry.size
         try:
             again = self.geometry(height, width)
@@ -101,16 +150,40 @@ class PatchSpec(ProcessorSpec):
     merge_size: int
     temporal_patch_size: int
 
-    def shapes(self, images: Sequence[tuple[Size, tuple[int, int, int]]]) -> dict[str, Shape]:
-        rows = sum(t * h * w for _, (t, h, w) in images)
-        row = 3 * self.temporal_patch_size * self.patch_size**2
-        return {"image_grid_thw": ("I64", [len(images), 3]), "pixel_values": (self.dtype, [rows, row])}
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        rows = sum(g.grid_t * g.grid_h * g.grid_w for g in images)
+        return [rows, 3 * self.temporal_patch_size * self.patch_size**2]
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        return {"image_grid_thw": i64([len(images), 3], (n for g in images for n in (g.grid_t, g.grid_h, g.grid_w)))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaneSpec(ProcessorSpec):
     """A processor whose output is planes: (images, 3, height, width), smaller ones padded with zeros below and to the right."""
 
-    def shapes(self, images: Sequence[tuple[Size, tuple[int, int, int]]]) -> dict[str, Shape]:
-        height, width = max(s[0] for s, _ in images), max(s[1] for s, _ in images)
-        return {"pixel_values": (self.dtype, [len(images), 3, height, width])}
+    batch: ClassVar[str] = PLANES
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        return [len(images), 3, max(g.size[0] for g in images), max(g.size[1] for g in images)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileSpec(ProcessorSpec):
+    """A processor that makes views of an image and cuts them into tiles: (tiles, 3, height, width), all images' one after the other."""
+
+    inline: ClassVar[bool] = False
+    layout: ClassVar[str] = TILES  # how one image's values lie
+
+    @property
+    def strip(self) -> int:
+        """Height of a strip, where the values lie in strips."""
+        raise NotImplementedError
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        return [sum(g.tiles for g in images), 3, *images[0].views[0].tile]
+
+
+def i64(shape: list[int], numbers: Iterable[int]) -> Integers:
+    """A tensor of 8-byte integers."""
+    return ("I64", shape), list(numbers)

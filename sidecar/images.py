@@ -72,6 +72,7 @@ class Prepared:
     bytes_out: int
     grid: tuple[int, int, int] = (0, 0, 0)
     url: str = ""
+    original: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,4 +330,5 @@ def _prepared(done: Done, payload: Data, seconds: float) -> Prepared:
         bytes_in=done.bytes_in,
         bytes_out=len(payload),
         grid=done.grid,
+        original=done.original,
     )

@@ -74,6 +74,7 @@ class Done:
     content_hash: str
     stages: tuple[tuple[str, float], ...]
     bytes_in: int
+    original: tuple[int, int] = (0, 0)  # height and width before anything was done to it
 
 
 @dataclass(frozen=True, slots=True)

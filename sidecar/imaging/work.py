@@ -14,13 +14,13 @@ from typing import Any, Final
 import pybase64
 import torch
 
-from sidecar.imaging import headers
-from sidecar.imaging.decode import BadPixels, check_size, decode
+from sidecar.imaging import headers, tiles
+from sidecar.imaging.decode import TURNS, BadPixels, check_size, decode, orientation
 from sidecar.imaging.door import Ask, Door
 from sidecar.imaging.patches import ppm, prepare, resize, values
 from sidecar.jobs import INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.kernels import families
-from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
 
 Payload = bytes | bytearray | memoryview
 Answer = tuple[Done | Refused, Payload]
@@ -71,15 +71,21 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
         name = opened.header.format
         if job.want == LAYOUT:
             return done(opened, ""), b""
-        if door is not None and job.gpu and (made := _elsewhere(door, job, opened, spec)) is not None:
+        # views and their canvases are the CPU's: the GPU's kernel knows one resized copy of an image
+        if (
+            door is not None
+            and job.gpu
+            and not opened.geometry.views
+            and (made := _elsewhere(door, job, opened, spec)) is not None
+        ):
             return made
         if job.want in INLINE:
             pixels = resize(opened.pixels, opened.geometry, spec)
             opened.stages.end("resize")
             return finish(job, opened, pixels, spec)
-        tensor = prepare(opened.pixels, opened.geometry, spec)
+        tensor = _tensor(opened.pixels, opened.geometry, spec)
         opened.stages.end("resize")
-        return done(opened, OCTETS), _bytes(tensor)
+        return done(opened, OCTETS), octets(tensor)
     except BadPixels as e:
         return Refused(e.reason, str(e), name), b""
     except MemoryError:
@@ -92,7 +98,7 @@ def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> A
     inline, (height, width) = job.want in INLINE, picture.geometry.size
     if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
         return None  # nothing to resize
-    size = 3 * height * width if inline else tensor_bytes(picture.geometry, spec)
+    size = 3 * height * width if inline else tensoroctets(picture.geometry, spec)
     octets = door.make(rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], job.spec, inline), size)
     if octets is None:
         return None
@@ -104,7 +110,13 @@ def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> A
     )
 
 
-def tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
+def _tensor(pixels: Any, geometry: Geometry, spec: ProcessorSpec) -> Any:
+    if isinstance(spec, TileSpec):
+        return tiles.prepare(pixels, geometry, spec)
+    return prepare(pixels, geometry, spec)
+
+
+def tensoroctets(geometry: Geometry, spec: ProcessorSpec) -> int:
     """Bytes of one image's `pixel_values`."""
     height, width = geometry.size
     copies = spec.temporal_patch_size if isinstance(spec, PatchSpec) else 1
@@ -122,11 +134,15 @@ def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | D
         raise BadPixels("image_unknown_format", UNKNOWN)
     if header.format not in headers.DECODED:
         return _passed(job, header, spec, digest, len(data), stages)
+    if job.want in INLINE and not spec.inline:
+        check_size(header.height, header.width, job.limits)
+        return _passed(job, header, spec, digest, len(data), stages, _guessed(data, header, spec))
     pixels = decode(data, header, job.limits)
     height, width = pixels.shape[-2:]
     stages.end("decode")
     geometry = _geometry(spec, height, width)
-    check_size(geometry.height, geometry.width, job.limits)
+    for size in ((geometry.height, geometry.width), *(view.canvas for view in geometry.views)):
+        check_size(*size, job.limits)
     if job.want in INLINE and not spec.keeps(geometry):
         return _passed(job, header, spec, digest, len(data), stages, geometry)
     return Picture(pixels, geometry, header, digest, len(data), stages)
@@ -137,15 +153,16 @@ def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answ
     if job.want == PIXELS:
         payload: Payload = pybase64.b64encode(ppm(pixels))
     elif job.want == RAW:
-        payload = _bytes(pixels.permute(1, 2, 0))
+        payload = octets(pixels.permute(1, 2, 0))
     else:
-        payload = _bytes(values(pixels, picture.geometry, spec))
+        payload = octets(values(pixels, picture.geometry, spec))
     picture.stages.end("encode")
     return done(picture, PPM if job.want == PIXELS else OCTETS), payload
 
 
-def _bytes(tensor: Any) -> memoryview:
-    view: memoryview = tensor.contiguous().numpy().reshape(-1).view("uint8").data
+def octets(tensor: Any) -> memoryview:
+    """A tensor's memory."""
+    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return view
 
 
@@ -154,7 +171,7 @@ def done(picture: Picture, media_type: str) -> Done:
     g = picture.geometry
     return Done(
         "ok", picture.header.format, media_type, *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
-        picture.hash, tuple(picture.stages.taken), picture.bytes_in,
+        picture.hash, tuple(picture.stages.taken), picture.bytes_in, tuple(picture.pixels.shape[-2:]),
     )  # fmt: skip
 
 
@@ -168,6 +185,17 @@ def _unpack(job: Job, payload: Payload) -> bytes:
     if len(data) > job.limits.max_bytes:
         raise BadPixels("image_too_large", f"it has {len(data)} bytes and the limit is {job.limits.max_bytes}")
     return data
+
+
+def _guessed(data: bytes, header: headers.Header, spec: ProcessorSpec) -> Geometry | None:
+    """What will become of an image that nobody here decodes, for its tokens; None where its header does not tell."""
+    size = header.height, header.width
+    if header.tagged and TURNS.get(orientation(data), (False, []))[0]:
+        size = size[::-1]
+    try:
+        return spec.geometry(*size)
+    except ValueError:
+        return None
 
 
 def _geometry(spec: ProcessorSpec, height: int, width: int) -> Geometry:

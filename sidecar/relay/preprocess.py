@@ -16,7 +16,7 @@ import math
 import secrets
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
@@ -27,8 +27,9 @@ from sidecar.errors import BadImage, BodyTooLarge, RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.images import Data, Images, Prepared, Tensors
 from sidecar.jobs import LAYOUT, TENSORS
-from sidecar.kernels.grid import PlaneSpec, ProcessorSpec
-from sidecar.relay import bodies, downstream
+from sidecar.kernels.grid import Geometry, ProcessorSpec
+from sidecar.relay import batches, bodies, downstream
+from sidecar.relay.batches import SIZES
 from sidecar.settings import Settings
 
 SAFETENSORS: Final = "application/x-safetensors"
@@ -96,11 +97,11 @@ def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
 
 async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -> dict[str, Any]:
     """The tensors in a file in shared memory: their layout, and its name below --shm-dir. Raises NotImplementedHere."""
-    pieces = [safetensors_head(done, spec), *(piece for t in done for piece in rows(t, done, spec))]
-    handed = await images.share(*pieces)
+    parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
+    handed = await images.share(*parts)
     if handed is None:
         raise NotImplementedHere(f"{HANDOFF}: there is no shared memory here (--shm-dir); leave the header out")
-    segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, pieces))}
+    segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
     return layout(done, spec) | {"segments": [segment]}
 
 
@@ -124,7 +125,12 @@ def accepted(accept: str) -> str:
 
 def shapes(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
     """Each tensor's safetensors dtype and shape, in the order in which they are written: 8-byte integers first."""
-    return spec.shapes([((t.prepared.height, t.prepared.width), t.prepared.grid) for t in done])
+    return spec.shapes(geometries(done, spec))
+
+
+def geometries(done: Sequence[Tensors], spec: ProcessorSpec) -> list[Geometry]:
+    """What became of each image, by the same rules as in the worker."""
+    return [spec.geometry(*t.prepared.original) for t in done]
 
 
 def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
@@ -149,9 +155,6 @@ def described(image: Prepared) -> dict[str, Any]:
     }
 
 
-SIZES: Final = {"I64": 8, "F32": 4, "U8": 1}  # bytes of one element
-
-
 def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
     """Everything of a safetensors file before the rows of `pixel_values`: length, JSON header, and the grids."""
     images = json.dumps([described(t.prepared) for t in done], separators=(",", ":"))  # metadata are texts
@@ -167,37 +170,16 @@ def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
 
 
 def _integers(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
-    """The tensors of integers: a grid, or a size, for each image."""
-    rows: dict[str, Callable[[Prepared], tuple[int, ...]]] = {
-        "image_grid_thw": lambda p: p.grid,
-        "image_sizes": lambda p: (p.height, p.width),
-    }
-    numbers = [n for name in shapes(done, spec) if name in rows for t in done for n in rows[name](t.prepared)]
-    return struct.pack(f"<{len(numbers)}q", *numbers)
+    """The tensors of integers: grids, sizes, counts."""
+    tensors = spec.integers(geometries(done, spec)).values()
+    return b"".join(
+        struct.pack(f"<{len(numbers)}{'q' if dtype == 'I64' else 'i'}", *numbers) for (dtype, _), numbers in tensors
+    )
 
 
-def padded(values: Data, size: tuple[int, int], shape: list[int], item: int) -> list[memoryview]:
-    """One image's planes (3, *size) as pieces of (3, *shape[2:]): rows, with zeros to the right and below."""
-    (height, width), (full_height, full_width) = size, shape[2:]
-    view = memoryview(values)
-    if (height, width) == (full_height, full_width):
-        return [view]
-    row, right = item * width, memoryview(bytes(item * (full_width - width)))
-    below = memoryview(bytes(item * full_width * (full_height - height)))
-    pieces: list[memoryview] = []
-    for plane in range(3):
-        for y in range(plane * height, (plane + 1) * height):
-            pieces += (view[y * row : (y + 1) * row], right)
-        pieces.append(below)
-    return pieces
-
-
-def rows(t: Tensors, done: Sequence[Tensors], spec: ProcessorSpec) -> Sequence[Data]:
-    """One image's part of `pixel_values`, in pieces: as it came, or padded to the size of the batch."""
-    if not isinstance(spec, PlaneSpec):
-        return [t.values]
-    dtype, shape = shapes(done, spec)["pixel_values"]
-    return padded(t.values, (t.prepared.height, t.prepared.width), shape, SIZES[dtype])
+def pieces(done: Sequence[Tensors], spec: ProcessorSpec) -> Iterator[list[Data]]:
+    """The bytes of `pixel_values`, in groups."""
+    return batches.pieces([t.values for t in done], geometries(done, spec), spec)
 
 
 async def _answer(request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec) -> web.StreamResponse:
@@ -207,9 +189,8 @@ async def _answer(request: web.BaseRequest, done: list[Tensors], spec: Processor
     response.content_length = len(head) + SIZES[dtype] * math.prod(shape)
     await downstream.start(response, request)
     await downstream.write(response, head)
-    for t in done:
-        pieces = rows(t, done, spec)
-        await downstream.write(response, b"".join(pieces) if len(pieces) > 1 else pieces[0])
+    for group in pieces(done, spec):
+        await downstream.write(response, b"".join(group) if len(group) > 1 else group[0])
     await downstream.end(response)
     return response
 

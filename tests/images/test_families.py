@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sidecar.imaging import patches
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.relay import batches
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def check(row: Family, height: int, width: int) -> None:
         got = patches.prepare(image, geometry, spec)
         pixels = wanted["pixel_values"]
         assert torch.equal(got, pixels if pixels.ndim == 2 else pixels[0])
-        shapes = spec.shapes([(geometry.size, (geometry.grid_t, geometry.grid_h, geometry.grid_w))])
+        shapes = spec.shapes([geometry])
         assert {k: v[1] for k, v in shapes.items()} == {k: list(torch.as_tensor(wanted[k]).shape) for k in shapes}
     if spec.keeps(geometry):
         again = theirs(row, resized)
@@ -165,18 +166,14 @@ def test_tokens_are_what_the_models_see() -> None:
 
 def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
     """Two images of different sizes in one answer."""
-    from sidecar.relay.preprocess import padded
-
     row = ROWS["mistral-3"]
     spec = row.spec()
     images = [picture(200, 300), picture(300, 100)]
     wanted = theirs(row, *images)["pixel_values"]
     geometries = [spec.geometry(*image.shape[-2:]) for image in images]
-    shape = spec.shapes([(g.size, (1, g.grid_h, g.grid_w)) for g in geometries])["pixel_values"][1]
-    for image, geometry, tensor in zip(images, geometries, wanted, strict=True):
-        values = bytearray(patches.prepare(image, geometry, spec).numpy().tobytes())
-        ours = np.frombuffer(b"".join(padded(values, geometry.size, shape, 4)), np.float32).reshape(shape[1:])
-        assert np.array_equal(ours, tensor.numpy())
+    values = [patches.prepare(image, g, spec).numpy().tobytes() for image, g in zip(images, geometries, strict=True)]
+    made = b"".join(piece for group in batches.pieces(values, geometries, spec) for piece in group)
+    assert np.array_equal(np.frombuffer(made, np.float32).reshape(spec.pixels(geometries)), wanted.numpy())
 
 
 @pytest.mark.parametrize(
@@ -191,8 +188,8 @@ def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
         {"image_processor_type": "PixtralImageProcessor", "size": {"shortest_edge": 5}},
         {"image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 16}},
         {"image_processor_type": "Idefics3ImageProcessor", "size": {"height": 100, "width": 100}},
-        {"image_processor_type": "LlavaNextImageProcessor"},
-        {"image_processor_type": "Gemma4ImageProcessor"},
+        {"image_processor_type": "Phi4MultimodalImageProcessor"},
+        {"image_processor_type": "MiniCPMOcrImageProcessor"},
         {"image_processor_type": ["CLIPImageProcessor"]},
         {"image_processor_type": "CLIPImageProcessor", "size": [7]},
     ],

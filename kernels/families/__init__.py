@@ -1,0 +1,102 @@
+"""The families of image processors that are known word for word, and how each is read from a model's files.
+
+A processor that is not in FAMILIES, or that has a step of its own, is None, which callers take as "pass the image through
+untouched": never a guess. The arithmetic of each is the processor's own, divisions in its order and rounding as Python rounds;
+tests/images/test_families.py holds each against the installed transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.kernels.families import patched, tiled, whole
+from sidecar.kernels.families.reading import Config
+from sidecar.kernels.grid import BICUBIC, BILINEAR, ProcessorSpec
+
+Reader = Callable[[Config, Config], ProcessorSpec]
+
+# Class name in the file (its "Fast" form of transformers 4 is the same processor) -> how to read it.
+FAMILIES: Final[Mapping[str, Reader]] = {
+    "Qwen2VLImageProcessor": whole.qwen,  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and others: one processor, other numbers
+    "Qwen2_5_VLImageProcessor": whole.qwen,
+    "Qwen3VLImageProcessor": whole.qwen,
+    "Glm4vImageProcessor": whole.glm,
+    "CLIPImageProcessor": whole.cropped,  # LLaVA-1.5
+    "LlavaImageProcessor": whole.cropped,
+    "SiglipImageProcessor": whole.fixed(BICUBIC),
+    "Gemma3ImageProcessor": whole.fixed(BILINEAR),
+    "PixtralImageProcessor": whole.pixtral,  # Mistral 3 and others
+    "Idefics3ImageProcessor": whole.idefics,
+    "SmolVLMImageProcessor": whole.idefics,
+    "GotOcr2ImageProcessor": tiled.intern_vl,  # InternVL 3 and 3.5, Aya Vision, GOT-OCR 2
+    "LlavaNextImageProcessor": tiled.llava_next,
+    "LlavaOnevisionImageProcessor": tiled.llava_one_vision,
+    "Llama4ImageProcessor": tiled.llama_4,
+    "Gemma4ImageProcessor": patched.gemma,
+    "Gemma4UnifiedImageProcessor": patched.gemma_unified,
+    "Kimi_K25ImageProcessor": patched.kimi,
+    "MiniCPMV4_6ImageProcessor": patched.minicpm,
+}
+CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
+    c.__name__: c
+    for c in (
+        whole.Smart,
+        whole.Fixed,
+        whole.Cropped,
+        whole.Longest,
+        whole.Split,
+        tiled.Closest,
+        tiled.AnyResolution,
+        tiled.BestFit,
+        patched.Budget,
+        patched.Shrunk,
+        patched.Sliced,
+    )  # fmt: skip
+}
+
+
+def from_config(config: Config, model: Config | None = None) -> ProcessorSpec | None:
+    """Read the content of a `preprocessor_config.json`. None where the processor, or a step of it, is not known.
+
+    `model` is the top level of `processor_config.json`, which some families need for counting tokens.
+    """
+    name = config.get("image_processor_type")
+    read = FAMILIES.get(name.removesuffix("Fast")) if isinstance(name, str) else None
+    try:
+        return read(config, model or {}) if read else None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def from_dir(path: str) -> ProcessorSpec | None:
+    """Read a model's directory: `processor_config.json` (its image part) and `preprocessor_config.json`.
+
+    Which of the two is read differs between versions of the engines' libraries: where both are there and disagree, None.
+    """
+    model = _read(Path(path) / "processor_config.json")
+    configs = (model.get("image_processor"), _read(Path(path) / "preprocessor_config.json"))
+    specs = {from_config(config, model) for config in configs if isinstance(config, dict) and config}
+    return specs.pop() if len(specs) == 1 else None
+
+
+def from_json(text: str) -> ProcessorSpec:
+    """Inverse of ProcessorSpec.to_json."""
+    raw: dict[str, Any] = json.loads(text)
+    values: dict[str, Any] = {k: _frozen(v) for k, v in raw.items()}
+    return CLASSES[values.pop("family")](**values)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

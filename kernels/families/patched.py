@@ -1,0 +1,233 @@
+"""The families whose processors make patches of an image that is resized by rules of their own, or of several views of it.
+
+The grid follows from the original's size, so that no resized image could be handed on in its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from sidecar.kernels.families.reading import HALF, Config, common, count, default, positive, steps
+from sidecar.kernels.families.tiled import MOST_TILES
+from sidecar.kernels.grid import (
+    ABREAST,
+    BICUBIC,
+    FILLED,
+    ROWS,
+    STRIPS,
+    Geometry,
+    Integers,
+    ProcessorSpec,
+    Size,
+    TileSpec,
+    View,
+    i64,
+)
+
+GEMMA_TOKENS: Final = (70, 140, 280, 560, 1120)  # what its processor accepts
+PLAIN: Final = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget(TileSpec):
+    """Gemma 4's: as many patches as its tokens allow, whatever the image's size; then zeros up to that number."""
+
+    batch: ClassVar[str] = FILLED
+    layout: ClassVar[str] = ROWS
+
+    patch: int  # of the model's own patches, in which `pooling` * `pooling` small ones may have been joined
+    pooling: int  # small patches a side for one token
+    max_tokens: int
+    joins: bool = False
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        step = self.pooling * self.patch
+        size = self._size(height, width, step)
+        tile = step if self.joins else self.patch
+        tokens = size[0] * size[1] // step**2
+        return Geometry(
+            *size, 1, size[0] // tile, size[1] // tile, tokens, views=(View(size, size, (tile, tile)),), original=(height, width)
+        )  # fmt: skip
+
+    def _size(self, height: int, width: int, step: int) -> Size:
+        most = self.max_tokens * self.pooling**2 * self.patch**2
+        factor = math.sqrt(most / (height * width))
+        new_height, new_width = (int(math.floor(factor * side / step)) * step for side in (height, width))
+        if not new_height and not new_width:
+            raise ValueError("both sides would become 0")
+        longest = self.max_tokens * step
+        if not new_height:
+            new_height, new_width = step, min(int(math.floor(width / height)) * step, longest)
+        elif not new_width:
+            new_height, new_width = min(int(math.floor(height / width)) * step, longest), step
+        if new_height * new_width > most:
+            raise ValueError("too many patches")
+        return new_height, new_width
+
+    @property
+    def rows(self) -> int:
+        """How many patches an image has, those of zeros included."""
+        return self.max_tokens if self.joins else self.max_tokens * self.pooling**2
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        return [len(images), self.rows, 3 * images[0].views[0].tile[0] ** 2]
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        places = [n for g in images for n in self._places(g)]
+        return {
+            "image_position_ids": i64([len(images), self.rows, 2], places),
+            "num_soft_tokens_per_image": i64([len(images)], (g.tokens for g in images)),
+        }
+
+    def _places(self, g: Geometry) -> list[int]:
+        """Column and row of each patch; -1 for those of zeros."""
+        real = [n for y in range(g.grid_h) for x in range(g.grid_w) for n in (x, y)]
+        return real + [-1] * (2 * self.rows - len(real))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shrunk(TileSpec):
+    """Kimi K2.5's: shrunk to the largest number of patches where it has more, then padded to whole merged patches."""
+
+    patch: int
+    merge: int
+    max_patches: int
+    max_side: int  # patches
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        patches = max(1.0, height // self.patch) * max(1.0, width // self.patch)
+        longest = self.max_side * self.patch
+        scale = min(1.0, math.sqrt(self.max_patches / patches), longest / height, longest / width)
+        size = min(max(1, int(height * scale)), longest), min(max(1, int(width * scale)), longest)
+        step = self.merge * self.patch
+        canvas = -(-size[0] // step) * step, -(-size[1] // step) * step
+        grid = canvas[0] // self.patch, canvas[1] // self.patch
+        view = View(size, canvas, (self.patch, self.patch))
+        return Geometry(
+            *canvas, 1, *grid, grid[0] * grid[1] // self.merge**2, views=(view,), original=(height, width)
+        )  # fmt: skip
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        return {"image_grid_thw": i64([len(images), 3], (n for g in images for n in (1, g.grid_h, g.grid_w)))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sliced(TileSpec):
+    """MiniCPM-V 4.6's: the whole image at about `resolution`, then, of a large one, a grid of slices of about that size each."""
+
+    batch: ClassVar[str] = ABREAST
+    layout: ClassVar[str] = STRIPS
+
+    patch: int
+    resolution: int
+    max_slices: int
+    slices: bool
+    merge: int  # patches a side of one token
+
+    @property
+    def strip(self) -> int:
+        return self.patch
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        grid = self._grid(height, width) if self.slices else None
+        whole = self._best(height, width, enlarge=grid is None)
+        views = [View(whole, whole, whole)]
+        if grid is not None:
+            rows, columns = grid
+            tile = self._best(_nearest(height, rows) / rows, _nearest(width, columns) / columns, enlarge=True)
+            canvas = tile[0] * rows, tile[1] * columns
+            views.append(View(canvas, canvas, tile))
+        tokens = sum(v.tiles * (v.tile[0] // self.patch * (v.tile[1] // self.patch) // self.merge**2) for v in views)
+        return Geometry(*views[-1].canvas, tokens=tokens, views=tuple(views), original=(height, width))
+
+    def _best(self, height: float, width: float, *, enlarge: bool) -> Size:
+        """Near `resolution` squared pixels where it has more or `enlarge`, in whole merged patches."""
+        if height * width > self.resolution * self.resolution or enlarge:
+            aspect = width / height
+            height = int(self.resolution / math.sqrt(aspect))
+            width = int(height * aspect)
+        step = self.patch * self.merge
+        return _nearest(height, step), _nearest(width, step)
+
+    def _grid(self, height: int, width: int) -> Size | None:
+        """Rows and columns of slices whose aspect is closest to the image's; None where it is small."""
+        wanted = min(math.ceil(width * height / (self.resolution * self.resolution)), self.max_slices)
+        if wanted <= 1:
+            return None
+        best, least = (1, 1), math.inf
+        for slices in (wanted - 1, wanted, wanted + 1):
+            if slices == 1 or slices > self.max_slices:
+                continue
+            for rows in (n for n in range(1, slices + 1) if slices % n == 0):
+                error = abs(math.log(width / height) - math.log(slices // rows / rows))
+                if error < least or (error == least and rows > best[0]):
+                    best, least = (rows, slices // rows), error
+        return best
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        length = sum(v.canvas[0] * v.canvas[1] // self.patch for g in images for v in g.views)
+        return [1, 3, self.patch, length]
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        grids = [v for g in images for v in (g.views[1].grid if len(g.views) > 1 else (0, 0))]
+        sizes = [side // self.patch for g in images for v in g.views for _ in range(v.tiles) for side in v.tile]
+        return {
+            "grids": i64([len(images), 2], grids),
+            "num_patches_per_image": i64([len(images)], (g.tiles for g in images)),
+            "target_sizes": (("I32", [len(sizes) // 2, 2]), sizes),
+        }
+
+
+def _nearest(length: float, step: int) -> int:
+    return max(round(length / step) * step, step)
+
+
+# --- from a model's files ---
+
+
+def gemma(config: Config, model: Config) -> ProcessorSpec:
+    return _budget(config, joins=False)
+
+
+def gemma_unified(config: Config, model: Config) -> ProcessorSpec:
+    return _budget(config, joins=True)
+
+
+def _budget(config: Config, *, joins: bool) -> ProcessorSpec:
+    steps(config)
+    tokens = default(config, "max_soft_tokens", 280)
+    if tokens not in GEMMA_TOKENS:
+        raise ValueError("a number of tokens that the processor does not take")
+    return Budget(
+        **common({"do_normalize": False, **config}, BICUBIC, PLAIN), patch=count(default(config, "patch_size", 16), 256),
+        pooling=count(default(config, "pooling_kernel_size", 3), 16), max_tokens=tokens, joins=joins,
+    )  # fmt: skip
+
+
+def kimi(config: Config, model: Config) -> ProcessorSpec:
+    steps(config)
+    size = default(config, "size", {"max_height": 512, "max_width": 512})
+    if set(size) != {"max_height", "max_width"} or size["max_height"] != size["max_width"]:
+        raise ValueError("not a size of this processor")
+    return Shrunk(
+        **common(config, BICUBIC, HALF), patch=count(default(config, "patch_size", 14), 256), merge=count(default(config, "merge_size", 2), 16),
+        max_patches=count(default(config, "max_patches", 16384)), max_side=count(size["max_height"], 1 << 14),
+    )  # fmt: skip
+
+
+def minicpm(config: Config, model: Config) -> ProcessorSpec:
+    steps(config)
+    slices, mode = default(config, "slice_mode", True), default(config, "downsample_mode", "16x")
+    if type(slices) is not bool or type(mode) is not str:
+        raise ValueError("not taken by this processor")
+    return Sliced(
+        **common(config, BICUBIC, HALF), patch=count(default(config, "patch_size", 14), 256),
+        resolution=count(default(config, "scale_resolution", 448), 1 << 14), max_slices=count(default(config, "max_slice_nums", 9), MOST_TILES),
+        slices=slices, merge=2 if mode == "4x" else 4,
+    )  # fmt: skip

@@ -1,0 +1,84 @@
+"""Numbers out of a model's files, each checked: what all families of processors share.
+
+Rules: a value that the arithmetic does not hold for raises ValueError, KeyError or TypeError, never becomes a guess. None in a
+file is a default, as the processors take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from sidecar.kernels.grid import RESAMPLES, Size
+
+CLIP: Final = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF: Final = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+Config = Mapping[str, Any]
+
+
+def common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str, Any]:
+    """The numbers that all families have. Raises ValueError, KeyError or TypeError for values that the arithmetic does not hold for."""
+    values: dict[str, Any] = {
+        "resample": resample, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean_std[0],
+        "image_std": mean_std[1],
+    }  # fmt: skip
+    values |= {key: config[key] for key in values if config.get(key) is not None}
+    values |= {key: tuple(float(v) for v in values[key]) for key in ("image_mean", "image_std")}
+    sane = (
+        values["resample"] in RESAMPLES
+        and all(type(values[key]) is bool for key in ("do_rescale", "do_normalize"))
+        and type(values["rescale_factor"]) in (int, float)
+        and values["rescale_factor"] > 0
+        and len(values["image_mean"]) == len(values["image_std"]) == 3
+        and all(values["image_std"])
+    )
+    if not sane:
+        raise ValueError("a value that is not known")
+    return values
+
+
+def steps(config: Config, **wanted: Any) -> None:
+    """Raises ValueError where a step has another value than the one that this family's arithmetic has; absent ones are defaults."""
+    wanted = {
+        "do_resize": True,
+        "do_convert_rgb": True,
+        "do_center_crop": False,
+        "do_pad": False,
+        "disable_resize": False,
+    } | wanted
+    if any(config.get(key, value) not in (value, None) for key, value in wanted.items() if value is not ...):
+        raise ValueError("a step that is not known")
+
+
+def count(value: Any, most: int = 1 << 30) -> int:
+    """A whole number from 1 on. Raises ValueError."""
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError("not a size")
+    return value
+
+
+def pair(value: Any) -> Size:
+    """A size as {"height", "width"} or one number."""
+    if isinstance(value, Mapping):
+        if set(value) - {"height", "width"}:
+            raise ValueError("not a size")
+        return count(value["height"], 1 << 14), count(value["width"], 1 << 14)
+    return count(value, 1 << 14), count(value, 1 << 14)
+
+
+def default(config: Config, key: str, value: Any) -> Any:
+    """The value of `key`; `value` where the file has none."""
+    return value if config.get(key) is None else config[key]
+
+
+def optional(value: Any) -> int:
+    """A count that only tokens hang on: 0 where the file has none."""
+    return value if type(value) is int and 0 < value <= 1 << 20 else 0
+
+
+def positive(height: int, width: int) -> Size:
+    """The size. Raises ValueError where there are no pixels."""
+    if min(height, width) < 1:
+        raise ValueError("an image without pixels")
+    return height, width

@@ -1,0 +1,276 @@
+"""The families whose processors resize an image to a canvas of whole tiles, and make a small copy of all of it besides.
+
+The tiles follow from the original's size, so that no resized image could be handed on in its place.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Final
+
+from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, default, optional, pair, positive, steps
+from sidecar.kernels.grid import BICUBIC, BILINEAR, FILLED, Geometry, Integers, ProcessorSpec, Size, TileSpec, View, i64
+
+MOST_TILES: Final = 256
+MOST_PINPOINTS: Final = 1024
+
+# What calls GotOcr2ImageProcessor -> whether it then cuts tiles, whatever the file says; None: as the file says
+CUTS: Final[Mapping[str | None, bool | None]] = {
+    None: None,
+    "GotOcr2Processor": False,
+    "InternVLProcessor": True,
+    "AyaVisionProcessor": True,
+    "QianfanOCRProcessor": True,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closest(TileSpec):
+    """InternVL's: the grid of tiles whose aspect is closest, stretched to fill it, and then the whole image as one more tile."""
+
+    height: int
+    width: int
+    min_tiles: int
+    max_tiles: int
+    cuts: bool
+    tokens_per_tile: int = 0
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        columns, rows = self._grid(height, width) if self.cuts else (1, 1)
+        tile, canvas = (self.height, self.width), (self.height * rows, self.width * columns)
+        views = (View(canvas, canvas, tile), View(tile, tile, tile))[: 2 if rows * columns > 1 else 1]
+        tokens = self.tokens_per_tile * sum(view.tiles for view in views)
+        return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
+
+    def _grid(self, height: int, width: int) -> Size:
+        """Columns and rows. Of equally close grids the later one, as long as the image fills half of it."""
+        best, least = (1, 1), math.inf
+        for columns, rows in _grids(self.min_tiles, self.max_tiles):
+            difference = abs(width / height - columns / rows)
+            half = 0.5 * self.height * self.width * columns * rows
+            if difference < least or (difference == least and width * height > half):
+                best, least = (columns, rows), difference
+        return best
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        return {"num_patches": i64([len(images)], (g.tiles for g in images))}
+
+
+@lru_cache(8)
+def _grids(least: int, most: int) -> tuple[Size, ...]:
+    """(columns, rows) of `least` to `most` tiles, fewer tiles first."""
+    all_grids = ((x, y) for x in range(1, most + 1) for y in range(1, most + 1) if least <= x * y <= most)
+    return tuple(sorted(all_grids, key=lambda grid: grid[0] * grid[1]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnyResolution(TileSpec):
+    """LLaVA-NeXT's and LLaVA-OneVision's: one of the sizes in a list, padded around; the whole image as one tile comes first.
+
+    Tokens: `side` a side of a tile, `base` for the whole image, `less` of them in the end; of rows and columns over
+    `most_tiles` tiles some are left out.
+    """
+
+    batch: ClassVar[str] = FILLED
+
+    tile: int
+    pinpoints: tuple[Size, ...]
+    counts_images: bool = False
+    side: int = 0
+    base: int = 0
+    less: int = 0
+    most_tiles: int = 0
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        canvas = self._canvas(height, width)
+        across, down = canvas[1] / width, canvas[0] / height
+        if across < down:
+            size = min(math.ceil(height * across), canvas[0]), canvas[1]
+        else:
+            size = canvas[0], min(math.ceil(width * down), canvas[1])
+        tile = (self.tile, self.tile)
+        views = (
+            View(tile, tile, tile),
+            View(size, canvas, tile, (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2),
+        )
+        tokens = self._tokens(height, width, canvas) if self.side else 0
+        return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
+
+    def _canvas(self, height: int, width: int) -> Size:
+        """The size that keeps most of the image's pixels, and of such the one that wastes least."""
+        best, most, least = (0, 0), 0, math.inf
+        for canvas in self.pinpoints:
+            scale = min(canvas[1] / width, canvas[0] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            wasted = canvas[0] * canvas[1] - kept
+            if kept > most or (kept == most and wasted < least):
+                best, most, least = canvas, kept, wasted
+        return best
+
+    def _tokens(self, height: int, width: int, canvas: Size) -> int:
+        """Those of the tiles without their padding, one more a row, and those of the whole image."""
+        rows, columns = self.side * (canvas[0] // self.tile), self.side * (canvas[1] // self.tile)
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        if self.most_tiles:
+            ratio = math.sqrt(rows * columns / (self.most_tiles * self.side**2))
+            if ratio > 1.1:
+                rows, columns = int(rows // ratio), int(columns // ratio)
+        return rows * columns + rows + self.base - self.less
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        return [len(images), max(g.tiles for g in images), 3, self.tile, self.tile]
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        sizes = {"image_sizes": i64([len(images), 2], (side for g in images for side in g.original))}
+        return sizes | ({"batch_num_images": i64([len(images)], [1] * len(images))} if self.counts_images else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestFit(TileSpec):
+    """Llama 4's: the canvas that needs least resizing, padded below and to the right; then the whole image as one more tile.
+
+    Values are computed in bfloat16. So is, in float32, what Hugging Face computes with tensors here.
+    """
+
+    tile: int
+    max_tiles: int
+    largest: bool = False  # whether an image is enlarged as far as there is a canvas
+    tokens_per_tile: int = 0
+
+    @property
+    def dtype(self) -> str:
+        return "BF16" if self.do_normalize else "F32" if self.do_rescale else "U8"
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        canvas = self._canvas(height, width)
+        size = self._size(height, width, canvas)
+        tile = (self.tile, self.tile)
+        views = (View(size, canvas, tile), View(tile, tile, tile))[: 2 if canvas != tile else 1]
+        tokens = self.tokens_per_tile * sum(view.tiles for view in views)
+        return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
+
+    def _canvas(self, height: int, width: int) -> Size:
+        """Of the canvases that the image fits into by the least enlargement, or else by the least shrinking, the smallest."""
+        scales = {c: min(single(c[0] / height), single(c[1] / width)) for c in _canvases(self.tile, self.max_tiles)}
+        larger = [scale for scale in scales.values() if scale >= 1]
+        scale = max(scales.values()) if not larger else max(larger) if self.largest else min(larger)
+        return min((c for c, s in scales.items() if s == scale), key=lambda c: c[0] * c[1])
+
+    def _size(self, height: int, width: int, canvas: Size) -> Size:
+        """The image's own aspect within the canvas, and no larger than the image or one tile.
+
+        A scale comes from the canvas's side, which is a tensor (float32), or from a plain number (float64): as it happens there.
+        """
+        if self.largest:
+            most, rounds = canvas, (True, True)
+        else:
+            wanted = max(height, self.tile), max(width, self.tile)
+            most = min(wanted[0], canvas[0]), min(wanted[1], canvas[1])
+            rounds = canvas[0] < wanted[0], canvas[1] < wanted[1]
+        down, across = ((single if r else float)(m / s) for r, m, s in zip(rounds, most, (height, width), strict=True))
+        if any(rounds) and not all(rounds):
+            smaller = single(across) < single(down)
+        else:
+            smaller = across < down
+        if smaller:
+            new_height = (single if rounds[1] else float)(height * across)
+            return max(1, min(math.floor(new_height), most[0])), most[1]
+        new_width = (single if rounds[0] else float)(width * down)
+        return most[0], max(1, min(math.floor(new_width), most[1]))
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        return {"aspect_ratios": i64([len(images), 2], (n for g in images for n in g.views[0].grid))}
+
+
+def single(value: float) -> float:
+    """A double as float32 rounds it; sums of a division or a product of float32s so come out as float32 has them."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+@lru_cache(8)
+def _canvases(tile: int, most: int) -> tuple[Size, ...]:
+    """All canvases of 1 to `most` tiles, in the processor's order: by aspect, as each first comes when counting down."""
+    by_aspect: dict[float, list[Size]] = {}
+    for tiles in range(most, 0, -1):
+        for rows in (n for n in range(1, tiles + 1) if tiles % n == 0):
+            by_aspect.setdefault(rows / (tiles // rows), []).append((tile * rows, tile * (tiles // rows)))
+    return tuple(canvas for canvases in by_aspect.values() for canvas in canvases)
+
+
+# --- from a model's files ---
+
+
+def intern_vl(config: Config, model: Config) -> ProcessorSpec:
+    steps(config)
+    cuts = CUTS[default(config, "processor_class", model.get("processor_class"))]
+    if cuts is None:
+        cuts = default(config, "crop_to_patches", False)
+    if type(cuts) is not bool:
+        raise ValueError("crop_to_patches is neither true nor false")
+    height, width = pair(default(config, "size", {"height": 384, "width": 384}))
+    return Closest(
+        **common(config, BICUBIC, CLIP), height=height, width=width, cuts=cuts,
+        min_tiles=count(default(config, "min_patches", 1), MOST_TILES), max_tiles=count(default(config, "max_patches", 12), MOST_TILES),
+        tokens_per_tile=optional(model.get("image_seq_length")),
+    )  # fmt: skip
+
+
+PINPOINTS: Final = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+SQUARES: Final = tuple((384 * y, 384 * x) for y in range(1, 7) for x in range(1, 7))
+
+
+def llava_next(config: Config, model: Config) -> ProcessorSpec:
+    spec = _any_resolution(config, {"shortest_edge": 224}, {"height": 224, "width": 224}, PINPOINTS)
+    patch = optional(model.get("patch_size"))
+    side = spec["tile"] // patch if patch else 0
+    base = side * side + optional(model.get("num_additional_image_tokens"))
+    less = int(model.get("vision_feature_select_strategy") == "default")
+    return AnyResolution(**spec, side=side, base=base, less=less)
+
+
+def llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
+    spec = _any_resolution(config, {"height": 384, "width": 384}, None, SQUARES)
+    base = optional(model.get("num_image_tokens"))
+    aspect = str(model.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_")
+    less = int(model.get("vision_feature_select_strategy") == "default")
+    most = count(int(aspect), 1 << 10) if base else 0
+    return AnyResolution(**spec, counts_images=True, side=math.isqrt(base), base=base, less=less, most_tiles=most)
+
+
+def _any_resolution(config: Config, size: Any, crop: Any, pinpoints: tuple[Size, ...]) -> dict[str, Any]:
+    """Raises ValueError where a tile would be resized or cut once more."""
+    steps(config, do_pad=True, do_center_crop=...)
+    size, crop = default(config, "size", size), config.get("crop_size", crop)
+    height, width = pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
+    if height != width or (crop is not None and pair(crop) != (height, width)):
+        raise ValueError("tiles of another size than the whole image's")
+    listed = default(config, "image_grid_pinpoints", pinpoints)
+    points = tuple((count(y, 1 << 14), count(x, 1 << 14)) for y, x in listed)
+    if not 0 < len(points) <= MOST_PINPOINTS or any(y % height or x % width for y, x in points):
+        raise ValueError("image_grid_pinpoints are no whole numbers of tiles")
+    return {**common(config, BICUBIC, CLIP), "tile": height, "pinpoints": points}
+
+
+def llama_4(config: Config, model: Config) -> ProcessorSpec:
+    steps(config)
+    height, width = pair(default(config, "size", 336))
+    largest = default(config, "resize_to_max_canvas", False)
+    numbers = common(config, BILINEAR, HALF)
+    if height != width or type(largest) is not bool or (numbers["do_normalize"] and not numbers["do_rescale"]):
+        raise ValueError("not taken by this processor")
+    patch, shuffle = optional(model.get("patch_size")), model.get("pixel_shuffle_ratio")
+    tokens = (height // patch) ** 2 // round(1.0 / shuffle**2) if patch and shuffle else 0
+    return BestFit(
+        **numbers, tile=height, max_tiles=count(default(config, "max_patches", 16), MOST_TILES), largest=largest, tokens_per_tile=tokens,
+    )  # fmt: skip

@@ -1,0 +1,240 @@
+"""The families whose processors make one resized image of an image: its patches, or its planes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, optional, pair, positive, steps
+from sidecar.kernels.grid import BICUBIC, LANCZOS, Geometry, Integers, PatchSpec, PlaneSpec, ProcessorSpec, Size, i64
+
+MAX_ASPECT: Final = 200  # Qwen's and GLM's processors refuse longer images
+IDEFICS_MOST: Final = 4096  # pixels of the longer side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smart(PatchSpec):
+    """Qwen2-VL's and GLM-4V's: multiples of patch * merge near the image's size, with a pixel count between two bounds.
+
+    `frames` is what GLM multiplies the pixel count by; Qwen counts one.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    frames: int = 1
+    grows: bool = False  # an image with a side below one patch is enlarged first
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        new_height, new_width = self._size(height, width)
+        grid_h, grid_w = new_height // self.patch_size, new_width // self.patch_size
+        return Geometry(new_height, new_width, 1, grid_h, grid_w, grid_h * grid_w // self.merge_size**2)
+
+    def _size(self, height: int, width: int) -> Size:
+        factor = self.patch_size * self.merge_size
+        height, width = positive(height, width)
+        if self.grows and (height < factor or width < factor):
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        if max(height, width) / min(height, width) > MAX_ASPECT:
+            raise ValueError(f"one side is more than {MAX_ASPECT} times the other")
+        # round() is round-half-to-even, and the order of the divisions matters: the processor's own arithmetic.
+        new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+        if self.frames * new_height * new_width > self.max_pixels:
+            beta = math.sqrt((self.frames * height * width) / self.max_pixels)
+            new_height = max(factor, math.floor(height / beta / factor) * factor)
+            new_width = max(factor, math.floor(width / beta / factor) * factor)
+        elif self.frames * new_height * new_width < self.min_pixels:
+            beta = math.sqrt(self.min_pixels / (self.frames * height * width))
+            new_height = math.ceil(height * beta / factor) * factor
+            new_width = math.ceil(width * beta / factor) * factor
+        if not new_height or not new_width:
+            raise ValueError("one side would become 0")
+        return new_height, new_width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed(PlaneSpec):
+    """SigLIP's and Gemma 3's: one size for all images, whatever their shape."""
+
+    height: int
+    width: int
+    tokens: int = 0
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        positive(height, width)
+        return Geometry(self.height, self.width, tokens=self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cropped(PlaneSpec):
+    """CLIP's and LLaVA-1.5's: the shorter side to `shortest`, then the middle."""
+
+    shortest: int
+    crop_height: int
+    crop_width: int
+    tokens: int = 0
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        short, long = min(height, width), max(height, width)
+        new_long = int(self.shortest * long / short)
+        new_height, new_width = (new_long, self.shortest) if width <= height else (self.shortest, new_long)
+        top, left = int((new_height - self.crop_height) / 2.0), int((new_width - self.crop_width) / 2.0)
+        return Geometry(new_height, new_width, tokens=self.tokens, crop=(top, left, self.crop_height, self.crop_width))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Longest(PlaneSpec):
+    """Pixtral's and Mistral 3's: within (max_height, max_width), rounded up to whole patches. Each row of tokens ends with one more."""
+
+    max_height: int
+    max_width: int
+    patch_height: int
+    patch_width: int
+    merge_size: int = 1
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        ratio = max(height / self.max_height, width / self.max_width)
+        if ratio > 1:
+            height, width = math.floor(height / ratio), math.floor(width / ratio)
+        grid_h, grid_w = (height - 1) // self.patch_height + 1, (width - 1) // self.patch_width + 1
+        if not grid_h or not grid_w:
+            raise ValueError("one side would become 0")
+        tokens = grid_h // self.merge_size * (grid_w // self.merge_size + 1)
+        return Geometry(grid_h * self.patch_height, grid_w * self.patch_width, 1, grid_h, grid_w, tokens)
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        return {"image_sizes": i64([len(images), 2], (side for g in images for side in g.size))}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split(PlaneSpec):
+    """Idefics 3's and SmolVLM's first step: the longer side to `longest`. The processor then cuts the image into tiles.
+
+    What is handed on is the image after the first step; the tiles' tensors are not made here.
+    """
+
+    longest: int
+    tile: int
+    splits: bool = True
+    tokens_per_tile: int = 0
+
+    tensors: ClassVar[bool] = False
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        new_height, new_width = _below(*_to_longest(*positive(height, width), self.longest))
+        tokens = self.tokens_per_tile * self._tiles(new_height, new_width)
+        return Geometry(new_height, new_width, tokens=tokens)
+
+    def _tiles(self, height: int, width: int) -> int:
+        if not self.splits:
+            return 1
+        aspect, tile = width / height, self.tile
+        if width >= height:
+            width = math.ceil(width / tile) * tile
+            height = math.ceil(int(width / aspect) / tile) * tile
+        else:
+            height = math.ceil(height / tile) * tile
+            width = math.ceil(int(height * aspect) / tile) * tile
+        rows, columns = height // tile, width // tile
+        return rows * columns + 1 if rows > 1 or columns > 1 else 1
+
+
+def _to_longest(height: int, width: int, longest: int) -> Size:
+    """The longer side becomes `longest`, the other one follows and is made even."""
+    aspect = width / height
+    if width >= height:
+        width, height = longest, int(longest / aspect)
+        height += height % 2
+    else:
+        height, width = longest, int(longest * aspect)
+        width += width % 2
+    return max(height, 1), max(width, 1)
+
+
+def _below(height: int, width: int) -> Size:
+    aspect = width / height
+    if width >= height and width > IDEFICS_MOST:
+        width, height = IDEFICS_MOST, int(IDEFICS_MOST / aspect)
+    elif height > width and height > IDEFICS_MOST:
+        height, width = IDEFICS_MOST, int(IDEFICS_MOST * aspect)
+    return max(height, 1), max(width, 1)
+
+
+# --- from a model's files ---
+
+
+def smart(config: Config, size: Config, frames: int | None = 1, **more: Any) -> Smart:
+    steps(config)
+    patch, merge, temporal = (
+        count(default if config.get(key) is None else config[key], 256)
+        for key, default in (("patch_size", 14), ("merge_size", 2), ("temporal_patch_size", 2))
+    )
+    size = config.get("size") or size
+    low = size["shortest_edge"] if config.get("min_pixels") is None else config["min_pixels"]
+    high = size["longest_edge"] if config.get("max_pixels") is None else config["max_pixels"]
+    return Smart(
+        **common(config, BICUBIC, CLIP), patch_size=patch, merge_size=merge, temporal_patch_size=temporal,
+        min_pixels=count(low, 1 << 40), max_pixels=count(high, 1 << 40), frames=frames or temporal, **more,
+    )  # fmt: skip
+
+
+def qwen(config: Config, model: Config) -> ProcessorSpec:
+    return smart(config, {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
+
+
+def glm(config: Config, model: Config) -> ProcessorSpec:
+    if config.get("min_pixels") is not None or config.get("max_pixels") is not None:
+        raise ValueError("not read by this processor")
+    return smart(config, {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}, frames=None, grows=True)
+
+
+def fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
+    def read(config: Config, model: Config) -> ProcessorSpec:
+        steps(config, do_pan_and_scan=False)
+        height, width = pair(config.get("size") or 224)
+        tokens = optional(model.get("image_seq_length"))
+        return Fixed(**common(config, resample, HALF), height=height, width=width, tokens=tokens)
+
+    return read
+
+
+def cropped(config: Config, model: Config) -> ProcessorSpec:
+    steps(config, do_center_crop=True)
+    size = config.get("size") or {"shortest_edge": 224}
+    shortest = count(
+        size["shortest_edge"] if isinstance(size, Mapping) and set(size) == {"shortest_edge"} else size, 1 << 14
+    )
+    height, width = pair(config.get("crop_size") or 224)
+    if max(height, width) > shortest:
+        raise ValueError("the crop would be padded")
+    patch = optional(model.get("patch_size"))
+    tokens = (height // patch) * (width // patch) if patch else 0
+    return Cropped(
+        **common(config, BICUBIC, CLIP), shortest=shortest, crop_height=height, crop_width=width, tokens=tokens
+    )
+
+
+def pixtral(config: Config, model: Config) -> ProcessorSpec:
+    steps(config, do_pad=True)
+    size = config.get("size") or {"longest_edge": 1024}
+    most = (count(size["longest_edge"], 1 << 14),) * 2 if "longest_edge" in size else pair(size)
+    patch = pair(config.get("patch_size") or 16)
+    merge = optional(model.get("spatial_merge_size")) or 1
+    return Longest(
+        **common(config, BICUBIC, CLIP), max_height=most[0], max_width=most[1], patch_height=patch[0], patch_width=patch[1],
+        merge_size=merge,
+    )  # fmt: skip
+
+
+def idefics(config: Config, model: Config) -> ProcessorSpec:
+    steps(config, do_pad=True)
+    size, tile = config.get("size") or {"longest_edge": 4 * 364}, config.get("max_image_size") or {"longest_edge": 364}
+    splits = config.get("do_image_splitting", True)
+    return Split(
+        **common(config, LANCZOS, HALF), longest=count(size["longest_edge"], 1 << 14), tile=count(tile["longest_edge"], 1 << 14),
+        splits=splits is not False, tokens_per_tile=optional(model.get("image_seq_len")),
+    )  # fmt: skip

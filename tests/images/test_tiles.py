@@ -1,0 +1,98 @@
+"""Families that make several views of an image, or patches of a grid of their own: whole batches against Hugging Face's processor."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar.imaging import tiles, work
+from sidecar.kernels import families
+from sidecar.kernels.grid import TileSpec
+from sidecar.relay import batches
+
+from .test_families import Family, picture
+
+# small tiles, so that many sizes can be tried in little time; the models' own sizes are among those of interest
+ROWS = {
+    "internvl": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 56, "width": 42}, "crop_to_patches": True}),
+    "internvl-real": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 448, "width": 448}, "crop_to_patches": True, "min_patches": 2, "max_patches": 6}),
+    "got-ocr": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 64, "width": 64}}),
+    "llava-next": Family("LlavaNextImageProcessor", "llava_next.image_processing_llava_next", {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "image_grid_pinpoints": [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]}, {"patch_size": 12, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}),
+    "llava-onevision": Family("LlavaOnevisionImageProcessor", "llava_onevision.image_processing_llava_onevision", {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32 * y, 32 * x] for y in range(1, 7) for x in range(1, 7)]}, {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}),
+    "llama-4": Family("Llama4ImageProcessor", "llama4.image_processing_llama4", {"size": {"height": 48, "width": 48}}, {"patch_size": 12, "pixel_shuffle_ratio": 0.5}),
+    "llama-4-real": Family("Llama4ImageProcessor", "llama4.image_processing_llama4", {"max_patches": 4}),
+    "llama-4-largest": Family("Llama4ImageProcessor", "llama4.image_processing_llama4", {"size": {"height": 32, "width": 32}, "max_patches": 6, "resize_to_max_canvas": True}),
+    "gemma-4": Family("Gemma4ImageProcessor", "gemma4.image_processing_gemma4", {"max_soft_tokens": 70}),
+    "gemma-4-normalised": Family("Gemma4ImageProcessor", "gemma4.image_processing_gemma4", {"max_soft_tokens": 70, "patch_size": 8, "do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}),
+    "gemma-4-unified": Family("Gemma4UnifiedImageProcessor", "gemma4_unified.image_processing_gemma4_unified", {"max_soft_tokens": 140, "patch_size": 4}),
+    "kimi-k2.5": Family("Kimi_K25ImageProcessor", "kimi_k25.image_processing_kimi_k25", {"max_patches": 256, "size": {"max_height": 40, "max_width": 40}}),
+    "minicpm-v": Family("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 112, "patch_size": 7}),
+    "minicpm-v-4x": Family("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 112, "patch_size": 7, "downsample_mode": "4x", "max_slice_nums": 4}),
+    "minicpm-v-whole": Family("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 112, "slice_mode": False}),
+}  # fmt: skip
+rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+KINDS = {"I64": torch.int64, "I32": torch.int32, "F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+
+
+def ours(row: Family, *images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch as /v1/preprocess answers it."""
+    spec = row.spec()
+    assert isinstance(spec, TileSpec)
+    geometries = [spec.geometry(*image.shape[-2:]) for image in images]
+    made = [tiles.prepare(image, g, spec) for image, g in zip(images, geometries, strict=True)]
+    groups = batches.pieces([work.octets(tensor) for tensor in made], geometries, spec)
+    data = {"pixel_values": bytearray(b"".join(part for group in groups for part in group))}
+    for name, ((dtype, _), numbers) in spec.integers(geometries).items():
+        data[name] = bytearray(struct.pack(f"<{len(numbers)}{'q' if dtype == 'I64' else 'i'}", *numbers))
+    shapes = spec.shapes(geometries)
+    return {
+        name: torch.frombuffer(data[name], dtype=KINDS[dtype]).reshape(shape) for name, (dtype, shape) in shapes.items()
+    }
+
+
+def theirs(row: Family, *images: torch.Tensor) -> dict[str, Any]:
+    """The processor's; lists of numbers as tensors. Raises what it raises."""
+    out = row.processor()(images=list(images), return_tensors="pt")
+    return {
+        name: value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        for name, value in out.items()
+    }
+
+
+def check(row: Family, *sizes: tuple[int, int]) -> None:
+    """Every tensor equal: its name, type, shape and bits. What is refused is refused alike."""
+    images = [picture(*size) for size in sizes]
+    try:
+        wanted = theirs(row, *images)
+    except (ValueError, RuntimeError, ZeroDivisionError):
+        with pytest.raises((ValueError, RuntimeError, ZeroDivisionError)):
+            ours(row, *images)
+        return
+    got = ours(row, *images)
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        assert (got[name].shape, got[name].dtype) == (value.shape, value.dtype), name
+        assert torch.equal(got[name], value), name
+
+
+@rows
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_any_batch_gives_the_processors_bits(row: Family, data: st.DataObject) -> None:
+    """One to three images of random sizes: all tensors equal in every bit, padding included."""
+    side = st.integers(1, 400)
+    count = data.draw(st.integers(1, 3), "images")
+    check(row, *(data.draw(st.tuples(side, side), "size") for _ in range(count)))
+
+
+@rows
+@pytest.mark.parametrize("size", [(480, 640), (1, 1), (20, 300), (300, 20), (3, 5), (768, 1365), (2000, 3)], ids=str)
+def test_sizes_of_interest_give_the_processors_bits(row: Family, size: tuple[int, int]) -> None:
+    """A photograph, a pixel, strips, and less than a tile."""
+    check(row, size)
