@@ -46,7 +46,7 @@ def test_every_package_is_installed() -> None:
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
     found = {"sidecar"} | {
         f"sidecar.{p.parent.relative_to(ROOT / 'sidecar')}".replace("/", ".")
-        for p in [*(ROOT / "sidecar").rglob("*.py"), ROOT / "sidecar" / "kernels" / "__init__.py"]
+        for p in [*(ROOT / "sidecar").rglob("*.py"), *(ROOT / "sidecar" / "kernels").rglob("*.py")]
         if p.parent != ROOT / "sidecar"
     }
     assert listed == found

@@ -41,20 +41,17 @@ FAMILIES: Final[Mapping[str, Reader]] = {
     "MiniCPMV4_6ImageProcessor": patched.minicpm,
 }
 CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
-    c.__name__: c
-    for c in (
-        whole.Smart,
-        whole.Fixed,
-        whole.Cropped,
-        whole.Longest,
-        whole.Split,
-        tiled.Closest,
-        tiled.AnyResolution,
-        tiled.BestFit,
-        patched.Budget,
-        patched.Shrunk,
-        patched.Sliced,
-    )  # fmt: skip
+    "Smart": whole.Smart,
+    "Fixed": whole.Fixed,
+    "Cropped": whole.Cropped,
+    "Longest": whole.Longest,
+    "Split": whole.Split,
+    "Closest": tiled.Closest,
+    "AnyResolution": tiled.AnyResolution,
+    "BestFit": tiled.BestFit,
+    "Budget": patched.Budget,
+    "Shrunk": patched.Shrunk,
+    "Sliced": patched.Sliced,
 }
 
 

@@ -56,14 +56,14 @@ class Budget(TileSpec):
     def _size(self, height: int, width: int, step: int) -> Size:
         most = self.max_tokens * self.pooling**2 * self.patch**2
         factor = math.sqrt(most / (height * width))
-        new_height, new_width = (int(math.floor(factor * side / step)) * step for side in (height, width))
+        new_height, new_width = (math.floor(factor * side / step) * step for side in (height, width))
         if not new_height and not new_width:
             raise ValueError("both sides would become 0")
         longest = self.max_tokens * step
         if not new_height:
-            new_height, new_width = step, min(int(math.floor(width / height)) * step, longest)
+            new_height, new_width = step, min(math.floor(width / height) * step, longest)
         elif not new_width:
-            new_height, new_width = min(int(math.floor(height / width)) * step, longest), step
+            new_height, new_width = min(math.floor(height / width) * step, longest), step
         if new_height * new_width > most:
             raise ValueError("too many patches")
         return new_height, new_width

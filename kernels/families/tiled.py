@@ -178,11 +178,7 @@ class BestFit(TileSpec):
             most = min(wanted[0], canvas[0]), min(wanted[1], canvas[1])
             rounds = canvas[0] < wanted[0], canvas[1] < wanted[1]
         down, across = ((single if r else float)(m / s) for r, m, s in zip(rounds, most, (height, width), strict=True))
-        if any(rounds) and not all(rounds):
-            smaller = single(across) < single(down)
-        else:
-            smaller = across < down
-        if smaller:
+        if (single(across) < single(down)) if rounds[0] != rounds[1] else (across < down):
             new_height = (single if rounds[1] else float)(height * across)
             return max(1, min(math.floor(new_height), most[0])), most[1]
         new_width = (single if rounds[0] else float)(width * down)

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.imaging import tiles, work
-from sidecar.kernels import families
 from sidecar.kernels.grid import TileSpec
 from sidecar.relay import batches
 
