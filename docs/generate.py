@@ -21,7 +21,7 @@ from sidecar.engine.faults import FAULTS
 from sidecar.facts import STATES, State
 from sidecar.fleet import HANDOVERS, HOLDS
 from sidecar.kernels import families
-from sidecar.kernels.grid import PatchSpec
+from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.manifests.render import render
 from sidecar.manifests.settings import ManifestSettings
 from sidecar.meters import METRICS
@@ -121,12 +121,15 @@ def holds_table() -> str:
 def families_table() -> str:
     """Every known image processor: what it does, and what /v1/preprocess makes."""
     rows = []
+    lies = {TILES: "tiles", ROWS: "patches", STRIPS: "patches"}
     for name in families.FAMILIES:
-        spec = families.from_config({"image_processor_type": name})
-        assert spec is not None, f"{name} cannot be read with its defaults"
+        usual = {"size": {"shortest_edge": 336}, "crop_size": 336} if name == "LlavaNextImageProcessor" else {}
+        spec = families.from_config({"image_processor_type": name, **usual})
+        assert spec is not None, f"{name} cannot be read with usual settings"
         made = "patches" if isinstance(spec, PatchSpec) else "planes" if spec.tensors else "not made here"
-        rows.append((f"`{name}`", (type(spec).__doc__ or "").splitlines()[0], made))
-    return table(("processor", "what it does", "`pixel_values`"), rows)
+        made = lies[spec.layout] if isinstance(spec, TileSpec) else made
+        rows.append((f"`{name}`", (type(spec).__doc__ or "").splitlines()[0], made, "yes" if spec.inline else "passes"))
+    return table(("processor", "what it does", "`pixel_values`", "inline, shm"), rows)
 
 
 def verdict_page() -> str:

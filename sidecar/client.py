@@ -31,7 +31,13 @@ Array = NDArray[Any]
 Data = memoryview | mmap.mmap
 Values = Literal["", "float32", "uint8"]
 
-DTYPES: Final[Mapping[str, str]] = {"I64": "<i8", "F32": "<f4", "U8": "|u1"}
+DTYPES: Final[Mapping[str, str]] = {
+    "I64": "<i8",
+    "I32": "<i4",
+    "F32": "<f4",
+    "BF16": "<u2",  # numpy has no such type: its bits
+    "U8": "|u1",
+}
 SEGMENT: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
 LENGTH: Final = struct.Struct("<Q")
 MAX_HEAD: Final = 4 << 20  # bytes of JSON before the tensors, or instead of them

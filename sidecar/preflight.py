@@ -63,8 +63,10 @@ def no_images(chosen: Settings) -> str:
     """Why images cannot be prepared; empty where they can."""
     if chosen.images == "off":
         return "as chosen"
-    if not chosen.model or families.from_dir(chosen.model) is None:
+    if not chosen.model:
         return "no --model directory with a known image processor (preprocessor_config.json)"
+    if isinstance(found := families.explained(chosen.model), str):
+        return f"the image processor of --model is not known: {found}"
     if importlib.util.find_spec("torchvision") is None:
         return "the extra is not installed; pip install 'inference-sidecar[images]'"
     return ""

@@ -60,12 +60,22 @@ def from_config(config: Config, model: Config | None = None) -> ProcessorSpec | 
 
     `model` is the top level of `processor_config.json`, which some families need for counting tokens.
     """
+    found = _from_config(config, model or {})
+    return found if isinstance(found, ProcessorSpec) else None
+
+
+def _from_config(config: Config, model: Config) -> ProcessorSpec | str:
+    """The processor, or why it is not known."""
     name = config.get("image_processor_type")
-    read = FAMILIES.get(name.removesuffix("Fast")) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return "its files name no image processor"
+    read = FAMILIES.get(name.removesuffix("Fast"))
+    if read is None:
+        return f"{name[:64]} is not one of the known image processors"
     try:
-        return read(config, model or {}) if read else None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
+        return read(config, model)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        return f"{name[:64]} has a setting that is not known ({type(e).__name__}: {str(e)[:80]})"
 
 
 def from_dir(path: str) -> ProcessorSpec | None:
@@ -73,10 +83,20 @@ def from_dir(path: str) -> ProcessorSpec | None:
 
     Which of the two is read differs between versions of the engines' libraries: where both are there and disagree, None.
     """
+    found = explained(path)
+    return found if isinstance(found, ProcessorSpec) else None
+
+
+def explained(path: str) -> ProcessorSpec | str:
+    """The processor of a model's directory, or why it is not known: what to tell whoever wonders that images pass."""
     model = _read(Path(path) / "processor_config.json")
     configs = (model.get("image_processor"), _read(Path(path) / "preprocessor_config.json"))
-    specs = {from_config(config, model) for config in configs if isinstance(config, dict) and config}
-    return specs.pop() if len(specs) == 1 else None
+    found = list(
+        dict.fromkeys(_from_config(config, model) for config in configs if isinstance(config, dict) and config)
+    )
+    if not found:
+        return "it has no preprocessor_config.json or processor_config.json that can be read"
+    return found[0] if len(found) == 1 else "preprocessor_config.json and processor_config.json disagree"
 
 
 def from_json(text: str) -> ProcessorSpec:

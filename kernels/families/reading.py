@@ -25,16 +25,17 @@ def common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tup
     }  # fmt: skip
     values |= {key: config[key] for key in values if config.get(key) is not None}
     values |= {key: tuple(float(v) for v in values[key]) for key in ("image_mean", "image_std")}
+    if values["resample"] not in RESAMPLES:
+        raise ValueError("resample is not bilinear, bicubic or Lanczos")
     sane = (
-        values["resample"] in RESAMPLES
-        and all(type(values[key]) is bool for key in ("do_rescale", "do_normalize"))
+        all(type(values[key]) is bool for key in ("do_rescale", "do_normalize"))
         and type(values["rescale_factor"]) in (int, float)
         and values["rescale_factor"] > 0
         and len(values["image_mean"]) == len(values["image_std"]) == 3
         and all(values["image_std"])
     )
     if not sane:
-        raise ValueError("a value that is not known")
+        raise ValueError("mean, deviation or rescaling make no sense")
     return values
 
 
@@ -47,8 +48,9 @@ def steps(config: Config, **wanted: Any) -> None:
         "do_pad": False,
         "disable_resize": False,
     } | wanted
-    if any(config.get(key, value) not in (value, None) for key, value in wanted.items() if value is not ...):
-        raise ValueError("a step that is not known")
+    for key, value in wanted.items():
+        if value is not ... and config.get(key, value) not in (value, None):
+            raise ValueError(f"{key} is not {value}")
 
 
 def count(value: Any, most: int = 1 << 30) -> int:

@@ -83,10 +83,13 @@ def model(chosen: Settings) -> Finding:
         return Finding(
             "model", "absent", "no --model: images pass through untouched", "give the model's directory: --model DIR"
         )
-    spec = families.from_dir(chosen.model)
-    if spec is None:
-        text = "no image processor that is known here: images pass through untouched"
+    spec = families.explained(chosen.model)
+    if isinstance(spec, str):
+        text = f"images pass through untouched: {spec}"
         return Finding("model", "warn" if chosen.images != "off" else "absent", text)
+    if not spec.inline:
+        text = "image processor known: its tensors by /v1/preprocess; in requests images pass, since it cuts tiles by the original's size"
+        return Finding("model", "ok", text)
     return Finding("model", "ok", f"image processor known ({type(spec).__name__.lower()} size)")
 
 

@@ -18,6 +18,8 @@ from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 
 from .conftest import QWEN2_VL
+from .test_families import Family
+from .test_tiles import rows as tile_families
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,19 @@ async def test_a_shape_that_cannot_be_handed_over_exactly_passes(images: Images)
     got = await images.inline(base64.b64encode(out.getvalue()), "x")
     assert (got.outcome, got.base64) == ("passed", None)
     assert got.tokens > 0
+
+
+@tile_families
+async def test_families_that_tile_pass(server: Any, row: Family) -> None:
+    """Where the tiles follow from the original's size an image goes to the engine as it came: not even decoded, its tokens known."""
+    spec = row.spec()
+    images = Images(server.path, server.settings, spec)
+    for how, size in ((1, (280, 560)), (6, (560, 280))):
+        got = await images.inline(base64.b64encode(photos.photo(560, 280, exif_orientation=how)), "x")
+        assert (got.outcome, got.base64, got.tokens) == ("passed", None, spec.geometry(*size).tokens)
+        assert [stage for stage, _ in got.stages] == ["unpack"]
+    strange = await images.inline(base64.b64encode(b"\xff\xd8\xff"), "x")
+    assert (strange.outcome, strange.tokens) == ("passed", 0), "its header tells nothing"
 
 
 async def test_every_view_of_the_text_is_taken(images: Images) -> None:

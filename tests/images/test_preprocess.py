@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 import torch
 from aiohttp import web
 from PIL import Image
 from safetensors.torch import load
 
-from sidecar import photos
+from sidecar import client, photos
 from sidecar.errors import RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.imagecache import ImageCache
@@ -27,6 +28,7 @@ from sidecar.kernels import families
 from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
 
 from .conftest import QWEN2_VL, Server
+from .test_tiles import ROWS, theirs
 
 PHOTOS = [photos.photo(640, 480, 1), photos.photo(333, 517, 2), photos.photo(640, 480, 3)]
 
@@ -164,6 +166,25 @@ async def test_every_setting_of_the_processor(service: Service, server: Server, 
     service.images = Images(server.path, server.settings, spec)
     _, body, _ = await service.post(data=form(PHOTOS[:2]))
     assert same(body, PHOTOS[:2], **options)
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava-onevision", "llama-4", "gemma-4", "kimi-k2.5", "minicpm-v"])
+async def test_tiles_over_http(service: Service, server: Server, tmp_path: Path, name: str) -> None:
+    """Tiles, padded rows, rows side by side, bfloat16: the same tensors over HTTP and in shared memory, and the layout names them."""
+    row = ROWS[name]
+    cache = ImageCache(str(tmp_path), 1 << 28, b"key")
+    service.images = Images(server.path, service.chosen, row.spec(), cache)
+    status, body, _ = await service.post(data=form(PHOTOS))
+    assert status == 200
+    pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(p)))).permute(2, 0, 1) for p in PHOTOS]
+    got, wanted = load(body), theirs(row, *pixels)
+    assert {k: (v.dtype, v.shape) for k, v in got.items()} == {k: (v.dtype, v.shape) for k, v in wanted.items()}
+    assert all(torch.equal(got[k], wanted[k]) for k in wanted)
+    _, answer, _ = await service.post(data=form(PHOTOS), headers={"x-sidecar-handoff": "shm"})
+    layout = json.loads(answer)
+    assert (tmp_path.parent / layout["segments"][0]["name"]).read_bytes() == body
+    assert {k: v["shape"] for k, v in layout["tensors"].items()} == {k: list(v.shape) for k, v in wanted.items()}
+    assert client.parse(memoryview(body)).images[0].tokens == layout["images"][0]["tokens"]
 
 
 async def test_bytes_for_engines_that_normalise_themselves(service: Service) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import struct
 from typing import Any
 
@@ -12,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.imaging import tiles, work
+from sidecar.kernels import families
 from sidecar.kernels.grid import TileSpec
 from sidecar.relay import batches
 
 from .test_families import Family, picture
 
-# small tiles, so that many sizes can be tried in little time; the models' own sizes are among those of interest
+# small tiles, so that many sizes can be tried in little time; benchmarks/families.py asserts the models' own
 ROWS = {
-    "internvl": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 56, "width": 42}, "crop_to_patches": True}),
-    "internvl-real": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 448, "width": 448}, "crop_to_patches": True, "min_patches": 2, "max_patches": 6}),
+    "internvl": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 56, "width": 42}, "crop_to_patches": True}, {"image_seq_length": 16}),
+    "internvl-few": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 100, "width": 100}, "crop_to_patches": True, "min_patches": 2, "max_patches": 6}),
     "got-ocr": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 64, "width": 64}}),
     "llava-next": Family("LlavaNextImageProcessor", "llava_next.image_processing_llava_next", {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "image_grid_pinpoints": [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]}, {"patch_size": 12, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}),
     "llava-onevision": Family("LlavaOnevisionImageProcessor", "llava_onevision.image_processing_llava_onevision", {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32 * y, 32 * x] for y in range(1, 7) for x in range(1, 7)]}, {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}),
@@ -95,3 +98,102 @@ def test_any_batch_gives_the_processors_bits(row: Family, data: st.DataObject) -
 def test_sizes_of_interest_give_the_processors_bits(row: Family, size: tuple[int, int]) -> None:
     """A photograph, a pixel, strips, and less than a tile."""
     check(row, size)
+
+
+@rows
+def test_every_resample_gives_the_processors_bits(row: Family) -> None:
+    """Bilinear, bicubic and Lanczos; and bytes, where the processor is told to leave rescaling and normalising out."""
+    for resample in (1, 2, 3):
+        check(dataclasses.replace(row, config=row.config | {"resample": resample}), (150, 211))
+    plain = dataclasses.replace(row, config=row.config | {"do_rescale": False, "do_normalize": False})
+    wanted, got = theirs(plain, picture(150, 211))["pixel_values"], ours(plain, picture(150, 211))["pixel_values"]
+    assert got.dtype == torch.uint8 and torch.equal(got.to(wanted.dtype), wanted)
+
+
+class Tokenizer:
+    """What Hugging Face's processors ask a tokenizer for when they count."""
+
+    image_token = "<image>"
+    image_token_id = 1
+
+    def __getattr__(self, name: str) -> Any:
+        return 2 if name.endswith("_id") else "<other>"
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return 1
+
+
+# the class that counts, and its module
+COUNTERS = {
+    "internvl": ("InternVLProcessor", "internvl.processing_internvl"),
+    "llava-next": ("LlavaNextProcessor", "llava_next.processing_llava_next"),
+    "llava-onevision": ("LlavaOnevisionProcessor", "llava_onevision.processing_llava_onevision"),
+    "llama-4": ("Llama4Processor", "llama4.processing_llama4"),
+    "gemma-4": ("Gemma4Processor", "gemma4.processing_gemma4"),
+    "kimi-k2.5": ("Kimi_K25Processor", "kimi_k25.processing_kimi_k25"),
+    "minicpm-v": ("MiniCPMV4_6Processor", "minicpmv4_6.processing_minicpmv4_6"),
+    "minicpm-v-4x": ("MiniCPMV4_6Processor", "minicpmv4_6.processing_minicpmv4_6"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTERS)
+@settings(max_examples=8, deadline=None)
+@given(height=st.integers(20, 400), width=st.integers(20, 400))
+def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> None:
+    """As many image tokens as Hugging Face's processor writes into the prompt for this image."""
+    row, (kind, module) = ROWS[name], COUNTERS[name]
+    counter = object.__new__(getattr(importlib.import_module(f"transformers.models.{module}"), kind))
+    numbers = {"num_additional_image_tokens": 0, "image_seq_length": 256} | row.model
+    vars(counter).update(
+        image_processor=row.processor(), tokenizer=Tokenizer(), image_token="#", start_image_token="<", end_image_token=">",
+        boi_token="<", eoi_token=">", image_start_token="<", image_end_token=">", slice_start_token="<", slice_end_token=">",
+        slice_mode=True, downsample_ratio=4, **numbers,
+    )  # fmt: skip
+    made = row.processor()(images=[picture(height, width)], return_tensors="pt")
+    more = {"image_token_divisor": 4 if name.endswith("4x") else 16} if "minicpm" in name else {}
+    text = counter.replace_image_token(made, 0, **more)
+    spec = row.spec()
+    counted = text.count("<|patch|>") if name == "llama-4" else text.count("#")
+    assert spec.geometry(height, width).tokens == counted
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"image_processor_type": "GotOcr2ImageProcessor", "processor_class": "SomeOtherProcessor"},
+        {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": "yes"},
+        {"image_processor_type": "GotOcr2ImageProcessor", "max_patches": 100_000},
+        {"image_processor_type": "LlavaNextImageProcessor"},
+        {"image_processor_type": "LlavaNextImageProcessor", "do_pad": False},
+        {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": []},
+        {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": [[384, 400]]},
+        {"image_processor_type": "LlavaOnevisionImageProcessor", "crop_size": {"height": 300, "width": 300}},
+        {"image_processor_type": "Llama4ImageProcessor", "do_rescale": False},
+        {"image_processor_type": "Llama4ImageProcessor", "size": {"height": 336, "width": 300}},
+        {"image_processor_type": "Gemma4ImageProcessor", "max_soft_tokens": 100},
+        {"image_processor_type": "Kimi_K25ImageProcessor", "size": {"max_height": 512, "max_width": 100}},
+        {"image_processor_type": "MiniCPMV4_6ImageProcessor", "slice_mode": 1},
+        {"image_processor_type": "MiniCPMV4_6ImageProcessor", "do_resize": False},
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_not_known_is_none(config: dict[str, Any]) -> None:
+    """Whatever our arithmetic does not have: the image passes."""
+    assert families.from_config(config) is None
+
+
+def test_who_calls_the_processor_decides_whether_it_cuts() -> None:
+    """InternVL's processor cuts tiles although its file says no; GOT-OCR's does not although its file says yes."""
+    file = {"image_processor_type": "GotOcr2ImageProcessorFast", "crop_to_patches": False}
+    cut = [families.from_config(file | {"processor_class": name}) for name in ("InternVLProcessor", "GotOcr2Processor")]
+    assert [spec and spec.geometry(400, 1000).tiles for spec in cut] == [11, 1]
+
+
+@rows
+def test_a_spec_survives_files_and_json(row: Family, tmp_path: Any) -> None:
+    """What Hugging Face saves is read back as the same spec, and what travels to the workers is the spec itself."""
+    row.processor().save_pretrained(tmp_path)
+    spec = families.from_config({"image_processor_type": row.name, **row.config})
+    assert families.from_dir(str(tmp_path)) == spec is not None
+    assert families.from_json(spec.to_json()) == spec
+    assert not spec.keeps(spec.geometry(480, 640)), "never inline"
