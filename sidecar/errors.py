@@ -10,6 +10,7 @@
         ├── StreamStuck       503      stream_stuck
         ├── PromptTooLarge    400      prompt_exceeds_kv_cache
         ├── QueueFull         429      queue_full
+        ├── TenantLimited     429      rate_limit_exceeded
         ├── Draining          503      draining
         ├── ImagesBusy        503      images_busy
         ├── ImagesOff         404      images_off
@@ -48,8 +49,8 @@ class RequestError(SidecarError):
 
     code = "request_error"
     status: ClassVar[int] = 400
-    type: ClassVar[str] = "invalid_request_error"
-    retry_after: ClassVar[int | None] = None  # seconds
+    type: str = "invalid_request_error"
+    retry_after: float | None = None  # seconds
 
     def body(self) -> dict[str, dict[str, str]]:
         """OpenAI's error shape."""
@@ -103,6 +104,18 @@ class QueueFull(RequestError):
     status = 429
     type = "rate_limit_error"
     retry_after = 1
+
+
+class TenantLimited(RequestError):
+    """The tenant has used what --tenant-limits gives it. `type` is OpenAI's: "tokens" for the flow, "requests" for what is in flight."""
+
+    code = "rate_limit_exceeded"
+    status = 429
+
+    def __init__(self, message: str, retry_after: float, type: str) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        self.type = type
 
 
 class Draining(RequestError):

@@ -235,6 +235,8 @@ class Published:
     verdict: State
     engine_kind: str = ""  # once it is recognised
     orca_bin: str = ""
+    utilization: float = 1.0  # the headline one, and MU in flight at which it is 1: what spill-over may use
+    mu_max_in_flight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,7 +258,7 @@ class Ledger:
             return None
         delivered = fact.usage.completion_tokens if fact.usage else max(fact.delivered_tokens, hold.delivered)
         self._deliver(hold, delivered - hold.delivered, fact.at)
-        work = spent(hold, fact)
+        work = spent(hold.admitted.expected, fact, started=hold.first_at is not None, delivered=hold.delivered)
         mu = units.mu(work, self.co) if work is not None else 0.0
         self._flowed(mu - hold.accrued, fact.at)
         self._finished.add(1, fact.at)
@@ -276,20 +276,19 @@ class Ledger:
         )
 
 
-def spent(hold: Hold, fact: Settled) -> Work | None:
+def spent(expected: Work, fact: Settled, *, started: bool, delivered: int) -> Work | None:
     """What a settled request really used; None for one that never cost the engine anything.
 
     Without `usage`, a request that ended before its first token is taken to have used its prefill only when the engine had
     it: a client that hangs up during prefill has spent it, a request that the engine refused has not.
     """
-    expected = hold.admitted.expected
     if fact.usage is not None:
         return units.settled_work(expected, fact.usage, 0)
     if fact.sent_at is None or fact.outcome == "rejected":
         return None
-    if hold.first_at is None and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
+    if not started and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
         return None
-    return units.settled_work(expected, None, max(fact.delivered_tokens, hold.delivered))
+    return units.settled_work(expected, None, max(fact.delivered_tokens, delivered))
 
 
 def work_so_far(hold: Hold) -> Work:

@@ -77,6 +77,12 @@ class Settings:
     tenant_header: str = flag(
         "x-tenant-id", header_name, "Request header that names the tenant", expected="a header name"
     )
+    tenant_limits: str = flag(
+        "",
+        existing_file,
+        "TOML or JSON file of limits per tenant: model units per minute and in flight; read again when it changes",
+        expected="an existing file",
+    )
     max_tenants: int = flag(
         50,
         integer(1, 10_000),

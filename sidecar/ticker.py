@@ -248,7 +248,8 @@ class Ticker:
                 self.control.verdict.state,
             )
             kind = self._signals.contact.kind_name
-            self._pool.order(Published(report.json(), report.text(), state, kind, report.binary()))
+            forms = report.json(), report.text(), state, kind, report.binary()
+            self._pool.order(Published(*forms, load.utilization, load.mu_max_in_flight))
         self.sinks.feed.publish(self.snapshot)
         self._errands.start("state", self._write_state(self.stand(), wall))
         self._errands.start("records", self._record(wall))

@@ -28,7 +28,7 @@ import uvloop
 from sidecar import app, orca_grpc, settings, units
 from sidecar.imagecache import Folder
 from sidecar.preflight import bind, coefficients, image_mode, reserve, unix
-from sidecar.relay import process
+from sidecar.relay import accounts, process, quota
 from sidecar.settings import Settings
 from sidecar.supervisor import Role, Supervisor
 
@@ -59,6 +59,11 @@ def main(chosen: Settings, border: Border) -> int:
             )
         ]
         place = process.Place(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
+        if chosen.tenant_limits:
+            quota.read(chosen.tenant_limits)
+            (folder / "accounts").write_bytes(b"")
+            os.truncate(folder / "accounts", accounts.size(chosen.workers))
+            place = replace(place, accounts=str(folder / "accounts"))
         if chosen.images != "off":
             kept = Folder(chosen.shm_dir, chosen.image_cache_bytes, needed=chosen.images == "shm")
             stack.callback(kept.close)

@@ -194,6 +194,17 @@ def test_a_coefficients_file_is_read(tmp_path: Path, content: str, level: str) -
     assert machine.coefficients(Settings(coefficients=str(file))).level == level
 
 
+@pytest.mark.parametrize(
+    ("content", "level"), [("[tenants.acme]\nmu_in_flight = 3", "ok"), ("[tenants.acme]\nmu = 3", "fail")]
+)
+def test_a_file_of_limits_is_read(tmp_path: Path, content: str, level: str) -> None:
+    """A good file is ok, a wrong one fails as it would fail the start, and none is nothing to mend."""
+    file = tmp_path / "limits.toml"
+    file.write_text(content)
+    assert machine.limits(Settings(tenant_limits=str(file))).level == level
+    assert machine.limits(Settings()).level == "absent"
+
+
 def test_default_coefficients_are_a_warning() -> None:
     """The roofline of another model is worth a word."""
     assert machine.coefficients(Settings()).level == "warn"

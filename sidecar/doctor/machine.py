@@ -22,7 +22,9 @@ from sidecar.doctor.finding import Finding
 from sidecar.errors import SidecarError
 from sidecar.facts import Absent, Failed
 from sidecar.kernels import families
+from sidecar.limits import Limit
 from sidecar.probes import STALE
+from sidecar.relay import quota
 from sidecar.settings import Settings
 from sidecar.signals.gpu import GpuSignal
 from sidecar.statefile import StateDir
@@ -75,6 +77,18 @@ def ports(chosen: Settings) -> Finding:
     except SidecarError as e:
         return Finding("ports", "fail", str(e), "or is the sidecar running already?")
     return Finding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
+
+
+def limits(chosen: Settings) -> Finding:
+    """The file of the tenants' limits, or that there is none."""
+    if not chosen.tenant_limits:
+        return Finding("tenant-limits", "absent", "no --tenant-limits: any tenant may use all")
+    try:
+        found = quota.read(chosen.tenant_limits)
+    except SidecarError as e:
+        return Finding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
+    others = "each other one has the default" if found.default != Limit() else "others have no limit"
+    return Finding("tenant-limits", "ok", f"{len(found.tenants)} tenants of their own, {others}")
 
 
 def model(chosen: Settings) -> Finding:

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from sidecar.errors import SidecarError
 from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, State, Trace, Usage, Work
+from sidecar.relay.accounts import Lease
 from sidecar.relay.estimate import Estimate
 from sidecar.relay.outcomes import ClientStalled, Cut, outcome_of, reason_of
 from sidecar.relay.shapes import Shape
@@ -69,12 +70,14 @@ class Admission:
         "first_at",
         "id",
         "image_seconds",
+        "lease",
         "mu",
         "on_begun",
         "read_at",
         "route",
         "scope",
         "sent_at",
+        "settled",
         "shape",
         "status",
         "tenant",
@@ -111,6 +114,8 @@ class Admission:
         self.tokens = 0
         self.bytes = 0
         self.usage: Usage | None = None
+        self.settled: Settled | None = None  # once it is over
+        self.lease: Lease | None = None  # what its tenant's limits were charged with
 
     def admit(self, shape: Shape, estimate: Estimate) -> None:
         """Hold the estimate from now on."""
@@ -232,21 +237,20 @@ class Admission:
         if isinstance(error, asyncio.CancelledError) and self._desk.cutting:
             error = Cut()
         outcome = outcome_of(error, self.status, self._desk.verdict)
-        self._desk.emit(
-            Settled(
-                id=self.id,
-                at=time.monotonic(),
-                outcome=outcome,
-                status=self.status,
-                usage=self.usage,
-                delivered_tokens=self.usage.completion_tokens if self.usage else self.tokens,
-                delivered_bytes=self.bytes,
-                first_at=self.first_at,
-                sent_at=self.sent_at,
-                overhead=self.overhead,
-                error=reason_of(error, self.status),
-            )
+        self.settled = Settled(
+            id=self.id,
+            at=time.monotonic(),
+            outcome=outcome,
+            status=self.status,
+            usage=self.usage,
+            delivered_tokens=self.usage.completion_tokens if self.usage else self.tokens,
+            delivered_bytes=self.bytes,
+            first_at=self.first_at,
+            sent_at=self.sent_at,
+            overhead=self.overhead,
+            error=reason_of(error, self.status),
         )
+        self._desk.emit(self.settled)
 
 
 class Endable:

@@ -42,6 +42,7 @@ from sidecar.relay.desk import Desk
 from sidecar.relay.estimate import Estimator
 from sidecar.relay.inlining import ImageWork
 from sidecar.relay.merged_page import MergedPage
+from sidecar.relay.pricing import Pricing
 from sidecar.settings import Settings
 from sidecar.tracecontext import new_trace, parse_traceparent
 from sidecar.units import Coefficients
@@ -72,6 +73,7 @@ class Relay:
         preprocess: Handler | None = None,
         fetch: inlining.Fetch | None = None,
         shm: Callable[[], bool] | None = None,
+        pricing: Pricing | None = None,
     ) -> None:
         self._settings = settings
         self._images = images
@@ -85,7 +87,7 @@ class Relay:
         self._slots = slots.Slots(slots.places(settings.max_concurrent, settings.workers, index), settings.max_queued)
         self._retries = retry.Retries(self._desk, settings.retry_stalled)
         self._windows = directed.Windows(emit, time.monotonic)
-        self._estimator = Estimator(coefficients)
+        self._pricing = pricing or Pricing(Estimator(coefficients))
         self._page = MergedPage(emit)
         self._session = upstream.open_session()
         self._nonce = secrets.token_hex(16)
@@ -103,6 +105,7 @@ class Relay:
                 self._published = order
                 self._engine_kind = order.engine_kind or self._engine_kind
                 self._desk.judged(order.verdict, time.monotonic())
+                self._pricing.heard(order)
                 if self._images is not None:
                     self._images.gpu = order.verdict in inlining.SETTLED
             case End():
@@ -219,6 +222,7 @@ class Relay:
                 raise
             return await answering.part(request, admission, e)
         finally:
+            self._pricing.over(admission)
             if self._images is not None:
                 self._images.release(admission.id)
 
@@ -229,8 +233,9 @@ class Relay:
         opaque = admission.route == "audio" or "content-encoding" in request.headers
         skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce, links=self._fetch is not None)
         shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body))
+        self._pricing.charge(admission)
         replaced, image_tokens = await self._prepare(skeleton, admission)
-        admission.admit(shape, self._estimator.estimate(admission.tenant, shape, image_tokens))
+        self._pricing.admit(admission, image_tokens)
         return upstream.Pieces(bodies.join(skeleton, replaced, ask_usage=shape.ask_usage), admission.sent)
 
     async def _admitted(
@@ -254,10 +259,7 @@ class Relay:
             passed = self._to_engine(request, id, admission.trace, data.size)
             with closing(await self._send(request, passed, data)) as answer:
                 admission.status = answer.status
-                response = await self._answer(request, answer, admission, id)
-        if admission.usage is not None:
-            self._estimator.learn(admission.tenant, admission.shape, admission.usage)
-        return response
+                return await self._answer(request, answer, admission, id)
 
     async def _prepare(
         self, skeleton: bodies.Skeleton, admission: Admission
@@ -342,7 +344,7 @@ class Relay:
 
 
 def _refusal(error: RequestError, id: str) -> web.Response:
-    extra = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+    extra = {} if error.retry_after is None else headers.retry_after(error.retry_after)
     response = web.json_response(error.body(), status=error.status, headers={"x-request-id": id, **extra})
     if isinstance(error, BodyTooLarge):
         response.force_close()  # the rest of the body is not worth reading

@@ -5,6 +5,7 @@ Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass as they ar
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -55,6 +56,11 @@ def to_client(headers: Received, ours: Mapping[str, str], *, drop: str = "") -> 
     passed = _passed(headers, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
     passed.update(ours)
     return passed
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """When to try again: whole seconds for HTTP, and milliseconds for OpenAI's clients, which look for those first."""
+    return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
 def orca(headers: Received, always: bool, published: Published | None) -> dict[str, str]:

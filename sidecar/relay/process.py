@@ -26,10 +26,14 @@ from aiohttp import web
 from sidecar.facts import Fact, Joined, Pulse
 from sidecar.plugin import Watch
 from sidecar.relay import links, upstream
+from sidecar.relay.accounts import Accounts
+from sidecar.relay.estimate import Estimator
 from sidecar.relay.fetching import Fetcher
 from sidecar.relay.handler import Handler, Relay
 from sidecar.relay.inlining import Fetch
 from sidecar.relay.link import Link
+from sidecar.relay.pricing import Pricing
+from sidecar.relay.quota import Quota
 from sidecar.settings import Settings
 from sidecar.units import Coefficients
 
@@ -54,6 +58,7 @@ class Place:
     image_socket: str = ""  # "" where images are off
     image_cache: str = ""  # folder of prepared images; "" where none are kept
     image_cache_bytes: int = 0
+    accounts: str = ""  # file of the tenants' accounts, which all relays share; "" where there is no other relay
     index: int = 0
     restarts: int = 0
 
@@ -105,7 +110,7 @@ async def _serve(place: Place, listener: socket.socket) -> None:
 @contextlib.asynccontextmanager
 async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Relay]:
     own = place.settings
-    async with _images(place) as images, _fetcher(own) as fetch:
+    async with _images(place) as images, _fetcher(own) as fetch, _quota(place) as quota:
         relay = Relay(
             own,
             place.coefficients,
@@ -117,6 +122,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             preprocess=_preprocess(images, own, emit) if images is not None else None,
             fetch=fetch,
             shm=Watch(own.shm_dir) if own.images == "shm" else None,
+            pricing=Pricing(Estimator(place.coefficients), quota),
         )
         try:
             yield relay
@@ -160,6 +166,23 @@ async def _fetcher(own: Settings) -> AsyncIterator[Fetch | None]:
         yield fetcher.fetch
     finally:
         await fetcher.close()
+
+
+@contextlib.asynccontextmanager
+async def _quota(place: Place) -> AsyncIterator[Quota | None]:
+    """The tenants' limits, read again as they change; None where there are none."""
+    own = place.settings
+    if not own.tenant_limits:
+        yield None
+        return
+    quota = Quota(own.tenant_limits, Accounts(place.accounts, own.workers, place.index), own.workers)
+    watching = asyncio.create_task(_lasting(quota.watch))
+    try:
+        yield quota
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        quota.close()
 
 
 def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None]) -> Handler:

@@ -118,9 +118,10 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             fetch: Any = None,
             kind: str = "vllm",
             shm: Any = None,
+            pricing: Any = None,
             **settings: Any,
         ) -> Rig:
-            ways = {"preprocess": preprocess, "fetch": fetch, "shm": shm}
+            ways = {"preprocess": preprocess, "fetch": fetch, "shm": shm, "pricing": pricing}
             return await stack.enter_async_context(_rig(engine, images, ways, kind, settings))
 
         yield start
