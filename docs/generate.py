@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
+from sidecar import cel
 from sidecar.engine import catalogue
 from sidecar.engine.catalogue import OWED, Case
 from sidecar.engine.faults import FAULTS
@@ -28,9 +29,11 @@ from sidecar.meters import METRICS
 from sidecar.probes import FAILS
 from sidecar.reasons import CAUSES, TEXTS
 from sidecar.settings import Settings, default_of, spelled
+from sidecar.units import Coefficients
 from sidecar.verdict import CONDITIONS, TABLE
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+GATEWAY: Final = ROOT / "deploy" / "envoy-ai-gateway" / "milli-mu.yaml"
 FIGURES: Final = ROOT / "docs" / "verdict-figures.md"  # of runs, kept by hand
 
 MEANING: Final[dict[State, str]] = {
@@ -221,6 +224,7 @@ def outputs() -> dict[Path, str]:
             for path in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("health", "fleet", "images")))
         },
         ROOT / "docs" / "verdict.md": verdict_page(),
+        GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),
         kubernetes / "vllm.yaml": render(safe),
         kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),
         kubernetes / "vllm-restart-budget.yaml": render(replace(safe, replicas=3, restarts_at_once=1)),

@@ -49,6 +49,7 @@ HEAVY = {
     "demo": ("sidecar.demo.story", "DemoSettings"),
     "manifests": ("sidecar.manifests.render", "ManifestSettings"),
     "usage": ("sidecar.usage", "UsageSettings"),
+    "cel": ("sidecar.cel", "CelSettings"),
     "calibrate": ("sidecar.calibrate.command", "CalibrateSettings"),
 }
 

