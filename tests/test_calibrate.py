@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 
 from sidecar import units
 from sidecar.__main__ import run
-from sidecar.calibrate import command, fit, report, search, traffic
+from sidecar.calibrate import command, contention, fit, report, search, traffic
 from sidecar.calibrate.command import CalibrateSettings, calibrate
 from sidecar.calibrate.fit import Measured
 from sidecar.calibrate.journal import Entry, Journal, Plan, Step
@@ -236,8 +239,37 @@ async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> No
 
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
         target = Target(running.url, "scripted", ids=False)
-        sample = await traffic.Traffic(session, target, load=load).run(Shape(16, 0, 8), 2, 0.2)
+        sample = await traffic.Traffic(session, target, beside=traffic.Beside(load)).run(Shape(16, 0, 8), 2, 0.2)
     assert sample.others == 3
+
+
+def test_the_wait_of_the_busiest_thread_counts() -> None:
+    """A thread that waits and does little, or came meanwhile, says nothing of the engine; without any, nothing was waited."""
+    before, after = {"a": (1.0, 0.0), "b": (5.0, 5.0)}, {"a": (4.0, 1.0), "b": (5.1, 9.0), "new": (9.0, 9.0)}
+    assert contention.share(before, after, 4.0) == 0.25
+    assert contention.share({}, {}, 4.0) == 0.0
+
+
+def test_what_the_engine_waited_is_not_charged() -> None:
+    """Half of the time without a core is half of the latency."""
+    sample = traffic.Sample(2, [2.0, 2.0], Counter({Work(8, output=1): 2}), waited=0.5)
+    assert sample.cost().ms == 500 and sample.p95() == 1.0
+
+
+def test_waiting_for_a_core_is_seen() -> None:
+    """Of two processes that share one core, each waits about half of the time."""
+    burn = "import os; os.sched_setaffinity(0, {0})\nwhile True: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(2)]
+    try:
+        cores = contention.Cores([processes[0].pid])
+        time.sleep(0.5)
+        cores.mark()
+        time.sleep(1.0)
+        assert 0.2 < cores.waited() <= contention.MOST
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_mu_in_flight_is_the_measured_one_at_its_slo() -> None:

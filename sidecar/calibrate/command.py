@@ -12,6 +12,7 @@ import asyncio
 import datetime
 import hashlib
 import json
+import statistics
 import sys
 import time
 import zlib
@@ -22,11 +23,11 @@ from typing import Any, Final
 import aiohttp
 
 from sidecar import units
-from sidecar.calibrate import fit, hardware, report, search
+from sidecar.calibrate import contention, fit, hardware, report, search
 from sidecar.calibrate.journal import Done, Entry, Journal, Plan
 from sidecar.calibrate.meet import Met, meet
 from sidecar.calibrate.shapes import Shape, ordered, plan
-from sidecar.calibrate.traffic import EngineRefused, Traffic
+from sidecar.calibrate.traffic import Beside, EngineRefused, Traffic
 from sidecar.errors import UsageError
 from sidecar.flags import ENGINE_KINDS, existing_dir, flag, gpu, integer, number, one_of, text, url
 from sidecar.roofline import roofline
@@ -95,18 +96,20 @@ async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findin
         for note in met.notes:
             say(note, lasting=True)
         await quiet(met)
+        pids = await asyncio.to_thread(contention.pids_of, chosen.engine)
+        beside = Beside(met.load, contention.Cores(pids) if pids else None)
         journal = Journal(out, identity(chosen, met))
         planned, done = journal.read()
         if planned is None:
             seconds = chosen.seconds * SEARCH_SHARE, chosen.seconds * (1 - SEARCH_SHARE)
-            traffic = Traffic(session, met.target, seed=4, load=met.load)
+            traffic = Traffic(session, met.target, 4, beside)
             try:
                 planned = await search.plan(traffic, met.context, chosen.slo_seconds, seconds, chosen.concurrency, say)
                 shapes_of(planned, met)
             except ValueError as e:
                 raise UsageError(f"--context: {e}") from None
             journal.begin(planned)
-        await grid(session, met, planned, journal, done, chosen.seconds * (1 - SEARCH_SHARE))
+        await grid(session, met, beside, planned, journal, done, chosen.seconds * (1 - SEARCH_SHARE))
         say("")
         return findings(planned, done, chosen, met), journal
 
@@ -117,7 +120,13 @@ def shapes_of(planned: Plan, met: Met) -> list[Shape]:
 
 
 async def grid(
-    session: aiohttp.ClientSession, met: Met, planned: Plan, journal: Journal, done: Done, seconds: float
+    session: aiohttp.ClientSession,
+    met: Met,
+    beside: Beside,
+    planned: Plan,
+    journal: Journal,
+    done: Done,
+    seconds: float,
 ) -> None:
     """Turns of all shapes, at least two, and more while another fits into the time. Fills `done`."""
     shapes = shapes_of(planned, met)
@@ -128,7 +137,7 @@ async def grid(
             if (shape, turn) not in done:
                 spent = sum(entry.seconds for entry in done.values())
                 say(report.bar(spent, seconds, f"turn {turn + 1}: {shape.name}"))
-                done[shape, turn] = await measure(session, met, shape, planned.concurrency, least, turn)
+                done[shape, turn] = await measure(session, met, beside, shape, planned.concurrency, least, turn)
                 journal.add(shape, turn, done[shape, turn])
         turn += 1
         spent = sum(entry.seconds for entry in done.values())
@@ -136,15 +145,15 @@ async def grid(
 
 
 async def measure(
-    session: aiohttp.ClientSession, met: Met, shape: Shape, concurrency: int, seconds: float, turn: int
+    session: aiohttp.ClientSession, met: Met, beside: Beside, shape: Shape, concurrency: int, seconds: float, turn: int
 ) -> Entry:
     """One shape's cost; again where the engine served others meanwhile. Raises EngineRefused where it goes on doing so."""
     seed = zlib.crc32(f"{shape} {turn} {time.time_ns()}".encode())  # new prompts also when it is done again
     while True:
         started = time.monotonic()
-        sample = await Traffic(session, met.target, seed, met.load).run(shape, concurrency, seconds)
+        sample = await Traffic(session, met.target, seed, beside).run(shape, concurrency, seconds)
         if not sample.others:
-            return Entry(sample.cost(), time.monotonic() - started)
+            return Entry(sample.cost(), time.monotonic() - started, sample.waited)
         await quiet(met)
         seed += 1
 
@@ -177,7 +186,8 @@ def findings(planned: Plan, done: Done, chosen: CalibrateSettings, met: Met) -> 
     )  # fmt: skip
     named = json.dumps([identity(chosen, met), co.source, *(getattr(co, name) for name in units.TERMS)])
     co = replace(co, fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest())
-    return report.Findings(fitted, held_out, co, planned)
+    waited = statistics.median(entry.waited for entry in done.values())
+    return report.Findings(fitted, held_out, co, planned, waited)
 
 
 def origin(machine: str) -> str:

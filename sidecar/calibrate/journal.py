@@ -37,10 +37,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One measurement, and the seconds that it took."""
+    """One measurement, the seconds that it took, and the share of them in which the engine had no core."""
 
     measured: Measured
     seconds: float
+    waited: float = 0.0
 
 
 Done = dict[tuple[Shape, int], Entry]  # by shape and turn
@@ -75,7 +76,7 @@ class Journal:
     def add(self, shape: Shape, turn: int, entry: Entry) -> None:
         """Keep one measurement."""
         record = {"shape": asdict(shape), "turn": turn, "work": asdict(entry.measured.work), "ms": entry.measured.ms}
-        self._write(json.dumps({**record, "seconds": round(entry.seconds, 3)}), "a")
+        self._write(json.dumps({**record, "seconds": round(entry.seconds, 3), "waited": round(entry.waited, 4)}), "a")
 
     def close(self, kept: Path | None = None) -> None:
         """The file is written: the journal is not needed any more, unless it is to be `kept` somewhere."""
@@ -99,4 +100,6 @@ def read_plan(line: str) -> Plan:
 def read_entry(line: str) -> tuple[tuple[Shape, int], Entry]:
     """A further line."""
     raw = json.loads(line)
-    return (Shape(**raw["shape"]), raw["turn"]), Entry(Measured(Work(**raw["work"]), raw["ms"]), raw["seconds"])
+    return (Shape(**raw["shape"]), raw["turn"]), Entry(
+        Measured(Work(**raw["work"]), raw["ms"]), raw["seconds"], raw["waited"]
+    )

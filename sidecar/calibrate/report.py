@@ -18,12 +18,16 @@ NOISY: Final = 0.15  # spread of the turns, from which on the machine is said to
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Shapes that were fitted and that were held out, and what came of them."""
+    """Shapes that were fitted and that were held out, and what came of them.
+
+    `waited`: the share of the time in which the engine had no core, half of the measurements more.
+    """
 
     fitted: Sequence[Row]
     held_out: Sequence[Row]
     co: Coefficients
     plan: Plan
+    waited: float
 
     @property
     def ours(self) -> Accuracy:
@@ -53,7 +57,7 @@ def _of(rows: Sequence[Row]) -> list[Measured]:
 def text(found: Findings, slo: float) -> str:
     """The report."""
     ours, theirs, co = found.ours, found.theirs, found.co
-    noisy = "; the machine does other things, too: measure again when it does not" if found.spread > NOISY else ""
+    noisy = "; the machine does other things, too: measure again when it does not"
     return "\n".join(
         [
             *table(found),
@@ -62,7 +66,8 @@ def text(found: Findings, slo: float) -> str:
             f"alpha-beta line: MAPE {theirs.mape:.1%}, P90 {theirs.p90:.1%}, R2 {theirs.r2:.3f}",
             f"capacity with {found.plan.concurrency} open: {units.max_mu_per_minute(co):.1f} MU per minute, "
             f"coefficient of variation over the shapes {found.variation:.1%}",
-            f"turns of one shape lie {found.spread:.1%} apart{noisy}",
+            f"turns of one shape lie {found.spread:.1%} apart; the engine had no core in {found.waited:.1%} of the time, which is taken out"
+            + (noisy if max(found.spread, found.waited) > NOISY else ""),
             f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
             f"1 MU = {units.unit_ms(co):.1f} ms; "
             + ", ".join(f"{name} {getattr(co, name):.4g}" for name in units.TERMS),

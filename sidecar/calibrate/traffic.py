@@ -20,6 +20,7 @@ from typing import Final
 
 import aiohttp
 
+from sidecar.calibrate.contention import Cores
 from sidecar.calibrate.fit import Measured
 from sidecar.calibrate.prompts import Prompt, Prompts, Target, used, words
 from sidecar.calibrate.shapes import Shape
@@ -41,36 +42,49 @@ class EngineRefused(SidecarError):
     code = "calibration_refused"
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What is watched during a run: how many requests the engine has, and how long it waits for a core."""
+
+    load: Load | None = None
+    cores: Cores | None = None
+
+
 @dataclass(slots=True)
 class Sample:
     """What a run at one shape and concurrency showed, of requests that began and ended while all others were open, too. Seconds.
 
-    `others`: requests of others that were there all the while; 0 where there were none.
+    `others`: requests of others that were there all the while; 0 where there were none. `waited`: the share of the time in which
+    the engine had no core, which no request is charged for.
     """
 
     concurrency: int
     latencies: list[float] = field(default_factory=list)
     works: Counter[Work] = field(default_factory=Counter)
     others: int = 0
+    waited: float = 0.0
 
     def cost(self) -> Measured:
         """The cost of the commonest size seen."""
-        return Measured(self.works.most_common(1)[0][0], statistics.mean(self.latencies) * 1000 / self.concurrency)
+        seconds = statistics.mean(self.latencies) * (1 - self.waited)
+        return Measured(self.works.most_common(1)[0][0], seconds * 1000 / self.concurrency)
 
     def p95(self) -> float:
         """The 95th percentile of latency, seconds."""
         ranked = sorted(self.latencies)
-        return ranked[min(len(ranked) - 1, int(0.95 * len(ranked)))]
+        return ranked[min(len(ranked) - 1, int(0.95 * len(ranked)))] * (1 - self.waited)
 
 
 class Traffic:
     """Sends requests of given shapes."""
 
-    def __init__(self, session: aiohttp.ClientSession, target: Target, seed: int = 0, load: Load | None = None) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, target: Target, seed: int = 0, beside: Beside | None = None
+    ) -> None:
         self._session = session
         self._target = target
         self._prompts = Prompts(target, seed)
-        self._load = load
+        self._beside = beside or Beside()
 
     async def once(self, shape: Shape) -> Work:
         """One request alone. Raises EngineRefused."""
@@ -99,6 +113,8 @@ class Traffic:
                 started, counts = time.monotonic(), warm <= 0
                 work = await self._ask(prompt, shape)
                 warm -= 1
+                if warm == 0 and self._beside.cores is not None:
+                    self._beside.cores.mark()
                 if counts:
                     sample.latencies.append(time.monotonic() - started)
                     sample.works[work] += 1
@@ -111,6 +127,8 @@ class Traffic:
             done, _ = await asyncio.wait([ended, *workers], return_when=asyncio.FIRST_COMPLETED)
             for task in done:  # a worker ends by itself only when it failed
                 task.result()
+            if self._beside.cores is not None:
+                sample.waited = self._beside.cores.waited()
         finally:
             for task in (*workers, looking, ended):
                 task.cancel()
@@ -120,9 +138,9 @@ class Traffic:
     async def _look(self, sample: Sample) -> None:
         """Take down what the engine serves beside us. Ends with the run."""
         seen = 0
-        while self._load is not None:
+        while self._beside.load is not None:
             await asyncio.sleep(LOOK)
-            load = await self._load()
+            load = await self._beside.load()
             more = int((load or 0) - sample.concurrency)
             seen = seen + 1 if more > 0 else 0
             if seen >= STRANGE:

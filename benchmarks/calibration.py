@@ -1,0 +1,129 @@
+"""`sidecar calibrate` against a real vLLM on this machine's CPU: what its coefficients are worth on shapes that were held out.
+
+    python benchmarks/calibration.py [--kind text|vision] [--seconds N] [--write]       (the environment: `make test-vllm`)
+
+A tiny model of random weights with 8192 tokens of context, the prefix cache on and reported. The worker runs in the core's process, as
+on one GPU (the CPU's default, a worker of its own, polls and takes a core from everybody). `--write` puts what calibrate printed, and a
+plot of predicted against measured costs of the held-out shapes, into benchmarks/results/. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from math import log10
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sidecar import units
+from sidecar.calibrate import fit, hardware
+from sidecar.calibrate.fit import Measured, Row
+from sidecar.calibrate.journal import read_entry
+from tests.vllm import environment, processes
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = (
+    "--max-model-len", "8192", "--enable-prefix-caching", "--enable-prompt-tokens-details",
+    "--distributed-executor-backend", "uni",
+)  # fmt: skip
+ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # vLLM refuses "uni" on a CPU unless this is said
+RESULTS = Path(__file__).parent / "results"
+SIDE, EDGE = 420, 60  # of the plot, pixels
+
+
+def main() -> None:
+    """Measure, print, and write where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kind", choices=("text", "vision"), default="text")
+    parser.add_argument("--seconds", type=float, default=420.0)
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    if not environment.complete():
+        print("the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk)")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        said, took = calibrated(chosen.kind, chosen.seconds, folder)
+        rows = measured(folder / "all.jsonl")
+        co = units.from_json((folder / "co.json").read_text())
+    title = f"vLLM {environment.VERSION}, tiny {chosen.kind} model, {hardware.text('http://localhost', (0, ''))}"
+    command = f"benchmarks/calibration.py --kind {chosen.kind} --seconds {chosen.seconds:g}"
+    today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
+    text = f"# Calibration: {title}\n\n`{command}`, {today}; {took:.0f} s in all.\n\n```\n{said}```\n"
+    print(text)
+    if chosen.write:
+        stem = RESULTS / f"calibration-{chosen.kind}-{today}"
+        stem.with_suffix(".md").write_text(text)
+        stem.with_suffix(".svg").write_text(plot(rows, co, title))
+
+
+def calibrated(kind: str, seconds: float, folder: Path) -> tuple[str, float]:
+    """What `sidecar calibrate` printed beside a vLLM of its own, and the seconds that it took. Its files are in `folder`."""
+    model = folder / "model"
+    make = [str(environment.python()), str(ROOT / "tests/vllm/tiny_models.py"), kind, str(model)]
+    subprocess.run(make, check=True, env=os.environ | processes.ENGINE_ENV, timeout=120)
+    with processes.engine(model, folder / "engine.log", environ=ENVIRON, more=FLAGS) as engine:
+        command = [
+            sys.executable, "-m", "sidecar", "calibrate", "--engine", engine.url, "--model", str(model), "--out",
+            str(folder / "co.json"), "--measurements", str(folder / "all.jsonl"), "--seconds", str(seconds),
+        ]  # fmt: skip
+        started = time.monotonic()
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.rpartition("written: ")[0], time.monotonic() - started
+
+
+def measured(path: Path) -> list[Row]:
+    """The shapes of a file of measurements, each over all turns."""
+    entries = dict(map(read_entry, path.read_text().splitlines()[2:]))
+    return fit.merged((shape, entry.measured) for (shape, _), entry in entries.items())
+
+
+def plot(rows: Sequence[Row], co: units.Coefficients, title: str) -> str:
+    """An SVG: measured cost across, predicted cost up, both logarithmic; dots are held-out shapes, crosses an alpha-beta line's."""
+    held = [row.measured for row in rows if row.shape.held_out]
+    line = fit.line([row.measured for row in rows if not row.shape.held_out])
+    low, high = min(m.ms for m in held) / 2, max(m.ms for m in held) * 2
+
+    def at(ms: float) -> float:
+        return SIDE * (log10(min(max(ms, low), high)) - log10(low)) / (log10(high) - log10(low))
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIDE + 2 * EDGE}" height="{SIDE + 2 * EDGE}" '
+        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{EDGE}" y="20" font-weight="bold">{escape(title)}</text>',
+        f'<text x="{EDGE}" y="36" fill="#555">held-out shapes: dots the cost model, crosses a fitted alpha-beta line; band 25 %</text>',
+        f'<g transform="translate({EDGE},{EDGE + SIDE}) scale(1,-1)">',
+        f'<polygon points="{_band(at, low, high)}" fill="#1b6ca8" fill-opacity="0.12"/>',
+        f'<path d="M0 0H{SIDE}V{SIDE}H0ZL{SIDE} {SIDE}" fill="none" stroke="#999"/>',
+    ]
+    for m in held:
+        x, y = at(m.ms), at(_on(line, m))
+        parts.append(f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m-8 0l8 -8" stroke="#888" fill="none"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{at(units.gpu_ms(m.work, co)):.1f}" r="4" fill="#1b6ca8"/>')
+    parts.append("</g>")
+    for ms in (10**n for n in range(-1, 6) if low <= 10**n <= high):
+        parts.append(f'<text x="{EDGE + at(ms):.0f}" y="{EDGE + SIDE + 16}" text-anchor="middle">{ms:g}</text>')
+        parts.append(f'<text x="{EDGE - 6}" y="{EDGE + SIDE - at(ms) + 4:.0f}" text-anchor="end">{ms:g}</text>')
+    parts.append(f'<text x="{EDGE + SIDE}" y="{EDGE + SIDE + 34}" text-anchor="end" fill="#555">measured ms</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _band(at: Callable[[float], float], low: float, high: float) -> str:
+    corners = [(low, low * 1.25), (high, high * 1.25), (high, high * 0.75), (low, low * 0.75)]
+    return " ".join(f"{at(x):.1f},{at(y):.1f}" for x, y in corners)
+
+
+def _on(line: Sequence[float], m: Measured) -> float:
+    return line[0] + line[1] * (m.work.uncached + m.work.cached) + line[2] * m.work.output
+
+
+if __name__ == "__main__":
+    main()
