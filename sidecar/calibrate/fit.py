@@ -87,8 +87,8 @@ def solve(rows: Sequence[Sequence[float]], costs: Sequence[float], prior: Sequen
     relative = [[value / cost for value in r] for r, cost in zip(rows, costs, strict=True)]
     gram = [[sum(r[i] * r[j] for r in relative) for j in count] for i in count]
     target = [sum(r[i] for r in relative) for i in count]
-    x = list(prior)
-    for _ in range(AGAIN if ridge else 1):
+    x = _descend(gram, target, prior, [0.0] * len(prior), list(prior))  # near a prior that is far off the pull is steep
+    for _ in range(AGAIN if ridge else 0):
         pull = [ridge / max(x[i], prior[i]) ** 2 if prior[i] > 0 else 0.0 for i in count]
         x = _descend(gram, target, prior, pull, x)
     return x
