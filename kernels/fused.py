@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size
 
 try:
     from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
@@ -56,13 +56,19 @@ def patches(
     image: NDArray[np.uint8], geometry: Geometry, spec: PatchSpec, kind: Kind, level: int = FASTEST
 ) -> NDArray[Any]:
     """`pixel_values` of uint8 (h, w, 3), contiguous: (grid_h * grid_w, 3 * temporal * patch * patch) of `kind`."""
+    layout = (spec.patch_size, spec.merge_size, spec.temporal_patch_size)
+    return cut(image, (geometry.height, geometry.width), layout, spec, kind, level)
+
+
+def cut(
+    image: NDArray[np.uint8], size: Size, layout: tuple[int, int, int], spec: ProcessorSpec, kind: Kind, level: int = FASTEST
+) -> NDArray[Any]:  # fmt: skip
+    """Likewise, of an image in any size, for `layout`: pixels a side of a patch, patches a side that merge, temporal copies."""
     number, dtype = KINDS[kind]
-    plan = _plan(*_size(image), geometry.height, geometry.width, spec.resample)
-    row = 3 * spec.temporal_patch_size * spec.patch_size**2
-    out = _aligned((geometry.grid_h * geometry.grid_w, row), dtype)
-    _fused.patches(
-        plan, image, out, level, spec.patch_size, spec.merge_size, spec.temporal_patch_size, number, *_values(spec)
-    )
+    patch, merge, temporal = layout
+    out = _aligned((size[0] // patch * (size[1] // patch), 3 * temporal * patch**2), dtype)
+    plan = _plan(*_size(image), *size, spec.resample)
+    _fused.patches(plan, image, out, level, patch, merge, temporal, number, *_values(spec))
     return out
 
 

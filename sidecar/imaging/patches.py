@@ -82,7 +82,8 @@ def normalise(pixels: Tensor, spec: ProcessorSpec) -> Tensor:
     mean, std = (torch.tensor(v, dtype=torch.float32, device=pixels.device) for v in (spec.image_mean, spec.image_std))
     if spec.do_rescale:
         mean, std = mean * (1.0 / spec.rescale_factor), std * (1.0 / spec.rescale_factor)
-    floats: Any = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    # planes of bytes first: turning rows of RGB and widening them at once takes three times as long
+    floats: Any = pixels.contiguous().to(torch.float32)
     return floats.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 

@@ -197,3 +197,10 @@ def test_a_spec_survives_files_and_json(row: Family, tmp_path: Any) -> None:
     assert families.from_dir(str(tmp_path)) == spec is not None
     assert families.from_json(spec.to_json()) == spec
     assert not spec.keeps(spec.geometry(480, 640)), "never inline"
+
+
+def test_without_the_compiled_kernel_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was not built, torch cuts small patches, too."""
+    monkeypatch.setattr("sidecar.kernels.fused.missing", lambda: "not built")
+    for name in ("kimi-k2.5", "internvl", "minicpm-v"):
+        check(ROWS[name], (150, 211), (300, 40))
