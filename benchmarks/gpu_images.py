@@ -1,6 +1,7 @@
 """The GPU's resize against its memory's speed: one command that builds nothing.
 
     python benchmarks/gpu_images.py [--rounds N] [--write]
+    python benchmarks/gpu_images.py --check ipc        lent memory: another process reads the same bits, and all of it comes back
     python benchmarks/gpu_images.py --interpret        a smoke test without a GPU: bits only, small images, no figures
 
 Needs a CUDA machine with torch >= 2.8 (its CPU build of ATen is the reference) and Triton. Before anything is timed, every size and kind of
@@ -190,19 +191,25 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--interpret", action="store_true", help="Triton's interpreter on the CPU: no figures")
+    parser.add_argument("--check", choices=("bits", "ipc"), help="only this, and no figures")
     args = parser.parse_args()
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    if args.interpret:
-        check("cpu", SMALL)
-        print("equal to ATen's bits, in Triton's interpreter")
-        return 0
-    if not torch.cuda.is_available():
+    if not args.interpret and not torch.cuda.is_available():
         print("no CUDA device is visible; --interpret checks the bits without one", file=sys.stderr)
         return 1
-    check("cuda", SIZES | SMALL)
+    if args.check == "ipc":
+        import gpu_ipc
+
+        sizes = SMALL if args.interpret else SIZES | SMALL
+        print(gpu_ipc.check([picture(*size) for size in sizes.values()], processor()))
+        return 0
+    check(*(("cpu", SMALL) if args.interpret else ("cuda", SIZES | SMALL)))
+    if args.interpret or args.check:
+        print("equal to ATen's bits" + (", in Triton's interpreter" if args.interpret else ""))
+        return 0
     text = report(measure(args.rounds), copy_speed(args.rounds), args.rounds)
     print(text)
     if args.write:

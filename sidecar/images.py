@@ -13,13 +13,17 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from sidecar import cpus
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.imagecache import UNREAD, Handed, ImageCache
 from sidecar.jobs import (
+    DEVICE,
+    GPU_BUSY,
+    GPU_DOOR,
     MAX_REPLY,
     PIXELS,
     PREFIX,
@@ -37,9 +41,11 @@ from sidecar.jobs import (
     parse,
 )
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.loan import Loan, borrowed, give_back
 from sidecar.settings import Settings
 
 Data = bytes | bytearray | memoryview
+R = TypeVar("R")
 
 SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
 PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
@@ -104,6 +110,7 @@ class Images:
         self._cache = cache
         self._keeping: set[asyncio.Task[None]] = set()
         self._handed: dict[str, list[Handed]] = {}
+        self._loans: set[Loan] = set()
 
     async def inline(
         self, data: Data, where: str, tenant: str = "", hand_over: str = "", is_base64: bool = True
@@ -156,15 +163,45 @@ class Images:
         `spec`: for another processor than the model's, such as the same one without its last steps. Raises BadImage or
         ImagesBusy for the first that fails, and gives up the others.
         """
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec))
-                    for i, (data, is_base64) in enumerate(images)
-                ]
-        except* (BadImage, ImagesBusy) as failed:
-            raise failed.exceptions[0] from None
-        return [Tensors(*task.result()[:2]) for task in tasks]
+        done = await _all(
+            self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec)
+            for i, (data, is_base64) in enumerate(images)
+        )
+        return [Tensors(prepared, values) for prepared, values, _ in done]
+
+    @contextlib.asynccontextmanager
+    async def loan(self) -> AsyncIterator[Loan]:
+        """A loan of the GPU's memory, for `lent`. Raises NoGpu or ImagesBusy."""
+        if not self.gpu:
+            raise ImagesBusy("the engine is starting or stands still, and its GPU is left alone; try again shortly")
+        async with borrowed(self._path + GPU_DOOR) as loan:
+            self._loans.add(loan)
+            try:
+                yield loan
+            finally:
+                self._loans.discard(loan)
+
+    async def lent(
+        self, images: Sequence[tuple[Data, bool]], spec: ProcessorSpec, loan: Loan, where: str = "images"
+    ) -> list[Tensors]:
+        """Like `tensors`, but `pixel_values` stay in the GPU's memory until the loan ends; `values` say where, as JSON."""
+
+        async def one(data: Data, is_base64: bool, where: str) -> Tensors:
+            started = time.monotonic()
+            self._check_size(data, where, is_base64)
+            done, said = await self._job(DEVICE, spec.to_json(), data, where, is_base64, loan.name)
+            return Tensors(_prepared(done, said, time.monotonic() - started), said)
+
+        return await _all(one(data, is_base64, f"{where}[{i}]") for i, (data, is_base64) in enumerate(images))
+
+    def end_loans(self) -> None:
+        """The engine is gone: whatever was lent goes back at once, before the next one measures the GPU's memory."""
+        for loan in self._loans:
+            loan.end()
+
+    async def give_back(self, name: str) -> bool:
+        """End a loan of any relay process. False where there is none of that name. Raises NoGpu or ImagesBusy."""
+        return await give_back(self._path + GPU_DOOR, name)
 
     async def close(self) -> None:
         """Take no more images; those under way end by themselves within their deadline."""
@@ -206,9 +243,11 @@ class Images:
         if at_once:
             await task
 
-    async def _job(self, want: str, spec_json: str, data: Data, where: str, is_base64: bool) -> tuple[Done, bytearray]:
+    async def _job(
+        self, want: str, spec_json: str, data: Data, where: str, is_base64: bool, loan: str = ""
+    ) -> tuple[Done, bytearray]:
         async with self._connection() as connection:
-            job = Job(want, spec_json, is_base64, self._limits, self._seconds, self.gpu)
+            job = Job(want, spec_json, is_base64, self._limits, self._seconds, self.gpu, loan)
             sent = time.monotonic()
             try:
                 async with asyncio.timeout(self._seconds + SLACK):
@@ -216,6 +255,8 @@ class Images:
                     answer, payload = await _receive(connection)
             except (OSError, EOFError, FrameError, TimeoutError):
                 raise _killed(where, time.monotonic() - sent, self._seconds) from None
+        if isinstance(answer, Refused) and answer.reason == GPU_BUSY:
+            raise ImagesBusy(f"{where}: {answer.message}; try again shortly, or take the tensors another way")
         if isinstance(answer, Refused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
         assert isinstance(answer, Done)
@@ -271,6 +312,16 @@ class Images:
                     pause = min(2 * pause, longest)
         except TimeoutError:
             raise ImagesBusy("no image worker took the image in time; try again shortly") from None
+
+
+async def _all(jobs: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
+    """The results in order. Raises BadImage or ImagesBusy for the first that fails, and gives up the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(job) for job in jobs]
+    except* (BadImage, ImagesBusy) as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def _greeting(connection: socket.socket, path: str) -> None:

@@ -19,27 +19,29 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from sidecar.jobs import FrameError
+from sidecar.jobs import GPU_DOOR, FrameError
 
 ARENA: Final = 64 << 20  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
 PATIENCE: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
 REST: Final = (1.0, 30.0)  # first and longest pause after a vain ask, seconds
 MAX_ASK: Final = 8192  # bytes
+OK, FULL = b"ok", b"full"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-NAME: Final = ".gpu"  # behind the name of the image server's own socket
+NAME: Final = GPU_DOOR
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
-    The answer takes their place: RGB rows where `inline`, else the processor's output.
+    The answer takes their place: RGB rows where `inline`, else the processor's output. With a `loan` that output stays on the device.
     """
 
     height: int
     width: int
     spec: str
     inline: bool
+    loan: str = ""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -49,7 +51,8 @@ def parse(text: bytes) -> Ask:
     """Inverse of Ask.to_json. Raises FrameError."""
     try:
         ask = Ask(**json.loads(text))
-        if type(ask.height) is int and type(ask.width) is int and ask.height > 0 < ask.width and type(ask.spec) is str:
+        sizes, texts = (ask.height, ask.width), (ask.spec, ask.loan)
+        if all(type(size) is int and size > 0 for size in sizes) and all(type(text) is str for text in texts):
             return ask
     except (ValueError, TypeError):
         pass
@@ -90,7 +93,17 @@ class Door:
 
     def make(self, pixels: memoryview, ask: Ask, size: int) -> memoryview | None:
         """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
-        if max(len(pixels), size) > ARENA or self._now() < self._not_before:
+        answer = self._asked(pixels, ask) if size <= ARENA else None
+        return memoryview(self._memory)[:size] if answer == OK else None
+
+    def lend(self, pixels: memoryview, ask: Ask) -> bytes | None:
+        """Where the GPU keeps what it makes of `pixels` for the ask's loan, as JSON; None where it has not."""
+        answer = self._asked(pixels, ask)
+        return answer if answer not in (OK, FULL) else None
+
+    def _asked(self, pixels: memoryview, ask: Ask) -> bytes | None:
+        """The GPU's answer; None where there is none in time."""
+        if len(pixels) > ARENA or self._now() < self._not_before:
             return None
         try:
             connection = self._open()
@@ -106,7 +119,7 @@ class Door:
             self._pause()
             return None
         self._rest = REST[0]
-        return memoryview(self._memory)[:size] if answer == b"ok" else None
+        return answer
 
     def _open(self) -> socket.socket:
         """A connection whose arena is ours alone. Raises TimeoutError while the GPU may still write to it, OSError where it is lost."""

@@ -18,7 +18,7 @@ from sidecar.imaging import headers, tiles
 from sidecar.imaging.decode import TURNS, BadPixels, check_size, decode, orientation
 from sidecar.imaging.door import Ask, Door
 from sidecar.imaging.patches import ppm, prepare, resize, values
-from sidecar.jobs import INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
+from sidecar.jobs import DEVICE, GPU_BUSY, INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
 
@@ -27,6 +27,7 @@ Answer = tuple[Done | Refused, Payload]
 
 PPM: Final = "image/x-portable-pixmap"
 OCTETS: Final = "application/octet-stream"
+JSON: Final = "application/json"
 UNKNOWN: Final = "it is in no known format; send JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
@@ -71,6 +72,8 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
         name = opened.header.format
         if job.want == LAYOUT:
             return done(opened, ""), b""
+        if job.want == DEVICE:
+            return _lent(door, job, opened)
         # views and their canvases are the CPU's: the GPU's kernel knows one resized copy of an image
         if (
             door is not None
@@ -94,11 +97,11 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
 
 def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> Answer | None:
     """The answer by the GPU; None where it cannot be had."""
-    rows = picture.pixels.permute(1, 2, 0).contiguous().numpy()
+    rows = _rows(picture)
     inline, (height, width) = job.want in INLINE, picture.geometry.size
     if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
         return None  # nothing to resize
-    size = 3 * height * width if inline else tensoroctets(picture.geometry, spec)
+    size = 3 * height * width if inline else tensor_bytes(picture.geometry, spec)
     octets = door.make(rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], job.spec, inline), size)
     if octets is None:
         return None
@@ -116,7 +119,23 @@ def _tensor(pixels: Any, geometry: Geometry, spec: ProcessorSpec) -> Any:
     return prepare(pixels, geometry, spec)
 
 
-def tensoroctets(geometry: Geometry, spec: ProcessorSpec) -> int:
+def _lent(door: Door | None, job: Job, picture: Picture) -> Answer:
+    """The processor's output in the GPU's memory: where it is. Nothing else than the GPU can do this."""
+    rows = _rows(picture)
+    ask = Ask(rows.shape[0], rows.shape[1], job.spec, False, job.loan)
+    possible = door is not None and job.gpu and not picture.geometry.views
+    where = door.lend(rows.reshape(-1).data, ask) if door is not None and possible else None
+    if where is None:
+        return Refused(GPU_BUSY, "the GPU has no room for it now, or is not in use", picture.header.format), b""
+    picture.stages.end("resize_gpu")
+    return done(picture, JSON), where
+
+
+def _rows(picture: Picture) -> Any:
+    return picture.pixels.permute(1, 2, 0).contiguous().numpy()
+
+
+def tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
     """Bytes of one image's `pixel_values`."""
     height, width = geometry.size
     copies = spec.temporal_patch_size if isinstance(spec, PatchSpec) else 1

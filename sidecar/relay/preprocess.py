@@ -2,7 +2,8 @@
 
 In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, multipart with one part named `image` per image, or one raw body of
 type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
-`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes. `?values=uint8`
+`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes; with `cuda-ipc` the
+layout, and handles of the GPU's memory (lending.py). `?values=uint8`
 leaves rescaling and normalising out, for engines that do both on their device.
 
 Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
@@ -16,7 +17,7 @@ import math
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
@@ -27,14 +28,15 @@ from sidecar.errors import BadImage, BodyTooLarge, RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.images import Data, Images, Prepared, Tensors
 from sidecar.jobs import LAYOUT, TENSORS
-from sidecar.kernels.grid import Geometry, ProcessorSpec
-from sidecar.relay import batches, bodies, downstream
+from sidecar.kernels.grid import Geometry, ProcessorSpec, TileSpec
+from sidecar.relay import batches, bodies, downstream, lending
 from sidecar.relay.batches import SIZES
 from sidecar.settings import Settings
 
 SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
 HANDOFF: Final = "x-sidecar-handoff"
+SHM, CUDA_IPC = "shm", "cuda-ipc"
 MALFORMED: Final = (ValueError, AssertionError, HttpProcessingError)  # what aiohttp raises for a damaged multipart body
 MARK: Final = b";base64,"
 MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
@@ -65,8 +67,10 @@ class NotImplementedHere(RequestError):
 
 async def preprocess(request: web.BaseRequest, images: Images, limits: Settings, emit: Emit) -> web.StreamResponse:
     """Serve one request; one Imaged fact per image goes to `emit`. Raises RequestError, which is OpenAI-style to the client."""
-    shm = handoff(request.headers.get(HANDOFF, ""))
-    want = TENSORS if shm else accepted(request.headers.get("accept", ""))
+    if request.method == "DELETE":
+        return await lending.give_back(images, request.path.rpartition("/")[2])
+    way = handoff(request.headers.get(HANDOFF, ""))
+    want = TENSORS if way else accepted(request.headers.get("accept", ""))
     if want == TENSORS and not images.spec.tensors:
         raise BadRequest(
             "this model's processor cuts images into tiles, whose tensors are not made here; inline images work"
@@ -78,10 +82,18 @@ async def preprocess(request: web.BaseRequest, images: Images, limits: Settings,
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
     tenant = request.headers.get(limits.tenant_header, "")
-    done = await _prepare(images, spec, sources, want, emit, tenant)
+    if way == CUDA_IPC:
+        if isinstance(spec, TileSpec):
+            raise NotImplementedHere(
+                f"{HANDOFF}: the tiles of this model's processor are not made on a GPU; send {SHM}"
+            )
+        async with images.loan() as loan:
+            done = await _reported(images.lent(sources, spec, loan), sources, emit)
+            return await lending.hold(request, loan, lending.lines(layout(done, spec), done, _alone(done, spec), loan))
+    done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec), sources, emit)
     if want == LAYOUT:
         return web.json_response(layout(done, spec))
-    if shm:
+    if way == SHM:
         return web.json_response(await shared(images, spec, done))
     return await _answer(request, done, spec)
 
@@ -105,11 +117,13 @@ async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -
     return layout(done, spec) | {"segments": [segment]}
 
 
-def handoff(wanted: str) -> bool:
-    """Whether the answer goes through shared memory. Raises NotImplementedHere for another hand-off."""
-    if wanted not in ("", "shm"):
-        raise NotImplementedHere(f"{HANDOFF}: {wanted[:16]!r} is not known; send shm, or leave the header out")
-    return bool(wanted)
+def handoff(wanted: str) -> str:
+    """SHM, CUDA_IPC, or "" for the answer's body. Raises NotImplementedHere for another hand-off."""
+    if wanted not in ("", SHM, CUDA_IPC):
+        raise NotImplementedHere(
+            f"{HANDOFF}: {wanted[:16]!r} is not known; send {SHM} or {CUDA_IPC}, or leave the header out"
+        )
+    return wanted
 
 
 def accepted(accept: str) -> str:
@@ -121,6 +135,11 @@ def accepted(accept: str) -> str:
         if kind == JSON:
             return LAYOUT
     raise NotAcceptable(f"accept: send {SAFETENSORS} for tensors, or {JSON} for their layout only")
+
+
+def _alone(done: Sequence[Tensors], spec: ProcessorSpec) -> list[tuple[str, list[int]]]:
+    """The safetensors dtype and shape of each image's own `pixel_values`."""
+    return [spec.shapes([g])["pixel_values"] for g in geometries(done, spec)]
 
 
 def shapes(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
@@ -195,12 +214,11 @@ async def _answer(request: web.BaseRequest, done: list[Tensors], spec: Processor
     return response
 
 
-async def _prepare(
-    images: Images, spec: ProcessorSpec, sources: list[Source], want: str, emit: Emit, tenant: str
-) -> list[Tensors]:
+async def _reported(work: Awaitable[list[Tensors]], sources: list[Source], emit: Emit) -> list[Tensors]:
+    """What `work` makes of the images, each with its fact."""
     started = time.monotonic()
     try:
-        done = await images.tensors(sources, want=want, tenant=tenant, spec=spec)
+        done = await work
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"

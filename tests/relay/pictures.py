@@ -23,6 +23,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.gpu = False
+        self.loans_ended = 0
         self.handed_over: list[bool] = []
         self.running = 0
         self.started = asyncio.Event()
@@ -49,6 +50,9 @@ class Workers:
 
     def release(self, request: str) -> None:
         """Nothing was handed over."""
+
+    def end_loans(self) -> None:
+        self.loans_ended += 1
 
 
 def pictures(*base64: str, **more: Any) -> dict[str, Any]:

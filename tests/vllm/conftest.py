@@ -97,5 +97,6 @@ def sidecar(engine: Engine, start_sidecar: Callable[..., Sidecar]) -> Sidecar:
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
     """A client without keep-alive surprises: nothing is retried, nothing waits longer than two minutes."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=120)) as session:
         yield session
