@@ -77,6 +77,12 @@ class Settings:
     tenant_header: str = flag(
         "x-tenant-id", header_name, "Request header that names the tenant", expected="a header name"
     )
+    tokenizer: str = flag(
+        "auto",
+        one_of("auto", "off"),
+        "Count prompt tokens; auto: where --model has a tokenizer.json and the extra `tokenizer` is there, else by a learned ratio",
+        expected="one of auto, off",
+    )
     tenant_limits: str = flag(
         "",
         existing_file,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from sidecar.facts import Absent, Failed
 from sidecar.kernels import families
 from sidecar.limits import Limit
 from sidecar.probes import STALE
-from sidecar.relay import quota
+from sidecar.relay import counting, quota
 from sidecar.settings import Settings
 from sidecar.signals.gpu import GpuSignal
 from sidecar.statefile import StateDir
@@ -89,6 +90,22 @@ def limits(chosen: Settings) -> Finding:
         return Finding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
     others = "each other one has the default" if found.default != Limit() else "others have no limit"
     return Finding("tenant-limits", "ok", f"{len(found.tenants)} tenants of their own, {others}")
+
+
+def tokenizer(chosen: Settings) -> Finding:
+    """Whether prompt tokens are counted, or estimated by a ratio."""
+    if chosen.tokenizer == "off" or not (Path(chosen.model) / counting.FILE).is_file() or not chosen.model:
+        why = "as chosen" if chosen.tokenizer == "off" else f"no --model directory with a {counting.FILE}"
+        return Finding("tokenizer", "absent", f"prompt tokens are estimated: {why}")
+    if importlib.util.find_spec("tokenizers") is None:
+        remedy = "pip install 'inference-sidecar[tokenizer]', or --tokenizer off"
+        return Finding("tokenizer", "absent", "prompt tokens are estimated: the extra is not installed", remedy)
+    counter = counting.load(chosen.model)
+    if counter is None:
+        text = f"{counting.FILE} cannot be read: prompt tokens are estimated"
+        return Finding("tokenizer", "warn", text, "correct the file, or --tokenizer off")
+    counter.close()
+    return Finding("tokenizer", "ok", f"prompt tokens are counted by {counting.FILE}")
 
 
 def model(chosen: Settings) -> Finding:

@@ -23,6 +23,7 @@ CHECKS: Final[dict[str, Check]] = {
     "state-dir": machine.state_dir,
     "ports": machine.ports,
     "model": machine.model,
+    "tokenizer": machine.tokenizer,
     "images": machine.images,
     "gpu": machine.gpu,
     "cpu": machine.cpu,

@@ -20,6 +20,7 @@ from aiohttp import web
 from sidecar.errors import SidecarError
 from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, State, Trace, Usage, Work
 from sidecar.relay.accounts import Lease
+from sidecar.relay.counting import Count
 from sidecar.relay.estimate import Estimate
 from sidecar.relay.outcomes import ClientStalled, Cut, outcome_of, reason_of
 from sidecar.relay.shapes import Shape
@@ -67,6 +68,7 @@ class Admission:
         "at",
         "begun",
         "bytes",
+        "counted",
         "first_at",
         "id",
         "image_seconds",
@@ -115,6 +117,7 @@ class Admission:
         self.bytes = 0
         self.usage: Usage | None = None
         self.settled: Settled | None = None  # once it is over
+        self.counted: Count | None = None  # its text's tokens, by the model's tokenizer
         self.lease: Lease | None = None  # what its tenant's limits were charged with
 
     def admit(self, shape: Shape, estimate: Estimate) -> None:

@@ -46,6 +46,35 @@ class Means(Generic[K]):
             self._means.popitem(last=False)
 
 
+class Template:
+    """Tokens that a model's chat template adds, as a line over the number of messages: decayed least squares.
+
+    Begins as ChatML does: 4 a message and 3 that open the answer.
+    """
+
+    __slots__ = ("_m", "_mm", "_my", "_n", "_y")
+
+    def __init__(self) -> None:
+        self._n = self._m = self._mm = self._y = self._my = 0.0
+        for messages in (1, 2, 3):
+            self.add(messages, 4 * messages + 3)
+
+    def add(self, messages: int, tokens: float) -> None:
+        """A prompt of so many messages had so many tokens more than its text."""
+        keep = 1 - _WEIGHT
+        self._n = keep * self._n + 1
+        self._m = keep * self._m + messages
+        self._mm = keep * self._mm + messages * messages
+        self._y = keep * self._y + tokens
+        self._my = keep * self._my + messages * tokens
+
+    def tokens(self, messages: int) -> float:
+        """What it adds to so many messages; where all had as many, as much as lately."""
+        spread = self._n * self._mm - self._m * self._m
+        slope = (self._n * self._my - self._m * self._y) / spread if spread > 1e-3 * self._n * self._n else 0.0
+        return max(0.0, (self._y - slope * self._m) / self._n + slope * messages)
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """What a request is expected to be. `mu` is the price of `work`, `high` of the same with an output that 9 of 10 do not exceed.
@@ -66,13 +95,14 @@ class Estimator:
         self._coefficients = coefficients
         self._unit_ms = units.unit_ms(coefficients)
         self._ratios: Means[tuple[str, int]] = Means(BYTES_PER_TOKEN, _MODELS)
+        self._templates: OrderedDict[str, Template] = OrderedDict()
         self._outputs = Outputs()
 
-    def estimate(self, tenant: str, shape: Shape, image_tokens: list[int], text_tokens: int | None = None) -> Estimate:
-        """`image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each. `text_tokens`: where they were counted."""
+    def estimate(self, tenant: str, shape: Shape, image_tokens: list[int], counted: int | None = None) -> Estimate:
+        """`image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each. `counted`: the text's, by a tokenizer."""
         images = max(shape.images, len(image_tokens))
         encoder = sum(image_tokens) + IMAGE_TOKENS * (images - len(image_tokens))
-        text = self.text_tokens(shape) if text_tokens is None else text_tokens
+        text = self.text_tokens(shape) if counted is None else counted + self.template_tokens(shape)
         prompt = Work(max(1, text + shape.token_ids + encoder), image_tokens=encoder, images=images)
         if not shape.generative:
             mu = self.mu(prompt)
@@ -86,6 +116,12 @@ class Estimator:
         """The tokens of a prompt's text, by what this model made of such text lately."""
         return round(shape.text_bytes / self._ratios.get((shape.model, shape.script)))
 
+    def template_tokens(self, shape: Shape) -> int:
+        """What the model's chat template adds to a text that was counted."""
+        if not shape.messages:
+            return 0
+        return round(self._templates.get(shape.model, _CHATML).tokens(shape.messages))
+
     def forecast(self, tenant: str, shape: Shape, prompt: int) -> Forecast:
         """The tokens of one choice."""
         limit = None if shape.max_output is None else shape.max_output // shape.choices
@@ -95,16 +131,28 @@ class Estimator:
         """The price of `work` in model units."""
         return units.gpu_ms(work, self._coefficients) / self._unit_ms
 
-    def learn(self, tenant: str, shape: Shape, usage: Usage) -> None:
-        """Take in what a request of this shape really used. Prompts with images teach nothing about text."""
+    def learn(self, tenant: str, shape: Shape, usage: Usage, counted: int | None = None) -> None:
+        """Take in what a request of this shape really used; `counted` is its text's, all of it. Images teach nothing about text."""
         text_tokens = usage.prompt_tokens - shape.token_ids
         if shape.images == 0 and text_tokens > 0 and shape.text_bytes > 0:
             # templates of short prompts weigh more than their text: 0.5 to 16 bytes a token is what a tokenizer can do
             self._ratios.add((shape.model, shape.script), min(16.0, max(0.5, shape.text_bytes / text_tokens)))
+            if counted is not None and shape.messages:
+                self._template(shape.model).add(shape.messages, text_tokens - counted)
         if shape.generative:
             cut = shape.max_output is not None and usage.completion_tokens >= shape.max_output
             tokens = usage.completion_tokens / shape.choices
             self._outputs.learn(tenant, shape.model, usage.prompt_tokens, tokens, cut=cut)
+
+    def _template(self, model: str) -> Template:
+        template = self._templates.setdefault(model, Template())
+        self._templates.move_to_end(model)
+        if len(self._templates) > _MODELS:
+            self._templates.popitem(last=False)
+        return template
+
+
+_CHATML: Final = Template()
 
 
 def tail_of(forecast: Forecast, expected: int, choices: int) -> tuple[int, ...]:

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sidecar.facts import Published
 from sidecar.ledger import spent
 from sidecar.relay.admission import Admission
-from sidecar.relay.estimate import Estimator
+from sidecar.relay.counting import Counter
+from sidecar.relay.estimate import Estimate, Estimator
 from sidecar.relay.quota import Quota
 
 
 class Pricing:
-    """One per relay process. `quota` is None where tenants have no limits."""
+    """One per relay process. `quota` is None where tenants have no limits, `counter` where no tokenizer is known."""
 
-    def __init__(self, estimator: Estimator, quota: Quota | None = None) -> None:
+    def __init__(self, estimator: Estimator, quota: Quota | None = None, counter: Counter | None = None) -> None:
         self._estimator = estimator
         self._quota = quota
+        self._counter = counter
 
     def heard(self, load: Published) -> None:
         """A load report."""
         if self._quota is not None:
             self._quota.heard(load)
 
-    def charge(self, admission: Admission) -> None:
+    async def charge(self, admission: Admission, payload: dict[str, Any] | None) -> None:
         """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
+        if self._counter is not None and payload is not None:
+            admission.counted = await self._counter.count(payload)
         if self._quota is not None:
-            estimate = self._estimator.estimate(admission.tenant, admission.shape, [])
+            estimate = self._estimate(admission, [])
             admission.lease = self._quota.take(admission.tenant, estimate)
 
     def admit(self, admission: Admission, image_tokens: list[int]) -> None:
         """Hold what it is expected to take. `image_tokens`: those that are known."""
-        estimate = self._estimator.estimate(admission.tenant, admission.shape, image_tokens)
-        admission.admit(admission.shape, estimate)
+        admission.admit(admission.shape, self._estimate(admission, image_tokens))
 
     def over(self, admission: Admission) -> None:
         """It has settled: learn from it, and correct its charge to what it used."""
@@ -38,8 +43,13 @@ class Pricing:
         if end is None:
             return
         if end.usage is not None and end.outcome == "ok":
-            self._estimator.learn(admission.tenant, admission.shape, end.usage)
+            counted = admission.counted.tokens if admission.counted is not None and admission.counted.exact else None
+            self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
         if self._quota is not None:
             started = end.first_at is not None
             work = spent(admission.work, end, started=started, delivered=end.delivered_tokens)
             self._quota.settle(admission.lease, 0.0 if work is None else self._estimator.mu(work))
+
+    def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
+        counted = None if admission.counted is None else admission.counted.tokens
+        return self._estimator.estimate(admission.tenant, admission.shape, image_tokens, counted)

@@ -25,8 +25,9 @@ from aiohttp import web
 
 from sidecar.facts import Fact, Joined, Pulse
 from sidecar.plugin import Watch
-from sidecar.relay import links, upstream
+from sidecar.relay import counting, links, upstream
 from sidecar.relay.accounts import Accounts
+from sidecar.relay.counting import Counter
 from sidecar.relay.estimate import Estimator
 from sidecar.relay.fetching import Fetcher
 from sidecar.relay.handler import Handler, Relay
@@ -110,7 +111,7 @@ async def _serve(place: Place, listener: socket.socket) -> None:
 @contextlib.asynccontextmanager
 async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Relay]:
     own = place.settings
-    async with _images(place) as images, _fetcher(own) as fetch, _quota(place) as quota:
+    async with _images(place) as images, _fetcher(own) as fetch, _quota(place) as quota, _counter(own) as counter:
         relay = Relay(
             own,
             place.coefficients,
@@ -122,7 +123,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             preprocess=_preprocess(images, own, emit) if images is not None else None,
             fetch=fetch,
             shm=Watch(own.shm_dir) if own.images == "shm" else None,
-            pricing=Pricing(Estimator(place.coefficients), quota),
+            pricing=Pricing(Estimator(place.coefficients), quota, counter),
         )
         try:
             yield relay
@@ -183,6 +184,17 @@ async def _quota(place: Place) -> AsyncIterator[Quota | None]:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         quota.close()
+
+
+@contextlib.asynccontextmanager
+async def _counter(own: Settings) -> AsyncIterator[Counter | None]:
+    """Counts tokens; None where the model's tokenizer is not known. Loaded before anything is served, as loading blocks the loop."""
+    counter = counting.load(own.model) if own.tokenizer == "auto" else None
+    try:
+        yield counter
+    finally:
+        if counter is not None:
+            counter.close()
 
 
 def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None]) -> Handler:
