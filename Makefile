@@ -65,7 +65,7 @@ docs: .venv/.installed-test ## Write what is generated: docs/verdict.md, docs/se
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade everything and pin it in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,fleet,orca,test,fuzz,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,fleet,orca,tokenizer,test,fuzz,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable
@@ -90,5 +90,5 @@ clean: ## Remove .venv and everything that was built
 	touch $@
 
 .venv/.installed-test: .venv/.made $(PINS)
-	$(INSTALL) -e ".[images,diagnose,fleet,orca,test,lint]"
+	$(INSTALL) -e ".[images,diagnose,fleet,orca,tokenizer,test,lint]"
 	touch $@ .venv/.installed
