@@ -16,7 +16,7 @@ import aiohttp
 from sidecar.engine import kinds, sample
 from sidecar.engine.kind import EngineKind
 from sidecar.engine.kinds import KINDS
-from sidecar.facts import Absent, EngineSample, Reading, Value
+from sidecar.facts import Absent, EngineSample, Identity, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.meeting import LOADING, Met, ask, meet
@@ -25,6 +25,7 @@ from sidecar.signals.scrape import ScrapeSignal
 
 RETRY: Final = 1.0  # seconds between attempts to meet the engine
 QUESTION: Final = 5.0  # seconds for the answer to one
+IDENTITY: Final = ("/v1/models", "/version")
 ATTEMPTS: Final = 3  # answers that say nothing, before the kind is `openai`
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Contact:
         self._another = asyncio.Event()
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
+        self.identity = Identity()
 
     @property
     def kind_name(self) -> str:
@@ -89,6 +91,7 @@ class Contact:
             await self._meet()
             async with asyncio.TaskGroup() as group:
                 readers = [group.create_task(signal.run()) for signal in (self._scrape, self._rest) if signal]
+                readers.append(group.create_task(self._identify()))
                 await self._another.wait()
                 for reader in readers:
                     reader.cancel()
@@ -112,6 +115,15 @@ class Contact:
             url + (page or kind.contact_path), partial(_parse, kind) if page else None, headers=self._headers,
             contact=url + kind.contact_path if kind.page_hangs else "", rests=rest.read if kind.wakes else None,
         )  # fmt: skip
+
+    async def _identify(self) -> None:
+        """Ask for its models and version, until it tells the models; not every engine tells a version."""
+        self.identity = Identity()
+        while not self.identity.models:
+            met = Met()
+            await ask(met, self._session, self._settings.engine, IDENTITY, self._headers, QUESTION)
+            self.identity = kinds.identity(met.pages)
+            await asyncio.sleep(RETRY)
 
     async def _recognise(self) -> str:
         """Ask until it says what it is; an engine that answers and says nothing is taken for `openai`."""

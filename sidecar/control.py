@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from sidecar import __version__, reasons, sums, units, verdict
+from sidecar import __version__, reasons, sums, units, upkeep, verdict
 from sidecar.bounded import Bounded
 from sidecar.canaries import GARBAGE, Canaries
 from sidecar.circumstances import Circumstances
@@ -25,6 +25,7 @@ from sidecar.facts import (
     Fact,
     FirstToken,
     GpuSample,
+    Identity,
     Imaged,
     ProcessSample,
     Reading,
@@ -39,6 +40,7 @@ from sidecar.patience import canary_allowed
 from sidecar.progress import Limits, Progress
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, RelayUse, Snapshot
+from sidecar.upkeep import Upkeep
 
 OF_REQUESTS = (Admitted, FirstToken, Delivered, Backpressure, Settled)
 TICK = 0.5  # seconds between ticks
@@ -46,7 +48,9 @@ LATE = 2.0  # seconds that a tick may be late before our own evidence is withhel
 JUMP = 5.0  # seconds between wall and monotonic clock that count as a jump
 PULSE_STALE = 4.0  # seconds without a relay's pulse (sent each second), past which its deliveries are unknown
 LEARNING = ("idle", "progressing", "quiet", "suspect")  # states whose silences, once ended, were legitimate
+NOBODY = Identity()  # an engine that has not said who it is
 QUEUE_WEIGHT = 0.2  # of one reading: a request that waits for a step (20 ms) is no queue, one that is seen for 5 s is
+USUAL = ("idle", "progressing", "quiet")  # states in which the engine's time is its price
 RESTORED = "sidecar_restarted"
 CHANGES = 50  # verdict changes kept
 
@@ -66,6 +70,7 @@ class Readings:
     resting: str = ""
     diagnoses: tuple[DiagnosisSummary, ...] = ()
     budget: Budget = NO_BUDGET
+    identity: Identity = NOBODY
 
 
 class Control:
@@ -87,6 +92,7 @@ class Control:
         self.changes: deque[Verdict] = deque(maxlen=CHANGES)
         self.canary: CanaryResult | None = None
         self.canaries = Canaries(co)
+        self.upkeep = Upkeep(co, now)
         self.canary_since: float | None = None
         self._canary_touched = 0.0
         self.draining = False
@@ -120,6 +126,8 @@ class Control:
                 self.around.orders.book(fact)
             case Settled():
                 self._ended(fact, slowed=settlement is not None and settlement.slowed)
+                if settlement is not None:
+                    self.upkeep.settled(settlement)
             case Imaged():
                 self._images.add(fact)
             case _:
@@ -148,6 +156,7 @@ class Control:
         self.progress.rebaseline(now)
         lost = self.ledger.lose(relay, now)
         for settlement in lost:
+            self.upkeep.settled(settlement)
             self._of_request((relay, settlement.admitted.id), settlement.settled, None)
         return lost
 
@@ -228,7 +237,17 @@ class Control:
         self.memory, name = verdict.judge(self.memory, inputs)
         self.fleet.tick(self.memory.state, self._proof(), r.gpus, r.budget, now)
         self._say(inputs, name, before, now, wall)
+        self._keep_up(r, now, trusted=trusted)
         return self._snapshot(r, now, wall)
+
+    def _keep_up(self, r: Readings, now: float, *, trusted: bool) -> None:
+        """Hold the coefficients against the work that was done, where all of it was ours; while they are stale, be patient."""
+        ours = trusted and self.memory.state in USUAL and not self.progress.learned.foreign
+        names = tuple(gpu.name for gpu in r.gpus.value) if isinstance(r.gpus, Value) else ()
+        self.upkeep.tick(self.ledger.holds(), now, replace(r.identity, gpus=names), trusted=ours)
+        margin = self._settings.silence_margin * (upkeep.STALE if self.upkeep.stale else 1.0)
+        if margin != self.progress.limits.margin:
+            self.progress.limits = replace(self.progress.limits, margin=margin)
 
     def _watch_ourselves(self, r: Readings, now: float, wall: float) -> None:
         """Our own ill-health lengthens patience: re-baseline, and withhold for a full window."""
@@ -293,13 +312,14 @@ class Control:
         return Kept(
             learned=self.progress.learned, canary_seconds=tuple(self._canary_seconds), served=m.served, rejected=m.rejected,
             stalled=m.state in ("suspect", "stalled"), allowed=self.evidence.allowed,
-            orders=dict(self.around.orders.since), fleet=self.fleet.memory,
+            orders=dict(self.around.orders.since), fleet=self.fleet.memory, drift=self.upkeep.drift.memory,
         )  # fmt: skip
 
     def restore(self, kept: Kept, now: float, *, same: bool) -> None:
         """Know it. `same`: of the engine process that runs now. Work that we do not know of may be under way in it."""
         self.progress.learned = kept.learned
         self.fleet.memory = kept.fleet
+        self.upkeep.restore(kept.drift)
         if not same:
             return
         self._canary_seconds.extend(kept.canary_seconds)
@@ -339,8 +359,10 @@ class Control:
             engine=r.engine, gpus=r.gpus, own=r.own, own_lag=self.lag, relays=r.relays, canary=self.canary,
             canary_outstanding_since=self.canary_since, changes=tuple(self.changes), diagnoses=r.diagnoses,
             kills=self.fleet.memory.kills_total, handover=self.fleet.memory.handover, canaries=self.canaries.use(),
+            prices=self.upkeep.use(),
         )  # fmt: skip
 
     def _load(self, r: Readings, now: float) -> Load:
         kv = r.engine.value.kv_usage if isinstance(r.engine, Value) else None
-        return sums.load_of(self.ledger, self._co, self._settings.slo_seconds, kv or 0.0, self._queue, now)
+        load = sums.load_of(self.ledger, self._co, self._settings.slo_seconds, kv or 0.0, self._queue, now)
+        return replace(load, coefficients_stale=bool(self.upkeep.stale))

@@ -309,6 +309,15 @@ class EngineSample:
 
 
 @dataclass(frozen=True, slots=True)
+class Identity:
+    """What the engine says of itself: its model names and version; and the GPUs that NVML sees. Empty where unknown."""
+
+    models: tuple[str, ...] = ()
+    engine: str = ""
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GpuSample:
     """One GPU through NVML. Each number is a reading of its own: MIG and lost GPUs answer some and not others."""
 

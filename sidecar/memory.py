@@ -14,10 +14,10 @@ from collections import deque
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from sidecar import fleet
+from sidecar import drift, fleet
 from sidecar.learned import Learned
 
-VERSION: Final = 1
+VERSION: Final = 2
 FRESH: Final = 3600.0  # seconds; an older memory says too little of now
 MAX_TEXT: Final = 200  # characters of a text
 MAX_ITEMS: Final = 10_000  # of a list
@@ -52,6 +52,7 @@ class Kept:
     allowed: float
     orders: dict[str, float]
     fleet: fleet.Memory
+    drift: drift.Memory
 
 
 def dump(kept: Kept, now: float) -> dict[str, Any]:

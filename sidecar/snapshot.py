@@ -36,6 +36,32 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowUse:
+    """Coefficients as the engine's own work shows them; `error` is that of their predictions, as a share, over `windows`."""
+
+    coefficients: tuple[tuple[str, float], ...]
+    mu_max_per_minute: float
+    windows: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class PriceUse:
+    """The coefficients in use. `stale` is why they no longer hold, "" while they do; `margin` how far a price may be off, as a share.
+
+    `terms` are the GPU milliseconds of one MU by cause, `line` is gpu_ms projected to alpha, beta, gamma.
+    """
+
+    source: str = "default"
+    stale: str = ""
+    margin: float = 0.0
+    terms: tuple[tuple[str, float], ...] = ()
+    line: tuple[tuple[str, float], ...] = ()
+    windows: int = 0
+    shadow: ShadowUse | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TenantUse:
     """One tenant now and since the start. `outcomes` maps outcome -> requests."""
 
@@ -109,3 +135,4 @@ class Snapshot:
     kills: int = 0  # times that liveness was failed for a stall
     handover: str = ""  # why an operator must act; empty while nobody must
     canaries: CanaryUse = CanaryUse()
+    prices: PriceUse = PriceUse()

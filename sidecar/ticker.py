@@ -156,12 +156,13 @@ class Ticker:
 
     def _tick(self) -> None:
         now, wall = time.monotonic(), time.time()
-        held = self.control.fleet.reason
+        held, stale = self.control.fleet.reason, self.control.upkeep.stale
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         if self._signals.budget is not None:
             self._signals.budget.want(needs_budget(self.control.fleet.memory, now))
         self.ticked_at = now
         self.sinks.meters.update(self.snapshot)
+        self._doubted(stale)
         changed, turned = self.control.news, self.control.fleet.reason != held
         if changed:
             self._changed(wall)
@@ -192,6 +193,7 @@ class Ticker:
             unanswered=self._signals.contact.unanswered,
             resting=self._signals.contact.resting,
             diagnoses=self.sinks.diagnoses.summaries(),
+            identity=self._signals.contact.identity,
             budget=self._signals.budget.read() if self._signals.budget else NO_BUDGET,
         )
 
@@ -212,6 +214,14 @@ class Ticker:
             self._errands.start("diagnosis", examined)
         elif verdict.state == "starting":
             self._signals.contact.engine_restarted()
+
+    def _doubted(self, before: str) -> None:
+        """Say once when the coefficients begin or cease to hold."""
+        stale = self.control.upkeep.stale
+        if stale and stale != before:
+            _log.warning("the coefficients are stale: %s; measure them again with `sidecar calibrate`", stale)
+        elif before and not stale:
+            _log.info("the coefficients hold again")
 
     def _held(self, *, counted: bool) -> None:
         """A kill is held back, for another reason than before, or not any more."""

@@ -120,6 +120,26 @@ def mu(work: Work, co: Coefficients) -> float:
     return gpu_ms(work, co) / unit_ms(co)
 
 
+def by_cause(work: Work, co: Coefficients) -> tuple[tuple[str, float], ...]:
+    """GPU milliseconds of one request by the names of Terms."""
+    return tuple(asdict(terms(work, co)).items())
+
+
+def line(co: Coefficients) -> tuple[tuple[str, float], ...]:
+    """gpu_ms as gamma + alpha * in + beta * out, for consumers that can multiply only: exact for one MU and for nothing."""
+    one = terms(REFERENCE, co)
+    return (
+        ("alpha", (one.prefill + one.attention) / REFERENCE.uncached),
+        ("beta", (one.decode + one.kv_read) / REFERENCE.output),
+        ("gamma", one.overhead),
+    )
+
+
+def measured(co: Coefficients) -> bool:
+    """Whether somebody measured them, on what they are used for."""
+    return not co.source.startswith(("default", "roofline"))
+
+
 def max_mu_per_minute(co: Coefficients) -> float:
     """MU that the hardware can do in a minute: 60 s of GPU time over the price of one MU."""
     return 60_000 / unit_ms(co)

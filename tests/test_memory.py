@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import fleet, memory, units
+from sidecar import drift, fleet, memory, units
 from sidecar.control import TICK, Control, Readings
 from sidecar.facts import Absent, CanaryResult
 from sidecar.keeping import FILE, MAX_BYTES, RESUME, Keeping
@@ -34,7 +34,8 @@ def kept() -> Kept:
     for n in range(30):
         learned.first_token(0.5 + n / 100, 0.25)
     policy = fleet.Memory(state="stalled", stalled_at=9.0, killed_at=10.5, standing=True, kills=2, kills_total=3)
-    return Kept(learned, (0.2, 0.3), served=True, rejected=1, stalled=True, allowed=31.5, orders={}, fleet=policy)
+    drifted = drift.Memory("slower", 0.1, 40, drift.Sum(1.5, 0.0, 3), drift.Sum(), {"4/0": drift.Usual(9, -0.1)})
+    return Kept(learned, (0.2, 0.3), True, 1, stalled=True, allowed=31.5, orders={}, fleet=policy, drift=drifted)
 
 
 def file_of(it: Kept, now: float = 100.0, place: Place = HERE) -> Any:

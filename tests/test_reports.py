@@ -28,7 +28,7 @@ from sidecar.facts import (
 from sidecar.meters import METRICS, Meters
 from sidecar.report import load, prometheus
 from sidecar.report.prometheus import PLAIN, Pages, merged
-from sidecar.snapshot import ImageUse, Load, RelayUse, Snapshot
+from sidecar.snapshot import ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
 
 LOAD = Load(
     mu_in_flight=3.2, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,
@@ -48,6 +48,7 @@ SNAPSHOT = Snapshot(
     gpus=Value((GPU,), 99.0, 0.002), own=Value(ProcessSample(1, 50_000_000, 3.0, 4), 99.0, 0.0001), own_lag=0.001,
     relays=(RelayUse(0, 10, 0, 7, 0.002, 0.5), RelayUse(1, 11, 0, 0, 0.003, 0.5)), canary=None,
     canary_outstanding_since=None, changes=(), diagnoses=(),
+    prices=PriceUse("calibrated", margin=0.2, terms=(("decode", 60.0),), line=(("alpha", 0.1),), windows=3),
 )  # fmt: skip
 ENGINE_PAGE = """# HELP vllm:num_requests_waiting Waiting.
 # TYPE vllm:num_requests_waiting gauge
@@ -243,7 +244,16 @@ def test_load_is_the_contracts_object() -> None:
                 "processes": 2,
             }
         ],
-        "coefficients": {"fingerprint": "llama-h100", "stale": False},
+        "coefficients": {
+            "fingerprint": "llama-h100",
+            "stale": False,
+            "source": "calibrated",
+            "margin": 0.2,
+            "unit_ms": {"decode": 60.0},
+            "line_ms": {"alpha": 0.1},
+            "shadow": None,
+            "shadow_absent": "3 windows of work so far",
+        },
         "verdict": "progressing",
     }
 
@@ -257,3 +267,11 @@ def test_load_says_why_a_value_is_missing() -> None:
     (gpu,) = load.render(replace(SNAPSHOT, gpus=Value((replace(GPU, power=Absent("MIG")),), 1.0)))["gpu"]
     assert (gpu["power_watts"], gpu["power_watts_absent"], gpu["utilization"]) == (None, "MIG", 0.93)
     assert json.loads(json.dumps(none)) == none
+
+
+def test_load_tells_of_stale_coefficients_what_they_should_be() -> None:
+    """The reason, and the re-fit with its error."""
+    shadow = ShadowUse((("a", 0.3), ("d", 5.0)), 66.0, 40, 0.05)
+    told = load.render(replace(SNAPSHOT, prices=replace(SNAPSHOT.prices, stale="slower", shadow=shadow)))
+    assert told["coefficients"]["stale_reason"] == "slower"
+    assert told["coefficients"]["shadow"] == {"a": 0.3, "d": 5.0, "max_per_minute": 66.0, "windows": 40, "error": 0.05}

@@ -17,10 +17,13 @@ from sidecar.engine.openai import OPENAI
 from sidecar.engine.sglang import SGLANG
 from sidecar.engine.tgi import TGI
 from sidecar.engine.vllm import SCRIPTED, VLLM
+from sidecar.facts import Identity
 
 # The order of recognition: /version, vLLM's mark, says least, so it is looked at last.
 KINDS: Final[dict[str, EngineKind]] = {kind.name: kind for kind in (SCRIPTED, SGLANG, TGI, LLAMACPP, VLLM, OPENAI)}
 FIRST_LOOK: Final = ("/v1/models", "/metrics")
+MODELS: Final = 1000  # names of an engine that are looked at
+NAME: Final = 128  # characters of one, and of a version
 CLOSER_LOOK: Final = tuple(mark.path for kind in KINDS.values() for mark in kind.marks)
 
 
@@ -37,6 +40,15 @@ def recognise(pages: Mapping[str, bytes]) -> str:
         name for name, kind in KINDS.items() if any(_marked(pages.get(mark.path, b""), mark) for mark in kind.marks)
     )
     return next(by_owner, None) or next(by_series, None) or next(by_mark, "openai")
+
+
+def identity(pages: Mapping[str, bytes]) -> Identity:
+    """The names of its models and its version, from the bodies of /v1/models and /version; empty where they do not say."""
+    cards = _object(pages.get("/v1/models", b"")).get("data")
+    names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
+    version = _object(pages.get("/version", b"")).get("version")
+    models = tuple(name[:NAME] for name in names[:MODELS] if isinstance(name, str))
+    return Identity(models, version[:NAME] if isinstance(version, str) else "")
 
 
 def _owners(body: bytes) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.facts import Absent, GpuSample, Reading, Value
-from sidecar.snapshot import Snapshot
+from sidecar.snapshot import PriceUse, Snapshot
 
 
 def render(snapshot: Snapshot) -> dict[str, Any]:
@@ -30,9 +30,35 @@ def render(snapshot: Snapshot) -> dict[str, Any]:
         },
         "requests": {"in_flight": load.requests_in_flight, "waiting": load.requests_waiting},
         **_gpus(snapshot.gpus),
-        "coefficients": {"fingerprint": load.coefficients_fingerprint, "stale": load.coefficients_stale},
+        "coefficients": {
+            "fingerprint": load.coefficients_fingerprint,
+            "stale": load.coefficients_stale,
+            **_prices(snapshot.prices),
+        },
         "verdict": snapshot.verdict.state,
     }
+
+
+def _prices(prices: PriceUse) -> dict[str, Any]:
+    """Where the coefficients come from, how far they are off at most, what one MU is made of in ms, and what the re-fit says."""
+    shadow = prices.shadow
+    return {
+        "source": prices.source,
+        "margin": prices.margin,
+        **({"stale_reason": prices.stale} if prices.stale else {}),
+        "unit_ms": dict(prices.terms),
+        "line_ms": dict(prices.line),
+        **(
+            {"shadow": None, "shadow_absent": f"{prices.windows} windows of work so far"}
+            if shadow is None
+            else {
+                "shadow": {
+                    **dict(shadow.coefficients), "max_per_minute": shadow.mu_max_per_minute, "windows": shadow.windows,
+                    "error": shadow.error,
+                }
+            }
+        ),
+    }  # fmt: skip
 
 
 def _gpus(reading: Reading[tuple[GpuSample, ...]]) -> dict[str, Any]:

@@ -1,0 +1,283 @@
+"""Whether coefficients hold: the re-fit and the alarm, on synthetic engines whose costs are known. Simulated time."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar import units
+from sidecar.busy import SECONDS, TERMS, WAIT, Window, Windows
+from sidecar.drift import Drift, mismatch
+from sidecar.facts import Admitted, Fact, FirstToken, Identity, Settled, Usage, Work
+from sidecar.ledger import Ledger
+from sidecar.refit import SURE, Refit
+from sidecar.units import Coefficients
+from sidecar.upkeep import Upkeep
+
+from .work import history, windows
+
+TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
+SCRIPTED = Coefficients(
+    k=1e-4, a=0.05, b=1e-9, d=10 / 8, f=1e-9, g=0, h=0, batch=8, source="file"
+)  # `sidecar engine`'s speeds
+WITHIN = 30  # windows in which a slowdown to 1.5 times is found
+
+
+# --- the re-fit ---
+
+
+def fitted(prior: Coefficients, seen: Iterable[Window]) -> Refit:
+    refit = Refit(prior)
+    for window in seen:
+        refit.add(window)
+    return refit
+
+
+def error(refit: Refit, seen: Iterable[Window]) -> float:
+    """Mean log error on windows that were not learned."""
+    shadow = refit.shadow()
+    assert shadow
+    co, shared = shadow.co, refit.shared()
+    errors = []
+    for window in seen:
+        x = dict(zip(TERMS, window.work, strict=True))
+        decode = co.d * ((1 - shared) * x["d"] + shared * co.batch * x["step"])
+        said = decode + sum(getattr(co, name) * x[name] for name in units.TERMS if name != "d")
+        errors.append(abs(math.log(said / window.ms)))
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("shared", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("prior", [Coefficients(), Coefficients(batch=8), replace(TRUE, a=0.1, d=6.0)])
+def test_the_refit_converges_on_known_coefficients(prior: Coefficients, shared: float) -> None:
+    """From a prior that is 2 to 20 times off, under mixed load with 10 % noise: new windows within 5 %, one MU within 12 %."""
+    refit = fitted(prior, windows(TRUE, 300, seed=1, shared=shared))
+    assert error(refit, windows(TRUE, 50, seed=2, shared=shared, noise=0.0)) < 0.05
+    shadow = refit.shadow()
+    assert shadow
+    d = TRUE.d * (1 - shared + shared * TRUE.batch / prior.batch)  # at the batch that the prior holds for
+    assert units.unit_ms(shadow.co) == pytest.approx(units.unit_ms(replace(TRUE, d=d)), rel=0.12)
+
+
+def test_a_term_that_the_traffic_does_not_show_keeps_its_share() -> None:
+    """Without images their price follows the scale of the rest, and is not 0."""
+    refit = fitted(replace(TRUE, g=0.025, h=2.0), windows(TRUE, 200, seed=3, images=False))
+    shadow = refit.shadow()
+    assert shadow
+    assert 0.5 < shadow.co.g / 0.025 < 2.0
+
+
+numbers = st.floats(0, 1e12) | st.sampled_from([0.0, 1e-12, 1e300, math.inf, math.nan])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    garbage=st.lists(st.tuples(numbers, st.lists(numbers, min_size=len(TERMS), max_size=len(TERMS)), numbers), max_size=40)
+)  # fmt: skip
+def test_garbage_keeps_the_refit_bounded(garbage: list[tuple[float, list[float], float]]) -> None:
+    """Whatever is measured: coefficients are at least 0 and finite, and the drift's sums are bounded."""
+    refit, drift = Refit(TRUE), Drift(TRUE)
+    for at, (ms, work, together) in enumerate(garbage):
+        window = Window(float(at), ms, tuple(work), max(1.0, together))
+        refit.add(window)
+        drift.add(window)
+    assert all(0 <= t <= 1e4 for t in refit.times)
+    assert drift.memory.misfit.over <= len(garbage)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), odd=st.floats(0.001, 1000))
+def test_one_odd_window_pulls_with_a_bounded_gain(seed: int, odd: float) -> None:
+    """A window that is any number of times off moves the price of one MU by at most a tenth."""
+    refit = fitted(TRUE, windows(TRUE, 100, seed))
+    before = refit.shadow()
+    (window,) = windows(TRUE, 1, seed + 1)
+    refit.add(replace(window, ms=window.ms * odd))
+    after = refit.shadow()
+    assert before
+    assert after
+    assert units.unit_ms(after.co) == pytest.approx(units.unit_ms(before.co), rel=0.1)
+
+
+# --- the alarm ---
+
+
+def found(drift: Drift, seen: Iterable[Window]) -> int | None:
+    """After how many windows the coefficients were stale."""
+    for number, window in enumerate(seen, 1):
+        drift.add(window)
+        if drift.memory.stale:
+            return number
+    return None
+
+
+def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
+    return (replace(window, ms=window.ms * times) for window in seen)
+
+
+@pytest.mark.parametrize("shared", [0.3, 1.0])
+@pytest.mark.parametrize("noise", [0.05, 0.3])
+def test_stationary_noise_is_no_alarm(noise: float, shared: float) -> None:
+    """10,000 windows (more than a day of work) of mixed load: at most one false alarm."""
+    alarms = sum(
+        found(Drift(TRUE), windows(TRUE, 1_000, seed, shared=shared, noise=noise)) is not None for seed in range(10)
+    )
+    assert alarms <= 1
+
+
+@pytest.mark.parametrize("shared", [0.3, 1.0])
+@pytest.mark.parametrize("noise", [0.05, 0.15])
+@pytest.mark.parametrize("times", [1.5, 3.0])
+def test_a_slowdown_is_found(times: float, noise: float, shared: float) -> None:
+    """An engine that becomes 1.5 times slower or more is told within WITHIN windows, in 9 of 10 histories."""
+    late = 0
+    for seed in range(10):
+        drift = Drift(TRUE)
+        assert found(drift, windows(TRUE, 300, seed, shared=shared, noise=noise)) is None
+        after = found(drift, slower(windows(TRUE, WITHIN, seed + 100, shared=shared, noise=noise), times))
+        late += after is None
+    assert late <= 1
+
+
+def test_coefficients_that_never_fitted_are_found() -> None:
+    """From the first window on, without any history of this engine: twice as slow as measured, at the measured batch."""
+    seen = (replace(w, together=8.0) for w in windows(TRUE, 40, 5))
+    at_batch = (replace(w, work=(*w.work[:3], w.work[4] / 8, *w.work[4:])) for w in seen)
+    priced = (
+        replace(w, ms=2 * sum(getattr(TRUE, n) * x for n, x in zip(TERMS, w.work, strict=True) if n != "step"))
+        for w in at_batch
+    )
+    assert (found(Drift(TRUE), priced) or 99) <= 10
+
+
+def test_a_faster_engine_counts_where_cached_prompts_are_told() -> None:
+    """What looks fast may only have been cached: it is told where the engine says what was."""
+    for caching in (False, True):
+        drift = Drift(TRUE, caching=caching)
+        assert found(drift, windows(TRUE, 200, 1)) is None
+        assert (found(drift, slower(windows(TRUE, WITHIN, 2), 0.5)) is not None) is caching
+
+
+def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
+    """The alarm ends some windows after the slowdown does, and the next one is found again."""
+    drift = Drift(TRUE)
+    for times, stale in ((1.0, False), (2.0, True), (1.0, False), (2.0, True)):
+        for window in slower(windows(TRUE, 150, 7), times):
+            drift.add(window)
+        assert bool(drift.memory.stale) is stale, times
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        (Identity(("a", "b"), "1.0", ("H100",)), ""),
+        (Identity(), ""),
+        (Identity(("c",), "1.0", ("H100",)), "model"),
+        (Identity(("a",), "1.1", ("H100",)), "version"),
+        (Identity(("a",), "1.0", ("L4",)), "L4"),
+    ],
+)
+def test_another_origin_is_a_mismatch(seen: Identity, said: str) -> None:
+    """Model, engine version and GPU, each only where both sides know it."""
+    told = mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100"), seen)
+    assert said in told
+    assert bool(told) is bool(said)
+    assert mismatch(TRUE, seen) == ""
+
+
+# --- windows, from facts ---
+
+
+def test_a_history_of_the_scheduler_is_accounted_for() -> None:
+    """Work and busy time of the scripted engine's own scheduler agree with its speeds within 5 %, at any load."""
+    for rate in (1.0, 4.0, 8.0):
+        seen = list(closed(SCRIPTED, history(SCRIPTED, 200.0, 3, rate=rate)))
+        assert len(seen) > 15
+        work = [dict(zip(TERMS, w.work, strict=True)) for w in seen]
+        said = sum(0.05 * x["a"] + 10.0 * x["step"] for x in work)
+        assert said == pytest.approx(sum(w.ms for w in seen), rel=0.05), rate
+
+
+def closed(co: Coefficients, facts: Iterable[tuple[float, Fact]]) -> Iterator[Window]:
+    """The windows of a history."""
+    ledger, made = Ledger(co), Windows(co, 0.0)
+    for at, fact in facts:
+        if (settlement := ledger.apply(0, fact)) is not None:
+            made.settled(settlement)
+        yield from made.close(ledger.holds(), at)
+
+
+@pytest.mark.parametrize("rate", [1.0, 3.0])
+def test_a_slower_scheduler_is_found(rate: float) -> None:
+    """The whole chain, facts to alarm: steps that take 1.5 times as long are told within WITHIN windows, and not before."""
+    upkeep, ledger = Upkeep(SCRIPTED, 0.0), Ledger(SCRIPTED)
+    stale_at = None
+    facts = [*history(SCRIPTED, 600.0, 1, rate=rate), *history(SCRIPTED, 300.0, 2, rate=rate, slow=1.5, start=600.0)]
+    for at, fact in facts:
+        if (settlement := ledger.apply(0, fact)) is not None:
+            upkeep.settled(settlement)
+            upkeep.tick(ledger.holds(), at, Identity(), trusted=True)
+        if upkeep.stale and stale_at is None:
+            stale_at = at
+    assert stale_at is not None
+    assert 600.0 < stale_at < 600.0 + WITHIN * SECONDS
+    assert upkeep.margin == pytest.approx(0.2)
+    shadow = upkeep.refit.shadow()
+    assert shadow
+    assert shadow.co.a > 0.05
+
+
+WORK = Work(1000, output=100)
+
+
+def one(id: str, at: float, *, stream: bool = True) -> Admitted:
+    return Admitted(id, at, "t", "m", "chat", stream, WORK, None, 1.0)
+
+
+def ended(id: str, at: float, *, sent: float, first: float, outcome: str = "ok") -> Settled:
+    return Settled(id, at, outcome, 200, Usage(1000, 100), 100, 9, first, sent, 0.0)  # type: ignore[arg-type]
+
+
+def test_a_window_waits_for_first_tokens_and_not_for_ever() -> None:
+    """It is closed when what began in it is known, and thrown away when that takes longer than WAIT."""
+    ledger, made = Ledger(TRUE), Windows(TRUE, 0.0)
+    ledger.apply(0, one("a", 12.0))
+    assert made.close(ledger.holds(), 25.0) == []
+    ledger.apply(0, FirstToken("a", 26.0))
+    (window,) = made.close(ledger.holds(), 27.0)
+    assert window.at == 20.0
+    ledger.apply(0, one("b", 40.0))
+    made.close(ledger.holds(), 45.0)
+    assert made.close(ledger.holds(), 50.0 + WAIT + 2) == []
+
+
+@pytest.mark.parametrize("outcome", ["engine_error", "stalled", "lost"])
+def test_failed_work_spoils_its_windows(outcome: str) -> None:
+    """What an engine did for a request that failed is not known."""
+    for how, expected in (("ok", 1), (outcome, 0)):
+        ledger, made = Ledger(TRUE), Windows(TRUE, 0.0)
+        ledger.apply(0, one("a", 12.0))
+        settlement = ledger.apply(0, ended("a", 18.0, sent=12.0, first=13.0, outcome=how))
+        assert settlement
+        made.settled(settlement)
+        assert len(made.close(ledger.holds(), 22.0)) == expected
+
+
+def test_what_is_not_trusted_teaches_nothing() -> None:
+    """While the verdict is in doubt, or others use the engine, no window counts; and a roofline is never stale."""
+    rng = random.Random(1)
+    for co, trusted, seen in ((SCRIPTED, False, 0), (Coefficients(), True, 1)):
+        upkeep, ledger = Upkeep(co, 0.0), Ledger(co)
+        for at, fact in history(SCRIPTED, 100.0, rng.randint(0, 9), rate=4.0):
+            if (settlement := ledger.apply(0, fact)) is not None:
+                upkeep.settled(settlement)
+            upkeep.tick(ledger.holds(), at, Identity(("other",)), trusted=trusted)
+        assert (upkeep.refit.windows > 0) is bool(seen)
+        assert upkeep.stale == ""
+        assert upkeep.use().shadow is None or upkeep.refit.windows >= SURE
