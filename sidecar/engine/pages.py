@@ -69,6 +69,7 @@ class Meters:
             "vllm:e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", REQUEST_BUCKETS
         )
         self._published_preemptions = [0] * ranks
+        self.scrapes = 0  # pages that were asked for
         start = Gauge(
             "process_start_time_seconds",
             "Start time of the process since unix epoch in seconds.",
@@ -109,6 +110,7 @@ class Meters:
 
     def page(self, how: Behaviour, accept: str) -> tuple[bytes, str]:
         """The page and its content type, as the scraper's Accept header wants it."""
+        self.scrapes += 1
         self._distort(how)
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type

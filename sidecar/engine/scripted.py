@@ -106,6 +106,7 @@ class ScriptedEngine:
         self._activity = Changes()
         self._sock = sock
         self._on_exit = on_exit
+        self._meters: Meters | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._site: web.SockSite | None = None
         self._preprocessor = ThreadPoolExecutor(1, "preprocess")
@@ -135,7 +136,7 @@ class ScriptedEngine:
         if self.settings.fault:
             self.faults.start(self.settings.fault)
         s = self.settings
-        meters = Meters(s.served_model, s.data_parallel, s.kv_tokens)
+        meters = self._meters = Meters(s.served_model, s.data_parallel, s.kv_tokens)
         limits = s.limits()
         self.cores = tuple(Core(i, limits, self.faults, meters, self._activity) for i in range(s.data_parallel))
         self._runner = web.AppRunner(
@@ -175,6 +176,11 @@ class ScriptedEngine:
         if not self.settings.load_seconds:
             return Behaviour()
         return Behaviour(loading=True, port_open=self.settings.load_port == "open")
+
+    @property
+    def scrapes(self) -> int:
+        """How often its metrics page was asked for."""
+        return self._meters.scrapes if self._meters else 0
 
     def _parts(self, meters: Meters) -> Parts:
         s = self.settings

@@ -30,9 +30,11 @@ from sidecar.relay import (
     downstream,
     headers,
     inlining,
+    merged_page,
     outcomes,
     realtime,
     retry,
+    scraper,
     shapes,
     slots,
     upstream,
@@ -51,7 +53,6 @@ _log = logging.getLogger(__name__)
 
 MAX_TENANT: Final = 64  # characters
 NO_TENANT: Final = "default"
-_PAGE_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -169,6 +170,10 @@ class Relay:
             if self.draining:
                 connection.close()
 
+    def page(self) -> bytes | None:
+        """A whole response with the merged metrics page, for connections that scrape; None where it is to be asked for."""
+        return None if self.draining else self._page.response(self._desk.new_id)
+
     async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         path = upstream.origin_form(request.raw_path).partition("?")[0]
         if request.method == "POST":
@@ -182,7 +187,8 @@ class Relay:
         elif path == "/metrics" and request.method == "GET":
             page = await self._page.get()
             if page is not None:
-                return web.Response(body=page, headers={"content-type": _PAGE_TYPE, "x-request-id": id})
+                scraper.remember(request)
+                return web.Response(body=page, headers={"content-type": merged_page.TYPE, "x-request-id": id})
         elif realtime.wanted(request):
             url = upstream.target(self._settings.engine, upstream.origin_form(request.raw_path))
             return await realtime.relay(request, self._session, url, self._to_engine(request, id, None, None))

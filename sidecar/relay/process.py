@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
-from aiohttp import web
 
 from sidecar.facts import Fact, Joined, Pulse
 from sidecar.plugin import Watch
-from sidecar.relay import counting, links, upstream
+from sidecar.relay import counting, links, scraper, upstream
 from sidecar.relay.accounts import Accounts
 from sidecar.relay.counting import Counter
 from sidecar.relay.estimate import Estimator
@@ -82,8 +81,9 @@ async def _serve(place: Place, listener: socket.socket) -> None:
     link = Link(place.control, lambda at: Joined(at, place.index, os.getpid(), place.restarts))
     async with _relay(place, link.send) as relay:
         link.obey = relay.obey
-        server = web.Server(
+        server = scraper.Server(
             relay.handle,
+            answer=relay.page,
             handler_cancellation=True,
             access_log=None,
             logger=_quiet(),

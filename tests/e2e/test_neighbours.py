@@ -117,3 +117,24 @@ async def queried(session: aiohttp.ClientSession, api: str, query: str, expected
                 await asyncio.sleep(0.2)
     except TimeoutError:
         pytest.fail(f"{query}: jobs {found}, not {expected}")
+
+
+async def test_scrapers_do_not_reach_the_engine(engine: ScriptedEngine, start: Any) -> None:
+    """Four scrapers of the relay and two of the admin port, as fast as they can: the engine is scraped once a second, by us alone."""
+    sidecar = await start(engine.url)
+    await sidecar.until_merged("vllm:num_requests_running", "sidecar_mu_utilization_ratio")
+    loop = asyncio.get_running_loop()
+    asked, began, pages = engine.scrapes, loop.time(), 0
+
+    async def scrape(url: str) -> None:
+        nonlocal pages
+        while engine.scrapes < asked + 4:
+            async with sidecar.session.get(url + "/metrics") as answer:
+                assert answer.status == 200
+                assert "sidecar_mu_utilization_ratio" in await answer.text()
+            pages += 1
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(scrape(url) for url in [sidecar.relay] * 4 + [sidecar.admin] * 2))
+    assert pages > 40
+    assert loop.time() - began > 2.5  # four scrapes are three periods apart

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from sidecar.facts import Fact, Settled
-from sidecar.relay import upstream
+from sidecar.relay import scraper, upstream
 from sidecar.relay.handler import Relay
 from sidecar.settings import Settings
 from sidecar.units import Coefficients
@@ -140,8 +140,9 @@ async def _rig(
     facts = Facts()
     own = Settings(engine=engine, **settings)
     relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, **ways)
-    server = web.Server(
+    server = scraper.Server(
         relay.handle,
+        answer=relay.page,
         handler_cancellation=True,
         access_log=None,
         auto_decompress=False,
