@@ -40,7 +40,7 @@ def make_app(sources: Sources) -> web.Application:
     app.router.add_get("/readyz", _probe(sources, "ready"))
     app.router.add_get("/startupz", _probe(sources, "startup"))
     app.router.add_get("/healthz", _health(sources))
-    app.router.add_get("/load", _json(lambda: load.render(sources.snapshot())))
+    app.router.add_get("/load", _load(sources))
     app.router.add_get("/verdicts", _json(lambda: {"verdicts": [_verdict(v) for v in sources.snapshot().changes]}))
     app.router.add_get("/diagnoses", _json(lambda: {"diagnoses": _diagnoses(sources.diagnoses)}))
     app.router.add_get("/diagnoses/{id}", _diagnosis(sources.diagnoses))
@@ -73,6 +73,13 @@ def _probe(sources: Sources, kind: probes.Kind) -> Handler:
 def _json(content: Callable[[], Any]) -> Handler:
     async def handle(_: web.Request) -> web.Response:
         return _answer(content())
+
+    return handle
+
+
+def _load(sources: Sources) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        return _answer(load.render(sources.snapshot(), request.query.get("unit", "")))
 
     return handle
 

@@ -215,6 +215,15 @@ def test_an_engine_behind_a_sidecar_does_not_double_our_families() -> None:
 # --- GET /load ---
 
 
+def test_load_in_thousandths_for_sharders_that_count_in_whole_numbers() -> None:
+    """With `unit=milli` MU are integers, and the hint is what the engine can hold; all else is as without."""
+    plain, milli = load.render(SNAPSHOT), load.render(SNAPSHOT, "milli")
+    names = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
+    assert all(milli["mu"][n] == round(1000 * plain["mu"][n]) and isinstance(milli["mu"][n], int) for n in names)
+    assert milli["mu"]["max_load_hint"] == milli["mu"]["max_in_flight"] and milli["mu"]["unit"] == "milli"
+    assert {**milli, "mu": 0} == {**plain, "mu": 0} and load.render(SNAPSHOT, "mega") == plain
+
+
 def test_load_is_the_contracts_object() -> None:
     """Keys and values are those of the contract, and of each GPU what else NVML gives."""
     assert load.render(SNAPSHOT) == {

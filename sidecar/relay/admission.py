@@ -24,7 +24,7 @@ from sidecar.relay.counting import Count
 from sidecar.relay.estimate import Estimate
 from sidecar.relay.outcomes import ClientStalled, Cut, outcome_of, reason_of
 from sidecar.relay.shapes import Shape
-from sidecar.relay.stream import SSE
+from sidecar.relay.stream import SSE, Price
 
 BLOCKED: Final = 1.0  # seconds that a write may wait for its client before the request's silence is the client's
 NOTHING: Final = Estimate(Work(uncached=0), 0.0, 0.0)
@@ -75,6 +75,7 @@ class Admission:
         "lease",
         "mu",
         "on_begun",
+        "price",
         "read_at",
         "route",
         "scope",
@@ -110,6 +111,7 @@ class Admission:
         self.aside_seconds = 0.0
         self.begun: Begun | None = None
         self.on_begun: Callable[[], None] = _nothing  # called once, when the answer begins
+        self.price: Price | None = None  # of a usage, where the client wants it there
         self.status = 0
         self.mu = 0.0
         self.work = NOTHING.work

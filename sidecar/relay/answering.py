@@ -18,7 +18,7 @@ from sidecar.relay import downstream
 from sidecar.relay.admission import Admission
 from sidecar.relay.headers import Headers
 from sidecar.relay.outcomes import EngineBroke
-from sidecar.relay.stream import SSE, Tail, error_event, usage_of
+from sidecar.relay.stream import SSE, Tail, error_event, priced, usage_of
 
 SMALL: Final = 256 << 10  # bytes: an answer of known length up to here is read whole and written at once
 _PARTING_SECONDS: Final = 1.0  # for the last event to a client that may not read
@@ -32,6 +32,16 @@ def is_stream(answer: aiohttp.ClientResponse) -> bool:
 def is_plain(answer: aiohttp.ClientResponse) -> bool:
     """Whether an answer's bytes are as they mean: not compressed."""
     return "content-encoding" not in answer.headers
+
+
+def is_short(answer: aiohttp.ClientResponse) -> bool:
+    """Whether an answer is read whole before it goes on."""
+    return (answer.content_length or SMALL + 1) <= SMALL
+
+
+def is_read(answer: aiohttp.ClientResponse) -> bool:
+    """Whether an answer that is plain may be changed on its way."""
+    return is_stream(answer) or is_short(answer)
 
 
 async def pass_on(
@@ -48,7 +58,7 @@ async def pass_on(
     """
     if is_plain(answer) and is_stream(answer):
         return await _stream(request, answer, admission, passed, hold_head)
-    if (answer.content_length or SMALL + 1) <= SMALL:
+    if is_short(answer):
         return await _small(answer, admission, passed)
     return await _long(request, answer, admission, passed)
 
@@ -72,7 +82,7 @@ async def _stream(
     request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers, hold_head: bool
 ) -> web.StreamResponse:
     """An event stream."""
-    sse = SSE(admission.shape.ask_usage)
+    sse = SSE(admission.shape.ask_usage, admission.price)
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
     chunk = await downstream.next_chunk(answer) if hold_head else b""
     await _start(request, response, admission, sse)
@@ -118,6 +128,8 @@ async def _small(answer: aiohttp.ClientResponse, admission: Admission, passed: H
         raise EngineBroke from None
     admission.usage = usage_of(body)
     admission.deliver(0, len(body), started=answer.ok)
+    if admission.price is not None and is_plain(answer):
+        body = priced(body, admission.price)
     return web.Response(status=answer.status, reason=answer.reason, headers=passed, body=body)
 
 

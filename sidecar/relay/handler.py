@@ -295,7 +295,10 @@ class Relay:
     ) -> web.StreamResponse:
         """The engine's answer to work."""
         ours = {"x-sidecar-mu": f"{admission.mu:.4f}", "x-sidecar-overhead-ms": f"{admission.overhead * 1e3:.3f}"}
-        changed = admission.shape.ask_usage and answering.is_stream(answer) and answering.is_plain(answer)
+        if headers.wants_price(request.headers):
+            admission.price = partial(self._pricing.milli, admission)
+        asked = admission.price is not None or (admission.shape.ask_usage and answering.is_stream(answer))
+        changed = asked and answering.is_plain(answer) and answering.is_read(answer)
         passed = self._to_client(request, answer, id, ours, "content-length" if changed else "")
         try:
             return await answering.pass_on(request, answer, admission, passed, hold_head=self._retries.on)

@@ -25,6 +25,8 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 ORCA: Final = "endpoint-load-metrics"
 ORCA_FORMAT: Final = "endpoint-load-metrics-format"
 
+USAGE: Final = "x-sidecar-usage"
+
 Headers = CIMultiDict[str]
 Received = CIMultiDictProxy[str]
 
@@ -61,6 +63,11 @@ def to_client(headers: Received, ours: Mapping[str, str], *, drop: str = "") -> 
 def retry_after(seconds: float) -> dict[str, str]:
     """When to try again: whole seconds for HTTP, and milliseconds for OpenAI's clients, which look for those first."""
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}
+
+
+def wants_price(headers: Received) -> bool:
+    """Whether the client wants what its request cost, `mu_milli`, in the answer's usage."""
+    return headers.get(USAGE, "").strip().lower() == "mu"
 
 
 def orca(headers: Received, always: bool, published: Published | None) -> dict[str, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from sidecar.facts import Published
+from sidecar.facts import Published, Usage
 from sidecar.ledger import spent
 from sidecar.relay.admission import Admission
 from sidecar.relay.counting import Counter
 from sidecar.relay.estimate import Estimate, Estimator
 from sidecar.relay.quota import Quota
+from sidecar.units import settled_work
 
 
 class Pricing:
@@ -36,6 +37,10 @@ class Pricing:
     def admit(self, admission: Admission, image_tokens: list[int]) -> None:
         """Hold what it is expected to take. `image_tokens`: those that are known."""
         admission.admit(admission.shape, self._estimate(admission, image_tokens))
+
+    def milli(self, admission: Admission, usage: Usage) -> int:
+        """What a usage comes to in milli-MU, as it will settle."""
+        return round(1000 * self._estimator.mu(settled_work(admission.work, usage, 0)))
 
     def over(self, admission: Admission) -> None:
         """It has settled: learn from it, and correct its charge to what it used."""

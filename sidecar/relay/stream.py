@@ -1,7 +1,7 @@
 """Sans-I/O: what an engine's answer delivers, counted while it passes.
 
 Rules: bytes go out as they came, and no later than their event is complete; only the usage event that we asked for ourselves
-is taken out. Events are found by their blank line and never parsed, but for that one. Memory is bounded.
+is taken out, and a usage whose price the client asked for gets it. Events are found by their blank line and never parsed, but for that one. Memory is bounded.
 
 An event counts as a token when it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat; a
 named event (Anthropic, OpenAI responses) counts when its name ends in `delta`, which names a piece of output.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 from sidecar.facts import Usage
@@ -25,12 +26,16 @@ _SKIPPED_NAMES: Final = (b"message_delta",)  # Anthropic's usage event
 _NAMED_ERRORS: Final = ("messages", "responses")  # routes whose events have names
 _decoder: Final = json.JSONDecoder()
 
+Price = Callable[[Usage], int]  # milli-MU
+
 
 class SSE:
-    """One stream of server-sent events. `hide_usage`: take the usage-only event out."""
+    """One stream of server-sent events. `hide_usage`: take the usage-only event out; `price`: what `mu_milli` a shown usage gets."""
 
-    def __init__(self, hide_usage: bool) -> None:
+    def __init__(self, hide_usage: bool, price: Price | None = None) -> None:
         self._hide = hide_usage
+        self._price = price
+        self._holds = hide_usage or price is not None  # an event is let go when it is known whole
         self._open = bytearray()  # the incomplete event; when it is longer than _KEEP, only its end
         self._overlong = False
         self._held = 0  # bytes at the end of it that have not gone out
@@ -69,10 +74,10 @@ class SSE:
         return Usage(first.prompt_tokens, last.completion_tokens, first.cached_tokens)
 
     def _scan(self, chunk: bytes) -> bytes:
-        out: list[bytes | memoryview] = [] if self._hide else [chunk]
+        out: list[bytes | memoryview] = [] if self._holds else [chunk]
         fresh = max(0, len(self._open) - 2)  # no blank line ends before here
         self._open += chunk
-        self._held += len(chunk) if self._hide else 0
+        self._held += len(chunk) if self._holds else 0
         start = 0
         while match := _BLANK.search(self._open, max(start, fresh)):
             event = bytes(self._open[start : match.end()])
@@ -80,6 +85,9 @@ class SSE:
             if self._take(event):
                 event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # blank lines before it are not its own
                 unsent = min(unsent, len(event))
+            elif self._price is not None and unsent == len(event):
+                event = _with_price(event, self._price)
+                unsent = len(event)
             if unsent > 0:
                 out.append(event[-unsent:])
             self._held = min(self._held, len(self._open) - match.end())
@@ -137,16 +145,16 @@ def error_event(error: dict[str, str], route: str) -> bytes:
 
 def usage_of(text: bytes) -> Usage | None:
     """The last `usage` object in a JSON text, which may be cut at its front; OpenAI's or Anthropic's names. None if none."""
-    at = text.rfind(_USAGE)
-    for _ in range(8):  # `"usage": null`, or a string that reads so
-        if at < 0:
-            return None
-        head = text[at + len(_USAGE) : at + len(_USAGE) + 16].lstrip()
-        if head.startswith(b":") and head[1:].lstrip().startswith(b"{"):
-            brace = text.index(b"{", at)
-            return _read(text[brace : brace + _HOLD])
-        at = text.rfind(_USAGE, 0, at)
-    return None
+    brace = _usage_at(text)
+    return None if brace is None else _read(text[brace : brace + _HOLD])
+
+
+def priced(text: bytes, price: Price) -> bytes:
+    """`text` with `mu_milli` as first member of its last usage object; as it is where there is none."""
+    brace, usage = _usage_at(text), usage_of(text)
+    if brace is None or usage is None:
+        return text
+    return b'%b"mu_milli":%d,%b' % (text[: brace + 1], price(usage), text[brace + 1 :])
 
 
 class Tail:
@@ -165,6 +173,24 @@ class Tail:
     def usage(self) -> Usage | None:
         """The body's usage, once it has ended."""
         return usage_of(bytes(self._bytes))
+
+
+def _usage_at(text: bytes) -> int | None:
+    """Where the last `usage` object in a JSON text begins."""
+    at = text.rfind(_USAGE)
+    for _ in range(8):  # `"usage": null`, or a string that reads so
+        if at < 0:
+            return None
+        head = text[at + len(_USAGE) : at + len(_USAGE) + 16].lstrip()
+        if head.startswith(b":") and head[1:].lstrip().startswith(b"{"):
+            return text.index(b"{", at)
+        at = text.rfind(_USAGE, 0, at)
+    return None
+
+
+def _with_price(event: bytes, price: Price) -> bytes:
+    """An event with its usage's price, where it has a usage and is one of OpenAI's: those have no name."""
+    return priced(event, price) if _USAGE in event and not _fields(event)[0] else event
 
 
 def _plain_events(chunk: bytes) -> int:

@@ -5,24 +5,23 @@ A value that could not be read is null, with its reason beside it under the same
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sidecar.facts import Absent, GpuSample, Reading, Value
 from sidecar.snapshot import PriceUse, Snapshot
 
+MU: Final = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
 
-def render(snapshot: Snapshot) -> dict[str, Any]:
-    """The answer to `GET /load`, ready for json.dumps."""
+
+def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
+    """The answer to `GET /load`, ready for json.dumps. `unit` "milli": MU as whole numbers of thousandths, for sharders that count so."""
     load = snapshot.load
+    mu: dict[str, Any] = {name: getattr(load, f"mu_{name}") for name in MU}
+    if unit == "milli":
+        mu = {name: round(1000 * value) for name, value in mu.items()}
+        mu |= {"unit": "milli", "max_load_hint": mu["max_in_flight"]}
     return {
-        "mu": {
-            "in_flight": load.mu_in_flight,
-            "max_in_flight": load.mu_max_in_flight,
-            "per_minute": load.mu_per_minute,
-            "max_per_minute": load.mu_max_per_minute,
-            "utilization": load.utilization,
-            "limited_by": load.limited_by,
-        },
+        "mu": {**mu, "utilization": load.utilization, "limited_by": load.limited_by},
         "tokens": {
             "prefill_in_flight": load.prefill_tokens_in_flight,
             "decode_in_flight": load.decode_tokens_in_flight,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.facts import Usage
-from sidecar.relay.stream import SSE, Tail, usage_of
+from sidecar.relay.stream import SSE, Tail, priced, usage_of
 
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
@@ -196,3 +196,38 @@ def test_the_usage_of_a_large_body_is_read_from_its_end() -> None:
         tail.feed(b"0.123," * 10_000)
     tail.feed(b'],"usage":{"prompt_tokens":8,"total_tokens":8}}')
     assert tail.usage == Usage(8, 0)
+
+
+CHUNKS = (
+    b'data: {"choices":[{"delta":{"content":"\\"usage\\":{ x"}}],"usage":null}\n\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}\n\n',
+    b"data: [DONE]\n\n",
+)
+
+
+@given(st.data())
+def test_a_price_is_put_into_the_usage_that_is_shown(data: st.DataObject) -> None:
+    """However the bytes are cut: that one event gets a member, all others are as they were, and what is read is the same."""
+    whole = b"".join(CHUNKS)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
+    sse = SSE(False, lambda usage: 1000 * usage.prompt_tokens + usage.completion_tokens)
+    out = b"".join(sse.feed(whole[a:b]) for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)) + sse.finish()
+    assert out == whole.replace(b'{"prompt_tokens"', b'{"mu_milli":3002,"prompt_tokens"')
+    assert sse.usage == Usage(3, 2) and sse.tokens == 1 and sse.done
+
+
+def test_a_usage_that_is_hidden_stays_hidden_and_named_events_stay_as_they_are() -> None:
+    """The price of what we asked for ourselves is not shown; Anthropic's and the responses API's events are not changed."""
+    hidden = SSE(True, lambda _: 7)
+    assert hidden.feed(b"".join(CHUNKS)) == CHUNKS[0] + CHUNKS[2]
+    named = b'event: message_delta\ndata: {"usage":{"output_tokens":2}}\n\n'
+    assert SSE(False, lambda _: 7).feed(named) == named
+
+
+def test_a_body_without_a_usage_has_no_price() -> None:
+    """Null, a text that reads so, or nothing at all: the very bytes."""
+    for body in (b'{"usage":null}', b'{"a":"\\"usage\\":{"}', b"{}", b"", b'{"usage":{}}'):
+        assert priced(body, lambda _: 7) == body
+    assert json.loads(priced(b'{"usage": {"prompt_tokens": 3}}', lambda _: 7)) == {
+        "usage": {"mu_milli": 7, "prompt_tokens": 3}
+    }
