@@ -147,7 +147,11 @@ def test_a_context_that_is_too_short_is_refused() -> None:
 
 def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
     """What was measured is read back, a half-written line is left out, another identity begins anew."""
-    out, shape, planned = tmp_path / "co.json", Shape(8, 0, 1), Plan(512, 2, (Step(1, 0.5, 2.0, Work(8, output=1)),))
+    out, shape, planned = (
+        tmp_path / "co.json",
+        Shape(8, 0, 1),
+        Plan(512, 2, (Step(1, 0.5, 2.0, Work(8, output=1)),), (Step(2, 0.5, 2.0, Work(8, output=1)),)),
+    )
     entry = Entry(Measured(Work(8, output=1), 2.5), 1.5)
     journal = Journal(out, {"model": "a"})
     assert journal.read() == (None, {})
@@ -184,7 +188,12 @@ async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
     assert co.batch == 2 and co.engine.endswith("scripted")
     assert any(row.shape.images for row in found.fitted) or planned.length < 1024
     text = report.text(found, 2)
-    assert "held out: MAPE" in text and "alpha-beta line" in text and "MU in flight" in text
+    assert (
+        "held out: MAPE" in text
+        and "alpha-beta line" in text
+        and "a generated token: 1 open" in text
+        and "MU in flight" in text
+    )
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that nobody can catch")

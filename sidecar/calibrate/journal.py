@@ -28,11 +28,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is decided before the grid: tokens of the longest shapes, requests open, the search that decided it."""
+    """What is decided before the grid: tokens of the longest shapes, requests open, the search that decided it.
+
+    `decode`: requests that do little but generate, more and more of them open, which share the reading of the weights.
+    """
 
     length: int
     concurrency: int
     steps: tuple[Step, ...]
+    decode: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +96,11 @@ class Journal:
 def read_plan(line: str) -> Plan:
     """The second line."""
     raw = json.loads(line)
-    return Plan(
-        raw["length"], raw["concurrency"], tuple(Step(**step | {"work": Work(**step["work"])}) for step in raw["steps"])
-    )
+    return Plan(raw["length"], raw["concurrency"], _steps(raw["steps"]), _steps(raw["decode"]))
+
+
+def _steps(raw: list[dict[str, Any]]) -> tuple[Step, ...]:
+    return tuple(Step(**step | {"work": Work(**step["work"])}) for step in raw)
 
 
 def read_entry(line: str) -> tuple[tuple[Shape, int], Entry]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sidecar import units
-from sidecar.calibrate.fit import Accuracy, Measured, Row, accuracy, line, line_accuracy, variation
+from sidecar.calibrate.fit import Measured, Row, accuracy, line, line_accuracy, variation
 from sidecar.calibrate.journal import Plan
 from sidecar.units import Coefficients
 
@@ -30,16 +30,6 @@ class Findings:
     waited: float
 
     @property
-    def ours(self) -> Accuracy:
-        """The cost model's errors on what was held out."""
-        return accuracy(_of(self.held_out), self.co)
-
-    @property
-    def theirs(self) -> Accuracy:
-        """Those of an alpha-beta line."""
-        return line_accuracy(_of(self.held_out), line(_of(self.fitted)))
-
-    @property
     def variation(self) -> float:
         """How much the capacity differs between shapes."""
         return variation(_of([*self.fitted, *self.held_out]), self.co)
@@ -56,23 +46,41 @@ def _of(rows: Sequence[Row]) -> list[Measured]:
 
 def text(found: Findings, slo: float) -> str:
     """The report."""
-    ours, theirs, co = found.ours, found.theirs, found.co
+    co = found.co
     noisy = "; the machine does other things, too: measure again when it does not"
     return "\n".join(
         [
             *table(found),
             "",
-            f"held out: MAPE {ours.mape:.1%}, P90 {ours.p90:.1%}, R2 {ours.r2:.3f}; "
-            f"alpha-beta line: MAPE {theirs.mape:.1%}, P90 {theirs.p90:.1%}, R2 {theirs.r2:.3f}",
+            *held_out(found),
             f"capacity with {found.plan.concurrency} open: {units.max_mu_per_minute(co):.1f} MU per minute, "
             f"coefficient of variation over the shapes {found.variation:.1%}",
             f"turns of one shape lie {found.spread:.1%} apart; the engine had no core in {found.waited:.1%} of the time, which is taken out"
             + (noisy if max(found.spread, found.waited) > NOISY else ""),
             f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
+            "a generated token: "
+            + ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode),
             f"1 MU = {units.unit_ms(co):.1f} ms; "
             + ", ".join(f"{name} {getattr(co, name):.4g}" for name in units.TERMS),
         ]
     )
+
+
+def held_out(found: Findings) -> list[str]:
+    """The errors on what was held out; where photos were measured, also without and with them."""
+    fitted = line(_of(found.fitted))
+    kinds = [("held out", found.held_out)]
+    if any(row.shape.images for row in found.held_out):
+        kinds += [("of these text", [r for r in found.held_out if not r.shape.images])]
+        kinds += [("of these photos", [r for r in found.held_out if r.shape.images])]
+    lines = []
+    for name, rows in kinds:
+        ours, theirs = accuracy(_of(rows), found.co), line_accuracy(_of(rows), fitted)
+        lines.append(
+            f"{name}: MAPE {ours.mape:.1%}, P90 {ours.p90:.1%}, R2 {ours.r2:.3f}; "
+            f"alpha-beta line: MAPE {theirs.mape:.1%}, P90 {theirs.p90:.1%}, R2 {theirs.r2:.3f}"
+        )
+    return lines
 
 
 def table(found: Findings) -> list[str]:

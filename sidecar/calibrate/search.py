@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.calibrate.journal import Plan, Step
-from sidecar.calibrate.shapes import LEAST, MOST, Shape, largest, reference
+from sidecar.calibrate.shapes import LEAST, MOST, Shape, generating, largest, reference
 from sidecar.calibrate.traffic import Sample, Traffic
 
 MOST_OPEN: Final = 1024  # requests
@@ -88,10 +88,21 @@ async def length(traffic: Traffic, context: int, concurrency: int, seconds: floa
     return found
 
 
+async def decode(traffic: Traffic, length: int, concurrency: int, say: Say) -> tuple[Step, ...]:
+    """Steps of requests that only generate, up to the concurrency of the grid."""
+    shape, steps, number = generating(length), [], 1
+    while number <= concurrency:
+        say(f"{number} of {shape.name} open at all times")
+        steps.append(step(await traffic.run(shape, number, 0.0)))
+        number *= 2
+    return tuple(steps)
+
+
 async def plan(
     traffic: Traffic, context: int, slo: float, seconds: tuple[float, float], concurrency: int, say: Say
 ) -> Plan:
     """Search and length. `seconds`: for the search, and for the grid. `concurrency` 0: where the engine is full."""
     steps = await search(traffic, context, slo, seconds[0], MOST_OPEN, say)
     chosen = concurrency or full(steps)
-    return Plan(await length(traffic, context, chosen, seconds[1], say), chosen, steps)
+    found = await length(traffic, context, chosen, seconds[1], say)
+    return Plan(found, chosen, steps, await decode(traffic, found, chosen, say))

@@ -61,6 +61,7 @@ GRID: Final[tuple[tuple[float, float, float, bool], ...]] = (
     (1 / 3, 0, 3 / 32, True),
     (1 / 16, 3 / 8, 1 / 64, True),
 )
+GENERATING: Final = (1 / 128, 0, 1 / 16)  # little but generating
 LARGEST: Final = (3 / 4, 0, 1 / 8)  # what takes longest of the grid
 
 # (images, which of SIDES, output as a share of the length), and whether the shape is held out.
@@ -99,6 +100,11 @@ def _shape(length: int, uncached: float, cached: float, output: float, held_out:
 def largest(length: int) -> Shape:
     """The shape of a plan that takes longest."""
     return _shape(length, *LARGEST)
+
+
+def generating(length: int) -> Shape:
+    """A shape that generates and has next to no prompt."""
+    return _shape(length, *GENERATING)
 
 
 def ordered(shapes: list[Shape], turn: int) -> list[Shape]:
