@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,16 @@ def test_a_term_that_is_many_times_the_priors_is_found() -> None:
     works = [Work(s.uncached, s.cached, s.output) for s in shapes]
     co = fit.fit([Measured(w, units.gpu_ms(w, steep)) for w in works])
     assert co.b == pytest.approx(steep.b, rel=0.1)
+
+
+def test_a_sliding_window_is_the_priors() -> None:
+    """With the window that the roofline read from config.json, costs of a model with one are explained by the same prices."""
+    true = replace(TRUE, window=1024.0, windowed=0.75)
+    works = [m.work for m in measured([s for s in plan(8192, cached=True) if not s.held_out])]
+    costs = [Measured(w, units.gpu_ms(w, true)) for w in works]
+    co = fit.fit(costs, Coefficients(window=1024.0, windowed=0.75))
+    assert (co.window, co.windowed) == (1024.0, 0.75) and co.f == pytest.approx(true.f, rel=0.1)
+    assert fit.accuracy(costs, co).mape < 0.01
 
 
 def test_prices_of_images_are_found() -> None:
