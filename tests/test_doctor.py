@@ -181,7 +181,9 @@ def test_a_taken_port_is_a_failure() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = taken.getsockname()
         found = machine.ports(Settings(listen=("127.0.0.1", 0), admin=address))
+        reports = machine.ports(Settings(listen=("127.0.0.1", 0), admin=("127.0.0.1", 0), orca_grpc=address))
     assert found.level == "fail" and str(address[1]) in found.what
+    assert reports.level == "fail" and "--orca-grpc" in reports.what
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def ports(chosen: Settings) -> Finding:
     try:
         for name, address in (("listen", chosen.listen), ("admin", chosen.admin)):
             preflight.bind(name, address).close()
+        if chosen.orca_grpc:
+            preflight.reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca").close()
     except SidecarError as e:
         return Finding("ports", "fail", str(e), "or is the sidecar running already?")
     return Finding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
