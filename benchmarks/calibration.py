@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sidecar import units
 from sidecar.calibrate import fit, hardware
 from sidecar.calibrate.fit import Measured, Row
-from sidecar.calibrate.journal import read_entry
+from sidecar.calibrate.journal import read
 from tests.vllm import environment, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,8 +82,8 @@ def calibrated(kind: str, seconds: float, folder: Path) -> tuple[str, float]:
 
 def measured(path: Path) -> list[Row]:
     """The shapes of a file of measurements, each over all turns."""
-    entries = dict(map(read_entry, path.read_text().splitlines()[2:]))
-    return fit.merged((shape, entry.measured) for (shape, _), entry in entries.items())
+    _, done = read(path.read_text())
+    return fit.merged((shape, entry.measured) for (shape, _), entry in done.items())
 
 
 def plot(rows: Sequence[Row], co: units.Coefficients, title: str) -> str:

@@ -169,7 +169,7 @@ def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
     journal.begin(planned)
     journal.add(shape, 0, entry)
     with (tmp_path / "co.json.partial").open("a") as file:
-        file.write('{"shape": {"unca')
+        file.write('{"shape": {"uncached": 8}')
     again = Journal(out, {"model": "a"})
     assert again.read() == (planned, {(shape, 0): entry})
     again.add(shape, 1, entry)

@@ -33,6 +33,7 @@ from sidecar.flags import ENGINE_KINDS, existing_dir, flag, gpu, integer, number
 from sidecar.roofline import roofline
 
 SEARCH_SHARE: Final = 0.2  # of the time, for the search at the SLO
+LEAST_SHARE: Final = 0.5  # of the time, for the grid, however long the search took
 LEAST_TURNS: Final = 2
 MOST_TURNS: Final = 8
 QUIET: Final = 60.0  # seconds to wait until an engine that serves others is idle again
@@ -88,8 +89,22 @@ def main(chosen: CalibrateSettings) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """What measuring needs."""
+
+    session: aiohttp.ClientSession
+    met: Met
+    beside: Beside
+
+    def traffic(self, seed: int) -> Traffic:
+        """Requests that are new with the seed."""
+        return Traffic(self.session, self.met.target, seed, self.beside)
+
+
 async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findings, Journal]:
     """The whole measurement against the live engine."""
+    started = time.monotonic()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         met = await meet(session, chosen.engine, chosen.engine_key, chosen.engine_kind, chosen.model, chosen.context)
         say(f"{met.target.model} on {met.kind} {met.version}, {met.context} tokens of context")
@@ -97,21 +112,28 @@ async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findin
             say(note, lasting=True)
         await quiet(met)
         pids = await asyncio.to_thread(contention.pids_of, chosen.engine)
-        beside = Beside(met.load, contention.Cores(pids) if pids else None)
+        rig = Rig(session, met, Beside(met.load, contention.Cores(pids) if pids else None))
         journal = Journal(out, identity(chosen, met))
         planned, done = journal.read()
+        seconds = chosen.seconds * (1 - SEARCH_SHARE)
         if planned is None:
-            seconds = chosen.seconds * SEARCH_SHARE, chosen.seconds * (1 - SEARCH_SHARE)
-            traffic = Traffic(session, met.target, 4, beside)
-            try:
-                planned = await search.plan(traffic, met.context, chosen.slo_seconds, seconds, chosen.concurrency, say)
-                shapes_of(planned, met)
-            except ValueError as e:
-                raise UsageError(f"--context: {e}") from None
+            planned = await decided(rig, chosen)
             journal.begin(planned)
-        await grid(session, met, beside, planned, journal, done, chosen.seconds * (1 - SEARCH_SHARE))
+            seconds = max(LEAST_SHARE * chosen.seconds, chosen.seconds - (time.monotonic() - started))
+        await grid(rig, planned, journal, done, seconds)
         say("")
         return findings(planned, done, chosen, met), journal
+
+
+async def decided(rig: Rig, chosen: CalibrateSettings) -> Plan:
+    """The plan. Raises UsageError where the context is too short for one."""
+    seconds = chosen.seconds * SEARCH_SHARE, chosen.seconds * (1 - SEARCH_SHARE)
+    try:
+        found = await search.plan(rig.traffic(4), rig.met.context, chosen.slo_seconds, seconds, chosen.concurrency, say)
+        shapes_of(found, rig.met)
+    except ValueError as e:
+        raise UsageError(f"--context: {e}") from None
+    return found
 
 
 def shapes_of(planned: Plan, met: Met) -> list[Shape]:
@@ -119,17 +141,9 @@ def shapes_of(planned: Plan, met: Met) -> list[Shape]:
     return plan(planned.length, cached=met.cached, tokens=met.target.tokens, most_images=met.most_images)
 
 
-async def grid(
-    session: aiohttp.ClientSession,
-    met: Met,
-    beside: Beside,
-    planned: Plan,
-    journal: Journal,
-    done: Done,
-    seconds: float,
-) -> None:
+async def grid(rig: Rig, planned: Plan, journal: Journal, done: Done, seconds: float) -> None:
     """Turns of all shapes, at least two, and more while another fits into the time. Fills `done`."""
-    shapes = shapes_of(planned, met)
+    shapes = shapes_of(planned, rig.met)
     least = seconds / (MOST_TURNS * len(shapes))
     turn, turns = 0, LEAST_TURNS
     while turn < turns:
@@ -137,24 +151,22 @@ async def grid(
             if (shape, turn) not in done:
                 spent = sum(entry.seconds for entry in done.values())
                 say(report.bar(spent, seconds, f"turn {turn + 1}: {shape.name}"))
-                done[shape, turn] = await measure(session, met, beside, shape, planned.concurrency, least, turn)
+                done[shape, turn] = await measure(rig, shape, planned.concurrency, least, turn)
                 journal.add(shape, turn, done[shape, turn])
         turn += 1
         spent = sum(entry.seconds for entry in done.values())
         turns = max(LEAST_TURNS, min(MOST_TURNS, int(seconds / (spent / turn))))
 
 
-async def measure(
-    session: aiohttp.ClientSession, met: Met, beside: Beside, shape: Shape, concurrency: int, seconds: float, turn: int
-) -> Entry:
+async def measure(rig: Rig, shape: Shape, concurrency: int, seconds: float, turn: int) -> Entry:
     """One shape's cost; again where the engine served others meanwhile. Raises EngineRefused where it goes on doing so."""
     seed = zlib.crc32(f"{shape} {turn} {time.time_ns()}".encode())  # new prompts also when it is done again
     while True:
         started = time.monotonic()
-        sample = await Traffic(session, met.target, seed, beside).run(shape, concurrency, seconds)
+        sample = await rig.traffic(seed).run(shape, concurrency, seconds)
         if not sample.others:
             return Entry(sample.cost(), time.monotonic() - started, sample.waited)
-        await quiet(met)
+        await quiet(rig.met)
         seed += 1
 
 

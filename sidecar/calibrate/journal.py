@@ -6,7 +6,9 @@ writing is left out; lines of another engine, model or setting are begun anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,17 +63,17 @@ class Journal:
     def read(self) -> tuple[Plan | None, Done]:
         """What was decided and measured before."""
         try:
-            first, *lines = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
-            if json.loads(first) != self._identity:
+            first, *lines = list(_objects(self._path.read_text()))
+            if first != self._identity:
                 raise ValueError("another calibration")
             plan, done = read_plan(lines[0]) if lines else None, dict(map(read_entry, lines[1:]))
         except (OSError, ValueError, KeyError, TypeError):
             plan, done = None, {}
-        if not done:
+        if plan is None:
             self._write(json.dumps(self._identity), "w")
         else:
             self._write("", "a")  # ends a line that was cut off
-        return (plan, done) if done else (None, {})
+        return plan, done
 
     def begin(self, plan: Plan) -> None:
         """Keep the plan."""
@@ -93,9 +95,21 @@ class Journal:
             file.write(line + "\n")
 
 
-def read_plan(line: str) -> Plan:
+def read(text: str) -> tuple[Plan, Done]:
+    """The text of a whole file of measurements."""
+    _, plan, *entries = _objects(text)
+    return read_plan(plan), dict(map(read_entry, entries))
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """The lines that were written whole."""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def read_plan(raw: dict[str, Any]) -> Plan:
     """The second line."""
-    raw = json.loads(line)
     return Plan(raw["length"], raw["concurrency"], _steps(raw["steps"]), _steps(raw["decode"]))
 
 
@@ -103,9 +117,7 @@ def _steps(raw: list[dict[str, Any]]) -> tuple[Step, ...]:
     return tuple(Step(**step | {"work": Work(**step["work"])}) for step in raw)
 
 
-def read_entry(line: str) -> tuple[tuple[Shape, int], Entry]:
+def read_entry(raw: dict[str, Any]) -> tuple[tuple[Shape, int], Entry]:
     """A further line."""
-    raw = json.loads(line)
-    return (Shape(**raw["shape"]), raw["turn"]), Entry(
-        Measured(Work(**raw["work"]), raw["ms"]), raw["seconds"], raw["waited"]
-    )
+    entry = Entry(Measured(Work(**raw["work"]), raw["ms"]), raw["seconds"], raw["waited"])
+    return (Shape(**raw["shape"]), raw["turn"]), entry

@@ -13,7 +13,7 @@ from typing import Final
 
 from sidecar.calibrate.journal import Plan, Step
 from sidecar.calibrate.shapes import LEAST, MOST, Shape, generating, largest, reference
-from sidecar.calibrate.traffic import Sample, Traffic
+from sidecar.calibrate.traffic import EngineRefused, Sample, Traffic
 
 MOST_OPEN: Final = 1024  # requests
 FULL: Final = 0.9  # of the highest rate
@@ -52,7 +52,11 @@ async def _shape(traffic: Traffic, context: int, seconds: float) -> Shape:
 
 
 def step(sample: Sample) -> Step:
-    """What a run says of its concurrency."""
+    """What a run says of its concurrency. Raises EngineRefused where the engine served others meanwhile."""
+    if sample.others:
+        raise EngineRefused(
+            f"{sample.others} requests of others came meanwhile; take the engine out of traffic and begin again"
+        )
     cost = sample.cost()
     return Step(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
 
