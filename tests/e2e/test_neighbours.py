@@ -16,6 +16,7 @@ from sidecar.engine.scripted import ScriptedEngine
 
 from ..ports import free_port
 
+RULES = Path(__file__).resolve().parents[2] / "deploy" / "prometheus" / "rules.yaml"
 NGINX = """
 daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1;
 events {{ worker_connections 64; }}
@@ -26,7 +27,8 @@ http {{
 }}
 """
 PROMETHEUS = """
-global: {{scrape_interval: 1s, scrape_timeout: 1s}}
+global: {{scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}}
+rule_files: ["{rules}"]
 scrape_configs:
   - {{job_name: admin, static_configs: [{{targets: ["{admin}"]}}]}}
   - {{job_name: relay, static_configs: [{{targets: ["{relay}"]}}]}}
@@ -84,14 +86,16 @@ async def test_streams_pass_nginx_event_by_event_and_its_client_can_leave(
 
 
 async def test_prometheus_scrapes_both_ports(engine: ScriptedEngine, start: Any, requires: Any, tmp_path: Path) -> None:
-    """A real Prometheus finds both targets up, ours on the admin port, ours and the engine's on the relay port."""
+    """A real Prometheus finds both targets up, ours on the admin port, ours and the engine's on the relay port; it records by our rules."""
     prometheus = str(requires("prometheus"))
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     port = free_port()
     config = tmp_path / "prometheus.yml"
     config.write_text(
-        PROMETHEUS.format(admin=sidecar.admin.removeprefix("http://"), relay=sidecar.relay.removeprefix("http://"))
+        PROMETHEUS.format(
+            admin=sidecar.admin.removeprefix("http://"), relay=sidecar.relay.removeprefix("http://"), rules=RULES
+        )
     )
     listen = f"--web.listen-address=127.0.0.1:{port}"
     async with running(prometheus, f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/data", listen):
@@ -102,6 +106,7 @@ async def test_prometheus_scrapes_both_ports(engine: ScriptedEngine, start: Any,
             ("sidecar_mu_in_flight", {"admin", "relay"}),
             ('sidecar_verdict{verdict="idle"} == 1', {"admin", "relay"}),
             ('{__name__="vllm:num_requests_running"}', {"relay"}),
+            ("job:sidecar_mu_utilization_ratio:sum", {"admin", "relay"}),
         ):
             await queried(sidecar.session, api, query, expected)
 
