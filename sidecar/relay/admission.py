@@ -72,6 +72,7 @@ class Admission:
         "first_at",
         "id",
         "image_seconds",
+        "image_tokens",
         "lease",
         "mu",
         "on_begun",
@@ -108,6 +109,7 @@ class Admission:
         self.sent_at: float | None = None
         self.first_at: float | None = None
         self.image_seconds = 0.0
+        self.image_tokens: list[int] = []  # of images whose files say their size
         self.aside_seconds = 0.0
         self.begun: Begun | None = None
         self.on_begun: Callable[[], None] = _nothing  # called once, when the answer begins

@@ -243,7 +243,7 @@ class Relay:
         opaque = admission.route == "audio" or "content-encoding" in request.headers
         skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce, links=self._fetch is not None)
         shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body))
-        await self._pricing.charge(admission, skeleton.payload)
+        await self._pricing.charge(admission, skeleton)
         replaced, image_tokens = await self._prepare(skeleton, admission)
         self._pricing.admit(admission, image_tokens)
         return upstream.Pieces(bodies.join(skeleton, replaced, ask_usage=shape.ask_usage), admission.sent)

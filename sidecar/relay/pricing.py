@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sidecar.facts import Published, Usage
+from sidecar.kernels.grid import ProcessorSpec
 from sidecar.ledger import spent
 from sidecar.relay.admission import Admission
+from sidecar.relay.bodies import Skeleton
 from sidecar.relay.counting import Counter
 from sidecar.relay.estimate import Estimate, Estimator
 from sidecar.relay.quota import Quota
+from sidecar.relay.sizes import tokens_of
 from sidecar.units import settled_work
 
 
 class Pricing:
-    """One per relay process. `quota` is None where tenants have no limits, `counter` where no tokenizer is known."""
+    """One per relay process. `quota` is None where tenants have no limits, `counter` where no tokenizer is known, `spec` where no image processor."""
 
-    def __init__(self, estimator: Estimator, quota: Quota | None = None, counter: Counter | None = None) -> None:
+    def __init__(
+        self,
+        estimator: Estimator,
+        quota: Quota | None = None,
+        counter: Counter | None = None,
+        spec: ProcessorSpec | None = None,
+    ) -> None:
         self._estimator = estimator
         self._quota = quota
         self._counter = counter
+        self._spec = spec
 
     def heard(self, load: Published) -> None:
         """A load report."""
         if self._quota is not None:
             self._quota.heard(load)
 
-    async def charge(self, admission: Admission, payload: dict[str, Any] | None) -> None:
+    async def charge(self, admission: Admission, body: Skeleton) -> None:
         """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
-        if self._counter is not None and payload is not None:
-            admission.counted = await self._counter.count(payload)
+        if self._counter is not None and body.payload is not None:
+            admission.counted = await self._counter.count(body.payload)
+        if self._spec is not None and body.images:
+            admission.image_tokens = tokens_of(body.images, self._spec)
         if self._quota is not None:
-            estimate = self._estimate(admission, [])
+            estimate = self._estimate(admission, admission.image_tokens)
             admission.lease = self._quota.take(admission.tenant, estimate)
 
     def admit(self, admission: Admission, image_tokens: list[int]) -> None:
-        """Hold what it is expected to take. `image_tokens`: those that are known."""
-        admission.admit(admission.shape, self._estimate(admission, image_tokens))
+        """Hold what it is expected to take. `image_tokens`: those of images that were prepared, which are sure."""
+        admission.admit(admission.shape, self._estimate(admission, image_tokens or admission.image_tokens))
 
     def milli(self, admission: Admission, usage: Usage) -> int:
         """What a usage comes to in milli-MU, as it will settle."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import uvloop
 
 from sidecar.facts import Fact, Joined, Pulse
+from sidecar.kernels import families
 from sidecar.plugin import Watch
 from sidecar.relay import counting, links, scraper, upstream
 from sidecar.relay.accounts import Accounts
@@ -112,6 +113,7 @@ async def _serve(place: Place, listener: socket.socket) -> None:
 async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Relay]:
     own = place.settings
     async with _images(place) as images, _fetcher(own) as fetch, _quota(place) as quota, _counter(own) as counter:
+        spec = families.from_dir(own.model) if own.model else None
         relay = Relay(
             own,
             place.coefficients,
@@ -123,7 +125,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             preprocess=_preprocess(images, own, emit) if images is not None else None,
             fetch=fetch,
             shm=Watch(own.shm_dir) if own.images == "shm" else None,
-            pricing=Pricing(Estimator(place.coefficients), quota, counter),
+            pricing=Pricing(Estimator(place.coefficients), quota, counter, spec),
         )
         try:
             yield relay
@@ -141,7 +143,6 @@ async def _images(place: Place) -> AsyncIterator[Images | None]:
     # imported only where images are on: without them a relay stays as small as it is
     from sidecar.imagecache import ImageCache
     from sidecar.images import Images
-    from sidecar.kernels import families
 
     spec = families.from_dir(own.model)
     if spec is None:
