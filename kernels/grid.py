@@ -25,7 +25,7 @@ TILES, ROWS, STRIPS = "tiles", "rows", "strips"
 
 Size = tuple[int, int]
 Shape = tuple[str, list[int]]  # safetensors dtype, shape
-Integers = tuple[Shape, list[int]]  # a tensor of integers: its dtype and shape, and its numbers in order
+Integers = tuple[Shape, Sequence[int]]  # a tensor of integers: its dtype and shape, and its numbers in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class View:
     tile: Size
     top: int = 0
     left: int = 0
+    before: tuple[Size, ...] = ()  # sizes that it is resized to first, one after the other
 
     @property
     def grid(self) -> Size:

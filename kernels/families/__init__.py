@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.kernels.families import patched, tiled, whole
+from sidecar.kernels.families import patched, split, tiled, whole
 from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import BICUBIC, BILINEAR, ProcessorSpec
 
@@ -29,8 +29,8 @@ FAMILIES: Final[Mapping[str, Reader]] = {
     "SiglipImageProcessor": whole.fixed(BICUBIC),
     "Gemma3ImageProcessor": whole.fixed(BILINEAR),
     "PixtralImageProcessor": whole.pixtral,  # Mistral 3 and others
-    "Idefics3ImageProcessor": whole.idefics,
-    "SmolVLMImageProcessor": whole.idefics,
+    "Idefics3ImageProcessor": split.idefics,
+    "SmolVLMImageProcessor": split.idefics,
     "GotOcr2ImageProcessor": tiled.intern_vl,  # InternVL 3 and 3.5, Aya Vision, GOT-OCR 2
     "LlavaNextImageProcessor": tiled.llava_next,
     "LlavaOnevisionImageProcessor": tiled.llava_one_vision,
@@ -45,7 +45,7 @@ CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
     "Fixed": whole.Fixed,
     "Cropped": whole.Cropped,
     "Longest": whole.Longest,
-    "Split": whole.Split,
+    "Split": split.Split,
     "Closest": tiled.Closest,
     "AnyResolution": tiled.AnyResolution,
     "BestFit": tiled.BestFit,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, optional, pair, positive, steps
-from sidecar.kernels.grid import BICUBIC, LANCZOS, Geometry, Integers, PatchSpec, PlaneSpec, ProcessorSpec, Size, i64
+from sidecar.kernels.grid import BICUBIC, Geometry, Integers, PatchSpec, PlaneSpec, ProcessorSpec, Size, i64
 
 MAX_ASPECT: Final = 200  # Qwen's and GLM's processors refuse longer images
-IDEFICS_MOST: Final = 4096  # pixels of the longer side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,60 +109,6 @@ class Longest(PlaneSpec):
         return {"image_sizes": i64([len(images), 2], (side for g in images for side in g.size))}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split(PlaneSpec):
-    """Idefics 3's and SmolVLM's first step: the longer side to `longest`. The processor then cuts the image into tiles.
-
-    What is handed on is the image after the first step; the tiles' tensors are not made here.
-    """
-
-    longest: int
-    tile: int
-    splits: bool = True
-    tokens_per_tile: int = 0
-
-    tensors: ClassVar[bool] = False
-
-    def geometry(self, height: int, width: int) -> Geometry:
-        new_height, new_width = _below(*_to_longest(*positive(height, width), self.longest))
-        tokens = self.tokens_per_tile * self._tiles(new_height, new_width)
-        return Geometry(new_height, new_width, tokens=tokens)
-
-    def _tiles(self, height: int, width: int) -> int:
-        if not self.splits:
-            return 1
-        aspect, tile = width / height, self.tile
-        if width >= height:
-            width = math.ceil(width / tile) * tile
-            height = math.ceil(int(width / aspect) / tile) * tile
-        else:
-            height = math.ceil(height / tile) * tile
-            width = math.ceil(int(height * aspect) / tile) * tile
-        rows, columns = height // tile, width // tile
-        return rows * columns + 1 if rows > 1 or columns > 1 else 1
-
-
-def _to_longest(height: int, width: int, longest: int) -> Size:
-    """The longer side becomes `longest`, the other one follows and is made even."""
-    aspect = width / height
-    if width >= height:
-        width, height = longest, int(longest / aspect)
-        height += height % 2
-    else:
-        height, width = longest, int(longest * aspect)
-        width += width % 2
-    return max(height, 1), max(width, 1)
-
-
-def _below(height: int, width: int) -> Size:
-    aspect = width / height
-    if width >= height and width > IDEFICS_MOST:
-        width, height = IDEFICS_MOST, int(IDEFICS_MOST / aspect)
-    elif height > width and height > IDEFICS_MOST:
-        height, width = IDEFICS_MOST, int(IDEFICS_MOST * aspect)
-    return max(height, 1), max(width, 1)
-
-
 # --- from a model's files ---
 
 
@@ -227,14 +172,4 @@ def pixtral(config: Config, model: Config) -> ProcessorSpec:
     return Longest(
         **common(config, BICUBIC, CLIP), max_height=most[0], max_width=most[1], patch_height=patch[0], patch_width=patch[1],
         merge_size=merge,
-    )  # fmt: skip
-
-
-def idefics(config: Config, model: Config) -> ProcessorSpec:
-    steps(config, do_pad=True)
-    size, tile = config.get("size") or {"longest_edge": 4 * 364}, config.get("max_image_size") or {"longest_edge": 364}
-    splits = config.get("do_image_splitting", True)
-    return Split(
-        **common(config, LANCZOS, HALF), longest=count(size["longest_edge"], 1 << 14), tile=count(tile["longest_edge"], 1 << 14),
-        splits=splits is not False, tokens_per_tile=optional(model.get("image_seq_len")),
     )  # fmt: skip

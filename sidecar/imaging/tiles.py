@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sidecar.imaging.patches import normalise, resize
 from sidecar.kernels import fused
-from sidecar.kernels.grid import ROWS, TILES, Geometry, ProcessorSpec, TileSpec, View
+from sidecar.kernels.grid import ROWS, TILES, Geometry, ProcessorSpec, Size, TileSpec, View
 
 KINDS: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 FEW: Final = 16  # pixels a side of the largest tile that the compiled kernel lays out with vectors
@@ -24,7 +24,8 @@ SMALL: Final = 1 << 12  # pixels of a tile that is not worth a step of its own
 
 def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
     """The values of one image, uint8 (3, height, width), as they lie in `pixel_values`: all its views, in their order."""
-    canvases = ((_canvas(pixels, view, spec), view) for view in geometry.views)
+    known: dict[tuple[Size, ...], Tensor] = {(): pixels}
+    canvases = ((_canvas(known, view, spec), view) for view in geometry.views)
     if spec.layout == TILES:
         tile = geometry.views[0].tile
         if len(geometry.views) == 1 and tile[0] == tile[1] <= FEW and spec.dtype != "BF16" and not fused.missing():
@@ -35,10 +36,13 @@ def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
     return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
-def _canvas(pixels: Tensor, view: View, spec: ProcessorSpec) -> Tensor:
-    """uint8 (height, width, 3), contiguous: the resized image at its place."""
+def _canvas(known: dict[tuple[Size, ...], Tensor], view: View, spec: ProcessorSpec) -> Tensor:
+    """uint8 (height, width, 3), contiguous: the resized image at its place. `known`: what is there already, by the steps to it."""
     height, width = view.size
-    resized = resize(pixels, Geometry(height, width), spec).permute(1, 2, 0)
+    for done, size in enumerate(steps := (*view.before, view.size)):
+        if steps[: done + 1] not in known:
+            known[steps[: done + 1]] = resize(known[steps[:done]], Geometry(*size), spec)
+    resized = known[steps].permute(1, 2, 0)
     if view.canvas == view.size:
         return resized.contiguous()
     canvas = torch.zeros((*view.canvas, 3), dtype=torch.uint8)

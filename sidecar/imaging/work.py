@@ -78,7 +78,7 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
         if (
             door is not None
             and job.gpu
-            and not opened.geometry.views
+            and (job.want in INLINE or not opened.geometry.views)
             and (made := _elsewhere(door, job, opened, spec)) is not None
         ):
             return made

@@ -17,6 +17,7 @@ import math
 import secrets
 import struct
 import time
+from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
@@ -191,9 +192,7 @@ def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
 def _integers(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
     """The tensors of integers: grids, sizes, counts."""
     tensors = spec.integers(geometries(done, spec)).values()
-    return b"".join(
-        struct.pack(f"<{len(numbers)}{'q' if dtype == 'I64' else 'i'}", *numbers) for (dtype, _), numbers in tensors
-    )
+    return b"".join(array("q" if dtype == "I64" else "i", numbers).tobytes() for (dtype, _), numbers in tensors)
 
 
 def pieces(done: Sequence[Tensors], spec: ProcessorSpec) -> Iterator[list[Data]]:

@@ -19,7 +19,7 @@ from sidecar.kernels.grid import ProcessorSpec
 
 from .conftest import QWEN2_VL
 from .test_families import Family
-from .test_tiles import rows as tile_families
+from .test_tiles import ROWS
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ async def test_a_shape_that_cannot_be_handed_over_exactly_passes(images: Images)
     assert got.tokens > 0
 
 
-@tile_families
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if not row.spec().inline], ids=lambda row: row.name)
 async def test_families_that_tile_pass(server: Any, row: Family) -> None:
     """Where the tiles follow from the original's size an image goes to the engine as it came: not even decoded, its tokens known."""
     spec = row.spec()

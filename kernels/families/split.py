@@ -1,0 +1,88 @@
+"""Idefics 3's and SmolVLM's: resized step by step, each of what the last one gave. The first step is a fixed point, which can be handed on."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from sidecar.kernels.families.reading import HALF, Config, common, count, optional, positive, steps
+from sidecar.kernels.grid import LANCZOS, Geometry, Integers, ProcessorSpec, Size, TileSpec, View
+
+IDEFICS_MOST: Final = 4096  # pixels of the longer side
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split(TileSpec):
+    """Idefics 3's and SmolVLM's: the longer side to `longest`, then to whole tiles; the whole image as one tile comes last."""
+
+    inline: ClassVar[bool] = True
+
+    longest: int
+    tile: int
+    splits: bool = True
+    tokens_per_tile: int = 0
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        first = _below(*_to_longest(*positive(height, width), self.longest))
+        tile = (self.tile, self.tile)
+        canvas = self._canvas(*first) if self.splits else tile
+        views = [View(canvas, canvas, tile, before=(first,))]
+        if canvas != tile:
+            views.append(View(tile, tile, tile, before=(first, canvas)))
+        tokens = self.tokens_per_tile * sum(view.tiles for view in views)
+        return Geometry(*first, tokens=tokens, views=tuple(views), original=(height, width))
+
+    def _canvas(self, height: int, width: int) -> Size:
+        """Whole tiles: the longer side rounded up, then what follows from it."""
+        aspect, tile = width / height, self.tile
+        if width >= height:
+            width = math.ceil(width / tile) * tile
+            height = math.ceil(int(width / aspect) / tile) * tile
+        else:
+            height = math.ceil(height / tile) * tile
+            width = math.ceil(int(height * aspect) / tile) * tile
+        return height, width
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        return [1, *TileSpec.pixels(self, images)]
+
+    def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
+        shape = [1, sum(g.tiles for g in images), self.tile, self.tile]
+        return {"pixel_attention_mask": (("I64", shape), array("q", [1]) * math.prod(shape))}
+
+
+def _to_longest(height: int, width: int, longest: int) -> Size:
+    """The longer side becomes `longest`, the other one follows and is made even."""
+    aspect = width / height
+    if width >= height:
+        width, height = longest, int(longest / aspect)
+        height += height % 2
+    else:
+        height, width = longest, int(longest * aspect)
+        width += width % 2
+    return max(height, 1), max(width, 1)
+
+
+def _below(height: int, width: int) -> Size:
+    aspect = width / height
+    if width >= height and width > IDEFICS_MOST:
+        width, height = IDEFICS_MOST, int(IDEFICS_MOST / aspect)
+    elif height > width and height > IDEFICS_MOST:
+        height, width = IDEFICS_MOST, int(IDEFICS_MOST * aspect)
+    return max(height, 1), max(width, 1)
+
+
+# --- from a model's files ---
+
+
+def idefics(config: Config, model: Config) -> ProcessorSpec:
+    steps(config, do_pad=True, return_row_col_info=False)
+    size, tile = config.get("size") or {"longest_edge": 4 * 364}, config.get("max_image_size") or {"longest_edge": 364}
+    splits = config.get("do_image_splitting", True)
+    return Split(
+        **common(config, LANCZOS, HALF), longest=count(size["longest_edge"], 1 << 14), tile=count(tile["longest_edge"], 1 << 14),
+        splits=splits is not False, tokens_per_tile=optional(model.get("image_seq_len")),
+    )  # fmt: skip
