@@ -27,7 +27,7 @@ from sidecar.relay.shapes import Shape
 from sidecar.relay.stream import SSE, Price
 
 BLOCKED: Final = 1.0  # seconds that a write may wait for its client before the request's silence is the client's
-NOTHING: Final = Estimate(Work(uncached=0), 0.0, 0.0)
+NOTHING: Final = Estimate(Work(uncached=0), 0.0)
 
 
 class Books(Protocol):

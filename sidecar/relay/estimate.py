@@ -77,14 +77,15 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a request is expected to be. `mu` is the price of `work`, `high` of the same with an output that 9 of 10 do not exceed.
+    """What a request is expected to be. `mu` is the price of `work`; `high` are output tokens that 9 of 10 such answers do not exceed.
 
-    `tail`: output tokens still expected once `TAIL_AT` times the expected ones have come (facts.Admitted).
+    `tail`: output tokens still expected once `TAIL_AT` times the expected ones have come (facts.Admitted); of streams, as only they show how
+    far they are.
     """
 
     work: Work
     mu: float
-    high: float
+    high: int = 0
     tail: tuple[int, ...] = ()
 
 
@@ -103,14 +104,14 @@ class Estimator:
         images = max(shape.images, len(image_tokens))
         encoder = sum(image_tokens) + IMAGE_TOKENS * (images - len(image_tokens))
         text = self.text_tokens(shape) if counted is None else counted + self.template_tokens(shape)
-        prompt = Work(max(1, text + shape.token_ids + encoder), image_tokens=encoder, images=images)
+        prompt = max(1, text + shape.token_ids + encoder)
         if not shape.generative:
-            mu = self.mu(prompt)
-            return Estimate(prompt, mu, mu)
-        forecast = self.forecast(tenant, shape, prompt.uncached)
-        work = replace(prompt, output=round(forecast.mean() * shape.choices))
-        high = replace(prompt, output=round(forecast.quantile(HIGH) * shape.choices))
-        return Estimate(work, self.mu(work), self.mu(high), tail_of(forecast, work.output, shape.choices))
+            work = Work(prompt, image_tokens=encoder, images=images)
+            return Estimate(work, self.mu(work))
+        forecast = self.forecast(tenant, shape, prompt)
+        work = Work(prompt, 0, round(forecast.mean() * shape.choices), encoder, images)
+        tail = tail_of(forecast, work.output, shape.choices) if shape.stream else ()
+        return Estimate(work, self.mu(work), round(forecast.quantile(HIGH) * shape.choices), tail)
 
     def text_tokens(self, shape: Shape) -> int:
         """The tokens of a prompt's text, by what this model made of such text lately."""
@@ -130,6 +131,10 @@ class Estimator:
     def mu(self, work: Work) -> float:
         """The price of `work` in model units."""
         return units.gpu_ms(work, self._coefficients) / self._unit_ms
+
+    def reserved(self, estimate: Estimate) -> float:
+        """The price of the estimate's work with its high output: what a limit keeps for it."""
+        return self.mu(replace(estimate.work, output=max(estimate.high, estimate.work.output)))
 
     def learn(self, tenant: str, shape: Shape, usage: Usage, counted: int | None = None) -> None:
         """Take in what a request of this shape really used; `counted` is its text's, all of it. Images teach nothing about text."""

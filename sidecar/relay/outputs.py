@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import ceil, exp, log
 from operator import mul
@@ -172,6 +173,7 @@ def _keys(tenant: str, model: str, prompt: int) -> tuple[Key, Key, Key]:
     return (model,), (model, size), (tenant, model, size)
 
 
+@lru_cache(maxsize=256)  # clients have few habits; and a flood of limits costs what it did before
 def _capped(limit: int | None) -> Sequence[float]:
     """The middle of each bucket, at most `limit`."""
     if limit is None:

@@ -42,7 +42,8 @@ class Pricing:
             admission.image_tokens = tokens_of(body.images, self._spec)
         if self._quota is not None:
             estimate = self._estimate(admission, admission.image_tokens)
-            admission.lease = self._quota.take(admission.tenant, estimate)
+            reserved = self._estimator.reserved(estimate)
+            admission.lease = self._quota.take(admission.tenant, estimate.mu, reserved)
 
     def admit(self, admission: Admission, image_tokens: list[int]) -> None:
         """Hold what it is expected to take. `image_tokens`: those of images that were prepared, which are sure."""

@@ -16,12 +16,12 @@ from typing import Final
 
 from sidecar.errors import TenantLimited, UsageError
 from sidecar.facts import Published
-from sidecar.limits import MAX_BYTES, Limits, Refusal, parse
+from sidecar.limits import MAX_BYTES, Limit, Limits, Refusal, parse
 from sidecar.relay.accounts import Accounts, Lease
-from sidecar.relay.estimate import Estimate
 
 LOOK: Final = 2.0  # seconds
 HEARD: Final = 5.0  # seconds that a load report holds
+TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
 SOON: Final = 1.0  # seconds after which to try again where open requests must end first
 
 _log = logging.getLogger(__name__)
@@ -39,19 +39,19 @@ class Quota:
         self._spare = 0.0  # MU that may be given away
         self._heard = -math.inf
 
-    def take(self, tenant: str, estimate: Estimate) -> Lease | None:
-        """Charge a request to its tenant; None where that has no limits. Raises TenantLimited."""
+    def take(self, tenant: str, mu: float, high: float) -> Lease | None:
+        """Charge a request of `mu`, which may need `high`, to its tenant; None where that has no limits. Raises TenantLimited."""
         limit = self._limits.of(tenant)
         if limit.mu_per_minute is None and limit.mu_in_flight is None:
             return None
         now = time.monotonic()
-        taken = self._accounts.take(tenant, limit, estimate.mu, estimate.high, now)
+        taken = self._accounts.take(tenant, limit, mu, high, now)
         if isinstance(taken, Lease):
             return taken
-        if limit.spill_over and now - self._heard < HEARD and estimate.mu <= self._spare:
-            self._spare -= estimate.mu
-            return self._accounts.spill(tenant, limit, estimate.high, now)
-        raise refused(taken, limit.mu_per_minute, limit.mu_in_flight, estimate)
+        if limit.spill_over and now - self._heard < HEARD and mu <= self._spare:
+            self._spare -= mu
+            return self._accounts.spill(tenant, limit, high, now)
+        raise refused(taken, limit, mu, high)
 
     def settle(self, lease: Lease | None, mu: float) -> None:
         """A request has ended; it used `mu`."""
@@ -103,13 +103,13 @@ def read(path: str) -> Limits:
     return parse(text, name)
 
 
-def refused(why: Refusal, per_minute: float | None, in_flight: float | None, estimate: Estimate) -> TenantLimited:
+def refused(why: Refusal, limit: Limit, mu: float, high: float) -> TenantLimited:
     """What the client is told."""
     if why.what == "mu_per_minute":
-        text = f"rate limit of {per_minute:g} model units per minute reached; this request needs {estimate.mu:.3g}"
+        text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
     else:
-        text = f"limit of {in_flight:g} model units in flight reached; this request may need {estimate.high:.3g}"
-    return TenantLimited(text, SOON if why.wait is None else why.wait, "tokens" if why.wait is not None else "requests")
+        text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
+    return TenantLimited(text, SOON if why.wait is None else why.wait, TYPES[why.what])
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

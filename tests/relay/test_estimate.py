@@ -33,7 +33,7 @@ def test_the_clients_limit_caps_and_choices_multiply() -> None:
     assert abs(three - 3 * one) <= 2
     capped = estimator.estimate("t", Shape(choices=3, max_output=30), [])
     assert 25 <= capped.work.output <= 30
-    assert capped.high <= units.mu(Work(1, output=30), CO) + 1e-9
+    assert 25 <= capped.high <= 30 and capped.work.output <= capped.high
 
 
 def test_embeddings_generate_nothing() -> None:
@@ -41,7 +41,7 @@ def test_embeddings_generate_nothing() -> None:
     estimator = Estimator(CO)
     shape = Shape(generative=False, text_bytes=40)
     estimator.learn("t", shape, Usage(10, 0))
-    assert estimator.estimate("t", shape, []) == Estimate(Work(10), units.mu(Work(10), CO), units.mu(Work(10), CO))
+    assert estimator.estimate("t", shape, []) == Estimate(Work(10), units.mu(Work(10), CO))
 
 
 def test_ratio_and_length_are_learned_where_they_belong() -> None:
@@ -61,12 +61,12 @@ def test_ratio_and_length_are_learned_where_they_belong() -> None:
 def test_what_outlasts_its_estimate_is_expected_to_go_on() -> None:
     """The tail is what such answers still bring: it grows where lengths are spread wide, and ends at the client's limit."""
     estimator = Estimator(CO)
-    shape = Shape("m", text_bytes=400)
+    shape = Shape("m", stream=True, text_bytes=400)
     for n in range(600):
         estimator.learn("t", shape, Usage(100, 2000 if n % 4 == 0 else 20))
     open_end = estimator.estimate("t", shape, [])
     assert 400 < open_end.work.output < 650 and open_end.tail[0] > open_end.work.output
-    bounded = estimator.estimate("t", Shape("m", text_bytes=400, max_output=100), [])
+    bounded = estimator.estimate("t", Shape("m", stream=True, text_bytes=400, max_output=100), [])
     assert bounded.tail[0] < 100 and bounded.tail[-1] == 0
 
 
@@ -83,7 +83,7 @@ def test_a_price_is_the_units_price() -> None:
     whole = Work(3500, 10, 300, 20, 1)
     assert abs(estimator.mu(whole) - units.mu(whole, CO)) < 1e-12
     estimate = estimator.estimate("t", Shape("m", text_bytes=100), [])
-    assert estimate.mu == estimator.mu(estimate.work) < estimate.high
+    assert estimate.mu == estimator.mu(estimate.work) < estimator.reserved(estimate)
 
 
 def test_the_tables_are_bounded() -> None:

@@ -10,16 +10,16 @@ import pytest
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.errors import TenantLimited, UsageError
-from sidecar.facts import Published, Settled, Work
+from sidecar.facts import Published, Settled
 from sidecar.relay.accounts import Accounts
-from sidecar.relay.estimate import Estimate, Estimator
+from sidecar.relay.estimate import Estimator
 from sidecar.relay.pricing import Pricing
 from sidecar.relay.quota import Quota
 from sidecar.relay.shapes import Shape
 from sidecar.units import Coefficients
 from tests.relay.work import CHAT, FAST
 
-ONE = Estimate(Work(1), 1.0, 1.0)
+ONE = (1.0, 1.0)
 
 
 @pytest.fixture
@@ -82,18 +82,18 @@ async def test_a_settlement_corrects_the_charge(rig: Any, quota: Any) -> None:
 def test_spill_over_gives_what_is_idle_until_the_next_report(quota: Any) -> None:
     """Below the threshold a tenant over its limit gets what is idle, and no more until control says again; never without a report."""
     limits = quota("spill_over_below = 0.5\n[default]\nmu_per_minute = 0.6\nburst_mu = 1\nspill_over = true")
-    limits.take("a", ONE)
+    limits.take("a", *ONE)
     with pytest.raises(TenantLimited):
-        limits.take("a", ONE)
+        limits.take("a", *ONE)
     limits.heard(Published("", "", "progressing", utilization=0.3, mu_max_in_flight=10.0))
-    leases = [limits.take("a", ONE), limits.take("a", ONE)]
+    leases = [limits.take("a", *ONE), limits.take("a", *ONE)]
     with pytest.raises(TenantLimited):
-        limits.take("a", ONE)
+        limits.take("a", *ONE)
     for lease in leases:
         limits.settle(lease, 50.0)
     limits.heard(Published("", "", "progressing", utilization=0.6, mu_max_in_flight=10.0))
     with pytest.raises(TenantLimited, match="rate limit") as caught:
-        limits.take("a", ONE)
+        limits.take("a", *ONE)
     assert caught.value.retry_after is not None and 90 < caught.value.retry_after <= 100  # no debt of what was spilled
 
 
@@ -101,12 +101,12 @@ def test_a_tenant_that_may_not_spill_over_does_not(quota: Any) -> None:
     """Its own share is all it gets, however idle the engine is."""
     limits = quota("[default]\nmu_in_flight = 1")
     limits.heard(Published("", "", "idle", utilization=0.0, mu_max_in_flight=10.0))
-    lease = limits.take("a", ONE)
+    lease = limits.take("a", *ONE)
     with pytest.raises(TenantLimited, match="in flight") as caught:
-        limits.take("a", ONE)
+        limits.take("a", *ONE)
     assert caught.value.type == "requests" and caught.value.retry_after == 1.0
     limits.settle(lease, 1.0)
-    limits.take("a", ONE)
+    limits.take("a", *ONE)
 
 
 def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
@@ -114,7 +114,7 @@ def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
 ) -> None:
     """As a ConfigMap changes: by another file behind the same name. What is wrong is said once."""
     limits = quota("[default]\nmu_in_flight = 1")
-    lease = limits.take("a", ONE)
+    lease = limits.take("a", *ONE)
     for text, said in (("[default]\nmu_in_flight = 9", "read again"), ("[default]\nmu = 1", "unknown key 'mu'")):
         (tmp_path / "next").write_text(text)
         (tmp_path / "next").replace(file)
@@ -122,11 +122,11 @@ def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
         limits.look()
         limits.look()
         assert sum(said in line for line in caplog.messages) == 1
-        limits.take("a", ONE)
+        limits.take("a", *ONE)
     file.unlink()
     limits.look()
     limits.settle(lease, 1.0)
-    limits.take("a", ONE)
+    limits.take("a", *ONE)
 
 
 def test_a_file_that_cannot_be_used_ends_the_start(quota: Any) -> None:
