@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,6 +15,12 @@ import pytest
 from aiohttp import web
 
 from sidecar.facts import Admitted, End, Published, Settled
+from sidecar.limits import Limit
+from sidecar.relay.accounts import Accounts, Lease
+from sidecar.relay.estimate import Estimator
+from sidecar.relay.pricing import Pricing
+from sidecar.relay.quota import Quota
+from sidecar.units import Coefficients
 
 from .work import CHAT, TOKEN, sse
 
@@ -21,7 +29,9 @@ from .work import CHAT, TOKEN, sse
 @pytest.mark.parametrize(
     "settings", [{}, {"max_concurrent": 5, "max_queued": 20, "retry_stalled": 5.0}], ids=["plain", "all on"]
 )
-async def test_a_storm_leaves_nothing_behind(rig: Any, serve: Any, seed: int, settings: dict[str, Any]) -> None:
+async def test_a_storm_leaves_nothing_behind(
+    rig: Any, serve: Any, seed: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Whatever meets, each admission is followed by one settlement of its id, and the relay then serves as on its first day."""
     dice = random.Random(seed)
 
@@ -35,7 +45,10 @@ async def test_a_storm_leaves_nothing_behind(rig: Any, serve: Any, seed: int, se
             await response.write(event)
         return response
 
-    r = await rig(await serve(engine), **settings)
+    limits, accounts = tmp_path / "limits.toml", Accounts("", 1, 0)
+    limits.write_text("[default]\nmu_per_minute = 1e6\nmu_in_flight = 1e6\n")
+    pricing = Pricing(Estimator(Coefficients()), Quota(str(limits), accounts, 1))
+    r = await rig(await serve(engine), pricing=pricing, **settings)
 
     async def ask() -> None:
         with contextlib.suppress(aiohttp.ClientError):
@@ -68,3 +81,5 @@ async def test_a_storm_leaves_nothing_behind(rig: Any, serve: Any, seed: int, se
     again = [asyncio.create_task(ask()) for _ in range(20)]
     await asyncio.gather(*again)
     assert [f.outcome for f in r.facts.of(Settled)[before:]] == ["ok"] * 20
+    # one request is always admitted where nothing is in flight, and only there
+    assert isinstance(accounts.take("default", Limit(mu_in_flight=1e-6), 1.0, 1.0, time.monotonic()), Lease)
