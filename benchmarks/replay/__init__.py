@@ -1,0 +1,1 @@
+"""Fleet replay: request traces over simulated replicas, with the production ledger, estimator and prices inside."""

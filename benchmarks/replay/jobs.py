@@ -1,0 +1,205 @@
+"""Which fleets are simulated under which traffic, and what is kept of each run.
+
+Load: the mean work of the trace over what the fleet can do when it is never idle, both of the simulated engine, so that no policy's price
+decides how hard the test is. For routing the trace is compressed in time to that load; each seed replays another third of it. For
+autoscaling the hour stays an hour, and each request comes several times (as from more users), so that one to a few dozen replicas are needed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from replay import requests
+from replay.engine import Engine, Hardware, Sequence
+from replay.fleet import Fleet, Outcome
+from replay.requests import Request
+from replay.routing import OURS, POLICIES
+from replay.scaling import Scaling
+
+FAST = Hardware()
+SLOW = FAST.slower(2.0)
+PER_TOKEN = 0.1  # seconds, at most
+ENOUGH = 0.99  # of the requests within the SLO
+OPEN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How a trace is used. `first`: seconds to the first token that are promised; `copies` of each request for autoscaling."""
+
+    first: float
+    copies: int
+
+
+# 2 s and 0.1 s a token: MLPerf Inference's server scenario for an 8B model. 30 s: what the Mooncake paper promises for its long prompts.
+SERVICES = {
+    "azure-2023-code": Service(2.0, 4),
+    "azure-2023-conversation": Service(2.0, 2),
+    "mooncake-conversation": Service(30.0, 1),
+}
+LOADS = (0.5, 0.8)
+PACES = ((30.0, 300.0), (10.0, 60.0), (2.0, 15.0))  # seconds to start a replica, seconds of calm before one is stopped
+MU_TARGETS = (0.1, 0.2, 0.35, 0.6)  # headline utilisation
+REQUEST_TARGETS = (2.0, 4.0, 8.0, 16.0)  # open requests
+MOST = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run, or for `signal` "static" the search for the smallest fleet that keeps the SLO."""
+
+    trace: str
+    seed: int
+    policy: int = 0
+    load: float = 0.0
+    replicas: int = 0
+    slow: int = 0
+    signal: str = ""  # "mu", "requests", "static"; empty for routing
+    target: float = 0.0
+    pace: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What a policy made of one trace at one load. Seconds, shares."""
+
+    job: Job
+    p50: float
+    p99: float
+    kept: float  # share within the SLO
+    busy: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """What a fleet of changing size made of one trace."""
+
+    job: Job
+    kept: float
+    p99: float
+    gpu_hours: float
+    most: int
+
+
+def routing(replicas: int, seeds: Iterable[int], trace: str = "", *, quick: bool = False) -> list[Job]:
+    """Every policy under every trace and load, with equal replicas and with one slow one."""
+    mixes = [(load, 0) for load in LOADS] + [(LOADS[0], 1)]
+    return [
+        Job(name, seed, policy, load, replicas, slow)
+        for name in ([trace] if trace else SERVICES)
+        for load, slow in (mixes[1:2] if quick else mixes)
+        for seed in seeds
+        for policy in range(len(POLICIES))
+    ]
+
+
+def scaling(seed: int, trace: str = "", *, quick: bool = False) -> list[Job]:
+    """Both signals at several targets; start-up times are varied on the burstiest trace."""
+    found = []
+    for name in [trace] if trace else SERVICES:
+        paces = PACES if name == "azure-2023-code" and not quick else PACES[:1]
+        found.append(Job(name, seed, signal="static"))
+        for pace in paces:
+            for signal, targets in (("mu", MU_TARGETS), ("requests", REQUEST_TARGETS)):
+                found += [
+                    Job(name, seed, signal=signal, target=t, pace=pace) for t in (targets[1:2] if quick else targets)
+                ]
+    return found
+
+
+def run(job: Job, folder: Path) -> Routed | Scaled:
+    """Do one job. Deterministic in its arguments."""
+    trace = loaded(folder)[job.trace]
+    if not job.signal:
+        return _route(job, trace, saturated(folder, job.trace))
+    more = requests.multiplied(trace, SERVICES[job.trace].copies, job.seed)
+    return _smallest(job, more) if job.signal == "static" else _scale(job, more)
+
+
+@lru_cache
+def loaded(folder: Path) -> dict[str, list[Request]]:
+    """The traces, once per process."""
+    return requests.load(folder)
+
+
+@lru_cache
+def saturated(folder: Path, name: str) -> float:
+    """Seconds that one fast engine takes for a whole trace when requests always wait."""
+    engine, now = Engine(FAST, random.Random(0)), 0.0
+    coming = enumerate(loaded(folder)[name])
+
+    def start() -> None:
+        for n, request in coming:
+            engine.arrive(Sequence(str(n), request, now), now)
+            return
+
+    for _ in range(OPEN):
+        start()
+    while engine.next_at < math.inf:
+        now = engine.next_at
+        for _ in engine.step(now)[1]:
+            start()
+    return now
+
+
+def _route(job: Job, trace: list[Request], work: float) -> Routed:
+    capacity = job.replicas - job.slow / 2
+    factor = job.load * capacity / (work / trace[-1].at)
+    length = len(trace) // 3
+    first = (job.seed - 1) % 3 * length
+    part = requests.compressed(trace[first : first + length], factor)
+    part = [Request(r.at - part[0].at, r.prompt, r.output, r.text_bytes, r.blocks) for r in part]
+    hardware = [FAST] * (job.replicas - job.slow) + [SLOW] * job.slow
+    outcome = Fleet(hardware, POLICIES[job.policy], str(job.seed)).run(part)
+    times = firsts(outcome)
+    busy = outcome.busy_seconds / job.replicas / outcome.ends_at
+    return Routed(job, quantile(times, 0.5), quantile(times, 0.99), kept(outcome, job.trace), busy, outcome.preemptions)
+
+
+def _scale(job: Job, trace: list[Request]) -> Scaled:
+    startup, calm = job.pace
+    policy = Scaling("mu" if job.signal == "mu" else "requests", job.target, calm=calm, startup=startup, most=MOST)
+    return _scaled(job, Fleet([FAST], OURS, str(job.seed), policy, flush=1.0).run(trace))
+
+
+def _smallest(job: Job, trace: list[Request]) -> Scaled:
+    """The smallest fleet of one size that keeps the SLO, by bisection; the largest allowed where none does."""
+    low, high = 0, MOST
+    best: Scaled | None = None
+    while high - low > 1:
+        middle = (low + high) // 2 if low else min(8, high - 1)
+        found = _scaled(job, Fleet([FAST] * middle, OURS, str(job.seed), flush=1.0).run(trace))
+        if found.kept >= ENOUGH:
+            high, best = middle, found
+        else:
+            low = middle
+    return best or _scaled(job, Fleet([FAST] * MOST, OURS, str(job.seed), flush=1.0).run(trace))
+
+
+def _scaled(job: Job, outcome: Outcome) -> Scaled:
+    times = firsts(outcome)
+    return Scaled(
+        job, kept(outcome, job.trace), quantile(times, 0.99), outcome.gpu_seconds / 3600, outcome.most_replicas
+    )
+
+
+def kept(outcome: Outcome, trace: str) -> float:
+    """The share of requests within the SLO."""
+    most = SERVICES[trace].first
+    return sum(s.first <= most and s.per_token <= PER_TOKEN for s in outcome.served) / len(outcome.served)
+
+
+def firsts(outcome: Outcome) -> list[float]:
+    """Seconds to the first token, in order."""
+    return sorted(s.first for s in outcome.served)
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    """The nearest-rank quantile of at least one value."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

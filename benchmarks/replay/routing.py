@@ -1,0 +1,109 @@
+"""Pure: whom a router sends a request to. One router sees the whole fleet, as a gateway does.
+
+Counts of open requests are the router's own and always right. What a sidecar reports is as old as the policy says: `period` is the time
+between two looks of the router at the same report. `own`: it adds what it has sent there since, at the mean price that it was told.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Signal = Literal["turns", "requests", "two", "tokens", "mu", "weights", "true"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A way to route. `signal`: in turns, fewest open requests, the fewer of two by lot, fewest tokens or MU in flight, by lot with the
+    weights that Envoy makes of ORCA reports (requests per second over utilisation), least true work."""
+
+    name: str
+    signal: Signal
+    period: float = 0.0
+    own: bool = False
+
+    @property
+    def reads(self) -> bool:
+        """Whether it needs reports."""
+        return self.signal in ("tokens", "mu", "weights")
+
+
+POLICIES = (
+    Policy("round robin", "turns"),
+    Policy("request count", "requests"),
+    Policy("power of two choices", "two"),
+    Policy("tokens + own, 0.5 s", "tokens", 0.5, own=True),
+    Policy("MU + own, 0.5 s", "mu", 0.5, own=True),
+    Policy("MU + own, 50 ms", "mu", 0.05, own=True),
+    Policy("MU, 50 ms", "mu", 0.05),
+    Policy("MU, 1 s", "mu", 1.0),
+    Policy("ORCA weights, 1 s", "weights", 1.0),
+    Policy("true work, at once", "true"),
+)
+OURS = POLICIES[4]  # what production can do today: the sidecar's own numbers are renewed every 0.5 s
+
+
+@dataclass(slots=True)
+class Report:
+    """What the router last saw of a replica, and what it has sent there since."""
+
+    tokens: float = 0.0
+    mu: float = 0.0  # share of what is held at the SLO
+    weight: float = 0.0  # requests per second over utilisation
+    sent: int = 0
+
+
+class Replica(Protocol):
+    """What a router knows of a replica."""
+
+    open: int
+    report: Report
+
+    def true_work(self, now: float) -> float: ...
+
+
+class Router:
+    """Chooses among the replicas that take requests."""
+
+    def __init__(self, policy: Policy, rng: random.Random) -> None:
+        self.policy = policy
+        self._rng = rng
+        self._turn = 0
+        self._each = {"mu": 0.0, "tokens": 0.0}
+
+    def told(self, share: float, tokens: float) -> None:
+        """What a request was priced at when it was sent (`x-sidecar-mu`), as a share of what its replica holds at the SLO, and in tokens."""
+        for name, value in (("mu", share), ("tokens", tokens)):
+            self._each[name] += (value - self._each[name]) * 0.05
+
+    def choose(self, replicas: Sequence[Replica], now: float) -> int:
+        """An index into `replicas`; equals are told apart by lot."""
+        if self.policy.signal == "turns":
+            self._turn += 1
+            return self._turn % len(replicas)
+        if self.policy.signal == "two" and len(replicas) > 2:
+            pair = self._rng.sample(range(len(replicas)), 2)
+            return min(pair, key=lambda i: replicas[i].open)
+        if self.policy.signal == "weights":
+            weights = [replica.report.weight for replica in replicas]
+            known = [w for w in weights if w > 0]
+            usual = statistics.median(known) if known else 1.0
+            return self._rng.choices(range(len(replicas)), [w or usual for w in weights])[0]
+        loads = [self._load(replica, now) for replica in replicas]
+        least = min(loads)
+        return self._rng.choice([i for i, load in enumerate(loads) if load <= least])
+
+    def _load(self, replica: Replica, now: float) -> float:
+        report, own = replica.report, self.policy.own
+        match self.policy.signal:
+            case "tokens":
+                return report.tokens + (report.sent * self._each["tokens"] if own else 0.0)
+            case "mu":
+                return report.mu + (report.sent * self._each["mu"] if own else 0.0)
+            case "true":
+                return replica.true_work(now)
+            case _:
+                return replica.open
