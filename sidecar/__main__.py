@@ -51,6 +51,7 @@ HEAVY = {
     "usage": ("sidecar.usage", "UsageSettings"),
     "cel": ("sidecar.cel", "CelSettings"),
     "calibrate": ("sidecar.calibrate.command", "CalibrateSettings"),
+    "bench": ("sidecar.bench.command", "BenchSettings"),
 }
 
 

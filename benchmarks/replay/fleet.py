@@ -19,7 +19,7 @@ from replay.requests import Request
 from replay.routing import Policy, Report, Router
 from replay.scaling import Scaler, Scaling
 from sidecar import units
-from sidecar.facts import Admitted, Delivered, FirstToken, Settled, Usage, Work
+from sidecar.facts import Absent, Admitted, Delivered, FirstToken, Settled, Usage, Work
 from sidecar.ledger import Ledger
 from sidecar.relay.desk import FLUSH
 from sidecar.relay.estimate import Estimator
@@ -66,6 +66,7 @@ class Replica:
         self.ledger = Ledger(self.co)
         self.estimator = Estimator(self.co)
         self.report = Report()
+        self._recently = orca.Recently()
         self.began, self.serves_at, self.gone_at = began, serves_at, math.inf
         self.draining = False
         self.flushing = False
@@ -80,10 +81,12 @@ class Replica:
     def admit(self, s: Sequence, now: float) -> Work:
         """A request comes through the relay. Returns what it is expected to need."""
         shape = Shape(model=MODEL, stream=True, text_bytes=s.request.text_bytes)
-        work = self.estimator.work("", shape, [])
-        s.expected_mu = self.estimator.mu(work)
+        estimate = self.estimator.estimate("", shape, [])
+        work, s.expected_mu = estimate.work, estimate.mu
         self._shapes[s.id] = shape
-        self.ledger.apply(0, Admitted(s.id, now, "", MODEL, "chat", True, work, None, s.expected_mu))
+        self.ledger.apply(
+            0, Admitted(s.id, now, "", MODEL, "chat", True, work, None, s.expected_mu, tail=estimate.tail)
+        )
         self.report.sent += 1
         self.engine.arrive(s, now)
         return work
@@ -104,12 +107,13 @@ class Replica:
                 s.told = given
 
     def look(self, now: float, weights: bool) -> None:
-        """The router reads the report; `weights`: also what ORCA carries. An idle engine reports an epsilon of both, as its header does."""
+        """The router reads the report; `weights`: also what Envoy makes of the ORCA report."""
         stock = self.ledger.stock()
         weight = 0.0
         if weights:
             load = self.load(now)
-            weight = max(load.requests_per_second, 1e-6) / max(load.utilization, orca.LEAST_UTILIZATION)
+            told = orca.report(load, Absent("simulated"), self._recently.mean(load.pressure, now)).fields
+            weight = told["rps_fractional"] / told["application_utilization"]
         self.report = Report(stock.prefill_tokens + stock.decode_tokens, stock.mu / self.most, weight)
 
     def load(self, now: float) -> Load:

@@ -13,40 +13,46 @@ from functools import lru_cache
 from replay.engine import Engine, Hardware, Sequence
 from replay.requests import BLOCK, Request
 from sidecar import units
-from sidecar.calibrate import fit
+from sidecar.calibrate import fit, search
 from sidecar.calibrate.fit import Measured
+from sidecar.calibrate.journal import Step
 from sidecar.calibrate.shapes import MOST, Shape, plan, reference
 from sidecar.facts import Work
 
-OPEN = 8  # requests, as `sidecar calibrate --concurrency`
 SLO = 10.0  # seconds, as --slo-seconds
 ROUNDS = 6
+MOST_OPEN = 256
 
 
 @lru_cache
 def calibrated(hardware: Hardware) -> tuple[units.Coefficients, fit.Accuracy]:
     """The coefficients, and their errors on the shapes that were held out."""
-    measured = [(shape.held_out, _measured(hardware, shape)) for shape in plan(MOST, cached=True)]
+    steps = _search(hardware)
+    open_ = search.full(steps)
+    measured = [(shape.held_out, _measured(hardware, shape, open_)) for shape in plan(MOST, cached=True)]
     co = fit.fit([m for held_out, m in measured if not held_out])
-    co = replace(co, source="simulated", slo_seconds=SLO, mu_in_flight=_at_slo(hardware, co))
+    held = search.held(steps, SLO) * units.mu(steps[0].work, co)
+    co = replace(co, source="simulated", slo_seconds=SLO, mu_in_flight=held)
     return co, fit.accuracy([m for held_out, m in measured if held_out], co)
 
 
-def _measured(hardware: Hardware, shape: Shape) -> Measured:
-    latencies, cached = closed_loop(hardware, shape, OPEN)
+def _measured(hardware: Hardware, shape: Shape, open_: int) -> Measured:
+    latencies, cached = closed_loop(hardware, shape, open_)
     work = Work(shape.uncached + shape.cached - cached, cached, shape.output)
-    return Measured(work, statistics.mean(latencies) * 1000 / OPEN)
+    return Measured(work, statistics.mean(latencies) * 1000 / open_)
 
 
-def _at_slo(hardware: Hardware, co: units.Coefficients) -> float:
-    """MU in flight of the last doubling of open reference requests whose p95 is within the SLO."""
-    shape, held, count = reference(MOST), 1, 1
-    while count <= 256:
+def _search(hardware: Hardware) -> tuple[Step, ...]:
+    """More and more open requests of the reference's shape, as far as their p95 is within the SLO, and one step beyond."""
+    shape, steps, count = reference(MOST), [], 1
+    while count <= MOST_OPEN and (not steps or steps[-1].p95 <= SLO):
         latencies, _ = closed_loop(hardware, shape, count)
-        if statistics.quantiles(latencies, n=20)[-1] > SLO:
-            break
-        held, count = count, count * 2
-    return held * units.mu(Work(shape.uncached, output=shape.output), co)
+        rate = count / statistics.mean(latencies)
+        steps.append(
+            Step(count, statistics.quantiles(latencies, n=20)[-1], rate, Work(shape.uncached, output=shape.output))
+        )
+        count *= 2
+    return tuple(steps)
 
 
 def closed_loop(hardware: Hardware, shape: Shape, open_: int) -> tuple[list[float], int]:

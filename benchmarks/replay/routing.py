@@ -18,7 +18,7 @@ Signal = Literal["turns", "requests", "two", "tokens", "mu", "weights", "true"]
 @dataclass(frozen=True, slots=True)
 class Policy:
     """A way to route. `signal`: in turns, fewest open requests, the fewer of two by lot, fewest tokens or MU in flight, by lot with the
-    weights that Envoy makes of ORCA reports (requests per second over utilisation), least true work."""
+    weights that Envoy makes of ORCA reports (rate over utilisation), least true work."""
 
     name: str
     signal: Signal
@@ -52,7 +52,7 @@ class Report:
 
     tokens: float = 0.0
     mu: float = 0.0  # share of what is held at the SLO
-    weight: float = 0.0  # requests per second over utilisation
+    weight: float = 0.0  # rate over utilisation, of the ORCA report
     sent: int = 0
 
 

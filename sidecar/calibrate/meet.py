@@ -65,6 +65,13 @@ async def meet(session: aiohttp.ClientSession, url: str, key: str, kind: str, mo
     )  # fmt: skip
 
 
+async def text_target(session: aiohttp.ClientSession, url: str, key: str) -> Target:
+    """The first model that it serves, asked as it can be, and warm. Raises EngineRefused."""
+    target = Target(url, "", key)
+    card = _card(await _page(session, target, "/v1/models"), url)
+    return await _asked(session, replace(target, model=card["id"]))
+
+
 NO_CACHE: Final = (
     "cached prompts are not measured: the engine does not say what it had cached (vLLM: --enable-prompt-tokens-details)"
 )

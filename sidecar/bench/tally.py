@@ -1,0 +1,81 @@
+"""Pure: what became of each request, and what that adds up to.
+
+Rules: each request ends in exactly one outcome; quantiles are of the completed ones only; money is that of the whole time, whatever came
+of it, over the completed ones only. Useful is a completed request of a run that keeps the SLO.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Ended = Literal["completed", "dropped", "stalled", "cancelled", "failed"]
+ENDS: Final[tuple[Ended, ...]] = ("completed", "dropped", "stalled", "cancelled", "failed")
+DROPS: Final = (429, 503)  # statuses of an engine that takes no more
+LOST: Final = 0.01  # of the requests: more that are not completed miss the SLO
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One request: how it ended, seconds from its arrival to its end and to its first token (None where none came), its tokens."""
+
+    ended: Ended
+    seconds: float
+    first: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run. Seconds; dollars are None without a price or without completed requests; `whole`: it was not ended early."""
+
+    profile: str
+    rate: float
+    elapsed: float
+    requests: int
+    completed: int
+    dropped: int
+    stalled: int
+    cancelled: int
+    failed: int
+    tokens: int
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    first_p50: float | None
+    first_p95: float | None
+    slo_kept: bool
+    dollars_per_1k_completed: float | None
+    dollars_per_1m_tokens: float | None
+    whole: bool = True
+
+
+def row(
+    profile: str, rate: float, elapsed: float, records: Sequence[Record], slo: float, price: float, *, whole: bool = True
+) -> Row:  # fmt: skip
+    """The sums of one run. `slo`: seconds that the completed requests' p95 keeps; `price`: dollars per hour of all GPUs."""
+    ends = Counter(record.ended for record in records)
+    good = [record for record in records if record.ended == "completed"]
+    seconds = sorted(record.seconds for record in good)
+    firsts = sorted(record.first for record in good if record.first is not None)
+    tokens = sum(record.tokens for record in good)
+    p95 = quantile(seconds, 0.95)
+    lost = len(records) - len(good)
+    spent = price * elapsed / 3600
+    return Row(
+        profile=profile, rate=rate, elapsed=elapsed, requests=len(records),
+        **{ended: ends[ended] for ended in ENDS}, tokens=tokens,
+        p50=quantile(seconds, 0.5), p95=p95, p99=quantile(seconds, 0.99),
+        first_p50=quantile(firsts, 0.5), first_p95=quantile(firsts, 0.95),
+        slo_kept=p95 is not None and p95 <= slo and lost <= LOST * len(records),
+        dollars_per_1k_completed=spent / len(good) * 1e3 if price and good else None,
+        dollars_per_1m_tokens=spent / tokens * 1e6 if price and tokens else None, whole=whole,
+    )  # fmt: skip
+
+
+def quantile(ordered: Sequence[float], share: float) -> float | None:
+    """The nearest-rank quantile; None of nothing."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None

@@ -1,0 +1,129 @@
+"""The fleet replay itself: its engine and its books are whole, whatever the policy, and a seed decides everything."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from replay import requests  # noqa: E402  # the path above must come first
+from replay.engine import Engine, Hardware, Sequence  # noqa: E402
+from replay.fleet import Fleet, Replica  # noqa: E402
+from replay.jobs import FAST, SLOW  # noqa: E402
+from replay.pricing import calibrated  # noqa: E402
+from replay.routing import OURS, POLICIES, Policy  # noqa: E402
+from replay.scaling import Scaler, Scaling  # noqa: E402
+
+from sidecar import units  # noqa: E402
+from sidecar.facts import Work  # noqa: E402
+
+TRACE = requests.synthetic(seconds=6, per_second=25)
+SMALL = Hardware(kv_tokens=24_000)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
+def test_every_request_is_served_once_and_the_books_agree(policy: Policy) -> None:
+    """One settlement each, at the price of what it really was; nothing is held at the end; a full KV cache loses nobody."""
+    fleet = Fleet([FAST, SMALL, SLOW], policy, "1")
+    outcome = fleet.run(TRACE)
+    assert Counter(s.request for s in outcome.served) == Counter(TRACE)
+    assert all(s.first > 0 and s.per_token >= 0 for s in outcome.served)
+    for replica in fleet.replicas:
+        stock = replica.ledger.stock()
+        assert (stock.mu, stock.requests, replica.open) == (0, 0, 0)
+        mine = [s for s in outcome.served if s.replica == replica.index]
+        (total, count) = replica.ledger.totals.get(("", "model", "ok"), [0.0, 0])
+        assert count == len(mine) and total == pytest.approx(sum(s.mu for s in mine))
+        assert replica.ledger.delivered_total == sum(s.request.output for s in mine)
+
+
+def test_what_is_outstanding_is_the_sum_of_the_open_holds() -> None:
+    """At every look of the router the ledger holds as many requests as its engine has open, and as much as they still keep."""
+    seen = 0
+
+    class Watched(Replica):
+        def look(self, now: float, weights: bool) -> None:
+            nonlocal seen
+            super().look(now, weights)
+            stock = self.ledger.stock()
+            assert stock.requests == self.open
+            assert stock.mu == pytest.approx(sum(hold.remaining for hold in self.ledger.holds()))
+            seen += stock.requests
+
+    fleet = Fleet([FAST] * 2, OURS, "1")
+    fleet.replicas[:] = fleet._live[:] = [Watched(i, FAST, "1", 0.0, 0.0) for i in range(2)]
+    fleet.run(TRACE)
+    assert seen > 50
+
+
+def test_a_seed_decides_everything() -> None:
+    """The same seed gives the same times to the last digit; another seed gives others."""
+    one, two, other = (Fleet([FAST] * 3, POLICIES[2], seed).run(TRACE) for seed in ("1", "1", "2"))
+    assert one.served == two.served and one.served != other.served
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), cuts=st.lists(st.floats(0, 0.2), max_size=30))
+def test_steps_taken_together_are_the_same_steps(seed: int, cuts: list[float]) -> None:
+    """Looking at an engine, and arrivals that cut its steps, create and lose no token; it never computes more than it has room for."""
+    rng = random.Random(seed)
+    engine, now = Engine(SMALL, rng), 0.0
+    sent = [requests.Request(0.0, rng.randint(1, 9000), rng.randint(1, 300), 1) for _ in range(len(cuts) + 1)]
+    sequences = [Sequence(str(n), r, 0.0) for n, r in enumerate(sent)]
+    ended: list[Sequence] = []
+
+    def until(at: float) -> None:
+        nonlocal now
+        while engine.next_at <= at and engine.open:
+            now = engine.next_at
+            ended.extend(engine.step(now)[1])
+            assert engine.room > -10_000 or len(engine.decoding) + len(engine.prefilling) == 1
+        now = max(now, at) if at < 1e9 else now
+
+    for gap, s in zip([0.0, *cuts], sequences, strict=True):
+        until(now + gap)
+        before = {o.id: engine.generated(o, now) for o in engine.decoding.values()}
+        engine.arrive(s, now)
+        assert all(
+            engine.generated(o, now) == before.get(o.id, engine.generated(o, now)) for o in engine.decoding.values()
+        )
+    until(1e9)
+    assert sorted(s.id for s in ended) == sorted(s.id for s in sequences) and not engine.open
+    assert all(s.base == s.request.output and s.first_at >= 0 for s in ended)
+
+
+def test_the_engine_is_not_the_cost_model() -> None:
+    """A batch shares what is read, a cached prefix is free, noise differs from run to run: prices are near, and never right."""
+    co, worth = calibrated(FAST)
+    assert 0.01 < worth.mape < 0.5
+    alone = units.gpu_ms(Work(3500, output=300), co) / 1000
+    engine = Engine(FAST, random.Random(1))
+    engine.arrive(Sequence("1", requests.Request(0.0, 3500, 300, 1), 0.0), 0.0)
+    while engine.open:
+        now = engine.next_at
+        engine.step(now)
+    assert now > 2 * alone, "one sequence alone pays for all the weights"
+
+
+def test_fast_up_and_slow_down() -> None:
+    """More replicas are wanted at once; fewer only when nothing more was wanted for as long as is set."""
+    scaler = Scaler(Scaling("mu", target=0.5, calm=60.0, most=10))
+    assert [scaler.wanted(2, 0.5, 0.0), scaler.wanted(2, 2.0, 5.0), scaler.wanted(8, 0.01, 10.0)] == [2, 8, 8]
+    assert scaler.wanted(8, 0.01, 64.0) == 8 and scaler.wanted(8, 0.01, 66.0) == 1
+
+
+def test_an_autoscaled_fleet_serves_all_and_counts_its_hours() -> None:
+    """Replicas come and go under load; each request is served once; hours are those from a replica's start to its end."""
+    scaling = Scaling("mu", target=0.05, every=1.0, calm=3.0, startup=1.0, most=6)
+    fleet = Fleet([FAST], OURS, "1", scaling)
+    outcome = fleet.run(requests.multiplied(TRACE, 3, seed=1))
+    assert len(outcome.served) == 3 * len(TRACE) and 1 < outcome.most_replicas <= 6
+    assert outcome.ends_at < outcome.gpu_seconds < outcome.most_replicas * outcome.ends_at
