@@ -1,6 +1,6 @@
 """`POST /v1/preprocess`: images in, the model's processor output out.
 
-In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, multipart with one part named `image` per image, or one raw body of
+In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, where links stand, too, if --image-urls lets them be fetched; multipart with one part named `image` per image, or one raw body of
 type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
 `x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes; with `cuda-ipc` the
 layout, and handles of the GPU's memory (lending.py). `?values=uint8`
@@ -12,6 +12,7 @@ came from the workers, one after the other, and never joined.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import secrets
@@ -30,7 +31,7 @@ from sidecar.facts import Fact, Imaged
 from sidecar.images import Data, Images, Prepared, Tensors
 from sidecar.jobs import LAYOUT, TENSORS
 from sidecar.kernels.grid import Geometry, ProcessorSpec, TileSpec
-from sidecar.relay import batches, bodies, downstream, lending
+from sidecar.relay import batches, bodies, downstream, lending, links
 from sidecar.relay.batches import SIZES
 from sidecar.settings import Settings
 
@@ -44,6 +45,7 @@ MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
 
 Source = tuple[Data, bool]  # an image, and whether it is base64 text
 Emit = Callable[[Fact], None]
+Fetch = Callable[[str, str], Awaitable[Data]]  # a link, and what to call it -> the image
 
 
 class BadRequest(RequestError):
@@ -66,8 +68,10 @@ class NotImplementedHere(RequestError):
     status: ClassVar[int] = 501
 
 
-async def preprocess(request: web.BaseRequest, images: Images, limits: Settings, emit: Emit) -> web.StreamResponse:
-    """Serve one request; one Imaged fact per image goes to `emit`. Raises RequestError, which is OpenAI-style to the client."""
+async def preprocess(
+    request: web.BaseRequest, images: Images, limits: Settings, emit: Emit, fetch: Fetch | None = None
+) -> web.StreamResponse:
+    """Serve one request; one Imaged fact per image goes to `emit`; `fetch` gets those behind links. Raises RequestError, which is OpenAI-style to the client."""
     if request.method == "DELETE":
         return await lending.give_back(images, request.path.rpartition("/")[2])
     way = handoff(request.headers.get(HANDOFF, ""))
@@ -77,7 +81,7 @@ async def preprocess(request: web.BaseRequest, images: Images, limits: Settings,
             "this model's processor cuts images into tiles, whose tensors are not made here; inline images work"
         )
     spec = valued(images.spec, request.query.get("values", ""))
-    sources = await _sources(request, limits)
+    sources = await _sources(request, limits, fetch)
     if not sources:
         raise BadRequest(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
@@ -228,7 +232,7 @@ async def _reported(work: Awaitable[list[Tensors]], sources: list[Source], emit:
     return done
 
 
-async def _sources(request: web.BaseRequest, limits: Settings) -> list[Source]:
+async def _sources(request: web.BaseRequest, limits: Settings, fetch: Fetch | None) -> list[Source]:
     """The request's images, at most --image-max-count of them."""
     kind = request.content_type.lower()
     if kind.startswith("image/"):
@@ -236,25 +240,49 @@ async def _sources(request: web.BaseRequest, limits: Settings) -> list[Source]:
     if kind == "multipart/form-data":
         return await _parts(request, limits)
     if kind == JSON:
-        return urls(await downstream.read(request, limits.max_body_bytes), limits.image_max_count)
+        return await _fetched(
+            urls(await downstream.read(request, limits.max_body_bytes), limits.image_max_count), fetch
+        )
     raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
 
 
-def urls(body: bytes, most: int) -> list[Source]:
-    """The images of the JSON form. Raises BadRequest or BadImage."""
+async def _fetched(listed: list[Source | str], fetch: Fetch | None) -> list[Source]:
+    """The images, those behind links fetched side by side. Raises BadImage or ImagesBusy, and gives up the others."""
+
+    async def one(source: Source | str, where: str) -> Source:
+        if isinstance(source, tuple):
+            return source
+        if fetch is None:
+            text = "links are not fetched here (--image-urls); send a base64 data URL"
+            raise BadImage(f"{where}: {text}", "image_url")
+        return await fetch(source, where), False
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(source, f"images[{i}]")) for i, source in enumerate(listed)]
+    except* RequestError as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def urls(body: bytes, most: int) -> list[Source | str]:
+    """The images of the JSON form, and the links among them. Raises BadRequest or BadImage."""
     skeleton = bodies.cut(body, secrets.token_hex(8))
     listed = (skeleton.payload or {}).get("images")
     if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
         raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
     _check_count(len(listed), most)
-    return [(_base64(bodies.original(skeleton, text), i), True) for i, text in enumerate(listed)]
+    return [
+        text if links.is_link(text) else (_base64(bodies.original(skeleton, text), i), True)
+        for i, text in enumerate(listed)
+    ]
 
 
 def _base64(url: Data, index: int) -> memoryview:
     view = memoryview(url)
     at = bytes(view[:MAX_HEAD]).find(MARK)
     if at < 0 or bytes(view[:5]) != b"data:":
-        raise BadImage(f"images[{index}]: only base64 data URLs are taken; links are not fetched", "image_url")
+        raise BadImage(f"images[{index}]: it is neither a base64 data URL nor a link", "image_url")
     return view[at + len(MARK) :]
 
 

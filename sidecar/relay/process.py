@@ -122,7 +122,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             engine_kind=own.engine_kind if own.engine_kind != "auto" else "",
             image_key=place.image_key,
             images=images,
-            preprocess=_preprocess(images, own, emit) if images is not None else None,
+            preprocess=_preprocess(images, own, emit, fetch) if images is not None else None,
             fetch=fetch,
             shm=Watch(own.shm_dir) if own.images == "shm" else None,
             pricing=Pricing(Estimator(place.coefficients), quota, counter, spec),
@@ -198,10 +198,10 @@ async def _counter(own: Settings) -> AsyncIterator[Counter | None]:
             counter.close()
 
 
-def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None]) -> Handler:
+def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None], fetch: Fetch | None) -> Handler:
     from sidecar.relay.preprocess import preprocess
 
-    return lambda request: preprocess(request, images, own, emit)
+    return lambda request: preprocess(request, images, own, emit, fetch)
 
 
 async def _lasting(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:

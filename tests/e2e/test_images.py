@@ -173,6 +173,8 @@ async def test_a_link_into_the_pod_is_refused(recorder: Recorder, sidecar: Any) 
         status, body, _ = await ask(sidecar, chat(link))
         assert (status, body["error"]["code"]) == (400, code)
         assert "messages[0].content[1]" in body["error"]["message"] and "127.0.0.1" not in body["error"]["message"]
+        async with sidecar.session.post(sidecar.relay + "/v1/preprocess", json={"images": [link]}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (400, code)
     assert not recorder.bodies
 
 

@@ -25,6 +25,8 @@ from sidecar.facts import Fact, Imaged
 from sidecar.imagecache import ImageCache
 from sidecar.images import Images
 from sidecar.kernels import families
+from sidecar.relay import links
+from sidecar.relay.fetching import Fetcher
 from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
 
 from .conftest import QWEN2_VL, Server
@@ -40,12 +42,13 @@ class Service:
         self.images = images
         self.chosen = chosen
         self.facts: list[Fact] = []
+        self.fetch: Any = None
         self.url = ""
         self.session: aiohttp.ClientSession
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            return await preprocess(request, self.images, self.chosen, self.facts.append)
+            return await preprocess(request, self.images, self.chosen, self.facts.append, self.fetch)
         except RequestError as e:
             return web.json_response(e.body(), status=e.status)
 
@@ -100,6 +103,29 @@ async def test_json_in_tensors_out(service: Service) -> None:
     status, body, kind = await service.post(json={"images": [url(p) for p in PHOTOS]})
     assert (status, kind) == (200, SAFETENSORS)
     assert same(body, PHOTOS)
+
+
+async def test_links_are_fetched_by_the_operators_rules(service: Service) -> None:
+    """Links stand among data URLs, in order; one to a host that is not listed is refused by its place, and so is one that is broken."""
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=PHOTOS[int(request.path[1:])]) if request.path != "/gone" else web.Response(status=404)
+
+    runner = web.ServerRunner(web.Server(handle))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host = f"127.0.0.1:{runner.addresses[0][1]}"
+    fetcher = Fetcher(links.domains(host), 500_000, permitted=lambda address: address == "127.0.0.1")
+    service.fetch = fetcher.fetch
+    listed = [f"http://{host}/0", url(PHOTOS[1]), f"http://{host}/2"]
+    status, body, _ = await service.post(json={"images": listed})
+    assert status == 200 and same(body, PHOTOS)
+    for link, code in (("http://example.org/a.jpg", "image_url"), (f"http://{host}/gone", "image_url_failed")):
+        status, body, _ = await service.post(json={"images": [listed[0], link]})
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (400, code) and error["message"].startswith("images[1]")
+    await fetcher.close()
+    await runner.cleanup()
 
 
 async def test_tensors_through_shared_memory(service: Service, spec: Any, tmp_path: Path) -> None:
