@@ -2,7 +2,7 @@
 
 Rules: nothing a job does may outlive its deadline. The deadline is a real-time timer whose signal keeps its default action,
 so that it also ends C code that never returns; the relay sees the connection break, the server forks the next worker. The
-process may grow by a bounded amount of memory, opens few files, writes none, leaves no core, gains no privileges, and dies
+process may grow by a bounded amount of memory, opens few files, writes none, leaves no core, has no privileges, and dies
 with its server. A relay that is slow to send or to read is hung up on.
 """
 
@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 
+from sidecar.imaging import privileges
 from sidecar.jobs import MAX_REPLY, PREFIX, Frame, FrameError, Job, Limits, Ready, head, lengths, parse
 
 Payload = bytes | bytearray | memoryview
@@ -26,7 +27,7 @@ PATIENCE = 10.0  # seconds in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # then a fresh process takes over, so that no leak of a codec grows for ever
 MAX_FILES = 64
 BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours, and fp32 patches of it
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG = 1
 
 
 def serve(listening: socket.socket, do: Do, limits: Limits) -> int:
@@ -94,13 +95,12 @@ def confine(limits: Limits) -> None:
 
 
 def bind_to_server() -> None:
-    """Die with the server, leave Ctrl-C to it, gain no privileges, and let a deadline's signal end this process."""
+    """Die with the server, leave Ctrl-C to it, keep no privileges and gain none, and let a deadline's signal end this process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        privileges.give_up()
 
 
 def _mute() -> None:

@@ -104,6 +104,37 @@ async def test_a_killed_worker_costs_one_image(lone: Server, one: Images, heavy:
     assert lone.workers() != [worker] and len(lone.workers()) == 1
 
 
+def capabilities(pid: int) -> dict[str, int]:
+    """A process's sets of capabilities, and whether it can gain any."""
+    lines = (line.split(":") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {key: int(value, 16) for key, value in lines if key.startswith("Cap") or key == "NoNewPrivs"}
+
+
+async def test_a_worker_has_no_capabilities(lone: Server, one: Images) -> None:
+    """Where the sidecar has some, such as SYS_PTRACE to read the engine's stacks, what decodes images has none and can get none."""
+    (worker,) = lone.workers()
+    found, ours = capabilities(worker), capabilities(lone.pid)
+    if ours["CapEff"] & 1 << 8:  # SETPCAP: only then may the bounding set be emptied
+        assert found.pop("CapBnd") == 0
+    found.pop("CapBnd", None)
+    assert found == {"CapInh": 0, "CapPrm": 0, "CapEff": 0, "CapAmb": 0, "NoNewPrivs": 1}
+    await one.inline(PHOTO, "x")
+
+
+def test_with_sys_ptrace_alone_nothing_of_it_is_left() -> None:
+    """As in the pod: root with this one capability. Neither the process keeps it nor a program that it starts."""
+    if not capabilities(os.getpid())["CapEff"] & 1 << 19:
+        pytest.skip("needs SYS_PTRACE")
+    keep = "import ctypes; f = __import__('sidecar.imaging.privileges', fromlist=['x']); libc = ctypes.CDLL(None); only = 1 << 19; "
+    keep += "words = (f._Words * 2)((only, only, only), (0, 0, 0)); libc.capset(ctypes.byref(f._Header(f.VERSION_3, 0)), words); "
+    show = "print(open('/proc/self/status').read().partition('CapEff:')[2].split()[0], flush=True); "
+    end = "__import__('os').execv('/bin/grep', ['grep', 'CapEff', '/proc/self/status'])"
+    code = keep + show + "f.give_up(); " + show + end
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    before, after, started = done.stdout.split("\n")[:3]
+    assert (int(before, 16), int(after, 16), int(started.split()[1], 16)) == (1 << 19, 0, 0)
+
+
 async def test_the_deadline_ends_a_job(lone: Server, one: Images, spec: ProcessorSpec, heavy: bytes) -> None:
     """A job past --image-seconds is ended inside C code with image_deadline; the next one is served."""
     (worker,) = lone.workers()

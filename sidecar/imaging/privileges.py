@@ -1,0 +1,44 @@
+"""Gives up all of Linux's capabilities, for ever: in a pod that may read stacks (--stack-dumps on) the sidecar is root with SYS_PTRACE, and a
+codec that a hostile image has taken over must not have it.
+
+What is given up: effective, permitted and inheritable, the ambient set, and, where we may, the bounding set. With NO_NEW_PRIVS no program that
+is started can get any of it back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, PR_CAP_AMBIENT = 38, 24, 47
+AMBIENT_CLEAR_ALL: Final = 4
+VERSION_3: Final = 0x20080522  # of capset: two words of 32 capabilities
+MOST: Final = 64  # capabilities that a kernel can have; the first that it has not ends the loop
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Words(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+def give_up() -> None:
+    """This thread and all that it starts have no capabilities from here on. Call it before other threads exist. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _prctl(libc, PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(libc, PR_CAP_AMBIENT, AMBIENT_CLEAR_ALL)  # kernels before 4.3 have none
+    for capability in range(MOST):
+        if not _prctl(
+            libc, PR_CAPBSET_DROP, capability
+        ):  # no such one, or we lack SETPCAP: NO_NEW_PRIVS holds all the same
+            break
+    none = (_Words * 2)()
+    if libc.capset(ctypes.byref(_Header(VERSION_3, 0)), none):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def _prctl(libc: ctypes.CDLL, option: int, value: int) -> bool:
+    numbers = (ctypes.c_ulong(n) for n in (value, 0, 0, 0))
+    return bool(libc.prctl(ctypes.c_int(option), *numbers) == 0)
