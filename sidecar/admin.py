@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiohttp import web
@@ -16,9 +16,11 @@ from aiohttp import web
 from sidecar import probes
 from sidecar.diagnosis import Diagnoses
 from sidecar.facts import Verdict
-from sidecar.report import diagnosis_page, load, page
+from sidecar.report import cost, diagnosis_page, load, page
 from sidecar.report.prometheus import Pages
 from sidecar.snapshot import Snapshot
+from sidecar.units import Coefficients
+from sidecar.upkeep import Upkeep
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Sources:
     pages: Pages
     feed: page.Feed
     diagnoses: Diagnoses
+    upkeep: Upkeep
 
 
 def make_app(sources: Sources) -> web.Application:
@@ -41,6 +44,9 @@ def make_app(sources: Sources) -> web.Application:
     app.router.add_get("/startupz", _probe(sources, "startup"))
     app.router.add_get("/healthz", _health(sources))
     app.router.add_get("/load", _load(sources))
+    app.router.add_get("/cost", _cost(sources))
+    app.router.add_get("/coefficients", _file(lambda: sources.upkeep.co))
+    app.router.add_get("/coefficients/shadow", _file(lambda: sources.upkeep.shadow()))
     app.router.add_get("/verdicts", _json(lambda: {"verdicts": [_verdict(v) for v in sources.snapshot().changes]}))
     app.router.add_get("/diagnoses", _json(lambda: {"diagnoses": _diagnoses(sources.diagnoses)}))
     app.router.add_get("/diagnoses/{id}", _diagnosis(sources.diagnoses))
@@ -80,6 +86,28 @@ def _json(content: Callable[[], Any]) -> Handler:
 def _load(sources: Sources) -> Handler:
     async def handle(request: web.Request) -> web.Response:
         return _answer(load.render(sources.snapshot(), request.query.get("unit", "")))
+
+    return handle
+
+
+def _cost(sources: Sources) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            return _answer(cost.render(request.query, sources.upkeep.co))
+        except ValueError as e:
+            return _answer({"error": str(e)}, 400)
+
+    return handle
+
+
+def _file(wanted: Callable[[], Coefficients | None]) -> Handler:
+    """Coefficients as a file for --coefficients."""
+
+    async def handle(_: web.Request) -> web.Response:
+        co = wanted()
+        if co is None:
+            return _answer({"error": "too little work so far; /load says how many windows were seen"}, 404)
+        return _answer(asdict(co))
 
     return handle
 

@@ -133,7 +133,9 @@ async def serve_admin(ticker: Ticker, pool: RelayPool, feed: Feed, sock: socket.
         return well, {"pid": os.getpid(), "relays": relays, "loop_lag": ticker.control.lag}
 
     sinks = ticker.sinks
-    sources = Sources(ticker.stand, lambda: ticker.snapshot, health, sinks.pages, feed, sinks.diagnoses)
+    sources = Sources(
+        ticker.stand, lambda: ticker.snapshot, health, sinks.pages, feed, sinks.diagnoses, ticker.control.upkeep
+    )
     runner = web.AppRunner(make_app(sources), access_log=None, shutdown_timeout=1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from sidecar import units
@@ -111,8 +111,7 @@ class Windows:
             if hold.blocked or hold.slowed:
                 return []
             e = hold.admitted.expected
-            so_far = Work(e.uncached, e.cached, hold.delivered, e.image_tokens, e.images)
-            work = units.features(so_far, self._co)
+            work = units.features(replace(e, output=hold.delivered), self._co)
             self._into(window, index, _Span(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work))
         busy = window.busy.bit_count() * SLOT
         if busy < LEAST_BUSY * SECONDS:

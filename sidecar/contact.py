@@ -118,11 +118,13 @@ class Contact:
 
     async def _identify(self) -> None:
         """Ask for its models and version, until it tells the models; not every engine tells a version."""
-        self.identity = Identity()
-        while not self.identity.models:
+        while True:
             met = Met()
             await ask(met, self._session, self._settings.engine, IDENTITY, self._headers, QUESTION)
-            self.identity = kinds.identity(met.pages)
+            found = kinds.identity(met.pages)
+            if found.models:
+                self.identity = found
+                return
             await asyncio.sleep(RETRY)
 
     async def _recognise(self) -> str:

@@ -58,13 +58,17 @@ _NOT_READ: Final = Absent("not read")
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request's size in tokens. `image_tokens` are encoder outputs and are also part of `uncached`."""
+    """One request's size in tokens. Tokens of images, audio and video are encoder outputs and also part of `uncached`."""
 
     uncached: int
     cached: int = 0
     output: int = 0
     image_tokens: int = 0
     images: int = 0
+    audio_tokens: int = 0
+    audios: int = 0
+    video_tokens: int = 0
+    videos: int = 0
 
 
 @dataclass(frozen=True, slots=True)

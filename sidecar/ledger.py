@@ -294,7 +294,7 @@ def spent(expected: Work, fact: Settled, *, started: bool, delivered: int) -> Wo
 def work_so_far(hold: Hold) -> Work:
     """The estimate with the tokens that were delivered so far."""
     e = hold.admitted.expected
-    return Work(e.uncached, e.cached, hold.delivered, e.image_tokens, e.images)
+    return replace(e, output=hold.delivered)
 
 
 def tokens_left(hold: Hold) -> int:

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar import memory, probes, reasons
+from sidecar import memory, probes, reasons, units
 from sidecar.budget import SharedBudget
 from sidecar.canaries import GARBAGE
 from sidecar.contact import Contact
@@ -135,7 +135,7 @@ class Ticker:
 
     def _settled(self, s: Settlement) -> None:
         a, e = s.admitted, s.settled
-        self.sinks.tracing.settled(e, s.mu)
+        self.sinks.tracing.settled(e, s.mu, lambda: units.by_cause(s.work, self.control.upkeep.co) if s.mu else ())
         decoding = e.at - e.first_at if e.first_at is not None and s.delivered > 1 else None
         self.sinks.meters.settled(
             s.tenant, s.model, e.outcome, mu=s.mu, seconds=e.at - a.at,

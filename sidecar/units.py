@@ -3,7 +3,7 @@
     gpu_ms = k + a*u + b*u*(c + u/2) + d*o + f*o*(n + o/2) + g*e + h*items        n = u + c
     MU     = gpu_ms / gpu_ms(3500 in, 300 out)
 
-u uncached and c cached input tokens, o output tokens, e encoder tokens of images. u*(c + u/2) and o*(n + o/2) are the tokens that
+u uncached and c cached input tokens, o output tokens, e encoder tokens of images, audio and video, each in those of images. u*(c + u/2) and o*(n + o/2) are the tokens that
 lie before each new one, summed; of a share `windowed` of the layers, each sees the last `window` of them at most. The coefficients
 belong to a (model, hardware) pair. Where they come from is `Coefficients.source`: the default, a roofline, or a measurement.
 """
@@ -11,7 +11,7 @@ belong to a (model, hardware) pair. Where they come from is `Coefficients.source
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Final
 
 from sidecar.errors import UsageError
@@ -38,6 +38,10 @@ class Coefficients:
     f: float = 5.7e-5
     g: float = 0.0108
     h: float = 1.0
+    audio: float = (
+        0.5  # price of an encoder token of audio, in those of an image: Whisper's encoder, two frames to a token
+    )
+    video: float = 1.0  # likewise of video: the same tower
     window: float = 0.0  # tokens that a layer with a sliding window sees; 0: there are none
     windowed: float = 0.0  # share of the work with the context, that such layers do
     batch: float = 32.0  # requests that decode together where d holds: they share the reading of the weights
@@ -92,7 +96,9 @@ def terms(work: Work, co: Coefficients) -> Terms:
 def features(work: Work, co: Coefficients) -> tuple[float, float, float, float, float, float, float]:
     """What each coefficient is multiplied by, in the order of TERMS. Of `co` only the sliding window counts."""
     u, c, o = work.uncached, work.cached, work.output
-    return 1.0, u, context(c, u, co), o, context(u + c, o, co), work.image_tokens, work.images
+    encoded = work.image_tokens + co.audio * work.audio_tokens + co.video * work.video_tokens
+    items = work.images + work.audios + work.videos
+    return 1.0, u, context(c, u, co), o, context(u + c, o, co), encoded, items
 
 
 def context(before: float, tokens: float, co: Coefficients) -> float:
@@ -155,9 +161,9 @@ def max_mu_in_flight(co: Coefficients, slo_seconds: float) -> float:
 def settled_work(expected: Work, usage: Usage | None, delivered_tokens: int) -> Work:
     """What a request really was: the engine's `usage` where there is one, else the estimate with the delivered tokens."""
     if usage is None:
-        return Work(expected.uncached, expected.cached, delivered_tokens, expected.image_tokens, expected.images)
+        return replace(expected, output=delivered_tokens)
     cached = min(usage.cached_tokens, usage.prompt_tokens)
-    return Work(usage.prompt_tokens - cached, cached, usage.completion_tokens, expected.image_tokens, expected.images)
+    return replace(expected, uncached=usage.prompt_tokens - cached, cached=cached, output=usage.completion_tokens)
 
 
 def to_json(co: Coefficients) -> str:

@@ -6,7 +6,10 @@ margin say what they are. The re-fit is told all the same: it is what they shoul
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 from sidecar import units
@@ -58,6 +61,18 @@ class Upkeep:
         """How far off a price may be, as a share of it."""
         usual = max(self.co.p90, LEAST) if units.measured(self.co) else UNMEASURED
         return usual * (STALE if self.stale else 1.0)
+
+    def shadow(self) -> Coefficients | None:
+        """The re-fit as coefficients of their own, for whoever wants to use them; None while there is too little work."""
+        shadow = self.refit.shadow()
+        if shadow is None:
+            return None
+        text = repr([(name, getattr(shadow.co, name)) for name in units.TERMS])
+        print_ = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        error = round(math.expm1(shadow.error), 4)  # of windows, where a calibration has one of shapes
+        return replace(
+            shadow.co, fingerprint=print_, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
+        )
 
     def use(self) -> PriceUse:
         """For reports."""

@@ -64,7 +64,7 @@ def test_readme_names_every_command() -> None:
 
 def test_readme_names_every_endpoint() -> None:
     """Every route of the admin application is in the table."""
-    nothing = Sources(None, None, None, None, Feed(), None)  # type: ignore[arg-type]  # routes need no sources
+    nothing = Sources(None, None, None, None, Feed(), None, None)  # type: ignore[arg-type]  # routes need no sources
     paths = {resource.canonical for resource in make_app(nothing).router.resources()}
     assert "/livez" in paths
     assert [p for p in paths if f"`GET {p}`" not in README] == []

@@ -81,7 +81,7 @@ async def test_a_request_arrives_as_a_server_span_with_its_images_under_it(colle
     traces.admitted(admitted())
     traces.imaged(IMAGE)
     traces.first_token(FirstToken("r", 12.0))
-    traces.settled(settled(), mu=0.75)
+    traces.settled(settled(), 0.75, lambda: (("decode", 12.5), ("images", 0.0)))
     assert await traces.close(10)
 
     spans = collector.spans()
@@ -107,6 +107,7 @@ async def test_a_request_arrives_as_a_server_span_with_its_images_under_it(colle
         "sidecar.tenant": "acme",
         "sidecar.outcome": "ok",
         "sidecar.mu": 0.75,
+        "sidecar.gpu_ms.decode": 12.5,
         "sidecar.overhead_seconds": 0.0004,
         "sidecar.delivered_tokens": 7,
     }

@@ -21,6 +21,10 @@ K = TypeVar("K")
 
 BYTES_PER_TOKEN: Final = 4.0  # English text in a 100k-150k vocabulary
 IMAGE_TOKENS: Final = 1000  # an image nobody measured: about 1 Mpx at 28x28 pixels per token (Qwen2-VL's kind)
+AUDIO_TOKENS: Final = (
+    250  # of one recording, which nobody decodes here: ten seconds at 25 a second (Qwen2-Audio's kind)
+)
+VIDEO_TOKENS: Final = 4096  # likewise of one video: 32 frames, two to a step, of 256 tokens
 _WEIGHT: Final = 0.05  # of one new observation
 _MODELS: Final = 256
 HIGH: Final = 0.9  # the share of answers that a reservation covers
@@ -104,12 +108,14 @@ class Estimator:
         images = max(shape.images, len(image_tokens))
         encoder = sum(image_tokens) + IMAGE_TOKENS * (images - len(image_tokens))
         text = self.text_tokens(shape) if counted is None else counted + self.template_tokens(shape)
-        prompt = max(1, text + shape.token_ids + encoder)
+        heard, shown = AUDIO_TOKENS * shape.audios, VIDEO_TOKENS * shape.videos
+        media = encoder, images, heard, shape.audios, shown, shape.videos
+        prompt = max(1, text + shape.token_ids + encoder + heard + shown)
         if not shape.generative:
-            work = Work(prompt, image_tokens=encoder, images=images)
+            work = Work(prompt, 0, 0, *media)
             return Estimate(work, self.mu(work))
         forecast = self.forecast(tenant, shape, prompt)
-        work = Work(prompt, 0, round(forecast.mean() * shape.choices), encoder, images)
+        work = Work(prompt, 0, round(forecast.mean() * shape.choices), *media)
         tail = tail_of(forecast, work.output, shape.choices) if shape.stream else ()
         return Estimate(work, self.mu(work), round(forecast.quantile(HIGH) * shape.choices), tail)
 
@@ -137,9 +143,9 @@ class Estimator:
         return self.mu(replace(estimate.work, output=max(estimate.high, estimate.work.output)))
 
     def learn(self, tenant: str, shape: Shape, usage: Usage, counted: int | None = None) -> None:
-        """Take in what a request of this shape really used; `counted` is its text's, all of it. Images teach nothing about text."""
+        """Take in what a request of this shape really used; `counted` is its text's, all of it. Other media teach nothing about text."""
         text_tokens = usage.prompt_tokens - shape.token_ids
-        if shape.images == 0 and text_tokens > 0 and shape.text_bytes > 0:
+        if not (shape.images or shape.audios or shape.videos) and text_tokens > 0 and shape.text_bytes > 0:
             # templates of short prompts weigh more than their text: 0.5 to 16 bytes a token is what a tokenizer can do
             self._ratios.add((shape.model, shape.script), min(16.0, max(0.5, shape.text_bytes / text_tokens)))
             if counted is not None and shape.messages:

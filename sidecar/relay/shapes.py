@@ -16,6 +16,9 @@ _PROMPT_KEYS: Final = (
 _OUTPUT_KEYS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
 _OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
 _IMAGE_TYPES: Final = frozenset(("image_url", "input_image", "image", "image_pil", "image_embeds"))
+_AUDIO_TYPES: Final = frozenset(("input_audio", "audio_url", "audio"))
+_VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
+_MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES
 _NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
 _ASKABLE: Final = frozenset(("chat", "completions"))  # routes that know stream_options
 MAX_NAME: Final = 128  # characters kept of a model's name
@@ -38,6 +41,8 @@ class Shape:
     messages: int = 0
     token_ids: int = 0
     images: int = 0
+    audios: int = 0
+    videos: int = 0
     ask_usage: bool = False  # whether we have to ask for the usage of a stream, because the client did not
 
 
@@ -49,7 +54,7 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Sha
     model, stream = payload.get("model"), payload.get("stream") is True
     choices = _count(payload.get("n")) or 1
     limit = _max_output(payload)
-    text_bytes, characters, token_ids, images = _measure(prompts(payload))
+    text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload))
     messages = payload.get("messages")
     return Shape(
         model=model[:MAX_NAME] if isinstance(model, str) else "",
@@ -62,6 +67,8 @@ def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Sha
         messages=len(messages) if isinstance(messages, list) else 0,
         token_ids=token_ids,
         images=images,
+        audios=audios,
+        videos=videos,
         ask_usage=stream and route in _ASKABLE and _usage_is_ours_to_ask(payload.get("stream_options")),
     )
 
@@ -87,22 +94,26 @@ def prompts(payload: dict[str, Any]) -> list[Any]:
     return [payload[key] for key in _PROMPT_KEYS if key in payload]
 
 
-def _measure(stack: list[Any]) -> tuple[int, int, int, int]:
-    """(UTF-8 bytes of text, its characters, token ids, images) below the given values."""
-    size = characters = token_ids = images = 0
+def _measure(stack: list[Any]) -> tuple[int, int, int, int, int, int]:
+    """(UTF-8 bytes of text, its characters, token ids, images, audio, videos) below the given values."""
+    size = characters = token_ids = images = audios = videos = 0
     for value in leaves(stack):
         if isinstance(value, str):
             size += len(value) if value.isascii() else len(value.encode(errors="replace"))
             characters += len(value)
         elif isinstance(value, list):
             token_ids += len(value)
+        elif value["type"] in _AUDIO_TYPES:
+            audios += 1
+        elif value["type"] in _VIDEO_TYPES:
+            videos += 1
         else:
             images += 1
-    return size, characters, token_ids, images
+    return size, characters, token_ids, images, audios, videos
 
 
 def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
-    """The texts, lists of token ids, and image parts below the given values, which are used up; the last come first."""
+    """The texts, lists of token ids, and parts of other media below the given values, which are used up; the last come first."""
     while stack:
         value = stack.pop()
         if isinstance(value, str):
@@ -115,7 +126,7 @@ def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
                 stack.extend(value)
         elif isinstance(value, dict):
             kind = value.get("type")
-            if isinstance(kind, str) and kind in _IMAGE_TYPES:
+            if isinstance(kind, str) and kind in _MEDIA_TYPES:
                 yield value
             else:
                 # `data` is base64 in every API that has it: audio, files

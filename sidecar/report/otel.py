@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
 Attributes = dict[str, str | int | float | bool]
+Terms = Callable[
+    [], Iterable[tuple[str, float]]
+]  # called only where there is a span: (name, ms) of each term of a price
 
 MAX_OPEN: Final = 10_000  # requests whose span is being built
 MAX_IMAGES: Final = 64  # image spans of one request
@@ -85,8 +88,8 @@ class Tracing:
         if len(self._early) > MAX_OPEN:
             self._early.popitem(last=False)
 
-    def settled(self, fact: Settled, mu: float | None = None) -> None:
-        """End the span and hand it, with those of its images, to the exporter. Never waits."""
+    def settled(self, fact: Settled, mu: float | None = None, terms: Terms = tuple) -> None:
+        """End the span and hand it, with those of its images, to the exporter. `terms` of its price, in ms. Never waits."""
         request = self._open.pop(fact.id, None)
         if request is None or self._exporter is None:
             return
@@ -97,13 +100,20 @@ class Tracing:
 
         for image in request.images:
             self._exporter.image(child(request.trace), request.trace, image, ns)
-        self._exporter.request(request, fact, request_attributes(request.admitted, request.first_at, fact, mu), ns)
+        self._exporter.request(
+            request, fact, {**request_attributes(request.admitted, request.first_at, fact, mu), **priced(terms())}, ns
+        )
 
     async def close(self, seconds: float = 3.0) -> bool:
         """Send what is queued, within `seconds`. False where the collector did not take it in time."""
         self._open.clear()
         self._early.clear()
         return await self._exporter.close(seconds) if self._exporter is not None else True
+
+
+def priced(terms: Iterable[tuple[str, float]]) -> Attributes:
+    """Pure: the terms of a price as attributes; those that cost nothing are left out."""
+    return {f"sidecar.gpu_ms.{name}": ms for name, ms in terms if ms}
 
 
 def request_attributes(admitted: Admitted, first_at: float | None, settled: Settled, mu: float | None) -> Attributes:

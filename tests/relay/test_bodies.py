@@ -237,7 +237,20 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
         ),
         (
             {"messages": [{"content": [{"type": "input_audio", "input_audio": {"data": "A" * 99}}]}]},
-            Shape(text_bytes=11, messages=1),
+            Shape(messages=1, audios=1),
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "content": [
+                            {"type": "video_url", "video_url": {"url": "http://v"}},
+                            {"type": "text", "text": "ab"},
+                        ]
+                    }
+                ]
+            },
+            Shape(text_bytes=6, messages=1, videos=1),
         ),
     ],
 )

@@ -1,0 +1,82 @@
+"""How soon coefficients that no longer hold are told, how often ones that do are doubted, and what the re-fit is worth: simulated.
+
+    python benchmarks/drift.py [--histories 40] [--windows 3000]
+
+The engine is synthetic, with costs that are known: mixed load (1 to 40 decoding together, images, cached prompts), log-normal noise of a
+window, a part of d per step and the rest per token. The production windows' judge and re-fit are inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from sidecar import units
+from sidecar.busy import SECONDS, Window
+from sidecar.drift import Drift
+from sidecar.refit import Refit
+from sidecar.units import Coefficients
+from tests.work import windows
+
+TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
+SHARED = (0.3, 0.6, 1.0)
+
+
+def found(drift: Drift, seen: Iterable[Window]) -> int | None:
+    for number, window in enumerate(seen, 1):
+        drift.add(window)
+        if drift.memory.stale:
+            return number
+    return None
+
+
+def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
+    return (replace(window, ms=window.ms * times) for window in seen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--histories", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=3000)
+    args = parser.parse_args()
+    print("noise  false alarms/100 h of work   found after, windows of 10 s: median / 90th / missed in 60")
+    for noise in (0.05, 0.15, 0.3):
+        alarms = [
+            found(Drift(TRUE), windows(TRUE, args.windows, seed, shared=SHARED[seed % 3], noise=noise))
+            for seed in range(args.histories)
+        ]
+        hours = sum(n or args.windows for n in alarms) * SECONDS / 3600
+        cells = []
+        for times in (1.3, 1.5, 2.0, 4.0):
+            took = []
+            for seed in range(args.histories):
+                drift, shared = Drift(TRUE), SHARED[seed % 3]
+                found(drift, windows(TRUE, 300, seed + 1000, shared=shared, noise=noise))
+                took.append(
+                    found(drift, slower(windows(TRUE, 60, seed + 2000, shared=shared, noise=noise), times)) or 99
+                )
+            ranked = sorted(took)
+            cells.append(f"{times:g}x {statistics.median(took):.0f}/{ranked[int(0.9 * len(ranked))]}/{took.count(99)}")
+        print(f"{noise:5.0%}  {100 * sum(n is not None for n in alarms) / hours:26.2f}   " + ", ".join(cells))
+    print("re-fit after 300 windows at 10 % noise: price of one MU against the true one, by where it began")
+    for name, prior in (("default", Coefficients(batch=8)), ("a half, d double", replace(TRUE, a=0.1, d=6.0))):
+        off = []
+        for seed in range(args.histories):
+            refit = Refit(prior)
+            for window in windows(TRUE, 300, seed, shared=SHARED[seed % 3]):
+                refit.add(window)
+            shadow = refit.shadow()
+            assert shadow
+            off.append(abs(units.unit_ms(shadow.co) / units.unit_ms(TRUE) - 1))
+        start = units.unit_ms(prior) / units.unit_ms(TRUE) - 1
+        print(f"  {name}: {start:+.0%} -> median {statistics.median(off):.1%}, worst {max(off):.1%}")
+
+
+if __name__ == "__main__":
+    main()

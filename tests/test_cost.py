@@ -1,0 +1,79 @@
+"""The cost model's terms: sliding windows, other media, the plain line, and what `GET /cost` says of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar import units
+from sidecar.facts import Usage, Work
+from sidecar.report import cost
+from sidecar.units import Coefficients
+
+CO = Coefficients()
+tokens = st.integers(0, 20_000)
+
+
+@given(before=tokens, new=st.integers(0, 300), window=st.integers(1, 5000), windowed=st.floats(0, 1))
+def test_a_window_counts_what_each_token_sees(before: int, new: int, window: int, windowed: float) -> None:
+    """The closed form is the sum over the new tokens: each sees what lies before it, or at most the window."""
+    co = replace(CO, window=window, windowed=windowed)
+    middle = [before + i + 0.5 for i in range(new)]  # of the time in which a token's place is taken
+    whole, seen = sum(middle), sum(min(x, window) for x in middle)
+    assert units.context(before, new, co) == pytest.approx(
+        (1 - windowed) * whole + windowed * seen, abs=0.2 + 1e-6 * whole
+    )
+
+
+@given(u=tokens, c=tokens, o=tokens, window=st.integers(0, 8192))
+def test_windows_never_cost_more_and_cost_grows_with_work(u: int, c: int, o: int, window: int) -> None:
+    """A sliding window only takes work away, and more tokens never cost less."""
+    near, work = replace(CO, window=window, windowed=0.8), Work(u, c, o)
+    assert units.gpu_ms(work, near) <= units.gpu_ms(work, CO) * (1 + 1e-12)
+    for name in ("uncached", "cached", "output"):
+        assert units.gpu_ms(replace(work, **{name: getattr(work, name) + 1}), near) >= units.gpu_ms(work, near) * (
+            1 - 1e-12
+        )
+
+
+def test_cached_tokens_are_cheaper_and_not_free() -> None:
+    """What a prefix cache holds need not be computed, but is attended to and read."""
+    assert units.mu(Work(500, output=10), CO) < units.mu(Work(500, 3000, 10), CO) < units.mu(Work(3500, output=10), CO)
+
+
+def test_audio_and_video_are_priced_as_images_are() -> None:
+    """Encoder tokens by the ratio of their modality, items alike; settling keeps them."""
+    image = units.terms(Work(1000, image_tokens=500, images=2), CO).images
+    assert units.terms(Work(1000, video_tokens=500, videos=2), CO).images == image
+    heard = Work(1000, audio_tokens=500, audios=2)
+    assert units.terms(heard, CO).images == pytest.approx(CO.audio * CO.g * 500 + 2 * CO.h)
+    assert units.settled_work(heard, Usage(900, 7, 100), 0) == replace(heard, uncached=800, cached=100, output=7)
+
+
+def test_the_line_is_exact_for_one_unit_and_for_nothing() -> None:
+    """alpha, beta, gamma: what consumers that can multiply only use; never negative."""
+    line = dict(units.line(CO))
+    assert line["gamma"] + 3500 * line["alpha"] + 300 * line["beta"] == pytest.approx(units.unit_ms(CO))
+    assert line["gamma"] == units.gpu_ms(Work(0), CO)
+    assert min(line.values()) >= 0
+
+
+def test_cost_says_what_a_request_costs_and_why() -> None:
+    """The terms add up; cached tokens are part of `in`."""
+    told = cost.render({"in": "3500", "cached": "500", "out": "300", "images": "1", "image_tokens": "400"}, CO)
+    assert told["mu"] == units.mu(Work(3000, 500, 300, 400, 1), CO)
+    assert sum(told["terms_ms"].values()) == pytest.approx(told["gpu_ms"])
+    assert told["mu_milli"] == round(1000 * told["mu"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"into": "1"}, "unknown parameter 'into'"), ({"in": "-1"}, "in must be"), ({"in": "١"}, "in must be"), ({"cached": "1"}, "cached")],
+)  # fmt: skip
+def test_cost_says_what_is_wrong_with_a_question(asked: dict[str, str], said: str) -> None:
+    """One line that names the parameter."""
+    with pytest.raises(ValueError, match=said):
+        cost.render(asked, CO)
