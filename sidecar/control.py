@@ -363,6 +363,7 @@ class Control:
         )  # fmt: skip
 
     def _load(self, r: Readings, now: float) -> Load:
-        kv = r.engine.value.kv_usage if isinstance(r.engine, Value) else None
-        load = sums.load_of(self.ledger, self._co, self._settings.slo_seconds, kv or 0.0, self._queue, now)
+        sample = r.engine.value if isinstance(r.engine, Value) else EngineSample()
+        queue = self._queue if sample.waiting is not None else None
+        load = sums.load_of(self.ledger, self._co, self._settings.slo_seconds, sample.kv_usage, queue, now)
         return replace(load, coefficients_stale=bool(self.upkeep.stale))

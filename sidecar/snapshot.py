@@ -33,6 +33,7 @@ class Load:
     errors_per_second: float = 0.0  # what the engine failed: engine_error, stalled, lost
     recent_mu_per_second: float = 0.0  # over the last 10 s
     pressure: float = 0.0  # the largest share but the flow's: of stock, KV use and queue, at this moment
+    parts: tuple[tuple[str, float | None], ...] = ()  # those shares by name; None where the engine does not tell one
 
 
 @dataclass(frozen=True, slots=True)

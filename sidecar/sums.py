@@ -38,13 +38,16 @@ class ImageSums:
         return ImageUse(tuple(self.outcomes.items()), stages, self.bytes_in, self.bytes_out)
 
 
-def load_of(ledger: Ledger, co: units.Coefficients, slo_seconds: float, kv: float, queue: float, now: float) -> Load:
-    """How loaded the engine is; `kv` and `queue` are shares 0..1."""
+def load_of(
+    ledger: Ledger, co: units.Coefficients, slo_seconds: float, kv: float | None, queue: float | None, now: float
+) -> Load:
+    """How loaded the engine is; `kv` and `queue` are shares 0..1, None where the engine does not tell."""
     stock = ledger.stock()
     per_minute = ledger.mu_per_minute(now)
     max_per_minute = units.max_mu_per_minute(co)
     max_in_flight = units.max_mu_in_flight(co, slo_seconds)
-    shares = {"stock": stock.mu / max_in_flight, "flow": per_minute / max_per_minute, "kv": kv, "queue": queue}
+    parts = {"stock": stock.mu / max_in_flight, "flow": per_minute / max_per_minute, "kv": kv, "queue": queue}
+    shares = {name: share for name, share in parts.items() if share is not None}
     limited_by = max(shares, key=lambda name: shares[name])
     return Load(
         mu_in_flight=stock.mu, mu_max_in_flight=max_in_flight, mu_per_minute=per_minute,
@@ -54,7 +57,8 @@ def load_of(ledger: Ledger, co: units.Coefficients, slo_seconds: float, kv: floa
         requests_in_flight=stock.requests, requests_waiting=stock.waiting,
         requests_per_second=ledger.requests_per_second(now), coefficients_fingerprint=co.fingerprint,
         coefficients_source=co.source, coefficients_stale=False, errors_per_second=ledger.errors_per_second(now),
-        recent_mu_per_second=ledger.recent_mu_per_second(now), pressure=max(shares["stock"], kv, queue),
+        recent_mu_per_second=ledger.recent_mu_per_second(now), pressure=max(shares["stock"], kv or 0.0, queue or 0.0),
+        parts=tuple(parts.items()),
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ LOAD = Load(
     limited_by="flow", prefill_tokens_in_flight=5120, decode_tokens_in_flight=900, tokens_delivered_total=123456,
     tokens_per_second=500.0, requests_in_flight=7, requests_waiting=2, requests_per_second=0.7,
     coefficients_fingerprint="llama-h100", coefficients_source="file", coefficients_stale=False,
+    parts=(("stock", 0.27), ("flow", 0.41), ("kv", 0.3), ("queue", None)),
 )  # fmt: skip
 GPU = GpuSample(
     0, "H100", "GPU-0", Value(0.93, 99.0), Value(1 << 30, 99.0), Value(80 << 30, 99.0), Value(640.5, 99.0),
@@ -234,6 +235,13 @@ def test_load_is_the_contracts_object() -> None:
             "max_per_minute": 100.0,
             "utilization": 0.41,
             "limited_by": "flow",
+            "parts": {
+                "stock": 0.27,
+                "flow": 0.41,
+                "kv": 0.3,
+                "queue": None,
+                "queue_absent": "the engine does not tell it",
+            },
         },
         "tokens": {"prefill_in_flight": 5120, "decode_in_flight": 900, "delivered_total": 123456},
         "requests": {"in_flight": 7, "waiting": 2},

@@ -21,7 +21,7 @@ def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
         mu = {name: round(1000 * value) for name, value in mu.items()}
         mu |= {"unit": "milli", "max_load_hint": mu["max_in_flight"]}
     return {
-        "mu": {**mu, "utilization": load.utilization, "limited_by": load.limited_by},
+        "mu": {**mu, "utilization": load.utilization, "limited_by": load.limited_by, "parts": _parts(snapshot)},
         "tokens": {
             "prefill_in_flight": load.prefill_tokens_in_flight,
             "decode_in_flight": load.decode_tokens_in_flight,
@@ -36,6 +36,17 @@ def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
         },
         "verdict": snapshot.verdict.state,
     }
+
+
+def _parts(snapshot: Snapshot) -> dict[str, Any]:
+    """The shares that utilisation is the largest of."""
+    parts: dict[str, Any] = {}
+    for name, share in snapshot.load.parts:
+        parts[name] = share
+        if share is None:
+            engine = snapshot.engine
+            parts |= _entry(name, Absent("the engine does not tell it") if isinstance(engine, Value) else engine)
+    return parts
 
 
 def _prices(prices: PriceUse) -> dict[str, Any]:
