@@ -5,7 +5,8 @@
 Each request of a trace is estimated when it arrives and taught when it ends (half a second and 30 ms a token later). Printed are the
 mean absolute error and the mean error of the expected output tokens, the share of answers within the 90th percentile (what a limit
 reserves) and within the 80 % interval, and the pinball loss of that percentile (less is better; a percentile can be covered by being
-useless).
+useless). A second table is of the stock: every 10 s, the output tokens that the open requests are still to bring, summed, as the ledger
+has them and as they then came; beside it the same by the decayed mean less what was delivered, as it was before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from statistics import fmean
 from sim.traces import Trace, load
 
 from sidecar import units
-from sidecar.facts import Usage
+from sidecar.facts import Admitted, Usage
+from sidecar.ledger import Hold, tokens_left
 from sidecar.relay.estimate import Estimator
 from sidecar.relay.shapes import Shape
 
@@ -95,14 +97,71 @@ def score(trace: Trace) -> Score:
     return result
 
 
+EVERY = 10.0  # seconds between looks at the stock
+STOCK = ("trace", "open", "tokens to come", "error", "error of mean", "absolute error", "absolute error of mean")
+
+
+@dataclass
+class Open:
+    """One request under way; `mean` is what the decayed mean said of it."""
+
+    begin: float
+    output: int
+    hold: Hold
+    mean: float
+
+    @property
+    def end(self) -> float:
+        return self.begin + FIRST_TOKEN + PER_TOKEN * self.output
+
+    def left(self, now: float) -> tuple[float, float, float]:
+        """Tokens still to come: in truth, by the ledger, by the mean."""
+        came = min(self.output, max(0, int((now - self.begin - FIRST_TOKEN) / PER_TOKEN)))
+        self.hold.delivered = came
+        return self.output - came, tokens_left(self.hold), max(self.mean - came, 0)
+
+
+def stock(name: str, trace: Trace) -> tuple[str, ...]:
+    """One line of the second table."""
+    estimator, mean, due = Estimator(units.Coefficients()), MEAN_START, EVERY
+    open_: list[Open] = []
+    counts, sums = [], []
+    for number, request in enumerate(trace):
+        while due <= request.at:
+            there = [one.left(due) for one in open_ if one.end > due]
+            if there:
+                counts.append(len(there))
+                sums.append([sum(column) for column in zip(*there, strict=True)])
+            due += EVERY
+        for one in sorted((one for one in open_ if one.end <= request.at), key=lambda one: one.end):
+            prompt = one.hold.admitted.expected.uncached
+            estimator.learn("t", Shape("m", token_ids=prompt), Usage(prompt, one.output))
+            mean += MEAN_WEIGHT * (one.output - mean)
+        open_ = [one for one in open_ if one.end > request.at]
+        estimate = estimator.estimate("t", Shape("m", stream=True, token_ids=request.prompt), [])
+        fact = Admitted(
+            str(number), request.at, "t", "m", "chat", True, estimate.work, None, estimate.mu, None, estimate.tail
+        )
+        open_.append(Open(request.at, request.output, Hold(fact, "t", "m", request.at), mean))
+    true = fmean(row[0] for row in sums)
+    off = [[row[n] - row[0] for row in sums] for n in (1, 2)]
+    mean_errors = (f"{fmean(column) / true:+.1%}" for column in off)
+    absolute = (f"{fmean(map(abs, column)) / true:.1%}" for column in off)
+    return name, f"{fmean(counts):.0f}", f"{true:.0f}", *mean_errors, *absolute
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, help="folder of real traces; without it a synthetic one")
-    rows = [score(trace).row(name) for name, trace in load(parser.parse_args().traces).items()]
-    print(" | ".join(COLUMNS))
-    for row in rows:
-        print(" | ".join(row))
+    traces = load(parser.parse_args().traces)
+    for columns, rows in (
+        (COLUMNS, [score(trace).row(name) for name, trace in traces.items()]),
+        (STOCK, [stock(name, trace) for name, trace in traces.items()]),
+    ):
+        print(" | ".join(columns))
+        for row in rows:
+            print(" | ".join(row))
 
 
 if __name__ == "__main__":
