@@ -225,6 +225,22 @@ def test_a_known_and_an_unknown_processor(tmp_path: Path) -> None:
     assert machine.model(Settings()).level == "absent"
 
 
+@pytest.mark.parametrize(
+    ("config", "level", "why"),
+    [
+        ({"image_processor_type": "Other"}, "warn", "Other is not one of the known"),
+        ({"image_processor_type": "LlavaNextImageProcessor", "do_pad": False}, "warn", "do_pad is not True"),
+        ({"image_processor_type": "Gemma4ImageProcessor"}, "ok", "/v1/preprocess"),
+        ({}, "warn", "preprocessor_config.json"),
+    ],
+    ids=str,
+)
+def test_why_images_pass_is_said(tmp_path: Path, config: dict[str, Any], level: str, why: str) -> None:
+    """An unknown processor, an unknown setting, one that only makes tensors, no file: each is named."""
+    found = machine.model(Settings(model=model_dir(tmp_path, config)))
+    assert found.level == level and why in found.what
+
+
 def test_the_image_extra_loads(tmp_path: Path, requires: Callable[[str], Path]) -> None:
     """With a known processor, torch and torchvision are really loaded, in a process of their own."""
     requires("python:torchvision")

@@ -146,16 +146,17 @@ def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | D
     """Unpack, check and decode; Done where the image must be passed untouched. Raises BadPixels."""
     stages = Stages()
     data = _unpack(job, payload)
-    digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
-    stages.end("unpack")
     header = headers.read(data)
     if header is None:
         raise BadPixels("image_unknown_format", UNKNOWN)
-    if header.format not in headers.DECODED:
-        return _passed(job, header, spec, digest, len(data), stages)
     if job.want in INLINE and not spec.inline:
         check_size(header.height, header.width, job.limits)
-        return _passed(job, header, spec, digest, len(data), stages, _guessed(data, header, spec))
+        stages.end("unpack")
+        return _passed(job, header, spec, "", len(data), stages, _guessed(data, header, spec))
+    digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
+    stages.end("unpack")
+    if header.format not in headers.DECODED:
+        return _passed(job, header, spec, digest, len(data), stages)
     pixels = decode(data, header, job.limits)
     height, width = pixels.shape[-2:]
     stages.end("decode")

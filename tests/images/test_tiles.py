@@ -113,6 +113,20 @@ def test_every_resample_gives_the_processors_bits(row: Family) -> None:
     assert got.dtype == torch.uint8 and torch.equal(got.to(wanted.dtype), wanted)
 
 
+@rows
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(0, 1 << 32), width=st.integers(0, 1 << 32))
+def test_whatever_a_header_claims_has_a_geometry_or_is_refused(row: Family, height: int, width: int) -> None:
+    """Sizes out of hostile headers end in a geometry with whole tiles, or in ValueError, and nothing grows with them."""
+    spec = row.spec()
+    try:
+        found = spec.geometry(height, width)
+    except ValueError:
+        return
+    assert all(view.canvas[i] == view.grid[i] * view.tile[i] for view in found.views for i in (0, 1))
+    assert all(view.canvas[i] >= view.size[i] > 0 for view in found.views for i in (0, 1)) and found.tiles < 20_000
+
+
 class Tokenizer:
     """What Hugging Face's processors ask a tokenizer for when they count."""
 
