@@ -1,9 +1,10 @@
 """What tenants have used, in memory that all relay processes share: one bucket and one stock per tenant for the whole pod.
 
-    row   digest of the tenant's name, level and time of its bucket, the bucket's rate and burst, and MU in flight by relay process
+    row      digest of the tenant's name, level and time of its bucket, the bucket's rate and burst
+    column   of each relay process: its MU in flight, by row
 
 Rules: a row that is full and has nothing in flight says nothing, so it may become another tenant's: forgetting it changes nothing. Where a
-tenant finds no row, it shares row 0 with others like it. Each process writes its own stock only, and clears it when it starts: what a
+tenant finds no row, it shares row 0 with others like it. Each process writes its own column only, and clears it when it starts: what a
 killed process had open is then free. A lock keeps two processes from spending the same units; one that is held for LOCK seconds is that of
 a stopped process, and is passed over from then on until it is free: the worst is that a charge of another process is lost.
 """
@@ -27,7 +28,9 @@ ROWS: Final = 4096
 PROBES: Final = 16  # rows that a tenant may come to lie in
 LOCK: Final = 0.05  # seconds; microseconds are usual, but its holder can lose its core meanwhile
 _PAUSE: Final = 0.0002
-_HEAD: Final = struct.Struct("=16sdddd")  # digest, level, at, rate, burst
+_ROW: Final = struct.Struct("=16sdddd")  # digest, level, at, rate, burst
+_NUMBERS: Final = struct.Struct("=dddd")
+_ONE: Final = struct.Struct("=d")
 _EMPTY: Final = bytes(16)
 _SHARED: Final = b"shared by others"  # no digest: those are of a hash
 _DUST: Final = 1e-9  # MU that rounding may leave in flight
@@ -45,7 +48,7 @@ class Lease:
 
 def size(workers: int) -> int:
     """Bytes of the table."""
-    return ROWS * (_HEAD.size + 8 * workers)
+    return ROWS * (_ROW.size + _ONE.size * workers)
 
 
 class Accounts:
@@ -53,13 +56,11 @@ class Accounts:
 
     def __init__(self, path: str, workers: int, index: int) -> None:
         self._workers, self._index = workers, index
-        self._width = _HEAD.size + 8 * workers
         self._patience = LOCK
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if path else -1
         self._table = mmap.mmap(self._fd, size(workers))
-        with self._locked():
-            for row in range(ROWS):
-                self._put_stock(row, 0.0)
+        first = self._place(0)
+        self._table[first : first + ROWS * _ONE.size] = bytes(ROWS * _ONE.size)
 
     def close(self) -> None:
         """Let go of the table."""
@@ -106,38 +107,40 @@ class Accounts:
             found = next((row for row in rows if self._free(row, now)), 0)
             digest = digest if found else _SHARED
             if self._digest(found) != digest:
-                self._table[found * self._width : found * self._width + 16] = digest
+                self._table[found * _ROW.size : found * _ROW.size + 16] = digest
                 self._put(found, Bucket(limit.burst, now), limit)
         return found
 
     def _free(self, row: int, now: float) -> bool:
         """Whether nothing would be lost with a row."""
-        digest, level, at, rate, burst = _HEAD.unpack_from(self._table, row * self._width)
+        digest, level, at, rate, burst = _ROW.unpack_from(self._table, row * _ROW.size)
         return digest == _EMPTY or (level + rate * (now - at) >= burst and self._stock(row) == 0)
 
     def _digest(self, row: int) -> bytes:
-        return self._table[row * self._width : row * self._width + 16]
+        return self._table[row * _ROW.size : row * _ROW.size + 16]
 
     def _bucket(self, row: int) -> Bucket:
-        _, level, at, _, _ = _HEAD.unpack_from(self._table, row * self._width)
+        _, level, at, _, _ = _ROW.unpack_from(self._table, row * _ROW.size)
         return Bucket(level, at)
 
     def _put(self, row: int, bucket: Bucket, limit: Limit) -> None:
-        numbers = (bucket.level, bucket.at, limit.rate, limit.burst)
-        struct.pack_into("=dddd", self._table, row * self._width + 16, *numbers)
+        _NUMBERS.pack_into(self._table, row * _ROW.size + 16, bucket.level, bucket.at, limit.rate, limit.burst)
 
     def _stock(self, row: int) -> float:
         """MU in flight of all processes."""
-        return float(sum(struct.unpack_from(f"={self._workers}d", self._table, row * self._width + _HEAD.size)))
+        places = (self._place(row, index) for index in range(self._workers))
+        return sum(float(_ONE.unpack_from(self._table, place)[0]) for place in places)
 
     def _own(self, row: int) -> float:
-        return float(struct.unpack_from("=d", self._table, self._place(row))[0])
+        return float(_ONE.unpack_from(self._table, self._place(row))[0])
 
     def _put_stock(self, row: int, mu: float) -> None:
-        struct.pack_into("=d", self._table, self._place(row), mu if mu > _DUST else 0.0)
+        _ONE.pack_into(self._table, self._place(row), mu if mu > _DUST else 0.0)
 
-    def _place(self, row: int) -> int:
-        return row * self._width + _HEAD.size + 8 * self._index
+    def _place(self, row: int, index: int | None = None) -> int:
+        """Where a process has its MU in flight of a row; without `index`, this one."""
+        column = self._index if index is None else index
+        return ROWS * _ROW.size + (column * ROWS + row) * _ONE.size
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

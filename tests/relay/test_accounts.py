@@ -6,14 +6,18 @@ import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
 
-from sidecar.limits import Limit, Refusal
+from sidecar.limits import Bucket, Limit, Refusal, charged, refilled, refusal
 from sidecar.relay import accounts
 from sidecar.relay.accounts import Accounts, Lease
 
@@ -160,3 +164,81 @@ def test_one_relay_needs_no_file() -> None:
     own = Accounts("", 1, 0)
     own.settle(taken(own, "acme", 0.0), 1.0, 0.0)
     own.close()
+
+
+def quarters(low: int, high: int) -> st.SearchStrategy[float]:
+    """Numbers that sum without rounding."""
+    return st.integers(low, high).map(lambda n: n / 4)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Any order of requests, ends, deaths of relays and time, against one account per tenant that knows no processes."""
+
+    leases = Bundle("leases")
+    limits = Limit(mu_per_minute=120.0, mu_in_flight=8.0, burst_mu=10.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        path = Path(self.folder.name) / "accounts"
+        path.write_bytes(b"")
+        os.truncate(path, accounts.size(2))
+        self.path, self.now = str(path), 0.0
+        self.relays = [Accounts(self.path, 2, n) for n in range(2)]
+        self.buckets: dict[str, Bucket] = {}
+        self.count = 0
+        self.open: dict[
+            str, dict[int, tuple[int, float]]
+        ] = {}  # tenant -> number of its lease -> (relay, MU in flight)
+
+    @rule(
+        target=leases,
+        relay=st.integers(0, 1),
+        tenant=st.sampled_from(["a", "b", "c"]),
+        mu=st.floats(0.1, 12),
+        more=st.floats(0, 3),
+    )
+    def ask(self, relay: int, tenant: str, mu: float, more: float) -> object:
+        bucket = refilled(self.buckets.get(tenant, Bucket(10.0, self.now)), self.limits, self.now)
+        in_flight = self.open.setdefault(tenant, {})
+        expected = refusal(self.limits, bucket, sum(held for _, held in in_flight.values()), mu, mu + more)
+        found = self.relays[relay].take(tenant, self.limits, mu, mu + more, self.now)
+        if expected is not None:
+            assert isinstance(found, Refusal) and found.what == expected.what
+            return None
+        assert isinstance(found, Lease)
+        self.buckets[tenant] = charged(bucket, self.limits, mu)
+        self.count += 1
+        in_flight[self.count] = relay, mu + more
+        return self.count, relay, tenant, found
+
+    @rule(lease=consumes(leases), actual=quarters(0, 80))
+    def settle(self, lease: tuple[int, int, str, Lease] | None, actual: float) -> None:
+        if lease is None or lease[0] not in self.open[lease[2]]:
+            return  # refused, or it died with its process
+        number, relay, tenant, found = lease
+        self.relays[relay].settle(found, actual, self.now)
+        bucket = refilled(self.buckets[tenant], self.limits, self.now)
+        self.buckets[tenant] = charged(bucket, self.limits, actual - found.mu)
+        del self.open[tenant][number]
+
+    @rule(relay=st.integers(0, 1))
+    def die(self, relay: int) -> None:
+        """Its successor finds the charges, and none of what it had open."""
+        self.relays[relay].close()
+        self.relays[relay] = Accounts(self.path, 2, relay)
+        for tenant, leases in self.open.items():
+            self.open[tenant] = {n: lease for n, lease in leases.items() if lease[0] != relay}
+
+    @rule(seconds=quarters(0, 20))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def teardown(self) -> None:
+        for relay in self.relays:
+            relay.close()
+        self.folder.cleanup()
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=40)
