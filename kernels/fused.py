@@ -23,13 +23,14 @@ except ImportError as error:
 else:
     _why = ""
 
-Kind = Literal["uint8", "float32", "bfloat16"]
+Kind = Literal["uint8", "float32", "bfloat16", "float16"]
 KINDS: Final[dict[Kind, tuple[int, Any]]] = {
     "uint8": (0, np.uint8),
     "float32": (1, np.float32),
     "bfloat16": (2, np.uint16),  # numpy has no such type: its bits
+    "float16": (3, np.float16),
 }
-FASTEST, PLAIN = 0, 1
+FASTEST, PLAIN, AVX2, AVX512 = range(4)
 PLANS: Final = 64  # tables kept, of about 0.1-0.3 MB each
 
 
@@ -41,8 +42,13 @@ def missing() -> str:
 
 
 def level() -> str:
-    """The instruction set that the kernel uses here: "avx2" or "plain"; "none" where it is not built."""
+    """The instruction set that the kernel uses here: "avx512", "avx2" or "plain"; "none" where it is not built."""
     return str(_fused.level()) if _fused is not None else "none"
+
+
+def refused() -> str:
+    """The instruction set whose form gave other bits than the plain one on this machine and is not used; empty if none."""
+    return str(_fused.refused()) if _fused is not None else ""
 
 
 def resize(image: NDArray[np.uint8], height: int, width: int, resample: int, level: int = FASTEST) -> NDArray[np.uint8]:

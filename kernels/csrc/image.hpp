@@ -2,15 +2,21 @@
 // is between the passes never leaves the cache.
 #pragma once
 
+#include <type_traits>
+
 #include "layout.hpp"
 
 namespace sidecar {
 
-enum class Level { PLAIN, AVX2 };
+enum class Level { PLAIN, AVX2, AVX512 };
 
-inline Level fastest() {
+constexpr const char* NAMES[] = {"plain", "avx2", "avx512"};
+
+// What this processor can do, by its own word.
+inline Level best_by_name() {
 #ifdef SIDECAR_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return Level::AVX2;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c") || !__builtin_cpu_supports("fma")) return Level::PLAIN;
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") ? Level::AVX512 : Level::AVX2;
 #endif
     return Level::PLAIN;
 }
@@ -18,23 +24,17 @@ inline Level fastest() {
 // The tables of one (source size, target size, resample).
 struct Plan {
     Axis x, y;
-#ifdef SIDECAR_X86
     Lanes lanes;
-#endif
     Plan(int h, int w, int new_h, int new_w, int resample)
-        : x(w, new_w, resample, 4), y(h, new_h, resample, 1)
-#ifdef SIDECAR_X86
-          , lanes(Axis(w, new_w, resample, 2))
-#endif
-    {}
+        : x(w, new_w, resample, 4), y(h, new_h, resample, 2), lanes(Axis(w, new_w, resample, 2)) {}
 };
 
 // Gives the rows of the resized image one after the other, from 0 on.
 class Rows {
   public:
     Rows(const Plan& plan, const uint8_t* image, Level level)
-        : plan_(plan), image_(image), level_(level), kept_(plan.y.taps + 4), width_(3 * static_cast<size_t>(plan.x.target) + SLACK),
-          ring_(kept_ * width_), last_(3 * static_cast<size_t>(std::max(plan.x.source, plan.x.taps)) + SLACK) {}
+        : plan_(plan), image_(image), level_(level), kept_(plan.y.taps + AT_ONCE), width_(3 * static_cast<size_t>(plan.x.target) + SLACK),
+          ring_(kept_ * width_), last_(3 * static_cast<size_t>(std::max(plan.x.source, plan.x.taps)) + SLACK), pointers_(plan.y.taps) {}
 
     // Writes row `i`; rows must be asked for in order. `out` has SLACK bytes behind its end.
     void next(int i, uint8_t* out) {
@@ -46,16 +46,18 @@ class Rows {
             std::memcpy(out, row(first), bytes);
             return;
         }
-        pointers_.resize(n);
-        for (int j = 0; j < n; ++j) pointers_[j] = row(first + j);
+        for (int j = 0; j < y.taps; ++j) pointers_[j] = row(first + (j < n ? j : 0));  // where there is no row, the weight is 0
         const int16_t* w = &y.weights[static_cast<size_t>(i) * y.taps];
 #ifdef SIDECAR_X86
-        if (level_ == Level::AVX2) return down_avx2(pointers_.data(), w, n, y.bits, bytes, out);
+        if (level_ == Level::AVX512) return avx512::down(pointers_.data(), w, y.taps / 2, y.bits, bytes, out);
+        if (level_ == Level::AVX2) return avx2::down(pointers_.data(), w, y.taps / 2, y.bits, bytes, out);
 #endif
         down_plain(pointers_.data(), w, n, y.bits, bytes, out);
     }
 
   private:
+    static constexpr int AT_ONCE = 8;  // source rows resized across together
+
     uint8_t* row(int i) { return &ring_[(i % kept_) * width_]; }
 
     const uint8_t* source(int i) {
@@ -68,29 +70,37 @@ class Rows {
 
     void make() {
         const Axis& x = plan_.x;
-        const int left = plan_.y.source - made_;
-        const int rows = left > 4 && x.source >= x.taps + 2 ? 4 : 1;  // else a vector load would read behind the end of the image
         if (x.same()) {
             std::memcpy(row(made_), image_ + 3 * static_cast<size_t>(made_) * x.source, 3 * static_cast<size_t>(x.source));
             ++made_;
             return;
         }
 #ifdef SIDECAR_X86
-        if (level_ == Level::AVX2) {
-            const uint8_t* in[4];
-            uint8_t* out[4];
-            for (int r = 0; r < 4; ++r) {
-                in[r] = r < rows ? source(made_ + r) : in[0];
-                out[r] = row(made_ + (r < rows ? r : 0));
-            }
-            plan_.lanes.fit ? across_avx2(x, plan_.lanes, in, out) : across_far_avx2(x, in, out);
-            made_ += rows;
-            return;
-        }
+        if (level_ != Level::PLAIN) return make_wide();
 #endif
         across_plain(x, source(made_), row(made_));
         ++made_;
     }
+
+#ifdef SIDECAR_X86
+    void make_wide() {
+        const Axis& x = plan_.x;
+        const int left = plan_.y.source - made_, together = level_ == Level::AVX512 ? 8 : 4;
+        const int rows = left > together && x.source >= x.taps + 2 ? together : 1;  // else a load would read behind the image's end
+        const uint8_t* in[AT_ONCE];
+        uint8_t* out[AT_ONCE];
+        for (int r = 0; r < together; ++r) {
+            in[r] = r < rows ? source(made_ + r) : in[0];
+            out[r] = row(made_ + (r < rows ? r : 0));
+        }
+        if (!plan_.lanes.fit) {
+            for (int r = 0; r < together; r += 4) across_far_avx2(x, in + r, out + r);
+        } else {
+            level_ == Level::AVX512 ? avx512::across(x, plan_.lanes, in, out) : avx2::across(x, plan_.lanes, in, out);
+        }
+        made_ += rows;
+    }
+#endif
 
     const Plan& plan_;
     const uint8_t* image_;
@@ -113,46 +123,96 @@ inline void resize(const Plan& plan, const uint8_t* image, uint8_t* out, Level l
     }
 }
 
-// `out`: (height / p * width / p) x (3 * temporal * p * p).
+#ifndef SIDECAR_LARGE
+#define SIDECAR_LARGE (8 << 20)
+#endif
+constexpr size_t LARGE = SIDECAR_LARGE;  // bytes: a result of more is written past the caches, which it would only empty
+
+#ifdef SIDECAR_X86
+// Patches by registers, one behind the other from `out` on: laid out as bytes in one place, from where they go out as what is wanted.
+// A patch goes out when the next one has been laid out, because a load waits where it wants bytes of two stores that are not done.
+template <class E>
+class Outlet {
+  public:
+    Outlet(const Values& values, int p, int temporal, size_t count, typename E::Type* out)
+        : p_(p), temporal_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(2 * (size_ + SLACK)) {
+        for (int c = 0; c < 3; ++c) eight_[c] = eight_of(values, c);
+        const bool whole = std::is_same_v<E, U8> || size_ / 3 % 8 == 0;
+        past_ = whole && count * sizeof(typename E::Type) >= LARGE && reinterpret_cast<uintptr_t>(out) % 32 == 0;
+    }
+
+    void patch(const uint8_t* const* rows, size_t at) {
+        if (std::is_same_v<E, U8> && !past_) {
+            patch_avx2(rows, at, p_, temporal_, reinterpret_cast<uint8_t*>(out_));
+            out_ += size_;
+            return;
+        }
+        if constexpr (std::is_same_v<E, U8>) {
+            patch_avx2(rows, at, p_, temporal_, bytes_.data() + kept_);
+            kept_ = stream_avx2(bytes_.data(), kept_ + size_, &out_);
+        } else {
+            patch_avx2(rows, at, p_, temporal_, bytes_.data() + (next_ ? size_ + SLACK : 0));
+            if (waits_) send();
+            waits_ = true;
+            next_ = !next_;
+        }
+    }
+
+    void end() {
+        if (waits_) send();
+        if (kept_) std::memcpy(out_, bytes_.data(), kept_);
+        if (past_) _mm_sfence();
+    }
+
+  private:
+    void send() {
+        const uint8_t* in = bytes_.data() + (next_ ? 0 : size_ + SLACK);
+        if constexpr (!std::is_same_v<E, U8>)
+            for (int c = 0; c < 3; ++c, in += size_ / 3, out_ += size_ / 3)
+                past_ ? floats_avx2<E, true>(in, eight_[c], size_ / 3, out_) : floats_avx2<E, false>(in, eight_[c], size_ / 3, out_);
+    }
+
+    int p_, temporal_;
+    size_t size_, kept_ = 0;
+    typename E::Type* out_;
+    std::vector<uint8_t> bytes_;
+    Eight eight_[3];
+    bool past_, waits_ = false, next_ = false;
+};
+#endif
+
+// `out`: (height / p * width / p) x (3 * temporal * p * p), in the order of merged blocks of merge x merge patches.
 template <class E>
 void patches(const Plan& plan, const uint8_t* image, int p, int merge, int temporal, const Values& values,
              typename E::Type* out, Level level) {
-    const int grid_h = plan.y.target / p, grid_w = plan.x.target / p;
+    const int blocks_h = plan.y.target / p / merge, blocks_w = plan.x.target / p / merge;
     const size_t width = 3 * static_cast<size_t>(plan.x.target) + SLACK, size = 3ull * temporal * p * p;
-    std::vector<uint8_t> block(width * p);
-    std::vector<uint8_t*> rows(p);
-    for (int y = 0; y < p; ++y) rows[y] = &block[width * y];
+    std::vector<uint8_t> block(width * p * merge);
+    std::vector<uint8_t*> rows(static_cast<size_t>(p) * merge);
+    for (size_t y = 0; y < rows.size(); ++y) rows[y] = &block[width * y];
+    Rows source(plan, image, level);
+    const auto each = [&](auto&& make) {
+        for (int i = 0; i < blocks_h; ++i) {
+            for (size_t y = 0; y < rows.size(); ++y) source.next(static_cast<int>(i * rows.size() + y), rows[y]);
+            for (int j = 0; j < blocks_w; ++j)
+                for (int y = 0; y < merge; ++y)
+                    for (int x = 0; x < merge; ++x) make(&rows[static_cast<size_t>(y) * p], 3ull * (j * merge + x) * p);
+        }
+    };
+#ifdef SIDECAR_X86
+    if (level != Level::PLAIN && p >= 8 && p <= 16) {
+        Outlet<E> outlet(values, p, temporal, size * blocks_h * blocks_w * merge * merge, out);
+        each([&](const uint8_t* const* from, size_t at) { outlet.patch(from, at); });
+        return outlet.end();
+    }
+#endif
     std::vector<typename E::Type> table(3 * 256);
     for (int c = 0; c < 3; ++c)
         for (int v = 0; v < 256; ++v) table[c * 256 + v] = E::make(values, c, static_cast<uint8_t>(v));
-#ifdef SIDECAR_X86
-    using T = typename E::Type;
-    alignas(32) T scratch[3 * 2 * 16 * 16];
-    const size_t whole = size * sizeof(T);
-    const bool fast = level == Level::AVX2 && p >= 8 && p <= 16;
-    const bool streams = fast && size <= sizeof scratch / sizeof(T) && whole % 32 == 0 && reinterpret_cast<uintptr_t>(out) % 32 == 0;
-#endif
-    Rows source(plan, image, level);
-    for (int gy = 0; gy < grid_h; ++gy) {
-        for (int y = 0; y < p; ++y) source.next(gy * p + y, rows[y]);
-        for (int gx = 0; gx < grid_w; ++gx) {
-            const size_t index = (static_cast<size_t>(gy / merge) * (grid_w / merge) + gx / merge) * merge * merge +
-                                 (gy % merge) * merge + gx % merge;
-            const size_t at = 3 * static_cast<size_t>(gx) * p;
-            typename E::Type* to = out + index * size;
-#ifdef SIDECAR_X86
-            if (fast) {
-                patch_avx2(rows.data(), at, p, temporal, values, streams ? scratch : to);
-                if (streams) stream_avx2(scratch, to, whole);
-                continue;
-            }
-#endif
-            patch_plain(rows.data(), at, p, temporal, table.data(), to);
-        }
-    }
-#ifdef SIDECAR_X86
-    if (streams) _mm_sfence();
-#endif
+    each([&](const uint8_t* const* from, size_t at) {
+        patch_plain(from, at, p, temporal, table.data(), out);
+        out += size;
+    });
 }
 
 }  // namespace sidecar

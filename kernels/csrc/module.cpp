@@ -7,7 +7,7 @@
 #include <memory>
 #include <new>
 
-#include "image.hpp"
+#include "choice.hpp"
 
 namespace {
 
@@ -48,8 +48,8 @@ PyObject* plan(PyObject*, PyObject* args) {
 
 bool level_of(int number, Level* level) {
     if (number == 0) return *level = fastest(), true;
-    if (number == 1) return *level = Level::PLAIN, true;
-    PyErr_SetString(PyExc_ValueError, "level must be 0 (fastest) or 1 (plain)");
+    if (number >= 1 && number <= 1 + static_cast<int>(fastest())) return *level = static_cast<Level>(number - 1), true;
+    PyErr_SetString(PyExc_ValueError, "level must be 0 (fastest), 1 (plain), 2 (AVX2) or 3 (AVX-512), and this machine must have it");
     return false;
 }
 
@@ -109,9 +109,9 @@ PyObject* patches_(PyObject*, PyObject* args) {
         PyErr_SetString(PyExc_ValueError, "the resized image is no whole number of merged patches");
         return nullptr;
     }
-    const int item = type == 0 ? 1 : type == 1 ? 4 : type == 2 ? 2 : 0;
+    const int item = type == 0 ? 1 : type == 1 ? 4 : type == 2 || type == 3 ? 2 : 0;
     if (!item) {
-        PyErr_SetString(PyExc_ValueError, "type must be 0 (uint8), 1 (float32) or 2 (bfloat16)");
+        PyErr_SetString(PyExc_ValueError, "type must be 0 (uint8), 1 (float32), 2 (bfloat16) or 3 (float16)");
         return nullptr;
     }
     if (!sized(from, bytes(p->y, p->x, false), "image") || !sized(to, bytes(p->y, p->x, true) * temporal * item, "out")) return nullptr;
@@ -119,11 +119,14 @@ PyObject* patches_(PyObject*, PyObject* args) {
     return without_gil([&] {
         if (type == 0) patches<U8>(*p, in, size, merge, temporal, v, static_cast<uint8_t*>(to.view.buf), level);
         if (type == 1) patches<F32>(*p, in, size, merge, temporal, v, static_cast<float*>(to.view.buf), level);
+        if (type == 3) patches<F16>(*p, in, size, merge, temporal, v, static_cast<uint16_t*>(to.view.buf), level);
         if (type == 2) patches<BF16>(*p, in, size, merge, temporal, v, static_cast<uint16_t*>(to.view.buf), level);
     });
 }
 
-PyObject* level(PyObject*, PyObject*) { return PyUnicode_FromString(fastest() == Level::AVX2 ? "avx2" : "plain"); }
+PyObject* level(PyObject*, PyObject*) { return PyUnicode_FromString(NAMES[static_cast<int>(fastest())]); }
+
+PyObject* refused(PyObject*, PyObject*) { return PyUnicode_FromString(choice().refused); }
 
 PyMethodDef METHODS[] = {
     {"plan", plan, METH_VARARGS, "plan(h, w, new_h, new_w, resample): the tables of one resize"},
@@ -131,6 +134,7 @@ PyMethodDef METHODS[] = {
     {"patches", patches_, METH_VARARGS,
      "patches(plan, image, out, level, patch, merge, temporal, type, normalise, mean, deviation, factor)"},
     {"level", level, METH_NOARGS, "the instruction set that is used on this machine"},
+    {"refused", refused, METH_NOARGS, "the instruction set whose form gave other bits here and is not used; empty if none"},
     {nullptr, nullptr, 0, nullptr},
 };
 

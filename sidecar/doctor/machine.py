@@ -36,7 +36,7 @@ LOADING: Final = 120.0  # seconds that torch may take to be imported from a cold
 NVML: Final = 6.0
 _IMPORT: Final = (
     "import torch, torchvision; from torchvision.io import decode_jpeg; from sidecar.kernels import fused; "
-    "print(torch.__version__, torchvision.__version__, fused.level())"
+    "print(torch.__version__, torchvision.__version__, fused.level(), fused.refused() or '-')"
 )
 
 
@@ -146,11 +146,14 @@ def images(chosen: Settings) -> Finding:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         remedy = "install a pair that fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
         return Finding("images", "fail", f"torch and torchvision do not load: {last[:200]}", remedy)
-    torch, torchvision, kernel = child.stdout.split()
+    torch, torchvision, kernel, refused = child.stdout.split()
     text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
     if kernel == "none":
         remedy = "install a C++ compiler, then the package from source; torchvision does the work meanwhile, 2-3 times slower"
         return Finding("images", "warn", f"{text}: our own was not built", remedy)
+    if refused != "-":
+        text += f": its {refused} form gives other bits on this CPU and is not used"
+        return Finding("images", "warn", text, "please report the CPU's name; results are right, only slower")
     return Finding("images", "ok", text)
 
 

@@ -115,7 +115,7 @@ def test_patches_equal_the_processors_operations(
     rows: int,
     columns: int,
 ) -> None:
-    """float32 equal in every bit, bfloat16 equal to torch's rounding of it, uint8 the pixels themselves, for any layout."""
+    """float32 equal in every bit, bfloat16 and float16 equal to torch's rounding of it, uint8 the pixels themselves, for any layout."""
     which = spec(
         patch_size=patch, merge_size=merge, temporal_patch_size=temporal, do_normalize=normalize, do_rescale=rescale
     )
@@ -128,9 +128,23 @@ def test_patches_equal_the_processors_operations(
     assert torch.equal(torch.from_numpy(floats), wanted.to(torch.float32))
     halves = torch.from_numpy(fused.patches(image, geometry, which, "bfloat16", level)).view(torch.bfloat16)
     assert torch.equal(halves, wanted.to(torch.bfloat16))
+    small = torch.from_numpy(fused.patches(image, geometry, which, "float16", level))
+    assert torch.equal(small, wanted.to(torch.float16))
     bytes_ = fused.patches(image, geometry, which, "uint8", level)
     plain = aten.patches(resized, geometry, dataclasses.replace(which, do_normalize=False, do_rescale=False))
     assert torch.equal(torch.from_numpy(bytes_), plain)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_patches_too_large_for_the_caches_are_the_same(kind: fused.Kind) -> None:
+    """Results of over 8 MB go past the caches, byte for byte the same."""
+    which = spec()
+    side = 43 * which.patch_size * which.merge_size
+    geometry = Geometry(side, side, 1, 86, 86, 43 * 43)
+    image = picture(1250, 1300)
+    wanted = fused.patches(image, geometry, which, kind, fused.PLAIN)
+    assert wanted.nbytes > 8 << 20
+    assert np.array_equal(fused.patches(image, geometry, which, kind), wanted)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -150,5 +164,6 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_instruction_set_is_named() -> None:
     """A figure can say what it was measured with."""
-    assert fused.level() in ("avx2", "plain")
+    assert fused.level() in ("avx512", "avx2", "plain")
     assert fused.missing() == ""
+    assert fused.refused() == "", "a form that gives other bits on this CPU"
