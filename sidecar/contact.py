@@ -25,7 +25,7 @@ from sidecar.signals.scrape import ScrapeSignal
 
 RETRY: Final = 1.0  # seconds between attempts to meet the engine
 QUESTION: Final = 5.0  # seconds for the answer to one
-IDENTITY: Final = ("/v1/models", "/version")
+IDENTITY: Final = ("/v1/models", "/version", "/metrics")
 ATTEMPTS: Final = 3  # answers that say nothing, before the kind is `openai`
 
 _log = logging.getLogger(__name__)

@@ -243,8 +243,10 @@ class Control:
     def _keep_up(self, r: Readings, now: float, *, trusted: bool) -> None:
         """Hold the coefficients against the work that was done, where all of it was ours; while they are stale, be patient."""
         ours = trusted and self.memory.state in USUAL and not self.progress.learned.foreign
-        names = tuple(gpu.name for gpu in r.gpus.value) if isinstance(r.gpus, Value) else ()
-        self.upkeep.tick(self.ledger.holds(), now, replace(r.identity, gpus=names), trusted=ours)
+        gpus = r.gpus.value if isinstance(r.gpus, Value) else ()
+        slow = tuple(sorted({why for gpu in gpus if isinstance(gpu.slowdowns, Value) for why in gpu.slowdowns.value}))
+        seen = replace(r.identity, gpus=tuple(gpu.name for gpu in gpus), slowdowns=slow)
+        self.upkeep.tick(self.ledger.holds(), now, seen, trusted=ours)
         margin = self._settings.silence_margin * (upkeep.STALE if self.upkeep.stale else 1.0)
         if margin != self.progress.limits.margin:
             self.progress.limits = replace(self.progress.limits, margin=margin)

@@ -20,6 +20,7 @@ from typing import Final
 from sidecar import units
 from sidecar.busy import STEP, TERMS, Window
 from sidecar.facts import Identity
+from sidecar.hardware import find
 from sidecar.units import Coefficients
 
 SLACK: Final = 0.2  # of a log: 22 % slower or faster is nothing
@@ -32,6 +33,8 @@ CALM: Final = 20
 KINDS: Final = 200  # kinds of load kept
 REACH: Final = 2  # steps of `together` that the line is believed beyond what is known; one, where there is no line
 STEEPEST: Final = math.log(2) / 2  # of that line, per step: were nothing of d paid per step
+
+CAPACITY: Final = ("gpu_memory_utilization",)  # settings that change how much is held, not what it costs
 
 Kind = tuple[int, int]  # how many decode together, in steps of the square root of two; the third of prefill
 
@@ -190,6 +193,16 @@ def mismatch(co: Coefficients, seen: Identity) -> str:
         return f"measured on the model {co.model}, the engine serves {seen.models[0]}"
     if co.engine not in ("", "unknown") and seen.engine and co.engine != seen.engine:
         return f"measured on version {co.engine} of the engine, it is {seen.engine}"
-    if co.gpu and seen.gpus and co.gpu not in seen.gpus:
+    if co.gpu and seen.gpus and not any(same(co.gpu, gpu) for gpu in seen.gpus):
         return f"measured on {co.gpu}, here is {seen.gpus[0]}"
+    now = dict(flag.split("=", 1) for flag in seen.flags)
+    for flag in filter(None, co.flags.split(",")):
+        name, _, value = flag.partition("=")
+        if name not in CAPACITY and now.get(name, value) != value:
+            return f"measured with {flag}, the engine runs with {name}={now[name]}"
     return ""
+
+
+def same(a: str, b: str) -> bool:
+    """Whether two names are of the same GPU: "H100" and "NVIDIA H100 80GB HBM3"."""
+    return a == b or (find(a) is not None and find(a) == find(b))

@@ -314,11 +314,14 @@ class EngineSample:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the engine says of itself: its model names and version; and the GPUs that NVML sees. Empty where unknown."""
+    """What the engine says of itself: its model names, version and settings (`name=value`); and the GPUs that NVML sees, with the
+    reasons why any of them is slowed down. Empty where unknown."""
 
     models: tuple[str, ...] = ()
     engine: str = ""
     gpus: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    slowdowns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,7 @@ class Ticker:
     def _doubted(self, before: str) -> None:
         """Say once when the coefficients begin or cease to hold."""
         stale = self.control.upkeep.stale
-        if stale and stale != before:
+        if stale and not before:
             _log.warning("the coefficients are stale: %s; measure them again with `sidecar calibrate`", stale)
         elif before and not stale:
             _log.info("the coefficients hold again")

@@ -51,6 +51,7 @@ class Coefficients:
     # What `sidecar calibrate` adds: what was measured, errors on held-out shapes, MU in flight that kept p95 within slo_seconds.
     model: str = ""
     engine: str = ""
+    flags: str = ""  # name=value, divided by commas
     mape: float = 0.0
     p90: float = 0.0
     r2: float = 0.0

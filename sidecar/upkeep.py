@@ -84,7 +84,10 @@ class Upkeep:
     def _stale(self, seen: Identity) -> str:
         if not units.measured(self.co):
             return ""
-        return mismatch(self.co, seen) or self.drift.memory.stale
+        slower = self.drift.memory.stale
+        if slower and seen.slowdowns:
+            slower += f"; a GPU's clocks are held down ({', '.join(seen.slowdowns)})"
+        return mismatch(self.co, seen) or slower
 
 
 def _prices(co: Coefficients) -> dict[str, tuple[tuple[str, float], ...]]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sidecar import units
 from sidecar.busy import SECONDS, TERMS, WAIT, Window, Windows
 from sidecar.drift import Drift, mismatch
+from sidecar.engine.kinds import identity
 from sidecar.facts import Admitted, Fact, FirstToken, Identity, Settled, Usage, Work
 from sidecar.ledger import Ledger
 from sidecar.refit import SURE, Refit
@@ -26,6 +27,7 @@ TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8,
 SCRIPTED = Coefficients(
     k=1e-4, a=0.05, b=1e-9, d=10 / 8, f=1e-9, g=0, h=0, batch=8, source="file"
 )  # `sidecar engine`'s speeds
+FLAGS = "cache_dtype=auto,gpu_memory_utilization=0.9"
 WITHIN = 30  # windows in which a slowdown to 1.5 times is found
 
 
@@ -180,15 +182,29 @@ def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
         (Identity(), ""),
         (Identity(("c",), "1.0", ("H100",)), "model"),
         (Identity(("a",), "1.1", ("H100",)), "version"),
-        (Identity(("a",), "1.0", ("L4",)), "L4"),
+        (Identity(("a",), "1.0", ("NVIDIA L4",)), "L4"),
+        (Identity(("a",), "1.0", ("NVIDIA H100 80GB HBM3",)), ""),
+        (Identity(("a",), "1.0", flags=("cache_dtype=auto", "gpu_memory_utilization=0.5")), ""),
+        (Identity(("a",), "1.0", flags=("cache_dtype=fp8",)), "cache_dtype=fp8"),
     ],
 )
 def test_another_origin_is_a_mismatch(seen: Identity, said: str) -> None:
     """Model, engine version and GPU, each only where both sides know it."""
-    told = mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100"), seen)
+    told = mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100", flags=FLAGS), seen)
     assert said in told
     assert bool(told) is bool(said)
     assert mismatch(TRUE, seen) == ""
+
+
+def test_the_name_of_an_engine_and_its_settings_are_read() -> None:
+    """From a model list, a version and a metrics page; what is no such thing is unknown."""
+    pages = {
+        "/v1/models": b'{"data": [{"id": "a"}, {"id": 7}, 3]}',
+        "/version": b'{"version": "1.0"}',
+        "/metrics": b'vllm:cache_config_info{block_size="16",cache_dtype="auto",engine="0"} 1.0\n',
+    }
+    assert identity(pages) == Identity(("a",), "1.0", flags=("cache_dtype=auto", "block_size=16"))
+    assert identity(dict.fromkeys(pages, b"[]")) == Identity()
 
 
 # --- windows, from facts ---

@@ -192,7 +192,7 @@ def findings(planned: Plan, done: Done, chosen: CalibrateSettings, met: Met) -> 
     worth = fit.accuracy([r.measured for r in held_out], co)
     in_flight = search.held(planned.steps, chosen.slo_seconds) * units.mu(planned.steps[0].work, co)
     co = replace(
-        co, source=origin(hardware.text(chosen.engine, gpus)), model=met.target.model, engine=met.version, gpu=gpus[1],
+        co, source=origin(hardware.text(chosen.engine, gpus)), model=met.target.model, engine=met.version, gpu=gpus[1], flags=",".join(f"{name}={value}" for name, value in sorted(met.flags.items())),
         batch=float(planned.concurrency), mape=round(worth.mape, 4), p90=round(worth.p90, 4), r2=round(worth.r2, 4),
         mu_in_flight=round(in_flight, 4), slo_seconds=chosen.slo_seconds,
     )  # fmt: skip

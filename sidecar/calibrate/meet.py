@@ -6,7 +6,6 @@ Rules: whatever it cannot do is left out of the measurement and said; only what 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -23,7 +22,6 @@ CONTEXT: Final = 4096  # tokens, where the engine does not say
 WARM: Final = 256  # tokens of the first requests
 ANSWER: Final = 10.0  # seconds for a page
 MOST_IMAGES: Final = 4
-FLAGS: Final = ("cache_dtype", "block_size", "enable_prefix_caching", "gpu_memory_utilization")  # of vLLM's page
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ async def meet(session: aiohttp.ClientSession, url: str, key: str, kind: str, mo
     target, most_images, why = await _photos(session, target, model)
     return Met(
         target, context or int(card.get("max_model_len") or CONTEXT), cached, await _version(session, target), known.name, load,
-        most_images, flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE) if note),
+        most_images, kinds.flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE) if note),
     )  # fmt: skip
 
 
@@ -75,13 +73,6 @@ async def text_target(session: aiohttp.ClientSession, url: str, key: str) -> Tar
 NO_CACHE: Final = (
     "cached prompts are not measured: the engine does not say what it had cached (vLLM: --enable-prompt-tokens-details)"
 )
-
-
-def flags(page: bytes) -> dict[str, str]:
-    """The settings that change what a request costs, of vLLM's `cache_config_info`."""
-    line = re.search(rb"(?m)^vllm:cache_config_info\{(.*)\}", page)
-    labels = dict(re.findall(r'(\w+)="([^"]*)"', line[1].decode("utf-8", "replace"))) if line else {}
-    return {name: labels[name][:32] for name in FLAGS if name in labels}
 
 
 async def _asked(session: aiohttp.ClientSession, target: Target) -> Target:

@@ -47,8 +47,10 @@ def coefficients(chosen: Settings) -> Finding:
     except (SidecarError, OSError) as e:
         return Finding("coefficients", "fail", str(e), "correct the file, or leave --coefficients away")
     if not chosen.coefficients:
-        text = "the documented roofline of an 8B model on an H100, not this model and hardware"
-        return Finding("coefficients", "warn", text, "give a file of measured ones: --coefficients FILE")
+        text = f"{co.source}; not measured"
+        return Finding(
+            "coefficients", "warn", text, "measure them with `sidecar calibrate`, and give --coefficients FILE"
+        )
     return Finding("coefficients", "ok", f"{co.fingerprint} ({co.source})")
 
 

@@ -8,6 +8,7 @@ takes.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from sidecar.facts import Identity
 # The order of recognition: /version, vLLM's mark, says least, so it is looked at last.
 KINDS: Final[dict[str, EngineKind]] = {kind.name: kind for kind in (SCRIPTED, SGLANG, TGI, LLAMACPP, VLLM, OPENAI)}
 FIRST_LOOK: Final = ("/v1/models", "/metrics")
+FLAGS: Final = ("cache_dtype", "block_size", "enable_prefix_caching", "gpu_memory_utilization")  # of vLLM's page
 MODELS: Final = 1000  # names of an engine that are looked at
 NAME: Final = 128  # characters of one, and of a version
 CLOSER_LOOK: Final = tuple(mark.path for kind in KINDS.values() for mark in kind.marks)
@@ -43,12 +45,20 @@ def recognise(pages: Mapping[str, bytes]) -> str:
 
 
 def identity(pages: Mapping[str, bytes]) -> Identity:
-    """The names of its models and its version, from the bodies of /v1/models and /version; empty where they do not say."""
+    """The names of its models, its version and settings, from the bodies of /v1/models, /version and /metrics; empty where they do not say."""
     cards = _object(pages.get("/v1/models", b"")).get("data")
     names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
     version = _object(pages.get("/version", b"")).get("version")
     models = tuple(name[:NAME] for name in names[:MODELS] if isinstance(name, str))
-    return Identity(models, version[:NAME] if isinstance(version, str) else "")
+    settings = tuple(f"{name}={value}" for name, value in flags(pages.get("/metrics", b"")).items())
+    return Identity(models, version[:NAME] if isinstance(version, str) else "", flags=settings)
+
+
+def flags(page: bytes) -> dict[str, str]:
+    """The settings that change what a request costs, of vLLM's `cache_config_info`."""
+    line = re.search(rb"(?m)^vllm:cache_config_info\{(.*)\}", page)
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', line[1].decode("utf-8", "replace"))) if line else {}
+    return {name: labels[name][:32] for name in FLAGS if name in labels}
 
 
 def _owners(body: bytes) -> set[str]:
