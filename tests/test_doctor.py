@@ -203,7 +203,7 @@ def test_a_file_of_limits_is_read(tmp_path: Path, content: str, level: str) -> N
     """A good file is ok, a wrong one fails as it would fail the start, and none is nothing to mend."""
     file = tmp_path / "limits.toml"
     file.write_text(content)
-    assert machine.limits(Settings(tenant_limits=str(file))).level == level
+    assert CHECKS["tenant-limits"](Settings(tenant_limits=str(file))).level == level
     assert machine.limits(Settings()).level == "absent"
 
 

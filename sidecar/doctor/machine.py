@@ -93,7 +93,7 @@ def limits(chosen: Settings) -> Finding:
     except SidecarError as e:
         return Finding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
     others = "each other one has the default" if found.default != Limit() else "others have no limit"
-    return Finding("tenant-limits", "ok", f"{len(found.tenants)} tenants of their own, {others}")
+    return Finding("tenant-limits", "ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
 
 
 def tokenizer(chosen: Settings) -> Finding:

@@ -20,6 +20,7 @@ Check = Callable[[Settings], Finding]
 
 CHECKS: Final[dict[str, Check]] = {
     "coefficients": machine.coefficients,
+    "tenant-limits": machine.limits,
     "state-dir": machine.state_dir,
     "ports": machine.ports,
     "model": machine.model,
