@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.kernels.families import patched, split, tiled, whole
+from sidecar.kernels.families import counted, patched, split, tiled, whole
 from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import BICUBIC, BILINEAR, ProcessorSpec
 
@@ -39,6 +39,7 @@ FAMILIES: Final[Mapping[str, Reader]] = {
     "Gemma4UnifiedImageProcessor": patched.gemma_unified,
     "Kimi_K25ImageProcessor": patched.kimi,
     "MiniCPMV4_6ImageProcessor": patched.minicpm,
+    "Phi4MultimodalImageProcessor": counted.phi_4,
 }
 CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
     "Smart": whole.Smart,
@@ -52,6 +53,7 @@ CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
     "Budget": patched.Budget,
     "Shrunk": patched.Shrunk,
     "Sliced": patched.Sliced,
+    "Crops": counted.Crops,
 }
 
 

@@ -123,7 +123,8 @@ def model(chosen: Settings) -> Finding:
         text = f"images pass through untouched: {spec}"
         return Finding("model", "warn" if chosen.images != "off" else "absent", text)
     if not spec.inline:
-        text = "image processor known: its tensors by /v1/preprocess; in requests images pass, since it cuts tiles by the original's size"
+        made = "its tensors by /v1/preprocess; in requests images pass" if spec.tensors else "images pass"
+        text = f"image processor known: {made}, since no resized image gives what the original gives"
         return Finding("model", "ok", text)
     return Finding("model", "ok", f"image processor known ({type(spec).__name__.lower()} size)")
 

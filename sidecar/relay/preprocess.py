@@ -76,10 +76,8 @@ async def preprocess(
         return await lending.give_back(images, request.path.rpartition("/")[2])
     way = handoff(request.headers.get(HANDOFF, ""))
     want = TENSORS if way else accepted(request.headers.get("accept", ""))
-    if want == TENSORS and not images.spec.tensors:
-        raise BadRequest(
-            "this model's processor cuts images into tiles, whose tensors are not made here; inline images work"
-        )
+    if not images.spec.tensors:
+        raise BadRequest("this model's processor resizes in floating point, and its tensors are not made here")
     spec = valued(images.spec, request.query.get("values", ""))
     sources = await _sources(request, limits, fetch)
     if not sources:

@@ -188,7 +188,7 @@ def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
         {"image_processor_type": "PixtralImageProcessor", "size": {"shortest_edge": 5}},
         {"image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 16}},
         {"image_processor_type": "Idefics3ImageProcessor", "size": {"height": 100, "width": 100}},
-        {"image_processor_type": "Phi4MultimodalImageProcessor"},
+        {"image_processor_type": "Phi4MultimodalImageProcessor", "size": {"height": 448, "width": 400}},
         {"image_processor_type": "MiniCPMOcrImageProcessor"},
         {"image_processor_type": ["CLIPImageProcessor"]},
         {"image_processor_type": "CLIPImageProcessor", "size": [7]},

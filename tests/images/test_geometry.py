@@ -79,7 +79,7 @@ def test_a_long_image_that_would_be_refused_resized_is_not_kept() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"image_processor_type": "Phi4MultimodalImageProcessor"},
+        {"image_processor_type": "MiniCPMOcrImageProcessor"},
         {"image_processor_type": None},
         {"do_resize": False},
         {"do_convert_rgb": False},

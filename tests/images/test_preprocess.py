@@ -30,7 +30,7 @@ from sidecar.relay.fetching import Fetcher
 from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
 
 from .conftest import QWEN2_VL, Server
-from .test_tiles import ROWS, theirs
+from .test_tiles import PHI, ROWS, theirs
 
 PHOTOS = [photos.photo(640, 480, 1), photos.photo(333, 517, 2), photos.photo(640, 480, 3)]
 
@@ -211,6 +211,14 @@ async def test_tiles_over_http(service: Service, server: Server, tmp_path: Path,
     assert (tmp_path.parent / layout["segments"][0]["name"]).read_bytes() == body
     assert {k: v["shape"] for k, v in layout["tensors"].items()} == {k: list(v.shape) for k, v in wanted.items()}
     assert client.parse(memoryview(body)).images[0].tokens == layout["images"][0]["tokens"]
+
+
+async def test_tensors_that_are_not_made_are_refused(service: Service, server: Server) -> None:
+    """Tensors and layout alike: there is none."""
+    service.images = Images(server.path, server.settings, PHI.spec())
+    for accept in ("*/*", "application/json"):
+        status, body, _ = await service.post(data=form(PHOTOS[:1]), headers={"accept": accept})
+        assert status == 400 and b"floating point" in body
 
 
 async def test_bytes_for_engines_that_normalise_themselves(service: Service) -> None:

@@ -174,6 +174,22 @@ def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> N
     assert spec.geometry(height, width).tokens == counted
 
 
+PHI = Family("Phi4MultimodalImageProcessor", "phi4_multimodal.image_processing_phi4_multimodal", {"size": {"height": 70, "width": 70}, "dynamic_hd": 6})  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(height=st.integers(1, 600), width=st.integers(1, 600))
+def test_phi_is_counted_though_not_made(height: int, width: int) -> None:
+    """As many tokens as its processor says, and its refusals; 14 pixels to a patch, 5 patches to a tile."""
+    try:
+        wanted = PHI.processor()(images=[picture(height, width)], return_tensors="pt")["num_img_tokens"]
+    except (ValueError, RuntimeError):
+        with pytest.raises(ValueError):
+            PHI.spec().geometry(height, width)
+        return
+    assert PHI.spec().geometry(height, width).tokens == int(wanted[0])
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -1,0 +1,85 @@
+"""Families whose tensors are not made here, but whose tokens are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+from sidecar.kernels.families.reading import HALF, Config, common, count, default, pair, positive, steps
+from sidecar.kernels.families.tiled import MOST_TILES
+from sidecar.kernels.grid import BICUBIC, Geometry, ProcessorSpec, Size
+
+WHOLE_TOKENS = 256 + 1 + 16  # of the small copy of all of the image, and what separates it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crops(ProcessorSpec):
+    """Phi-4-multimodal's: whole tiles, padded, and a small copy. That one is resized in floating point, which no integers equal."""
+
+    tensors: ClassVar[bool] = False
+    inline: ClassVar[bool] = False
+
+    tile: int
+    patch: int
+    max_tiles: int
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        height, width = positive(height, width)
+        columns, rows = self._grid(height, width)
+        canvas = self.tile * rows, self.tile * columns
+        across, down = canvas[1] / width, canvas[0] / height
+        size = (int(height * across), canvas[1]) if across < down else (canvas[0], int(width * down))
+        if min(size) < 10:
+            raise ValueError("one side would have less than 10 pixels")
+        side = self.tile // self.patch
+        down_tokens, across_tokens = (
+            _even(side * n, (c - s) // self.patch, side) for n, c, s in zip((rows, columns), canvas, size, strict=True)
+        )
+        return Geometry(
+            *canvas, tokens=down_tokens * across_tokens + down_tokens + WHOLE_TOKENS, original=(height, width)
+        )
+
+    def _grid(self, height: int, width: int) -> Size:
+        """Columns and rows: as many as the image has, or else the closest aspect, as InternVL chooses it."""
+        columns, rows = math.ceil(width / self.tile), math.ceil(height / self.tile)
+        if columns * rows <= self.max_tiles:
+            return columns, rows
+        best, least = (1, 1), math.inf
+        for grid in _grids(self.max_tiles):
+            difference = abs(width / height - grid[0] / grid[1])
+            half = 0.5 * self.tile * self.tile * grid[0] * grid[1]
+            if difference < least or (difference == least and width * height > half):
+                best, least = grid, difference
+        return best
+
+    def pixels(self, images: Sequence[Geometry]) -> list[int]:
+        raise NotImplementedError
+
+
+def _even(patches: int, padding: int, side: int) -> int:
+    """Every other patch of each tile, those of the padding left out."""
+    return sum(i % side % 2 == 0 for i in range(patches - padding))
+
+
+@lru_cache(8)
+def _grids(most: int) -> tuple[Size, ...]:
+    """Of equally many tiles, in the order of a set: the processor sorts one, so that ties come as Python's hashes have them."""
+    grids = {(x, y) for n in range(1, most + 1) for x in range(1, n + 1) for y in range(1, n + 1) if 1 <= x * y <= most}
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+# --- from a model's files ---
+
+
+def phi_4(config: Config, model: Config) -> ProcessorSpec:
+    steps(config)
+    height, width = pair(default(config, "size", 448))
+    if height != width:
+        raise ValueError("not taken by this processor")
+    return Crops(
+        **common(config, BICUBIC, HALF), tile=height, patch=count(default(config, "patch_size", 14), 256),
+        max_tiles=count(default(config, "dynamic_hd", 36), MOST_TILES),
+    )  # fmt: skip
