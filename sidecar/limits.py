@@ -30,6 +30,7 @@ from typing import Any, Final, Literal
 from sidecar.errors import UsageError
 
 MAX_BYTES: Final = 1 << 20  # of the file
+MAX_NAME: Final = 64  # characters of a tenant's name; longer ones are cut to that
 NEVER: Final = 3600.0  # seconds to wait for what a limit of 0 will never allow
 _MOST: Final = 1e9
 
@@ -121,6 +122,9 @@ def parse(text: str, name: str) -> Limits:
     tenants = raw.get("tenants", {})
     if not isinstance(tenants, dict):
         raise UsageError(f"{name}: tenants must be a table of tenants")
+    for tenant in tenants:
+        if not 0 < len(tenant) <= MAX_NAME:
+            raise UsageError(f"{name}: a tenant's name has 1 to {MAX_NAME} characters, not {len(tenant)}")
     below = _number(raw.get("spill_over_below", Limits().spill_over_below), "spill_over_below", name)
     if below is None or below > 1:
         raise UsageError(f"{name}: spill_over_below must be a share from 0 to 1")

@@ -23,6 +23,7 @@ from aiohttp import web
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
 from sidecar.facts import End, Fact, Order, Page, Published, Trace
 from sidecar.jobs import Data
+from sidecar.limits import MAX_NAME
 from sidecar.relay import (
     answering,
     bodies,
@@ -51,7 +52,6 @@ from sidecar.units import Coefficients
 
 _log = logging.getLogger(__name__)
 
-MAX_TENANT: Final = 64  # characters
 NO_TENANT: Final = "default"
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -221,7 +221,7 @@ class Relay:
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
         """Engine work: one admission, settled before its client is told of an error."""
-        tenant = request.headers.get(self._settings.tenant_header, "")[:MAX_TENANT] or NO_TENANT
+        tenant = request.headers.get(self._settings.tenant_header, "")[:MAX_NAME] or NO_TENANT
         admission = self._desk.open(route, tenant, self._trace(request))
         try:
             with admission:
