@@ -48,7 +48,7 @@ def main() -> None:
     print("noise  false alarms/100 h of work   found after, windows of 10 s: median / 90th / missed in 60")
     for noise in (0.05, 0.15, 0.3):
         alarms = [
-            found(Drift(TRUE), windows(TRUE, args.windows, seed, shared=SHARED[seed % 3], noise=noise))
+            found(Drift(TRUE, caching=True), windows(TRUE, args.windows, seed, shared=SHARED[seed % 3], noise=noise))
             for seed in range(args.histories)
         ]
         hours = sum(n or args.windows for n in alarms) * SECONDS / 3600
@@ -56,7 +56,7 @@ def main() -> None:
         for times in (1.3, 1.5, 2.0, 4.0):
             took = []
             for seed in range(args.histories):
-                drift, shared = Drift(TRUE), SHARED[seed % 3]
+                drift, shared = Drift(TRUE, caching=True), SHARED[seed % 3]
                 found(drift, windows(TRUE, 300, seed + 1000, shared=shared, noise=noise))
                 took.append(
                     found(drift, slower(windows(TRUE, 60, seed + 2000, shared=shared, noise=noise), times)) or 99

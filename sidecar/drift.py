@@ -4,8 +4,9 @@ Two-sided CUSUM (Page 1954) on the log of measured over predicted time of a wind
 - misfit: against the coefficients as they stand. What a step's weights cost is shared by those that decode together, so that the
   prediction is a range, from all of d being paid per token to all of it per step; only what lies outside of it counts.
 - change: against what this engine used to take under a load of the same kind (how many decode together, the share of prefill).
-Rules: what counts is what is over `slack`, the larger of SLACK, of the coefficients' own P90 error and of this engine's usual scatter; an
-engine that is faster counts only where it says what of a prompt it had cached; while in doubt nothing is learned; what is stale is well
+Rules: what counts is what is over `slack`, the larger of SLACK, of the coefficients' own P90 error and of this engine's usual scatter.
+Unless the engine says what of a prompt it had cached, to be faster than the coefficients says nothing, and to be so no longer neither.
+While in doubt nothing is learned; what is stale is well
 again after CALM windows within the slack. A load of a new kind is judged by a line through those that are known, if it is near to them
 (a slower engine has more open, so that its load is soon of a new kind); else it is learned.
 """
@@ -29,6 +30,7 @@ ODDEST: Final = 1.0  # of a log; no single window is an alarm
 LEARN: Final = 8  # windows of a kind of load before a change can be told in it
 MEMORY: Final = 200  # windows that a kind of load remembers
 MOST: Final = 1e12  # milliseconds of a window, before it is no measurement
+NORMAL: Final = 1.25  # deviation of a normal distribution, in mean distances from its middle
 CALM: Final = 20
 KINDS: Final = 200  # kinds of load kept
 REACH: Final = 2  # steps of `together` that the line is believed beyond what is known; one, where there is no line
@@ -94,7 +96,9 @@ class Drift:
         load, residual = kind(window, self.co), math.log(window.ms / middle)
         usual = expected(m.usual, load)
         if usual is not None:
-            m.change.add(residual - usual, slack)
+            m.change.add(residual - (usual if self.caching else max(usual, 0.0)), slack)
+        if not self.caching:
+            m.misfit.under = m.change.under = 0.0
         if not self._doubt() and not m.stale:
             self._learn(load, residual, usual)
         self._judge()
@@ -115,9 +119,7 @@ class Drift:
             if own.windows < LEARN and abs(residual - usual) > self.slack:
                 return
             off = min(abs(residual - usual), ODDEST)
-            m.scatter += 0.02 * (
-                1.25 * off - m.scatter
-            )  # 1.25 times the mean distance is the deviation of a normal one
+            m.scatter += 0.02 * (NORMAL * off - m.scatter)
         own.windows = min(own.windows + 1, MEMORY)
         own.mean += (residual - own.mean) / own.windows
         while len(m.usual) > KINDS:
@@ -125,8 +127,7 @@ class Drift:
 
     def _judge(self) -> None:
         m, limit = self.memory, LIMIT * self.slack
-        slower = max(m.misfit.over, m.change.over)
-        faster = max(m.misfit.under, m.change.under) if self.caching else 0.0
+        slower, faster = max(m.misfit.over, m.change.over), max(m.misfit.under, m.change.under)
         if m.stale and min(m.misfit.calm, m.change.calm if m.change.over + m.change.under else CALM) >= CALM:
             m.stale, m.misfit, m.change = "", Sum(), Sum()
         elif not m.stale and max(slower, faster) > limit:

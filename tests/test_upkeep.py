@@ -128,7 +128,8 @@ def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
 def test_stationary_noise_is_no_alarm(noise: float, shared: float) -> None:
     """10,000 windows (more than a day of work) of mixed load: at most one false alarm."""
     alarms = sum(
-        found(Drift(TRUE), windows(TRUE, 1_000, seed, shared=shared, noise=noise)) is not None for seed in range(10)
+        found(Drift(TRUE, caching=True), windows(TRUE, 1_000, seed, shared=shared, noise=noise)) is not None
+        for seed in range(10)
     )
     assert alarms <= 1
 
@@ -140,7 +141,7 @@ def test_a_slowdown_is_found(times: float, noise: float, shared: float) -> None:
     """An engine that becomes 1.5 times slower or more is told within WITHIN windows, in 9 of 10 histories."""
     late = 0
     for seed in range(10):
-        drift = Drift(TRUE)
+        drift = Drift(TRUE, caching=True)
         assert found(drift, windows(TRUE, 300, seed, shared=shared, noise=noise)) is None
         after = found(drift, slower(windows(TRUE, WITHIN, seed + 100, shared=shared, noise=noise), times))
         late += after is None
@@ -164,6 +165,15 @@ def test_a_faster_engine_counts_where_cached_prompts_are_told() -> None:
         drift = Drift(TRUE, caching=caching)
         assert found(drift, windows(TRUE, 200, 1)) is None
         assert (found(drift, slower(windows(TRUE, WITHIN, 2), 0.5)) is not None) is caching
+
+
+def test_unseen_caching_that_ends_is_no_slowdown() -> None:
+    """An engine that does not say what it had cached was fast, and is as its coefficients say: no alarm. One that says it: an alarm."""
+    for caching in (False, True):
+        drift = Drift(TRUE, caching=False)
+        assert found(drift, slower(windows(TRUE, 300, 3), 0.4)) is None
+        drift.caching = caching
+        assert (found(drift, windows(TRUE, WITHIN, 4)) is not None) is caching
 
 
 def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
