@@ -1,6 +1,6 @@
 """How well output lengths are foretold on real traces: the estimator of the relay against the decayed mean that it had before.
 
-    .venv/bin/python benchmarks/estimates.py [--traces DIR]
+    .venv/bin/python benchmarks/estimates.py [--traces DIR] [--write]
 
 Each request of a trace is estimated when it arrives and taught when it ends (half a second and 30 ms a token later). Printed are the
 mean absolute error and the mean error of the expected output tokens, the share of answers within the 90th percentile (what a limit
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,14 +155,22 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, help="folder of real traces; without it a synthetic one")
-    traces = load(parser.parse_args().traces)
-    for columns, rows in (
-        (COLUMNS, [score(trace).row(name) for name, trace in traces.items()]),
-        (STOCK, [stock(name, trace) for name, trace in traces.items()]),
-    ):
-        print(" | ".join(columns))
-        for row in rows:
-            print(" | ".join(row))
+    parser.add_argument("--write", action="store_true")
+    chosen = parser.parse_args()
+    traces = load(chosen.traces)
+    text = "\n\n".join((
+        _table(COLUMNS, [score(trace).row(name) for name, trace in traces.items()]),
+        _table(STOCK, [stock(name, trace) for name, trace in traces.items()]),
+    ))  # fmt: skip
+    print(text)
+    if chosen.write:
+        folder = Path(__file__).parent / "results"
+        (folder / f"estimates-{time.strftime('%Y-%m-%d')}.md").write_text(f"# Estimates on traces\n\n{text}\n")
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ("---",) * len(columns), *rows))
 
 
 if __name__ == "__main__":

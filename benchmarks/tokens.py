@@ -63,11 +63,17 @@ async def rows(folder: str, prompts: list[str]) -> list[Row]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--texts", required=True, type=Path, action="append")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--texts", type=Path, action="append")
     parser.add_argument("--most", type=int, default=2000)
     parser.add_argument("--longest", type=int, default=60_000)
+    parser.add_argument(
+        "--write", action="store_true", help="taken by all benchmarks; here nothing is kept, as it depends on the texts"
+    )
     chosen = parser.parse_args()
+    if not chosen.tokenizer or not chosen.texts:
+        print("nothing measured: give --tokenizer DIR and --texts DIR")
+        return
     found = asyncio.run(rows(chosen.tokenizer, texts(chosen.texts, chosen.most, chosen.longest)))
     print("characters | prompts | ms p50 | ms p90 | CPU ms p50 | late | error of count | error of ratio")
     for low, high in LENGTHS:
