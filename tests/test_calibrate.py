@@ -25,7 +25,7 @@ from sidecar.calibrate.command import CalibrateSettings, calibrate
 from sidecar.calibrate.fit import Measured
 from sidecar.calibrate.journal import Entry, Journal, Plan, Step
 from sidecar.calibrate.prompts import Target
-from sidecar.calibrate.shapes import LEAST, SIDES, Shape, ordered, plan, reference
+from sidecar.calibrate.shapes import LEAST, SIDES, Shape, least, ordered, plan, reference
 from sidecar.calibrate.traffic import EngineRefused
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.facts import Work
@@ -130,6 +130,14 @@ def test_a_plan_fits_the_length(length: int, cached: bool) -> None:
         shapes, 2
     )
     assert reference(length).uncached + reference(length).output <= length
+
+
+def test_a_short_plan_has_photos() -> None:
+    """However little time there is, two of the smaller photos fit, fitted and held out, unless the context is shorter."""
+    tokens = {448: 192, 896: 768}
+    shapes = plan(least(8192, tokens), cached=True, tokens=tokens)
+    assert {s.held_out for s in shapes if s.images} == {False, True}
+    assert least(300, tokens) == 300 and least(8192, {}) == LEAST
 
 
 def test_one_image_at_most_is_kept_to() -> None:

@@ -26,7 +26,7 @@ from sidecar import units
 from sidecar.calibrate import contention, fit, hardware, report, search
 from sidecar.calibrate.journal import Done, Entry, Journal, Plan
 from sidecar.calibrate.meet import Met, meet
-from sidecar.calibrate.shapes import Shape, ordered, plan
+from sidecar.calibrate.shapes import Shape, least, ordered, plan
 from sidecar.calibrate.traffic import Beside, EngineRefused, Traffic
 from sidecar.errors import UsageError
 from sidecar.flags import ENGINE_KINDS, existing_dir, flag, gpu, integer, number, one_of, text, url
@@ -129,7 +129,8 @@ async def decided(rig: Rig, chosen: CalibrateSettings) -> Plan:
     """The plan. Raises UsageError where the context is too short for one."""
     seconds = chosen.seconds * SEARCH_SHARE, chosen.seconds * (1 - SEARCH_SHARE)
     try:
-        found = await search.plan(rig.traffic(4), rig.met.context, chosen.slo_seconds, seconds, chosen.concurrency, say)
+        span = least(rig.met.context, rig.met.target.tokens), rig.met.context
+        found = await search.plan(rig.traffic(4), span, chosen.slo_seconds, seconds, chosen.concurrency, say)
         shapes_of(found, rig.met)
     except ValueError as e:
         raise UsageError(f"--context: {e}") from None
@@ -144,14 +145,14 @@ def shapes_of(planned: Plan, met: Met) -> list[Shape]:
 async def grid(rig: Rig, planned: Plan, journal: Journal, done: Done, seconds: float) -> None:
     """Turns of all shapes, at least two, and more while another fits into the time. Fills `done`."""
     shapes = shapes_of(planned, rig.met)
-    least = seconds / (MOST_TURNS * len(shapes))
+    each = seconds / (MOST_TURNS * len(shapes))
     turn, turns = 0, LEAST_TURNS
     while turn < turns:
         for shape in ordered(shapes, turn):
             if (shape, turn) not in done:
                 spent = sum(entry.seconds for entry in done.values())
                 say(report.bar(spent, seconds, f"turn {turn + 1}: {shape.name}"))
-                done[shape, turn] = await measure(rig, shape, planned.concurrency, least, turn)
+                done[shape, turn] = await measure(rig, shape, planned.concurrency, each, turn)
                 journal.add(shape, turn, done[shape, turn])
         turn += 1
         spent = sum(entry.seconds for entry in done.values())
@@ -192,7 +193,8 @@ def findings(planned: Plan, done: Done, chosen: CalibrateSettings, met: Met) -> 
     worth = fit.accuracy([r.measured for r in held_out], co)
     in_flight = search.held(planned.steps, chosen.slo_seconds) * units.mu(planned.steps[0].work, co)
     co = replace(
-        co, source=origin(hardware.text(chosen.engine, gpus)), model=met.target.model, engine=met.version, gpu=gpus[1], flags=",".join(f"{name}={value}" for name, value in sorted(met.flags.items())),
+        co, source=origin(hardware.text(chosen.engine, gpus)), model=met.target.model, engine=met.version, gpu=gpus[1],
+        flags=",".join(f"{name}={value}" for name, value in sorted(met.flags.items())),
         batch=float(planned.concurrency), mape=round(worth.mape, 4), p90=round(worth.p90, 4), r2=round(worth.r2, 4),
         mu_in_flight=round(in_flight, 4), slo_seconds=chosen.slo_seconds,
     )  # fmt: skip

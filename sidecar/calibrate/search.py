@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.calibrate.journal import Plan, Step
-from sidecar.calibrate.shapes import LEAST, MOST, Shape, generating, largest, reference
+from sidecar.calibrate.shapes import MOST, Shape, generating, largest, reference
 from sidecar.calibrate.traffic import EngineRefused, Sample, Traffic
 
 MOST_OPEN: Final = 1024  # requests
@@ -78,9 +78,9 @@ def held(steps: tuple[Step, ...], slo: float) -> float:
     return 0.0
 
 
-async def length(traffic: Traffic, context: int, concurrency: int, seconds: float, say: Say) -> int:
-    """Tokens of the longest shapes: doubled while turns of the grid still fit into `seconds`."""
-    most, found = min(context, MOST), min(LEAST, context)
+async def length(traffic: Traffic, span: tuple[int, int], concurrency: int, seconds: float, say: Say) -> int:
+    """Tokens of the longest shapes, in a span: doubled while turns of the grid still fit into `seconds`."""
+    found, most = span[0], min(span[1], MOST)
     while found < most:
         tried = min(2 * found, most)
         say(f"{concurrency} of {largest(tried).name} at once")
@@ -103,10 +103,13 @@ async def decode(traffic: Traffic, length: int, concurrency: int, say: Say) -> t
 
 
 async def plan(
-    traffic: Traffic, context: int, slo: float, seconds: tuple[float, float], concurrency: int, say: Say
+    traffic: Traffic, span: tuple[int, int], slo: float, seconds: tuple[float, float], concurrency: int, say: Say
 ) -> Plan:
-    """Search and length. `seconds`: for the search, and for the grid. `concurrency` 0: where the engine is full."""
-    steps = await search(traffic, context, slo, seconds[0], MOST_OPEN, say)
+    """Search and length. `span`: tokens that the longest shapes have at least, and the context. `seconds`: for the search, and for the grid.
+
+    `concurrency` 0: where the engine is full.
+    """
+    steps = await search(traffic, span[1], slo, seconds[0], MOST_OPEN, say)
     chosen = concurrency or full(steps)
-    found = await length(traffic, context, chosen, seconds[1], say)
+    found = await length(traffic, span, chosen, seconds[1], say)
     return Plan(found, chosen, steps, await decode(traffic, found, chosen, say))

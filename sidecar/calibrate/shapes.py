@@ -97,6 +97,11 @@ def _shape(length: int, uncached: float, cached: float, output: float, held_out:
     return Shape(max(8, int(uncached * length)), int(cached * length), max(1, int(output * length)), held_out)
 
 
+def least(context: int, tokens: Mapping[int, int]) -> int:
+    """The shortest length that is worth it: two of the smaller photos fit, where there are photos."""
+    return min(context, max(LEAST, 2 * tokens[SIDES[0]] + 5 * WORDS if tokens else 0))
+
+
 def largest(length: int) -> Shape:
     """The shape of a plan that takes longest."""
     return _shape(length, *LARGEST)

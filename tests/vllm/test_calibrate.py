@@ -32,7 +32,7 @@ def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callab
     out, kept = tmp_path / "co.json", tmp_path / "all.jsonl"
     command = [
         sys.executable, "-m", "sidecar", "calibrate", "--engine", caching.url, "--model", str(caching.model), "--out", str(out),
-        "--measurements", str(kept), "--seconds", "50", "--concurrency", "4",
+        "--measurements", str(kept), "--seconds", "30", "--concurrency", "4",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
