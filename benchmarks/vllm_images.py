@@ -39,7 +39,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sidecar import photos
+from sidecar import photos, plugin
 from tests.vllm import client, environment, processes
 
 PATH = "/v1/chat/completions"
@@ -255,14 +255,23 @@ async def running(
 ) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
     """The engine and both sidecars beside it."""
     model = limited(tiny(folder / "made"), folder / "model")
-    environ = processes.with_plugin(folder / "site") | EXECUTORS[executor]
+    shm = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")  # other engines may use the folder above
+    environ = processes.with_plugin(folder / "site") | EXECUTORS[executor] | {"SIDECAR_SHM_DIR": shm}
     more = ("--mm-processor-cache-gb", "0", "--distributed-executor-backend", executor)
     with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, shm, ignore_errors=True)
         engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=more))
+        assert not plugin.look(shm).why, "images would go inline in the rows of shm"
         sidecars = {
             kind: stack.enter_context(
                 processes.sidecar(
-                    engine.url, folder / kind, folder / f"{kind}.log", model=str(model), images=kind, **FLAGS
+                    engine.url,
+                    folder / kind,
+                    folder / f"{kind}.log",
+                    model=str(model),
+                    images=kind,
+                    shm_dir=shm,
+                    **FLAGS,
                 )
             )
             for kind in ("inline", "shm")
@@ -332,7 +341,11 @@ def cpu_name() -> str:
 async def measure(rounds: int, executor: str) -> str:
     loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
-        async with running(Path(folder), executor) as (ways, engine, sidecar), aiohttp.ClientSession() as http:
+        kept = aiohttp.TCPConnector(keepalive_timeout=2)  # vLLM closes idle connections after 5 s
+        async with (
+            running(Path(folder), executor) as (ways, engine, sidecar),
+            aiohttp.ClientSession(connector=kept) as http,
+        ):
             rows = await throughput(http, ways, engine, rounds)
             again = await repeated(http, sidecar, rounds)
     loads.append(os.getloadavg()[0])
