@@ -25,7 +25,10 @@ class _Words(ctypes.Structure):
 
 
 def give_up() -> None:
-    """This thread and all that it starts have no capabilities from here on. Call it before other threads exist. Raises OSError."""
+    """This thread and all that it starts have no capabilities from here on. Call it before other threads exist.
+
+    Raises OSError where it has some and cannot give them up.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     _prctl(libc, PR_SET_NO_NEW_PRIVS, 1)
     _prctl(libc, PR_CAP_AMBIENT, AMBIENT_CLEAR_ALL)  # kernels before 4.3 have none
@@ -34,9 +37,16 @@ def give_up() -> None:
             libc, PR_CAPBSET_DROP, capability
         ):  # no such one, or we lack SETPCAP: NO_NEW_PRIVS holds all the same
             break
-    none = (_Words * 2)()
-    if libc.capset(ctypes.byref(_Header(VERSION_3, 0)), none):
+    if any(held(libc)) and libc.capset(ctypes.byref(_Header(VERSION_3, 0)), (_Words * 2)()):
         raise OSError(ctypes.get_errno(), "capset")
+
+
+def held(libc: ctypes.CDLL) -> list[int]:
+    """The words of this thread's effective, permitted and inheritable capabilities."""
+    words = (_Words * 2)()
+    if libc.capget(ctypes.byref(_Header(VERSION_3, 0)), words):
+        raise OSError(ctypes.get_errno(), "capget")
+    return [n for word in words for n in (word.effective, word.permitted, word.inheritable)]
 
 
 def _prctl(libc: ctypes.CDLL, option: int, value: int) -> bool:
