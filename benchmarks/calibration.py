@@ -93,23 +93,27 @@ def plot(rows: Sequence[Row], co: units.Coefficients, title: str) -> str:
     low, high = min(m.ms for m in held) / 2, max(m.ms for m in held) * 2
 
     def at(ms: float) -> float:
-        return SIDE * (log10(min(max(ms, low), high)) - log10(low)) / (log10(high) - log10(low))
+        return SIDE * log10(ms / low) / log10(high / low)
+
+    def inside(ms: float) -> float:
+        return at(min(max(ms, low), high))
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIDE + 2 * EDGE}" height="{SIDE + 2 * EDGE}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIDE + 2 * EDGE + 20}" height="{SIDE + 2 * EDGE}" '
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>',
         f'<text x="{EDGE}" y="20" font-weight="bold">{escape(title)}</text>',
-        f'<text x="{EDGE}" y="36" fill="#555">held-out shapes: dots the cost model, crosses a fitted alpha-beta line; band 25 %</text>',
+        f'<text x="{EDGE}" y="36" fill="#555">held-out shapes: dots the cost model, crosses an alpha-beta line (outside: on the edge); band 25 %</text>',
+        f'<clipPath id="frame"><path d="M0 0H{SIDE}V{SIDE}H0Z"/></clipPath>',
         f'<g transform="translate({EDGE},{EDGE + SIDE}) scale(1,-1)">',
-        f'<polygon points="{_band(at, low, high)}" fill="#1b6ca8" fill-opacity="0.12"/>',
+        f'<polygon points="{_band(at, low, high)}" fill="#1b6ca8" fill-opacity="0.12" clip-path="url(#frame)"/>',
         f'<path d="M0 0H{SIDE}V{SIDE}H0ZL{SIDE} {SIDE}" fill="none" stroke="#999"/>',
     ]
     for m in held:
-        x, y = at(m.ms), at(_on(line, m))
+        x, y = at(m.ms), inside(_on(line, m))
         parts.append(f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m-8 0l8 -8" stroke="#888" fill="none"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{at(units.gpu_ms(m.work, co)):.1f}" r="4" fill="#1b6ca8"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{inside(units.gpu_ms(m.work, co)):.1f}" r="4" fill="#1b6ca8"/>')
     parts.append("</g>")
-    for ms in (10**n for n in range(-1, 6) if low <= 10**n <= high):
+    for ms in (d * 10**n for n in range(-1, 6) for d in (1, 2, 5) if low <= d * 10**n <= high):
         parts.append(f'<text x="{EDGE + at(ms):.0f}" y="{EDGE + SIDE + 16}" text-anchor="middle">{ms:g}</text>')
         parts.append(f'<text x="{EDGE - 6}" y="{EDGE + SIDE - at(ms) + 4:.0f}" text-anchor="end">{ms:g}</text>')
     parts.append(f'<text x="{EDGE + SIDE}" y="{EDGE + SIDE + 34}" text-anchor="end" fill="#555">measured ms</text>')
