@@ -1,6 +1,6 @@
 """Fleet replay: real traces over simulated replicas; routing and autoscaling with the production ledger, estimator and prices.
 
-    python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--traces DIR] [--processes N] [--quick] [--write]
+    python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--only HALF] [--traces DIR] [--processes N] [--quick] [--write]
 
 Simulated, not measured. The engines are benchmarks/replay/engine.py, which the cost model does not know; its coefficients come from
 `sidecar.calibrate`'s fit. Prints p99 of the time to first token, SLO attainment and GPU hours; `--write` puts the tables and two plots into
@@ -31,8 +31,9 @@ def main() -> None:
         print(f"skipped: no traces in {args.traces}; name their folder with --traces", file=sys.stderr)
         return
     began = time.monotonic()
-    routing = jobs.routing(args.replicas, range(args.seed, args.seed + args.seeds), args.trace, quick=args.quick)
-    scaling = jobs.scaling(args.seed, args.trace, quick=args.quick)
+    seeds = range(args.seed, args.seed + args.seeds)
+    routing = [] if args.only == "scaling" else jobs.routing(args.replicas, seeds, args.trace, quick=args.quick)
+    scaling = [] if args.only == "routing" else jobs.scaling(args.seed, args.trace, quick=args.quick)
     routed = [r for r in results(args, routing) if isinstance(r, Routed)]
     scaled = [r for r in results(args, scaling) if isinstance(r, Scaled)]
     text = report.page(args.replicas, args.seeds, routed, scaled, time.monotonic() - began)
@@ -49,8 +50,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=8, help="for routing")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=5, help="each with another third of the hour; for routing")
+    parser.add_argument("--seeds", type=int, default=3, help="each with another third of the hour; for routing")
     parser.add_argument("--trace", default="", choices=("", *jobs.SERVICES), help="one trace only")
+    parser.add_argument("--only", default="", choices=("", "routing", "scaling"), help="one half only")
     parser.add_argument("--traces", type=Path, default=TRACES, help="their folder")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--quick", action="store_true")

@@ -114,15 +114,16 @@ def test_the_engine_is_not_the_cost_model() -> None:
 
 
 def test_fast_up_and_slow_down() -> None:
-    """More replicas are wanted at once; fewer only when nothing more was wanted for as long as is set."""
-    scaler = Scaler(Scaling("mu", target=0.5, calm=60.0, most=10))
-    assert [scaler.wanted(2, 0.5, 0.0), scaler.wanted(2, 2.0, 5.0), scaler.wanted(8, 0.01, 10.0)] == [2, 8, 8]
-    assert scaler.wanted(8, 0.01, 64.0) == 8 and scaler.wanted(8, 0.01, 66.0) == 1
+    """Up at once, but no more than doubled in half a minute; down only when nothing more was wanted for as long as is set."""
+    scaler = Scaler(Scaling("utilization", target=0.5, calm=60.0, most=10))
+    assert [scaler.wanted(1, 0.5, 0.0), scaler.wanted(1, 4.0, 15.0), scaler.wanted(2, 4.0, 30.0)] == [1, 2, 2]
+    assert scaler.wanted(2, 4.0, 50.0) == 4 and scaler.wanted(4, 9.0, 90.0) == 8 and scaler.wanted(8, 90.0, 130.0) == 10
+    assert scaler.wanted(10, 0.1, 190.0) == 10 and scaler.wanted(10, 0.1, 191.0) == 1
 
 
 def test_an_autoscaled_fleet_serves_all_and_counts_its_hours() -> None:
     """Replicas come and go under load; each request is served once; hours are those from a replica's start to its end."""
-    scaling = Scaling("mu", target=0.05, every=1.0, calm=3.0, startup=1.0, most=6)
+    scaling = Scaling("stock and flow", target=0.05, every=1.0, calm=3.0, startup=1.0, doubling=1.0, most=6)
     fleet = Fleet([FAST], OURS, "1", scaling)
     outcome = fleet.run(requests.multiplied(TRACE, 3, seed=1))
     assert len(outcome.served) == 3 * len(TRACE) and 1 < outcome.most_replicas <= 6

@@ -17,7 +17,7 @@ from replay.engine import Engine, Hardware, Sequence
 from replay.pricing import SLO, calibrated
 from replay.requests import Request
 from replay.routing import Policy, Report, Router
-from replay.scaling import Scaler, Scaling
+from replay.scaling import Scaler, Scaling, Signal
 from sidecar import units
 from sidecar.facts import Absent, Admitted, Delivered, FirstToken, Settled, Usage, Work
 from sidecar.ledger import Ledger
@@ -233,9 +233,8 @@ class Fleet:
         assert self._scaler
         p = self._scaler.policy
         serving = self._serving(now)
-        loads = [r.load(now).utilization if p.signal == "mu" else float(r.open) for r in serving]
-        wanted = self._scaler.wanted(len(serving), sum(loads) / len(loads), now)
         kept = [r for r in self._live if not r.draining]
+        wanted = self._scaler.wanted(len(kept), sum(signal_of(r, p.signal, now) for r in serving), now)
         for _ in range(wanted - len(kept)):
             self._start(now)
         for replica in sorted(serving, key=lambda r: r.open)[: max(0, min(len(kept) - wanted, len(serving) - 1))]:
@@ -262,3 +261,13 @@ class Fleet:
         self.outcome.busy_seconds = sum(r.engine.busy_seconds for r in self.replicas)
         self.outcome.preemptions = sum(r.engine.preemptions for r in self.replicas)
         return self.outcome
+
+
+def signal_of(replica: Replica, signal: Signal, now: float) -> float:
+    """One replica's part of what the autoscaler reads."""
+    if signal == "requests":
+        return float(replica.open)
+    load = replica.load(now)
+    if signal == "utilization":
+        return load.utilization
+    return max(load.mu_in_flight / load.mu_max_in_flight, load.mu_per_minute / load.mu_max_per_minute)

@@ -1,7 +1,7 @@
 """Which fleets are simulated under which traffic, and what is kept of each run.
 
 Load: the mean work of the trace over what the fleet can do when it is never idle, both of the simulated engine, so that no policy's price
-decides how hard the test is. For routing the trace is compressed in time to that load; each seed replays another third of it. For
+decides how hard the test is. For routing the trace is compressed in time to that load; each seed replays up to MOST_REQUESTS of another third of it. For
 autoscaling the hour stays an hour, and each request comes several times (as from more users), so that one to a few dozen replicas are needed.
 """
 
@@ -19,7 +19,7 @@ from replay.engine import Engine, Hardware, Sequence
 from replay.fleet import Fleet, Outcome
 from replay.requests import Request
 from replay.routing import OURS, POLICIES
-from replay.scaling import Scaling
+from replay.scaling import Scaling, Signal
 
 FAST = Hardware()
 SLOW = FAST.slower(2.0)
@@ -30,23 +30,29 @@ OPEN = 256
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """How a trace is used. `first`: seconds to the first token that are promised; `copies` of each request for autoscaling."""
+    """How a trace is used. `first`: seconds to the first token that are promised. For autoscaling: how many `copies` of each request, and
+    how many `seconds` of the hour."""
 
     first: float
     copies: int
+    seconds: float
 
 
 # 2 s and 0.1 s a token: MLPerf Inference's server scenario for an 8B model. 30 s: what the Mooncake paper promises for its long prompts.
 SERVICES = {
-    "azure-2023-code": Service(2.0, 4),
-    "azure-2023-conversation": Service(2.0, 2),
-    "mooncake-conversation": Service(30.0, 1),
+    "azure-2023-code": Service(2.0, 4, 3600.0),
+    "azure-2023-conversation": Service(2.0, 2, 1200.0),
+    "mooncake-conversation": Service(30.0, 1, 1200.0),
 }
 LOADS = (0.5, 0.8)
-PACES = ((30.0, 300.0), (10.0, 60.0), (2.0, 15.0))  # seconds to start a replica, seconds of calm before one is stopped
-MU_TARGETS = (0.1, 0.2, 0.35, 0.6)  # headline utilisation
-REQUEST_TARGETS = (2.0, 4.0, 8.0, 16.0)  # open requests
+PACES = ((30.0, 600.0), (30.0, 120.0), (5.0, 30.0))  # seconds to start a replica, seconds of calm before one is stopped
+TARGETS: dict[Signal, tuple[float, ...]] = {
+    "utilization": (0.35, 0.7, 1.4),  # deploy/ has 0.7
+    "stock and flow": (0.1, 0.2, 0.4),
+    "requests": (4.0, 8.0, 16.0),
+}
 MOST = 64
+MOST_REQUESTS = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ class Job:
     load: float = 0.0
     replicas: int = 0
     slow: int = 0
-    signal: str = ""  # "mu", "requests", "static"; empty for routing
+    signal: str = ""  # an autoscaler's, or "static"; empty for routing
     target: float = 0.0
     pace: tuple[float, float] = (0.0, 0.0)
 
@@ -100,13 +106,13 @@ def routing(replicas: int, seeds: Iterable[int], trace: str = "", *, quick: bool
 
 
 def scaling(seed: int, trace: str = "", *, quick: bool = False) -> list[Job]:
-    """Both signals at several targets; start-up times are varied on the burstiest trace."""
+    """Every signal at several targets; the pace is varied on the burstiest trace."""
     found = []
     for name in [trace] if trace else SERVICES:
-        paces = PACES if name == "azure-2023-code" and not quick else PACES[:1]
+        paces = PACES[1:2] if quick or name != "azure-2023-code" else PACES
         found.append(Job(name, seed, signal="static"))
         for pace in paces:
-            for signal, targets in (("mu", MU_TARGETS), ("requests", REQUEST_TARGETS)):
+            for signal, targets in TARGETS.items():
                 found += [
                     Job(name, seed, signal=signal, target=t, pace=pace) for t in (targets[1:2] if quick else targets)
                 ]
@@ -118,7 +124,8 @@ def run(job: Job, folder: Path) -> Routed | Scaled:
     trace = loaded(folder)[job.trace]
     if not job.signal:
         return _route(job, trace, saturated(folder, job.trace))
-    more = requests.multiplied(trace, SERVICES[job.trace].copies, job.seed)
+    service = SERVICES[job.trace]
+    more = requests.multiplied([r for r in trace if r.at < service.seconds], service.copies, job.seed)
     return _smallest(job, more) if job.signal == "static" else _scale(job, more)
 
 
@@ -153,7 +160,7 @@ def _route(job: Job, trace: list[Request], work: float) -> Routed:
     factor = job.load * capacity / (work / trace[-1].at)
     length = len(trace) // 3
     first = (job.seed - 1) % 3 * length
-    part = requests.compressed(trace[first : first + length], factor)
+    part = requests.compressed(trace[first : first + min(length, MOST_REQUESTS)], factor)
     part = [Request(r.at - part[0].at, r.prompt, r.output, r.text_bytes, r.blocks) for r in part]
     hardware = [FAST] * (job.replicas - job.slow) + [SLOW] * job.slow
     outcome = Fleet(hardware, POLICIES[job.policy], str(job.seed)).run(part)
@@ -164,7 +171,8 @@ def _route(job: Job, trace: list[Request], work: float) -> Routed:
 
 def _scale(job: Job, trace: list[Request]) -> Scaled:
     startup, calm = job.pace
-    policy = Scaling("mu" if job.signal == "mu" else "requests", job.target, calm=calm, startup=startup, most=MOST)
+    signal = next(signal for signal in TARGETS if signal == job.signal)
+    policy = Scaling(signal, job.target, calm=calm, startup=startup, most=MOST)
     return _scaled(job, Fleet([FAST], OURS, str(job.seed), policy, flush=1.0).run(trace))
 
 

@@ -14,11 +14,12 @@ from replay.routing import OURS, POLICIES
 FONT = 'font-family="sans-serif" font-size="11"'
 LEFT, WIDTH, ROW, TOP = 170, 520, 16, 44
 OUR, THEIRS, STATIC = "#1b6ca8", "#888888", "#c0392b"
+COLOURS = {"utilization": OUR, "stock and flow": "#2e9e6b"}
 
 
 def routing(routed: Sequence[Routed]) -> str:
     """One row per policy and group: the medians as a dot, the seeds' range as a line."""
-    values = [r.p99 for r in routed]
+    values = [r.p99 for r in routed] or [1.0]
     low, high = log10(min(values)) - 0.05, log10(max(values)) + 0.05
 
     def x(seconds: float) -> float:
@@ -79,7 +80,7 @@ def scaling(scaled: Sequence[Scaled]) -> str:
         _text(
             10,
             y + 8,
-            "blue: on MU utilisation; grey: on open requests; red square: smallest static fleet that keeps the SLO",
+            "blue: on the headline utilisation; green: on stock and flow in MU; grey: on open requests; red square: smallest static fleet that keeps the SLO",
         )
     )
     return _svg(parts, LEFT + WIDTH + 80, y + 20)
@@ -98,7 +99,7 @@ def _point(s: Scaled, x: float, y: float) -> str:
         return (
             f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{STATIC}"><title>{name}</title></rect>'
         )
-    colour = OUR if s.job.signal == "mu" else THEIRS
+    colour = COLOURS.get(s.job.signal, THEIRS)
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" fill-opacity="0.8"><title>{name}</title></circle>'
 
 

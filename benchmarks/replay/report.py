@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from replay import jobs
-from replay.jobs import ENOUGH, FAST, SERVICES, Routed, Scaled
+from replay.jobs import ENOUGH, FAST, SERVICES, TARGETS, Routed, Scaled
 from replay.pricing import calibrated
 from replay.routing import OURS, POLICIES
 
@@ -27,8 +27,11 @@ def page(replicas: int, seeds: int, routed: Sequence[Routed], scaled: Sequence[S
         "# Fleet replay, simulated",
         f"Simulated, not measured; {seconds:.0f} s. Coefficients fitted to the simulated engine from outside: {prices}; held-out MAPE "
         f"{worth.mape:.1%}, P90 {worth.p90:.1%}. An oracle (`{POLICIES[-1].name}`) shows what any router could reach.",
-        f"## Routing: {replicas} replicas, {seeds} seed(s); time to first token, median over seeds [least - most]",
     ]
+    if routed:
+        parts.append(
+            f"## Routing: {replicas} replicas, {seeds} seed(s); time to first token, median over seeds [least - most]"
+        )
     for key, group in groups(routed).items():
         parts += [f"### {title(*key)}", routing(group)]
     if scaled:
@@ -93,7 +96,7 @@ def savings(scaled: Sequence[Scaled]) -> str:
             )
         )
         for pace in dict.fromkeys(s.job.pace for s in scaled if s.job.trace == trace and s.job.signal != "static"):
-            for signal in ("mu", "requests"):
+            for signal in TARGETS:
                 best = cheapest([s for s in scaled if (s.job.trace, s.job.pace, s.job.signal) == (trace, pace, signal)])
                 name = f"{signal}, starts in {pace[0]:g} s, calm {pace[1]:g} s"
                 if best is None:
@@ -116,6 +119,9 @@ def every(scaled: Sequence[Scaled]) -> str:
         for s in scaled
         if s.job.signal != "static"
     ]  # fmt: skip
-    promised = "; ".join(f"{name} {s.first:g} s, each request {s.copies} times" for name, s in SERVICES.items())
+    promised = "; ".join(
+        f"{name} {s.first:g} s, each request {s.copies} times, {s.seconds:g} s of the trace"
+        for name, s in SERVICES.items()
+    )
     head = ("trace", "signal", "target", "start / calm, s", "most replicas", "within SLO", "p99, s", "GPU hours")
     return f"First token within: {promised}; {jobs.PER_TOKEN:g} s per token.\n\n" + table(head, rows)

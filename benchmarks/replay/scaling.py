@@ -1,7 +1,7 @@
-"""Pure: how many replicas there should be. Fast up, slow down.
+"""Pure: how many replicas there should be. Fast up, slow down, as deploy/keda/prometheus.yaml asks of Kubernetes.
 
-`desired` is what Kubernetes' HPA computes, ceil(replicas * signal / target), of a signal averaged over the replicas that serve. More are
-started at once; fewer are kept only when nothing more was desired for `calm` seconds (the HPA's default stabilisation, 300 s).
+Wanted are the sum of the signal over the replicas that serve, over the target. More are started at once, but at most twice as many
+within `doubling` seconds; fewer are kept only when nothing more was wanted for `calm` seconds.
 """
 
 from __future__ import annotations
@@ -11,32 +11,42 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+Signal = Literal["utilization", "stock and flow", "requests"]
+SIGNALS: tuple[Signal, ...] = ("utilization", "stock and flow", "requests")
+
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """A policy. `signal`: headline MU utilisation, or open requests, each per replica; `target` in the same unit."""
+    """A policy. `signal`: the headline utilisation; its two terms in MU alone; open requests. `target` is in the same unit, per replica."""
 
-    signal: Literal["mu", "requests"]
+    signal: Signal
     target: float
-    every: float = 5.0  # seconds between decisions
-    calm: float = 300.0
+    every: float = 15.0  # seconds between decisions
+    calm: float = 600.0
     startup: float = 30.0  # seconds until a new replica serves
+    doubling: float = 30.0
     least: int = 1
     most: int = 64
 
 
 class Scaler:
-    """Remembers what was desired."""
+    """Remembers what was wanted, and how many there were."""
 
     def __init__(self, policy: Scaling) -> None:
         self.policy = policy
-        self._desired: deque[tuple[float, int]] = deque()
+        self._wanted: deque[tuple[float, int]] = deque()
+        self._there: deque[tuple[float, int]] = deque()
 
-    def wanted(self, serving: int, signal: float, now: float) -> int:
-        """Replicas that there should be. `signal` is the mean over the `serving` ones."""
+    def wanted(self, there: int, sum_: float, now: float) -> int:
+        """Replicas that there should be. `there`: those that serve or start; `sum_`: of the signal over those that serve."""
         p = self.policy
-        desired = min(p.most, max(p.least, math.ceil(serving * signal / p.target)))
-        self._desired.append((now, desired))
-        while self._desired[0][0] < now - p.calm:
-            self._desired.popleft()
-        return max(n for _, n in self._desired)
+        self._wanted.append((now, max(p.least, math.ceil(sum_ / p.target - 1e-9))))
+        while self._wanted[0][0] < now - p.calm:
+            self._wanted.popleft()
+        self._there.append((now, there))
+        while self._there[0][0] < now - p.doubling:
+            self._there.popleft()
+        fewest = min(n for _, n in self._there)
+        if self._wanted[-1][1] > there:
+            return max(there, min(self._wanted[-1][1], 2 * fewest, p.most))
+        return min(there, max(n for _, n in self._wanted))
