@@ -130,54 +130,43 @@ constexpr size_t LARGE = SIDECAR_LARGE;  // bytes: a result of more is written p
 
 #ifdef SIDECAR_X86
 // Patches by registers, one behind the other from `out` on: laid out as bytes in one place, from where they go out as what is wanted.
-// A patch goes out when the next one has been laid out, because a load waits where it wants bytes of two stores that are not done.
 template <class E>
 class Outlet {
   public:
     Outlet(const Values& values, int p, int temporal, size_t count, typename E::Type* out)
-        : p_(p), temporal_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(2 * (size_ + SLACK)) {
+        : p_(p), temporal_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(size_ + SLACK) {
         for (int c = 0; c < 3; ++c) eight_[c] = eight_of(values, c);
         const bool whole = std::is_same_v<E, U8> || size_ / 3 % 8 == 0;
         past_ = whole && count * sizeof(typename E::Type) >= LARGE && reinterpret_cast<uintptr_t>(out) % 32 == 0;
     }
 
     void patch(const uint8_t* const* rows, size_t at) {
-        if (std::is_same_v<E, U8> && !past_) {
-            patch_avx2(rows, at, p_, temporal_, reinterpret_cast<uint8_t*>(out_));
-            out_ += size_;
-            return;
-        }
         if constexpr (std::is_same_v<E, U8>) {
-            patch_avx2(rows, at, p_, temporal_, bytes_.data() + kept_);
-            kept_ = stream_avx2(bytes_.data(), kept_ + size_, &out_);
+            patch_avx2(rows, at, p_, temporal_, past_ ? bytes_.data() + kept_ : out_);
+            if (past_) kept_ = stream_avx2(bytes_.data(), kept_ + size_, &out_);
+            else out_ += size_;
         } else {
-            patch_avx2(rows, at, p_, temporal_, bytes_.data() + (next_ ? size_ + SLACK : 0));
-            if (waits_) send();
-            waits_ = true;
-            next_ = !next_;
+            patch_avx2(rows, at, p_, temporal_, bytes_.data());
+            const size_t n = size_ / 3;
+            for (int c = 0; c < 3; ++c, out_ += n) {
+                const uint8_t* in = bytes_.data() + c * n;
+                past_ ? floats_avx2<E, true>(in, eight_[c], n, out_) : floats_avx2<E, false>(in, eight_[c], n, out_);
+            }
         }
     }
 
     void end() {
-        if (waits_) send();
         if (kept_) std::memcpy(out_, bytes_.data(), kept_);
         if (past_) _mm_sfence();
     }
 
   private:
-    void send() {
-        const uint8_t* in = bytes_.data() + (next_ ? 0 : size_ + SLACK);
-        if constexpr (!std::is_same_v<E, U8>)
-            for (int c = 0; c < 3; ++c, in += size_ / 3, out_ += size_ / 3)
-                past_ ? floats_avx2<E, true>(in, eight_[c], size_ / 3, out_) : floats_avx2<E, false>(in, eight_[c], size_ / 3, out_);
-    }
-
     int p_, temporal_;
     size_t size_, kept_ = 0;
     typename E::Type* out_;
     std::vector<uint8_t> bytes_;
     Eight eight_[3];
-    bool past_, waits_ = false, next_ = false;
+    bool past_;
 };
 #endif
 

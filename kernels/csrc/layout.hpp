@@ -119,24 +119,24 @@ SIDECAR_AVX2 inline size_t stream_avx2(uint8_t* bytes, size_t count, uint8_t** o
 // How eight bytes become eight floats. A division is done as a multiplication by the reciprocal, and one step that corrects it, where
 // that gives the same bits for each of the 256 bytes; it takes a third of the time.
 struct Eight {
-    enum How { MULTIPLY, DIVIDE, CORRECT } how;
-    __m256 mean, by, reciprocal;
+    enum How { MULTIPLY, DIVIDE, CORRECT } how = MULTIPLY;
+    float mean = 0, by = 1, reciprocal = 1;  // no registers: what is not compiled for them would misplace them in memory
 };
 
 SIDECAR_AVX2 inline __m256 eight_avx2(const Eight& e, Eight::How how, const uint8_t* in) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in));
     const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
-    if (how == Eight::MULTIPLY) return _mm256_mul_ps(x, e.by);
-    const __m256 above = _mm256_sub_ps(x, e.mean);
-    if (how == Eight::DIVIDE) return _mm256_div_ps(above, e.by);
-    const __m256 near = _mm256_mul_ps(above, e.reciprocal);
-    return _mm256_fmadd_ps(_mm256_fnmadd_ps(near, e.by, above), e.reciprocal, near);
+    const __m256 by = _mm256_set1_ps(e.by), reciprocal = _mm256_set1_ps(e.reciprocal);
+    if (how == Eight::MULTIPLY) return _mm256_mul_ps(x, by);
+    const __m256 above = _mm256_sub_ps(x, _mm256_set1_ps(e.mean));
+    if (how == Eight::DIVIDE) return _mm256_div_ps(above, by);
+    const __m256 near = _mm256_mul_ps(above, reciprocal);
+    return _mm256_fmadd_ps(_mm256_fnmadd_ps(near, by, above), reciprocal, near);
 }
 
 SIDECAR_AVX2 inline Eight eight_of(const Values& v, int channel) {
-    if (!v.normalise) return {Eight::MULTIPLY, _mm256_setzero_ps(), _mm256_set1_ps(v.factor), _mm256_setzero_ps()};
-    const __m256 by = _mm256_set1_ps(v.deviation[channel]);
-    Eight e{Eight::CORRECT, _mm256_set1_ps(v.mean[channel]), by, _mm256_div_ps(_mm256_set1_ps(1.0f), by)};
+    if (!v.normalise) return {Eight::MULTIPLY, 0, v.factor, 1};
+    Eight e{Eight::CORRECT, v.mean[channel], v.deviation[channel], 1.0f / v.deviation[channel]};
     for (int first = 0; first < 256; first += 8) {
         uint8_t bytes[8];
         for (int i = 0; i < 8; ++i) bytes[i] = static_cast<uint8_t>(first + i);
@@ -171,7 +171,7 @@ SIDECAR_AVX2 inline void put_avx2(F16, __m256 value, uint16_t* out) {
 }
 
 template <class E, bool past, Eight::How how>
-SIDECAR_AVX2 inline void floats_run(const uint8_t* in, const Eight& e, size_t count, typename E::Type* out) {
+SIDECAR_AVX2 inline void floats_run(const uint8_t* in, const Eight e, size_t count, typename E::Type* out) {
     for (size_t i = 0; i + 8 <= count; i += 8) put_avx2<past>(E{}, eight_avx2(e, how, in + i), out + i);
     if (count % 8) put_avx2<false>(E{}, eight_avx2(e, how, in + count - 8), out + count - 8);
 }
