@@ -134,9 +134,12 @@ template <class E>
 class Outlet {
   public:
     Outlet(const Values& values, int p, int temporal, size_t count, typename E::Type* out)
-        : p_(p), temporal_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(size_ + SLACK) {
+        : p_(p), temporal_(temporal), copies_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(size_ + SLACK) {
         for (int c = 0; c < 3; ++c) eight_[c] = eight_of(values, c);
-        const bool whole = std::is_same_v<E, U8> || size_ / 3 % 8 == 0;
+        const size_t area = static_cast<size_t>(p) * p;
+        // Each value is made once and stored `copies_` times; but where only all copies together end on a register, they are made of bytes.
+        if (sizeof(typename E::Type) == 4 && area % 8) copies_ = 1;
+        const bool whole = std::is_same_v<E, U8> || area * temporal / copies_ % 8 == 0;
         past_ = whole && count * sizeof(typename E::Type) >= LARGE && reinterpret_cast<uintptr_t>(out) % 32 == 0;
     }
 
@@ -146,11 +149,11 @@ class Outlet {
             if (past_) kept_ = stream_avx2(bytes_.data(), kept_ + size_, &out_);
             else out_ += size_;
         } else {
-            patch_avx2(rows, at, p_, temporal_, bytes_.data());
-            const size_t n = size_ / 3;
-            for (int c = 0; c < 3; ++c, out_ += n) {
+            patch_avx2(rows, at, p_, temporal_ / copies_, bytes_.data());
+            const size_t n = size_ / 3 / copies_;
+            for (int c = 0; c < 3; ++c, out_ += n * copies_) {
                 const uint8_t* in = bytes_.data() + c * n;
-                past_ ? floats_avx2<E, true>(in, eight_[c], n, out_) : floats_avx2<E, false>(in, eight_[c], n, out_);
+                past_ ? floats_avx2<E, true>(in, eight_[c], n, copies_, out_) : floats_avx2<E, false>(in, eight_[c], n, copies_, out_);
             }
         }
     }
@@ -161,7 +164,7 @@ class Outlet {
     }
 
   private:
-    int p_, temporal_;
+    int p_, temporal_, copies_;
     size_t size_, kept_ = 0;
     typename E::Type* out_;
     std::vector<uint8_t> bytes_;

@@ -1,8 +1,7 @@
 // Rows of RGB bytes -> patches in the order of Qwen2-VL's processor: (grid_h/m, grid_w/m, m, m, channel, temporal, p, p).
 //
 // Rules: a value is (x - mean) / std in float32, or x * factor, the processor's own operations in its own order, so that it rounds
-// alike; bfloat16 and float16 are that value rounded to nearest even. A patch is laid out as bytes, temporal copies and all, and turned into
-// floats on its way out.
+// alike; bfloat16 and float16 are that value rounded to nearest even. A patch is laid out as bytes, and turned into floats on its way out.
 #pragma once
 
 #include "passes.hpp"
@@ -147,7 +146,7 @@ SIDECAR_AVX2 inline Eight eight_of(const Values& v, int channel) {
     return e;
 }
 
-// Eight floats to where they go; `past` the caches, to a multiple of what is written.
+// Eight values to where they go; `past` the caches, to a multiple of what they fill.
 template <bool past>
 SIDECAR_AVX2 inline void put_avx2(F32, __m256 value, float* out) {
     past ? _mm256_stream_ps(out, value) : _mm256_storeu_ps(out, value);
@@ -170,18 +169,23 @@ SIDECAR_AVX2 inline void put_avx2(F16, __m256 value, uint16_t* out) {
     past ? _mm_stream_si128(to, packed) : _mm_storeu_si128(to, packed);
 }
 
+// `count` >= 8 bytes to floats, `copies` times one behind the other. `past` takes only multiples of 8.
 template <class E, bool past, Eight::How how>
-SIDECAR_AVX2 inline void floats_run(const uint8_t* in, const Eight e, size_t count, typename E::Type* out) {
-    for (size_t i = 0; i + 8 <= count; i += 8) put_avx2<past>(E{}, eight_avx2(e, how, in + i), out + i);
-    if (count % 8) put_avx2<false>(E{}, eight_avx2(e, how, in + count - 8), out + count - 8);
+SIDECAR_AVX2 inline void floats_run(const uint8_t* in, const Eight e, size_t count, int copies, typename E::Type* out) {
+    for (size_t i = 0; i + 8 <= count; i += 8) {
+        const __m256 value = eight_avx2(e, how, in + i);
+        for (int t = 0; t < copies; ++t) put_avx2<past>(E{}, value, out + t * count + i);
+    }
+    if (count % 8 == 0) return;
+    const __m256 value = eight_avx2(e, how, in + count - 8);
+    for (int t = 0; t < copies; ++t) put_avx2<false>(E{}, value, out + t * count + count - 8);
 }
 
-// `count` >= 8 bytes of one channel to floats.
 template <class E, bool past>
-SIDECAR_AVX2 inline void floats_avx2(const uint8_t* in, const Eight& e, size_t count, typename E::Type* out) {
-    if (e.how == Eight::CORRECT) return floats_run<E, past, Eight::CORRECT>(in, e, count, out);
-    if (e.how == Eight::DIVIDE) return floats_run<E, past, Eight::DIVIDE>(in, e, count, out);
-    floats_run<E, past, Eight::MULTIPLY>(in, e, count, out);
+SIDECAR_AVX2 inline void floats_avx2(const uint8_t* in, const Eight& e, size_t count, int copies, typename E::Type* out) {
+    if (e.how == Eight::CORRECT) return floats_run<E, past, Eight::CORRECT>(in, e, count, copies, out);
+    if (e.how == Eight::DIVIDE) return floats_run<E, past, Eight::DIVIDE>(in, e, count, copies, out);
+    floats_run<E, past, Eight::MULTIPLY>(in, e, count, copies, out);
 }
 
 #endif
