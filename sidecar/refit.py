@@ -23,6 +23,7 @@ SHARED: Final = 0.8  # of d that is paid per step, before anything is known
 ODD: Final = 0.5  # of a log: errors beyond it pull with no more than it
 SURE: Final = 20  # windows before it is told
 MOST: Final = 1e4  # times a coefficient in use
+ROUNDING: Final = 1e-14  # of the largest pivot
 MOST_ERROR: Final = 5.0
 N: Final = len(TERMS)
 
@@ -112,10 +113,12 @@ class Refit:
 
 
 def eliminated(rows: list[list[float]], target: list[float]) -> list[float]:
-    """The solution of a positive definite system, by Gauss."""
+    """The solution of a positive definite system, by Gauss. What rounding leaves of a dependent row counts for next to nothing."""
     a = [[*row, t] for row, t in zip(rows, target, strict=True)]
     n = len(a)
+    least = max(1e-300, ROUNDING * max(row[i] for i, row in enumerate(rows)))
     for i in range(n):
+        a[i][i] = max(a[i][i], least)
         for below in a[i + 1 :]:
             times = below[i] / a[i][i]
             for j in range(i, n + 1):
