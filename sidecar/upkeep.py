@@ -22,6 +22,7 @@ from sidecar.snapshot import PriceUse, ShadowUse
 from sidecar.units import Coefficients
 
 UNMEASURED: Final = 1.0  # margin of a roofline: REACHED and READ are half and 70 %, engines differ by a factor of two
+UNSAID: Final = 0.25  # of a file that does not say its P90 error: what calibration aims at
 LEAST: Final = 0.1
 STALE: Final = 2.0  # times the margin
 
@@ -59,7 +60,7 @@ class Upkeep:
     @property
     def margin(self) -> float:
         """How far off a price may be, as a share of it."""
-        usual = max(self.co.p90, LEAST) if units.measured(self.co) else UNMEASURED
+        usual = max(self.co.p90 or UNSAID, LEAST) if units.measured(self.co) else UNMEASURED
         return usual * (STALE if self.stale else 1.0)
 
     def shadow(self) -> Coefficients | None:
