@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, View
 
 try:
     from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
@@ -76,6 +76,15 @@ def cut(
     plan = _plan(*_size(image), *size, spec.resample)
     _fused.patches(plan, image, out, level, patch, merge, temporal, number, *_values(spec))
     return out
+
+
+def tiles(
+    image: NDArray[np.uint8], view: View, spec: ProcessorSpec, kind: Literal["uint8", "float32"], out: NDArray[Any], level: int = FASTEST
+) -> None:  # fmt: skip
+    """uint8 (h, w, 3), contiguous, resized, laid on `view`'s canvas and cut into `out`, contiguous: (tiles, 3, height, width) of `kind`."""
+    plan = _plan(*_size(image), *view.size, spec.resample)
+    canvas = (*view.canvas, view.top, view.left, *view.tile)
+    _fused.tiles(plan, image, out, level, canvas, KINDS[kind][0], *_values(spec))
 
 
 def _size(image: NDArray[np.uint8]) -> tuple[int, int]:

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "choice.hpp"
+#include "tiles.hpp"
 
 namespace {
 
@@ -124,6 +125,40 @@ PyObject* patches_(PyObject*, PyObject* args) {
     });
 }
 
+PyObject* tiles_(PyObject*, PyObject* args) {
+    PyObject *capsule, *image, *out;
+    int number, type, normalise;
+    Canvas canvas;
+    Level level;
+    Values v;
+    Buffer from, to;
+    if (!PyArg_ParseTuple(args, "OOOi(iiiiii)ip(fff)(fff)f", &capsule, &image, &out, &number, &canvas.height, &canvas.width, &canvas.top,
+                          &canvas.left, &canvas.tile_height, &canvas.tile_width, &type, &normalise, &v.mean[0], &v.mean[1], &v.mean[2],
+                          &v.deviation[0], &v.deviation[1], &v.deviation[2], &v.factor) ||
+        !level_of(number, &level))
+        return nullptr;
+    v.normalise = normalise != 0;
+    const auto* p = static_cast<const Plan*>(PyCapsule_GetPointer(capsule, PLAN));
+    if (!p || !from.get(image, false) || !to.get(out, true)) return nullptr;
+    const bool inside = std::min(canvas.top, canvas.left) >= 0 && std::max(canvas.height, canvas.width) <= LONGEST &&
+                        canvas.top <= canvas.height - p->y.target && canvas.left <= canvas.width - p->x.target;
+    if (!inside || std::min(canvas.tile_height, canvas.tile_width) < 1 || canvas.height % canvas.tile_height || canvas.width % canvas.tile_width) {
+        PyErr_SetString(PyExc_ValueError, "the resized image does not lie on a canvas of whole tiles");
+        return nullptr;
+    }
+    if (type != 0 && type != 1) {
+        PyErr_SetString(PyExc_ValueError, "type must be 0 (uint8) or 1 (float32)");
+        return nullptr;
+    }
+    const unsigned long long wanted = 3ull * canvas.height * canvas.width * (type == 0 ? 1 : 4);
+    if (!sized(from, bytes(p->y, p->x, false), "image") || !sized(to, wanted, "out")) return nullptr;
+    const auto* in = static_cast<const uint8_t*>(from.view.buf);
+    return without_gil([&] {
+        if (type == 0) tiles<U8>(*p, in, canvas, v, static_cast<uint8_t*>(to.view.buf), level);
+        if (type == 1) tiles<F32>(*p, in, canvas, v, static_cast<float*>(to.view.buf), level);
+    });
+}
+
 PyObject* level(PyObject*, PyObject*) { return PyUnicode_FromString(NAMES[static_cast<int>(fastest())]); }
 
 PyObject* refused(PyObject*, PyObject*) { return PyUnicode_FromString(choice().refused); }
@@ -133,6 +168,8 @@ PyMethodDef METHODS[] = {
     {"resize", resize_, METH_VARARGS, "resize(plan, image, out, level): uint8 (h, w, 3) to (new_h, new_w, 3)"},
     {"patches", patches_, METH_VARARGS,
      "patches(plan, image, out, level, patch, merge, temporal, type, normalise, mean, deviation, factor)"},
+    {"tiles", tiles_, METH_VARARGS,
+     "tiles(plan, image, out, level, (height, width, top, left, tile_height, tile_width), type, normalise, mean, deviation, factor)"},
     {"level", level, METH_NOARGS, "the instruction set that is used on this machine"},
     {"refused", refused, METH_NOARGS, "the instruction set whose form gave other bits here and is not used; empty if none"},
     {nullptr, nullptr, 0, nullptr},

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from sidecar.kernels import fused
-from sidecar.kernels.grid import BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec
+from sidecar.kernels.grid import BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec, View
 
 MODES = {BILINEAR: InterpolationMode.BILINEAR, LANCZOS: InterpolationMode.LANCZOS}
 
@@ -30,8 +30,13 @@ def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
 
 def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
     """`pixel_values` of an image in its own size, uint8 (3, height, width): see `values`."""
-    if fused.missing() or not isinstance(spec, PatchSpec):
+    if fused.missing() or not (isinstance(spec, PatchSpec) or geometry.crop is None):
         return values(resize(pixels, geometry, spec), geometry, spec)
+    if not isinstance(spec, PatchSpec):
+        out = torch.empty((3, *geometry.size), dtype=torch.float32 if spec.floats else torch.uint8)
+        view = View(geometry.size, geometry.size, geometry.size)
+        fused.tiles(_rows(pixels), view, spec, "float32" if spec.floats else "uint8", out.numpy())
+        return out
     return torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, "float32" if spec.floats else "uint8"))
 
 

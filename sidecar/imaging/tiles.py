@@ -6,9 +6,8 @@ normalised: that is the processors' own order, so that padding becomes what they
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import product
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from sidecar.kernels import fused
 from sidecar.kernels.grid import ROWS, TILES, Geometry, ProcessorSpec, Size, TileSpec, View
 
 KINDS: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+KERNEL: Final[dict[str, Literal["uint8", "float32"]]] = {"F32": "float32", "U8": "uint8"}
 FEW: Final = 16  # pixels a side of the largest tile that the compiled kernel lays out with vectors
 SMALL: Final = 1 << 12  # pixels of a tile that is not worth a step of its own
 
@@ -25,53 +25,69 @@ SMALL: Final = 1 << 12  # pixels of a tile that is not worth a step of its own
 def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
     """The values of one image, uint8 (3, height, width), as they lie in `pixel_values`: all its views, in their order."""
     known: dict[tuple[Size, ...], Tensor] = {(): pixels}
-    canvases = ((_canvas(known, view, spec), view) for view in geometry.views)
     if spec.layout == TILES:
-        tile = geometry.views[0].tile
-        if len(geometry.views) == 1 and tile[0] == tile[1] <= FEW and spec.dtype != "BF16" and not fused.missing():
-            return _patches(*next(canvases), spec)
-        return _tiles(canvases, geometry, spec)
-    cut = _rows if spec.layout == ROWS else _strips
-    made = [cut(canvas, view, spec) for canvas, view in canvases]
+        return _tiles(known, geometry, spec)
+    lay = _rows if spec.layout == ROWS else _strips
+    made = [lay(canvas(known, view, spec), view, spec) for view in geometry.views]
     return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
-def _canvas(known: dict[tuple[Size, ...], Tensor], view: View, spec: ProcessorSpec) -> Tensor:
-    """uint8 (height, width, 3), contiguous: the resized image at its place. `known`: what is there already, by the steps to it."""
+def _resized(known: dict[tuple[Size, ...], Tensor], steps: tuple[Size, ...], spec: ProcessorSpec) -> Tensor:
+    """uint8 (3, height, width) after `steps`, one after the other. `known`: what is there already, by the steps to it."""
+    if steps not in known:
+        known[steps] = resize(_resized(known, steps[:-1], spec), Geometry(*steps[-1]), spec)
+    return known[steps]
+
+
+def canvas(known: dict[tuple[Size, ...], Tensor], view: View, spec: ProcessorSpec) -> Tensor:
+    """uint8 (height, width, 3), contiguous: the resized image at its place."""
     height, width = view.size
-    for done, size in enumerate(steps := (*view.before, view.size)):
-        if steps[: done + 1] not in known:
-            known[steps[: done + 1]] = resize(known[steps[:done]], Geometry(*size), spec)
-    resized = known[steps].permute(1, 2, 0)
+    resized = _resized(known, (*view.before, view.size), spec).permute(1, 2, 0)
     if view.canvas == view.size:
         return resized.contiguous()
-    canvas = torch.zeros((*view.canvas, 3), dtype=torch.uint8)
-    canvas[view.top : view.top + height, view.left : view.left + width] = resized
-    return canvas
+    black = torch.zeros((*view.canvas, 3), dtype=torch.uint8)
+    black[view.top : view.top + height, view.left : view.left + width] = resized
+    return black
 
 
-def _tiles(canvases: Iterable[tuple[Tensor, View]], geometry: Geometry, spec: TileSpec) -> Tensor:
+def _tiles(known: dict[tuple[Size, ...], Tensor], geometry: Geometry, spec: TileSpec) -> Tensor:
     """(tiles, 3, height, width)."""
     height, width = geometry.views[0].tile
+    if len(geometry.views) == 1 and height == width <= FEW and spec.dtype in KERNEL and not fused.missing():
+        made = fused.cut(
+            canvas(known, geometry.views[0], spec).numpy(),
+            geometry.views[0].canvas,
+            (height, 1, 1),
+            spec,
+            KERNEL[spec.dtype],
+        )
+        return torch.from_numpy(made).view(-1, 3, height, width)
     out = torch.empty((geometry.tiles, 3, height, width), dtype=KINDS[spec.dtype])
     at = 0
-    for canvas, view in canvases:
-        some = out[at : at + view.tiles].view(*view.grid, 3, height, width)
-        cut = _cut(canvas, view.tile).permute(0, 2, 4, 1, 3)
-        if height * width < SMALL:
-            fill(some, cut.contiguous(), spec)
+    for view in geometry.views:
+        some = out[at : at + view.tiles]
+        if spec.dtype in KERNEL and not fused.missing():
+            steps = (*view.before, view.size)
+            again = any(
+                v.before[: len(steps)] == steps for v in geometry.views
+            )  # what another view begins with is made once
+            source = _resized(known, steps if again else view.before, spec).permute(1, 2, 0).contiguous()
+            fused.tiles(source.numpy(), view, spec, KERNEL[spec.dtype], some.numpy())
         else:
-            for row, column in product(*map(range, view.grid)):  # one is worked on while it is in the caches
-                fill(some[row, column], cut[row, column].contiguous(), spec)
+            cut(canvas(known, view, spec), view, spec, some)
         at += view.tiles
     return out
 
 
-def _patches(canvas: Tensor, view: View, spec: TileSpec) -> Tensor:
-    """Tiles of a few pixels, as the compiled kernel cuts them."""
-    kind: fused.Kind = "float32" if spec.floats else "uint8"
-    made = fused.cut(canvas.numpy(), view.canvas, (view.tile[0], 1, 1), spec, kind)
-    return torch.from_numpy(made).view(-1, 3, *view.tile)
+def cut(canvas: Tensor, view: View, spec: TileSpec, out: Tensor) -> None:
+    """Large tiles one by one, so that each is worked on while it is in the caches."""
+    tiles = _cut(canvas, view.tile).permute(0, 2, 4, 1, 3)
+    to = out.view(*view.grid, 3, *view.tile)
+    if view.tile[0] * view.tile[1] < SMALL:
+        fill(to, tiles.contiguous(), spec)
+        return
+    for row, column in product(*map(range, view.grid)):
+        fill(to[row, column], tiles[row, column].contiguous(), spec)
 
 
 def _rows(canvas: Tensor, view: View, spec: TileSpec) -> Tensor:

@@ -11,6 +11,7 @@
 #include <random>
 
 #include "choice.hpp"
+#include "tiles.hpp"
 
 using namespace sidecar;
 
@@ -84,6 +85,27 @@ void cut(const uint8_t* image, int h, int w, int resample) {
     }
 }
 
+template <class E>
+void tiled(const uint8_t* image, int h, int w, int resample) {
+    const int tile_h = pick(1, 40), tile_w = pick(1, 60);
+    Canvas canvas{tile_h * pick(1, 4), tile_w * pick(1, 4), 0, 0, tile_h, tile_w};
+    const int new_h = pick(1, canvas.height), new_w = pick(1, canvas.width);
+    canvas.top = pick(0, canvas.height - new_h), canvas.left = pick(0, canvas.width - new_w);
+    const size_t count = 3ull * canvas.height * canvas.width;
+    const Plan plan(h, w, new_h, new_w, resample);
+    Values values;
+    values.normalise = pick(0, 1);
+    values.factor = 1.0f / 255;
+    for (int c = 0; c < 3; ++c) values.mean[c] = 120.0f + c, values.deviation[c] = 60.0f + c;
+    auto plain = exactly<typename E::Type>(count);
+    tiles<E>(plan, image, canvas, values, plain.get(), Level::PLAIN);
+    for (Level level : forms()) {
+        auto fast = exactly<typename E::Type>(count);
+        tiles<E>(plan, image, canvas, values, fast.get(), level);
+        same(plain.get(), fast.get(), count, "tiles", h, w, new_h, new_w);
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -108,6 +130,7 @@ int main(int argc, char** argv) {
         if (type == 0) cut<U8>(image.get(), h, w, resample);
         if (type == 1) cut<F32>(image.get(), h, w, resample);
         if (type == 2) cut<BF16>(image.get(), h, w, resample);
+        pick(0, 1) ? tiled<U8>(image.get(), h, w, resample) : tiled<F32>(image.get(), h, w, resample);
         if (type == 3) cut<F16>(image.get(), h, w, resample);
     }
     std::printf("%ld images of random sizes, %s: no read or write out of bounds, no difference\n", cases,

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.imaging import tiles, work
-from sidecar.kernels import families
-from sidecar.kernels.grid import TileSpec
+from sidecar.kernels import families, fused
+from sidecar.kernels.grid import TileSpec, View
 from sidecar.relay import batches
 
 from .test_families import Family, picture
@@ -230,6 +230,33 @@ def test_a_spec_survives_files_and_json(row: Family, tmp_path: Any) -> None:
     assert families.from_dir(str(tmp_path)) == spec is not None
     assert families.from_json(spec.to_json()) == spec
     assert spec.keeps(spec.geometry(480, 640)) == spec.inline, "never inline, but for Idefics 3's first step"
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_every_form_of_the_kernel_cuts_tiles_alike(data: st.DataObject) -> None:
+    """Any canvas, any place on it, tiles narrower than a register: plain and fastest give torch's bits."""
+    draw = lambda low, high, name: data.draw(st.integers(low, high), name)  # noqa: E731
+    tile = draw(1, 40, "tile height"), draw(1, 40, "tile width")
+    canvas = tile[0] * draw(1, 3, "rows"), tile[1] * draw(1, 3, "columns")
+    size = draw(1, canvas[0], "height"), draw(1, canvas[1], "width")
+    view = View(size, canvas, tile, draw(0, canvas[0] - size[0], "top"), draw(0, canvas[1] - size[1], "left"))
+    image, spec = picture(draw(1, 60, "h"), draw(1, 60, "w")), ROWS["internvl"].spec()
+    assert isinstance(spec, TileSpec)
+    wanted = torch.empty((view.tiles, 3, *tile))
+    tiles.cut(tiles.canvas({(): image}, view, spec), view, spec, wanted)
+    for level in (fused.PLAIN, fused.FASTEST):
+        got = np.empty(wanted.shape, np.float32)
+        fused.tiles(image.permute(1, 2, 0).numpy(), view, spec, "float32", got, level)
+        assert np.array_equal(got, wanted.numpy())
+
+
+def test_a_canvas_that_is_too_small_is_refused() -> None:
+    """The kernel never writes beyond what it was given."""
+    image, spec = np.zeros((9, 9, 3), np.uint8), ROWS["internvl"].spec()
+    for view in (View((9, 9), (8, 9), (8, 9)), View((4, 4), (8, 8), (8, 3)), View((4, 4), (8, 8), (8, 8), top=5)):
+        with pytest.raises(ValueError, match="canvas"):
+            fused.tiles(image, view, spec, "uint8", np.empty((1, 3, 8, 8), np.uint8))
 
 
 def test_without_the_compiled_kernel_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
