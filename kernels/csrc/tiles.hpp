@@ -43,7 +43,7 @@ void tiles(const Plan& plan, const uint8_t* image, const Canvas& canvas, const V
     bool vectors = false;
 #ifdef SIDECAR_X86
     vectors = level != Level::PLAIN && width >= 8;
-    alignas(32) Eight eight[3];
+    Eight eight[3];
     if (vectors)
         for (int c = 0; c < 3; ++c) eight[c] = eight_of(values, c);
 #endif
@@ -72,7 +72,7 @@ void tiles(const Plan& plan, const uint8_t* image, const Canvas& canvas, const V
 #ifdef SIDECAR_X86
                 if constexpr (!std::is_same_v<E, U8>)
                     if (vectors) {
-                        floats_avx2<E, false>(in, eight[c], width, to);
+                        floats_avx2<E, false>(in, eight[c], width, 1, to);
                         continue;
                     }
 #endif
