@@ -14,6 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# On a machine that is busy with other work, an example that takes long is no failure of the code. Continuous integration tries the
+# same examples each time, so that what it says is about the change; new ones are searched for everywhere else.
+settings.register_profile(
+    "ours",
+    deadline=None,
+    derandomize=os.environ.get("TEST_REQUIRE") == "1",
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ours")
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTNERS = {"chromium": ("chromedriver",)}  # a tool that is of no use without another one

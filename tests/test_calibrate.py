@@ -56,7 +56,7 @@ def test_known_coefficients_are_found_again() -> None:
     assert fit.variation([*fitted, *held_out], co) < 0.05
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), noise=st.floats(0, 0.3))
 def test_noise_gives_no_negative_and_no_wild_coefficient(seed: int, noise: float) -> None:
     """Whatever the noise: all at least 0, finite, and errors of about its size."""

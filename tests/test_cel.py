@@ -50,7 +50,7 @@ PROGRAMS = {name: program(expression(co)) for name, co in CASES.items()}
 
 
 @given(st.sampled_from(sorted(CASES)), st.integers(0, 200_000), st.floats(0, 1), st.integers(0, 32_000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_expression_is_the_cost_model(name: str, read: int, share: float, output: int) -> None:
     """Whatever the tokens, also with sliding windows: it gives what `units.mu` says, to one milli-MU or a millionth."""
     cached = int(read * share)

@@ -262,7 +262,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(steps=steps, jitter=st.sampled_from((0.0, 7.0)))
 def test_whatever_happens_the_promises_hold(
     steps: list[tuple[State, float, fleet.BudgetState, int, bool]], jitter: float

@@ -70,7 +70,7 @@ def test_a_seed_decides_everything() -> None:
     assert one.served == two.served and one.served != other.served
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), cuts=st.lists(st.floats(0, 0.2), max_size=30))
 def test_steps_taken_together_are_the_same_steps(seed: int, cuts: list[float]) -> None:
     """Looking at an engine, and arrivals that cut its steps, create and lose no token; it never computes more than it has room for."""

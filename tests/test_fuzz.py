@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .fuzz import seeds
 from .fuzz.targets import TARGETS
 
-NEAR = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+NEAR = settings(max_examples=200)
 
 
 @pytest.mark.parametrize("target", TARGETS)

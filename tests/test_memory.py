@@ -106,7 +106,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(where=st.integers(0, 10_000), value=values)
 def test_a_damaged_file_raises_nothing_but_unfit(where: int, value: Any) -> None:
     """Any one value of the file replaced by anything: it is believed whole, or not at all."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -100,7 +100,6 @@ def test_without_a_price_there_is_no_cost_series() -> None:
     assert not [name for name, _ in series(meters) if name.startswith("sidecar_cost")]
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e5), max_size=50))
 def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
     """Each bucket counts exactly the values up to its bound, +Inf counts all, and the sum is theirs."""
@@ -153,7 +152,6 @@ def test_a_hostile_label_cannot_break_the_page() -> None:
     assert labels == {"tenant": 'a"} 1?sidecar_verdict{verdict="dead\\', "model": "??", "outcome": "ok"}
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=100), max_size=60), st.integers(1, 10))
 def test_bounded_is_stable_and_bounded(texts: list[str], limit: int) -> None:
     """At most `limit` labels besides `other`; a text that had a label keeps it; labels are printable, short, not empty."""

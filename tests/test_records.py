@@ -69,7 +69,7 @@ def test_what_could_not_be_written_is_written_later_once(tmp_path: Path) -> None
     assert total(tmp_path / "later").requests == 2
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batches=st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 9)), max_size=9), max_size=6))
 def test_sums_are_conserved(tmp_path_factory: pytest.TempPathFactory, batches: list[list[tuple[str, float]]]) -> None:
     """Whatever is added in whatever batches, tidied or not: what is read is what was added."""

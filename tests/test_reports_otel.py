@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
@@ -248,7 +248,6 @@ def test_an_invalid_traceparent_is_none(header: str) -> None:
     assert tracecontext.parse_traceparent(header) is None
 
 
-@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_no_header_breaks_the_parser(header: str) -> None:
     """Whatever a client sends, the answer is a trace or None, and a trace is formatted as a valid header."""

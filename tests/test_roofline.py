@@ -186,7 +186,7 @@ json_values = st.recursive(
 KEYS = sorted({*QWEN3_30B, *DEEPSEEK, "vision_config", "text_config", "layer_types", "quantization_config", "num_local_experts"})  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4), gpu=st.sampled_from([H100, "x"]))
 def test_no_config_breaks_the_start(changes: dict[str, Any], gpu: str) -> None:
     """Whatever a config.json holds, coefficients come out that price work above 0 and can be written and read again."""

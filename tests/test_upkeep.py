@@ -78,7 +78,7 @@ def test_a_term_that_the_traffic_does_not_show_keeps_its_share() -> None:
 numbers = st.floats(0, 1e12) | st.sampled_from([0.0, 1e-12, 1e300, math.inf, math.nan])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     garbage=st.lists(st.tuples(numbers, st.lists(numbers, min_size=len(TERMS), max_size=len(TERMS)), numbers), max_size=40)
 )  # fmt: skip
@@ -93,7 +93,7 @@ def test_garbage_keeps_the_refit_bounded(garbage: list[tuple[float, list[float],
     assert drift.memory.misfit.over <= len(garbage)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), odd=st.floats(0.001, 1000))
 def test_one_odd_window_pulls_with_a_bounded_gain(seed: int, odd: float) -> None:
     """A window that is any number of times off moves the price of one MU by at most a tenth."""

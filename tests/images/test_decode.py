@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
@@ -214,7 +214,7 @@ WHOLE = [
 ]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 @given(data=st.data())
 def test_damaged_files_end_as_in_the_engine(data: st.DataObject) -> None:
     """Cut off anywhere or with bytes changed, a file gives Pillow's pixels or is refused where Pillow refuses."""

@@ -124,7 +124,7 @@ def check(row: Family, height: int, width: int) -> None:
 
 
 @rows
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_size_gives_the_processors_bits(row: Family, data: st.DataObject) -> None:
     """Random sizes: tensors equal in every bit, and a resized image is a fixed point where we hand it on."""
@@ -148,7 +148,7 @@ def test_ordinary_photographs_are_handed_on(row: Family) -> None:
 
 
 @pytest.mark.parametrize("row", [ROWS["idefics-3"], ROWS["smolvlm"]], ids=["idefics-3", "smolvlm"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(height=st.integers(30, 300), width=st.integers(30, 300))
 def test_tiles_are_counted_as_the_processor_cuts_them(row: Family, height: int, width: int) -> None:
     """Tokens are per tile, the one of the whole image included."""

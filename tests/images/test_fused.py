@@ -48,7 +48,7 @@ def torchvision(image: np.ndarray[Any, Any], height: int, width: int, resample: 
 
 
 @LEVELS
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     h=SIDE,
     w=SIDE,
@@ -98,7 +98,7 @@ def test_resize_equals_the_reference(level: int) -> None:
 
 
 @LEVELS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     h=st.integers(8, 400), w=st.integers(8, 400), patch=st.sampled_from([4, 8, 14, 16, 20]), merge=st.sampled_from([1, 2, 3]),
     temporal=st.sampled_from([1, 2]), normalize=st.booleans(), rescale=st.booleans(), rows=st.integers(1, 4), columns=st.integers(1, 4),

@@ -34,7 +34,7 @@ def spec_of(config: dict[str, object]) -> ProcessorSpec:
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3, SMALL], ids=["qwen2", "qwen3", "small"])
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(height=sides, width=sides)
 def test_geometry_is_the_processors(config: dict[str, object], height: int, width: int) -> None:
     """Size, grid and refusal equal Hugging Face's smart_resize for any size."""
@@ -55,7 +55,7 @@ def test_geometry_is_the_processors(config: dict[str, object], height: int, widt
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3, SMALL], ids=["qwen2", "qwen3", "small"])
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(height=sides, width=sides)
 def test_a_resized_image_keeps_its_size(config: dict[str, object], height: int, width: int) -> None:
     """The processor leaves a resized image alone, except very long ones, which `keeps` tells."""

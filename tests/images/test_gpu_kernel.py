@@ -23,7 +23,7 @@ from sidecar.kernels.ragged import Wanted
 
 RESAMPLES = (BILINEAR, BICUBIC, LANCZOS)
 RESAMPLE = st.sampled_from(RESAMPLES)
-SLOW = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TYPES = pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -84,7 +84,7 @@ def tables(*specs: ProcessorSpec, dtype: Any) -> Any:
     return None if dtype == torch.uint8 else torch.stack([cpu.table(s) for s in specs]).to(dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(source=st.integers(1, 900), target=st.integers(1, 700), resample=RESAMPLE)
 def test_weights_are_the_references(source: int, target: int, resample: int) -> None:
     """Vectorised weights equal the slow ones, with zeros around, and no window reaches far behind the end."""

@@ -87,7 +87,7 @@ def check(row: Family, *sizes: tuple[int, int]) -> None:
 
 
 @rows
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_batch_gives_the_processors_bits(row: Family, data: st.DataObject) -> None:
     """One to three images of random sizes: all tensors equal in every bit, padding included."""
@@ -114,7 +114,7 @@ def test_every_resample_gives_the_processors_bits(row: Family) -> None:
 
 
 @rows
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(height=st.integers(0, 1 << 32), width=st.integers(0, 1 << 32))
 def test_whatever_a_header_claims_has_a_geometry_or_is_refused(row: Family, height: int, width: int) -> None:
     """Sizes out of hostile headers end in a geometry with whole tiles, or in ValueError, and nothing grows with them."""
@@ -154,7 +154,7 @@ COUNTERS = {
 
 
 @pytest.mark.parametrize("name", COUNTERS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(height=st.integers(20, 400), width=st.integers(20, 400))
 def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> None:
     """As many image tokens as Hugging Face's processor writes into the prompt for this image."""
@@ -177,7 +177,7 @@ def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> N
 PHI = Family("Phi4MultimodalImageProcessor", "phi4_multimodal.image_processing_phi4_multimodal", {"size": {"height": 70, "width": 70}, "dynamic_hd": 6})  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(height=st.integers(1, 600), width=st.integers(1, 600))
 def test_phi_is_counted_though_not_made(height: int, width: int) -> None:
     """As many tokens as its processor says, and its refusals; 14 pixels to a patch, 5 patches to a tile."""
