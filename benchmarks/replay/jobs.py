@@ -2,7 +2,7 @@
 
 Load: the mean work of the trace over what the fleet can do when it is never idle, both of the simulated engine, so that no policy's price
 decides how hard the test is. For routing the trace is compressed in time to that load; each seed replays up to MOST_REQUESTS of another third of it. For
-autoscaling the hour stays an hour, and each request comes several times (as from more users), so that one to a few dozen replicas are needed.
+autoscaling time stays as it was, and each request comes several times (as from more users), so that one to a few dozen replicas are needed.
 """
 
 from __future__ import annotations
@@ -30,19 +30,17 @@ OPEN = 256
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """How a trace is used. `first`: seconds to the first token that are promised. For autoscaling: how many `copies` of each request, and
-    how many `seconds` of the hour."""
+    """How a trace is used. `first`: seconds to the first token that are promised; `copies` of each request for autoscaling."""
 
     first: float
     copies: int
-    seconds: float
 
 
 # 2 s and 0.1 s a token: MLPerf Inference's server scenario for an 8B model. 30 s: what the Mooncake paper promises for its long prompts.
 SERVICES = {
-    "azure-2023-code": Service(2.0, 4, 3600.0),
-    "azure-2023-conversation": Service(2.0, 2, 1200.0),
-    "mooncake-conversation": Service(30.0, 1, 1200.0),
+    "azure-2023-code": Service(2.0, 4),
+    "azure-2023-conversation": Service(2.0, 2),
+    "mooncake-conversation": Service(30.0, 1),
 }
 LOADS = (0.5, 0.8)
 PACES = ((30.0, 600.0), (30.0, 120.0), (5.0, 30.0))  # seconds to start a replica, seconds of calm before one is stopped
@@ -53,6 +51,7 @@ TARGETS: dict[Signal, tuple[float, ...]] = {
 }
 MOST = 64
 MOST_REQUESTS = 3000
+SECONDS = 1200.0  # of the trace, for autoscaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def run(job: Job, folder: Path) -> Routed | Scaled:
     if not job.signal:
         return _route(job, trace, saturated(folder, job.trace))
     service = SERVICES[job.trace]
-    more = requests.multiplied([r for r in trace if r.at < service.seconds], service.copies, job.seed)
+    more = requests.multiplied([r for r in trace if r.at < SECONDS], service.copies, job.seed)
     return _smallest(job, more) if job.signal == "static" else _scale(job, more)
 
 

@@ -124,4 +124,7 @@ def every(scaled: Sequence[Scaled]) -> str:
         for name, s in SERVICES.items()
     )
     head = ("trace", "signal", "target", "start / calm, s", "most replicas", "within SLO", "p99, s", "GPU hours")
-    return f"First token within: {promised}; {jobs.PER_TOKEN:g} s per token.\n\n" + table(head, rows)
+    return (
+        f"{jobs.SECONDS:g} s of each trace. First token within: {promised}; {jobs.PER_TOKEN:g} s per token.\n\n"
+        + table(head, rows)
+    )
