@@ -37,6 +37,7 @@ POLICIES = (
     Policy("power of two choices", "two"),
     Policy("tokens + own, 0.5 s", "tokens", 0.5, own=True),
     Policy("MU + own, 0.5 s", "mu", 0.5, own=True),
+    Policy("MU + own, 50 ms", "mu", 0.05, own=True),
     Policy("MU, 50 ms", "mu", 0.05),
     Policy("MU, 1 s", "mu", 1.0),
     Policy("ORCA weights, 1 s", "weights", 1.0),
