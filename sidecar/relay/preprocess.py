@@ -105,9 +105,9 @@ def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
     """The processor whose `pixel_values` are of the asked type; "": of the model's own. Raises BadRequest."""
     if values == "uint8":
         return replace(spec, do_rescale=False, do_normalize=False)
-    if values == "" or (values == "float32" and spec.floats):
+    if values == "" or (values == "float32" and spec.dtype == "F32"):
         return spec
-    raise BadRequest("values: send uint8, or float32 where the model's processor makes floats, or leave it out")
+    raise BadRequest("values: send uint8, or float32 where the model's processor makes that, or leave it out")
 
 
 async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -> dict[str, Any]:

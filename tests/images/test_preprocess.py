@@ -213,6 +213,14 @@ async def test_tiles_over_http(service: Service, server: Server, tmp_path: Path,
     assert client.parse(memoryview(body)).images[0].tokens == layout["images"][0]["tokens"]
 
 
+async def test_what_is_bfloat16_is_not_called_float32(service: Service, server: Server) -> None:
+    """Llama 4's processor computes in bfloat16: nothing else is given out for it, bytes aside."""
+    service.images = Images(server.path, server.settings, ROWS["llama-4"].spec())
+    asked = [await service.post(data=form(PHOTOS[:1]), params={"values": v}) for v in ("float32", "uint8")]
+    assert [status for status, _, _ in asked] == [400, 200]
+    assert load(asked[1][1])["pixel_values"].dtype == torch.uint8
+
+
 async def test_tensors_that_are_not_made_are_refused(service: Service, server: Server) -> None:
     """Tensors and layout alike: there is none."""
     service.images = Images(server.path, server.settings, PHI.spec())

@@ -236,7 +236,10 @@ def test_a_spec_survives_files_and_json(row: Family, tmp_path: Any) -> None:
 @given(data=st.data())
 def test_every_form_of_the_kernel_cuts_tiles_alike(data: st.DataObject) -> None:
     """Any canvas, any place on it, tiles narrower than a register: plain and fastest give torch's bits."""
-    draw = lambda low, high, name: data.draw(st.integers(low, high), name)  # noqa: E731
+
+    def draw(low: int, high: int, name: str) -> int:
+        return data.draw(st.integers(low, high), name)
+
     tile = draw(1, 40, "tile height"), draw(1, 40, "tile width")
     canvas = tile[0] * draw(1, 3, "rows"), tile[1] * draw(1, 3, "columns")
     size = draw(1, canvas[0], "height"), draw(1, canvas[1], "width")
