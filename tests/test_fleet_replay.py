@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from replay import requests  # noqa: E402  # the path above must come first
+from replay import plot, report, requests  # noqa: E402  # the path above must come first
 from replay.engine import Engine, Hardware, Sequence  # noqa: E402
 from replay.fleet import Fleet, Replica  # noqa: E402
-from replay.jobs import FAST, SLOW  # noqa: E402
+from replay.jobs import FAST, SLOW, Job, Routed, Scaled  # noqa: E402
 from replay.pricing import calibrated  # noqa: E402
 from replay.routing import OURS, POLICIES, Policy  # noqa: E402
 from replay.scaling import Scaler, Scaling  # noqa: E402
@@ -128,3 +129,23 @@ def test_an_autoscaled_fleet_serves_all_and_counts_its_hours() -> None:
     outcome = fleet.run(requests.multiplied(TRACE, 3, seed=1))
     assert len(outcome.served) == 3 * len(TRACE) and 1 < outcome.most_replicas <= 6
     assert outcome.ends_at < outcome.gpu_seconds < outcome.most_replicas * outcome.ends_at
+
+
+def test_a_page_and_its_plots_are_made_of_any_runs() -> None:
+    """Every policy has its row, the cheapest fleet that keeps the SLO is chosen, and none is, where none does."""
+    name = "azure-2023-code"
+    routed = [Routed(Job(name, 1, n, 0.5, 8), 0.1, 1.0 + n, 0.99, 0.5, 0) for n in range(len(POLICIES))]
+    runs = [
+        ("static", 0.0, 1.0, 9.0),
+        ("utilization", 0.7, 0.995, 4.0),
+        ("utilization", 1.4, 0.999, 3.0),
+        ("requests", 4.0, 0.9, 1.0),
+    ]
+    scaled = [
+        Scaled(Job(name, 1, signal=s, target=t, pace=(30.0, 600.0)), kept, 1.0, hours, 3) for s, t, kept, hours in runs
+    ]
+    page = report.page(8, 1, routed, scaled, 1.0)
+    assert all(f"{policy.name} |" in page or f"{policy.name}** |" in page for policy in POLICIES)
+    assert "| 3.0 | 67% |" in page and "none kept it" in page
+    for picture in (plot.routing(routed), plot.scaling(scaled)):
+        assert ElementTree.fromstring(picture).tag.endswith("svg")

@@ -119,10 +119,7 @@ def every(scaled: Sequence[Scaled]) -> str:
         for s in scaled
         if s.job.signal != "static"
     ]  # fmt: skip
-    promised = "; ".join(
-        f"{name} {s.first:g} s, each request {s.copies} times, {s.seconds:g} s of the trace"
-        for name, s in SERVICES.items()
-    )
+    promised = "; ".join(f"{name} {s.first:g} s, each request {s.copies} times" for name, s in SERVICES.items())
     head = ("trace", "signal", "target", "start / calm, s", "most replicas", "within SLO", "p99, s", "GPU hours")
     return (
         f"{jobs.SECONDS:g} s of each trace. First token within: {promised}; {jobs.PER_TOKEN:g} s per token.\n\n"
