@@ -89,6 +89,7 @@ class ProcessorSpec(ABC):
     do_normalize: bool
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    half: str = ""  # BF16 or F16: the floats are rounded to it in the end, for whoever would do so anyway
 
     tensors: ClassVar[bool] = True  # whether /v1/preprocess can give this family's processor output
     inline: ClassVar[bool] = True  # whether a resized image can be handed on at all
@@ -125,13 +126,13 @@ class ProcessorSpec(ABC):
 
     @property
     def floats(self) -> bool:
-        """Whether the processor's output is float32; else it is the bytes."""
+        """Whether the processor makes floats (float32 until they are rounded); else its output is the bytes."""
         return self.do_normalize or self.do_rescale
 
     @property
     def dtype(self) -> str:
         """The safetensors dtype of `pixel_values`."""
-        return "F32" if self.floats else "U8"
+        return (self.half or "F32") if self.floats else "U8"
 
     def to_json(self) -> str:
         """The spec as JSON with sorted keys: equal specs give equal texts."""

@@ -32,13 +32,14 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Data = memoryview | mmap.mmap
-Values = Literal["", "float32", "uint8"]
+Values = Literal["", "float32", "bfloat16", "float16", "uint8"]
 
 DTYPES: Final[Mapping[str, str]] = {
     "I64": "<i8",
     "I32": "<i4",
     "F32": "<f4",
     "BF16": "<u2",  # numpy has no such type: its bits
+    "F16": "<f2",
     "U8": "|u1",
 }
 SEGMENT: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")

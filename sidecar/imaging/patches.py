@@ -17,6 +17,8 @@ from torchvision.transforms.v2 import functional as tvf
 from sidecar.kernels import fused
 from sidecar.kernels.grid import BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec, View
 
+HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
+KINDS: dict[str, fused.Kind] = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MODES = {BILINEAR: InterpolationMode.BILINEAR, LANCZOS: InterpolationMode.LANCZOS}
 
 
@@ -31,13 +33,19 @@ def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
 def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
     """`pixel_values` of an image in its own size, uint8 (3, height, width): see `values`."""
     if fused.missing() or not (isinstance(spec, PatchSpec) or geometry.crop is None):
-        return values(resize(pixels, geometry, spec), geometry, spec)
+        return rounded(values(resize(pixels, geometry, spec), geometry, spec), spec)
     if not isinstance(spec, PatchSpec):
         out = torch.empty((3, *geometry.size), dtype=torch.float32 if spec.floats else torch.uint8)
         view = View(geometry.size, geometry.size, geometry.size)
         fused.tiles(_rows(pixels), view, spec, "float32" if spec.floats else "uint8", out.numpy())
-        return out
-    return torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, "float32" if spec.floats else "uint8"))
+        return rounded(out, spec)
+    made = torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, KINDS[spec.dtype]))
+    return made.view(torch.bfloat16) if spec.dtype == "BF16" else made
+
+
+def rounded(made: Tensor, spec: ProcessorSpec) -> Tensor:
+    """Values in half precision where `spec` wants that: to the nearest, ties to even."""
+    return made.to(HALVES[spec.half]) if spec.half else made
 
 
 def values(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:

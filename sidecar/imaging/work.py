@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import pybase64
@@ -17,7 +17,7 @@ import torch
 from sidecar.imaging import headers, tiles
 from sidecar.imaging.decode import TURNS, BadPixels, check_size, decode, orientation
 from sidecar.imaging.door import Ask, Door
-from sidecar.imaging.patches import ppm, prepare, resize, values
+from sidecar.imaging.patches import ppm, prepare, resize, rounded, values
 from sidecar.jobs import DEVICE, GPU_BUSY, INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
@@ -107,15 +107,20 @@ def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> A
         return None
     picture.stages.end("resize_gpu")
     if not inline:
-        return done(picture, OCTETS), octets
+        return done(picture, OCTETS), _halved(octets, spec)
     return finish(
         job, picture, torch.frombuffer(octets, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1), spec
     )
 
 
+def _halved(floats: Payload, spec: ProcessorSpec) -> Payload:
+    """What the GPU made, in half precision where that is wanted: it makes float32."""
+    return octets(rounded(torch.frombuffer(floats, dtype=torch.float32), spec)) if spec.half else floats
+
+
 def _tensor(pixels: Any, geometry: Geometry, spec: ProcessorSpec) -> Any:
     if isinstance(spec, TileSpec):
-        return tiles.prepare(pixels, geometry, spec)
+        return rounded(tiles.prepare(pixels, geometry, replace(spec, half="")), spec)
     return prepare(pixels, geometry, spec)
 
 

@@ -12,7 +12,7 @@ from typing import Final
 from sidecar.jobs import Data
 from sidecar.kernels.grid import ABREAST, FILLED, PLANES, Geometry, ProcessorSpec
 
-SIZES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "U8": 1}  # bytes of one element
+SIZES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}  # bytes of one element
 MOST_ZEROS: Final = 1 << 20
 
 

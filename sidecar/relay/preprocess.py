@@ -38,6 +38,8 @@ from sidecar.settings import Settings
 SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
 HANDOFF: Final = "x-sidecar-handoff"
+HALVES: Final = ("BF16", "F16")
+TYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of `values`, as safetensors calls them
 SHM, CUDA_IPC = "shm", "cuda-ipc"
 MALFORMED: Final = (ValueError, AssertionError, HttpProcessingError)  # what aiohttp raises for a damaged multipart body
 MARK: Final = b";base64,"
@@ -86,6 +88,8 @@ async def preprocess(
         )
     tenant = request.headers.get(limits.tenant_header, "")
     if way == CUDA_IPC:
+        if spec.half:
+            raise NotImplementedHere(f"{HANDOFF}: values are not rounded on the GPU; send {SHM}, or leave `values` out")
         if isinstance(spec, TileSpec):
             raise NotImplementedHere(
                 f"{HANDOFF}: the tiles of this model's processor are not made on a GPU; send {SHM}"
@@ -105,9 +109,13 @@ def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
     """The processor whose `pixel_values` are of the asked type; "": of the model's own. Raises BadRequest."""
     if values == "uint8":
         return replace(spec, do_rescale=False, do_normalize=False)
-    if values == "" or (values == "float32" and spec.dtype == "F32"):
-        return spec
-    raise BadRequest("values: send uint8, or float32 where the model's processor makes that, or leave it out")
+    wanted = TYPES.get(values, spec.dtype if values == "" else "")
+    rounded = replace(spec, half=wanted) if wanted in HALVES and spec.dtype == "F32" else spec
+    if rounded.dtype != wanted:
+        raise BadRequest(
+            "values: send uint8, or float32, bfloat16 or float16 where the model's processor makes float32, or leave it out"
+        )
+    return rounded
 
 
 async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -> dict[str, Any]:

@@ -238,6 +238,17 @@ async def test_bytes_for_engines_that_normalise_themselves(service: Service) -> 
     assert len({*hashes[0], *hashes[1]}) == 4
 
 
+@pytest.mark.parametrize(
+    ("values", "name", "kind"), [("bfloat16", "BF16", torch.bfloat16), ("float16", "F16", torch.float16)]
+)
+async def test_values_in_half_precision(service: Service, values: str, name: str, kind: torch.dtype) -> None:
+    """?values=bfloat16 and float16 are the floats as torch rounds them, named so in the file."""
+    status, body, _ = await service.post(data=form(PHOTOS[:2]), params={"values": values})
+    _, floats, _ = await service.post(data=form(PHOTOS[:2]))
+    assert status == 200 and f'"dtype":"{name}"'.encode() in body[:2000]
+    assert torch.equal(load(body)["pixel_values"], load(floats)["pixel_values"].to(kind))
+
+
 async def test_one_fact_per_image(service: Service) -> None:
     """Every prepared image is told once, with its format, bytes and stages."""
     await service.post(data=form(PHOTOS))
