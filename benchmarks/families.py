@@ -1,36 +1,31 @@
 """Images of every known family on one core: our resized image and our tensors against Hugging Face's torchvision processor.
 
-    python benchmarks/families.py [--rounds N] [--write]
-
-Rules: as in images.py: one core, one thread, interleaved rounds, medians; nothing is timed that is not equal to the last bit.
+The second table of images.py. Rules: as there; nothing is timed that is not equal to the last bit.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import datetime
 import importlib
 import io
-import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
-from images import DECODE, LIMITS, cpu_name, measure
+from one_core import DECODE, cpu_name, decoded, measure
 from PIL import Image
 
 from sidecar import photos
-from sidecar.imaging import headers, tiles
-from sidecar.imaging.decode import decode
-from sidecar.imaging.patches import ppm, prepare, resize
+from sidecar.imaging import tiles
+from sidecar.imaging.patches import by_torchvision, crop, ppm, prepare, resize, values
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import TileSpec
 
 SIZES: Final = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
-PIXELS, TENSORS, THEIRS = "pixels", "tensors", "HF torchvision, PIL decode"
+PIXELS, TENSORS, THEIRS, PILLOW = "pixels", "tensors", "HF torchvision, PIL decode", "HF PIL"
+KERNEL, ATEN = "our resize and layout", "ATen + torch ops"
 
 # family -> class and module in transformers, and the settings of a model of it
 ROWS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
@@ -57,31 +52,43 @@ def chains(data: bytes, name: str, module: str, config: dict[str, Any]) -> dict[
     assert spec is not None
     theirs = getattr(importlib.import_module(f"transformers.models.{module}"), name)(**config)
 
-    def decoded() -> Any:
-        header = headers.read(data)
-        assert header is not None and header.plain
-        return decode(data, header, LIMITS)
-
     def hf(image: Any) -> Any:
         return theirs(images=[image], return_tensors="pt")["pixel_values"]
 
-    pixels = decoded()
+    pixels = decoded(data)
     geometry = spec.geometry(*pixels.shape[-2:])
     wanted = hf(pixels)
-    todo: dict[str, Callable[[], Any]] = {DECODE: decoded}
+    todo: dict[str, Callable[[], Any]] = {DECODE: lambda: decoded(data)}
     if spec.inline:
         assert torch.equal(hf(resize(pixels, geometry, spec)), wanted), f"{name}: the resized image is no fixed point"
-        todo[PIXELS] = lambda: ppm(resize(decoded(), geometry, spec))
+        todo[PIXELS] = lambda: ppm(resize(decoded(data), geometry, spec))
     if isinstance(spec, TileSpec):
         made = tiles.prepare(pixels, geometry, spec).flatten()
         assert torch.equal(made, wanted.flatten()[: len(made)]), f"{name}: not exact"
-        todo[TENSORS] = lambda: tiles.prepare(decoded(), geometry, spec)
+        todo[TENSORS] = lambda: tiles.prepare(decoded(data), geometry, spec)
     elif spec.tensors:
         got = prepare(pixels, geometry, spec)
         assert torch.equal(got, wanted if wanted.ndim == 2 else wanted[0]), f"{name}: not exact"
-        todo[TENSORS] = lambda: prepare(decoded(), geometry, spec)
-    todo[THEIRS] = lambda: hf(Image.open(io.BytesIO(data)).convert("RGB"))
+        todo[TENSORS] = lambda: prepare(decoded(data), geometry, spec)
+        todo[KERNEL] = lambda: prepare(pixels, geometry, spec)
+        todo[ATEN] = lambda: values(crop(by_torchvision(pixels, geometry, spec), geometry), geometry, spec)
+    opened = lambda: Image.open(io.BytesIO(data)).convert("RGB")  # noqa: E731
+    todo[THEIRS] = lambda: hf(opened())
+    pil = pillows(name, module)
+    if pil is not None:
+        processor = pil(**config)
+        todo[PILLOW] = lambda: processor(images=[opened()], return_tensors="pt")
     return todo
+
+
+def pillows(name: str, module: str) -> Any:
+    """The family's processor with the Pillow backend; None where transformers has none."""
+    with contextlib.suppress(ImportError):
+        found = importlib.import_module(
+            "transformers.models." + module.replace(".image_processing_", ".image_processing_pil_")
+        )
+        return getattr(found, name + "Pil", None)
+    return None
 
 
 def over_decode(ms: dict[str, float], kind: str) -> tuple[str, str]:
@@ -95,11 +102,11 @@ def report(rounds: int) -> str:
         f"# Image families, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
         f"torch {torch.__version__}, transformers {transformers.__version__}, our kernel {fused.level()}; median of {rounds} interleaved "
-        "rounds, ms per JPEG. Pixels are handed on inline; tensors are the processor's output, equal to the last bit; the last column is over "
+        "rounds, ms of CPU per JPEG. Pixels are handed on inline; tensors are the processor's output, equal to the last bit; the last column is over "
         "pixels, or over tensors where no pixels can be handed on.",
         "",
-        "| family | size | decode alone | pixels | over decode | tensors | over decode | HF torchvision, PIL decode | over ours |",
-        "|---" * 9 + "|",
+        "| family | size | decode alone | pixels | over decode | tensors | over decode | HF torchvision, PIL decode | over ours | HF PIL over ours | ATen + torch ops over our kernel |",
+        "|---" * 11 + "|",
     ]
     for size, (width, height) in SIZES.items():
         data = photos.photo(width, height, seed=1)
@@ -107,27 +114,17 @@ def report(rounds: int) -> str:
             ms = measure(chains(data, *row), rounds)
             made = [cell for kind in (PIXELS, TENSORS) for cell in over_decode(ms, kind)]
             ours = ms[PIXELS] if PIXELS in ms else ms[TENSORS]
-            cells = (family, size, f"{ms[DECODE]:.1f}", *made, f"{ms[THEIRS]:.1f}", f"{ms[THEIRS] / ours:.1f}")
+            pil = f"{ms[PILLOW] / ours:.1f}" if PILLOW in ms else ""
+            aten = f"{ms[ATEN] / ms[KERNEL]:.1f}" if ATEN in ms else ""
+            cells = (
+                family,
+                size,
+                f"{ms[DECODE]:.1f}",
+                *made,
+                f"{ms[THEIRS]:.1f}",
+                f"{ms[THEIRS] / ours:.1f}",
+                pil,
+                aten,
+            )
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
-
-
-def main() -> None:
-    """Print the table; write it where asked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--write", action="store_true")
-    chosen = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    text = report(chosen.rounds)
-    print(text)
-    if chosen.write:
-        slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-        folder = Path(__file__).parent / "results"
-        (folder / f"families-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{slug}.md").write_text(text)
-
-
-if __name__ == "__main__":
-    main()

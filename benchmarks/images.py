@@ -1,6 +1,6 @@
-"""Images on one core: our chain against decoding alone and against Hugging Face's processors.
+"""Images on one core: our chain against decoding alone and against Hugging Face's processors, of Qwen2-VL and then of every family.
 
-    python benchmarks/images.py [--rounds N] [--write] [--pillow-simd PYTHON]
+    python benchmarks/images.py [--rounds N] [--write] [--pillow-simd PYTHON] [--no-families]
 
 Rules: one core (affinity and one thread); the chains of a size take turns in every round, and a row is the median over the
 rounds, so that noise of the machine meets all alike; before anything is timed, our tensors are compared with the torchvision
@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import io
-import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,23 +27,21 @@ import PIL
 import torch
 import torchvision
 import transformers
+from families import report as families_report
+from one_core import DECODE, cpu_name, decoded, measure, pin
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from sidecar import photos
-from sidecar.imaging import headers
-from sidecar.imaging.decode import decode
 from sidecar.imaging.patches import by_torchvision, patches, ppm, prepare, resize
-from sidecar.jobs import Limits
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import PatchSpec
 
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
 CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
-LIMITS = Limits(20 << 20, 50_000_000)
 
-DECODE, PIXELS = "decode alone", "decode + resize + PPM"
+PIXELS = "decode + resize + PPM"
 BYTES, TENSORS = "decode + uint8 patches", "decode + fp32 patches"
 HF_SIMD = "HF PIL processor with Pillow-SIMD"
 HF_PIL, HF_TV = "HF PIL processor", "HF torchvision processor, PIL decode"
@@ -60,27 +55,22 @@ def chains(data: bytes, spec: PatchSpec) -> dict[str, Callable[[], Any]]:
         Qwen2VLImageProcessor(max_pixels=spec.max_pixels),
     )
 
-    def decoded() -> Any:
-        header = headers.read(data)
-        assert header is not None and header.plain
-        return decode(data, header, LIMITS)
-
     def sized() -> tuple[Any, Any]:
-        pixels = decoded()
+        pixels = decoded(data)
         return pixels, spec.geometry(*pixels.shape[-2:])
 
     pixels, geometry = sized()
     rows = pixels.permute(1, 2, 0).numpy()
-    moved = rows.nbytes + 2 * 3 * 4 * geometry.height * geometry.width
+    moved = traffic(rows.shape[0], rows.shape[1], geometry.height, geometry.width)
     source, target = torch.empty(moved // 2, dtype=torch.uint8), torch.empty(moved // 2, dtype=torch.uint8)
 
     def opened() -> Any:
         return Image.open(io.BytesIO(data)).convert("RGB")
 
     return {
-        DECODE: decoded,
+        DECODE: lambda: decoded(data),
         PIXELS: lambda: ppm(resize(*sized(), spec)),
-        BYTES: lambda: fused.patches(decoded().permute(1, 2, 0).numpy(), geometry, spec, "uint8"),
+        BYTES: lambda: fused.patches(decoded(data).permute(1, 2, 0).numpy(), geometry, spec, "uint8"),
         TENSORS: lambda: prepare(*sized(), spec),
         HF_PIL: lambda: pil(images=[opened()], return_tensors="pt")["pixel_values"],
         HF_TV: lambda: torchv(images=[opened()], return_tensors="pt")["pixel_values"],
@@ -90,15 +80,9 @@ def chains(data: bytes, spec: PatchSpec) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(todo: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each chain."""
-    taken: dict[str, list[float]] = {name: [] for name in todo}
-    for _ in range(rounds):
-        for name, chain in todo.items():
-            start = time.perf_counter()
-            chain()
-            taken[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
+def traffic(h: int, w: int, height: int, width: int) -> int:
+    """Bytes that must be read and written at least: the pixels, and two temporal copies in fp32."""
+    return 3 * h * w + 2 * 3 * 4 * height * width
 
 
 class Simd:
@@ -136,18 +120,13 @@ def serve() -> None:
         print("done", flush=True)
 
 
-def cpu_name() -> str:
-    """The processor, as the kernel calls it."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def report(rounds: int, simd: Simd | None) -> str:
     """The whole table as Markdown."""
     spec = families.from_config(CONFIG)
     assert isinstance(spec, PatchSpec)
     rows: dict[str, dict[str, float]] = {}
     sizes: dict[str, int] = {}
+    moved: dict[str, int] = {}
     for name, (width, height) in SIZES.items():
         data = photos.photo(width, height, seed=1)
         todo = chains(data, spec)
@@ -157,13 +136,15 @@ def report(rounds: int, simd: Simd | None) -> str:
             todo[HF_SIMD]()
         todo[HF_PIL]()  # warm
         sizes[name] = len(data)
-        rows[name] = measure(todo, rounds)
+        rows[name] = measure(todo, rounds, elsewhere={HF_SIMD})
+        final = spec.geometry(height, width)
+        moved[name] = traffic(height, width, final.height, final.width)
     lines = [
         f"# Images, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, {f'Pillow-SIMD {simd.version}, ' if simd else ''}"
         f"transformers {transformers.__version__}, Python {platform.python_version()}, "
-        f"ATen {torch.backends.cpu.get_cpu_capability()}, our kernel {fused.level()}; median of {rounds} interleaved rounds, ms per image; "
+        f"ATen {torch.backends.cpu.get_cpu_capability()}, our kernel {fused.level()}; median of {rounds} interleaved rounds, ms of CPU per image; "
         "Qwen2-VL, at most 1003520 pixels; our fp32 patches equal the torchvision processor's to the last bit.",
         "",
         "| size (JPEG bytes) | " + " | ".join(rows["1080p"]) + " |",
@@ -190,6 +171,12 @@ def report(rounds: int, simd: Simd | None) -> str:
             )
             if over in rows["1080p"]
         ),
+        *(
+            f"| {label}, GB/s | "
+            + " | ".join(f"{moved[size] / row[name] / 1e6:.1f}" for size, row in rows.items())
+            + " |"
+            for label, name in (("our kernel, bytes that it must read and write", KERNEL), ("copy, the limit", COPY))
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -201,15 +188,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--pillow-simd", metavar="PYTHON")
+    parser.add_argument("--no-families", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+    pin()
     if chosen.serve:
         serve()
         return
     text = report(chosen.rounds, Simd(chosen.pillow_simd) if chosen.pillow_simd else None)
+    if not chosen.no_families:
+        text += "\n" + families_report(chosen.rounds)
     print(text)
     if chosen.write:
         slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")

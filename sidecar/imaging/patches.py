@@ -25,9 +25,9 @@ MODES = {BILINEAR: InterpolationMode.BILINEAR, LANCZOS: InterpolationMode.LANCZO
 def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
     """uint8 (3, height, width) in the geometry's final size; the same tensor where it has that size."""
     if fused.missing() or tuple(pixels.shape[-2:]) == (geometry.height, geometry.width):
-        return _crop(by_torchvision(pixels, geometry, spec), geometry)
+        return crop(by_torchvision(pixels, geometry, spec), geometry)
     resized = fused.resize(_rows(pixels), geometry.height, geometry.width, spec.resample)
-    return _crop(torch.from_numpy(resized).permute(2, 0, 1), geometry)
+    return crop(torch.from_numpy(resized).permute(2, 0, 1), geometry)
 
 
 def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
@@ -55,7 +55,8 @@ def values(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
     return normalise(pixels, spec).contiguous()
 
 
-def _crop(pixels: Tensor, geometry: Geometry) -> Tensor:
+def crop(pixels: Tensor, geometry: Geometry) -> Tensor:
+    """The part of a resized image that the model sees."""
     if geometry.crop is None:
         return pixels
     top, left, height, width = geometry.crop

@@ -1,0 +1,66 @@
+"""What the image benchmarks share: one core, the processor's name, interleaved rounds. Run images.py.
+
+Rules: a time is the CPU time of the one thread that works, so that other work on the machine takes only caches and memory bandwidth; a
+chain named in `elsewhere` works in another process and is timed by the clock. Memory that was freed stays with the process, so that nobody's
+time, theirs or ours, is that of the kernel's first touch of fresh pages, which comes and goes with what was freed before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from sidecar.imaging import headers
+from sidecar.imaging.decode import decode
+from sidecar.jobs import Limits
+
+LIMITS: Final = Limits(20 << 20, 50_000_000)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+DECODE: Final = "decode alone"
+
+Chain = Callable[[], Any]
+
+
+def pin() -> None:
+    """One core, one thread, no gradients, and memory that is kept."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 1 << 30)):
+        if not libc.mallopt(option, value):
+            raise OSError("malloc does not let itself be told to keep memory")
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+def cpu_name() -> str:
+    """The processor, as the kernel calls it."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def decoded(data: bytes) -> Any:
+    """The pixels of a plain file."""
+    header = headers.read(data)
+    assert header is not None and header.plain
+    return decode(data, header, LIMITS)
+
+
+def measure(todo: dict[str, Chain], rounds: int, elsewhere: Container[str] = ()) -> dict[str, float]:
+    """Median milliseconds of each chain; they take turns in every round."""
+    taken: dict[str, list[float]] = {name: [] for name in todo}
+    for _ in range(rounds):
+        for name, chain in todo.items():
+            clock = time.perf_counter if name in elsewhere else time.thread_time
+            start = clock()
+            chain()
+            taken[name].append((clock() - start) * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
