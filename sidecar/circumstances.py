@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from sidecar import reasons
 from sidecar.exemptions import Orders
-from sidecar.facts import CanaryResult, End, EngineSample, GpuSample, Reading, Value
+from sidecar.facts import CanaryResult, End
 from sidecar.parts import Finding, Parts
 from sidecar.progress import Key, Limits, Progress
+from sidecar.readings import EngineSample, GpuSample, Reading, Value
 from sidecar.verdict import FRESH
 
 

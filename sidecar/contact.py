@@ -16,7 +16,7 @@ import aiohttp
 from sidecar.engine import kinds, sample
 from sidecar.engine.kind import EngineKind
 from sidecar.engine.kinds import KINDS
-from sidecar.facts import Absent, EngineSample, Identity, Reading, Value
+from sidecar.readings import Absent, EngineSample, Identity, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.meeting import LOADING, Met, ask, meet

@@ -21,16 +21,10 @@ from sidecar.facts import (
     DiagnosisSummary,
     Directed,
     End,
-    EngineSample,
     Fact,
     FirstToken,
-    GpuSample,
-    Identity,
     Imaged,
-    ProcessSample,
-    Reading,
     Settled,
-    Value,
     Verdict,
 )
 from sidecar.fleet import NO_BUDGET, Budget, Fleet, rules
@@ -38,6 +32,7 @@ from sidecar.ledger import Hold, Ledger, Settlement
 from sidecar.memory import Kept
 from sidecar.patience import canary_allowed
 from sidecar.progress import Limits, Progress
+from sidecar.readings import EngineSample, GpuSample, Identity, ProcessSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, RelayUse, Snapshot
 from sidecar.upkeep import Upkeep

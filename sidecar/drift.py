@@ -20,8 +20,8 @@ from typing import Final
 
 from sidecar import units
 from sidecar.busy import STEP, TERMS, Window
-from sidecar.facts import Identity
 from sidecar.hardware import find
+from sidecar.readings import Identity
 from sidecar.units import Coefficients
 
 SLACK: Final = 0.2  # of a log: 22 % slower or faster is nothing

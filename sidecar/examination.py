@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
-from sidecar.facts import Absent, Failed
+from sidecar.readings import Absent, Failed
 from sidecar.signals import engine_processes, stacks
 from sidecar.symptoms import EngineProcess, Look, Seen, summary, symptom
 

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from sidecar.facts import GpuSample, Reading, State, Value
+from sidecar.facts import State
+from sidecar.readings import GpuSample, Reading, Value
 from sidecar.settings import Settings
 
 # What NVIDIA's catalogue (docs.nvidia.com/deploy/xid-errors, "Analyzing Xid Errors with the Xid Catalog") answers with a reset of the

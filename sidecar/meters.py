@@ -19,20 +19,9 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sidecar.bounded import OTHER, Bounded
-from sidecar.facts import (
-    SLOWDOWNS,
-    STATES,
-    CanaryResult,
-    End,
-    Failed,
-    GpuSample,
-    Imaged,
-    Outcome,
-    Reading,
-    Value,
-    Verdict,
-)
+from sidecar.facts import STATES, CanaryResult, End, Imaged, Outcome, Verdict
 from sidecar.fleet import HANDOVERS
+from sidecar.readings import SLOWDOWNS, Failed, GpuSample, Reading, Value
 from sidecar.snapshot import Snapshot
 
 Labels = tuple[str, ...]

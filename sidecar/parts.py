@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sidecar.facts import Admitted, Backpressure, Delivered, EngineSample, Fact, FirstToken, RankSample, Settled
+from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled
 from sidecar.learned import Learned
 from sidecar.progress import Key, Limits
+from sidecar.readings import EngineSample, RankSample
 
 FRESH = 5.0  # seconds after progress in which the clock of parts runs
 FLOORS = 5.0  # floors that a part may always be silent

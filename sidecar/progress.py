@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sidecar.facts import EngineSample
 from sidecar.learned import Learned
+from sidecar.readings import EngineSample
 
 Key = tuple[int, str]  # (relay index, request id)
 

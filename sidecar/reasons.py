@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sidecar.facts import EngineSample
+from sidecar.readings import EngineSample
 
 XID_BEFORE = 60.0  # seconds before a silence in which an XID explains it
 BLOCKED_SHARE = 0.5  # of a silence in which the API must have answered nothing

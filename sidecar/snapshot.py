@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sidecar.facts import CanaryResult, DiagnosisSummary, EngineSample, GpuSample, ProcessSample, Reading, Verdict
+from sidecar.facts import CanaryResult, DiagnosisSummary, Verdict
+from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading
 
 
 @dataclass(frozen=True, slots=True)

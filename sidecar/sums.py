@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from sidecar import units
 from sidecar.bounded import Bounded
-from sidecar.facts import EngineSample, Imaged
+from sidecar.facts import Imaged
 from sidecar.ledger import Hold, Ledger
+from sidecar.readings import EngineSample
 from sidecar.snapshot import ImageUse, Load, TenantUse
 
 

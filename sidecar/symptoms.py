@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from sidecar.facts import Failed
+from sidecar.readings import Failed
 
 SPINNING: Final = 0.8  # cores' worth of CPU from which a process spins
 ORDINARY: Final = 4  # rank of what healthy processes do, too: then the core is the one to hear of

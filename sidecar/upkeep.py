@@ -15,8 +15,8 @@ from typing import Final
 from sidecar import units
 from sidecar.busy import Windows
 from sidecar.drift import Drift, Memory, mismatch
-from sidecar.facts import Identity
 from sidecar.ledger import Hold, Settlement
+from sidecar.readings import Identity
 from sidecar.refit import Refit, Shadow
 from sidecar.snapshot import PriceUse, ShadowUse
 from sidecar.units import Coefficients

@@ -13,7 +13,7 @@ import aiohttp
 from sidecar.engine.kinds import KINDS
 from sidecar.engine.sample import parse
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import EngineSample
+from sidecar.readings import EngineSample
 
 QUIET = 0.05  # seconds in which a live engine of these tests does dozens of steps
 

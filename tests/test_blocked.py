@@ -7,7 +7,8 @@ from typing import Final
 import pytest
 
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Absent, Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, Work
+from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, Work
+from sidecar.readings import Absent
 from sidecar.settings import Settings
 from sidecar.units import Coefficients
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from sidecar import units
 from sidecar.canaries import BASE, STRIKES, Canaries, Sameness
 from sidecar.control import Control, Readings
-from sidecar.facts import Absent, CanaryResult, Work
+from sidecar.facts import CanaryResult, Work
+from sidecar.readings import Absent
 from sidecar.settings import Settings
 
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from sidecar import contact as contacts
 from sidecar.contact import Contact
 from sidecar.engine import sglang
-from sidecar.facts import Absent, Value
+from sidecar.readings import Absent, Value
 from sidecar.settings import Settings
 
 from .engine_faces import FACES, Shown, models, page, said, shown

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sidecar.engine import sglang
 from sidecar.engine.kind import EngineKind
 from sidecar.engine.kinds import CLOSER_LOOK, KINDS, recognise
-from sidecar.facts import EngineSample
 from sidecar.flags import ENGINE_KINDS
+from sidecar.readings import EngineSample
 
 
 def test_a_row_for_every_kind_of_the_setting() -> None:

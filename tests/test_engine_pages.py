@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.engine.kinds import KINDS, recognise
 from sidecar.engine.sample import parse
-from sidecar.facts import EngineSample, RankSample
+from sidecar.readings import EngineSample, RankSample
 
 PAGES = Path(__file__).with_name("pages")
 

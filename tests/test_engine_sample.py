@@ -12,7 +12,7 @@ from sidecar.engine.behaviour import Behaviour
 from sidecar.engine.kinds import KINDS
 from sidecar.engine.pages import GARBAGE, Meters
 from sidecar.engine.sample import Garbage, parse
-from sidecar.facts import EngineSample, RankSample
+from sidecar.readings import EngineSample, RankSample
 
 VLLM = KINDS["vllm"]
 

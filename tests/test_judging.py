@@ -7,21 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import (
-    Absent,
-    Admitted,
-    CanaryResult,
-    Delivered,
-    Directed,
-    End,
-    EngineSample,
-    FirstToken,
-    GpuSample,
-    Reading,
-    Settled,
-    Value,
-    Work,
-)
+from sidecar.facts import Admitted, CanaryResult, Delivered, Directed, End, FirstToken, Settled, Work
+from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 from sidecar.units import Coefficients

@@ -286,7 +286,7 @@ def test_the_verdict_file_names_what_draining_waits_for(tmp_path: Path) -> None:
     """`outstanding` is a key of the real evidence, so that the preStop does not wait for a name that nobody writes."""
     from sidecar import units
     from sidecar.control import Control, Readings
-    from sidecar.facts import Absent
+    from sidecar.readings import Absent
 
     control = Control(Settings(), units.Coefficients(), 0.0, 0.0)
     absent = Absent("no")

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from sidecar import drift, fleet, memory, units
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Absent, CanaryResult
+from sidecar.facts import CanaryResult
 from sidecar.keeping import FILE, MAX_BYTES, RESUME, Keeping
 from sidecar.learned import Learned
 from sidecar.memory import Kept, Place, Unfit
 from sidecar.probes import Stand, passes
+from sidecar.readings import Absent
 from sidecar.settings import Settings
 from sidecar.signals.listener import boot, listeners
 from sidecar.statefile import StateDir

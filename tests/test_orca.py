@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from sidecar import orca_grpc
 from sidecar.channel import Channel
 from sidecar.errors import StartError
-from sidecar.facts import EngineSample, Failed, Listening, Published, Reading, Value
+from sidecar.facts import Listening, Published
 from sidecar.preflight import reserve
+from sidecar.readings import EngineSample, Failed, Reading, Value
 from sidecar.relays import RelayPool
 from sidecar.report import orca, orca_messages
 from sidecar.report.orca_messages import Report as OrcaLoadReport

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.facts import Admitted, Backpressure, Delivered, EngineSample, FirstToken, RankSample, Settled, Work
+from sidecar.facts import Admitted, Backpressure, Delivered, FirstToken, Settled, Work
 from sidecar.learned import Learned
 from sidecar.parts import MOST_ENDS, REPEATED, SEVERE, Finding, Parts
 from sidecar.progress import Key, Limits
+from sidecar.readings import EngineSample, RankSample
 
 
 @dataclass

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 
 from sidecar import units
-from sidecar.facts import EngineSample, Work
+from sidecar.facts import Work
 from sidecar.learned import UNKNOWN_SLOWNESS
 from sidecar.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, restarted
+from sidecar.readings import EngineSample
 
 CO = units.Coefficients()
 LIMITS = Limits(floor=8.0, unlearned=60.0, margin=3.0, cap=900.0)

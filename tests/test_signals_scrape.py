@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Absent, EngineSample, Failed, Reading, Value
+from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
 from sidecar.signals import process
 from sidecar.signals.scrape import PAGE_PERIODS, ScrapeSignal
 

@@ -15,8 +15,9 @@ from sidecar import units
 from sidecar.busy import SECONDS, TERMS, WAIT, Window, Windows
 from sidecar.drift import Drift, mismatch
 from sidecar.engine.kinds import identity
-from sidecar.facts import Admitted, Fact, FirstToken, Identity, Settled, Usage, Work
+from sidecar.facts import Admitted, Fact, FirstToken, Settled, Usage, Work
 from sidecar.ledger import Ledger
+from sidecar.readings import Identity
 from sidecar.refit import SURE, Refit
 from sidecar.units import Coefficients
 from sidecar.upkeep import Upkeep

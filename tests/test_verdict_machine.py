@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from sidecar import verdict
 from sidecar.control import TICK
-from sidecar.facts import EngineSample, Failed, RankSample, Value
+from sidecar.readings import EngineSample, Failed, RankSample, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, SETTINGS, WALL, Pod
 

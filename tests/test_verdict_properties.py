@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.control import TICK
-from sidecar.facts import EngineSample, Failed, Value
+from sidecar.readings import EngineSample, Failed, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, WALL, Pod
 

@@ -8,21 +8,8 @@ from hypothesis import settings
 
 from sidecar import memory
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import (
-    Absent,
-    Admitted,
-    Backpressure,
-    CanaryResult,
-    Delivered,
-    Directed,
-    EngineSample,
-    FirstToken,
-    GpuSample,
-    Reading,
-    Settled,
-    Value,
-    Work,
-)
+from sidecar.facts import Admitted, Backpressure, CanaryResult, Delivered, Directed, FirstToken, Settled, Work
+from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 from sidecar.units import Coefficients

@@ -19,8 +19,9 @@ from replay.requests import Request
 from replay.routing import Policy, Report, Router
 from replay.scaling import Scaler, Scaling, Signal
 from sidecar import units
-from sidecar.facts import Absent, Admitted, Delivered, FirstToken, Settled, Usage, Work
+from sidecar.facts import Admitted, Delivered, FirstToken, Settled, Usage, Work
 from sidecar.ledger import Ledger
+from sidecar.readings import Absent
 from sidecar.relay.desk import FLUSH
 from sidecar.relay.estimate import Estimator
 from sidecar.relay.shapes import Shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.facts import EngineSample, Reading, Value
+from sidecar.readings import EngineSample, Reading, Value
 from sim.detectors import CHECKS, Baseline, Seen
 from sim.engine import Engine
 from sim.seqs import Seq

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sidecar.facts import Absent, EngineSample, Failed, RankSample, Reading, Value
+from sidecar.readings import Absent, EngineSample, Failed, RankSample, Reading, Value
 from sim.engine import Engine
 
 SERIES = ("kv_usage", "iterations", "counters", "kv_capacity")  # what a metrics page may lack

@@ -14,18 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from sidecar import units
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import (
-    Absent,
-    Backpressure,
-    CanaryResult,
-    Directed,
-    EngineSample,
-    Fact,
-    GpuSample,
-    Reading,
-    Settled,
-    Value,
-)
+from sidecar.facts import Backpressure, CanaryResult, Directed, Fact, Settled
+from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 from sim.engine import Engine

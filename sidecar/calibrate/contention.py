@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from sidecar.facts import Absent
+from sidecar.readings import Absent
 from sidecar.signals import engine_processes
 
 PROC: Final = Path("/proc")

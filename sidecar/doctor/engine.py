@@ -17,7 +17,7 @@ from sidecar import cpus, plugin
 from sidecar.doctor.finding import Finding, Level
 from sidecar.engine import kinds, sample
 from sidecar.engine.kind import EngineKind
-from sidecar.facts import EngineSample
+from sidecar.readings import EngineSample
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal

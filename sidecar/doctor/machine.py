@@ -21,10 +21,10 @@ from typing import Final
 from sidecar import cpus, preflight
 from sidecar.doctor.finding import Finding
 from sidecar.errors import SidecarError
-from sidecar.facts import Absent, Failed
 from sidecar.kernels import families
 from sidecar.limits import Limit
 from sidecar.probes import STALE
+from sidecar.readings import Absent, Failed
 from sidecar.relay import counting, quota
 from sidecar.settings import Settings
 from sidecar.signals.gpu import GpuSignal

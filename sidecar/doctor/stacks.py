@@ -6,7 +6,7 @@ import asyncio
 
 from sidecar.doctor.finding import Finding
 from sidecar.examination import MAX_DUMPED, Aside, dumps
-from sidecar.facts import Absent, Failed
+from sidecar.readings import Absent, Failed
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes, stacks
 from sidecar.symptoms import EngineProcess

@@ -18,7 +18,7 @@ from sidecar.engine.openai import OPENAI
 from sidecar.engine.sglang import SGLANG
 from sidecar.engine.tgi import TGI
 from sidecar.engine.vllm import SCRIPTED, VLLM
-from sidecar.facts import Identity
+from sidecar.readings import Identity
 
 # The order of recognition: /version, vLLM's mark, says least, so it is looked at last.
 KINDS: Final[dict[str, EngineKind]] = {kind.name: kind for kind in (SCRIPTED, SGLANG, TGI, LLAMACPP, VLLM, OPENAI)}

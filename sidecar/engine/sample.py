@@ -16,7 +16,7 @@ from functools import cache
 from typing import Final
 
 from sidecar.engine.kind import Capacity, EngineKind, Series
-from sidecar.facts import EngineSample, RankSample
+from sidecar.readings import EngineSample, RankSample
 
 # After the name: labels (quoted values may hold braces, commas and escaped quotes), value, and what may follow it: a
 # timestamp, an OpenMetrics exemplar. Possessive, so that no page can make it backtrack.

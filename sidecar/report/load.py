@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sidecar.facts import Absent, GpuSample, Reading, Value
+from sidecar.readings import Absent, GpuSample, Reading, Value
 from sidecar.snapshot import PriceUse, Snapshot
 
 MU: Final = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")

@@ -17,8 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.facts import EngineSample, Reading, Value
 from sidecar.ledger import RECENT, Rate
+from sidecar.readings import EngineSample, Reading, Value
 from sidecar.report import orca_messages
 from sidecar.snapshot import Load
 

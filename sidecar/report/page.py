@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from sidecar.facts import Absent, Failed, Value
+from sidecar.readings import Absent, Failed, Value
 from sidecar.snapshot import Snapshot
 
 MAX_READERS: Final = 32

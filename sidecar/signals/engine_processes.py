@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from sidecar.bounded import printable
-from sidecar.facts import Absent, Failed
+from sidecar.readings import Absent, Failed
 from sidecar.signals.stacks import PERMIT
 from sidecar.symptoms import ROLES, EngineProcess, Look, Thread, role_of
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from sidecar.facts import Absent, Failed, GpuSample, Reading, Value
+from sidecar.readings import Absent, Failed, GpuSample, Reading, Value
 from sidecar.signals.gpu_sample import Device, Sampler, failed, found
 from sidecar.signals.xid import XidWatch
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sidecar.facts import SLOWDOWNS, Absent, Failed, GpuSample, Reading, Value
+from sidecar.readings import SLOWDOWNS, Absent, Failed, GpuSample, Reading, Value
 
 T = TypeVar("T")
 Ask = Callable[..., Any]  # one NVML call, watched

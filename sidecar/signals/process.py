@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import psutil
 
-from sidecar.facts import Failed, ProcessSample, Reading, Value
+from sidecar.readings import Failed, ProcessSample, Reading, Value
 
 
 def sample(pid: int, clock: Callable[[], float] = time.monotonic) -> Reading[ProcessSample]:

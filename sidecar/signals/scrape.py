@@ -15,7 +15,7 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.facts import Absent, EngineSample, Failed, Reading, Value
+from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
 from sidecar.signals.answer import TooLong, whole
 
 Parse = Callable[[bytes, float], EngineSample]

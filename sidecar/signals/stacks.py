@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.bounded import printable
-from sidecar.facts import Failed
+from sidecar.readings import Failed
 
 PY_SPY: Final = "py-spy"
 MAX_BYTES: Final = 48 * 1024  # of one dump; 100 threads of 10 frames are 40 KB

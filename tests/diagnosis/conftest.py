@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.facts import Failed
+from sidecar.readings import Failed
 from sidecar.signals import stacks
 
 from .victims import victim

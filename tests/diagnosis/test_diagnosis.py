@@ -18,7 +18,8 @@ import pytest
 from sidecar import app, units
 from sidecar.diagnosis import KEPT, MAX_BYTES, Diagnoses, bundle, diagnose, fitting
 from sidecar.examination import Aside, Examiner, dumps
-from sidecar.facts import Admitted, Failed, Work
+from sidecar.facts import Admitted, Work
+from sidecar.readings import Failed
 from sidecar.report import diagnosis_page
 from sidecar.settings import Settings, load
 from sidecar.signals import stacks

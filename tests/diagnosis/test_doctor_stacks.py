@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from sidecar.doctor import stacks as doctor
-from sidecar.facts import Failed
+from sidecar.readings import Failed
 from sidecar.settings import Settings
 from sidecar.signals import stacks
 from sidecar.symptoms import EngineProcess

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sidecar.bounded import printable
-from sidecar.facts import Absent, Failed
+from sidecar.readings import Absent, Failed
 from sidecar.signals.engine_processes import MAX_THREADS, find, look
 from sidecar.symptoms import EngineProcess, Look
 

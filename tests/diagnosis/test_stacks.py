@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sidecar.facts import Failed
+from sidecar.readings import Failed
 from sidecar.signals import stacks
 
 from .victims import victim

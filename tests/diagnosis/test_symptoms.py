@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.facts import Failed
+from sidecar.readings import Failed
 from sidecar.symptoms import EngineProcess, Look, Role, Seen, Thread, role_of, summary, symptom, top
 
 DUMP = """Thread 12 (idle): "MainThread"

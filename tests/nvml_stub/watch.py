@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from sidecar.facts import Reading, Value
+from sidecar.readings import Reading, Value
 from sidecar.signals.gpu import GpuSignal
 
 

@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from selenium import webdriver
 
-from sidecar import facts, snapshot
+from sidecar import facts, readings, snapshot
 from sidecar.report import page
 
 Script = Callable[..., Any]
@@ -39,9 +39,9 @@ def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
         tokens_per_second=812.0, requests_in_flight=7, requests_waiting=2, requests_per_second=2.5,
         coefficients_fingerprint="default-8b-h100", coefficients_source="default", coefficients_stale=False,
     )  # fmt: skip
-    gpu = facts.GpuSample(
-        0, "NVIDIA H200", "GPU-1", facts.Value(0.93, at), facts.Value(121 * GIB, at), facts.Value(141 * GIB, at),
-        facts.Value(640.0, at), facts.Absent("not supported under MIG"), ((31, 2),),
+    gpu = readings.GpuSample(
+        0, "NVIDIA H200", "GPU-1", readings.Value(0.93, at), readings.Value(121 * GIB, at), readings.Value(141 * GIB, at),
+        readings.Value(640.0, at), readings.Absent("not supported under MIG"), ((31, 2),),
     )  # fmt: skip
     whole = snapshot.Snapshot(
         at=at, at_wall=WALL + at, version="0.1.0", engine_kind="vllm", draining=False, verdict=verdict(),
@@ -57,8 +57,8 @@ def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
             188_000_000, 402_000_000,
         ),
         images_device="cpu",
-        engine=facts.Value(facts.EngineSample(7.0, 2.0, 0.46, 9.1e6, 1.2e6, 2690.0, None, WALL - 86400, False), at, 0.012),
-        gpus=facts.Value((gpu,), at), own=facts.Value(facts.ProcessSample(17, 48 << 20, 21.5, 5), at), own_lag=0.0011,
+        engine=readings.Value(readings.EngineSample(7.0, 2.0, 0.46, 9.1e6, 1.2e6, 2690.0, None, WALL - 86400, False), at, 0.012),
+        gpus=readings.Value((gpu,), at), own=readings.Value(readings.ProcessSample(17, 48 << 20, 21.5, 5), at), own_lag=0.0011,
         relays=(snapshot.RelayUse(0, 21, 0, 5, 0.0009, 0.4), snapshot.RelayUse(1, 22, 1, 4, 0.0013, 0.7)),
         canary=facts.CanaryResult("ok", at - 61.0, at - 60.8, 8.0), canary_outstanding_since=None,
         changes=(verdict(), verdict("idle", "no_work", since=-30.0)), diagnoses=(),
@@ -124,11 +124,11 @@ def story(until: int) -> Iterator[snapshot.Snapshot]:
             base, verdict=changes[0], changes=tuple(changes), load=load,
             progress_age=None if flying == 0 else age, silence_allowed=42.0 if 190 <= at < 214 else 8.0,
             silence_ruled_by="predicted" if 190 <= at < 214 else "floor",
-            gpus=facts.Value((replace(gpu, utilization=facts.Value(busy, float(at))),), float(at)),
+            gpus=readings.Value((replace(gpu, utilization=readings.Value(busy, float(at))),), float(at)),
             canary_outstanding_since=float(at - 3) if state == "suspect" else None,
             canary=facts.CanaryResult("starved", 307.0, 315.0, 8.0, "no token") if at >= 315 else base.canary,
             diagnoses=(facts.DiagnosisSummary("20251121-030522-stalled", WALL + 322, "no_progress", 182_044, "VLLM::EngineCore (pid 12): stopped (T)"),) if at > 325 else (),
-            engine=facts.Failed("no answer from /metrics within 2 s") if down else base.engine,
+            engine=readings.Failed("no answer from /metrics within 2 s") if down else base.engine,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from sidecar import facts, snapshot
+from sidecar import facts, readings, snapshot
 from sidecar.report import page
 
 Script = Callable[..., Any]
@@ -114,7 +114,7 @@ def test_evidence_unfolds_and_stays_unfolded(
 def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script) -> None:
     """No GPU, no engine metrics, no image worker and no canary are told with their reasons, never as zeros."""
     site.publish(
-        moment(gpus=facts.Absent("no NVIDIA driver library"), engine=facts.Failed("connection refused"), images_device="off",
+        moment(gpus=readings.Absent("no NVIDIA driver library"), engine=readings.Failed("connection refused"), images_device="off",
                canary=None, progress_age=None, relays=(), tenants=(), changes=())
     )  # fmt: skip
     driver = open_page()
@@ -139,7 +139,7 @@ def test_hostile_names_stay_text(
         moment(
             tenants=(snapshot.TenantUse(evil, 1, 0.1, 1.0, 1, 1, ((evil, 1),)),),
             verdict=verdict("suspect", evil, evil, evil=evil), changes=(verdict("suspect", evil, evil, evil=evil),),
-            engine=facts.Failed(evil), gpus=facts.Absent(evil), engine_kind=evil, version=evil,
+            engine=readings.Failed(evil), gpus=readings.Absent(evil), engine_kind=evil, version=evil,
             diagnoses=(facts.DiagnosisSummary("../../x?" + evil, 1.0, evil, 1, evil),),
         )
     )  # fmt: skip

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from sidecar import facts, snapshot
+from sidecar import facts, readings, snapshot
 from sidecar.report import page
 
 Script = Callable[..., Any]
@@ -27,7 +27,7 @@ Script = Callable[..., Any]
 
 def test_readings_keep_their_three_kinds(moment: Script) -> None:
     """A value, an absence and a failure leave as three different things, and an absence carries its reason."""
-    data = page.render(moment(gpus=facts.Absent("no NVIDIA driver library"), engine=facts.Failed("timed out")))
+    data = page.render(moment(gpus=readings.Absent("no NVIDIA driver library"), engine=readings.Failed("timed out")))
     assert data["gpus"] == {"absent": "no NVIDIA driver library"}
     assert data["engine"] == {"failed": "timed out"}
     assert data["own"]["value"]["rss"] == 48 << 20
@@ -56,13 +56,13 @@ def test_only_the_largest_tenants_are_sent(moment: Script) -> None:
 def test_a_point_has_a_column_for_each_name(moment: Script) -> None:
     """The row of the history matches its column names, with the mean of the GPUs that could be read."""
     gpu = moment().gpus.value[0]  # type: ignore[union-attr]
-    dark = replace(gpu, utilization=facts.Failed("GPU is lost"))
-    both = facts.Value((gpu, replace(gpu, utilization=facts.Value(0.07, 0.0)), dark), 0.0)
+    dark = replace(gpu, utilization=readings.Failed("GPU is lost"))
+    both = readings.Value((gpu, replace(gpu, utilization=readings.Value(0.07, 0.0)), dark), 0.0)
     row = dict(zip(page.POINT, page.point(moment(gpus=both)), strict=True))
     assert row["gpu"] == 0.5
     assert row["t"] == moment().at_wall
     assert row["state"] == "progressing"
-    assert dict(zip(page.POINT, page.point(moment(gpus=facts.Absent("none"))), strict=True))["gpu"] is None
+    assert dict(zip(page.POINT, page.point(moment(gpus=readings.Absent("none"))), strict=True))["gpu"] is None
 
 
 def test_the_document_is_whole_and_self_contained() -> None:
