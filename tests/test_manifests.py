@@ -51,6 +51,7 @@ def containers(**chosen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         *itertools.product(KINDS, ("safe", "http"), ("annotations",), ({},)),
         ("vllm", "safe", "podmonitor", {"namespace": "models", "gpus": 8, "replicas": 3}),
         ("vllm", "safe", "none", CLAIM | {"gpus": 0, "stack_dumps": "on"}),
+        ("vllm", "safe", "none", CLAIM | {"images": "shm"}),
         ("vllm", "safe", "none", CLAIM | {"restarts_at_once": 2, "namespace": "models"}),
     ],
 )
@@ -89,6 +90,16 @@ def test_the_sidecars_environment_is_valid_settings(tmp_path: Path) -> None:
     settings = load(Settings, {}, {**env, "SIDECAR_MODEL": str(tmp_path)})
     assert (settings.listen[1], settings.admin[1], settings.state_dir) == (RELAY, ADMIN, STATE)
     assert sidecar["restartPolicy"] == "Always" and sidecar["readinessProbe"]["httpGet"]["path"] == "/readyz"
+
+
+def test_images_in_shared_memory_have_one_folder_for_both() -> None:
+    """Sidecar and engine mount the same memory at /dev/shm, one is told to hand images over there and the other to take them."""
+    sidecar, engine = containers(**CLAIM, images="shm")
+    shared = {"name": "engine-shm", "mountPath": "/dev/shm"}
+    assert shared in sidecar["volumeMounts"] and shared in engine["volumeMounts"]
+    assert {"name": "SIDECAR_IMAGES", "value": "shm"} in sidecar["env"]
+    assert {"name": "VLLM_MEDIA_CONNECTOR", "value": "inference_sidecar"} in engine["env"]
+    assert all(variable["name"] != "VLLM_MEDIA_CONNECTOR" for variable in containers(**CLAIM)[1]["env"])
 
 
 def test_stack_dumps_are_asked_for() -> None:
@@ -159,6 +170,8 @@ def test_images_need_the_models_directory() -> None:
     ("chosen", "words"),
     [
         ({"model": "/models/qwen"}, "--claim"),
+        ({"images": "shm"}, "--images shm"),
+        (CLAIM | {"images": "shm", "engine_kind": "scripted"}, "--images shm"),
         ({"claim": "models"}, "--claim"),
         ({"model": "/elsewhere/qwen"}, "--claim"),
         ({"engine_kind": "sglang"}, "--image"),

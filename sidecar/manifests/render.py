@@ -159,7 +159,17 @@ def _sidecar(s: ManifestSettings) -> str:
     - {{name: sidecar-state, mountPath: {STATE}}}
     - {{name: sidecar-tmp, mountPath: /tmp}}
 """
-    return head + _lines(4, _sidecar_env(s)) + tail + _lines(4, _model_mount(s, read_only=True) + budget.mount(s))
+    return (
+        head
+        + _lines(4, _sidecar_env(s))
+        + tail
+        + _lines(4, _image_mount(s) + _model_mount(s, read_only=True) + budget.mount(s))
+    )
+
+
+def _image_mount(s: ManifestSettings) -> str:
+    """Where prepared images are kept: without it, /dev/shm is 64 MiB. The engine's, so that it can be handed images there."""
+    return "- {name: engine-shm, mountPath: /dev/shm}\n" if s.claim else ""
 
 
 def _shared_processes(s: ManifestSettings) -> str:
@@ -197,6 +207,8 @@ def _sidecar_env(s: ManifestSettings) -> str:
     note = "# No SIDECAR_MODEL, so images pass through untouched: their preparation needs the model's directory (--claim).\n"
     if s.claim:
         values["SIDECAR_MODEL"], note = s.model, ""
+    if s.images == "shm":
+        values["SIDECAR_IMAGES"] = "shm"
     fields = {
         "POD_NAME": "metadata.name",
         "POD_UID": "metadata.uid",
@@ -222,7 +234,7 @@ def _engine(s: ManifestSettings) -> str:
     # Libraries start one thread per core of the whole node unless told; this is the container's own CPU limit.
     - name: OMP_NUM_THREADS
       valueFrom: {{resourceFieldRef: {{containerName: engine, resource: limits.cpu, divisor: "1"}}}}
-  # Until the first token was served, liveness does not count. This one fails closed, as it may: without the sidecar
+{_lines(4, _connector(s))}  # Until the first token was served, liveness does not count. This one fails closed, as it may: without the sidecar
   # nothing serves either, and it takes {STARTUP // 60} minutes. The port is a number because a name reaches only one's own container.
   startupProbe:
     httpGet: {{path: /startupz, port: {ADMIN}}}
@@ -249,6 +261,16 @@ def _engine(s: ManifestSettings) -> str:
     - {{name: sidecar-state, mountPath: {STATE}, readOnly: true}}
     - {{name: engine-shm, mountPath: /dev/shm}}
 {_lines(4, _model_mount(s, read_only=False))}"""
+
+
+def _connector(s: ManifestSettings) -> str:
+    if s.images != "shm":
+        return ""
+    return """\
+# The image must have the plugin (pip install inference-sidecar-vllm), and the engine must be root or the sidecar's user, who
+# alone may read the images. Where it cannot, images go inline, and `sidecar doctor` says why.
+- {name: VLLM_MEDIA_CONNECTOR, value: inference_sidecar}
+"""
 
 
 def _safe_probe() -> str:

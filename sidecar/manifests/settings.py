@@ -114,6 +114,12 @@ class ManifestSettings:
         "PersistentVolumeClaim with the models, mounted at /models; needed to prepare images",
         expected="a lower-case DNS label",
     )
+    images: str = flag(
+        "auto",
+        one_of("auto", "shm"),
+        "How the engine gets prepared images; shm: through shared memory, by the plugin in vLLM's image; needs --claim",
+        expected="one of auto, shm",
+    )
     probe: str = flag(
         "safe",
         one_of("safe", "http"),
@@ -148,6 +154,8 @@ def start(s: ManifestSettings) -> tuple[str, str, str]:
         raise UsageError(f"--image is missing; no image of {s.engine_kind} is tested here, so name the one you use")
     if s.model.startswith("/models/") != bool(s.claim) or (s.model.startswith("/") and not s.claim):
         raise UsageError("--claim and a --model below /models, where that claim is mounted, go together")
+    if s.images == "shm" and not (s.claim and s.engine_kind == "vllm"):
+        raise UsageError("--images shm is for vLLM, with the model's directory: --claim and a --model below /models")
     flags = (*kind.flags, *(kind.many_gpus if s.gpus > 1 else ()))
     args = [f.format(model=s.model, gpus=s.gpus) for f in flags] + shlex.split(s.engine_args)
     return json.dumps(image), json.dumps(kind.command), "".join(f"- {json.dumps(arg)}\n" for arg in args)
