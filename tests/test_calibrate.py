@@ -191,6 +191,7 @@ def quick(**more: Any) -> EngineSettings:
     return EngineSettings(listen=("127.0.0.1", 0), prefill_tokens_per_second=50_000, decode_step_ms=2.0, **more)
 
 
+@pytest.mark.slow
 async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
     """Decoding and photos come out near the engine's own speeds; the file is read by `sidecar run`; the report names errors."""
     out = tmp_path / "co.json"
@@ -215,6 +216,7 @@ async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that nobody can catch")
 async def test_killed_in_between_it_goes_on(tmp_path: Path) -> None:
     """After SIGKILL in the middle of the grid the same command measures only what is missing, and writes the file."""

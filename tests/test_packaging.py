@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -70,6 +71,7 @@ def test_the_scripts_parse(requires: Callable[[str], Path]) -> None:
         subprocess.run([make, "-n", target], cwd=ROOT, check=True, capture_output=True, timeout=30)
 
 
+@pytest.mark.slow
 def test_our_kernels_and_hugging_faces_live_together() -> None:
     """`import kernels` is theirs, `sidecar.kernels` is ours, and transformers imports beside both, from the repository root too."""
     code = (

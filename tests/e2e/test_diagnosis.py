@@ -31,6 +31,7 @@ async def engine_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, st
     await process.wait()
 
 
+@pytest.mark.slow
 async def test_a_stopped_engine_process_is_named_before_it_is_killed(engine_process: Any, start: Any) -> None:
     """The list, the log, the page and the bundle all say `stopped (T)`, and the engine is as stopped afterwards as before."""
     process, url = engine_process

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from sidecar.engine.scripted import ScriptedEngine
 
 
+@pytest.mark.slow
 async def test_requests_outlive_a_stall_where_that_is_asked_for(engine: ScriptedEngine, start: Any) -> None:
     """With --retry-stalled, requests of which nothing was answered wait while the engine is given up, and end well after it."""
     sidecar = await start(engine.url, workers="2", retry_stalled="120")

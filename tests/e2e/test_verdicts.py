@@ -60,6 +60,7 @@ async def test_an_idle_hang_is_found_by_canaries(engine: ScriptedEngine, start: 
     assert (await sidecar.get("/livez"))[0] == 503
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["livelock", "freeze_admission", "kv_deadlock", "first_chunk_then_silence", "core_dead"]
 )
@@ -100,6 +101,7 @@ async def test_a_long_prefill_and_a_slow_health_page_are_no_hang(engine: Scripte
     assert not {"suspect", "stalled", "dead"} & set(states), states
 
 
+@pytest.mark.slow
 async def test_an_api_that_is_blocked_for_a_while_is_no_hang(engine: ScriptedEngine, start: Any) -> None:
     """Tokenizing or decoding images can block every HTTP answer for long: the silence gets --silence-blocked on top."""
     sidecar = await start(engine.url, silence_blocked="60")
@@ -198,6 +200,7 @@ async def test_a_stopped_sidecar_does_not_blame_the_engine(engine: ScriptedEngin
     assert "unknown" in states and not {"suspect", "stalled", "dead"} & states
 
 
+@pytest.mark.slow
 async def test_a_dead_engine_is_dead_and_its_successor_starts(start: Any) -> None:
     """The port closes for good: /livez fails; a new engine on the port is a new start."""
     settings = EngineSettings(listen=("127.0.0.1", 0))

@@ -110,6 +110,7 @@ def test_a_ragged_batch_equals_the_reference(gpu: Any, sizes: list[tuple[int, in
         assert np.array_equal(out.numpy().reshape(height, width, 3), reference.resize(image, height, width, resample))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resample", RESAMPLES)
 def test_extremes_equal_the_cpu(gpu: Any, resample: int) -> None:
     """One pixel, one column, scales over 100, sizes that do not change, and tiles that are crossed, in one batch."""
