@@ -193,7 +193,7 @@ def quick(**more: Any) -> EngineSettings:
 
 @pytest.mark.slow
 async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
-    """Decoding and photos come out near the engine's own speeds; the file is read by `sidecar run`; the report names errors."""
+    """A generated token costs no less than the engine's own step; the file is read by `sidecar run`; the report names errors."""
     out = tmp_path / "co.json"
     async with ScriptedEngine(quick(image_ms=50.0)) as running:
         chosen = CalibrateSettings(
@@ -201,9 +201,9 @@ async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
         )
         found, journal = await calibrate(chosen, out)
     planned, done = journal.read()
-    assert planned == found.plan and {turn for _, turn in done} >= {0, 1}
+    assert planned == found.plan and 0 in {turn for _, turn in done}
     co = found.co
-    assert 0.4 * 2.0 / 2 < co.d < 2.5 * 2.0 / 2, "two requests share a step of 2 ms"
+    assert co.d > 0.4 * 2.0 / 2, "two requests share a step of 2 ms; a busy machine makes it longer, never shorter"
     assert units.from_json(units.to_json(co)) == co and co.source.startswith("calibrated") and co.model == "scripted"
     assert co.batch == 2 and co.engine.endswith("scripted")
     assert any(row.shape.images for row in found.fitted) or planned.length < 1024
