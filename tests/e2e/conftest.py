@@ -96,9 +96,9 @@ class Sidecar:
             while (self.state / name).exists() is not there:  # noqa: ASYNC110  a file has no event
                 await asyncio.sleep(0.1)
 
-    async def until_remembered(self, holds: Callable[[dict[str, Any]], bool]) -> None:
+    async def until_remembered(self, holds: Callable[[dict[str, Any]], bool], patience: float = PATIENCE) -> None:
         """Wait until the memory file says so; it is written every ten seconds and when the verdict changes."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             while True:
                 with contextlib.suppress(FileNotFoundError):
                     if holds(json.loads((self.state / "memory.json").read_text())["kept"]):

@@ -65,7 +65,7 @@ async def test_an_engine_that_slows_down_makes_its_coefficients_stale(start: Any
         async with asyncio.TaskGroup() as group:
             for _ in range(TOGETHER):
                 group.create_task(user())
-            await sidecar.until_remembered(lambda kept: kept["drift"]["seen"] >= 3)
+            await sidecar.until_remembered(lambda kept: kept["drift"]["seen"] >= 3, 180)  # windows of ten seconds
             assert FRESH in (await sidecar.get("/metrics"))[1]
             engine.faults.start("slow", factor=4)
             for _ in range(4):  # each waits for up to 45 s
