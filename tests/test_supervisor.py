@@ -31,6 +31,8 @@ def life(name, end, restarts):
         os.kill(os.getppid(), signal.SIGUSR1)
     while True:
         got = signal.sigwait((signal.SIGTERM, signal.SIGUSR1))
+        if got == signal.SIGUSR1 and signal.SIGTERM in signal.sigpending():  # both came while we had no core; the kernel gives the lower first
+            say(name, signal.Signals(signal.sigwait((signal.SIGTERM,))).name)
         say(name, signal.Signals(got).name)
         if got == signal.SIGUSR1 or end == "at once":
             return 0
