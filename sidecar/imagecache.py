@@ -120,13 +120,17 @@ class ImageCache:
 
     def _evict(self, coming: int) -> None:
         entries, now = [], time.time()
-        for entry in os.scandir(self._folder):
-            stat = entry.stat()
-            if entry.name.startswith(OUT):
-                if now - stat.st_ctime > UNREAD:
-                    Path(entry.path).unlink(missing_ok=True)
-            elif entry.name != LOCK:
-                entries.append((stat, entry.name))
+        with os.scandir(self._folder) as found:
+            for entry in found:
+                try:
+                    stat = entry.stat()
+                except FileNotFoundError:  # another worker evicted or renamed it since
+                    continue
+                if entry.name.startswith(OUT):
+                    if now - stat.st_ctime > UNREAD:
+                        Path(entry.path).unlink(missing_ok=True)
+                elif entry.name != LOCK:
+                    entries.append((stat, entry.name))
         used = sum(s.st_size for s, _ in entries)
         if used + coming <= self._most:
             return

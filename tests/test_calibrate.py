@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -217,7 +216,6 @@ async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that nobody can catch")
 async def test_killed_in_between_it_goes_on(tmp_path: Path) -> None:
     """After SIGKILL in the middle of the grid the same command measures only what is missing, and writes the file."""
     out, partial = tmp_path / "co.json", tmp_path / "co.json.partial"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,12 +59,9 @@ def test_a_folder_without_traces_is_an_error_that_names_what_is_expected(tmp_pat
         traces.load(tmp_path)
 
 
-def test_real_traces_are_read_in_order_of_time() -> None:
+def test_real_traces_are_read_in_order_of_time(requires: Callable[[str], Path]) -> None:
     """Each file of the shared folder gives thousands of arrivals of about an hour."""
-    folder = BENCHMARKS.parent.parent / "shared" / "traces"
-    if not folder.is_dir():
-        pytest.skip("the shared traces are not here")
-    for trace in traces.load(folder).values():
+    for trace in traces.load(requires("../shared/traces")).values():
         assert len(trace) > 5000
         assert 3000 < trace[-1].at < 4000
         assert all(a.at <= b.at for a, b in pairwise(trace))

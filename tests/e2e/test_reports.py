@@ -52,6 +52,7 @@ async def test_reports_outlive_control_and_come_back_after_their_own_death(engin
             assert await sidecar.control() != control
         (reports,) = [p for p in psutil.Process(sidecar.process.pid).children() if "load" in p.name()]
         reports.kill()
+        await asyncio.to_thread(reports.wait)  # until then its port still takes connections, only to reset them
         async with streaming(port) as stream:
             assert (await stream.read()).rps_fractional > 0
             stopping = asyncio.create_task(sidecar.stop())

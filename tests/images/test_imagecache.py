@@ -97,6 +97,13 @@ def test_too_large_and_a_folder_that_is_gone_are_no_errors(tmp_path: Path) -> No
     assert gone.get("aa") is None
 
 
+def test_an_entry_that_vanishes_meanwhile_does_not_keep_others_out(cache: ImageCache, tmp_path: Path) -> None:
+    """Another worker may evict what is being counted (here a link to nowhere): what comes in is kept all the same."""
+    (tmp_path / "ff").symlink_to(tmp_path / "gone")
+    cache.put("aa", DONE, b"pixels")
+    assert cache.get("aa") is not None
+
+
 def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
     """Closed, it is gone; left by a process that was killed, the next one sweeps it; one in use stays."""
     mine = Folder(str(tmp_path), 1 << 20)
