@@ -8,6 +8,7 @@ Everything that is not plain is Pillow's. A header that cannot be read is not pl
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,15 +59,20 @@ def _jpeg(data: bytes) -> Header:
 SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 HUFFMAN_FRAMES: Final = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
+MOST_SEGMENTS: Final = 1000  # cameras and editors write tens; each costs 1 µs, on the relay's event loop too
+_NO_FILL: Final = re.compile(rb"[^\xff]")
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each segment's marker and the place of its content; ends at the scan, or where the file is no JPEG any more."""
+    """Each segment's marker and the place of its content; ends at the scan, or where the file is no sane JPEG any more."""
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    for _ in range(MOST_SEGMENTS):
+        if at + 4 > len(data) or data[at] != 0xFF:
+            return
         marker, length = struct.unpack_from("!BH", data, at + 1)
-        if marker == 0xFF:  # fill byte
-            at += 1
+        if marker == 0xFF:  # fill bytes
+            found = _NO_FILL.search(data, at)
+            at = found.start() - 1 if found else len(data)
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without content
             at += 2
         elif length < 2 or marker == 0xD9:

@@ -269,6 +269,15 @@ def test_headers_never_raise(tail: bytes, head: bytes) -> None:
     assert header is None or (header.height >= 0 and header.width >= 0)
 
 
+@pytest.mark.parametrize(("comments", "size"), [(100, (70, 90)), (10_000, (0, 0))])
+def test_the_way_through_a_jpeg_is_bounded(comments: int, size: tuple[int, int]) -> None:
+    """A hundred comments and any number of fill bytes before the size are read over; ten thousand are nobody's, and it stays unsaid."""
+    data = saved(Image.new("RGB", (90, 70)), "JPEG")
+    header = read(data[:2] + b"\xff\xfe\0\2" * comments + b"\xff" * 50_000 + data[2:])
+    assert header is not None
+    assert ((header.height, header.width), header.plain) == (size, size != (0, 0))
+
+
 @pytest.mark.parametrize("data", [b"", b"hello", b"<svg/>", b"%PDF-1.4", b"RIFF0000WAVE"])
 def test_what_is_no_image_is_none(data: bytes) -> None:
     """Bytes that are no known image have no header."""
