@@ -5,7 +5,8 @@
 Rules: a batch is written whole or not at all, and is forgotten only once it is written: what is lost by kill -9 is at most what
 was not written yet. Nothing is ever counted twice: the ids of the last minutes are written in the same transaction, because a relay
 tells a new control process again what the last one may not have booked. Minutes older than a day are summed up to hours; rows past the bounds of
-age or size go, oldest first. A damaged file is put aside, never a reason not to start. No content, no names but labels.
+age or size go, oldest first, also of those that wait to be written. A damaged file is put aside, whenever that shows. No content, no
+names but labels.
 `write` touches the disk: call it off the event loop, one at a time.
 """
 
@@ -26,6 +27,7 @@ VERSION: Final = 1
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 TIDY_EVERY: Final = HOUR  # seconds between two looks at what is old
 SEEN: Final = 120  # seconds for which ids are kept; a relay repeats what is a second old
+MOST_ROWS: Final = 20_000  # that wait to be written: about 6 MB
 
 _log = logging.getLogger(__name__)
 
@@ -118,19 +120,50 @@ class Records:
         return taken
 
     def restore(self, taken: Batch) -> None:
-        """A write failed: what was taken is pending again."""
-        self._pending.add(taken)
+        """A write failed: what was taken is pending again, in as much room as a disk that stays full may take."""
+        taken.add(self._pending)
+        newest = max(taken.ids.values(), default=0)
+        ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN}
+        self._pending = Batch(_few(taken.sums), ids)
 
     def write(self, taken: Batch, wall: float) -> None:
         """Add a batch to the file, and tidy it from time to time. Raises OSError or sqlite3.Error; then nothing was written."""
-        with _opened(self.path) as db:
+        try:
+            self._write(taken, wall)
+        except sqlite3.DatabaseError as e:
+            if type(e) is not sqlite3.DatabaseError:  # its kinds are a full or locked disk, and defects of ours
+                raise
+            self._put_aside()
+            self._write(taken, wall)
+
+    def _write(self, taken: Batch, wall: float) -> None:
+        with contextlib.closing(_connect(self.path)) as db:
             with _transaction(db):
                 db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
                 db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
                 db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN,))
             if wall - self._tidied >= TIDY_EVERY:
                 self._tidied = wall
-                tidy(db, wall, self._days, self._most)
+                try:
+                    tidy(db, wall, self._days, self._most)
+                except sqlite3.OperationalError as e:  # the batch is in: raised, it would be written once more
+                    _log.warning("the usage records could not be tidied (%s); tried again in an hour", e)
+
+    def _put_aside(self) -> None:
+        _log.error("the usage records are damaged; they are put aside as %s.damaged", self.path.name)
+        for suffix in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+
+
+def _few(sums: dict[Key, Sums]) -> dict[Key, Sums]:
+    """At most MOST_ROWS sums: of more, those of hours instead of minutes, and of still more the newest."""
+    if len(sums) <= MOST_ROWS:
+        return sums
+    hours = Batch()
+    for (at, tenant, model, outcome), one in sums.items():
+        hours.add(Batch({(at // HOUR * HOUR, tenant, model, outcome): one}))
+    return dict(sorted(hours.sums.items(), key=lambda row: row[0])[-MOST_ROWS:])
 
 
 def tidy(db: sqlite3.Connection, wall: float, days: int, most_bytes: int) -> None:
@@ -191,24 +224,6 @@ GROUPS: Final[Mapping[str, str]] = {
 def _order(by: tuple[str, ...]) -> str:
     times = [str(i + 1) for i, name in enumerate(by) if name in ("day", "hour")]
     return ", ".join([*times, "sum(mu) DESC"])
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    try:
-        db = _connect(path)
-    except sqlite3.DatabaseError as e:
-        if isinstance(e, sqlite3.OperationalError):
-            raise
-        _log.error("the usage records are damaged; they are put aside as %s.damaged", path.name)
-        for suffix in ("-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
-        path.replace(path.with_name(path.name + ".damaged"))
-        db = _connect(path)
-    try:
-        yield db
-    finally:
-        db.close()
 
 
 def _connect(path: Path) -> sqlite3.Connection:

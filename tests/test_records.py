@@ -123,6 +123,51 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, damage: bytes) -> None:
     assert (tmp_path / (FILE + ".damaged")).read_bytes() == damage
 
 
+def test_damage_that_shows_later_is_put_aside_too(tmp_path: Path) -> None:
+    """Pages that rot while the sidecar runs: a batch that meets them is in the new file, once."""
+    kept = fresh(tmp_path)
+    for i in range(2000):
+        kept.add(settlement(f"tenant-{i}"), NOW)
+    kept.write(kept.take(), NOW)
+    pages = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(pages[:8192] + b"\xff" * (len(pages) - 8192))
+    for _ in range(2):
+        kept.add(settlement(), NOW)
+        kept.write(kept.take(), NOW)
+    assert total(tmp_path).requests == 2
+    assert (tmp_path / (FILE + ".damaged")).is_file()
+
+
+def test_a_batch_whose_tidying_fails_is_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What keeps old rows from being summed up, as a full disk does, is no reason to write the new ones twice."""
+    kept = fresh(tmp_path)
+    kept.add(settlement(), NOW)
+    kept.write(kept.take(), NOW)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as db:
+        db.execute("CREATE TRIGGER full BEFORE DELETE ON usage BEGIN SELECT count(*) FROM nowhere; END")
+    kept.add(settlement(), NOW + 2 * DAY)
+    kept.write(kept.take(), NOW + 2 * DAY)
+    assert "could not be tidied" in caplog.text
+    assert total(tmp_path).requests == 2
+
+
+def test_what_waits_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settlements of three days that cannot be written: few rows and the last ids are kept, and the sums of the newest rows add up."""
+    monkeypatch.setattr(records, "MOST_ROWS", 100)
+    kept = fresh(tmp_path)
+    for minute in range(3 * DAY // 60):
+        kept.add(settlement(), NOW + 60 * minute)
+        kept.restore(kept.take())
+    taken = kept.take()
+    assert len(taken.sums) <= 100
+    assert len(taken.ids) <= 3
+    assert sum(sums.requests for sums in taken.sums.values()) == 3 * DAY // 60
+    for hour in range(150):
+        kept.add(settlement(), NOW + HOUR * hour)
+        kept.restore(kept.take())
+    assert min(at for at, *_ in kept.take().sums) >= NOW + 50 * HOUR
+
+
 def test_kill_9_amid_writing_loses_the_last_batch_at_most(tmp_path: Path) -> None:
     """A process that says after each commit how much it wrote is killed: the file holds that, or one batch more."""
     code = (
