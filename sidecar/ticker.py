@@ -309,7 +309,7 @@ class Ticker:
             raise
         except (OSError, sqlite3.Error) as e:
             records.restore(taken)
-            _log.error("cannot write the usage records (%s); they are kept in memory and tried again", type(e).__name__)
+            _log.error("cannot write %s (%s); what was used is kept in memory and tried again", records.path, e)
 
     async def _keep(self, content: dict[str, Any]) -> None:
         try:

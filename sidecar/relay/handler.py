@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -23,7 +23,6 @@ from aiohttp import web
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
 from sidecar.facts import End, Fact, Order, Page, Published, Trace
 from sidecar.jobs import Data
-from sidecar.limits import MAX_NAME
 from sidecar.relay import (
     answering,
     bodies,
@@ -51,8 +50,6 @@ from sidecar.tracecontext import new_trace, parse_traceparent
 from sidecar.units import Coefficients
 
 _log = logging.getLogger(__name__)
-
-NO_TENANT: Final = "default"
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -221,7 +218,7 @@ class Relay:
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
         """Engine work: one admission, settled before its client is told of an error."""
-        tenant = request.headers.get(self._settings.tenant_header, "")[:MAX_NAME] or NO_TENANT
+        tenant = headers.tenant(request.headers, self._settings.tenant_header)
         admission = self._desk.open(route, tenant, self._trace(request))
         try:
             with admission:

@@ -13,6 +13,7 @@ from typing import Final
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from sidecar.facts import Published, Trace
+from sidecar.limits import MAX_NAME
 from sidecar.tracecontext import format_traceparent
 
 _HOP_BY_HOP: Final = frozenset((
@@ -26,6 +27,7 @@ ORCA: Final = "endpoint-load-metrics"
 ORCA_FORMAT: Final = "endpoint-load-metrics-format"
 
 USAGE: Final = "x-sidecar-usage"
+NO_TENANT: Final = "default"
 
 Headers = CIMultiDict[str]
 Received = CIMultiDictProxy[str]
@@ -35,6 +37,18 @@ def request_id(headers: Received) -> str:
     """The client's `x-request-id` when it is a sound one, else empty."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else ""
+
+
+def tenant(headers: Received, name: str) -> str:
+    """Whom a request is from, by the header `name`: what is hashed, priced and reported. Bytes that are no UTF-8 are taken for Latin-1."""
+    given = headers.get(name, "")
+    if not given.isascii():
+        raw = given.encode(errors="surrogateescape")
+        try:
+            given = raw.decode()
+        except UnicodeDecodeError:
+            given = raw.decode("latin-1")
+    return given[:MAX_NAME] or NO_TENANT
 
 
 def to_engine(headers: Received, *, id: str, remote: str, trace: Trace | None, length: int | None) -> Headers:

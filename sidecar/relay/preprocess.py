@@ -31,7 +31,7 @@ from sidecar.facts import Fact, Imaged
 from sidecar.images import Data, Images, Prepared, Tensors
 from sidecar.jobs import LAYOUT, TENSORS
 from sidecar.kernels.grid import Geometry, ProcessorSpec, TileSpec
-from sidecar.relay import batches, bodies, downstream, lending, links
+from sidecar.relay import batches, bodies, downstream, headers, lending, links
 from sidecar.relay.batches import SIZES
 from sidecar.settings import Settings
 
@@ -86,7 +86,7 @@ async def preprocess(
         raise BadRequest(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
-    tenant = request.headers.get(limits.tenant_header, "")
+    tenant = headers.tenant(request.headers, limits.tenant_header)
     if way == CUDA_IPC:
         if spec.half:
             raise NotImplementedHere(f"{HANDOFF}: values are not rounded on the GPU; send {SHM}, or leave `values` out")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from sidecar.facts import STATES, Imaged, Published
+from sidecar.facts import STATES, Admitted, Imaged, Published
 
 from .pictures import Workers, pictures
 from .work import echo, once
@@ -39,6 +40,19 @@ async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: A
     first, again, other = await name("acme"), await name("acme"), await name("umbrella")
     assert first == again != other
     assert "h0" not in (first, other)
+
+
+async def test_a_tenant_of_any_bytes_is_served(rig: Any, serve: Any) -> None:
+    """Names in UTF-8 and in Latin-1, as old clients send them, are the same tenant; others in Latin-1 are others."""
+    r = await rig(await serve(echo), images=Workers())
+    body = json.dumps(pictures("AAAA")).encode()
+    uuids = []
+    for name in ("Zoë".encode(), "Zoë".encode("latin-1"), "Zoé".encode("latin-1")):
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-tenant-id: %b\r\n" % name
+        answer = await r.raw(head + b"content-length: %d\r\n\r\n" % len(body) + body)
+        uuids.append(json.loads(answer.partition(b"\r\n\r\n")[2])["messages"][0]["content"][0]["uuid"])
+    assert uuids[0] == uuids[1] != uuids[2]
+    assert [fact.tenant for fact in r.facts.of(Admitted)] == ["Zoë", "Zoë", "Zoé"]
 
 
 async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any, serve: Any) -> None:
