@@ -1,9 +1,9 @@
-"""Writes what documents take from the code: tables of the README, docs/verdict.md, a table of docs/health.md, deploy/kubernetes.
+"""Writes what documents take from the code: tables of the README, docs/verdict.md, tables of other documents, deploy/kubernetes.
 
     python docs/generate.py            write      (make docs)
     python docs/generate.py --check    exit 1 and name the files that differ
 
-Rules: what is written depends on the code alone, and on docs/verdict-figures.md; prose stands in the documents, between the marks stands what is generated.
+Rules: what is written depends on the code alone, on docs/verdict-figures.md and on the last runs in benchmarks/results; prose stands in the documents, between the marks stands what is generated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from sidecar.verdict import CONDITIONS, TABLE
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 GATEWAY: Final = ROOT / "deploy" / "envoy-ai-gateway" / "milli-mu.yaml"
+RESULTS: Final = ROOT / "benchmarks" / "results"
 FIGURES: Final = ROOT / "docs" / "verdict-figures.md"  # of runs, kept by hand
+
+ACCURACY: Final = r"MAPE ([\d.]+)%, P90 ([\d.]+)%, R2 [-\d.]+"  # as `sidecar calibrate` reports it
 
 MEANING: Final[dict[State, str]] = {
     "starting": "no token yet since the engine started",
@@ -135,6 +138,34 @@ def families_table() -> str:
     return table(("processor", "what it does", "`pixel_values`", "inline, shm"), rows)
 
 
+def calibration_tables() -> str:
+    """What the last runs of benchmarks/calibration.py found, of each model: errors on held-out shapes, and the runs themselves."""
+    errors, runs, plots = [], [], []
+    for kind in ("text", "vision"):
+        path = max(RESULTS.glob(f"calibration-{kind}-*.md"))
+        told = path.read_text()
+        for name, *numbers in re.findall(
+            rf"^(held out|of these \w+): {ACCURACY}; alpha-beta line: {ACCURACY}", told, re.MULTILINE
+        ):
+            mape, p90, line, line_p90 = map(float, numbers)
+            met = "met" if mape <= 10 and p90 <= 25 and mape <= line / 2 else "missed"
+            shapes = f"{kind} model" if name == "held out" else f"its {name.removeprefix('of these ')} alone"
+            row = (shapes, f"{mape} % / {p90} %", f"{line} % / {line_p90} %", met if name == "held out" else "")
+            errors.append(row)
+        varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|core in) ([\d.]+)%", told))
+        took, date, unit = *re.findall(r"`, (\S+); (\d+) s", told)[0][::-1], re.findall(r"1 MU = ([\d.]+)", told)[0]
+        met = "met" if varies <= 10 else "missed"
+        runs.append(
+            (f"{kind} model", date, f"{took} s", f"{varies} % ({met})", f"{apart} %", f"{waited} %", f"{unit} ms")
+        )
+        plots.append(f"![{kind} model](../benchmarks/results/{path.stem}.svg)")
+    found = table(
+        ("held-out shapes", "cost model, MAPE / P90", "alpha-beta line", "<= 10 % / 25 %, half of the line's"), errors
+    )
+    of = ("", "run on", "took", "capacity varies (<= 10 %)", "turns of a shape apart", "without a core", "1 MU")
+    return "\n".join([found, table(of, runs), " ".join(plots), ""])
+
+
 def verdict_page() -> str:
     """docs/verdict.md."""
     conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
@@ -203,6 +234,7 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "faults": faults_table,
     "holds": holds_table,
     "families": families_table,
+    "calibration": calibration_tables,
     "modes": lambda: cases_table(catalogue.MODES),
     "alarms": lambda: cases_table(catalogue.ALARMS),
 }
@@ -221,7 +253,10 @@ def outputs() -> dict[Path, str]:
     return {
         **{
             path: filled(path.read_text())
-            for path in (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("health", "fleet", "images")))
+            for path in (
+                ROOT / "README.md",
+                *(ROOT / "docs" / f"{page}.md" for page in ("health", "fleet", "images", "model-units")),
+            )
         },
         ROOT / "docs" / "verdict.md": verdict_page(),
         GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),

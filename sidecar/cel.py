@@ -3,7 +3,7 @@
     sidecar cel --coefficients coefficients.json
 
 Envoy AI Gateway evaluates it over a response's `usage` (`llmRequestCosts`, type CEL): unsigned `input_tokens`, `cached_input_tokens` and
-`output_tokens`. A usage does not say how many of the input tokens are of images: they are priced as input, what their encoder did is not.
+`output_tokens`. A usage does not say how many of the input tokens are of images: they are priced as input, what their encoder did (g, h, q) is not.
 """
 
 from __future__ import annotations

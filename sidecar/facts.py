@@ -24,7 +24,10 @@ STATES: Final[tuple[State, ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One request's size in tokens. Tokens of images, audio and video are encoder outputs and also part of `uncached`."""
+    """One request's size in tokens. Tokens of images, audio and video are encoder outputs and also part of `uncached`.
+
+    `image_squares`: the square of each image's tokens, summed over the images.
+    """
 
     uncached: int
     cached: int = 0
@@ -35,6 +38,7 @@ class Work:
     audios: int = 0
     video_tokens: int = 0
     videos: int = 0
+    image_squares: int = 0
 
 
 @dataclass(frozen=True, slots=True)

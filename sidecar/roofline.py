@@ -5,7 +5,8 @@ A roofline: products run at REACHED of the GPU's peak, reading at READ of its me
     b  4 FLOPs per query head, its dimension and layer, for each token that lies before
     d  the weights that a step reads, shared by the batch (of a mixture: those that a batch of BATCH meets), or its FLOPs where they take longer
     f  the bytes of keys and values of one token
-    g  2 FLOPs per weight of the vision tower, for each patch that is merged into one token
+    g  2 FLOPs per weight of the vision tower, for each patch that is merged into one token, and attention within a tile or a window
+    q  4 FLOPs per dimension and layer of the tower, for each pair of patches that may lie anywhere in the image
 k and h, launch and glue, are the defaults'. Several GPUs share the work, SPLIT of it well.
 What is not known is said in `source`: of an unknown GPU an H100's numbers are taken, of an unknown model the documented default.
 """
@@ -76,7 +77,7 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
     try:
         model = model_of(config)
         bytes_each, compute = precision(config, row)
-        tower = vision(config)
+        per_token, per_pair = vision(config)
     except (Unknown, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as e:
         why = str(e) if isinstance(e, Unknown) else ODD
         return replace(Coefficients(), source=f"default: {why}", gpu=gpu)
@@ -92,7 +93,8 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
     co = Coefficients(
         k=default.k, a=2 * model.prefill_weights / flops, b=model.attention_flops / plain,
         d=max(model.read_weights * bytes_each / read / BATCH, 2 * model.decode_weights / flops),
-        f=model.kv_values * kv_bytes(config) / read, g=2 * tower / plain if tower else default.g, h=default.h,
+        f=model.kv_values * kv_bytes(config) / read, g=per_token / plain if per_token else default.g, h=default.h,
+        q=per_pair / plain if per_token else default.q,
         window=model.window, windowed=model.windowed, batch=BATCH, source=source, gpu=gpu,
     )  # fmt: skip
     numbers = [getattr(co, name) for name in (*TERMS, "window", "windowed")]
@@ -244,23 +246,41 @@ def kv_bytes(config: Config) -> float:
 # --- the vision tower ---
 
 
-def vision(config: Config) -> float:
-    """Weights that one encoder token costs: those of the tower, times the patches that are merged into it. 0: not known."""
+def vision(config: Config) -> tuple[float, float]:
+    """FLOPs of one encoder token, and of each pair of tokens of an image. Zeros: not known."""
     tower = config.get("vision_config")
     if not isinstance(tower, Mapping):
-        return 0.0
+        return 0.0, 0.0
     width = _get(tower, "embed_dim", "hidden_size", "width")  # Qwen2-VL's hidden_size is that of the language model
     depth = _get(tower, "depth", "num_hidden_layers", "layers")
     if not width or not depth:
-        return 0.0
+        return 0.0, 0.0
     inner = _get(tower, "intermediate_size") or width * (_get(tower, "mlp_ratio") or 4.0)
     matrices = 3 if str(tower.get("hidden_act", "")).startswith("silu") else 2
-    return depth * (4 * width * width + matrices * width * inner) * merged(config, tower)
+    patches = merged(config, tower)
+    products = 2 * depth * (4 * width * width + matrices * width * inner)
+    whole, seen = reach(config, tower, depth)
+    attention = 4 * width  # of two patches, in one layer
+    return (products + (depth - whole) * attention * seen) * patches, whole * attention * patches * patches
+
+
+def reach(config: Config, tower: Config, depth: float) -> tuple[float, float]:
+    """(layers in which a patch sees its whole image, however large; patches that it sees in the others: those of its tile or window)."""
+    patch, size, window = _get(tower, "patch_size"), _get(tower, "image_size"), _get(tower, "window_size")
+    full = tower.get("fullatt_block_indexes")
+    if isinstance(full, Sequence) and not isinstance(full, str):  # Qwen2.5-VL
+        return min(depth, len(full)), (window / patch) ** 2 if patch else 0.0
+    grows = _get(tower, "spatial_merge_size") or _get(
+        config, "spatial_merge_size"
+    )  # of the image's own size, within image_size
+    if grows or not size or not patch or tower.get("model_type") == "pixtral":
+        return depth, 0.0
+    return 0.0, (size // patch) ** 2
 
 
 def merged(config: Config, tower: Config) -> float:
     """Patches per token."""
-    side = _get(tower, "spatial_merge_size") or _get(config, "spatial_merge_size", "scale_factor")
+    side = _get(tower, "spatial_merge_size", "merge_kernel_size") or _get(config, "spatial_merge_size", "scale_factor")
     if side:
         return side * side
     ratio = _get(config, "downsample_ratio") or _get(tower, "pixel_shuffle_ratio")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar import units
+from sidecar.errors import UsageError
 from sidecar.facts import Usage, Work
 from sidecar.report import cost
 from sidecar.units import Coefficients
@@ -53,6 +54,31 @@ def test_audio_and_video_are_priced_as_images_are() -> None:
     assert units.settled_work(heard, Usage(900, 7, 100), 0) == replace(heard, uncached=800, cached=100, output=7)
 
 
+def test_an_encoders_attention_stays_within_an_image() -> None:
+    """One image of twice the tokens costs more than two images of as many together; `GET /cost` takes them to be of one size."""
+    asked = {"in": "2000", "image_tokens": "1600"}
+    one, two = (cost.render(asked | {"images": str(n)}, CO)["terms_ms"]["images"] for n in (1, 2))
+    assert one - two == pytest.approx(CO.q * (1600**2 - 2 * 800**2) - CO.h)
+
+
+def test_what_was_cached_of_images_costs_no_encoder() -> None:
+    """Encoder tokens are part of the prompt: what is more than its uncached part came from the cache. Without a cache nothing changes."""
+    expected = Work(900, image_tokens=800, images=1, image_squares=800**2)
+    whole, half = (units.settled_work(expected, Usage(900, 5, cached), 0) for cached in (0, 500))
+    assert whole == replace(expected, output=5)
+    assert half == Work(400, 500, 5, 400, 1, image_squares=800**2 // 2)
+    assert units.settled_work(expected, Usage(900, 5, 90), 0).image_tokens == 800
+
+
+def test_a_file_says_its_version() -> None:
+    """One of the first version was measured without q, so it is 0; one of a later version than ours is refused."""
+    assert units.from_json(units.to_json(CO)) == CO
+    assert units.from_json('{"g": 0.5}') == replace(CO, g=0.5, q=0.0, source="file")
+    assert units.from_json('{"version": 2, "g": 0.5}').q == CO.q
+    with pytest.raises(UsageError, match="version 3 is not known here, the latest is 2"):
+        units.from_json('{"version": 3}', "co.json")
+
+
 def test_the_line_is_exact_for_one_unit_and_for_nothing() -> None:
     """alpha, beta, gamma: what consumers that can multiply only use; never negative."""
     line = dict(units.line(CO))
@@ -64,7 +90,7 @@ def test_the_line_is_exact_for_one_unit_and_for_nothing() -> None:
 def test_cost_says_what_a_request_costs_and_why() -> None:
     """The terms add up; cached tokens are part of `in`."""
     told = cost.render({"in": "3500", "cached": "500", "out": "300", "images": "1", "image_tokens": "400"}, CO)
-    assert told["mu"] == units.mu(Work(3000, 500, 300, 400, 1), CO)
+    assert told["mu"] == units.mu(Work(3000, 500, 300, 400, 1, image_squares=400**2), CO)
     assert sum(told["terms_ms"].values()) == pytest.approx(told["gpu_ms"])
     assert told["mu_milli"] == round(1000 * told["mu"])
 

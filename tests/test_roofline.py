@@ -130,11 +130,37 @@ def test_sliding_windows_are_read_in_every_spelling(config: Config, expected: tu
 
 
 def test_a_vision_tower_costs_its_patches() -> None:
-    """Qwen2.5-VL's: 32 blocks of width 1280, four patches to a token; of an unknown one the default's price stays."""
+    """Of width 1280 and 32 blocks, four patches to a token; of an unknown one the default's prices stay."""
     tower = {"hidden_size": 1280, "depth": 32, "intermediate_size": 3420, "hidden_act": "silu", "spatial_merge_size": 2}
-    assert vision({**LLAMA, "vision_config": tower}) == pytest.approx(4 * 0.63e9, rel=0.02)
-    assert roofline(LLAMA, H100).g == Coefficients().g
-    assert vision({**LLAMA, "vision_config": {"depth": 3}}) == 0
+    per_token, per_pair = vision({**LLAMA, "vision_config": tower})
+    assert per_token == pytest.approx(2 * 4 * 0.63e9, rel=0.02)
+    assert per_pair == 4 * 1280 * 32 * 4**2
+    assert (roofline(LLAMA, H100).g, roofline(LLAMA, H100).q) == (Coefficients().g, Coefficients().q)
+    assert vision({**LLAMA, "vision_config": {"depth": 3}}) == (0, 0)
+
+
+QWEN2_5 = {"hidden_size": 1280, "depth": 32, "patch_size": 14, "window_size": 112, "spatial_merge_size": 2, "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
+CLIP = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14, "model_type": "clip_vision_model"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tower", "whole", "seen"),
+    [
+        (QWEN2_5, 4, 64),
+        (CLIP, 0, 576),
+        ({**CLIP, "model_type": "pixtral"}, 24, 0),  # its image_size is the most
+        ({"hidden_size": 1280, "depth": 27, "image_size": 336, "patch_size": 14, "spatial_merge_size": 2}, 27, 0),
+    ],
+)
+def test_attention_within_an_image_counts_where_it_grows(tower: dict[str, Any], whole: int, seen: int) -> None:
+    """Layers that see a whole image of any size cost its square; those that see a window or a tile cost so much for each token."""
+    config, patches = {"vision_config": tower}, tower.get("spatial_merge_size", 1) ** 2
+    layers = tower.get("depth", tower.get("num_hidden_layers"))
+    plain, _ = vision({"vision_config": {key: tower[key] for key in tower if key not in ("window_size", "image_size")}})
+    per_token, per_pair = vision(config)
+    width = tower["hidden_size"]
+    assert per_pair == whole * 4 * width * patches**2
+    assert per_token - plain == pytest.approx((layers - whole) * 4 * width * seen * patches)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def windows(
                 int(rng.lognormvariate(4.5, 1)),
                 400 * pictures,
                 pictures,
+                image_squares=400**2 * pictures,
             )
             for name, value in zip(units.TERMS, units.features(w, co), strict=True):
                 work[name] += value

@@ -136,8 +136,9 @@ def used(answer: Any, shape: Shape, target: Target) -> Work:
     try:
         usage = answer["usage"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        encoder = shape.images * target.tokens.get(shape.side, 0)
-        return Work(usage["prompt_tokens"] - cached, cached, usage["completion_tokens"], encoder, shape.images)
+        n, each = shape.images, target.tokens.get(shape.side, 0)
+        new, output = usage["prompt_tokens"] - cached, usage["completion_tokens"]
+        return Work(new, cached, output, n * each, n, image_squares=n * each * each)
     except (KeyError, TypeError, AttributeError):
         raise ValueError("no usage") from None
 

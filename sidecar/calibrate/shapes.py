@@ -14,7 +14,11 @@ from typing import Final
 
 MOST: Final = 16_384  # tokens; longer prompts take minutes to measure, and the square term shows well before
 LEAST: Final = 256
-SIDES: Final = (448, 896)  # pixels of a photo's longer side, 4:3; multiples of the usual patch sizes
+SIDES: Final = (
+    448,
+    672,
+    896,
+)  # pixels of a photo's longer side, 4:3; three tell what a photo costs, its tokens, and their square
 WORDS: Final = 32  # tokens of text beside images, about
 
 
@@ -69,10 +73,12 @@ PHOTOS: Final[tuple[tuple[int, int, float, bool], ...]] = (
     (1, 0, 1 / 1024, False),
     (4, 0, 1 / 1024, False),
     (1, 1, 1 / 1024, False),
-    (4, 1, 1 / 1024, False),
+    (1, 2, 1 / 1024, False),
+    (4, 2, 1 / 1024, False),
     (1, 0, 1 / 32, False),
     (2, 0, 1 / 1024, True),
     (2, 1, 1 / 1024, True),
+    (2, 2, 1 / 1024, True),
     (2, 0, 1 / 64, True),
 )
 

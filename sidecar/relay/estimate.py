@@ -106,10 +106,11 @@ class Estimator:
     def estimate(self, tenant: str, shape: Shape, image_tokens: list[int], counted: int | None = None) -> Estimate:
         """`image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each. `counted`: the text's, by a tokenizer."""
         images = max(shape.images, len(image_tokens))
-        encoder = sum(image_tokens) + IMAGE_TOKENS * (images - len(image_tokens))
+        each = image_tokens + [IMAGE_TOKENS] * (images - len(image_tokens))
+        encoder, squares = sum(each), sum(tokens * tokens for tokens in each)
         text = self.text_tokens(shape) if counted is None else counted + self.template_tokens(shape)
         heard, shown = AUDIO_TOKENS * shape.audios, VIDEO_TOKENS * shape.videos
-        media = encoder, images, heard, shape.audios, shown, shape.videos
+        media = encoder, images, heard, shape.audios, shown, shape.videos, squares
         prompt = max(1, text + shape.token_ids + encoder + heard + shown)
         if not shape.generative:
             work = Work(prompt, 0, 0, *media)

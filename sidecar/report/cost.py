@@ -1,6 +1,6 @@
 """Pure: what a request of a given size costs, and why: `GET /cost?in=3500&cached=0&out=300&images=1&image_tokens=900`.
 
-`in` are all input tokens, cached ones and those of images, audio and video among them; what is not named is 0.
+`in` are all input tokens, cached ones and those of images, audio and video among them; what is not named is 0. Images are of one size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
     if cached > numbers.get("in", 0):
         raise ValueError("cached tokens are part of `in`, so there cannot be more of them")
     media = {name: numbers.get(name, 0) for name in MEDIA}
-    work = Work(numbers.get("in", 0) - cached, cached, numbers.get("out", 0), **media)
+    squares = media["image_tokens"] ** 2 // max(1, media["images"])
+    work = Work(numbers.get("in", 0) - cached, cached, numbers.get("out", 0), **media, image_squares=squares)
     mu = units.mu(work, co)
     return {
         "mu": mu, "mu_milli": round(1000 * mu), "gpu_ms": units.gpu_ms(work, co), "terms_ms": dict(units.by_cause(work, co)),

@@ -17,7 +17,10 @@ def work(estimator: Estimator, tenant: str, shape: Shape) -> Work:
 def test_the_first_request_is_priced_by_the_documented_defaults() -> None:
     """Four bytes a token, the prior's mean of output tokens, and a documented size for an image nobody measured."""
     first = Estimator(CO).estimate("t", Shape("m", text_bytes=400, token_ids=5, images=2), [77]).work
-    assert first == Work(100 + 5 + 77 + IMAGE_TOKENS, output=first.output, image_tokens=77 + IMAGE_TOKENS, images=2)
+    assert first == Work(
+        100 + 5 + 77 + IMAGE_TOKENS, output=first.output, image_tokens=77 + IMAGE_TOKENS, images=2,
+        image_squares=77**2 + IMAGE_TOKENS**2,
+    )  # fmt: skip
     assert 200 < first.output < 280
 
 
