@@ -194,7 +194,7 @@ def mismatch(co: Coefficients, seen: Identity) -> str:
         return f"measured on the model {co.model}, the engine serves {seen.models[0]}"
     if co.engine not in ("", "unknown") and seen.engine and co.engine != seen.engine:
         return f"measured on version {co.engine} of the engine, it is {seen.engine}"
-    if co.gpu and seen.gpus and not any(same(co.gpu, gpu) for gpu in seen.gpus):
+    if co.gpu and seen.gpus and all(seen.gpus) and not any(same(co.gpu, gpu) for gpu in seen.gpus):
         return f"measured on {co.gpu}, here is {seen.gpus[0]}"
     now = dict(flag.split("=", 1) for flag in seen.flags)
     for flag in filter(None, co.flags.split(",")):

@@ -237,12 +237,16 @@ def test_the_command_takes_the_models_roofline(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("script", "names"), [("count 2", ["Stub GPU", "Stub GPU"]), ("hang nvmlInitWithFlags", []), ("nvmlInitWithFlags 999", [])]
+    ("script", "names"),
+    [("count 2", ["Stub GPU", "Stub GPU"]), ("mig 3", ["Stub GPU MIG 1g.10gb"]), ("hang nvmlInitWithFlags", []), ("nvmlInitWithFlags 999", [])],
 )  # fmt: skip
 def test_the_name_comes_from_nvml(
     script: str, names: list[str], tmp_path: Path, requires: Callable[[str], Path]
 ) -> None:
-    """Without --gpu the driver library is asked, in a process of its own: one that hangs or fails holds no start up."""
+    """Without --gpu the driver library is asked, in a process of its own: one that hangs or fails holds no start up.
+
+    A slice is named as the signal names it: else its roofline would be that of the whole GPU, and its calibration stale at once.
+    """
     library = build(requires("gcc"), tmp_path / "lib")
     (tmp_path / "script").write_text(script)
     code = "from sidecar.signals import gpu_names; print(gpu_names.read(3.0))"

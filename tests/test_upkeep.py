@@ -194,6 +194,7 @@ def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
         (Identity(("c",), "1.0", ("H100",)), "model"),
         (Identity(("a",), "1.1", ("H100",)), "version"),
         (Identity(("a",), "1.0", ("NVIDIA L4",)), "L4"),
+        (Identity(("a",), "1.0", ("",)), ""),  # a GPU that was lost before it could say its name
         (Identity(("a",), "1.0", ("NVIDIA H100 80GB HBM3",)), ""),
         (Identity(("a",), "1.0", flags=("cache_dtype=auto", "gpu_memory_utilization=0.5")), ""),
         (Identity(("a",), "1.0", flags=("cache_dtype=fp8",)), "cache_dtype=fp8"),

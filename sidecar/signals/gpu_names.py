@@ -1,4 +1,4 @@
-"""The names of the GPUs that are visible here, asked once at the start.
+"""The names of the GPUs that are visible here, or of their MIG slices, as signals/gpu.py tells them; asked once at the start.
 
 NVML has hung, and does not outlive a fork, so it is asked in a process of its own, which is killed when it takes too long. Where there
 is no driver library, nothing is started.
@@ -17,17 +17,21 @@ from sidecar.signals.gpu import LIBRARY
 PATIENCE: Final = 10.0  # seconds; NVML's first call wakes the GPUs up
 MOST: Final = 64  # GPUs
 ASK: Final = """
-import pynvml as n
-n.nvmlInit()
-for i in range(n.nvmlDeviceGetCount()):
-    print(n.nvmlDeviceGetName(n.nvmlDeviceGetHandleByIndex(i)))
+import pynvml
+from sidecar.signals.gpu_sample import found
+pynvml.nvmlInit()
+for index in range(pynvml.nvmlDeviceGetCount()):
+    for device in found(pynvml, lambda call, *args: call(*args), index):
+        if device.error:
+            raise device.error
+        print(device.name)
 """
 
 _log = logging.getLogger(__name__)
 
 
 def read(patience: float = PATIENCE) -> list[str]:
-    """NVML's names, one per GPU; empty where none can be read."""
+    """NVML's names, one per GPU, or per slice of it that is ours; empty where none can be read."""
     try:
         ctypes.CDLL(LIBRARY)
         done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=patience, check=True)
