@@ -60,10 +60,10 @@ def main(chosen: Settings, border: Border) -> int:
         ]
         place = process.Place(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
         if chosen.tenant_limits:
-            quota.read(chosen.tenant_limits)
+            limits = quota.read(chosen.tenant_limits)
             (folder / "accounts").write_bytes(b"")
             os.truncate(folder / "accounts", accounts.size(chosen.workers))
-            place = replace(place, accounts=str(folder / "accounts"))
+            place = replace(place, accounts=str(folder / "accounts"), limits=limits)
         if chosen.images != "off":
             kept = Folder(chosen.shm_dir, chosen.image_cache_bytes, needed=chosen.images == "shm")
             stack.callback(kept.close)

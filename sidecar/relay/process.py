@@ -17,13 +17,14 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 
 from sidecar.facts import Fact, Joined, Pulse
 from sidecar.kernels import families
+from sidecar.limits import Limits
 from sidecar.plugin import Watch
 from sidecar.relay import counting, links, scraper, upstream
 from sidecar.relay.accounts import Accounts
@@ -60,6 +61,7 @@ class Place:
     image_cache: str = ""  # folder of prepared images; "" where none are kept
     image_cache_bytes: int = 0
     accounts: str = ""  # file of the tenants' accounts, which all relays share; "" where there is no other relay
+    limits: Limits = field(default_factory=Limits)  # of tenants, as they were at the start
     index: int = 0
     restarts: int = 0
 
@@ -177,7 +179,7 @@ async def _quota(place: Place) -> AsyncIterator[Quota | None]:
     if not own.tenant_limits:
         yield None
         return
-    quota = Quota(own.tenant_limits, Accounts(place.accounts, own.workers, place.index), own.workers)
+    quota = Quota(own.tenant_limits, Accounts(place.accounts, own.workers, place.index), own.workers, place.limits)
     watching = asyncio.create_task(_lasting(quota.watch))
     try:
         yield quota

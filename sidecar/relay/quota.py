@@ -1,8 +1,9 @@
 """Limits of tenants on the data path: a request takes its estimate here, and its settlement corrects it.
 
 Rules: without a limit for a tenant nothing is taken. The file is read again when it changes (a ConfigMap changes by its symlink, so its
-time is looked at every LOOK seconds); a bad one is named once, and the last good one stays. Spill-over needs a load report: each one, once
-a second, says how much is idle, of which each relay process may give away its even share until the next.
+time is looked at every LOOK seconds); a bad one is named once, and the last good one stays, in a relay that was started again that of the
+sidecar's start. Spill-over needs a load report: each one, once a second, says how much is idle, of which each relay process may give
+away its even share until the next.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ _log = logging.getLogger(__name__)
 
 
 class Quota:
-    """One per relay process. `path` is the file of limits; it has been read well once."""
+    """One per relay process. `path` is the file of limits, `limits` what it said when the sidecar started."""
 
-    def __init__(self, path: str, accounts: Accounts, workers: int) -> None:
+    def __init__(self, path: str, accounts: Accounts, workers: int, limits: Limits) -> None:
         self._path = Path(path)
         self._accounts = accounts
         self._workers = workers
         self._stamp = _stamp(self._path)
-        self._limits = read(path)
+        self._limits = limits
+        self._read()
         self._spare = 0.0  # MU that may be given away
         self._heard = -math.inf
 
@@ -76,12 +78,17 @@ class Quota:
         if stamp == self._stamp:
             return
         self._stamp = stamp
+        if self._read():
+            _log.info("the tenants' limits were read again")
+
+    def _read(self) -> bool:
+        """Whether the file is good, and so in force."""
         try:
             self._limits = read(str(self._path))
         except UsageError as e:
             _log.error("%s; the limits that were read before stay in force", e)
-        else:
-            _log.info("the tenants' limits were read again")
+            return False
+        return True
 
     def close(self) -> None:
         """Let go of the accounts."""

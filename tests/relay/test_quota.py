@@ -14,7 +14,7 @@ from sidecar.facts import Published, Settled
 from sidecar.relay.accounts import Accounts
 from sidecar.relay.estimate import Estimator
 from sidecar.relay.pricing import Pricing
-from sidecar.relay.quota import Quota
+from sidecar.relay.quota import Quota, read
 from sidecar.relay.shapes import Shape
 from sidecar.units import Coefficients
 from tests.relay.work import CHAT, FAST
@@ -34,7 +34,7 @@ def quota(file: Path) -> Iterator[Callable[[str], Quota]]:
 
     def open_(text: str) -> Quota:
         file.write_text(text)
-        opened.append(Quota(str(file), Accounts("", 1, 0), 1))
+        opened.append(Quota(str(file), Accounts("", 1, 0), 1, read(str(file))))
         return opened[-1]
 
     yield open_
@@ -127,6 +127,24 @@ def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
     limits.look()
     limits.settle(lease, 1.0)
     limits.take("a", *ONE)
+
+
+@pytest.mark.parametrize("now", [None, "[default]\nmu = 1"], ids=["gone", "bad"])
+def test_a_relay_that_is_started_again_beside_a_bad_file_serves(quota: Any, file: Path, now: str | None) -> None:
+    """Its limits are those of the sidecar's start, until the file is good again."""
+    quota("[default]\nmu_in_flight = 1")
+    known = read(str(file))
+    file.unlink()
+    if now is not None:
+        file.write_text(now)
+    limits = Quota(str(file), Accounts("", 1, 0), 1, known)
+    limits.take("a", *ONE)
+    with pytest.raises(TenantLimited):
+        limits.take("a", *ONE)
+    file.write_text("[default]\nmu_in_flight = 9")
+    limits.look()
+    limits.take("a", *ONE)
+    limits.close()
 
 
 def test_a_file_that_cannot_be_used_ends_the_start(quota: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 
 from sidecar.facts import Admitted, End, Published, Settled
-from sidecar.limits import Limit
+from sidecar.limits import Limit, Limits
 from sidecar.relay.accounts import Accounts, Lease
 from sidecar.relay.estimate import Estimator
 from sidecar.relay.pricing import Pricing
@@ -47,7 +47,7 @@ async def test_a_storm_leaves_nothing_behind(
 
     limits, accounts = tmp_path / "limits.toml", Accounts("", 1, 0)
     limits.write_text("[default]\nmu_per_minute = 1e6\nmu_in_flight = 1e6\n")
-    pricing = Pricing(Estimator(Coefficients()), Quota(str(limits), accounts, 1))
+    pricing = Pricing(Estimator(Coefficients()), Quota(str(limits), accounts, 1, Limits()))
     r = await rig(await serve(engine), pricing=pricing, **settings)
 
     async def ask() -> None:
