@@ -1,20 +1,25 @@
 """The connection to the client: bodies read within a bound, answers written, and who broke what told apart.
 
-Rules: a client that is gone raises ClientGone, an engine that broke raises EngineBroke; both connections speak aiohttp, whose
-errors do not tell the two apart.
+Rules: a client that is gone raises ClientGone, one that does not read ClientStalled, an engine that broke EngineBroke; both connections
+speak aiohttp, whose errors do not tell the two apart.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Final
 
 import aiohttp
 from aiohttp import web
 
 from sidecar.errors import BodyTooLarge
-from sidecar.relay.outcomes import ClientGone, EngineBroke
+from sidecar.jobs import Data
+from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 
 BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
+PIECE: Final = 1 << 20  # bytes that a client must take in time, where what it gets is long
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -71,6 +76,26 @@ async def end(response: web.StreamResponse) -> None:
         await response.write_eof()
     except ConnectionError:
         raise ClientGone from None
+
+
+async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], within: float) -> None:
+    """Send what is held in memory until it is sent, and finish. Raises ClientStalled where nothing is read for `within` seconds (0: for ever)."""
+    for group in groups:
+        data = memoryview(group[0] if len(group) == 1 else b"".join(group))
+        for at in range(0, len(data), PIECE):
+            async with _read_within(within):
+                await write(response, data[at : at + PIECE])
+    async with _read_within(within):
+        await end(response)
+
+
+@asynccontextmanager
+async def _read_within(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds or None):
+            yield
+    except TimeoutError:
+        raise ClientStalled from None
 
 
 def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:

@@ -102,7 +102,7 @@ async def preprocess(
         return web.json_response(layout(done, spec))
     if way == SHM:
         return web.json_response(await shared(images, spec, done))
-    return await _answer(request, done, spec)
+    return await _answer(request, done, spec, limits.client_stall_seconds)
 
 
 def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
@@ -210,16 +210,17 @@ def pieces(done: Sequence[Tensors], spec: ProcessorSpec) -> Iterator[list[Data]]
     return batches.pieces([t.values for t in done], geometries(done, spec), spec)
 
 
-async def _answer(request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec) -> web.StreamResponse:
+async def _answer(
+    request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec, patience: float
+) -> web.StreamResponse:
+    """The tensors, to a client that reads within `patience` seconds. Raises ClientStalled."""
     head = safetensors_head(done, spec)
     response = web.StreamResponse(headers={"content-type": SAFETENSORS})
     dtype, shape = shapes(done, spec)["pixel_values"]
     response.content_length = len(head) + SIZES[dtype] * math.prod(shape)
     await downstream.start(response, request)
     await downstream.write(response, head)
-    for group in pieces(done, spec):
-        await downstream.write(response, b"".join(group) if len(group) > 1 else group[0])
-    await downstream.end(response)
+    await downstream.send_long(response, pieces(done, spec), patience)
     return response
 
 

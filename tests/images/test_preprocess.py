@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -25,8 +26,9 @@ from sidecar.facts import Fact, Imaged
 from sidecar.imagecache import ImageCache
 from sidecar.images import Images
 from sidecar.kernels import families
-from sidecar.relay import links
+from sidecar.relay import downstream, links
 from sidecar.relay.fetching import Fetcher
+from sidecar.relay.outcomes import ClientStalled
 from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
 
 from .conftest import QWEN2_VL, Server
@@ -43,6 +45,7 @@ class Service:
         self.chosen = chosen
         self.facts: list[Fact] = []
         self.fetch: Any = None
+        self.stalled = asyncio.Event()
         self.url = ""
         self.session: aiohttp.ClientSession
 
@@ -51,6 +54,9 @@ class Service:
             return await preprocess(request, self.images, self.chosen, self.facts.append, self.fetch)
         except RequestError as e:
             return web.json_response(e.body(), status=e.status)
+        except ClientStalled:
+            self.stalled.set()
+            return downstream.hang_up(request, at_once=True)
 
     async def post(self, **request: Any) -> tuple[int, bytes, str]:
         """Status, body and content type of one request."""
@@ -158,6 +164,20 @@ async def test_multipart_keeps_the_order(service: Service) -> None:
     """Parts come back in the order in which they were sent."""
     _, body, _ = await service.post(data=form(PHOTOS[::-1]))
     assert same(body, PHOTOS[::-1])
+
+
+async def test_a_client_that_does_not_read_its_tensors_is_hung_up_on(service: Service) -> None:
+    """After --client-stall-seconds without a megabyte read, so that nobody can have us hold tensors for ever; one that reads has them all."""
+    service.chosen = replace(service.chosen, client_stall_seconds=0.3)
+    request = {"images": [url(photos.photo(640, 480, 1))] * 4}
+    async with service.session.post(service.url, json=request) as got:
+        async with asyncio.timeout(20):
+            await service.stalled.wait()
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await got.read()
+    service.chosen = replace(service.chosen, client_stall_seconds=60.0)
+    async with service.session.post(service.url, json=request) as got:
+        assert len(await got.read()) == got.content_length
 
 
 async def test_layout_alone(service: Service) -> None:
