@@ -4,7 +4,8 @@ A key is the hash of the bytes that came, of what is wanted, of the processor's 
 this sidecar: nobody can learn by timing whether another tenant has sent an image. An entry is one frame of jobs.py. A hit is
 mapped, not copied; an entry that is evicted meanwhile stays mapped.
 
-What is handed over has a random name of its own: a second link to an entry, or a file of its own; its reader removes it.
+What is handed over has a random name of its own: a second link to an entry, or a file of its own; its reader removes it. For what may
+never be read there is a bound, too.
 
 Rules: whatever goes wrong with an entry is a miss, never an error; entries appear whole or not at all; the oldest used ones go
 when the folder is full; nothing outlives the sidecar (`sweep` removes what a crash left). All of it touches memory only, yet call
@@ -14,6 +15,7 @@ when the folder is full; nothing outlives the sidecar (`sweep` removes what a cr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -22,6 +24,7 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,17 +34,23 @@ from sidecar.jobs import PREFIX, Data, Done, FrameError, head, lengths, parse
 PREFIXED: Final = "sidecar-images-"
 OUT: Final = "out-"
 UNREAD: Final = 600.0  # seconds after which a file that was handed over and never read is removed
+WAITING: Final = 1 << 30  # bytes that may wait for readers who may never come
 LOCK: Final = "lock"
 ROOM: Final = 0.9  # share of the bound that an eviction leaves in use
 
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """A file for another process: its folder's name and its own; the content begins `offset` bytes into it."""
+    """A file for another process: its folder's name and its own; the content begins `offset` bytes into its `size`.
+
+    `key`: the entry that may hold the same.
+    """
 
     folder: str
     name: str
     offset: int
+    size: int
+    key: str = ""
 
     def url(self, height: int, width: int) -> str:
         """Where vLLM's plugin finds RGB pixels (plugins/vllm)."""
@@ -96,49 +105,86 @@ class ImageCache:
             return
         scratch = self._folder / f".{key}.{secrets.token_hex(4)}"
         try:
-            self._evict(size)
-            _create(scratch, first, payload)
-            scratch.rename(self._folder / key)
-        except OSError:  # the folder is gone, or shared memory is full
+            with self._alone():
+                self._evict(size)
+                fd = _create(scratch, size)
+            _fill(fd, scratch, first, payload)
+            with self._alone():
+                scratch.rename(self._folder / key)
+        except OSError:  # the folder is gone, shared memory is full, or others have evicted it already
             scratch.unlink(missing_ok=True)
 
     def hand_over(self, *pieces: Data, key: str = "") -> Handed:
         """A file of a random name with `pieces`; where the entry `key` holds them, a link to it. Raises OSError."""
-        name = OUT + secrets.token_hex(16)
-        path = self._folder / name
+        path = self._folder / (OUT + secrets.token_hex(16))
+        size = sum(map(len, pieces))
         try:
             os.link(self._folder / key, path)
-            offset = path.stat().st_size - sum(len(piece) for piece in pieces)
+            whole = path.stat().st_size
         except OSError:
-            _create(path, *pieces)
-            offset = 0
-        return Handed(self._folder.name, name, offset)
+            whole = size
+            _fill(_create(path, size), path, *pieces)
+        return Handed(self._folder.name, path.name, whole - size, whole, key)
+
+    def share(self, *pieces: Data) -> Handed:
+        """The same for a reader who may never come. Raises OSError also where too much waits for its reader."""
+        path = self._folder / (OUT + secrets.token_hex(16))
+        size = sum(map(len, pieces))
+        with self._alone():
+            waiting = sum(s.st_size for s, name in self._files() if name.startswith(OUT) and s.st_nlink == 1)
+            if waiting + size > WAITING or size > shutil.disk_usage(self._folder).free // 2:
+                raise OSError(errno.ENOSPC, "too much waits for its readers")
+            fd = _create(path, size)
+        _fill(fd, path, *pieces)
+        return Handed(self._folder.name, path.name, 0, size)
+
+    def again(self, handed: Handed) -> bool:
+        """Let lie there once more what its reader has removed. False where its entry is gone."""
+        path = self._folder / handed.name
+        try:
+            if not path.exists():
+                os.link(self._folder / handed.key, path)
+            return path.stat().st_size == handed.size
+        except OSError:
+            return False
 
     def take_back(self, handed: Handed) -> None:
         """Remove what was handed over, where its reader has not."""
         (self._folder / handed.name).unlink(missing_ok=True)
 
-    def _evict(self, coming: int) -> None:
-        entries, now = [], time.time()
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else counts, reserves or renames in this folder meanwhile. A holder that dies gives it back."""
+        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _files(self) -> Iterator[tuple[os.stat_result, str]]:
+        """All files but the lock; what was handed over and never read is removed."""
+        now = time.time()
         with os.scandir(self._folder) as found:
             for entry in found:
                 try:
                     stat = entry.stat()
-                except FileNotFoundError:  # another worker evicted or renamed it since
+                except FileNotFoundError:  # another worker renamed it, or its reader removed it
                     continue
-                if entry.name.startswith(OUT):
-                    if now - stat.st_ctime > UNREAD:
-                        Path(entry.path).unlink(missing_ok=True)
+                if entry.name.startswith(OUT) and now - stat.st_ctime > UNREAD:
+                    Path(entry.path).unlink(missing_ok=True)
                 elif entry.name != LOCK:
-                    entries.append((stat, entry.name))
-        used = sum(s.st_size for s, _ in entries)
+                    yield stat, entry.name
+
+    def _evict(self, coming: int) -> None:
+        entries = [(stat, name) for stat, name in self._files() if not name.startswith(OUT)]
+        used = sum(stat.st_size for stat, _ in entries)
         if used + coming <= self._most:
             return
         for stat, name in sorted(entries, key=lambda entry: entry[0].st_mtime):
             if used + coming <= self._most * ROOM:
                 break
-            with contextlib.suppress(FileNotFoundError):
-                (self._folder / name).unlink()
+            (self._folder / name).unlink(missing_ok=True)
             used -= stat.st_size
 
 
@@ -156,9 +202,7 @@ class Folder:
             free = shutil.disk_usage(shm).free
             self.bytes = min(most_bytes, free // 2)  # engines need shared memory, too
             if self.bytes > 0 or needed:
-                self.path = tempfile.mkdtemp(prefix=PREFIXED, dir=shm)  # mode 0700
-                self._lock = os.open(Path(self.path) / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self.path, self._lock = _locked(shm)
         except OSError:
             self.path, self.bytes = "", 0
 
@@ -186,11 +230,43 @@ def sweep(shm: str) -> None:
             os.close(fd)
 
 
-def _create(path: Path, *pieces: Data) -> None:
+def _locked(shm: str) -> tuple[str, int]:
+    """A new folder and the file by which it is locked. Raises OSError."""
+    while True:
+        path = tempfile.mkdtemp(prefix=PREFIXED, dir=shm)  # mode 0700
+        try:
+            fd = os.open(Path(path) / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        if os.fstat(fd).st_nlink:
+            return path, fd
+        os.close(fd)  # another sidecar that starts had the lock first, and swept the folder
+
+
+def _create(path: Path, size: int) -> int:
+    """A new file that counts as `size` bytes from now on; its memory is taken as it is filled."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb", buffering=0) as file:
+    try:
+        os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        raise
+    return fd
+
+
+def _fill(fd: int, path: Path, *pieces: Data) -> None:
+    """Write all of it. Raises OSError, and leaves no part of it behind."""
+    try:
         for piece in pieces:
-            _write(file.fileno(), piece)
+            _write(fd, piece)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
 
 
 def _write(fd: int, data: Data) -> None:

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from sidecar import cpus
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.imagecache import UNREAD, Handed, ImageCache
+from sidecar.handovers import Handovers
+from sidecar.imagecache import Handed, ImageCache
 from sidecar.jobs import (
     DEVICE,
     GPU_BUSY,
@@ -109,7 +110,7 @@ class Images:
         self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine
         self._cache = cache
         self._keeping: set[asyncio.Task[None]] = set()
-        self._handed: dict[str, list[Handed]] = {}
+        self._handovers = Handovers(cache) if cache is not None else None
         self._loans: set[Loan] = set()
 
     async def inline(
@@ -119,35 +120,27 @@ class Images:
 
         `hand_over`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
         """
-        if not hand_over or self._cache is None:
+        if not hand_over or self._handovers is None:
             prepared, payload, _ = await self._prepare(PIXELS, data, where, is_base64, tenant)
             return replace(prepared, base64=payload) if payload else prepared
         prepared, payload, key = await self._prepare(RAW, data, where, is_base64, tenant)
         if not payload:
             return prepared
-        try:
-            handed = await asyncio.to_thread(self._cache.hand_over, payload, key=key)
-        except OSError:
-            raise ImagesBusy("shared memory is full; try again shortly") from None
-        self._handed.setdefault(hand_over, []).append(handed)
+        handed = await self._handovers.pixels(hand_over, payload, key)
         return replace(prepared, url=handed.url(prepared.height, prepared.width))
 
     async def share(self, *pieces: Data) -> Handed | None:
-        """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory."""
-        if self._cache is None:
-            return None
-        try:
-            handed = await asyncio.to_thread(self._cache.hand_over, *pieces)
-        except OSError:
-            raise ImagesBusy("shared memory is full; try again shortly") from None
-        asyncio.get_running_loop().call_later(UNREAD, self._cache.take_back, handed)
-        return handed
+        """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory. Raises ImagesBusy."""
+        return await self._handovers.tensors(*pieces) if self._handovers is not None else None
+
+    def again(self, request: str) -> bool:
+        """What was handed over for a request lies there once more. False where it cannot."""
+        return self._handovers is None or self._handovers.again(request)
 
     def release(self, request: str) -> None:
         """A request has ended: nobody reads any more what was handed over for it."""
-        for handed in self._handed.pop(request, ()):
-            if self._cache is not None:
-                self._cache.take_back(handed)
+        if self._handovers is not None:
+            self._handovers.release(request)
 
     async def tensors(
         self,
@@ -241,7 +234,7 @@ class Images:
         self._keeping.add(task)
         task.add_done_callback(self._keeping.discard)
         if at_once:
-            await task
+            await asyncio.wait((task,))  # if we are cancelled, it goes on
 
     async def _job(
         self, want: str, spec_json: str, data: Data, where: str, is_base64: bool, loan: str = ""

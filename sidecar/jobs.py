@@ -103,7 +103,9 @@ def head(record: Frame, payload: int = 0) -> bytes:
 
 
 def lengths(prefix: Data, max_payload: int) -> tuple[int, int]:
-    """Header and payload bytes of a frame. Raises FrameError when one is over its bound."""
+    """Header and payload bytes of a frame. Raises FrameError when one is over its bound, or there is no such prefix."""
+    if len(prefix) != PREFIX.size:
+        raise FrameError("a frame that is cut off")
     header, payload = PREFIX.unpack(prefix)
     if header > MAX_HEADER or payload > max_payload:
         raise FrameError("a frame over the bound")

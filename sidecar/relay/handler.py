@@ -256,6 +256,8 @@ class Relay:
                 if not data.kept:
                     raise
                 await self._retries.recovered(admission, e)
+                if self._images is not None and not self._images.again(admission.id):
+                    raise
                 return await self._attempt(request, admission, data, id)
 
     async def _attempt(

@@ -62,6 +62,9 @@ class ImageWork(Protocol):
     async def inline(self, data: Data, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
         """Prepare one image from its base64 text, or from its bytes. Raises BadImage or ImagesBusy."""
 
+    def again(self, request: str) -> bool:
+        """Hand over once more what an engine may have read already. False where that cannot be."""
+
     def release(self, request: str) -> None:
         """Nobody reads any more what was handed over for a request."""
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.util
 import os
+import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sidecar import photos
+from sidecar.handovers import Handovers
 from sidecar.imagecache import Folder, ImageCache, sweep
 from sidecar.images import Images
 from sidecar.jobs import PIXELS, TENSORS, Done
@@ -70,7 +74,9 @@ def test_an_evicted_entry_stays_with_its_reader(cache: ImageCache, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"\0" * 12, b"\xff" * 500, b"\0\0\0\2\0\0\0\0\0\0\0\5{}x"], ids=["empty", "zeros", "ones", "short"]
+    "damage",
+    [b"", b"\0" * 5, b"\0" * 12, b"\xff" * 500, b"\0\0\0\2\0\0\0\0\0\0\0\5{}x"],
+    ids=["empty", "less than a prefix", "zeros", "ones", "short"],
 )
 def test_a_damaged_entry_is_a_miss(cache: ImageCache, tmp_path: Path, damage: bytes) -> None:
     """Nothing in the folder can raise."""
@@ -149,6 +155,60 @@ def test_what_nobody_read_goes_in_the_end(cache: ImageCache, tmp_path: Path, mon
     monkeypatch.setattr("sidecar.imagecache.time.time", lambda: later)
     cache.put("bb", DONE, b"x")
     assert not (tmp_path / handed.name).exists()
+
+
+def test_what_finds_no_room_leaves_no_part(cache: ImageCache, tmp_path: Path) -> None:
+    """A file that cannot be written whole is an error to whoever hands it over, and is gone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        for write in (cache.hand_over, cache.share):
+            with pytest.raises(OSError, match="too large"):
+                write(bytes(90), bytes(90))
+        cache.put("aa", DONE, bytes(90))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_waits_for_readers_is_bounded(cache: ImageCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers who never come fill no memory; what is read makes room, and a link to an entry takes none."""
+    monkeypatch.setattr("sidecar.imagecache.WAITING", 1000)
+    cache.put("aa", DONE, bytes(700))
+    cache.hand_over(bytes(700), key="aa")
+    first = cache.share(bytes(300), bytes(300))
+    with pytest.raises(OSError, match="waits"):
+        cache.share(bytes(600))
+    (tmp_path / first.name).unlink()
+    cache.share(bytes(600))
+
+
+def test_what_was_read_lies_there_again(cache: ImageCache, tmp_path: Path) -> None:
+    """An engine that starts anew reads its images anew, under the same names; not where the entry is gone or another one."""
+    cache.put("aa", DONE, b"pixels")
+    handed, copy = cache.hand_over(b"pixels", key="aa"), cache.hand_over(b"pixels", key="bb")
+    assert cache.again(handed) and cache.again(copy), "nobody has read them"
+    for each in (handed, copy):
+        (tmp_path / each.name).unlink()
+    assert cache.again(handed) and (tmp_path / handed.name).read_bytes()[handed.offset :] == b"pixels"
+    assert not cache.again(copy)
+    (tmp_path / handed.name).unlink()
+    cache.put("aa", replace(DONE, stages=()), b"pixels")
+    assert not cache.again(handed), "its content begins elsewhere"
+
+
+async def test_a_cancelled_request_leaves_nothing_behind(cache: ImageCache) -> None:
+    """The thread that writes for it cannot be stopped; what it wrote is taken back."""
+    handovers = Handovers(cache)
+    with cache._alone():
+        asked = asyncio.create_task(handovers.tensors(b"pixels"))
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+    await asyncio.get_running_loop().shutdown_default_executor()
+    await asyncio.sleep(0)  # its callback
+    assert not list(cache._files())
 
 
 def plugin() -> Any:

@@ -24,6 +24,7 @@ class Workers:
     def __init__(self) -> None:
         self.gpu = False
         self.loans_ended = 0
+        self.lies_again = True
         self.handed_over: list[bool] = []
         self.running = 0
         self.started = asyncio.Event()
@@ -47,6 +48,9 @@ class Workers:
             case b"PASS":
                 return Prepared(None)
         return Prepared(b"Qk0=")
+
+    def again(self, request: str) -> bool:
+        return self.lies_again
 
     def release(self, request: str) -> None:
         """Nothing was handed over."""

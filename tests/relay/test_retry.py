@@ -13,6 +13,7 @@ from sidecar.relay.desk import Desk
 from sidecar.relay.retry import Retries
 from sidecar.relay.upstream import Pieces
 
+from .pictures import Workers, pictures
 from .test_relief import STALLED, WELL, Wedged, soon
 from .work import CHAT, TOKEN, once, sse
 
@@ -58,6 +59,20 @@ async def test_it_is_sent_once_more_after_recovery(rig: Any, serve: Any, early_h
     assert settled.outcome == "ok"
     assert [fact.on for fact in r.facts.of(Backpressure)] == [True, False]
     assert settled.sent_at > on.at
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["there again", "gone"])
+async def test_images_in_shared_memory_are_there_again(rig: Any, serve: Any, there: bool) -> None:
+    """The engine that stalled has read and removed them: they are handed over anew, and where they cannot be, nothing is sent."""
+    engine, workers = Recovering(Wedged(early_head=False)), Workers()
+    workers.lies_again = there
+    r = await rig(await serve(engine), images=workers, retry_stalled=30)
+    asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA")))
+    await stall(r, engine)
+    await r.facts.wait(Backpressure)
+    r.relay.obey(WELL)
+    assert (await asked).status == (200 if there else 503)
+    assert len(engine.bodies) == (2 if there else 1)
 
 
 async def test_it_is_sent_only_once_more(rig: Any, serve: Any) -> None:
