@@ -11,33 +11,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sidecar import units
-from sidecar.busy import SECONDS, Window
+from sidecar.busy import SECONDS
 from sidecar.drift import Drift
 from sidecar.refit import Refit
 from sidecar.units import Coefficients
-from tests.work import windows
+from tests.work import found, slower, windows
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
 SHARED = (0.3, 0.6, 1.0)
-
-
-def found(drift: Drift, seen: Iterable[Window]) -> int | None:
-    for number, window in enumerate(seen, 1):
-        drift.add(window)
-        if drift.memory.stale:
-            return number
-    return None
-
-
-def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
-    return (replace(window, ms=window.ms * times) for window in seen)
 
 
 def main() -> None:

@@ -31,8 +31,6 @@ SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "12 MP": (3000, 4000)}
 SMALL = {"tiny": (60, 90), "flat": (40, 150)}
 BATCHES = (1, 8, 64)
 CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
-PEAKS = {"H200": 4.8e12, "H100 NVL": 3.9e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12, "A100": 1.56e12,
-         "B200": 8.0e12, "L40S": 0.864e12, "L4": 0.3e12, "A10G": 0.6e12}  # fmt: skip  # bytes/s, by the data sheets
 FLUSH = 512 << 20  # bytes: more than any second-level cache
 KINDS = ("uint8", "bfloat16", "float32")
 
@@ -157,7 +155,10 @@ def measure(rounds: int) -> list[Row]:
 
 def peak(name: str) -> float | None:
     """The device's memory bandwidth by its data sheet."""
-    return next((speed for part, speed in PEAKS.items() if part in name), None)
+    from sidecar.hardware import find
+
+    found = find(name)
+    return None if found is None else found.bandwidth * 1e9
 
 
 def report(rows: list[Row], copy: float, rounds: int) -> str:

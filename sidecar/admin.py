@@ -15,7 +15,6 @@ from aiohttp import web
 
 from sidecar import probes
 from sidecar.diagnosis import Diagnoses
-from sidecar.facts import Verdict
 from sidecar.report import cost, diagnosis_page, load, page
 from sidecar.report.prometheus import Pages
 from sidecar.snapshot import Snapshot
@@ -47,7 +46,7 @@ def make_app(sources: Sources) -> web.Application:
     app.router.add_get("/cost", _cost(sources))
     app.router.add_get("/coefficients", _file(lambda: sources.upkeep.co))
     app.router.add_get("/coefficients/shadow", _file(lambda: sources.upkeep.shadow()))
-    app.router.add_get("/verdicts", _json(lambda: {"verdicts": [_verdict(v) for v in sources.snapshot().changes]}))
+    app.router.add_get("/verdicts", _json(lambda: {"verdicts": [probes.told(v) for v in sources.snapshot().changes]}))
     app.router.add_get("/diagnoses", _json(lambda: {"diagnoses": _diagnoses(sources.diagnoses)}))
     app.router.add_get("/diagnoses/{id}", _diagnosis(sources.diagnoses))
     app.router.add_get("/metrics", _metrics(sources.pages))
@@ -126,16 +125,6 @@ def _metrics(pages: Pages) -> Handler:
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     return handle
-
-
-def _verdict(v: Verdict) -> dict[str, Any]:
-    return {
-        "verdict": v.state,
-        "reason": v.reason,
-        "detail": v.detail,
-        "since": v.since_wall,
-        "evidence": dict(v.evidence),
-    }
 
 
 def _diagnoses(diagnoses: Diagnoses) -> list[dict[str, Any]]:

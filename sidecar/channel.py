@@ -18,11 +18,12 @@ from sidecar.facts import Delivered, Fact, Order
 DELIVERED_BOUND = 4 * 1024 * 1024  # bytes queued, past which Delivered records are dropped
 BOUND = 64 * 1024 * 1024  # bytes queued, past which every record is dropped
 GATHER = 0.01  # seconds; facts carry their own times, and nothing that is made of them is finer
+RETRY = 0.2  # seconds between attempts to reach the other side
 GATHER_BOUND = 256  # records, past which they are written at once
 
 
 class Channel(asyncio.Protocol):
-    """One end. Build it with `Channel.open`."""
+    """One end. Build it with `Channel.open` or `Channel.reach`."""
 
     def __init__(self, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]) -> None:
         self._on_record = on_record
@@ -43,6 +44,20 @@ class Channel(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         _, channel = await loop.create_unix_connection(lambda: cls(on_record, on_close), sock=sock)
         return channel
+
+    @classmethod
+    async def reach(cls, path: str, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]) -> Channel:
+        """As `open`, by the Unix socket `path` of the supervisor, as soon as that takes a connection."""
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                await asyncio.get_running_loop().sock_connect(sock, path)
+            except OSError:
+                sock.close()
+                await asyncio.sleep(RETRY)
+            else:
+                return await cls.open(sock, on_record, on_close)
 
     def send(self, record: Fact | Order) -> None:
         """Queue one record."""

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -30,7 +29,6 @@ INTERVAL: Final = 1.0  # where a request names none
 STALE: Final = 10.0  # seconds after which a load is no longer sent
 MOST_STREAMS: Final = 256
 MOST_BYTES: Final = 4096  # of a request
-RETRY: Final = 0.2  # seconds between attempts to reach the control process
 LEAVE: Final = 2.0  # seconds that streams have to end
 
 _log = logging.getLogger("sidecar")
@@ -49,16 +47,8 @@ class Latest:
     async def run(self) -> None:
         """Stay connected until cancelled."""
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            try:
-                await asyncio.get_running_loop().sock_connect(sock, self._path)
-            except OSError:
-                sock.close()
-                await asyncio.sleep(RETRY)
-                continue
             self._lost.clear()
-            channel = await Channel.open(sock, self._take, self._lost.set)
+            channel = await Channel.reach(self._path, self._take, self._lost.set)
             try:
                 channel.send(Listening(time.monotonic(), os.getpid()))
                 await self._lost.wait()

@@ -51,7 +51,11 @@ def passes(kind: Kind, stand: Stand) -> bool:
 
 def body(stand: Stand) -> dict[str, Any]:
     """The JSON body of every probe endpoint."""
-    v = stand.verdict
+    return told(stand.verdict)
+
+
+def told(v: Verdict) -> dict[str, Any]:
+    """A verdict as JSON."""
     return {
         "verdict": v.state,
         "reason": v.reason,

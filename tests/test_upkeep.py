@@ -22,7 +22,7 @@ from sidecar.refit import SURE, Refit
 from sidecar.units import Coefficients
 from sidecar.upkeep import Upkeep
 
-from .work import history, windows
+from .work import found, history, slower, windows
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
 SCRIPTED = Coefficients(
@@ -109,19 +109,6 @@ def test_one_odd_window_pulls_with_a_bounded_gain(seed: int, odd: float) -> None
 
 
 # --- the alarm ---
-
-
-def found(drift: Drift, seen: Iterable[Window]) -> int | None:
-    """After how many windows the coefficients were stale."""
-    for number, window in enumerate(seen, 1):
-        drift.add(window)
-        if drift.memory.stale:
-            return number
-    return None
-
-
-def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
-    return (replace(window, ms=window.ms * times) for window in seen)
 
 
 @pytest.mark.parametrize("shared", [0.3, 1.0])

@@ -48,6 +48,18 @@ def act(pod: Pod, action: str) -> None:
             pod.canaries = action.removeprefix("canary ")
 
 
+def silent(ticks: int, canary: str) -> Pod:
+    """A pod with one request of which nothing came for so many ticks, or since it was given up."""
+    pod = Pod().served()
+    pod.request()
+    pod.deliver()
+    pod.canaries = canary
+    for _ in range(ticks):
+        if pod.tick() in DOWN:
+            break
+    return pod
+
+
 USERS = ("request", "long request", "whole answer", "deliver", "settle", "hang up")
 PAGES = ("no page", "broken page", "stale page", "idle page")
 OURS = ("relay dies", "pause", "jump")
@@ -156,13 +168,9 @@ def test_a_control_process_that_starts_anew_never_kills_what_it_has_not_seen_wor
 @given(st.integers(1, 60), st.one_of(st.floats(-1e6, -6), st.floats(6, 1e6)), st.sampled_from(GUILTY))
 def test_a_clock_jump_in_a_silence_gives_a_full_window_anew(quiet: int, jump: float, canary: str) -> None:
     """A jump of the wall clock, at any moment of a silence that is not yet a stall: no kill within the next floor of seconds."""
-    pod = Pod().served()
-    pod.request()
-    pod.deliver()
-    pod.canaries = canary
-    for _ in range(quiet):
-        if pod.tick() in DOWN:
-            return
+    pod = silent(quiet, canary)
+    if pod.state in DOWN:
+        return
     pod.wall += jump
     for _ in range(int(FLOOR / TICK)):
         assert pod.tick() not in DOWN
@@ -172,13 +180,9 @@ def test_a_clock_jump_in_a_silence_gives_a_full_window_anew(quiet: int, jump: fl
 @given(st.integers(1, 60), st.floats(2.5, 1e5), st.sampled_from(GUILTY))
 def test_a_pause_of_our_own_in_a_silence_gives_a_full_window_anew(quiet: int, pause: float, canary: str) -> None:
     """Stopped for any time, at any moment of a silence that is not yet a stall: no kill within the next floor of seconds."""
-    pod = Pod().served()
-    pod.request()
-    pod.deliver()
-    pod.canaries = canary
-    for _ in range(quiet):
-        if pod.tick() in DOWN:
-            return
+    pod = silent(quiet, canary)
+    if pod.state in DOWN:
+        return
     pod.now += pause
     for _ in range(int(FLOOR / TICK)):
         assert pod.tick() not in DOWN

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from sidecar import units
 from sidecar.busy import TERMS, Window
+from sidecar.drift import Drift
 from sidecar.engine.behaviour import Behaviour
 from sidecar.engine.scheduler import Limits, Scheduler, Sequence
 from sidecar.facts import Admitted, Delivered, Fact, FirstToken, Settled, Usage, Work
@@ -46,6 +47,20 @@ def windows(
         work["step"] = work["d"] / together
         took = ms(work, co, shared) * rng.lognormvariate(0, noise)
         yield Window(10.0 * at, took, tuple(work[name] for name in TERMS), together)
+
+
+def found(drift: Drift, seen: Iterable[Window]) -> int | None:
+    """After how many windows the coefficients were stale."""
+    for number, window in enumerate(seen, 1):
+        drift.add(window)
+        if drift.memory.stale:
+            return number
+    return None
+
+
+def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
+    """The same windows of an engine that takes so many times as long."""
+    return (replace(window, ms=window.ms * times) for window in seen)
 
 
 @dataclass(slots=True)

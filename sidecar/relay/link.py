@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections.abc import Callable
 from typing import Final
@@ -18,7 +17,6 @@ from sidecar.channel import Channel
 from sidecar.facts import Booked, Fact, Joined, Order
 from sidecar.relay.outstanding import Outstanding
 
-RETRY: Final = 0.2  # seconds between attempts, where even the supervisor's socket takes no connection
 FLUSH: Final = 2.0  # most seconds to write the last facts
 
 _log = logging.getLogger(__name__)
@@ -56,25 +54,12 @@ class Link:
             await asyncio.wait((asyncio.ensure_future(self._lost.wait()),), timeout=FLUSH)
 
     async def _connect(self) -> None:
-        sock = await self._reach()
         self._lost.clear()
-        channel = await Channel.open(sock, self._take, self._lost.set)
+        channel = await Channel.reach(self._path, self._take, self._lost.set)
         channel.send(self._joined(time.monotonic()))
         for fact in self._outstanding.again():
             channel.send(fact)
         self._channel = channel
-
-    async def _reach(self) -> socket.socket:
-        while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.setblocking(False)
-            try:
-                await asyncio.get_running_loop().sock_connect(sock, self._path)
-            except OSError:
-                sock.close()
-                await asyncio.sleep(RETRY)
-            else:
-                return sock
 
     def _take(self, record: Fact | Order) -> None:
         if isinstance(record, Booked):
