@@ -64,7 +64,7 @@ bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the result
 		$(BIN)/python "$$file" $(ARGS)
 	done
 
-docs: .venv/.installed-test ## Write what is generated: docs/verdict.md, docs/settings.md, deploy/kubernetes
+docs: .venv/.installed-test ## Write what is generated: tables of the documents, docs/verdict.md, deploy/kubernetes
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade everything and pin it in constraints.txt

@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar import cel
+from sidecar import cel, settings
 from sidecar.engine import catalogue
 from sidecar.engine.catalogue import OWED, Case
 from sidecar.engine.faults import FAULTS
@@ -28,7 +28,7 @@ from sidecar.manifests.settings import ManifestSettings
 from sidecar.meters import METRICS
 from sidecar.probes import FAILS
 from sidecar.reasons import CAUSES, TEXTS
-from sidecar.settings import Settings, default_of, spelled
+from sidecar.settings import Settings, spelled
 from sidecar.units import Coefficients
 from sidecar.verdict import CONDITIONS, TABLE
 
@@ -68,13 +68,9 @@ def settings_table() -> str:
 
 
 def shown(f: Any) -> str:
-    """A setting's default, in its unit."""
-    value = default_of(f)
-    if isinstance(value, tuple):
-        return f"`{value[0]}:{value[1]}`"
-    if isinstance(value, int) and value >= 1 << 20 and value % (1 << 20) == 0:
-        return f"`{value >> 20}M`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "none"
+    """A setting's default, as `--help` shows it."""
+    text = settings.shown(f)
+    return text if text == "none" else f"`{text}`"
 
 
 def metrics_table() -> str:

@@ -13,6 +13,7 @@ import click
 
 from sidecar import __version__, logs, probes, settings, statefile
 from sidecar.errors import SidecarError, UsageError
+from sidecar.flags import described
 from sidecar.settings import Settings
 
 
@@ -32,6 +33,9 @@ def coded(life: Callable[[], int]) -> int:
         return _ungrouped(life)
     except click.exceptions.Exit as e:
         return e.exit_code
+    except click.exceptions.NoArgsIsHelpError as e:
+        print(e.format_message(), file=sys.stderr)
+        return 2
     except click.ClickException as e:
         return _fail(_one_line(e), 2)
     except UsageError as e:
@@ -77,7 +81,7 @@ def _heavy(name: str, module: str, settings_class: str) -> click.Command:
     return click.command(name, help=_summary(code))(options(cls)(command))
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="sidecar")
 def cli() -> None:
     """A sidecar for one LLM inference engine: progress verdicts, load in model units, images off the hot path."""
@@ -88,9 +92,10 @@ def options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(fields(cls)):
-            text = f"{field.metadata['help']} [{_default(field)}]"
-            f = click.option(settings.spelled(field.name), field.name, default=None, help=text)(f)
-        return click.option("--config", default=None, help="TOML file of settings [none]")(f)
+            value, choices = described(field.metadata["expected"])
+            text = f"{field.metadata['help']}{choices} [{settings.shown(field)}]"
+            f = click.option(settings.spelled(field.name), field.name, default=None, metavar=value, help=text)(f)
+        return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(f)
 
     return wrap
 
@@ -98,13 +103,6 @@ def options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _summary(module: Any) -> str:
     """A module's first docstring line, as a command's help."""
     return str(module.__doc__).strip().splitlines()[0]
-
-
-def _default(field: Any) -> str:
-    value = settings.default_of(field)
-    if isinstance(value, tuple):
-        return f"{value[0]}:{value[1]}"
-    return "none" if value == "" else str(value)
 
 
 @cli.command("run")
@@ -122,7 +120,7 @@ def run_command(config: str | None, **flags: str | None) -> int:
 
 @cli.command("probe")
 @click.argument("kind", type=click.Choice(probes.KINDS))
-@click.option("--state-dir", default=None, help="Directory shared with the sidecar [/run/sidecar]")
+@click.option("--state-dir", default=None, metavar="DIR", help="Directory shared with the sidecar [/run/sidecar]")
 def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
     """Exec probe: judges by the verdict file, without network. Passes when the file is missing or stale."""
     path = state_dir or os.environ.get("SIDECAR_STATE_DIR") or str(Settings().state_dir)

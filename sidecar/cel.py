@@ -9,9 +9,8 @@ Envoy AI Gateway evaluates it over a response's `usage` (`llmRequestCosts`, type
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from sidecar import units
+from sidecar import preflight, units
 from sidecar.flags import existing_file, flag
 
 INPUT, OUTPUT = "double(input_tokens)", "double(output_tokens)"
@@ -30,8 +29,7 @@ class CelSettings:
 
 def main(chosen: CelSettings) -> int:
     """Print the expression. Returns 0. Raises UsageError."""
-    path = chosen.coefficients
-    co = units.from_json(Path(path).read_text(), f"--coefficients {path}") if path else units.Coefficients()
+    co = preflight.measured(chosen.coefficients) if chosen.coefficients else units.Coefficients()
     print(expression(co))
     return 0
 

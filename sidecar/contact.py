@@ -23,6 +23,7 @@ from sidecar.signals.meeting import LOADING, Met, ask, meet
 from sidecar.signals.rest import RestSignal
 from sidecar.signals.scrape import ScrapeSignal
 
+FIRST_LOOK: Final = 0.5  # seconds in which the port of an engine that is there opens; the second look comes after one
 RETRY: Final = 1.0  # seconds between attempts to meet the engine
 QUESTION: Final = 5.0  # seconds for the answer to one
 IDENTITY: Final = ("/v1/models", "/version", "/metrics")
@@ -83,7 +84,9 @@ class Contact:
 
     async def run(self, opened: asyncio.Event) -> None:
         """Wait until the engine's port is open; then meet it and read from it until cancelled, once for each engine process."""
-        if not opened.is_set():
+        try:
+            await asyncio.wait_for(opened.wait(), FIRST_LOOK)
+        except TimeoutError:
             _log.info("engine %s: not there yet; trying again every second", self._settings.engine)
         await opened.wait()
         while True:

@@ -16,6 +16,35 @@ def flag(default: Any, parse: Parse, help: str, *, expected: str, secret: bool =
     return field(default=default, metadata={"parse": parse, "help": help, "expected": expected, "secret": secret})
 
 
+# A word of `expected` -> what `--help` writes in the value's place.
+_KINDS = {
+    "HOST:PORT": "HOST:PORT",
+    "URL": "URL",
+    "directory": "DIR",
+    "dollars": "DOLLARS",
+    "file": "FILE",
+    "milliseconds": "MS",
+    "number": "N",
+    "path": "FILE",
+    "quantity": "SIZE",
+    "seconds": "SECONDS",
+    "size": "SIZE",
+    "time": "TIME",
+    "tokens": "N",
+}
+
+
+def described(expected: str) -> tuple[str, str]:
+    """What `--help` writes in a value's place, and what its text must add to that: the choices, where they are many."""
+    if expected.startswith("one of "):
+        choices = "|".join(expected.removeprefix("one of ").split(" (")[0].split(", "))
+        return (choices, "") if len(choices) <= 60 else ("NAME", f"; {expected}")
+    if expected.startswith("some of "):
+        return "NAMES", f"; {expected}"
+    words = expected.split(" such as ")[0].split()
+    return next((_KINDS[word] for word in words if word in _KINDS), "TEXT"), ""
+
+
 def url(text: str) -> str:
     if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
         raise ValueError

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sidecar import units
-from sidecar.errors import StartError
+from sidecar.errors import StartError, UsageError
 from sidecar.flags import gpu_of
 from sidecar.kernels import families
 from sidecar.roofline import roofline
@@ -25,18 +25,33 @@ _log = logging.getLogger("sidecar")
 def coefficients(chosen: Settings) -> units.Coefficients:
     """The coefficients file; else a roofline of --model on the GPU; else the documented default. Raises UsageError."""
     if chosen.coefficients:
-        return units.from_json(Path(chosen.coefficients).read_text(), f"--coefficients {chosen.coefficients}")
+        return measured(chosen.coefficients)
     found = _roofline(chosen) if chosen.model else units.Coefficients()
     _log.info("coefficients: %s; `sidecar calibrate` measures them", found.source)
     return found
 
 
+def measured(path: str) -> units.Coefficients:
+    """The file that --coefficients names. Raises UsageError."""
+    name = f"--coefficients {path}"
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as e:
+        raise UsageError(f"{name}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{name}: not JSON (no UTF-8)") from None
+    return units.from_json(text, name)
+
+
 def _roofline(chosen: Settings) -> units.Coefficients:
     """From the model's config.json and the GPU that --gpu names, or NVML."""
     try:
-        config = json.loads((Path(chosen.model) / "config.json").read_text())
+        config = json.loads((Path(chosen.model) / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return replace(units.Coefficients(), source="default: no config.json in --model")
     except (OSError, ValueError) as e:
-        return replace(units.Coefficients(), source=f"default: no config.json of --model ({type(e).__name__})")
+        why = f"default: config.json of --model cannot be read ({type(e).__name__})"
+        return replace(units.Coefficients(), source=why)
     count, name = gpu_of(chosen.gpu) if chosen.gpu else _seen()
     return roofline(config if isinstance(config, dict) else {}, name, count)
 

@@ -332,6 +332,16 @@ def default_of(f: Field[Any]) -> Any:
     return None if f.default is MISSING else f.default
 
 
+def shown(f: Field[Any]) -> str:
+    """A field's default for people, in its unit: sizes in M, "none" where there is none."""
+    value = default_of(f)
+    if isinstance(value, tuple):
+        return f"{value[0]}:{value[1]}"
+    if isinstance(value, int) and value >= 1 << 20 and value % (1 << 20) == 0:
+        return f"{value >> 20}M"
+    return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else "none"
+
+
 def _from_file(path: str | None) -> dict[str, Any]:
     if not path:
         return {}
@@ -340,7 +350,7 @@ def _from_file(path: str | None) -> dict[str, Any]:
             raw = tomllib.load(f)
     except OSError as e:
         raise UsageError(f"--config: cannot read {path}: {e.strerror}") from None
-    except tomllib.TOMLDecodeError as e:
+    except ValueError as e:  # a TOMLDecodeError, or bytes that are no UTF-8
         raise UsageError(f"--config: {path} is not TOML: {e}") from None
     return {k: str(v).lower() if isinstance(v, bool) else v for k, v in raw.items()}
 

@@ -81,7 +81,7 @@ def main(chosen: UsageSettings) -> int:
             f"--state-dir: no usage records in {chosen.state_dir}; name the state directory of a sidecar"
         ) from None
     except (OSError, sqlite3.Error) as e:
-        raise NoRecords(f"--state-dir: the usage records cannot be read ({type(e).__name__})") from None
+        raise NoRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
     wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
     rows = [line(by, key, sums, chosen.dollars_per_gpu_hour) for key, sums in found]
     FORMATS[chosen.format](rows, summary(found, wasted, chosen.dollars_per_gpu_hour))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sidecar import units
 from sidecar.__main__ import run
+from sidecar.errors import UsageError
 from sidecar.facts import Work
 from sidecar.hardware import GPUS, find
 from sidecar.preflight import coefficients
@@ -231,7 +232,14 @@ def test_the_command_takes_the_models_roofline(tmp_path: Path, capsys: pytest.Ca
     assert coefficients(Settings(model=str(tmp_path), coefficients=str(kept))).a == 7.0
     assert coefficients(Settings()) == Coefficients()
     (tmp_path / "config.json").write_text("[")
-    assert coefficients(Settings(model=str(tmp_path))).source.startswith("default: no config.json")
+    assert coefficients(Settings(model=str(tmp_path))).source.startswith(
+        "default: config.json of --model cannot be read"
+    )
+    (tmp_path / "config.json").unlink()
+    assert coefficients(Settings(model=str(tmp_path))).source == "default: no config.json in --model"
+    kept.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="no UTF-8"):
+        coefficients(Settings(coefficients=str(kept)))
     assert run(["run", "--gpu", "0x???"]) == 2
     assert "--gpu" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sidecar import __main__ as cli
 from sidecar import settings
 from sidecar.errors import UsageError
 from sidecar.settings import Settings, load
@@ -82,3 +83,29 @@ def test_every_default_is_a_valid_value() -> None:
         if default == "" or isinstance(default, tuple):
             continue
         assert f.metadata["parse"](str(default)) == default, f.name
+
+
+def test_a_file_of_settings_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 are a wrong file, not a fault of ours."""
+    path = tmp_path / "sidecar.toml"
+    path.write_bytes(b"a = \xff\n")
+    with pytest.raises(UsageError, match="is not TOML"):
+        load(Settings, {}, {}, str(path))
+
+
+def test_help_says_what_a_value_looks_like_and_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Choices, kinds and defaults in their unit; nobody has to guess a value and read the error."""
+    assert cli.run(["run", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("--images auto|off|inline|shm ", "--listen HOST:PORT ", "--model DIR ", "[1024M]", "[12]"):
+        assert part in text, part
+    assert cli.run(["engine", "--help"]) == 0
+    assert "--fault NAME A fault that is active from the start; one of freeze, freeze_busy" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_a_sidecar_that_is_told_nothing_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a command: the help as it is, on stderr, and exit code 2."""
+    assert cli.run([]) == 2
+    assert "\n  run " in capsys.readouterr().err

@@ -71,5 +71,6 @@ def text(findings: list[Finding]) -> str:
         lines.append(f"{f.level:<6}  {f.name:<{width}}  {f.what}")
         if f.remedy:
             lines.append(f"{'':<6}  {'':<{width}}  -> {f.remedy}")
-    count = sum(f.level == "fail" for f in findings)
-    return "\n".join([*lines, f"{count} to mend" if count else "nothing to mend"])
+    failed, warned = (sum(f.level == level for f in findings) for level in ("fail", "warn"))
+    last = f"{failed} to mend" if failed else "nothing fails" if warned else "nothing to mend"
+    return "\n".join([*lines, last + (f", {warned} to consider (warn)" if warned else "")])
