@@ -43,6 +43,7 @@ from sidecar.jobs import (
 )
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.loan import Loan, borrowed, give_back
+from sidecar.results import Results, Take
 from sidecar.settings import Settings
 
 Data = bytes | bytearray | memoryview
@@ -112,6 +113,7 @@ class Images:
         self._keeping: set[asyncio.Task[None]] = set()
         self._handovers = Handovers(cache) if cache is not None else None
         self._loans: set[Loan] = set()
+        self.results = Results()
 
     async def inline(
         self, data: Data, where: str, tenant: str = "", hand_over: str = "", is_base64: bool = True
@@ -150,14 +152,15 @@ class Images:
         where: str = "images",
         tenant: str = "",
         spec: ProcessorSpec | None = None,
+        take: Take | None = None,
     ) -> list[Tensors]:
         """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
 
-        `spec`: for another processor than the model's, such as the same one without its last steps. Raises BadImage or
-        ImagesBusy for the first that fails, and gives up the others.
+        `spec`: for another processor than the model's, such as the same one without its last steps. `take`: of `results`, told of the bytes.
+        Raises BadImage or ImagesBusy for the first that fails, and gives up the others.
         """
         done = await _all(
-            self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec)
+            self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, take)
             for i, (data, is_base64) in enumerate(images)
         )
         return [Tensors(prepared, values) for prepared, values, _ in done]
@@ -202,7 +205,14 @@ class Images:
         await asyncio.gather(*self._keeping, return_exceptions=True)
 
     async def _prepare(
-        self, want: str, data: Data, where: str, is_base64: bool, tenant: str, spec: ProcessorSpec | None = None
+        self,
+        want: str,
+        data: Data,
+        where: str,
+        is_base64: bool,
+        tenant: str,
+        spec: ProcessorSpec | None = None,
+        take: Take | None = None,
     ) -> tuple[Prepared, Data, str]:
         """The image, its payload, and the key that this is kept under."""
         started = time.monotonic()
@@ -211,9 +221,11 @@ class Images:
         key = await self._key(data, want, str(is_base64), spec_json, tenant)
         if self._cache is not None and (hit := self._cache.get(key)) is not None:
             done, payload = hit
+            if take is not None:
+                take(len(payload))
             known = replace(done, outcome="cached", stages=())
             return _prepared(known, payload, time.monotonic() - started), payload, key
-        answer, fresh = await self._job(want, spec_json, data, where, is_base64)
+        answer, fresh = await self._job(want, spec_json, data, where, is_base64, take=take)
         if answer.outcome == "ok":
             await self._keep(key, answer, fresh, at_once=want == RAW)
         return _prepared(answer, fresh, time.monotonic() - started), fresh, key
@@ -237,7 +249,14 @@ class Images:
             await asyncio.wait((task,))  # if we are cancelled, it goes on
 
     async def _job(
-        self, want: str, spec_json: str, data: Data, where: str, is_base64: bool, loan: str = ""
+        self,
+        want: str,
+        spec_json: str,
+        data: Data,
+        where: str,
+        is_base64: bool,
+        loan: str = "",
+        take: Take | None = None,
     ) -> tuple[Done, bytearray]:
         async with self._connection() as connection:
             job = Job(want, spec_json, is_base64, self._limits, self._seconds, self.gpu, loan)
@@ -245,7 +264,7 @@ class Images:
             try:
                 async with asyncio.timeout(self._seconds + SLACK):
                     await _send(connection, job, data)
-                    answer, payload = await _receive(connection)
+                    answer, payload = await _receive(connection, take)
             except (OSError, EOFError, FrameError, TimeoutError):
                 raise _killed(where, time.monotonic() - sent, self._seconds) from None
         if isinstance(answer, Refused) and answer.reason == GPU_BUSY:
@@ -332,9 +351,11 @@ async def _send(connection: socket.socket, job: Job, data: Data) -> None:
         await loop.sock_sendall(connection, data)
 
 
-async def _receive(connection: socket.socket) -> tuple[Frame, bytearray]:
-    """One frame. Raises EOFError when the connection ended first, FrameError when it is none."""
+async def _receive(connection: socket.socket, take: Take | None = None) -> tuple[Frame, bytearray]:
+    """One frame; `take` is asked before its payload is read. Raises EOFError when the connection ended first, FrameError when it is none."""
     header, payload = lengths(await _exactly(connection, PREFIX.size), MAX_REPLY)
+    if take is not None:
+        take(payload)
     return parse(await _exactly(connection, header)), await _exactly(connection, payload)
 
 

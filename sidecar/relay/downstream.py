@@ -30,9 +30,9 @@ async def expect(request: web.BaseRequest) -> None:
         request.writer.output_size = 0  # aiohttp takes output for a begun answer
 
 
-async def read(request: web.BaseRequest, limit: int) -> bytes:
-    """The whole body, at most `limit` bytes. Raises BodyTooLarge, by the announced length where there is one."""
-    too_large = f"the request body is larger than {limit} bytes (--max-body-bytes)"
+async def read(request: web.BaseRequest, limit: int, flag: str = "--max-body-bytes") -> bytes:
+    """The whole body, at most `limit` bytes, as `flag` says. Raises BodyTooLarge, by the announced length where there is one."""
+    too_large = f"the request body is larger than {limit} bytes ({flag})"
     if (request.content_length or 0) > limit:
         raise BodyTooLarge(too_large)
     await expect(request)

@@ -7,7 +7,7 @@ layout, and handles of the GPU's memory (lending.py). `?values=uint8`
 leaves rescaling and normalising out, for engines that do both on their device.
 
 Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
-came from the workers, one after the other, and never joined.
+came from the workers, one after the other, and never joined; how many bytes of them wait for their clients is bounded, too.
 """
 
 from __future__ import annotations
@@ -97,12 +97,13 @@ async def preprocess(
         async with images.loan() as loan:
             done = await _reported(images.lent(sources, spec, loan), sources, emit)
             return await lending.hold(request, loan, lending.lines(layout(done, spec), done, _alone(done, spec), loan))
-    done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec), sources, emit)
-    if want == LAYOUT:
-        return web.json_response(layout(done, spec))
-    if way == SHM:
-        return web.json_response(await shared(images, spec, done))
-    return await _answer(request, done, spec, limits.client_stall_seconds)
+    with images.results.of_one() as take:
+        done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec, take=take), sources, emit)
+        if want == LAYOUT:
+            return web.json_response(layout(done, spec))
+        if way == SHM:
+            return web.json_response(await shared(images, spec, done))
+        return await _answer(request, done, spec, limits.client_stall_seconds)
 
 
 def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
@@ -243,7 +244,7 @@ async def _sources(request: web.BaseRequest, limits: Settings, fetch: Fetch | No
     """The request's images, at most --image-max-count of them."""
     kind = request.content_type.lower()
     if kind.startswith("image/"):
-        return [(await downstream.read(request, limits.image_max_bytes), False)]
+        return [(await downstream.read(request, limits.image_max_bytes, "--image-max-bytes"), False)]
     if kind == "multipart/form-data":
         return await _parts(request, limits)
     if kind == JSON:
@@ -295,8 +296,9 @@ def _base64(url: Data, index: int) -> memoryview:
 
 async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
     """The parts named `image`. Raises BadRequest, BadImage or BodyTooLarge."""
+    too_large = f"the request body is larger than {limits.max_body_bytes} bytes (--max-body-bytes)"
     if (request.content_length or 0) > limits.max_body_bytes:
-        raise BodyTooLarge(f"the request body is larger than {limits.max_body_bytes} bytes (--max-body-bytes)")
+        raise BodyTooLarge(too_large)
     await downstream.expect(request)
     found: list[Source] = []
     try:
@@ -305,6 +307,8 @@ async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
                 raise BadRequest("multipart: every part must be named image and hold one image")
             _check_count(len(found) + 1, limits.image_max_count)
             found.append((await _part(part, limits.image_max_bytes, len(found)), False))
+            if sum(len(data) for data, _ in found) > limits.max_body_bytes:  # its length need not be announced
+                raise BodyTooLarge(too_large)
     except MALFORMED:
         raise BadRequest("multipart: the body is cut off or has no boundary") from None
     return found

@@ -30,6 +30,7 @@ from sidecar.relay import downstream, links
 from sidecar.relay.fetching import Fetcher
 from sidecar.relay.outcomes import ClientStalled
 from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
+from sidecar.results import Results
 
 from .conftest import QWEN2_VL, Server
 from .test_tiles import PHI, ROWS, theirs
@@ -310,6 +311,31 @@ async def test_bad_requests_are_answered_in_openais_shape(service: Service, name
     got, body, _ = await service.post(**request)
     assert (got, json.loads(body)["error"]["code"]) == (status, code)
     assert (await service.post(data=form(PHOTOS[:1])))[0] == 200
+
+
+async def test_a_multipart_body_without_a_length_is_bounded(service: Service) -> None:
+    """Parts that are each within their bound are refused as soon as all together are not."""
+    parts = form([bytes(450_000)] * 3)()
+
+    async def chunked() -> AsyncIterator[bytes]:
+        yield await parts.as_bytes()
+
+    status, body, _ = await service.post(data=chunked(), headers=parts.headers)
+    assert (status, json.loads(body)["error"]["code"]) == (413, "body_too_large")
+
+
+async def test_tensors_that_wait_for_their_clients_are_bounded(service: Service) -> None:
+    """One request beyond the bound is told to send less, one that meets others to come again; what was held is let go."""
+    size = len((await service.post(data=form(PHOTOS[:1])))[1])
+    service.images.results = Results(size)
+    status, body, _ = await service.post(data=form(PHOTOS))
+    assert (status, json.loads(body)["error"]["code"]) == (400, "tensors_too_large")
+    with service.images.results.of_one() as take:
+        take(size // 2)
+        status, body, _ = await service.post(data=form(PHOTOS[:1]))
+        assert (status, json.loads(body)["error"]["code"]) == (503, "images_busy")
+    assert (await service.post(data=form(PHOTOS[:1])))[0] == 200
+    assert service.images.results.held == 0
 
 
 async def test_one_bad_image_fails_the_request_and_is_named(service: Service) -> None:

@@ -1,0 +1,47 @@
+"""Pure: how many bytes of tensors one relay process holds, from a worker's answer until they are with their client.
+
+Why: a picture of one colour is a file of kilobytes and tensors of hundreds of megabytes, and a client may read as slowly as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from sidecar.errors import BadImage, ImagesBusy
+
+MOST: Final = 1 << 30  # bytes: fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
+
+Take = Callable[[int], None]
+
+
+class Results:
+    """The tensors of all requests under way."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self.held = 0
+
+    @contextmanager
+    def of_one(self) -> Iterator[Take]:
+        """A block that holds the tensors of one request: to be called with the bytes of each before they are read.
+
+        That raises BadImage where this request alone has too many, and ImagesBusy where all together have.
+        """
+        own = 0
+
+        def take(size: int) -> None:
+            nonlocal own
+            if own + size > self._most:
+                text = f"the tensors of one request may have {self._most} bytes here; send fewer or smaller images, or values=uint8"
+                raise BadImage(text, "tensors_too_large")
+            if self.held + size > self._most:
+                raise ImagesBusy("too many tensors are on their way to other clients; try again shortly")
+            own += size
+            self.held += size
+
+        try:
+            yield take
+        finally:
+            self.held -= own
