@@ -53,11 +53,12 @@ class Channel(asyncio.Protocol):
             sock.setblocking(False)
             try:
                 await asyncio.get_running_loop().sock_connect(sock, path)
-            except OSError:
-                sock.close()
-                await asyncio.sleep(RETRY)
-            else:
                 return await cls.open(sock, on_record, on_close)
+            except BaseException as e:
+                sock.close()
+                if not isinstance(e, OSError):
+                    raise
+            await asyncio.sleep(RETRY)
 
     def send(self, record: Fact | Order) -> None:
         """Queue one record."""

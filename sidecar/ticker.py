@@ -253,11 +253,8 @@ class Ticker:
     def _publish(self, wall: float) -> None:
         load, engine = self.snapshot.load, self.snapshot.engine
         if self._pool is not None:
-            report, state = (
-                orca.report(load, engine, self._recently.mean(load.pressure, self.snapshot.at)),
-                self.control.verdict.state,
-            )
-            kind = self._signals.contact.kind_name
+            report = orca.report(load, engine, self._recently.mean(load.pressure, self.snapshot.at))
+            state, kind = self.control.verdict.state, self._signals.contact.kind_name
             forms = report.json(), report.text(), state, kind, report.binary()
             self._pool.order(Published(*forms, load.utilization, load.mu_max_in_flight))
         self.sinks.feed.publish(self.snapshot)
