@@ -142,12 +142,13 @@ class Records:
                 db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
                 db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
                 db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN,))
-            if wall - self._tidied >= TIDY_EVERY:
+            since = wall - self._tidied
+            if since >= TIDY_EVERY or (since >= MINUTE and _used(db) > self._most):  # clients may name tenants quickly
                 self._tidied = wall
                 try:
                     tidy(db, wall, self._days, self._most)
                 except sqlite3.OperationalError as e:  # the batch is in: raised, it would be written once more
-                    _log.warning("the usage records could not be tidied (%s); tried again in an hour", e)
+                    _log.warning("the usage records could not be tidied (%s); tried again later", e)
 
     def _put_aside(self) -> None:
         _log.error("the usage records are damaged; they are put aside as %s.damaged", self.path.name)

@@ -35,12 +35,12 @@ class StateDir:
 
     def write(self, stand: probes.Stand, now_wall: float) -> None:
         """Replace verdict.json and touch or remove `stalled`. Raises OSError."""
-        self.replace(VERDICT, probes.file_body(stand, now_wall))
-        stalled = self.path / STALLED
+        stalled = self.path / STALLED  # first: it has no content, so a full disk does not silence it
         if probes.passes("live", stand):
             stalled.unlink(missing_ok=True)
         else:
             stalled.touch()
+        self.replace(VERDICT, probes.file_body(stand, now_wall))
 
     def replace(self, name: str, content: Any) -> int:
         """Write JSON to `name` so that a reader sees the old or the new content, never half of one. Returns its bytes."""

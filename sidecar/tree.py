@@ -47,9 +47,8 @@ def main(chosen: Settings, border: Border) -> int:
     with ExitStack() as stack:
         listener = stack.enter_context(bind("listen", chosen.listen))
         admin = stack.enter_context(bind("admin", chosen.admin))
-        chosen = replace(
-            chosen, listen=listener.getsockname()[:2], admin=admin.getsockname()[:2]
-        )  # port 0 is told, too
+        # what port 0 became
+        chosen = replace(chosen, listen=listener.getsockname()[:2], admin=admin.getsockname()[:2])
         folder = Path(tempfile.mkdtemp(prefix="sidecar-"))  # mode 0700
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         joining = stack.enter_context(unix(folder / "control"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from sidecar.cel import CelSettings
+from sidecar.facts import OUTCOMES, STATES
+from sidecar.fleet import HANDOVERS
+from sidecar.manifests.settings import ManifestSettings
 from sidecar.meters import METRICS
 from sidecar.report import load
 from sidecar.report.prometheus import Pages
-from sidecar.settings import Settings
+from sidecar.settings import Settings, spelled
 
 from .test_reports import SNAPSHOT, full
 
@@ -49,6 +54,15 @@ PICKER = {
     )},
 }  # fmt: skip
 
+# What Prometheus and its discovery add to a series.
+TARGET = {"job", "instance", "namespace", "pod", "le"}
+VALUES: dict[tuple[str, str], Iterable[str]] = {
+    ("", "outcome"): OUTCOMES,
+    ("", "verdict"): STATES,
+    ("sidecar_handover", "reason"): HANDOVERS,
+}
+ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
+
 
 def documents(name: str) -> list[Any]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
@@ -72,6 +86,27 @@ def test_every_series_that_is_named_exists(file: Path) -> None:
     """No rule, dashboard or mapping asks for a series that no page of ours has."""
     text = re.sub(r"job:sidecar_\w+:\w+", "", file.read_text())
     assert set(re.findall(r"\b(?:sidecar_(?=[a-z])|DCGM_FI_)[a-zA-Z_]+", text)) - {"sidecar_client"} <= series()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
+def test_every_label_that_is_named_exists(file: Path) -> None:
+    """A query, or the test of one, by a label or a value that no page has would be silent for ever."""
+    labels = {m.name: {*m.labels} for m in METRICS}
+    for name, inside in re.findall(r"\b(sidecar_[a-z_]+)\{([^}]*)\}", file.read_text()):
+        for label, value in re.findall(r'(\w+)(?:=~|!=|=)\\?"([^"\\]*)', inside):
+            assert label in TARGET | labels[re.sub("_(bucket|sum|count)$", "", name)], f"{name}: {label}"
+            values = VALUES.get((name, label)) or VALUES.get(("", label))
+            assert values is None or set(value.split("|")) <= set(values), f"{name}: {label}={value}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
+def test_every_flag_and_variable_that_is_named_exists(file: Path) -> None:
+    """A comment tells of no flag, and no manifest sets a variable, that no command of ours takes."""
+    text = file.read_text()
+    flags = {spelled(f.name) for cls in (Settings, ManifestSettings, CelSettings) for f in fields(cls)}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ENGINE_FLAGS <= flags
+    variables = {spelled(f.name, "environment") for f in fields(Settings)}
+    assert set(re.findall(r"\bSIDECAR_[A-Z_]+", text)) <= variables
 
 
 def test_every_recording_that_is_named_is_recorded() -> None:

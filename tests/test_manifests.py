@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ import yaml
 
 from sidecar import __main__ as cli
 from sidecar.budget import target
+from sidecar.diagnosis import KEPT, MAX_BYTES
 from sidecar.errors import UsageError
 from sidecar.facts import Verdict
 from sidecar.manifests import shell
@@ -293,6 +295,27 @@ def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_pat
     )
     state.clear()
     assert sh(interpreter, liveness) == 0
+
+
+def test_a_full_disk_does_not_silence_a_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no content can be written any more, the engine's liveness still fails while it is stalled, and no longer."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    state = StateDir(str(tmp_path))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for verdict, there in (("stalled", True), ("idle", False)):
+        with pytest.raises(OSError, match="No space"):
+            state.write(stand(verdict, 1), time.time())
+        assert (tmp_path / "stalled").exists() is there
+
+
+def test_the_state_volume_holds_what_is_written_to_it() -> None:
+    """The usage records at their bound, as much again while they are tidied, and all diagnoses: kubelet evicts a pod whose volume is over its size."""
+    volumes = {v["name"]: v for v in made()["volumes"]}
+    size = int(volumes["sidecar-state"]["emptyDir"]["sizeLimit"].removesuffix("Mi")) << 20
+    assert size >= 2 * Settings().usage_bytes + (KEPT + 1) * MAX_BYTES + (8 << 20)
 
 
 def test_the_verdict_file_names_what_draining_waits_for(tmp_path: Path) -> None:

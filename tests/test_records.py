@@ -112,6 +112,16 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
     assert read(tmp_path / FILE, NOW + 9 * HOUR, NOW + 10 * HOUR, ())[0][1].requests == 500
 
 
+def test_the_file_is_bounded_within_an_hour(tmp_path: Path) -> None:
+    """Clients that name a new tenant with each request fill no disk until the next hour."""
+    kept = fresh(tmp_path, most=200_000)
+    for minute in range(50):
+        for i in range(200):
+            kept.add(settlement(f"tenant-{i}"), NOW + 60 * minute)
+        kept.write(kept.take(), NOW + 60 * minute)
+    assert (tmp_path / FILE).stat().st_size < 600_000
+
+
 @pytest.mark.parametrize("damage", [b"no database", b"SQLite format 3\0" + b"\xff" * 4096], ids=["text", "pages"])
 def test_a_damaged_file_is_put_aside(tmp_path: Path, damage: bytes) -> None:
     """The sidecar goes on with a new one, and the old one can be looked at."""

@@ -323,9 +323,10 @@ def _volumes(s: ManifestSettings) -> str:
         else "# Downloaded anew by each pod; with --claim the models come from a volume.\n- name: models\n  emptyDir: {}\n"
     )
     memory = dedent("""\
-        # In memory, so that a full disk cannot silence the verdict.
+        # In memory, so that a full disk cannot silence the verdict. Room for the usage records (64 MiB, and again while they are tidied) and
+        # ten diagnoses: a pod whose volume is over its size is evicted.
         - name: sidecar-state
-          emptyDir: {medium: Memory, sizeLimit: 64Mi}
+          emptyDir: {medium: Memory, sizeLimit: 192Mi}
         - name: sidecar-tmp
           emptyDir: {medium: Memory, sizeLimit: 64Mi}
         # The default of 64 MiB is too small for engines that share tensors between processes.
