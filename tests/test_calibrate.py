@@ -151,9 +151,10 @@ def test_a_plan_fits_the_length(length: int, cached: bool) -> None:
 
 
 def test_a_short_plan_has_photos() -> None:
-    """However little time there is, two of the smaller photos fit, fitted and held out, unless the context is shorter."""
+    """However little time there is, photos of each size are fitted and some held out, unless the context is shorter."""
     shapes = plan(least(8192, TOKENS), cached=True, tokens=TOKENS)
-    assert {s.held_out for s in shapes if s.images} == {False, True}
+    assert {s.side for s in shapes if s.images and not s.held_out} == set(SIDES)
+    assert any(s.held_out and s.images for s in shapes)
     assert least(300, TOKENS) == 300 and least(8192, {}) == LEAST
 
 

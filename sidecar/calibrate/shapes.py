@@ -104,8 +104,9 @@ def _shape(length: int, uncached: float, cached: float, output: float, held_out:
 
 
 def least(context: int, tokens: Mapping[int, int]) -> int:
-    """The shortest length that is worth it: two of the smaller photos fit, where there are photos."""
-    return min(context, max(LEAST, 2 * tokens[SIDES[0]] + 5 * WORDS if tokens else 0))
+    """The shortest length that is worth it: a photo of each size fits and two of the smallest, where there are photos."""
+    photos = max(2 * tokens[SIDES[0]], *tokens.values()) + 5 * WORDS if tokens else 0
+    return min(context, max(LEAST, photos))
 
 
 def largest(length: int) -> Shape:
