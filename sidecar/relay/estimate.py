@@ -81,7 +81,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a request is expected to be. `mu` is the price of `work`; `high` are output tokens that 9 of 10 such answers do not exceed.
+    """What a request is expected to be. `mu` is the price of `work`.
 
     `tail`: output tokens still expected once `TAIL_AT` times the expected ones have come (facts.Admitted); of streams, as only they show how
     far they are.
@@ -89,7 +89,6 @@ class Estimate:
 
     work: Work
     mu: float
-    high: int = 0
     tail: tuple[int, ...] = ()
 
 
@@ -118,7 +117,7 @@ class Estimator:
         forecast = self.forecast(tenant, shape, prompt)
         work = Work(prompt, 0, round(forecast.mean() * shape.choices), *media)
         tail = tail_of(forecast, work.output, shape.choices) if shape.stream else ()
-        return Estimate(work, self.mu(work), round(forecast.quantile(HIGH) * shape.choices), tail)
+        return Estimate(work, self.mu(work), tail)
 
     def text_tokens(self, shape: Shape) -> int:
         """The tokens of a prompt's text, by what this model made of such text lately."""
@@ -139,9 +138,16 @@ class Estimator:
         """The price of `work` in model units."""
         return units.gpu_ms(work, self._coefficients) / self._unit_ms
 
-    def reserved(self, estimate: Estimate) -> float:
-        """The price of the estimate's work with its high output: what a limit keeps for it."""
-        return self.mu(replace(estimate.work, output=max(estimate.high, estimate.work.output)))
+    def high(self, tenant: str, shape: Shape, expected: Work) -> int:
+        """Output tokens that 9 of 10 such answers do not exceed; no less than the expected."""
+        if not shape.generative:
+            return 0
+        forecast = self.forecast(tenant, shape, expected.uncached)
+        return max(round(forecast.quantile(HIGH) * shape.choices), expected.output)
+
+    def reserved(self, tenant: str, shape: Shape, expected: Work) -> float:
+        """The price of the expected work with its high output: what a limit keeps for it."""
+        return self.mu(replace(expected, output=self.high(tenant, shape, expected)))
 
     def learn(self, tenant: str, shape: Shape, usage: Usage, counted: int | None = None) -> None:
         """Take in what a request of this shape really used; `counted` is its text's, all of it. Other media teach nothing about text."""

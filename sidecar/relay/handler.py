@@ -229,7 +229,8 @@ class Relay:
                 raise
             return await answering.part(request, admission, e)
         finally:
-            self._pricing.over(admission)
+            # the answer, which waits for us to return, goes out before anything is learned of it
+            asyncio.get_running_loop().call_soon(self._pricing.over, admission)
             if self._images is not None:
                 self._images.release(admission.id)
 

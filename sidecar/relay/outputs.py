@@ -14,18 +14,17 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from math import ceil, exp, log
 from operator import mul
-from typing import Final
+from typing import Final, NamedTuple
 
 _MOST: Final = 1 << 17  # tokens of the last bucket's beginning
 STARTS: Final = tuple(sorted({ceil(2 ** (k / 4)) for k in range(4 * 17 + 1)}))  # bucket b >= 1 begins at STARTS[b - 1]
 BUCKETS: Final = len(STARTS) + 1  # bucket 0: no token at all
 _ENDS: Final = (0, *(start - 1 for start in STARTS[1:]), _MOST)
 _BEGINS: Final = (0, *STARTS)
-_MIDDLES: Final = tuple((a + b) / 2 for a, b in zip(_BEGINS, _ENDS, strict=True))
+MIDDLES: Final = tuple((a + b) / 2 for a, b in zip(_BEGINS, _ENDS, strict=True))
 
 DECAY: Final = 0.99  # of all weights per answer: about the last 100 count
 BLEND: Final = 4.0  # answers that the level above is worth
@@ -39,7 +38,7 @@ def _prior() -> tuple[float, ...]:
     """Log-normal, as chat traces are: median 130 tokens (Azure 2023 conversation: 129), wider than any one service; mean 230."""
     weights = [0.0] + [
         exp(-0.5 * ((log(m) - log(130)) / 1.1) ** 2) * log((b + 1) / a)
-        for a, b, m in zip(_BEGINS[1:], _ENDS[1:], _MIDDLES[1:], strict=True)
+        for a, b, m in zip(_BEGINS[1:], _ENDS[1:], MIDDLES[1:], strict=True)
     ]
     whole = sum(weights)
     return tuple(w / whole for w in weights)
@@ -48,71 +47,108 @@ def _prior() -> tuple[float, ...]:
 PRIOR: Final = _prior()
 
 
-class Histogram:
-    """Weights by bucket; those of older answers fade. `count` is the effective number of answers."""
+class Beyond(NamedTuple):
+    """Where an answer that was cut off in `bucket` would have ended: `shares` of that and all longer ones, which sum to `whole`, and to
+    `tokens` times their middles."""
 
-    __slots__ = ("_scale", "_total", "weights")
+    bucket: int
+    shares: Sequence[float]
+    whole: float
+    tokens: float
+
+
+class Histogram:
+    """Weights by bucket; those of older answers fade. `count` is the effective number of answers, `tokens` the sum of all weights times the
+    middles of their buckets. A list of weights is not changed once it is made: forecasts hold it."""
+
+    __slots__ = ("scale", "tokens", "total", "weights")
 
     def __init__(self) -> None:
         self.weights = [0.0] * BUCKETS
-        self._scale = 1.0  # what one answer weighs now: the newest grow, instead of all others shrinking
-        self._total = 0.0
+        self.scale = 1.0  # what one answer weighs now: the newest grow, instead of all others shrinking
+        self.total = self.tokens = 0.0
 
     @property
     def count(self) -> float:
-        return self._total / self._scale
+        return self.total / self.scale
 
-    @property
-    def scale(self) -> float:
-        return self._scale
+    def add(self, bucket: int) -> None:
+        """Count one answer."""
+        self.scale /= DECAY
+        self.weights = self.weights.copy()
+        self.weights[bucket] += self.scale
+        self.total += self.scale
+        self.tokens += self.scale * MIDDLES[bucket]
+        self._rescale()
 
-    def add(self, buckets: Sequence[tuple[int, float]]) -> None:
-        """Count one answer: (bucket, share) with shares that sum to 1."""
-        self._scale /= DECAY
-        for bucket, share in buckets:
-            self.weights[bucket] += share * self._scale
-        self._total += self._scale
-        if self._scale > _RESCALE:
-            self.weights = [w / self._scale for w in self.weights]
-            self._total /= self._scale
-            self._scale = 1.0
+    def spread(self, beyond: Beyond) -> None:
+        """Count one answer that was cut off."""
+        self.scale /= DECAY
+        each, old = self.scale / beyond.whole, self.weights
+        fresh = [w + each * share for w, share in zip(old[beyond.bucket :], beyond.shares, strict=True)]
+        self.weights = [*old[: beyond.bucket], *fresh]
+        self.total += self.scale
+        self.tokens += each * beyond.tokens
+        self._rescale()
+
+    def _rescale(self) -> None:
+        if self.scale > _RESCALE:
+            self.weights = [w / self.scale for w in self.weights]
+            self.total /= self.scale
+            self.tokens /= self.scale
+            self.scale = 1.0
+
+
+# times, weights, their sum, and the sum of them times their middles
+Level = tuple[float, Sequence[float], float, float]
+_NOTHING: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
+_PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The distribution of one answer's tokens: `shares` by bucket, which sum to 1, and at most `limit` tokens."""
+    """The distribution of one answer's tokens, and at most `limit`: up to four levels, each `times` its weights; they sum to 1.
 
-    shares: Sequence[float]
+    They are added up only where they are needed, because this is on the path of every request.
+    """
+
+    levels: Sequence[Level]
     limit: int | None = None
+
+    def shares(self, first: int = 0) -> list[float]:
+        """The sum of the levels, by bucket, from bucket `first` on."""
+        (a, ws, *_), (b, xs, *_), (c, ys, *_), (d, zs, *_) = (*self.levels, *[_NOTHING] * (4 - len(self.levels)))
+        columns = zip(ws[first:], xs[first:], ys[first:], zs[first:], strict=True)
+        return [a * w + b * x + c * y + d * z for w, x, y, z in columns]
 
     def mean(self) -> float:
         """Expected tokens: E[min(X, limit)]."""
-        return float(sum(map(mul, self.shares, _capped(self.limit))))
+        if self.limit is None:
+            return sum(times * tokens for times, _, _, tokens in self.levels)
+        under = bisect_right(MIDDLES, self.limit)  # as many buckets are not cut
+        return sum(level[0] * _capped(level, self.limit, under) for level in self.levels)
 
     def quantile(self, q: float) -> float:
         """Tokens that a share `q` of such answers does not exceed."""
-        sums = list(accumulate(self.shares))
+        shares = self.shares()
+        sums = list(accumulate(shares))
         bucket = min(bisect_left(sums, q * sums[-1]), BUCKETS - 1)
         below = sums[bucket - 1] if bucket else 0.0
-        within = (q * sums[-1] - below) / self.shares[bucket] if self.shares[bucket] > 0 else 1.0
+        within = (q * sums[-1] - below) / shares[bucket] if shares[bucket] > 0 else 1.0
         # the tokens of a bucket are whole: spread from just below its first to its last
         tokens = _BEGINS[bucket] - 0.5 + within * (_ENDS[bucket] - _BEGINS[bucket] + 1) if bucket else 0.0
         return tokens if self.limit is None else min(tokens, self.limit)
 
     def left(self, delivered: Sequence[float]) -> list[float]:
         """Expected tokens still to come once so many have come: E[min(X, limit) - d | X > d]; at least 1 below the limit."""
-        masses = list(accumulate(reversed(self.shares)))  # of the last 1, 2, ... buckets
-        sums = list(accumulate(map(mul, reversed(self.shares), reversed(_capped(self.limit)))))
-        return [self._left(d, masses, sums) for d in delivered]
-
-    def _left(self, delivered: float, masses: list[float], sums: list[float]) -> float:
-        most = float("inf") if self.limit is None else self.limit - delivered
-        if most <= 0:
-            return 0.0
-        longer = BUCKETS - bisect_right(_MIDDLES, delivered)
-        if longer == 0 or masses[longer - 1] <= 1e-9:  # longer than any before: as long again
-            return min(max(1.0, delivered), most)
-        return min(max(1.0, sums[longer - 1] / masses[longer - 1] - delivered), most)
+        most = float("inf") if self.limit is None else float(self.limit)
+        first = bisect_right(MIDDLES, min((d for d in delivered if d < most), default=_MOST))
+        under = max(first, BUCKETS if self.limit is None else bisect_right(MIDDLES, most))
+        shares = self.shares(first)[::-1]
+        tokens = (*(most,) * (BUCKETS - under), *MIDDLES[first:under][::-1])
+        masses = list(accumulate(shares))  # of the last 1, 2, ... buckets
+        sums = list(accumulate(map(mul, shares, tokens)))
+        return [_left(d, most - d, masses, sums) if d < most else 0.0 for d in delivered]
 
 
 class Outputs:
@@ -127,35 +163,41 @@ class Outputs:
 
     def forecast(self, tenant: str, model: str, prompt: int, limit: int | None) -> Forecast:
         """The next answer to a prompt of `prompt` tokens, of which the client allows `limit`."""
+        return self._forecast(_keys(tenant, model, prompt), limit)
+
+    def _forecast(self, keys: Sequence[Key], limit: int | None = None) -> Forecast:
         rest = 1.0
-        parts: list[tuple[float, Sequence[float]]] = [(0.0, PRIOR)] * 3
-        for n, key in enumerate(reversed(_keys(tenant, model, prompt))):
+        levels: list[Level] = []
+        for key in keys:
             table = self._tables.get(key)
             if table is not None:
-                parts[n] = (rest / (table.scale * (table.count + BLEND)), table.weights)
-                rest *= BLEND / (table.count + BLEND)
-        (a, ws), (b, xs), (c, ys) = parts
-        # one pass over all levels: this is on the path of every request
-        return Forecast([a * w + b * x + c * y + rest * z for w, x, y, z in zip(ws, xs, ys, PRIOR, strict=True)], limit)
+                known = table.count + BLEND
+                levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
+                rest *= BLEND / known
+        levels.append((rest, PRIOR, 1.0, _PRIOR_TOKENS))
+        return Forecast(levels, limit)
 
     def learn(self, tenant: str, model: str, prompt: int, tokens: float, *, cut: bool = False) -> None:
         """An answer had `tokens`; `cut`: because its client allowed no more."""
-        buckets = self._beyond(tenant, model, prompt, tokens) if cut else ((bucket_of(tokens), 1.0),)
-        for key in _keys(tenant, model, prompt):
+        keys, bucket = _keys(tenant, model, prompt), bucket_of(tokens)
+        beyond = self._beyond(keys, bucket) if cut else None
+        for key in keys:
             table = self._tables.get(key)
             if table is None:
                 table = self._tables[key] = Histogram()
-            table.add(buckets)
+            if beyond is None:
+                table.add(bucket)
+            else:
+                table.spread(beyond)
             self._tables.move_to_end(key)
         while len(self._tables) > self._limit:
             self._tables.popitem(last=False)
 
-    def _beyond(self, tenant: str, model: str, prompt: int, tokens: float) -> Sequence[tuple[int, float]]:
-        """Where an answer that was cut at `tokens` would have ended."""
-        at = bucket_of(tokens)
-        shares = self.forecast(tenant, model, prompt, None).shares[at:]
-        mass = sum(shares)
-        return [(at + n, share / mass) for n, share in enumerate(shares)] if mass > 1e-9 else [(at, 1.0)]
+    def _beyond(self, keys: Sequence[Key], bucket: int) -> Beyond | None:
+        """Where an answer that was cut in a bucket would have ended; None where none was ever so long."""
+        shares = self._forecast(keys).shares(bucket)
+        whole = sum(shares)
+        return Beyond(bucket, shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
 
 
 def bucket_of(tokens: float) -> int:
@@ -169,14 +211,24 @@ def size_class(prompt: int) -> int:
 
 
 def _keys(tenant: str, model: str, prompt: int) -> tuple[Key, Key, Key]:
+    """From the particular to the general."""
     size = size_class(prompt)
-    return (model,), (model, size), (tenant, model, size)
+    return (tenant, model, size), (model, size), (model,)
 
 
-@lru_cache(maxsize=256)  # clients have few habits; and a flood of limits costs what it did before
-def _capped(limit: int | None) -> Sequence[float]:
-    """The middle of each bucket, at most `limit`."""
-    if limit is None:
-        return _MIDDLES
-    first = bisect_right(_MIDDLES, limit)
-    return (*_MIDDLES[:first], *(float(limit) for _ in range(BUCKETS - first)))
+def _capped(level: Level, limit: int, under: int) -> float:
+    """The sum of a level's weights times min(middle, limit); the first `under` middles are within it. Goes over the shorter side."""
+    _, weights, total, tokens = level
+    if under <= BUCKETS // 2:
+        within = weights[:under]
+        return float(sum(map(mul, within, MIDDLES)) + limit * (total - sum(within)))
+    over = weights[under:]
+    return float(tokens - sum(map(mul, over, MIDDLES[under:])) + limit * sum(over))
+
+
+def _left(delivered: float, most: float, masses: list[float], sums: list[float]) -> float:
+    """Tokens to come after `delivered`, at most `most`. `masses`, `sums`: of the last 1, 2, ... buckets."""
+    longer = BUCKETS - bisect_right(MIDDLES, delivered)
+    if longer == 0 or masses[longer - 1] <= 1e-9:  # longer than any before: as long again
+        return min(max(1.0, delivered), most)
+    return min(max(1.0, sums[longer - 1] / masses[longer - 1] - delivered), most)

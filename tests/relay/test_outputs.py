@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.relay.outputs import BUCKETS, PRIOR, STARTS, Forecast, Outputs, bucket_of
+from sidecar.relay.outputs import BUCKETS, MIDDLES, PRIOR, STARTS, Forecast, Outputs, bucket_of
 
 lengths = st.lists(st.integers(0, 200_000), min_size=1, max_size=60)
 
@@ -31,10 +31,29 @@ def test_buckets_cover_every_length_once() -> None:
 def test_a_forecast_is_a_distribution_within_its_limit(answers: list[int], limit: int | None) -> None:
     """Shares sum to 1; quantiles grow; mean and quantiles keep to what the client allows."""
     forecast = taught(answers).forecast("t", "m", 100, limit)
-    assert sum(forecast.shares) == pytest.approx(1.0)
+    assert sum(forecast.shares()) == pytest.approx(1.0)
     quantiles = [forecast.quantile(q) for q in (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)]
     assert all(a <= b for a, b in pairwise(quantiles))
     assert limit is None or (quantiles[-1] <= limit and forecast.mean() <= limit + 1e-9)
+
+
+@given(lengths, lengths, st.none() | st.integers(0, 200_000), st.integers(0, 200_000))
+def test_the_mean_and_what_is_left_are_those_of_the_shares(
+    whole: list[int], cut: list[int], limit: int | None, came: int
+) -> None:
+    """Running sums and shortcuts change nothing: they come to what the plain sums over all buckets come to."""
+    outputs = taught(whole)
+    for tokens in cut:
+        outputs.learn("t", "m", 100, tokens, cut=True)
+    forecast = outputs.forecast("t", "m", 100, limit)
+    most = float("inf") if limit is None else limit
+    rows = [(share, middle, min(middle, most)) for share, middle in zip(forecast.shares(), MIDDLES, strict=True)]
+    assert forecast.mean() == pytest.approx(sum(share * tokens for share, _, tokens in rows))
+    beyond = [(share, tokens) for share, middle, tokens in rows if middle > came]
+    mass = sum(share for share, _ in beyond)
+    if came < most and mass > 1e-6:
+        plain = sum(share * tokens for share, tokens in beyond) / mass - came
+        assert forecast.left([came]) == pytest.approx([min(max(1.0, plain), most - came)])
 
 
 @given(lengths, st.integers(1, 5000), st.integers(0, 6000))
@@ -73,7 +92,7 @@ def test_old_answers_fade() -> None:
 def test_weights_that_grow_are_scaled_back() -> None:
     """Ten thousand answers leave finite weights, and the effective number is what the decay allows."""
     outputs = taught([100] * 10_000)
-    assert max(outputs.forecast("t", "m", 100, None).shares) > 0.99
+    assert max(outputs.forecast("t", "m", 100, None).shares()) > 0.99
 
 
 def test_an_unknown_tenant_borrows_from_its_model_and_an_unknown_model_from_the_prior() -> None:
@@ -81,7 +100,7 @@ def test_an_unknown_tenant_borrows_from_its_model_and_an_unknown_model_from_the_
     outputs = taught([50] * 300)
     assert outputs.forecast("new", "m", 100, None).mean() < 60
     assert 50 < outputs.forecast("new", "m", 8000, None).mean() < 60  # another size class: the model's own
-    assert list(outputs.forecast("t", "else", 100, None).shares) == pytest.approx(list(PRIOR))
+    assert list(outputs.forecast("t", "else", 100, None).shares()) == pytest.approx(list(PRIOR))
 
 
 def test_answers_that_were_cut_off_count_above_their_limit() -> None:
@@ -106,5 +125,5 @@ def test_the_table_is_bounded() -> None:
 
 def test_a_length_beyond_all_seen_is_expected_to_double() -> None:
     """Where no answer was ever so long, as much again is expected."""
-    nothing_beyond = Forecast([1.0] + [0.0] * (BUCKETS - 1))
+    nothing_beyond = Forecast([(1.0, [1.0] + [0.0] * (BUCKETS - 1), 1.0, 0.0)])
     assert nothing_beyond.left([500.0]) == [500.0]
