@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
@@ -132,7 +132,8 @@ class Ledger:
         self._tenant_label = tenant_label
         self._model_label = model_label
         self._holds: dict[Key, Hold] = {}
-        self._token_mu = units.mu(Work(0, output=1), co) - units.mu(Work(0), co)
+        self._unit_ms = units.unit_ms(co)
+        self._token_mu = units.generated_ms(0, 1, co) / self._unit_ms
         self._flow, self._recent = Rate(WINDOW), Rate(RECENT)
         self._tokens = Rate(RATE_WINDOW)
         self._finished = Rate(WINDOW)
@@ -241,12 +242,16 @@ class Ledger:
 
     def _book(self, hold: Hold, at: float) -> None:
         """Bring what a hold has accrued up to what was delivered so far."""
-        done = units.mu(work_so_far(hold), self.co)
+        done = self._price(hold, hold.delivered)
         self._flowed(done - hold.accrued, at)
         hold.accrued = done
         hold.left = tokens_left(hold)
-        whole = replace(work_so_far(hold), output=hold.delivered + hold.left)
-        hold.remaining = max(units.mu(whole, self.co) - done, self._token_mu)
+        hold.remaining = max(self._price(hold, hold.delivered + hold.left) - done, self._token_mu)
+
+    def _price(self, hold: Hold, output: int) -> float:
+        """MU of a hold with so much output: `units.mu`, less what is the same five times a second and stream."""
+        e = hold.admitted.expected
+        return (hold.prefill * 1000 + units.generated_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
 
     def _flowed(self, mu: float, at: float) -> None:
         self._flow.add(mu, at)
@@ -289,12 +294,6 @@ def spent(expected: Work, fact: Settled, *, started: bool, delivered: int) -> Wo
     if not started and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
         return None
     return units.settled_work(expected, None, max(fact.delivered_tokens, delivered))
-
-
-def work_so_far(hold: Hold) -> Work:
-    """The estimate with the tokens that were delivered so far."""
-    e = hold.admitted.expected
-    return replace(e, output=hold.delivered)
 
 
 def tokens_left(hold: Hold) -> int:

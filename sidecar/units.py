@@ -116,6 +116,11 @@ def context(before: float, tokens: float, co: Coefficients) -> float:
     return (1 - co.windowed) * whole + co.windowed * seen
 
 
+def generated_ms(before: int, tokens: int, co: Coefficients) -> float:
+    """GPU milliseconds of `tokens` of output, of a prompt of `before` tokens."""
+    return co.d * tokens + co.f * context(before, tokens, co)
+
+
 def gpu_ms(work: Work, co: Coefficients) -> float:
     """GPU milliseconds of one request."""
     return terms(work, co).total

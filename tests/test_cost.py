@@ -40,6 +40,15 @@ def test_windows_never_cost_more_and_cost_grows_with_work(u: int, c: int, o: int
         )
 
 
+@given(u=tokens, c=tokens, o=tokens, window=st.integers(0, 8192))
+def test_output_alone_costs_what_is_left_of_the_whole(u: int, c: int, o: int, window: int) -> None:
+    """The price before the first token and that of the output make the price of the request, as the ledger adds them up."""
+    co = Coefficients(f=1e-3, window=window, windowed=0.5, g=0.1)
+    work = Work(u, c, o, image_tokens=u // 2, images=1)
+    parts = units.terms(work, co).before_first_token + units.generated_ms(u + c, o, co)
+    assert parts == pytest.approx(units.gpu_ms(work, co))
+
+
 def test_cached_tokens_are_cheaper_and_not_free() -> None:
     """What a prefix cache holds need not be computed, but is attended to and read."""
     assert units.mu(Work(500, output=10), CO) < units.mu(Work(500, 3000, 10), CO) < units.mu(Work(3500, output=10), CO)
