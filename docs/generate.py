@@ -149,10 +149,19 @@ def calibration_tables() -> str:
             row = (shapes, f"{mape} % / {p90} %", f"{line} % / {line_p90} %", met if name == "held out" else "")
             errors.append(row)
         varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|core in) ([\d.]+)%", told))
-        took, date, unit = *re.findall(r"`, (\S+); (\d+) s", told)[0][::-1], re.findall(r"1 MU = ([\d.]+)", told)[0]
+        seconds, date, took = re.findall(r"--seconds (\S+)`, (\S+); (\d+) s", told)[0]
+        (unit,) = re.findall(r"1 MU = ([\d.]+)", told)
         met = "met" if varies <= 10 else "missed"
         runs.append(
-            (f"{kind} model", date, f"{took} s", f"{varies} % ({met})", f"{apart} %", f"{waited} %", f"{unit} ms")
+            (
+                f"{kind} model",
+                date,
+                f"{took} s of {seconds}",
+                f"{varies} % ({met})",
+                f"{apart} %",
+                f"{waited} %",
+                f"{unit} ms",
+            )
         )
         plots.append(f"![{kind} model](../benchmarks/results/{path.stem}.svg)")
     found = table(
