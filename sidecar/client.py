@@ -74,7 +74,7 @@ class ImageLayout:
 class Preprocessed:
     """The tensors of all images, by the processor's own names, in the order in which the images were given.
 
-    `processor` changes with anything that changes a pixel; `exact` is false where a device rounded otherwise.
+    `processor` changes with anything that changes a pixel; `exact` is false where an image was shrunk while it was decoded (--images-decode fast).
     """
 
     tensors: dict[str, Array]

@@ -81,6 +81,7 @@ class Prepared:
     grid: tuple[int, int, int] = (0, 0, 0)
     url: str = ""
     original: tuple[int, int] = (0, 0)
+    exact: bool = True  # false: a JPEG that was shrunk while it was decoded (--images-decode fast)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,4 +397,5 @@ def _prepared(done: Done, payload: Data, seconds: float) -> Prepared:
         bytes_out=len(payload),
         grid=done.grid,
         original=done.original,
+        exact=done.exact,
     )

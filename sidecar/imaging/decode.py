@@ -40,7 +40,7 @@ def decode(data: bytes, header: Header, limits: Limits) -> Tensor:
     """The pixels of one image. Raises BadPixels."""
     check_size(header.height, header.width, limits)
     if header.plain and (pixels := _fast(data, header)) is not None:
-        return _turn(pixels, orientation(data)) if header.tagged else pixels
+        return turn(pixels, orientation(data)) if header.tagged else pixels
     return _pillow(data, limits)
 
 
@@ -78,13 +78,18 @@ def _fast(data: bytes, header: Header) -> Tensor | None:
     return pixels if pixels is not None and tuple(pixels.shape) == (3, header.height, header.width) else None
 
 
-def _turn(pixels: Tensor, how: int) -> Tensor:
+def turn(pixels: Tensor, how: int) -> Tensor:
     """Pixels (3, height, width) turned by an EXIF orientation: a transposition, then flips of the axes."""
     if how not in TURNS:
         return pixels
     transposed, flips = TURNS[how]
     turned = pixels.transpose(1, 2) if transposed else pixels
     return turned.flip(flips) if flips else turned
+
+
+def turned(height: int, width: int, how: int) -> tuple[int, int]:
+    """The size of an image of this size once it is turned so."""
+    return (width, height) if TURNS.get(how, (False, []))[0] else (height, width)
 
 
 # orientation -> (swap rows and columns first, axes to flip then)

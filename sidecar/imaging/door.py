@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from sidecar.jobs import GPU_DOOR, FrameError
@@ -35,10 +35,12 @@ class Ask:
     """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
     The answer takes their place: RGB rows where `inline`, else the processor's output. With a `loan` that output stays on the device.
+    `original`: the height and width that decide what becomes of it, where it was shrunk already.
     """
 
     height: int
     width: int
+    original: tuple[int, int]
     spec: str
     inline: bool
     loan: str = ""
@@ -51,9 +53,10 @@ def parse(text: bytes) -> Ask:
     """Inverse of Ask.to_json. Raises FrameError."""
     try:
         ask = Ask(**json.loads(text))
-        sizes, texts = (ask.height, ask.width), (ask.spec, ask.loan)
+        height, width = ask.original
+        sizes, texts = (ask.height, ask.width, height, width), (ask.spec, ask.loan)
         if all(type(size) is int and size > 0 for size in sizes) and all(type(text) is str for text in texts):
-            return ask
+            return replace(ask, original=(height, width))
     except (ValueError, TypeError):
         pass
     raise FrameError("not an ask")

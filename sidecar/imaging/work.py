@@ -14,13 +14,13 @@ from typing import Any, Final
 import pybase64
 import torch
 
-from sidecar.imaging import headers, tiles
-from sidecar.imaging.decode import TURNS, BadPixels, check_size, decode, orientation
+from sidecar.imaging import headers, shrunk, tiles
+from sidecar.imaging.decode import BadPixels, check_size, decode, orientation, turned
 from sidecar.imaging.door import Ask, Door
 from sidecar.imaging.patches import ppm, prepare, resize, rounded, values
 from sidecar.jobs import DEVICE, GPU_BUSY, INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.kernels import families
-from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, TileSpec
 
 Payload = bytes | bytearray | memoryview
 Answer = tuple[Done | Refused, Payload]
@@ -54,6 +54,8 @@ class Picture:
     """A decoded image on its way: `geometry` is what it will become."""
 
     pixels: Any  # uint8 tensor (3, height, width)
+    original: Size  # before it was shrunk, where it was not decoded exactly
+    exact: bool
     geometry: Geometry
     header: headers.Header
     hash: str
@@ -102,7 +104,9 @@ def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> A
     if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
         return None  # nothing to resize
     size = 3 * height * width if inline else tensor_bytes(picture.geometry, spec)
-    octets = door.make(rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], job.spec, inline), size)
+    octets = door.make(
+        rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], picture.original, job.spec, inline), size
+    )
     if octets is None:
         return None
     picture.stages.end("resize_gpu")
@@ -127,7 +131,7 @@ def _tensor(pixels: Any, geometry: Geometry, spec: ProcessorSpec) -> Any:
 def _lent(door: Door | None, job: Job, picture: Picture) -> Answer:
     """The processor's output in the GPU's memory: where it is. Nothing else than the GPU can do this."""
     rows = _rows(picture)
-    ask = Ask(rows.shape[0], rows.shape[1], job.spec, False, job.loan)
+    ask = Ask(rows.shape[0], rows.shape[1], picture.original, job.spec, False, job.loan)
     possible = door is not None and job.gpu and not picture.geometry.views
     where = door.lend(rows.reshape(-1).data, ask) if door is not None and possible else None
     if where is None:
@@ -162,15 +166,16 @@ def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | D
     stages.end("unpack")
     if header.format not in headers.DECODED:
         return _passed(job, header, spec, digest, len(data), stages)
-    pixels = decode(data, header, job.limits)
-    height, width = pixels.shape[-2:]
-    stages.end("decode")
-    geometry = _geometry(spec, height, width)
+    small = shrunk.decode(data, header, job.limits, spec) if spec.fast else None
+    pixels = small[0] if small else decode(data, header, job.limits)
+    original: Size = small[1] if small else tuple(pixels.shape[-2:])
+    stages.end("decode_fast" if small else "decode")
+    geometry = _geometry(spec, *original)
     for size in ((geometry.height, geometry.width), *(view.canvas for view in geometry.views)):
         check_size(*size, job.limits)
     if job.want in INLINE and not spec.keeps(geometry):
         return _passed(job, header, spec, digest, len(data), stages, geometry)
-    return Picture(pixels, geometry, header, digest, len(data), stages)
+    return Picture(pixels, original, small is None, geometry, header, digest, len(data), stages)
 
 
 def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answer:
@@ -196,7 +201,7 @@ def done(picture: Picture, media_type: str) -> Done:
     g = picture.geometry
     return Done(
         "ok", picture.header.format, media_type, *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
-        picture.hash, tuple(picture.stages.taken), picture.bytes_in, tuple(picture.pixels.shape[-2:]),
+        picture.hash, tuple(picture.stages.taken), picture.bytes_in, picture.original, picture.exact,
     )  # fmt: skip
 
 
@@ -214,11 +219,8 @@ def _unpack(job: Job, payload: Payload) -> bytes:
 
 def _guessed(data: bytes, header: headers.Header, spec: ProcessorSpec) -> Geometry | None:
     """What will become of an image that nobody here decodes, for its tokens; None where its header does not tell."""
-    size = header.height, header.width
-    if header.tagged and TURNS.get(orientation(data), (False, []))[0]:
-        size = size[::-1]
     try:
-        return spec.geometry(*size)
+        return spec.geometry(*turned(header.height, header.width, orientation(data) if header.tagged else 1))
     except ValueError:
         return None
 

@@ -100,7 +100,7 @@ async def preprocess(
     with images.results.of_one() as take:
         done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec, take=take), sources, emit)
         if want == LAYOUT:
-            return web.json_response(layout(done, spec))
+            return web.json_response(layout(done, spec), headers=headers.images(exact(done)))
         if way == SHM:
             return web.json_response(await shared(images, spec, done))
         return await _answer(request, done, spec, limits.client_stall_seconds)
@@ -168,10 +168,15 @@ def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
     """The JSON form: names, shapes, dtypes, and what each image became."""
     return {
         "processor": spec.fingerprint,
-        "exact": True,
+        "exact": exact(done),
         "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
         "images": [described(t.prepared) for t in done],
     }
+
+
+def exact(done: Sequence[Tensors]) -> bool:
+    """Whether every image was decoded as it stands."""
+    return all(t.prepared.exact for t in done)
 
 
 def described(image: Prepared) -> dict[str, Any]:
@@ -216,7 +221,7 @@ async def _answer(
 ) -> web.StreamResponse:
     """The tensors, to a client that reads within `patience` seconds. Raises ClientStalled."""
     head = safetensors_head(done, spec)
-    response = web.StreamResponse(headers={"content-type": SAFETENSORS})
+    response = web.StreamResponse(headers={"content-type": SAFETENSORS, **headers.images(exact(done))})
     dtype, shape = shapes(done, spec)["pixel_values"]
     response.content_length = len(head) + SIZES[dtype] * math.prod(shape)
     await downstream.start(response, request)

@@ -112,6 +112,22 @@ async def test_json_in_tensors_out(service: Service) -> None:
     assert same(body, PHOTOS)
 
 
+async def test_tensors_that_are_not_exact_are_said(service: Service) -> None:
+    """Decoded fast, a photograph that shrinks enough marks the tensors and their layout; another one does not."""
+    chosen = families.from_config(QWEN2_VL | {"max_pixels": 448 * 448})
+    assert chosen is not None
+    service.images.spec = replace(chosen, fast=True)
+    large = photos.photo(1600, 1200, 1, quality=50)
+    for files, exact in ((PHOTOS[:1], True), ([*PHOTOS[:1], large], False)):
+        for accept in (SAFETENSORS, "application/json"):
+            async with service.session.post(service.url, data=form(files), headers={"accept": accept}) as answer:
+                assert (answer.status, answer.headers.get("x-sidecar-images")) == (200, None if exact else "inexact"), (
+                    await answer.read()
+                )
+                if accept != SAFETENSORS:
+                    assert (await answer.json())["exact"] is exact
+
+
 async def test_links_are_fetched_by_the_operators_rules(service: Service) -> None:
     """Links stand among data URLs, in order; one to a host that is not listed is refused by its place, and so is one that is broken."""
 
