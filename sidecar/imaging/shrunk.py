@@ -26,7 +26,7 @@ BY: Final = (
     4,
     2,
 )  # Pillow's; libjpeg-turbo's other transforms have no vectors: 6/8 takes 1.5 times as long as the whole image
-# Photographs of 2 megapixels, resized from there: 38 to 41 dB at a margin of 1, 42 to 45 at 1.5, 46 to 48 at 2, where an image of 12
+# Photographs of 2 megapixels, resized from there: 40 to 41 dB at a margin of 1, 42 to 45 at 1.5, 46 to 48 at 2, where an image of 12
 # megapixels would not be shrunk for Qwen's 1 megapixel any more.
 MARGIN: Final = 1.5
 
@@ -58,11 +58,12 @@ def decode(data: bytes, header: Header, limits: Limits, spec: ProcessorSpec) -> 
         by = fraction(own, target(spec.geometry(*own)))
     except ValueError:
         return None
-    pixels = _pillow(data, header, by) if by > 1 else None
+    pixels = pillow(data, header, by) if by > 1 else None
     return (turn(pixels, how), own) if pixels is not None else None
 
 
-def _pillow(data: bytes, header: Header, by: int) -> Tensor | None:
+def pillow(data: bytes, header: Header, by: int) -> Tensor | None:
+    """The pixels as they are stored, at this fraction of their size; None where Pillow refuses."""
     height, width = header.height // by, header.width // by
     try:
         image: Any = Image.open(io.BytesIO(data), formats=("JPEG",))
