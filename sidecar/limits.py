@@ -51,9 +51,9 @@ class Limit:
 
     @property
     def burst(self) -> float:
-        """MU that a full bucket holds."""
+        """MU that a full bucket holds; without end where nothing is taken from it, so that a limit that is set later finds it full."""
         if self.mu_per_minute is None:
-            return 0.0
+            return math.inf
         return self.mu_per_minute if self.burst_mu is None else self.burst_mu
 
 

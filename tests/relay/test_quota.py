@@ -129,6 +129,18 @@ def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
     limits.take("a", *ONE)
 
 
+def test_a_limit_that_is_new_finds_a_full_bucket(quota: Any, file: Path) -> None:
+    """A tenant that had none of that kind has saved up all of it, also where requests of it are open."""
+    limits = quota("[default]\nmu_in_flight = 9")
+    limits.take("a", *ONE)
+    file.write_text("[default]\nmu_in_flight = 9\nmu_per_minute = 0.6\nburst_mu = 2")
+    limits.look()
+    for _ in range(2):
+        limits.take("a", *ONE)
+    with pytest.raises(TenantLimited, match="rate limit"):
+        limits.take("a", *ONE)
+
+
 @pytest.mark.parametrize("now", [None, "[default]\nmu = 1"], ids=["gone", "bad"])
 def test_a_relay_that_is_started_again_beside_a_bad_file_serves(quota: Any, file: Path, now: str | None) -> None:
     """Its limits are those of the sidecar's start, until the file is good again."""
