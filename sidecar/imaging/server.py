@@ -22,6 +22,7 @@ from typing import Final
 
 from sidecar import cpus
 from sidecar.errors import StartError
+from sidecar.imaging import worker
 from sidecar.imaging.door import NAME
 from sidecar.jobs import Limits
 from sidecar.settings import Settings, from_json
@@ -132,11 +133,13 @@ def warm() -> None:
 
 
 def _fork(life: Callable[[], int]) -> int:
+    server = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
+        worker.bind_to(server)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         status = life()
     except BaseException as e:  # noqa: BLE001  the border of the process; a message could quote an image, a type cannot
@@ -150,7 +153,7 @@ def _work(listening: socket.socket, wanted: Plan, door: str) -> int:
     """The life of a worker, in the worker's process."""
     import torch
 
-    from sidecar.imaging import work, worker
+    from sidecar.imaging import work
     from sidecar.imaging.door import Door
 
     torch.set_num_threads(wanted.threads)
@@ -164,10 +167,9 @@ def _own(door: str, wanted: Plan) -> int:
     """The life of the process that owns the GPU, in that process."""
     import torch
 
-    from sidecar.imaging import gpu, worker
+    from sidecar.imaging import gpu
 
     torch.set_grad_enabled(False)
-    worker.bind_to_server()
     return gpu.serve(door, wanted.limits, wanted.gpu_memory) if gpu.visible() else NO_CUDA
 
 

@@ -90,19 +90,20 @@ def confine(limits: Limits) -> None:
     """Give up what a worker does not need."""
     _keep()
     _mute()
-    bind_to_server()
     for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, MAX_FILES)):
         _lower(what, most)
     if sys.platform == "linux":
         _lower(resource.RLIMIT_AS, _mapped() + memory_bound(limits))
 
 
-def bind_to_server() -> None:
+def bind_to(server: int) -> None:
     """Die with the server, leave Ctrl-C to it, keep no privileges and gain none, and let a deadline's signal end this process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != server:  # it died before that, and nobody else ends us
+            os._exit(1)
         privileges.give_up()
 
 

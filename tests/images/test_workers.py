@@ -80,6 +80,15 @@ def _at_work(pid: int, until: int) -> None:
         time.sleep(0.001)  # the kernel's accounts give no event
 
 
+def _both(server: Server) -> list[int]:
+    """A server's two workers: the first may serve before the second is forked."""
+    deadline = time.monotonic() + 60
+    while len(workers := server.workers()) < 2:
+        assert time.monotonic() < deadline, "there is one worker only"
+        time.sleep(0.01)  # a child gives no event to others
+    return workers
+
+
 async def gone(pid: int) -> None:
     """Wait until the process has ended."""
     with contextlib.suppress(ProcessLookupError):
@@ -229,13 +238,20 @@ async def test_a_restarted_server_is_waited_for(start_server: Callable[..., Serv
     server = start_server()
     images = Images(server.path, server.settings, spec)
     await images.inline(PHOTO, "x")
-    workers = server.workers()
-    assert len(workers) == 2
+    workers = await asyncio.to_thread(_both, server)
     server.restart()
     for worker in workers:
         await gone(worker)
     assert (await images.inline(PHOTO, "x")).outcome == "ok"
     assert not set(server.workers()) & set(workers)
+
+
+def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
+    """Killed right after the fork, a server could not tell the kernel yet to end its child."""
+    code = "from sidecar.imaging import worker; worker.bind_to({}); print('lives')"
+    for server, ends in ((os.getpid(), (0, "lives\n")), (os.getppid(), (1, ""))):
+        done = subprocess.run([sys.executable, "-c", code.format(server)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == ends
 
 
 async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
