@@ -305,18 +305,20 @@ def test_what_the_engine_waited_is_not_charged() -> None:
 
 def test_waiting_for_a_core_is_seen() -> None:
     """Of two processes that share one core, each waits about half of the time."""
-    burn = "import os; os.sched_setaffinity(0, {0})\nwhile True: pass"
-    processes = [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(2)]
+    burn = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); os.write(1, b'.')\nwhile True: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", burn], stdout=subprocess.PIPE, bufsize=0) for _ in range(2)]
     try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.read(1)
         cores = contention.Cores([processes[0].pid])
-        time.sleep(0.5)
+        time.sleep(0.2)
         cores.mark()
         time.sleep(1.0)
         assert 0.2 < cores.waited() <= contention.MOST
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_mu_in_flight_is_the_measured_one_at_its_slo() -> None:

@@ -18,8 +18,7 @@ from sidecar.readings import Absent, Value
 from sidecar.settings import Settings
 
 from .engine_faces import FACES, Shown, models, page, said, shown
-
-PATIENCE = 20.0  # seconds; a bound on hanging
+from .waiting import PATIENCE
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ async def test_an_engine_is_recognised_anew_after_a_restart(meet: Callable[..., 
         contact.engine_restarted()
         await until(lambda: contact.kind_name == "tgi")
         await until(lambda: isinstance(contact.read(), Value) and contact.read().value.running == 6)
-        assert (await contact.canary.send(5)).outcome == "ok"
+        assert (await contact.canary.send(PATIENCE)).outcome == "ok"
         assert engine.bodies["/v1/completions"][-1]["model"] == "tgi"
 
 
@@ -162,17 +161,17 @@ async def test_a_sleeping_llama_is_not_woken(meet: Callable[..., Any]) -> None:
         awake = engine.answers["/props"]
         engine.answers["/props"] = asleep
         contact = await meet(engine)
-        result = await contact.canary.send(5)
+        result = await contact.canary.send(PATIENCE)
         assert (result.outcome, engine.asked["/v1/completions"]) == ("moot", 0)
         engine.answers["/props"] = awake
-        assert (await contact.canary.send(5)).outcome == "ok"
+        assert (await contact.canary.send(PATIENCE)).outcome == "ok"
 
 
 async def test_sglangs_own_flags_choose_the_priority(meet: Callable[..., Any]) -> None:
     """Where the server schedules by priority the canary has the first one."""
     async with shown("sglang") as engine:
         contact = await meet(engine)
-        assert (await contact.canary.send(5)).outcome == "ok"
+        assert (await contact.canary.send(PATIENCE)).outcome == "ok"
         assert engine.bodies["/v1/completions"][0]["priority"] == sglang.FIRST
 
 

@@ -21,6 +21,8 @@ from sidecar.doctor.report import CHECKS, examine, text
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.settings import Settings
 
+from .waiting import PATIENCE
+
 TOKEN = 'data: {"choices": [{"delta": {"content": "1"}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
 PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1003520}
 
@@ -158,7 +160,7 @@ def test_the_engines_threads(wanted: str | None, level: str) -> None:
         assert child.stdout and child.stdin
         found = engine_checks.threads(f"http://127.0.0.1:{int(child.stdout.readline())}")
         child.stdin.close()
-        child.wait(10)
+        child.wait(PATIENCE)
     assert found.level == level
 
 

@@ -20,6 +20,8 @@ from sidecar.signals.canary import CanarySignal
 from sidecar.statefile import StateDir
 from sidecar.ticker import Ticker
 
+from .waiting import PATIENCE
+
 
 async def breaks(secret: str = "") -> None:
     raise TypeError(secret)
@@ -85,7 +87,7 @@ async def ticker(tmp_path: Path) -> AsyncIterator[Ticker]:
 async def test_a_canary_that_breaks_does_not_wedge_the_judge(ticker: Ticker) -> None:
     """It is booked as one that could not run, which judges nothing, and the next one is sent."""
     ticks = asyncio.create_task(ticker.run())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         ends = set[float]()
         while len(ends) < 2:  # the one after the broken one ended too
             await asyncio.sleep(0.05)

@@ -15,6 +15,8 @@ from aiohttp import web
 from sidecar.demo.kubelet import Container, Event, Kubelet
 from sidecar.demo.prober import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
 
+from .waiting import PATIENCE
+
 TRUE = Exec(("/bin/true",))
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
 RESULTS = {"s": "success", "f": "failure", "u": "unknown"}
@@ -22,7 +24,7 @@ RESULTS = {"s": "success", "f": "failure", "u": "unknown"}
 
 def quick(action: HttpGet | Exec, failures: int = 3) -> ProbeSpec:
     """A probe with a short period and a timeout that a busy machine does not reach."""
-    return ProbeSpec(action, period=0.02, timeout=5.0, failure_threshold=failures)
+    return ProbeSpec(action, period=0.02, timeout=PATIENCE, failure_threshold=failures)
 
 
 # kind, failure threshold, success threshold, results in, value after each, the index of the kill or None

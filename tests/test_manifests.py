@@ -30,6 +30,8 @@ from sidecar.probes import STALE, Stand
 from sidecar.settings import Settings, load
 from sidecar.statefile import StateDir
 
+from .waiting import PATIENCE
+
 Requires = Callable[[str], Path]
 CLAIM = {"claim": "models", "model": "/models/qwen"}
 
@@ -211,7 +213,9 @@ def sh(interpreter: list[str], line: str, path: str | None = None) -> int:
     env = {"PATH": os.environ["PATH"] if path is None else path}
     found = shutil.which(interpreter[0])
     assert found
-    return subprocess.run([found, *interpreter[1:], "-c", line], env=env, timeout=30, capture_output=True).returncode
+    return subprocess.run(
+        [found, *interpreter[1:], "-c", line], env=env, timeout=PATIENCE, capture_output=True
+    ).returncode
 
 
 @pytest.fixture(params=SHELLS, ids=lambda s: s[0])
@@ -281,7 +285,7 @@ def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_pat
 
     def waited() -> bool:
         command = [*interpreter, "-c", drain]
-        return b"waited" in subprocess.run(command, check=True, capture_output=True, timeout=30).stdout
+        return b"waited" in subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE).stdout
 
     state.write(stand("progressing", 12), time.time())
     assert sh(interpreter, liveness) == 0 and waited()

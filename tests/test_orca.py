@@ -31,6 +31,8 @@ from sidecar.report.orca_messages import Report as OrcaLoadReport
 from sidecar.report.orca_messages import Request as OrcaLoadReportRequest
 from sidecar.snapshot import Load
 
+from .waiting import PATIENCE
+
 LOAD = Load(
     mu_in_flight=3.2, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,
     limited_by="flow", prefill_tokens_in_flight=5120, decode_tokens_in_flight=900, tokens_delivered_total=123456,
@@ -188,7 +190,7 @@ async def control(tmp_path: Path) -> AsyncIterator[Control]:
     control = Control(tmp_path / "control")
     task = asyncio.create_task(control.pool.run(control.sock))
     yield control
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while control.pool._listeners:  # noqa: ASYNC110  the end of a connection is read when it is read
             await asyncio.sleep(0.01)
     task.cancel()
@@ -231,7 +233,7 @@ async def test_a_stream_carries_the_load_as_it_changes(control: Control, stub: A
     """Reports come at the interval, without a request of the client, and a new load is in a later one."""
     control.publish(0.25)
     stream = stub[0].StreamCoreMetrics(asked(0.1))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         assert (await stream.read()).application_utilization == 0.25
         control.publish(0.75)
         while (await stream.read()).named_metrics["mu_utilization"] != 0.75:
@@ -244,7 +246,7 @@ async def test_a_stream_ends_when_the_sidecar_drains(control: Control, stub: Any
     client, ended = stub
     waiting = client.StreamCoreMetrics(asked(1))
     first = asyncio.create_task(waiting.read())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.wait((first,), timeout=0.2)
         assert not first.done()  # no load is known yet
         control.publish(0.5)
@@ -266,7 +268,7 @@ async def test_streams_are_bounded_and_bad_requests_refused(control: Control, st
     """Bytes that are no request, or too many, end their stream alone; past the bound a stream is refused."""
     control.publish(0.5)
     kept = stub[0].StreamCoreMetrics(asked(0.1))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         assert (await kept.read()).rps_fractional > 0
         big = stub[0].StreamCoreMetrics(big_request())
         assert await big.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -287,7 +289,7 @@ async def test_a_load_that_grew_old_is_not_sent(control: Control, monkeypatch: p
     latest = orca_grpc.Latest(control.path)
     keeping = asyncio.create_task(latest.run())
     control.publish(0.5)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         await latest.get()
         monkeypatch.setattr(orca_grpc, "STALE", -1.0)
         getting = asyncio.create_task(latest.get())
@@ -310,7 +312,7 @@ async def test_a_listener_is_no_relay(control: Control) -> None:
     sock.connect(control.path)
     channel = await Channel.open(sock, got.append, gone.set)
     channel.send(Listening(1.0, 42))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while not got:
             control.publish(0.5)
             await asyncio.sleep(0.01)

@@ -16,6 +16,7 @@ from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.signals.canary import CanarySignal
 
 from .engine_faces import TOKEN, Shown, models
+from .waiting import PATIENCE
 
 EMBEDDED = json.dumps({"object": "list", "data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 2}})
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
@@ -50,10 +51,10 @@ async def test_the_form_that_passes_is_found_once(
     """Base models, chat-only servers and embedding models all take a canary; the next one asks for nothing else."""
     async with engine(**answers) as shown:
         signal = canary(shown)
-        first = await signal.send(5)
+        first = await signal.send(PATIENCE)
         assert (first.outcome, first.detail, first.prompt_tokens) == ("ok", passes, 2)
         before = shown.asked.copy()
-        assert (await signal.send(5)).outcome == "ok"
+        assert (await signal.send(PATIENCE)).outcome == "ok"
         assert shown.asked - before == {passes: 1}
 
 
@@ -68,7 +69,7 @@ async def test_a_priority_that_is_refused_is_left_out(canary: Callable[..., Cana
     async with engine() as shown:
         shown.handlers[COMPLETIONS] = picky
         signal = canary(shown, priority=-9)
-        assert [(await signal.send(5)).outcome for _ in range(2)] == ["ok", "ok"]
+        assert [(await signal.send(PATIENCE)).outcome for _ in range(2)] == ["ok", "ok"]
         assert [body.get("priority") for body in shown.bodies[COMPLETIONS]] == [-9, None, None]
 
 
@@ -76,7 +77,7 @@ async def test_a_priority_that_is_taken_is_kept(canary: Callable[..., CanarySign
     """An engine that takes the priority gets it with each canary."""
     async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
         signal = canary(shown, priority=-9)
-        assert [(await signal.send(5)).outcome for _ in range(2)] == ["ok", "ok"]
+        assert [(await signal.send(PATIENCE)).outcome for _ in range(2)] == ["ok", "ok"]
         assert [body["priority"] for body in shown.bodies[COMPLETIONS]] == [-9, -9]
 
 
@@ -99,7 +100,7 @@ async def test_an_answer_without_a_token_never_passes(
 ) -> None:
     """Refusals, empty streams, pages and errors inside a stream are each told, and none of them is a pass."""
     async with engine(**{COMPLETIONS: answer}) as shown:
-        result = await canary(shown).send(5)
+        result = await canary(shown).send(PATIENCE)
         assert result.outcome == outcome and result.detail and not result.digest
 
 
@@ -107,9 +108,9 @@ async def test_an_engine_that_served_tokens_fails_without_them(canary: Callable[
     """An answer without a token is a failure of an engine that gave one before; of another it proves nothing."""
     async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
         signal = canary(shown)
-        assert (await signal.send(5)).outcome == "ok"
+        assert (await signal.send(PATIENCE)).outcome == "ok"
         shown.answers[COMPLETIONS] = (200, "data: [DONE]\n\n")
-        assert (await signal.send(5)).outcome == "failed"
+        assert (await signal.send(PATIENCE)).outcome == "failed"
 
 
 async def test_a_renamed_model_is_learned_again(canary: Callable[..., CanarySignal]) -> None:
@@ -124,10 +125,10 @@ async def test_a_renamed_model_is_learned_again(canary: Callable[..., CanarySign
         shown.answers["/v1/models"] = models("vllm", name)
         shown.handlers[COMPLETIONS] = by_name
         signal = canary(shown)
-        assert (await signal.send(5)).outcome == "ok"
+        assert (await signal.send(PATIENCE)).outcome == "ok"
         name = "new"
         shown.answers["/v1/models"] = models("vllm", name)
-        assert [(await signal.send(5)).outcome for _ in range(3)] == ["rejected", "ok", "ok"]
+        assert [(await signal.send(PATIENCE)).outcome for _ in range(3)] == ["rejected", "ok", "ok"]
 
 
 async def test_a_stream_that_never_ends_starves(canary: Callable[..., CanarySignal]) -> None:
@@ -149,11 +150,11 @@ async def test_the_answer_of_a_healthy_engine_is_always_the_same(canary: Callabl
     """Equal canaries have equal hashes, and garbage has another one."""
     async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=1.0)) as scripted:
         signal = canary(scripted, "scripted")
-        passed = await signal.send(5)
+        passed = await signal.send(PATIENCE)
         assert passed.outcome == "ok" and passed.prompt_tokens and passed.digest
-        assert (await signal.send(5)).digest == passed.digest
+        assert (await signal.send(PATIENCE)).digest == passed.digest
         scripted.faults.start("gibberish")
-        assert (await signal.send(5)).digest != passed.digest
+        assert (await signal.send(PATIENCE)).digest != passed.digest
 
 
 async def test_an_answer_without_end_is_bounded(
@@ -162,11 +163,11 @@ async def test_an_answer_without_end_is_bounded(
     """An endless answer is given up at the bound."""
     monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER", 1000)
     async with engine(**{COMPLETIONS: (200, TOKEN * 100)}) as shown:
-        assert (await canary(shown).send(5)).outcome == "failed"
+        assert (await canary(shown).send(PATIENCE)).outcome == "failed"
 
 
 async def test_no_connection_is_refused(canary: Callable[..., CanarySignal]) -> None:
     """A closed port is no hang."""
     async with engine() as shown:
         pass
-    assert (await canary(shown).send(5)).outcome == "refused"
+    assert (await canary(shown).send(PATIENCE)).outcome == "refused"

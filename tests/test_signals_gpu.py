@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from .nvml_stub.build import build
+from .waiting import PATIENCE
 
 HERE = Path(__file__).parent / "nvml_stub"
 FIELDS = (
@@ -37,7 +38,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory, requires: Callable[[str], Pat
 class Watched:
     """A process that prints the GPU signal's readings, and the script of the driver under it."""
 
-    def __init__(self, library: Path | None, script: Path, text: str, *, patience: float = 5.0) -> None:
+    def __init__(self, library: Path | None, script: Path, text: str, *, patience: float = PATIENCE) -> None:
         self._script = script
         self.say(text)
         path = {"LD_LIBRARY_PATH": str(library)} if library else {}

@@ -14,6 +14,7 @@ from sidecar.signals import rest as rests
 from sidecar.signals.rest import RestSignal
 
 from .engine_faces import Shown, said
+from .waiting import PATIENCE
 
 
 class Clock:
@@ -54,7 +55,7 @@ async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[...,
     """404 is remembered: without its development mode vLLM is asked once, and then left alone."""
     async with Shown({}) as engine:
         signal = rest(engine, period=0.0)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await signal.run()
         assert engine.asked == {"/is_paused": 1, "/is_sleeping": 1}
 

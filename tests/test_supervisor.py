@@ -14,6 +14,8 @@ import pytest
 
 from sidecar.supervisor import PAUSE_FIRST, PAUSE_MOST, STEADY, pause_after
 
+from .waiting import PATIENCE
+
 # Each process says who it is and waits; what it gets on SIGTERM and SIGUSR1 is said, too.
 PROGRAM = """
 import os, signal, subprocess, sys
@@ -55,7 +57,7 @@ class Program:
     async def says(self, beginning: str) -> list[str]:
         """The words of the next line that begins so."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while line := (await self.process.stdout.readline()).decode():
                 self.said.append(line)
                 if line.startswith(beginning):
@@ -63,7 +65,7 @@ class Program:
         raise AssertionError(f"never said {beginning!r}: {self.said}")
 
     async def ended(self) -> int:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             assert self.process.stdout is not None
             self.said += (await self.process.stdout.read()).decode().splitlines(keepends=True)
             return await self.process.wait()
@@ -171,6 +173,6 @@ async def test_orphans_are_reaped() -> None:
         os.kill(relay, signal.SIGTERM)
         await p.says("orphan")
         root = psutil.Process(p.process.pid)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while len(root.children()) > 3:  # noqa: ASYNC110  the kernel has no event for it
                 await asyncio.sleep(0.05)

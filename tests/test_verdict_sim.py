@@ -44,7 +44,7 @@ def test_a_quick_run_prints_what_it_covered_and_every_table() -> None:
         "--traces",
         "/nonexistent",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "12.0 engine-weeks" in done.stdout
     assert "In full resolution" in done.stdout

@@ -27,6 +27,7 @@ from sidecar.statefile import StateDir
 from sidecar.symptoms import EngineProcess
 from sidecar.ticker import Ticker
 
+from ..waiting import PATIENCE
 from .victims import victim
 
 ID = "20261121T101500-no_progress"
@@ -99,7 +100,7 @@ async def test_a_py_spy_that_hangs_costs_a_bounded_time(tmp_path: Path) -> None:
     stuck.write_text("#!/bin/sh\nexec sleep 1000\n")
     stuck.chmod(0o755)
     processes = tuple(EngineProcess(pid, "engine", "other", 0) for pid in range(1, 8))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         given = await dumps(processes, str(stuck), 0.5)
     reasons = [text.error for text in given.values() if isinstance(text, Failed)]
     assert len(reasons) == 7 and "was killed" in reasons[0] and "dumps before it" in reasons[-1]
@@ -112,7 +113,7 @@ async def test_a_look_that_hangs_is_left_behind() -> None:
         failed = await aside.ask(lambda: release.wait(60))
         assert isinstance(failed, Failed) and words in failed.error
     release.set()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while await aside.ask(lambda: "answer") != "answer":  # noqa: ASYNC110  a thread that is left behind has no event
             await asyncio.sleep(0.01)
 

@@ -19,8 +19,8 @@ import pytest
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
 from ..ports import free_port
+from ..waiting import PATIENCE
 
-PATIENCE = 45.0  # seconds; a bound on hanging, not a measure of anything
 QUICK = {
     "silence-floor": "1.5",
     "silence-unlearned": "1.5",
@@ -80,6 +80,12 @@ class Sidecar:
             return await self.until(lambda s: s["verdict"]["state"] in states)
         except TimeoutError:
             raise AssertionError(f"never {states}; log: {''.join(self.log[-20:])}") from None
+
+    async def until_changed(self, state: str) -> None:
+        """Wait until the verdict has been this, however shortly."""
+        async with asyncio.timeout(PATIENCE):
+            while all(v["verdict"] != state for v in (await self.get("/verdicts"))[1]["verdicts"]):  # noqa: ASYNC110  a page has no event
+                await asyncio.sleep(0.1)
 
     async def until_metrics(self, *lines: str) -> str:
         """The first metrics page with all of `lines`; a page may be a second old."""

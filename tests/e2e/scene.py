@@ -15,9 +15,9 @@ import aiohttp
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
+from ..waiting import PATIENCE
 from .conftest import Sidecar, starter
 
-PATIENCE = 60.0  # seconds; a bound on hanging, not a measure of anything
 PERIOD = 0.2  # seconds between probes
 PAUSE = 0.1  # seconds that a client waits before its next request
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from .conftest import PATIENCE, free_port
+from ..ports import free_port
+from ..waiting import PATIENCE
 
 PROMPT = "the marked words of a user"
 

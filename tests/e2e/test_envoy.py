@@ -17,6 +17,7 @@ from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.units import Coefficients, to_json
 
 from ..ports import free_port
+from ..waiting import PATIENCE
 from .conftest import Sidecar
 from .test_neighbours import answering, running
 
@@ -126,7 +127,7 @@ async def test_envoy_takes_every_report_and_traffic_follows_capacity(
     front = Front(f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", session)
     async with running(*command, "--log-path", str(tmp_path / "envoy.log")):
         await answering(session, front.admin + "/ready")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while (weights := [e["weight"] for e in await front.endpoints()]) and weights[0] < 2 * weights[1]:
                 await front.ask()
         before = [e.get("rq_total", 0) for e in await front.endpoints()]

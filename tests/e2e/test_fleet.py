@@ -17,20 +17,21 @@ from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
 from ..lease_server import LeaseServer, lease_server
 from ..ports import free_port
+from ..waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
 
-async def serving(stack: AsyncExitStack, port: int = 0) -> ScriptedEngine:
+async def serving(stack: AsyncExitStack, port: int) -> ScriptedEngine:
     settings = EngineSettings(listen=("127.0.0.1", port), decode_step_ms=5.0)
     return await stack.enter_async_context(ScriptedEngine(settings))
 
 
 async def test_two_restarts_that_do_not_help_hand_the_engine_over(start: Any) -> None:
     """Stalled a third time: unready, not killed, and the verdict, the files, the metric and the log say what an operator must do."""
+    port = free_port()
     async with AsyncExitStack() as first:
-        engine = await serving(first)
-        port = int(engine.url.rpartition(":")[2])
+        engine = await serving(first, port)
         sidecar = await start(engine.url)
         await sidecar.until_verdict("idle")
         engine.faults.start("freeze")
@@ -94,7 +95,7 @@ async def test_a_control_process_that_dies_is_followed_by_one_that_knows(engine:
     async with sidecar.chat(tokens=100_000) as stream:
         await stream.content.readany()
         os.kill(pid, signal.SIGKILL)
-        async with asyncio.timeout(45):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 with contextlib.suppress(aiohttp.ClientError):
                     if (await sidecar.get("/healthz"))[1]["pid"] != pid:
@@ -121,7 +122,7 @@ async def test_a_stall_outlives_the_sidecar_only_once_it_is_found_anew(engine: S
     assert (await again.get("/readyz"))[0] == 503
     snapshot = await again.until_verdict("stalled")
     assert snapshot["kills"] == 1, "the order of before still stands"
-    async with asyncio.timeout(45):
+    async with asyncio.timeout(PATIENCE):
         while (await again.get("/livez"))[0] != 503:  # noqa: ASYNC110  a probe has no event
             await asyncio.sleep(0.1)
 
@@ -145,7 +146,7 @@ async def test_while_another_replica_restarts_this_one_waits(
         assert (await sidecar.get("/livez"))[0] == 503 and server.holder("llm-0") == "pod-a"
         engine.faults.clear()
         await sidecar.until_verdict("idle", "progressing")
-        async with asyncio.timeout(45):
+        async with asyncio.timeout(PATIENCE):
             while server.holder("llm-0") is not None:  # noqa: ASYNC110  what a server holds has no event
                 await asyncio.sleep(0.1)
 

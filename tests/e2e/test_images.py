@@ -22,6 +22,8 @@ from PIL import Image
 from sidecar.client import Client, Preprocessed, PreprocessError
 from sidecar.photos import photo
 
+from ..waiting import PATIENCE
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CONFIG = {
@@ -271,7 +273,7 @@ async def test_an_image_of_an_earlier_turn_comes_from_the_cache(sidecar: Any, re
         assert status == 200
     first, second = (body["messages"][0]["content"] for body in recorder.bodies)
     assert first == second
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         while (
             await cached() == before
         ):  # facts reach the page within a second; the first result may still be on its way

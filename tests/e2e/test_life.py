@@ -13,11 +13,14 @@ import pytest
 
 from sidecar.engine.scripted import ScriptedEngine
 
+from ..waiting import PATIENCE
+
 
 async def test_sigterm_turns_readiness_off_finishes_streams_and_exits_0(engine: ScriptedEngine, start: Any) -> None:
     """An open stream ends by itself; readiness fails meanwhile; liveness does not; the exit code is 0."""
-    sidecar = await start(engine.url)
+    sidecar = await start(engine.url, drain_seconds="60")
     await sidecar.until_verdict("idle")
+    engine.faults.start("slow")  # so that the stream outlasts the looks at the drain, on a busy machine, too
     async with sidecar.chat(tokens=400) as stream:
         await stream.content.readany()
         sidecar.process.terminate()
@@ -25,9 +28,10 @@ async def test_sigterm_turns_readiness_off_finishes_streams_and_exits_0(engine: 
         assert snapshot["verdict"]["state"] in ("exempt", "progressing", "quiet")
         assert (await sidecar.get("/readyz"))[0] == 503
         assert (await sidecar.get("/livez"))[0] == 200
+        engine.faults.clear()
         text = (await stream.read()).decode()
         assert text.rstrip().endswith("data: [DONE]")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         assert await sidecar.process.wait() == 0
     assert not (sidecar.state / "stalled").exists()
 

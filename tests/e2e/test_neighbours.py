@@ -15,6 +15,7 @@ import pytest
 from sidecar.engine.scripted import ScriptedEngine
 
 from ..ports import free_port
+from ..waiting import PATIENCE
 
 RULES = Path(__file__).resolve().parents[2] / "deploy" / "prometheus" / "rules.yaml"
 NGINX = """
@@ -49,7 +50,7 @@ async def running(*command: str) -> AsyncIterator[None]:
 
 async def answering(session: aiohttp.ClientSession, url: str) -> None:
     """Wait until `url` answers 200."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while True:
             with contextlib.suppress(aiohttp.ClientError):
                 async with session.get(url) as answer:
@@ -80,7 +81,7 @@ async def test_streams_pass_nginx_event_by_event_and_its_client_can_leave(
             assert (await stream.content.readline()).startswith(b"data: {")
             assert engine.open == 1
             stream.close()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             await engine.until(lambda: engine.open == 0)
     await sidecar.until_metrics('outcome="client_cancelled"')
 
@@ -115,7 +116,7 @@ async def queried(session: aiohttp.ClientSession, api: str, query: str, expected
     """Wait until the jobs that have a series for `query` are `expected`."""
     found: set[str] = set()
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while found != expected:
                 async with session.get(api + "/api/v1/query", params={"query": query}) as answer:
                     found = {series["metric"]["job"] for series in json.loads(await answer.text())["data"]["result"]}
@@ -133,13 +134,14 @@ async def test_scrapers_do_not_reach_the_engine(engine: ScriptedEngine, start: A
 
     async def scrape(url: str) -> None:
         nonlocal pages
-        while engine.scrapes < asked + 4:
+        while engine.scrapes < asked + 4 or pages < 60:
             async with sidecar.session.get(url + "/metrics") as answer:
                 assert answer.status == 200
                 assert "sidecar_mu_utilization_ratio" in await answer.text()
             pages += 1
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE):
         await asyncio.gather(*(scrape(url) for url in [sidecar.relay] * 4 + [sidecar.admin] * 2))
-    assert pages > 40
-    assert loop.time() - began > 2.5  # four scrapes are three periods apart
+    assert (
+        engine.scrapes - asked < loop.time() - began + 3
+    )  # one that was sent before may come late, and both ends count

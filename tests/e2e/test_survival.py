@@ -18,7 +18,7 @@ import pytest
 from sidecar.engine.scripted import ScriptedEngine
 from sidecar.manifests.shell import safe_liveness
 
-from .conftest import PATIENCE
+from ..waiting import PATIENCE
 
 EVERY = 0.2  # seconds between checks; kubelet's are 10 s apart
 
@@ -72,7 +72,7 @@ async def live_again(sidecar: Any, before: int) -> None:
 
 
 async def relays(sidecar: Any) -> list[int]:
-    snapshot = await sidecar.until(lambda s: all(r["pulse_age"] is not None for r in s["relays"]))
+    snapshot = await sidecar.until(lambda s: s["relays"] and all(r["pulse_age"] is not None for r in s["relays"]))
     return [r["pid"] for r in snapshot["relays"]]
 
 
@@ -83,6 +83,7 @@ async def test_streams_and_counts_outlive_the_control_process(engine: ScriptedEn
     await sidecar.until_verdict("idle")
     old, before = await relays(sidecar), await sidecar.control()
     async with contextlib.AsyncExitStack() as open_, checked(sidecar.state):
+        engine.faults.start("slow")  # so that the streams outlast what comes, on a busy machine, too
         streams = [await open_.enter_async_context(sidecar.chat(tokens=600)) for _ in range(4)]
         for stream in streams:
             await stream.content.readany()
@@ -92,6 +93,7 @@ async def test_streams_and_counts_outlive_the_control_process(engine: ScriptedEn
             assert new.status == 200
             assert (await new.text()).rstrip().endswith("data: [DONE]")
         await live_again(sidecar, before)
+        engine.faults.clear()
         for stream in streams:
             assert (await stream.text()).rstrip().endswith("data: [DONE]")
         await sidecar.until_metrics('sidecar_requests_total{model="scripted",outcome="ok",tenant="default"} 5.0')
@@ -147,7 +149,7 @@ async def test_no_connection_is_refused_while_processes_are_replaced(engine: Scr
 
 async def test_sigterm_between_two_control_processes_still_drains(engine: ScriptedEngine, start: Any) -> None:
     """Control is killed and SIGTERM comes at once: the stream ends whole, and the exit code is 0."""
-    sidecar = await start(engine.url)
+    sidecar = await start(engine.url, drain_seconds="60")
     await sidecar.until_verdict("idle")
     async with sidecar.chat(tokens=400) as stream:
         await stream.content.readany()

@@ -11,7 +11,7 @@ import aiohttp
 from sidecar import units
 from sidecar.facts import Work
 
-from .conftest import PATIENCE
+from ..waiting import PATIENCE
 
 ASK = {"model": "scripted", "prompt": "Say something.", "max_tokens": 8}
 

@@ -12,6 +12,9 @@ import pytest
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 
+from ..ports import free_port
+from ..waiting import PATIENCE
+
 
 async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine: ScriptedEngine, start: Any) -> None:
     """Requests outstanding, /health 200, no token: /livez turns 503, the client is told, and all is well once the engine moves."""
@@ -31,13 +34,13 @@ async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine:
         await sidecar.until_file("stalled")
         async with sidecar.session.get(engine.url + "/health") as health:
             assert health.status == 200, "the engine itself says that it is fine"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             assert b'"engine_stalled"' in (await stream.read()).split(b"data: ")[-1]
     async with sidecar.chat() as refused:
         assert (refused.status, refused.headers["retry-after"]) == (503, "10")
     engine.faults.clear()
     await sidecar.until_verdict("idle")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while (await _status(sidecar)) != 200:  # noqa: ASYNC110  the relay hears of it some milliseconds after the page
             await asyncio.sleep(0.05)
     assert (await sidecar.get("/livez"))[0] == 200
@@ -143,17 +146,15 @@ async def test_garbage_metrics_are_a_failed_reading_and_change_no_verdict(engine
 
 async def test_an_engine_that_is_not_there_yet_is_starting(start: Any) -> None:
     """Start-up waits, says so, and ends when the engine serves."""
-    async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0))) as gone:
-        url = gone.url
-    sidecar = await start(url)
+    port = free_port()
+    sidecar = await start(f"http://127.0.0.1:{port}")
     status, body = await sidecar.get("/startupz")
     assert status == 503 and body["verdict"] == "starting"
     assert (await sidecar.get("/livez"))[0] == 200, "liveness must not kill an engine that loads"
     async with sidecar.chat() as refused:
         assert refused.status == 502
         assert (await refused.json())["error"]["code"] == "engine_unreachable"
-    host, port = url.removeprefix("http://").split(":")
-    async with ScriptedEngine(EngineSettings(listen=(host, int(port)))):
+    async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", port))):
         await sidecar.until_verdict("idle")
         assert (await sidecar.get("/startupz"))[0] == 200
     assert any("not there yet" in line for line in sidecar.log)
@@ -195,6 +196,7 @@ async def test_a_stopped_sidecar_does_not_blame_the_engine(engine: ScriptedEngin
         os.kill(control, signal.SIGSTOP)
         await asyncio.sleep(3)  # the time itself is what is tested: longer than the floor
         os.kill(control, signal.SIGCONT)
+        await sidecar.until_changed("unknown")
         await sidecar.until_verdict("progressing")
     states = {v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]}
     assert "unknown" in states and not {"suspect", "stalled", "dead"} & states
@@ -203,16 +205,14 @@ async def test_a_stopped_sidecar_does_not_blame_the_engine(engine: ScriptedEngin
 @pytest.mark.slow
 async def test_a_dead_engine_is_dead_and_its_successor_starts(start: Any) -> None:
     """The port closes for good: /livez fails; a new engine on the port is a new start."""
-    settings = EngineSettings(listen=("127.0.0.1", 0))
+    settings = EngineSettings(listen=("127.0.0.1", free_port()))
     async with ScriptedEngine(settings) as engine:
-        url = engine.url
-        sidecar = await start(url)
+        sidecar = await start(engine.url)
         await sidecar.until_verdict("idle")
         engine.faults.start("refuse")
         await sidecar.until_verdict("dead")
         assert (await sidecar.get("/livez"))[0] == 503
-    host, port = url.removeprefix("http://").split(":")
-    async with ScriptedEngine(EngineSettings(listen=(host, int(port)))):
+    async with ScriptedEngine(settings):
         await sidecar.until_verdict("idle")
         states = [v["verdict"] for v in (await sidecar.get("/verdicts"))[1]["verdicts"]]
         assert states[:3] == ["idle", "starting", "dead"]

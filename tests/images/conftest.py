@@ -22,6 +22,7 @@ from sidecar.images import Images
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
+from tests.waiting import PATIENCE
 
 QWEN2_VL = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}
 
@@ -69,7 +70,7 @@ class Server:
     def stop(self) -> int:
         """End it as its parent would; returns its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(30)
+        status = self.process.wait(PATIENCE)
         self.listening.close()
         return status
 
@@ -111,7 +112,7 @@ def _end(server: Server) -> None:
     if server.process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(server.pid, signal.SIGTERM)
-        server.process.wait(30)
+        server.process.wait(PATIENCE)
     server.listening.close()
 
 

@@ -28,6 +28,7 @@ from sidecar.imaging import door, work
 from sidecar.jobs import TENSORS
 from sidecar.relay.preprocess import preprocess, valued
 from sidecar.settings import Settings
+from tests.waiting import PATIENCE
 
 from .conftest import Server
 from .test_gpu_process import connected, job, peer, png, small
@@ -83,7 +84,7 @@ def gpu(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPathFa
         worker = subprocess.Popen([sys.executable, "-c", WORKER, str(fd), server.path + door.NAME], pass_fds=[fd])
     yield Gpu(str(path), server.path + door.NAME)
     worker.kill()
-    worker.wait(20)
+    worker.wait(PATIENCE)
 
 
 class Service:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sidecar.plugin import EVERY, MARK, Watch, judged, look
+from tests.waiting import PATIENCE
 
 from .test_imagecache import plugin
 
@@ -44,7 +45,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    process.wait(20)
+    process.wait(PATIENCE)
 
 
 def test_a_mark_lives_as_long_as_the_processes_that_left_it(start: Start, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from sidecar.images import Images
 from sidecar.imaging.server import plan
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
+from tests.waiting import PATIENCE
 
 from .conftest import Server, children
 
@@ -75,18 +76,32 @@ async def at_work(pid: int) -> None:
 
 
 def _at_work(pid: int, until: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while ticks(pid) < until and time.monotonic() < deadline:
         time.sleep(0.001)  # the kernel's accounts give no event
 
 
 def _both(server: Server) -> list[int]:
     """A server's two workers: the first may serve before the second is forked."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while len(workers := server.workers()) < 2:
         assert time.monotonic() < deadline, "there is one worker only"
         time.sleep(0.01)  # a child gives no event to others
     return workers
+
+
+async def killed_at_work(server: Server, images: Images, data: bytes) -> tuple[int, BadImage]:
+    """A worker killed amid an image, and that image's end. One that was done sooner than we could kill it is followed by another."""
+    while True:
+        await images.inline(PHOTO, "x")
+        (worker,) = server.workers()
+        job = asyncio.create_task(images.inline(data, "messages[0].content[1]"))
+        await at_work(worker)
+        os.kill(worker, signal.SIGKILL)
+        try:
+            await job
+        except BadImage as e:
+            return worker, e
 
 
 async def gone(pid: int) -> None:
@@ -94,7 +109,7 @@ async def gone(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         fd = os.pidfd_open(pid)
         try:
-            ready, _, _ = await asyncio.to_thread(select.select, [fd], [], [], 30)
+            ready, _, _ = await asyncio.to_thread(select.select, [fd], [], [], PATIENCE)
             assert ready, "the process is still there"
         finally:
             os.close(fd)
@@ -102,13 +117,8 @@ async def gone(pid: int) -> None:
 
 async def test_a_killed_worker_costs_one_image(lone: Server, one: Images, heavy: bytes) -> None:
     """SIGKILL in the middle of a job fails that image with 400 image_failed; the next one meets a new worker."""
-    (worker,) = lone.workers()
-    job = asyncio.create_task(one.inline(heavy, "messages[0].content[1]"))
-    await at_work(worker)
-    os.kill(worker, signal.SIGKILL)
-    with pytest.raises(BadImage) as refused:
-        await job
-    assert refused.value.reason == "image_failed" and refused.value.status == 400
+    worker, refused = await killed_at_work(lone, one, heavy)
+    assert refused.reason == "image_failed" and refused.status == 400
     assert (await one.inline(PHOTO, "x")).outcome == "ok"
     assert lone.workers() != [worker] and len(lone.workers()) == 1
 
@@ -318,7 +328,7 @@ def test_cuda_without_a_device_says_what_to_do(requires: Callable[[str], Path]) 
             input=settings.to_json(Settings(images_device="cuda")).encode() + b"\n",
             pass_fds=[fd],
             capture_output=True,
-            timeout=100,
+            timeout=200,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             check=False,
         )

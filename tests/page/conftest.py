@@ -18,6 +18,8 @@ from selenium import webdriver
 from sidecar import facts, readings, snapshot
 from sidecar.report import page
 
+from ..waiting import PATIENCE
+
 Script = Callable[..., Any]
 WALL = 1_763_694_000.0  # when the scripted story begins
 GIB = 1 << 30
@@ -182,7 +184,7 @@ class Site:
         self._loop.close()
 
     def _call(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE)
 
     async def _start(self) -> tuple[web.AppRunner, str]:
         app = web.Application()

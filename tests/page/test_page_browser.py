@@ -16,6 +16,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from sidecar import facts, readings, snapshot
 from sidecar.report import page
 
+from ..waiting import PATIENCE
+
 Script = Callable[..., Any]
 
 
@@ -24,7 +26,9 @@ def text_of(driver: webdriver.Chrome, selector: str) -> str:
 
 
 def await_text(driver: webdriver.Chrome, selector: str, wanted: str) -> None:
-    WebDriverWait(driver, 30, 0.05).until(lambda d: wanted in text_of(d, selector), f"{selector} never said {wanted!r}")
+    WebDriverWait(driver, PATIENCE, 0.05).until(
+        lambda d: wanted in text_of(d, selector), f"{selector} never said {wanted!r}"
+    )
 
 
 def requested(driver: webdriver.Chrome) -> set[str]:
@@ -72,7 +76,7 @@ def test_a_stall_turns_the_headline(site: Any, open_page: Callable[..., webdrive
     assert text_of(driver, "#reason") == "no_progress"
     assert "restarted" in text_of(driver, "#meaning")
     assert "of 8 s allowed" in text_of(driver, "#now-silence-of")
-    WebDriverWait(driver, 30, 0.05).until(lambda d: d.title.startswith("■ stalled"))
+    WebDriverWait(driver, PATIENCE, 0.05).until(lambda d: d.title.startswith("■ stalled"))
     site.publish(*past[340:])
     await_text(driver, "#state", "progressing")
 
@@ -127,7 +131,7 @@ def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.C
     assert text_of(driver, "#tenants") == "no request yet"
     assert not driver.find_element(By.ID, "draining").is_displayed()
     site.publish(moment(601.0, draining=True))
-    WebDriverWait(driver, 30, 0.05).until(lambda d: d.find_element(By.ID, "draining").is_displayed())
+    WebDriverWait(driver, PATIENCE, 0.05).until(lambda d: d.find_element(By.ID, "draining").is_displayed())
 
 
 def test_hostile_names_stay_text(
@@ -228,7 +232,7 @@ def test_lost_connection_is_said_and_healed(
     assert driver.find_element(By.ID, "lost").is_displayed()
     assert text_of(driver, "#link") == "connection lost"
     assert driver.title.startswith("no data")
-    assert site.refused.wait(30)
+    assert site.refused.wait(PATIENCE)
     fresh = page.Feed()
     fresh.publish(moment(605.0, verdict=verdict("quiet", "within_allowed", since=604.0)))
     site.feed = fresh

@@ -17,6 +17,8 @@ from sidecar.relay.handler import Relay
 from sidecar.settings import Settings
 from sidecar.units import Coefficients
 
+from ..waiting import PATIENCE
+
 F = TypeVar("F")
 
 
@@ -35,7 +37,7 @@ class Facts:
         return [fact for fact in self.all if isinstance(fact, kind)]
 
     async def wait(self, kind: type[F], count: int = 1) -> list[F]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while len(self.of(kind)) < count:
                 self._news.clear()
                 await self._news.wait()
@@ -66,7 +68,7 @@ class Rig:
         reader, writer = await asyncio.open_connection(self.host, self.port)
         writer.write(request)
         await writer.drain()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             answer = await reader.read()
         writer.close()
         await writer.wait_closed()

@@ -21,6 +21,8 @@ from sidecar.limits import Bucket, Limit, Refusal, charged, refilled, refusal
 from sidecar.relay import accounts
 from sidecar.relay.accounts import Accounts, Lease
 
+from ..waiting import PATIENCE
+
 LIMIT = Limit(mu_per_minute=60.0, mu_in_flight=10.0, burst_mu=5.0)
 Open = Callable[[int], Accounts]
 
@@ -138,7 +140,7 @@ def test_processes_that_race_admit_no_more_than_the_bucket_holds(table: Path) ->
         assert child.stdin is not None
         child.stdin.write("go\n")
         child.stdin.flush()
-    spent = [int(child.communicate(timeout=30)[0]) for child in children]
+    spent = [int(child.communicate(timeout=PATIENCE)[0]) for child in children]
     assert sum(spent) == 500
 
 
@@ -156,7 +158,7 @@ def test_a_process_that_was_stopped_in_its_turn_holds_up_nobody(relay: Open, tab
         began = time.monotonic()
         taken(own, "acme", 0.0)
         assert time.monotonic() - began < 5.0
-    child.wait(timeout=10)
+    child.wait(timeout=PATIENCE)
 
 
 def test_one_relay_needs_no_file() -> None:

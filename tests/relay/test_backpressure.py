@@ -9,6 +9,7 @@ from aiohttp import web
 
 from sidecar.facts import Backpressure
 
+from ..waiting import PATIENCE
 from .work import once
 
 BIG = b"data: " + b"x" * 65536 + b"\n\n"
@@ -51,7 +52,7 @@ async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> 
 
     r = await rig(await serve(engine), client_stall_seconds=1.2)
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await left.wait()
     await r.facts.settled()
     _, settled = once(r.facts)
@@ -68,7 +69,7 @@ async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> No
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         await response.write(BIG)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await go_on.wait()
         return response
 

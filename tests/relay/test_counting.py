@@ -24,6 +24,8 @@ from sidecar.settings import Settings
 from sidecar.units import Coefficients
 from tests.relay.work import FAST
 
+from ..waiting import PATIENCE
+
 TEXT = "The quick brown fox jumps over the lazy dog, and then 3.1415 times more: f(x) = {x: 1}. "
 
 
@@ -57,7 +59,7 @@ def slow() -> Iterator[tuple[Counter, threading.Event]]:
     leave = threading.Event()
 
     def encode(texts: list[str]) -> list[str]:
-        assert leave.wait(30)
+        assert leave.wait(PATIENCE)
         return texts
 
     counter = Counter(encode, 0.01)
@@ -101,7 +103,7 @@ async def test_what_takes_too_long_is_not_waited_for(slow: tuple[Counter, thread
     assert await asyncio.gather(*(counter.count({"prompt": "x"}) for _ in range(WAITING))) == [None] * WAITING
     assert await counter.count({"prompt": "x"}) is None
     leave.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while await counter.count({"prompt": "abc"}) != Count(3, True):  # noqa: ASYNC110  the thread tells nobody
             await asyncio.sleep(0.01)
 

@@ -11,6 +11,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from ..waiting import PATIENCE
+
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
@@ -124,7 +126,7 @@ async def test_chunked_uploads_stream_through(rig: Any, serve: Any) -> None:
 
     async def upload() -> Any:
         yield b"one"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await arrived.wait()
         yield b"two"
 
@@ -141,7 +143,7 @@ async def test_a_large_download_is_not_gathered(rig: Any, serve: Any) -> None:
         response = web.StreamResponse(headers={"content-length": "6"})
         await response.prepare(request)
         await response.write(b"one")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await has_first.wait()
         await response.write(b"two")
         return response
@@ -162,7 +164,7 @@ async def test_expect_continue_is_answered(rig: Any, serve_raw: Any) -> None:
         writer.write(
             f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n".encode()
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
             writer.write(b"{}")
             assert (await reader.read()).endswith(b"ok")
@@ -235,7 +237,7 @@ async def test_websockets_pass_both_ways(rig: Any, serve: Any) -> None:
         await ws.send_bytes(b"\x00\xff")
         assert await ws.receive_bytes() == b"\x00\xff"
         await ws.close(code=4001)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         assert await closed == 4001
 
 

@@ -21,6 +21,8 @@ from sidecar.channel import Channel
 from sidecar.facts import Admitted, Booked, FirstToken, Joined, Page, PageWanted, Pulse, Settled
 from sidecar.relay import process
 
+from ..waiting import PATIENCE
+
 RUN = """
 import socket, sys
 from sidecar import settings, units
@@ -78,13 +80,13 @@ class Process:
         await self.facts.wait(Pulse)
 
     async def ended(self) -> tuple[int | None, bytes]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             _, errors = await self.process.communicate()
         return self.process.returncode, errors
 
     async def refused(self) -> None:
         """Returns once new connections are refused."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     _, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -123,7 +125,7 @@ async def two_step_engine(serve: Any) -> tuple[str, asyncio.Event]:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         await response.write(EVENT)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await go_on.wait()
         await response.write(EVENT)
         return response

@@ -11,6 +11,7 @@ from aiohttp import web
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.facts import Delivered, FirstToken, Usage
 
+from ..waiting import PATIENCE
 from .work import CHAT, FAST, TOKEN, USAGE, once, sse
 
 
@@ -70,7 +71,7 @@ async def test_the_first_event_is_not_held_back(rig: Any, serve: Any) -> None:
         await response.prepare(request)
         first, second, usage, done = sse(TOKEN, TOKEN, USAGE, b"[DONE]")
         await response.write(first)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await has_first.wait()
         await response.write(second + usage + done)
         return response
@@ -92,7 +93,7 @@ async def test_delivered_is_summed_and_paced(rig: Any, serve: Any) -> None:
         await response.prepare(request)
         for event in sse(*[TOKEN] * 50):
             await response.write(event)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await reported.wait()
         return response
 
@@ -147,7 +148,7 @@ async def test_a_slow_client_holds_the_engine_back(rig: Any, serve: Any) -> None
 
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         await blocked.wait()
     assert written < 64 << 20
     got.close()

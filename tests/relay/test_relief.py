@@ -14,6 +14,7 @@ from sidecar.errors import EngineStalled
 from sidecar.facts import Admitted, End, FirstToken, Published, Settled
 from sidecar.relay.desk import HEARD, Desk
 
+from ..waiting import PATIENCE
 from .work import CHAT, TOKEN, once, sse
 
 STALLED = Published("{}", "", "stalled")
@@ -48,7 +49,7 @@ class Wedged:
 
 
 async def soon(event: asyncio.Event) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await event.wait()
 
 
@@ -212,7 +213,7 @@ async def test_single_requests_are_ended(rig: Any, serve: Any, code: str, status
         r.relay.obey(End((victim, "elsewhere"), code))
     [settled] = await r.facts.wait(Settled)
     assert (settled.id, settled.outcome, settled.error) == (victim, outcome, code)
-    done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE)
     [got] = [task.result() for task in done]
     assert (got.status, (await got.json())["error"]["code"]) == (status, code)
     r.relay.obey(End((victim,), code))

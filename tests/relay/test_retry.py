@@ -13,6 +13,7 @@ from sidecar.relay.desk import Desk
 from sidecar.relay.retry import Retries
 from sidecar.relay.upstream import Pieces
 
+from ..waiting import PATIENCE
 from .pictures import Workers, pictures
 from .test_relief import STALLED, WELL, Wedged, soon
 from .work import CHAT, TOKEN, once, sse
@@ -144,7 +145,7 @@ async def test_a_drain_does_not_wait_for_recovery(rig: Any, serve: Any) -> None:
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await stall(r, engine)
     await r.facts.wait(Backpressure)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await r.relay.drain(r.server, 600)
     assert (await asked).status == 503
     assert once(r.facts)[1].outcome == "stalled"

@@ -12,6 +12,7 @@ from aiohttp import web
 from sidecar.facts import Admitted, Backpressure, Settled
 from sidecar.relay.slots import places
 
+from ..waiting import PATIENCE
 from .test_relief import STALLED
 from .work import CHAT
 
@@ -40,7 +41,7 @@ class Gate:
         return web.json_response({"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
 
     async def has(self, count: int) -> None:
-        async with asyncio.timeout(10), self._came:
+        async with asyncio.timeout(PATIENCE), self._came:
             await self._came.wait_for(lambda: len(self.order) >= count)
 
     def release(self, count: int = 1) -> None:

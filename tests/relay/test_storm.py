@@ -22,6 +22,7 @@ from sidecar.relay.pricing import Pricing
 from sidecar.relay.quota import Quota
 from sidecar.units import Coefficients
 
+from ..waiting import PATIENCE
 from .work import CHAT, TOKEN, sse
 
 
@@ -69,7 +70,7 @@ async def test_a_storm_leaves_nothing_behind(
     for client in dice.sample(clients, 15):
         await asyncio.sleep(dice.random() * 0.01)
         client.cancel()
-    await asyncio.wait(clients, timeout=30)
+    await asyncio.wait(clients, timeout=PATIENCE)
     disturbance.cancel()
     r.relay.obey(Published("{}", "", "idle"))
     await r.facts.wait(Settled, len(r.facts.of(Admitted)))
