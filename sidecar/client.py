@@ -147,11 +147,11 @@ class Client:
             async with self._session.post(
                 self._url, data=form, params=query, headers={**(headers or {}), **wanted}
             ) as answer:
-                data = await _body(answer, MAX_HEAD if shm or answer.status != 200 else self._max_bytes)
+                if answer.status != 200:
+                    raise await _refusal(answer)
+                data = await _body(answer, MAX_HEAD if shm else self._max_bytes)
         except (aiohttp.ClientError, TimeoutError) as e:
-            raise PreprocessError(f"no answer from the sidecar: {type(e).__name__}", "unreachable") from e
-        if answer.status != 200:
-            raise _refusal(answer, bytes(data))
+            raise _unreachable(e) from e
         if shm:
             return await asyncio.to_thread(self._shared, bytes(data))
         return parse(data, exact=answer.headers.get("x-sidecar-images") != "inexact")
@@ -169,17 +169,20 @@ class Client:
                 answer = await self._session.post(self._url, data=form, params=query, headers=asked)
                 stack.callback(answer.close)  # the answer goes on as long as the loan, which ends with it
                 if answer.status != 200:
-                    raise _refusal(answer, bytes(await _body(answer, MAX_HEAD)))
+                    raise await _refusal(answer)
                 line = await _line(answer)
             except (aiohttp.ClientError, TimeoutError) as e:
-                raise PreprocessError(f"no answer from the sidecar: {type(e).__name__}", "unreachable") from e
+                raise _unreachable(e) from e
             yield lent(line)
 
     async def give_back(self, name: str) -> None:
-        """End a loan by its name, from wherever its memory was read. One that is over already is no error."""
-        async with self._session.delete(f"{self._url}/{name}") as answer:
-            if answer.status not in (204, 404):
-                raise _refusal(answer, bytes(await _body(answer, MAX_HEAD)))
+        """End a loan by its name, from wherever its memory was read. One that is over already is no error. Raises PreprocessError."""
+        try:
+            async with self._session.delete(f"{self._url}/{name}") as answer:
+                if answer.status not in (204, 404):
+                    raise await _refusal(answer)
+        except (aiohttp.ClientError, TimeoutError) as e:
+            raise _unreachable(e) from e
 
     def _shared(self, text: bytes) -> Preprocessed:
         layout = _object(text)
@@ -273,8 +276,10 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
 
 
 async def _form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
-    form = aiohttp.FormData()
-    for image in images:
+    form, given = aiohttp.FormData(), list(images)
+    if not given:
+        raise PreprocessError("no image was given", "bad_request")
+    for image in given:
         file = await asyncio.to_thread(image.read_bytes) if isinstance(image, Path) else image
         form.add_field("image", io.BytesIO(file), filename="image", content_type="application/octet-stream")
     return form
@@ -303,15 +308,25 @@ async def _body(answer: aiohttp.ClientResponse, most: int) -> memoryview:
     return buffer[:at]
 
 
-def _refusal(answer: aiohttp.ClientResponse, text: bytes) -> PreprocessError:
-    """What the sidecar said in OpenAI's error shape, or its status alone."""
+async def _refusal(answer: aiohttp.ClientResponse) -> PreprocessError:
+    """What the sidecar said in OpenAI's error shape, or the status of whoever else answered."""
+    text = b""
+    async for chunk in answer.content.iter_any():  # others may announce no length
+        text += chunk
+        if len(text) > MAX_HEAD:
+            break
     try:
         error = json.loads(text)["error"]
         message, code = str(error["message"]), str(error["code"])
     except (ValueError, KeyError, TypeError):
-        message, code = f"the sidecar answered with status {answer.status}", "unknown"
+        message = f"status {answer.status}, and no word of a sidecar's: is the URL that of its relay (--listen)?"
+        code = "unknown"
     later = answer.headers.get("retry-after", "")
     return PreprocessError(message, code, answer.status, float(later) if later.isdecimal() else None)
+
+
+def _unreachable(error: Exception) -> PreprocessError:
+    return PreprocessError(f"no answer from the sidecar: {type(error).__name__}", "unreachable")
 
 
 def _object(text: bytes) -> dict[str, Any]:

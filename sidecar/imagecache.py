@@ -189,13 +189,13 @@ class ImageCache:
 
 
 class Folder:
-    """The folder, made for one run and locked for as long. `path` is "" where there is no room for one.
+    """The folder, made for one run and locked for as long. `path` is "" where there is no room for one; `why` says what failed.
 
     `needed`: it is made even where nothing is to be kept.
     """
 
     def __init__(self, shm: str, most_bytes: int, *, needed: bool = False) -> None:
-        self.path, self.bytes = "", 0
+        self.path, self.bytes, self.why = "", 0, ""
         self._lock = -1
         try:
             sweep(shm)
@@ -203,8 +203,8 @@ class Folder:
             self.bytes = min(most_bytes, free // 2)  # engines need shared memory, too
             if self.bytes > 0 or needed:
                 self.path, self._lock = _locked(shm)
-        except OSError:
-            self.path, self.bytes = "", 0
+        except OSError as e:
+            self.path, self.bytes, self.why = "", 0, e.strerror or type(e).__name__
 
     def close(self) -> None:
         """Remove it."""

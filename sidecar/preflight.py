@@ -63,7 +63,7 @@ def _seen() -> tuple[int, str]:
 
 
 def image_mode(chosen: Settings) -> str:
-    """ "inline" or "off". Raises StartError where images were asked for and cannot be had."""
+    """ "inline", "shm" or "off". Raises StartError where images were asked for and cannot be had."""
     why = no_images(chosen)
     mode = "shm" if chosen.images == "shm" else "inline"
     _log.info("images: %s", f"off ({why})" if why else mode)
@@ -82,6 +82,8 @@ def no_images(chosen: Settings) -> str:
         return "no --model directory with a known image processor (preprocessor_config.json)"
     if isinstance(found := families.explained(chosen.model), str):
         return f"the image processor of --model is not known: {found}"
+    if chosen.images == "shm" and not Path(chosen.shm_dir).is_dir():
+        return f"--shm-dir {chosen.shm_dir} is no directory"
     if importlib.util.find_spec("torchvision") is None:
         return "the extra is not installed; pip install 'inference-sidecar[images]'"
     return ""

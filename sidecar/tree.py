@@ -10,6 +10,7 @@ from what is imported here, once; the image server is a fresh interpreter, becau
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -31,6 +32,8 @@ from sidecar.preflight import bind, coefficients, image_mode, reserve, unix
 from sidecar.relay import accounts, process, quota
 from sidecar.settings import Settings
 from sidecar.supervisor import Role, Supervisor
+
+_log = logging.getLogger("sidecar")
 
 NICE = 5  # image work is the longest and the least urgent: where cores are short, probes and streams go first
 MARGIN = 10.0  # seconds beyond the drain in which everything must have ended
@@ -69,6 +72,10 @@ def main(chosen: Settings, border: Border) -> int:
         if chosen.images != "off":
             kept = Folder(chosen.shm_dir, chosen.image_cache_bytes, needed=chosen.images == "shm")
             stack.callback(kept.close)
+            if kept.why:
+                _log.warning(
+                    "--shm-dir %s: prepared images are not kept, nor handed over there: %s", chosen.shm_dir, kept.why
+                )
             place = replace(
                 place, image_socket=str(folder / "images"), image_cache=kept.path, image_cache_bytes=kept.bytes
             )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from sidecar import cpus
+from sidecar import cpus, logs
 from sidecar.errors import StartError
 from sidecar.imaging import worker
 from sidecar.imaging.door import NAME
@@ -63,7 +63,9 @@ def main(listen_fd: int, settings_json: str) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     if not settings_json.strip():
         raise StartError("image-server: expected the settings as one line of JSON on standard input")
-    wanted = plan(from_json(settings_json), cpus.quota())
+    chosen = from_json(settings_json)
+    logs.setup(chosen.log_format, chosen.log_level)
+    wanted = plan(chosen, cpus.quota())
     os.environ.update({name: str(wanted.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     warm()
     listening = socket.socket(fileno=listen_fd)
@@ -127,6 +129,7 @@ def warm() -> None:
     from PIL import Image
 
     warnings.simplefilter("ignore")  # libraries warn about damaged files; the answer says so already
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would tell what an image's metadata say
     Image.init()
     Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first
     import sidecar.imaging.work  # noqa: F401

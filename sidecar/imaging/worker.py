@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import resource
 import signal
@@ -118,6 +119,9 @@ def _keep() -> None:
 def _mute() -> None:
     """Codecs write a line to file 2 for every damaged image; our own log keeps its way out."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)

@@ -124,7 +124,9 @@ async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -
     parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
     handed = await images.share(*parts)
     if handed is None:
-        raise NotImplementedHere(f"{HANDOFF}: there is no shared memory here (--shm-dir); leave the header out")
+        raise NotImplementedHere(
+            f"{HANDOFF}: there is no shared memory here (--shm-dir, --image-cache-bytes); leave the header out"
+        )
     segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
     return layout(done, spec) | {"segments": [segment]}
 

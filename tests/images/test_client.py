@@ -34,12 +34,16 @@ class Liar:
 
     def __init__(self) -> None:
         self.answer: tuple[int, bytes, dict[str, str]] = (200, b"", {})
+        self.chunked = False
         self.url = ""
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
         status, body, headers = self.answer
-        return web.Response(status=status, body=body, headers=headers)
+        response = web.Response(status=status, body=body, headers=headers)
+        if self.chunked:
+            response.enable_chunked_encoding()
+        return response
 
 
 @pytest.fixture
@@ -130,6 +134,24 @@ async def test_the_sidecars_refusal_is_told(liar: Liar) -> None:
         with pytest.raises(PreprocessError, match="all image workers") as caught:
             await client.preprocess([b"x"])
     assert (caught.value.code, caught.value.status, caught.value.retry_after) == ("images_busy", 503, 2.0)
+
+
+async def test_no_image_is_no_request(liar: Liar) -> None:
+    """It is said here, before anything is sent."""
+    async with Client(liar.url) as client:
+        with pytest.raises(PreprocessError, match="no image was given"):
+            await client.preprocess([])
+
+
+async def test_whoever_else_answers_is_told_by_the_status(liar: Liar) -> None:
+    """An engine or a proxy at this URL: its status, whether it announces a length or not, and what to look at."""
+    for chunked in (False, True):
+        liar.answer, liar.chunked = (404, b"<html>not here</html>", {}), chunked
+        async with Client(liar.url) as client:
+            with pytest.raises(PreprocessError, match="--listen") as caught:
+                await client.preprocess([b"x"])
+            await client.give_back("0" * 32)
+        assert (caught.value.status, caught.value.code) == (404, "unknown")
 
 
 async def test_an_answer_over_the_bound_is_not_read(liar: Liar) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib.util
+import json
 import os
 import resource
 import subprocess
@@ -17,10 +18,15 @@ from typing import Any
 import pytest
 
 from sidecar import photos
+from sidecar.errors import StartError
 from sidecar.handovers import Handovers
 from sidecar.imagecache import Folder, ImageCache, sweep
 from sidecar.images import Images
 from sidecar.jobs import PIXELS, TENSORS, Done
+from sidecar.preflight import image_mode
+from sidecar.settings import Settings
+
+from .conftest import QWEN2_VL
 
 DONE = Done("ok", "jpeg", "image/x-portable-pixmap", 28, 56, (1, 2, 4), 2, "cafe", (("decode", 0.1),), 99)
 
@@ -125,8 +131,18 @@ def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
 
 def test_no_room_is_no_cache(tmp_path: Path) -> None:
     """A missing folder, or a bound of 0, gives no cache and no error."""
-    assert Folder(str(tmp_path / "absent"), 1 << 20).path == ""
-    assert Folder(str(tmp_path), 0).path == ""
+    absent, none = Folder(str(tmp_path / "absent"), 1 << 20), Folder(str(tmp_path), 0)
+    assert (absent.path, absent.why) == ("", "No such file or directory")
+    assert (none.path, none.why) == ("", "")
+
+
+def test_a_hand_off_folder_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
+    """A mistyped --shm-dir is said at once, not by every image that goes inline."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN2_VL))
+    chosen = Settings(images="shm", model=str(tmp_path), shm_dir=str(tmp_path))
+    assert image_mode(chosen) == "shm"
+    with pytest.raises(StartError, match="absent is no directory"):
+        image_mode(replace(chosen, shm_dir=str(tmp_path / "absent")))
 
 
 def test_what_is_handed_over_is_read_once_and_never_evicted(cache: ImageCache, tmp_path: Path) -> None:
