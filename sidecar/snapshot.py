@@ -124,7 +124,7 @@ class Snapshot:
     load: Load
     tenants: tuple[TenantUse, ...]
     images: ImageUse
-    images_device: str  # "off", "cpu", "cuda"
+    images_device: str  # "off", "auto", "cpu", "cuda": as chosen
     engine: Reading[EngineSample]
     gpus: Reading[tuple[GpuSample, ...]]
     own: Reading[ProcessSample]  # the control process

@@ -13,7 +13,7 @@ function fit(rows, now) {
 }
 const HOLE = 5; // seconds without a row that break a line: the sidecar was not there
 const PLOT = { height: 132, left: 66, right: 10, top: 8, bottom: 20 };
-const BAND = { height: 78, left: 10, right: 10, top: 4, bottom: 20 };
+const BAND = { height: 88, left: 10, right: 10, top: 4, bottom: 20 };
 const RANK = { stalled: 3, dead: 3, suspect: 2, unknown: 1, starting: 1, exempt: 1, quiet: 1, progressing: 0, idle: 0 };
 
 function node(tag, props = {}, ...inside) {
@@ -114,7 +114,7 @@ function drawBand(host, rows, now, hover) {
   const named = [0, 0, 0, 0]; // how far names reach already, by rank: each rank has its own height
   for (const run of runs(rows)) {
     const rank = RANK[run.state];
-    const tall = 8 + 10 * rank;
+    const tall = 8 + 13 * rank; // steps as high as a name, so that names of neighbours do not overlap
     const wide = Math.max(2, x(run.end) - x(run.start));
     const hot = hover !== null && run.start <= hover && hover < run.end ? " hot" : "";
     svg.append(shape("rect", { class: "run" + hot, "data-state": run.state, x: x(run.start), y: bottom - tall, width: wide, height: tall }));

@@ -14,7 +14,7 @@ function reading(read, view) {
   return view(read.value);
 }
 
-// columns: [heading, row -> text or node, "n" for numbers or "name" for names of others]
+// columns: [heading, row -> text or node, "n" for numbers, "name" for names of others, "wide" for texts that wrap]
 function table(columns, rows) {
   const head = columns.map(([heading, , kind]) => node("th", { textContent: heading, className: kind ?? "" }));
   const body = rows.map((item) => node("tr", {}, ...columns.map(([, cell, kind]) => node("td", { className: kind ?? "" }, cell(item)))));
@@ -62,7 +62,7 @@ function diagnoses(list) {
   return [table([
     ["taken", (d) => node("a", { href: `diagnoses/${encodeURIComponent(d.id)}`, textContent: clock(d.at_wall), title: new Date(d.at_wall * 1000).toISOString() })],
     ["reason", (d) => node("code", { textContent: d.reason })],
-    ["what its processes did", (d) => d.summary || soft("not looked at")],
+    ["what its processes did", (d) => d.summary || soft("not looked at"), "wide"],
     ["size", (d) => size(d.bytes), "n"],
   ], list)];
 }
@@ -80,12 +80,14 @@ function tenants({ list, known, total }) {
     ["share of MU", (t) => meter(total ? t.mu_total / total : 0)],
     ["tokens", (t) => amount(t.tokens_total, "tok"), "n"],
     ["requests", (t) => amount(t.requests_total), "n"],
-    ["outcomes", (t) => chips(t.outcomes)],
+    ["outcomes", (t) => chips(t.outcomes), "wide"],
   ], list)];
 }
 
+const DEVICES = { auto: "prepared on a GPU if one is visible here, else on the CPU", cpu: "prepared on the CPU", cuda: "prepared on a GPU" };
+
 function images({ images: use, device }) {
-  $("images-note").textContent = device === "off" ? "" : `prepared on ${device}`;
+  $("images-note").textContent = DEVICES[device] ?? "";
   if (device === "off") return [soft("off: images pass through to the engine as they are")];
   const counted = use.stages.filter(([, count]) => count);
   if (!counted.length && !use.outcomes.length) return [soft("no image yet")];
@@ -93,12 +95,12 @@ function images({ images: use, device }) {
   const slowest = Math.max(...counted.map(mean), 1e-9);
   return [
     facts([["images", chips(use.outcomes)], ["bytes", `${size(use.bytes_in)} in, ${size(use.bytes_out)} out`]]),
-    table([
+    counted.length ? table([
       ["stage", ([stage]) => stage],
       ["mean time", (stage) => span(mean(stage)), "n"],
       ["", (stage) => meter(mean(stage) / slowest)],
       ["images", ([, count]) => amount(count), "n"],
-    ], counted),
+    ], counted) : soft("none of them was prepared"),
   ];
 }
 
