@@ -1,6 +1,6 @@
 """How soon coefficients that no longer hold are told, how often ones that do are doubted, and what the re-fit is worth: simulated.
 
-    python benchmarks/drift.py [--histories 40] [--windows 3000]
+    python benchmarks/drift.py [--histories 40] [--windows 3000] [--write]
 
 The engine is synthetic, with costs that are known: mixed load (1 to 40 decoding together, images, cached prompts), log-normal noise of a
 window, a part of d per step and the rest per token. The production windows' judge and re-fit are inside.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,21 +30,37 @@ SHARED = (0.3, 0.6, 1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--histories", type=int, default=40)
     parser.add_argument("--windows", type=int, default=3000)
+    parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    print("noise  false alarms/100 h of work   found after, windows of 10 s: median / 90th / missed in 60")
+    if args.histories < 1 or args.windows < 1:
+        parser.error("--histories and --windows must be at least 1")
+    lines = []
+    for line in (*alarms(args.histories, args.windows), *refits(args.histories)):
+        print(line)
+        lines.append(line)
+    if args.write:
+        day, text = time.strftime("%Y-%m-%d"), "\n".join(lines)
+        command = f"benchmarks/drift.py --histories {args.histories} --windows {args.windows}"
+        page = f"# Drift and re-fit, simulated, {day}\n\n`{command}`\n\n```\n{text}\n```\n"
+        (Path(__file__).parent / "results" / f"drift-{day}.md").write_text(page)
+
+
+def alarms(histories: int, length: int) -> Iterator[str]:
+    """False alarms of `length` windows, and when a slowdown is found; a line for each noise."""
+    yield "noise  false alarms/100 h of work   found after, windows of 10 s: median / 90th / missed in 60"
     for noise in (0.05, 0.15, 0.3):
-        alarms = [
-            found(Drift(TRUE, caching=True), windows(TRUE, args.windows, seed, shared=SHARED[seed % 3], noise=noise))
-            for seed in range(args.histories)
+        false = [
+            found(Drift(TRUE, caching=True), windows(TRUE, length, seed, shared=SHARED[seed % 3], noise=noise))
+            for seed in range(histories)
         ]
-        hours = sum(n or args.windows for n in alarms) * SECONDS / 3600
+        hours = sum(n or length for n in false) * SECONDS / 3600
         cells = []
         for times in (1.3, 1.5, 2.0, 4.0):
             took = []
-            for seed in range(args.histories):
+            for seed in range(histories):
                 drift, shared = Drift(TRUE, caching=True), SHARED[seed % 3]
                 found(drift, windows(TRUE, 300, seed + 1000, shared=shared, noise=noise))
                 took.append(
@@ -50,11 +68,15 @@ def main() -> None:
                 )
             ranked = sorted(took)
             cells.append(f"{times:g}x {statistics.median(took):.0f}/{ranked[int(0.9 * len(ranked))]}/{took.count(99)}")
-        print(f"{noise:5.0%}  {100 * sum(n is not None for n in alarms) / hours:26.2f}   " + ", ".join(cells))
-    print("re-fit after 300 windows at 10 % noise: price of one MU against the true one, by where it began")
+        yield f"{noise:5.0%}  {100 * sum(n is not None for n in false) / hours:26.2f}   " + ", ".join(cells)
+
+
+def refits(histories: int) -> Iterator[str]:
+    """What the re-fit is worth after 300 windows, by where it began."""
+    yield "re-fit after 300 windows at 10 % noise: price of one MU against the true one, by where it began"
     for name, prior in (("default", Coefficients(batch=8)), ("a half, d double", replace(TRUE, a=0.1, d=6.0))):
         off = []
-        for seed in range(args.histories):
+        for seed in range(histories):
             refit = Refit(prior)
             for window in windows(TRUE, 300, seed, shared=SHARED[seed % 3]):
                 refit.add(window)
@@ -62,7 +84,7 @@ def main() -> None:
             assert shadow
             off.append(abs(units.unit_ms(shadow.co) / units.unit_ms(TRUE) - 1))
         start = units.unit_ms(prior) / units.unit_ms(TRUE) - 1
-        print(f"  {name}: {start:+.0%} -> median {statistics.median(off):.1%}, worst {max(off):.1%}")
+        yield f"  {name}: {start:+.0%} -> median {statistics.median(off):.1%}, worst {max(off):.1%}"
 
 
 if __name__ == "__main__":

@@ -282,6 +282,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    if args.rounds < 1 or args.seconds <= 0:
+        parser.error("--rounds must be at least 1, --seconds over 0")
     others = os.getloadavg()[0]
     text = report(*measure(args.seconds, args.rounds), args, others)
     print(text)

@@ -174,6 +174,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of spans")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
     chosen = parser.parse_args()
+    if chosen.rounds < 1 or chosen.seconds <= 0:
+        parser.error("--rounds must be at least 1, --seconds over 0")
     command = f"python benchmarks/scrape.py --seconds {chosen.seconds:g} --rounds {chosen.rounds}"
     text = report(*asyncio.run(measure(chosen.seconds, chosen.rounds)), command)
     print(text)

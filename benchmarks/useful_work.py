@@ -39,6 +39,8 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    if args.seconds < 5:
+        parser.error("--seconds must be at least 5")
     rows: list[Row] = []
     asyncio.run(measure(args.seconds, args.dollars, rows))
     text = page(rows, args.seconds, args.dollars)

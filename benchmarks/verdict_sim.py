@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -88,6 +89,10 @@ def parsed() -> argparse.Namespace:
         args.weeks, args.trials = 12, 1
     if args.weeks < 1 or args.trials < 0 or args.processes < 1:
         parser.error("--weeks and --processes must be at least 1, --trials at least 0")
+    if args.only_week and not re.fullmatch(r"\d+:\d+", args.only_week):
+        parser.error(f"--only-week: {args.only_week!r} is not SEED:NUMBER, as the findings name a week")
+    if args.keep and not args.keep.parent.is_dir():
+        parser.error(f"--keep: the directory of {args.keep} does not exist")
     return args
 
 

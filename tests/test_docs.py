@@ -100,6 +100,13 @@ def test_every_flag_in_a_document_exists() -> None:
     assert used - known == set()
 
 
+def test_every_benchmark_can_run_with_the_others() -> None:
+    """`make bench ARGS=--write` ends at the first that does not take it."""
+    programs = [p for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text()]
+    assert len(programs) > 10
+    assert [p.name for p in programs if '"--write"' not in p.read_text()] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_links_lead_somewhere_and_paths_are_nobodys(document: Path) -> None:
     """Every relative link leads to a file, and no path of a developer's machine is in the text."""
