@@ -1,6 +1,6 @@
 """`--images-decode fast` against the exact way, one core: how far off its pixels are, and what it saves.
 
-    python benchmarks/fast.py [--rounds N] [--photos FOLDER] [--margins]
+    python benchmarks/fast.py [--rounds N] [--photos FOLDER] [--margins] [--write]
 
 Rules: as in images.py. Pixels are compared as the model would get them, resized by our kernel. `--photos` adds the JPEGs of a folder
 (those turned by EXIF 2 to 8 are the same pictures and left out where their name ends so); `--margins` prints instead how the error
@@ -117,10 +117,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--photos", default="", metavar="FOLDER")
     parser.add_argument("--margins", action="store_true")
+    parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     files = pictures(chosen.photos)
     pin()
-    print(margins(files) if chosen.margins else report(files, chosen.rounds))
+    text = margins(files) if chosen.margins else report(files, chosen.rounds)
+    print(text)
+    if chosen.write:
+        what = "fast-margins" if chosen.margins else "fast"
+        page = f"# Fast decoding, {datetime.date.today()}: {cpu_name()}\n\n{text}"
+        (Path(__file__).parent / "results" / f"{what}-{datetime.date.today()}.md").write_text(page)
 
 
 if __name__ == "__main__":
