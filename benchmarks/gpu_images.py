@@ -1,6 +1,7 @@
 """The GPU's resize against its memory's speed: one command that builds nothing.
 
     python benchmarks/gpu_images.py [--rounds N] [--write]
+    python benchmarks/gpu_images.py --check nvjpeg     its error and speed only
     python benchmarks/gpu_images.py --check ipc        lent memory: another process reads the same bits, and all of it comes back
     python benchmarks/gpu_images.py --interpret        a smoke test without a GPU: bits only, small images, no figures
 
@@ -9,7 +10,7 @@ value is compared with ATen's uint8 resize and torch's own operations on the CPU
 round is one batch, both launches, timed by CUDA events on caches that were emptied by writing more than they hold; a row is
 the median over the rounds. Bytes moved are those that must be (kernels/ragged.py): sources, tables and results once, the scratch
 out and in. They are set against the speed of copying on the same device, measured here, and against its data sheet where that is known.
-`--write` puts the table into benchmarks/results/.
+A second table is nvJPEG's (gpu_decode.py): its speed, and its error against the exact decode. `--write` puts both into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -187,12 +188,22 @@ def report(rows: list[Row], copy: float, rounds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def nvjpeg(rounds: int, *, interpret: bool = False) -> str:
+    """The table of gpu_decode.py; with `interpret` it only runs, with the CPU's decoder in nvJPEG's place."""
+    import gpu_decode
+
+    if interpret:
+        gpu_decode.report(SMALL, (1,), processor(), 2, "cpu")
+        return "the benchmark of nvJPEG runs, with the CPU's decoder in its place: no figures"
+    return gpu_decode.report(SIZES, BATCHES, processor(), rounds, "cuda")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--interpret", action="store_true", help="Triton's interpreter on the CPU: no figures")
-    parser.add_argument("--check", choices=("bits", "ipc"), help="only this, and no figures")
+    parser.add_argument("--check", choices=("bits", "ipc", "nvjpeg"), help="only this, and no figures")
     args = parser.parse_args()
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -207,11 +218,14 @@ def main() -> int:
         sizes = SMALL if args.interpret else SIZES | SMALL
         print(gpu_ipc.check([picture(*size) for size in sizes.values()], processor()))
         return 0
+    if args.check == "nvjpeg":
+        print(nvjpeg(args.rounds, interpret=args.interpret))
+        return 0
     check(*(("cpu", SMALL) if args.interpret else ("cuda", SIZES | SMALL)))
     if args.interpret or args.check:
         print("equal to ATen's bits" + (", in Triton's interpreter" if args.interpret else ""))
         return 0
-    text = report(measure(args.rounds), copy_speed(args.rounds), args.rounds)
+    text = report(measure(args.rounds), copy_speed(args.rounds), args.rounds) + "\n" + nvjpeg(args.rounds)
     print(text)
     if args.write:
         device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")

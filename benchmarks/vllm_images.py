@@ -1,11 +1,12 @@
 """What the sidecar is worth to a real vLLM: photographs straight to it, and through the sidecar inline and by shared memory.
 
-    python benchmarks/vllm_images.py [--rounds N] [--executor uni|mp] [--write]       (the environment: `make test-vllm`, or tests/vllm/environment.py)
+    python benchmarks/vllm_images.py [--rounds N] [--executor uni|mp] [--own-cores] [--write]     (the environment: `make test-vllm`, or tests/vllm/environment.py)
 
 One vLLM on a CPU with a tiny Qwen2-VL whose images are limited to 448 x 448, so that the vision tower is cheap and preprocessing
 shows; its image cache is off. Its worker runs in the core's process, as on one GPU: the CPU's default, a worker of its own, polls for a
-second after each step, which takes a core from whoever works and counts as the engine's CPU time (`--executor mp` shows that). Everything shares this machine's cores: engine, sidecar and client. Rules: the ways take turns in
-every round and a row is the median over the rounds; answers with log-probabilities are compared before anything is timed; every
+second after each step, which takes a core from whoever works and counts as the engine's CPU time (`--executor mp` shows that). Everything shares this machine's cores: engine, sidecar and client; with
+`--own-cores` the engine has one to itself, alone or not, and sidecar and client have the rest. Rules: the ways take turns in
+every round and a row is the median over the rounds; answers with log-probabilities are compared before anything is timed (those of `fast` are not exact, and differ); every
 photograph of a block is another file (a comment is put into it), so that no cache helps but where a row says so. CPU seconds are those of
 the process tree. `--write` puts the table into benchmarks/results/.
 """
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sidecar import photos, plugin
+from sidecar.kernels import families
 from tests.vllm import client, environment, processes
 
 PATH = "/v1/chat/completions"
@@ -49,18 +51,23 @@ REPEATED = {"720p": (1280, 720), **SIZES}
 REQUESTS = {"1080p": 32, "12 MP": 24}  # of one block
 AT_ONCE = 8
 DIRECT, INLINE, SHM = "vLLM alone", "sidecar, inline", "sidecar, shm"
+FAST = "sidecar, shm, --images-decode fast"
+SIDECARS = {INLINE: ("inline", "exact"), SHM: ("shm", "exact"), FAST: ("shm", "fast")}
 SMALL, TEXT = "vLLM alone, image already resized", "vLLM alone, no image"
 FLAGS = {"canary-interval": "300", "silence-floor": "60", "log-level": "warning"}
 DECODE = """
 import sys, time, statistics, torch
-from sidecar.imaging import headers
+from sidecar.imaging import headers, shrunk
 from sidecar.imaging.decode import decode
 from sidecar.jobs import Limits
+from sidecar.kernels import families
 torch.set_num_threads(1)
-data, taken = open(sys.argv[1], "rb").read(), []
+data, spec, limits, taken = open(sys.argv[1], "rb").read(), families.from_json(sys.argv[2]), Limits(20 << 20, 50_000_000), []
 for _ in range(9):
     start = time.perf_counter()
-    decode(data, headers.read(data), Limits(20 << 20, 50_000_000))
+    header = headers.read(data)
+    if not (spec.fast and shrunk.decode(data, header, limits, spec)):
+        decode(data, header, limits)
     taken.append(time.perf_counter() - start)
 print(statistics.median(taken))
 """
@@ -71,11 +78,38 @@ _names = itertools.count()
 
 @dataclass
 class Row:
-    """One way's blocks: requests per second, and CPU seconds per request of engine and sidecar."""
+    """One way's blocks: requests per second, and CPU seconds per request of engine, sidecar and client."""
 
     rate: list[float] = field(default_factory=list)
     engine: list[float] = field(default_factory=list)
     sidecar: list[float] = field(default_factory=list)
+    client: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Who runs where."""
+
+    engine: set[int]
+    others: set[int]
+
+    @classmethod
+    def shared(cls) -> Cores:
+        every = os.sched_getaffinity(0)
+        return cls(every, every)
+
+    @classmethod
+    def own(cls) -> Cores:
+        """One for the engine; the rest for sidecar and client. Raises SystemExit where there is only one."""
+        first, *rest = sorted(os.sched_getaffinity(0))
+        if not rest:
+            raise SystemExit("--own-cores needs two cores")
+        return cls({first}, {*rest})
+
+    def __str__(self) -> str:
+        if self.engine == self.others:
+            return f"{len(self.engine)} cores for engine, sidecar and client together"
+        return f"one core for the engine alone, {len(self.others)} for sidecar and client together"
 
 
 @dataclass(frozen=True)
@@ -110,7 +144,6 @@ def resized(jpeg: bytes) -> bytes:
     from sidecar.imaging.decode import decode
     from sidecar.imaging.patches import ppm, resize
     from sidecar.jobs import Limits
-    from sidecar.kernels import families
 
     torch.set_num_threads(1)
     spec = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "size": LIMIT})
@@ -145,7 +178,7 @@ def cpu(root: psutil.Process | None) -> float:
 
 async def block(http: aiohttp.ClientSession, way: Way, engine: psutil.Process, bodies: list[bytes], row: Row) -> None:
     """All requests of one block, AT_ONCE at a time."""
-    before, start = (cpu(engine), cpu(way.sidecar)), time.perf_counter()
+    before, start = (cpu(engine), cpu(way.sidecar), time.process_time()), time.perf_counter()
     waiting = iter(bodies)
 
     async def client_loop() -> None:
@@ -157,6 +190,7 @@ async def block(http: aiohttp.ClientSession, way: Way, engine: psutil.Process, b
     row.rate.append(len(bodies) / took)
     row.engine.append((cpu(engine) - before[0]) / len(bodies))
     row.sidecar.append((cpu(way.sidecar) - before[1]) / len(bodies))
+    row.client.append((time.process_time() - before[2]) / len(bodies))
 
 
 async def throughput(
@@ -167,7 +201,8 @@ async def throughput(
     for size, (width, height) in SIZES.items():
         jpeg = photos.photo(width, height, seed=1)
         small = body(resized(jpeg), "image/x-portable-pixmap")
-        checks = [await ask(http, ways[w].url, body(jpeg, max_tokens=8, logprobs=True, top_logprobs=3)) for w in ways]
+        asked = body(jpeg, max_tokens=8, logprobs=True, top_logprobs=3)
+        checks = [await ask(http, way.url, asked) for name, way in ways.items() if name != FAST]
         assert all(answer == checks[0] for answer in checks), "the answers differ: nothing is timed"
         rows[size] = {way: Row() for way in (*ways, SMALL, TEXT)}
         for turn in range(rounds + 1):
@@ -217,12 +252,14 @@ async def _reached(told: Any, count: float) -> bool:
     return bool((await told())[0] >= count)
 
 
-def decode_seconds(jpeg: bytes) -> float:
+def decode_seconds(jpeg: bytes, *, fast: bool = False) -> float:
     """Decoding alone on one core, in a process of its own."""
+    spec = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "size": LIMIT})
+    assert spec is not None
     with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
         file.write(jpeg)
         file.flush()
-        run = [sys.executable, "-c", DECODE, file.name]
+        run = [sys.executable, "-c", DECODE, file.name, replace(spec, fast=fast).to_json()]
         return float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=processes.ROOT).stdout)
 
 
@@ -251,36 +288,38 @@ def tiny(folder: Path) -> Path:
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, executor: str
+    folder: Path, executor: str, cores: Cores
 ) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
-    """The engine and both sidecars beside it."""
+    """The engine and the sidecars beside it, each on its cores."""
     model = limited(tiny(folder / "made"), folder / "model")
     shm = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")  # other engines may use the folder above
     environ = processes.with_plugin(folder / "site") | EXECUTORS[executor] | {"SIDECAR_SHM_DIR": shm}
     more = ("--mm-processor-cache-gb", "0", "--distributed-executor-backend", executor)
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, shm, ignore_errors=True)
+        os.sched_setaffinity(0, cores.engine)  # inherited by what is started now
         engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=more))
+        os.sched_setaffinity(0, cores.others)
         assert not plugin.look(shm).why, "images would go inline in the rows of shm"
         sidecars = {
-            kind: stack.enter_context(
+            name: stack.enter_context(
                 processes.sidecar(
                     engine.url,
-                    folder / kind,
-                    folder / f"{kind}.log",
+                    folder / f"{kind}-{decode}",
+                    folder / f"{kind}-{decode}.log",
                     model=str(model),
                     images=kind,
+                    images_decode=decode,
                     shm_dir=shm,
                     **FLAGS,
                 )
             )
-            for kind in ("inline", "shm")
+            for name, (kind, decode) in SIDECARS.items()
         }
         ways = {DIRECT: Way(engine.url)} | {
-            name: Way(sidecars[kind].url, psutil.Process(sidecars[kind].process.pid))
-            for name, kind in ((INLINE, "inline"), (SHM, "shm"))
+            name: Way(sidecar.url, psutil.Process(sidecar.process.pid)) for name, sidecar in sidecars.items()
         }
-        yield ways, engine.root, sidecars["inline"]
+        yield ways, engine.root, sidecars[INLINE]
 
 
 def report(
@@ -289,29 +328,32 @@ def report(
     loads: list[float],
     rounds: int,
     executor: str,
+    cores: Cores,
 ) -> str:
     """Everything as Markdown."""
     lines = [
         f"# A real vLLM and the sidecar on the same cores: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache off, executor {executor}; {os.cpu_count()} cores "
-        f"for engine, sidecar and client together; {AT_ONCE} requests at once, one token each, median of {rounds} interleaved rounds; "
+        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache off, executor {executor}; {cores}; "
+        f"{AT_ONCE} requests at once, one token each, median of {rounds} interleaved rounds; "
         f"Python {platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f} (the benchmark itself is "
-        "about 3). The answers of the three ways are equal, log-probabilities included.",
+        "about 3). The answers of all ways but `fast` are equal, log-probabilities included.",
         "",
     ]
     for size, ways in rows.items():
-        limit = os.cpu_count() or 1
-        decoding = decode_seconds(photos.photo(*SIZES[size], seed=1))
+        jpeg = photos.photo(*SIZES[size], seed=1)
         lines += [
             f"## {size} JPEG, each another file",
             "",
-            "| | requests/s | over vLLM alone | engine CPU ms/request | less engine CPU | sidecar CPU ms/request |",
-            "|---|---|---|---|---|---|",
+            "| | requests/s | over vLLM alone | engine CPU ms/request | less engine CPU | sidecar CPU ms/request | client CPU ms/request |",
+            "|---|---|---|---|---|---|---|",
             *(_line(name, row, ways[DIRECT]) for name, row in ways.items()),
             "",
-            f"Limit: decoding alone takes {decoding * 1e3:.1f} ms on one core, so {limit / decoding:.0f} images/s on {limit} cores that do "
-            "nothing else.",
+            *(
+                limit(way, decode_seconds(jpeg, fast=way == FAST), len(cores.others), ways[DIRECT])
+                for way in (SHM, FAST)
+            ),
+            *([bounds(ways, len(cores.others))] if cores.engine != cores.others else []),
             "",
         ]
     lines += [
@@ -329,7 +371,31 @@ def _line(name: str, row: Row, base: Row) -> str:
     rate, engine, sidecar = (statistics.median(values) for values in (row.rate, row.engine, row.sidecar))
     faster = statistics.median(a / b for a, b in zip(row.rate, base.rate, strict=True))
     less = statistics.median(b / a if a else float("nan") for a, b in zip(row.engine, base.engine, strict=True))
-    return f"| {name} | {rate:.1f} | {faster:.2f}x | {engine * 1e3:.1f} | {less:.1f}x | {sidecar * 1e3:.1f} |"
+    client = statistics.median(row.client)
+    return f"| {name} | {rate:.1f} | {faster:.2f}x | {engine * 1e3:.1f} | {less:.1f}x | {sidecar * 1e3:.1f} | {client * 1e3:.1f} |"
+
+
+def limit(way: str, seconds: float, cores: int, direct: Row) -> str:
+    """What decoding alone allows, as an item of a list."""
+    most = cores / seconds
+    return (
+        f"- Limit of {way}: decoding alone takes {seconds * 1e3:.1f} ms on one core, so {most:.0f} images/s on {cores} that do nothing "
+        f"else: {most / statistics.median(direct.rate):.1f}x vLLM alone."
+    )
+
+
+def bounds(ways: dict[str, Row], cores: int) -> str:
+    """Of a run with cores of their own: what the engine's core could take, and what sidecar and client have on theirs."""
+
+    def most(way: str) -> float:
+        return cores / (statistics.median(ways[way].sidecar) + statistics.median(ways[way].client))
+
+    direct, small = (statistics.median(ways[way].rate) for way in (DIRECT, SMALL))
+    other = ", ".join(f"{most(way):.1f} ({most(way) / direct:.1f}x) of {way}" for way in SIDECARS)
+    return (
+        f"- The engine's core takes {small:.1f} images/s that come resized, {small / direct:.1f}x: no sidecar can give more. By their CPU time, sidecar and "
+        f"client on {cores} core{'s' * (cores > 1)} can do {other} a second."
+    )
 
 
 def cpu_name() -> str:
@@ -338,18 +404,18 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-async def measure(rounds: int, executor: str) -> str:
+async def measure(rounds: int, executor: str, cores: Cores) -> str:
     loads = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as folder:
         kept = aiohttp.TCPConnector(keepalive_timeout=2)  # vLLM closes idle connections after 5 s
         async with (
-            running(Path(folder), executor) as (ways, engine, sidecar),
+            running(Path(folder), executor, cores) as (ways, engine, sidecar),
             aiohttp.ClientSession(connector=kept) as http,
         ):
             rows = await throughput(http, ways, engine, rounds)
             again = await repeated(http, sidecar, rounds)
     loads.append(os.getloadavg()[0])
-    return report(rows, again, loads, rounds, executor)
+    return report(rows, again, loads, rounds, executor, cores)
 
 
 def main() -> None:
@@ -357,6 +423,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--executor", choices=EXECUTORS, default="uni")
+    parser.add_argument(
+        "--own-cores", action="store_true", help="one core for the engine, the rest for sidecar and client"
+    )
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     if not environment.complete():
@@ -364,12 +433,13 @@ def main() -> None:
             "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk); nothing is measured"
         )
         return
-    text = asyncio.run(measure(chosen.rounds, chosen.executor))
+    text = asyncio.run(measure(chosen.rounds, chosen.executor, Cores.own() if chosen.own_cores else Cores.shared()))
     print(text)
     if chosen.write:
         slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
         folder = Path(__file__).parent / "results"
-        (folder / f"vllm-images-{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{slug}.md").write_text(text)
+        kind = "own-cores-" if chosen.own_cores else ""
+        (folder / f"vllm-images-{kind}{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{slug}.md").write_text(text)
 
 
 if __name__ == "__main__":
