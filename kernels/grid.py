@@ -25,7 +25,17 @@ TILES, ROWS, STRIPS = "tiles", "rows", "strips"
 
 Size = tuple[int, int]
 Shape = tuple[str, list[int]]  # safetensors dtype, shape
-Integers = tuple[Shape, Sequence[int]]  # a tensor of integers: its dtype and shape, and its numbers in order
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """One number, so many times: a mask of ones would be tens of megabytes for each image."""
+
+    number: int
+    times: int
+
+
+Integers = tuple[Shape, Sequence[int] | Repeated]  # a tensor of integers: its dtype and shape, and its numbers in order
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from sidecar.kernels.families.reading import HALF, Config, common, count, optional, positive, steps
-from sidecar.kernels.grid import LANCZOS, Geometry, Integers, ProcessorSpec, Size, TileSpec, View
+from sidecar.kernels.grid import LANCZOS, Geometry, Integers, ProcessorSpec, Repeated, Size, TileSpec, View
 
 IDEFICS_MOST: Final = 4096  # pixels of the longer side
 
@@ -51,7 +50,7 @@ class Split(TileSpec):
 
     def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
         shape = [1, sum(g.tiles for g in images), self.tile, self.tile]
-        return {"pixel_attention_mask": (("I64", shape), array("q", [1]) * math.prod(shape))}
+        return {"pixel_attention_mask": (("I64", shape), Repeated(1, math.prod(shape)))}
 
 
 def _to_longest(height: int, width: int, longest: int) -> Size:

@@ -1,19 +1,32 @@
-"""Pure: the values of single images, as the workers gave them -> `pixel_values` of the batch, in pieces and in its order.
+"""Pure: the values of single images, as the workers gave them -> the tensors of the batch, in pieces and in its order.
 
-Rules: nothing is joined or copied; zeros are shared. How images lie in a batch is the processor's: see kernels/grid.py.
+Rules: nothing is joined or copied; what repeats is shared. How images lie in a batch is the processor's: see kernels/grid.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from sidecar.jobs import Data
-from sidecar.kernels.grid import ABREAST, FILLED, PLANES, Geometry, ProcessorSpec
+from sidecar.kernels.grid import ABREAST, FILLED, PLANES, Geometry, Integers, ProcessorSpec, Repeated
 
 SIZES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}  # bytes of one element
-MOST_ZEROS: Final = 1 << 20
+CODES: Final = {"I64": "q", "I32": "i"}  # of `array`
+MOST_ALIKE: Final = 1 << 20  # bytes that repeat
+
+
+def integers(tensors: Iterable[Integers]) -> Iterator[list[Data]]:
+    """All bytes of the tensors of integers, one after the other."""
+    for (dtype, _), numbers in tensors:
+        if isinstance(numbers, Repeated):
+            most = MOST_ALIKE // SIZES[dtype]
+            some = memoryview(array(CODES[dtype], [numbers.number]) * min(numbers.times, most)).cast("B")
+            yield from _again(some, SIZES[dtype] * numbers.times)
+        else:
+            yield [array(CODES[dtype], numbers).tobytes()]
 
 
 def pieces(values: Sequence[Data], images: Sequence[Geometry], spec: ProcessorSpec) -> Iterator[list[Data]]:
@@ -49,9 +62,12 @@ def padded(values: Data, size: tuple[int, int], shape: list[int], item: int) -> 
 
 
 def _zeros(count: int) -> Iterator[list[Data]]:
-    """So many bytes, of which few are held at once."""
-    some = memoryview(bytes(min(count, MOST_ZEROS)))
-    for at in range(0, count, MOST_ZEROS):
+    return _again(memoryview(bytes(min(count, MOST_ALIKE))), count)
+
+
+def _again(some: memoryview, count: int) -> Iterator[list[Data]]:
+    """So many bytes, `some` again and again."""
+    for at in range(0, count, len(some) or 1):
         yield [some[: count - at]]
 
 

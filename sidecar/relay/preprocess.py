@@ -18,7 +18,6 @@ import math
 import secrets
 import struct
 import time
-from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
@@ -194,7 +193,7 @@ def described(image: Prepared) -> dict[str, Any]:
 
 
 def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
-    """Everything of a safetensors file before the rows of `pixel_values`: length, JSON header, and the grids."""
+    """Everything of a safetensors file before its tensors: length and JSON header."""
     images = json.dumps([described(t.prepared) for t in done], separators=(",", ":"))  # metadata are texts
     header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
     at = 0
@@ -204,18 +203,14 @@ def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants aligned data
-    return struct.pack("<Q", len(text)) + text + _integers(done, spec)
-
-
-def _integers(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
-    """The tensors of integers: grids, sizes, counts."""
-    tensors = spec.integers(geometries(done, spec)).values()
-    return b"".join(array("q" if dtype == "I64" else "i", numbers).tobytes() for (dtype, _), numbers in tensors)
+    return struct.pack("<Q", len(text)) + text
 
 
 def pieces(done: Sequence[Tensors], spec: ProcessorSpec) -> Iterator[list[Data]]:
-    """The bytes of `pixel_values`, in groups."""
-    return batches.pieces([t.values for t in done], geometries(done, spec), spec)
+    """The bytes of all tensors, in groups: integers first."""
+    images = geometries(done, spec)
+    yield from batches.integers(spec.integers(images).values())
+    yield from batches.pieces([t.values for t in done], images, spec)
 
 
 async def _answer(
@@ -224,8 +219,8 @@ async def _answer(
     """The tensors, to a client that reads within `patience` seconds. Raises ClientStalled."""
     head = safetensors_head(done, spec)
     response = web.StreamResponse(headers={"content-type": SAFETENSORS, **headers.images(exact(done))})
-    dtype, shape = shapes(done, spec)["pixel_values"]
-    response.content_length = len(head) + SIZES[dtype] * math.prod(shape)
+    tensors = shapes(done, spec).values()
+    response.content_length = len(head) + sum(SIZES[dtype] * math.prod(shape) for dtype, shape in tensors)
     await downstream.start(response, request)
     await downstream.write(response, head)
     await downstream.send_long(response, pieces(done, spec), patience)
