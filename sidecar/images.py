@@ -224,8 +224,7 @@ class Images:
             done, payload = hit
             if take is not None:
                 take(len(payload))
-            known = replace(done, outcome="cached", stages=())
-            return _prepared(known, payload, time.monotonic() - started), payload, key
+            return _prepared(done, payload, time.monotonic() - started, cached=True), payload, key
         answer, fresh = await self._job(want, spec_json, data, where, is_base64, take=take)
         if answer.outcome == "ok":
             await self._keep(key, answer, fresh, at_once=want == RAW)
@@ -381,7 +380,7 @@ def _killed(where: str, took: float, seconds: float) -> BadImage:
     return BadImage(f"{where}: the image could not be decoded; send it in another format", "image_failed")
 
 
-def _prepared(done: Done, payload: Data, seconds: float) -> Prepared:
+def _prepared(done: Done, payload: Data, seconds: float, *, cached: bool = False) -> Prepared:
     return Prepared(
         media_type=done.media_type,
         base64=None,
@@ -390,9 +389,9 @@ def _prepared(done: Done, payload: Data, seconds: float) -> Prepared:
         tokens=done.tokens,
         content_hash=done.content_hash,
         format=done.format,
-        outcome=done.outcome,
+        outcome="cached" if cached else done.outcome,
         seconds=seconds,
-        stages=done.stages,
+        stages=() if cached else done.stages,
         bytes_in=done.bytes_in,
         bytes_out=len(payload),
         grid=done.grid,

@@ -44,6 +44,19 @@ def test_what_was_put_is_got(cache: ImageCache) -> None:
     assert cache.get("bb") is None
 
 
+def test_an_entry_that_was_made_anew_is_read_anew(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process remembers of entries is of the very files, also when another process has replaced one by one as large; and bounded."""
+    monkeypatch.setattr("sidecar.imagecache.KNOWN", 3)
+    for n in range(8):
+        done = replace(DONE, stages=(("decode", n / 10),))
+        cache.put("aa", done, bytes([n] * 6))
+        for _ in range(2):
+            found = cache.get("aa")
+            assert found is not None and (found[0], bytes(found[1])) == (done, bytes([n] * 6))
+        cache.put(f"b{n}", DONE, b"other")
+        assert cache.get(f"b{n}") is not None
+
+
 def test_the_key_depends_on_all_that_the_result_does(cache: ImageCache, tmp_path: Path) -> None:
     """Bytes, wish, processor, tenant and our secret: another one of them is another entry."""
     other = ImageCache(str(tmp_path), 1 << 20, b"other")
