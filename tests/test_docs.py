@@ -107,6 +107,15 @@ def test_every_benchmark_can_run_with_the_others() -> None:
     assert [p.name for p in programs if '"--write"' not in p.read_text()] == []
 
 
+def test_every_command_behind_a_figure_can_be_typed() -> None:
+    """A benchmark or a test that a document cites is there, and takes the flags that it is cited with."""
+    for document in DOCUMENTS:
+        for path, more in re.findall(r"\b((?:benchmarks|tests)/[\w/]+\.py)([^`\n]*)`", document.read_text()):
+            source = (ROOT / path).read_text()
+            for flag in re.findall(r"--[a-z-]+", more):
+                assert f'"{flag}"' in source, f"{document.name}: {path} {flag}"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_links_lead_somewhere_and_paths_are_nobodys(document: Path) -> None:
     """Every relative link leads to a file, and no path of a developer's machine is in the text."""
