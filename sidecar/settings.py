@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -336,6 +337,17 @@ def spelled(name: str, source: str = "flag") -> str:
 def default_of(f: Field[Any]) -> Any:
     """A field's default, or None where it has none."""
     return None if f.default is MISSING else f.default
+
+
+def writable(name: str, path: str) -> None:
+    """See that a file can be written, before minutes are spent on what it is to hold. Raises UsageError that names the flag."""
+    file = Path(path)
+    if file.is_dir():
+        raise UsageError(f"--{name}: {path} is a directory; name a file")
+    if not file.parent.is_dir():
+        raise UsageError(f"--{name}: the directory of {path} does not exist")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UsageError(f"--{name}: {path} may not be written; name another file")
 
 
 def shown(f: Field[Any]) -> str:

@@ -112,13 +112,9 @@ def as_table(rows: Sequence[dict[str, Any]], last: str) -> None:
     if rows:
         texts = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
         widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
+        sides = [str.ljust if isinstance(value, str) else str.rjust for value in rows[0].values()]
         for cells in texts:
-            print(
-                "  ".join(
-                    cell.ljust(w) if i < 2 else cell.rjust(w)
-                    for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-                )
-            )
+            print("  ".join(side(cell, w) for side, cell, w in zip(sides, cells, widths, strict=True)))
     print(last)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -109,3 +110,16 @@ def test_a_sidecar_that_is_told_nothing_lists_its_commands(capsys: pytest.Captur
     """Without a command: the help as it is, on stderr, and exit code 2."""
     assert cli.run([]) == 2
     assert "\n  run " in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report of minutes that has no place is refused at once, with the flag that names the place; a file that is there is written anew."""
+    (tmp_path / "there").touch()
+    settings.writable("plot", str(tmp_path / "there"))
+    settings.writable("plot", str(tmp_path / "new"))
+    for place, words in ((tmp_path, "is a directory"), (tmp_path / "no" / "file", "does not exist")):
+        with pytest.raises(UsageError, match=f"--plot.*{words}"):
+            settings.writable("plot", str(place))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # for root, everything may be written
+    with pytest.raises(UsageError, match="may not be written"):
+        settings.writable("plot", str(tmp_path / "new"))

@@ -31,6 +31,7 @@ from sidecar.calibrate.shapes import Shape
 from sidecar.calibrate.traffic import EngineRefused
 from sidecar.errors import UsageError
 from sidecar.flags import flag, integer, number, one_of, text, url
+from sidecar.settings import writable
 
 SHOW: Final = (10.0, 1.0)  # seconds between lines of progress: in a log, on a terminal
 
@@ -80,8 +81,8 @@ def main(chosen: BenchSettings) -> int:
     """Run, report. 0, or 1 where it was ended early. Raises UsageError and EngineRefused."""
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
-    if chosen.plot and not Path(chosen.plot).parent.is_dir():
-        raise UsageError(f"--plot: the directory of {chosen.plot} does not exist")
+    if chosen.plot:
+        writable("plot", chosen.plot)
     rows: list[Row] = []
     ended = 0
     try:

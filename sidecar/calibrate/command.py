@@ -31,6 +31,7 @@ from sidecar.calibrate.traffic import Beside, EngineRefused, Traffic
 from sidecar.errors import UsageError
 from sidecar.flags import ENGINE_KINDS, existing_dir, flag, gpu, integer, number, one_of, text, url
 from sidecar.roofline import roofline
+from sidecar.settings import writable
 
 SEARCH_SHARE: Final = 0.2  # of the time, for the search at the SLO
 LEAST_SHARE: Final = 0.5  # of the time, for the grid, however long the search took
@@ -74,8 +75,8 @@ def main(chosen: CalibrateSettings) -> int:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     out, kept = Path(chosen.out), Path(chosen.measurements) if chosen.measurements else None
     for name, path in (("out", out), ("measurements", kept)):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"--{name}: the directory of {path} does not exist")
+        if path is not None:
+            writable(name, str(path))
     try:
         found, journal = asyncio.run(calibrate(chosen, out))
     except KeyboardInterrupt:
