@@ -314,7 +314,6 @@ class Relay:
             raise ImagesOff(
                 "images are off; start the sidecar with --images inline and --model DIR to use /v1/preprocess"
             )
-        await downstream.expect(request)
         return await self._preprocess(request)
 
     # --- to the engine ---

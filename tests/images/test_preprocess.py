@@ -19,6 +19,7 @@ import torch
 from aiohttp import web
 from PIL import Image
 from safetensors.torch import load
+from yarl import URL
 
 from sidecar import client, photos
 from sidecar.errors import RequestError
@@ -327,6 +328,21 @@ async def test_bad_requests_are_answered_in_openais_shape(service: Service, name
     got, body, _ = await service.post(**request)
     assert (got, json.loads(body)["error"]["code"]) == (status, code)
     assert (await service.post(data=form(PHOTOS[:1])))[0] == 200
+
+
+@pytest.mark.parametrize(("handoff", "asked"), [("", 1), ("pigeon", 0)])
+async def test_a_body_is_asked_for_once_and_only_where_it_is_wanted(service: Service, handoff: str, asked: int) -> None:
+    """curl waits for 100 Continue above 1 MiB: a request that is refused by its head is never sent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", URL(service.url).port)
+    head = f"POST /v1/preprocess HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: image/jpeg\r\ncontent-length: {len(PHOTOS[0])}\r\n"
+    head += f"accept: application/json\r\nx-sidecar-handoff: {handoff}\r\nexpect: 100-continue\r\n\r\n"
+    writer.write(head.encode())
+    said = await reader.readuntil(b"\r\n\r\n")
+    if asked:
+        writer.write(PHOTOS[0])
+        said += await reader.read()
+    assert said.count(b" 100 Continue") == asked and said.count(b" 200 OK") == asked
+    writer.close()
 
 
 async def test_a_multipart_body_without_a_length_is_bounded(service: Service) -> None:
