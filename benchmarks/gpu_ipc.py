@@ -81,7 +81,7 @@ def _read(where: bytes, tensor: tuple[str, list[int]]) -> bytes:
     said = json.loads(where)
     handle = base64.b64decode(said["handle"])
     piece = Lent(said["kind"], said["device"], handle, said["offset"], said["bytes"], tensor[0], tuple(tensor[1]))
-    with opened(Loan("", (piece,), (), "")) as tensors:
+    with opened(Loan("", (piece,), (), "", True)) as tensors:
         octets: bytes = tensors[0].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         return octets
 

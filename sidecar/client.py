@@ -104,6 +104,7 @@ class Loan:
     pixel_values: tuple[Lent, ...]
     images: tuple[ImageLayout, ...]
     processor: str
+    exact: bool  # as in Preprocessed
 
 
 class Client:
@@ -202,7 +203,7 @@ def lent(line: bytes) -> Loan:
     try:
         images = tuple(ImageLayout(**i | {"grid_thw": tuple(i["grid_thw"])}) for i in layout["images"])
         pieces = tuple(_piece(**entry) for entry in layout["memory"])
-        return Loan(str(layout["loan"]), pieces, images, str(layout["processor"]))
+        return Loan(str(layout["loan"]), pieces, images, str(layout["processor"]), layout.get("exact") is True)
     except (KeyError, TypeError, ValueError) as e:
         raise _unreadable(f"not a loan of this version ({type(e).__name__})") from None
 

@@ -101,7 +101,7 @@ async def preprocess(
         if want == LAYOUT:
             return web.json_response(layout(done, spec), headers=headers.images(exact(done)))
         if way == SHM:
-            return web.json_response(await shared(images, spec, done))
+            return web.json_response(await shared(images, spec, done), headers=headers.images(exact(done)))
         return await _answer(request, done, spec, limits.client_stall_seconds)
 
 

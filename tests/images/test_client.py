@@ -95,13 +95,14 @@ def test_a_damaged_file_is_one_clear_error(lie: str) -> None:
 PIECE: dict[str, Any] = {
     "tensor": "pixel_values", "dtype": "F32", "shape": [2, 3], "kind": "cuda-ipc", "device": "GPU-1", "handle": "AAEC", "offset": 0, "bytes": 24,
 }  # fmt: skip
-LENT: dict[str, Any] = {"processor": "p", "images": [], "loan": "a" * 32, "memory": [PIECE]}
+LENT: dict[str, Any] = {"processor": "p", "exact": True, "images": [], "loan": "a" * 32, "memory": [PIECE]}
 
 
 def test_what_was_lent_is_named() -> None:
     """Handles are bytes, shapes are whole, and the tensors of all images come in order."""
     loan = lent(json.dumps(LENT | {"memory": [PIECE, PIECE | {"device": "GPU-2"}]}).encode())
     assert (loan.name, loan.processor, [p.device for p in loan.pixel_values]) == ("a" * 32, "p", ["GPU-1", "GPU-2"])
+    assert loan.exact and not lent(json.dumps(LENT | {"exact": False}).encode()).exact
     first = loan.pixel_values[0]
     assert (first.handle, first.shape, first.size, first.dtype) == (b"\0\1\2", (2, 3), 24, "F32")
 
