@@ -67,7 +67,9 @@ def main(listen_fd: int, settings_json: str) -> int:
     logs.setup(chosen.log_format, chosen.log_level)
     wanted = plan(chosen, cpus.quota())
     os.environ.update({name: str(wanted.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+    began = time.monotonic()
     warm()
+    _log.info("image workers: %d, ready after %.1f s of loading", wanted.workers, time.monotonic() - began)
     listening = socket.socket(fileno=listen_fd)
     listening.setblocking(True)
     door = f"{listening.getsockname()}{NAME}" if wanted.device != "cpu" else ""
