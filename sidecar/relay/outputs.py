@@ -4,8 +4,9 @@
 
 Each level counts as much as it has seen lately: p = (n * own + BLEND * p of the level above) / (n + BLEND). Buckets are a quarter of an
 octave wide; a size class is half an octave of prompt tokens, which tells agents from chat (benchmarks/estimates.py). An answer that its
-client's limit cut off says only that it would have been at least so long: it is counted above that, as the blend has it there. The table
-is bounded and forgets what was used least recently.
+client's limit cut off says only that it would have been at least so long: it is counted above that, as the blend has it there, and not at
+all where that is true of almost every answer (as of `max_tokens=1`): it would only make the old ones fade. The table is
+bounded and forgets what was used least recently.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ MIDDLES: Final = tuple((a + b) / 2 for a, b in zip(_BEGINS, _ENDS, strict=True))
 DECAY: Final = 0.99  # of all weights per answer: about the last 100 count
 BLEND: Final = 4.0  # answers that the level above is worth
 TABLES: Final = 2048  # histograms kept, about 2 kB each
+NOTHING_NEW: Final = (
+    0.001  # share of answers below a cut at which it tells nothing that was not known: almost all go beyond it
+)
 _RESCALE: Final = 1e12
 
 Key = tuple[str | int, ...]
@@ -121,6 +125,16 @@ class Forecast:
         columns = zip(ws[first:], xs[first:], ys[first:], zs[first:], strict=True)
         return [a * w + b * x + c * y + d * z for w, x, y, z in columns]
 
+    def below(self, bucket: int) -> float:
+        """The share of the buckets before `bucket`."""
+        return sum(times * sum(weights[:bucket]) for times, weights, _, _ in self.levels)
+
+    def beyond(self, bucket: int) -> Beyond | None:
+        """Where an answer that was cut off in `bucket` would have ended; None where none was ever so long."""
+        shares = self.shares(bucket)
+        whole = sum(shares)
+        return Beyond(bucket, shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
+
     def mean(self) -> float:
         """Expected tokens: E[min(X, limit)]."""
         if self.limit is None:
@@ -180,7 +194,12 @@ class Outputs:
     def learn(self, tenant: str, model: str, prompt: int, tokens: float, *, cut: bool = False) -> None:
         """An answer had `tokens`; `cut`: because its client allowed no more."""
         keys, bucket = _keys(tenant, model, prompt), bucket_of(tokens)
-        beyond = self._beyond(keys, bucket) if cut else None
+        beyond = None
+        if cut:
+            forecast = self._forecast(keys)
+            if forecast.below(bucket) <= NOTHING_NEW:
+                return
+            beyond = forecast.beyond(bucket)
         for key in keys:
             table = self._tables.get(key)
             if table is None:
@@ -192,12 +211,6 @@ class Outputs:
             self._tables.move_to_end(key)
         while len(self._tables) > self._limit:
             self._tables.popitem(last=False)
-
-    def _beyond(self, keys: Sequence[Key], bucket: int) -> Beyond | None:
-        """Where an answer that was cut in a bucket would have ended; None where none was ever so long."""
-        shares = self._forecast(keys).shares(bucket)
-        whole = sum(shares)
-        return Beyond(bucket, shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
 
 
 def bucket_of(tokens: float) -> int:

@@ -112,6 +112,15 @@ def test_answers_that_were_cut_off_count_above_their_limit() -> None:
     assert outputs.forecast("t", "m", 100, 16).mean() == pytest.approx(16, abs=0.5)
 
 
+def test_a_cut_that_tells_nothing_changes_nothing() -> None:
+    """A thousand requests for one token leave what was learned as it was."""
+    outputs = taught([400] * 50)
+    before = outputs.forecast("t", "m", 100, None)
+    for _ in range(1000):
+        outputs.learn("t", "m", 100, 1, cut=True)
+    assert outputs.forecast("t", "m", 100, None) == before
+
+
 def test_the_table_is_bounded() -> None:
     """However many tenants come, so many histograms are kept, and those used last are among them."""
     outputs = Outputs(limit=30)
