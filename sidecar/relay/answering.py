@@ -59,7 +59,7 @@ async def pass_on(
     if is_plain(answer) and is_stream(answer):
         return await _stream(request, answer, admission, passed, hold_head)
     if is_short(answer):
-        return await _small(answer, admission, passed)
+        return await _small(request, answer, admission, passed)
     return await _long(request, answer, admission, passed)
 
 
@@ -120,17 +120,23 @@ async def _long(
     return response
 
 
-async def _small(answer: aiohttp.ClientResponse, admission: Admission, passed: Headers) -> web.StreamResponse:
-    """A short answer: one read, one write. Nothing is with the client yet, so a break is an error it can read."""
+async def _small(
+    request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers
+) -> web.StreamResponse:
+    """A short answer: one read, one write; what it tells is read when the client has it. Before, a break is an error it can read."""
     try:
         body = await answer.read()
     except downstream.BREAKS:
         raise EngineBroke from None
-    admission.usage = usage_of(body)
-    admission.deliver(0, len(body), started=answer.ok)
-    if admission.price is not None and is_plain(answer):
-        body = priced(body, admission.price)
-    return web.Response(status=answer.status, reason=answer.reason, headers=passed, body=body)
+    sent = priced(body, admission.price) if admission.price is not None and is_plain(answer) else body
+    response = web.Response(status=answer.status, reason=answer.reason, headers=passed, body=sent)
+    try:
+        await _start(request, response, admission, None)
+        await _end(response, admission)
+    finally:
+        admission.usage = usage_of(body)
+        admission.deliver(0, len(body), started=answer.ok)
+    return response
 
 
 async def _start(request: web.BaseRequest, response: web.StreamResponse, admission: Admission, sse: SSE | None) -> None:
