@@ -267,7 +267,7 @@ def _connector(s: ManifestSettings) -> str:
     if s.images != "shm":
         return ""
     return """\
-# The image must have the plugin (pip install inference-sidecar-vllm), and the engine must be root or the sidecar's user, who
+# The image must have the plugin (plugins/vllm of the sidecar's source), and the engine must be root or the sidecar's user, who
 # alone may read the images. Where it cannot, images go inline, and `sidecar doctor` says why.
 - {name: VLLM_MEDIA_CONNECTOR, value: inference_sidecar}
 """
