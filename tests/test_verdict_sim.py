@@ -33,6 +33,7 @@ TRACE = TRACES["synthetic"]
 Danger = tuple[str, float]
 
 
+@pytest.mark.slow
 def test_a_quick_run_prints_what_it_covered_and_every_table() -> None:
     """The command ends well on synthetic arrivals and says how much of the weeks was simulated in full resolution."""
     command = [

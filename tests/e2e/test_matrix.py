@@ -26,7 +26,7 @@ from .conftest import TABLE
 from .scene import Scene, Seen, scene
 from .stories import Story
 
-pytestmark = [pytest.mark.matrix, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1800)]
 
 BESIDE = 10  # stories at a time
 RELAYS = (1, 2)

@@ -25,7 +25,10 @@ async def streaming(port: int) -> AsyncIterator[Any]:
     """A call of the stream, ten reports a second, on a connection of its own."""
     request = Request()
     request.report_interval.FromMilliseconds(100)
-    async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    own = (
+        ("grpc.use_local_subchannel_pool", 1),
+    )  # else a connection of the last channel is used again, though its server died
+    async with aio.insecure_channel(f"127.0.0.1:{port}", options=own) as channel:
         call = channel.unary_stream(
             f"/{SERVICE}/{METHOD}",
             request_serializer=Request.SerializeToString,

@@ -5,7 +5,6 @@ The server is started once (importing torch takes seconds); a test that breaks i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -97,23 +96,19 @@ def spec() -> ProcessorSpec:
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """A function: settings -> a running server, ended with the session at the latest."""
-    with contextlib.ExitStack() as stack:
+    started: list[Server] = []
 
-        def start(env: dict[str, str] | None = None, **chosen: object) -> Server:
-            few: dict[str, Any] = {"image_workers": 2, "images_device": "cpu", **chosen}
-            server = Server(tmp_path_factory.mktemp("images"), Settings(**few), env)
-            stack.callback(_end, server)
-            return server
+    def start(env: dict[str, str] | None = None, **chosen: object) -> Server:
+        few: dict[str, Any] = {"image_workers": 2, "images_device": "cpu", **chosen}
+        started.append(Server(tmp_path_factory.mktemp("images"), Settings(**few), env))
+        return started[-1]
 
-        yield start
-
-
-def _end(server: Server) -> None:
-    if server.process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(server.pid, signal.SIGTERM)
+    yield start
+    for server in started:  # all at once: each takes a while
+        server.process.terminate()
+    for server in started:
         server.process.wait(PATIENCE)
-    server.listening.close()
+        server.listening.close()
 
 
 @pytest.fixture(scope="session")
