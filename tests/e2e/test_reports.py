@@ -25,9 +25,8 @@ async def streaming(port: int) -> AsyncIterator[Any]:
     """A call of the stream, ten reports a second, on a connection of its own."""
     request = Request()
     request.report_interval.FromMilliseconds(100)
-    own = (
-        ("grpc.use_local_subchannel_pool", 1),
-    )  # else a connection of the last channel is used again, though its server died
+    # else a connection of the channel before is taken again, though its server died
+    own = (("grpc.use_local_subchannel_pool", 1),)
     async with aio.insecure_channel(f"127.0.0.1:{port}", options=own) as channel:
         call = channel.unary_stream(
             f"/{SERVICE}/{METHOD}",
