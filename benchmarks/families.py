@@ -19,7 +19,7 @@ from PIL import Image
 
 from sidecar import photos
 from sidecar.imaging import tiles
-from sidecar.imaging.patches import by_torchvision, crop, ppm, prepare, resize, values
+from sidecar.imaging.patches import by_torchvision, crop, prepare, resize, resized_ppm, values
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import TileSpec
 
@@ -61,7 +61,7 @@ def chains(data: bytes, name: str, module: str, config: dict[str, Any]) -> dict[
     todo: dict[str, Callable[[], Any]] = {DECODE: lambda: decoded(data)}
     if spec.inline:
         assert torch.equal(hf(resize(pixels, geometry, spec)), wanted), f"{name}: the resized image is no fixed point"
-        todo[PIXELS] = lambda: ppm(resize(decoded(data), geometry, spec))
+        todo[PIXELS] = lambda: resized_ppm(decoded(data), geometry, spec)
     if isinstance(spec, TileSpec):
         made = tiles.prepare(pixels, geometry, spec).flatten()
         assert torch.equal(made, wanted.flatten()[: len(made)]), f"{name}: not exact"

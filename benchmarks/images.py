@@ -34,7 +34,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from sidecar import photos
-from sidecar.imaging.patches import by_torchvision, patches, ppm, prepare, resize
+from sidecar.imaging.patches import by_torchvision, patches, prepare, resized_ppm
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import PatchSpec
 
@@ -69,7 +69,7 @@ def chains(data: bytes, spec: PatchSpec) -> dict[str, Callable[[], Any]]:
 
     return {
         DECODE: lambda: decoded(data),
-        PIXELS: lambda: ppm(resize(*sized(), spec)),
+        PIXELS: lambda: resized_ppm(*sized(), spec),
         BYTES: lambda: fused.patches(decoded(data).permute(1, 2, 0).numpy(), geometry, spec, "uint8"),
         TENSORS: lambda: prepare(*sized(), spec),
         HF_PIL: lambda: pil(images=[opened()], return_tensors="pt")["pixel_values"],

@@ -51,11 +51,13 @@ def refused() -> str:
     return str(_fused.refused()) if _fused is not None else ""
 
 
-def resize(image: NDArray[np.uint8], height: int, width: int, resample: int, level: int = FASTEST) -> NDArray[np.uint8]:
-    """uint8 (h, w, 3), contiguous, to (height, width, 3). Raises ValueError for other shapes or sizes of 0."""
-    out = np.empty((height, width, 3), np.uint8)
-    _fused.resize(_plan(*_size(image), height, width, resample), image, out, level)
-    return out
+def resize(
+    image: NDArray[np.uint8], height: int, width: int, resample: int, level: int = FASTEST, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:  # fmt: skip
+    """uint8 (h, w, 3), contiguous, to (height, width, 3), into `out` where it is given. Raises ValueError for other shapes or sizes of 0."""
+    made = np.empty((height, width, 3), np.uint8) if out is None else out
+    _fused.resize(_plan(*_size(image), height, width, resample), image, made, level)
+    return made
 
 
 def patches(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -78,15 +79,30 @@ def by_torchvision(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> T
     return tvf.resize(pixels, [geometry.height, geometry.width], interpolation=mode, antialias=True)
 
 
-def ppm(pixels: Tensor) -> bytearray:
+def resized_ppm(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> memoryview:
+    """`ppm(resize(...))`, resized straight into the file where nothing is cut off."""
+    size = geometry.height, geometry.width
+    if fused.missing() or geometry.crop is not None or tuple(pixels.shape[-2:]) == size:
+        return ppm(resize(pixels, geometry, spec))
+    file, body = _empty_ppm(*size)
+    fused.resize(_rows(pixels), *size, spec.resample, out=body)
+    return file
+
+
+def ppm(pixels: Tensor) -> memoryview:
     """A binary PPM (P6): a header and the pixels as they are. Pillow reads it in 1 ms, and BMP would swap the channels."""
     height, width = pixels.shape[-2:]
+    file, body = _empty_ppm(height, width)
+    torch.from_numpy(body).copy_(pixels.permute(1, 2, 0))
+    return file
+
+
+def _empty_ppm(height: int, width: int) -> tuple[memoryview, Any]:
+    """A PPM of which only the header is written, and its pixels (height, width, 3)."""
     header = b"P6\n%d %d\n255\n" % (width, height)
-    out = bytearray(len(header) + 3 * height * width)
-    out[: len(header)] = header
-    body = torch.frombuffer(memoryview(out)[len(header) :], dtype=torch.uint8)
-    body.view(height, width, 3).copy_(pixels.permute(1, 2, 0))
-    return out
+    file = np.empty(len(header) + 3 * height * width, np.uint8)
+    file[: len(header)] = np.frombuffer(header, np.uint8)
+    return file.data, file[len(header) :].reshape(height, width, 3)
 
 
 def normalise(pixels: Tensor, spec: ProcessorSpec) -> Tensor:

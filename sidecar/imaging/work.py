@@ -17,7 +17,7 @@ import torch
 from sidecar.imaging import headers, shrunk, tiles
 from sidecar.imaging.decode import BadPixels, check_size, decode, orientation, turned
 from sidecar.imaging.door import Ask, Door
-from sidecar.imaging.patches import ppm, prepare, resize, rounded, values
+from sidecar.imaging.patches import ppm, prepare, resize, resized_ppm, rounded, values
 from sidecar.jobs import DEVICE, GPU_BUSY, INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, TileSpec
@@ -84,6 +84,10 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
             and (made := _elsewhere(door, job, opened, spec)) is not None
         ):
             return made
+        if job.want == PIXELS:
+            file = resized_ppm(opened.pixels, opened.geometry, spec)
+            opened.stages.end("resize")
+            return _as_text(opened, file)
         if job.want in INLINE:
             pixels = resize(opened.pixels, opened.geometry, spec)
             opened.stages.end("resize")
@@ -181,13 +185,17 @@ def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | D
 def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answer:
     """Encode resized pixels as the job wants them."""
     if job.want == PIXELS:
-        payload: Payload = pybase64.b64encode(ppm(pixels))
-    elif job.want == RAW:
-        payload = octets(pixels.permute(1, 2, 0))
-    else:
-        payload = octets(values(pixels, picture.geometry, spec))
+        return _as_text(picture, ppm(pixels))
+    payload = octets(pixels.permute(1, 2, 0) if job.want == RAW else values(pixels, picture.geometry, spec))
     picture.stages.end("encode")
-    return done(picture, PPM if job.want == PIXELS else OCTETS), payload
+    return done(picture, OCTETS), payload
+
+
+def _as_text(picture: Picture, file: memoryview) -> Answer:
+    """A PPM in base64, as it goes into a data URL."""
+    payload = pybase64.b64encode(file)
+    picture.stages.end("encode")
+    return done(picture, PPM), payload
 
 
 def octets(tensor: Any) -> memoryview:

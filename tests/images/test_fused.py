@@ -147,6 +147,19 @@ def test_patches_too_large_for_the_caches_are_the_same(kind: fused.Kind) -> None
     assert np.array_equal(fused.patches(image, geometry, which, kind), wanted)
 
 
+@pytest.mark.parametrize(
+    "geometry",
+    [Geometry(728, 1316, 1, 52, 94, 1222), Geometry(60, 80), Geometry(30, 40, crop=(2, 3, 20, 30)), Geometry(1, 1), Geometry(2, 90)],
+)  # fmt: skip
+def test_a_file_holds_the_resized_pixels(geometry: Geometry) -> None:
+    """Resized into its place, in its own size, cropped, or smaller than a register: a PPM's pixels are torchvision's."""
+    image = torch.from_numpy(picture(60, 80)).permute(2, 0, 1)
+    wanted = aten.crop(aten.by_torchvision(image, geometry, spec()), geometry)
+    made = aten.resized_ppm(image, geometry, spec())
+    height, width = geometry.size
+    assert bytes(made) == b"P6\n%d %d\n255\n" % (width, height) + wanted.permute(1, 2, 0).contiguous().numpy().tobytes()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     """Wrong shapes, types and sizes are errors with a text, never memory that is not ours."""
     good = picture(60, 60)
