@@ -159,8 +159,11 @@ class Scene:
         return task
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        """End all tasks. A time-out in the moment of its cancellation can swallow it, and the task goes on: then it is told again."""
+        while under_way := [task for task in self._tasks if not task.done()]:
+            for task in under_way:
+                task.cancel()
+            await asyncio.wait(under_way, timeout=1.0)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
