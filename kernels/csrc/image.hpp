@@ -131,13 +131,11 @@ constexpr size_t LARGE = SIDECAR_LARGE;  // bytes: a result of more is written p
 
 #ifdef SIDECAR_X86
 // Patches by registers, one behind the other from `out` on: laid out as bytes in one place, from where they go out as what is wanted.
-// Past the caches go whole lines with no other store between them: a line left half full while the next patch is laid out goes in two
-// parts, and costs as much as several.
 template <class E>
 class Outlet {
   public:
     Outlet(const Values& values, int p, int temporal, size_t count, typename E::Type* out)
-        : p_(p), temporal_(temporal), copies_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(AT_ONCE * size_ + SLACK) {
+        : p_(p), temporal_(temporal), copies_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(size_ + SLACK) {
         for (int c = 0; c < 3; ++c) eight_[c] = eight_of(values, c);
         const size_t area = static_cast<size_t>(p) * p;
         // Each value is made once and stored `copies_` times; but where only all copies together end on a register, they are made of bytes.
@@ -152,30 +150,23 @@ class Outlet {
             if (past_) kept_ = stream_avx2(bytes_.data(), kept_ + size_, &out_);
             else out_ += size_;
         } else {
-            patch_avx2(rows, at, p_, temporal_ / copies_, bytes_.data() + held_ * (size_ / copies_));
-            if (++held_ == AT_ONCE) send();
+            patch_avx2(rows, at, p_, temporal_ / copies_, bytes_.data());
+            const size_t n = size_ / 3 / copies_;
+            for (int c = 0; c < 3; ++c, out_ += n * copies_) {
+                const uint8_t* in = bytes_.data() + c * n;
+                past_ ? floats_avx2<E, true>(in, eight_[c], n, copies_, out_) : floats_avx2<E, false>(in, eight_[c], n, copies_, out_);
+            }
         }
     }
 
     void end() {
-        if constexpr (std::is_same_v<E, U8>) std::copy_n(bytes_.data(), kept_, out_);
-        else send();
+        if (kept_) std::memcpy(out_, bytes_.data(), kept_);
         if (past_) _mm_sfence();
     }
 
   private:
-    static constexpr size_t AT_ONCE = 4;  // patches: floats of so many end on a line, where `p` is even
-
-    void send() {
-        const size_t n = size_ / 3 / copies_;
-        const uint8_t* in = bytes_.data();
-        for (; held_; --held_)
-            for (int c = 0; c < 3; ++c, in += n, out_ += n * copies_)
-                past_ ? floats_avx2<E, true>(in, eight_[c], n, copies_, out_) : floats_avx2<E, false>(in, eight_[c], n, copies_, out_);
-    }
-
     int p_, temporal_, copies_;
-    size_t size_, kept_ = 0, held_ = 0;  // bytes of a patch, bytes that fill no line yet, patches not yet sent
+    size_t size_, kept_ = 0;
     typename E::Type* out_;
     std::vector<uint8_t> bytes_;
     Eight eight_[3];

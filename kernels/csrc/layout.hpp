@@ -106,13 +106,13 @@ SIDECAR_AVX2 inline void patch_avx2(const uint8_t* const* rows, size_t at, int p
     }
 }
 
-// Whole lines of `count` bytes go past the caches to `*out`, which moves on; the rest moves to the front. Says how many are left.
+// Whole registers of `count` bytes go past the caches to `*out`, which moves on; the rest moves to the front. Says how many are left.
 SIDECAR_AVX2 inline size_t stream_avx2(uint8_t* bytes, size_t count, uint8_t** out) {
-    const size_t whole = count / 64 * 64;
-    for (size_t i = 0; i < whole; i += 32, *out += 32)
+    size_t i = 0;
+    for (; i + 32 <= count; i += 32, *out += 32)
         _mm256_stream_si256(reinterpret_cast<__m256i*>(*out), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i)));
-    std::memmove(bytes, bytes + whole, count - whole);
-    return count - whole;
+    std::memmove(bytes, bytes + i, count - i);
+    return count - i;
 }
 
 // How eight bytes become eight floats. A division is done as a multiplication by the reciprocal, and one step that corrects it, where
