@@ -1,58 +1,30 @@
 """Images in the relay: hand each to an image worker, wait within bounds, say clearly what was wrong.
 
-Rules: no torch here, no pixels: bytes go to a worker and bytes come back. One connection per job (see jobs.py), so that a
-job that is cancelled, late or broken takes its connection with it and touches nothing else. As long as no worker has said
-Ready the job is unspoilt and is tried again; from then on a broken connection means that the image killed its worker.
-Everything that waits is bounded: in number by --image-queue, in time by --image-seconds or PATIENCE. What was prepared once is
-kept for the tenant who sent it, where there is a cache.
+Rules: no torch here, no pixels: bytes go to a worker and bytes come back, through the queue of imagequeue.py. What was prepared
+once is kept for the tenant who sent it, where there is a cache.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sidecar import cpus
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.handovers import Handovers
 from sidecar.imagecache import Handed, ImageCache
-from sidecar.jobs import (
-    DEVICE,
-    GPU_BUSY,
-    GPU_DOOR,
-    MAX_REPLY,
-    PIXELS,
-    PREFIX,
-    RAW,
-    TENSORS,
-    Done,
-    Frame,
-    FrameError,
-    Job,
-    Limits,
-    Ready,
-    Refused,
-    head,
-    lengths,
-    parse,
-)
+from sidecar.imagequeue import ImageQueue
+from sidecar.jobs import DEVICE, GPU_DOOR, PIXELS, RAW, TENSORS, Data, Done, Job, Limits
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.loan import Loan, borrowed, give_back
 from sidecar.results import Results, Take
 from sidecar.settings import Settings
 
-Data = bytes | bytearray | memoryview
 R = TypeVar("R")
 
-SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
-PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
-RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
-JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
 HASHED_HERE = 512 * 1024  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
 KEEPING = 4  # results on their way into the cache at once; more are not kept
 
@@ -98,17 +70,11 @@ class Images:
     def __init__(
         self, socket_path: str, settings: Settings, spec: ProcessorSpec, cache: ImageCache | None = None
     ) -> None:
-        workers = settings.image_workers or cpus.quota()
         self.spec = spec
         self._path = socket_path
-        self._seconds = settings.image_seconds
-        self._patience = max(PATIENCE, settings.image_seconds)
-        self._queue = settings.image_queue
+        self._workers = ImageQueue(socket_path, settings)
         self._limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
-        self._slots = asyncio.Semaphore(JOBS_PER_WORKER * workers)
-        self._waiting = 0
-        self._closed = False
         self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine
         self._cache = cache
         self._keeping: set[asyncio.Task[None]] = set()
@@ -186,7 +152,7 @@ class Images:
         async def one(data: Data, is_base64: bool, where: str) -> Tensors:
             started = time.monotonic()
             self._check_size(data, where, is_base64)
-            done, said = await self._job(DEVICE, spec.to_json(), data, where, is_base64, loan.name)
+            done, said = await self._do(DEVICE, spec.to_json(), data, where, is_base64, loan.name)
             return Tensors(_prepared(done, said, time.monotonic() - started), said)
 
         return await _all(one(data, is_base64, f"{where}[{i}]") for i, (data, is_base64) in enumerate(images))
@@ -202,7 +168,7 @@ class Images:
 
     async def close(self) -> None:
         """Take no more images; those under way end by themselves within their deadline."""
-        self._closed = True
+        self._workers.close()
         await asyncio.gather(*self._keeping, return_exceptions=True)
 
     async def _prepare(
@@ -225,7 +191,7 @@ class Images:
             if take is not None:
                 take(len(payload))
             return _prepared(done, payload, time.monotonic() - started, cached=True), payload, key
-        answer, fresh = await self._job(want, spec_json, data, where, is_base64, take=take)
+        answer, fresh = await self._do(want, spec_json, data, where, is_base64, take=take)
         if answer.outcome == "ok":
             await self._keep(key, answer, fresh, at_once=want == RAW)
         return _prepared(answer, fresh, time.monotonic() - started), fresh, key
@@ -248,7 +214,7 @@ class Images:
         if at_once:
             await asyncio.wait((task,))  # if we are cancelled, it goes on
 
-    async def _job(
+    async def _do(
         self,
         want: str,
         spec_json: str,
@@ -258,21 +224,8 @@ class Images:
         loan: str = "",
         take: Take | None = None,
     ) -> tuple[Done, bytearray]:
-        async with self._connection() as connection:
-            job = Job(want, spec_json, is_base64, self._limits, self._seconds, self.gpu, loan)
-            sent = time.monotonic()
-            try:
-                async with asyncio.timeout(self._seconds + SLACK):
-                    await _send(connection, job, data)
-                    answer, payload = await _receive(connection, take)
-            except (OSError, EOFError, FrameError, TimeoutError):
-                raise _killed(where, time.monotonic() - sent, self._seconds) from None
-        if isinstance(answer, Refused) and answer.reason == GPU_BUSY:
-            raise ImagesBusy(f"{where}: {answer.message}; try again shortly, or take the tensors another way")
-        if isinstance(answer, Refused):
-            raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
-        assert isinstance(answer, Done)
-        return answer, payload
+        job = Job(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu, loan)
+        return await self._workers.do(job, data, where, take)
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
         """The worker checks the real size; this bounds what is sent to it at all."""
@@ -280,50 +233,6 @@ class Images:
         if len(data) > most:
             text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
             raise BadImage(text, "image_too_large")
-
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[socket.socket]:
-        """A connection whose worker has said Ready. Raises ImagesBusy when the queue is full or the wait too long."""
-        if self._closed or (self._slots.locked() and self._waiting >= self._queue):
-            raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
-        connection: socket.socket | None = None
-        self._waiting += 1
-        try:
-            try:
-                async with asyncio.timeout(self._patience):
-                    await self._slots.acquire()
-            finally:
-                self._waiting -= 1
-        except TimeoutError:
-            raise ImagesBusy("no image worker became free in time; try again shortly") from None
-        try:
-            connection = await self._ready()
-            yield connection
-        finally:
-            self._slots.release()
-            if connection is not None:
-                connection.close()
-
-    async def _ready(self) -> socket.socket:
-        """Connect until a worker takes us; a server that is being restarted is waited for."""
-        pause, longest = RETRY
-        try:
-            async with asyncio.timeout(self._patience):
-                while True:
-                    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                    try:
-                        await _greeting(connection, self._path)
-                    except (OSError, EOFError, FrameError):
-                        connection.close()
-                    except BaseException:
-                        connection.close()
-                        raise
-                    else:
-                        return connection
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, longest)
-        except TimeoutError:
-            raise ImagesBusy("no image worker took the image in time; try again shortly") from None
 
 
 async def _all(jobs: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
@@ -334,50 +243,6 @@ async def _all(jobs: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
     except* (BadImage, ImagesBusy) as failed:
         raise failed.exceptions[0] from None
     return [task.result() for task in tasks]
-
-
-async def _greeting(connection: socket.socket, path: str) -> None:
-    connection.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(connection, path)
-    ready, _ = await _receive(connection)
-    if not isinstance(ready, Ready):
-        raise FrameError("not a worker of this version")
-
-
-async def _send(connection: socket.socket, job: Job, data: Data) -> None:
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, head(job, len(data)))
-    if data:  # sending nothing to a worker that has answered already would be an error
-        await loop.sock_sendall(connection, data)
-
-
-async def _receive(connection: socket.socket, take: Take | None = None) -> tuple[Frame, bytearray]:
-    """One frame; `take` is asked before its payload is read. Raises EOFError when the connection ended first, FrameError when it is none."""
-    header, payload = lengths(await _exactly(connection, PREFIX.size), MAX_REPLY)
-    if take is not None:
-        take(payload)
-    return parse(await _exactly(connection, header)), await _exactly(connection, payload)
-
-
-async def _exactly(connection: socket.socket, size: int) -> bytearray:
-    loop = asyncio.get_running_loop()
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        got = await loop.sock_recv_into(connection, view)
-        if not got:
-            raise EOFError
-        view = view[got:]
-    return data
-
-
-def _killed(where: str, took: float, seconds: float) -> BadImage:
-    """The worker is gone without an answer: by its deadline's signal, or by the image."""
-    if took >= seconds:
-        return BadImage(
-            f"{where}: the image took longer than {seconds:g} seconds; send a smaller one", "image_deadline"
-        )
-    return BadImage(f"{where}: the image could not be decoded; send it in another format", "image_failed")
 
 
 def _prepared(done: Done, payload: Data, seconds: float, *, cached: bool = False) -> Prepared:

@@ -82,7 +82,7 @@ def _tell(stdin: IO[bytes], chosen: Settings) -> None:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines that run tests are busy: give a starting server more time than users should wait."""
-    monkeypatch.setattr("sidecar.images.PATIENCE", 90.0)
+    monkeypatch.setattr("sidecar.imagequeue.PATIENCE", 90.0)
 
 
 @pytest.fixture(scope="session")

@@ -266,7 +266,7 @@ def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
 
 async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody listens, the wait is bounded and ends in 503."""
-    monkeypatch.setattr("sidecar.images.PATIENCE", 0.1)
+    monkeypatch.setattr("sidecar.imagequeue.PATIENCE", 0.1)
     images = Images(str(tmp_path / "nothing"), Settings(image_seconds=0.1), spec)
     with pytest.raises(ImagesBusy):
         await images.inline(PHOTO, "x")
