@@ -28,7 +28,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from sidecar.errors import BadImage, BodyTooLarge, RequestError
 from sidecar.facts import Fact, Imaged
 from sidecar.images import Images, Prepared, Tensors
-from sidecar.jobs import LAYOUT, TENSORS, Data, Data
+from sidecar.jobs import LAYOUT, TENSORS, Data
 from sidecar.kernels.grid import Geometry, ProcessorSpec, TileSpec
 from sidecar.relay import batches, bodies, downstream, headers, lending, links
 from sidecar.relay.batches import SIZES
