@@ -122,7 +122,7 @@ async def test_envoy_takes_every_report_and_traffic_follows_capacity(
     endpoints = [(host, int(s.relay.rpartition(":")[2])) for host, s in zip(HOSTS, sidecars, strict=True)]
     config = tmp_path / "envoy.yaml"
     config.write_text(bootstrap(by, ports, endpoints, oob))
-    command = str(envoy), "-c", str(config), "--use-dynamic-base-id", "--concurrency", "1", "-l", "debug"
+    command = str(envoy), "-c", str(config), "--disable-hot-restart", "--concurrency", "1", "-l", "debug"
     session = sidecars[0].session
     front = Front(f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", session)
     async with running(*command, "--log-path", str(tmp_path / "envoy.log")):
