@@ -54,17 +54,17 @@ class Pricing:
         return round(1000 * self._estimator.mu(settled_work(admission.work, usage, 0)))
 
     def over(self, admission: Admission) -> None:
-        """It has settled: learn from it, and correct its charge to what it used."""
+        """It has settled: correct its charge to what it used, whatever becomes of the rest, and learn from it."""
         end = admission.settled
         if end is None:
             return
-        if end.usage is not None and end.outcome == "ok":
-            counted = admission.counted.tokens if admission.counted is not None and admission.counted.exact else None
-            self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
         if self._quota is not None:
             started = end.first_at is not None
             work = spent(admission.work, end, started=started, delivered=end.delivered_tokens)
             self._quota.settle(admission.lease, 0.0 if work is None else self._estimator.mu(work))
+        if end.usage is not None and end.outcome == "ok":
+            counted = admission.counted.tokens if admission.counted is not None and admission.counted.exact else None
+            self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
 
     def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
         counted = None if admission.counted is None else admission.counted.tokens
