@@ -42,5 +42,9 @@ def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callab
     assert co.model == processes.MODEL and co.engine == environment.VERSION and co.batch == 4
     assert co.source.startswith("calibrated") and co.d > 0 and units.unit_ms(co) > 0
     identity = json.loads(kept.read_text().splitlines()[0])
-    assert identity["flags"]["enable_prefix_caching"] == "True" and identity["tokens"] == {"448": 192, "672": 432, "896": 768}
+    assert identity["flags"]["enable_prefix_caching"] == "True" and identity["tokens"] == {
+        "448": 192,
+        "672": 432,
+        "896": 768,
+    }
     took("calibrate", sum(json.loads(line)["seconds"] for line in kept.read_text().splitlines()[2:]))
