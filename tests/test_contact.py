@@ -150,8 +150,7 @@ async def test_a_rest_has_its_reason(
     async with shown(name) as engine:
         engine.answers |= changes
         contact = await meet(engine)
-        await until(lambda: contact.resting != "" or (not resting and isinstance(contact.read(), Value)))
-        assert contact.resting == resting
+        await until(lambda: contact.resting == resting and (resting != "" or isinstance(contact.read(), Value)))
 
 
 async def test_a_sleeping_llama_is_not_woken(meet: Callable[..., Any]) -> None:

@@ -14,6 +14,9 @@ from sidecar.records import FILE, read
 
 
 def recorded(state: Path) -> int:
+    """Requests on disk; the file is there from the first second's records on."""
+    if not (state / FILE).exists():
+        return 0
     rows = read(state / FILE, 0, time.time() + 3600, ())
     return rows[0][1].requests if rows else 0
 
