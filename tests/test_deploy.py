@@ -27,6 +27,7 @@ from sidecar.report import load
 from sidecar.report.prometheus import Pages
 from sidecar.settings import Settings, spelled
 
+from . import api_server_rules
 from .test_reports import SNAPSHOT, full
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
@@ -53,6 +54,10 @@ PICKER = {
         "dcgm-extractor", "approx-prefix-cache-producer", "prefix-cache-scorer", "max-score-picker", "single-profile-handler",
     )},
 }  # fmt: skip
+
+# What has a kind but is read from a file, by its own program, and what is no Kubernetes object at all.
+SETTINGS_FILES = {"EndpointPickerConfig"}
+NO_OBJECTS = {"endpoint-picker.yaml", "prometheus-adapter.yaml"}
 
 # What Prometheus and its discovery add to a series.
 TARGET = {"job", "instance", "namespace", "pod", "le"}
@@ -107,6 +112,15 @@ def test_every_flag_and_variable_that_is_named_exists(file: Path) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ENGINE_FLAGS <= flags
     variables = {spelled(f.name, "environment") for f in fields(Settings)}
     assert set(re.findall(r"\bSIDECAR_[A-Z_]+", text)) <= variables
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
+def test_an_api_server_takes_every_object(file: Path) -> None:
+    """No object that lies here breaks a rule that an API server applies beyond its schema."""
+    found = api_server_rules.objects(file.read_text())
+    objects = [d for d in found if "apiVersion" in d and d["kind"] not in SETTINGS_FILES]
+    assert [why for document in objects for why in api_server_rules.refusals(document)] == []
+    assert objects or file.parent.name in {"envoy", "grafana", "prometheus"} or file.name in NO_OBJECTS
 
 
 def test_every_recording_that_is_named_is_recorded() -> None:

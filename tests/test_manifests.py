@@ -30,6 +30,7 @@ from sidecar.probes import STALE, Stand
 from sidecar.settings import Settings, load
 from sidecar.statefile import StateDir
 
+from . import api_server_rules
 from .waiting import PATIENCE
 
 Requires = Callable[[str], Path]
@@ -67,6 +68,45 @@ def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, mo
             assert document["spec"]["podMetricsEndpoints"][0]["port"] == "relay"
         else:
             kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+MODELS = ["--claim", "models", "--model", "/models/qwen"]
+MATRIX = [
+    *itertools.product(KINDS, ("safe", "http"), ("annotations", "podmonitor", "none"), ([], MODELS)),
+    *itertools.product(
+        ("vllm",),
+        ("safe",),
+        ("annotations",),
+        (
+            ["--restarts-at-once", "16", "--replicas", "0", "--namespace", "n" * 53, "--name", "l" * 53],
+            ["--restarts-at-once", "1", "--stack-dumps", "on", "--gpus", "64", *MODELS],
+            ["--images", "shm", "--stack-dumps", "on", "--gpus", "0", *MODELS],
+            ["--cpus", "1", "--sidecar-cpus", "128", "--memory", "1", "--sidecar-memory", "1T", "--replicas", "10000"],
+            ["--engine-args", "--chat-template '{\"a\": [b]}' # %", "--model", "a: b"],
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "probe", "monitor", "more"), MATRIX)
+def test_an_api_server_takes_whatever_is_printed(
+    kind: str, probe: str, monitor: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No object of any combination of flags breaks a rule that an API server applies beyond its schema."""
+    argv = ["--engine-kind", kind, "--probe", probe, "--monitor", monitor, "--image", "engine:1", *more]
+    assert cli.run(["manifests", *argv]) == 0
+    printed = api_server_rules.objects(capsys.readouterr().out)
+    assert {"Deployment", "Service"} <= {document["kind"] for document in printed}
+    assert [why for document in printed for why in api_server_rules.refusals(document)] == []
+
+
+def test_prometheus_finds_the_pods_by_annotations() -> None:
+    """The pods say where their page is in annotations, not in labels; with another way to find them they say nothing."""
+    for monitor, said in (("annotations", {"scrape": "true", "port": str(RELAY), "path": "/metrics"}), ("none", None)):
+        deployment, *_ = yaml.safe_load_all(render(replace(ManifestSettings(), monitor=monitor)))
+        pods = deployment["spec"]["template"]["metadata"]
+        assert pods["labels"] == {"app.kubernetes.io/name": "llm"}
+        assert pods.get("annotations") == (said and {f"prometheus.io/{key}": value for key, value in said.items()})
 
 
 @pytest.mark.parametrize(

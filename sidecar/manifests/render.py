@@ -53,7 +53,7 @@ spec:
     metadata:
       labels:
         app.kubernetes.io/name: {s.name}
-{_lines(8, _annotations(s))}    spec:
+{_lines(6, _annotations(s))}    spec:
       # {ENDPOINTS} s until no client sends here any more, at most {DRAIN} s for open requests, then the sidecar's own end.
       terminationGracePeriodSeconds: {ENDPOINTS + DRAIN + 40}
       enableServiceLinks: false
@@ -109,10 +109,11 @@ def _annotations(s: ManifestSettings) -> str:
     if s.monitor != "annotations":
         return ""
     return f"""\
-# The relay's page holds the engine's series and the sidecar's.
-prometheus.io/scrape: "true"
-prometheus.io/port: "{RELAY}"
-prometheus.io/path: /metrics
+annotations:
+  # The relay's page holds the engine's series and the sidecar's.
+  prometheus.io/scrape: "true"
+  prometheus.io/port: "{RELAY}"
+  prometheus.io/path: /metrics
 """
 
 
