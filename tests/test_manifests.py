@@ -194,6 +194,21 @@ def test_a_deleted_pod_has_time_to_drain() -> None:
     assert spec["terminationGracePeriodSeconds"] >= ENDPOINTS + DRAIN + Settings().drain_seconds
 
 
+def test_a_rollout_fails_only_after_all_that_a_start_may_take() -> None:
+    """The progress deadline is longer than an old pod's end, the sidecar's start and the engine's, one after the other."""
+    deployment, *_ = yaml.safe_load_all(render(ManifestSettings()))
+    pod = deployment["spec"]["template"]["spec"]
+    starts = [c["startupProbe"] for c in (*pod["initContainers"], *pod["containers"])]
+    seconds = sum(probe["periodSeconds"] * probe["failureThreshold"] for probe in starts)
+    assert deployment["spec"]["progressDeadlineSeconds"] > seconds + pod["terminationGracePeriodSeconds"]
+
+
+def test_a_rollout_needs_no_spare_gpu() -> None:
+    """A new pod takes an old one's place: one that came on top would wait for a GPU that only the old one's end sets free."""
+    deployment, *_ = yaml.safe_load_all(render(ManifestSettings()))
+    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
 def test_users_text_stays_text() -> None:
     """Quotes, colons and line breaks in a model's name or an argument do not become YAML."""
     args = '--chat-template "a: b" --x \'{"y": [1]}\''

@@ -20,6 +20,7 @@ STATE: Final = "/run/sidecar"
 STARTUP: Final = (
     3600  # seconds that an engine may take to serve its first token: a cold start compiles for 10-20 minutes
 )
+ROLLOUT: Final = STARTUP + 600  # seconds without progress after which a rollout counts as failed
 DRAIN: Final = 120  # seconds that open requests may take to end when a pod is deleted
 ENDPOINTS: Final = 10  # seconds until no client sends to a deleted pod any more
 
@@ -46,6 +47,14 @@ metadata:
 {_metadata(s)}
 spec:
   replicas: {s.replicas}
+  # A spare GPU is rare, and without one a pod on top of the others waits forever. So an old pod is deleted first: with one
+  # replica, nothing serves until the new one is ready. With GPUs to spare, take maxSurge 1 and maxUnavailable 0.
+  strategy:
+    type: RollingUpdate
+    rollingUpdate: {{maxSurge: 0, maxUnavailable: 1}}
+  # More than a start may take: the engine's startupProbe has {STARTUP} s, and before it an old pod ends and images are pulled.
+  # The default, 600 s, reports every slow start as a failed rollout.
+  progressDeadlineSeconds: {ROLLOUT}
   selector:
     matchLabels:
       app.kubernetes.io/name: {s.name}
