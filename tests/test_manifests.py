@@ -188,6 +188,15 @@ def test_the_engines_probes_use_numeric_ports() -> None:
         )
 
 
+def test_services_reach_the_sidecar_by_number() -> None:
+    """A Service's target is a number: before Kubernetes 1.33 the name of a native sidecar's port leads to no endpoint."""
+    printed = list(yaml.safe_load_all(render(ManifestSettings())))
+    kept = yaml.safe_load_all((Path(__file__).parent.parent / "deploy" / "keda" / "metrics-api.yaml").read_text())
+    services = [document for document in (*printed, *kept) if document["kind"] == "Service"]
+    listens = {port["containerPort"] for port in containers()[0]["ports"]}
+    assert len(services) == 2 and {p["targetPort"] for s in services for p in s["spec"]["ports"]} == listens
+
+
 def test_a_deleted_pod_has_time_to_drain() -> None:
     """The pod's grace period covers the preStop's waiting and the sidecar's own draining after it."""
     spec = made()

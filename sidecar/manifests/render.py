@@ -88,7 +88,8 @@ spec:
   ports:
     - name: http
       port: 80
-      targetPort: relay
+      # A number: before Kubernetes 1.33, the name of a native sidecar's port leads to no endpoint.
+      targetPort: {RELAY}
 """
 
 
