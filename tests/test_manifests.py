@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -82,6 +83,8 @@ MATRIX = [
             ["--restarts-at-once", "1", "--stack-dumps", "on", "--gpus", "64", *MODELS],
             ["--images", "shm", "--stack-dumps", "on", "--gpus", "0", *MODELS],
             ["--cpus", "1", "--sidecar-cpus", "128", "--memory", "1", "--sidecar-memory", "1T", "--replicas", "10000"],
+            ["--memory", "64000000Ki", "--sidecar-memory", "512Mi"],
+            ["--memory", "64k", "--sidecar-memory", "536870912"],
             ["--engine-args", "--chat-template '{\"a\": [b]}' # %", "--model", "a: b"],
         ),
     ),
@@ -226,6 +229,26 @@ def test_users_text_stays_text() -> None:
     assert engine["args"][-4:] == ["--chat-template", "a: b", "--x", '{"y": [1]}']
 
 
+@pytest.mark.parametrize(
+    "text", ["\U0001f600", "\u2028", "\x85", "\x7f", "\t", "\\ud83d\\ude00", "\u6a21\u578b", "null", "# no"]
+)
+def test_users_text_stays_text_in_any_script(text: str) -> None:
+    """Characters beyond 16 bits, which JSON writes as two that YAML has not, YAML's own line ends and YAML's words."""
+    _, engine = containers(model=text, engine_args=shlex.quote(text))
+    assert engine["args"][0] == engine["args"][-1] == text
+
+
+@pytest.mark.parametrize("word", ["true", "null", "no", "on", "y", "n"])
+def test_a_name_may_be_a_word_of_yaml(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names that YAML reads as true, false or nothing when they stand bare stay names, wherever they are printed."""
+    argv = ["--name", word, "--namespace", word, *MODELS, "--claim", word, "--restarts-at-once", "1"]
+    for monitor in ("annotations", "podmonitor"):
+        assert cli.run(["manifests", *argv, "--monitor", monitor]) == 0
+        printed = api_server_rules.objects(capsys.readouterr().out)
+        assert [why for document in printed for why in api_server_rules.refusals(document)] == []
+        assert all((d["metadata"]["name"], d["metadata"]["namespace"]) == (word, word) for d in printed)
+
+
 def test_images_need_the_models_directory() -> None:
     """With a claim both containers see the models, read-only, and the sidecar is told; without one it is not."""
     for container in containers(**CLAIM):
@@ -256,6 +279,13 @@ def test_settings_that_do_not_fit_are_refused(chosen: dict[str, Any], words: str
     [
         ["--name", "Not_A_Label"],
         ["--memory", "lots"],
+        ["--memory", "64ki"],
+        ["--memory", "64K"],
+        ["--memory", "\u0663\u0662Gi"],
+        ["--sidecar-memory", "511Mi"],
+        ["--sidecar-memory", "512M"],
+        ["--image", " engine:1"],
+        ["--sidecar-image", ""],
         ["--engine-args", "'open"],
         ["--engine-kind", "auto"],
         ["--gpus", "-1"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sidecar.manifests.settings import ManifestSettings
+from sidecar.manifests.settings import ManifestSettings, quoted
 
 TOKEN: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # where client libraries look
 
@@ -27,8 +27,8 @@ rules:
 """
     binding = f"""\
 subjects:
-  - {{kind: ServiceAccount, name: {s.name}}}
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: {s.name}}}
+  - {{kind: ServiceAccount, name: {quoted(s.name)}}}
+roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: {quoted(s.name)}}}
 """
     return [
         _head("v1", "ServiceAccount", s) + "automountServiceAccountToken: false\n",
@@ -39,7 +39,7 @@ roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: {s.name}}}
 
 def account(s: ManifestSettings) -> str:
     """The pod's account."""
-    return f"serviceAccountName: {s.name}\n" if s.restarts_at_once else ""
+    return f"serviceAccountName: {quoted(s.name)}\n" if s.restarts_at_once else ""
 
 
 def env(s: ManifestSettings) -> list[tuple[str, str]]:
@@ -72,6 +72,6 @@ def _lease(s: ManifestSettings) -> str:
 
 
 def _head(version: str, kind: str, s: ManifestSettings) -> str:
-    namespace = f"  namespace: {s.namespace}\n" if s.namespace else ""
-    labels = f"  labels:\n    app.kubernetes.io/name: {s.name}\n"
-    return f"apiVersion: {version}\nkind: {kind}\nmetadata:\n  name: {s.name}\n{namespace}{labels}"
+    namespace = f"  namespace: {quoted(s.namespace)}\n" if s.namespace else ""
+    labels = f"  labels:\n    app.kubernetes.io/name: {quoted(s.name)}\n"
+    return f"apiVersion: {version}\nkind: {kind}\nmetadata:\n  name: {quoted(s.name)}\n{namespace}{labels}"

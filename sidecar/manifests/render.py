@@ -1,18 +1,17 @@
 """Prints Kubernetes YAML for an engine Deployment with the sidecar.
 
-Rules of this module: pure text, no I/O but the print in `main`; what a user gives is quoted as JSON, which is YAML too; every
-choice that could surprise has its reason beside it, as a comment in the YAML.
+Rules of this module: pure text, no I/O but the print in `main`; what a user gives is quoted, names too, as YAML reads some
+words as true or null; every choice that could surprise has its reason beside it, as a comment in the YAML.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from textwrap import dedent, indent
 from typing import Final
 
 from sidecar.manifests import budget, shell
-from sidecar.manifests.settings import ENGINE_PORT, ManifestSettings, start
+from sidecar.manifests.settings import ENGINE_PORT, SIDECAR_MEMORY, ManifestSettings, quoted, start
 from sidecar.probes import STALE
 
 RELAY, ADMIN = 8080, 9400  # ports
@@ -57,11 +56,11 @@ spec:
   progressDeadlineSeconds: {ROLLOUT}
   selector:
     matchLabels:
-      app.kubernetes.io/name: {s.name}
+      {_label(s)}
   template:
     metadata:
       labels:
-        app.kubernetes.io/name: {s.name}
+        {_label(s)}
 {_lines(6, _annotations(s))}    spec:
       # {ENDPOINTS} s until no client sends here any more, at most {DRAIN} s for open requests, then the sidecar's own end.
       terminationGracePeriodSeconds: {ENDPOINTS + DRAIN + 40}
@@ -84,7 +83,7 @@ metadata:
 {_metadata(s)}
 spec:
   selector:
-    app.kubernetes.io/name: {s.name}
+    {_label(s)}
   ports:
     - name: http
       port: 80
@@ -102,7 +101,7 @@ metadata:
 spec:
   selector:
     matchLabels:
-      app.kubernetes.io/name: {s.name}
+      {_label(s)}
   podMetricsEndpoints:
     # The relay's page holds the engine's series and the sidecar's.
     - port: relay
@@ -111,8 +110,13 @@ spec:
 
 
 def _metadata(s: ManifestSettings) -> str:
-    namespace = [f"namespace: {s.namespace}"] if s.namespace else []
-    return indent("\n".join([f"name: {s.name}", *namespace, "labels:", f"  app.kubernetes.io/name: {s.name}"]), "  ")
+    namespace = [f"namespace: {quoted(s.namespace)}"] if s.namespace else []
+    return indent("\n".join([f"name: {quoted(s.name)}", *namespace, "labels:", f"  {_label(s)}"]), "  ")
+
+
+def _label(s: ManifestSettings) -> str:
+    """What objects are selected by."""
+    return f"app.kubernetes.io/name: {quoted(s.name)}"
 
 
 def _annotations(s: ManifestSettings) -> str:
@@ -131,7 +135,7 @@ def _sidecar(s: ManifestSettings) -> str:
     head = f"""\
 # A native sidecar (Kubernetes 1.29 or later): it starts before the engine, is restarted on its own, and ends after it.
 - name: sidecar
-  image: {json.dumps(s.sidecar_image)}
+  image: {quoted(s.sidecar_image)}
   restartPolicy: Always
   args: ["run"]
   env:
@@ -160,7 +164,7 @@ def _sidecar(s: ManifestSettings) -> str:
     failureThreshold: 1
   resources:
     # The CPU limit is how many images are prepared at once.
-    requests: {{cpu: "{s.sidecar_cpus}", memory: 512Mi}}
+    requests: {{cpu: "{s.sidecar_cpus}", memory: {SIDECAR_MEMORY}}}
     limits: {{cpu: "{s.sidecar_cpus}", memory: {s.sidecar_memory}}}
   securityContext:
 {_lines(4, _sidecar_user(s))}    readOnlyRootFilesystem: true
@@ -260,7 +264,7 @@ def _engine(s: ManifestSettings) -> str:
         command:
           - sh
           - -c
-          - {json.dumps(shell.drain(STATE, ENDPOINTS, DRAIN))}
+          - {quoted(shell.drain(STATE, ENDPOINTS, DRAIN))}
   resources:
     requests: {{cpu: "{s.cpus}", memory: {s.memory}{gpu}}}
     limits: {{cpu: "{s.cpus}", memory: {s.memory}{gpu}}}
@@ -294,7 +298,7 @@ livenessProbe:
     command:
       - sh
       - -c
-      - {json.dumps(shell.safe_liveness(STATE))}
+      - {quoted(shell.safe_liveness(STATE))}
   periodSeconds: 5
   timeoutSeconds: 10
   failureThreshold: 3
@@ -329,7 +333,7 @@ def _model_mount(s: ManifestSettings, *, read_only: bool) -> str:
 
 def _volumes(s: ManifestSettings) -> str:
     models = (
-        f"- name: models\n  persistentVolumeClaim: {{claimName: {s.claim}, readOnly: true}}\n"
+        f"- name: models\n  persistentVolumeClaim: {{claimName: {quoted(s.claim)}, readOnly: true}}\n"
         if s.claim
         else "# Downloaded anew by each pod; with --claim the models come from a volume.\n- name: models\n  emptyDir: {}\n"
     )
@@ -348,7 +352,7 @@ def _volumes(s: ManifestSettings) -> str:
 
 
 def _env(values: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"- {{name: {name}, value: {json.dumps(value)}}}\n" for name, value in values)
+    return "".join(f"- {{name: {name}, value: {quoted(value)}}}\n" for name, value in values)
 
 
 def _lines(spaces: int, block: str) -> str:

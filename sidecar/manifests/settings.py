@@ -10,9 +10,10 @@ from typing import Final
 
 from sidecar import __version__
 from sidecar.errors import UsageError
-from sidecar.flags import flag, integer, one_of, text
+from sidecar.flags import Parse, flag, integer, one_of, text
 
 ENGINE_PORT: Final = 8000
+SIDECAR_MEMORY: Final = "512Mi"  # what the sidecar asks for; a limit below it is refused
 
 
 def label(value: str) -> str:
@@ -25,15 +26,43 @@ def optional_label(value: str) -> str:
     return label(value) if value else ""
 
 
-def quantity(value: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*([kMGT]i?)?", value):
+def reference(value: str) -> str:
+    if not re.fullmatch(r"\S+", value):
         raise ValueError
     return value
+
+
+def optional_reference(value: str) -> str:
+    return reference(value) if value else ""
+
+
+def quantity(least: str = "1") -> Parse:
+    """A parser of Kubernetes' quantities, in one spelling each: 1k is 1000, 1Ki is 1024, and there is no 1K."""
+
+    def parse(value: str) -> str:
+        if amount(value) < amount(least):
+            raise ValueError
+        return value
+
+    return parse
+
+
+def amount(value: str) -> int:
+    match = re.fullmatch(r"([1-9][0-9]{0,15})([kMGT]?|[KMGT]i)", value)
+    if not match:
+        raise ValueError
+    unit: int = (1024 if match[2].endswith("i") else 1000) ** " kmgt".index(match[2][:1].lower() or " ")
+    return int(match[1]) * unit
 
 
 def arguments(value: str) -> str:
     shlex.split(value)  # raises ValueError on a quote that is never closed
     return value
+
+
+def quoted(value: str) -> str:
+    """Text in quotes, as YAML reads it: JSON, but beyond ASCII by YAML's own escape, as YAML has no surrogate pairs."""
+    return re.sub(r"[^ -~]", lambda m: f"\\U{ord(m[0]):08x}", json.dumps(value, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +123,26 @@ class ManifestSettings:
     model: str = flag(
         "Qwen/Qwen2.5-VL-7B-Instruct", text, "The model: a hub's name, or a directory below /models", expected="a name"
     )
-    image: str = flag("", text, "The engine's image; default: the tested one, if any", expected="an image")
-    sidecar_image: str = flag(f"inference-sidecar:{__version__}", text, "The sidecar's image", expected="an image")
+    image: str = flag(
+        "", optional_reference, "The engine's image; default: the tested one, if any", expected="an image"
+    )
+    sidecar_image: str = flag(f"inference-sidecar:{__version__}", reference, "The sidecar's image", expected="an image")
     engine_args: str = flag("", arguments, "More arguments of the engine, as in a shell", expected="closed quotes")
     gpus: int = flag(1, integer(0, 64), "GPUs of the engine", expected="a whole number from 0 to 64")
     cpus: int = flag(8, integer(1, 512), "CPUs of the engine", expected="a whole number from 1 to 512")
-    memory: str = flag("64Gi", quantity, "Memory of the engine", expected="a quantity such as 64Gi")
+    memory: str = flag("64Gi", quantity(), "Memory of the engine", expected="a quantity such as 64Gi")
     sidecar_cpus: int = flag(
         2,
         integer(1, 128),
         "CPUs of the sidecar; it prepares that many images at once",
         expected="a whole number from 1",
     )
-    sidecar_memory: str = flag("4Gi", quantity, "Memory of the sidecar", expected="a quantity such as 4Gi")
+    sidecar_memory: str = flag(
+        "4Gi",
+        quantity(SIDECAR_MEMORY),
+        f"Memory of the sidecar, at least {SIDECAR_MEMORY}",
+        expected=f"a quantity of {SIDECAR_MEMORY} or more, such as 4Gi",
+    )
     replicas: int = flag(1, integer(0, 10_000), "Pods", expected="a whole number from 0 to 10000")
     claim: str = flag(
         "",
@@ -158,4 +194,4 @@ def start(s: ManifestSettings) -> tuple[str, str, str]:
         raise UsageError("--images shm is for vLLM, with the model's directory: --claim and a --model below /models")
     flags = (*kind.flags, *(kind.many_gpus if s.gpus > 1 else ()))
     args = [f.format(model=s.model, gpus=s.gpus) for f in flags] + shlex.split(s.engine_args)
-    return json.dumps(image), json.dumps(kind.command), "".join(f"- {json.dumps(arg)}\n" for arg in args)
+    return quoted(image), json.dumps(kind.command), "".join(f"- {quoted(arg)}\n" for arg in args)
