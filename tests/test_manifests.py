@@ -84,6 +84,8 @@ MATRIX = [
             ["--images", "shm", "--stack-dumps", "on", "--gpus", "0", *MODELS],
             ["--cpus", "1", "--sidecar-cpus", "128", "--memory", "1", "--sidecar-memory", "1T", "--replicas", "10000"],
             ["--memory", "64000000Ki", "--sidecar-memory", "512Mi"],
+            ["--max-surge", "10000", "--startup-seconds", "60"],
+            ["--startup-seconds", "86400"],
             ["--memory", "64k", "--sidecar-memory", "536870912"],
             ["--engine-args", "--chat-template '{\"a\": [b]}' # %", "--model", "a: b"],
         ),
@@ -206,19 +208,24 @@ def test_a_deleted_pod_has_time_to_drain() -> None:
     assert spec["terminationGracePeriodSeconds"] >= ENDPOINTS + DRAIN + Settings().drain_seconds
 
 
-def test_a_rollout_fails_only_after_all_that_a_start_may_take() -> None:
-    """The progress deadline is longer than an old pod's end, the sidecar's start and the engine's, one after the other."""
-    deployment, *_ = yaml.safe_load_all(render(ManifestSettings()))
+@pytest.mark.parametrize("chosen", [3600, 61, 86_400])
+def test_a_rollout_fails_only_after_all_that_a_start_may_take(chosen: int) -> None:
+    """The progress deadline is longer than an old pod's end, the sidecar's start and the engine's together."""
+    deployment, *_ = yaml.safe_load_all(render(replace(ManifestSettings(), startup_seconds=chosen)))
     pod = deployment["spec"]["template"]["spec"]
-    starts = [c["startupProbe"] for c in (*pod["initContainers"], *pod["containers"])]
-    seconds = sum(probe["periodSeconds"] * probe["failureThreshold"] for probe in starts)
-    assert deployment["spec"]["progressDeadlineSeconds"] > seconds + pod["terminationGracePeriodSeconds"]
+    sidecar, engine = (
+        c["startupProbe"]["periodSeconds"] * c["startupProbe"]["failureThreshold"]
+        for c in (*pod["initContainers"], *pod["containers"])
+    )
+    assert engine >= chosen
+    assert deployment["spec"]["progressDeadlineSeconds"] > pod["terminationGracePeriodSeconds"] + sidecar + engine
 
 
-def test_a_rollout_needs_no_spare_gpu() -> None:
-    """A new pod takes an old one's place: one that came on top would wait for a GPU that only the old one's end sets free."""
-    deployment, *_ = yaml.safe_load_all(render(ManifestSettings()))
-    assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+def test_a_rollout_needs_no_spare_gpu_unless_it_is_told_of_one() -> None:
+    """A new pod waits for an old one's GPU; with --max-surge, the old one stays until the new one is ready."""
+    for surge, unavailable in ((0, 1), (2, 0)):
+        deployment, *_ = yaml.safe_load_all(render(replace(ManifestSettings(), max_surge=surge)))
+        assert deployment["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": surge, "maxUnavailable": unavailable}
 
 
 def test_users_text_stays_text() -> None:

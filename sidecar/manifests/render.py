@@ -16,10 +16,8 @@ from sidecar.probes import STALE
 
 RELAY, ADMIN = 8080, 9400  # ports
 STATE: Final = "/run/sidecar"
-STARTUP: Final = (
-    3600  # seconds that an engine may take to serve its first token: a cold start compiles for 10-20 minutes
-)
-ROLLOUT: Final = STARTUP + 600  # seconds without progress after which a rollout counts as failed
+BEFORE: Final = 600  # seconds that a rollout may take in which the engine does not start yet
+STARTUP_PERIOD: Final = 5  # seconds
 DRAIN: Final = 120  # seconds that open requests may take to end when a pod is deleted
 ENDPOINTS: Final = 10  # seconds until no client sends to a deleted pod any more
 
@@ -46,14 +44,9 @@ metadata:
 {_metadata(s)}
 spec:
   replicas: {s.replicas}
-  # A spare GPU is rare, and without one a pod on top of the others waits forever. So an old pod is deleted first: with one
-  # replica, nothing serves until the new one is ready. With GPUs to spare, take maxSurge 1 and maxUnavailable 0.
-  strategy:
-    type: RollingUpdate
-    rollingUpdate: {{maxSurge: 0, maxUnavailable: 1}}
-  # More than a start may take: the engine's startupProbe has {STARTUP} s, and before it an old pod ends and images are pulled.
-  # The default, 600 s, reports every slow start as a failed rollout.
-  progressDeadlineSeconds: {ROLLOUT}
+{_lines(2, _strategy(s))}  # More than a start may take: the engine's startupProbe has {s.startup_seconds} s, and before it an old pod ends and images
+  # are pulled. The default, 600 s, reports every slow start as a failed rollout.
+  progressDeadlineSeconds: {s.startup_seconds + BEFORE}
   selector:
     matchLabels:
       {_label(s)}
@@ -73,6 +66,18 @@ spec:
 {_lines(8, _sidecar(s))}      containers:
 {_lines(8, _engine(s))}      volumes:
 {_lines(8, _volumes(s))}"""
+
+
+def _strategy(s: ManifestSettings) -> str:
+    """How a rollout replaces pods."""
+    note = """\
+# A spare GPU is rare, and without one a pod on top of the others waits forever. So an old pod is deleted first: with one
+# replica, nothing serves until the new one is ready. Where GPUs are to spare: --max-surge 1.
+"""
+    if s.max_surge:
+        note = "# Asked for with --max-surge: new pods need GPUs of their own, and an old one is deleted when a new one is ready.\n"
+    rolling = f"{{maxSurge: {s.max_surge}, maxUnavailable: {0 if s.max_surge else 1}}}"
+    return f"{note}strategy:\n  type: RollingUpdate\n  rollingUpdate: {rolling}\n"
 
 
 def _service(s: ManifestSettings) -> str:
@@ -250,12 +255,12 @@ def _engine(s: ManifestSettings) -> str:
     - name: OMP_NUM_THREADS
       valueFrom: {{resourceFieldRef: {{containerName: engine, resource: limits.cpu, divisor: "1"}}}}
 {_lines(4, _connector(s))}  # Until the first token was served, liveness does not count. This one fails closed, as it may: without the sidecar
-  # nothing serves either, and it takes {STARTUP // 60} minutes. The port is a number because a name reaches only one's own container.
+  # nothing serves either, and it takes {s.startup_seconds} s. The port is a number because a name reaches only one's own container.
   startupProbe:
     httpGet: {{path: /startupz, port: {ADMIN}}}
-    periodSeconds: 5
+    periodSeconds: {STARTUP_PERIOD}
     timeoutSeconds: 5
-    failureThreshold: {STARTUP // 5}
+    failureThreshold: {-(-s.startup_seconds // STARTUP_PERIOD)}
 {_lines(2, LIVENESS[s.probe]())}  lifecycle:
     # Deletion: first no new requests, then the open ones end, while engine and sidecar still serve. A stalled engine is not
     # waited for.

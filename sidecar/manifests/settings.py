@@ -144,6 +144,18 @@ class ManifestSettings:
         expected=f"a quantity of {SIDECAR_MEMORY} or more, such as 4Gi",
     )
     replicas: int = flag(1, integer(0, 10_000), "Pods", expected="a whole number from 0 to 10000")
+    max_surge: int = flag(
+        0,
+        integer(0, 10_000),
+        "Pods that a rollout may add, each with GPUs of its own; 0: it replaces one pod after the other",
+        expected="a whole number from 0 to 10000",
+    )
+    startup_seconds: int = flag(
+        3600,  # a cold start compiles for 10-20 minutes
+        integer(60, 86_400),
+        "Longest time until the engine serves its first token",
+        expected="seconds from 60 to 86400",
+    )
     claim: str = flag(
         "",
         optional_label,
