@@ -4,8 +4,9 @@ Rules: the base64 text of a data URL never goes through `json`: it is cut out by
 A body in which nothing changes is sent as the very bytes that came in. A body that cannot be parsed is the engine's to judge.
 
 Why the cut is safe: in valid JSON an unescaped `"` directly before `data:` opens a string, and the next unescaped `"` ends it.
-A data URL with a backslash inside (`\\/`, as PHP writes it) is left to the JSON parser. A placeholder carries the caller's
-nonce, which never leaves the process, so no text of a user can be taken for one.
+A data URL with a backslash inside (`\\/`, as PHP writes it) is left to the JSON parser. A placeholder carries a nonce
+that is drawn for this one body once it is here, so no text of a user can be taken for one. A data URL need not be an
+image: a text of the payload is read through `Skeleton.text`.
 """
 
 from __future__ import annotations
@@ -79,6 +80,13 @@ class Skeleton:
     originals: list[Buffer] = field(default_factory=list)  # the data URLs, as they stand between their quotes
     images: list[ImagePart] = field(default_factory=list)
 
+    def text(self, found: str) -> str:
+        """A text of the payload as it came in: with the data URLs that were cut out of it."""
+        if not self.originals or self.nonce not in found:
+            return found
+        stem = re.escape(_stem(self.nonce))
+        return re.sub(stem + r"(\d+)\.", lambda cut: str(self.originals[int(cut[1])], "utf-8", "replace"), found)
+
 
 def route_of(path: str) -> str | None:
     """The route name of a POST to `path` (no query), or None when it is not engine work."""
@@ -87,7 +95,7 @@ def route_of(path: str) -> str | None:
 
 
 def cut(body: bytes, nonce: str, *, links: bool = False) -> Skeleton:
-    """Cut the data URLs out of `body` and parse the rest. `nonce`: letters and digits that nobody outside can know.
+    """Cut the data URLs out of `body` and parse the rest. `nonce`: letters and digits drawn after the body came.
 
     `links`: images behind http(s) links count as images, too.
     """
@@ -124,7 +132,7 @@ def join(skeleton: Skeleton, replaced: Mapping[int, tuple[str, Buffer]], *, ask_
 
 def original(skeleton: Skeleton, text: str) -> Buffer:
     """What a text of the payload stands for: the data URL that was cut out, or the text itself."""
-    stem = _placeholder(skeleton.nonce, 0)[:-2]
+    stem = _stem(skeleton.nonce)
     return skeleton.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
 
 
@@ -187,7 +195,7 @@ def _image_parts(payload: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 
 def _index_of(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -> int | None:
     """Which original `text` stands for. A data URL that was not cut (it had escapes) becomes one now."""
-    stem = _placeholder(skeleton.nonce, 0)[:-2]
+    stem = _stem(skeleton.nonce)
     if text.startswith(stem):
         return int(text[len(stem) : -1])
     if not text.startswith("data:image/"):
@@ -212,7 +220,11 @@ def _split(original: Buffer, text: str) -> tuple[str, bool, memoryview]:
 
 
 def _placeholder(nonce: str, index: int) -> str:
-    return f"data:,{nonce}-{index}."
+    return f"{_stem(nonce)}{index}."
+
+
+def _stem(nonce: str) -> str:
+    return f"data:,{nonce}-"
 
 
 def _spliced(body: bytes, member: bytes) -> list[Buffer]:
@@ -223,7 +235,7 @@ def _spliced(body: bytes, member: bytes) -> list[Buffer]:
 
 def _filled(skeleton: Skeleton, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
     """`text` with each placeholder exchanged for its replacement, or else for what stood there."""
-    pieces = re.split(rb"data:,%b-(\d+)\." % skeleton.nonce.encode(), text)
+    pieces = re.split(rb"%b(\d+)\." % re.escape(_stem(skeleton.nonce)).encode(), text)
     yield pieces[0]
     for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
         index = int(number)

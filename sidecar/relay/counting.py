@@ -50,11 +50,14 @@ class Counter:
         self._thread = ThreadPoolExecutor(1, "tokenizer")
         self._waiting = 0
 
-    async def count(self, payload: dict[str, Any]) -> Count | None:
-        """The tokens of a body's prompt text; None where they cannot be had within the deadline."""
+    async def count(self, payload: dict[str, Any], read: Callable[[str], str] = str) -> Count | None:
+        """The tokens of a body's prompt text; None where they cannot be had within the deadline.
+
+        `read` as for shapes.describe.
+        """
         if self._waiting >= WAITING:
             return None
-        texts = [leaf for leaf in leaves(prompts(payload)) if isinstance(leaf, str)]
+        texts = [leaf for leaf in leaves(prompts(payload), read) if isinstance(leaf, str)]
         if not texts:
             return Count(0, True)
         self._waiting += 1

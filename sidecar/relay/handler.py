@@ -88,7 +88,6 @@ class Relay:
         self._pricing = pricing or Pricing(Estimator(coefficients))
         self._page = MergedPage(emit)
         self._session = upstream.open_session()
-        self._nonce = secrets.token_hex(16)
         self._busy: set[Any] = set()  # client connections with a request under way
         self._idle = asyncio.Event()
         self._idle.set()
@@ -239,8 +238,10 @@ class Relay:
         body = await downstream.read(request, self._settings.max_body_bytes)
         admission.read_at = time.monotonic()
         opaque = admission.route == "audio" or "content-encoding" in request.headers
-        skeleton = bodies.Skeleton(body) if opaque else bodies.cut(body, self._nonce, links=self._fetch is not None)
-        shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body))
+        skeleton = (
+            bodies.Skeleton(body) if opaque else bodies.cut(body, secrets.token_hex(16), links=self._fetch is not None)
+        )
+        shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body), skeleton.text)
         await self._pricing.charge(admission, skeleton)
         replaced, image_tokens = await self._prepare(skeleton, admission)
         self._pricing.admit(admission, image_tokens)

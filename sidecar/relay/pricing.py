@@ -37,7 +37,7 @@ class Pricing:
     async def charge(self, admission: Admission, body: Skeleton) -> None:
         """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
         if self._counter is not None and body.payload is not None:
-            admission.counted = await self._counter.count(body.payload)
+            admission.counted = await self._counter.count(body.payload, body.text)
         if self._spec is not None and body.images:
             admission.image_tokens = tokens_of(body.images, self._spec)
         if self._quota is not None:

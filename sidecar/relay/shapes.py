@@ -1,8 +1,12 @@
-"""Pure: the size and manner of a request, read from its parsed body. Numbers and the model's name only, no content."""
+"""Pure: the size and manner of a request, read from its parsed body. Numbers and the model's name only, no content.
+
+Rules: whether a string is text or media follows from where it stands, as it does for engines, and never from what it
+says, so that no text can pass for something else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +22,11 @@ _OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
 _IMAGE_TYPES: Final = frozenset(("image_url", "input_image", "image", "image_pil", "image_embeds"))
 _AUDIO_TYPES: Final = frozenset(("input_audio", "audio_url", "audio"))
 _VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
-_MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES
+_MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES  # of a part, or of its one member where it has no type
+_TEXT_KEYS: Final = ("text", "content")  # read by engines whatever type they stand next to
+_BINARY_KEYS: Final = frozenset(
+    ("data", "file_data")
+)  # base64 in every API that has them: documents, files, embeddings
 _NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
 _ASKABLE: Final = frozenset(("chat", "completions"))  # routes that know stream_options
 MAX_NAME: Final = 128  # characters kept of a model's name
@@ -46,18 +54,21 @@ class Shape:
     ask_usage: bool = False  # whether we have to ask for the usage of a stream, because the client did not
 
 
-def describe(payload: dict[str, Any] | None, route: str, body_bytes: int) -> Shape:
-    """The shape of a request. `payload` is None where the body could not be parsed; then its length stands for its text."""
+def describe(payload: dict[str, Any] | None, route: str, body_bytes: int, read: Callable[[str], str] = str) -> Shape:
+    """The shape of a request. `payload` is None where the body could not be parsed: its length stands for its text.
+
+    `read`: a text of the payload -> what its client wrote there.
+    """
     generative = route not in _NOT_GENERATIVE
     if payload is None:
         return Shape(generative=generative, text_bytes=0 if route == "audio" else body_bytes)
     model, stream = payload.get("model"), payload.get("stream") is True
     choices = _count(payload.get("n")) or 1
     limit = _max_output(payload)
-    text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload))
+    text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload), read)
     messages = payload.get("messages")
     return Shape(
-        model=model[:MAX_NAME] if isinstance(model, str) else "",
+        model=read(model)[:MAX_NAME] if isinstance(model, str) else "",
         stream=stream,
         generative=generative,
         max_output=None if limit is None else limit * choices,
@@ -94,10 +105,10 @@ def prompts(payload: dict[str, Any]) -> list[Any]:
     return [payload[key] for key in _PROMPT_KEYS if key in payload]
 
 
-def _measure(stack: list[Any]) -> tuple[int, int, int, int, int, int]:
+def _measure(stack: list[Any], read: Callable[[str], str]) -> tuple[int, int, int, int, int, int]:
     """(UTF-8 bytes of text, its characters, token ids, images, audio, videos) below the given values."""
     size = characters = token_ids = images = audios = videos = 0
-    for value in leaves(stack):
+    for value in leaves(stack, read):
         if isinstance(value, str):
             size += len(value) if value.isascii() else len(value.encode(errors="replace"))
             characters += len(value)
@@ -112,13 +123,12 @@ def _measure(stack: list[Any]) -> tuple[int, int, int, int, int, int]:
     return size, characters, token_ids, images, audios, videos
 
 
-def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
+def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str | list[int] | dict[str, Any]]:
     """The texts, lists of token ids, and parts of other media below the given values, which are used up; the last come first."""
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            if not value.startswith("data:"):  # a placeholder, or a data URL outside an image part
-                yield value
+            yield read(value)
         elif isinstance(value, list):
             if value and isinstance(value[0], int):
                 yield value
@@ -128,6 +138,11 @@ def leaves(stack: list[Any]) -> Iterator[str | list[int] | dict[str, Any]]:
             kind = value.get("type")
             if isinstance(kind, str) and kind in _MEDIA_TYPES:
                 yield value
-            else:
-                # `data` is base64 in every API that has it: audio, files
-                stack.extend(item for key, item in value.items() if key != "data")
+                stack.extend(value[key] for key in _TEXT_KEYS if key in value)
+                continue
+            for key, item in value.items():
+                if key in _MEDIA_TYPES:
+                    if item:
+                        yield {"type": key}
+                elif key not in _BINARY_KEYS:
+                    stack.append(item)

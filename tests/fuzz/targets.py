@@ -40,7 +40,7 @@ def request_body(data: bytes) -> None:
     for with_links in (False, True):
         skeleton = bodies.cut(data, NONCE, links=with_links)
         assert bodies.join(skeleton, {}) == [data]
-        shapes.describe(skeleton.payload, "chat", len(data))
+        shapes.describe(skeleton.payload, "chat", len(data), skeleton.text)
         if not skeleton.payload:
             assert not skeleton.images
             continue

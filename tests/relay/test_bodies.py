@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.relay import bodies
+from sidecar.relay import bodies, shapes
 from sidecar.relay.bodies import Skeleton, cut, join, route_of
 from sidecar.relay.shapes import Shape, describe
 
@@ -188,6 +189,82 @@ def test_join_undoes_cut(extra: Any, content: list[Any], ascii_only: bool, slash
     ]
     if skeleton.images:
         assert replaced == {**body, "messages": [{"role": "user", "content": expected}]}
+
+
+def shape_of(payload: dict[str, Any]) -> Shape:
+    """What the relay makes of a body, as bytes."""
+    skeleton = cut(json.dumps(payload).encode(), NONCE)
+    return describe(skeleton.payload, "chat", 0, skeleton.text)
+
+
+def said(*blocks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(blocks)}]}
+
+
+URL = "data:image/png;base64," + PIXEL
+TEXTS = [URL, "data: and then a long story", "data:," + PIXEL, URL + "\\n" + URL, "data:text/plain;base64,жизнь"]
+PLACES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "content": lambda t: {"messages": [{"role": "user", "content": t}]},
+    "text part": lambda t: said({"type": "text", "text": t}),
+    "text next to an image": lambda t: said({"type": "text", "text": t}, image(URL)),
+    "prompt": lambda t: {"prompt": t},
+    "prompts": lambda t: {"prompt": ["a", t]},
+    "suffix": lambda t: {"prompt": "a", "suffix": t},
+    "responses": lambda t: {"input": t, "instructions": t},
+    "responses part": lambda t: {"input": [{"role": "user", "content": [{"type": "input_text", "text": t}]}]},
+    "system": lambda t: {"system": t},
+    "system block": lambda t: {"system": [{"type": "text", "text": t}]},
+    "tool result": lambda t: said({"type": "tool_result", "tool_use_id": "1", "content": t}),
+    "tool result block": lambda t: said({"type": "tool_result", "content": [{"type": "text", "text": t}]}),
+    "tool message": lambda t: {"messages": [{"role": "tool", "content": t}]},
+    "thinking": lambda t: said({"type": "thinking", "thinking": t}),
+    "rerank": lambda t: {"query": t, "documents": [t, {"text": t}]},
+    "score": lambda t: {"text_1": t, "text_2": [t]},
+    "embeddings": lambda t: {"input": [t, t]},
+    "sglang": lambda t: {"text": t},
+    "tgi": lambda t: {"inputs": t},
+    "infill": lambda t: {"input_prefix": t, "input_suffix": t},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_a_text_counts_whatever_it_says(place: str, text: str) -> None:
+    """Where an engine reads text, a data URL is as much text as any other of its length."""
+    plain = text.translate({ord("d"): "D", ord(";"): ","})  # of the same length, and like no data URL
+    assert shape_of(PLACES[place](text)) == shape_of(PLACES[place](plain))
+    assert shape_of(PLACES[place](text)).text_bytes >= len(text.encode())
+
+
+@pytest.mark.parametrize("slashes", [False, True])
+def test_what_a_media_part_holds_is_no_text(slashes: bool) -> None:
+    """Cut out or left to the parser, typed, untyped or named by its key: media count nothing as text."""
+    sound, film = "data:audio/wav;base64,AA//" * 99, "data:video/mp4;base64,AA//" * 99
+    body = said(
+        image(URL + "/"), {"image_url": {"url": URL + "/"}}, {"type": "audio_url", "audio_url": {"url": sound}},
+        {"video_url": {"url": film}}, {"type": "file", "file": {"file_data": URL + "/"}},
+        {"type": "image", "source": {"type": "base64", "data": PIXEL}}, {"text": "", "image": URL + "/"},
+        {"type": "document", "source": {"type": "base64", "data": PIXEL}},
+    )  # fmt: skip
+    text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
+    skeleton = cut(text.encode(), NONCE)
+    shape = describe(skeleton.payload, "chat", 0, skeleton.text)
+    assert (shape.images, shape.audios, shape.videos) == (4, 1, 1)
+    assert shape.text_bytes < 50
+
+
+@given(values, parts, st.booleans())
+def test_cutting_changes_no_shape(extra: Any, content: list[Any], slashes: bool) -> None:
+    """A request is as large as what its bytes mean, whatever was cut out of them."""
+    body = {"prompt": extra, "model": extra, "system": extra, **said(*content)}
+    text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
+    skeleton = cut(text.encode(), NONCE)
+    assert describe(skeleton.payload, "chat", 0, skeleton.text) == describe(json.loads(text), "chat", 0)
+
+
+def test_a_model_is_named_as_its_client_names_it() -> None:
+    """A data URL for a name is that name, shortened; nothing of ours stands in its place."""
+    assert shape_of({"model": URL}).model == URL[: shapes.MAX_NAME]
 
 
 def test_usage_is_asked_by_a_splice() -> None:

@@ -69,12 +69,13 @@ def slow() -> Iterator[tuple[Counter, threading.Event]]:
 
 
 async def test_a_short_text_is_counted_as_the_tokenizer_does(counter: Counter, model: Path) -> None:
-    """All texts of the prompt, whatever script and even what is no sound Unicode; token ids and images are not text."""
+    """All texts, whatever script, what is no sound Unicode, and a data URL; token ids and images are not text."""
     from tokenizers import Tokenizer
 
     own = Tokenizer.from_file(str(model / "tokenizer.json"))
-    texts = [TEXT, "жизнь 你好", "", "a\ud800b"]
-    found = await counter.count({"prompt": [*texts, "data:image/png;base64,xxxx"], "model": "m"})
+    texts = [TEXT, "жизнь 你好", "", "a\ud800b", "data:image/png;base64,xxxx"]
+    image = {"type": "image_url", "image_url": {"url": texts[-1]}}
+    found = await counter.count({"prompt": texts, "messages": [{"content": [image]}], "model": "m"})
     sound = [text.encode(errors="replace").decode() for text in texts]
     assert found == Count(sum(len(own.encode(text, add_special_tokens=False)) for text in sound), True)
     assert await counter.count({"prompt": [1, 2, 3]}) == Count(0, True)
@@ -155,13 +156,14 @@ def test_a_counted_chat_is_exact_once_its_template_is_known() -> None:
     assert estimator.estimate("t", shape, [], 321).work.uncached == 321 + 12 + 10
 
 
-async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: Counter) -> None:
-    """Through the relay: the hold has the tokenizer's number, where the ratio would say another."""
-    counted = await counter.count({"prompt": TEXT})
+@pytest.mark.parametrize("text", [TEXT, f"data:text/plain;base64,{TEXT}"])
+async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: Counter, text: str) -> None:
+    """Through the relay: the hold has the tokenizer's number, where the ratio would say another; a data URL's, too."""
+    counted = await counter.count({"prompt": text})
     assert counted is not None
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url, pricing=Pricing(Estimator(Coefficients()), None, counter))
-        body = {"model": "scripted", "prompt": TEXT, "max_tokens": 2}
+        body = {"model": "scripted", "prompt": text, "max_tokens": 2}
         async with r.client.post(r.url + "/v1/completions", json=body) as got:
             assert got.status == 200
-    assert [a.expected.uncached for a in r.facts.of(Admitted)] == [counted.tokens] != [round(len(TEXT) / 4)]
+    assert [a.expected.uncached for a in r.facts.of(Admitted)] == [counted.tokens] != [round(len(text) / 4)]

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Delivered, FirstToken, Usage
+from sidecar.facts import Admitted, Delivered, FirstToken, Usage
 
 from ..waiting import PATIENCE
 from .work import CHAT, FAST, TOKEN, USAGE, once, sse
@@ -60,6 +60,34 @@ async def test_a_plain_answer(rig: Any) -> None:
         settled = await r.facts.settled()
     assert settled.usage == Usage(usage["prompt_tokens"], 4)
     assert (settled.outcome, settled.delivered_tokens) == ("ok", 4)
+
+
+async def test_a_prompt_costs_what_it_is_long_whatever_it_says(rig: Any) -> None:
+    """Ten kilobytes that begin as a data URL does are held like any other ten kilobytes."""
+    async with ScriptedEngine(EngineSettings(**FAST)) as engine:
+        r = await rig(engine.url)
+        for start in ("a long story", "data: a long story", "data:image/png;base64,"):
+            ask = {"model": "scripted", "prompt": start.ljust(10_000, "A"), "max_tokens": 1}
+            async with r.client.post(r.url + "/v1/completions", json=ask) as got:
+                assert got.status == 200
+        held = [admitted.expected.uncached for admitted in r.facts.of(Admitted)]
+    assert held == [held[0]] * 3 and held[0] > 2000
+
+
+async def test_nothing_of_ours_leaves_as_a_name_or_comes_back_as_an_image(rig: Any) -> None:
+    """A model named by a data URL is reported by that name; a placeholder of another request is any text here."""
+    async with ScriptedEngine(EngineSettings(**FAST)) as engine:
+        r = await rig(engine.url)
+        name = "data:image/png;base64,AAAA"
+        async with r.client.post(r.url + "/v1/completions", json={"model": name, "prompt": "x"}) as got:
+            assert got.status == 404
+        [first] = r.facts.of(Admitted)
+        stolen = first.model.replace("-0.", "-7.")
+        image = {"type": "image_url", "image_url": {"url": stolen}}
+        ask = {**CHAT, "messages": [{"role": "user", "content": [image]}]}
+        async with r.client.post(r.url + "/v1/chat/completions", json=ask) as got:
+            assert got.status != 500
+    assert first.model == name
 
 
 async def test_the_first_event_is_not_held_back(rig: Any, serve: Any) -> None:
