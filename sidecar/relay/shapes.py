@@ -6,6 +6,7 @@ says, so that no text can pass for something else.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +25,7 @@ _AUDIO_TYPES: Final = frozenset(("input_audio", "audio_url", "audio"))
 _VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
 _MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES  # of a part, or of its one member where it has no type
 _TEXT_KEYS: Final = ("text", "content")  # read by engines whatever type they stand next to
+_PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
 _BINARY_KEYS: Final = frozenset(
     ("data", "file_data")
 )  # base64 in every API that has them: documents, files, embeddings
@@ -102,7 +104,7 @@ def _count(value: Any) -> int | None:
 
 def prompts(payload: dict[str, Any]) -> list[Any]:
     """The members of a body that hold its prompt."""
-    return [payload[key] for key in _PROMPT_KEYS if key in payload]
+    return [{key: payload[key] for key in _PROMPT_KEYS if key in payload}]
 
 
 def _measure(stack: list[Any], read: Callable[[str], str]) -> tuple[int, int, int, int, int, int]:
@@ -130,10 +132,14 @@ def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str |
         if isinstance(value, str):
             yield read(value)
         elif isinstance(value, list):
-            if value and isinstance(value[0], int):
-                yield value
-            else:
+            kinds = set(map(type, value))
+            if int not in kinds:
                 stack.extend(value)
+            elif len(kinds) == 1:
+                yield value
+            else:  # llama.cpp takes texts among token ids
+                yield [item for item in value if type(item) is int]
+                stack.extend(item for item in value if type(item) is not int)
         elif isinstance(value, dict):
             kind = value.get("type")
             if isinstance(kind, str) and kind in _MEDIA_TYPES:
@@ -141,8 +147,29 @@ def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str |
                 stack.extend(value[key] for key in _TEXT_KEYS if key in value)
                 continue
             for key, item in value.items():
-                if key in _MEDIA_TYPES:
+                if key in _PRINTED_KEYS or (key == "input" and kind == "tool_use"):
+                    yield from map(read, _printed(item))
+                elif key in _MEDIA_TYPES:
                     if item:
                         yield {"type": key}
-                elif key not in _BINARY_KEYS:
+                elif key not in _BINARY_KEYS or kind == "text":
                     stack.append(item)
+
+
+def _printed(value: Any) -> Iterator[str]:
+    """A JSON value as engines print it into a prompt, or its texts where it is nested too deep for that."""
+    if value is None or isinstance(value, str):
+        yield value or ""
+        return
+    try:
+        yield json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        stack = [value]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, dict):
+                stack += [*value.keys(), *value.values()]
+            elif isinstance(value, list):
+                stack += value
+            else:
+                yield str(value)

@@ -253,6 +253,58 @@ def test_what_a_media_part_holds_is_no_text(slashes: bool) -> None:
     assert shape.text_bytes < 50
 
 
+LONG = "a long story " * 99
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"prompt": [7, LONG, 8]},
+        {"prompt": [[7, 8], LONG]},
+        {"prompt": [True, LONG]},
+        {"messages": [{"role": "user", "type": "image_url", "content": LONG}]},
+        said({"type": "image", "text": LONG}),
+        said({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": LONG}}),
+        said({"type": "tool_use", "name": "f", "input": {"data": LONG}}),
+        said({"type": "tool_use", "name": "f", "input": {"type": "image", "image": LONG}}),
+        said({"type": "tool_use", "name": "f", "input": {LONG: 1}}),
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"data": LONG}}}]}]},
+        {"tools": [{"name": "f", "input_schema": {"properties": {"data": {"type": "string", "description": LONG}}}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "audio", "x": LONG}}}]},
+    ],
+)
+def test_a_text_counts_whatever_stands_next_to_it(payload: dict[str, Any]) -> None:
+    """Token ids, types and names around a text make nothing else of it, where engines read it all the same."""
+    assert shape_of(payload).text_bytes >= len(LONG)
+
+
+def test_token_ids_are_counted_next_to_texts() -> None:
+    """llama.cpp takes texts and token ids in one list; every id of it is a token."""
+    assert shape_of({"prompt": [7, "ab", 8, "c"]}) == Shape(text_bytes=3, token_ids=2)
+
+
+def test_what_engines_print_counts_as_printed() -> None:
+    """Definitions of tools and the input of a call go into the prompt as JSON, a data URL in them as it came."""
+    tools = [{"name": "f", "input_schema": {"type": "object", "examples": [URL, 1.5, None]}}]
+    printed = len(json.dumps(tools, separators=(",", ":")))
+    assert shape_of({"tools": tools}).text_bytes == printed
+    assert shape_of({"tools": None}).text_bytes == 0
+    called = said({"type": "tool_use", "input": {"a": [1, 2, "é"]}})
+    assert shape_of(called).text_bytes == len("usertool_use") + len('{"a":[1,2,"é"]}'.encode())
+
+
+def test_tools_of_any_depth_are_counted() -> None:
+    """What is nested as deep as the parser goes, and deeper than it could be printed, is read and no error of ours."""
+    read = 0
+    for depth in range(900, 1000):
+        body = b'{"tools":' + b"[" * depth + b'"' + LONG.encode() + b'"' + b"]" * depth + b"}"
+        payload = cut(body, NONCE).payload
+        if payload is not None:
+            assert describe(payload, "chat", 0).text_bytes >= len(LONG)
+            read += 1
+    assert read
+
+
 @given(values, parts, st.booleans())
 def test_cutting_changes_no_shape(extra: Any, content: list[Any], slashes: bool) -> None:
     """A request is as large as what its bytes mean, whatever was cut out of them."""
