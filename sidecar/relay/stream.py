@@ -24,6 +24,9 @@ _HOLD: Final = 64 << 10  # bytes of an incomplete event that may wait to be seen
 _KEEP: Final = 1 << 20  # bytes of an event or body that are kept to read its usage
 _SKIPPED_NAMES: Final = (b"message_delta",)  # Anthropic's usage event
 _NAMED_ERRORS: Final = ("messages", "responses")  # routes whose events have names
+_PROMPT: Final = ("prompt_tokens", "input_tokens")
+_COMPLETION: Final = ("completion_tokens", "output_tokens")
+_CACHE_READ, _CACHE_CREATION = "cache_read_input_tokens", "cache_creation_input_tokens"  # Anthropic's, of the prompt
 _decoder: Final = json.JSONDecoder()
 
 Price = Callable[[Usage], int]  # milli-MU
@@ -67,11 +70,14 @@ class SSE:
 
     @property
     def usage(self) -> Usage | None:
-        """What the last event with a usage said; a prompt size that only the first one told is taken from there."""
-        last, first = usage_of(self._last), usage_of(self._first)
-        if last is None or first is None or last.prompt_tokens:
-            return last
-        return Usage(first.prompt_tokens, last.completion_tokens, first.cached_tokens)
+        """What the last event with a usage says; what that leaves out of the prompt is taken from the first one."""
+        first, last = _usage_in(self._first), _usage_in(self._last)
+        if first is None or last is None:
+            return None
+        usage = _read(last)
+        if usage is not None and usage.prompt_tokens and _number(last, *_PROMPT) is not None:
+            return usage
+        return _read({**first, **{name: value for name, value in last.items() if value}})
 
     def _scan(self, chunk: bytes) -> bytes:
         out: list[bytes | memoryview] = [] if self._holds else [chunk]
@@ -145,8 +151,8 @@ def error_event(error: dict[str, str], route: str) -> bytes:
 
 def usage_of(text: bytes) -> Usage | None:
     """The last `usage` object in a JSON text, which may be cut at its front; OpenAI's or Anthropic's names. None if none."""
-    brace = _usage_at(text)
-    return None if brace is None else _read(text[brace : brace + _HOLD])
+    usage = _usage_in(text)
+    return None if usage is None else _read(usage)
 
 
 def priced(text: bytes, price: Price) -> bytes:
@@ -239,19 +245,28 @@ def _is_usage_only(data: bytes) -> bool:
     return isinstance(event, dict) and event.get("choices") == [] and isinstance(event.get("usage"), dict)
 
 
-def _read(text: bytes) -> Usage | None:
+def _usage_in(text: bytes) -> dict[str, Any] | None:
+    brace = _usage_at(text)
+    if brace is None:
+        return None
     try:
-        usage, _ = _decoder.raw_decode(text.decode(errors="replace"))
+        usage, _ = _decoder.raw_decode(text[brace : brace + _HOLD].decode(errors="replace"))
     except (ValueError, RecursionError):
         return None
-    prompt = _number(usage, "prompt_tokens", "input_tokens")
-    completion = _number(usage, "completion_tokens", "output_tokens")
+    return usage if isinstance(usage, dict) else None
+
+
+def _read(usage: dict[str, Any]) -> Usage | None:
+    prompt, completion = _number(usage, *_PROMPT), _number(usage, *_COMPLETION)
     if prompt is None and completion is None:
         return None
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
-    cached = _number(details, "cached_tokens") if isinstance(details, dict) else None
-    cached = cached if cached is not None else _number(usage, "cache_read_input_tokens")
-    return Usage(prompt or 0, completion or 0, cached or 0)
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    within = _number(details, "cached_tokens") if isinstance(details, dict) else None
+    cached = (_number(usage, _CACHE_READ) if within is None else within) or 0
+    # Anthropic's `input_tokens` leave out what was read from the cache or put into it; OpenAI's, with details, hold all
+    whole = isinstance(details, dict) or "prompt_tokens" in usage
+    beyond = 0 if whole else cached + (_number(usage, _CACHE_CREATION) or 0)
+    return Usage((prompt or 0) + beyond, completion or 0, cached)
 
 
 def _number(holder: dict[str, Any], *names: str) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from sidecar.facts import Usage
 from sidecar.relay.stream import SSE, Tail, priced, usage_of
 
+PAGES = Path(__file__).parents[1] / "pages" / "answers"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
@@ -19,6 +22,10 @@ CONTINUOUS = b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":9,"comple
 NO_USAGE = b'data: {"choices":[{"index":0}],"usage":null}\n\n'
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+
+
+def named(name: str, data: dict[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), json.dumps(data).encode())
 
 
 def run(chunks: list[bytes], hide: bool) -> tuple[bytes, SSE]:
@@ -105,6 +112,49 @@ def test_anthropic_events_count_deltas_and_merge_usage() -> None:
     assert (sse.tokens, sse.usage) == (1, Usage(25, 15))
 
 
+@pytest.mark.parametrize(
+    ("page", "usage"),
+    [
+        ("vllm-0.32-messages", Usage(781, 6, 768)),
+        ("vllm-0.32-responses", Usage(781, 6, 768)),
+        ("vllm-0.32-chat-continuous", Usage(781, 6, 768)),
+        ("llamacpp-b10434-messages", Usage(1561, 20, 1560)),
+    ],
+)
+def test_what_engines_answer_is_read_as_they_mean_it(page: str, usage: Usage) -> None:
+    """Recorded from real engines: the prompt is all of it, whether its count holds the cached part or not."""
+    for file in PAGES.glob(page + ".*"):
+        if file.suffix == ".json":
+            assert usage_of(file.read_bytes()) == usage
+        else:
+            assert run([file.read_bytes()], hide=False)[1].usage == usage
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing", "usage"),
+    [
+        ({"input_tokens": 100, "output_tokens": 0}, {"input_tokens": 10, "cache_read_input_tokens": 90}, (100, 90)),
+        ({"input_tokens": 100}, {"input_tokens": 0, "cache_read_input_tokens": 100}, (100, 100)),
+        ({"input_tokens": 10, "cache_read_input_tokens": 90, "cache_creation_input_tokens": 0}, {}, (100, 90)),
+        ({"input_tokens": 10, "cache_read_input_tokens": 90}, {"input_tokens": 0}, (100, 90)),
+        ({"input_tokens": 10, "cache_read_input_tokens": 90}, {"input_tokens": None}, (100, 90)),
+        ({"input_tokens": 10, "cache_read_input_tokens": 90}, {"cache_read_input_tokens": None}, (100, 90)),
+        ({"input_tokens": 10}, {"cache_read_input_tokens": 60, "cache_creation_input_tokens": 30}, (100, 60)),
+        ({"input_tokens": 0, "output_tokens": 0}, {"input_tokens": 100}, (100, 0)),
+    ],
+)
+def test_an_opening_and_a_closing_usage_are_one(
+    opening: dict[str, Any], closing: dict[str, Any], usage: tuple[int, int]
+) -> None:
+    """The closing usage counts; of the prompt it may repeat all, a part, other parts, or nothing."""
+    stream = (
+        named("message_start", {"message": {"usage": opening}}),
+        named("content_block_delta", {"delta": {"text": "Hi"}}),
+        named("message_delta", {"usage": {**closing, "output_tokens": 15}}),
+    )
+    assert run(list(stream), hide=False)[1].usage == Usage(usage[0], 15, usage[1])
+
+
 def test_responses_start_with_their_first_delta() -> None:
     """`response.created` comes before any work was done, so it starts nothing; the delta does."""
     sse = SSE(False)
@@ -167,7 +217,24 @@ def test_hiding_removes_usage_events_only(stream: bytes) -> None:
     [
         (b'{"usage": {"prompt_tokens": 3, "completion_tokens": 4}}', Usage(3, 4)),
         (b'...cut off","x":1}],"usage":{"prompt_tokens":3,"total_tokens":3},"id":"usage"}', Usage(3, 0)),
-        (b'{"usage":{"input_tokens":5,"output_tokens":6,"cache_read_input_tokens":2}}', Usage(5, 6, 2)),
+        (b'{"usage":{"input_tokens":5,"output_tokens":6,"cache_read_input_tokens":2}}', Usage(7, 6, 2)),
+        (b'{"usage":{"input_tokens":5,"output_tokens":6,"cache_creation_input_tokens":90}}', Usage(95, 6, 0)),
+        (
+            b'{"usage":{"input_tokens":5,"output_tokens":6,'
+            b'"cache_creation_input_tokens":10,"cache_read_input_tokens":80}}',
+            Usage(95, 6, 80),
+        ),
+        (
+            b'{"usage":{"input_tokens":5,"output_tokens":6,'
+            b'"cache_creation_input_tokens":null,"cache_read_input_tokens":null}}',
+            Usage(5, 6),
+        ),
+        (b'{"usage":{"input_tokens":0,"cache_read_input_tokens":9,"output_tokens":6}}', Usage(9, 6, 9)),
+        (
+            b'{"usage":{"prompt_tokens":90,"completion_tokens":6,'
+            b'"cache_read_input_tokens":80,"cache_creation_input_tokens":0}}',
+            Usage(90, 6, 80),
+        ),
         (b'{"usage":{"input_tokens":5,"output_tokens":6,"input_tokens_details":{"cached_tokens":1}}}', Usage(5, 6, 1)),
         (b'{"usage":null}', None),
         (b'{"usage":{"prompt_tokens":"3"}}', None),
