@@ -138,7 +138,8 @@ class Ledger:
         self._tokens = Rate(RATE_WINDOW)
         self._finished = Rate(WINDOW)
         self._failed = Rate(WINDOW)
-        self.delivered_total = 0
+        self._delivered = 0  # as far as is known now: a settlement may correct it downwards
+        self.delivered_total = 0  # the most that it has been: a counter that falls would read as one that began again
         self.accounts: dict[str, Account] = {}
         self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
 
@@ -237,7 +238,8 @@ class Ledger:
 
     def _deliver(self, hold: Hold, tokens: int, at: float) -> None:
         hold.delivered += tokens
-        self.delivered_total += tokens
+        self._delivered += tokens
+        self.delivered_total = max(self.delivered_total, self._delivered)
         self._tokens.add(tokens, at)
 
     def _book(self, hold: Hold, at: float) -> None:

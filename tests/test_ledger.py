@@ -121,6 +121,20 @@ def test_labels_are_bounded() -> None:
     assert ledger.accounts["other"].requests == 8
 
 
+def test_a_count_that_was_too_high_is_made_up_for() -> None:
+    """What a settlement takes back is taken from what comes next: the counter stands still until it is true again."""
+    ledger, shown = Ledger(CO), []
+    for id in ("a", "b"):
+        ledger.apply(0, admitted(id))
+    for fact in (
+        Delivered("a", 1.0, 100, 900), settled("a", 2.0, usage=Usage(1000, 80)), Delivered("b", 3.0, 15, 90),
+        Delivered("b", 4.0, 15, 90), settled("b", 5.0, "client_cancelled", tokens=30),
+    ):  # fmt: skip
+        ledger.apply(0, fact)
+        shown.append(ledger.delivered_total)
+    assert shown == [100, 100, 100, 110, 110]
+
+
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 200)), max_size=50))
 def test_a_rate_is_the_sum_of_its_window(events: list[tuple[float, float]]) -> None:
     """What is older than the window is gone, what is younger counts, to within a bucket of one second."""
@@ -149,6 +163,7 @@ class Interleavings(RuleBasedStateMachine):
         self.count = 0
         self.open: dict[tuple[int, str], float] = {}
         self.done = 0.0
+        self.shown = 0
 
     @rule(target=open_requests, relay=st.integers(0, 1), u=st.integers(0, 5000), o=st.integers(0, 500))
     def admit(self, relay: int, u: int, o: int) -> tuple[int, str]:
@@ -190,6 +205,12 @@ class Interleavings(RuleBasedStateMachine):
         assert stock.requests == len(self.open)
         assert stock.mu >= 0 and (stock.mu == 0) == (not self.open)
         assert stock.mu <= sum(self.open.values()) + 1e-3 * len(self.open)
+
+    @invariant()
+    def counters_never_fall(self) -> None:
+        settled_tokens = sum(a.tokens for a in self.ledger.accounts.values())
+        assert self.ledger.delivered_total >= max(self.shown, settled_tokens)
+        self.shown = self.ledger.delivered_total
 
     @invariant()
     def accounts_add_up(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from sidecar.facts import Usage
@@ -23,6 +24,8 @@ _ROLE: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "cont
 _HOLD: Final = 64 << 10  # bytes of an incomplete event that may wait to be seen whole; usage events have below 4 KiB
 _KEEP: Final = 1 << 20  # bytes of an event or body that are kept to read its usage
 _SKIPPED_NAMES: Final = (b"message_delta",)  # Anthropic's usage event
+# Events whose usage says nothing of the output yet: Anthropic's, and those of the responses API
+_OPENINGS: Final = ("message_start", "response.created", "response.queued", "response.in_progress")
 _NAMED_ERRORS: Final = ("messages", "responses")  # routes whose events have names
 _PROMPT: Final = ("prompt_tokens", "input_tokens")
 _COMPLETION: Final = ("completion_tokens", "output_tokens")
@@ -44,6 +47,7 @@ class SSE:
         self._held = 0  # bytes at the end of it that have not gone out
         self._first: bytes = b""
         self._last: bytes = b""
+        self._name: bytes = b""  # of the event that is _last
         self.tokens = 0
         self.started = False  # whether generation has begun to show
         self.done = False
@@ -70,14 +74,19 @@ class SSE:
 
     @property
     def usage(self) -> Usage | None:
-        """What the last event with a usage says; what that leaves out of the prompt is taken from the first one."""
+        """What the last event with a usage says; what that leaves out of the prompt is taken from the first one.
+
+        Until the engine says what the whole answer was, its output is at least what was counted.
+        """
         first, last = _usage_in(self._first), _usage_in(self._last)
         if first is None or last is None:
             return None
         usage = _read(last)
-        if usage is not None and usage.prompt_tokens and _number(last, *_PROMPT) is not None:
+        if usage is None or not usage.prompt_tokens or _number(last, *_PROMPT) is None:
+            usage = _read({**first, **{name: value for name, value in last.items() if value}})
+        if usage is None or usage.completion_tokens >= self.tokens or _is_final(self._name, self._last):
             return usage
-        return _read({**first, **{name: value for name, value in last.items() if value}})
+        return replace(usage, completion_tokens=self.tokens)
 
     def _scan(self, chunk: bytes) -> bytes:
         out: list[bytes | memoryview] = [] if self._holds else [chunk]
@@ -129,7 +138,7 @@ class SSE:
             return False
         if _USAGE in data and usage_of(data) is not None:
             self._first = self._first or data
-            self._last = data
+            self._last, self._name = data, name
             if _is_usage_only(data):
                 return self._hide and len(event) <= _HOLD
         output = _is_output(name, data)
@@ -243,6 +252,18 @@ def _is_usage_only(data: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(event, dict) and event.get("choices") == [] and isinstance(event.get("usage"), dict)
+
+
+def _is_final(name: bytes, data: bytes) -> bool:
+    """Whether an event's usage is that of the whole answer, and not of what has come so far."""
+    try:
+        event = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(event, dict) or (name.decode("latin-1") or event.get("type")) in _OPENINGS:
+        return False
+    choices = event.get("choices")
+    return not isinstance(choices, list) or all(isinstance(c, dict) and c.get("finish_reason") for c in choices)
 
 
 def _usage_in(text: bytes) -> dict[str, Any] | None:

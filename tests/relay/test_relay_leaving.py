@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Admitted, FirstToken
+from sidecar.facts import Admitted, FirstToken, Usage
 
 from ..waiting import PATIENCE
 from .pictures import Workers, pictures
@@ -61,6 +61,24 @@ async def test_the_engine_is_told_when_the_client_leaves(rig: Any, serve: Any, f
     await r.facts.settled()
     _, settled = once(r.facts)
     assert (settled.outcome, settled.error) == ("client_cancelled", "client_gone")
+
+
+async def test_what_was_delivered_before_a_client_left_is_booked(rig: Any, serve: Any) -> None:
+    """Of an Anthropic stream that is left in the middle, the prompt its opening said and the output that had come."""
+    usage = b'{"input_tokens":40,"output_tokens":0,"cache_read_input_tokens":60}'
+    first = b'event: message_start\ndata: {"message":{"usage":%b}}\n\n' % usage
+    delta = b'event: content_block_delta\ndata: {"delta":{"text":"x"}}\n\n'
+    url, _, left = await gone_engine(serve, first + 7 * delta)
+    r = await rig(url)
+    async with r.client.post(r.url + "/v1/messages", json={**CHAT, "stream": True}) as got:
+        seen = b""
+        while seen.count(delta) < 7:
+            seen += await got.content.readany()
+        got.close()
+    async with asyncio.timeout(PATIENCE):
+        await left.wait()
+    settled = await r.facts.settled()
+    assert (settled.outcome, settled.usage, settled.delivered_tokens) == ("client_cancelled", Usage(100, 7, 60), 7)
 
 
 async def test_a_real_engine_frees_the_sequence(rig: Any) -> None:

@@ -50,10 +50,10 @@ def test_our_own_usage_event_is_taken_out() -> None:
 
 
 def test_an_event_with_choices_and_usage_stays() -> None:
-    """Continuous usage comes on events that carry output; they are never taken out, and the last one counts."""
+    """Continuous usage comes on events that carry output; they are never taken out, and what follows counts, too."""
     out, sse = run([CONTINUOUS, NO_USAGE, TOKEN], hide=True)
     assert out == CONTINUOUS + NO_USAGE + TOKEN
-    assert (sse.tokens, sse.usage) == (3, Usage(9, 1))
+    assert (sse.tokens, sse.usage) == (3, Usage(9, 3))
 
 
 def test_a_complete_event_is_never_held() -> None:
@@ -153,6 +153,56 @@ def test_an_opening_and_a_closing_usage_are_one(
         named("message_delta", {"usage": {**closing, "output_tokens": 15}}),
     )
     assert run(list(stream), hide=False)[1].usage == Usage(usage[0], 15, usage[1])
+
+
+OPENINGS = {
+    "anthropic": named("message_start", {"message": {"usage": {"input_tokens": 9, "output_tokens": 0}}}),
+    "placeholder": named("message_start", {"message": {"usage": {"input_tokens": 9, "output_tokens": 1}}}),
+    "unnamed": b'data: {"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 0}}}\n\n',
+    "responses": named("response.created", {"response": {"usage": {"input_tokens": 9, "output_tokens": 0}}}),
+    "in progress": named("response.in_progress", {"response": {"usage": {"input_tokens": 9, "output_tokens": 0}}}),
+    "chat": b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}],'
+    b'"usage":{"prompt_tokens":9,"completion_tokens":0}}\n\n',
+}
+DELTA = named("content_block_delta", {"delta": {"text": "x"}})
+CLOSINGS = {
+    "anthropic": named("message_delta", {"usage": {"input_tokens": 9, "output_tokens": 3}}),
+    "responses": named("response.completed", {"response": {"usage": {"input_tokens": 9, "output_tokens": 3}}}),
+    "cut short": named("response.incomplete", {"response": {"usage": {"input_tokens": 9, "output_tokens": 3}}}),
+    "chat": b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3}}\n\n',
+    "last": b'data: {"choices":[{"delta":{},"finish_reason":"stop"}],'
+    b'"usage":{"prompt_tokens":9,"completion_tokens":3}}\n\n',
+    "text": b'data: {"choices":[{"text":"","finish_reason":"length"}],'
+    b'"usage":{"prompt_tokens":9,"completion_tokens":3}}\n\n',
+}
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+@given(seen=st.integers(0, 200))
+def test_until_a_stream_says_what_it_was_the_count_stands(opening: str, seen: int) -> None:
+    """What opens a stream knows nothing of its output: left early, it has had what was counted."""
+    _, sse = run([OPENINGS[opening], *[DELTA] * seen], hide=False)
+    assert sse.usage is not None and sse.usage.prompt_tokens == 9
+    begun = opening in ("placeholder", "unnamed")  # 1 is said, or counted
+    assert seen <= sse.usage.completion_tokens <= seen + begun
+
+
+@pytest.mark.parametrize("closing", CLOSINGS)
+@given(opening=st.sampled_from(sorted(OPENINGS)), seen=st.integers(0, 20))
+def test_what_closes_a_stream_counts(closing: str, opening: str, seen: int) -> None:
+    """A closing usage is the engine's last word, where events held several tokens and where some held none."""
+    _, sse = run([OPENINGS[opening], *[DELTA] * seen, CLOSINGS[closing]], hide=False)
+    assert sse.usage == Usage(9, 3)
+
+
+def test_a_running_usage_knows_more_than_a_count_of_events() -> None:
+    """Of a stream with the usage on every event, left early, that counts: an event may hold several tokens."""
+    running = (
+        b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null}],'
+        b'"usage":{"prompt_tokens":9,"completion_tokens":%d}}\n\n'
+    )
+    assert run([running % 4, running % 8], hide=False)[1].usage == Usage(9, 8)
+    assert run([running % 0, running % 0], hide=False)[1].usage == Usage(9, 2)
 
 
 def test_responses_start_with_their_first_delta() -> None:
