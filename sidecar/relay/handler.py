@@ -1,14 +1,16 @@
 """The data path: read, prepare, admit, send, stream, settle.
 
-Rules: whatever is not engine work passes through unread; a request body is read whole only when it is work; an answer goes out
-chunk by chunk as it comes. When the client leaves, aiohttp cancels the handler (`handler_cancellation`), and leaving the
-exchange closes the connection to the engine. Errors of ours become answers in one place, `handle`.
+Rules: whatever is not engine work passes through unread; a request body is read whole only when it is work or short; an
+answer goes out chunk by chunk as it comes. When the client leaves, aiohttp cancels the handler
+(`handler_cancellation`), and leaving the exchange closes the connection to the engine. Errors of ours become answers in
+one place, `handle`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 import traceback
@@ -87,7 +89,7 @@ class Relay:
         self._windows = directed.Windows(emit, time.monotonic)
         self._pricing = pricing or Pricing(Estimator(coefficients))
         self._page = MergedPage(emit)
-        self._session = upstream.open_session()
+        self._engine = upstream.Connections()
         self._busy: set[Any] = set()  # client connections with a request under way
         self._idle = asyncio.Event()
         self._idle.set()
@@ -134,7 +136,7 @@ class Relay:
 
     async def close(self) -> None:
         """Close the connections to the engine."""
-        await self._session.close()
+        await self._engine.close()
 
     # --- one request ---
 
@@ -187,17 +189,19 @@ class Relay:
                 return web.Response(body=page, headers={"content-type": merged_page.TYPE, "x-request-id": id})
         elif realtime.wanted(request):
             url = upstream.target(self._settings.engine, upstream.origin_form(request.raw_path))
-            return await realtime.relay(request, self._session, url, self._to_engine(request, id, None, None))
+            return await realtime.relay(request, self._engine.fresh, url, self._to_engine(request, id, None, None))
         return await self._pass(request, id)
 
     async def _pass(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
-        """Not engine work: both bodies stream through, unread but for those that resume the engine's work."""
+        """Not engine work: both bodies pass unread, but for those that resume the engine's work; a long one streams."""
         path, _, query = upstream.origin_form(request.raw_path).partition("?")
         row, partly = directed.row_of(request.method, path), False
         data: Any = None
         if row is not None and row.turn == "resumes":
             data = await downstream.read(request, self._settings.max_body_bytes)
             partly = directed.in_part(query, data)
+        elif request.body_exists and (request.content_length or math.inf) <= upstream.REPEATED:
+            data = await downstream.read(request, upstream.REPEATED)
         elif request.body_exists:
             await downstream.expect(request)
             data = request.content
@@ -324,7 +328,7 @@ class Relay:
         path = upstream.origin_form(request.raw_path)
         url = upstream.target(self._settings.engine, path)
         try:
-            return await self._session.request(request.method, url, headers=passed, data=data, allow_redirects=False)
+            return await self._engine.request(request.method, url, passed, data)
         except downstream.BREAKS as e:
             raise self._broken(e) from None
 
