@@ -23,7 +23,7 @@ from aiohttp import web
 from sidecar import __version__, units
 from sidecar.admin import Sources, make_app
 from sidecar.budget import shared
-from sidecar.contact import Contact
+from sidecar.contact import Contact, open_session
 from sidecar.control import Control
 from sidecar.diagnosis import Diagnoses
 from sidecar.examination import Examiner
@@ -62,7 +62,7 @@ async def run(chosen: Settings, co: units.Coefficients, doors: Doors, serving: C
     async with AsyncExitStack() as stack:
         state = StateDir(chosen.state_dir)
         stack.callback(state.clear)
-        session = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()))
+        session = await stack.enter_async_context(open_session())
         ticker, signals, feed = build(chosen, co, state, session, stack)
         listen(lambda: drain(ticker, chosen.drain_seconds), ended.set)
         pool = RelayPool(chosen.workers, ticker.on_fact, ticker.on_lost)

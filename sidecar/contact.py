@@ -32,6 +32,11 @@ ATTEMPTS: Final = 3  # answers that say nothing, before the kind is `openai`
 _log = logging.getLogger(__name__)
 
 
+def open_session() -> aiohttp.ClientSession:
+    """For Contact. No connection is used twice: a canary on one that the engine is closing would look like a hang."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), cookie_jar=aiohttp.DummyCookieJar())
+
+
 class Contact:
     """One engine. `canary` is None until its kind is known."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,6 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from sidecar.contact import open_session
 from sidecar.engine.kinds import KINDS
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.signals.canary import CanarySignal
@@ -56,6 +58,22 @@ async def test_the_form_that_passes_is_found_once(
         before = shown.asked.copy()
         assert (await signal.send(PATIENCE)).outcome == "ok"
         assert shown.asked - before == {passes: 1}
+
+
+async def test_a_canary_meets_no_connection_that_the_engine_is_closing() -> None:
+    """An engine that closes a kept connection as soon as it is used again, as llama.cpp may, answers every canary."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+            await reader.readuntil(b"\r\n\r\n")
+            text = TOKEN.encode()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
+            await reader.readuntil(b"\r\n\r\n")
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server, open_session() as session:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        signal = CanarySignal(session, url, KINDS["llamacpp"], {}, model="m")
+        assert [(await signal.send(PATIENCE)).outcome for _ in range(4)] == ["ok"] * 4
 
 
 async def test_a_priority_that_is_refused_is_left_out(canary: Callable[..., CanarySignal]) -> None:
