@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sidecar import reasons
 from sidecar.exemptions import Orders
-from sidecar.facts import CanaryResult, End
+from sidecar.facts import CanaryResult, Directing, End
 from sidecar.parts import Finding, Parts
 from sidecar.progress import Key, Limits, Progress
 from sidecar.readings import EngineSample, GpuSample, Reading, Value
@@ -15,35 +15,55 @@ from sidecar.verdict import FRESH
 
 @dataclass(slots=True)
 class Circumstances:
-    """They are kept from tick to tick. `judged_from`: when the last exemption ended; an older canary says nothing."""
+    """They are kept from tick to tick. `judged_from`: when the last exemption ended; an older canary says nothing.
+
+    `proven`: whether one held at the last tick that rests on more than calls which the engine has not answered;
+    `doubted_at`: since when the engine has been thought to hang.
+    """
 
     progress: Progress
     parts: Parts
     orders: Orders
     watch: reasons.Watch
-    exempt: str | None = None
     judged_from: float = 0.0
+    proven: bool = False
+    looked_at: float = 0.0
+    doubted_at: float | None = None
     _ends: list[tuple[int, End]] = field(default_factory=list)
 
     @classmethod
     def around(cls, progress: Progress, limits: Limits, now: float) -> Circumstances:
         """Those of an engine of which nothing is known yet."""
-        return cls(progress, Parts(limits), Orders(limits.cap), reasons.Watch(start_at=now))
+        return cls(progress, Parts(limits), Orders(limits.cap), reasons.Watch(start_at=now), looked_at=now)
 
-    def exemption(self, known: str | None, now: float) -> str | None:
-        """The exemption that holds: the one that is `known`, or an order that passed through the relay, while no token flows.
+    def exemption(self, known: str | None, now: float, *, proof: float | None, doubted: bool) -> str | None:
+        """The exemption that holds: what is `known`, or an order or a call that passed the relay, while no token flows.
 
-        When one ends, silence starts anew: to be called before the silence is judged.
+        When one ends that was proven, a new silence begins: to be called before the silence is judged. `proof`: when
+        the engine last did anything; `doubted`: whether it is thought to hang.
         """
         at = self.progress.last()[1]
-        exempt = known
-        if exempt is None and (at is None or now - at > FRESH):
+        self.doubted_at = (self.doubted_at or self.looked_at) if doubted else None  # the last look's tick thought so
+        elapsed, self.looked_at = now - self.looked_at, now
+        exempt, silent = known, at is None or now - at > FRESH
+        if exempt is None and silent:
             exempt = self.orders.active(now)
-        if self.exempt is not None and exempt is None:
-            self.progress.rebaseline(now)
-            self.judged_from = now
-        self.exempt = exempt
+        if self.proven and exempt is None:
+            self._judge_from(now)
+        self.proven = exempt is not None
+        if exempt is None and silent:
+            exempt = self.orders.under_way(now, elapsed, max(proof or 0.0, self.judged_from), self.doubted_at)
         return exempt
+
+    def call(self, relay: int, fact: Directing) -> None:
+        """A call that directs the engine is with it, or over; one that it took has been its work until now."""
+        self.orders.call(relay, fact)
+        if fact.taken:
+            self._judge_from(fact.at)
+
+    def _judge_from(self, now: float) -> None:
+        self.progress.rebaseline(now)
+        self.judged_from = now
 
     def canary(self, last: CanaryResult | None) -> CanaryResult | None:
         """The last canary, where it counts."""

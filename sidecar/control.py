@@ -20,6 +20,7 @@ from sidecar.facts import (
     Delivered,
     DiagnosisSummary,
     Directed,
+    Directing,
     End,
     Fact,
     FirstToken,
@@ -45,6 +46,7 @@ PULSE_STALE = 4.0  # seconds without a relay's pulse (sent each second), past wh
 LEARNING = ("idle", "progressing", "quiet", "suspect")  # states whose silences, once ended, were legitimate
 NOBODY = Identity()  # an engine that has not said who it is
 QUEUE_WEIGHT = 0.2  # of one reading: a request that waits for a step (20 ms) is no queue, one that is seen for 5 s is
+DOUBTED = ("suspect", "stalled", "dead")  # states in which a silence is taken for a hang
 USUAL = ("idle", "progressing", "quiet")  # states in which the engine's time is its price
 RESTORED = "sidecar_restarted"
 CHANGES = 50  # verdict changes kept
@@ -119,6 +121,8 @@ class Control:
                 self.progress.delivered(fact.at)
             case Directed():
                 self.around.orders.book(fact)
+            case Directing():
+                self.around.call(relay, fact)
             case Settled():
                 self._ended(fact, slowed=settlement is not None and settlement.slowed)
                 if settlement is not None:
@@ -149,6 +153,7 @@ class Control:
     def relay_lost(self, relay: int, now: float) -> list[Settlement]:
         """Settle what a dead relay held. Its deliveries are unknown, so silence starts anew."""
         self.progress.rebaseline(now)
+        self.around.orders.relay_lost(relay)
         lost = self.ledger.lose(relay, now)
         for settlement in lost:
             self.upkeep.settled(settlement)
@@ -213,7 +218,9 @@ class Control:
         self._was_refused = r.refused_since is not None
         self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
-        exempt = self.around.exemption(self._exemption(r), now)  # first: where one ends, silence starts anew
+        doubted = self.memory.state in DOUBTED
+        # first: where one ends, a new silence begins
+        exempt = self.around.exemption(self._exemption(r), now, proof=self._proof(), doubted=doubted)
         self.evidence = self.progress.evidence(
             self.ledger.holds(), now, extra=extra, learn=self.memory.state in LEARNING
         )

@@ -164,6 +164,20 @@ class Directed:
 
 
 @dataclass(frozen=True, slots=True)
+class Directing:
+    """A call that stops the engine, or ends a stop, is with it (`on`), or over; `taken`: the engine answered 2xx.
+
+    `id` is the relay's own; `what` as in Directed.
+    """
+
+    at: float
+    id: int
+    what: str
+    on: bool
+    taken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Pulse:
     """A relay process is alive: its own event loop lag (seconds) and open client requests. Sent once a second."""
 
@@ -244,6 +258,7 @@ Fact = (
     | Imaged
     | Backpressure
     | Directed
+    | Directing
     | Pulse
     | Joined
     | Listening

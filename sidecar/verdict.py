@@ -112,7 +112,7 @@ def _canary_ok(m: Memory, i: Inputs) -> bool:
         m.state in ("starting", "suspect", "stalled", "dead", "unknown", "exempt")
         and _canary(m, i, "ok")
         and i.canary is not None
-        and i.canary.started >= (m.since if m.state in ("suspect", "stalled") else m.engine_since)
+        and i.canary.started >= (m.since if m.state in ("suspect", "stalled", "exempt") else m.engine_since)
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Admitted, CanaryResult, Delivered, Directed, End, FirstToken, Settled, Work
+from sidecar.facts import Admitted, CanaryResult, Delivered, Directed, Directing, End, FirstToken, Settled, Work
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
@@ -84,6 +84,9 @@ class Pod:
     def direct(self, what: str, on: bool) -> None:
         self.control.fact(0, Directed(self.now, what, on))
 
+    def call(self, on: bool, *, id: int = 1, taken: bool = False) -> None:
+        self.control.fact(0, Directing(self.now, id, "weight_update", on, taken))
+
     def until(self, state: str, most: float = 200.0) -> float:
         began = self.now
         while self.state != state and self.now - began < most:
@@ -150,6 +153,111 @@ def test_tokens_that_flow_beside_an_order_are_progress() -> None:
     assert pod.state == "progressing"
     pod.tick(10)
     assert pod.state == "exempt"
+
+
+def silent() -> Pod:
+    """With a stream of which nothing comes any more, and canaries that get nothing."""
+    pod = Pod()
+    pod.decoding()
+    pod.canaries = "starved"
+    return pod
+
+
+HANG = silent().until("stalled")  # seconds to a verdict where nothing excuses the silence
+
+
+def test_a_call_that_stops_the_engine_while_it_lasts_is_no_hang() -> None:
+    """Nothing is judged while it is with the engine; once that took it, a full window begins."""
+    pod = silent()
+    pod.call(True)
+    pod.tick(300)
+    assert (pod.state, pod.reason) == ("exempt", "weight_update")
+    pod.call(False, taken=True)
+    pod.tick(10)
+    assert pod.state == "quiet"
+    assert HANG - 11 < pod.until("stalled") <= HANG
+
+
+def test_short_calls_that_the_engine_takes_one_after_the_other_are_no_hang() -> None:
+    """Weights that come in many pieces, none of which takes long, without a stop around them."""
+    pod = silent()
+    for id in range(100):
+        pod.call(True, id=id)
+        pod.tick()
+        pod.call(False, id=id, taken=True)
+    assert pod.state == "quiet"
+
+
+def test_a_call_that_the_engine_did_not_take_excuses_nothing_once_it_is_over() -> None:
+    """Refused after a while, or left by its client: the silence counts from where it began, and a canary decides."""
+    pod = silent()
+    pod.call(True)
+    pod.tick(60)
+    assert pod.state == "exempt"
+    pod.call(False)
+    pod.tick()
+    assert pod.state == "suspect"
+    assert pod.until("stalled") < HANG
+
+
+def test_calls_that_are_refused_at_once_neither_withdraw_readiness_nor_hide_a_hang() -> None:
+    """An engine without the path, asked again and again: no exemption, and the same verdict at the same time."""
+    pod, seen, id = silent(), set(), 0
+    began = pod.now
+    while pod.state != "stalled":
+        id += 1
+        pod.call(True, id=id)
+        pod.tick()
+        pod.call(False, id=id)
+        seen.add(pod.state)
+    assert "exempt" not in seen
+    assert pod.now - began == HANG
+
+
+def test_calls_that_never_end_hide_a_hang_no_longer_than_the_cap() -> None:
+    """One after the other, overlapping, each left by its client before the engine answers."""
+    pod, id = silent(), 0
+    began = pod.now
+    while pod.state != "stalled":
+        id += 1
+        pod.call(True, id=id)
+        pod.tick(5)
+        pod.call(False, id=id - 1)
+    assert pod.now - began < 900 + 2 * HANG
+
+
+def test_a_call_now_and_then_does_not_hide_a_hang() -> None:
+    """Each is left by its client after a few seconds; no end of one begins a new silence."""
+    pod, id = silent(), 0
+    began = pod.now
+    while pod.state != "stalled":
+        id += 1
+        pod.call(True, id=id)
+        pod.tick(5)
+        pod.call(False, id=id)
+        pod.tick(5)
+    assert pod.now - began < 2 * HANG
+
+
+def test_a_call_to_an_engine_that_is_thought_to_hang_averts_nothing() -> None:
+    """It came after the doubt: the canary decides, and a stall that was found stays one."""
+    pod = silent()
+    pod.until("suspect")
+    pod.tick()
+    pod.call(True)
+    assert pod.until("stalled") < HANG
+    pod.tick(60)
+    assert pod.state == "stalled"
+
+
+def test_a_call_is_over_when_its_relay_dies() -> None:
+    """No one else would say so; a new silence begins, because deliveries were lost with it."""
+    pod = silent()
+    pod.call(True)
+    pod.tick(60)
+    pod.control.relay_lost(0, pod.now)
+    pod.decoding()
+    assert pod.until("stalled") <= HANG + 3
 
 
 def test_a_start_up_without_any_sign_is_named_once_the_cap_has_passed() -> None:

@@ -91,6 +91,11 @@ class Machine(RuleBasedStateMachine):
         else:
             self.orders.pop(what, None)
 
+    @rule(id=st.integers(0, 3), on=st.booleans(), taken=st.booleans())
+    def call(self, id: int, on: bool, taken: bool) -> None:
+        """Whether one that is not answered excuses anything or not: what must never happen is the same."""
+        self.pod.call(id, WHAT[id], on=on, taken=taken)
+
     @rule(resting=st.sampled_from(("", "", "engine_sleeping", "engine_paused")), unanswered=st.booleans())
     def signs(self, resting: str, unanswered: bool) -> None:
         self.pod.resting, self.pod.unanswered = resting, unanswered

@@ -20,6 +20,8 @@ RECORDS = [
     facts.Settled("r1", 4.0, "ok", 200, facts.Usage(10, 3, 2), 3, 120, 2.5, 1.6, 0.0004),
     facts.Settled("r2", 4.0, "lost", 0, None, 0, 0, None, None, 0.0, "relay_died"),
     facts.Imaged("r1", 2.0, "jpeg", "ok", 0.02, (("decode", 0.006), ("resize", 0.004)), 1000, 2000),
+    facts.Directed(1.0, "engine_paused", True),
+    facts.Directing(1.0, 3, "weight_update", False, True),
     facts.Pulse(1.0, 0.001, 3),
     facts.PageWanted(1.0),
     facts.Page(1.0, 'a{b="ü\n"} 1\n'),

@@ -8,7 +8,17 @@ from hypothesis import settings
 
 from sidecar import memory
 from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Admitted, Backpressure, CanaryResult, Delivered, Directed, FirstToken, Settled, Work
+from sidecar.facts import (
+    Admitted,
+    Backpressure,
+    CanaryResult,
+    Delivered,
+    Directed,
+    Directing,
+    FirstToken,
+    Settled,
+    Work,
+)
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
@@ -146,6 +156,10 @@ class Pod:
     def order(self, what: str, *, on: bool) -> None:
         """The relay saw an order that stops the engine on purpose, or lets it go on."""
         self.control.fact(0, Directed(self.now, what, on))
+
+    def call(self, id: int, what: str, *, on: bool, taken: bool) -> None:
+        """A call that directs the engine is with it, or over."""
+        self.control.fact(0, Directing(self.now, id, what, on, taken and not on))
 
     def relay_dies(self) -> None:
         """All its requests are lost."""

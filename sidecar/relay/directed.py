@@ -6,15 +6,14 @@ same paths). SGLang 0.5: sglang/srt/entrypoints/http_server.py. TGI and llama.cp
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Final, Literal
 from urllib.parse import parse_qs
 
-from sidecar.errors import RequestError
-from sidecar.facts import Directed, Fact
+from sidecar.facts import Directed, Directing, Fact
 
 METHODS: Final = ("POST", "GET", "PUT")
 LAST_TAG: Final = "kv_cache"  # of the parts that are woken one by one, both engines' users wake this one last
@@ -93,74 +92,54 @@ def in_part(query: str, body: bytes) -> bool:
     return bool(tags) and LAST_TAG not in tags
 
 
-class Windows:
-    """What was stopped by a call and has not been resumed since, as far as this relay process saw. `clock`: monotonic seconds."""
+class Calls:
+    """The calls of one relay process that direct the engine. `clock`: monotonic seconds."""
 
     def __init__(self, emit: Callable[[Fact], None], clock: Callable[[], float]) -> None:
-        self._emit = emit
-        self._clock = clock
-        self._open: set[str] = set()
+        self.emit = emit
+        self.clock = clock
+        self.ids = itertools.count(1)
 
     def call(self, row: Row | None, *, partly: bool = False) -> Call:
-        """A call, to be entered by `with` when it is sent. `partly`: it resumes some parts only."""
+        """One call, for as long as a `with`. `partly`: it resumes some parts only."""
         return Call(self, row, partly)
-
-    def stop(self, what: str, *, until_resumed: bool) -> bool:
-        """The work stops. Returns whether it had been stopped before."""
-        before = what in self._open
-        if until_resumed:
-            self._open.add(what)
-        self._emit(Directed(self._clock(), what, True))
-        return before
-
-    def go_on(self, what: str) -> None:
-        """The work goes on."""
-        self._open.discard(what)
-        self._emit(Directed(self._clock(), what, False))
-
-    def call_over(self, what: str) -> None:
-        """A call that stops the work only while it lasts is over; within a wider stop that says nothing."""
-        if what not in self._open:
-            self.go_on(what)
 
 
 class Call:
-    """One call that directs, or (`row` None) one that does not."""
+    """One call that directs, or (`row` None) one that does not.
 
-    def __init__(self, windows: Windows, row: Row | None, partly: bool) -> None:
-        self._windows = windows
+    An order is taken when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
+    on; when it is answered otherwise, or its client leaves, nothing of it remains.
+    """
+
+    def __init__(self, calls: Calls, row: Row | None, partly: bool) -> None:
+        self._calls = calls
         self._row = row
         self._partly = partly
-        self._stopped_before = False
+        self._id = 0  # while it is with the engine
+        self._over = row is None or row.turn == "resumes"
+
+    def sent(self) -> None:
+        """The engine has all of it."""
+        if self._over or self._row is None:
+            return
+        self._id = next(self._calls.ids)
+        self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, True))
 
     def answered(self, status: int) -> None:
         """The head of the engine's answer is here."""
-        if self._row is None:
-            return
-        well = 200 <= status < 300
-        if self._row.turn == "stops" and not well:
-            self._take_back(self._row.what)
-        elif self._row.turn == "resumes" and well and not self._partly:
-            self._windows.go_on(self._row.what)
+        taken = 200 <= status < 300
+        if taken and self._row is not None and self._row.turn != "during" and not self._partly:
+            self._calls.emit(Directed(self._calls.clock(), self._row.what, self._row.turn == "stops"))
+        self._end(taken=taken)
 
     def __enter__(self) -> Call:
-        if self._row is not None and self._row.turn != "resumes":
-            self._stopped_before = self._windows.stop(self._row.what, until_resumed=self._row.turn == "stops")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._row is None:
-            return
-        match self._row.turn:
-            case "stops" if isinstance(
-                error, RequestError
-            ):  # a client that hung up takes nothing back: the engine has it
-                self._take_back(self._row.what)
-            case "during":
-                self._windows.call_over(self._row.what)
-            case "ends":
-                self._windows.go_on(self._row.what)
+    def __exit__(self, *_: object) -> None:
+        self._end(taken=False)
 
-    def _take_back(self, what: str) -> None:
-        if not self._stopped_before:
-            self._windows.go_on(what)
+    def _end(self, *, taken: bool) -> None:
+        if self._id and self._row is not None:
+            self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, False, taken))
+        self._id, self._over = 0, True

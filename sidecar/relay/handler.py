@@ -86,7 +86,7 @@ class Relay:
         self._desk = Desk(emit, settings.client_stall_seconds)
         self._slots = slots.Slots(slots.places(settings.max_concurrent, settings.workers, index), settings.max_queued)
         self._retries = retry.Retries(self._desk, settings.retry_stalled)
-        self._windows = directed.Windows(emit, time.monotonic)
+        self._directing = directed.Calls(emit, time.monotonic)
         self._pricing = pricing or Pricing(Estimator(coefficients))
         self._page = MergedPage(emit)
         self._engine = upstream.Connections()
@@ -195,7 +195,7 @@ class Relay:
     async def _pass(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         """Not engine work: both bodies pass unread, but for those that resume the engine's work; a long one streams."""
         path, _, query = upstream.origin_form(request.raw_path).partition("?")
-        row, partly = directed.row_of(request.method, path), False
+        row, partly, streams = directed.row_of(request.method, path), False, False
         data: Any = None
         if row is not None and row.turn == "resumes":
             data = await downstream.read(request, self._settings.max_body_bytes)
@@ -204,12 +204,15 @@ class Relay:
             data = await downstream.read(request, upstream.REPEATED)
         elif request.body_exists:
             await downstream.expect(request)
-            data = request.content
-        with (
-            self._windows.call(row, partly=partly) as call,
-            closing(await self._send(request, self._to_engine(request, id, None, None), data)) as answer,
-        ):
+            streams = True
+        with self._directing.call(row, partly=partly) as call:
+            if streams:
+                data = upstream.stream(request.content, call.sent)
+            else:
+                call.sent()
+            answer = await self._send(request, self._to_engine(request, id, None, None), data)
             call.answered(answer.status)
+        with closing(answer):
             response = web.StreamResponse(
                 status=answer.status, reason=answer.reason, headers=self._to_client(request, answer, id)
             )

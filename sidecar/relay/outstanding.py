@@ -1,9 +1,10 @@
 """Pure: what a control process must be told of a relay's requests, when it is new and the relay is not.
 
-Every fact on its way to control passes here. Kept are, of each open request, its admission, its first token, the sum of its
-deliveries, and whether its client is slow to read; of the engine, the orders that stopped it; and the requests that settled, until
-control says that it has booked them. Told again in the order of their times, they give a new control process the same ledger. What
-the last one had booked and not yet said so is told to both; to one, each request settles once.
+Every fact on its way to control passes here. Kept are, of each open request, its admission, its first token, the sum of
+its deliveries, and whether its client is slow to read; of the engine, the orders that stopped it, and such calls that
+are with it; and the requests that settled, until control says that it has booked them. Sent again in the order of their
+times, they give a new control process the same ledger. What the last one had booked and not yet said so goes to
+both; to one, each request settles once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sidecar.facts import Admitted, Backpressure, Delivered, Directed, Fact, FirstToken, Settled
+from sidecar.facts import Admitted, Backpressure, Delivered, Directed, Directing, Fact, FirstToken, Settled
 
 MAX_SETTLED: Final = 10_000  # settlements kept for a control process that does not come; about 10 MB
 
@@ -39,6 +40,7 @@ class Outstanding:
         self._open: dict[str, _Request] = {}
         self._settled: deque[tuple[int, _Request, Settled]] = deque(maxlen=MAX_SETTLED)
         self._directed: dict[str, Directed] = {}
+        self._directing: dict[int, Directing] = {}
         self._ends = 0  # settlements on this connection
 
     def note(self, fact: Fact) -> None:
@@ -63,6 +65,10 @@ class Outstanding:
                 self._directed.pop(fact.what, None)
                 if fact.on:
                     self._directed[fact.what] = fact
+            case Directing(on=True):
+                self._directing[fact.id] = fact
+            case Directing():
+                self._directing.pop(fact.id, None)
             case _:
                 pass
 
@@ -75,7 +81,7 @@ class Outstanding:
         """All that a new control process must be told first, in order; from now on `booked` counts for its connection."""
         self._settled = deque(((n, r, end) for n, (_, r, end) in enumerate(self._settled, 1)), MAX_SETTLED)
         self._ends = len(self._settled)
-        facts: list[Fact] = [*self._directed.values()]
+        facts: list[Fact] = [*self._directed.values(), *self._directing.values()]
         for request in self._open.values():
             facts += request.facts()
         for _, request, end in self._settled:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -168,6 +168,13 @@ def _session(connector: aiohttp.TCPConnector, traces: list[aiohttp.TraceConfig])
         trace_configs=traces,
         middlewares=(_once,),
     )
+
+
+async def stream(content: aiohttp.StreamReader, sent: Callable[[], None]) -> AsyncIterator[bytes]:
+    """A request body as it comes from its client. `sent` is called when the last of it has been written."""
+    while piece := await content.readany():
+        yield piece
+    sent()
 
 
 def origin_form(raw_path: str) -> str:

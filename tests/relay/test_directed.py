@@ -1,4 +1,4 @@
-"""Calls that stop the engine's work on purpose: told to control when they are sent, and taken back where they failed."""
+"""Calls that stop the engine's work on purpose: an order counts from the engine's 2xx, a call while it is there."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ import pytest
 from aiohttp import web
 
 from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Directed, Fact, Settled
-from sidecar.relay.directed import PATHS, Windows, in_part, row_of
+from sidecar.facts import Directed, Directing, Fact, Settled
+from sidecar.relay.directed import PATHS, Calls, in_part, row_of
+from sidecar.relay.upstream import REPEATED
 
+from ..waiting import PATIENCE
 from .test_relief import soon
 from .work import FAST
 
 WHAT = {"engine_sleeping", "engine_paused", "engine_profiling", "weight_update"}
 
 
-def told(r: Any) -> list[tuple[str, bool]]:
+def orders(r: Any) -> list[tuple[str, bool]]:
     return [(fact.what, fact.on) for fact in r.facts.of(Directed)]
+
+
+def calls(r: Any) -> list[tuple[str, bool, bool]]:
+    return [(fact.what, fact.on, fact.taken) for fact in r.facts.of(Directing)]
+
+
+def with_the_engine(r: Any) -> set[int]:
+    """The calls that began and are not over."""
+    facts = r.facts.of(Directing)
+    return {fact.id for fact in facts if fact.on} - {fact.id for fact in facts if not fact.on}
 
 
 async def answered(r: Any, method: str, path: str, **more: Any) -> int:
@@ -33,14 +45,14 @@ async def test_sleep_and_wake_up_of_an_engine(rig: Any) -> None:
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url)
         assert await answered(r, "POST", "/sleep?level=1") == 200
-        assert told(r) == [("engine_sleeping", True)]
+        assert orders(r) == [("engine_sleeping", True)]
         assert await answered(r, "POST", "/wake_up") == 200
-    assert told(r) == [("engine_sleeping", True), ("engine_sleeping", False)]
+    assert orders(r) == [("engine_sleeping", True), ("engine_sleeping", False)]
     assert not r.facts.of(Settled)
 
 
-async def test_the_stop_is_told_before_the_answer(rig: Any, serve: Any) -> None:
-    """An engine that takes minutes to stop is exempt from the moment the call is sent; a call like this ends it with its answer."""
+async def test_a_call_is_reported_from_its_last_byte_to_its_answer(rig: Any, serve: Any) -> None:
+    """An engine may stand still for minutes while it answers; where the call is no lasting stop, no order remains."""
     called, answer = asyncio.Event(), asyncio.Event()
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -51,29 +63,112 @@ async def test_the_stop_is_told_before_the_answer(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     asked = asyncio.create_task(answered(r, "POST", "/update_weights_from_disk", json={"model_path": "m"}))
     await soon(called)
-    assert told(r) == [("weight_update", True)]
+    assert calls(r) == [("weight_update", True, False)]
     answer.set()
     await asked
-    assert told(r) == [("weight_update", True), ("weight_update", False)]
+    assert calls(r) == [("weight_update", True, False), ("weight_update", False, True)]
+    assert orders(r) == []
 
 
-@pytest.mark.parametrize(("status", "left"), [(404, 2), (500, 2), (200, 1)])
-async def test_a_stop_that_was_refused_is_taken_back(rig: Any, serve: Any, status: int, left: int) -> None:
-    """An engine without the path, or that fails at it, has not stopped."""
+@pytest.mark.parametrize("status", [404, 405, 307, 500])
+@pytest.mark.parametrize("path", ["/sleep", "/pause", "/start_profile", "/update_weights", "/stop_profile", "/wake_up"])
+async def test_what_the_engine_refused_is_no_order(rig: Any, serve: Any, path: str, status: int) -> None:
+    """An engine without the path, or that fails at it, has neither stopped nor resumed."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(status=status)
 
     r = await rig(await serve(engine))
-    assert await answered(r, "POST", "/pause") == status
-    assert told(r) == [("engine_paused", True), ("engine_paused", False)][:left]
+    assert await answered(r, "POST", path, allow_redirects=False) == status
+    assert orders(r) == []
+    assert not any(taken for _, _, taken in calls(r))
+    assert with_the_engine(r) == set()
 
 
-async def test_a_stop_that_reached_nobody_is_taken_back(rig: Any, unused_tcp_port: int) -> None:
+async def test_an_order_that_reached_nobody_is_none(rig: Any, unused_tcp_port: int) -> None:
     """Without a connection there is no stop."""
     r = await rig(f"http://127.0.0.1:{unused_tcp_port}")
     assert await answered(r, "POST", "/sleep") == 502
-    assert told(r) == [("engine_sleeping", True), ("engine_sleeping", False)]
+    assert orders(r) == []
+    assert with_the_engine(r) == set()
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/pause", "/start_profile", "/update_weights", "/stop_profile"])
+async def test_a_client_that_leaves_before_the_answer_leaves_no_order(rig: Any, serve: Any, path: str) -> None:
+    """What the engine made of it, its own signs say; its call is over."""
+    called, left = asyncio.Event(), asyncio.Event()
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        called.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+        raise AssertionError
+
+    r = await rig(await serve(engine))
+    asked = asyncio.create_task(answered(r, "POST", path))
+    await soon(called)
+    assert len(with_the_engine(r)) == 1
+    asked.cancel()
+    await soon(left)
+    assert orders(r) == []
+    assert with_the_engine(r) == set()
+    assert not any(taken for _, _, taken in calls(r))
+
+
+@pytest.mark.parametrize(
+    "announced",
+    [b"content-length: 10", b"content-length: %d" % (REPEATED + 10), b"transfer-encoding: chunked"],
+    ids=["short", "long", "chunked"],
+)
+@pytest.mark.parametrize("path", [b"/sleep", b"/start_profile", b"/update_weights_from_disk"])
+async def test_a_body_that_never_comes_makes_no_order(rig: Any, serve: Any, announced: bytes, path: bytes) -> None:
+    """A client that announces a body, sends none and hangs up: nothing was with the engine, nothing is left."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        await request.read()
+        return web.Response(status=404)
+
+    r = await rig(await serve(engine))
+    reader, writer = await asyncio.open_connection(r.host, r.port)
+    writer.write(b"POST %s HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\n%s\r\n\r\n" % (path, announced))
+    async with asyncio.timeout(PATIENCE):
+        await reader.readuntil(b"\r\n\r\n")  # the relay reads
+    writer.close()
+    await writer.wait_closed()
+    await r.relay.drain(r.server, PATIENCE)  # it is done with the client
+    assert (orders(r), calls(r)) == ([], [])
+
+
+async def test_a_long_body_is_with_the_engine_when_the_last_of_it_was_sent(rig: Any, serve: Any) -> None:
+    """Weights in the body stream through; until they are there, the engine goes on with its work."""
+    began, whole, read, answer = (asyncio.Event() for _ in range(4))
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        await request.content.readany()
+        began.set()
+        await request.read()
+        read.set()
+        await soon(answer)
+        return web.Response()
+
+    async def weights() -> Any:
+        yield b"w" * REPEATED
+        await soon(whole)
+        yield b"w"
+
+    r = await rig(await serve(engine, client_max_size=2 * REPEATED))
+    asked = asyncio.create_task(answered(r, "POST", "/update_weights_from_tensor", data=weights()))
+    await soon(began)
+    assert calls(r) == []
+    whole.set()
+    await soon(read)
+    await r.facts.wait(Directing)
+    assert calls(r) == [("weight_update", True, False)]
+    answer.set()
+    assert await asked == 200
+    assert calls(r) == [("weight_update", True, False), ("weight_update", False, True)]
 
 
 async def test_a_failed_resumption_resumes_nothing(rig: Any, serve: Any) -> None:
@@ -85,7 +180,7 @@ async def test_a_failed_resumption_resumes_nothing(rig: Any, serve: Any) -> None
     r = await rig(await serve(engine))
     await answered(r, "POST", "/pause")
     await answered(r, "POST", "/resume")
-    assert told(r) == [("engine_paused", True)]
+    assert orders(r) == [("engine_paused", True)]
 
 
 async def test_waking_in_part_is_not_awake(rig: Any, serve: Any) -> None:
@@ -99,9 +194,9 @@ async def test_waking_in_part_is_not_awake(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     await answered(r, "POST", "/wake_up?tags=weights")
     await answered(r, "POST", "/resume_memory_occupation", data=b'{"tags": ["weights"]}')
-    assert told(r) == []
+    assert orders(r) == []
     await answered(r, "POST", "/resume_memory_occupation", data=b'{"tags": ["kv_cache"]}')
-    assert told(r) == [("engine_sleeping", False)]
+    assert orders(r) == [("engine_sleeping", False)]
     assert bodies == [b"", b'{"tags": ["weights"]}', b'{"tags": ["kv_cache"]}']
 
 
@@ -122,33 +217,36 @@ def test_in_part(query: str, body: bytes, partly: bool) -> None:
     assert in_part(query, body) is partly
 
 
-def test_a_call_within_a_wider_stop_does_not_end_it() -> None:
-    """Weights that are updated piece by piece between start and finish stay one exemption; a second sleep that fails ends none."""
-    told: list[Fact] = []
-    windows = Windows(told.append, lambda: 1.0)
+@pytest.mark.parametrize(
+    ("path", "status", "orders"),
+    [
+        ("/start_weight_update", 200, [True]),
+        ("/update_weights", 200, []),
+        ("/finish_weight_update", 200, [False]),
+        ("/finish_weight_update", 500, []),
+        ("/start_profile", 202, [True]),
+        ("/stop_profile", 200, [False]),
+        ("/stop_profile", 404, []),
+    ],
+)
+def test_what_an_answer_means(path: str, status: int, orders: list[bool]) -> None:
+    """Only a 2xx takes an order or its opposite; a call that lasts as long as the stop is neither."""
+    facts: list[Fact] = []
+    row = row_of("POST", path)
+    with Calls(facts.append, lambda: 1.0).call(row) as call:
+        call.sent()
+        call.answered(status)
+    assert row is not None
+    assert [fact for fact in facts if isinstance(fact, Directed)] == [Directed(1.0, row.what, on) for on in orders]
 
-    def call(path: str, status: int) -> None:
-        with windows.call(row_of("POST", path)) as it:
-            it.answered(status)
 
-    for path, status in (("/start_weight_update", 200), ("/update_weights", 200), ("/update_weights", 200)):
-        call(path, status)
-    assert {fact.on for fact in told if isinstance(fact, Directed)} == {True}
-    call("/finish_weight_update", 200)
-    assert told[-1] == Directed(1.0, "weight_update", False)
-    call("/sleep", 200)
-    call("/sleep", 500)
-    assert told[-1] == Directed(1.0, "engine_sleeping", True)
-
-
-def test_writing_the_profile_is_exempt_to_its_end() -> None:
-    """/stop_profile stops the world itself: told again when it is sent, and over with its answer, whatever that is."""
-    told: list[Fact] = []
-    windows = Windows(told.append, lambda: 1.0)
-    for path in ("/start_profile", "/stop_profile"):
-        with windows.call(row_of("POST", path)) as it:
-            it.answered(200)
-    assert [fact.on for fact in told if isinstance(fact, Directed)] == [True, True, False]
+def test_an_answer_that_comes_before_the_body_was_sent_ends_the_call() -> None:
+    """What is written of the body afterwards begins nothing."""
+    facts: list[Fact] = []
+    with Calls(facts.append, lambda: 1.0).call(row_of("POST", "/update_weights")) as call:
+        call.answered(413)
+        call.sent()
+    assert facts == []
 
 
 def test_the_table_is_sound() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar import units
-from sidecar.facts import Admitted, Backpressure, Delivered, Directed, Fact, FirstToken, Settled, Usage, Work
+from sidecar.facts import Admitted, Backpressure, Delivered, Directed, Directing, Fact, FirstToken, Settled, Usage, Work
 from sidecar.ledger import Ledger
 from sidecar.relay.outstanding import MAX_SETTLED, Outstanding
 
@@ -58,16 +58,20 @@ def test_bookings_count_for_one_connection() -> None:
 
 
 def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_holds() -> None:
-    """A pause that goes on is known to the next control process, one that is over is not; of a client, who kept whom waiting last."""
+    """So are a pause and a weight update that go on, and who of a client and an engine kept whom waiting last."""
     outstanding = Outstanding()
     for fact in (
         admitted("a", 1.0), Backpressure("a", 2.0, True), admitted("b", 1.0), Backpressure("b", 2.0, True),
         Backpressure("b", 3.0, False), Directed(1.0, "engine_paused", True), Directed(1.0, "engine_sleeping", True),
-        Directed(2.0, "engine_sleeping", False),
+        Directed(2.0, "engine_sleeping", False), Directing(2.5, 1, "weight_update", True),
+        Directing(2.5, 2, "weight_update", True), Directing(2.6, 1, "weight_update", False, taken=True),
     ):  # fmt: skip
         outstanding.note(fact)
-    told = [f for f in outstanding.again() if isinstance(f, Backpressure | Directed)]
-    assert told == [Directed(1.0, "engine_paused", True), Backpressure("a", 2.0, True), Backpressure("b", 3.0, False)]
+    again = [f for f in outstanding.again() if isinstance(f, Backpressure | Directed | Directing)]
+    assert again == [
+        Directed(1.0, "engine_paused", True), Backpressure("a", 2.0, True), Directing(2.5, 2, "weight_update", True),
+        Backpressure("b", 3.0, False),
+    ]  # fmt: skip
 
 
 def test_what_is_kept_is_bounded() -> None:
