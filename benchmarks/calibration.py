@@ -23,10 +23,10 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sidecar import units
-from sidecar.calibrate import fit, hardware
-from sidecar.calibrate.fit import Measured, Row
-from sidecar.calibrate.journal import read
+from sidecar.load import cost_model as units
+from sidecar.tools.calibrate import fit, hardware
+from sidecar.tools.calibrate.checkpoint import read
+from sidecar.tools.calibrate.fit import Measured, Row
 from tests.vllm import environment, processes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from sidecar import units
-from sidecar.busy import SECONDS
-from sidecar.drift import Drift
-from sidecar.refit import Refit
-from sidecar.units import Coefficients
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.drift import Drift
+from sidecar.load.refit import Refit
+from sidecar.load.work_windows import SECONDS
 from tests.work import found, slower, windows
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")

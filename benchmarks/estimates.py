@@ -21,11 +21,11 @@ from statistics import fmean
 
 from sim.traces import Trace, load
 
-from sidecar import units
-from sidecar.facts import Admitted, Usage
-from sidecar.ledger import Hold, tokens_left
-from sidecar.relay.estimate import Estimator
-from sidecar.relay.shapes import Shape
+from sidecar.events import Admitted, Usage
+from sidecar.load import cost_model as units
+from sidecar.load.estimator import Estimator
+from sidecar.load.ledger import Hold, tokens_left
+from sidecar.load.request_shape import Shape
 
 FIRST_TOKEN, PER_TOKEN = 0.5, 0.03  # seconds
 MEAN_START, MEAN_WEIGHT = 256.0, 0.05  # of the decayed mean

@@ -17,11 +17,11 @@ import transformers
 from one_core import DECODE, cpu_name, decoded, measure
 from PIL import Image
 
-from sidecar import photos
-from sidecar.imaging import tiles
-from sidecar.imaging.patches import by_torchvision, crop, prepare, resize, resized_ppm, values
+from sidecar.images.worker import tiles
+from sidecar.images.worker.tensors import by_torchvision, crop, prepare, resize, resized_ppm, values
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import TileSpec
+from sidecar.tools import synthetic_photos as photos
 
 SIZES: Final = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
 PIXELS, TENSORS, THEIRS, PILLOW = "pixels", "tensors", "HF torchvision, PIL decode", "HF PIL"

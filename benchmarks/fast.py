@@ -19,12 +19,13 @@ import numpy as np
 import PIL
 from one_core import LIMITS, cpu_name, decoded, measure, pin
 
-from sidecar import photos
-from sidecar.imaging import headers, shrunk
-from sidecar.imaging.decode import decode
-from sidecar.imaging.patches import ppm, resize
+from sidecar.images import file_headers as headers
+from sidecar.images.worker import fast_jpeg as shrunk
+from sidecar.images.worker.decode import decode
+from sidecar.images.worker.tensors import ppm, resize
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import BICUBIC, ProcessorSpec
+from sidecar.tools import synthetic_photos as photos
 
 SIZES: Final = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
 # what is made of an image -> its processor

@@ -3,7 +3,7 @@
     python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--only HALF] [--traces DIR] [--processes N] [--quick] [--write]
 
 Simulated, not measured. The engines are benchmarks/replay/engine.py, which the cost model does not know; its coefficients come from
-`sidecar.calibrate`'s fit. Prints p99 of the time to first token, SLO attainment and GPU hours; `--write` puts the tables and two plots into
+`sidecar.tools.calibrate`'s fit. Prints p99 of the time to first token, SLO attainment and GPU hours; `--write` puts the tables and two plots into
 benchmarks/results/. Progress goes to stderr. Without the traces it says so and ends with 0.
 """
 

@@ -22,7 +22,7 @@ def jpeg(height: int, width: int, subsampling: int) -> bytes:
     """A photograph's likeness."""
     from PIL import Image
 
-    from sidecar import photos
+    from sidecar.tools import synthetic_photos as photos
 
     out = io.BytesIO()
     Image.fromarray(photos.pixels(width, height, 1)).save(out, "JPEG", quality=90, subsampling=subsampling)
@@ -52,10 +52,10 @@ def speed(data: Any, device: str, count: int, rounds: int) -> float:
 
 def off(data: Any, spec: Any, device: str) -> tuple[str, str]:
     """Table cells of one file: as decoded, and resized."""
-    from sidecar.imaging import headers
-    from sidecar.imaging.decode import decode
-    from sidecar.imaging.patches import by_torchvision
-    from sidecar.jobs import Limits
+    from sidecar.images import file_headers as headers
+    from sidecar.images.protocol import Limits
+    from sidecar.images.worker.decode import decode
+    from sidecar.images.worker.tensors import by_torchvision
 
     raw = data.numpy().tobytes()
     header = headers.read(raw)

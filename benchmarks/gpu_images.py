@@ -53,7 +53,7 @@ class Work:
     def __init__(self, device: str, pixels: Any, spec: Any, kind: str, count: int) -> None:
         import torch
 
-        from sidecar.imaging.patches import table
+        from sidecar.images.worker.tensors import table
         from sidecar.kernels import gpu
         from sidecar.kernels.ragged import Wanted
 
@@ -100,7 +100,7 @@ def check(device: str, sizes: dict[str, tuple[int, int]]) -> None:
     """Every size, filter and kind of value against ATen and torch's operations. Raises AssertionError."""
     import torch
 
-    from sidecar.imaging.patches import by_torchvision, patches
+    from sidecar.images.worker.tensors import by_torchvision, patches
 
     for height, width in sizes.values():
         pixels = picture(height, width)
@@ -156,7 +156,7 @@ def measure(rounds: int) -> list[Row]:
 
 def peak(name: str) -> float | None:
     """The device's memory bandwidth by its data sheet."""
-    from sidecar.hardware import find
+    from sidecar.load.gpu_specs import find
 
     found = find(name)
     return None if found is None else found.bandwidth * 1e9

@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 from sidecar import settings
-from sidecar.borrowed import opened
-from sidecar.client import Lent, Loan
-from sidecar.imaging import work
-from sidecar.imaging.door import Door
-from sidecar.jobs import DEVICE, GPU_DOOR, TENSORS, Done, Job, Limits
-from sidecar.loan import NoGpu, borrowed
-from sidecar.relay.preprocess import valued
+from sidecar.client.gpu_tensors import opened
+from sidecar.client.preprocess import Lent, Loan
+from sidecar.images.gpu_loan import NoGpu, borrowed
+from sidecar.images.protocol import DEVICE, GPU_DOOR, TENSORS, Done, Job, Limits
+from sidecar.images.worker import pipeline as work
+from sidecar.images.worker.gpu_channel import Door
+from sidecar.relay.media.preprocess_api import valued
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 CHOSEN: Final = settings.Settings(images_device="cuda", image_workers=1)

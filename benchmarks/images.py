@@ -33,10 +33,10 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-from sidecar import photos
-from sidecar.imaging.patches import by_torchvision, patches, prepare, resized_ppm
+from sidecar.images.worker.tensors import by_torchvision, patches, prepare, resized_ppm
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import PatchSpec
+from sidecar.tools import synthetic_photos as photos
 
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
 CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound

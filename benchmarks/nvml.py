@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import pynvml
 
-from sidecar.signals.gpu_sample import BATCH, SM_CLOCK, Device, Sampler, found
+from sidecar.signals.gpu.sample import BATCH, SM_CLOCK, Device, Sampler, found
 
 STUB: Final = "Stub GPU"
 SECOND: Final = 1.0  # between two rounds of the signal, which its share of a core is taken over

@@ -19,9 +19,9 @@ from typing import Any, Final
 
 import torch
 
-from sidecar.imaging import headers
-from sidecar.imaging.decode import decode
-from sidecar.jobs import Limits
+from sidecar.images import file_headers as headers
+from sidecar.images.protocol import Limits
+from sidecar.images.worker.decode import decode
 
 LIMITS: Final = Limits(20 << 20, 50_000_000)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h

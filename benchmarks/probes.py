@@ -33,7 +33,7 @@ from typing import Any
 
 import aiohttp
 
-from sidecar.photos import photo
+from sidecar.tools.synthetic_photos import photo
 
 TIMEOUT = 1.0  # seconds; kubelet's default
 STREAMS, PHOTOGRAPHERS = 64, 8

@@ -32,13 +32,13 @@ import uvloop
 from aiohttp import web
 
 from sidecar import settings
-from sidecar.channel import Channel
-from sidecar.facts import Pulse
+from sidecar.events import Pulse
+from sidecar.runtime.channel import Channel
 
 EVENTS, CONCURRENCY = 200, 32
 RUN = """
 import socket, sys
-from sidecar import settings, units
+from sidecar import settings; from sidecar.load import cost_model as units
 from sidecar.relay.process import Place, main
 place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"")
 sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import aiohttp
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 SCRAPERS, EVERY = 4, 0.05
 STREAMS, TOKENS = 4, 200

@@ -17,11 +17,11 @@ import statistics
 import time
 from pathlib import Path
 
-from sidecar import units
-from sidecar.facts import Usage
-from sidecar.relay import counting
-from sidecar.relay.estimate import Estimator
-from sidecar.relay.shapes import describe
+from sidecar.events import Usage
+from sidecar.load import cost_model as units
+from sidecar.load.estimator import Estimator
+from sidecar.load.request_shape import describe
+from sidecar.relay.pricing import tokenizer as counting
 
 KINDS = (".md", ".txt", ".py", ".js", ".json", ".html")
 LENGTHS = ((200, 1000), (1000, 4096), (4096, 16_000), (16_000, 1 << 30))  # characters

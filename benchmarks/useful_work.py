@@ -15,10 +15,10 @@ import datetime
 from dataclasses import replace
 from pathlib import Path
 
-from sidecar.bench import report
-from sidecar.bench.command import BenchSettings, bench
-from sidecar.bench.tally import Row
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.tools.bench import report
+from sidecar.tools.bench.command import BenchSettings, bench
+from sidecar.tools.bench.tally import Row
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 HERE = Path(__file__).resolve().parent
 # Of the reference: completed, dropped, p95 in seconds, dollars per 1k completed, SLO.

@@ -40,8 +40,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sidecar import photos, plugin
+from sidecar.images import vllm_plugin as plugin
 from sidecar.kernels import families
+from sidecar.tools import synthetic_photos as photos
 from tests.vllm import client, environment, processes
 
 PATH = "/v1/chat/completions"
@@ -57,9 +58,9 @@ SMALL, TEXT = "vLLM alone, image already resized", "vLLM alone, no image"
 FLAGS = {"canary-interval": "300", "silence-floor": "60", "log-level": "warning"}
 DECODE = """
 import sys, time, statistics, torch
-from sidecar.imaging import headers, shrunk
-from sidecar.imaging.decode import decode
-from sidecar.jobs import Limits
+from sidecar.images import file_headers as headers; from sidecar.images.worker import fast_jpeg as shrunk
+from sidecar.images.worker.decode import decode
+from sidecar.images.protocol import Limits
 from sidecar.kernels import families
 torch.set_num_threads(1)
 data, spec, limits, taken = open(sys.argv[1], "rb").read(), families.from_json(sys.argv[2]), Limits(20 << 20, 50_000_000), []
@@ -140,10 +141,10 @@ def resized(jpeg: bytes) -> bytes:
     """What the sidecar hands over inline: the image in its final size, as PPM."""
     import torch
 
-    from sidecar.imaging import headers
-    from sidecar.imaging.decode import decode
-    from sidecar.imaging.patches import ppm, resize
-    from sidecar.jobs import Limits
+    from sidecar.images import file_headers as headers
+    from sidecar.images.protocol import Limits
+    from sidecar.images.worker.decode import decode
+    from sidecar.images.worker.tensors import ppm, resize
 
     torch.set_num_threads(1)
     spec = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "size": LIMIT})

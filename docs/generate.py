@@ -15,22 +15,23 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar import cel, settings
-from sidecar.engine import catalogue
-from sidecar.engine.catalogue import OWED, Case
-from sidecar.engine.faults import FAULTS
-from sidecar.facts import STATES, State
-from sidecar.fleet import HANDOVERS, HOLDS
+from sidecar import settings
+from sidecar.events import STATES, State
+from sidecar.health.kill_policy import HANDOVERS, HOLDS
+from sidecar.health.probes import FAILS
+from sidecar.health.reasons import CAUSES, TEXTS
+from sidecar.health.verdict import CONDITIONS, TABLE
 from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
-from sidecar.manifests.render import render
-from sidecar.manifests.settings import ManifestSettings
-from sidecar.meters import METRICS
-from sidecar.probes import FAILS
-from sidecar.reasons import CAUSES, TEXTS
+from sidecar.load.cost_model import Coefficients
+from sidecar.report.metrics import METRICS
 from sidecar.settings import Settings, spelled
-from sidecar.units import Coefficients
-from sidecar.verdict import CONDITIONS, TABLE
+from sidecar.tools import cel
+from sidecar.tools.manifests.render import render
+from sidecar.tools.manifests.settings import ManifestSettings
+from sidecar.tools.scripted_engine import hang_catalogue as catalogue
+from sidecar.tools.scripted_engine.faults import FAULTS
+from sidecar.tools.scripted_engine.hang_catalogue import OWED, Case
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 GATEWAY: Final = ROOT / "deploy" / "envoy-ai-gateway" / "milli-mu.yaml"
@@ -182,7 +183,7 @@ def verdict_page() -> str:
     return f"""\
 # The verdict
 
-Generated from `sidecar/verdict.py` and `sidecar/probes.py` by `make docs`. Why it is so: [health.md](health.md).
+Generated from `sidecar/health/verdict.py` and `sidecar/health/probes.py` by `make docs`. Why it is so: [health.md](health.md).
 
 ## Verdicts
 

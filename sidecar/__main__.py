@@ -11,9 +11,12 @@ from typing import Any
 
 import click
 
-from sidecar import __version__, logs, probes, settings, statefile
+from sidecar import __version__, settings
+from sidecar.control import state_dir as statefile
 from sidecar.errors import SidecarError, UsageError
 from sidecar.flags import described
+from sidecar.health import probes
+from sidecar.runtime import logs
 from sidecar.settings import Settings
 
 
@@ -49,13 +52,13 @@ def coded(life: Callable[[], int]) -> int:
 # Commands whose modules are heavy: they are imported only when asked for, because kubelet starts `sidecar probe` every few
 # seconds. name -> (module, settings class)
 HEAVY = {
-    "engine": ("sidecar.engine.scripted", "EngineSettings"),
-    "demo": ("sidecar.demo.story", "DemoSettings"),
-    "manifests": ("sidecar.manifests.render", "ManifestSettings"),
-    "usage": ("sidecar.usage", "UsageSettings"),
-    "cel": ("sidecar.cel", "CelSettings"),
-    "calibrate": ("sidecar.calibrate.command", "CalibrateSettings"),
-    "bench": ("sidecar.bench.command", "BenchSettings"),
+    "engine": ("sidecar.tools.scripted_engine.server", "EngineSettings"),
+    "demo": ("sidecar.tools.demo.command", "DemoSettings"),
+    "manifests": ("sidecar.tools.manifests.render", "ManifestSettings"),
+    "usage": ("sidecar.tools.usage", "UsageSettings"),
+    "cel": ("sidecar.tools.cel", "CelSettings"),
+    "calibrate": ("sidecar.tools.calibrate.command", "CalibrateSettings"),
+    "bench": ("sidecar.tools.bench.command", "BenchSettings"),
 }
 
 
@@ -113,7 +116,7 @@ def run_command(config: str | None, **flags: str | None) -> int:
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     logs.setup(chosen.log_format, chosen.log_level)
-    from sidecar import tree  # here, so that `sidecar probe` starts quickly
+    from sidecar.launch import process_tree as tree  # here, so that `sidecar probe` starts quickly
 
     return tree.main(chosen, coded)
 
@@ -134,7 +137,7 @@ def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON")
 def doctor_command(as_json: bool, config: str | None, **flags: str | None) -> int:
     """Check settings, engine, GPU, shared memory, CPU quota; say what is missing and how to mend it."""
-    from sidecar.doctor import report
+    from sidecar.tools.doctor import report
 
     return report.main(settings.load(Settings, flags, os.environ, config), as_json)
 
@@ -143,7 +146,7 @@ def doctor_command(as_json: bool, config: str | None, **flags: str | None) -> in
 @click.option("--listen-fd", type=int, required=True)
 def image_command(listen_fd: int) -> int:
     """The image server; started by `run`, which writes the settings to its standard input."""
-    from sidecar.imaging import server
+    from sidecar.images.worker import fork_server as server
 
     return server.main(listen_fd, sys.stdin.readline())
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sidecar.facts import CanaryResult, DiagnosisSummary, Verdict
+from sidecar.events import CanaryResult, DiagnosisSummary, Verdict
 from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading
 
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 import aiohttp
 import pytest
 
-from sidecar.engine.kinds import KINDS
-from sidecar.engine.sample import Garbage, parse
+from sidecar.engines.metrics_parser import Garbage, parse
+from sidecar.engines.registry import KINDS
 
 from .engine_client import Client, text
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import aiohttp
 
-from sidecar.engine.kinds import KINDS
-from sidecar.engine.sample import parse
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.engines.metrics_parser import parse
+from sidecar.engines.registry import KINDS
 from sidecar.readings import EngineSample
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 QUIET = 0.05  # seconds in which a live engine of these tests does dozens of steps
 

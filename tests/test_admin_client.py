@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from sidecar.demo.admin_client import AdminClient, units_by_outcome
+from sidecar.tools.demo.admin_client import AdminClient, units_by_outcome
 
 PAGE = """\
 # HELP sidecar_mu Model units

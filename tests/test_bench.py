@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 import pytest
 
 from sidecar.__main__ import run
-from sidecar.bench import report
-from sidecar.bench.arrivals import PROFILES, times
-from sidecar.bench.command import BenchSettings, bench
-from sidecar.bench.tally import ENDS, Record, Row, row
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.tools.bench import report
+from sidecar.tools.bench.arrivals import PROFILES, times
+from sidecar.tools.bench.command import BenchSettings, bench
+from sidecar.tools.bench.tally import ENDS, Record, Row, row
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 ENGINE = EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=10.0)
 CHOSEN = BenchSettings(

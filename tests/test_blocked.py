@@ -6,11 +6,11 @@ from typing import Final
 
 import pytest
 
-from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, Work
+from sidecar.control.state import TICK, Control, Readings
+from sidecar.events import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, Work
+from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent
 from sidecar.settings import Settings
-from sidecar.units import Coefficients
 
 FLOOR: Final = 4.0
 NOTHING: Final = Absent("not here")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sidecar import budget
-from sidecar.budget import SharedBudget, Target, free, look, shared, target
-from sidecar.lease import DURATION, Leases, connect, told
+from sidecar.control import restart_budget as budget
+from sidecar.control.k8s_lease import DURATION, Leases, connect, told
+from sidecar.control.restart_budget import SharedBudget, Target, free, look, shared, target
 
 from .lease_server import LeaseServer, lease_server
 
@@ -198,7 +198,7 @@ async def test_a_silent_api_server_costs_one_bounded_round(
     server: LeaseServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes the call and never answers: the round ends by itself."""
-    monkeypatch.setattr("sidecar.lease.ANSWER", 0.2)
+    monkeypatch.setattr("sidecar.control.k8s_lease.ANSWER", 0.2)
     server.silent = True
     async with replicas("pod-a") as (_, leases, (a,)), asyncio.timeout(60):
         a.want(True)

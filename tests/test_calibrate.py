@@ -17,18 +17,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import units
 from sidecar.__main__ import run
-from sidecar.calibrate import command, contention, fit, report, search, traffic
-from sidecar.calibrate.command import CalibrateSettings, calibrate
-from sidecar.calibrate.fit import Measured
-from sidecar.calibrate.journal import Entry, Journal, Plan, Step
-from sidecar.calibrate.prompts import Target
-from sidecar.calibrate.shapes import LEAST, SIDES, Shape, least, ordered, plan, reference
-from sidecar.calibrate.traffic import EngineRefused
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Work
-from sidecar.units import Coefficients
+from sidecar.events import Work
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.tools.calibrate import capacity_search as search
+from sidecar.tools.calibrate import command, contention, fit, report, traffic
+from sidecar.tools.calibrate.checkpoint import Entry, Journal, Plan, Step
+from sidecar.tools.calibrate.command import CalibrateSettings, calibrate
+from sidecar.tools.calibrate.fit import Measured
+from sidecar.tools.calibrate.prompts import Target
+from sidecar.tools.calibrate.shapes import LEAST, SIDES, Shape, least, ordered, plan, reference
+from sidecar.tools.calibrate.traffic import EngineRefused
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
 TOKENS = {side: (side // 28) ** 2 * 3 // 4 for side in SIDES}

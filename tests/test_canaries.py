@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar import units
-from sidecar.canaries import BASE, STRIKES, Canaries, Sameness
-from sidecar.control import Control, Readings
-from sidecar.facts import CanaryResult, Work
+from sidecar.control.canary_stats import BASE, STRIKES, Canaries, Sameness
+from sidecar.control.state import Control, Readings
+from sidecar.events import CanaryResult, Work
+from sidecar.load import cost_model as units
 from sidecar.readings import Absent
 from sidecar.settings import Settings
 

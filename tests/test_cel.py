@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar import __main__ as cli
-from sidecar import units
-from sidecar.cel import expression
-from sidecar.facts import Work
-from sidecar.units import Coefficients
+from sidecar.events import Work
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.tools.cel import expression
 
 PLAIN = Coefficients()
 CASES = {

@@ -11,11 +11,11 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar import contact as contacts
-from sidecar.contact import Contact
-from sidecar.engine import sglang
+from sidecar.engines import sglang
 from sidecar.readings import Absent, Value
 from sidecar.settings import Settings
+from sidecar.signals import engine_monitor as contacts
+from sidecar.signals.engine_monitor import Contact
 
 from .engine_faces import FACES, Shown, models, page, said, shown
 from .waiting import PATIENCE

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar import units
 from sidecar.errors import UsageError
-from sidecar.facts import Usage, Work
-from sidecar.report import cost
-from sidecar.units import Coefficients
+from sidecar.events import Usage, Work
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.report import cost_json as cost
 
 CO = Coefficients()
 tokens = st.integers(0, 20_000)

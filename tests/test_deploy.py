@@ -18,14 +18,14 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar.cel import CelSettings
-from sidecar.facts import OUTCOMES, STATES
-from sidecar.fleet import HANDOVERS
-from sidecar.manifests.settings import ManifestSettings
-from sidecar.meters import METRICS
-from sidecar.report import load
+from sidecar.events import OUTCOMES, STATES
+from sidecar.health.kill_policy import HANDOVERS
+from sidecar.report import load_json as load
+from sidecar.report.metrics import METRICS
 from sidecar.report.prometheus import Pages
 from sidecar.settings import Settings, spelled
+from sidecar.tools.cel import CelSettings
+from sidecar.tools.manifests.settings import ManifestSettings
 
 from . import api_server_rules
 from .test_reports import SNAPSHOT, full

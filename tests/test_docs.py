@@ -13,10 +13,10 @@ import pytest
 
 from sidecar import __main__ as cli
 from sidecar import __version__
-from sidecar.admin import Sources, make_app
-from sidecar.facts import STATES
-from sidecar.meters import METRICS
-from sidecar.report.page import Feed
+from sidecar.control.admin_api import Sources, make_app
+from sidecar.events import STATES
+from sidecar.report.live_page import Feed
+from sidecar.report.metrics import METRICS
 from sidecar.settings import Settings, spelled
 
 ROOT = Path(__file__).resolve().parent.parent

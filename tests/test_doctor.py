@@ -14,12 +14,12 @@ import pytest
 from aiohttp import web
 
 from sidecar import __main__ as cli
-from sidecar.doctor import engine as engine_checks
-from sidecar.doctor import machine
-from sidecar.doctor.finding import Finding
-from sidecar.doctor.report import CHECKS, examine, text
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.settings import Settings
+from sidecar.tools.doctor import engine as engine_checks
+from sidecar.tools.doctor import machine
+from sidecar.tools.doctor.finding import Finding
+from sidecar.tools.doctor.report import CHECKS, examine, text
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from .waiting import PATIENCE
 

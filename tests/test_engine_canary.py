@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.engine.canary import Answer, Form, Forms, body, read
-from sidecar.engine.kind import CHAT, COMPLETIONS, EMBEDDINGS
-from sidecar.engine.kinds import KINDS
+from sidecar.engines.canary_request import Answer, Form, Forms, body, read
+from sidecar.engines.engine_type import CHAT, COMPLETIONS, EMBEDDINGS
+from sidecar.engines.registry import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from sidecar.engine.faults import FAULTS, FaultError, Faults
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.errors import UsageError
 from sidecar.settings import load
+from sidecar.tools.scripted_engine.faults import FAULTS, FaultError, Faults
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from .engine_checks import CHECKS, OPTIONS
 from .engine_client import quick, running_engine

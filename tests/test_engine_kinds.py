@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.engine import sglang
-from sidecar.engine.kind import EngineKind
-from sidecar.engine.kinds import CLOSER_LOOK, KINDS, recognise
+from sidecar.engines import sglang
+from sidecar.engines.engine_type import EngineKind
+from sidecar.engines.registry import CLOSER_LOOK, KINDS, recognise
 from sidecar.flags import ENGINE_KINDS
 from sidecar.readings import EngineSample
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.engine.kinds import KINDS, recognise
-from sidecar.engine.sample import parse
+from sidecar.engines.metrics_parser import parse
+from sidecar.engines.registry import KINDS, recognise
 from sidecar.readings import EngineSample, RankSample
 
 PAGES = Path(__file__).with_name("pages")

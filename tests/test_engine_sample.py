@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.engine.behaviour import Behaviour
-from sidecar.engine.kinds import KINDS
-from sidecar.engine.pages import GARBAGE, Meters
-from sidecar.engine.sample import Garbage, parse
+from sidecar.engines.metrics_parser import Garbage, parse
+from sidecar.engines.registry import KINDS
 from sidecar.readings import EngineSample, RankSample
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+from sidecar.tools.scripted_engine.metrics import GARBAGE, Meters
 
 VLLM = KINDS["vllm"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.engine.behaviour import Behaviour
-from sidecar.engine.scheduler import BLOCK, Limits, Output, Scheduler, Sequence
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+from sidecar.tools.scripted_engine.scheduler import BLOCK, Limits, Output, Scheduler, Sequence
 
 HEALTH = Behaviour()
 LIMITS = Limits(1000.0, 0.01, max_batch=8, max_waiting=100, kv_tokens=64 * BLOCK, step_tokens=100)

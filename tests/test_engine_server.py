@@ -16,11 +16,11 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 
-from sidecar.engine import canary
-from sidecar.engine.kinds import KINDS, recognise
-from sidecar.engine.pictures import size_of
-from sidecar.engine.scripted import ScriptedEngine, bound
+from sidecar.engines import canary_request as canary
+from sidecar.engines.registry import KINDS, recognise
 from sidecar.errors import StartError
+from sidecar.tools.scripted_engine.image_size import size_of
+from sidecar.tools.scripted_engine.server import ScriptedEngine, bound
 
 from .engine_client import events, quick, running_engine, text
 

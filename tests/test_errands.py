@@ -12,13 +12,14 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from sidecar import app, units
-from sidecar.engine.openai import OPENAI
-from sidecar.errands import PLACES, Errands
+from sidecar.control import process as app
+from sidecar.control.background_tasks import PLACES, Errands
+from sidecar.control.loop import Ticker
+from sidecar.control.state_dir import StateDir
+from sidecar.engines.openai import OPENAI
+from sidecar.load import cost_model as units
 from sidecar.settings import Settings, load
 from sidecar.signals.canary import CanarySignal
-from sidecar.statefile import StateDir
-from sidecar.ticker import Ticker
 
 from .waiting import PATIENCE
 

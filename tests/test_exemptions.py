@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.exemptions import LONG, STOPPING, Orders
-from sidecar.facts import Directed, Directing
+from sidecar.events import Directed, Directing
+from sidecar.health.exemptions import LONG, STOPPING, Orders
 
 
 def test_an_order_holds_until_its_opposite_and_never_for_longer_than_the_bound() -> None:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import fleet
-from sidecar.facts import STATES, State
-from sidecar.fleet import Budget, Fleet, Hold, Inputs, Memory, Rules, decide, interval, needs_budget, share
+from sidecar.events import STATES, State
+from sidecar.health import kill_policy as fleet
+from sidecar.health.kill_policy import Budget, Fleet, Hold, Inputs, Memory, Rules, decide, interval, needs_budget, share
 from sidecar.readings import Absent, GpuSample, Value
 
 RULES = Rules(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2, patience=120)

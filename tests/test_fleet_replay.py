@@ -23,8 +23,8 @@ from replay.pricing import calibrated  # noqa: E402
 from replay.routing import OURS, POLICIES, Policy  # noqa: E402
 from replay.scaling import Scaler, Scaling  # noqa: E402
 
-from sidecar import units  # noqa: E402
-from sidecar.facts import Work  # noqa: E402
+from sidecar.events import Work  # noqa: E402
+from sidecar.load import cost_model as units  # noqa: E402
 
 TRACE = requests.synthetic(seconds=6, per_second=25)
 SMALL = Hardware(kv_tokens=24_000)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Admitted, CanaryResult, Delivered, Directed, Directing, End, FirstToken, Settled, Work
+from sidecar.control.state import TICK, Control, Readings
+from sidecar.events import Admitted, CanaryResult, Delivered, Directed, Directing, End, FirstToken, Settled, Work
+from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
-from sidecar.units import Coefficients
 
 NOTHING = Absent("not here")
 WALL = 1_700_000_000.0

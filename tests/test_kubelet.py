@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from sidecar.demo.kubelet import Container, Event, Kubelet
-from sidecar.demo.prober import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
+from sidecar.tools.demo.kubelet import Container, Event, Kubelet
+from sidecar.tools.demo.probe_policy import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
 
 from .waiting import PATIENCE
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from sidecar.facts import Work
-from sidecar.learned import Learned, law
-from sidecar.units import Coefficients, terms
+from sidecar.events import Work
+from sidecar.health.latency_model import Learned, law
+from sidecar.load.cost_model import Coefficients, terms
 
 SIZES: dict[str, Callable[[random.Random], float]] = {
     "short": lambda r: 1000 * 4 ** (r.random() - 0.5),

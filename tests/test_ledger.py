@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from sidecar import units
-from sidecar.facts import Admitted, Backpressure, Delivered, FirstToken, Outcome, Settled, Usage, Work
-from sidecar.ledger import Ledger, Rate
+from sidecar.events import Admitted, Backpressure, Delivered, FirstToken, Outcome, Settled, Usage, Work
+from sidecar.load import cost_model as units
+from sidecar.load.ledger import Ledger, Rate
 
 CO = units.Coefficients()
 WORK = Work(1000, output=100)
@@ -111,7 +111,7 @@ def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None
 
 def test_labels_are_bounded() -> None:
     """Tenants past the bound share one account."""
-    from sidecar.bounded import Bounded
+    from sidecar.labels import Bounded
 
     ledger = Ledger(CO, Bounded(2), Bounded(2))
     for n in range(10):

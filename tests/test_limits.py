@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.errors import UsageError
-from sidecar.limits import NEVER, Bucket, Limit, Limits, charged, parse, refilled, refusal
+from sidecar.load.tenant_limits import NEVER, Bucket, Limit, Limits, charged, parse, refilled, refusal
 
 FILE = """
 spill_over_below = 0.5

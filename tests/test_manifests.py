@@ -20,16 +20,16 @@ import pytest
 import yaml
 
 from sidecar import __main__ as cli
-from sidecar.budget import target
-from sidecar.diagnosis import KEPT, MAX_BYTES
+from sidecar.control.diagnosis import KEPT, MAX_BYTES
+from sidecar.control.restart_budget import target
+from sidecar.control.state_dir import StateDir
 from sidecar.errors import UsageError
-from sidecar.facts import Verdict
-from sidecar.manifests import shell
-from sidecar.manifests.render import ADMIN, DRAIN, ENDPOINTS, RELAY, STATE, render
-from sidecar.manifests.settings import KINDS, ManifestSettings
-from sidecar.probes import STALE, Stand
+from sidecar.events import Verdict
+from sidecar.health.probes import STALE, Stand
 from sidecar.settings import Settings, load
-from sidecar.statefile import StateDir
+from sidecar.tools.manifests import shell
+from sidecar.tools.manifests.render import ADMIN, DRAIN, ENDPOINTS, RELAY, STATE, render
+from sidecar.tools.manifests.settings import KINDS, ManifestSettings
 
 from . import api_server_rules
 from .waiting import PATIENCE
@@ -425,8 +425,8 @@ def test_the_state_volume_holds_what_is_written_to_it() -> None:
 
 def test_the_verdict_file_names_what_draining_waits_for(tmp_path: Path) -> None:
     """`outstanding` is a key of the real evidence, so that the preStop does not wait for a name that nobody writes."""
-    from sidecar import units
-    from sidecar.control import Control, Readings
+    from sidecar.control.state import Control, Readings
+    from sidecar.load import cost_model as units
     from sidecar.readings import Absent
 
     control = Control(Settings(), units.Coefficients(), 0.0, 0.0)

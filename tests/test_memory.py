@@ -15,17 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import drift, fleet, memory, units
-from sidecar.control import TICK, Control, Readings
-from sidecar.facts import CanaryResult
-from sidecar.keeping import FILE, MAX_BYTES, RESUME, Keeping
-from sidecar.learned import Learned
-from sidecar.memory import Kept, Place, Unfit
-from sidecar.probes import Stand, passes
+from sidecar.control import saved_state as memory
+from sidecar.control.saved_state import Kept, Place, Unfit
+from sidecar.control.state import TICK, Control, Readings
+from sidecar.control.state_dir import StateDir
+from sidecar.control.state_store import FILE, MAX_BYTES, RESUME, Keeping
+from sidecar.events import CanaryResult
+from sidecar.health import kill_policy as fleet
+from sidecar.health.latency_model import Learned
+from sidecar.health.probes import Stand, passes
+from sidecar.load import cost_model as units
+from sidecar.load import drift
 from sidecar.readings import Absent
 from sidecar.settings import Settings
-from sidecar.signals.listener import boot, listeners
-from sidecar.statefile import StateDir
+from sidecar.signals.listening_socket import boot, listeners
 
 HERE = Place("boot-1", "http://127.0.0.1:8000", "default", (4711,))
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar.bounded import NONE, OTHER, Bounded, printable
-from sidecar.facts import OUTCOMES, CanaryResult, Imaged, Verdict
-from sidecar.meters import METRICS, PAIRS_PER_TENANT, Meters
+from sidecar.events import OUTCOMES, CanaryResult, Imaged, Verdict
+from sidecar.labels import NONE, OTHER, Bounded, printable
+from sidecar.report.metrics import METRICS, PAIRS_PER_TENANT, Meters
 from sidecar.report.prometheus import Pages
 
 # Users' dashboards and routers depend on these; a change here breaks them.

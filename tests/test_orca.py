@@ -19,16 +19,17 @@ from grpc import aio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar import orca_grpc
-from sidecar.channel import Channel
+from sidecar.control.relay_pool import RelayPool
 from sidecar.errors import StartError
-from sidecar.facts import Listening, Published
-from sidecar.preflight import reserve
+from sidecar.events import Listening, Published
+from sidecar.launch.preflight import reserve
 from sidecar.readings import EngineSample, Failed, Reading, Value
-from sidecar.relays import RelayPool
-from sidecar.report import orca, orca_messages
-from sidecar.report.orca_messages import Report as OrcaLoadReport
-from sidecar.report.orca_messages import Request as OrcaLoadReportRequest
+from sidecar.report import orca
+from sidecar.report import orca_proto as orca_messages
+from sidecar.report import orca_server as orca_grpc
+from sidecar.report.orca_proto import Report as OrcaLoadReport
+from sidecar.report.orca_proto import Request as OrcaLoadReportRequest
+from sidecar.runtime.channel import Channel
 from sidecar.snapshot import Load
 
 from .waiting import PATIENCE

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.facts import Admitted, Backpressure, Delivered, FirstToken, Settled, Work
-from sidecar.learned import Learned
-from sidecar.parts import MOST_ENDS, REPEATED, SEVERE, Finding, Parts
-from sidecar.progress import Key, Limits
+from sidecar.events import Admitted, Backpressure, Delivered, FirstToken, Settled, Work
+from sidecar.health.latency_model import Learned
+from sidecar.health.partial_hangs import MOST_ENDS, REPEATED, SEVERE, Finding, Parts
+from sidecar.health.progress import Key, Limits
 from sidecar.readings import EngineSample, RankSample
 
 

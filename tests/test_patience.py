@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from sidecar.patience import canary_allowed
-from sidecar.progress import Evidence, Limits
+from sidecar.health.canary_schedule import canary_allowed
+from sidecar.health.progress import Evidence, Limits
 
 LIMITS = Limits()
 IDLE = Evidence(

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sidecar import probes, statefile
+from sidecar.control import state_dir as statefile
+from sidecar.control.state_dir import StateDir
 from sidecar.errors import StartError
-from sidecar.facts import STATES, State, Verdict
-from sidecar.statefile import StateDir
+from sidecar.events import STATES, State, Verdict
+from sidecar.health import probes
 
 
 def stand(state: State, *, startup: bool = True, draining: bool = False) -> probes.Stand:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from sidecar import units
-from sidecar.facts import Work
-from sidecar.learned import UNKNOWN_SLOWNESS
-from sidecar.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, restarted
+from sidecar.events import Work
+from sidecar.health.latency_model import UNKNOWN_SLOWNESS
+from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, restarted
+from sidecar.load import cost_model as units
 from sidecar.readings import EngineSample
 
 CO = units.Coefficients()

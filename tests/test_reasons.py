@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sidecar.health.reasons import CAUSES, TEXTS, Signs, Watch, cause_of
 from sidecar.readings import EngineSample
-from sidecar.reasons import CAUSES, TEXTS, Signs, Watch, cause_of
 
 WAITING = EngineSample(running=0, waiting=3, kv_usage=0.1)
 

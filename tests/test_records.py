@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import records
-from sidecar.facts import Admitted, Outcome, Settled, Work
-from sidecar.ledger import Settlement
-from sidecar.records import DAY, FILE, HOUR, Batch, Records, Sums, read
+from sidecar.events import Admitted, Outcome, Settled, Work
+from sidecar.load.ledger import Settlement
+from sidecar.report import usage_store as records
+from sidecar.report.usage_store import DAY, FILE, HOUR, Batch, Records, Sums, read
 
 NOW = 1_800_000_000.0  # a full hour
 

@@ -12,10 +12,11 @@ import pytest
 from prometheus_client import openmetrics, parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
-from sidecar.facts import STATES, CanaryResult, End, Imaged, Verdict
-from sidecar.meters import METRICS, Meters
+from sidecar.events import STATES, CanaryResult, End, Imaged, Verdict
 from sidecar.readings import Absent, EngineSample, Failed, GpuSample, ProcessSample, Value
-from sidecar.report import load, prometheus
+from sidecar.report import load_json as load
+from sidecar.report import prometheus
+from sidecar.report.metrics import METRICS, Meters
 from sidecar.report.prometheus import PLAIN, Pages, merged
 from sidecar.snapshot import ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
 

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from sidecar import tracecontext
-from sidecar.facts import Admitted, FirstToken, Imaged, Settled, Trace, Usage, Work
-from sidecar.report import otel
-from sidecar.report.otel import Tracing
+from sidecar import trace_context as tracecontext
+from sidecar.events import Admitted, FirstToken, Imaged, Settled, Trace, Usage, Work
+from sidecar.report import tracing as otel
+from sidecar.report.tracing import Tracing
 
 TRACE = Trace("0af7651916cd43dd8448eb211c80319c", "00f067aa0ba902b7", "b7ad6b7169203331", True)
 WALL = 1_700_000_000.0  # of monotonic 0
@@ -192,8 +192,8 @@ def test_off_imports_no_opentelemetry() -> None:
     """A process with tracing off has fed it facts and still not imported OpenTelemetry."""
     code = """
 import sys
-from sidecar.facts import Admitted, Trace, Work
-from sidecar.report.otel import Tracing
+from sidecar.events import Admitted, Trace, Work
+from sidecar.report.tracing import Tracing
 t = Tracing("", "1")
 t.admitted(Admitted("r", 0, "t", "m", "chat", True, Work(1), None, 1, Trace("a" * 32, "b" * 16, "", True)))
 print([m for m in sys.modules if m.startswith("opentelemetry")], len(t._open))

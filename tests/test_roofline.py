@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import units
 from sidecar.__main__ import run
 from sidecar.errors import UsageError
-from sidecar.facts import Work
-from sidecar.hardware import GPUS, find
-from sidecar.preflight import coefficients
-from sidecar.roofline import Config, model_of, roofline, vision, windows
+from sidecar.events import Work
+from sidecar.launch.preflight import coefficients
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.gpu_specs import GPUS, find
+from sidecar.load.roofline import Config, model_of, roofline, vision, windows
 from sidecar.settings import Settings
-from sidecar.units import Coefficients
 
 from .nvml_stub.build import build
 
@@ -257,7 +257,7 @@ def test_the_name_comes_from_nvml(
     """
     library = build(requires("gcc"), tmp_path / "lib")
     (tmp_path / "script").write_text(script)
-    code = "from sidecar.signals import gpu_names; print(gpu_names.read(3.0))"
+    code = "from sidecar.signals.gpu import names as gpu_names; print(gpu_names.read(3.0))"
     env = {**os.environ, "LD_LIBRARY_PATH": str(library), "NVML_STUB_SCRIPT": str(tmp_path / "script")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == f"{names}\n", done

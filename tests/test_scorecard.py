@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.demo.scorecard import Figures, Scorecard, summary
+from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
 
 Step = tuple[str, *tuple[object, ...]]
 

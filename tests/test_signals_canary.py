@@ -12,10 +12,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.contact import open_session
-from sidecar.engine.kinds import KINDS
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.engines.registry import KINDS
 from sidecar.signals.canary import CanarySignal
+from sidecar.signals.engine_monitor import open_session
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from .engine_faces import TOKEN, Shown, models
 from .waiting import PATIENCE

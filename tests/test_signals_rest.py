@@ -9,9 +9,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sidecar.engine.kinds import KINDS
-from sidecar.signals import rest as rests
-from sidecar.signals.rest import RestSignal
+from sidecar.engines.registry import KINDS
+from sidecar.signals import sleep_state as rests
+from sidecar.signals.sleep_state import RestSignal
 
 from .engine_faces import Shown, said
 from .waiting import PATIENCE

@@ -13,8 +13,8 @@ import pytest
 from aiohttp import web
 
 from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
-from sidecar.signals import process
-from sidecar.signals.scrape import PAGE_PERIODS, ScrapeSignal
+from sidecar.signals import own_process as process
+from sidecar.signals.metrics_scrape import PAGE_PERIODS, ScrapeSignal
 
 PAGE = b"running 3\n"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from sidecar.demo import stage as stages
-from sidecar.demo.stage import QUICK, Stage
 from sidecar.errors import StartError
 from sidecar.settings import Settings
+from sidecar.tools.demo import processes as stages
+from sidecar.tools.demo.processes import QUICK, Stage
 
 
 @pytest.fixture

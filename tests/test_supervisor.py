@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import psutil
 import pytest
 
-from sidecar.supervisor import PAUSE_FIRST, PAUSE_MOST, STEADY, pause_after
+from sidecar.runtime.supervisor import PAUSE_FIRST, PAUSE_MOST, STEADY, pause_after
 
 from .waiting import PATIENCE
 
@@ -20,7 +20,7 @@ from .waiting import PATIENCE
 PROGRAM = """
 import os, signal, subprocess, sys
 from functools import partial
-from sidecar.supervisor import Role, Supervisor
+from sidecar.runtime.supervisor import Role, Supervisor
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # one write: lines of processes do not mix

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.demo.traffic import SHAPES, Plan, Traffic, asks, body, found_pictures, made_pictures, outcome
 from sidecar.errors import UsageError
+from sidecar.tools.demo.traffic import SHAPES, Plan, Traffic, asks, body, found_pictures, made_pictures, outcome
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PICTURES = ("data:image/jpeg;base64,AAAA", "data:image/png;base64,BBBB")

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import units
-from sidecar.busy import SECONDS, TERMS, WAIT, Window, Windows
-from sidecar.drift import Drift, mismatch
-from sidecar.engine.kinds import identity
-from sidecar.facts import Admitted, Fact, FirstToken, Settled, Usage, Work
-from sidecar.ledger import Ledger
+from sidecar.engines.registry import identity
+from sidecar.events import Admitted, Fact, FirstToken, Settled, Usage, Work
+from sidecar.load import cost_model as units
+from sidecar.load.coefficient_monitor import Upkeep
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.drift import Drift, mismatch
+from sidecar.load.ledger import Ledger
+from sidecar.load.refit import SURE, Refit
+from sidecar.load.work_windows import SECONDS, TERMS, WAIT, Window, Windows
 from sidecar.readings import Identity
-from sidecar.refit import SURE, Refit
-from sidecar.units import Coefficients
-from sidecar.upkeep import Upkeep
 
 from .work import found, history, slower, windows
 

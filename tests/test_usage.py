@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sidecar.__main__ import run
-from sidecar.records import Batch, Key, Records, Sums
+from sidecar.report.usage_store import Batch, Key, Records, Sums
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.facts import STATES
-from sidecar.verdict import (
+from sidecar.events import STATES
+from sidecar.health.verdict import (
     CONDITIONS,
     DEAD_HOLD,
     REFUSED_GRACE,

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.parts import Finding
-from sidecar.verdict import PART_HOLD, canary_due
+from sidecar.health.partial_hangs import Finding
+from sidecar.health.verdict import PART_HOLD, canary_due
 
 from .verdict_world import ALLOWED, World, evidence
 

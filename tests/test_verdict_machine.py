@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from sidecar import verdict
-from sidecar.control import TICK
+from sidecar.control.state import TICK
+from sidecar.health import verdict
 from sidecar.readings import EngineSample, Failed, RankSample, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, SETTINGS, WALL, Pod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.control import TICK
+from sidecar.control.state import TICK
 from sidecar.readings import EngineSample, Failed, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, WALL, Pod

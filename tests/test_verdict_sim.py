@@ -22,9 +22,9 @@ from sim.seqs import Site  # noqa: E402
 from sim.surface import sample  # noqa: E402
 from sim.world import CALM, UNLIVE, World  # noqa: E402
 
-from sidecar.facts import Delivered, Settled  # noqa: E402
-from sidecar.progress import Limits  # noqa: E402
-from sidecar.units import Coefficients  # noqa: E402
+from sidecar.events import Delivered, Settled  # noqa: E402
+from sidecar.health.progress import Limits  # noqa: E402
+from sidecar.load.cost_model import Coefficients  # noqa: E402
 
 CO = Coefficients()
 TRACES = {"synthetic": traces.synthetic()}

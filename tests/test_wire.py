@@ -7,8 +7,9 @@ import socket
 
 import pytest
 
-from sidecar import facts, wire
-from sidecar.channel import Channel
+from sidecar import events as facts
+from sidecar.runtime import codec as wire
+from sidecar.runtime.channel import Channel
 
 RECORDS = [
     facts.Admitted("r1", 1.5, "acme", "m", "chat", True, facts.Work(10, 2, 3, 4, 1), 16, 0.25, None),

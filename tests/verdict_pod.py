@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from hypothesis import settings
 
-from sidecar import memory
-from sidecar.control import TICK, Control, Readings
-from sidecar.facts import (
+from sidecar.control import saved_state as memory
+from sidecar.control.state import TICK, Control, Readings
+from sidecar.events import (
     Admitted,
     Backpressure,
     CanaryResult,
@@ -19,10 +19,10 @@ from sidecar.facts import (
     Settled,
     Work,
 )
+from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
-from sidecar.units import Coefficients
 
 FLOOR, UNLEARNED, CAP = 4.0, 12.0, 40.0
 SETTINGS = Settings(engine="http://engine", silence_floor=FLOOR, silence_unlearned=UNLEARNED, silence_cap=CAP)

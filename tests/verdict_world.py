@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from sidecar.facts import CanaryResult, State
-from sidecar.progress import Evidence
-from sidecar.verdict import Inputs, Memory, judge
+from sidecar.events import CanaryResult, State
+from sidecar.health.progress import Evidence
+from sidecar.health.verdict import Inputs, Memory, judge
 
 ALLOWED = 8.0
 

@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from sidecar import units
-from sidecar.busy import TERMS, Window
-from sidecar.drift import Drift
-from sidecar.engine.behaviour import Behaviour
-from sidecar.engine.scheduler import Limits, Scheduler, Sequence
-from sidecar.facts import Admitted, Delivered, Fact, FirstToken, Settled, Usage, Work
-from sidecar.units import Coefficients
+from sidecar.events import Admitted, Delivered, Fact, FirstToken, Settled, Usage, Work
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.drift import Drift
+from sidecar.load.work_windows import TERMS, Window
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+from sidecar.tools.scripted_engine.scheduler import Limits, Scheduler, Sequence
 
 PIECE = 16  # tokens of a delivery
 ENGINE = Limits(20_000.0, 0.010, 64, 2048, 131_072, 2048)  # the defaults of `sidecar engine`

@@ -4,7 +4,7 @@ It is not the cost model under another name. A step lasts as long as the slower 
 read once for the whole batch, so that a token costs less in a large batch, and a chunk of prefill hides the decoding beside it; each
 sequence costs the host some time; steps are noisy, and some are held up. Prompts are prefilled in chunks that share a budget with the
 decoding; prefixes that are in the cache cost nothing; when the KV cache is full the youngest sequence is preempted and computed anew.
-A price per token, per pair of tokens and per request, as in `sidecar.units`, knows none of that.
+A price per token, per pair of tokens and per request, as in `sidecar.load.cost_model`, knows none of that.
 
 Steps that only decode are taken together until the next end, arrival or lack of room: their lengths form an arithmetic series.
 """

@@ -18,16 +18,16 @@ from replay.pricing import SLO, calibrated
 from replay.requests import Request
 from replay.routing import Policy, Report, Router
 from replay.scaling import Scaler, Scaling, Signal
-from sidecar import units
-from sidecar.facts import Admitted, Delivered, FirstToken, Settled, Usage, Work
-from sidecar.ledger import Ledger
+from sidecar.events import Admitted, Delivered, FirstToken, Settled, Usage, Work
+from sidecar.load import cost_model as units
+from sidecar.load.estimator import Estimator
+from sidecar.load.ledger import Ledger
+from sidecar.load.request_shape import Shape
+from sidecar.load.summary import load_of
 from sidecar.readings import Absent
-from sidecar.relay.desk import FLUSH
-from sidecar.relay.estimate import Estimator
-from sidecar.relay.shapes import Shape
+from sidecar.relay.open_requests import FLUSH
 from sidecar.report import orca
 from sidecar.snapshot import Load
-from sidecar.sums import load_of
 
 MODEL = "model"
 

@@ -12,12 +12,13 @@ from functools import lru_cache
 
 from replay.engine import Engine, Hardware, Sequence
 from replay.requests import BLOCK, Request
-from sidecar import units
-from sidecar.calibrate import fit, search
-from sidecar.calibrate.fit import Measured
-from sidecar.calibrate.journal import Step
-from sidecar.calibrate.shapes import MOST, Shape, plan, reference
-from sidecar.facts import Work
+from sidecar.events import Work
+from sidecar.load import cost_model as units
+from sidecar.tools.calibrate import capacity_search as search
+from sidecar.tools.calibrate import fit
+from sidecar.tools.calibrate.checkpoint import Step
+from sidecar.tools.calibrate.fit import Measured
+from sidecar.tools.calibrate.shapes import MOST, Shape, plan, reference
 
 SLO = 10.0  # seconds, as --slo-seconds
 ROUNDS = 6

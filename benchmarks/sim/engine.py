@@ -2,7 +2,7 @@
 
 Rules, after vLLM: waiting requests are admitted in order while the batch and the KV cache have room; prefills go first come,
 first served; either a prefill shares the step with the decodes (chunked) or the decodes starve until it ends. A prefill under way moves
-no counter, only KV use. What the faults change is the product's own table (`sidecar.engine.faults`); the facts are what a relay would send.
+no counter, only KV use. What the faults change is the product's own table (`sidecar.tools.scripted_engine.faults`); the facts are what a relay would send.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from sidecar import units
-from sidecar.engine.behaviour import Behaviour
-from sidecar.engine.faults import changes_of
-from sidecar.facts import Delivered, Fact, FirstToken, Work
+from sidecar.events import Delivered, Fact, FirstToken, Work
+from sidecar.load import cost_model as units
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+from sidecar.tools.scripted_engine.faults import changes_of
 from sim.seqs import USER, Counters, Seq, Site, settled
 
 QUANTUM = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it

@@ -1,7 +1,7 @@
 """What must be found: the hang modes of docs/health.md as rows of the product's own fault table, under four kinds of load.
 
 Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON seconds. What is owed
-and which reason codes are right stand in the product's catalogue (`sidecar.engine.catalogue`) and are not repeated here: liveness
+and which reason codes are right stand in the product's catalogue (`sidecar.tools.scripted_engine.hang_catalogue`) and are not repeated here: liveness
 that fails, readiness that is withdrawn, the one request that is ended, or a start-up that says why it is none. Mode 21 is an alarm here, and mode
 23 (garbage) cannot be seen in a simulation without text.
 """
@@ -12,10 +12,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from sidecar import units
-from sidecar.engine.catalogue import MODES as CATALOGUE
-from sidecar.engine.catalogue import Case
-from sidecar.facts import Work
+from sidecar.events import Work
+from sidecar.load import cost_model as units
+from sidecar.tools.scripted_engine.hang_catalogue import MODES as CATALOGUE
+from sidecar.tools.scripted_engine.hang_catalogue import Case
 from sim.engine import CHUNK_SHARE
 from sim.seqs import Site
 from sim.sites import spread

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar import units
-from sidecar.facts import Admitted, Settled, Work
+from sidecar.events import Admitted, Settled, Work
+from sidecar.load import cost_model as units
 
 OURS, USER, FOREIGN = "ours", "user", "foreign"
 

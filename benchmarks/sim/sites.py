@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from sidecar import units
-from sidecar.facts import Work
-from sidecar.learned import TOKEN_SECONDS
-from sidecar.progress import Limits
+from sidecar.events import Work
+from sidecar.health.latency_model import TOKEN_SECONDS
+from sidecar.health.progress import Limits
+from sidecar.load import cost_model as units
 from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM
 from sim.seqs import Site
 from sim.traces import Arrival, Trace

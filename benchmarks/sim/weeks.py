@@ -20,9 +20,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from sidecar import units
-from sidecar.learned import OBSERVATIONS
-from sidecar.progress import Limits
+from sidecar.health.latency_model import OBSERVATIONS
+from sidecar.health.progress import Limits
+from sidecar.load import cost_model as units
 from sim.alarms import ALARMS, Alarm
 from sim.seqs import Site
 from sim.sites import draw, prefills, slice_of, windows

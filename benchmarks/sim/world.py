@@ -1,6 +1,6 @@
 """The production control object beside an engine model, under one simulated clock.
 
-Rules: `sidecar.control.Control` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
+Rules: `sidecar.control.state.Control` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
 0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is re-implemented here; the relay
 does what the real one does: a stalled verdict ends all its requests and refuses new ones. `skip` passes over time in which nothing
 that a verdict hangs on can happen (see weeks.py for when that is so); the only private fields it touches are the control's own clock.
@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from sidecar import units
-from sidecar.control import TICK, Control, Readings
-from sidecar.facts import Backpressure, CanaryResult, Directed, Fact, Settled
+from sidecar.control.state import TICK, Control, Readings
+from sidecar.events import Backpressure, CanaryResult, Directed, Fact, Settled
+from sidecar.load import cost_model as units
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse

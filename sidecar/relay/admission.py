@@ -18,13 +18,13 @@ from typing import Final, Protocol
 from aiohttp import web
 
 from sidecar.errors import SidecarError
-from sidecar.facts import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, State, Trace, Usage, Work
-from sidecar.relay.accounts import Lease
-from sidecar.relay.counting import Count
-from sidecar.relay.estimate import Estimate
+from sidecar.events import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, State, Trace, Usage, Work
+from sidecar.load.estimator import Estimate
+from sidecar.load.request_shape import Shape
 from sidecar.relay.outcomes import ClientStalled, Cut, outcome_of, reason_of
-from sidecar.relay.shapes import Shape
-from sidecar.relay.stream import SSE, Price
+from sidecar.relay.pricing.tenant_accounts import Lease
+from sidecar.relay.pricing.tokenizer import Count
+from sidecar.relay.sse import SSE, Price
 
 BLOCKED: Final = 1.0  # seconds that a write may wait for its client before the request's silence is the client's
 NOTHING: Final = Estimate(Work(uncached=0), 0.0)

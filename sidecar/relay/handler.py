@@ -23,33 +23,29 @@ import aiohttp
 from aiohttp import web
 
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
-from sidecar.facts import End, Fact, Order, Page, Published, Trace
-from sidecar.jobs import Data
-from sidecar.relay import (
-    answering,
-    bodies,
-    directed,
-    downstream,
-    headers,
-    inlining,
-    merged_page,
-    outcomes,
-    realtime,
-    retry,
-    scraper,
-    shapes,
-    slots,
-    upstream,
-)
+from sidecar.events import End, Fact, Order, Page, Published, Trace
+from sidecar.images.protocol import Data
+from sidecar.load import request_shape as shapes
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.estimator import Estimator
+from sidecar.relay import client_io as downstream
+from sidecar.relay import concurrency as slots
+from sidecar.relay import engine_io as upstream
+from sidecar.relay import engine_pauses as directed
+from sidecar.relay import headers, outcomes, retry
+from sidecar.relay import metrics_fast_path as scraper
+from sidecar.relay import metrics_page as merged_page
+from sidecar.relay import request_body as bodies
+from sidecar.relay import response as answering
+from sidecar.relay import websocket as realtime
 from sidecar.relay.admission import Admission
-from sidecar.relay.desk import Desk
-from sidecar.relay.estimate import Estimator
-from sidecar.relay.inlining import ImageWork
-from sidecar.relay.merged_page import MergedPage
-from sidecar.relay.pricing import Pricing
+from sidecar.relay.media import inline as inlining
+from sidecar.relay.media.inline import ImageWork
+from sidecar.relay.metrics_page import MergedPage
+from sidecar.relay.open_requests import Desk
+from sidecar.relay.pricing.charge import Pricing
 from sidecar.settings import Settings
-from sidecar.tracecontext import new_trace, parse_traceparent
-from sidecar.units import Coefficients
+from sidecar.trace_context import new_trace, parse_traceparent
 
 _log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Final
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from sidecar.facts import Published, Trace
-from sidecar.limits import MAX_NAME
-from sidecar.tracecontext import format_traceparent
+from sidecar.events import Published, Trace
+from sidecar.load.tenant_limits import MAX_NAME
+from sidecar.trace_context import format_traceparent
 
 _HOP_BY_HOP: Final = frozenset((
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -29,7 +29,7 @@ ORCA_FORMAT: Final = "endpoint-load-metrics-format"
 USAGE: Final = "x-sidecar-usage"
 NO_TENANT: Final = "default"
 IMAGES: Final = "x-sidecar-images"
-INEXACT: Final = "inexact"  # as sidecar/client.py reads it
+INEXACT: Final = "inexact"  # as sidecar/client/preprocess.py reads it
 
 Headers = CIMultiDict[str]
 Received = CIMultiDictProxy[str]

@@ -13,7 +13,7 @@ from sidecar.errors import (
     SidecarError,
     StreamStuck,
 )
-from sidecar.facts import Outcome, State
+from sidecar.events import Outcome, State
 
 
 class ClientGone(SidecarError):

@@ -22,25 +22,28 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 
-from sidecar.facts import Fact, Joined, Pulse
+from sidecar.events import Fact, Joined, Pulse
+from sidecar.images.vllm_plugin import Watch
 from sidecar.kernels import families
-from sidecar.limits import Limits
-from sidecar.plugin import Watch
-from sidecar.relay import counting, links, scraper, upstream
-from sidecar.relay.accounts import Accounts
-from sidecar.relay.counting import Counter
-from sidecar.relay.estimate import Estimator
-from sidecar.relay.fetching import Fetcher
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.estimator import Estimator
+from sidecar.load.tenant_limits import Limits
+from sidecar.relay import engine_io as upstream
+from sidecar.relay import metrics_fast_path as scraper
+from sidecar.relay import url_policy as links
+from sidecar.relay.control_link import Link
 from sidecar.relay.handler import Handler, Relay
-from sidecar.relay.inlining import Fetch
-from sidecar.relay.link import Link
-from sidecar.relay.pricing import Pricing
-from sidecar.relay.quota import Quota
+from sidecar.relay.media.fetch import Fetcher
+from sidecar.relay.media.inline import Fetch
+from sidecar.relay.pricing import tokenizer as counting
+from sidecar.relay.pricing.charge import Pricing
+from sidecar.relay.pricing.quota import Quota
+from sidecar.relay.pricing.tenant_accounts import Accounts
+from sidecar.relay.pricing.tokenizer import Counter
 from sidecar.settings import Settings
-from sidecar.units import Coefficients
 
 if TYPE_CHECKING:
-    from sidecar.images import Images
+    from sidecar.images.service import Images
 
 _log = logging.getLogger(__name__)
 
@@ -143,8 +146,8 @@ async def _images(place: Place) -> AsyncIterator[Images | None]:
         yield None
         return
     # imported only where images are on: without them a relay stays as small as it is
-    from sidecar.imagecache import ImageCache
-    from sidecar.images import Images
+    from sidecar.images.service import Images
+    from sidecar.images.shm_cache import ImageCache
 
     spec = families.from_dir(own.model)
     if spec is None:
@@ -202,7 +205,7 @@ async def _counter(own: Settings) -> AsyncIterator[Counter | None]:
 
 
 def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None], fetch: Fetch | None) -> Handler:
-    from sidecar.relay.preprocess import preprocess
+    from sidecar.relay.media.preprocess_api import preprocess
 
     return lambda request: preprocess(request, images, own, emit, fetch)
 

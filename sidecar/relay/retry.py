@@ -13,8 +13,8 @@ from typing import Final
 
 from sidecar.errors import EngineStalled
 from sidecar.relay.admission import Admission
-from sidecar.relay.desk import Desk
-from sidecar.relay.upstream import Pieces
+from sidecar.relay.engine_io import Pieces
+from sidecar.relay.open_requests import Desk
 
 KEPT_BYTES: Final = 256 << 20  # of bodies, in one relay process
 # `responses` may be stored, and continued by its id

@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.ledger import RECENT, Rate
+from sidecar.load.ledger import RECENT, Rate
 from sidecar.readings import EngineSample, Reading, Value
-from sidecar.report import orca_messages
+from sidecar.report import orca_proto as orca_messages
 from sidecar.snapshot import Load
 
 LEAST_UTILIZATION: Final = 0.001

@@ -14,11 +14,11 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.engine import canary
-from sidecar.engine.canary import Answer, Form, Forms
-from sidecar.engine.kind import EngineKind
-from sidecar.facts import CanaryResult
-from sidecar.signals.answer import whole
+from sidecar.engines import canary_request as canary
+from sidecar.engines.canary_request import Answer, Form, Forms
+from sidecar.engines.engine_type import EngineKind
+from sidecar.events import CanaryResult
+from sidecar.signals.http_body import whole
 
 MAX_ANSWER: Final = 1 << 20  # bytes read of a canary's answer
 UNBOUNDED: Final = aiohttp.ClientTimeout(

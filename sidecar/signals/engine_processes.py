@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from sidecar.bounded import printable
+from sidecar.labels import printable
 from sidecar.readings import Absent, Failed
-from sidecar.signals.stacks import PERMIT
-from sidecar.symptoms import ROLES, EngineProcess, Look, Thread, role_of
+from sidecar.signals.process_state import ROLES, EngineProcess, Look, Thread, role_of
+from sidecar.signals.stack_dump import PERMIT
 
 MAX_PROCESSES: Final = 32
 MAX_THREADS: Final = 64  # told apart per process

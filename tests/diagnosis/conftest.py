@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sidecar.readings import Failed
-from sidecar.signals import stacks
+from sidecar.signals import stack_dump as stacks
 
 from .victims import victim
 

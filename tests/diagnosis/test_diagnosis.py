@@ -15,17 +15,18 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sidecar import app, units
-from sidecar.diagnosis import KEPT, MAX_BYTES, Diagnoses, bundle, diagnose, fitting
-from sidecar.examination import Aside, Examiner, dumps
-from sidecar.facts import Admitted, Work
+from sidecar.control import process as app
+from sidecar.control.diagnosis import KEPT, MAX_BYTES, Diagnoses, bundle, diagnose, fitting
+from sidecar.control.loop import Ticker
+from sidecar.control.state_dir import StateDir
+from sidecar.events import Admitted, Work
+from sidecar.load import cost_model as units
 from sidecar.readings import Failed
 from sidecar.report import diagnosis_page
 from sidecar.settings import Settings, load
-from sidecar.signals import stacks
-from sidecar.statefile import StateDir
-from sidecar.symptoms import EngineProcess
-from sidecar.ticker import Ticker
+from sidecar.signals import stack_dump as stacks
+from sidecar.signals.process_examiner import Aside, Examiner, dumps
+from sidecar.signals.process_state import EngineProcess
 
 from ..waiting import PATIENCE
 from .victims import victim

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from sidecar.doctor import stacks as doctor
 from sidecar.readings import Failed
 from sidecar.settings import Settings
-from sidecar.signals import stacks
-from sidecar.symptoms import EngineProcess
+from sidecar.signals import stack_dump as stacks
+from sidecar.signals.process_state import EngineProcess
+from sidecar.tools.doctor import stacks as doctor
 
 from .victims import victim
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from sidecar.bounded import printable
+from sidecar.labels import printable
 from sidecar.readings import Absent, Failed
 from sidecar.signals.engine_processes import MAX_THREADS, find, look
-from sidecar.symptoms import EngineProcess, Look
+from sidecar.signals.process_state import EngineProcess, Look
 
 from .victims import victim
 

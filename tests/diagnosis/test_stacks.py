@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from sidecar.readings import Failed
-from sidecar.signals import stacks
+from sidecar.signals import stack_dump as stacks
 
 from .victims import victim
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sidecar.readings import Failed
-from sidecar.symptoms import EngineProcess, Look, Role, Seen, Thread, role_of, summary, symptom, top
+from sidecar.signals.process_state import EngineProcess, Look, Role, Seen, Thread, role_of, summary, symptom, top
 
 DUMP = """Thread 12 (idle): "MainThread"
     recv (zmq/sugar/socket.py:12)

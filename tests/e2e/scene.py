@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
 from .conftest import Sidecar, starter

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from sidecar.canaries import BASE
-from sidecar.engine.scripted import ScriptedEngine
+from sidecar.control.canary_stats import BASE
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from .scene import Scene, Setting
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from sidecar import units
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.units import Coefficients
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 STALE = "\nsidecar_mu_coefficients_stale 1.0"
 FRESH = "\nsidecar_mu_coefficients_stale 0.0"

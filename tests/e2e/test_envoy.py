@@ -13,8 +13,8 @@ import aiohttp
 import pytest
 import yaml
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.units import Coefficients, to_json
+from sidecar.load.cost_model import Coefficients, to_json
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..ports import free_port
 from ..waiting import PATIENCE

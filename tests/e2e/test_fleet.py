@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..lease_server import LeaseServer, lease_server
 from ..ports import free_port

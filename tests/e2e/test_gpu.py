@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.engine.scripted import ScriptedEngine
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from ..nvml_stub.build import build
 

@@ -1,7 +1,7 @@
 """Every hang mode is found with the right reason and every alarm stays silent: real processes, real clock, one and two relays.
 
 All selected stories are played at once, a few beside each other, before the first test looks at what came of its own; `-v` ends
-with the matrix as a table. What is owed stands in sidecar/engine/catalogue.py, how a row is played in stories.py.
+with the matrix as a table. What is owed stands in sidecar/tools/scripted_engine/hang_catalogue.py, how a row is played in stories.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import pytest_asyncio
 
-from sidecar.engine import catalogue
-from sidecar.engine.catalogue import Case
-from sidecar.engine.faults import FAULTS
+from sidecar.tools.scripted_engine import hang_catalogue as catalogue
+from sidecar.tools.scripted_engine.faults import FAULTS
+from sidecar.tools.scripted_engine.hang_catalogue import Case
 
 from ..nvml_stub.build import build
 from . import stories

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sidecar.engine.scripted import ScriptedEngine
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from ..ports import free_port
 from ..waiting import PATIENCE

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 from urllib.parse import urlsplit
 
-from sidecar.engine.scripted import ScriptedEngine
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from ..waiting import PATIENCE
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.engine.scripted import ScriptedEngine
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ import grpc
 import psutil
 from grpc import aio
 
-from sidecar.engine.scripted import ScriptedEngine
-from sidecar.report.orca_messages import METHOD, SERVICE, Report, Request
+from sidecar.report.orca_proto import METHOD, SERVICE, Report, Request
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from ..ports import free_port
 from ..waiting import PATIENCE

@@ -15,8 +15,8 @@ import aiohttp
 import psutil
 import pytest
 
-from sidecar.engine.scripted import ScriptedEngine
-from sidecar.manifests.shell import safe_liveness
+from sidecar.tools.manifests.shell import safe_liveness
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from ..waiting import PATIENCE
 

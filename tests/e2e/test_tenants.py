@@ -8,8 +8,8 @@ from typing import Any
 
 import aiohttp
 
-from sidecar import units
-from sidecar.facts import Work
+from sidecar.events import Work
+from sidecar.load import cost_model as units
 
 from ..waiting import PATIENCE
 

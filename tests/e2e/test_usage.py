@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sidecar.engine.scripted import ScriptedEngine
-from sidecar.records import FILE, read
+from sidecar.report.usage_store import FILE, read
+from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 
 def recorded(state: Path) -> int:

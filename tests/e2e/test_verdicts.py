@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..ports import free_port
 from ..waiting import PATIENCE

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sidecar.imaging import headers
-from sidecar.relay import bodies, links, shapes
+from sidecar.images import file_headers as headers
+from sidecar.load import request_shape as shapes
+from sidecar.relay import request_body as bodies
+from sidecar.relay import url_policy as links
 
 NONCE = "0123456789abcdef"
 MOST = 1 << 20  # pixels of an image that is decoded here

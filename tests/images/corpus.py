@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sidecar import photos
+from sidecar.tools import synthetic_photos as photos
 
 from . import jpegs
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.imagecache import LOCK, OUT, Folder, ImageCache
-from sidecar.jobs import Done
+from sidecar.images.protocol import Done
+from sidecar.images.shm_cache import LOCK, OUT, Folder, ImageCache
 
 MOST = 1 << 20
 KEYS = [f"{i:02x}" for i in range(24)]

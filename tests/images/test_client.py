@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from sidecar.client import Client, ImageLayout, Preprocessed, PreprocessError, lent, parse
-from sidecar.features import expanded, features, packed
+from sidecar.client.preprocess import Client, ImageLayout, Preprocessed, PreprocessError, lent, parse
+from sidecar.client.vllm_features import expanded, features, packed
 
 NAME = "sidecar-images-abc/out-" + "0" * 32
 GOOD: dict[str, Any] = {

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sidecar import cpus, photos
+from sidecar.runtime import cpu_quota as cpus
+from sidecar.tools import synthetic_photos as photos
 
 ALLOWED = len(os.sched_getaffinity(0))
 

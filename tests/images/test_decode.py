@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from sidecar import photos
-from sidecar.imaging import decode as decoding
-from sidecar.imaging.decode import BadPixels, decode, orientation
-from sidecar.imaging.headers import read
-from sidecar.jobs import Limits
+from sidecar.images.file_headers import read
+from sidecar.images.protocol import Limits
+from sidecar.images.worker import decode as decoding
+from sidecar.images.worker.decode import BadPixels, decode, orientation
+from sidecar.tools import synthetic_photos as photos
 
 LIMITS = Limits(max_bytes=20 << 20, max_pixels=20_000_000)
 

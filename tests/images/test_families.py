@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.imaging import patches
+from sidecar.images import tensor_layout as batches
+from sidecar.images.worker import tensors as patches
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec, TileSpec
-from sidecar.relay import batches
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sidecar import photos
-from sidecar.imagecache import ImageCache
-from sidecar.images import Images
-from sidecar.imaging import work
-from sidecar.imaging.shrunk import MARGIN, fraction, target
-from sidecar.jobs import RAW, TENSORS, Done, Job, Limits, Refused
+from sidecar.images.protocol import RAW, TENSORS, Done, Job, Limits, Refused
+from sidecar.images.service import Images
+from sidecar.images.shm_cache import ImageCache
+from sidecar.images.worker import pipeline as work
+from sidecar.images.worker.fast_jpeg import MARGIN, fraction, target
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.tools import synthetic_photos as photos
 
 from . import corpus, jpegs
 from .conftest import Server

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.imaging import patches as aten
+from sidecar.images.worker import tensors as aten
 from sidecar.kernels import families, fused, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 

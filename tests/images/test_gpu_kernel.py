@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sidecar.imaging import patches as cpu
+from sidecar.images.worker import tensors as cpu
 from sidecar.kernels import families, ragged, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec
 from sidecar.kernels.ragged import Wanted

@@ -22,15 +22,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sidecar import photos
-from sidecar.images import Images
-from sidecar.imaging import door, work
-from sidecar.imaging.door import Ask, Door
-from sidecar.imaging.server import GPU_REST, NO_CUDA, Owner, plan
-from sidecar.jobs import PIXELS, RAW, TENSORS, Done, Job, Limits
+from sidecar.images.protocol import PIXELS, RAW, TENSORS, Done, Job, Limits
+from sidecar.images.service import Images
+from sidecar.images.worker import gpu_channel as door
+from sidecar.images.worker import pipeline as work
+from sidecar.images.worker.fork_server import GPU_REST, NO_CUDA, Owner, plan
+from sidecar.images.worker.gpu_channel import Ask, Door
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
+from sidecar.tools import synthetic_photos as photos
 
 from .conftest import Server
 

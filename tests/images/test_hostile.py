@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sidecar import photos
 from sidecar.errors import BadImage
-from sidecar.images import Images
-from sidecar.imaging import patches
-from sidecar.imaging.worker import memory_bound
-from sidecar.jobs import Limits
+from sidecar.images.protocol import Limits
+from sidecar.images.service import Images
+from sidecar.images.worker import tensors as patches
+from sidecar.images.worker.worker import memory_bound
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
+from sidecar.tools import synthetic_photos as photos
 
 from . import corpus, jpegs
 from .conftest import Server

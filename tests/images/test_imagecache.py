@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from sidecar import photos
 from sidecar.errors import StartError
-from sidecar.handovers import Handovers
-from sidecar.imagecache import Folder, ImageCache, sweep
-from sidecar.images import Images
-from sidecar.jobs import PIXELS, TENSORS, Done
-from sidecar.preflight import image_mode
+from sidecar.images.protocol import PIXELS, TENSORS, Done
+from sidecar.images.service import Images
+from sidecar.images.shm_cache import Folder, ImageCache, sweep
+from sidecar.images.shm_handoff import Handovers
+from sidecar.launch.preflight import image_mode
 from sidecar.settings import Settings
+from sidecar.tools import synthetic_photos as photos
 
 from .conftest import QWEN2_VL
 
@@ -46,7 +46,7 @@ def test_what_was_put_is_got(cache: ImageCache) -> None:
 
 def test_an_entry_that_was_made_anew_is_read_anew(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process remembers of entries is of the very files, also when another process has replaced one by one as large; and bounded."""
-    monkeypatch.setattr("sidecar.imagecache.KNOWN", 3)
+    monkeypatch.setattr("sidecar.images.shm_cache.KNOWN", 3)
     for n in range(8):
         done = replace(DONE, stages=(("decode", n / 10),))
         cache.put("aa", done, bytes([n] * 6))
@@ -133,7 +133,7 @@ def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
     """Closed, it is gone; left by a process that was killed, the next one sweeps it; one in use stays."""
     mine = Folder(str(tmp_path), 1 << 20)
     assert Path(mine.path).stat().st_mode & 0o777 == 0o700
-    code = f"from sidecar.imagecache import Folder; import os; print(Folder({str(tmp_path)!r}, 1 << 20).path, flush=True); os._exit(9)"
+    code = f"from sidecar.images.shm_cache import Folder; import os; print(Folder({str(tmp_path)!r}, 1 << 20).path, flush=True); os._exit(9)"
     left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
     assert Path(left).is_dir()
     sweep(str(tmp_path))
@@ -181,7 +181,7 @@ def test_what_nobody_read_goes_in_the_end(cache: ImageCache, tmp_path: Path, mon
     cache.put("aa", DONE, b"x")
     assert (tmp_path / handed.name).exists()
     later = time.time() + 1000
-    monkeypatch.setattr("sidecar.imagecache.time.time", lambda: later)
+    monkeypatch.setattr("sidecar.images.shm_cache.time.time", lambda: later)
     cache.put("bb", DONE, b"x")
     assert not (tmp_path / handed.name).exists()
 
@@ -202,7 +202,7 @@ def test_what_finds_no_room_leaves_no_part(cache: ImageCache, tmp_path: Path) ->
 
 def test_what_waits_for_readers_is_bounded(cache: ImageCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers who never come fill no memory; what is read makes room, and a link to an entry takes none."""
-    monkeypatch.setattr("sidecar.imagecache.WAITING", 1000)
+    monkeypatch.setattr("sidecar.images.shm_cache.WAITING", 1000)
     cache.put("aa", DONE, bytes(700))
     cache.hand_over(bytes(700), key="aa")
     first = cache.share(bytes(300), bytes(300))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sidecar import photos
 from sidecar.errors import BadImage
-from sidecar.images import Images
+from sidecar.images.service import Images
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
+from sidecar.tools import synthetic_photos as photos
 
 from .conftest import QWEN2_VL
 from .test_families import Family

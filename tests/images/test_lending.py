@@ -20,13 +20,14 @@ import pytest
 import torch
 from aiohttp import web
 
-from sidecar.borrowed import opened
-from sidecar.client import Client, PreprocessError
+from sidecar.client.gpu_tensors import opened
+from sidecar.client.preprocess import Client, PreprocessError
 from sidecar.errors import RequestError
-from sidecar.images import Images
-from sidecar.imaging import door, work
-from sidecar.jobs import TENSORS
-from sidecar.relay.preprocess import preprocess, valued
+from sidecar.images.protocol import TENSORS
+from sidecar.images.service import Images
+from sidecar.images.worker import gpu_channel as door
+from sidecar.images.worker import pipeline as work
+from sidecar.relay.media.preprocess_api import preprocess, valued
 from sidecar.settings import Settings
 from tests.waiting import PATIENCE
 
@@ -37,9 +38,9 @@ from .test_gpu_process import connected, job, peer, png, small
 WORKER = """
 import socket, sys
 from functools import partial
-from sidecar.imaging import work, worker
-from sidecar.imaging.door import Door
-from sidecar.jobs import Limits
+from sidecar.images.worker import pipeline as work, worker
+from sidecar.images.worker.gpu_channel import Door
+from sidecar.images.protocol import Limits
 worker.serve(socket.socket(fileno=int(sys.argv[1])), partial(work.run, door=Door(sys.argv[2], 100.0)), Limits(1 << 20, 1 << 20))
 """
 FILES = [png(70, 90), png(40, 52, 1)]
@@ -142,7 +143,7 @@ async def test_another_process_reads_the_very_bits(gpu: Gpu, serve: Any, values:
 CONSUMER = """
 import asyncio, sys
 from pathlib import Path
-from sidecar.client import Client
+from sidecar.client.preprocess import Client
 async def main():
     async with Client(sys.argv[1]) as client, client.lend([Path(sys.argv[2])]):
         print("lent", flush=True)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.imaging.lending import GONE, KEPT, REFUSED, SECONDS, HostPiece, Lender
-from sidecar.imaging.loans import MOST, PIECES, Loans
-from sidecar.jobs import FrameError
+from sidecar.images.protocol import FrameError
+from sidecar.images.worker.gpu_lender import GONE, KEPT, REFUSED, SECONDS, HostPiece, Lender
+from sidecar.images.worker.loan_table import MOST, PIECES, Loans
 
 A, B, GRAIN = "a" * 32, "b" * 32, 10
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.plugin import EVERY, MARK, Watch, judged, look
+from sidecar.images.vllm_plugin import EVERY, MARK, Watch, judged, look
 from tests.waiting import PATIENCE
 
 from .test_imagecache import plugin

@@ -21,17 +21,19 @@ from PIL import Image
 from safetensors.torch import load
 from yarl import URL
 
-from sidecar import client, photos
+from sidecar.client import preprocess as client
 from sidecar.errors import RequestError
-from sidecar.facts import Fact, Imaged
-from sidecar.imagecache import ImageCache
-from sidecar.images import Images
+from sidecar.events import Fact, Imaged
+from sidecar.images.service import Images
+from sidecar.images.shm_cache import ImageCache
+from sidecar.images.tensor_budget import Results
 from sidecar.kernels import families
-from sidecar.relay import downstream, links
-from sidecar.relay.fetching import Fetcher
+from sidecar.relay import client_io as downstream
+from sidecar.relay import url_policy as links
+from sidecar.relay.media.fetch import Fetcher
+from sidecar.relay.media.preprocess_api import SAFETENSORS, accepted, preprocess
 from sidecar.relay.outcomes import ClientStalled
-from sidecar.relay.preprocess import SAFETENSORS, accepted, preprocess
-from sidecar.results import Results
+from sidecar.tools import synthetic_photos as photos
 
 from .conftest import QWEN2_VL, Server
 from .test_tiles import PHI, ROWS, theirs

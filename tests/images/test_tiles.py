@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.imaging import tiles, work
+from sidecar.images import tensor_layout as batches
+from sidecar.images.worker import pipeline as work
+from sidecar.images.worker import tiles
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import TileSpec, View
-from sidecar.relay import batches
 
 from .test_families import Family, picture
 

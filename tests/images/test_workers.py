@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sidecar import photos, settings
+from sidecar import settings
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images import Images
-from sidecar.imaging.server import plan
+from sidecar.images.service import Images
+from sidecar.images.worker.fork_server import plan
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
+from sidecar.tools import synthetic_photos as photos
 from tests.waiting import PATIENCE
 
 from .conftest import Server, children
@@ -144,7 +145,7 @@ def test_with_sys_ptrace_alone_nothing_of_it_is_left() -> None:
     """As in the pod: root with this one capability. Neither the process keeps it nor a program that it starts."""
     if not capabilities(os.getpid())["CapEff"] & 1 << 19:
         pytest.skip("needs SYS_PTRACE")
-    keep = "import ctypes; f = __import__('sidecar.imaging.privileges', fromlist=['x']); libc = ctypes.CDLL(None); only = 1 << 19; "
+    keep = "import ctypes; f = __import__('sidecar.images.worker.sandbox', fromlist=['x']); libc = ctypes.CDLL(None); only = 1 << 19; "
     keep += "words = (f._Words * 2)((only, only, only), (0, 0, 0)); libc.capset(ctypes.byref(f._Header(f.VERSION_3, 0)), words); "
     show = "print(open('/proc/self/status').read().partition('CapEff:')[2].split()[0], flush=True); "
     end = "__import__('os').execv('/bin/grep', ['grep', 'CapEff', '/proc/self/status'])"
@@ -258,7 +259,7 @@ async def test_a_restarted_server_is_waited_for(start_server: Callable[..., Serv
 
 def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
     """Killed right after the fork, a server could not tell the kernel yet to end its child."""
-    code = "from sidecar.imaging import worker; worker.bind_to({}); print('lives')"
+    code = "from sidecar.images.worker import worker; worker.bind_to({}); print('lives')"
     for server, ends in ((os.getpid(), (0, "lives\n")), (os.getppid(), (1, ""))):
         done = subprocess.run([sys.executable, "-c", code.format(server)], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == ends
@@ -266,7 +267,7 @@ def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
 
 async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody listens, the wait is bounded and ends in 503."""
-    monkeypatch.setattr("sidecar.imagequeue.PATIENCE", 0.1)
+    monkeypatch.setattr("sidecar.images.worker_queue.PATIENCE", 0.1)
     images = Images(str(tmp_path / "nothing"), Settings(image_seconds=0.1), spec)
     with pytest.raises(ImagesBusy):
         await images.inline(PHOTO, "x")

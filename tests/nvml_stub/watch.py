@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 
 from sidecar.readings import Reading, Value
-from sidecar.signals.gpu import GpuSignal
+from sidecar.signals.gpu.poller import GpuSignal
 
 
 def plain(reading: Reading[object]) -> object:

@@ -15,8 +15,9 @@ import pytest
 from aiohttp import web
 from selenium import webdriver
 
-from sidecar import facts, readings, snapshot
-from sidecar.report import page
+from sidecar import events as facts
+from sidecar import readings, snapshot
+from sidecar.report import live_page as page
 
 from ..waiting import PATIENCE
 

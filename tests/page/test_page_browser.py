@@ -13,8 +13,9 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from sidecar import facts, readings, snapshot
-from sidecar.report import page
+from sidecar import events as facts
+from sidecar import readings, snapshot
+from sidecar.report import live_page as page
 
 from ..waiting import PATIENCE
 

@@ -17,8 +17,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from sidecar import facts, readings, snapshot
-from sidecar.report import page
+from sidecar import events as facts
+from sidecar import readings, snapshot
+from sidecar.report import live_page as page
 
 Script = Callable[..., Any]
 

@@ -11,11 +11,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Fact, Settled
-from sidecar.relay import scraper, upstream
+from sidecar.events import Fact, Settled
+from sidecar.load.cost_model import Coefficients
+from sidecar.relay import engine_io as upstream
+from sidecar.relay import metrics_fast_path as scraper
 from sidecar.relay.handler import Relay
 from sidecar.settings import Settings
-from sidecar.units import Coefficients
 
 from ..waiting import PATIENCE
 

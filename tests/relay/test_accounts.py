@@ -17,9 +17,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
 
-from sidecar.limits import Bucket, Limit, Refusal, charged, refilled, refusal
-from sidecar.relay import accounts
-from sidecar.relay.accounts import Accounts, Lease
+from sidecar.load.tenant_limits import Bucket, Limit, Refusal, charged, refilled, refusal
+from sidecar.relay.pricing import tenant_accounts as accounts
+from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
 
 from ..waiting import PATIENCE
 
@@ -28,8 +28,8 @@ Open = Callable[[int], Accounts]
 
 SPEND = """
 import sys
-from sidecar.limits import Limit
-from sidecar.relay.accounts import Accounts, Lease
+from sidecar.load.tenant_limits import Limit
+from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
 path, index = sys.argv[1], int(sys.argv[2])
 own = Accounts(path, 2, index)
 print("ready", flush=True)

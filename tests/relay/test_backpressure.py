@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.facts import Backpressure
+from sidecar.events import Backpressure
 
 from ..waiting import PATIENCE
 from .work import once

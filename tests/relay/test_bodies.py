@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.relay import bodies, shapes
-from sidecar.relay.bodies import Skeleton, cut, join, route_of
-from sidecar.relay.shapes import Shape, describe
+from sidecar.load import request_shape as shapes
+from sidecar.load.request_shape import Shape, describe
+from sidecar.relay import request_body as bodies
+from sidecar.relay.request_body import Skeleton, cut, join, route_of
 
 NONCE = "0123456789abcdef"
 PIXEL = "iVBORw0KGgo" * 400

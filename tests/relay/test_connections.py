@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sidecar.facts import Settled
-from sidecar.relay.upstream import REPEATED, Pieces
+from sidecar.events import Settled
+from sidecar.relay.engine_io import REPEATED, Pieces
 
 from .work import CHAT, TOKEN, sse
 

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.doctor import machine
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Admitted, Usage
-from sidecar.relay import counting
-from sidecar.relay.counting import WAITING, Count, Counter, windows
-from sidecar.relay.estimate import Estimator, Template
-from sidecar.relay.pricing import Pricing
-from sidecar.relay.shapes import Shape
+from sidecar.events import Admitted, Usage
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.estimator import Estimator, Template
+from sidecar.load.request_shape import Shape
+from sidecar.relay.pricing import tokenizer as counting
+from sidecar.relay.pricing.charge import Pricing
+from sidecar.relay.pricing.tokenizer import WAITING, Count, Counter, windows
 from sidecar.settings import Settings
-from sidecar.units import Coefficients
+from sidecar.tools.doctor import machine
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import FAST
 
 from ..waiting import PATIENCE

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Directed, Directing, Fact, Settled
-from sidecar.relay.directed import PATHS, Calls, in_part, row_of
-from sidecar.relay.upstream import REPEATED
+from sidecar.events import Directed, Directing, Fact, Settled
+from sidecar.relay.engine_io import REPEATED
+from sidecar.relay.engine_pauses import PATHS, Calls, in_part, row_of
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
 from .test_relief import soon

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sidecar import units
-from sidecar.facts import Usage, Work
-from sidecar.relay.estimate import IMAGE_TOKENS, Estimate, Estimator, Means
-from sidecar.relay.shapes import Shape
+from sidecar.events import Usage, Work
+from sidecar.load import cost_model as units
+from sidecar.load.estimator import IMAGE_TOKENS, Estimate, Estimator, Means
+from sidecar.load.request_shape import Shape
 
 CO = units.Coefficients()
 

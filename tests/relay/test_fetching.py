@@ -14,9 +14,10 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.facts import Imaged
-from sidecar.relay import fetching, links
-from sidecar.relay.fetching import Fetcher
+from sidecar.events import Imaged
+from sidecar.relay import url_policy as links
+from sidecar.relay.media import fetch as fetching
+from sidecar.relay.media.fetch import Fetcher
 
 from .pictures import Prepared, Workers
 from .work import echo

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from yarl import URL
 
-from sidecar.relay import links
+from sidecar.relay import url_policy as links
 
 AMONG = links.domains("img.example.com, *.example.org,cdn.example.net:8443,93.184.216.34")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.relay.outputs import BUCKETS, MIDDLES, PRIOR, STARTS, Forecast, Outputs, bucket_of
+from sidecar.load.output_length import BUCKETS, MIDDLES, PRIOR, STARTS, Forecast, Outputs, bucket_of
 
 lengths = st.lists(st.integers(0, 200_000), min_size=1, max_size=60)
 

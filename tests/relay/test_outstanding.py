@@ -5,10 +5,21 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar import units
-from sidecar.facts import Admitted, Backpressure, Delivered, Directed, Directing, Fact, FirstToken, Settled, Usage, Work
-from sidecar.ledger import Ledger
-from sidecar.relay.outstanding import MAX_SETTLED, Outstanding
+from sidecar.events import (
+    Admitted,
+    Backpressure,
+    Delivered,
+    Directed,
+    Directing,
+    Fact,
+    FirstToken,
+    Settled,
+    Usage,
+    Work,
+)
+from sidecar.load import cost_model as units
+from sidecar.load.ledger import Ledger
+from sidecar.relay.replay_log import MAX_SETTLED, Outstanding
 
 
 def admitted(id: str, at: float) -> Admitted:

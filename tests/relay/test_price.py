@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sidecar import units
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Settled
-from sidecar.units import Coefficients
+from sidecar.events import Settled
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import CHAT, FAST
 
 ASK = {"x-sidecar-usage": "mu"}

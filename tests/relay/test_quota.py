@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
 from sidecar.errors import TenantLimited, UsageError
-from sidecar.facts import Published, Settled
-from sidecar.relay.accounts import Accounts
-from sidecar.relay.estimate import Estimator
-from sidecar.relay.pricing import Pricing
-from sidecar.relay.quota import Quota, read
-from sidecar.relay.shapes import Shape
-from sidecar.units import Coefficients
+from sidecar.events import Published, Settled
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.estimator import Estimator
+from sidecar.load.request_shape import Shape
+from sidecar.relay.pricing.charge import Pricing
+from sidecar.relay.pricing.quota import Quota, read
+from sidecar.relay.pricing.tenant_accounts import Accounts
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import CHAT, FAST
 
 ONE = (1.0, 1.0)

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Published
+from sidecar.events import Published
 
 from .work import CHAT, TOKEN, once, sse
 

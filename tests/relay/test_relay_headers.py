@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.facts import Page, PageWanted, Published
+from sidecar.events import Page, PageWanted, Published
 
 from .work import once
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.facts import STATES, Admitted, Imaged, Published
+from sidecar.events import STATES, Admitted, Imaged, Published
 
 from .pictures import Workers, pictures
 from .work import echo, once

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Admitted, FirstToken, Usage
+from sidecar.events import Admitted, FirstToken, Usage
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
 from .pictures import Workers, pictures

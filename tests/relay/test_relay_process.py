@@ -17,15 +17,15 @@ import pytest
 from aiohttp import web
 
 from sidecar import settings
-from sidecar.channel import Channel
-from sidecar.facts import Admitted, Booked, FirstToken, Joined, Page, PageWanted, Pulse, Settled
+from sidecar.events import Admitted, Booked, FirstToken, Joined, Page, PageWanted, Pulse, Settled
 from sidecar.relay import process
+from sidecar.runtime.channel import Channel
 
 from ..waiting import PATIENCE
 
 RUN = """
 import socket, sys
-from sidecar import settings, units
+from sidecar import settings; from sidecar.load import cost_model as units
 from sidecar.relay.process import Place, main
 place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"", index=3, restarts=2)
 sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))

@@ -8,8 +8,8 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Admitted, Delivered, FirstToken, Usage
+from sidecar.events import Admitted, Delivered, FirstToken, Usage
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
 from .work import CHAT, FAST, TOKEN, USAGE, once, sse

@@ -11,8 +11,8 @@ import pytest
 from aiohttp import web
 
 from sidecar.errors import EngineStalled
-from sidecar.facts import Admitted, End, FirstToken, Published, Settled
-from sidecar.relay.desk import HEARD, Desk
+from sidecar.events import Admitted, End, FirstToken, Published, Settled
+from sidecar.relay.open_requests import HEARD, Desk
 
 from ..waiting import PATIENCE
 from .work import CHAT, TOKEN, once, sse

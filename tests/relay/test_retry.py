@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Backpressure, FirstToken
-from sidecar.relay.desk import Desk
+from sidecar.events import Backpressure, FirstToken
+from sidecar.relay.engine_io import Pieces
+from sidecar.relay.open_requests import Desk
 from sidecar.relay.retry import Retries
-from sidecar.relay.upstream import Pieces
 
 from ..waiting import PATIENCE
 from .pictures import Workers, pictures

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Page, PageWanted
-from sidecar.relay import merged_page
+from sidecar.events import Page, PageWanted
+from sidecar.relay import metrics_page as merged_page
 
 from ..waiting import PATIENCE
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sidecar.engine.scripted import EngineSettings, ScriptedEngine
-from sidecar.facts import Admitted
+from sidecar.events import Admitted
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
-from sidecar.relay.bodies import ImagePart
-from sidecar.relay.estimate import IMAGE_TOKENS, Estimator
-from sidecar.relay.pricing import Pricing
-from sidecar.relay.sizes import tokens_of
-from sidecar.units import Coefficients
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.estimator import IMAGE_TOKENS, Estimator
+from sidecar.relay.media.image_sizes import tokens_of
+from sidecar.relay.pricing.charge import Pricing
+from sidecar.relay.request_body import ImagePart
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import FAST
 
 QWEN = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Admitted, Backpressure, Settled
-from sidecar.relay.slots import places
+from sidecar.events import Admitted, Backpressure, Settled
+from sidecar.relay.concurrency import places
 
 from ..waiting import PATIENCE
 from .test_relief import STALLED

@@ -14,13 +14,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.facts import Admitted, End, Published, Settled
-from sidecar.limits import Limit, Limits
-from sidecar.relay.accounts import Accounts, Lease
-from sidecar.relay.estimate import Estimator
-from sidecar.relay.pricing import Pricing
-from sidecar.relay.quota import Quota
-from sidecar.units import Coefficients
+from sidecar.events import Admitted, End, Published, Settled
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.estimator import Estimator
+from sidecar.load.tenant_limits import Limit, Limits
+from sidecar.relay.pricing.charge import Pricing
+from sidecar.relay.pricing.quota import Quota
+from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
 
 from ..waiting import PATIENCE
 from .work import CHAT, TOKEN, sse

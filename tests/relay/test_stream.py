@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.facts import Usage
-from sidecar.relay.stream import SSE, Tail, priced, usage_of
+from sidecar.events import Usage
+from sidecar.relay.sse import SSE, Tail, priced, usage_of
 
 PAGES = Path(__file__).parents[1] / "pages" / "answers"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'

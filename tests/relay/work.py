@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.facts import Admitted, Settled
+from sidecar.events import Admitted, Settled
 
 CHAT = {"model": "scripted", "messages": [{"role": "user", "content": "Say something."}], "max_tokens": 8}
 FAST = {"listen": ("127.0.0.1", 0), "prefill_tokens_per_second": 1e7, "decode_step_ms": 1.0}

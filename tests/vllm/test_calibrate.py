@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar import units
+from sidecar.load import cost_model as units
 
 from . import environment, processes
 from .processes import Engine

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sidecar.client import Client
-from sidecar.features import expanded, features, items, packed
-from sidecar.photos import photo
+from sidecar.client.preprocess import Client
+from sidecar.client.vllm_features import expanded, features, items, packed
+from sidecar.tools.synthetic_photos import photo
 
 from . import client, processes
 from .client import Http

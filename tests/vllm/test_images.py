@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from sidecar.photos import photo, pixels
+from sidecar.tools.synthetic_photos import photo, pixels
 
 from . import client, processes
 from .client import Http

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sidecar.doctor import engine as doctor
-from sidecar.doctor.finding import Finding
 from sidecar.settings import Settings
+from sidecar.tools.doctor import engine as doctor
+from sidecar.tools.doctor.finding import Finding
 
 from . import client, processes
 from .client import Http

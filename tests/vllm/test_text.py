@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from sidecar import units
-from sidecar.facts import Work
+from sidecar.events import Work
+from sidecar.load import cost_model as units
 
 from . import client
 from .client import Http

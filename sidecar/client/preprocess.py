@@ -1,0 +1,344 @@
+"""A client of `POST /v1/preprocess`: encoded images in, the tensors of the model's processor out, as numpy arrays.
+
+    async with Client("http://127.0.0.1:8080") as client:
+        made = await client.preprocess([Path("a.jpg"), png_bytes])
+        made.tensors["pixel_values"], made.images[0].tokens
+
+Rules: numpy and aiohttp are all that it needs; nothing of an answer is believed before it is checked; what is read is bounded
+before it is kept. With `shm=True` the tensors are mapped from shared memory: the client must see the sidecar's folder. With `lend` they stay
+in the GPU's memory; sidecar.client.gpu_tensors opens them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import math
+import mmap
+import os
+import re
+import struct
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+import aiohttp
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Data = memoryview | mmap.mmap
+Values = Literal["", "float32", "bfloat16", "float16", "uint8"]
+
+DTYPES: Final[Mapping[str, str]] = {
+    "I64": "<i8",
+    "I32": "<i4",
+    "F32": "<f4",
+    "BF16": "<u2",  # numpy has no such type: its bits
+    "F16": "<f2",
+    "U8": "|u1",
+}
+SEGMENT: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
+LENGTH: Final = struct.Struct("<Q")
+MAX_HEAD: Final = 4 << 20  # bytes of JSON before the tensors, or instead of them
+MAX_BYTES: Final = 2 << 30
+READ_BUFFER: Final = 1 << 20
+SECONDS: Final = 60.0
+
+
+class PreprocessError(Exception):
+    """No tensors. `code` is the sidecar's reason; `status` is 0 where nothing of it was heard; `retry_after` is in seconds."""
+
+    def __init__(self, message: str, code: str, status: int = 0, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.code, self.status, self.retry_after = code, status, retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """What one image became: its final size, its patch grid (t, h, w; 0 where there is none), the tokens that the model sees."""
+
+    format: str
+    height: int
+    width: int
+    grid_thw: tuple[int, int, int]
+    tokens: int
+    content_hash: str  # of the image and the processor; equal images have equal ones
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessed:
+    """The tensors of all images, by the processor's own names, in the order in which the images were given.
+
+    `processor` changes with anything that changes a pixel; `exact` is false where an image was shrunk while it was decoded (--images-decode fast).
+    """
+
+    tensors: dict[str, Array]
+    images: tuple[ImageLayout, ...]
+    processor: str
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Where one tensor lies in another process's memory: `size` bytes, `offset` bytes behind what `handle` opens, on the device of this UUID."""
+
+    kind: str  # "cuda-ipc"
+    device: str
+    handle: bytes
+    offset: int
+    size: int
+    dtype: str  # as in DTYPES
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """`pixel_values` of each image, lent until the block ends or `Client.give_back(name)` is called, for half a minute at most."""
+
+    name: str
+    pixel_values: tuple[Lent, ...]
+    images: tuple[ImageLayout, ...]
+    processor: str
+    exact: bool  # as in Preprocessed
+
+
+class Client:
+    """One sidecar's relay at `url`. `shm_dir` is its --shm-dir as this process sees it; an answer of over `max_bytes` is refused."""
+
+    def __init__(
+        self, url: str, *, shm_dir: str = "/dev/shm", seconds: float = SECONDS, max_bytes: int = MAX_BYTES
+    ) -> None:
+        self._url = url.rstrip("/") + "/v1/preprocess"
+        self._shm_dir = Path(shm_dir)
+        self._max_bytes = max_bytes
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=seconds), read_bufsize=READ_BUFFER, auto_decompress=False
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def preprocess(
+        self,
+        images: Iterable[bytes | Path],
+        *,
+        values: Values = "",
+        shm: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> Preprocessed:
+        """Prepare encoded images. `values="uint8"` leaves rescaling and normalising out. Raises PreprocessError, OSError.
+
+        `headers` go along, such as the tenant's.
+        """
+        form = await _form(images)
+        wanted = {"x-sidecar-handoff": "shm"} if shm else {}
+        query = {"values": values} if values else {}
+        try:
+            async with self._session.post(
+                self._url, data=form, params=query, headers={**(headers or {}), **wanted}
+            ) as answer:
+                if answer.status != 200:
+                    raise await _refusal(answer)
+                data = await _body(answer, MAX_HEAD if shm else self._max_bytes)
+        except (aiohttp.ClientError, TimeoutError) as e:
+            raise _unreachable(e) from e
+        if shm:
+            return await asyncio.to_thread(self._shared, bytes(data))
+        return parse(data, exact=answer.headers.get("x-sidecar-images") != "inexact")
+
+    @contextlib.asynccontextmanager
+    async def lend(
+        self, images: Iterable[bytes | Path], *, values: Values = "", headers: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Loan]:
+        """Prepare encoded images and leave the tensors in the GPU's memory, which is lent while the block runs. Raises PreprocessError, OSError."""
+        form = await _form(images)
+        query = {"values": values} if values else {}
+        asked = {**(headers or {}), "x-sidecar-handoff": "cuda-ipc"}
+        with contextlib.ExitStack() as stack:
+            try:
+                answer = await self._session.post(self._url, data=form, params=query, headers=asked)
+                stack.callback(answer.close)  # the answer goes on as long as the loan, which ends with it
+                if answer.status != 200:
+                    raise await _refusal(answer)
+                line = await _line(answer)
+            except (aiohttp.ClientError, TimeoutError) as e:
+                raise _unreachable(e) from e
+            yield lent(line)
+
+    async def give_back(self, name: str) -> None:
+        """End a loan by its name, from wherever its memory was read. One that is over already is no error. Raises PreprocessError."""
+        try:
+            async with self._session.delete(f"{self._url}/{name}") as answer:
+                if answer.status not in (204, 404):
+                    raise await _refusal(answer)
+        except (aiohttp.ClientError, TimeoutError) as e:
+            raise _unreachable(e) from e
+
+    def _shared(self, text: bytes) -> Preprocessed:
+        layout = _object(text)
+        try:
+            (segment,) = layout["segments"]
+            name, size = str(segment["name"]), int(segment["bytes"])
+        except (KeyError, TypeError, ValueError):
+            raise _unreadable("it names no segment") from None
+        if not SEGMENT.fullmatch(name) or not 0 < size <= self._max_bytes:
+            raise _unreadable("its segment has a strange name or size")
+        return parse(_mapped(self._shm_dir / name, size), exact=layout.get("exact") is True)
+
+
+def lent(line: bytes) -> Loan:
+    """The line that says what was lent. Raises PreprocessError."""
+    layout = _object(line)
+    try:
+        images = tuple(ImageLayout(**i | {"grid_thw": tuple(i["grid_thw"])}) for i in layout["images"])
+        pieces = tuple(_piece(**entry) for entry in layout["memory"])
+        return Loan(str(layout["loan"]), pieces, images, str(layout["processor"]), layout.get("exact") is True)
+    except (KeyError, TypeError, ValueError) as e:
+        raise _unreadable(f"not a loan of this version ({type(e).__name__})") from None
+
+
+def _piece(
+    *, tensor: str, dtype: str, shape: list[int], kind: str, device: str, handle: str, offset: int, bytes: int
+) -> Lent:
+    """One entry of `memory`. Raises KeyError, TypeError or ValueError where it is none."""
+    if (
+        tensor != "pixel_values"
+        or bytes != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        or bytes < 1
+        or offset < 0
+    ):
+        raise ValueError("a tensor of another size")
+    return Lent(
+        str(kind), str(device), base64.b64decode(handle, validate=True), int(offset), bytes, dtype, tuple(shape)
+    )
+
+
+def parse(data: Data, *, exact: bool = True) -> Preprocessed:
+    """A safetensors file as the sidecar writes it; the arrays lie in `data`. Raises PreprocessError."""
+    head, start = _head(data)
+    described = head.pop("__metadata__", {})
+    try:
+        tensors = {str(name): _array(data, start, **entry) for name, entry in head.items()}
+        images = tuple(ImageLayout(**i | {"grid_thw": tuple(i["grid_thw"])}) for i in json.loads(described["images"]))
+        return Preprocessed(tensors, images, str(described["processor"]), exact)
+    except (KeyError, TypeError, ValueError) as e:
+        raise _unreadable(f"not the tensors of this version ({type(e).__name__})") from None
+
+
+def _head(data: Data) -> tuple[dict[str, Any], int]:
+    """The JSON header, and where the tensors begin."""
+    if len(data) < LENGTH.size:
+        raise _unreadable("it is cut off")
+    (length,) = LENGTH.unpack(data[: LENGTH.size])
+    start = LENGTH.size + length
+    if length > MAX_HEAD or start > len(data):
+        raise _unreadable("its header is cut off or too long")
+    return _object(bytes(data[LENGTH.size : start])), start
+
+
+def _array(data: Data, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
+    """One tensor; nothing is copied. Raises KeyError, TypeError or ValueError where its entry is none."""
+    kind = np.dtype(DTYPES[dtype])
+    first, end = data_offsets
+    count = math.prod(shape)
+    if first < 0 or count < 1 or min(shape) < 0 or end - first != count * kind.itemsize or start + end > len(data):
+        raise ValueError("a tensor that does not lie in the file")
+    return np.frombuffer(data, kind, count, start + first).reshape(shape)
+
+
+def _mapped(path: Path, size: int) -> mmap.mmap:
+    """The file of `size` bytes, mapped so that what is written to the arrays stays ours; it is removed. Raises PreprocessError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except PermissionError:
+        text = "the tensors in shared memory may not be read: run as root or as the sidecar's user"
+        raise PreprocessError(text, "shm_permission") from None
+    except OSError:
+        text = "the tensors are not in shared memory here: is the sidecar's --shm-dir mounted, and named by shm_dir?"
+        raise PreprocessError(text, "shm_missing") from None
+    try:
+        path.unlink(missing_ok=True)
+        if os.fstat(fd).st_size != size:
+            raise _unreadable("its segment has another size")
+        return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(fd)
+
+
+async def _form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
+    form, given = aiohttp.FormData(), list(images)
+    if not given:
+        raise PreprocessError("no image was given", "bad_request")
+    for image in given:
+        file = await asyncio.to_thread(image.read_bytes) if isinstance(image, Path) else image
+        form.add_field("image", io.BytesIO(file), filename="image", content_type="application/octet-stream")
+    return form
+
+
+async def _line(answer: aiohttp.ClientResponse) -> bytes:
+    """The first line of an answer that goes on."""
+    line = b""
+    async for chunk in answer.content.iter_any():
+        line += chunk
+        if b"\n" in line or len(line) > MAX_HEAD:
+            break
+    return line
+
+
+async def _body(answer: aiohttp.ClientResponse, most: int) -> memoryview:
+    """The answer's bytes, read into one buffer of the announced length."""
+    size = answer.content_length
+    if size is None or size > most:
+        raise _unreadable(f"it announces no length, or more than {most} bytes")
+    buffer = np.empty(size, np.uint8).data
+    at = 0
+    async for chunk in answer.content.iter_any():
+        buffer[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return buffer[:at]
+
+
+async def _refusal(answer: aiohttp.ClientResponse) -> PreprocessError:
+    """What the sidecar said in OpenAI's error shape, or the status of whoever else answered."""
+    text = b""
+    async for chunk in answer.content.iter_any():  # others may announce no length
+        text += chunk
+        if len(text) > MAX_HEAD:
+            break
+    try:
+        error = json.loads(text)["error"]
+        message, code = str(error["message"]), str(error["code"])
+    except (ValueError, KeyError, TypeError):
+        message = f"status {answer.status}, and no word of a sidecar's: is the URL that of its relay (--listen)?"
+        code = "unknown"
+    later = answer.headers.get("retry-after", "")
+    return PreprocessError(message, code, answer.status, float(later) if later.isdecimal() else None)
+
+
+def _unreachable(error: Exception) -> PreprocessError:
+    return PreprocessError(f"no answer from the sidecar: {type(error).__name__}", "unreachable")
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise _unreadable("it holds no JSON object")
+    return found
+
+
+def _unreadable(why: str) -> PreprocessError:
+    return PreprocessError(f"the sidecar's answer cannot be read: {why}", "unreadable")

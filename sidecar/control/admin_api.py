@@ -1,0 +1,153 @@
+"""The admin port: probes, load, metrics, verdicts, diagnoses, the page.
+
+Rules: read-only; a probe renders the last verdict and never waits for anything; nothing here reaches the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from aiohttp import web
+
+from sidecar.control.diagnosis import Diagnoses
+from sidecar.health import probes
+from sidecar.load.coefficient_monitor import Upkeep
+from sidecar.load.cost_model import Coefficients
+from sidecar.report import cost_json as cost
+from sidecar.report import diagnosis_page
+from sidecar.report import live_page as page
+from sidecar.report import load_json as load
+from sidecar.report.prometheus import Pages
+from sidecar.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the answers come from. Each call returns at once. `health` gives (well, details) of the sidecar itself."""
+
+    stand: Callable[[], probes.Stand]
+    snapshot: Callable[[], Snapshot]
+    health: Callable[[], tuple[bool, dict[str, Any]]]
+    pages: Pages
+    feed: page.Feed
+    diagnoses: Diagnoses
+    upkeep: Upkeep
+
+
+def make_app(sources: Sources) -> web.Application:
+    """The admin application."""
+    app = web.Application()
+    app.router.add_get("/livez", _probe(sources, "live"))
+    app.router.add_get("/readyz", _probe(sources, "ready"))
+    app.router.add_get("/startupz", _probe(sources, "startup"))
+    app.router.add_get("/healthz", _health(sources))
+    app.router.add_get("/load", _load(sources))
+    app.router.add_get("/cost", _cost(sources))
+    app.router.add_get("/coefficients", _file(lambda: sources.upkeep.co))
+    app.router.add_get("/coefficients/shadow", _file(lambda: sources.upkeep.shadow()))
+    app.router.add_get("/verdicts", _json(lambda: {"verdicts": [probes.told(v) for v in sources.snapshot().changes]}))
+    app.router.add_get("/diagnoses", _json(lambda: {"diagnoses": _diagnoses(sources.diagnoses)}))
+    app.router.add_get("/diagnoses/{id}", _diagnosis(sources.diagnoses))
+    app.router.add_get("/metrics", _metrics(sources.pages))
+    app.router.add_get("/", page.index)
+    app.router.add_get("/events", sources.feed.events)
+    return app
+
+
+Handler = Callable[[web.Request], Any]
+
+
+def _answer(content: Any, status: int = 200) -> web.Response:
+    return web.Response(
+        text=json.dumps(content) + "\n",
+        status=status,
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+def _probe(sources: Sources, kind: probes.Kind) -> Handler:
+    async def handle(_: web.Request) -> web.Response:
+        stand = sources.stand()
+        return _answer(probes.body(stand), 200 if probes.passes(kind, stand) else 503)
+
+    return handle
+
+
+def _json(content: Callable[[], Any]) -> Handler:
+    async def handle(_: web.Request) -> web.Response:
+        return _answer(content())
+
+    return handle
+
+
+def _load(sources: Sources) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        return _answer(load.render(sources.snapshot(), request.query.get("unit", "")))
+
+    return handle
+
+
+def _cost(sources: Sources) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            return _answer(cost.render(request.query, sources.upkeep.co))
+        except ValueError as e:
+            return _answer({"error": str(e)}, 400)
+
+    return handle
+
+
+def _file(wanted: Callable[[], Coefficients | None]) -> Handler:
+    """Coefficients as a file for --coefficients."""
+
+    async def handle(_: web.Request) -> web.Response:
+        co = wanted()
+        if co is None:
+            return _answer({"error": "too little work so far; /load says how many windows were seen"}, 404)
+        return _answer(asdict(co))
+
+    return handle
+
+
+def _health(sources: Sources) -> Handler:
+    async def handle(_: web.Request) -> web.Response:
+        well, details = sources.health()
+        return _answer({"status": "ok" if well else "failing", **details}, 200 if well else 503)
+
+    return handle
+
+
+def _metrics(pages: Pages) -> Handler:
+    async def handle(request: web.Request) -> web.Response:
+        body, content_type = pages.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    return handle
+
+
+def _diagnoses(diagnoses: Diagnoses) -> list[dict[str, Any]]:
+    return [
+        {"id": d.id, "at": d.at_wall, "reason": d.reason, "summary": d.summary, "bytes": d.bytes}
+        for d in diagnoses.summaries()
+    ]
+
+
+def _diagnosis(diagnoses: Diagnoses) -> Handler:
+    """The bundle as JSON; as a page to read where a browser asks."""
+
+    async def handle(request: web.Request) -> web.Response:
+        id = request.match_info["id"]
+        body = await asyncio.to_thread(diagnoses.read, id)
+        if body is None:
+            return _answer({"error": "no such diagnosis; see /diagnoses"}, 404)
+        if "text/html" in request.headers.get("Accept", ""):
+            text = await asyncio.to_thread(lambda: diagnosis_page.render(id, json.loads(body)))
+            return web.Response(text=text, content_type="text/html", headers=diagnosis_page.HEADERS)
+        return web.Response(body=body, content_type="application/json", headers={"Vary": "Accept"})
+
+    return handle

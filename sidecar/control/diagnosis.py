@@ -1,0 +1,143 @@
+"""Bundles taken when an engine is found stalled, before anybody kills it.
+
+Written in steps, each whole: at once what is known already, then what its processes were seen doing, so that a kill in between
+loses little. Bounded in number and size, on the state directory; numbers, names, stacks without their values, and the engine's own
+metrics page: never a prompt, an image or a header of a user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.control.state_dir import StateDir
+from sidecar.events import DiagnosisSummary
+from sidecar.load.ledger import Hold
+from sidecar.signals.process_examiner import Examiner
+from sidecar.snapshot import Snapshot
+
+FOLDER: Final = "diagnoses"
+KEPT: Final = 10
+MAX_BYTES: Final = 2 << 20  # of one bundle
+MAX_PAGE: Final = 512 * 1024  # bytes of the engine's metrics page
+MAX_REQUESTS: Final = 200
+_ID = re.compile(r"\d{8}T\d{6}-[a-z_]{1,40}")
+
+_log = logging.getLogger(__name__)
+
+
+async def diagnose(store: Diagnoses, examiner: Examiner, content: dict[str, Any], id: str) -> None:
+    """Write what is known now, then examine the engine's processes and write what that adds. Never raises OSError."""
+    taken: DiagnosisSummary | None = None
+
+    async def keep(part: dict[str, Any]) -> None:
+        nonlocal taken
+        taken = await asyncio.to_thread(store.take, content | part, id)
+
+    try:
+        await keep({"complete": False})
+        await examiner.examine(keep)
+    except OSError as e:
+        _log.error("cannot write the diagnosis (%s)", e.strerror)
+    if taken is not None:
+        _log.warning("diagnosis %s taken (%d bytes): %s", taken.id, taken.bytes, taken.summary)
+
+
+def bundle(snapshot: Snapshot, holds: list[Hold], page: tuple[float, str] | None) -> dict[str, Any]:
+    """What a bundle says before the engine's processes were looked at. `page`: (age in seconds, text) of its last metrics page."""
+    verdict = snapshot.verdict
+    return {
+        "at": snapshot.at_wall,
+        "verdict": verdict.state,
+        "reason": verdict.cause,
+        "detail": verdict.detail,
+        "summary": "",  # what the engine's processes did, once they were looked at
+        "complete": False,
+        "processes": [],
+        "evidence": dict(verdict.evidence),
+        "engine_kind": snapshot.engine_kind,
+        "engine": dataclasses.asdict(snapshot.engine),
+        "gpus": dataclasses.asdict(snapshot.gpus),
+        "relays": [dataclasses.asdict(relay) for relay in snapshot.relays],
+        "own_lag": snapshot.own_lag,
+        "load": dataclasses.asdict(snapshot.load),
+        "outstanding": [_shape(hold, snapshot.at) for hold in holds[:MAX_REQUESTS]],
+        "outstanding_left_out": max(0, len(holds) - MAX_REQUESTS),
+        "changes": [
+            {"state": c.state, "reason": c.reason, "detail": c.detail, "at": c.since_wall} for c in snapshot.changes
+        ],
+        "engine_metrics_age": round(page[0], 3) if page else None,
+        "engine_metrics": page[1][:MAX_PAGE] if page else None,
+    }
+
+
+class Diagnoses:
+    """The bundles of a state directory. `take` and `read` touch the disk: call them off the event loop."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._state = state
+        self._folder = state.path / FOLDER
+        self._kept = [s for path in sorted(self._folder.glob("*.json")) if (s := _summary(path)) is not None]
+
+    def summaries(self) -> tuple[DiagnosisSummary, ...]:
+        """Newest first."""
+        return tuple(reversed(self._kept))
+
+    def take(self, content: dict[str, Any], id: str) -> DiagnosisSummary:
+        """Write one bundle, or write it anew; the oldest past KEPT go. Raises OSError."""
+        size = self._state.replace(f"{FOLDER}/{id}.json", fitting(content))
+        summary = DiagnosisSummary(id, content["at"], content["reason"], size, content["summary"])
+        self._kept = [*(kept for kept in self._kept if kept.id != id), summary]
+        for old in self._kept[:-KEPT]:
+            (self._folder / f"{old.id}.json").unlink(missing_ok=True)
+        self._kept = self._kept[-KEPT:]
+        return summary
+
+    def read(self, id: str) -> bytes | None:
+        """One bundle; None where there is none of that id."""
+        if not _ID.fullmatch(id):
+            return None
+        try:
+            return (self._folder / f"{id}.json").read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def fitting(content: dict[str, Any]) -> dict[str, Any]:
+    """The bundle within MAX_BYTES: the engine's page goes first, then the stacks, and both say so."""
+    left_out = {"failed": "left out: the bundle would be too large"}
+    for part in ("engine_metrics", "processes"):
+        if len(json.dumps(content)) <= MAX_BYTES:
+            break
+        content = content | {part: left_out}
+    return content
+
+
+def _shape(hold: Hold, now: float) -> dict[str, Any]:
+    """An outstanding request in numbers."""
+    a = hold.admitted
+    return {
+        "route": a.route,
+        "stream": a.stream,
+        "age": round(now - a.at, 3),
+        "expected": dataclasses.asdict(a.expected),
+        "mu": a.mu,
+        "first_token": hold.first_at is not None,
+        "delivered_tokens": hold.delivered,
+        "silent_for": round(now - hold.last_at, 3),
+    }
+
+
+def _summary(path: Path) -> DiagnosisSummary | None:
+    """Read a bundle that an earlier run left."""
+    try:
+        raw = json.loads(path.read_bytes())
+        size, summary = path.stat().st_size, str(raw.get("summary", ""))
+        return DiagnosisSummary(path.stem, float(raw["at"]), str(raw["reason"]), size, summary)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

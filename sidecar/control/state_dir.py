@@ -1,0 +1,81 @@
+"""The state directory: verdict.json, replaced atomically at least once a second, and `stalled`, touched while it is true.
+
+Readers are exec probes in other containers. They fail open when we are gone, because then the files grow old.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sidecar.errors import StartError
+from sidecar.health import probes
+
+VERDICT = "verdict.json"
+STALLED = "stalled"
+
+
+class StateDir:
+    """Owns the files of a state directory. `write` is quick but touches a disk: call it off the event loop."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as e:
+            raise StartError(
+                f"--state-dir: cannot write to {path} ({e.strerror}); mount an emptyDir there, or name another directory"
+            ) from None
+
+    def write(self, stand: probes.Stand, now_wall: float) -> None:
+        """Replace verdict.json and touch or remove `stalled`. Raises OSError."""
+        stalled = self.path / STALLED  # first: it has no content, so a full disk does not silence it
+        if probes.passes("live", stand):
+            stalled.unlink(missing_ok=True)
+        else:
+            stalled.touch()
+        self.replace(VERDICT, probes.file_body(stand, now_wall))
+
+    def replace(self, name: str, content: Any) -> int:
+        """Write JSON to `name` so that a reader sees the old or the new content, never half of one. Returns its bytes."""
+        target = self.path / name
+        target.parent.mkdir(exist_ok=True)
+        scratch = target.with_name(f".{target.name}.{os.getpid()}")
+        data = json.dumps(content).encode()
+        scratch.write_bytes(data)
+        scratch.chmod(0o644)  # the engine's container often runs as another user
+        scratch.replace(target)
+        return len(data)
+
+    def load(self, name: str, limit: int) -> Any:
+        """The JSON of a file of at most `limit` bytes; None where it is missing. Raises OSError, ValueError."""
+        try:
+            with (self.path / name).open("rb") as file:
+                data = file.read(limit + 1)
+        except FileNotFoundError:
+            return None
+        if len(data) > limit:
+            raise ValueError(f"more than {limit} bytes")
+        return json.loads(data)
+
+    def clear(self) -> None:
+        """On a clean exit: leave nothing that says `stalled`."""
+        (self.path / STALLED).unlink(missing_ok=True)
+
+
+def read(path: str) -> tuple[Any, float | None]:
+    """What the verdict file says and its age in seconds; (None, None) where it is missing or no JSON."""
+    file = Path(path) / VERDICT
+    try:
+        age = time.time() - file.stat().st_mtime
+        return json.loads(file.read_text()), age
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError):
+        return None, 0.0

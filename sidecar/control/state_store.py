@@ -1,0 +1,63 @@
+"""What the control process learned, in a file of the state directory: read once at the start, written every few seconds.
+
+Rules: a file that does not fit is ignored with one line, and never stops a start; what is restored never kills: judgement is withheld
+for the silence that was allowed last, and a stall must be found anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any, Final
+
+from sidecar.control import saved_state as memory
+from sidecar.control.saved_state import Place, Unfit
+from sidecar.control.state import Control
+from sidecar.control.state_dir import StateDir
+from sidecar.signals import listening_socket as listener
+
+FILE: Final = "memory.json"
+RESUME: Final = "resume"  # an operator touches it: what was handed over is mended
+MAX_BYTES: Final = 256 * 1024
+EVERY: Final = 20  # ticks between two writes: 10 s
+
+_log = logging.getLogger(__name__)
+
+
+class Keeping:
+    """The memory file of one engine. All methods but `__init__` touch the disk: call them off the event loop."""
+
+    def __init__(self, state: StateDir, engine: str, coefficients: str) -> None:
+        self._state = state
+        self._engine, self._coefficients = engine, coefficients
+        self._name = hashlib.sha256(engine.encode()).hexdigest()[:16]  # an address can hold a password
+
+    def restore(self, control: Control, now: float) -> None:
+        """Give the control what an earlier process of this sidecar knew, as far as it fits."""
+        try:
+            raw = self._state.load(FILE, MAX_BYTES)
+            if raw is None:
+                return
+            kept, same = memory.load(raw, self._place(), now)
+        except (OSError, ValueError) as e:
+            why = str(e) if isinstance(e, Unfit) else type(e).__name__
+            _log.warning("what an earlier process of the sidecar learned is ignored: it is %s", why)
+            return
+        control.restore(kept, now, same=same)
+        process = "the same engine process" if same else "another engine process"
+        _log.info("restored what an earlier process of the sidecar learned; %s is there", process)
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Replace the file. `content` is memory.dump's. Raises OSError."""
+        self._state.replace(FILE, memory.signed(content, self._place()))
+
+    def resumed(self) -> bool:
+        """Whether an operator has touched the file `resume` since the last look; it is removed. Raises OSError."""
+        wish = self._state.path / RESUME
+        if not wish.exists():
+            return False
+        wish.unlink(missing_ok=True)
+        return True
+
+    def _place(self) -> Place:
+        return Place(listener.boot(), self._name, self._coefficients, listener.listeners(self._engine))

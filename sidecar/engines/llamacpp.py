@@ -1,0 +1,34 @@
+"""llama.cpp's server: tools/server/README.md and server.cpp, 2026.
+
+- Series: with --metrics only (501 without). Its KV gauge was removed in 2025, and is read where an older one has it.
+  The page can be made by the loop that decodes: then it waits for a batch, and hangs with it; /health is answered beside it.
+- Sleep: with --sleep-idle-seconds the model is unloaded after that time, /props says so, and any request wakes it. /health,
+  /props and /models do not, nor does /metrics in newer versions; as it did in older ones, a sleeping server is not scraped.
+  A canary is a request: with --canary-interval below its idle time the server never gets to sleep.
+- --api-key leaves /health and /v1/models open. It has no priorities.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sidecar.engines.engine_type import EngineKind, Mark, Sign, plain
+
+LLAMACPP: Final = EngineKind(
+    "llamacpp",
+    plain(
+        running="llamacpp:requests_processing",
+        waiting="llamacpp:requests_deferred",
+        kv_usage="llamacpp:kv_cache_usage_ratio",
+        prompt_tokens="llamacpp:prompt_tokens_total",
+        generation_tokens="llamacpp:tokens_predicted_total",
+        iterations="llamacpp:n_decode_total",
+    ),
+    contact_path="/health",
+    page_hangs=True,
+    signs=(Sign("/props", "is_sleeping", "engine_sleeping"),),
+    wakes=True,
+    owner="llamacpp",
+    prefix="llamacpp:",
+    marks=(Mark("/props", {"default_generation_settings": None}),),
+)

@@ -1,0 +1,61 @@
+"""SGLang 0.5: srt/observability/metrics_collector.py, srt/entrypoints/http_server.py, srt/managers/scheduler.py.
+
+- Series: with --enable-metrics only. Its prompt and generation totals move when a request ends; realtime_tokens moves while it
+  runs. With priority scheduling the queue gauges are broken down by `priority`, the total is at "". Each rank is a `dp_rank`.
+  Its multi-process registry has no process_start_time_seconds.
+- Priority: the highest value goes first with --enable-priority-scheduling, the lowest with
+  --schedule-low-priority-values-first; with neither, one can be refused. /server_info says which. It can take the place of a
+  running request (--priority-scheduling-preemption-threshold), which is then computed anew.
+- /health makes the engine generate and sleeps a second: it is never asked.
+- Pause: nothing published tells it. /ready is 503 while paused, and just so after its own health check failed; so an order that
+  passes the relay is the only sign. Memory released by /release_memory_occupation likewise.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from sidecar.engines.engine_type import Capacity, EngineKind, Mark, Series, plain
+
+FIRST: Final = 1 << 30
+
+
+def priority(server_info: bytes) -> int | None:
+    """What puts a canary first, from the JSON of /server_info; None where priorities are off, or it does not say."""
+    try:
+        flags = json.loads(server_info)
+        if flags["enable_priority_scheduling"] is not True:
+            return None
+        return -FIRST if flags.get("schedule_low_priority_values_first") is True else FIRST
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+SGLANG: Final = EngineKind(
+    "sglang",
+    {
+        **plain(
+            kv_usage="sglang:token_usage",
+            finished="sglang:num_requests_total",
+            iterations="sglang:cuda_graph_passes_total",
+        ),
+        "running": (Series("sglang:num_running_reqs", parts="priority"),),
+        "waiting": (Series("sglang:num_queue_reqs", parts="priority"),),
+        "prompt_tokens": (
+            Series("sglang:realtime_tokens_total", 'mode="prefill_compute"'),
+            Series("sglang:prompt_tokens_total"),
+        ),
+        "generation_tokens": (
+            Series("sglang:realtime_tokens_total", 'mode="decode"'),
+            Series("sglang:generation_tokens_total"),
+        ),
+    },
+    capacity=Capacity("sglang:max_total_num_tokens"),
+    rank="dp_rank",
+    info_paths=("/server_info", "/get_server_info"),
+    read_priority=priority,
+    owner="sglang",
+    prefix="sglang:",
+    marks=tuple(Mark(path, {"model_path": None, "is_generation": None}) for path in ("/model_info", "/get_model_info")),
+)

@@ -1,0 +1,32 @@
+"""Text Generation Inference 3.3: router/src/server.rs, backends/v3/src/backend.rs and queue.rs.
+
+- Series: token counts are sums of per-request histograms: they move when a request ends. Only tgi_batch_inference_count moves
+  with each forward pass. It has no KV gauge, no start time and no ranks.
+- /v1/models names the model itself as its owner, so /info tells what it is; both are open where an API key guards the rest.
+- /health may ask the shards, so it can hang with them: /info is answered by the router alone.
+- `model` names a LoRA adapter, whatever it is, but for "tgi" (router/src/server.rs): that is the canary's.
+- It has no priorities, no sleep and no pause.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sidecar.engines.engine_type import CHAT, COMPLETIONS, EngineKind, Mark, plain
+
+TGI: Final = EngineKind(
+    "tgi",
+    plain(
+        running="tgi_batch_current_size",
+        waiting="tgi_queue_size",
+        prompt_tokens="tgi_request_input_length_sum",
+        generation_tokens="tgi_request_generated_tokens_sum",
+        finished="tgi_request_success",
+        iterations="tgi_batch_inference_count",
+    ),
+    contact_path="/info",
+    canary_model="tgi",
+    canary_paths=(COMPLETIONS, CHAT),
+    prefix="tgi_",
+    marks=(Mark("/info", {"router": "text-generation-router"}),),
+)

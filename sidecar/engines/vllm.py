@@ -1,0 +1,46 @@
+"""vLLM 0.32, and the scripted engine that behaves as it does.
+
+- Series: vllm/v1/metrics/loggers.py. Counters appear as NAME_total, and `iteration_tokens_total` is a histogram. Each rank is an
+  `engine`. kv_cache_size_tokens is what one rank holds; num_gpu_blocks is the sum of all ranks (seen), and stands in, too large,
+  where a version lacks the former.
+- Priority: the lowest value goes first with --scheduling-policy priority. 0.32 takes and ignores one under fcfs (seen); versions
+  that refuse it are asked again without.
+- Sleep: the gauge is on every page. /is_sleeping and /is_paused exist only with VLLM_SERVER_DEV_MODE=1, both ask the core, and
+  both are true whether it sleeps or is paused (seen): only the gauge tells the two apart.
+- /version is open where an API key guards /v1/models, and says nothing but a version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from sidecar.engines.engine_type import Capacity, EngineKind, Mark, Series, Sign, plain
+
+FIRST: Final = -(1 << 30)
+
+VLLM: Final = EngineKind(
+    "vllm",
+    plain(
+        running="vllm:num_requests_running",
+        waiting="vllm:num_requests_waiting",
+        kv_usage="vllm:kv_cache_usage_perc",
+        prompt_tokens="vllm:prompt_tokens_total",
+        generation_tokens="vllm:generation_tokens_total",
+        finished="vllm:request_success_total",
+        iterations="vllm:iteration_tokens_total_count",
+        started_wall="process_start_time_seconds",
+    ),
+    contact_path="/version",
+    awake=Series("vllm:engine_sleep_state", 'sleep_state="awake"'),
+    capacity=Capacity("vllm:cache_config_info", (("kv_cache_size_tokens",), ("num_gpu_blocks", "block_size"))),
+    rank="engine",
+    signs=(Sign("/is_paused", "is_paused", "engine_paused"), Sign("/is_sleeping", "is_sleeping", "engine_sleeping")),
+    priority=FIRST,
+    honours_uuid=True,
+    owner="vllm",
+    prefix="vllm:",
+    marks=(Mark("/version", {"version": None}),),
+)
+
+SCRIPTED: Final = replace(VLLM, name="scripted", owner="scripted", prefix="", marks=())

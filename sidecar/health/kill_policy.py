@@ -1,0 +1,310 @@
+"""Pure: whether a stalled engine may be killed now, or stays unready and is handed over to an operator.
+
+A kill is liveness that begins to fail; kubelet makes a restart of it. Rules:
+- Between two kills lies an interval that doubles from kill to kill and is forgotten after a healthy hour: whatever makes our
+  verdict wrong must not become a storm of restarts, each of which costs minutes of loading.
+- Replicas that stall at once are killed one after another: each waits for its own share of the jitter.
+- A restart that cannot help is not asked for: after restarts that did not help, or an XID that only a reset of the GPU or a reboot
+  mends, the engine is handed over. That stays so until an operator says otherwise or it was healthy for an hour.
+- An order stands until the engine was seen to restart or to recover: to fail liveness on is no second kill.
+- `dead` is neither held nor counted: where no process is left, kubelet restarts it by itself and backs off by itself.
+Times are monotonic seconds, passed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from sidecar.events import State
+from sidecar.readings import GpuSample, Reading, Value
+from sidecar.settings import Settings
+
+# What NVIDIA's catalogue (docs.nvidia.com/deploy/xid-errors, "Analyzing Xid Errors with the Xid Catalog") answers with a reset of the
+# GPU, and with a reboot: a new process in the same container would meet the same broken GPU.
+NEEDS_RESET: Final = frozenset({46, 62, 95, 109, 119, 120, 140})
+NEEDS_REBOOT: Final = frozenset({79})
+
+HEALTHY: Final = frozenset[State]({"idle", "progressing"})
+UNHEALTHY: Final = frozenset[State]({"stalled", "dead", "starting"})
+MAX_DOWN: Final = (
+    1800.0  # seconds that a killed engine counts against the budget: a cold start compiles for 10 to 20 minutes
+)
+
+# What is handed over, and what an operator must do about it; the gravest first.
+HANDOVERS: Final[dict[str, str]] = {
+    "node_needs_reboot": "the GPU fell off the bus: drain the node and reboot it",
+    "gpu_needs_reset": "drain the node and reset the GPU",
+    "restart_useless": "restarts do not help: read the diagnoses, then mend or replace the pod",
+}
+
+BudgetState = Literal["none", "granted", "taken", "unreachable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The budget that replicas share: "none" where there is none; "unreachable" since `since`."""
+
+    state: BudgetState = "none"
+    since: float = 0.0
+    detail: str = ""
+
+
+NO_BUDGET: Final = Budget()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The bounds, seconds; see the settings of the same names. `jitter` is this pod's own share of it."""
+
+    interval: float = 300.0
+    interval_cap: float = 3600.0
+    jitter: float = 0.0
+    recovery: float = 600.0
+    healthy: float = 3600.0
+    useless: int = 2
+    patience: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a tick decides on. `proof`: when the last token came or the last canary passed; None before any.
+
+    `xid`: one that a restart does not heal, reported since the last tick; 0 where there was none.
+    """
+
+    now: float
+    state: State
+    proof: float | None = None
+    xid: int = 0
+    budget: Budget = NO_BUDGET
+    resume: bool = False  # an operator says: mended
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the next tick must know. `restarted_at`, `served_at` and `counted` speak of the engine since the last kill."""
+
+    state: State = "starting"
+    unwell_at: float = 0.0  # when it was last seen to be ill
+    stalled_at: float | None = None
+    waiting_at: float | None = None  # since when nothing but the budget is missing
+    healthy_at: float | None = None  # since when it is healthy without a break
+    killed_at: float | None = None
+    standing: bool = False  # the last order stands: neither a restart nor a recovery was seen since
+    kills: int = 0  # since the last healthy hour
+    kills_total: int = 0
+    restarted_at: float | None = None
+    served_at: float | None = None
+    counted: bool = False  # that restart was found useless
+    useless: int = 0  # useless restarts in a row
+    xid: int = 0
+    xid_at: float = 0.0
+    handover: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Why a stalled engine's liveness passes. `handover`: nobody but an operator will mend it."""
+
+    reason: str
+    detail: str
+    handover: bool
+
+
+def decide(m: Memory, i: Inputs, r: Rules) -> tuple[Memory, Hold | None]:
+    """One tick: the new memory, and what holds a kill back. None: nothing does, or the engine is not stalled."""
+    m = _hand_over(_count(_see(m, i), i, r), i, r)
+    if i.state != "stalled":
+        return replace(m, state=i.state, stalled_at=None, waiting_at=None), None
+    m = replace(m, state=i.state)
+    reason = next((reason for reason, holds, _ in HOLDS if holds(m, i, r)), "")
+    waiting = i.now if m.waiting_at is None else m.waiting_at
+    m = replace(m, waiting_at=waiting if reason == "awaiting_budget" else None)
+    if reason:
+        return m, Hold(reason, explain(reason, m, i, r), reason in HANDOVERS)
+    return (m if m.standing else _order(m, i.now)), None
+
+
+def rules(s: Settings, pod: str) -> Rules:
+    """The bounds by the settings, for the pod of this name."""
+    return Rules(
+        interval=s.kill_interval, interval_cap=max(s.kill_interval, s.kill_interval_cap),
+        jitter=s.kill_jitter * share(pod), recovery=s.kill_recovery, healthy=s.kill_healthy,
+        useless=s.useless_restarts, patience=s.restart_budget_wait,
+    )  # fmt: skip
+
+
+def interval(kills: int, r: Rules) -> float:
+    """Seconds that must lie between the last of `kills` kills and the next."""
+    return min(r.interval_cap, r.interval * 2.0 ** min(kills - 1, 60)) if kills else 0.0
+
+
+def needs_budget(m: Memory, now: float) -> bool:
+    """Whether this pod is down by a kill, or waits to be: it asks for a place, or keeps the one that it has."""
+    if m.handover:
+        return False
+    if m.waiting_at is not None:
+        return True
+    recovering = m.standing or (m.restarted_at is not None and m.served_at is None)
+    return recovering and m.killed_at is not None and now - m.killed_at < MAX_DOWN
+
+
+def share(identity: str) -> float:
+    """A pod's own place among its like, 0 <= share < 1, by its name; 0 without one."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8]) / 2**64 if identity else 0.0
+
+
+def _listed(numbers: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+Condition = Callable[[Memory, Inputs, Rules], bool]
+
+
+def _too_soon(m: Memory, i: Inputs, r: Rules) -> bool:
+    return not m.standing and m.killed_at is not None and i.now - m.killed_at < interval(m.kills, r)
+
+
+def _jitter(m: Memory, i: Inputs, r: Rules) -> bool:
+    return not m.standing and m.stalled_at is not None and i.now - m.stalled_at < r.jitter
+
+
+def _no_budget(m: Memory, i: Inputs, r: Rules) -> bool:
+    """Without an answer of the API server it waits for a bounded time only: then the pod's own rules suffice."""
+    if m.standing or i.budget.state in ("none", "granted"):
+        return False
+    if i.budget.state == "taken":
+        return True
+    since = max(i.budget.since, i.now if m.waiting_at is None else m.waiting_at)
+    return i.now - since < r.patience
+
+
+BRIEF: Final = "kill_jitter"  # too short to be a reason of the verdict
+
+# The first that holds keeps liveness passing.
+HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
+    ("node_needs_reboot", lambda m, i, r: m.handover == "node_needs_reboot", f"XID {_listed(NEEDS_REBOOT)}"),
+    ("gpu_needs_reset", lambda m, i, r: m.handover == "gpu_needs_reset", f"XID {_listed(NEEDS_RESET)}"),
+    (
+        "restart_useless",
+        lambda m, i, r: m.handover == "restart_useless",
+        "it stalled again soon after each of its last restarts",
+    ),
+    ("kill_interval", _too_soon, "the last kill is too recent"),
+    (BRIEF, _jitter, "its share of the jitter is not over; the verdict keeps its own reason"),
+    ("awaiting_budget", _no_budget, "other replicas hold all places, or the API server has not answered yet"),
+)
+
+
+def explain(reason: str, m: Memory, i: Inputs, r: Rules) -> str:
+    """One line for an operator: why there is no kill, and what comes next."""
+    ago = i.now - m.killed_at if m.killed_at is not None else 0.0
+    texts = {
+        "node_needs_reboot": f"XID {m.xid}; {HANDOVERS['node_needs_reboot']}",
+        "gpu_needs_reset": f"XID {m.xid}, which a restart does not heal; {HANDOVERS['gpu_needs_reset']}",
+        "restart_useless": f"{m.useless} restarts in a row without recovery; {HANDOVERS['restart_useless']}",
+        "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {interval(m.kills, r) - ago:.0f} s",
+        BRIEF: f"killed within {r.jitter:.0f} s, so that replicas do not restart at once",
+        "awaiting_budget": f"waiting for a place among the replicas that restart ({_place(i.budget, r)})",
+    }
+    return texts[reason]
+
+
+def _place(budget: Budget, r: Rules) -> str:
+    """Why there is no place yet."""
+    if budget.state == "taken":
+        return budget.detail
+    return f"no answer of the API server: {budget.detail}; this pod decides alone after {r.patience:.0f} s"
+
+
+def _see(m: Memory, i: Inputs) -> Memory:
+    """What the change of state says of the last order, and of health."""
+    if i.state == "starting" and m.state != "starting" and m.killed_at is not None and m.restarted_at is None:
+        m = replace(m, restarted_at=i.now, standing=False)
+    if _well(m, i):
+        healthy_at = i.now if m.healthy_at is None else m.healthy_at
+        served_at = i.now if m.served_at is None and m.restarted_at is not None else m.served_at
+        return replace(m, healthy_at=healthy_at, served_at=served_at, standing=False)
+    return replace(m, healthy_at=None, unwell_at=i.now) if i.state in UNHEALTHY else m
+
+
+def _well(m: Memory, i: Inputs) -> bool:
+    """Healthy, and not merely because nobody asks: something came of it since it was last ill."""
+    return i.state in HEALTHY and i.proof is not None and i.proof > m.unwell_at
+
+
+def _count(m: Memory, i: Inputs, r: Rules) -> Memory:
+    """Count a restart that did not help once, when the engine stalls again; forget what a time of health has disproved."""
+    if i.state == "stalled" and m.stalled_at is None:
+        m = replace(m, stalled_at=i.now)
+        useless = m.served_at is None or i.now - m.served_at < r.recovery
+        if m.restarted_at is not None and not m.counted and useless:
+            m = replace(m, useless=m.useless + 1, counted=True)
+    if m.healthy_at is not None and _well(m, i):
+        healthy = i.now - m.healthy_at
+        if healthy >= r.healthy:
+            m = replace(m, kills=0, handover="")
+        if healthy >= r.recovery and not m.handover:
+            m = replace(m, useless=0, xid=m.xid if i.now - m.xid_at < r.recovery else 0)
+    return m
+
+
+def _hand_over(m: Memory, i: Inputs, r: Rules) -> Memory:
+    if i.resume:
+        m = replace(m, handover="", useless=0, xid=0, kills=0)
+    if i.xid and (i.xid in NEEDS_REBOOT or m.xid not in NEEDS_REBOOT):
+        m = replace(m, xid=i.xid, xid_at=i.now)
+    if i.state not in ("stalled", "dead"):
+        return m
+    found = {
+        "node_needs_reboot": m.xid in NEEDS_REBOOT,
+        "gpu_needs_reset": m.xid in NEEDS_RESET,
+        "restart_useless": 0 < r.useless <= m.useless,
+    }
+    gravest = next((name for name in HANDOVERS if found[name] or m.handover == name), "")
+    return replace(m, handover=gravest)
+
+
+def _order(m: Memory, now: float) -> Memory:
+    return replace(
+        m, killed_at=now, standing=True, kills=m.kills + 1, kills_total=m.kills_total + 1,
+        restarted_at=None, served_at=None, counted=False, waiting_at=None,
+    )  # fmt: skip
+
+
+class Fleet:
+    """The policy's memory from tick to tick."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.memory = Memory()
+        self.hold: Hold | None = None
+        self.resume = False  # set by whoever hears the operator; taken by the next tick
+        self._xids: dict[tuple[int, int], int] = {}
+
+    @property
+    def reason(self) -> str:
+        """What holds a kill back, as far as it is a reason of the verdict; empty otherwise."""
+        return self.hold.reason if self.hold and self.hold.reason != BRIEF else ""
+
+    def tick(
+        self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], budget: Budget, now: float
+    ) -> Hold | None:
+        """Decide, and remember."""
+        inputs = Inputs(now, state, proof, self._new_xid(gpus), budget, self.resume)
+        self.resume = False
+        self.memory, self.hold = decide(self.memory, inputs, self.rules)
+        return self.hold
+
+    def _new_xid(self, gpus: Reading[tuple[GpuSample, ...]]) -> int:
+        """The gravest XID beyond healing that was reported since the last look; 0 where there is none."""
+        new = 0
+        for gpu in gpus.value if isinstance(gpus, Value) else ():
+            for xid, count in gpu.xid_errors:
+                if xid in NEEDS_RESET | NEEDS_REBOOT and count > self._xids.get((gpu.index, xid), 0):
+                    self._xids[gpu.index, xid] = count
+                    new = xid if xid in NEEDS_REBOOT or not new else new
+        return new

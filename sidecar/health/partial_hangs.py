@@ -1,0 +1,325 @@
+"""Pure: parts that hang alone while the rest of the engine works: one stream, all decodes, one rank, admission.
+
+Rules:
+- A part's silence is counted on a clock that runs only while the engine makes progress and we are to be trusted. A silence of the
+  whole engine, a long prefill that starves all others, and our own pauses are nobody's stuck part.
+- Prefill that was done meanwhile explains a silence; so do the tokens that an answer may still hold back (tool calls are buffered).
+- One stuck stream is ended, a few at most; when they repeat, or another part is stuck, readiness goes first and liveness much later.
+- A stream without a first token is stuck only when later ones were served before it: a full batch makes all wait alike.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sidecar.events import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled
+from sidecar.health.latency_model import Learned
+from sidecar.health.progress import Key, Limits
+from sidecar.readings import EngineSample, RankSample
+
+FRESH = 5.0  # seconds after progress in which the clock of parts runs
+FLOORS = 5.0  # floors that a part may always be silent
+FIRST_PIECES = 2  # deliveries of a stream that prove no decode: the role, and the first token
+OVERTAKEN = 3  # requests that came later and were served, before one that still waits counts as stuck
+SOME = 2  # streams that no part of a finding on decodes can do without
+DECODE_FIRSTS = 3  # first tokens without any other, before the silence of all counts as decodes that stalled
+BURST = 3.0  # seconds over which they must have come: prefills that go first end in bursts
+FREED = 3  # requests that ended without anybody being admitted, before admission counts as stuck
+PRESSURE = 0.9  # share of the KV cache in use, from which preempted streams may wait long
+PRESSED = 5.0  # times the patience with one stream under pressure
+UNBOUNDED = 4096  # tokens assumed for an answer without max_tokens
+WINDOW = 300.0  # seconds in which stuck streams count together
+MOST_ENDS = 8  # streams that are ended in a window
+REPEATED = 3  # stuck streams in a window that withdraw readiness
+SEVERE = 180.0  # seconds of a finding, before it fails liveness
+SHARE = 0.5  # of the open requests that must be stuck for that
+
+
+@dataclass(slots=True)
+class Stream:
+    """One open request. `seen` and `done`: clock, and prefill done by all, at its last delivery."""
+
+    order: int
+    prompt: int
+    prefill: float
+    answer: int  # tokens that it may hold back: of an answer in one piece all, of a stream a few times the expected
+    came: float
+    seen: float
+    done: float
+    first: bool = False
+    tokens: int = 0
+    blocked: bool = False
+    stuck: bool = False
+
+
+@dataclass(slots=True)
+class Rank:
+    """One data-parallel rank. `seen`: the clock when its counter last moved, or it last had nothing to do."""
+
+    generation: float | None
+    seen: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A part that hangs: its reason code, since when, and whether it has lasted for as long as liveness needs."""
+
+    reason: str
+    since: float
+    severe: bool
+    detail: str
+
+
+@dataclass(slots=True)
+class Parts:
+    """Watches the parts. Facts come in as they do to the ledger; `tick` moves the clock, `judge` says what is stuck."""
+
+    limits: Limits
+    clock: float = 0.0
+    ended: deque[float] = field(default_factory=deque)  # when streams were ended, within WINDOW
+    found: deque[float] = field(default_factory=deque)  # when streams were found stuck, within WINDOW
+    _streams: dict[Key, Stream] = field(default_factory=dict)
+    _ranks: dict[int, Rank] = field(default_factory=dict)
+    _orders: int = 0
+    _done: float = 0.0  # seconds of prefill, by the cost model, whose first token came
+    _firsts: deque[int] = field(
+        default_factory=lambda: deque(maxlen=64)
+    )  # `order` of the last streams with a first token
+    _first_seen: float = 0.0  # the clock at the last first token
+    _freed: int = 0  # requests that ended since then
+    _decode_seen: float = 0.0  # the clock when a stream last got more than its first pieces
+    _decode_firsts: int = 0  # first tokens since then
+    _ticked_at: float | None = None
+    _since: dict[str, float] = field(default_factory=dict)  # when each finding began
+
+    # --- facts ---
+
+    def book(self, key: Key, fact: Fact, prefill: float = 0.0, whole: int = 0) -> None:
+        """One fact of a request. `prefill` and `whole` are those of the ledger's hold, wanted at admission."""
+        match fact:
+            case Admitted():
+                self._admitted(key, fact, prefill, whole)
+            case FirstToken() if (s := self._streams.get(key)) is not None and not s.first:
+                s.first = True
+                self._served(s)
+                self._touch(s)
+                self._decode_firsts += 1
+            case Delivered(tokens=tokens) if (s := self._streams.get(key)) is not None and tokens > 0:
+                s.tokens += tokens
+                self._touch(s)
+                if s.tokens > FIRST_PIECES:
+                    self._decoded()
+            case Backpressure(on=on) if (s := self._streams.get(key)) is not None:
+                s.blocked = on
+                self._touch(s)
+                if not on and not s.first:  # it waited in the relay: the engine has it from now on
+                    self._orders += 1
+                    s.order, s.came = self._orders, self.clock
+            case Settled():
+                self._settled(key, fact.delivered_tokens, fact.outcome == "ok")
+            case _:
+                pass
+
+    def _admitted(self, key: Key, fact: Admitted, prefill: float, whole: int) -> None:
+        self._orders += 1
+        answer = whole or min(fact.max_output or UNBOUNDED, 4 * fact.expected.output + 256)
+        prompt = fact.expected.uncached + fact.expected.cached
+        self._streams[key] = Stream(self._orders, prompt, prefill, answer, self.clock, self.clock, self._done)
+
+    def _settled(self, key: Key, tokens: int, ok: bool) -> None:
+        s = self._streams.pop(key, None)
+        if s is None:
+            return
+        self._freed += 1
+        if ok and not s.first:
+            self._served(s)
+        if ok and tokens > FIRST_PIECES:
+            self._decoded()
+
+    def _served(self, s: Stream) -> None:
+        self._done += s.prefill
+        self._firsts.append(s.order)
+        self._first_seen, self._freed = self.clock, 0
+
+    def _decoded(self) -> None:
+        if "decode_stalled" in self._since:  # it is over: what all were silent for was no single stream's
+            for s in self._streams.values():
+                self._touch(s)
+        self._decode_seen, self._decode_firsts = self.clock, 0
+
+    def _touch(self, s: Stream) -> None:
+        s.seen, s.done, s.stuck = self.clock, self._done, False
+
+    # --- time ---
+
+    def tick(self, now: float, progress_at: float | None, *, trusted: bool) -> None:
+        """Move the clock: only while the engine makes progress, and neither it is exempt nor we unwell."""
+        before, self._ticked_at = self._ticked_at, now
+        if not trusted:
+            self._since.clear()
+        elif before is not None and progress_at is not None and now - progress_at <= FRESH:
+            self.clock += min(now - before, 1.0)
+
+    def restart(self) -> None:
+        """The engine is another process: nothing of the old one's parts holds."""
+        self._ranks.clear()
+        self._since.clear()
+        self.found.clear()
+        for s in self._streams.values():
+            self._touch(s)
+
+    # --- judging ---
+
+    def judge(
+        self, now: float, sample: EngineSample | None, learned: Learned
+    ) -> tuple[Finding | None, tuple[Key, ...]]:
+        """What is stuck, and the streams to end because they are stuck alone."""
+        open_ = [s for s in self._streams.values() if not s.blocked]
+        findings = {
+            "rank_silent": self._rank_silent(sample.ranks if sample else (), open_, learned),
+            "decode_stalled": self._decode_stalled(open_, learned),
+            "admission_stalled": self._admission_stalled(open_, sample, learned),
+        }
+        ends: tuple[Key, ...] = ()
+        if not any(findings.values()):
+            ends = tuple(self._stuck(now, sample, learned))
+            findings["stream_stuck"] = self._repeated(open_, now)
+        for reason, detail in findings.items():
+            if not detail:
+                self._since.pop(reason, None)
+        reason = next((reason for reason, detail in findings.items() if detail), "")
+        if not reason:
+            return None, ends
+        since = self._since.setdefault(reason, now)
+        severe = now - since >= SEVERE and (reason != "stream_stuck" or self._share(open_) >= SHARE)
+        return Finding(reason, since, severe, findings[reason]), ends
+
+    def oversized(self, sample: EngineSample | None, age: float | None) -> Key | None:
+        """The oldest request that can never enter the KV cache, while the page says that nothing runs and requests wait.
+
+        Its size is an estimate: it is believed only once the queue has stood still for half a floor, which nothing else explains.
+        """
+        if sample is None or sample.kv_capacity_tokens is None or sample.running != 0 or not sample.waiting:
+            return None
+        if age is None or age < self.limits.floor / 2:
+            return None
+        waiting = ((key, s) for key, s in self._streams.items() if not s.first and not s.blocked and not s.stuck)
+        for key, s in waiting:
+            if s.prompt > sample.kv_capacity_tokens:
+                s.stuck = True
+                return key
+        return None
+
+    def hint(self) -> str:
+        """What the parts say of a silence of the whole engine: a stuck part can fill it up until nothing moves. "" for nothing."""
+        if self._since:
+            return next(iter(self._since))
+        seen = [rank.seen for rank in self._ranks.values()]
+        if len(seen) > 1 and max(seen) - min(seen) > self.limits.floor:
+            return "rank_silent"
+        if self._decode_firsts >= DECODE_FIRSTS and self._first_seen - self._decode_seen >= BURST:
+            return "decode_stalled"
+        went = [self.clock - s.seen for s in self._streams.values() if s.first and not s.blocked]
+        return "stream_stuck" if sum(silent > FRESH + self.limits.floor for silent in went) >= REPEATED else ""
+
+    @property
+    def least(self) -> float:
+        """Seconds that any part may be silent."""
+        return max(self.limits.unlearned, FLOORS * self.limits.floor)
+
+    def _outstanding(self, open_: list[Stream], until: float) -> float:
+        """Seconds of prefill of what waits and came before the clock read `until`."""
+        return sum(s.prefill for s in open_ if not s.first and s.came <= until)
+
+    def _rank_silent(self, ranks: tuple[RankSample, ...], open_: list[Stream], learned: Learned) -> str:
+        for r in ranks:
+            rank = self._ranks.setdefault(r.rank, Rank(r.generation_tokens, self.clock))
+            if r.generation_tokens != rank.generation or not (r.running or 0) + (r.waiting or 0):
+                rank.generation, rank.seen = r.generation_tokens, self.clock
+        if len(ranks) < 2:
+            return ""
+        for r in ranks:
+            seen = self._ranks[r.rank].seen
+            silent = self.clock - seen
+            if r.generation_tokens is None or silent <= self.least:
+                continue
+            early = self._outstanding(open_, seen + self.limits.floor)
+            if silent > self.limits.margin * learned.seconds(early):
+                return f"rank {r.rank} has work and generated nothing for {silent:.0f} s while others did"
+        return ""
+
+    def _decode_stalled(self, open_: list[Stream], learned: Learned) -> str:
+        if self._decode_firsts < SOME:
+            return ""
+        last = [s for s in open_ if s.first and s.seen >= self._decode_seen]
+        still = [s for s in last if self._unexplained(s, learned) > max(self.least, held_back(s, learned))]
+        if len(still) < SOME:
+            return ""
+        silent = self.clock - min(s.seen for s in still)
+        early = self._outstanding(open_, self.clock - silent + self.limits.floor)
+        if silent <= self.limits.margin * learned.seconds(early):
+            return ""
+        return f"{len(still)} streams have their first token and no other for {silent:.0f} s, while prefills go on"
+
+    def _admission_stalled(self, open_: list[Stream], sample: EngineSample | None, learned: Learned) -> str:
+        silent = self.clock - self._first_seen
+        if self._freed < FREED or silent <= self.least or pressed(sample):
+            return ""
+        late = [s for s in open_ if not s.first and self.clock - s.came > self.least]
+        if not late or silent <= self.limits.margin * learned.seconds(sum(s.prefill for s in late)):
+            return ""
+        return f"{len(late)} requests wait; none was admitted for {silent:.0f} s, while {self._freed} ended"
+
+    def _stuck(self, now: float, sample: EngineSample | None, learned: Learned) -> Iterator[Key]:
+        """Mark the streams that are stuck alone; those to end now."""
+        for times in (self.ended, self.found):
+            while times and times[0] < now - WINDOW:
+                times.popleft()
+        least = self.least
+        for key, s in self._streams.items():
+            if s.stuck or s.blocked or self.clock - s.seen <= least or not self._alone(s, sample, learned):
+                continue
+            s.stuck = True
+            self.found.append(now)
+            if len(self.ended) < MOST_ENDS:
+                self.ended.append(now)
+                yield key
+
+    def _alone(self, s: Stream, sample: EngineSample | None, learned: Learned) -> bool:
+        unexplained = self._unexplained(s, learned)
+        if unexplained <= self.least:  # before the sum below, which a long queue would make for each that waits in it
+            return False
+        if not s.first and sum(order > s.order for order in self._firsts) < OVERTAKEN:
+            return False
+        if s.first and s.seen >= self._decode_seen and self._decode_firsts >= SOME:
+            return False  # nobody decodes: it is not alone
+        early = sum(o.prefill for o in self._streams.values() if not o.first and o.order <= s.order)
+        allowed = max(self.least, self.limits.margin * learned.seconds(early) + held_back(s, learned))
+        return unexplained > allowed * (PRESSED if pressed(sample) else 1.0)
+
+    def _unexplained(self, s: Stream, learned: Learned) -> float:
+        """Seconds of a stream's silence that the prefill done meanwhile does not explain."""
+        return self.clock - s.seen - learned.slowness * (self._done - s.done)
+
+    def _repeated(self, open_: list[Stream], now: float) -> str:
+        if len(self.found) < REPEATED:
+            return ""
+        stuck = sum(s.stuck for s in open_)
+        return f"{len(self.found)} streams were stuck within {WINDOW:.0f} s while others moved; {stuck} still are"
+
+    def _share(self, open_: list[Stream]) -> float:
+        return sum(s.stuck for s in open_) / len(open_) if open_ else 0.0
+
+
+def held_back(s: Stream, learned: Learned) -> float:
+    """Seconds for which the engine may hold an answer's tokens back."""
+    return max(0, s.answer - s.tokens) * learned.token_seconds
+
+
+def pressed(sample: EngineSample | None) -> bool:
+    """Whether streams may have been preempted: the KV cache is nearly full, or not known, and requests wait."""
+    if sample is None:
+        return False
+    return sample.kv_usage >= PRESSURE if sample.kv_usage is not None else (sample.waiting or 0) > 0

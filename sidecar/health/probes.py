@@ -1,0 +1,82 @@
+"""Pure: the last verdict as the answer to a probe. Nothing here waits, reads, or asks anybody.
+
+Unknown is neither healthy nor failed: it fails no probe. Load fails no probe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from sidecar.events import State, Verdict
+
+Kind = Literal["live", "ready", "startup"]
+KINDS: Final[tuple[Kind, ...]] = ("live", "ready", "startup")
+
+FAILS: Final[dict[Kind, frozenset[State]]] = {
+    "live": frozenset({"stalled", "dead"}),
+    "ready": frozenset({"starting", "suspect", "stalled", "dead", "exempt"}),
+    # Beside these it needs a token served. They count because kubelet asks it of a new container first: while the verdict is
+    # still that of the container before, liveness must not start to count.
+    "startup": frozenset({"stalled", "dead"}),
+}
+STALE: Final = 10.0  # seconds; a verdict file older than this proves nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """What probes render: the verdict, whether start-up is done, and whether the sidecar drains.
+
+    `held`: a stalled engine must not be killed now (see fleet.py). `doubtful`: what was known last was a
+    stall, and nothing has shown the contrary yet.
+    """
+
+    verdict: Verdict
+    startup_done: bool
+    draining: bool
+    held: bool = False
+    doubtful: bool = False
+
+
+def passes(kind: Kind, stand: Stand) -> bool:
+    """Whether a probe of this kind passes."""
+    if kind == "startup" and not stand.startup_done:
+        return False
+    if kind == "ready" and (stand.draining or stand.doubtful):
+        return False
+    if kind == "live" and stand.held and stand.verdict.state == "stalled":
+        return True
+    return stand.verdict.state not in FAILS[kind]
+
+
+def body(stand: Stand) -> dict[str, Any]:
+    """The JSON body of every probe endpoint."""
+    return told(stand.verdict)
+
+
+def told(v: Verdict) -> dict[str, Any]:
+    """A verdict as JSON."""
+    return {
+        "verdict": v.state,
+        "reason": v.reason,
+        "detail": v.detail,
+        "since": v.since_wall,
+        "evidence": dict(v.evidence),
+    }
+
+
+def file_body(stand: Stand, now_wall: float) -> dict[str, Any]:
+    """The content of verdict.json: the probe body, and what each exec probe answers."""
+    return {**body(stand), "written": now_wall, "passes": {kind: passes(kind, stand) for kind in KINDS}}
+
+
+def exec_answer(kind: Kind, content: Any, age: float | None) -> tuple[bool, str]:
+    """Judge an exec probe by the verdict file's content and age in seconds (None: no file). Fails open."""
+    if age is None:
+        return True, "no verdict file: passing, because a sidecar that is away must not kill a healthy engine"
+    if not -STALE <= age <= STALE:
+        return True, f"the verdict file is {age:.0f} s old: passing, because it proves nothing"
+    if not isinstance(content, dict) or not isinstance(content.get("passes"), dict):
+        return True, "the verdict file cannot be read: passing, because it proves nothing"
+    passed = content["passes"].get(kind) is not False
+    return passed, f"{content.get('verdict')} ({content.get('reason')}): {content.get('detail')}"

@@ -1,0 +1,281 @@
+"""Pure: outstanding work + deliveries + the engine's counters + now -> evidence of progress, or of silence.
+
+Rules:
+- Work is what the relay counts as outstanding; the engine's own gauges can lie (they freeze with its core) and only add.
+- Progress is anything delivered, or a generation or completion counter that moves. Prefill evidence (KV use, prompt tokens) and
+  engine steps hold suspicion off for a while; alone they prove nothing: an engine that admits and never delivers shows them too.
+- Silence is judged against what the outstanding work may take: max(floor, margin x predicted, learned), capped.
+- Times are monotonic seconds, passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from sidecar.health.latency_model import Learned
+from sidecar.readings import EngineSample
+
+Key = tuple[int, str]  # (relay index, request id)
+
+LEARNED_AFTER = 10  # first tokens seen, before this engine's own gaps count as known
+GAP_MARGIN = 2.0  # allowed over the longest learned gap
+SHORT_GAP = 0.25  # seconds; shorter gaps teach nothing
+EXCESS = 5  # readings in a row with more requests than the relay's, that count as somebody else's
+APART = 3.0  # seconds without the relay's own work, after which work of the engine is somebody else's
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds of allowed silence, seconds; see the settings of the same names."""
+
+    floor: float = 12.0
+    unlearned: float = 60.0
+    margin: float = 3.0
+    cap: float = 900.0
+
+
+class Item(Protocol):
+    """One outstanding request, as far as silence goes. The ledger's holds are such.
+
+    `since`: when its silence began to be the engine's; `prefill`: seconds before its first token, by the cost model; `whole`:
+    tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the relay.
+    """
+
+    @property
+    def since(self) -> float: ...
+    @property
+    def first_at(self) -> float | None: ...
+    @property
+    def prefill(self) -> float: ...
+    @property
+    def whole(self) -> int: ...
+    @property
+    def blocked(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of progress at `now`. `age` is the silence so far; None when nothing is outstanding.
+
+    `progress_at` is the last progress ever; None before any.
+    """
+
+    now: float
+    outstanding: int
+    waiting: int
+    engine_busy: bool
+    progress_at: float | None
+    progress_kind: str
+    age: float | None
+    steps_age: float | None
+    prefill_age: float | None
+    allowed: float
+    ruled_by: str
+    predicted: float
+    learned: bool
+
+
+@dataclass(slots=True)
+class Progress:
+    """Keeps the times of the last progress of each kind."""
+
+    limits: Limits
+    kinds: dict[str, float] = field(default_factory=dict)
+    learned: Learned = field(default_factory=Learned)
+    started_at: float | None = None  # when work last began to be outstanding
+    baseline: float = 0.0  # nothing before this counts as silence
+    steps_at: float | None = None
+    prefill_at: float | None = None
+    iterating: int = 0  # readings in a row in which the engine's steps moved
+    _sample: EngineSample | None = None
+    _busy: bool = False  # the engine's gauges show work that is not our canary
+    _open: int = 0  # requests that the relay has out
+    _excess: int = 0  # readings in a row that moved and showed more than those
+    _alone_at: float | None = None  # the last reading, where it showed work while the relay seemed to have none
+    _worked_at: float = 0.0  # when the relay last had work out
+    _open_gap: float = 0.0  # the silence under way; it is learned only when progress ends it
+    _tainted: bool = (
+        False  # the silence under way was, at some time, a stall, a start or an exemption: it teaches nothing
+    )
+    _first_at: float = 0.0  # the last first token
+    _promised: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, predicted seconds of prefill
+
+    def rebaseline(self, now: float) -> None:
+        """Forget silence up to `now`: our own clock or loop was not to be trusted."""
+        self.baseline = now
+
+    def delivered(self, now: float) -> None:
+        """Bytes of an answer reached a client."""
+        self._mark("delivered", now)
+
+    def admitted(self, key: Key, prefill: float | None, now: float) -> None:
+        """A request is on its way to the engine; the cost model says `prefill` seconds before its first token, if it streams."""
+        self._worked_at = max(now, self._worked_at)
+        if prefill is not None:
+            self._promised[key] = (now, prefill)
+
+    def resumed(self, key: Key, now: float) -> None:
+        """A request that waited for its client, or in our own queue, is the engine's from now on."""
+        if (promise := self._promised.get(key)) is not None:
+            self._promised[key] = (now, promise[1])
+
+    def first_token(self, key: Key, now: float) -> None:
+        """A first token: progress, and one more observation of how this engine behaves.
+
+        Prefills end first come, first served, so this one's own time runs from its admission or from the first token before it.
+        """
+        promise = self._promised.pop(key, None)
+        if promise is not None and not self._tainted:
+            self.learned.first_token(max(0.0, now - max(promise[0], self._first_at)), promise[1])
+        self._first_at = now
+        self._mark("delivered", now)
+
+    def settled(self, key: Key) -> None:
+        """Whatever was expected of a request is not expected any more."""
+        self._promised.pop(key, None)
+
+    def completed(self, now: float) -> None:
+        """The engine ended a request by itself."""
+        self._mark("completed", now)
+
+    def engine(self, sample: EngineSample, now: float, *, canary: bool = False) -> bool:
+        """Compare the engine's counters with the last reading. Returns True when the engine was restarted.
+
+        `canary`: one ran between the two readings, so that counters that moved say nothing of the users' work.
+        """
+        before, self._sample = self._sample, sample
+        self._busy = not canary and load(sample) > 0
+        self.learned.foreign |= not canary and self._is_foreign(before, sample, now)
+        if before is None:
+            return False
+        if restarted(before, sample):
+            return True
+        for kind, names in COUNTERS.items():
+            if not canary and any_moved(before, sample, names):
+                self._mark(kind, now)
+        self.iterating = self.iterating + 1 if moved(before.iterations, sample.iterations) else 0
+        if moved(before.iterations, sample.iterations):
+            self.steps_at = now
+        if any_moved(before, sample, PREFILLING):
+            self.prefill_at = now
+        return False
+
+    def evidence(self, items: Iterable[Item], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
+        """Judge the silence at `now`. `extra` seconds of patience for our own lag; `learn` False while a silence is no measure."""
+        every = list(items)
+        work = [i for i in every if not i.blocked]
+        self._open = max(len(every), self._open - 1)  # falls slowly: gauges lag behind
+        if work:
+            self._worked_at = now
+        busy = self._busy and (bool(work) or self.learned.foreign)  # else it can only be what is left of our own
+        since = self._silent_since(work, busy, now)
+        self.learned.fade(now, working=bool(work))
+        self.learned.refit()
+        known = self.learned.first_tokens >= LEARNED_AFTER and (bool(work) or not busy)  # others' work has unknown size
+        floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
+        predicted = self.learned.seconds(early_prefill(work, since, floor))
+        predicted += max((i.whole for i in work), default=0) * self.learned.token_seconds
+        allowed, ruled_by = allowed_silence(predicted, floor, self.learned.gap, self.limits)
+        age = max(0.0, now - since) if work or busy else None
+        self._open_gap = age or 0.0
+        self._tainted = (self._tainted or not learn) and age is not None
+        kind, at = self.last()
+        return Evidence(
+            now=now,
+            outstanding=len(work),
+            waiting=sum(i.first_at is None for i in work),
+            engine_busy=self._busy,
+            progress_at=at,
+            progress_kind=kind,
+            age=age,
+            steps_age=None if self.steps_at is None else now - self.steps_at,
+            prefill_age=None if self.prefill_at is None else now - self.prefill_at,
+            allowed=allowed + extra,
+            ruled_by=ruled_by,
+            predicted=predicted,
+            learned=known,
+        )
+
+    def last(self) -> tuple[str, float | None]:
+        """The newest progress: its kind and time; ("none", None) before any."""
+        return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
+
+    def _is_foreign(self, before: EngineSample | None, sample: EngineSample, now: float) -> bool:
+        """Whether a reading shows work of others: it came or moved while the relay had none, or is more than the relay has.
+
+        A gauge that only stays up after the relay's last request proves nothing: an abort can wedge an engine.
+        """
+        moves = before is not None and any_moved(before, sample, PROGRESS)
+        self._excess = self._excess + 1 if moves and load(sample) > self._open else 0
+        alone, self._alone_at = self._alone_at, None  # the reading before: by now it is known whether we had work then
+        if now - self._worked_at > APART and (moves or load(sample) > (load(before) if before else 0)):
+            self._alone_at = now
+        return self._excess >= EXCESS or (alone is not None and alone - self._worked_at > APART)
+
+    def _silent_since(self, work: list[Item], busy: bool, now: float) -> float:
+        if not work and not busy:
+            self.started_at = None
+        elif self.started_at is None:
+            self.started_at = min((i.since for i in work), default=now)
+        started = now if self.started_at is None else self.started_at
+        return max(self.last()[1] or 0.0, self.baseline, started)
+
+    def _mark(self, kind: str, now: float) -> None:
+        gap, self._open_gap = self._open_gap, 0.0
+        tainted, self._tainted = self._tainted, False
+        if gap > SHORT_GAP and not tainted:
+            self.learned.gap = max(self.learned.gap, min(gap, self.limits.cap))
+        self.kinds[kind] = max(now, self.kinds.get(kind, 0.0))
+
+
+# Counters whose movement is progress, by the kind of evidence.
+COUNTERS: dict[str, tuple[str, ...]] = {
+    "generation": ("generation_tokens",),
+    "completed": ("finished",),
+}
+PROGRESS = tuple(name for names in COUNTERS.values() for name in names)
+# Numbers whose movement, like that of the steps, only holds suspicion off.
+PREFILLING = ("prompt_tokens", "kv_usage")
+
+
+def load(sample: EngineSample) -> float:
+    """Requests that the engine's gauges show."""
+    return (sample.running or 0) + (sample.waiting or 0)
+
+
+def any_moved(before: EngineSample, after: EngineSample, names: tuple[str, ...]) -> bool:
+    """Whether any of these numbers changed between two readings."""
+    return any(moved(getattr(before, n), getattr(after, n)) for n in names)
+
+
+def moved(before: float | None, after: float | None) -> bool:
+    """Whether a number changed between two readings that both have it."""
+    return before is not None and after is not None and before != after
+
+
+def restarted(before: EngineSample, after: EngineSample) -> bool:
+    """Whether two readings come from different engine processes: another start time, or a counter that fell."""
+    if moved(before.started_wall, after.started_wall):
+        return True
+    names = ("generation_tokens", "prompt_tokens", "finished")
+    return any((b := getattr(before, n)) is not None and (a := getattr(after, n)) is not None and a < b for n in names)
+
+
+def early_prefill(items: Iterable[Item], since: float, grace: float) -> float:
+    """Seconds of prefill, by the cost model, that can explain a silence since `since`.
+
+    Counted are requests without a first token that were there when the silence began or came within `grace` seconds of it:
+    later arrivals queue behind them and cannot excuse them.
+    """
+    return sum(i.prefill for i in items if i.first_at is None and i.since <= since + grace)
+
+
+def allowed_silence(predicted: float, floor: float, gap: float, limits: Limits) -> tuple[float, str]:
+    """Allowed silence in seconds, and the term that ruled: "floor", "predicted", "learned" or "cap"."""
+    terms = {"floor": floor, "predicted": limits.margin * predicted, "learned": GAP_MARGIN * gap}
+    ruled_by = max(terms, key=lambda name: terms[name])
+    if terms[ruled_by] > limits.cap:
+        return limits.cap, "cap"
+    return terms[ruled_by], ruled_by

@@ -1,0 +1,265 @@
+"""Images in the relay: hand each to an image worker, wait within bounds, say clearly what was wrong.
+
+Rules: no torch here, no pixels: bytes go to a worker and bytes come back, through the queue of imagequeue.py. What was prepared
+once is kept for the tenant who sent it, where there is a cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from sidecar.errors import BadImage, ImagesBusy
+from sidecar.images.gpu_loan import Loan, borrowed, give_back
+from sidecar.images.protocol import DEVICE, GPU_DOOR, PIXELS, RAW, TENSORS, Data, Done, Job, Limits
+from sidecar.images.shm_cache import Handed, ImageCache
+from sidecar.images.shm_handoff import Handovers
+from sidecar.images.tensor_budget import Results, Take
+from sidecar.images.worker_queue import ImageQueue
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.settings import Settings
+
+R = TypeVar("R")
+
+HASHED_HERE = 512 * 1024  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
+KEEPING = 4  # results on their way into the cache at once; more are not kept
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One prepared image. `base64` and `url` are empty where the client's own bytes must go on untouched (outcome "passed");
+    `url` is where its pixels lie in shared memory.
+    Outcome "cached": it had been prepared before.
+
+    Sizes and tokens are what the model sees (0 where that is unknown); times are seconds.
+    """
+
+    media_type: str
+    base64: Data | None
+    width: int
+    height: int
+    tokens: int
+    content_hash: str
+    format: str
+    outcome: str
+    seconds: float
+    stages: tuple[tuple[str, float], ...]
+    bytes_in: int
+    bytes_out: int
+    grid: tuple[int, int, int] = (0, 0, 0)
+    url: str = ""
+    original: tuple[int, int] = (0, 0)
+    exact: bool = True  # false: a JPEG that was shrunk while it was decoded (--images-decode fast)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """One image as the processor's output: `values` are the raw rows of `pixel_values`, empty where only sizes were asked."""
+
+    prepared: Prepared
+    values: Data
+
+
+class Images:
+    """The relay's way to the image workers behind the Unix socket `socket_path`."""
+
+    def __init__(
+        self, socket_path: str, settings: Settings, spec: ProcessorSpec, cache: ImageCache | None = None
+    ) -> None:
+        self.spec = spec
+        self._path = socket_path
+        self._workers = ImageQueue(socket_path, settings)
+        self._limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
+        self._spec_json = spec.to_json()
+        self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine
+        self._cache = cache
+        self._keeping: set[asyncio.Task[None]] = set()
+        self._handovers = Handovers(cache) if cache is not None else None
+        self._loans: set[Loan] = set()
+        self.results = Results()
+
+    async def inline(
+        self, data: Data, where: str, tenant: str = "", hand_over: str = "", is_base64: bool = True
+    ) -> Prepared:
+        """One image's base64 text, or its bytes, as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
+
+        `hand_over`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
+        """
+        if not hand_over or self._handovers is None:
+            prepared, payload, _ = await self._prepare(PIXELS, data, where, is_base64, tenant)
+            return replace(prepared, base64=payload) if payload else prepared
+        prepared, payload, key = await self._prepare(RAW, data, where, is_base64, tenant)
+        if not payload:
+            return prepared
+        handed = await self._handovers.pixels(hand_over, payload, key)
+        return replace(prepared, url=handed.url(prepared.height, prepared.width))
+
+    async def share(self, *pieces: Data) -> Handed | None:
+        """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory. Raises ImagesBusy."""
+        return await self._handovers.tensors(*pieces) if self._handovers is not None else None
+
+    def again(self, request: str) -> bool:
+        """What was handed over for a request lies there once more. False where it cannot."""
+        return self._handovers is None or self._handovers.again(request)
+
+    def release(self, request: str) -> None:
+        """A request has ended: nobody reads any more what was handed over for it."""
+        if self._handovers is not None:
+            self._handovers.release(request)
+
+    async def tensors(
+        self,
+        images: Sequence[tuple[Data, bool]],
+        *,
+        want: str = TENSORS,
+        where: str = "images",
+        tenant: str = "",
+        spec: ProcessorSpec | None = None,
+        take: Take | None = None,
+    ) -> list[Tensors]:
+        """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
+
+        `spec`: for another processor than the model's, such as the same one without its last steps. `take`: of `results`, told of the bytes.
+        Raises BadImage or ImagesBusy for the first that fails, and gives up the others.
+        """
+        done = await _all(
+            self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, take)
+            for i, (data, is_base64) in enumerate(images)
+        )
+        return [Tensors(prepared, values) for prepared, values, _ in done]
+
+    @contextlib.asynccontextmanager
+    async def loan(self) -> AsyncIterator[Loan]:
+        """A loan of the GPU's memory, for `lent`. Raises NoGpu or ImagesBusy."""
+        if not self.gpu:
+            raise ImagesBusy("the engine is starting or stands still, and its GPU is left alone; try again shortly")
+        async with borrowed(self._path + GPU_DOOR) as loan:
+            self._loans.add(loan)
+            try:
+                yield loan
+            finally:
+                self._loans.discard(loan)
+
+    async def lent(
+        self, images: Sequence[tuple[Data, bool]], spec: ProcessorSpec, loan: Loan, where: str = "images"
+    ) -> list[Tensors]:
+        """Like `tensors`, but `pixel_values` stay in the GPU's memory until the loan ends; `values` say where, as JSON."""
+
+        async def one(data: Data, is_base64: bool, where: str) -> Tensors:
+            started = time.monotonic()
+            self._check_size(data, where, is_base64)
+            done, said = await self._do(DEVICE, spec.to_json(), data, where, is_base64, loan.name)
+            return Tensors(_prepared(done, said, time.monotonic() - started), said)
+
+        return await _all(one(data, is_base64, f"{where}[{i}]") for i, (data, is_base64) in enumerate(images))
+
+    def end_loans(self) -> None:
+        """The engine is gone: whatever was lent goes back at once, before the next one measures the GPU's memory."""
+        for loan in self._loans:
+            loan.end()
+
+    async def give_back(self, name: str) -> bool:
+        """End a loan of any relay process. False where there is none of that name. Raises NoGpu or ImagesBusy."""
+        return await give_back(self._path + GPU_DOOR, name)
+
+    async def close(self) -> None:
+        """Take no more images; those under way end by themselves within their deadline."""
+        self._workers.close()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+
+    async def _prepare(
+        self,
+        want: str,
+        data: Data,
+        where: str,
+        is_base64: bool,
+        tenant: str,
+        spec: ProcessorSpec | None = None,
+        take: Take | None = None,
+    ) -> tuple[Prepared, Data, str]:
+        """The image, its payload, and the key that this is kept under."""
+        started = time.monotonic()
+        self._check_size(data, where, is_base64)
+        spec_json = spec.to_json() if spec is not None else self._spec_json
+        key = await self._key(data, want, str(is_base64), spec_json, tenant)
+        if self._cache is not None and (hit := self._cache.get(key)) is not None:
+            done, payload = hit
+            if take is not None:
+                take(len(payload))
+            return _prepared(done, payload, time.monotonic() - started, cached=True), payload, key
+        answer, fresh = await self._do(want, spec_json, data, where, is_base64, take=take)
+        if answer.outcome == "ok":
+            await self._keep(key, answer, fresh, at_once=want == RAW)
+        return _prepared(answer, fresh, time.monotonic() - started), fresh, key
+
+    async def _key(self, data: Data, *parts: str) -> str:
+        """What the result is kept under; "" where nothing is kept."""
+        if self._cache is None:
+            return ""
+        if len(data) <= HASHED_HERE:
+            return self._cache.key(data, *parts)
+        return await asyncio.to_thread(self._cache.key, data, *parts)
+
+    async def _keep(self, key: str, done: Done, payload: Data, *, at_once: bool) -> None:
+        """Keep a result: meanwhile, or `at_once` where it is about to be handed over."""
+        if self._cache is None or len(self._keeping) >= KEEPING:
+            return
+        task = asyncio.create_task(asyncio.to_thread(self._cache.put, key, done, payload))
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+        if at_once:
+            await asyncio.wait((task,))  # if we are cancelled, it goes on
+
+    async def _do(
+        self,
+        want: str,
+        spec_json: str,
+        data: Data,
+        where: str,
+        is_base64: bool,
+        loan: str = "",
+        take: Take | None = None,
+    ) -> tuple[Done, bytearray]:
+        job = Job(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu, loan)
+        return await self._workers.do(job, data, where, take)
+
+    def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
+        """The worker checks the real size; this bounds what is sent to it at all."""
+        most = self._limits.max_bytes * 3 // 2 if is_base64 else self._limits.max_bytes
+        if len(data) > most:
+            text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
+            raise BadImage(text, "image_too_large")
+
+
+async def _all(jobs: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
+    """The results in order. Raises BadImage or ImagesBusy for the first that fails, and gives up the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(job) for job in jobs]
+    except* (BadImage, ImagesBusy) as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _prepared(done: Done, payload: Data, seconds: float, *, cached: bool = False) -> Prepared:
+    return Prepared(
+        media_type=done.media_type,
+        base64=None,
+        width=done.width,
+        height=done.height,
+        tokens=done.tokens,
+        content_hash=done.content_hash,
+        format=done.format,
+        outcome="cached" if cached else done.outcome,
+        seconds=seconds,
+        stages=() if cached else done.stages,
+        bytes_in=done.bytes_in,
+        bytes_out=len(payload),
+        grid=done.grid,
+        original=done.original,
+        exact=done.exact,
+    )

@@ -1,0 +1,130 @@
+"""Image bytes -> the RGB pixels that the engine would have seen, or BadPixels with a reason.
+
+Rules: the size is checked on the header before anything is allocated. Plain files go through the fast decoders, whose pixels
+equal Pillow's bit for bit; everything else, and whatever a fast decoder refuses, goes through Pillow in the engine's own
+order (vLLM's ImageMediaIO): turn by EXIF or XMP, load, flatten alpha on white, convert to RGB. Pillow's word is final.
+
+Pixels are uint8 tensors of shape (3, height, width) over memory in (height, width, 3) order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torchvision.io.image  # noqa: F401  registers torch.ops.image
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sidecar.images.file_headers import Header
+from sidecar.images.protocol import Limits
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+RGB: Final = 3  # ImageReadMode.RGB
+ORIENTATION: Final = 0x0112
+WHITE: Final = (255, 255, 255)
+
+
+class BadPixels(Exception):
+    """An image that is refused. `reason` is its code; the text never quotes the image."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def decode(data: bytes, header: Header, limits: Limits) -> Tensor:
+    """The pixels of one image. Raises BadPixels."""
+    check_size(header.height, header.width, limits)
+    if header.plain and (pixels := _fast(data, header)) is not None:
+        return turn(pixels, orientation(data)) if header.tagged else pixels
+    return _pillow(data, limits)
+
+
+def check_size(height: int, width: int, limits: Limits) -> None:
+    """Raise BadPixels for a size over a limit. A size of 0 x 0 is unknown yet and passes."""
+    if height * width > limits.max_pixels:
+        raise BadPixels(
+            "image_too_many_pixels", f"it has {width} x {height} pixels and the limit is {limits.max_pixels} pixels"
+        )
+    if max(height, width) > limits.max_side:
+        raise BadPixels("image_too_long", f"a side has {max(height, width)} pixels and the limit is {limits.max_side}")
+
+
+def orientation(data: bytes) -> int:
+    """1..8: how Pillow's exif_transpose would turn this JPEG, which also depends on whether it can rewrite the metadata."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:
+            stand_in = Image.new("L", (1, 1))
+            stand_in.info = dict(opened.info)
+        ImageOps.exif_transpose(stand_in)
+        return int(stand_in.getexif().get(ORIENTATION, 1))
+    except Exception:  # noqa: BLE001  the engine, too, leaves the image unturned whatever the metadata's fault is
+        return 1
+
+
+def _fast(data: bytes, header: Header) -> Tensor | None:
+    """libjpeg-turbo or libwebp through torchvision; None where it is not there or refuses."""
+    decoder: Any = getattr(torch.ops.image, "decode_" + header.format, None)
+    # frombuffer wants writable memory; the decoders only read.
+    encoded = torch.frombuffer(memoryview(bytearray(data)), dtype=torch.uint8)
+    try:
+        pixels = decoder(encoded, RGB) if decoder else None
+    except RuntimeError:
+        return None
+    return pixels if pixels is not None and tuple(pixels.shape) == (3, header.height, header.width) else None
+
+
+def turn(pixels: Tensor, how: int) -> Tensor:
+    """Pixels (3, height, width) turned by an EXIF orientation: a transposition, then flips of the axes."""
+    if how not in TURNS:
+        return pixels
+    transposed, flips = TURNS[how]
+    turned = pixels.transpose(1, 2) if transposed else pixels
+    return turned.flip(flips) if flips else turned
+
+
+def turned(height: int, width: int, how: int) -> tuple[int, int]:
+    """The size of an image of this size once it is turned so."""
+    return (width, height) if TURNS.get(how, (False, []))[0] else (height, width)
+
+
+# orientation -> (swap rows and columns first, axes to flip then)
+TURNS: Final[dict[int, tuple[bool, list[int]]]] = {
+    2: (False, [2]),
+    3: (False, [1, 2]),
+    4: (False, [1]),
+    5: (True, []),
+    6: (True, [2]),
+    7: (True, [1, 2]),
+    8: (True, [1]),
+}
+
+
+def _pillow(data: bytes, limits: Limits) -> Tensor:
+    try:
+        image: Any = Image.open(io.BytesIO(data), formats=FORMATS)
+        check_size(image.height, image.width, limits)
+        with contextlib.suppress(Exception):
+            image = ImageOps.exif_transpose(image)
+        image.load()
+        return torch.from_numpy(np.array(_as_rgb(image))).permute(2, 0, 1)
+    except (BadPixels, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001  a hostile file can raise anything in a decoder; all of it means the same
+        raise BadPixels("image_broken", "it is cut off or damaged") from None
+
+
+def _as_rgb(image: Any) -> Any:
+    """An opened image in RGB; transparent parts show white, as the engine shows them."""
+    if image.mode == "RGB":
+        return image
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    flat = Image.new("RGB", rgba.size, WHITE)
+    flat.paste(rgba, mask=rgba.getchannel("A"))
+    return flat

@@ -1,0 +1,164 @@
+"""The border between an image worker and the one process that owns the GPU: decoded pixels go in, resized ones come back.
+
+Rules: bytes from outside are decoded in the workers and never reach the GPU's process: it sees pixels and numbers. They travel
+in shared memory that the worker made and sealed, so that it cannot shrink under a reader; what an Ask says is checked again. An
+ask may always be refused, and a refusal costs nothing but time: the worker then does the image itself. So a full budget, a lost
+GPU, one that is being prepared and one that is not there are all one case here: None. After PATIENCE in vain a worker goes on by itself
+for a while, and leaves the shared memory alone until the answer has come: the GPU may still be writing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+from sidecar.images.protocol import GPU_DOOR, FrameError
+
+ARENA: Final = 64 << 20  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
+PATIENCE: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
+REST: Final = (1.0, 30.0)  # first and longest pause after a vain ask, seconds
+MAX_ASK: Final = 8192  # bytes
+OK, FULL = b"ok", b"full"
+SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+NAME: Final = GPU_DOOR
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
+
+    The answer takes their place: RGB rows where `inline`, else the processor's output. With a `loan` that output stays on the device.
+    `original`: the height and width that decide what becomes of it, where it was shrunk already.
+    """
+
+    height: int
+    width: int
+    original: tuple[int, int]
+    spec: str
+    inline: bool
+    loan: str = ""
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+def parse(text: bytes) -> Ask:
+    """Inverse of Ask.to_json. Raises FrameError."""
+    try:
+        ask = Ask(**json.loads(text))
+        height, width = ask.original
+        sizes, texts = (ask.height, ask.width, height, width), (ask.spec, ask.loan)
+        if all(type(size) is int and size > 0 for size in sizes) and all(type(text) is str for text in texts):
+            return replace(ask, original=(height, width))
+    except (ValueError, TypeError):
+        pass
+    raise FrameError("not an ask")
+
+
+def arena() -> int:
+    """A file in memory that can neither grow nor shrink any more."""
+    fd = os.memfd_create("sidecar-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, ARENA)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
+    return fd
+
+
+def mapped(fd: int) -> mmap.mmap:
+    """A worker's arena, for the GPU's process. Raises FrameError where it could shrink or has another size."""
+    try:
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS and os.fstat(fd).st_size == ARENA:
+            return mmap.mmap(fd, ARENA)
+    except OSError:
+        pass
+    raise FrameError("not a sealed arena")
+
+
+class Door:
+    """A worker's way to the GPU behind the socket `path`, or to none. Made before the worker gives up making files."""
+
+    def __init__(self, path: str, patience: float = PATIENCE, now: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._patience = patience
+        self._now = now
+        self._fd = arena()
+        self._memory = mmap.mmap(self._fd, ARENA)
+        self._connection: socket.socket | None = None
+        self._late = False
+        self._rest = REST[0]
+        self._not_before = 0.0
+
+    def make(self, pixels: memoryview, ask: Ask, size: int) -> memoryview | None:
+        """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
+        answer = self._asked(pixels, ask) if size <= ARENA else None
+        return memoryview(self._memory)[:size] if answer == OK else None
+
+    def lend(self, pixels: memoryview, ask: Ask) -> bytes | None:
+        """Where the GPU keeps what it makes of `pixels` for the ask's loan, as JSON; None where it has not."""
+        answer = self._asked(pixels, ask)
+        return answer if answer not in (OK, FULL) else None
+
+    def _asked(self, pixels: memoryview, ask: Ask) -> bytes | None:
+        """The GPU's answer; None where there is none in time."""
+        if len(pixels) > ARENA or self._now() < self._not_before:
+            return None
+        try:
+            connection = self._open()
+            self._memory[: len(pixels)] = pixels
+            connection.send(ask.to_json())
+            self._late = True
+            answer = self._answer(connection, self._patience)
+        except TimeoutError:
+            self._pause()
+            return None
+        except OSError:
+            self._hang_up()
+            self._pause()
+            return None
+        self._rest = REST[0]
+        return answer
+
+    def _open(self) -> socket.socket:
+        """A connection whose arena is ours alone. Raises TimeoutError while the GPU may still write to it, OSError where it is lost."""
+        if self._connection is not None:
+            if self._late:
+                self._answer(self._connection, 0)
+            return self._connection
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._connection.settimeout(self._patience)
+        self._connection.connect(self._path)
+        socket.send_fds(self._connection, [b"arena"], [self._fd])
+        return self._connection
+
+    def _answer(self, connection: socket.socket, seconds: float) -> bytes:
+        """The answer that is due. Raises TimeoutError where it is not there in time, OSError where it will never be."""
+        connection.settimeout(seconds)
+        try:
+            answer = connection.recv(MAX_ASK)
+        except BlockingIOError:
+            raise TimeoutError from None
+        if not answer:
+            raise ConnectionResetError("the GPU's process hung up")
+        connection.settimeout(self._patience)
+        self._late = False
+        return answer
+
+    def _pause(self) -> None:
+        self._not_before = self._now() + self._rest
+        self._rest = min(2 * self._rest, REST[1])
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection, self._late = None, False
+
+    def close(self) -> None:
+        """Hang up and give the memory back, once the last answer in it is gone."""
+        self._hang_up()
+        os.close(self._fd)

@@ -1,0 +1,261 @@
+"""One job, start to end: payload in, Done or Refused and a payload out. No sockets, no processes.
+
+Rules: never raises for what a client sent; error texts name the limit and what to do, never the content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import pybase64
+import torch
+
+from sidecar.images import file_headers as headers
+from sidecar.images.protocol import DEVICE, GPU_BUSY, INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
+from sidecar.images.worker import fast_jpeg as shrunk
+from sidecar.images.worker import tiles
+from sidecar.images.worker.decode import BadPixels, check_size, decode, orientation, turned
+from sidecar.images.worker.gpu_channel import Ask, Door
+from sidecar.images.worker.tensors import ppm, prepare, resize, resized_ppm, rounded, values
+from sidecar.kernels import families
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, TileSpec
+
+Payload = bytes | bytearray | memoryview
+Answer = tuple[Done | Refused, Payload]
+
+PPM: Final = "image/x-portable-pixmap"
+OCTETS: Final = "application/octet-stream"
+JSON: Final = "application/json"
+UNKNOWN: Final = "it is in no known format; send JPEG, PNG, WebP, GIF, BMP or TIFF"
+
+
+@dataclass(slots=True)
+class Stages:
+    """Seconds of each step of one job, in order."""
+
+    now: Callable[[], float] = time.perf_counter
+    taken: list[tuple[str, float]] = field(default_factory=list)
+    _since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._since = self.now()
+
+    def end(self, stage: str) -> None:
+        """The step `stage` ends here; the next one begins."""
+        now = self.now()
+        self.taken.append((stage, now - self._since))
+        self._since = now
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image on its way: `geometry` is what it will become."""
+
+    pixels: Any  # uint8 tensor (3, height, width)
+    original: Size  # before it was shrunk, where it was not decoded exactly
+    exact: bool
+    geometry: Geometry
+    header: headers.Header
+    hash: str
+    bytes_in: int
+    stages: Stages
+
+
+def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
+    """Do one job; the resizing behind `door` where there is one and the job allows it, else here."""
+    spec = families.from_json(job.spec)
+    name = "unknown"
+    try:
+        opened = open_picture(job, payload, spec)
+        if isinstance(opened, Done):
+            return opened, b""
+        name = opened.header.format
+        if job.want == LAYOUT:
+            return done(opened, ""), b""
+        if job.want == DEVICE:
+            return _lent(door, job, opened)
+        # views and their canvases are the CPU's: the GPU's kernel knows one resized copy of an image
+        if (
+            door is not None
+            and job.gpu
+            and (job.want in INLINE or not opened.geometry.views)
+            and (made := _elsewhere(door, job, opened, spec)) is not None
+        ):
+            return made
+        if job.want == PIXELS:
+            file = resized_ppm(opened.pixels, opened.geometry, spec)
+            opened.stages.end("resize")
+            return _as_text(opened, file)
+        if job.want in INLINE:
+            pixels = resize(opened.pixels, opened.geometry, spec)
+            opened.stages.end("resize")
+            return finish(job, opened, pixels, spec)
+        tensor = _tensor(opened.pixels, opened.geometry, spec)
+        opened.stages.end("resize")
+        return done(opened, OCTETS), octets(tensor)
+    except BadPixels as e:
+        return Refused(e.reason, str(e), name), b""
+    except MemoryError:
+        return Refused("image_failed", "it needs more memory than one image may use", name), b""
+
+
+def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> Answer | None:
+    """The answer by the GPU; None where it cannot be had."""
+    rows = _rows(picture)
+    inline, (height, width) = job.want in INLINE, picture.geometry.size
+    if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
+        return None  # nothing to resize
+    size = 3 * height * width if inline else tensor_bytes(picture.geometry, spec)
+    octets = door.make(
+        rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], picture.original, job.spec, inline), size
+    )
+    if octets is None:
+        return None
+    picture.stages.end("resize_gpu")
+    if not inline:
+        return done(picture, OCTETS), _halved(octets, spec)
+    return finish(
+        job, picture, torch.frombuffer(octets, dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1), spec
+    )
+
+
+def _halved(floats: Payload, spec: ProcessorSpec) -> Payload:
+    """What the GPU made, in half precision where that is wanted: it makes float32."""
+    return octets(rounded(torch.frombuffer(floats, dtype=torch.float32), spec)) if spec.half else floats
+
+
+def _tensor(pixels: Any, geometry: Geometry, spec: ProcessorSpec) -> Any:
+    if isinstance(spec, TileSpec):
+        return rounded(tiles.prepare(pixels, geometry, replace(spec, half="")), spec)
+    return prepare(pixels, geometry, spec)
+
+
+def _lent(door: Door | None, job: Job, picture: Picture) -> Answer:
+    """The processor's output in the GPU's memory: where it is. Nothing else than the GPU can do this."""
+    rows = _rows(picture)
+    ask = Ask(rows.shape[0], rows.shape[1], picture.original, job.spec, False, job.loan)
+    possible = door is not None and job.gpu and not picture.geometry.views
+    where = door.lend(rows.reshape(-1).data, ask) if door is not None and possible else None
+    if where is None:
+        return Refused(GPU_BUSY, "the GPU has no room for it now, or is not in use", picture.header.format), b""
+    picture.stages.end("resize_gpu")
+    return done(picture, JSON), where
+
+
+def _rows(picture: Picture) -> Any:
+    return picture.pixels.permute(1, 2, 0).contiguous().numpy()
+
+
+def tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
+    """Bytes of one image's `pixel_values`."""
+    height, width = geometry.size
+    copies = spec.temporal_patch_size if isinstance(spec, PatchSpec) else 1
+    return 3 * height * width * copies * (4 if spec.floats else 1)
+
+
+def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | Done:
+    """Unpack, check and decode; Done where the image must be passed untouched. Raises BadPixels."""
+    stages = Stages()
+    data = _unpack(job, payload)
+    header = headers.read(data)
+    if header is None:
+        raise BadPixels("image_unknown_format", UNKNOWN)
+    if job.want in INLINE and not spec.inline:
+        check_size(header.height, header.width, job.limits)
+        stages.end("unpack")
+        return _passed(job, header, spec, "", len(data), stages, _guessed(data, header, spec))
+    digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
+    stages.end("unpack")
+    if header.format not in headers.DECODED:
+        return _passed(job, header, spec, digest, len(data), stages)
+    small = shrunk.decode(data, header, job.limits, spec) if spec.fast else None
+    pixels = small[0] if small else decode(data, header, job.limits)
+    original: Size = small[1] if small else tuple(pixels.shape[-2:])
+    stages.end("decode_fast" if small else "decode")
+    geometry = _geometry(spec, *original)
+    for size in ((geometry.height, geometry.width), *(view.canvas for view in geometry.views)):
+        check_size(*size, job.limits)
+    if job.want in INLINE and not spec.keeps(geometry):
+        return _passed(job, header, spec, digest, len(data), stages, geometry)
+    return Picture(pixels, original, small is None, geometry, header, digest, len(data), stages)
+
+
+def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answer:
+    """Encode resized pixels as the job wants them."""
+    if job.want == PIXELS:
+        return _as_text(picture, ppm(pixels))
+    payload = octets(pixels.permute(1, 2, 0) if job.want == RAW else values(pixels, picture.geometry, spec))
+    picture.stages.end("encode")
+    return done(picture, OCTETS), payload
+
+
+def _as_text(picture: Picture, file: memoryview) -> Answer:
+    """A PPM in base64, as it goes into a data URL."""
+    payload = pybase64.b64encode(file)
+    picture.stages.end("encode")
+    return done(picture, PPM), payload
+
+
+def octets(tensor: Any) -> memoryview:
+    """A tensor's memory."""
+    view: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
+
+
+def done(picture: Picture, media_type: str) -> Done:
+    """The answer for an image that was prepared."""
+    g = picture.geometry
+    return Done(
+        "ok", picture.header.format, media_type, *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
+        picture.hash, tuple(picture.stages.taken), picture.bytes_in, picture.original, picture.exact,
+    )  # fmt: skip
+
+
+def _unpack(job: Job, payload: Payload) -> bytes:
+    try:
+        data = pybase64.b64decode(payload, validate=True) if job.base64 else bytes(payload)
+    except ValueError:
+        raise BadPixels("image_base64", "its base64 text is damaged") from None
+    if not data:
+        raise BadPixels("image_empty", "it is empty")
+    if len(data) > job.limits.max_bytes:
+        raise BadPixels("image_too_large", f"it has {len(data)} bytes and the limit is {job.limits.max_bytes}")
+    return data
+
+
+def _guessed(data: bytes, header: headers.Header, spec: ProcessorSpec) -> Geometry | None:
+    """What will become of an image that nobody here decodes, for its tokens; None where its header does not tell."""
+    try:
+        return spec.geometry(*turned(header.height, header.width, orientation(data) if header.tagged else 1))
+    except ValueError:
+        return None
+
+
+def _geometry(spec: ProcessorSpec, height: int, width: int) -> Geometry:
+    try:
+        return spec.geometry(height, width)
+    except ValueError as e:
+        raise BadPixels("image_aspect", f"{e}; the model takes no such image") from None
+
+
+def _passed(
+    job: Job,
+    header: headers.Header,
+    spec: ProcessorSpec,
+    digest: str,
+    size: int,
+    stages: Stages,
+    geometry: Geometry | None = None,
+) -> Done:
+    """The engine gets the client's own bytes: a format or a shape that we cannot prepare exactly."""
+    if job.want not in INLINE:
+        raise BadPixels("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
+    g = geometry or Geometry(0, 0)
+    return Done(
+        "passed", header.format, "", *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens, digest,
+        tuple(stages.taken), size,
+    )  # fmt: skip

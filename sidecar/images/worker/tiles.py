@@ -1,0 +1,126 @@
+"""Pixels -> the tiles or patches that a processor makes of several views of an image, bit for bit as the torchvision backend does.
+
+Rules: as in patches.py. Each view is resized in uint8, laid on a canvas of zeros where it has one, cut, and only then rescaled and
+normalised: that is the processors' own order, so that padding becomes what they make of black, and not 0.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from sidecar.images.worker.tensors import normalise, resize
+from sidecar.kernels import fused
+from sidecar.kernels.grid import ROWS, TILES, Geometry, ProcessorSpec, Size, TileSpec, View
+
+KINDS: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+KERNEL: Final[dict[str, Literal["uint8", "float32"]]] = {"F32": "float32", "U8": "uint8"}
+FEW: Final = 16  # pixels a side of the largest tile that the compiled kernel lays out with vectors
+SMALL: Final = 1 << 12  # pixels of a tile that is not worth a step of its own
+
+
+def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
+    """The values of one image, uint8 (3, height, width), as they lie in `pixel_values`: all its views, in their order."""
+    known: dict[tuple[Size, ...], Tensor] = {(): pixels}
+    if spec.layout == TILES:
+        return _tiles(known, geometry, spec)
+    lay = _rows if spec.layout == ROWS else _strips
+    made = [lay(canvas(known, view, spec), view, spec) for view in geometry.views]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+
+def _resized(known: dict[tuple[Size, ...], Tensor], steps: tuple[Size, ...], spec: ProcessorSpec) -> Tensor:
+    """uint8 (3, height, width) after `steps`, one after the other. `known`: what is there already, by the steps to it."""
+    if steps not in known:
+        known[steps] = resize(_resized(known, steps[:-1], spec), Geometry(*steps[-1]), spec)
+    return known[steps]
+
+
+def canvas(known: dict[tuple[Size, ...], Tensor], view: View, spec: ProcessorSpec) -> Tensor:
+    """uint8 (height, width, 3), contiguous: the resized image at its place."""
+    height, width = view.size
+    resized = _resized(known, (*view.before, view.size), spec).permute(1, 2, 0)
+    if view.canvas == view.size:
+        return resized.contiguous()
+    black = torch.zeros((*view.canvas, 3), dtype=torch.uint8)
+    black[view.top : view.top + height, view.left : view.left + width] = resized
+    return black
+
+
+def _tiles(known: dict[tuple[Size, ...], Tensor], geometry: Geometry, spec: TileSpec) -> Tensor:
+    """(tiles, 3, height, width)."""
+    height, width = geometry.views[0].tile
+    if len(geometry.views) == 1 and height == width <= FEW and spec.dtype in KERNEL and not fused.missing():
+        made = fused.cut(
+            canvas(known, geometry.views[0], spec).numpy(),
+            geometry.views[0].canvas,
+            (height, 1, 1),
+            spec,
+            KERNEL[spec.dtype],
+        )
+        return torch.from_numpy(made).view(-1, 3, height, width)
+    out = torch.empty((geometry.tiles, 3, height, width), dtype=KINDS[spec.dtype])
+    at = 0
+    for view in geometry.views:
+        some = out[at : at + view.tiles]
+        if spec.dtype in KERNEL and not fused.missing():
+            steps = (*view.before, view.size)
+            again = any(
+                v.before[: len(steps)] == steps for v in geometry.views
+            )  # what another view begins with is made once
+            source = _resized(known, steps if again else view.before, spec).permute(1, 2, 0).contiguous()
+            fused.tiles(source.numpy(), view, spec, KERNEL[spec.dtype], some.numpy())
+        else:
+            cut(canvas(known, view, spec), view, spec, some)
+        at += view.tiles
+    return out
+
+
+def cut(canvas: Tensor, view: View, spec: TileSpec, out: Tensor) -> None:
+    """Large tiles one by one, so that each is worked on while it is in the caches."""
+    tiles = _cut(canvas, view.tile).permute(0, 2, 4, 1, 3)
+    to = out.view(*view.grid, 3, *view.tile)
+    if view.tile[0] * view.tile[1] < SMALL:
+        fill(to, tiles.contiguous(), spec)
+        return
+    for row, column in product(*map(range, view.grid)):
+        fill(to[row, column], tiles[row, column].contiguous(), spec)
+
+
+def _rows(canvas: Tensor, view: View, spec: TileSpec) -> Tensor:
+    """(tiles, height * width * 3)."""
+    pixels = _cut(canvas, view.tile).permute(0, 2, 1, 3, 4).reshape(-1, 3)
+    return normalise(pixels.t()[:, :, None], spec)[:, :, 0].t().reshape(view.tiles, -1)
+
+
+def _strips(canvas: Tensor, view: View, spec: TileSpec) -> Tensor:
+    """(3, patch, patches * patch): the patches of each tile side by side."""
+    patch = spec.strip
+    tiles = _cut(canvas, view.tile).permute(0, 2, 1, 3, 4)
+    rows, columns, height, width, _ = tiles.shape
+    patches = tiles.reshape(rows, columns, height // patch, patch, width // patch, patch, 3)
+    return normalise(patches.permute(6, 3, 0, 1, 2, 4, 5).reshape(3, patch, -1), spec)
+
+
+def _cut(canvas: Tensor, tile: tuple[int, int]) -> Tensor:
+    """(rows, height, columns, width, 3) of a canvas."""
+    height, width, _ = canvas.shape
+    return canvas.view(height // tile[0], tile[0], width // tile[1], tile[1], 3)
+
+
+def fill(out: Tensor, pixels: Tensor, spec: ProcessorSpec) -> None:
+    """Rescale and normalise uint8 (3, height, width) into `out`, by the processor's own operations in its own order."""
+    if not spec.do_normalize:
+        out.copy_(pixels * spec.rescale_factor if spec.do_rescale else pixels)
+        return
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (spec.image_mean, spec.image_std))
+    out.copy_(pixels)
+    if out.dtype == torch.bfloat16:
+        out.mul_(spec.rescale_factor)
+        mean, std = mean.to(torch.bfloat16), std.to(torch.bfloat16)
+    elif spec.do_rescale:
+        mean, std = mean * (1.0 / spec.rescale_factor), std * (1.0 / spec.rescale_factor)
+    out.sub_(mean).div_(std)

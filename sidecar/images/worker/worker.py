@@ -1,0 +1,144 @@
+"""An image worker: a forked process that takes connections from the shared listening socket and does one job on each.
+
+Rules: nothing a job does may outlive its deadline. The deadline is a real-time timer whose signal keeps its default action,
+so that it also ends C code that never returns; the relay sees the connection break, the server forks the next worker. The
+process may grow by a bounded amount of memory, opens few files, writes none, leaves no core, has no privileges, and dies
+with its server. A relay that is slow to send or to read is hung up on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+
+from sidecar.images.protocol import MAX_REPLY, PREFIX, Frame, FrameError, Job, Limits, Ready, head, lengths, parse
+from sidecar.images.worker import sandbox as privileges
+
+Payload = bytes | bytearray | memoryview
+Do = Callable[[Job, bytearray], tuple[Frame, Payload]]
+
+PATIENCE = 10.0  # seconds in which a relay must send or read
+JOBS_PER_LIFE = 5_000  # then a fresh process takes over, so that no leak of a codec grows for ever
+MAX_FILES = 64
+BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours, and fp32 patches of it
+PR_SET_PDEATHSIG = 1
+KEPT = 128 << 20  # bytes of freed memory that stay with the process: 12 megapixels are 36 MB, their patches up to 23 MB
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+
+def serve(listening: socket.socket, do: Do, limits: Limits) -> int:
+    """Take connections until the process has done its share. Returns 0."""
+    for _ in range(JOBS_PER_LIFE):
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError, FrameError):  # the relay is gone, or sent no job: nobody to tell
+            connection.settimeout(PATIENCE)
+            _one(connection, do, limits)
+    return 0
+
+
+def _one(connection: socket.socket, do: Do, limits: Limits) -> None:
+    connection.sendall(head(Ready()))
+    job, payload = receive(connection, payload_bound(limits))
+    with deadline(job.seconds):
+        answer, out = do(job, payload)
+    connection.sendall(head(answer, len(out)))
+    connection.sendall(out)
+
+
+def payload_bound(limits: Limits) -> int:
+    """Most bytes of a job's payload: the largest image as base64, line ends allowed for."""
+    return limits.max_bytes * 3 // 2 + 1024
+
+
+def receive(connection: socket.socket, bound: int = MAX_REPLY) -> tuple[Job, bytearray]:
+    """One job and its payload. Raises FrameError, or OSError when the relay is gone."""
+    header, size = lengths(_exactly(connection, PREFIX.size), bound)
+    job = parse(_exactly(connection, header))
+    if not isinstance(job, Job):
+        raise FrameError("not a job")
+    return job, _exactly(connection, size)
+
+
+def _exactly(connection: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = connection.recv_into(view)
+        if not got:
+            raise ConnectionResetError("the relay hung up")
+        view = view[got:]
+    return data
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """End this process when the block takes longer."""
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def confine(limits: Limits) -> None:
+    """Give up what a worker does not need."""
+    _keep()
+    _mute()
+    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, MAX_FILES)):
+        _lower(what, most)
+    if sys.platform == "linux":
+        _lower(resource.RLIMIT_AS, _mapped() + memory_bound(limits))
+
+
+def bind_to(server: int) -> None:
+    """Die with the server, leave Ctrl-C to it, keep no privileges and gain none, and let a deadline's signal end this process."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != server:  # it died before that, and nobody else ends us
+            os._exit(1)
+        privileges.give_up()
+
+
+def _keep() -> None:
+    """Use freed memory again (glibc). Else each large image lies in fresh pages, whose first touch takes a third of a decoder's time."""
+    with contextlib.suppress(AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def _mute() -> None:
+    """Codecs write a line to file 2 for every damaged image; our own log keeps its way out."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+def memory_bound(limits: Limits) -> int:
+    """Bytes that one job may add to the process."""
+    return (256 << 20) + 4 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels
+
+
+def _mapped() -> int:
+    """Bytes of address space in use now (Linux)."""
+    with open("/proc/self/statm", encoding="ascii") as f:  # noqa: PTH123  one line, at start
+        return int(f.read().split()[0]) * resource.getpagesize()
+
+
+def _lower(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, most))

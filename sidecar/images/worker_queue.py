@@ -1,0 +1,161 @@
+"""The relay's queue in front of the image workers: a place, a connection, one job, and the answer, all within bounds.
+
+One connection per job (see jobs.py), so that a job that is cancelled, late or broken takes its connection with it and touches
+nothing else. As long as no worker has said Ready the job is unspoilt and is tried again; from then on a broken connection means
+that the image killed its worker. Waits are bounded in number by --image-queue, in time by --image-seconds or PATIENCE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator
+
+from sidecar.errors import BadImage, ImagesBusy
+from sidecar.images.protocol import (
+    GPU_BUSY,
+    MAX_REPLY,
+    PREFIX,
+    Data,
+    Done,
+    Frame,
+    FrameError,
+    Job,
+    Ready,
+    Refused,
+    head,
+    lengths,
+    parse,
+)
+from sidecar.images.tensor_budget import Take
+from sidecar.runtime import cpu_quota as cpus
+from sidecar.settings import Settings
+
+SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
+PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
+RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
+JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
+
+
+class ImageQueue:
+    """Places at the image workers behind the Unix socket `socket_path`."""
+
+    def __init__(self, socket_path: str, settings: Settings) -> None:
+        self.seconds = settings.image_seconds
+        self._path = socket_path
+        self._patience = max(PATIENCE, settings.image_seconds)
+        self._queue = settings.image_queue
+        self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpus.quota()))
+        self._waiting = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Take no more images; those under way end by themselves within their deadline."""
+        self._closed = True
+
+    async def do(self, job: Job, data: Data, where: str, take: Take | None = None) -> tuple[Done, bytearray]:
+        """What a worker made of one image. Raises BadImage or ImagesBusy, in which `where` names the image; `take`: told of the answer's bytes first."""
+        async with self._connection() as connection:
+            sent = time.monotonic()
+            try:
+                async with asyncio.timeout(self.seconds + SLACK):
+                    await _send(connection, job, data)
+                    answer, payload = await _receive(connection, take)
+            except (OSError, EOFError, FrameError, TimeoutError):
+                raise _killed(where, time.monotonic() - sent, self.seconds) from None
+        if isinstance(answer, Refused) and answer.reason == GPU_BUSY:
+            raise ImagesBusy(f"{where}: {answer.message}; try again shortly, or take the tensors another way")
+        if isinstance(answer, Refused):
+            raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
+        assert isinstance(answer, Done)
+        return answer, payload
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[socket.socket]:
+        """A connection whose worker has said Ready. Raises ImagesBusy when the queue is full or the wait too long."""
+        if self._closed or (self._slots.locked() and self._waiting >= self._queue):
+            raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
+        connection: socket.socket | None = None
+        self._waiting += 1
+        try:
+            try:
+                async with asyncio.timeout(self._patience):
+                    await self._slots.acquire()
+            finally:
+                self._waiting -= 1
+        except TimeoutError:
+            raise ImagesBusy("no image worker became free in time; try again shortly") from None
+        try:
+            connection = await self._ready()
+            yield connection
+        finally:
+            self._slots.release()
+            if connection is not None:
+                connection.close()
+
+    async def _ready(self) -> socket.socket:
+        """Connect until a worker takes us; a server that is being restarted is waited for."""
+        pause, longest = RETRY
+        try:
+            async with asyncio.timeout(self._patience):
+                while True:
+                    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                    try:
+                        await _greeting(connection, self._path)
+                    except (OSError, EOFError, FrameError):
+                        connection.close()
+                    except BaseException:
+                        connection.close()
+                        raise
+                    else:
+                        return connection
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, longest)
+        except TimeoutError:
+            raise ImagesBusy("no image worker took the image in time; try again shortly") from None
+
+
+async def _greeting(connection: socket.socket, path: str) -> None:
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, path)
+    ready, _ = await _receive(connection)
+    if not isinstance(ready, Ready):
+        raise FrameError("not a worker of this version")
+
+
+async def _send(connection: socket.socket, job: Job, data: Data) -> None:
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(connection, head(job, len(data)))
+    if data:  # sending nothing to a worker that has answered already would be an error
+        await loop.sock_sendall(connection, data)
+
+
+async def _receive(connection: socket.socket, take: Take | None = None) -> tuple[Frame, bytearray]:
+    """One frame; `take` is asked before its payload is read. Raises EOFError when the connection ended first, FrameError when it is none."""
+    header, payload = lengths(await _exactly(connection, PREFIX.size), MAX_REPLY)
+    if take is not None:
+        take(payload)
+    return parse(await _exactly(connection, header)), await _exactly(connection, payload)
+
+
+async def _exactly(connection: socket.socket, size: int) -> bytearray:
+    loop = asyncio.get_running_loop()
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = await loop.sock_recv_into(connection, view)
+        if not got:
+            raise EOFError
+        view = view[got:]
+    return data
+
+
+def _killed(where: str, took: float, seconds: float) -> BadImage:
+    """The worker is gone without an answer: by its deadline's signal, or by the image."""
+    if took >= seconds:
+        return BadImage(
+            f"{where}: the image took longer than {seconds:g} seconds; send a smaller one", "image_deadline"
+        )
+    return BadImage(f"{where}: the image could not be decoded; send it in another format", "image_failed")

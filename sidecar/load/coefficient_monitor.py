@@ -1,0 +1,102 @@
+"""Pure: how far the coefficients in use can be trusted: the re-fit beside them, and whether they still hold.
+
+Coefficients that were not measured (a roofline, the default) are not called stale, because they never were fresh: `source` and a wide
+margin say what they are. The re-fit is told all the same: it is what they should be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.load.drift import Drift, Memory, mismatch
+from sidecar.load.ledger import Hold, Settlement
+from sidecar.load.refit import Refit, Shadow
+from sidecar.load.work_windows import Windows
+from sidecar.readings import Identity
+from sidecar.snapshot import PriceUse, ShadowUse
+
+UNMEASURED: Final = 1.0  # margin of a roofline: REACHED and READ are half and 70 %, engines differ by a factor of two
+UNSAID: Final = 0.25  # of a file that does not say its P90 error: what calibration aims at
+LEAST: Final = 0.1
+STALE: Final = 2.0  # times the margin
+
+
+class Upkeep:
+    """Watches the coefficients of one engine."""
+
+    def __init__(self, co: Coefficients, now: float) -> None:
+        self.co = co
+        self.refit = Refit(co)
+        self.drift = Drift(co)
+        self.stale = ""  # why; "" while they hold
+        self._windows = Windows(co, now)
+        self._prices = _prices(co)
+
+    def settled(self, s: Settlement) -> None:
+        """A request ended."""
+        self.drift.caching |= s.settled.usage is not None and s.settled.usage.cached_tokens > 0
+        self._windows.settled(s)
+
+    def tick(self, holds: Iterable[Hold], now: float, seen: Identity, *, trusted: bool) -> None:
+        """Judge what ended by now. `trusted`: the engine works as usual, for nobody but us, and we are well."""
+        if not trusted:
+            self._windows.spoil(now)
+        for window in self._windows.close(holds, now):
+            self.refit.add(window)
+            if units.measured(self.co):
+                self.drift.add(window)
+        self.stale = self._stale(seen)
+
+    def restore(self, memory: Memory) -> None:
+        """Know what an earlier process of ours knew."""
+        self.drift.memory = memory
+
+    @property
+    def margin(self) -> float:
+        """How far off a price may be, as a share of it."""
+        usual = max(self.co.p90 or UNSAID, LEAST) if units.measured(self.co) else UNMEASURED
+        return usual * (STALE if self.stale else 1.0)
+
+    def shadow(self) -> Coefficients | None:
+        """The re-fit as coefficients of their own, for whoever wants to use them; None while there is too little work."""
+        shadow = self.refit.shadow()
+        if shadow is None:
+            return None
+        text = repr([(name, getattr(shadow.co, name)) for name in units.TERMS])
+        print_ = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        error = round(math.expm1(shadow.error), 4)  # of windows, where a calibration has one of shapes
+        return replace(
+            shadow.co, fingerprint=print_, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
+        )
+
+    def use(self) -> PriceUse:
+        """For reports."""
+        return PriceUse(
+            source=self.co.source, stale=self.stale, margin=self.margin, windows=self.refit.windows,
+            shadow=_shadow(self.refit.shadow()), **self._prices,
+        )  # fmt: skip
+
+    def _stale(self, seen: Identity) -> str:
+        if not units.measured(self.co):
+            return ""
+        slower = self.drift.memory.stale
+        if slower and seen.slowdowns:
+            slower += f"; a GPU's clocks are held down ({', '.join(seen.slowdowns)})"
+        return mismatch(self.co, seen) or slower
+
+
+def _prices(co: Coefficients) -> dict[str, tuple[tuple[str, float], ...]]:
+    return {"terms": units.by_cause(units.REFERENCE, co), "line": units.line(co)}
+
+
+def _shadow(shadow: Shadow | None) -> ShadowUse | None:
+    if shadow is None:
+        return None
+    values = tuple((name, getattr(shadow.co, name)) for name in units.TERMS)
+    return ShadowUse(values, units.max_mu_per_minute(shadow.co), shadow.windows, shadow.error)

@@ -1,0 +1,324 @@
+"""Pure: every admission holds model units until it is settled, exactly once.
+
+    hold (Admitted) -> release of the prefill part (FirstToken) -> accrual per token (Delivered) -> settlement (Settled)
+
+Rules: what is in flight is the sum over the open holds, always; what a request accrued on the way is corrected to its true
+cost at settlement; a second Settled, or one for an unknown request, changes nothing. `now` is passed in; facts carry their
+own times.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+from sidecar.events import TAIL_AT, Admitted, Backpressure, Delivered, Fact, FirstToken, Outcome, Settled, Work
+from sidecar.load import cost_model as units
+
+WINDOW = 60.0  # seconds of the flow ("per minute")
+RECENT = 10.0  # seconds of the flow that routers weigh by
+RATE_WINDOW = 5.0  # seconds of tokens per second
+UNBOUNDED_OUTPUT = 4096  # tokens assumed for an answer in one piece without max_tokens
+SHORT_ROUTES = (
+    "embeddings",
+    "rerank",
+    "score",
+    "pooling",
+    "classify",
+)  # no tokens are asked for: like a stream of one event
+
+FAILED: Final[frozenset[Outcome]] = frozenset(
+    ("engine_error", "stalled", "lost")
+)  # the engine, or the sidecar, is at fault
+
+Key = tuple[int, str]  # (relay index, request id)
+
+
+@dataclass(slots=True)
+class Hold:
+    """One open admission. `accrued` is the MU already counted in the flow.
+
+    `blocked`: it is not the engine that keeps it waiting, but its client, or our own queue. `since`: when its silence began to be
+    the engine's: its admission, or the end of the last block.
+    """
+
+    admitted: Admitted
+    tenant: str
+    model: str
+    since: float
+    first_at: float | None = None
+    last_at: float = 0.0
+    delivered: int = 0
+    accrued: float = 0.0
+    blocked: bool = False
+    slowed: bool = False  # by its client, after the first token: its pace says nothing of the engine
+    prefill: float = 0.0  # seconds before the first token, by the cost model
+    whole: int = 0  # most tokens of an answer that comes in one piece; 0 for a stream, and for what asks for no tokens
+    remaining: float = 0.0  # MU that it still keeps
+    left: int = 0  # output tokens that it is still expected to bring
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """One settled request: `mu` is its true cost, `held` what it was admitted with."""
+
+    admitted: Admitted
+    settled: Settled
+    tenant: str
+    model: str
+    work: Work
+    held: float
+    mu: float
+    delivered: int
+    slowed: bool = False  # its client kept it waiting after the first token
+
+
+@dataclass(slots=True)
+class Account:
+    """One tenant's sums since the start."""
+
+    mu: float = 0.0
+    requests: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What is in flight now."""
+
+    mu: float
+    prefill_tokens: int
+    decode_tokens: int
+    requests: int
+    waiting: int
+
+
+class Rate:
+    """Sum over a sliding window, in one-second buckets."""
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._buckets: deque[list[float]] = deque()
+
+    def add(self, amount: float, now: float) -> None:
+        """Count `amount` at `now`. Late facts count in the newest bucket."""
+        second = int(now)
+        if self._buckets and self._buckets[-1][0] >= second:
+            self._buckets[-1][1] += amount
+        else:
+            self._buckets.append([second, amount])
+        self._expire(now)
+
+    def sum(self, now: float) -> float:
+        """The sum over the last window. Corrections can make a bucket negative; the sum is not shown below 0."""
+        self._expire(now)
+        return max(0.0, sum(amount for _, amount in self._buckets))
+
+    def _expire(self, now: float) -> None:
+        while self._buckets and self._buckets[0][0] <= now - self._window:
+            self._buckets.popleft()
+
+
+class Ledger:
+    """Holds and sums. `label` bounds the tenants and models that come from clients."""
+
+    def __init__(
+        self, co: units.Coefficients, tenant_label: Callable[[str], str] = str, model_label: Callable[[str], str] = str
+    ) -> None:
+        self.co = co
+        self._tenant_label = tenant_label
+        self._model_label = model_label
+        self._holds: dict[Key, Hold] = {}
+        self._unit_ms = units.unit_ms(co)
+        self._token_mu = units.generated_ms(0, 1, co) / self._unit_ms
+        self._flow, self._recent = Rate(WINDOW), Rate(RECENT)
+        self._tokens = Rate(RATE_WINDOW)
+        self._finished = Rate(WINDOW)
+        self._failed = Rate(WINDOW)
+        self._delivered = 0  # as far as is known now: a settlement may correct it downwards
+        self.delivered_total = 0  # the most that it has been: a counter that falls would read as one that began again
+        self.accounts: dict[str, Account] = {}
+        self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
+
+    def apply(self, relay: int, fact: Fact) -> Settlement | None:
+        """Book one fact of one relay. Returns the settlement when it ended a request."""
+        match fact:
+            case Admitted():
+                self._hold(relay, fact)
+            case FirstToken():
+                self._first(relay, fact)
+            case Delivered():
+                self._accrue(relay, fact)
+            case Backpressure():
+                self._block(relay, fact)
+            case Settled():
+                return self._settle(relay, fact)
+            case _:
+                pass
+        return None
+
+    def lose(self, relay: int, now: float) -> list[Settlement]:
+        """Settle all that a relay which died still held, as `lost`."""
+        keys = [key for key in self._holds if key[0] == relay]
+        return [s for key in keys if (s := self._settle(relay, lost(self._holds[key], key[1], now))) is not None]
+
+    def holds(self) -> Iterator[Hold]:
+        """The open holds, oldest first."""
+        return iter(self._holds.values())
+
+    def hold(self, key: Key) -> Hold | None:
+        """One open hold."""
+        return self._holds.get(key)
+
+    def stock(self) -> Stock:
+        """What is in flight: the sum over the open holds."""
+        mu, prefill, decode, waiting = 0.0, 0, 0, 0
+        for hold in self._holds.values():
+            expected = hold.admitted.expected
+            mu += hold.remaining
+            decode += hold.left
+            if hold.first_at is None:
+                waiting += 1
+                prefill += expected.uncached
+        return Stock(mu, prefill, decode, len(self._holds), waiting)
+
+    def mu_per_minute(self, now: float) -> float:
+        """MU done in the last minute."""
+        return self._flow.sum(now)
+
+    def recent_mu_per_second(self, now: float) -> float:
+        """MU done per second, over the last 10 s."""
+        return self._recent.sum(now) / RECENT
+
+    def tokens_per_second(self, now: float) -> float:
+        """Tokens delivered per second, over the last 5 s."""
+        return self._tokens.sum(now) / RATE_WINDOW
+
+    def requests_per_second(self, now: float) -> float:
+        """Requests settled per second, over the last minute."""
+        return self._finished.sum(now) / WINDOW
+
+    def errors_per_second(self, now: float) -> float:
+        """Requests per second that the engine failed, over the last minute."""
+        return self._failed.sum(now) / WINDOW
+
+    def _hold(self, relay: int, fact: Admitted) -> None:
+        tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
+        hold = Hold(fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu, left=fact.expected.output)
+        hold.prefill = units.terms(fact.expected, self.co).before_first_token / 1000
+        if not fact.stream and fact.route not in SHORT_ROUTES:
+            hold.whole = fact.max_output or UNBOUNDED_OUTPUT
+        self._holds.setdefault((relay, fact.id), hold)
+
+    def _first(self, relay: int, fact: FirstToken) -> None:
+        hold = self._holds.get((relay, fact.id))
+        if hold is not None and hold.first_at is None:
+            hold.first_at = hold.last_at = fact.at
+            self._book(hold, fact.at)
+
+    def _accrue(self, relay: int, fact: Delivered) -> None:
+        hold = self._holds.get((relay, fact.id))
+        if hold is None:
+            return
+        hold.last_at = fact.at
+        self._deliver(hold, fact.tokens, fact.at)
+        self._book(hold, fact.at)
+
+    def _block(self, relay: int, fact: Backpressure) -> None:
+        hold = self._holds.get((relay, fact.id))
+        if hold is None:
+            return
+        hold.blocked = fact.on
+        hold.slowed |= hold.first_at is not None
+        if not fact.on:
+            hold.since = hold.last_at = fact.at
+
+    def _deliver(self, hold: Hold, tokens: int, at: float) -> None:
+        hold.delivered += tokens
+        self._delivered += tokens
+        self.delivered_total = max(self.delivered_total, self._delivered)
+        self._tokens.add(tokens, at)
+
+    def _book(self, hold: Hold, at: float) -> None:
+        """Bring what a hold has accrued up to what was delivered so far."""
+        done = self._price(hold, hold.delivered)
+        self._flowed(done - hold.accrued, at)
+        hold.accrued = done
+        hold.left = tokens_left(hold)
+        hold.remaining = max(self._price(hold, hold.delivered + hold.left) - done, self._token_mu)
+
+    def _price(self, hold: Hold, output: int) -> float:
+        """MU of a hold with so much output: `units.mu`, less what is the same five times a second and stream."""
+        e = hold.admitted.expected
+        return (hold.prefill * 1000 + units.generated_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
+
+    def _flowed(self, mu: float, at: float) -> None:
+        self._flow.add(mu, at)
+        self._recent.add(mu, at)
+
+    def _settle(self, relay: int, fact: Settled) -> Settlement | None:
+        hold = self._holds.pop((relay, fact.id), None)
+        if hold is None:
+            return None
+        delivered = fact.usage.completion_tokens if fact.usage else max(fact.delivered_tokens, hold.delivered)
+        self._deliver(hold, delivered - hold.delivered, fact.at)
+        work = spent(hold.admitted.expected, fact, started=hold.first_at is not None, delivered=hold.delivered)
+        mu = units.mu(work, self.co) if work is not None else 0.0
+        self._flowed(mu - hold.accrued, fact.at)
+        self._finished.add(1, fact.at)
+        if fact.outcome in FAILED:
+            self._failed.add(1, fact.at)
+        total = self.totals.setdefault((hold.tenant, hold.model, fact.outcome), [0.0, 0])
+        total[0] += mu
+        total[1] += 1
+        account = self.accounts.setdefault(hold.tenant, Account())
+        account.mu += mu
+        account.requests += 1
+        account.tokens += delivered
+        return Settlement(
+            hold.admitted, fact, hold.tenant, hold.model, work or Work(0), hold.admitted.mu, mu, delivered, hold.slowed
+        )
+
+
+def spent(expected: Work, fact: Settled, *, started: bool, delivered: int) -> Work | None:
+    """What a settled request really used; None for one that never cost the engine anything.
+
+    Without `usage`, a request that ended before its first token is taken to have used its prefill only when the engine had
+    it: a client that hangs up during prefill has spent it, a request that the engine refused has not.
+    """
+    if fact.usage is not None:
+        return units.settled_work(expected, fact.usage, 0)
+    if fact.sent_at is None or fact.outcome == "rejected":
+        return None
+    if not started and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
+        return None
+    return units.settled_work(expected, None, max(fact.delivered_tokens, delivered))
+
+
+def tokens_left(hold: Hold) -> int:
+    """Output tokens still expected, given those that came: what outlasts its estimate is taken to go on, as such answers do.
+
+    Between the points of the estimate's tail on a straight line, beyond them level; never over what the client allows.
+    """
+    expected, came, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
+    if not tail or expected == 0:
+        return max(expected - came, 0)
+    points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_AT, tail, strict=False))]
+    left = points[-1][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if came < x1:
+            left = round(y0 + (y1 - y0) * (came - x0) / (x1 - x0))
+            break
+    most = hold.admitted.max_output
+    return left if most is None else max(0, min(left, most - came))
+
+
+def lost(hold: Hold, id: str, now: float) -> Settled:
+    """The settlement of a request whose relay died."""
+    return Settled(
+        id=id, at=now, outcome="lost", status=0, usage=None, delivered_tokens=hold.delivered, delivered_bytes=0,
+        first_at=hold.first_at, sent_at=hold.admitted.at, overhead=0.0, error="relay_died",
+    )  # fmt: skip

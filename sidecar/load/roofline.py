@@ -1,0 +1,326 @@
+"""Pure: coefficients from a model's config.json and the name of its GPU, for a start without a measurement.
+
+A roofline: products run at REACHED of the GPU's peak, reading at READ of its memory's bandwidth, decoding in a batch of BATCH.
+    a  2 FLOPs per weight that a token passes through (of a mixture of experts those of its experts)
+    b  4 FLOPs per query head, its dimension and layer, for each token that lies before
+    d  the weights that a step reads, shared by the batch (of a mixture: those that a batch of BATCH meets), or its FLOPs where they take longer
+    f  the bytes of keys and values of one token
+    g  2 FLOPs per weight of the vision tower, for each patch that is merged into one token, and attention within a tile or a window
+    q  4 FLOPs per dimension and layer of the tower, for each pair of patches that may lie anywhere in the image
+k and h, launch and glue, are the defaults'. Several GPUs share the work, SPLIT of it well.
+What is not known is said in `source`: of an unknown GPU an H100's numbers are taken, of an unknown model the documented default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from sidecar.load.cost_model import TERMS, Coefficients
+from sidecar.load.gpu_specs import Gpu, find
+
+REACHED: Final = 0.5  # of the peak: what vLLM's and FlashAttention's own benchmarks reach on long prompts
+READ: Final = 0.7
+SPLIT: Final = 0.85  # of each further GPU's share that all-reduce leaves
+BATCH: Final = 32
+ASSUMED: Final = "H100"
+MOST: Final = 1e9  # of a coefficient, as in a file
+ODD: Final = "the model's config.json has other values than expected"
+FAMILIES_UNGATED: Final = frozenset(
+    (
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "opt",
+        "bloom",
+        "falcon",
+        "mpt",
+        "phi",
+        "starcoder2",
+        "gpt_bigcode",
+        "nemotron",
+    )
+)  # two matrices in a feed-forward block, not three
+BYTES: Final = {"float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
+
+Config = Mapping[str, Any]
+
+
+class Unknown(ValueError):
+    """The config lacks what a roofline needs; the text names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What of a language model costs time. Weights are numbers, not bytes."""
+
+    kind: str
+    layers: float  # that look at the context
+    prefill_weights: float  # that each prompt token passes through
+    decode_weights: float  # likewise each generated one: with the output matrix
+    read_weights: float  # that a step of BATCH requests reads
+    attention_flops: float  # per pair of tokens, over all layers
+    kv_values: float  # kept per token, over all layers
+    window: float
+    windowed: float
+
+
+def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
+    """Coefficients of a model (its config.json) on `count` GPUs of NVML's name `gpu`. Never raises."""
+    row = find(gpu)
+    assumed = "" if row else "assumed "
+    row = row or find(ASSUMED)
+    assert row is not None
+    try:
+        model = model_of(config)
+        bytes_each, compute = precision(config, row)
+        per_token, per_pair = vision(config)
+    except (Unknown, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as e:
+        why = str(e) if isinstance(e, Unknown) else ODD
+        return replace(Coefficients(), source=f"default: {why}", gpu=gpu)
+    share = 1 / (1 + SPLIT * (max(1, count) - 1))
+    flops = compute * 1e12 * REACHED / share / 1000  # per millisecond, as all below
+    plain = row.bf16 * 1e12 * REACHED / share / 1000
+    read = row.bandwidth * 1e9 * READ / share / 1000
+    default = Coefficients()
+    several = f"{count} x " if count > 1 else ""
+    source = (
+        f"roofline: {model.kind} of {model.decode_weights / 1e9:.2g}B active weights on {several}{assumed}{row.words}"
+    )
+    co = Coefficients(
+        k=default.k, a=2 * model.prefill_weights / flops, b=model.attention_flops / plain,
+        d=max(model.read_weights * bytes_each / read / BATCH, 2 * model.decode_weights / flops),
+        f=model.kv_values * kv_bytes(config) / read, g=per_token / plain if per_token else default.g, h=default.h,
+        q=per_pair / plain if per_token else default.q,
+        window=model.window, windowed=model.windowed, batch=BATCH, source=source, gpu=gpu,
+    )  # fmt: skip
+    numbers = [getattr(co, name) for name in (*TERMS, "window", "windowed")]
+    if not all(0 <= number < MOST for number in numbers):
+        return replace(default, source=f"default: {ODD}", gpu=gpu)
+    text = repr((source, *numbers))
+    return replace(co, fingerprint="roofline-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
+
+
+# --- the language model ---
+
+
+def model_of(config: Config) -> Model:
+    """Counts the weights. Raises Unknown."""
+    text = _text(config)
+    hidden = _need(text, "hidden_size", "n_embd", "d_model", "dim")
+    layers = int(_need(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers"))
+    heads = _need(text, "num_attention_heads", "n_head", "n_heads")
+    vocabulary = _need(text, "vocab_size", "padded_vocab_size")
+    attention, per_pair, kept = _attention(text, hidden, heads)
+    looking, window, windowed = windows(text, layers)
+    passed, met = _feed_forward(text, hidden, layers)
+    head = vocabulary * hidden
+    body = layers * attention + passed
+    kind = str(text.get("model_type") or config.get("model_type") or "model")[:40]
+    return Model(
+        kind=kind, layers=looking, prefill_weights=body, decode_weights=body + head,
+        read_weights=layers * attention + met + head, attention_flops=per_pair * looking, kv_values=kept * looking,
+        window=window, windowed=windowed,
+    )  # fmt: skip
+
+
+def _attention(text: Config, hidden: float, heads: float) -> tuple[float, float, float]:
+    """Of one layer: weights, FLOPs per pair of tokens, values kept per token."""
+    rank = _get(text, "kv_lora_rank")
+    if rank:  # latent attention: queries meet the compressed keys, decompressed for the prompt
+        rope, nope = _need(text, "qk_rope_head_dim"), _need(text, "qk_nope_head_dim")
+        value, query = _need(text, "v_head_dim"), _get(text, "q_lora_rank")
+        q = query * (hidden + heads * (rope + nope)) if query else hidden * heads * (rope + nope)
+        weights = q + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
+        return weights, 2 * heads * (rope + nope + value), rank + rope
+    each = _get(text, "head_dim") or hidden / heads
+    shared = _get(text, "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num") or heads
+    if text.get("multi_query") is True and not _get(text, "num_kv_heads"):
+        shared = 1
+    weights = 2 * hidden * heads * each + 2 * hidden * shared * each
+    return weights, 4 * heads * each, 2 * shared * each
+
+
+def _feed_forward(text: Config, hidden: float, layers: int) -> tuple[float, float]:
+    """Weights over all layers: that one token passes through, and that a batch of BATCH meets."""
+    matrices = 2 if text.get("model_type") in FAMILIES_UNGATED else 3
+    inner = _get(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
+    experts = _get(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if not experts:
+        return layers * matrices * hidden * inner, layers * matrices * hidden * inner
+    chosen = _need(text, "num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_topk", "moe_k")
+    each = matrices * hidden * (_get(text, "moe_intermediate_size", "expert_hidden_size") or inner)
+    common = _get(text, "n_shared_experts", "moe_num_shared_experts") * each
+    common += matrices * hidden * _get(text, "shared_expert_intermediate_size", "shared_intermediate_size")
+    if text.get("model_type") in ("llama4_text", "llama4"):  # one expert of the same size is always chosen
+        common, inner = common + each, _get(text, "intermediate_size_mlp") or inner
+    dense = _dense_layers(text, layers)
+    plain = dense * matrices * hidden * inner
+    router = hidden * experts
+    met = experts * (1 - (1 - min(1.0, chosen / experts)) ** BATCH)  # distinct ones, were they chosen evenly
+    sparse = layers - dense
+    return plain + sparse * (router + common + chosen * each), plain + sparse * (router + common + met * each)
+
+
+def _dense_layers(text: Config, layers: int) -> int:
+    """Layers of a mixture of experts that have none."""
+    if isinstance(text.get("mlp_only_layers"), list) and text["mlp_only_layers"]:
+        return min(layers, len(text["mlp_only_layers"]))
+    if isinstance(text.get("moe_layers"), list):
+        return layers - min(layers, len(text["moe_layers"]))
+    first = int(_get(text, "first_k_dense_replace"))
+    step = int(_get(text, "interleave_moe_layer_step", "decoder_sparse_step", "moe_layer_freq") or 1)
+    return min(layers, first + (layers - first) - (layers - first) // max(1, step))
+
+
+def windows(text: Config, layers: int) -> tuple[int, float, float]:
+    """(layers that look at the context at all, tokens of their sliding window, share of them that have it)."""
+    window = _get(text, "sliding_window", "sliding_window_size", "attention_chunk_size")
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and kinds:
+        looking = [kind for kind in kinds if "attention" in str(kind) and "linear" not in str(kind)]
+        near = sum("sliding" in str(kind) or "chunked" in str(kind) for kind in looking)
+    else:
+        looking = list(range(layers))
+        near = _near(text, layers)
+    count = len(looking) or 1
+    return (count, float(window), near / count) if window and near else (count, 0.0, 0.0)
+
+
+def _near(text: Config, layers: int) -> int:
+    """Layers with a sliding window, where they are not listed one by one."""
+    if text.get("use_sliding_window") is False:
+        return 0
+    if text.get("use_sliding_window") is True:  # Qwen 2: the first ones see everything
+        return max(0, layers - int(_get(text, "max_window_layers")))
+    pattern = int(_get(text, "sliding_window_pattern", "_sliding_window_pattern"))
+    if pattern == 0 and text.get("model_type") == "gemma2":
+        pattern = 2
+    return layers if pattern <= 1 else layers - layers // pattern
+
+
+# --- numbers of bits ---
+
+
+def precision(config: Config, gpu: Gpu) -> tuple[float, float]:
+    """(bytes of a weight, TFLOP/s of the products with it)."""
+    each = BYTES.get(_dtype(config), 2.0)
+    quantised = config.get("quantization_config") or _text(config).get("quantization_config")
+    if not isinstance(quantised, Mapping):
+        return each, gpu.bf16 if each <= 2 else gpu.bf16 / 2
+    bits, narrow = _bits(quantised)
+    return bits / 8, gpu.fp8 if narrow and gpu.fp8 else gpu.bf16
+
+
+def _bits(quantised: Config) -> tuple[float, bool]:
+    """Bits of a weight with its scales, and whether the products are done in 8 bits, too."""
+    method = str(quantised.get("quant_method") or quantised.get("quant_algo") or "").lower()
+    algorithm = str(quantised.get("quant_algo") or "").lower()
+    if method == "compressed-tensors" and isinstance(quantised.get("config_groups"), Mapping):
+        group = next(iter(quantised["config_groups"].values()))
+        bits = _get(group.get("weights") or {}, "num_bits") or 16.0
+        inputs = _get(group.get("input_activations") or {}, "num_bits") or 16.0
+        return bits + (0.5 if bits < 8 else 0.0), inputs <= 8
+    if "fp8" in method or "fp8" in algorithm:
+        return 8.0, True
+    if "mxfp4" in method or "fp4" in algorithm:
+        return 4.5, "nvfp4" in algorithm
+    if method == "bitsandbytes":
+        return (4.5 if quantised.get("load_in_4bit") else 8.0), False
+    return (_get(quantised, "bits", "w_bit", "weight_bits") or 16.0) + 0.5, False
+
+
+def kv_bytes(config: Config) -> float:
+    """Bytes of one value in the KV cache: two, unless the checkpoint brings scales for a narrower one."""
+    quantised = config.get("quantization_config")
+    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, Mapping) else None
+    narrow = isinstance(scheme, Mapping) or (
+        isinstance(quantised, Mapping) and "fp8" in str(quantised.get("kv_cache_quant_algo") or "").lower()
+    )
+    return 1.0 if narrow else min(4.0, BYTES.get(_dtype(config), 2.0))
+
+
+# --- the vision tower ---
+
+
+def vision(config: Config) -> tuple[float, float]:
+    """FLOPs of one encoder token, and of each pair of tokens of an image. Zeros: not known."""
+    tower = config.get("vision_config")
+    if not isinstance(tower, Mapping):
+        return 0.0, 0.0
+    width = _get(tower, "embed_dim", "hidden_size", "width")  # Qwen2-VL's hidden_size is that of the language model
+    depth = _get(tower, "depth", "num_hidden_layers", "layers")
+    if not width or not depth:
+        return 0.0, 0.0
+    inner = _get(tower, "intermediate_size") or width * (_get(tower, "mlp_ratio") or 4.0)
+    matrices = 3 if str(tower.get("hidden_act", "")).startswith("silu") else 2
+    patches = merged(config, tower)
+    products = 2 * depth * (4 * width * width + matrices * width * inner)
+    whole, seen = reach(config, tower, depth)
+    attention = 4 * width  # of two patches, in one layer
+    return (products + (depth - whole) * attention * seen) * patches, whole * attention * patches * patches
+
+
+def reach(config: Config, tower: Config, depth: float) -> tuple[float, float]:
+    """(layers in which a patch sees its whole image, however large; patches that it sees in the others: those of its tile or window)."""
+    patch, size, window = _get(tower, "patch_size"), _get(tower, "image_size"), _get(tower, "window_size")
+    full = tower.get("fullatt_block_indexes")
+    if isinstance(full, Sequence) and not isinstance(full, str):  # Qwen2.5-VL
+        return min(depth, len(full)), (window / patch) ** 2 if patch else 0.0
+    grows = _get(tower, "spatial_merge_size") or _get(
+        config, "spatial_merge_size"
+    )  # of the image's own size, within image_size
+    if grows or not size or not patch or tower.get("model_type") == "pixtral":
+        return depth, 0.0
+    return 0.0, (size // patch) ** 2
+
+
+def merged(config: Config, tower: Config) -> float:
+    """Patches per token."""
+    side = _get(tower, "spatial_merge_size", "merge_kernel_size") or _get(config, "spatial_merge_size", "scale_factor")
+    if side:
+        return side * side
+    ratio = _get(config, "downsample_ratio") or _get(tower, "pixel_shuffle_ratio")
+    if ratio:
+        return 1 / ratio**2
+    tokens = _get(config, "mm_tokens_per_image")
+    size, patch = _get(tower, "image_size"), _get(tower, "patch_size")
+    return (size // patch) ** 2 / tokens if tokens and size and patch else 1.0
+
+
+# --- reading the config ---
+
+
+def _text(config: Config) -> Config:
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+        inner = config.get(key)
+        if isinstance(inner, Mapping) and inner:
+            return _text(inner)
+    return config
+
+
+def _dtype(config: Config) -> str:
+    named = (source.get(key) for source in (config, _text(config)) for key in ("dtype", "torch_dtype"))
+    return str(next((name for name in named if name), "bfloat16")).removeprefix("torch.")
+
+
+def _get(config: Config, *names: str) -> float:
+    """The first of these numbers that is there and not negative; 0 where there is none."""
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, Sequence) and not isinstance(value, str) and value:  # one per layer: their mean
+            numbers = [v for v in value if isinstance(v, int | float)]
+            value = sum(numbers) / len(numbers) if numbers else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12:
+            return float(value)
+    return 0.0
+
+
+def _need(config: Config, *names: str) -> float:
+    value = _get(config, *names)
+    if not value:
+        raise Unknown(f"the model's config.json has no {names[0]}")
+    return value

@@ -1,0 +1,111 @@
+"""The connection to the client: bodies read within a bound, answers written, and who broke what told apart.
+
+Rules: a client that is gone raises ClientGone, one that does not read ClientStalled, an engine that broke EngineBroke; both connections
+speak aiohttp, whose errors do not tell the two apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+
+from sidecar.errors import BodyTooLarge
+from sidecar.images.protocol import Data
+from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
+
+BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
+PIECE: Final = 1 << 20  # bytes that a client must take in time, where what it gets is long
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+async def expect(request: web.BaseRequest) -> None:
+    """Ask for the body of a client that waits to be asked (curl does, above 1 MiB)."""
+    if request.headers.get("expect", "").lower() == "100-continue":
+        await request.writer.write(_CONTINUE)
+        request.writer.output_size = 0  # aiohttp takes output for a begun answer
+
+
+async def read(request: web.BaseRequest, limit: int, flag: str = "--max-body-bytes") -> bytes:
+    """The whole body, at most `limit` bytes, as `flag` says. Raises BodyTooLarge, by the announced length where there is one."""
+    too_large = f"the request body is larger than {limit} bytes ({flag})"
+    if (request.content_length or 0) > limit:
+        raise BodyTooLarge(too_large)
+    await expect(request)
+    pieces: list[bytes] = []
+    size = 0
+    while piece := await request.content.readany():
+        size += len(piece)
+        if size > limit:
+            raise BodyTooLarge(too_large)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+async def next_chunk(answer: aiohttp.ClientResponse) -> bytes:
+    """More of the engine's answer; empty at its end. Raises EngineBroke when that end is not the answer's."""
+    try:
+        return await answer.content.readany()
+    except BREAKS:
+        raise EngineBroke("the engine's answer ended early") from None
+
+
+async def start(response: web.StreamResponse, request: web.BaseRequest) -> None:
+    """Send the answer's head."""
+    try:
+        await response.prepare(request)
+    except ConnectionError:
+        raise ClientGone from None
+
+
+async def write(response: web.StreamResponse, data: bytes | bytearray | memoryview) -> None:
+    """Send a part of the answer."""
+    try:
+        await response.write(data)
+    except ConnectionError:
+        raise ClientGone from None
+
+
+async def end(response: web.StreamResponse) -> None:
+    """Finish the answer."""
+    try:
+        await response.write_eof()
+    except ConnectionError:
+        raise ClientGone from None
+
+
+async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], within: float) -> None:
+    """Send what is held in memory until it is sent, and finish. Raises ClientStalled where nothing is read for `within` seconds (0: for ever)."""
+    for group in groups:
+        data = memoryview(group[0] if len(group) == 1 else b"".join(group))
+        for at in range(0, len(data), PIECE):
+            async with _read_within(within):
+                await write(response, data[at : at + PIECE])
+    async with _read_within(within):
+        await end(response)
+
+
+@asynccontextmanager
+async def _read_within(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds or None):
+            yield
+    except TimeoutError:
+        raise ClientStalled from None
+
+
+def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:
+    """Close the client's connection; `at_once`: also where it has not read what it was sent.
+
+    aiohttp wants an answer all the same; this one is never sent.
+    """
+    if request.transport is not None:
+        if at_once:
+            request.transport.abort()
+        else:
+            request.transport.close()
+    return web.Response()

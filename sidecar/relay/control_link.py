@@ -1,0 +1,68 @@
+"""A relay's connection to the control process, whichever lives: facts go out, orders come in.
+
+The listening socket behind the path belongs to the supervisor. A connection to it succeeds while there is no control process, and
+waits in the kernel's queue for the next one; so a relay that loses its control process connects again at once, says who it is
+and which requests are open, and writes on. Nothing here ever holds up a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sidecar.events import Booked, Fact, Joined, Order
+from sidecar.relay.replay_log import Outstanding
+from sidecar.runtime.channel import Channel
+
+FLUSH: Final = 2.0  # most seconds to write the last facts
+
+_log = logging.getLogger(__name__)
+
+
+class Link:
+    """One per relay process. `joined` gives what it says of itself when it connects; `obey`, to be set, takes orders."""
+
+    def __init__(self, path: str, joined: Callable[[float], Joined]) -> None:
+        self._path = path
+        self._joined = joined
+        self.obey: Callable[[Order], None] = lambda _: None
+        self._outstanding = Outstanding()
+        self._channel: Channel | None = None
+        self._lost = asyncio.Event()
+
+    def send(self, fact: Fact) -> None:
+        """Tell control, or remember what it must be told. Never waits, never raises."""
+        self._outstanding.note(fact)
+        if self._channel is not None:
+            self._channel.send(fact)
+
+    async def run(self) -> None:
+        """Stay connected until cancelled."""
+        while True:
+            await self._connect()
+            await self._lost.wait()
+            self._channel = None
+            _log.warning("the control process is gone; requests go on, and the next one will be told of them")
+
+    async def close(self) -> None:
+        """Send what is queued and hang up. What is written stays readable when we are gone."""
+        if self._channel is not None:
+            self._channel.close()
+            await asyncio.wait((asyncio.ensure_future(self._lost.wait()),), timeout=FLUSH)
+
+    async def _connect(self) -> None:
+        self._lost.clear()
+        channel = await Channel.reach(self._path, self._take, self._lost.set)
+        channel.send(self._joined(time.monotonic()))
+        for fact in self._outstanding.again():
+            channel.send(fact)
+        self._channel = channel
+
+    def _take(self, record: Fact | Order) -> None:
+        if isinstance(record, Booked):
+            self._outstanding.booked(record.count)
+        else:
+            self.obey(record)  # type: ignore[arg-type]  # the control process sends orders only

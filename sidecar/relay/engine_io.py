@@ -1,0 +1,193 @@
+"""The connections to the engine, and bodies that go out without being copied.
+
+Rules: nothing is decoded, redirected, stored or limited in time here; a connection that was not read to its end is
+closed, which is how an engine learns that its client left. An engine may close a kept connection just as it is used
+again: a request that breaks on one before a byte of its answer came is sent once more, on a fresh one. What cannot be
+sent twice begins there.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import hdrs, payload
+from aiohttp.abc import AbstractStreamWriter
+from yarl import URL
+
+from sidecar.errors import BadTarget
+from sidecar.relay.headers import Headers
+from sidecar.relay.request_body import Buffer
+
+MAX_HEADER: Final = 64 << 10  # bytes of one header or request line, both ways (uvicorn's limit for all of them)
+READ_BUFFER: Final = 256 << 10
+_CONNECT_SECONDS: Final = 5.0  # the engine is on this machine
+REPEATED: Final = 64 << 10  # bytes: a body up to here is kept until its answer begins, and may be sent twice
+_IDLE_SECONDS: Final = 3.0  # uvicorn closes an idle connection after 5 s
+_STEP: Final = 256 << 10  # bytes handed to the socket at once
+_ABSOLUTE: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
+_AUTO: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE)
+
+
+class Broken(aiohttp.ClientConnectionError):
+    """The connection broke before the head of an answer was whole. `answered`: some of the answer had come."""
+
+    def __init__(self, *, answered: bool) -> None:
+        super().__init__("the connection broke before the answer")
+        self.answered = answered
+
+
+class Pieces(payload.Payload):
+    """A request body in pieces. `sent` is called when the last of them has been written.
+
+    They are dropped as soon as they are not to be sent again: a short body's when its answer begins, a long one's when
+    it was written, unless it is `kept`.
+    """
+
+    _autoclose = True  # holds nothing that needs closing
+
+    def __init__(self, pieces: Sequence[Buffer], sent: Callable[[], None]) -> None:
+        super().__init__(None)
+        self._pieces = pieces
+        self._sent = sent
+        self.kept = False
+        self._size = sum(len(piece) for piece in pieces)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may be sent twice."""
+        return self.kept or (self._size or 0) <= REPEATED
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return b"".join(self._pieces).decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        for piece in self._pieces:
+            if len(piece) <= _STEP:
+                await writer.write(piece)
+                continue
+            view = memoryview(piece)
+            for at in range(0, len(view), _STEP):
+                await writer.write(view[at : at + _STEP])
+        self._sent()
+        if not self.repeatable:
+            self.drop()
+
+    def answered(self) -> None:
+        """The answer begins."""
+        if not self.kept:
+            self.drop()
+
+    def drop(self) -> None:
+        """Let go of the bytes: they are not sent a second time."""
+        self.kept = False
+        self._pieces = ()
+
+
+class Connections:
+    """A relay process's connections to its engine, kept and fresh ones. They are bounded by those of the clients."""
+
+    def __init__(self) -> None:
+        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, family=socket.AF_UNSPEC)
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
+        self._kept = _session(kept, [trace])
+        self._fresh = _session(aiohttp.TCPConnector(limit=0, force_close=True, family=socket.AF_UNSPEC), [])
+
+    @property
+    def fresh(self) -> aiohttp.ClientSession:
+        """Each of its requests gets a connection of its own."""
+        return self._fresh
+
+    async def request(self, method: str, url: URL, headers: Headers, data: Any) -> aiohttp.ClientResponse:
+        """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
+        if not _repeatable(data):
+            return await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
+        use = _Use()
+        try:
+            answer = await self._kept.request(
+                method, url, headers=headers, data=data, allow_redirects=False, trace_request_ctx=use
+            )
+        except Broken as e:
+            if e.answered or not use.reused:
+                raise
+            answer = await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
+        if isinstance(data, Pieces):
+            data.answered()
+        return answer
+
+    async def close(self) -> None:
+        """Close them all."""
+        await self._kept.close()
+        await self._fresh.close()
+
+
+class _Use:
+    """One request's use of a connection."""
+
+    __slots__ = ("reused",)
+
+    def __init__(self) -> None:
+        self.reused = False
+
+
+async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, params: object) -> None:
+    context.trace_request_ctx.reused = True
+
+
+async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Send a request once: aiohttp itself would send a GET again on any connection that breaks, also on a fresh one."""
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectorError:
+        raise
+    except aiohttp.ServerDisconnectedError as e:
+        raise Broken(answered=not isinstance(e.message, str)) from e  # else it is the part of the head that came
+    except (aiohttp.ClientOSError, aiohttp.ClientConnectionResetError) as e:
+        raise Broken(answered=False) from e
+
+
+def _repeatable(data: Any) -> bool:
+    return data is None or isinstance(data, bytes) or (isinstance(data, Pieces) and data.repeatable)
+
+
+def _session(connector: aiohttp.TCPConnector, traces: list[aiohttp.TraceConfig]) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=_AUTO,
+        auto_decompress=False,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
+        read_bufsize=READ_BUFFER,
+        max_line_size=MAX_HEADER,
+        max_field_size=MAX_HEADER,
+        trace_configs=traces,
+        middlewares=(_once,),
+    )
+
+
+async def stream(content: aiohttp.StreamReader, sent: Callable[[], None]) -> AsyncIterator[bytes]:
+    """A request body as it comes from its client. `sent` is called when the last of it has been written."""
+    while piece := await content.readany():
+        yield piece
+    sent()
+
+
+def origin_form(raw_path: str) -> str:
+    """A request target as path and query, bytes as they came. Raises BadTarget for what has no path (`*`, CONNECT's)."""
+    if raw_path.startswith("/"):
+        return raw_path
+    absolute = _ABSOLUTE.fullmatch(raw_path)
+    if absolute is None:
+        raise BadTarget("only request targets with a path can be passed to the engine")
+    rest = absolute[1]
+    return rest if rest.startswith("/") else "/" + rest
+
+
+def target(base: str, path: str) -> URL:
+    """The engine's URL for a target in origin form, byte for byte (but for a `?` with nothing behind it)."""
+    return URL(base + path, encoded=True)

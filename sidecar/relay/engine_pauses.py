@@ -1,0 +1,145 @@
+"""Pure: requests by which an operator stops the engine's work on purpose, or lets it go on; silence in between is no hang.
+
+vLLM 0.32: vllm/entrypoints/{serve/dev/sleep,rl/online,serve/profile,serve/elastic_ep}/api_router.py (earlier versions have the
+same paths). SGLang 0.5: sglang/srt/entrypoints/http_server.py. TGI and llama.cpp have none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+from urllib.parse import parse_qs
+
+from sidecar.events import Directed, Directing, Fact
+
+METHODS: Final = ("POST", "GET", "PUT")
+LAST_TAG: Final = "kv_cache"  # of the parts that are woken one by one, both engines' users wake this one last
+
+Turn = Literal["stops", "resumes", "during", "ends"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`what` is the exemption's code.
+
+    The call "stops" the work until another one "resumes" it, stops it only "during" the call, or is long itself and "ends" a stop.
+    """
+
+    what: str
+    turn: Turn
+
+
+_SLEEPS: Final = Row("engine_sleeping", "stops")
+_WAKES: Final = Row("engine_sleeping", "resumes")
+_PAUSES: Final = Row("engine_paused", "stops")
+_GOES_ON: Final = Row("engine_paused", "resumes")
+_WEIGHTS: Final = Row("weight_update", "during")
+
+PATHS: Final[dict[str, Row]] = {
+    # vLLM
+    "/sleep": _SLEEPS,
+    "/release_kv_cache_memory": _SLEEPS,
+    "/wake_up": _WAKES,
+    "/pause": _PAUSES,
+    "/resume": _GOES_ON,
+    "/scale_elastic_ep": Row("engine_paused", "during"),
+    "/start_weight_update": Row("weight_update", "stops"),
+    "/start_draft_weight_update": Row("weight_update", "stops"),
+    "/finish_weight_update": Row("weight_update", "resumes"),
+    "/init_weight_transfer_engine": _WEIGHTS,
+    "/shutdown_weight_transfer_engine": _WEIGHTS,
+    "/update_weights": _WEIGHTS,  # SGLang's former name, too
+    "/weight_checker": _WEIGHTS,
+    # both
+    "/start_profile": Row("engine_profiling", "stops"),
+    "/stop_profile": Row("engine_profiling", "ends"),  # writing the profile stops the world for longest
+    # SGLang
+    "/release_memory_occupation": _SLEEPS,
+    "/resume_memory_occupation": _WAKES,
+    "/pause_generation": _PAUSES,
+    "/continue_generation": _GOES_ON,
+    "/begin_weight_update": Row("weight_update", "stops"),
+    "/end_weight_update": Row("weight_update", "resumes"),
+    "/update_weights_from_disk": _WEIGHTS,
+    "/update_weights_from_tensor": _WEIGHTS,
+    "/update_weights_from_distributed": _WEIGHTS,
+    "/update_weights_from_ipc": _WEIGHTS,
+    "/init_weights_update_group": _WEIGHTS,
+    "/destroy_weights_update_group": _WEIGHTS,
+    "/init_weights_send_group_for_remote_instance": _WEIGHTS,
+    "/send_weights_to_remote_instance": _WEIGHTS,
+    "/weights_checker": _WEIGHTS,
+}
+
+
+def row_of(method: str, path: str) -> Row | None:
+    """The row of a request, or None where it directs nothing."""
+    return PATHS.get(path) if method in METHODS else None
+
+
+def in_part(query: str, body: bytes) -> bool:
+    """Whether a call that resumes names parts (`tags`, in vLLM's query or SGLang's body) and the last of them is not among them."""
+    tags: Any = parse_qs(query).get("tags")
+    if not tags:
+        try:
+            payload = json.loads(body or b"{}")
+        except (ValueError, RecursionError):
+            return False
+        tags = payload.get("tags") if isinstance(payload, dict) else None
+    return bool(tags) and LAST_TAG not in tags
+
+
+class Calls:
+    """The calls of one relay process that direct the engine. `clock`: monotonic seconds."""
+
+    def __init__(self, emit: Callable[[Fact], None], clock: Callable[[], float]) -> None:
+        self.emit = emit
+        self.clock = clock
+        self.ids = itertools.count(1)
+
+    def call(self, row: Row | None, *, partly: bool = False) -> Call:
+        """One call, for as long as a `with`. `partly`: it resumes some parts only."""
+        return Call(self, row, partly)
+
+
+class Call:
+    """One call that directs, or (`row` None) one that does not.
+
+    An order is taken when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
+    on; when it is answered otherwise, or its client leaves, nothing of it remains.
+    """
+
+    def __init__(self, calls: Calls, row: Row | None, partly: bool) -> None:
+        self._calls = calls
+        self._row = row
+        self._partly = partly
+        self._id = 0  # while it is with the engine
+        self._over = row is None or row.turn == "resumes"
+
+    def sent(self) -> None:
+        """The engine has all of it."""
+        if self._over or self._row is None:
+            return
+        self._id = next(self._calls.ids)
+        self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, True))
+
+    def answered(self, status: int) -> None:
+        """The head of the engine's answer is here."""
+        taken = 200 <= status < 300
+        if taken and self._row is not None and self._row.turn != "during" and not self._partly:
+            self._calls.emit(Directed(self._calls.clock(), self._row.what, self._row.turn == "stops"))
+        self._end(taken=taken)
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end(taken=False)
+
+    def _end(self, *, taken: bool) -> None:
+        if self._id and self._row is not None:
+            self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, False, taken))
+        self._id, self._over = 0, True

@@ -1,0 +1,141 @@
+"""Images behind links, fetched for the request that names them: off unless --image-urls lists domains.
+
+Rules: a name is resolved once for a connection, all its addresses are judged, and the connection goes to one of those that were
+judged; no connection is used twice. Redirects are followed by hand, each judged like a new link. Bounded: bytes, time,
+redirects, fetches at once. Nothing of the client's request goes along: no cookies, no authorization, no headers. What the bytes
+are is found out by the image workers; the answer's own word on it is not asked. To the client all failures beyond the link
+itself look alike, so that nobody can explore a network through us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from sidecar.errors import BadImage, ImagesBusy
+from sidecar.relay import url_policy as links
+
+SECONDS: Final = 10.0  # for one image with all its redirects; vLLM allows 5 for each try
+REDIRECTS: Final = 3
+AT_ONCE: Final = 16  # fetches of one relay process, each of at most --image-max-bytes
+STEP: Final = 64 << 10
+MAX_HEAD: Final = 8190  # bytes of one header line of the answer
+HEADERS: Final = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "inference-sidecar"}
+MOVED: Final = (301, 302, 303, 307, 308)
+
+Permit = Callable[[str], bool]  # of an IP address
+
+
+class _Judged(AbstractResolver):
+    """Resolves a name; one address that is not permitted spoils them all."""
+
+    def __init__(self, resolver: AbstractResolver, permitted: Permit) -> None:
+        self._resolver = resolver
+        self._permitted = permitted
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await self._resolver.resolve(host, port, family)
+        if not found or not all(self._permitted(result["host"]) for result in found):
+            raise OSError("an address that is not permitted")
+        return found
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+class Fetcher:
+    """Fetches images from the hosts `among` those that the operator listed. `permitted` judges addresses."""
+
+    def __init__(
+        self,
+        among: tuple[links.Domain, ...],
+        max_bytes: int,
+        *,
+        seconds: float = SECONDS,
+        permitted: Permit = links.is_public,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        self._among = among
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+        self._permitted = permitted
+        self._places = asyncio.Semaphore(AT_ONCE)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                resolver=_Judged(resolver or aiohttp.ThreadedResolver(), permitted),
+                use_dns_cache=False,
+                force_close=True,
+                family=socket.AF_UNSPEC,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=HEADERS,
+            auto_decompress=False,
+            trust_env=False,
+            read_bufsize=STEP,
+            max_line_size=MAX_HEAD,
+            max_field_size=MAX_HEAD,
+        )
+
+    async def fetch(self, link: str, where: str) -> bytearray:
+        """The bytes behind `link`. Raises BadImage, or ImagesBusy when too many are being fetched; `where` names the part."""
+        url = links.allowed(link.strip(), self._among)
+        if url is None:
+            raise BadImage(
+                f"{where}: the link is not one that images are fetched from here; send a data URL", "image_url"
+            )
+        busy = True
+        try:
+            async with asyncio.timeout(self._seconds), self._places:
+                busy = False
+                return await self._follow(url, where)
+        except (aiohttp.ClientError, OSError, ValueError, TimeoutError):
+            if busy:
+                raise ImagesBusy("too many images are being fetched; try again shortly") from None
+            raise _failed(where) from None
+
+    async def close(self) -> None:
+        """Close what is open."""
+        await self._session.close()
+
+    async def _follow(self, url: URL, where: str) -> bytearray:
+        for _ in range(1 + REDIRECTS):
+            host = url.host or ""
+            if links.is_literal(host) and not self._permitted(host):
+                break
+            async with self._session.get(url, allow_redirects=False, timeout=_NO_LIMIT) as answer:
+                if answer.status == 200:
+                    return await self._read(answer, where)
+                onward = answer.headers.get("location", "") if answer.status in MOVED else ""
+            following = links.allowed(onward, self._among, url) if onward else None
+            if following is None:
+                break
+            url = following
+        raise _failed(where)
+
+    async def _read(self, answer: aiohttp.ClientResponse, where: str) -> bytearray:
+        if answer.headers.get("content-encoding", "identity").lower() != "identity":
+            raise _failed(where)  # we asked for none, and what unpacks may be a bomb
+        data = bytearray()
+        if (answer.content_length or 0) <= self._max_bytes:
+            async for chunk in answer.content.iter_chunked(STEP):
+                data += chunk
+                if len(data) > self._max_bytes:
+                    break
+            else:
+                return data
+        raise BadImage(f"{where}: the image was refused: the limit is {self._max_bytes} bytes", "image_too_large")
+
+
+_NO_LIMIT: Final = aiohttp.ClientTimeout(total=None)  # the time is held around all redirects
+
+
+def _failed(where: str) -> BadImage:
+    return BadImage(f"{where}: the image could not be fetched; send it as a data URL", "image_url_failed")

@@ -1,0 +1,171 @@
+"""The images of one request, prepared all at once, and what of its body changes by it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, Protocol
+
+from sidecar.errors import BadImage, RequestError
+from sidecar.events import Fact, Imaged
+from sidecar.images.protocol import Data
+from sidecar.relay.request_body import ImagePart
+
+Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it -> the image
+
+
+class Prepared(Protocol):
+    """What image work returns; `base64` is None where the image passes untouched."""
+
+    @property
+    def media_type(self) -> str: ...
+    @property
+    def base64(self) -> Data | None: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def content_hash(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def stages(self) -> tuple[tuple[str, float], ...]: ...
+    @property
+    def bytes_in(self) -> int: ...
+    @property
+    def bytes_out(self) -> int: ...
+    @property
+    def exact(self) -> bool: ...
+
+
+# An engine that starts measures the GPU's memory, and gives up when a neighbour's use changes; one that is given up will start
+SETTLED: Final = ("idle", "progressing", "quiet", "suspect")
+GONE: Final = (
+    "dead",
+    "stalled",
+    "starting",
+)  # one that is gone, or will be: it will find the GPU's memory as it left it
+
+
+class ImageWork(Protocol):
+    """The image workers, as a relay sees them."""
+
+    gpu: bool  # whether a GPU that is there may be used now
+
+    async def inline(self, data: Data, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
+        """Prepare one image from its base64 text, or from its bytes. Raises BadImage or ImagesBusy."""
+
+    def again(self, request: str) -> bool:
+        """Hand over once more what an engine may have read already. False where that cannot be."""
+
+    def release(self, request: str) -> None:
+        """Nobody reads any more what was handed over for a request."""
+
+    def end_loans(self) -> None:
+        """Take back all of the GPU's memory that was lent."""
+
+
+async def prepare(
+    images: ImageWork,
+    parts: list[ImagePart],
+    limit: int,
+    emit: Callable[[Fact], None],
+    id: str,
+    tenant: str,
+    *,
+    shm: bool = False,
+    fetch: Fetch | None = None,
+) -> list[Prepared]:
+    """All images of `tenant`'s request `id`, in order; `shm`: handed over in shared memory; `fetch`: for those behind links. Raises BadImage or ImagesBusy; the other images are then given up."""
+    if len(parts) > limit:
+        raise BadImage(f"{len(parts)} images in one request; at most {limit} are accepted", "image_count")
+    one = partial(_one, images, emit, id, tenant, shm, fetch)
+    if len(parts) == 1:  # the usual request needs no task
+        return [await one(parts[0])]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(part)) for part in parts]
+    except* RequestError as group_error:
+        raise _first(group_error) from None
+    return [task.result() for task in tasks]
+
+
+def replacements(
+    parts: list[ImagePart], prepared: list[Prepared], name: Callable[[str], str] | None
+) -> dict[int, tuple[str, Data]]:
+    """What to put in the place of which original, for bodies.join. `name`: content hash -> `uuid`, where vLLM caches by it."""
+    replaced: dict[int, tuple[str, Data]] = {}
+    for part, image in zip(parts, prepared, strict=True):
+        if image.url:
+            replaced[part.index] = ("", image.url.encode())
+        elif image.base64 is not None:
+            replaced[part.index] = (image.media_type, image.base64)
+        elif part.link:  # the engine need not fetch again what we have
+            replaced[part.index] = (f"image/{image.format}", part.data)
+            continue
+        else:
+            continue
+        if name is not None:
+            part.part.setdefault("uuid", name(image.content_hash))
+    return replaced
+
+
+def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
+    """The `uuid` of an image. vLLM takes it for the image itself, so nobody who lacks our key may be able to compute the one of
+    another tenant's image and put his own picture there."""
+    return hashlib.blake2b(f"{tenant}\0{content_hash}".encode(), key=key, digest_size=16).hexdigest()
+
+
+async def _one(
+    images: ImageWork,
+    emit: Callable[[Fact], None],
+    id: str,
+    tenant: str,
+    shm: bool,
+    fetch: Fetch | None,
+    part: ImagePart,
+) -> Prepared:
+    started = time.monotonic()
+    fetched: tuple[tuple[str, float], ...] = ()
+    try:
+        data: Data = part.data
+        if part.link and fetch is not None:
+            data = await fetch(part.link, part.where)
+            fetched = (("fetch", time.monotonic() - started),)
+        image = await images.inline(data, part.where, tenant, id if shm else "", not part.link)
+    except RequestError as e:
+        now = time.monotonic()
+        outcome = "rejected" if isinstance(e, BadImage) else "failed"
+        emit(Imaged(id, now, "unknown", outcome, now - started, (), len(part.data) * 3 // 4, 0))
+        raise
+    emit(
+        Imaged(
+            id,
+            time.monotonic(),
+            image.format,
+            image.outcome,
+            time.monotonic() - started if fetched else image.seconds,
+            (*fetched, *image.stages),
+            image.bytes_in,
+            image.bytes_out,
+        )
+    )
+    if part.link and image.outcome == "passed":
+        part.data = memoryview(await asyncio.to_thread(base64.b64encode, data))
+    return image
+
+
+def _first(group: BaseExceptionGroup[RequestError]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

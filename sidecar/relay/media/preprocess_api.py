@@ -1,0 +1,335 @@
+"""`POST /v1/preprocess`: images in, the model's processor output out.
+
+In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, where links stand, too, if --image-urls lets them be fetched; multipart with one part named `image` per image, or one raw body of
+type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
+`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes; with `cuda-ipc` the
+layout, and handles of the GPU's memory (lending.py). `?values=uint8`
+leaves rescaling and normalising out, for engines that do both on their device.
+
+Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
+came from the workers, one after the other, and never joined; how many bytes of them wait for their clients is bounded, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+import struct
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Final
+
+from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from sidecar.errors import BadImage, BodyTooLarge, RequestError
+from sidecar.events import Fact, Imaged
+from sidecar.images import tensor_layout as batches
+from sidecar.images.protocol import LAYOUT, TENSORS, Data
+from sidecar.images.service import Images, Prepared, Tensors
+from sidecar.images.tensor_layout import SIZES
+from sidecar.kernels.grid import Geometry, ProcessorSpec, TileSpec
+from sidecar.relay import client_io as downstream
+from sidecar.relay import headers
+from sidecar.relay import request_body as bodies
+from sidecar.relay import url_policy as links
+from sidecar.relay.media import gpu_loans as lending
+from sidecar.settings import Settings
+
+SAFETENSORS: Final = "application/x-safetensors"
+JSON: Final = "application/json"
+HANDOFF: Final = "x-sidecar-handoff"
+HALVES: Final = ("BF16", "F16")
+TYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of `values`, as safetensors calls them
+SHM, CUDA_IPC = "shm", "cuda-ipc"
+MALFORMED: Final = (ValueError, AssertionError, HttpProcessingError)  # what aiohttp raises for a damaged multipart body
+MARK: Final = b";base64,"
+MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
+
+Source = tuple[Data, bool]  # an image, and whether it is base64 text
+Emit = Callable[[Fact], None]
+Fetch = Callable[[str, str], Awaitable[Data]]  # a link, and what to call it -> the image
+
+
+class BadRequest(RequestError):
+    """The request is not in one of the three forms."""
+
+    code = "bad_request"
+
+
+class NotAcceptable(RequestError):
+    """None of the forms that the client accepts is one of ours."""
+
+    code = "not_acceptable"
+    status: ClassVar[int] = 406
+
+
+class NotImplementedHere(RequestError):
+    """A hand-off that is not known, or not possible here."""
+
+    code = "handoff_not_implemented"
+    status: ClassVar[int] = 501
+
+
+async def preprocess(
+    request: web.BaseRequest, images: Images, limits: Settings, emit: Emit, fetch: Fetch | None = None
+) -> web.StreamResponse:
+    """Serve one request; one Imaged fact per image goes to `emit`; `fetch` gets those behind links. Raises RequestError, which is OpenAI-style to the client."""
+    if request.method == "DELETE":
+        return await lending.give_back(images, request.path.rpartition("/")[2])
+    way = handoff(request.headers.get(HANDOFF, ""))
+    want = TENSORS if way else accepted(request.headers.get("accept", ""))
+    if not images.spec.tensors:
+        raise BadRequest("this model's processor resizes in floating point, and its tensors are not made here")
+    spec = valued(images.spec, request.query.get("values", ""))
+    sources = await _sources(request, limits, fetch)
+    if not sources:
+        raise BadRequest(
+            "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
+        )
+    tenant = headers.tenant(request.headers, limits.tenant_header)
+    if way == CUDA_IPC:
+        if spec.half:
+            raise NotImplementedHere(f"{HANDOFF}: values are not rounded on the GPU; send {SHM}, or leave `values` out")
+        if isinstance(spec, TileSpec):
+            raise NotImplementedHere(
+                f"{HANDOFF}: the tiles of this model's processor are not made on a GPU; send {SHM}"
+            )
+        async with images.loan() as loan:
+            done = await _reported(images.lent(sources, spec, loan), sources, emit)
+            return await lending.hold(request, loan, lending.lines(layout(done, spec), done, _alone(done, spec), loan))
+    with images.results.of_one() as take:
+        done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec, take=take), sources, emit)
+        if want == LAYOUT:
+            return web.json_response(layout(done, spec), headers=headers.images(exact(done)))
+        if way == SHM:
+            return web.json_response(await shared(images, spec, done), headers=headers.images(exact(done)))
+        return await _answer(request, done, spec, limits.client_stall_seconds)
+
+
+def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
+    """The processor whose `pixel_values` are of the asked type; "": of the model's own. Raises BadRequest."""
+    if values == "uint8":
+        return replace(spec, do_rescale=False, do_normalize=False)
+    wanted = TYPES.get(values, spec.dtype if values == "" else "")
+    rounded = replace(spec, half=wanted) if wanted in HALVES and spec.dtype == "F32" else spec
+    if rounded.dtype != wanted:
+        raise BadRequest(
+            "values: send uint8, or float32, bfloat16 or float16 where the model's processor makes float32, or leave it out"
+        )
+    return rounded
+
+
+async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -> dict[str, Any]:
+    """The tensors in a file in shared memory: their layout, and its name below --shm-dir. Raises NotImplementedHere."""
+    parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
+    handed = await images.share(*parts)
+    if handed is None:
+        raise NotImplementedHere(
+            f"{HANDOFF}: there is no shared memory here (--shm-dir, --image-cache-bytes); leave the header out"
+        )
+    segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
+    return layout(done, spec) | {"segments": [segment]}
+
+
+def handoff(wanted: str) -> str:
+    """SHM, CUDA_IPC, or "" for the answer's body. Raises NotImplementedHere for another hand-off."""
+    if wanted not in ("", SHM, CUDA_IPC):
+        raise NotImplementedHere(
+            f"{HANDOFF}: {wanted[:16]!r} is not known; send {SHM} or {CUDA_IPC}, or leave the header out"
+        )
+    return wanted
+
+
+def accepted(accept: str) -> str:
+    """TENSORS or LAYOUT, by the Accept header. Raises NotAcceptable."""
+    types = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    for kind in types:
+        if kind in ("", "*/*", "application/*", "application/octet-stream", SAFETENSORS):
+            return TENSORS
+        if kind == JSON:
+            return LAYOUT
+    raise NotAcceptable(f"accept: send {SAFETENSORS} for tensors, or {JSON} for their layout only")
+
+
+def _alone(done: Sequence[Tensors], spec: ProcessorSpec) -> list[tuple[str, list[int]]]:
+    """The safetensors dtype and shape of each image's own `pixel_values`."""
+    return [spec.shapes([g])["pixel_values"] for g in geometries(done, spec)]
+
+
+def shapes(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
+    """Each tensor's safetensors dtype and shape, in the order in which they are written: 8-byte integers first."""
+    return spec.shapes(geometries(done, spec))
+
+
+def geometries(done: Sequence[Tensors], spec: ProcessorSpec) -> list[Geometry]:
+    """What became of each image, by the same rules as in the worker."""
+    return [spec.geometry(*t.prepared.original) for t in done]
+
+
+def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
+    """The JSON form: names, shapes, dtypes, and what each image became."""
+    return {
+        "processor": spec.fingerprint,
+        "exact": exact(done),
+        "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
+        "images": [described(t.prepared) for t in done],
+    }
+
+
+def exact(done: Sequence[Tensors]) -> bool:
+    """Whether every image was decoded as it stands."""
+    return all(t.prepared.exact for t in done)
+
+
+def described(image: Prepared) -> dict[str, Any]:
+    """What one image became, in its final size."""
+    return {
+        "format": image.format,
+        "height": image.height,
+        "width": image.width,
+        "grid_thw": list(image.grid),
+        "tokens": image.tokens,
+        "content_hash": image.content_hash,
+    }
+
+
+def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
+    """Everything of a safetensors file before its tensors: length and JSON header."""
+    images = json.dumps([described(t.prepared) for t in done], separators=(",", ":"))  # metadata are texts
+    header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
+    at = 0
+    for name, (dtype, shape) in shapes(done, spec).items():
+        end = at + SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    return struct.pack("<Q", len(text)) + text
+
+
+def pieces(done: Sequence[Tensors], spec: ProcessorSpec) -> Iterator[list[Data]]:
+    """The bytes of all tensors, in groups: integers first."""
+    images = geometries(done, spec)
+    yield from batches.integers(spec.integers(images).values())
+    yield from batches.pieces([t.values for t in done], images, spec)
+
+
+async def _answer(
+    request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec, patience: float
+) -> web.StreamResponse:
+    """The tensors, to a client that reads within `patience` seconds. Raises ClientStalled."""
+    head = safetensors_head(done, spec)
+    response = web.StreamResponse(headers={"content-type": SAFETENSORS, **headers.images(exact(done))})
+    tensors = shapes(done, spec).values()
+    response.content_length = len(head) + sum(SIZES[dtype] * math.prod(shape) for dtype, shape in tensors)
+    await downstream.start(response, request)
+    await downstream.write(response, head)
+    await downstream.send_long(response, pieces(done, spec), patience)
+    return response
+
+
+async def _reported(work: Awaitable[list[Tensors]], sources: list[Source], emit: Emit) -> list[Tensors]:
+    """What `work` makes of the images, each with its fact."""
+    started = time.monotonic()
+    try:
+        done = await work
+    except RequestError as e:
+        now = time.monotonic()
+        outcome = "rejected" if isinstance(e, BadImage) else "failed"
+        emit(Imaged("", now, "unknown", outcome, now - started, (), sum(len(data) for data, _ in sources), 0))
+        raise
+    for p in (t.prepared for t in done):
+        emit(Imaged("", time.monotonic(), p.format, p.outcome, p.seconds, p.stages, p.bytes_in, p.bytes_out))
+    return done
+
+
+async def _sources(request: web.BaseRequest, limits: Settings, fetch: Fetch | None) -> list[Source]:
+    """The request's images, at most --image-max-count of them."""
+    kind = request.content_type.lower()
+    if kind.startswith("image/"):
+        return [(await downstream.read(request, limits.image_max_bytes, "--image-max-bytes"), False)]
+    if kind == "multipart/form-data":
+        return await _parts(request, limits)
+    if kind == JSON:
+        return await _fetched(
+            urls(await downstream.read(request, limits.max_body_bytes), limits.image_max_count), fetch
+        )
+    raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
+
+
+async def _fetched(listed: list[Source | str], fetch: Fetch | None) -> list[Source]:
+    """The images, those behind links fetched side by side. Raises BadImage or ImagesBusy, and gives up the others."""
+
+    async def one(source: Source | str, where: str) -> Source:
+        if isinstance(source, tuple):
+            return source
+        if fetch is None:
+            text = "links are not fetched here (--image-urls); send a base64 data URL"
+            raise BadImage(f"{where}: {text}", "image_url")
+        return await fetch(source, where), False
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(source, f"images[{i}]")) for i, source in enumerate(listed)]
+    except* RequestError as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def urls(body: bytes, most: int) -> list[Source | str]:
+    """The images of the JSON form, and the links among them. Raises BadRequest or BadImage."""
+    skeleton = bodies.cut(body, secrets.token_hex(8))
+    listed = (skeleton.payload or {}).get("images")
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
+    _check_count(len(listed), most)
+    return [
+        text if links.is_link(text) else (_base64(bodies.original(skeleton, text), i), True)
+        for i, text in enumerate(listed)
+    ]
+
+
+def _base64(url: Data, index: int) -> memoryview:
+    view = memoryview(url)
+    at = bytes(view[:MAX_HEAD]).find(MARK)
+    if at < 0 or bytes(view[:5]) != b"data:":
+        raise BadImage(f"images[{index}]: it is neither a base64 data URL nor a link", "image_url")
+    return view[at + len(MARK) :]
+
+
+async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
+    """The parts named `image`. Raises BadRequest, BadImage or BodyTooLarge."""
+    too_large = f"the request body is larger than {limits.max_body_bytes} bytes (--max-body-bytes)"
+    if (request.content_length or 0) > limits.max_body_bytes:
+        raise BodyTooLarge(too_large)
+    await downstream.expect(request)
+    found: list[Source] = []
+    try:
+        async for part in await request.multipart():
+            if not isinstance(part, BodyPartReader) or part.name != "image":
+                raise BadRequest("multipart: every part must be named image and hold one image")
+            _check_count(len(found) + 1, limits.image_max_count)
+            found.append((await _part(part, limits.image_max_bytes, len(found)), False))
+            if sum(len(data) for data, _ in found) > limits.max_body_bytes:  # its length need not be announced
+                raise BodyTooLarge(too_large)
+    except MALFORMED:
+        raise BadRequest("multipart: the body is cut off or has no boundary") from None
+    return found
+
+
+async def _part(part: BodyPartReader, most: int, index: int) -> bytearray:
+    data = bytearray()
+    while chunk := await part.read_chunk(1 << 16):
+        data += chunk
+        if len(data) > most:
+            raise BadImage(f"images[{index}]: the image was refused: the limit is {most} bytes", "image_too_large")
+    return data
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise BadImage(f"{count} images in one request; at most {most} are accepted", "image_count")

@@ -1,0 +1,57 @@
+"""The merged metrics page, as a relay has it: asked of the control process at most once a second, whoever scrapes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Final
+
+from sidecar.events import Fact, Page, PageWanted
+
+FRESH: Final = 1.0  # seconds a page is good for
+PATIENCE: Final = 1.0  # seconds we wait for one
+TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+_HEAD: Final = "HTTP/1.1 200 OK\r\ncontent-type: {type}\r\ncontent-length: {length}\r\ndate: {date}\r\n"
+
+
+class MergedPage:
+    """One per relay process. `emit` sends PageWanted; the answer comes by `put`."""
+
+    def __init__(self, emit: Callable[[Fact], None]) -> None:
+        self._emit = emit
+        self._page: bytes | None = None
+        self._head = b""
+        self._got = 0.0
+        self._coming: asyncio.Future[bytes] | None = None
+
+    def put(self, page: Page) -> None:
+        """The control process sent a page."""
+        self._page, self._got = page.text.encode(), time.monotonic()
+        self._head = _HEAD.format(date=formatdate(usegmt=True), type=TYPE, length=len(self._page)).encode()
+        if self._coming is not None and not self._coming.done():
+            self._coming.set_result(self._page)
+        self._coming = None
+
+    def response(self, new_id: Callable[[], str]) -> bytes | None:
+        """A whole response with a fresh page; None where there is none."""
+        if self._page is None or time.monotonic() - self._got >= FRESH:
+            return None
+        return b"%bx-request-id: %b\r\n\r\n%b" % (self._head, new_id().encode(), self._page)
+
+    async def get(self) -> bytes | None:
+        """A fresh page, or None when the control process does not answer in time. All who wait share one question."""
+        if self._page is not None and time.monotonic() - self._got < FRESH:
+            return self._page
+        if self._coming is None:
+            self._coming = asyncio.get_running_loop().create_future()
+            self._emit(PageWanted(time.monotonic()))
+        coming = self._coming
+        done, _ = await asyncio.wait((coming,), timeout=PATIENCE)
+        if done:
+            return coming.result()
+        if self._coming is coming:  # ask anew next time: the question may have been lost
+            self._coming = None
+        return None

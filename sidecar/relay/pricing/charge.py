@@ -1,0 +1,71 @@
+"""What a request is held and charged for: estimated when its body is known, charged to its tenant, and corrected when it is over."""
+
+from __future__ import annotations
+
+from sidecar.events import Published, Usage
+from sidecar.kernels.grid import ProcessorSpec
+from sidecar.load.cost_model import settled_work
+from sidecar.load.estimator import Estimate, Estimator
+from sidecar.load.ledger import spent
+from sidecar.relay.admission import Admission
+from sidecar.relay.media.image_sizes import tokens_of
+from sidecar.relay.pricing.quota import Quota
+from sidecar.relay.pricing.tokenizer import Counter
+from sidecar.relay.request_body import Skeleton
+
+
+class Pricing:
+    """One per relay process. `quota` is None where tenants have no limits, `counter` where no tokenizer is known, `spec` where no image processor."""
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        quota: Quota | None = None,
+        counter: Counter | None = None,
+        spec: ProcessorSpec | None = None,
+    ) -> None:
+        self._estimator = estimator
+        self._quota = quota
+        self._counter = counter
+        self._spec = spec
+
+    def heard(self, load: Published) -> None:
+        """A load report."""
+        if self._quota is not None:
+            self._quota.heard(load)
+
+    async def charge(self, admission: Admission, body: Skeleton) -> None:
+        """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
+        if self._counter is not None and body.payload is not None:
+            admission.counted = await self._counter.count(body.payload, body.text)
+        if self._spec is not None and body.images:
+            admission.image_tokens = tokens_of(body.images, self._spec)
+        if self._quota is not None:
+            estimate = self._estimate(admission, admission.image_tokens)
+            reserved = self._estimator.reserved(admission.tenant, admission.shape, estimate.work)
+            admission.lease = self._quota.take(admission.tenant, estimate.mu, reserved)
+
+    def admit(self, admission: Admission, image_tokens: list[int]) -> None:
+        """Hold what it is expected to take. `image_tokens`: those of images that were prepared, which are sure."""
+        admission.admit(admission.shape, self._estimate(admission, image_tokens or admission.image_tokens))
+
+    def milli(self, admission: Admission, usage: Usage) -> int:
+        """What a usage comes to in milli-MU, as it will settle."""
+        return round(1000 * self._estimator.mu(settled_work(admission.work, usage, 0)))
+
+    def over(self, admission: Admission) -> None:
+        """It has settled: correct its charge to what it used, whatever becomes of the rest, and learn from it."""
+        end = admission.settled
+        if end is None:
+            return
+        if self._quota is not None:
+            started = end.first_at is not None
+            work = spent(admission.work, end, started=started, delivered=end.delivered_tokens)
+            self._quota.settle(admission.lease, 0.0 if work is None else self._estimator.mu(work))
+        if end.usage is not None and end.outcome == "ok":
+            counted = admission.counted.tokens if admission.counted is not None and admission.counted.exact else None
+            self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
+
+    def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
+        counted = None if admission.counted is None else admission.counted.tokens
+        return self._estimator.estimate(admission.tenant, admission.shape, image_tokens, counted)

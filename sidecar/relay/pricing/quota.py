@@ -1,0 +1,128 @@
+"""Limits of tenants on the data path: a request takes its estimate here, and its settlement corrects it.
+
+Rules: without a limit for a tenant nothing is taken. The file is read again when it changes (a ConfigMap changes by its symlink, so its
+time is looked at every LOOK seconds); a bad one is named once, and the last good one stays, in a relay that was started again that of the
+sidecar's start. Spill-over needs a load report: each one, once a second, says how much is idle, of which each relay process may give
+away its even share until the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Final
+
+from sidecar.errors import TenantLimited, UsageError
+from sidecar.events import Published
+from sidecar.load.tenant_limits import MAX_BYTES, Limit, Limits, Refusal, parse
+from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
+
+LOOK: Final = 2.0  # seconds
+HEARD: Final = 5.0  # seconds that a load report holds
+TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
+SOON: Final = 1.0  # seconds after which to try again where open requests must end first
+
+_log = logging.getLogger(__name__)
+
+
+class Quota:
+    """One per relay process. `path` is the file of limits, `limits` what it said when the sidecar started."""
+
+    def __init__(self, path: str, accounts: Accounts, workers: int, limits: Limits) -> None:
+        self._path = Path(path)
+        self._accounts = accounts
+        self._workers = workers
+        self._stamp = _stamp(self._path)
+        self._limits = limits
+        self._read()
+        self._spare = 0.0  # MU that may be given away
+        self._heard = -math.inf
+
+    def take(self, tenant: str, mu: float, high: float) -> Lease | None:
+        """Charge a request of `mu`, which may need `high`, to its tenant; None where that has no limits. Raises TenantLimited."""
+        limit = self._limits.of(tenant)
+        if limit.mu_per_minute is None and limit.mu_in_flight is None:
+            return None
+        now = time.monotonic()
+        taken = self._accounts.take(tenant, limit, mu, high, now)
+        if isinstance(taken, Lease):
+            return taken
+        if limit.spill_over and now - self._heard < HEARD and mu <= self._spare:
+            self._spare -= mu
+            return self._accounts.spill(tenant, limit, high, now)
+        raise refused(taken, limit, mu, high)
+
+    def settle(self, lease: Lease | None, mu: float) -> None:
+        """A request has ended; it used `mu`."""
+        if lease is not None:
+            self._accounts.settle(lease, mu, time.monotonic())
+
+    def heard(self, load: Published) -> None:
+        """A load report: what is idle below the threshold may be given away."""
+        idle = max(0.0, self._limits.spill_over_below - load.utilization)
+        self._spare = idle * load.mu_max_in_flight / self._workers
+        self._heard = time.monotonic()
+
+    async def watch(self) -> None:
+        """Read the file again whenever it changes, until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK)
+            await asyncio.to_thread(self.look)
+
+    def look(self) -> None:
+        """Read the file if it has changed."""
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        if self._read():
+            _log.info("the tenants' limits were read again")
+
+    def _read(self) -> bool:
+        """Whether the file is good, and so in force."""
+        try:
+            self._limits = read(str(self._path))
+        except UsageError as e:
+            _log.error("%s; the limits that were read before stay in force", e)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of the accounts."""
+        self._accounts.close()
+
+
+def read(path: str) -> Limits:
+    """The limits in a file. Raises UsageError."""
+    name = f"--tenant-limits {path}"
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        text = raw.decode()
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not UTF-8"
+        raise UsageError(f"{name}: cannot be read ({why})") from None
+    if len(raw) > MAX_BYTES:
+        raise UsageError(f"{name}: larger than {MAX_BYTES} bytes")
+    return parse(text, name)
+
+
+def refused(why: Refusal, limit: Limit, mu: float, high: float) -> TenantLimited:
+    """What the client is told."""
+    if why.what == "mu_per_minute":
+        text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
+    else:
+        text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
+    return TenantLimited(text, SOON if why.wait is None else why.wait, TYPES[why.what])
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file; None where it is away."""
+    try:
+        at = path.stat()
+    except OSError:
+        return None
+    return at.st_ino, at.st_mtime_ns, at.st_size

@@ -1,0 +1,169 @@
+"""What tenants have used, in memory that all relay processes share: one bucket and one stock per tenant for the whole pod.
+
+    row      digest of the tenant's name, level and time of its bucket, the bucket's rate and burst
+    column   of each relay process: its MU in flight, by row
+
+Rules: a row that is full and has nothing in flight says nothing, so it may become another tenant's: forgetting it changes nothing. Where a
+tenant finds no row, it shares row 0 with others like it. Each process writes its own column only, and clears it when it starts: what a
+killed process had open is then free. A lock keeps two processes from spending the same units; one that is held for LOCK seconds is that of
+a stopped process, and is passed over from then on until it is free: the worst is that a charge of another process is lost.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar.load.tenant_limits import Bucket, Limit, Refusal, charged, refilled, refusal
+
+ROWS: Final = 4096
+PROBES: Final = 16  # rows that a tenant may come to lie in
+LOCK: Final = 0.05  # seconds; microseconds are usual, but its holder can lose its core meanwhile
+_PAUSE: Final = 0.0002
+_ROW: Final = struct.Struct("=16sdddd")  # digest, level, at, rate, burst
+_NUMBERS: Final = struct.Struct("=dddd")
+_ONE: Final = struct.Struct("=d")
+_EMPTY: Final = bytes(16)
+_SHARED: Final = b"shared by others"  # no digest: those are of a hash
+_DUST: Final = 1e-9  # MU that rounding may leave in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a request took: `mu` from its tenant's bucket, `high` in flight."""
+
+    row: int
+    limit: Limit
+    mu: float
+    high: float
+
+
+def size(workers: int) -> int:
+    """Bytes of the table."""
+    return ROWS * (_ROW.size + _ONE.size * workers)
+
+
+class Accounts:
+    """The table as relay process `index` of `workers` sees it. `path`: a file of `size(workers)` bytes, or "" for memory of its own."""
+
+    def __init__(self, path: str, workers: int, index: int) -> None:
+        self._workers, self._index = workers, index
+        self._patience = LOCK
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if path else -1
+        self._table = mmap.mmap(self._fd, size(workers))
+        first = self._place(0)
+        self._table[first : first + ROWS * _ONE.size] = bytes(ROWS * _ONE.size)
+
+    def close(self) -> None:
+        """Let go of the table."""
+        self._table.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def take(self, tenant: str, limit: Limit, mu: float, high: float, now: float) -> Lease | Refusal:
+        """Charge a request, or say why not."""
+        with self._locked():
+            row = self._row(tenant, limit, now)
+            bucket = refilled(self._bucket(row), limit, now)
+            refused = refusal(limit, bucket, self._stock(row), mu, high)
+            if refused is not None:
+                return refused
+            self._put(row, charged(bucket, limit, mu), limit)
+            self._put_stock(row, self._own(row) + high)
+            return Lease(row, limit, mu, high)
+
+    def spill(self, tenant: str, limit: Limit, high: float, now: float) -> Lease:
+        """Let a request in that is over its tenant's limit: it takes nothing out of the bucket, and is in flight."""
+        with self._locked():
+            row = self._row(tenant, limit, now)
+            self._put_stock(row, self._own(row) + high)
+            return Lease(row, Limit(), 0.0, high)
+
+    def settle(self, lease: Lease, mu: float, now: float) -> None:
+        """A request is over; it has used `mu`."""
+        with self._locked():
+            bucket = refilled(self._bucket(lease.row), lease.limit, now)
+            if lease.limit.mu_per_minute is not None:
+                self._put(lease.row, charged(bucket, lease.limit, mu - lease.mu), lease.limit)
+            self._put_stock(lease.row, self._own(lease.row) - lease.high)
+
+    # --- rows ---
+
+    def _row(self, tenant: str, limit: Limit, now: float) -> int:
+        """The row of a tenant; a free one where it has none, else the shared one."""
+        digest = hashlib.blake2b(tenant.encode(errors="replace"), digest_size=16).digest()
+        first = int.from_bytes(digest[:4]) % (ROWS - 1)
+        rows = [1 + (first + n) % (ROWS - 1) for n in range(PROBES)]
+        found = next((row for row in rows if self._digest(row) == digest), None)
+        if found is None:
+            found = next((row for row in rows if self._free(row, now)), 0)
+            digest = digest if found else _SHARED
+            if self._digest(found) != digest:
+                self._table[found * _ROW.size : found * _ROW.size + 16] = digest
+                self._put(found, Bucket(limit.burst, now), limit)
+        return found
+
+    def _free(self, row: int, now: float) -> bool:
+        """Whether nothing would be lost with a row."""
+        digest, level, at, rate, burst = _ROW.unpack_from(self._table, row * _ROW.size)
+        return digest == _EMPTY or (level + rate * (now - at) >= burst and self._stock(row) == 0)
+
+    def _digest(self, row: int) -> bytes:
+        return self._table[row * _ROW.size : row * _ROW.size + 16]
+
+    def _bucket(self, row: int) -> Bucket:
+        _, level, at, _, _ = _ROW.unpack_from(self._table, row * _ROW.size)
+        return Bucket(level, at)
+
+    def _put(self, row: int, bucket: Bucket, limit: Limit) -> None:
+        _NUMBERS.pack_into(self._table, row * _ROW.size + 16, bucket.level, bucket.at, limit.rate, limit.burst)
+
+    def _stock(self, row: int) -> float:
+        """MU in flight of all processes."""
+        places = (self._place(row, index) for index in range(self._workers))
+        return sum(float(_ONE.unpack_from(self._table, place)[0]) for place in places)
+
+    def _own(self, row: int) -> float:
+        return float(_ONE.unpack_from(self._table, self._place(row))[0])
+
+    def _put_stock(self, row: int, mu: float) -> None:
+        _ONE.pack_into(self._table, self._place(row), mu if mu > _DUST else 0.0)
+
+    def _place(self, row: int, index: int | None = None) -> int:
+        """Where a process has its MU in flight of a row; without `index`, this one."""
+        column = self._index if index is None else index
+        return ROWS * _ROW.size + (column * ROWS + row) * _ONE.size
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if self._fd < 0 or self._workers == 1:
+            yield
+            return
+        held = self._lock()
+        try:
+            yield
+        finally:
+            if held:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def _lock(self) -> bool:
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() >= until:
+                    self._patience = 0.0
+                    return False
+                time.sleep(_PAUSE)
+            else:
+                self._patience = LOCK
+                return True

@@ -1,0 +1,112 @@
+"""The tokens of a prompt's text, counted by the model's own tokenizer, off the event loop and within a deadline.
+
+Rules: what cannot be had at once is not waited for: no count, and the caller goes by its learned ratio. At most WHOLE characters are ever
+tokenized for one request; of a longer text, windows spread evenly over it stand for the whole, which is within some 3 % (benchmarks/tokens.py)
+and bounds both the wait and the CPU time. Texts are dropped as soon as they are counted, and nothing of them is kept or logged.
+
+`encode` of the package tokenizers keeps the GIL for as long as it runs, `encode_batch_fast` lets it go: so a thread is enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.load.request_shape import leaves, prompts
+
+FILE: Final = "tokenizer.json"
+DEADLINE: Final = 0.005  # seconds
+WAITING: Final = 8  # requests whose text waits for the thread; further ones are not counted
+WHOLE: Final = 4096  # characters that are counted one by one: 1 to 2 ms of a core
+WINDOWS: Final = 8
+
+_log = logging.getLogger(__name__)
+
+
+Encode = Callable[[list[str]], Sequence[Sized]]  # texts -> the tokens of each
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Tokens of a text; `exact` where all of it was counted."""
+
+    tokens: int
+    exact: bool
+
+
+class Counter:
+    """One per relay process."""
+
+    def __init__(self, encode: Encode, deadline: float = DEADLINE) -> None:
+        self._encode = encode
+        self._deadline = deadline
+        self._thread = ThreadPoolExecutor(1, "tokenizer")
+        self._waiting = 0
+
+    async def count(self, payload: dict[str, Any], read: Callable[[str], str] = str) -> Count | None:
+        """The tokens of a body's prompt text; None where they cannot be had within the deadline.
+
+        `read` as for shapes.describe.
+        """
+        if self._waiting >= WAITING:
+            return None
+        texts = [leaf for leaf in leaves(prompts(payload), read) if isinstance(leaf, str)]
+        if not texts:
+            return Count(0, True)
+        self._waiting += 1
+        job = asyncio.get_running_loop().run_in_executor(self._thread, _count, self._encode, texts)
+        job.add_done_callback(self._counted)
+        await asyncio.wait((job,), timeout=self._deadline)
+        return job.result() if job.done() and job.exception() is None else None
+
+    def close(self) -> None:
+        """End the thread after what it is at."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _counted(self, job: asyncio.Future[Count]) -> None:
+        self._waiting -= 1
+        if not job.cancelled() and (error := job.exception()) is not None:
+            _log.warning("a text could not be counted (%s); its tokens are estimated", type(error).__name__)
+
+
+def load(folder: str) -> Counter | None:
+    """The counter of a model's directory; None where it has no tokenizer, or the extra is not there. Takes up to a second."""
+    file = Path(folder) / FILE
+    if not folder or not file.is_file():
+        return None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a pool of threads would only cost
+    try:
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        return Counter(partial(tokenizer.encode_batch_fast, add_special_tokens=False))
+    except ImportError:
+        _log.info("tokens are estimated: for exact ones, pip install 'inference-sidecar[tokenizer]'")
+    except Exception as e:  # noqa: BLE001  the package raises nothing more particular
+        _log.warning("tokens are estimated: %s cannot be used (%s)", FILE, type(e).__name__)
+    return None
+
+
+def windows(texts: Sequence[str], whole: int = WHOLE, count: int = WINDOWS) -> tuple[list[str], float]:
+    """(texts to tokenize, times by which their tokens are to be multiplied): all of short texts, windows of long ones."""
+    length = sum(map(len, texts))
+    if length <= whole:
+        return list(texts), 1.0
+    text, width = "".join(texts), whole // count
+    step = (length - width) / (count - 1)
+    starts = [round(n * step) for n in range(count)]
+    return [text[start : start + width] for start in starts], length / (width * count)
+
+
+def _count(encode: Encode, texts: list[str]) -> Count:
+    parts, times = windows(texts)
+    sound = [part if part.isascii() else part.encode(errors="replace").decode() for part in parts]  # no lone surrogates
+    tokens = sum(map(len, encode(sound)))
+    return Count(round(tokens * times), times == 1.0)

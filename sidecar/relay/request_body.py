@@ -1,0 +1,249 @@
+"""Pure: request bodies. Which paths are engine work, and image payloads kept away from the JSON parser.
+
+Rules: the base64 text of a data URL never goes through `json`: it is cut out by byte search, and the small rest is parsed.
+A body in which nothing changes is sent as the very bytes that came in. A body that cannot be parsed is the engine's to judge.
+
+Why the cut is safe: in valid JSON an unescaped `"` directly before `data:` opens a string, and the next unescaped `"` ends it.
+A data URL with a backslash inside (`\\/`, as PHP writes it) is left to the JSON parser. A placeholder carries a nonce
+that is drawn for this one body once it is here, so no text of a user can be taken for one. A data URL need not be an
+image: a text of the payload is read through `Skeleton.text`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from sidecar.relay.url_policy import is_link
+
+# The end of a POST path -> route name. The last two segments are looked up first, then the last one.
+ROUTES: Final[dict[str, str]] = {
+    "chat/completions": "chat",
+    "completions/batch": "chat",
+    "completions": "completions",
+    "completion": "completions",  # llama.cpp
+    "infill": "completions",  # llama.cpp
+    "responses": "responses",
+    "messages": "messages",
+    "generate": "generate",
+    "generate_stream": "generate",  # TGI
+    "invocations": "generate",  # SageMaker
+    "embeddings": "embeddings",
+    "embedding": "embeddings",  # llama.cpp
+    "embed": "embeddings",
+    "encode": "embeddings",  # SGLang
+    "rerank": "rerank",
+    "reranking": "rerank",  # llama.cpp
+    "score": "score",
+    "generative_scoring": "score",
+    "pooling": "pooling",
+    "classify": "classify",
+    "audio/transcriptions": "audio",
+    "audio/translations": "audio",
+    "audio/speech": "audio",
+}
+
+MAX_PARSED: Final = 16 << 20  # bytes of JSON without images; json.loads holds the GIL for about 5 ms a MiB
+# Members by which a request says itself how vLLM shall process its images: they are then the engine's, untouched.
+OWN_PROCESSING: Final = ("mm_processor_kwargs", "media_io_kwargs")
+_MARK: Final = b";base64,"
+_MAX_MEDIA_TYPE: Final = 128  # bytes between `"data:` and `;base64,`
+
+Buffer = bytes | memoryview | bytearray
+
+
+@dataclass(slots=True)
+class ImagePart:
+    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it.
+
+    `link`: where its bytes must be fetched from; it has no `data` then.
+    """
+
+    index: int  # into Skeleton.originals
+    where: str  # "messages[0].content[1]"
+    media_type: str  # "image/jpeg"
+    data: memoryview
+    part: dict[str, Any]
+    link: str = ""
+
+
+@dataclass(slots=True)
+class Skeleton:
+    """A body without its data URLs. `payload` is None when the body is no JSON object or too long to parse."""
+
+    body: bytes
+    nonce: str = ""
+    payload: dict[str, Any] | None = None
+    originals: list[Buffer] = field(default_factory=list)  # the data URLs, as they stand between their quotes
+    images: list[ImagePart] = field(default_factory=list)
+
+    def text(self, found: str) -> str:
+        """A text of the payload as it came in: with the data URLs that were cut out of it."""
+        if not self.originals or self.nonce not in found:
+            return found
+        stem = re.escape(_stem(self.nonce))
+        return re.sub(stem + r"(\d+)\.", lambda cut: str(self.originals[int(cut[1])], "utf-8", "replace"), found)
+
+
+def route_of(path: str) -> str | None:
+    """The route name of a POST to `path` (no query), or None when it is not engine work."""
+    head, _, last = path.rpartition("/")
+    return ROUTES.get(head.rpartition("/")[2] + "/" + last) or ROUTES.get(last)
+
+
+def cut(body: bytes, nonce: str, *, links: bool = False) -> Skeleton:
+    """Cut the data URLs out of `body` and parse the rest. `nonce`: letters and digits drawn after the body came.
+
+    `links`: images behind http(s) links count as images, too.
+    """
+    skeleton = Skeleton(body, nonce)
+    pieces: list[Buffer] = []
+    view = memoryview(body)
+    at = 0
+    for start, end in _data_urls(body):
+        pieces += (view[at:start], _placeholder(nonce, len(skeleton.originals)).encode())
+        skeleton.originals.append(view[start:end])
+        at = end
+    rest = b"".join((*pieces, view[at:])) if pieces else body
+    skeleton.payload = _parse(rest)
+    if skeleton.payload is not None:
+        skeleton.images = list(_images(skeleton, skeleton.payload, links))
+    return skeleton
+
+
+def join(skeleton: Skeleton, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:
+    """The body to send, in pieces.
+
+    `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds `stream_options.include_usage`. With
+    neither, the original bytes. Changes that were made in `payload` are sent only along with a replacement.
+    """
+    if skeleton.payload is None or not (replaced or ask_usage):
+        return [skeleton.body]
+    if not replaced and "stream_options" not in skeleton.payload:
+        return _spliced(skeleton.body, b'"stream_options":{"include_usage":true},')
+    payload = skeleton.payload
+    if ask_usage:
+        payload = {**payload, "stream_options": {**(payload.get("stream_options") or {}), "include_usage": True}}
+    return list(_filled(skeleton, json.dumps(payload, separators=(",", ":")).encode(), replaced))
+
+
+def original(skeleton: Skeleton, text: str) -> Buffer:
+    """What a text of the payload stands for: the data URL that was cut out, or the text itself."""
+    stem = _stem(skeleton.nonce)
+    return skeleton.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
+
+
+def _data_urls(body: bytes) -> Iterator[tuple[int, int]]:
+    """(start, end) of every string that is a base64 data URL without escapes, quotes excluded."""
+    mark = body.find(_MARK)
+    while mark >= 0:
+        after = mark + len(_MARK)
+        quote = body.rfind(b'"', max(0, mark - _MAX_MEDIA_TYPE), mark)
+        if quote > 0 and body.startswith(b"data:", quote + 1) and body[quote - 1] != 0x5C:
+            end = body.find(b'"', after)
+            if end < 0:
+                return
+            if body.find(b"\\", quote, end) < 0:
+                yield quote + 1, end
+                after = end
+        mark = body.find(_MARK, after)
+
+
+def _parse(rest: bytes) -> dict[str, Any] | None:
+    if len(rest) > MAX_PARSED or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return None  # too long; or UTF-16 or UTF-32, which `json` would read and which our bytes do not fit into
+    try:
+        payload = json.loads(rest)
+    except (ValueError, RecursionError):
+        return None
+    return payload if isinstance(payload, dict) else None
+
+
+def _images(skeleton: Skeleton, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
+    """The base64 images, and with `links` those to be fetched, in content parts of `messages` (chat) and `input` (responses)."""
+    if any(payload.get(name) for name in OWN_PROCESSING):
+        return
+    for where, part in _image_parts(payload):
+        url = part.get("image_url")
+        holder, key = (url, "url") if isinstance(url, dict) else (part, "image_url")
+        text = holder.get(key)
+        if not isinstance(text, str):
+            continue
+        if links and is_link(text):
+            yield ImagePart(_put_away(skeleton, holder, key, text), where, "", memoryview(b""), part, text)
+            continue
+        index = _index_of(skeleton, holder, key, text)
+        if index is None:
+            continue
+        media_type, mark, data = _split(skeleton.originals[index], text)
+        if mark and media_type.startswith("image/"):
+            yield ImagePart(index, where, media_type, data, part)
+
+
+def _image_parts(payload: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in ("messages", "input"):
+        messages = payload.get(name)
+        for i, message in enumerate(messages if isinstance(messages, list) else ()):
+            content = message.get("content") if isinstance(message, dict) else None
+            for j, part in enumerate(content if isinstance(content, list) else ()):
+                if isinstance(part, dict) and part.get("type") in ("image_url", "input_image"):
+                    yield f"{name}[{i}].content[{j}]", part
+
+
+def _index_of(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -> int | None:
+    """Which original `text` stands for. A data URL that was not cut (it had escapes) becomes one now."""
+    stem = _stem(skeleton.nonce)
+    if text.startswith(stem):
+        return int(text[len(stem) : -1])
+    if not text.startswith("data:image/"):
+        return None
+    return _put_away(skeleton, holder, key, text)
+
+
+def _put_away(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -> int:
+    """Let a placeholder stand for `text`; which original it is."""
+    skeleton.originals.append(json.dumps(text)[1:-1].encode())
+    holder[key] = _placeholder(skeleton.nonce, len(skeleton.originals) - 1)
+    return len(skeleton.originals) - 1
+
+
+def _split(original: Buffer, text: str) -> tuple[str, bool, memoryview]:
+    """(media type, whether it is base64, the base64 text) of a data URL; `text` is its decoded form where it was not cut."""
+    view = memoryview(text.encode(errors="replace") if isinstance(original, bytes) else original)
+    head = bytes(view[: _MAX_MEDIA_TYPE + len(_MARK)])
+    at = head.find(_MARK)
+    media_type = head[len("data:") : max(at, 0)].decode("latin-1").partition(";")[0].strip().lower()
+    return media_type, at > 0, view[at + len(_MARK) :]
+
+
+def _placeholder(nonce: str, index: int) -> str:
+    return f"{_stem(nonce)}{index}."
+
+
+def _stem(nonce: str) -> str:
+    return f"data:,{nonce}-"
+
+
+def _spliced(body: bytes, member: bytes) -> list[Buffer]:
+    """`body`, a non-empty JSON object, with one more member in front."""
+    brace = body.index(b"{") + 1
+    return [body[:brace] + member, memoryview(body)[brace:]]
+
+
+def _filled(skeleton: Skeleton, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
+    """`text` with each placeholder exchanged for its replacement, or else for what stood there."""
+    pieces = re.split(rb"%b(\d+)\." % re.escape(_stem(skeleton.nonce)).encode(), text)
+    yield pieces[0]
+    for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
+        index = int(number)
+        if index in replaced:
+            media_type, data = replaced[index]
+            if media_type:
+                yield f"data:{media_type};base64,".encode()
+            yield data
+        else:
+            yield skeleton.originals[index]
+        yield after

@@ -1,0 +1,42 @@
+"""Pure: what a request of a given size costs, and why: `GET /cost?in=3500&cached=0&out=300&images=1&image_tokens=900`.
+
+`in` are all input tokens, cached ones and those of images, audio and video among them; what is not named is 0. Images are of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from sidecar.events import Work
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+
+MEDIA: Final = ("images", "image_tokens", "audios", "audio_tokens", "videos", "video_tokens")
+NAMES: Final = ("in", "cached", "out", *MEDIA)
+MOST: Final = 10**9
+
+
+def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
+    """The price with its terms. Raises ValueError with one line for whoever asked."""
+    numbers = {name: _count(name, value) for name, value in asked.items()}
+    cached = numbers.get("cached", 0)
+    if cached > numbers.get("in", 0):
+        raise ValueError("cached tokens are part of `in`, so there cannot be more of them")
+    media = {name: numbers.get(name, 0) for name in MEDIA}
+    squares = media["image_tokens"] ** 2 // max(1, media["images"])
+    work = Work(numbers.get("in", 0) - cached, cached, numbers.get("out", 0), **media, image_squares=squares)
+    mu = units.mu(work, co)
+    return {
+        "mu": mu, "mu_milli": round(1000 * mu), "gpu_ms": units.gpu_ms(work, co), "terms_ms": dict(units.by_cause(work, co)),
+        "work": asdict(work), "fingerprint": co.fingerprint, "source": co.source,
+    }  # fmt: skip
+
+
+def _count(name: str, value: str) -> int:
+    if name not in NAMES:
+        raise ValueError(f"unknown parameter {name[:40]!r}; there are: {', '.join(NAMES)}")
+    if not (value.isascii() and value.isdigit() and len(value) < 12 and int(value) <= MOST):
+        raise ValueError(f"{name} must be a whole number from 0 to {MOST}")
+    return int(value)

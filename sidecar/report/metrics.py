@@ -1,0 +1,306 @@
+"""The only file that names metrics: one table, what feeds it, and what a scrape sees.
+
+Rules: gauges are a pure rendering of the last Snapshot, so a series goes when its subject goes; a signal that is absent
+has no series and one that failed is `sidecar_signal_up 0`, never a bare 0; counters and histograms are fed by records as
+they arrive; labels that clients choose are bounded in number and length, singly and in pairs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from sidecar.events import STATES, CanaryResult, End, Imaged, Outcome, Verdict
+from sidecar.health.kill_policy import HANDOVERS
+from sidecar.labels import OTHER, Bounded
+from sidecar.readings import SLOWDOWNS, Failed, GpuSample, Reading, Value
+from sidecar.snapshot import Snapshot
+
+Labels = tuple[str, ...]
+Row = tuple[str, Labels, float]  # metric, label values in the table's order, value
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric as it is exposed. `buckets` are upper bounds in seconds, without +Inf."""
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    help: str
+    labels: Labels = ()
+    buckets: tuple[float, ...] = ()
+
+
+# Two to three bounds per decade: the error of a quantile stays below half its value, and a histogram below 20 series.
+_REQUEST = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
+_OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+_IMAGE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_CLIENT = ("tenant", "model", "outcome")
+
+METRICS: Final = (
+    Metric("sidecar_mu_in_flight", "gauge", "Model units of the requests that are admitted and not settled."),
+    Metric("sidecar_mu_max_in_flight", "gauge", "Model units in flight at which requests still meet the time objective."),
+    Metric("sidecar_mu_per_minute", "gauge", "Model units done in the last minute."),
+    Metric("sidecar_mu_max_per_minute", "gauge", "Model units that this model and hardware can do in a minute."),
+    Metric("sidecar_mu_utilization_ratio", "gauge", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
+    Metric("sidecar_mu_total", "counter", "Model units of settled requests.", _CLIENT),
+    Metric("sidecar_mu_coefficients_stale", "gauge", "1 where the coefficients no longer fit this model and hardware."),
+    Metric("sidecar_prefill_tokens_in_flight", "gauge", "Input tokens whose first output token is awaited."),
+    Metric("sidecar_decode_tokens_in_flight", "gauge", "Output tokens that are expected and not yet delivered."),
+    Metric("sidecar_tokens_delivered_total", "counter", "Output tokens delivered to clients."),
+    Metric("sidecar_requests_in_flight", "gauge", "Requests that are admitted and not settled."),
+    Metric("sidecar_requests_total", "counter", "Settled requests.", _CLIENT),
+    Metric("sidecar_time_to_first_token_seconds", "histogram", "From admission to the first token.", (), _REQUEST),
+    Metric("sidecar_time_per_output_token_seconds", "histogram", "Between the tokens after the first.", (), _TOKEN),
+    Metric("sidecar_request_seconds", "histogram", "From admission to settlement.", (), _REQUEST),
+    Metric("sidecar_relay_overhead_seconds", "histogram", "Time that the relay itself added, less image work.", (), _OVERHEAD),
+    Metric("sidecar_verdict", "gauge", "1 for the verdict that holds, 0 for all others.", ("verdict",)),
+    Metric("sidecar_verdict_changes_total", "counter", "Changes of the verdict.", ("to", "reason")),
+    Metric("sidecar_kills_total", "counter", "Times that liveness was failed for a stall."),
+    Metric("sidecar_handover", "gauge", "1 while the engine is handed over: a restart does not help, an operator must act.", ("reason",)),
+    Metric("sidecar_progress_age_seconds", "gauge", "Since the last progress; no series while nothing is outstanding."),
+    Metric("sidecar_silence_allowed_seconds", "gauge", "Silence that the outstanding work may keep without suspicion."),
+    Metric("sidecar_streams_ended_total", "counter", "Requests that were ended because they alone could not go on.", ("reason",)),
+    Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST),
+    Metric("sidecar_canaries_total", "counter", "Canaries that ended.", ("outcome",)),
+    Metric("sidecar_canary_mu_total", "counter", "Model units of canaries that passed; of no tenant."),
+    Metric("sidecar_canary_tokens_total", "counter", "Tokens of canaries that passed, prompts and outputs."),
+    Metric("sidecar_garbage_output", "gauge", "1 while canaries are answered otherwise than they always were; restarts nothing."),
+    Metric("sidecar_images_total", "counter", "Images of requests.", ("format", "outcome")),
+    Metric("sidecar_image_seconds", "histogram", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE),
+    Metric("sidecar_image_bytes_total", "counter", "Bytes of images, as received and as handed on.", ("direction",)),
+    Metric("sidecar_gpu_utilization_ratio", "gauge", "Share of time in which a kernel ran; 1 is not proof of progress.", ("gpu",)),
+    Metric("sidecar_gpu_memory_used_bytes", "gauge", "GPU memory in use.", ("gpu",)),
+    Metric("sidecar_gpu_power_watts", "gauge", "Power drawn by the GPU.", ("gpu",)),
+    Metric("sidecar_gpu_energy_joules_total", "counter", "Energy that the GPU used since its driver was loaded.", ("gpu",)),
+    Metric("sidecar_gpu_sm_clock_hertz", "gauge", "Clock of the GPU's multiprocessors.", ("gpu",)),
+    Metric("sidecar_gpu_slowdown", "gauge", "1 while this lowers the GPU's clocks, else 0.", ("gpu", "reason")),
+    Metric("sidecar_gpu_xid_errors_total", "counter", "XID errors that the driver reported; xid 0 counts the rarer rest.", ("gpu", "xid")),
+    Metric("sidecar_signal_up", "gauge", "1 where a signal was read, 0 where it failed; no series where it does not exist.", ("signal",)),
+    Metric("sidecar_signal_seconds", "gauge", "What the last reading of a signal cost.", ("signal",)),
+    Metric("sidecar_loop_lag_seconds", "gauge", "Lag of a process's event loop.", ("process",)),
+    Metric("sidecar_cost_dollars_total", "counter", "GPU dollars of settled requests; needs --dollars-per-gpu-hour.", ("tenant", "model")),
+    Metric("sidecar_build_info", "gauge", "Always 1; the labels tell what runs here.", ("version", "engine_kind")),
+    # Read by consumers of DCGM's exporter, in its unit.
+    Metric("DCGM_FI_DEV_GPU_UTIL", "gauge", "GPU utilization (in %).", ("gpu", "UUID")),
+)  # fmt: skip
+
+_TABLE: Final = {m.name: m for m in METRICS}
+PAIRS_PER_TENANT: Final = (
+    2  # (tenant, model) pairs told apart, per tenant; 600 series a metric at most take 12 ms to render
+)
+REASONS: Final = 200  # far above the number of reason codes; a bound all the same
+
+
+@dataclass(slots=True)
+class _Histogram:
+    """Counts by bucket (the last one is +Inf) and the sum of what was observed."""
+
+    counts: list[int]
+    sum: float = 0.0
+
+    def observe(self, value: float, bounds: tuple[float, ...]) -> None:
+        self.counts[bisect_left(bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
+        running, rows = 0, []
+        for bound, count in zip([*map(str, bounds), "+Inf"], self.counts, strict=True):
+            running += count
+            rows.append((bound, float(running)))
+        return rows
+
+
+@dataclass(slots=True)
+class _Fed:
+    """What has been fed so far, by metric and label values."""
+
+    counters: dict[str, dict[Labels, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    histograms: dict[str, dict[Labels, _Histogram]] = field(default_factory=lambda: defaultdict(dict))
+
+    def count(self, name: str, labels: Labels = (), by: float = 1.0) -> None:
+        self.counters[name][labels] += by
+
+    def observe(self, name: str, value: float | None, labels: Labels = ()) -> None:
+        if value is None:
+            return
+        bounds = _TABLE[name].buckets
+        series = self.histograms[name]
+        series.setdefault(labels, _Histogram([0] * (len(bounds) + 1))).observe(max(0.0, value), bounds)
+
+
+class Meters(Collector):
+    """All metrics of the sidecar. `registry` is for the encoders of `prometheus_client`."""
+
+    def __init__(self, *, max_tenants: int) -> None:
+        self._tenants = Bounded(max_tenants)
+        self._models = Bounded(max_tenants)
+        self._pairs: set[tuple[str, str]] = set()
+        self._max_pairs = PAIRS_PER_TENANT * max_tenants
+        self._formats, self._stages, self._reasons = Bounded(20), Bounded(20), Bounded(REASONS)
+        self._fed = _Fed()
+        self._snapshot: Snapshot | None = None
+        for metric in METRICS:  # a histogram without labels exists from the start, at 0
+            if metric.buckets and not metric.labels:
+                self._fed.histograms[metric.name][()] = _Histogram([0] * (len(metric.buckets) + 1))
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def update(self, snapshot: Snapshot) -> None:
+        """The moment that gauges show from now on."""
+        self._snapshot = snapshot
+
+    def observe(self, record: Imaged | CanaryResult | Verdict | End) -> None:
+        """Count an image, a canary that ended, a verdict that has just changed, or an order to end requests."""
+        match record:
+            case Imaged():
+                self._imaged(record)
+            case CanaryResult():
+                self._fed.count("sidecar_canaries_total", (record.outcome,))
+                self._fed.observe("sidecar_canary_seconds", record.ended - record.started)
+            case Verdict():
+                self._fed.count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
+            case End():
+                self._fed.count("sidecar_streams_ended_total", (record.code,), len(record.ids))
+
+    def settled(
+        self,
+        tenant: str,
+        model: str,
+        outcome: Outcome,
+        *,
+        mu: float,
+        seconds: float,
+        ttft: float | None = None,
+        tpot: float | None = None,
+        overhead: float | None = None,
+        dollars: float = 0.0,
+    ) -> None:
+        """Count one settled request. Times in seconds; None where there was none (no token came, nothing was relayed)."""
+        client = self._client(tenant, model)
+        self._fed.count("sidecar_requests_total", (*client, outcome))
+        self._fed.count("sidecar_mu_total", (*client, outcome), mu)
+        if dollars > 0:
+            self._fed.count("sidecar_cost_dollars_total", client, dollars)
+        self._fed.observe("sidecar_request_seconds", seconds)
+        self._fed.observe("sidecar_time_to_first_token_seconds", ttft)
+        self._fed.observe("sidecar_time_per_output_token_seconds", tpot)
+        self._fed.observe("sidecar_relay_overhead_seconds", overhead)
+
+    def collect(self) -> Iterator[Family]:
+        """Every metric of the table, in its order, with the series it has now."""
+        rows: dict[str, list[tuple[Labels, float]]] = defaultdict(list)
+        for name, labels, value in gauges(self._snapshot) if self._snapshot else ():
+            rows[name].append((labels, value))
+        for name, series in self._fed.counters.items():
+            rows[name].extend(series.items())
+        for metric in METRICS:
+            yield _family(metric, rows[metric.name], self._fed.histograms.get(metric.name, {}))
+
+    def _imaged(self, image: Imaged) -> None:
+        self._fed.count("sidecar_images_total", (self._formats(image.format), image.outcome))
+        self._fed.count("sidecar_image_bytes_total", ("in",), image.bytes_in)
+        self._fed.count("sidecar_image_bytes_total", ("out",), image.bytes_out)
+        for stage, seconds in (*image.stages, ("total", image.seconds)):
+            self._fed.observe("sidecar_image_seconds", seconds, (self._stages(stage),))
+
+    def _client(self, tenant: str, model: str) -> tuple[str, str]:
+        pair = self._tenants(tenant), self._models(model)
+        if pair in self._pairs:
+            return pair
+        if len(self._pairs) >= self._max_pairs:
+            return OTHER, OTHER
+        self._pairs.add(pair)
+        return pair
+
+
+def gauges(s: Snapshot) -> Iterator[Row]:
+    """Everything that a Snapshot shows as a series."""
+    load = s.load
+    yield "sidecar_mu_in_flight", (), load.mu_in_flight
+    yield "sidecar_mu_max_in_flight", (), load.mu_max_in_flight
+    yield "sidecar_mu_per_minute", (), load.mu_per_minute
+    yield "sidecar_mu_max_per_minute", (), load.mu_max_per_minute
+    yield "sidecar_mu_utilization_ratio", (), load.utilization
+    yield "sidecar_mu_coefficients_stale", (), load.coefficients_stale
+    yield "sidecar_prefill_tokens_in_flight", (), load.prefill_tokens_in_flight
+    yield "sidecar_decode_tokens_in_flight", (), load.decode_tokens_in_flight
+    yield "sidecar_tokens_delivered_total", (), load.tokens_delivered_total
+    yield "sidecar_requests_in_flight", (), load.requests_in_flight
+    for state in STATES:
+        yield "sidecar_verdict", (state,), s.verdict.state == state
+    yield "sidecar_kills_total", (), s.kills
+    for reason in HANDOVERS:
+        yield "sidecar_handover", (reason,), s.handover == reason
+    if s.progress_age is not None:
+        yield "sidecar_progress_age_seconds", (), s.progress_age
+    yield "sidecar_silence_allowed_seconds", (), s.silence_allowed
+    yield "sidecar_canary_mu_total", (), s.canaries.mu
+    yield "sidecar_canary_tokens_total", (), s.canaries.tokens
+    yield "sidecar_garbage_output", (), s.canaries.garbage
+    yield "sidecar_loop_lag_seconds", ("control",), s.own_lag
+    for relay in s.relays:
+        yield "sidecar_loop_lag_seconds", (f"relay-{relay.index}",), relay.lag
+    yield "sidecar_build_info", (s.version, s.engine_kind), 1
+    yield from _signal("scrape", s.engine)
+    yield from _signal("process", s.own)
+    yield from _signal("gpu", _answering(s.gpus))
+    for gpu in s.gpus.value if isinstance(s.gpus, Value) else ():
+        yield from _gpu(gpu)
+
+
+def _signal(name: str, reading: Reading[Any]) -> Iterator[Row]:
+    if isinstance(reading, Value):
+        yield "sidecar_signal_up", (name,), 1
+        yield "sidecar_signal_seconds", (name,), reading.seconds
+    elif isinstance(reading, Failed):
+        yield "sidecar_signal_up", (name,), 0
+
+
+def _answering(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSample, ...]]:
+    """GPUs that were counted, and none of which answers, are not a signal that is up."""
+    if isinstance(reading, Value) and all(isinstance(gpu.memory_used, Failed) for gpu in reading.value):
+        return Failed("no GPU answers")
+    return reading
+
+
+def _gpu(gpu: GpuSample) -> Iterator[Row]:
+    index = gpu.label
+    fields: Iterable[tuple[str, Labels, Reading[float] | Reading[int], float]] = (
+        ("sidecar_gpu_utilization_ratio", (index,), gpu.utilization, 1),
+        ("sidecar_gpu_memory_used_bytes", (index,), gpu.memory_used, 1),
+        ("sidecar_gpu_power_watts", (index,), gpu.power, 1),
+        ("sidecar_gpu_energy_joules_total", (index,), gpu.energy, 1),
+        ("sidecar_gpu_sm_clock_hertz", (index,), gpu.sm_clock, 1),
+        ("DCGM_FI_DEV_GPU_UTIL", (index, gpu.uuid), gpu.utilization, 100),
+    )
+    for name, labels, reading, scale in fields:
+        if isinstance(reading, Value):
+            yield name, labels, reading.value * scale
+    if isinstance(gpu.slowdowns, Value):
+        for reason in SLOWDOWNS:
+            yield "sidecar_gpu_slowdown", (index, reason), reason in gpu.slowdowns.value
+    for xid, count in gpu.xid_errors:
+        yield "sidecar_gpu_xid_errors_total", (index, str(xid)), count
+
+
+def _family(metric: Metric, rows: list[tuple[Labels, float]], histograms: dict[Labels, _Histogram]) -> Family:
+    if metric.kind == "histogram":
+        family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+        for labels, histogram in histograms.items():
+            family.add_metric(labels, histogram.cumulative(metric.buckets), histogram.sum)
+        return family
+    cls = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    plain = cls(metric.name, metric.help, labels=metric.labels)
+    for labels, value in rows:
+        plain.add_metric(labels, float(value))
+    return plain

@@ -1,0 +1,142 @@
+"""The process that streams load reports: `xds.service.orca.v3.OpenRcaService/StreamCoreMetrics` on a port of its own.
+
+Rules: gRPC's threads live here and nowhere else, so that nothing that a client of the stream does can hold up the judge or a request;
+the control process sends the load once a second over the socket that relays use, and knows nothing of clients. Streams are bounded in
+number, a request in bytes. A client chooses its interval, not below LEAST_INTERVAL. A load that has grown old, because there is no
+control process, is not sent: what is silent expires at the client. SIGTERM ends every stream with UNAVAILABLE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from sidecar.errors import StartError
+from sidecar.events import Fact, Listening, Order, Published
+from sidecar.report import orca
+from sidecar.report import orca_proto as orca_messages
+from sidecar.runtime.channel import Channel
+
+LEAST_INTERVAL: Final = (
+    0.1  # seconds; Envoy reconnects after three of its intervals without a report, so it gets what it asks for
+)
+INTERVAL: Final = 1.0  # where a request names none
+STALE: Final = 10.0  # seconds after which a load is no longer sent
+MOST_STREAMS: Final = 256
+MOST_BYTES: Final = 4096  # of a request
+LEAVE: Final = 2.0  # seconds that streams have to end
+
+_log = logging.getLogger("sidecar")
+
+
+class Latest:
+    """The last load that the control process sent, and the connection that it comes by."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lost = asyncio.Event()
+        self._news = asyncio.Event()
+        self._message = b""
+        self._at = 0.0
+
+    async def run(self) -> None:
+        """Stay connected until cancelled."""
+        while True:
+            self._lost.clear()
+            channel = await Channel.reach(self._path, self._take, self._lost.set)
+            try:
+                channel.send(Listening(time.monotonic(), os.getpid()))
+                await self._lost.wait()
+            finally:
+                channel.close()
+
+    async def get(self) -> bytes:
+        """The message of a fresh load; waits for one."""
+        while not self._message or time.monotonic() - self._at > STALE:
+            self._news.clear()
+            await self._news.wait()
+        return self._message
+
+    def _take(self, record: Fact | Order) -> None:
+        if isinstance(record, Published) and record.orca_bin:
+            self._message, self._at = orca.message(record.orca_bin), time.monotonic()
+            self._news.set()
+
+
+def interval(request: bytes) -> float:
+    """Seconds between the reports of one stream. Raises ValueError when the bytes are no request."""
+    asked = orca_messages.interval(request)
+    return max(asked, LEAST_INTERVAL) if asked > 0 else INTERVAL
+
+
+def main(address: tuple[str, int], path: str) -> int:
+    """Serve until SIGTERM. `path`: the Unix socket of the control process. Returns 0."""
+    asyncio.run(_serve(address, path))
+    return 0
+
+
+async def _serve(address: tuple[str, int], path: str) -> None:
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    latest = Latest(path)
+    keeping = asyncio.create_task(latest.run())
+    server = await start(address, latest, ended)
+    await ended.wait()
+    await server.stop(LEAVE)
+    keeping.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await keeping
+
+
+async def start(address: tuple[str, int], latest: Latest, ended: asyncio.Event) -> Any:
+    """A running grpc.aio server, whose streams end when `ended` is set. Raises StartError that names the port."""
+    import grpc  # here: no other process of ours ever loads it
+    from grpc import aio
+
+    async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        try:
+            seconds = interval(request)
+        except ValueError as e:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
+        ending = asyncio.create_task(ended.wait())
+        try:
+            while (report := await _unless(ending, latest.get())) is not None:
+                yield report
+                await asyncio.wait((ending,), timeout=seconds)
+        finally:
+            ending.cancel()
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+
+    server = aio.server(
+        options=(("grpc.max_receive_message_length", MOST_BYTES), ("grpc.so_reuseport", 1)),
+        maximum_concurrent_rpcs=MOST_STREAMS,
+    )
+    method = grpc.unary_stream_rpc_method_handler(stream)  # bytes in, bytes out
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(orca_messages.SERVICE, {orca_messages.METHOD: method}),)
+    )
+    host, port = address
+    try:
+        server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError:
+        raise StartError(f"--orca-grpc: port {port} on {host} cannot be used; free it or choose another") from None
+    await server.start()
+    return server
+
+
+async def _unless(ending: asyncio.Task[Any], wanted: Any) -> bytes | None:
+    """What `wanted` gives; None where the end comes first."""
+    getting = asyncio.ensure_future(wanted)
+    try:
+        await asyncio.wait((ending, getting), return_when=asyncio.FIRST_COMPLETED)
+        return None if ending.done() else getting.result()
+    finally:
+        getting.cancel()

@@ -1,0 +1,263 @@
+"""Who consumed what, on disk: sums per minute, tenant, model and outcome, in an SQLite file of the state directory.
+
+    add (each settlement, in memory) -> take, about once a second -> write, one transaction -> rows
+
+Rules: a batch is written whole or not at all, and is forgotten only once it is written: what is lost by kill -9 is at most what
+was not written yet. Nothing is ever counted twice: the ids of the last minutes are written in the same transaction, because a relay
+tells a new control process again what the last one may not have booked. Minutes older than a day are summed up to hours; rows past the bounds of
+age or size go, oldest first, also of those that wait to be written. A damaged file is put aside, whenever that shows. No content, no
+names but labels.
+`write` touches the disk: call it off the event loop, one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.load.ledger import Settlement
+
+FILE: Final = "usage.db"
+VERSION: Final = 1
+MINUTE, HOUR, DAY = 60, 3600, 86_400
+TIDY_EVERY: Final = HOUR  # seconds between two looks at what is old
+SEEN: Final = 120  # seconds for which ids are kept; a relay repeats what is a second old
+MOST_ROWS: Final = 20_000  # that wait to be written: about 6 MB
+
+_log = logging.getLogger(__name__)
+
+Key = tuple[int, str, str, str]  # start of the minute (seconds since 1970), tenant, model, outcome
+
+
+@dataclass(slots=True)
+class Sums:
+    """What was consumed. `gpu_seconds` is by the cost model; `seconds` is the requests' own time, waiting included."""
+
+    requests: int = 0
+    mu: float = 0.0
+    gpu_seconds: float = 0.0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Sums) -> None:
+        """Add another's numbers to ours."""
+        for name in NAMES:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+NAMES: Final = tuple(f.name for f in fields(Sums))
+_COLUMNS = ", ".join(NAMES)
+_ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in NAMES)
+_SUMMED = ", ".join(f"sum({name})" for name in NAMES)
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS usage (
+    at INTEGER NOT NULL, tenant TEXT NOT NULL, model TEXT NOT NULL, outcome TEXT NOT NULL, {_COLUMNS},
+    PRIMARY KEY (at, tenant, model, outcome)) WITHOUT ROWID"""
+_SEEN = "CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at INTEGER NOT NULL) WITHOUT ROWID"
+_UPSERT = f"""
+INSERT INTO usage (at, tenant, model, outcome, {_COLUMNS}) VALUES (?, ?, ?, ?, {", ".join("?" * len(NAMES))})
+ON CONFLICT (at, tenant, model, outcome) DO UPDATE SET {_ADDED}"""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Settlements that are not on disk yet: their sums, and the ids of their requests with the times of their ends."""
+
+    sums: dict[Key, Sums] = field(default_factory=dict)
+    ids: dict[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.ids)
+
+    def add(self, other: Batch) -> None:
+        """Take in another batch."""
+        for key, sums in other.sums.items():
+            self.sums.setdefault(key, Sums()).add(sums)
+        self.ids |= other.ids
+
+
+class Records:
+    """The file of one sidecar. `unit_ms`: GPU milliseconds of a model unit; `days` and `most_bytes` bound what is kept."""
+
+    def __init__(self, folder: Path, unit_ms: float, days: int, most_bytes: int) -> None:
+        self.path = folder / FILE
+        self._unit_ms = unit_ms
+        self._days = days
+        self._most = most_bytes
+        self._pending = Batch()
+        self._tidied = 0.0
+        self._seen = _seen(self.path)  # by the process before us
+
+    def add(self, s: Settlement, wall: float) -> None:
+        """Count one settlement at `wall`, seconds since 1970; one that is on disk already is not counted again."""
+        if s.admitted.id in self._seen:
+            return
+        key = int(wall) // MINUTE * MINUTE, s.tenant, s.model, s.settled.outcome
+        work, cost = s.work, s.mu * self._unit_ms / 1000
+        spent = Sums(
+            1,
+            s.mu,
+            cost,
+            work.uncached + work.cached,
+            work.cached,
+            s.delivered,
+            work.images,
+            s.settled.at - s.admitted.at,
+        )
+        self._pending.add(Batch({key: spent}, {s.admitted.id: int(wall)}))
+
+    def take(self) -> Batch:
+        """What was added since the last take. Give it to `write`, or back to `restore`."""
+        taken, self._pending = self._pending, Batch()
+        return taken
+
+    def restore(self, taken: Batch) -> None:
+        """A write failed: what was taken is pending again, in as much room as a disk that stays full may take."""
+        taken.add(self._pending)
+        newest = max(taken.ids.values(), default=0)
+        ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN}
+        self._pending = Batch(_few(taken.sums), ids)
+
+    def write(self, taken: Batch, wall: float) -> None:
+        """Add a batch to the file, and tidy it from time to time. Raises OSError or sqlite3.Error; then nothing was written."""
+        try:
+            self._write(taken, wall)
+        except sqlite3.DatabaseError as e:
+            if type(e) is not sqlite3.DatabaseError:  # its kinds are a full or locked disk, and defects of ours
+                raise
+            self._put_aside()
+            self._write(taken, wall)
+
+    def _write(self, taken: Batch, wall: float) -> None:
+        with contextlib.closing(_connect(self.path)) as db:
+            with _transaction(db):
+                db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
+                db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
+                db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN,))
+            since = wall - self._tidied
+            if since >= TIDY_EVERY or (since >= MINUTE and _used(db) > self._most):  # clients may name tenants quickly
+                self._tidied = wall
+                try:
+                    tidy(db, wall, self._days, self._most)
+                except sqlite3.OperationalError as e:  # the batch is in: raised, it would be written once more
+                    _log.warning("the usage records could not be tidied (%s); tried again later", e)
+
+    def _put_aside(self) -> None:
+        _log.error("the usage records are damaged; they are put aside as %s.damaged", self.path.name)
+        for suffix in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+
+
+def _few(sums: dict[Key, Sums]) -> dict[Key, Sums]:
+    """At most MOST_ROWS sums: of more, those of hours instead of minutes, and of still more the newest."""
+    if len(sums) <= MOST_ROWS:
+        return sums
+    hours = Batch()
+    for (at, tenant, model, outcome), one in sums.items():
+        hours.add(Batch({(at // HOUR * HOUR, tenant, model, outcome): one}))
+    return dict(sorted(hours.sums.items(), key=lambda row: row[0])[-MOST_ROWS:])
+
+
+def tidy(db: sqlite3.Connection, wall: float, days: int, most_bytes: int) -> None:
+    """Sum old minutes up to hours, drop what is too old, and the oldest tenth as long as the file is too large."""
+    aged = int(wall - DAY) // HOUR * HOUR
+    with _transaction(db):
+        db.execute("DELETE FROM usage WHERE at < ?", (int(wall) - days * DAY,))
+        old = db.execute(
+            f"SELECT at / {HOUR} * {HOUR}, tenant, model, outcome, {_SUMMED} FROM usage WHERE at < ? GROUP BY 1, 2, 3, 4",
+            (aged,),
+        ).fetchall()
+        db.execute("DELETE FROM usage WHERE at < ?", (aged,))
+        db.executemany(_UPSERT, old)
+    while _used(db) > most_bytes and (count := db.execute("SELECT count(*) FROM usage").fetchone()[0]) > 1:
+        with _transaction(db):
+            row = db.execute("SELECT at FROM usage ORDER BY at LIMIT 1 OFFSET ?", (count // 10,)).fetchone()
+            db.execute("DELETE FROM usage WHERE at <= ?", row)
+    db.execute("PRAGMA incremental_vacuum")
+
+
+def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tuple[tuple[Any, ...], Sums]]:
+    """Sums of [since, until), grouped by columns of GROUPS, largest first. Raises OSError or sqlite3.Error."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    groups = ", ".join(GROUPS[name] for name in by) or "'all'"
+    numbers = ", ".join(str(i + 1) for i in range(max(len(by), 1)))
+    query = f"SELECT {groups}, {_SUMMED} FROM usage WHERE at >= ? AND at < ? GROUP BY {numbers} ORDER BY {_order(by)}"
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)
+    try:
+        found = db.execute(query, (int(since), int(until))).fetchall()
+    finally:
+        db.close()
+    width = max(len(by), 1)
+    return [(row[:width], Sums(*row[width:])) for row in found]
+
+
+def _seen(path: Path) -> frozenset[str]:
+    """Ids that an earlier process wrote; none where there is no file that can be read."""
+    if not path.is_file():
+        return frozenset()
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)) as db:
+            return frozenset(id for (id,) in db.execute("SELECT id FROM seen"))
+    except sqlite3.Error:
+        return frozenset()
+
+
+# What `sidecar usage --by` may name, and its SQL.
+GROUPS: Final[Mapping[str, str]] = {
+    "tenant": "tenant",
+    "model": "model",
+    "outcome": "outcome",
+    "day": "strftime('%Y-%m-%d', at, 'unixepoch')",
+    "hour": "strftime('%Y-%m-%dT%H:00Z', at, 'unixepoch')",
+}
+
+
+def _order(by: tuple[str, ...]) -> str:
+    times = [str(i + 1) for i, name in enumerate(by) if name in ("day", "hour")]
+    return ", ".join([*times, "sum(mu) DESC"])
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=5, isolation_level=None)
+    try:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"usage records of version {version}")
+        db.execute(_SCHEMA)
+        db.execute(_SEEN)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def _used(db: sqlite3.Connection) -> int:
+    pages, free, size = (
+        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)

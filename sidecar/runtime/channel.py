@@ -1,0 +1,119 @@
+"""Records between the control process and one relay process, over a connected Unix socket.
+
+Rules: `send` never waits and never raises; what is queued is bounded. When the other side does not read, Delivered records
+are dropped first (their sums are repeated in Settled), then everything; `dropped` counts both. Records are gathered for GATHER
+seconds and written at once: a system call for each of a short request's three would cost it more than all of its own work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from sidecar.events import Delivered, Fact, Order
+from sidecar.runtime import codec as wire
+
+DELIVERED_BOUND = 4 * 1024 * 1024  # bytes queued, past which Delivered records are dropped
+BOUND = 64 * 1024 * 1024  # bytes queued, past which every record is dropped
+GATHER = 0.01  # seconds; facts carry their own times, and nothing that is made of them is finer
+RETRY = 0.2  # seconds between attempts to reach the other side
+GATHER_BOUND = 256  # records, past which they are written at once
+
+
+class Channel(asyncio.Protocol):
+    """One end. Build it with `Channel.open` or `Channel.reach`."""
+
+    def __init__(self, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]) -> None:
+        self._on_record = on_record
+        self._on_close = on_close
+        self._buffer = bytearray()
+        self._transport: asyncio.WriteTransport | None = None
+        self._gathered: list[Fact | Order] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self.dropped = 0
+        self.undecodable = 0
+
+    @classmethod
+    async def open(
+        cls, sock: socket.socket, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]
+    ) -> Channel:
+        """Take over `sock`. `on_record` is called for each record in order; `on_close` once, when the other side is gone."""
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        _, channel = await loop.create_unix_connection(lambda: cls(on_record, on_close), sock=sock)
+        return channel
+
+    @classmethod
+    async def reach(cls, path: str, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]) -> Channel:
+        """As `open`, by the Unix socket `path` of the supervisor, as soon as that takes a connection."""
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                await asyncio.get_running_loop().sock_connect(sock, path)
+                return await cls.open(sock, on_record, on_close)
+            except BaseException as e:
+                sock.close()
+                if not isinstance(e, OSError):
+                    raise
+            await asyncio.sleep(RETRY)
+
+    def send(self, record: Fact | Order) -> None:
+        """Queue one record."""
+        if self._transport is None or self._transport.is_closing():
+            self.dropped += 1
+            return
+        self._gathered.append(record)
+        if len(self._gathered) >= GATHER_BOUND:
+            self._write()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(GATHER, self._write)
+
+    def close(self) -> None:
+        """Send what is queued, then hang up."""
+        self._write()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _write(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        records, self._gathered = self._gathered, []
+        if self._transport is None or self._transport.is_closing():
+            self.dropped += len(records)
+            return
+        queued = self._transport.get_write_buffer_size()
+        lines: list[bytes] = []
+        for record in records:
+            if queued > BOUND or (queued > DELIVERED_BOUND and isinstance(record, Delivered)):
+                self.dropped += 1
+                continue
+            lines.append(wire.encode(record))
+            queued += len(lines[-1])
+        if lines:
+            self._transport.write(b"".join(lines))
+
+    # --- asyncio.Protocol ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's is one without being a subclass
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        *lines, rest = self._buffer.split(b"\n")
+        self._buffer = rest if len(rest) <= wire.MAX_LINE else bytearray()
+        for line in lines:
+            try:
+                record = wire.decode(bytes(line))
+            except wire.WireError:
+                self.undecodable += 1
+                continue
+            self._on_record(record)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._write()  # counts what could not be sent
+        self._on_close()

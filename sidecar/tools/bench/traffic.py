@@ -1,0 +1,125 @@
+"""One run: requests that come when they are due, and what became of each, as its client sees it.
+
+Rules: a request that finds `most_open` others open is dropped here, unsent, so that nothing piles up; one that has no end within `timeout`
+seconds of its arrival is stalled, and its connection is closed; 429 and 503 are drops of the engine's. What is under way when the
+run is cancelled ends as cancelled. No content is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+
+from sidecar.relay.sse import SSE
+from sidecar.tools.bench.tally import DROPS, Ended, Record
+from sidecar.tools.calibrate.prompts import Prompts, Target
+from sidecar.tools.calibrate.shapes import Shape
+
+STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`at_once`: requests that the engine is given at a time; 0: all that are open."""
+
+    shape: Shape
+    most_open: int
+    at_once: int
+    timeout: float
+    seed: int
+
+
+class Run:
+    """Sends one run's requests. `records` grows with each that ended; `open` is how many have not."""
+
+    def __init__(self, session: aiohttp.ClientSession, target: Target, plan: Plan) -> None:
+        self.records: list[Record] = []
+        self.open = 0
+        self._session = session
+        self._target = target
+        self._plan = plan
+        self._prompts = Prompts(target, plan.seed)
+        self._gate: AbstractAsyncContextManager[object] = (
+            asyncio.Semaphore(plan.at_once) if plan.at_once else nullcontext()
+        )
+
+    async def run(self, due: Iterable[float]) -> None:
+        """Send a request at each time (seconds from now), and wait until the last has ended."""
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for at in due:
+                await asyncio.sleep(began + at - time.monotonic())
+                if self.open >= self._plan.most_open:
+                    self.records.append(Record("dropped", 0.0))
+                    continue
+                self.open += 1
+                group.create_task(self.one())
+
+    async def alone(self) -> Record:
+        """One request, now."""
+        self.open += 1
+        await self.one()
+        return self.records[-1]
+
+    async def one(self) -> None:
+        """One request, counted in `open` already."""
+        answer = _Answer(time.monotonic())
+        ended: Ended = "cancelled"
+        try:
+            async with asyncio.timeout(self._plan.timeout), self._gate:
+                ended = await self._ask(answer)
+        except TimeoutError:
+            ended = "stalled"
+        except (aiohttp.ClientError, OSError):
+            ended = "failed"
+        finally:
+            self.open -= 1
+            self.records.append(Record(ended, time.monotonic() - answer.began, answer.first, answer.tokens))
+
+    async def _ask(self, answer: _Answer) -> Ended:
+        prompt = self._prompts.next(self._plan.shape)
+        body = {**prompt.body, **STREAMED}
+        async with self._session.post(
+            self._target.url + prompt.path, json=body, headers=self._target.headers, timeout=NO_LIMIT
+        ) as response:
+            if response.status in DROPS:
+                return "dropped"
+            if response.status != 200:
+                return "failed"
+            async for chunk in response.content.iter_any():
+                answer.feed(chunk)
+        return answer.ended
+
+
+class _Answer:
+    """What has come of an answer."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.first: float | None = None
+        self._stream = SSE(hide_usage=False)
+
+    def feed(self, chunk: bytes) -> None:
+        self._stream.feed(chunk)
+        if self.first is None and self._stream.started:
+            self.first = time.monotonic() - self.began
+
+    @property
+    def tokens(self) -> int:
+        """By the engine's usage, else one per event."""
+        usage = self._stream.usage
+        return usage.completion_tokens if usage else self._stream.tokens
+
+    @property
+    def ended(self) -> Ended:
+        """Whether it came to its proper end."""
+        return "completed" if self._stream.done and self.first is not None else "failed"
+
+
+NO_LIMIT: Final = aiohttp.ClientTimeout(total=None)  # the plan's own limit counts from the arrival

@@ -1,0 +1,159 @@
+"""What the engine says of itself, and what it turns out to be able to do: token ids, a prefix cache that it reports, photos.
+
+Rules: whatever it cannot do is left out of the measurement and said; only what no measurement can do without ends it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import aiohttp
+
+from sidecar.engines import metrics_parser as sample
+from sidecar.engines import registry as kinds
+from sidecar.kernels import families
+from sidecar.tools.calibrate.prompts import Target, photos_can_be_made
+from sidecar.tools.calibrate.shapes import SIDES, WORDS, Shape
+from sidecar.tools.calibrate.traffic import EngineRefused, Load, Traffic
+
+CONTEXT: Final = 4096  # tokens, where the engine does not say
+WARM: Final = 256  # tokens of the first requests
+ANSWER: Final = 10.0  # seconds for a page
+MOST_IMAGES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """The engine. `load`: asks how many requests it has; `flags`: those of its settings that its metrics page shows."""
+
+    target: Target
+    context: int
+    cached: bool
+    version: str
+    kind: str
+    load: Load
+    most_images: int = 0
+    flags: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+async def meet(session: aiohttp.ClientSession, url: str, key: str, kind: str, model: str, context: int) -> Met:
+    """Ask what it serves, and try what it can do. `kind` may be "auto"; `model` is its directory or "". Raises EngineRefused."""
+    target = Target(url, "", key)
+    pages = {path: await _page(session, target, path) for path in ("/v1/models", "/metrics", *kinds.CLOSER_LOOK)}
+    card = _card(pages["/v1/models"], url)
+    known = kinds.KINDS[kinds.recognise({k: v for k, v in pages.items() if v}) if kind == "auto" else kind]
+    target = replace(target, model=card["id"])
+
+    async def load() -> float | None:
+        try:
+            read = sample.parse(await _page(session, target, known.metrics_path), known)
+        except ValueError:
+            return None
+        return None if read.running is None else read.running + (read.waiting or 0)
+
+    target = await _asked(session, target)
+    cached = await _cached(session, target)
+    target, most_images, why = await _photos(session, target, model)
+    return Met(
+        target, context or int(card.get("max_model_len") or CONTEXT), cached, await _version(session, target), known.name, load,
+        most_images, kinds.flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE) if note),
+    )  # fmt: skip
+
+
+async def text_target(session: aiohttp.ClientSession, url: str, key: str) -> Target:
+    """The first model that it serves, asked as it can be, and warm. Raises EngineRefused."""
+    target = Target(url, "", key)
+    card = _card(await _page(session, target, "/v1/models"), url)
+    return await _asked(session, replace(target, model=card["id"]))
+
+
+NO_CACHE: Final = (
+    "cached prompts are not measured: the engine does not say what it had cached (vLLM: --enable-prompt-tokens-details)"
+)
+
+
+async def _asked(session: aiohttp.ClientSession, target: Target) -> Target:
+    """By token ids where the engine takes them, else by words; and warm."""
+    try:
+        await Traffic(session, target).once(Shape(16, 0, 1))
+    except EngineRefused:
+        target = replace(target, ids=False)
+        await Traffic(session, target).once(Shape(16, 0, 1))
+    await Traffic(session, target, seed=1).burst(Shape(WARM // 2, 0, 8), 2)
+    return target
+
+
+async def _cached(session: aiohttp.ClientSession, target: Target) -> bool:
+    """Whether it says that it had cached what it was sent before."""
+    work = await Traffic(session, target, seed=2).once(Shape(8, WARM - 64, 1))
+    return work.cached > WARM // 4
+
+
+async def _photos(session: aiohttp.ClientSession, target: Target, model: str) -> tuple[Target, int, str]:
+    """(with the encoder tokens of photos, most photos of one request, why there are none)."""
+    if not photos_can_be_made():
+        return (
+            target,
+            0,
+            "images are not measured: numpy and Pillow are missing; pip install 'inference-sidecar[images]'",
+        )
+    try:
+        prompt = [await _prompt_tokens(session, target, images=1, side=side) for side in SIDES]
+    except EngineRefused as e:
+        return target, 0, f"images are not measured: {e}"
+    try:
+        await _prompt_tokens(session, target, images=MOST_IMAGES, side=SIDES[0])
+        most = MOST_IMAGES
+    except EngineRefused:
+        most = 1
+    text = await _prompt_tokens(session, target, images=0, side=SIDES[0])
+    told = {side: count - text for side, count in zip(SIDES, prompt, strict=True)}
+    tokens = {side: _by_processor(model, side) or max(1, told[side]) for side in SIDES}
+    return replace(target, tokens=tokens), most, ""
+
+
+async def _prompt_tokens(session: aiohttp.ClientSession, target: Target, *, images: int, side: int) -> int:
+    """What `usage` counts of a chat that says the same each time."""
+    work = await Traffic(session, target, seed=3).once(Shape(WORDS, 0, 1, images=images, side=side))
+    return work.uncached + work.cached
+
+
+def _by_processor(model: str, side: int) -> int:
+    """The tokens of a photo by the files of the model's processor; 0 where they do not say."""
+    spec = families.from_dir(model) if model else None
+    return spec.geometry(side * 3 // 4, side).tokens if spec else 0
+
+
+def _card(page: bytes, url: str) -> dict[str, Any]:
+    """What the engine says of its first model. Raises EngineRefused."""
+    if not page:
+        raise EngineRefused(
+            f"no engine answers /v1/models at {url}; start it, and name its base URL (--engine, --engine-key)"
+        )
+    try:
+        card = dict(json.loads(page)["data"][0])
+        return card | {"id": str(card["id"])}
+    except (ValueError, LookupError, TypeError):
+        raise EngineRefused("/v1/models names no model; wait until the engine has loaded it") from None
+
+
+async def _version(session: aiohttp.ClientSession, target: Target) -> str:
+    try:
+        return str(json.loads(await _page(session, target, "/version"))["version"])[:64]
+    except (ValueError, LookupError, TypeError):
+        return "unknown"
+
+
+async def _page(session: aiohttp.ClientSession, target: Target, path: str) -> bytes:
+    """The body of a page that answers 200, else empty."""
+    try:
+        async with session.get(
+            target.url + path, headers=target.headers, timeout=aiohttp.ClientTimeout(total=ANSWER)
+        ) as answer:
+            return await answer.read() if answer.status == 200 else b""
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        return b""

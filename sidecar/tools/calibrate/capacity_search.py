@@ -1,0 +1,115 @@
+"""What is found out before the grid: how many requests to keep open, the capacity at the SLO, and how long the longest shape may be.
+
+Open more and more requests of the reference's shape: their p95 grows, and their rate does until the engine is full. The shapes are
+measured where it is full: there a request costs what it takes from others. The length is what the time allows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Final
+
+from sidecar.tools.calibrate.checkpoint import Plan, Step
+from sidecar.tools.calibrate.shapes import MOST, Shape, generating, largest, reference
+from sidecar.tools.calibrate.traffic import EngineRefused, Sample, Traffic
+
+MOST_OPEN: Final = 1024  # requests
+FULL: Final = 0.9  # of the highest rate
+AHEAD: Final = 4  # latencies that the next step may take: two rounds, of requests that take up to twice as long
+ALONE: Final = 20  # latencies of a request alone that the whole search takes, about
+LEAST_SCALE: Final = 1 / 16  # of the reference, where the time is short
+GRID_COST: Final = 6.0  # the whole grid in costs of its largest shape: measured on an engine with a steep attention
+TURNS: Final = 4  # at least as many are to fit
+
+Say = Callable[[str], None]
+
+
+async def search(traffic: Traffic, context: int, slo: float, seconds: float, most: int, say: Say) -> tuple[Step, ...]:
+    """The steps, until p95 is over the SLO, or `most` requests are open, or the time is up. At least one."""
+    steps: list[Step] = []
+    started = time.monotonic()
+    shape, number = await _shape(traffic, context, seconds), 1
+    while number <= most:
+        say(f"{number} of {shape.name} open at all times")
+        sample = await traffic.run(shape, number, seconds / 12)
+        steps.append(step(sample))
+        if sample.p95() > slo or time.monotonic() - started + AHEAD * sample.p95() > seconds:
+            break
+        number *= 2
+    return tuple(steps)
+
+
+async def _shape(traffic: Traffic, context: int, seconds: float) -> Shape:
+    """The reference's, or a part of it that leaves time for some steps."""
+    scale = 1.0
+    while True:
+        shape = reference(context, scale)
+        if ALONE * await traffic.burst(shape, 1) <= seconds or scale <= LEAST_SCALE:
+            return shape
+        scale /= 2
+
+
+def step(sample: Sample) -> Step:
+    """What a run says of its concurrency. Raises EngineRefused where the engine served others meanwhile."""
+    if sample.others:
+        raise EngineRefused(
+            f"{sample.others} requests of others came meanwhile; take the engine out of traffic and begin again"
+        )
+    cost = sample.cost()
+    return Step(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
+
+
+def full(steps: tuple[Step, ...]) -> int:
+    """The least number of open requests that fills the engine, near enough."""
+    highest = max(one.rate for one in steps)
+    return min(one.open for one in steps if one.rate >= FULL * highest)
+
+
+def held(steps: tuple[Step, ...], slo: float) -> float:
+    """Open requests at which p95 is the SLO, between the last step that kept it and the first that did not.
+
+    0 where no step was over it, or the first one was.
+    """
+    for below, over in itertools.pairwise(steps):
+        if below.p95 <= slo < over.p95:
+            return below.open + (over.open - below.open) * (slo - below.p95) / (over.p95 - below.p95)
+    return 0.0
+
+
+async def length(traffic: Traffic, span: tuple[int, int], concurrency: int, seconds: float, say: Say) -> int:
+    """Tokens of the longest shapes, in a span: doubled while turns of the grid still fit into `seconds`."""
+    found, most = span[0], min(span[1], MOST)
+    while found < most:
+        tried = min(2 * found, most)
+        say(f"{concurrency} of {largest(tried).name} at once")
+        took = await traffic.burst(largest(tried), concurrency)
+        # A turn keeps each shape's requests open for two rounds: one that does not count, and one that does.
+        if 2 * GRID_COST * took * TURNS > seconds:
+            break
+        found = tried
+    return found
+
+
+async def decode(traffic: Traffic, length: int, concurrency: int, say: Say) -> tuple[Step, ...]:
+    """Steps of requests that only generate, up to the concurrency of the grid."""
+    shape, steps, number = generating(length), [], 1
+    while number <= concurrency:
+        say(f"{number} of {shape.name} open at all times")
+        steps.append(step(await traffic.run(shape, number, 0.0)))
+        number *= 2
+    return tuple(steps)
+
+
+async def plan(
+    traffic: Traffic, span: tuple[int, int], slo: float, seconds: tuple[float, float], concurrency: int, say: Say
+) -> Plan:
+    """Search and length. `span`: tokens that the longest shapes have at least, and the context. `seconds`: for the search, and for the grid.
+
+    `concurrency` 0: where the engine is full.
+    """
+    steps = await search(traffic, span[1], slo, seconds[0], MOST_OPEN, say)
+    chosen = concurrency or full(steps)
+    found = await length(traffic, span, chosen, seconds[1], say)
+    return Plan(found, chosen, steps, await decode(traffic, found, chosen, say))

@@ -1,0 +1,147 @@
+"""Pure: measured costs -> coefficients, with what they are worth on shapes that were held out.
+
+Non-negative least squares on relative errors, pulled slightly toward a prior whose overall scale is fitted first: a term that
+the shapes hardly show keeps the prior's share instead of a wild value. The pull is of ratios and bounded: a term may be any number of
+times the prior where the measurements say so. Solved by coordinate descent: a handful of unknowns.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from sidecar.events import Work
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import TERMS, Coefficients
+from sidecar.tools.calibrate.shapes import Shape
+
+RIDGE: Final = 0.0003  # weight of the prior, per measurement
+ROUNDS: Final = 4000
+AGAIN: Final = 20  # times that the pull is weighed by where the last one led
+ENOUGH: Final = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a request of this size cost: milliseconds of the engine, when it had as much as it could work on."""
+
+    work: Work
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A shape over all turns: its cost, and how far the turns lie apart (their range between quartiles, as a share of the cost)."""
+
+    shape: Shape
+    measured: Measured
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Errors of a model on measurements: relative, as shares of the measured cost. `r2` on the logarithms."""
+
+    mape: float
+    p90: float
+    r2: float
+
+
+def merged(turns: Iterable[tuple[Shape, Measured]]) -> list[Row]:
+    """The turns of each shape as one: their lower quartile, because whatever else the machine does only ever adds to a cost."""
+    shapes: dict[Shape, list[Measured]] = {}
+    for shape, measured in turns:
+        shapes.setdefault(shape, []).append(measured)
+    rows = []
+    for shape, several in shapes.items():
+        costs = [m.ms for m in several]
+        low, _, high = statistics.quantiles(costs, n=4, method="inclusive") if len(costs) > 1 else costs * 3
+        rows.append(Row(shape, Measured(several[0].work, low), (high - low) / low))
+    return rows
+
+
+def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coefficients:
+    """The coefficients that explain the measurements best. Raises ValueError for fewer than four."""
+    if len(measured) < 4:
+        raise ValueError("too few measurements to fit: at least four shapes are needed")
+    prior = prior or Coefficients()
+    rows = [units.features(m.work, prior) for m in measured]
+    shown = [any(r[j] for r in rows) for j in range(len(TERMS))]
+    scale = _scale(measured, prior)
+    start = [getattr(prior, name) * scale for name in TERMS]
+    solved = solve(rows, [m.ms for m in measured], start, RIDGE * len(measured))
+    values = {name: solved[j] if shown[j] else start[j] for j, name in enumerate(TERMS)}
+    return replace(prior, **values)  # type: ignore[arg-type]
+
+
+def _scale(measured: Sequence[Measured], prior: Coefficients) -> float:
+    return math.exp(statistics.median(math.log(m.ms / units.gpu_ms(m.work, prior)) for m in measured))
+
+
+def solve(rows: Sequence[Sequence[float]], costs: Sequence[float], prior: Sequence[float], ridge: float) -> list[float]:
+    """argmin over x >= 0 of sum(((row . x - cost) / cost)^2) + ridge * sum(((x - prior) / max(x, prior))^2)."""
+    count = range(len(prior))
+    relative = [[value / cost for value in r] for r, cost in zip(rows, costs, strict=True)]
+    gram = [[sum(r[i] * r[j] for r in relative) for j in count] for i in count]
+    target = [sum(r[i] for r in relative) for i in count]
+    x = _descend(gram, target, prior, [0.0] * len(prior), list(prior))  # near a prior that is far off the pull is steep
+    for _ in range(AGAIN if ridge else 0):
+        pull = [ridge / max(x[i], prior[i]) ** 2 if prior[i] > 0 else 0.0 for i in count]
+        x = _descend(gram, target, prior, pull, x)
+    return x
+
+
+def _descend(
+    gram: Sequence[Sequence[float]], target: Sequence[float], prior: Sequence[float], pull: Sequence[float], start: list[float]
+) -> list[float]:  # fmt: skip
+    """Coordinate descent on the quadratic form, each coordinate held at 0 or above."""
+    x, count = list(start), range(len(start))
+    for _ in range(ROUNDS):
+        moved = 0.0
+        for i in count:
+            weight = gram[i][i] + pull[i]
+            if weight <= 0:
+                continue
+            rest = sum(gram[i][j] * x[j] for j in count if j != i)
+            new = max(0.0, (target[i] + pull[i] * prior[i] - rest) / weight)
+            moved += weight * (new - x[i]) ** 2
+            x[i] = new
+        if moved < ENOUGH:
+            break
+    return x
+
+
+def line(measured: Sequence[Measured]) -> list[float]:
+    """The usual alpha-beta line fitted to the same measurements: [per request, per input token, per output token]."""
+    rows = [[1.0, m.work.uncached + m.work.cached, m.work.output] for m in measured]
+    return solve(rows, [m.ms for m in measured], [1.0, 1.0, 1.0], 0.0)
+
+
+def accuracy(measured: Sequence[Measured], co: Coefficients) -> Accuracy:
+    """How far the coefficients are off on these measurements."""
+    return _accuracy([(m.ms, units.gpu_ms(m.work, co)) for m in measured])
+
+
+def line_accuracy(measured: Sequence[Measured], fitted: Sequence[float]) -> Accuracy:
+    """How far the alpha-beta line is off."""
+    per, i, o = fitted
+    return _accuracy([(m.ms, per + i * (m.work.uncached + m.work.cached) + o * m.work.output) for m in measured])
+
+
+def variation(measured: Sequence[Measured], co: Coefficients) -> float:
+    """Coefficient of variation, over the shapes, of the capacity in MU per minute. 0: the same whatever is asked."""
+    per_minute = [units.mu(m.work, co) * 60_000 / m.ms for m in measured]
+    return statistics.pstdev(per_minute) / statistics.mean(per_minute)
+
+
+def _accuracy(pairs: Sequence[tuple[float, float]]) -> Accuracy:
+    errors = sorted(abs(predicted - ms) / ms for ms, predicted in pairs)
+    logs = [math.log(ms) for ms, _ in pairs]
+    mean = statistics.mean(logs)
+    spread = sum((x - mean) ** 2 for x in logs)
+    left = sum((math.log(max(predicted, 1e-9)) - x) ** 2 for x, (_, predicted) in zip(logs, pairs, strict=True))
+    p90 = errors[min(len(errors) - 1, math.ceil(0.9 * len(errors)) - 1)]
+    return Accuracy(statistics.mean(errors), p90, 1 - left / spread if spread else 0.0)

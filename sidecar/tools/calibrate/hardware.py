@@ -1,0 +1,44 @@
+"""What the engine runs on, where it runs on this machine: the GPUs that NVML names, else the processor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from sidecar.flags import gpu_of
+from sidecar.signals.gpu import names as gpu_names
+
+LOCAL: Final = ("127.0.0.1", "localhost", "::1")
+
+
+def gpus_of(engine: str, chosen: str) -> tuple[int, str]:
+    """How many GPUs of which name: those of --gpu, else those that NVML shows; (0, "") where there are none to be seen."""
+    if chosen:
+        return gpu_of(chosen)
+    names = gpu_names.read() if urlsplit(engine).hostname in LOCAL else []
+    return len(names), names[0] if names else ""
+
+
+def text(engine: str, gpus: tuple[int, str]) -> str:
+    """A name such as "NVIDIA H100 80GB HBM3" or "2 x AMD EPYC"; empty where the engine is on another machine."""
+    count, name = gpus
+    if not name:
+        if urlsplit(engine).hostname not in LOCAL:
+            return ""
+        count, name = os.cpu_count() or 1, processor(_cpuinfo())
+    return name if count == 1 else f"{count} x {name}"
+
+
+def processor(cpuinfo: str) -> str:
+    """The processor's name, of /proc/cpuinfo."""
+    names = (line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
+    return next(names, "processor")
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""

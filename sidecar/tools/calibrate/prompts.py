@@ -1,0 +1,153 @@
+"""What a request of a chosen shape looks like, and what its answer says that it used.
+
+Rules: prompts are random and photos are new, so that nothing is cached by accident; what was really used is what the engine's
+`usage` says. Photos need numpy and Pillow (the extra `images`).
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Final
+
+from sidecar.events import Work
+from sidecar.tools.calibrate.shapes import Shape
+
+VOCABULARY: Final = (
+    "red",
+    "blue",
+    "tree",
+    "house",
+    "seven",
+    "river",
+    "stone",
+    "light",
+    "paper",
+    "north",
+    "glass",
+    "winter",
+)
+TOKENS_PER_WORD: Final = 3  # at most, about: of a tokenizer that knows none of these words
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The engine, and how it is asked. `ids`: it takes prompts as token ids, of which `vocabulary` are safe.
+
+    `tokens`: encoder tokens of one photo, by its longer side; empty where it takes none.
+    """
+
+    url: str
+    model: str
+    key: str = ""
+    ids: bool = True
+    vocabulary: int = 256
+    tokens: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request carries."""
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request: where it goes, and its body."""
+
+    path: str
+    body: Mapping[str, Any]
+
+
+class Prompts:
+    """Makes requests, always new ones; those of one maker share the cached part."""
+
+    def __init__(self, target: Target, seed: int = 0) -> None:
+        self._target = target
+        self._random = random.Random(seed)
+        self._shifts = random.Random(seed)
+        self._prefix: list[int] = []
+
+    def lead(self, shape: Shape) -> Prompt:
+        """The request that leaves the cached part of `shape` in the engine's cache."""
+        self._prefix = self._tokens(shape.cached)
+        return self._completion(self._prefix + self._tokens(1), 1)
+
+    def next(self, shape: Shape) -> Prompt:
+        """A request of this shape; with a side, one that could carry photos. A photo takes milliseconds: call it on a thread."""
+        if shape.side:
+            return self._chat(shape)
+        return self._completion(self._prefix + self._tokens(shape.uncached), shape.output)
+
+    def _completion(self, tokens: list[int], output: int) -> Prompt:
+        prompt = tokens if self._target.ids else self._text(tokens)
+        return Prompt("/v1/completions", {"prompt": prompt, **self._common(output)})
+
+    def _chat(self, shape: Shape) -> Prompt:
+        urls = [photo_url(shape.side, self._shifts.getrandbits(32)) for _ in range(shape.images)]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        words = self._text(self._tokens(max(1, shape.uncached // TOKENS_PER_WORD)))
+        message = {"role": "user", "content": [*content, {"type": "text", "text": words}]}
+        return Prompt("/v1/chat/completions", {"messages": [message], **self._common(shape.output)})
+
+    def _common(self, output: int) -> dict[str, Any]:
+        return {
+            "model": self._target.model, "max_tokens": output, "min_tokens": output, "ignore_eos": True, "temperature": 0.0,
+            "stream": False,
+        }  # fmt: skip
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(self._target.vocabulary) for _ in range(count)]
+
+    def _text(self, tokens: list[int]) -> str:
+        return " ".join(VOCABULARY[token % len(VOCABULARY)] for token in tokens)
+
+
+def photos_can_be_made() -> bool:
+    """Whether the libraries are there."""
+    return all(importlib.util.find_spec(name) for name in ("numpy", "PIL"))
+
+
+def photo_url(side: int, seed: int) -> str:
+    """A JPEG as a data URL, 4:3, that differs with the seed: one picture for each size, shifted around."""
+    import numpy as np
+    from PIL import Image
+
+    picture = _picture(side)
+    out = io.BytesIO()
+    Image.fromarray(np.roll(picture, divmod(seed, side), axis=(0, 1))).save(out, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+@cache
+def _picture(side: int) -> Any:
+    from sidecar.tools.synthetic_photos import pixels
+
+    return pixels(side, side * 3 // 4, seed=side)
+
+
+def used(answer: Any, shape: Shape, target: Target) -> Work:
+    """What an answer says that it used. Raises ValueError."""
+    try:
+        usage = answer["usage"]
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        n, each = shape.images, target.tokens.get(shape.side, 0)
+        new, output = usage["prompt_tokens"] - cached, usage["completion_tokens"]
+        return Work(new, cached, output, n * each, n, image_squares=n * each * each)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("no usage") from None
+
+
+def words(text: str) -> str:
+    """An engine's error in one short line."""
+    try:
+        error = json.loads(text)
+        text = str(error.get("error", {}).get("message") or error.get("message") or text)
+    except (ValueError, AttributeError):
+        pass
+    return " ".join(text.split())[:200]

@@ -1,0 +1,125 @@
+"""Pure: what a calibration found, as text."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar.load import cost_model as units
+from sidecar.load.cost_model import Coefficients
+from sidecar.tools.calibrate.checkpoint import Plan
+from sidecar.tools.calibrate.fit import Measured, Row, accuracy, line, line_accuracy, variation
+
+BAR: Final = 24
+NOISY: Final = 0.15  # spread of the turns, from which on the machine is said to be busy with other things
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Shapes that were fitted and that were held out, and what came of them.
+
+    `waited`: the share of the time in which the engine had no core, half of the measurements more.
+    """
+
+    fitted: Sequence[Row]
+    held_out: Sequence[Row]
+    co: Coefficients
+    plan: Plan
+    waited: float
+
+    @property
+    def variation(self) -> float:
+        """How much the capacity differs between shapes."""
+        return variation(_of([*self.fitted, *self.held_out]), self.co)
+
+    @property
+    def spread(self) -> float:
+        """How far the turns of one shape lie apart: the median over the shapes."""
+        return statistics.median(row.spread for row in (*self.fitted, *self.held_out))
+
+
+def _of(rows: Sequence[Row]) -> list[Measured]:
+    return [row.measured for row in rows]
+
+
+def text(found: Findings, slo: float) -> str:
+    """The report."""
+    co = found.co
+    noisy = "; the machine does other things, too: measure again when it does not"
+    return "\n".join(
+        [
+            *table(found),
+            "",
+            *held_out(found),
+            f"capacity with {found.plan.concurrency} open: {units.max_mu_per_minute(co):.1f} MU per minute, "
+            f"coefficient of variation over the shapes {found.variation:.1%}",
+            f"turns of one shape lie {found.spread:.1%} apart; the engine had no core in {found.waited:.1%} of the time, which is taken out"
+            + (noisy if max(found.spread, found.waited) > NOISY else ""),
+            f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
+            "a generated token: "
+            + ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode),
+            f"1 MU = {units.unit_ms(co):.1f} ms; "
+            + ", ".join(f"{name} {getattr(co, name):.4g}" for name in units.TERMS),
+        ]
+    )
+
+
+def held_out(found: Findings) -> list[str]:
+    """The errors on what was held out; where photos were measured, also without and with them."""
+    fitted = line(_of(found.fitted))
+    kinds = [("held out", found.held_out)]
+    if any(row.shape.images for row in found.held_out):
+        kinds += [("of these text", [r for r in found.held_out if not r.shape.images])]
+        kinds += [("of these photos", [r for r in found.held_out if r.shape.images])]
+    lines = []
+    for name, rows in kinds:
+        ours, theirs = accuracy(_of(rows), found.co), line_accuracy(_of(rows), fitted)
+        lines.append(
+            f"{name}: MAPE {ours.mape:.1%}, P90 {ours.p90:.1%}, R2 {ours.r2:.3f}; "
+            f"alpha-beta line: MAPE {theirs.mape:.1%}, P90 {theirs.p90:.1%}, R2 {theirs.r2:.3f}"
+        )
+    return lines
+
+
+def table(found: Findings) -> list[str]:
+    """One line for each shape, the cheap ones first."""
+    rows = [("shape", "measured ms", "model ms", "error", "turns", "")]
+    for kept, group in (("", found.fitted), ("held out", found.held_out)):
+        for row in sorted(group, key=lambda row: row.measured.ms):
+            ms, predicted = row.measured.ms, units.gpu_ms(row.measured.work, found.co)
+            rows.append(
+                (
+                    row.shape.name,
+                    f"{ms:.1f}",
+                    f"{predicted:.1f}",
+                    f"{predicted / ms - 1:+.0%}",
+                    f"±{row.spread / 2:.0%}",
+                    kept,
+                )
+            )
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+
+
+def _in_flight(found: Findings, slo: float) -> str:
+    if found.co.mu_in_flight > 0:
+        return f"{found.co.mu_in_flight:.2f} MU in flight"
+    if found.plan.steps[0].p95 > slo:
+        return "nothing; not even one request of this size alone keeps it"
+    return f"not reached in the time; by Little's law {units.max_mu_in_flight(found.co, slo):.2f} MU in flight"
+
+
+def _steps(found: Findings) -> str:
+    return ", ".join(
+        f"{s.open} open: {s.p95:.2f} s, {s.rate * units.mu(s.work, found.co) * 60:.0f} MU per minute"
+        for s in found.plan.steps
+    )
+
+
+def bar(done: float, of: float, what: str) -> str:
+    """One line of progress; more than all is all."""
+    share = min(1.0, done / max(of, 1e-9))
+    full = int(BAR * share)
+    return f"[{'#' * full}{'.' * (BAR - full)}] {share:.0%} {what}"

@@ -1,0 +1,315 @@
+"""The whole story on one machine: an engine serves, stalls, is found, killed and started again, and serves.
+
+Rules of this module: the page's URL comes first; one line per event, in plain words, with the seconds since the start; what
+is started here is ended here, whatever ends the demo; the children's own output is in files, named where something failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+
+from sidecar.flags import address, flag, integer, number, one_of
+from sidecar.tools.demo import processes as stages
+from sidecar.tools.demo.admin_client import AdminClient
+from sidecar.tools.demo.kubelet import Event, Happening, Kubelet
+from sidecar.tools.demo.processes import MODEL, Stage, url
+from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
+from sidecar.tools.demo.traffic import OUTCOMES, Plan, Traffic, found_pictures, made_pictures
+
+WATCH: Final = 0.25  # seconds between looks at the verdicts
+PROGRESS: Final = 5.0  # seconds between progress lines
+ROOM: Final = 20.0  # seconds that must be left for a stall to be found, killed and recovered from
+STALLS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")  # faults of the engine that stop all its tokens
+
+
+def pictures_dir(value: str) -> str:
+    if value and not Path(value).is_dir():
+        raise ValueError
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Settings of `sidecar demo`. Seconds unless the help says otherwise."""
+
+    seconds: float = flag(
+        0.0,
+        number(0, 86_400),
+        "End after so many seconds, with a summary; 0: at Ctrl-C",
+        expected="seconds from 0 to 86400",
+    )
+    images: str = flag(
+        "", pictures_dir, "Directory of photographs to send; default: made ones", expected="an existing directory"
+    )
+    listen: tuple[str, int] = flag(("127.0.0.1", 8080), address, "Where the relay listens", expected="HOST:PORT")
+    admin: tuple[str, int] = flag(
+        ("127.0.0.1", 9400), address, "Where probes, load, metrics and the page are", expected="HOST:PORT"
+    )
+    stall_after: float = flag(
+        15.0,
+        number(0, 86_400),
+        "Seconds of service before the engine is made to stall, each time; 0: never",
+        expected="seconds from 0 to 86400",
+    )
+    fault: str = flag(
+        "freeze", one_of(*STALLS), "How the engine is made to stall", expected="one of " + ", ".join(STALLS)
+    )
+    rate: float = flag(4.0, number(0.1, 1000), "Requests per second, on average", expected="a number from 0.1 to 1000")
+    in_flight: int = flag(32, integer(1, 10_000), "Most requests under way", expected="a whole number from 1 to 10000")
+    seed: int = flag(1, integer(0, 2**31), "Seed of the traffic", expected="a whole number from 0 to 2147483648")
+
+
+def main(settings: DemoSettings) -> int:
+    """Run the demo to its end. 0: every stall was detected and nothing was alarmed for nothing; 1 otherwise."""
+    return asyncio.run(_main(settings))
+
+
+async def _main(settings: DemoSettings) -> int:
+    found = await asyncio.to_thread(found_pictures, Path(settings.images)) if settings.images else []
+    stage = await asyncio.to_thread(stages.make, settings.listen, settings.admin)
+    demo = Demo(settings, stage, found)
+    failures = ["the demo itself failed"]
+    try:
+        demo.introduce()
+        failures = await demo.run()
+    finally:
+        if failures:
+            print(f"logs: {stage.sidecar_log} and {stage.engine_log}", flush=True)
+        else:
+            await asyncio.to_thread(shutil.rmtree, stage.directory, ignore_errors=True)
+    return 1 if failures else 0
+
+
+# What to say of the engine's events; None: nothing. Failed start-up and readiness probes are the rule while it loads.
+ENGINE_LINES: Final[dict[Happening, str | None]] = {
+    "started": "engine started (pid {e.pid}, restarts: {e.restarts})",
+    "probe_failed": "{e.probe} probe failed {e.run}/{e.threshold}: {e.detail}",
+    "probe_passed": None,
+    "ready": "engine ready: it has served a token, and its probes pass",
+    "unready": "engine not ready: it would get no more traffic",
+    "killing": "engine killed by the kubelet: its {e.probe} probe failed too often",
+    "exited": "engine ended: {e.detail}",
+    "backing_off": "engine is started again in {e.seconds:.0f} s (crash back-off)",
+}
+
+
+class Demo:
+    """One run: the pod's two containers, the traffic, the stalls, and the account of them."""
+
+    def __init__(self, settings: DemoSettings, stage: Stage, found: list[str]) -> None:
+        self.settings: Final = settings
+        self.stage: Final = stage
+        self.card: Final = Scorecard()
+        self._found = found
+        self._began = time.monotonic()
+        self._stop = asyncio.Event()
+        self._sidecar_up = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._recovered = asyncio.Event()
+        self._ending = False
+        self._broken: list[str] = []
+        self._traffic: Traffic | None = None
+
+    def say(self, line: str) -> None:
+        """One line, with the seconds since the start."""
+        print(f"[{time.monotonic() - self._began:6.1f} s] {line}", flush=True)
+
+    def introduce(self) -> None:
+        """The page's URL, and what the user should know before it starts."""
+        stage, s = self.stage, self.settings
+        print(f"page:   {url(stage.admin)}/", flush=True)
+        print(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
+        stall = f"; it is made to stall ({s.fault}) after each {s.stall_after:g} s of service" if s.stall_after else ""
+        print(f"engine: scripted, behind the relay{stall}")
+        print(f"quick settings, to keep this short: {stages.quick_settings()}")
+        for note in stage.notes:
+            print(f"note:   {note}")
+        print("Ctrl-C ends it." if not s.seconds else f"It ends by itself after {s.seconds:g} s.", flush=True)
+
+    async def run(self) -> list[str]:
+        """To the end; prints the summary. Returns what went wrong, a line each."""
+        with _signals(self._stop):
+            async with (
+                AdminClient(url(self.stage.admin)) as admin,
+                Kubelet(self.stage.sidecar(), self._on_sidecar) as pod,
+            ):
+                await self._until_stopped(pod, self._story(admin))
+                self._ending = True
+                return self._sum_up(await admin.model_units())
+
+    async def _until_stopped(self, pod: Kubelet, story: Coroutine[Any, Any, None]) -> None:
+        """Run the story until it is time, someone stops us, or something breaks."""
+        tasks = [
+            asyncio.create_task(story, name="story"),
+            asyncio.create_task(pod.failed(), name="kubelet"),
+            asyncio.create_task(self._stop.wait(), name="stop"),
+        ]
+        left = self._left()
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._ending = True
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    def _left(self) -> float | None:
+        """Seconds until the end; None without one."""
+        return max(0.0, self._began + self.settings.seconds - time.monotonic()) if self.settings.seconds else None
+
+    async def _story(self, admin: AdminClient) -> None:
+        """What happens side by side, once the sidecar is up. Never returns."""
+        pictures = await self._pictures()
+        await self._sidecar_up.wait()
+        async with Kubelet(self.stage.engine_container(), self._on_engine) as kubelet, asyncio.TaskGroup() as group:
+            group.create_task(kubelet.failed())
+            group.create_task(self._watch(admin))
+            await self._ready.wait()
+            s = self.settings
+            self._traffic = Traffic(Plan(url(self.stage.relay), s.rate, s.in_flight, s.seed, MODEL, pictures))
+            self.say(f"traffic: {s.rate:g} requests/s on average, {len(pictures)} photographs at hand")
+            group.create_task(self._traffic.run())
+            group.create_task(self._progress(admin))
+            group.create_task(self._stalls())
+
+    async def _pictures(self) -> list[str]:
+        if not self.stage.images:
+            return []
+        return self._found or await asyncio.to_thread(made_pictures, self.settings.seed)
+
+    # --- what the kubelets report ---
+
+    def _on_sidecar(self, event: Event) -> None:
+        if self._ending:
+            return
+        if event.kind == "ready":
+            self.say("sidecar up")
+            self._sidecar_up.set()
+        elif event.kind == "exited":
+            self._broken.append(f"the sidecar ended ({event.detail})")
+            self._stop.set()
+
+    def _on_engine(self, event: Event) -> None:
+        if self._ending:
+            return
+        line = ENGINE_LINES[event.kind]
+        if line and not (event.kind == "probe_failed" and event.probe != "liveness"):
+            self.say(line.format(e=event))
+        if event.kind == "killing":
+            self.card.killed(event.probe or "", event.at)
+        elif event.kind == "exited":
+            self.card.exited()
+        elif event.kind == "ready":
+            self.card.ready(event.at)
+            self._ready.set()
+
+    # --- what happens side by side ---
+
+    async def _watch(self, admin: AdminClient) -> None:
+        """Tell verdict changes as they come, and see when a stall was detected and when it was over."""
+        seen = time.time()
+        while True:
+            for change in await admin.changes(seen):
+                seen = change["since"]
+                self._tell(change)
+            if self._traffic and self.card.served(self._traffic.tally.last_ok):
+                stall = self.card.stalls[-1]
+                self.say(
+                    f"RECOVERED: requests are served again, {_after(stall.injected, stall.recovered)} after the stall"
+                )
+                self._recovered.set()
+            await asyncio.sleep(WATCH)
+
+    def _tell(self, change: dict[str, Any]) -> None:
+        at = time.monotonic() - (time.time() - change["since"])
+        detected = self.card.verdict(change["verdict"], change["reason"], at)
+        self.say(f"verdict: {change['verdict']} ({change['reason']}) {change['detail']}".rstrip())
+        if detected:
+            self.say(f"DETECTED: {_after(self.card.stalls[-1].injected, at)} after the stall was injected")
+
+    async def _stalls(self) -> None:
+        """Make the engine stall after so long a service, again and again, while there is room for a recovery."""
+        while self.settings.stall_after:
+            self._recovered.clear()
+            await asyncio.sleep(self.settings.stall_after)
+            left = self._left()
+            if left is not None and left < ROOM:
+                return
+            self.say(f"STALL injected ({self.settings.fault}): the engine's port answers, no token moves")
+            self.card.injected(time.monotonic())
+            await self._inject()
+            await self._recovered.wait()
+
+    async def _inject(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=5)
+        try:
+            async with aiohttp.ClientSession(url(self.stage.engine), timeout=timeout, raise_for_status=True) as engine:
+                await engine.post("/faults", json={"kind": self.settings.fault})
+        except (aiohttp.ClientError, TimeoutError) as e:
+            self._broken.append(f"the engine did not take the fault ({type(e).__name__})")
+            self._stop.set()
+
+    async def _progress(self, admin: AdminClient) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS)
+            load = await admin.load()
+            assert self._traffic
+            tally = self._traffic.tally
+            ok, others = tally.outcomes["ok"], sum(tally.outcomes.values()) - tally.outcomes["ok"]
+            mu = (
+                f"{load['mu']['in_flight']:.2f} MU in flight, {load['mu']['per_minute']:.0f} MU/min"
+                if load
+                else "no /load"
+            )
+            self.say(f"{ok} requests ok, {others} not, {tally.open} under way, {tally.pictures} images; {mu}")
+
+    # --- the end ---
+
+    def _sum_up(self, mu: dict[str, float] | None) -> list[str]:
+        tally = self._traffic.tally if self._traffic else None
+        counts = {name: tally.outcomes[name] for name in OUTCOMES} if tally else {}
+        figures = Figures(counts, tally.pictures if tally else 0, mu, time.monotonic() - self._began)
+        failures = self._broken + self.card.failures()
+        if tally is None:
+            failures.append("the engine never became ready")
+        print("summary")
+        print("\n".join(summary(self.card, figures)))
+        if self.settings.stall_after and not self.card.stalls:
+            print(f"  no stall was injected: that takes {self.settings.stall_after + ROOM:g} s of service")
+        for line in failures:
+            print(f"FAILED: {line}")
+        print(
+            "end" if failures else "all stalls detected, no false alarm" if self.card.stalls else "no false alarm",
+            flush=True,
+        )
+        return failures
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal stop the demo in order."""
+    loop = asyncio.get_running_loop()
+    which = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for s in which:
+        loop.add_signal_handler(s, stop.set)
+    try:
+        yield
+    finally:
+        for s in which:
+            loop.remove_signal_handler(s)
+
+
+def _after(start: float, end: float | None) -> str:
+    return f"{(end or start) - start:.1f} s"

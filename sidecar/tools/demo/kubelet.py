@@ -1,0 +1,248 @@
+"""A kubelet for one container, which here is a child process: runs it, probes it, kills it, starts it again.
+
+Rules of this module (what a result leads to is decided in prober.py):
+- HTTP: 200 <= code < 400 is success, on a new connection each time; exec: exit code 0; a timeout is a failure;
+- a kill is SIGTERM to the first process, and SIGKILL to all of them when it has ended or the grace period is over;
+- whatever happens, the container's processes do not outlive the `async with`.
+
+Left out of the real one: the random delay after kubelet's own start, and following redirects (a 3xx is success as it is).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from asyncio.subprocess import DEVNULL, STDOUT, Process
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import aiohttp
+
+from sidecar.tools.demo.probe_policy import Backoff, Decision, HttpGet, Kind, Probe, ProbeSpec, Result
+
+Happening = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
+
+TRIES: Final = 3  # kubelet's maxProbeRetries: an errored probe (not a failed one) is tried again at once
+BODY_LIMIT: Final = 10 << 10  # bytes of an HTTP probe's answer that are read
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What to run and how to probe it. `log` takes its stdout and stderr; None: they are dropped."""
+
+    command: tuple[str, ...]
+    startup: ProbeSpec | None = None
+    readiness: ProbeSpec | None = None
+    liveness: ProbeSpec | None = None
+    grace: float = 30.0  # terminationGracePeriodSeconds
+    backoff: float = 10.0
+    backoff_cap: float = 300.0
+    env: Mapping[str, str] | None = None
+    log: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that kubelet would report. `run` of `threshold` for a probe; `pid` and `restarts` of the container."""
+
+    kind: Happening
+    at: float
+    pid: int
+    restarts: int
+    probe: Kind | None = None
+    run: int = 0
+    threshold: int = 0
+    detail: str = ""
+    seconds: float = 0.0
+
+
+class Kubelet:
+    """Runs one container, probes it and restarts it, from `async with` until its end, which ends the container too."""
+
+    def __init__(self, container: Container, on_event: Callable[[Event], None]) -> None:
+        self.container: Final = container
+        self.restarts = 0
+        self.pid = 0  # 0 while no container runs
+        self._tell = on_event
+        specs: dict[Kind, ProbeSpec | None] = {
+            "startup": container.startup, "readiness": container.readiness, "liveness": container.liveness,
+        }  # fmt: skip
+        self._probes: dict[Kind, Probe] = {kind: Probe(kind, spec) for kind, spec in specs.items() if spec}
+        self._was_ready = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="kubelet")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._task
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def failed(self) -> None:
+        """Wait for the loop's own failure, and raise it. There is none in good health."""
+        assert self._task
+        await asyncio.shield(self._task)
+
+    @property
+    def started(self) -> bool:
+        """The container runs and has passed its startup probe, or has none."""
+        return bool(self.pid) and self._passed("startup")
+
+    @property
+    def ready(self) -> bool:
+        """The container would get traffic."""
+        return self.started and self._passed("readiness")
+
+    def _passed(self, kind: Kind) -> bool:
+        return kind not in self._probes or self._probes[kind].value == "success"
+
+    def _report(self, kind: Happening, **more: object) -> None:
+        self._tell(replace(Event(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
+
+    def _report_readiness(self) -> None:
+        if self.ready != self._was_ready:
+            self._was_ready = self.ready
+            self._report("ready" if self.ready else "unready")
+
+    async def _run(self) -> None:
+        backoff = Backoff(self.container.backoff, self.container.backoff_cap)
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(connector=connector, headers={"User-Agent": "kube-probe/1.33"}) as http:
+            while True:
+                await self._live(http)
+                now = time.monotonic()
+                wait = backoff.restart_at(now) - now
+                if wait:
+                    self._report("backing_off", seconds=wait)
+                await asyncio.sleep(wait)
+                self.restarts += 1
+
+    async def _live(self, http: aiohttp.ClientSession) -> None:
+        """One life of the container, to its end."""
+        try:
+            process = await self._start()
+        except OSError as e:  # no such command: kubelet tries again, later and later
+            self._report("exited", detail=f"could not start: {e.strerror}")
+            return
+        exited = asyncio.create_task(process.wait(), name="container")
+        probes = [asyncio.create_task(self._probe(http, probe), name=probe.kind) for probe in self._probes.values()]
+        try:
+            done, _ = await asyncio.wait([exited, *probes], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {exited}:
+                self._report("killing", probe=task.result())
+        finally:
+            for task in probes:
+                task.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+            await self._end(process)
+            await exited
+            self._ended(process.returncode)
+
+    async def _start(self) -> Process:
+        c = self.container
+        with contextlib.ExitStack() as stack:
+            output = stack.enter_context(c.log.open("ab")) if c.log else DEVNULL
+            process = await asyncio.create_subprocess_exec(
+                *c.command, stdin=DEVNULL, stdout=output, stderr=STDOUT, env=c.env, start_new_session=True
+            )
+        self.pid = process.pid
+        for probe in self._probes.values():
+            probe.container_started(time.monotonic())
+        self._report("started")
+        self._report_readiness()
+        return process
+
+    async def _end(self, process: Process) -> None:
+        """SIGTERM, the grace period, SIGKILL; the container's other processes die with its first, as in a container."""
+        try:
+            if process.returncode is None:
+                process.terminate()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.container.grace):
+                        await process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _ended(self, code: int | None) -> None:
+        for probe in self._probes.values():
+            probe.container_ended(time.monotonic())
+        detail = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+        self._report("exited", detail=detail)
+        self.pid = 0
+        self._report_readiness()
+
+    async def _probe(self, http: aiohttp.ClientSession, probe: Probe) -> Kind:
+        """Probe at each tick; returns when the container must die."""
+        tick = time.monotonic()
+        while True:
+            if probe.due(time.monotonic(), self._passed("startup")):
+                result, detail = await _attempt(http, probe.spec)
+                decision = probe.observe(result, time.monotonic())
+                self._report_result(probe, result, decision, detail)
+                if decision.kill:
+                    return probe.kind
+            period = probe.spec.period
+            tick += period * max(1, (time.monotonic() - tick) // period)  # a late tick comes at once, missed ones not
+            await asyncio.sleep(tick - time.monotonic())
+
+    def _report_result(self, probe: Probe, result: Result, decision: Decision, detail: str) -> None:
+        if result == "failure":
+            needed = probe.spec.failure_threshold
+            self._report("probe_failed", probe=probe.kind, run=decision.run, threshold=needed, detail=detail)
+        elif decision.value == "success" and decision.run == probe.spec.success_threshold:
+            self._report("probe_passed", probe=probe.kind, run=decision.run, threshold=decision.run, detail=detail)
+        self._report_readiness()
+
+
+async def _attempt(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[Result, str]:
+    """One probe: its result and a few words on it."""
+    for _ in range(TRIES):
+        if isinstance(spec.action, HttpGet):
+            result, detail = await _http_get(http, spec.action.url, spec.timeout)
+        else:
+            result, detail = await _exec(spec.action.command, spec.timeout)
+        if result != "unknown":
+            break
+    return result, detail
+
+
+async def _http_get(http: aiohttp.ClientSession, url: str, seconds: float) -> tuple[Result, str]:
+    try:
+        async with http.get(url, timeout=aiohttp.ClientTimeout(total=seconds), allow_redirects=False) as response:
+            await response.content.read(BODY_LIMIT)
+    except TimeoutError:
+        return "failure", f"no answer within {seconds:g} s"
+    except aiohttp.ClientError as e:
+        return "failure", type(e).__name__
+    return ("success" if 200 <= response.status < 400 else "failure"), f"HTTP {response.status}"
+
+
+async def _exec(command: tuple[str, ...], seconds: float) -> tuple[Result, str]:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True
+        )
+    except OSError as e:
+        return "unknown", f"could not run: {e.strerror}"
+    try:
+        async with asyncio.timeout(seconds):
+            code = await process.wait()
+    except TimeoutError:
+        return "failure", f"no answer within {seconds:g} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+    return ("success" if code == 0 else "failure"), f"exit code {code}"

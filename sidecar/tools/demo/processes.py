@@ -1,0 +1,192 @@
+"""What a demo stands on: its addresses, its temporary directory, and the two containers of its pod.
+
+Rules of this module: nothing runs yet; a port that is taken is replaced by a free one, with a line that says so; the
+containers get none of our caller's SIDECAR_* variables, which are meant for other commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Final
+
+from sidecar.errors import StartError
+from sidecar.settings import ENV_PREFIX, Settings, default_of, spelled
+from sidecar.tools.demo.kubelet import Container
+from sidecar.tools.demo.probe_policy import HttpGet, ProbeSpec
+
+Address = tuple[str, int]
+
+MODEL: Final = "scripted"
+ANY_PORT: Final = (20_000, 32_000)  # Linux gives ports from 32768 on to outgoing connections
+PORTS_TRIED: Final = 100
+IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` extra
+
+# Shorter than the defaults of `sidecar run`, so that a stall is found within seconds and not within half a minute.
+# It stalls on purpose every minute, so nothing holds back a kill.
+QUICK: Final[dict[str, str]] = {
+    "silence_floor": "3", "silence_unlearned": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0",
+}  # fmt: skip
+PROBE_PERIOD: Final = 1.0  # seconds; Kubernetes' default is 10
+PROBE_TIMEOUT: Final = 2.0  # seconds; Kubernetes' default is 1, which a laptop that is busy with the demo may miss
+GRACE: Final = 5.0  # seconds from SIGTERM to SIGKILL; Kubernetes' default is 30
+BACKOFF: Final = 2.0  # seconds before the second restart; Kubernetes' default is 10
+STARTUP_TRIES: Final = 120
+LOAD_SECONDS: Final = "2"  # of the scripted engine: long enough to see that start-up is told from a stall
+
+# The processor of a Qwen2-VL: its numbers are public, and they are all that image preparation needs of a model.
+PREPROCESSOR: Final[dict[str, object]] = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 1003520,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Addresses and files of one demo. `directory` is temporary and ours alone; `notes` are lines for the user."""
+
+    directory: Path
+    engine: Address
+    relay: Address
+    admin: Address
+    images: bool
+    notes: tuple[str, ...]
+
+    @property
+    def sidecar_log(self) -> Path:
+        """All output of the sidecar."""
+        return self.directory / "sidecar.log"
+
+    @property
+    def engine_log(self) -> Path:
+        """All output of the engine."""
+        return self.directory / "engine.log"
+
+    def sidecar(self) -> Container:
+        """The sidecar's container, as the pod would have it."""
+        flags = {
+            "engine": url(self.engine),
+            "engine_kind": "scripted",
+            "listen": spelled_address(self.relay),
+            "admin": spelled_address(self.admin),
+            "state_dir": str(self.directory / "state"),
+            "model": str(self.directory / "model"),
+            "images": "auto" if self.images else "off",
+            "drain_seconds": "1",
+            **QUICK,
+        }
+        health = HttpGet(f"{url(self.admin)}/healthz")
+        return Container(
+            command=_python("run", *_flags(flags)),
+            startup=ProbeSpec(health, period=0.25, timeout=PROBE_TIMEOUT, failure_threshold=4 * STARTUP_TRIES),
+            grace=2 * GRACE,
+            env=_environment(os.environ),
+            log=self.sidecar_log,
+        )
+
+    def engine_container(self) -> Container:
+        """The engine's container, probed through the sidecar."""
+
+        def probe(path: str, failures: int) -> ProbeSpec:
+            action = HttpGet(f"{url(self.admin)}{path}")
+            return ProbeSpec(action, period=PROBE_PERIOD, timeout=PROBE_TIMEOUT, failure_threshold=failures)
+
+        return Container(
+            command=_python("engine", *_flags({"listen": spelled_address(self.engine), "load_seconds": LOAD_SECONDS})),
+            startup=probe("/startupz", STARTUP_TRIES),
+            readiness=probe("/readyz", 1),
+            liveness=probe("/livez", 3),
+            grace=GRACE,
+            backoff=BACKOFF,
+            env=_environment(os.environ),
+            log=self.engine_log,
+        )
+
+
+def make(listen: Address, admin: Address) -> Stage:
+    """Choose the addresses and write the files. The caller removes `directory`."""
+    chosen, notes = {}, []
+    for name, wanted in (("listen", listen), ("admin", admin)):
+        chosen[name] = free(wanted)
+        if wanted[1] and chosen[name] != wanted:
+            notes.append(
+                f"{spelled_address(wanted)} is taken; {spelled(name)} is {spelled_address(chosen[name])} instead"
+            )
+    missing = [module for module in IMAGE_MODULES if importlib.util.find_spec(module) is None]
+    if missing:
+        notes.append(
+            f"text only: {', '.join(missing)} not installed; for photographs: pip install 'inference-sidecar[images]'"
+        )
+    directory = Path(tempfile.mkdtemp(prefix="sidecar-demo-"))
+    for name in ("model", "state"):
+        (directory / name).mkdir()
+    (directory / "model" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (directory / "model" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    engine = free(("127.0.0.1", 0))
+    return Stage(directory, engine, chosen["listen"], chosen["admin"], not missing, tuple(notes))
+
+
+def free(wanted: Address) -> Address:
+    """The wanted address where it can be bound, else the next free port of that host. Raises StartError.
+
+    Port 0 is any port below those that the kernel gives to outgoing connections: one of those could be taken again before
+    its server binds it.
+    """
+    host, first = wanted[0], wanted[1] or random.randrange(*ANY_PORT)
+    for port in range(first, min(first + PORTS_TRIED, 65536)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                trial.bind((host, port))
+                return host, port
+    raise StartError(f"no port from {first} on can be bound on {host}; choose another with --listen and --admin")
+
+
+def url(address: Address) -> str:
+    """An address as a base URL that a client on this machine can use."""
+    host, port = address
+    return f"http://{spelled_address(({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port))}"
+
+
+def spelled_address(address: Address) -> str:
+    """HOST:PORT, with brackets where the host is an IPv6 address."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def quick_settings() -> str:
+    """What the demo sets differently from `sidecar run`, in words."""
+    usual = {f.name: default_of(f) for f in fields(Settings)}
+    flags = ", ".join(f"{spelled(name)} {value} (default {usual[name]:g})" for name, value in QUICK.items())
+    return (
+        f"{flags}; probes every {PROBE_PERIOD:g} s (Kubernetes: 10 s), time-out {PROBE_TIMEOUT:g} s (1 s), "
+        f"grace {GRACE:g} s (30 s), crash back-off from {BACKOFF:g} s (10 s)"
+    )
+
+
+def _python(*args: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "sidecar", *args)
+
+
+def _flags(values: Mapping[str, str]) -> list[str]:
+    return [text for name, value in values.items() for text in (spelled(name), value)]
+
+
+def _environment(ours: Mapping[str, str]) -> dict[str, str]:
+    kept = {key: value for key, value in ours.items() if not key.startswith(ENV_PREFIX)}
+    return {**kept, "PYTHONUNBUFFERED": "1"}

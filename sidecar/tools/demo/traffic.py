@@ -1,0 +1,230 @@
+"""Sample traffic: several tenants, text streams and chats with photographs, sent to a relay as real clients would.
+
+Rules of this module:
+- the same seed asks for the same things at the same distances; what is asked is pure data, made by `asks`;
+- open loop: the next request comes when it is due, whatever became of the last ones. Past `in_flight` open requests one
+  is skipped and counted as such, so that a stalled engine does not pile up work here;
+- each request that was sent ends in exactly one outcome, as the client sees it; no content is kept or printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import aiohttp
+
+from sidecar.errors import UsageError
+
+Route = Literal["chat/completions", "completions"]
+
+# What became of a request, as its client sees it. "open" are those that were under way when the traffic ended.
+OUTCOMES: Final = ("ok", "rejected", "unavailable", "engine_error", "broken", "timed_out", "open", "skipped")
+UNAVAILABLE: Final = (502, 503, 504)
+PATIENCE: Final = 120.0  # seconds that a client waits for the end of its answer
+
+MEDIA_TYPES: Final = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+SIZES: Final = ((1280, 720), (1920, 1080), (768, 1024), (1600, 1200), (640, 480), (1080, 1440))  # of made pictures
+MOST_FILES: Final = 32
+MOST_BYTES: Final = 20 << 20  # of one picture; the relay's own default limit
+WORDS: Final = [
+    "what",
+    "does",
+    "this",
+    "say",
+    "about",
+    "the",
+    "weather",
+    "on",
+    "that",
+    "day",
+    "and",
+    "how",
+    "would",
+    "you",
+    "put",
+    "it",
+    "in",
+    "other",
+    "words",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A kind of request. `words` and `output` (tokens) are the least and the most; `weight` its share of the traffic."""
+
+    weight: int
+    tenant: str
+    route: Route
+    words: tuple[int, int]
+    output: tuple[int, int]
+    pictures: int = 0
+
+
+SHAPES: Final = (
+    Shape(5, "search", "completions", (20, 120), (4, 16)),
+    Shape(4, "assistant", "chat/completions", (40, 400), (30, 120)),
+    Shape(2, "batch", "completions", (800, 2500), (60, 160)),
+    Shape(3, "catalogue", "chat/completions", (10, 40), (20, 60), pictures=1),
+    Shape(1, "insurance", "chat/completions", (20, 80), (40, 90), pictures=2),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request, `gap` seconds after the one before. `pictures` are indices into the pictures at hand."""
+
+    gap: float
+    shape: Shape
+    prompt: str
+    max_tokens: int
+    pictures: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has come of the traffic so far. `pictures` counts those of requests that ended well."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    pictures: int = 0
+    open: int = 0
+    last_ok: float = 0.0  # monotonic time of the last request that ended well; 0 before the first
+
+    @property
+    def sent(self) -> int:
+        """Requests sent, those under way included."""
+        return self.open + sum(n for outcome, n in self.outcomes.items() if outcome != "skipped")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where to, how much, with what. `rate` is requests per second on average; `pictures` are data URLs."""
+
+    url: str
+    rate: float
+    in_flight: int
+    seed: int
+    model: str
+    pictures: Sequence[str] = ()
+    tenant_header: str = "x-tenant-id"
+
+
+def asks(seed: int, rate: float, pictures: int) -> Iterator[Ask]:
+    """Requests without end: arrivals as a Poisson process; no shape with pictures where there are none."""
+    rng = random.Random(seed)
+    shapes = [shape for shape in SHAPES if pictures or not shape.pictures]
+    weights = [shape.weight for shape in shapes]
+    while True:
+        shape = rng.choices(shapes, weights)[0]
+        yield Ask(
+            gap=rng.expovariate(rate),
+            shape=shape,
+            prompt=" ".join(rng.choices(WORDS, k=rng.randint(*shape.words))),
+            max_tokens=rng.randint(*shape.output),
+            pictures=tuple(rng.randrange(pictures) for _ in range(shape.pictures)),
+        )
+
+
+def body(ask: Ask, model: str, pictures: Sequence[str]) -> dict[str, Any]:
+    """The request's JSON body."""
+    common = {"model": model, "max_tokens": ask.max_tokens, "stream": True}
+    if ask.shape.route == "completions":
+        return {**common, "prompt": ask.prompt}
+    parts: list[dict[str, Any]] = [{"type": "text", "text": ask.prompt}]
+    parts += [{"type": "image_url", "image_url": {"url": pictures[i]}} for i in ask.pictures]
+    return {**common, "messages": [{"role": "user", "content": parts if ask.pictures else ask.prompt}]}
+
+
+def outcome(status: int, complete: bool) -> str:
+    """What an answer was: its HTTP status, and whether its stream came to its proper end without an error in it."""
+    if status < 400:
+        return "ok" if complete else "broken"
+    if status < 500:
+        return "rejected"
+    return "unavailable" if status in UNAVAILABLE else "engine_error"
+
+
+class Traffic:
+    """Sends a plan's requests until it is cancelled; then each one that is still under way counts as "open"."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan: Final = plan
+        self.tally: Final = Tally()
+
+    async def run(self, most: int | None = None) -> None:
+        """Send without end, or `most` requests and return when the last has ended."""
+        plan = self.plan
+        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        connector = aiohttp.TCPConnector(limit=plan.in_flight)
+        async with (
+            aiohttp.ClientSession(plan.url, timeout=timeout, connector=connector) as http,
+            asyncio.TaskGroup() as group,
+        ):
+            due = time.monotonic()
+            for ask in islice(asks(plan.seed, plan.rate, len(plan.pictures)), most):
+                due += ask.gap
+                await asyncio.sleep(due - time.monotonic())
+                if self.tally.open >= plan.in_flight:
+                    self.tally.outcomes["skipped"] += 1
+                    continue
+                self.tally.open += 1
+                group.create_task(self._send(http, ask))
+
+    async def _send(self, http: aiohttp.ClientSession, ask: Ask) -> None:
+        ended = "open"
+        try:
+            ended = await self._answer(http, ask)
+        except TimeoutError:
+            ended = "timed_out"
+        except aiohttp.ClientConnectorError:
+            ended = "unavailable"
+        except (aiohttp.ClientError, ValueError):  # ValueError: a line without end
+            ended = "broken"
+        finally:
+            self.tally.open -= 1
+            self.tally.outcomes[ended] += 1
+        if ended == "ok":
+            self.tally.pictures += len(ask.pictures)
+            self.tally.last_ok = time.monotonic()
+
+    async def _answer(self, http: aiohttp.ClientSession, ask: Ask) -> str:
+        data = json.dumps(body(ask, self.plan.model, self.plan.pictures)).encode()
+        headers = {"Content-Type": "application/json", self.plan.tenant_header: ask.shape.tenant}
+        async with http.post(f"/v1/{ask.shape.route}", data=data, headers=headers) as response:
+            done = failed = False
+            async for line in response.content:
+                failed = failed or line.startswith(b'data: {"error"')
+                done = done or line.startswith(b"data: [DONE]")
+            return outcome(response.status, done and not failed)
+
+
+def made_pictures(seed: int) -> list[str]:
+    """A handful of photograph-like JPEGs as data URLs. Takes a second or two of CPU time; needs the `images` extra."""
+    from sidecar.tools.synthetic_photos import photo
+
+    return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(SIZES)]
+
+
+def found_pictures(directory: Path) -> list[str]:
+    """The first pictures of a directory by name, as data URLs. Raises UsageError where it holds none."""
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
+    files = [path for path in files if 0 < path.stat().st_size <= MOST_BYTES][:MOST_FILES]
+    if not files:
+        raise UsageError(
+            f"--images: {directory} holds no {', '.join(MEDIA_TYPES)} file of up to {MOST_BYTES >> 20} MiB"
+        )
+    return [_data_url(MEDIA_TYPES[path.suffix.lower()], path.read_bytes()) for path in files]
+
+
+def _data_url(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,209 @@
+"""What can be asked of this machine and of the files that were named. Each check is a function of the settings; they run on
+threads.
+
+Rules: nothing is left behind; whatever may hang or is heavy (NVML, torch) is bounded, torch in a process of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from sidecar.control.state_dir import StateDir
+from sidecar.errors import SidecarError
+from sidecar.health.probes import STALE
+from sidecar.kernels import families
+from sidecar.launch import preflight
+from sidecar.load.tenant_limits import Limit
+from sidecar.readings import Absent, Failed
+from sidecar.relay.pricing import quota
+from sidecar.relay.pricing import tokenizer as counting
+from sidecar.runtime import cpu_quota as cpus
+from sidecar.settings import Settings
+from sidecar.signals.gpu.poller import GpuSignal
+from sidecar.tools.doctor.finding import Finding
+
+SHM: Final = Path("/dev/shm")
+SHM_SMALL: Final = 1 << 30  # bytes; a container's default is 64 MiB
+LOADING: Final = 120.0  # seconds that torch may take to be imported from a cold disk
+NVML: Final = 6.0
+_IMPORT: Final = (
+    "import torch, torchvision; from torchvision.io import decode_jpeg; from sidecar.kernels import fused; "
+    "print(torch.__version__, torchvision.__version__, fused.level(), fused.refused() or '-')"
+)
+
+
+def coefficients(chosen: Settings) -> Finding:
+    """The coefficients file, or that there is none."""
+    try:
+        co = preflight.coefficients(chosen)
+    except (SidecarError, OSError) as e:
+        return Finding("coefficients", "fail", str(e), "correct the file, or leave --coefficients away")
+    if not chosen.coefficients:
+        text = f"{co.source}; not measured"
+        return Finding(
+            "coefficients", "warn", text, "measure them with `sidecar calibrate`, and give --coefficients FILE"
+        )
+    return Finding("coefficients", "ok", f"{co.fingerprint} ({co.source})")
+
+
+def state_dir(chosen: Settings) -> Finding:
+    """Whether the directory can be written, and whether its clock is ours: probes judge by the files' age."""
+    new = not Path(chosen.state_dir).exists()
+    try:
+        state = StateDir(chosen.state_dir)
+        with tempfile.NamedTemporaryFile(dir=state.path) as file:
+            skew = Path(file.name).stat().st_mtime - time.time()
+    except (SidecarError, OSError) as e:
+        return Finding("state-dir", "fail", str(e), "mount an emptyDir there, or name another directory")
+    if new:
+        with contextlib.suppress(OSError):
+            state.path.rmdir()
+    if abs(skew) > STALE / 2:
+        text = f"file times there are {skew:+.0f} s off the clock, so probes by file age cannot work"
+        return Finding("state-dir", "fail", text, "use an emptyDir, not a network volume")
+    return Finding("state-dir", "ok", f"{chosen.state_dir} can be written")
+
+
+def ports(chosen: Settings) -> Finding:
+    """Whether both ports are free."""
+    try:
+        for name, address in (("listen", chosen.listen), ("admin", chosen.admin)):
+            preflight.bind(name, address).close()
+        if chosen.orca_grpc:
+            preflight.reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca").close()
+    except SidecarError as e:
+        return Finding("ports", "fail", str(e), "or is the sidecar running already?")
+    return Finding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
+
+
+def limits(chosen: Settings) -> Finding:
+    """The file of the tenants' limits, or that there is none."""
+    if not chosen.tenant_limits:
+        return Finding("tenant-limits", "absent", "no --tenant-limits: any tenant may use all")
+    try:
+        found = quota.read(chosen.tenant_limits)
+    except SidecarError as e:
+        return Finding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
+    others = "each other one has the default" if found.default != Limit() else "others have no limit"
+    return Finding("tenant-limits", "ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
+
+
+def tokenizer(chosen: Settings) -> Finding:
+    """Whether prompt tokens are counted, or estimated by a ratio."""
+    if chosen.tokenizer == "off" or not (Path(chosen.model) / counting.FILE).is_file() or not chosen.model:
+        why = "as chosen" if chosen.tokenizer == "off" else f"no --model directory with a {counting.FILE}"
+        return Finding("tokenizer", "absent", f"prompt tokens are estimated: {why}")
+    if importlib.util.find_spec("tokenizers") is None:
+        remedy = "pip install 'inference-sidecar[tokenizer]', or --tokenizer off"
+        return Finding("tokenizer", "absent", "prompt tokens are estimated: the extra is not installed", remedy)
+    counter = counting.load(chosen.model)
+    if counter is None:
+        text = f"{counting.FILE} cannot be read: prompt tokens are estimated"
+        return Finding("tokenizer", "warn", text, "correct the file, or --tokenizer off")
+    counter.close()
+    return Finding("tokenizer", "ok", f"prompt tokens are counted by {counting.FILE}")
+
+
+def model(chosen: Settings) -> Finding:
+    """The model's directory and its image processor."""
+    if not chosen.model:
+        return Finding(
+            "model", "absent", "no --model: images pass through untouched", "give the model's directory: --model DIR"
+        )
+    spec = families.explained(chosen.model)
+    if isinstance(spec, str):
+        text = f"images pass through untouched: {spec}"
+        return Finding("model", "warn" if chosen.images != "off" else "absent", text)
+    if not spec.inline:
+        made = "its tensors by /v1/preprocess; in requests images pass" if spec.tensors else "images pass"
+        text = f"image processor known: {made}, since no resized image gives what the original gives"
+        return Finding("model", "ok", text)
+    return Finding("model", "ok", f"image processor known ({type(spec).__name__.lower()} size)")
+
+
+def images(chosen: Settings) -> Finding:
+    """Whether images can be prepared: the extra is there and loads."""
+    why = preflight.no_images(chosen)
+    if why:
+        asked = chosen.images in ("inline", "shm")
+        return Finding(
+            "images",
+            "fail" if asked else "absent",
+            f"off: {why}",
+            f"or --images off, instead of {chosen.images}" if asked else "",
+        )
+    command = (sys.executable, "-W", "ignore", "-c", _IMPORT)
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LOADING)
+    except subprocess.TimeoutExpired:
+        return Finding("images", "fail", f"torch does not load within {LOADING:.0f} s", "check disk and CPU limits")
+    if child.returncode:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        remedy = "install a pair that fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
+        return Finding("images", "fail", f"torch and torchvision do not load: {last[:200]}", remedy)
+    torch, torchvision, kernel, refused = child.stdout.split()
+    text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
+    if chosen.images_decode == "fast":
+        text += "; JPEGs that shrink are decoded fast, which is not exact"
+    if kernel == "none":
+        remedy = "install a C++ compiler, then the package from source; torchvision does the work meanwhile, 2-3 times slower"
+        return Finding("images", "warn", f"{text}: our own was not built", remedy)
+    if refused != "-":
+        text += f": its {refused} form gives other bits on this CPU and is not used"
+        return Finding("images", "warn", text, "please report the CPU's name; results are right, only slower")
+    return Finding("images", "ok", text)
+
+
+def gpu(chosen: Settings) -> Finding:
+    """What NVML says."""
+    signal = GpuSignal()
+    signal.start()
+    until = time.monotonic() + NVML
+    while (reading := signal.read()) == Absent("not read yet") and time.monotonic() < until:
+        time.sleep(0.05)
+    asyncio.run(signal.stop())
+    if isinstance(reading, Absent):
+        return Finding("gpu", "absent", reading.reason)
+    if isinstance(reading, Failed):
+        return Finding("gpu", "warn", reading.error, "the verdict does not need it; see the message")
+    return Finding("gpu", "ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
+
+
+def cpu(chosen: Settings) -> Finding:
+    """The CPUs that we may use, and whether our own settings fit."""
+    usable, wanted = cpus.quota(), max(chosen.workers, chosen.image_workers if chosen.images != "off" else 0)
+    if wanted > usable:
+        return Finding(
+            "cpu",
+            "warn",
+            f"{wanted} processes of one kind for {usable} usable CPUs",
+            "lower --workers or --image-workers",
+        )
+    return Finding("cpu", "ok", f"{usable} usable of {os.cpu_count()} on the node")
+
+
+def shm(chosen: Settings) -> Finding:
+    """The size of /dev/shm, which engines with several GPUs need."""
+    try:
+        total = shutil.disk_usage(SHM).total
+    except OSError:
+        return Finding("shm", "absent", f"no {SHM}")
+    text = f"{SHM} has {total >> 20} MiB"
+    if total < SHM_SMALL:
+        return Finding(
+            "shm",
+            "warn",
+            text + " here; an engine with tensor parallelism needs more in its container",
+            "mount an emptyDir of medium Memory there",
+        )
+    return Finding("shm", "ok", text)

@@ -1,0 +1,43 @@
+"""Whether stack dumps of the engine will work when it hangs: by taking them now, which stops nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+from sidecar.readings import Absent, Failed
+from sidecar.settings import Settings
+from sidecar.signals import engine_processes
+from sidecar.signals import stack_dump as stacks
+from sidecar.signals.process_examiner import MAX_DUMPED, Aside, dumps
+from sidecar.signals.process_state import EngineProcess
+from sidecar.tools.doctor.finding import Finding
+
+
+def check(chosen: Settings) -> Finding:
+    """One dump of each of the engine's processes, thrown away."""
+    return asyncio.run(_check(chosen.engine))
+
+
+async def _check(engine: str) -> Finding:
+    if not engine:
+        return Finding("stack-dumps", "absent", "no engine to look at")
+    found = await Aside().ask(lambda: engine_processes.find(engine))
+    if not isinstance(found, tuple):
+        return Finding("stack-dumps", "absent", found.reason if isinstance(found, Absent) else found.error)
+    place = stacks.locate()
+    if place is None:
+        what, _, remedy = stacks.INSTALL.partition(": ")
+        return Finding("stack-dumps", "absent", what, remedy)
+    return judged(found[:MAX_DUMPED], await dumps(found[:MAX_DUMPED], place))
+
+
+def judged(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> Finding:
+    """What the dumps say of those to come."""
+    names = [p.name for p in processes if isinstance(dumped[p.pid], str)]
+    if names:
+        return Finding("stack-dumps", "ok", f"{len(names)} of {len(processes)} processes: {', '.join(names[:4])}")
+    reasons = sorted({text.error for text in dumped.values() if isinstance(text, Failed)})
+    if stacks.REFUSED in reasons:
+        what, _, remedy = stacks.REFUSED.partition(": ")
+        return Finding("stack-dumps", "warn", f"the engine's processes are seen, but there is {what}", remedy)
+    return Finding("stack-dumps", "absent", "; ".join(reasons[:2]))

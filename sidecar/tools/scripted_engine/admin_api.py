@@ -1,0 +1,95 @@
+"""The orders that stop the scripted engine on purpose and let it go on: vLLM's paths, as a literal table over its faults.
+
+What vLLM has in development mode only (sleep, pause, weights) or with a profiler only is always there: it does no harm here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+from sidecar.tools.scripted_engine.faults import Faults
+from sidecar.tools.scripted_engine.requests import bad
+
+UPDATE_SECONDS: Final = 1.0  # of /update_weights; `?seconds=N` asks for another time
+MAX_UPDATE_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A POST to `path` begins the fault, or ends it; `answer` is vLLM's body, None where it has none."""
+
+    path: str
+    fault: str
+    begins: bool
+    answer: dict[str, str | int | None] | None = None
+
+
+ORDERS: Final = (
+    Order("/sleep", "sleep", True, {"status": "sleeping", "level": 1}),
+    Order("/wake_up", "sleep", False, {"status": "awake", "tags": None}),
+    Order("/pause", "pause", True, {"status": "paused"}),
+    Order("/resume", "pause", False, {"status": "resumed"}),
+    Order("/start_profile", "profile", True),
+    Order("/stop_profile", "profile", False),
+)
+SIGNS: Final[tuple[tuple[str, str, Callable[[Behaviour], bool]], ...]] = (
+    ("/is_sleeping", "is_sleeping", lambda how: how.sleeping),
+    ("/is_paused", "is_paused", lambda how: how.paused),
+)
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def routes(faults: Faults) -> list[web.RouteDef]:
+    """The routes of all orders and of what they leave to be read."""
+    taken = [web.post(order.path, _taker(order, faults)) for order in ORDERS]
+    told = [web.get(path, _teller(key, says, faults)) for path, key, says in SIGNS]
+    return [*taken, *told, web.post("/update_weights", _updater(faults))]
+
+
+def _taker(order: Order, faults: Faults) -> Handler:
+    async def take(_: web.Request) -> web.Response:
+        if order.begins:
+            faults.start(order.fault)
+        else:
+            faults.clear(order.fault)
+        return web.Response() if order.answer is None else web.json_response(order.answer)
+
+    return take
+
+
+def _teller(key: str, says: Callable[[Behaviour], bool], faults: Faults) -> Handler:
+    async def tell(_: web.Request) -> web.Response:
+        return web.json_response({key: says(faults.behaviour)})
+
+    return tell
+
+
+def _updater(faults: Faults) -> Handler:
+    async def update(request: web.Request) -> web.Response:
+        """The core stands still while the call is under way, and its answer ends it."""
+        seconds = _seconds(request.query.get("seconds"))
+        faults.start("weight_update")
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            faults.clear("weight_update")
+        return web.json_response({"message": "Weights updated"})
+
+    return update
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        seconds = UPDATE_SECONDS if text is None else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_UPDATE_SECONDS:
+        raise bad(f"seconds must be a number from 0 to {MAX_UPDATE_SECONDS:g}")
+    return seconds

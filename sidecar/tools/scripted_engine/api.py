@@ -1,0 +1,245 @@
+"""The scripted engine's HTTP surface: vLLM's paths, and `/faults`.
+
+A handler leaves its stream's block when its client goes away, and that aborts the sequence. Every answer and every chunk
+passes the gate of the active faults; `/faults` itself never does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from collections.abc import Sequence as Rows
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from sidecar.tools.scripted_engine import admin_api as orders
+from sidecar.tools.scripted_engine import responses as answers
+from sidecar.tools.scripted_engine.core import Core, Stream
+from sidecar.tools.scripted_engine.faults import FAULTS, FaultError, Faults
+from sidecar.tools.scripted_engine.metrics import GARBAGE, Meters
+from sidecar.tools.scripted_engine.requests import Ask, Refusal, bad, read
+from sidecar.tools.scripted_engine.responses import CHAT, COMPLETION, Shape
+from sidecar.tools.scripted_engine.scheduler import Sequence
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+VERSION = "0.32.0+scripted"
+MAX_BODY = 256 << 20
+MAX_IMAGE_SECONDS = 60.0  # bound of the imitated preprocessing of one request
+DEAD = Refusal(500, "InternalServerError", "EngineCore encountered an issue.")
+LOADING = Refusal(503, "ServiceUnavailableError", "The engine is starting.")
+FULL = Refusal(503, "ServiceUnavailableError", "The waiting queue is full.")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the handlers work on."""
+
+    model: str
+    seed: int
+    capacity: int
+    image_seconds_per_pixel: float
+    cores: Rows[Core]
+    faults: Faults
+    meters: Meters
+    preprocessor: Executor  # one thread, as vLLM's
+
+
+def application(parts: Parts) -> web.Application:
+    """All routes behind the gate."""
+    api = Api(parts)
+    app = web.Application(middlewares=[api.gate], client_max_size=MAX_BODY)
+    app.add_routes([
+        web.get("/health", api.health), web.get("/version", api.version), web.get("/v1/models", api.models),
+        web.get("/metrics", api.metrics), *orders.routes(parts.faults),
+        web.post("/v1/chat/completions", api.complete("chat", CHAT)),
+        web.post("/v1/completions", api.complete("completions", COMPLETION)),
+        web.post("/v1/embeddings", api.embeddings),
+        web.get("/faults", api.list_faults), web.post("/faults", api.start_fault), web.delete("/faults", api.clear_faults),
+    ])  # fmt: skip
+    return app
+
+
+class Api:
+    """The handlers. State: the faults, the cores and the lock of the `serial_http` fault."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._faults = parts.faults
+        self._turn = asyncio.Lock()
+
+    @web.middleware
+    async def gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Faults of the whole API, before and after the handler; refusals become vLLM's error bodies."""
+        if request.path == "/faults":
+            return await handler(request)
+        await self._answering()
+        try:
+            if self._faults.behaviour.loading and request.path != "/version":
+                raise LOADING
+            if self._faults.behaviour.serial:
+                async with self._turn:
+                    response = await handler(request)
+            else:
+                response = await handler(request)
+        except Refusal as refusal:
+            response = web.json_response(refusal.body(), status=refusal.status)
+        if not response.prepared:
+            await self._answering()
+        return response
+
+    async def _answering(self) -> None:
+        await self._faults.until(lambda how: how.answering)
+
+    # --- state ---
+
+    async def health(self, _: web.Request) -> web.Response:
+        how = self._faults.behaviour
+        if how.health_delay:
+            await asyncio.sleep(how.health_delay)
+        return web.Response(status=how.health_status)
+
+    async def version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": VERSION})
+
+    async def models(self, _: web.Request) -> web.Response:
+        card = {"id": self._parts.model, "object": "model", "created": int(time.time()), "owned_by": "scripted",
+                "root": self._parts.model, "parent": None, "max_model_len": self._parts.capacity}  # fmt: skip
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        how = self._faults.behaviour
+        if how.metrics == "none":
+            raise Refusal(404, "NotFoundError", "Not Found")
+        if how.metrics == "garbage":
+            return web.Response(body=GARBAGE, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        body, content_type = self._parts.meters.page(how, request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    # --- work ---
+
+    def complete(self, route: str, shape: Shape) -> Handler:
+        """The handler of one completion route."""
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            ask = await self._read(route, request)
+            id = shape.prefix + (request.headers.get("X-Request-Id", "")[:200] or uuid.uuid4().hex)
+            with self._core().admit(Sequence(ask.prompt, ask.limit, ask.blocks, ask.finish)) as stream:
+                answer = Answer(shape, id, ask, stream, self._parts)
+                return await (answer.stream_to(request) if ask.stream else answer.whole())
+
+        return handler
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        ask = await self._read("embeddings", request)
+        with self._core().admit(Sequence(ask.prompt, 0, ask.blocks, ask.finish)) as stream:
+            await stream.more(0)
+            return web.json_response(answers.embedding(f"embd-{uuid.uuid4().hex}", int(time.time()), ask))
+
+    async def _read(self, route: str, request: web.Request) -> Ask:
+        how, parts = self._faults.behaviour, self._parts
+        if how.error:
+            raise DEAD
+        capacity = None if how.oversized else parts.capacity
+        ask = read(route, await request.read(), parts.model, parts.seed, capacity)
+        seconds = min(ask.pixels * parts.image_seconds_per_pixel, MAX_IMAGE_SECONDS)
+        if seconds:
+            await asyncio.get_running_loop().run_in_executor(parts.preprocessor, time.sleep, seconds)
+        return ask
+
+    def _core(self) -> Core:
+        """The core with the fewest open requests that still takes one."""
+        free = [core for core in self._parts.cores if core.scheduler.room()]
+        if not free:
+            raise FULL
+        return min(free, key=lambda core: core.open)
+
+    # --- faults ---
+
+    async def list_faults(self, _: web.Request) -> web.Response:
+        rows = [{"kind": kind, "text": row.text, "modes": row.modes, "alarms": row.alarms,
+                 "parameter": row.parameter and {"name": row.parameter.name, "default": row.parameter.default}}
+                for kind, row in FAULTS.items()]  # fmt: skip
+        return web.json_response({"active": self._faults.active, "faults": rows})
+
+    async def start_fault(self, request: web.Request) -> web.Response:
+        try:
+            body = json.loads(await request.read())
+            kind, seconds = str(body.pop("kind", "")), body.pop("seconds", None)
+            self._faults.start(kind, seconds, **body)
+        except FaultError as e:
+            return web.json_response(bad(str(e)).body(), status=400)
+        except (ValueError, AttributeError, TypeError):
+            wrong = bad('expected a JSON object such as {"kind": "freeze", "seconds": 20}')
+            return web.json_response(wrong.body(), status=400)
+        return web.json_response({"active": self._faults.active})
+
+    async def clear_faults(self, request: web.Request) -> web.Response:
+        self._faults.clear(request.query.get("kind"))
+        return web.json_response({"active": self._faults.active})
+
+
+class Answer:
+    """One completion on its way to its client."""
+
+    def __init__(self, shape: Shape, id: str, ask: Ask, stream: Stream, parts: Parts) -> None:
+        self._shape, self._id, self._ask, self._stream = shape, id, ask, stream
+        self._created = int(time.time())
+        self._faults = parts.faults
+        self._words = answers.words(ask, parts.seed, parts.faults.behaviour.text)
+        self._opened = not shape.opens
+
+    async def whole(self) -> web.Response:
+        """All tokens at once, in JSON."""
+        seen = 0
+        while not self._stream.done:
+            seen = await self._stream.more(seen)
+        await self._piece_allowed(1)
+        text = self._words(self._stream.ready)
+        return web.json_response(
+            answers.whole(self._shape, self._id, self._created, self._ask, text, self._usage(self._stream.ready))
+        )
+
+    async def stream_to(self, request: web.Request) -> web.StreamResponse:
+        """Tokens as server-sent events, each as it comes."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        seen = pieces = 0
+        while seen < self._ask.limit:
+            ready = await self._stream.more(seen)
+            await self._piece_allowed(pieces)
+            await response.write(self._events(seen, ready))
+            seen, pieces = ready, pieces + 1
+        await response.write(self._closing(seen))
+        await response.write_eof()
+        return response
+
+    async def _piece_allowed(self, pieces: int) -> None:
+        await self._faults.until(lambda how: how.answering and (how.max_pieces is None or pieces < how.max_pieces))
+
+    def _events(self, seen: int, ready: int) -> bytes:
+        """The events of the tokens from `seen` to `ready`; a chat begins with its role."""
+        first = b"" if self._opened else self._chunk([answers.opening(self._shape)], 0)
+        self._opened = True
+        finish = self._ask.finish if ready >= self._ask.limit else None
+        return first + self._chunk([answers.choice(self._shape, self._words(ready - seen), finish)], ready)
+
+    def _closing(self, seen: int) -> bytes:
+        if not self._ask.include_usage:
+            return answers.DONE
+        return self._make([], usage=self._usage(seen)) + answers.DONE
+
+    def _chunk(self, choices: list[dict[str, Any]], generated: int) -> bytes:
+        more = {"usage": self._usage(generated)} if self._ask.continuous_usage else {}
+        return self._make(choices, **more)
+
+    def _make(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return answers.chunk(self._shape, self._id, self._created, self._ask.model, choices, **more)
+
+    def _usage(self, generated: int) -> dict[str, Any]:
+        return answers.usage(self._ask, generated, self._stream.sequence.cached)

@@ -1,0 +1,145 @@
+"""The engine core: one asyncio task per data-parallel rank that runs the scheduler's steps in simulated time.
+
+The core and the API share a process but nothing else: the API sees a `Stream` per request, the metrics page sees what the
+core last published. A core that stops publishes nothing more, so its gauges go stale, as a real engine's do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+from sidecar.tools.scripted_engine.condition import Changes
+from sidecar.tools.scripted_engine.faults import Faults
+from sidecar.tools.scripted_engine.metrics import Meters
+from sidecar.tools.scripted_engine.scheduler import Limits, Output, Scheduler, Sequence, Step
+
+
+class Stream:
+    """One request as its API handler sees it: tokens that are ready, and whether that is all."""
+
+    def __init__(self, sequence: Sequence, arrived: float) -> None:
+        self.sequence = sequence
+        self.arrived = arrived
+        self.first_at: float | None = None
+        self.last_at = arrived
+        self.ready = 0
+        self.done = False
+        self._changed = asyncio.Event()
+
+    async def more(self, seen: int) -> int:
+        """Wait for tokens beyond `seen`, or the end; the number of tokens ready. Tokens that queue up come as one piece."""
+        while self.ready <= seen and not self.done:
+            self._changed.clear()
+            await self._changed.wait()
+        return self.ready
+
+    def push(self, output: Output, now: float) -> None:
+        self.ready += output.tokens
+        self.done = output.done
+        self.first_at = self.first_at if self.first_at is not None else now
+        self.last_at = now
+        self._changed.set()
+
+
+class Core:
+    """One rank: its scheduler, its open streams, and the loop that steps it. It rings `activity` at each change."""
+
+    def __init__(self, rank: int, limits: Limits, faults: Faults, meters: Meters, activity: Changes) -> None:
+        self.scheduler = Scheduler(limits)
+        self.steps = 0
+        self._rank = rank
+        self._faults = faults
+        self._meters = meters
+        self._streams: dict[Sequence, Stream] = {}
+        self._activity = activity
+        self._idle_since = asyncio.get_running_loop().time()
+        self._compiled = False
+
+    @property
+    def open(self) -> int:
+        """Requests that are neither done nor aborted."""
+        return len(self._streams)
+
+    @contextmanager
+    def admit(self, sequence: Sequence) -> Iterator[Stream]:
+        """Queue a request; leaving the block before its end aborts it, as a client that goes away does."""
+        now = asyncio.get_running_loop().time()
+        self._wedge_after_idle(now)
+        stream = self._streams[sequence] = Stream(sequence, now)
+        self.scheduler.add(sequence)
+        self._activity.ring()
+        try:
+            yield stream
+        finally:
+            if self._streams.pop(sequence, None):
+                self._abort(sequence)
+
+    async def run(self) -> None:
+        """Step for ever; the caller cancels."""
+        while True:
+            await self._faults.until(self._stepping)
+            if not self.scheduler.busy():
+                await self._activity.until(self.scheduler.busy)
+                continue
+            step = self.scheduler.plan(self._faults.behaviour)
+            self._activity.ring()  # sequences may have been admitted
+            if await self._lasts(step.seconds + self._compiling(self._faults.behaviour)):
+                self._finish(step, self.scheduler.apply(step))
+
+    def _stepping(self, how: Behaviour) -> bool:
+        return how.stepping and not how.sleeping and how.dead_rank != self._rank
+
+    async def _lasts(self, seconds: float) -> bool:
+        """Let the step's time pass; False when the behaviour changed meanwhile and the step must be planned anew."""
+        if seconds <= 0:
+            await asyncio.sleep(0)
+            return self._stepping(self._faults.behaviour)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._faults.change()
+        except TimeoutError:
+            return True
+        return False
+
+    def _compiling(self, how: Behaviour) -> float:
+        """Extra seconds of the first step under a fault that asks for them."""
+        first = not self._compiled
+        self._compiled = how.first_step_seconds > 0
+        return how.first_step_seconds if first else 0.0
+
+    def _finish(self, step: Step, outputs: list[Output]) -> None:
+        now = asyncio.get_running_loop().time()
+        self.steps += 1
+        if outputs or self._faults.behaviour.empty_steps:
+            self._meters.step(self._rank, outputs)
+        for output in outputs:
+            stream = self._streams.get(output.sequence)
+            if stream:
+                self._meters.output(self._rank, output, now - stream.arrived, now - stream.last_at, stream.ready)
+                stream.push(output, now)
+            if output.done:
+                self._streams.pop(output.sequence, None)
+        self._publish(now)
+        self._activity.ring()
+
+    def _publish(self, now: float) -> None:
+        self._meters.gauges(self._rank, self.scheduler)
+        if not self.scheduler.busy():
+            self._idle_since = now
+
+    def _abort(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        how = self._faults.behaviour
+        if self._stepping(how):
+            self._publish(asyncio.get_running_loop().time())
+        if how.on_abort:
+            self._faults.start(how.on_abort)
+        self._activity.ring()
+
+    def _wedge_after_idle(self, now: float) -> None:
+        wedge = self._faults.behaviour.after_idle
+        if wedge and not self.scheduler.busy() and now - self._idle_since >= wedge[0]:
+            self._faults.start(wedge[1])

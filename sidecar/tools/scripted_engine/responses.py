@@ -1,0 +1,105 @@
+"""Pure: the JSON and server-sent events that answer a completion request, in vLLM 0.32's shapes.
+
+The text is made from the seed and a hash of the prompt: equal requests get equal answers.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sidecar.tools.scripted_engine.requests import Ask
+
+EMBEDDING_SIZE = 16
+WORDS = (
+    " the", " of", " a", " light", " stone", " river", " over", " small", " and", " green", " house", " to", " morning",
+    " wind", " in", " long", " road", " silver", " with", " quiet", " field", " on", " tall", " tree", ",", " near", " old",
+    " bridge", " from", " bright", " window", ".",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How one route spells its answers."""
+
+    prefix: str
+    whole: str
+    chunk: str
+    opens: bool  # the stream begins with a chunk that only names the role
+    piece: Callable[[str], dict[str, Any]]
+    message: Callable[[str], dict[str, Any]]
+
+
+CHAT: Final = Shape(
+    "chatcmpl-", "chat.completion", "chat.completion.chunk", True,
+    lambda text: {"delta": {"content": text}},
+    lambda text: {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": None, "audio": None,
+                              "function_call": None, "tool_calls": [], "reasoning": None}},
+)  # fmt: skip
+COMPLETION: Final = Shape(
+    "cmpl-", "text_completion", "text_completion", False, lambda text: {"text": text}, lambda text: {"text": text}
+)
+
+
+def words(ask: Ask, seed: int, only: str = "") -> Callable[[int], str]:
+    """A function that makes the next n tokens' text."""
+    rng = random.Random(f"{seed}:{ask.digest}:text")
+    return lambda n: only * n if only else "".join(rng.choices(WORDS, k=n))
+
+
+def usage(ask: Ask, generated: int, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": ask.prompt, "total_tokens": ask.prompt + generated, "completion_tokens": generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }  # fmt: skip
+
+
+def event(payload: dict[str, Any]) -> bytes:
+    """One server-sent event, written as pydantic writes it: compact, not ASCII-escaped."""
+    return b"data: " + json.dumps(payload, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+def chunk(shape: Shape, id: str, created: int, model: str, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    return event({"id": id, "object": shape.chunk, "created": created, "model": model, "choices": choices, **more})
+
+
+def opening(shape: Shape) -> dict[str, Any]:
+    """The choice of the first chunk of a chat stream."""
+    return {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+
+def choice(shape: Shape, text: str, finish: str | None) -> dict[str, Any]:
+    """The choice of a later chunk; `finish` is its finish_reason."""
+    made = {"index": 0, **shape.piece(text), "logprobs": None, "finish_reason": finish}
+    if finish or not shape.opens:
+        made["stop_reason"] = None
+    if not shape.opens:
+        made["prompt_token_ids"] = None
+    return {**made, "token_ids": None}
+
+
+def whole(shape: Shape, id: str, created: int, ask: Ask, text: str, used: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a request that does not stream."""
+    made = {"index": 0, **shape.message(text), "logprobs": None, "finish_reason": ask.finish, "stop_reason": None,
+            "token_ids": None}  # fmt: skip
+    return {"id": id, "object": shape.whole, "created": created, "model": ask.model, "choices": [made],
+            "system_fingerprint": None, "usage": used, "prompt_logprobs": None, "kv_transfer_params": None}  # fmt: skip
+
+
+def embedding(id: str, created: int, ask: Ask) -> dict[str, Any]:
+    """The answer of an embeddings request: one unit-range vector made from the input's hash."""
+    rng = random.Random(ask.digest)
+    vector = [rng.uniform(-1, 1) for _ in range(EMBEDDING_SIZE)]
+    packed = base64.b64encode(struct.pack(f"<{EMBEDDING_SIZE}f", *vector)).decode()
+    data = {"index": 0, "object": "embedding", "embedding": packed if ask.base64_floats else vector}
+    return {"id": id, "object": "list", "created": created, "model": ask.model, "data": [data],
+            "usage": {"prompt_tokens": ask.prompt, "total_tokens": ask.prompt, "completion_tokens": 0,
+                      "prompt_tokens_details": None}}  # fmt: skip

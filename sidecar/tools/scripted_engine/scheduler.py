@@ -1,0 +1,223 @@
+"""Pure: a continuous-batching scheduler over simulated steps. No clock, no I/O: `plan` says how long a step takes,
+`apply` does it.
+
+Rules, after vLLM's scheduler: a step has a budget of tokens; running sequences decode one token each, what is left goes to
+prefills, so a long prompt takes several steps (chunked prefill). A chunk that does not end its prompt gives no output and
+moves no counter; only KV use moves. Waiting sequences are admitted in order of arrival while the batch and the KV cache have
+room; when a decode finds no room, the youngest sequence is preempted and computed anew. Prompt blocks that ended are kept in
+a bounded prefix cache.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+
+BLOCK = 16  # tokens per KV block, as vLLM's default
+IDLE_STEP = 0.005  # seconds of a step that can do nothing: bounds the rate of an engine that is stuck
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The engine's size and speed. Times in seconds, capacities in tokens."""
+
+    prefill_tokens_per_second: float
+    decode_step: float
+    max_batch: int
+    max_waiting: int
+    kv_tokens: int
+    step_tokens: int  # budget of one step
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request. `computed` tokens are in the KV cache; `limit` 0 means prefill only (embeddings)."""
+
+    prompt: int
+    limit: int
+    blocks: tuple[int, ...] = ()  # hashes of the prompt's whole blocks
+    finish: str = "stop"  # why it ends when it does
+    cached: int = 0
+    computed: int = 0
+    generated: int = 0
+    restart: int = 0  # generated tokens to compute anew after a preemption
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute before the next new token."""
+        return self.prompt + self.restart
+
+    @property
+    def prefilled(self) -> bool:
+        return self.computed >= self.target
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step will do: prefill chunks and decodes, and how many seconds it takes."""
+
+    seconds: float
+    chunks: tuple[tuple[Sequence, int], ...] = ()
+    decodes: tuple[Sequence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step gave one sequence. `prompt` > 0 when its prefill ended in this step."""
+
+    sequence: Sequence
+    tokens: int
+    prompt: int = 0
+    done: bool = False
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """All sequences of one core. Mutable state, synchronous methods."""
+
+    limits: Limits
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    preemptions: int = 0
+    victim: Sequence | None = None  # the one stuck stream, while that fault is on
+    _cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+    def room(self) -> bool:
+        """Whether one more sequence may wait."""
+        return len(self.waiting) < self.limits.max_waiting
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> bool:
+        """Take a sequence out wherever it is; False when it is gone already."""
+        for place in (self.running, self.waiting):
+            if sequence in place:
+                place.remove(sequence)
+                return True
+        return False
+
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that running sequences hold, 0..1."""
+        return min(1.0, sum(_blocks(s.computed) for s in self.running) / self._capacity())
+
+    def plan(self, how: Behaviour) -> Step:
+        """Admit what fits, then choose the tokens of the next step."""
+        if how.admitting:
+            self._admit()
+        movable = self._movable(how)
+        decodes = [s for s in movable if s.prefilled and how.decoding and not _at_limit(s, how)]
+        decodes = self._with_room(decodes)
+        held = [s for s in movable if not s.prefilled and s in self.running]
+        budget = self.limits.step_tokens - len(decodes) if how.prefilling else 0
+        chunks = _chunks(held, budget, spare=0 if how.first_token else 1)
+        return Step(self._seconds(chunks, decodes, how), tuple(chunks), tuple(decodes))
+
+    def apply(self, step: Step) -> list[Output]:
+        """Do the step's work for the sequences that are still there."""
+        outputs = [self._decode(s) for s in step.decodes if s in self.running]
+        for sequence, tokens in step.chunks:
+            if sequence in self.running:
+                sequence.computed += tokens
+                if sequence.prefilled:
+                    outputs.append(self._end_prefill(sequence))
+        for output in outputs:
+            if output.done:
+                self.remove(output.sequence)
+        return outputs
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.limits.max_batch:
+            head = self.waiting[0]
+            free = self._capacity() - sum(_blocks(max(s.computed, s.target) + 1) for s in self.running)
+            if _blocks(head.target + 1) > free:
+                return
+            self.waiting.popleft()
+            head.computed = self._hit(head)
+            head.cached = head.cached if head.restart else head.computed
+            self.running.append(head)
+
+    def _hit(self, sequence: Sequence) -> int:
+        """Leading prompt tokens that the prefix cache holds; at least one is always computed."""
+        hits = 0
+        for block in sequence.blocks:
+            if block not in self._cache:
+                break
+            self._cache.move_to_end(block)
+            hits += 1
+        return min(hits, (sequence.prompt - 1) // BLOCK) * BLOCK
+
+    def _movable(self, how: Behaviour) -> list[Sequence]:
+        if not how.stuck_one:
+            self.victim = None
+        elif self.victim is None and self.running:
+            self.victim = self.running[0]
+        return [s for s in self.running if s is not self.victim]
+
+    def _with_room(self, decodes: list[Sequence]) -> list[Sequence]:
+        """Preempt the youngest until each decode has a block for its next token."""
+        while decodes and self._held(decodes) > self._capacity() and len(self.running) > 1:
+            youngest = self.running.pop()
+            youngest.computed, youngest.restart = 0, youngest.generated
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+            decodes = [s for s in decodes if s is not youngest]
+        return decodes
+
+    def _held(self, decodes: list[Sequence]) -> int:
+        return sum(_blocks(s.computed) for s in self.running) + sum(s.computed % BLOCK == 0 for s in decodes)
+
+    def _seconds(self, chunks: list[tuple[Sequence, int]], decodes: list[Sequence], how: Behaviour) -> float:
+        if not chunks and not decodes:
+            return max(IDLE_STEP, self.limits.decode_step) * how.step_factor
+        if how.prefill_seconds is None:
+            prefill = sum(n for _, n in chunks) / self.limits.prefill_tokens_per_second
+        else:
+            prefill = sum(how.prefill_seconds * n / max(1, s.target - s.cached) for s, n in chunks)
+        return (prefill + self.limits.decode_step) * how.step_factor
+
+    def _end_prefill(self, sequence: Sequence) -> Output:
+        for block in sequence.blocks:
+            self._cache[block] = None
+            self._cache.move_to_end(block)
+        while len(self._cache) > self._capacity():
+            self._cache.popitem(last=False)
+        prompt = 0 if sequence.restart else sequence.prompt
+        return self._decode(sequence, prompt, new_kv=False)
+
+    def _decode(self, sequence: Sequence, prompt: int = 0, *, new_kv: bool = True) -> Output:
+        """One more token; a prefill's own first token takes its KV place only in the step after."""
+        sequence.computed += new_kv
+        if sequence.limit:
+            sequence.generated += 1
+        sequence.restart = 0
+        tokens = 1 if sequence.limit else 0
+        return Output(sequence, tokens, prompt, sequence.generated >= sequence.limit)
+
+    def _capacity(self) -> int:
+        return max(1, self.limits.kv_tokens // BLOCK)
+
+
+def _at_limit(s: Sequence, how: Behaviour) -> bool:
+    """Whether a sequence is kept from its last token."""
+    return not how.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > how.short
+
+
+def _chunks(prefills: list[Sequence], budget: int, spare: int) -> list[tuple[Sequence, int]]:
+    """Share the budget over prefills in order of admission, leaving `spare` tokens of each for never."""
+    chunks = []
+    for sequence in prefills:
+        tokens = min(budget, sequence.target - sequence.computed - spare)
+        if tokens > 0:
+            chunks.append((sequence, tokens))
+            budget -= tokens
+    return chunks
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)

@@ -1,0 +1,266 @@
+"""The scripted engine: an OpenAI-compatible server that behaves as vLLM does, in simulated time, with faults on command.
+
+It is what `sidecar engine` runs, what the demo restarts, and what the tests stand beside. One process, one event loop: a
+task per data-parallel rank, one that obeys the faults of the process itself (a closed port, a crash), and the HTTP server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+from aiohttp import web
+
+from sidecar.errors import StartError
+from sidecar.flags import address, flag, integer, number, one_of, text
+from sidecar.tools.scripted_engine.api import Parts, application
+from sidecar.tools.scripted_engine.behaviour import Behaviour
+from sidecar.tools.scripted_engine.condition import Changes
+from sidecar.tools.scripted_engine.core import Core
+from sidecar.tools.scripted_engine.faults import FAULTS, Faults
+from sidecar.tools.scripted_engine.metrics import Meters
+from sidecar.tools.scripted_engine.scheduler import Limits
+
+BACKLOG = 2048  # as vLLM's API server
+STOP_SECONDS = 0.05  # open streams are cut at the end, as a killed engine cuts them
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Settings of `sidecar engine`. The default speeds are those of an 8B model on one H100, rounded."""
+
+    listen: tuple[str, int] = flag(("127.0.0.1", 8000), address, "Where the engine listens", expected="HOST:PORT")
+    served_model: str = flag("scripted", text, "Name of the model it serves", expected="a name")
+    prefill_tokens_per_second: float = flag(
+        20_000.0, number(1, 1e9), "Speed of prefill", expected="tokens per second from 1 to 1e9"
+    )
+    decode_step_ms: float = flag(
+        10.0, number(0, 60_000), "Time of one decode step", expected="milliseconds from 0 to 60000"
+    )
+    max_batch: int = flag(64, integer(1, 4096), "Most running sequences", expected="a whole number from 1 to 4096")
+    max_waiting: int = flag(
+        2048, integer(1, 100_000), "Most waiting sequences before 503", expected="a whole number from 1 to 100000"
+    )
+    kv_tokens: int = flag(
+        131_072,
+        integer(64, 100_000_000),
+        "Tokens that the KV cache holds",
+        expected="a whole number from 64 to 100000000",
+    )
+    chunked_prefill_tokens: int = flag(
+        2048, integer(1, 1_000_000), "Token budget of one step", expected="a whole number from 1 to 1000000"
+    )
+    data_parallel: int = flag(
+        1, integer(1, 64), "Ranks, each with a core of its own", expected="a whole number from 1 to 64"
+    )
+    image_ms: float = flag(
+        15.0,
+        number(0, 10_000),
+        "Own preprocessing of an image that is no BMP, per megapixel, on one thread",
+        expected="milliseconds from 0 to 10000",
+    )
+    load_seconds: float = flag(0.0, number(0, 86_400), "Length of start-up", expected="seconds from 0 to 86400")
+    load_port: str = flag(
+        "open",
+        one_of("open", "refused"),
+        "The port during start-up: open with 503, or refused",
+        expected="one of open, refused",
+    )
+    seed: int = flag(0, integer(0, 2**63), "Seed of lengths and texts", expected="a whole number from 0")
+    fault: str = flag(
+        "", one_of("", *FAULTS), "A fault that is active from the start", expected="one of " + ", ".join(FAULTS)
+    )
+
+    def limits(self) -> Limits:
+        """The sizes and speeds of one rank."""
+        return Limits(
+            self.prefill_tokens_per_second, self.decode_step_ms / 1000, self.max_batch, self.max_waiting, self.kv_tokens,
+            self.chunked_prefill_tokens,
+        )  # fmt: skip
+
+
+class ScriptedEngine:
+    """The engine as an async context manager: it listens once entered, and is gone once left.
+
+    `url` is its base URL, `faults` its faults (also at /faults), `cores` its ranks. `on_exit` is called by the `crash` fault
+    with the exit code; by default the port closes, all connections break and `exit_code` is set.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings | None = None,
+        sock: socket.socket | None = None,
+        on_exit: Callable[[int], object] | None = None,
+    ) -> None:
+        self.settings = settings or EngineSettings(listen=("127.0.0.1", 0))
+        self.faults = Faults(self._at_start())
+        self.cores: tuple[Core, ...] = ()
+        self.exit_code: int | None = None
+        self._activity = Changes()
+        self._sock = sock
+        self._on_exit = on_exit
+        self._meters: Meters | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._site: web.SockSite | None = None
+        self._preprocessor = ThreadPoolExecutor(1, "preprocess")
+
+    @property
+    def url(self) -> str:
+        host, port = self._address[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def open(self) -> int:
+        """Requests that are neither done nor aborted."""
+        return sum(core.open for core in self.cores)
+
+    @property
+    def listening(self) -> bool:
+        """Whether the port takes connections."""
+        return self._site is not None
+
+    async def until(self, ready: Callable[[], bool]) -> None:
+        """Wait until `ready()` holds; it is asked again after each step, admission, abort, and change of the port."""
+        await self._activity.until(ready)
+
+    async def __aenter__(self) -> ScriptedEngine:
+        self._sock = self._sock or bound(self.settings.listen)
+        self._address = self._sock.getsockname()
+        if self.settings.fault:
+            self.faults.start(self.settings.fault)
+        s = self.settings
+        meters = self._meters = Meters(s.served_model, s.data_parallel, s.kv_tokens)
+        limits = s.limits()
+        self.cores = tuple(Core(i, limits, self.faults, meters, self._activity) for i in range(s.data_parallel))
+        self._runner = web.AppRunner(
+            application(self._parts(meters)), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS
+        )
+        await self._runner.setup()
+        if self.faults.behaviour.port_open:
+            await self._open()
+        if self.settings.load_seconds:
+            loop = asyncio.get_running_loop()
+            self._loaded = loop.call_later(self.settings.load_seconds, self.faults.rebase, Behaviour())
+        self._tasks = [asyncio.create_task(job) for job in (*(c.run() for c in self.cores), self._obey())]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._tasks:
+            task.cancel()
+        ends = await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.settings.load_seconds:
+            self._loaded.cancel()
+        await self._runner.cleanup()
+        if self._sock:
+            self._sock.close()
+        self.faults.clear()
+        self._preprocessor.shutdown(wait=False, cancel_futures=True)
+        for end in ends:
+            if isinstance(end, Exception):
+                raise end
+
+    async def wait(self) -> None:
+        """Until one of its own tasks fails; raises what it raised."""
+        await asyncio.gather(*self._tasks)
+
+    def _at_start(self) -> Behaviour:
+        if not self.settings.load_seconds:
+            return Behaviour()
+        return Behaviour(loading=True, port_open=self.settings.load_port == "open")
+
+    @property
+    def scrapes(self) -> int:
+        """How often its metrics page was asked for."""
+        return self._meters.scrapes if self._meters else 0
+
+    def _parts(self, meters: Meters) -> Parts:
+        s = self.settings
+        return Parts(
+            s.served_model, s.seed, s.kv_tokens, s.image_ms / 1e9, self.cores, self.faults, meters, self._preprocessor
+        )
+
+    async def _obey(self) -> None:
+        """Open and close the port, and end, as the faults say."""
+        while self.exit_code is None:
+            await self.faults.until(lambda how: how.exit_code is not None or how.port_open != bool(self._site))
+            how = self.faults.behaviour
+            if how.exit_code is not None:
+                await self._exit(how.exit_code)
+            elif how.port_open:
+                await self._open()
+            else:
+                await self._close()
+
+    async def _exit(self, code: int) -> None:
+        if self._on_exit:
+            self._on_exit(code)
+        self.exit_code = code
+        await self._close()
+
+    async def _open(self) -> None:
+        sock = self._sock or bound(self._address[:2])
+        self._sock = None  # the site closes it
+        self._site = web.SockSite(self._runner, sock, backlog=BACKLOG)
+        await self._site.start()
+        self._activity.ring()
+
+    async def _close(self) -> None:
+        if self._site:
+            await self._site.stop()
+        self._site = None
+        for connection in list(self._runner.server.connections if self._runner.server else ()):
+            connection.force_close()
+        self._activity.ring()
+
+
+def bound(where: tuple[str, int]) -> socket.socket:
+    """A TCP socket bound to `where`, not yet listening: connections are refused. Raises StartError."""
+    host, port = where
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as e:
+        sock.close()
+        raise StartError(f"--listen: cannot listen on {host}:{port}: {e.strerror}; choose another port") from None
+    return sock
+
+
+async def serve(settings: EngineSettings, sock: socket.socket | None = None) -> None:
+    """Run the engine until it is cancelled. The `crash` fault ends the process."""
+    async with ScriptedEngine(settings, sock, on_exit=os._exit) as engine:
+        print(f"scripted engine at {engine.url} (model {settings.served_model})", flush=True)
+        await engine.wait()
+
+
+async def _until_signalled(settings: EngineSettings) -> None:
+    task = asyncio.create_task(serve(settings))
+    for number_ in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number_, task.cancel)
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def main(settings: EngineSettings) -> int:
+    """Run `sidecar engine`; the exit code. Raises StartError where the port is taken."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_until_signalled(settings))
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed: it is for CPython only."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop  # type: ignore[no-any-return]

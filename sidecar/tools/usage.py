@@ -1,0 +1,142 @@
+"""Say who consumed what: requests, model units, tokens and dollars per tenant, model and outcome.
+
+    sidecar usage --since 24h --by tenant,outcome --dollars-per-gpu-hour 2.50
+
+The records are those of a sidecar's state directory; it may be running. What was not `ok` is shown as wasted: the GPU worked for it,
+and nobody had its answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sqlite3
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.errors import SidecarError
+from sidecar.flags import flag, number, one_of, text
+from sidecar.report.usage_store import FILE, GROUPS, Sums, read
+
+UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
+
+Row = tuple[tuple[Any, ...], Sums]
+
+
+def seconds(span: str) -> int:
+    """Seconds of a time such as 90m, 24h, 7d. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,6})([mhd])", span)
+    if not match:
+        raise ValueError
+    return int(match[1]) * UNITS[match[2]]
+
+
+def span(value: str) -> str:
+    seconds(value)
+    return value
+
+
+def groups(value: str) -> str:
+    names = [name for name in value.split(",") if name]
+    if set(names) - set(GROUPS) or len(set(names)) != len(names):
+        raise ValueError
+    return ",".join(names)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSettings:
+    """What `sidecar usage` may be asked."""
+
+    state_dir: str = flag("/run/sidecar", text, "State directory of the sidecar", expected="a directory")
+    since: str = flag("24h", span, "How far to look back", expected="a time such as 90m, 24h or 7d")
+    by: str = flag("tenant,model", groups, "What to sum by", expected="some of " + ",".join(GROUPS))
+    format: str = flag(
+        "table", one_of("table", "csv", "json"), "Form of the answer", expected="one of table, csv, json"
+    )
+    dollars_per_gpu_hour: float = flag(
+        0.0, number(0, 10_000), "Price of a GPU hour", expected="dollars from 0 to 10000"
+    )
+
+
+class NoRecords(SidecarError):
+    """There is nothing to read."""
+
+    code = "no_records"
+
+
+def main(chosen: UsageSettings) -> int:
+    """Print the answer. Returns 0. Raises NoRecords."""
+    path, until = Path(chosen.state_dir) / FILE, time.time() + 60
+    since, by = until - 60 - seconds(chosen.since), tuple(filter(None, chosen.by.split(",")))
+    try:
+        found = read(path, since, until, by)
+        outcomes = read(path, since, until, ("outcome",))
+    except FileNotFoundError:
+        raise NoRecords(
+            f"--state-dir: no usage records in {chosen.state_dir}; name the state directory of a sidecar"
+        ) from None
+    except (OSError, sqlite3.Error) as e:
+        raise NoRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
+    wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
+    rows = [line(by, key, sums, chosen.dollars_per_gpu_hour) for key, sums in found]
+    FORMATS[chosen.format](rows, summary(found, wasted, chosen.dollars_per_gpu_hour))
+    return 0
+
+
+def line(by: tuple[str, ...], key: tuple[Any, ...], sums: Sums, price: float) -> dict[str, Any]:
+    """One row of the answer."""
+    numbers = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(sums).items()}
+    dollars = {"dollars": round(sums.gpu_seconds / 3600 * price, 6)} if price else {}
+    return dict(zip(by, key, strict=False)) | numbers | dollars
+
+
+def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
+    """The last line: the total, and what of it was wasted."""
+    total = Sums()
+    for _, sums in rows:
+        total.add(sums)
+    if not total.requests:
+        return "no requests in this time"
+    share = wasted / total.gpu_seconds if total.gpu_seconds else 0.0
+    cost = f", ${total.gpu_seconds / 3600 * price:.2f}" if price else ""
+    return f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}; {share:.1%} of it wasted (not ok)"
+
+
+def as_table(rows: Sequence[dict[str, Any]], last: str) -> None:
+    """Columns for people."""
+    if rows:
+        texts = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
+        widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
+        sides = [str.ljust if isinstance(value, str) else str.rjust for value in rows[0].values()]
+        for cells in texts:
+            print("  ".join(side(cell, w) for side, cell, w in zip(sides, cells, widths, strict=True)))
+    print(last)
+
+
+def as_csv(rows: Sequence[dict[str, Any]], last: str) -> None:
+    """For a spreadsheet. A name that begins like a formula is made text."""
+    writer = csv.writer(sys.stdout)
+    if rows:
+        writer.writerow(rows[0])
+        writer.writerows([_text(value) for value in row.values()] for row in rows)
+
+
+def as_json(rows: Sequence[dict[str, Any]], last: str) -> None:
+    """For programs."""
+    print(json.dumps(rows, indent=1))
+
+
+FORMATS: Final = {"table": as_table, "csv": as_csv, "json": as_json}
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def _text(value: Any) -> Any:
+    return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
