@@ -23,7 +23,7 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift
 from sidecar.load.refit import Refit
 from sidecar.load.work_windows import SECONDS
-from tests.work import found, slower, windows
+from tests.load.work import found, slower, windows
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
 SHARED = (0.3, 0.6, 1.0)

@@ -27,8 +27,8 @@ from sidecar.settings import Settings, spelled
 from sidecar.tools.cel import CelSettings
 from sidecar.tools.manifests.settings import ManifestSettings
 
-from . import api_server_rules
-from .test_reports import SNAPSHOT, full
+from .report.test_reports import SNAPSHOT, full
+from .tools import api_server_rules
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 FILES = sorted(p for p in DEPLOY.rglob("*") if p.is_file())
@@ -229,7 +229,7 @@ def test_the_endpoint_picker_finds_what_it_is_told() -> None:
 
 
 def test_the_gateway_limits_by_what_it_is_told_to_compute() -> None:
-    """The limit reads the key that the cost is written to; the expression itself is tests/test_cel.py's."""
+    """The limit reads the key that the cost is written to; the expression itself is tests/tools/test_cel.py's."""
     route, policy = documents("envoy-ai-gateway/milli-mu.yaml")
     (cost,) = route["spec"]["llmRequestCosts"]
     assert set(cost) == {"metadataKey", "type", "cel"} and cost["type"] == "CEL" and cost["cel"].startswith("uint(")

@@ -12,7 +12,7 @@ outlasts `allowed`, and then a canary's time. It is bounded per arrival by `site
 `sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows;
 elsewhere no kill is possible. They are many where the hardware is far slower than the coefficients say: the bound takes the sidecar for one
 that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if alone on the engine,
-and no gap at all. tests/test_verdict_sim.py holds all this against full resolution.
+and no gap at all. tests/health/test_verdict_sim.py holds all this against full resolution.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-from ..lease_server import LeaseServer, lease_server
+from ..control.lease_server import LeaseServer, lease_server
 from ..ports import free_port
 from ..waiting import PATIENCE
 

@@ -183,7 +183,7 @@ def test_kill_9_amid_writing_loses_the_last_batch_at_most(tmp_path: Path) -> Non
     code = (
         "import sys, itertools\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_records import *\n"
+        "from test_usage_store import *\n"
         "kept = fresh(Path(sys.argv[1]))\n"
         "for n in itertools.count(1):\n"
         "    for _ in range(10): kept.add(settlement(), NOW + n)\n"

@@ -32,7 +32,7 @@ from sidecar.report.orca_proto import Request as OrcaLoadReportRequest
 from sidecar.runtime.channel import Channel
 from sidecar.snapshot import Load
 
-from .waiting import PATIENCE
+from ..waiting import PATIENCE
 
 LOAD = Load(
     mu_in_flight=3.2, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,

@@ -13,8 +13,8 @@ from sidecar.engines.registry import KINDS
 from sidecar.signals import sleep_state as rests
 from sidecar.signals.sleep_state import RestSignal
 
-from .engine_faces import Shown, said
-from .waiting import PATIENCE
+from ..engines.engine_faces import Shown, said
+from ..waiting import PATIENCE
 
 
 class Clock:

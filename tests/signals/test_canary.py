@@ -17,8 +17,8 @@ from sidecar.signals.canary import CanarySignal
 from sidecar.signals.engine_monitor import open_session
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-from .engine_faces import TOKEN, Shown, models
-from .waiting import PATIENCE
+from ..engines.engine_faces import TOKEN, Shown, models
+from ..waiting import PATIENCE
 
 EMBEDDED = json.dumps({"object": "list", "data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 2}})
 COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"

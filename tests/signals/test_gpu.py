@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from .nvml_stub.build import build
-from .waiting import PATIENCE
+from ..nvml_stub.build import build
+from ..waiting import PATIENCE
 
-HERE = Path(__file__).parent / "nvml_stub"
+HERE = Path(__file__).parent.parent / "nvml_stub"
 FIELDS = (
     "utilization",
     "memory_used",

@@ -17,8 +17,8 @@ from sidecar.settings import Settings
 from sidecar.signals import engine_monitor as contacts
 from sidecar.signals.engine_monitor import Contact
 
-from .engine_faces import FACES, Shown, models, page, said, shown
-from .waiting import PATIENCE
+from ..engines.engine_faces import FACES, Shown, models, page, said, shown
+from ..waiting import PATIENCE
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from sidecar.load.gpu_specs import GPUS, find
 from sidecar.load.roofline import Config, model_of, roofline, vision, windows
 from sidecar.settings import Settings
 
-from .nvml_stub.build import build
+from ..nvml_stub.build import build
 
 H100 = "NVIDIA H100 80GB HBM3"
 LLAMA: Config = {

@@ -21,7 +21,7 @@ from sidecar.load.tenant_limits import Bucket, Limit, Refusal, charged, refilled
 from sidecar.relay.pricing import tenant_accounts as accounts
 from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
 
-from ..waiting import PATIENCE
+from ...waiting import PATIENCE
 
 LIMIT = Limit(mu_per_minute=60.0, mu_in_flight=10.0, burst_mu=5.0)
 Open = Callable[[int], Accounts]

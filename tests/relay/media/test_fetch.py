@@ -19,8 +19,8 @@ from sidecar.relay import url_policy as links
 from sidecar.relay.media import fetch as fetching
 from sidecar.relay.media.fetch import Fetcher
 
-from .pictures import Prepared, Workers
-from .work import echo
+from ..pictures import Prepared, Workers
+from ..work import echo
 
 PIXELS = b"\xff\xd8\xff" + bytes(range(256)) * 40
 SECRET = "169.254.169.254"

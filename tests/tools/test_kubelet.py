@@ -15,7 +15,7 @@ from aiohttp import web
 from sidecar.tools.demo.kubelet import Container, Event, Kubelet
 from sidecar.tools.demo.probe_policy import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
 
-from .waiting import PATIENCE
+from ..waiting import PATIENCE
 
 TRUE = Exec(("/bin/true",))
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")

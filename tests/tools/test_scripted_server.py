@@ -24,6 +24,8 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine, bound
 
 from .engine_client import events, quick, running_engine, text
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def bmp(width: int, height: int) -> bytes:
     return b"BM" + b"\0" * 16 + struct.pack("<ii", width, height) + b"\0" * 28
@@ -328,7 +330,7 @@ async def test_the_command_serves_crashes_and_stops() -> None:
     for crash in (True, False):
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "sidecar", "engine", "--listen", "127.0.0.1:0",
-            stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parent.parent,
+            stdout=asyncio.subprocess.PIPE, cwd=ROOT,
         )  # fmt: skip
         assert process.stdout
         line = (await process.stdout.readline()).decode()

@@ -24,7 +24,7 @@ from sidecar.tools.doctor import machine
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import FAST
 
-from ..waiting import PATIENCE
+from ...waiting import PATIENCE
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then 3.1415 times more: f(x) = {x: 1}. "
 

@@ -14,7 +14,7 @@ import pytest
 
 from sidecar.runtime.supervisor import PAUSE_FIRST, PAUSE_MOST, STEADY, pause_after
 
-from .waiting import PATIENCE
+from ..waiting import PATIENCE
 
 # Each process says who it is and waits; what it gets on SIGTERM and SIGUSR1 is said, too.
 PROGRAM = """

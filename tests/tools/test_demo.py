@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .waiting import PATIENCE
+from ..waiting import PATIENCE
 
 COMMAND = (sys.executable, "-m", "sidecar", "demo", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0")
 PAGE = re.compile(r"page:\s+http://127\.0\.0\.1:\d+/$")

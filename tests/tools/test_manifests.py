@@ -31,8 +31,8 @@ from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.render import ADMIN, DRAIN, ENDPOINTS, RELAY, STATE, render
 from sidecar.tools.manifests.settings import KINDS, ManifestSettings
 
+from ..waiting import PATIENCE
 from . import api_server_rules
-from .waiting import PATIENCE
 
 Requires = Callable[[str], Path]
 CLAIM = {"claim": "models", "model": "/models/qwen"}
@@ -127,7 +127,7 @@ def test_what_lies_in_deploy_is_what_the_command_prints(
 ) -> None:
     """deploy/kubernetes holds the command's own output; `make docs` writes it."""
     assert cli.run(["manifests", *flags]) == 0
-    kept = Path(__file__).parent.parent / "deploy" / "kubernetes" / f"{name}.yaml"
+    kept = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes" / f"{name}.yaml"
     assert kept.read_text() == capsys.readouterr().out
 
 
@@ -196,7 +196,9 @@ def test_the_engines_probes_use_numeric_ports() -> None:
 def test_services_reach_the_sidecar_by_number() -> None:
     """A Service's target is a number: before Kubernetes 1.33 the name of a native sidecar's port leads to no endpoint."""
     printed = list(yaml.safe_load_all(render(ManifestSettings())))
-    kept = yaml.safe_load_all((Path(__file__).parent.parent / "deploy" / "keda" / "metrics-api.yaml").read_text())
+    kept = yaml.safe_load_all(
+        (Path(__file__).resolve().parents[2] / "deploy" / "keda" / "metrics-api.yaml").read_text()
+    )
     services = [document for document in (*printed, *kept) if document["kind"] == "Service"]
     listens = {port["containerPort"] for port in containers()[0]["ports"]}
     assert len(services) == 2 and {p["targetPort"] for s in services for p in s["spec"]["ports"]} == listens

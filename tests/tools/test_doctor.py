@@ -21,7 +21,7 @@ from sidecar.tools.doctor.finding import Finding
 from sidecar.tools.doctor.report import CHECKS, examine, text
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-from .waiting import PATIENCE
+from ..waiting import PATIENCE
 
 TOKEN = 'data: {"choices": [{"delta": {"content": "1"}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
 PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1003520}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sidecar.events import Usage
 from sidecar.relay.sse import SSE, Tail, priced, usage_of
 
-PAGES = Path(__file__).parents[1] / "pages" / "answers"
+PAGES = Path(__file__).parents[1] / "engines" / "pages" / "answers"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'

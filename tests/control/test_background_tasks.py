@@ -21,7 +21,7 @@ from sidecar.load import cost_model as units
 from sidecar.settings import Settings, load
 from sidecar.signals.canary import CanarySignal
 
-from .waiting import PATIENCE
+from ..waiting import PATIENCE
 
 
 async def breaks(secret: str = "") -> None:
@@ -35,7 +35,9 @@ async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(capl
         assert errands.start("canary", breaks("a user's words"), broken.put_nowait)
         assert await broken.get() == "TypeError"
     (record,) = caplog.records
-    assert record.levelno == logging.ERROR and "canary" in record.message and "test_errands.py:" in record.message
+    assert (
+        record.levelno == logging.ERROR and "canary" in record.message and "test_background_tasks.py:" in record.message
+    )
     assert "words" not in caplog.text
 
 

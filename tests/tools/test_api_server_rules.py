@@ -1,4 +1,4 @@
-"""The rules of tests/api_server_rules.py refuse what they are for, and nothing else."""
+"""The rules of tests/tools/api_server_rules.py refuse what they are for, and nothing else."""
 
 from __future__ import annotations
 
