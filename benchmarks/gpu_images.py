@@ -2,7 +2,6 @@
 
     python benchmarks/gpu_images.py [--rounds N] [--write]
     python benchmarks/gpu_images.py --check nvjpeg     its error and speed only
-    python benchmarks/gpu_images.py --check ipc        lent memory: another process reads the same bits, and all of it comes back
     python benchmarks/gpu_images.py --interpret        a smoke test without a GPU: bits only, small images, no figures
 
 Needs a CUDA machine with torch >= 2.8 (its CPU build of ATen is the reference) and Triton. Before anything is timed, every size and kind of
@@ -203,7 +202,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--interpret", action="store_true", help="Triton's interpreter on the CPU: no figures")
-    parser.add_argument("--check", choices=("bits", "ipc", "nvjpeg"), help="only this, and no figures")
+    parser.add_argument("--check", choices=("bits", "nvjpeg"), help="only this, and no figures")
     args = parser.parse_args()
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -212,12 +211,6 @@ def main() -> int:
     if not args.interpret and not torch.cuda.is_available():
         print("no CUDA device is visible; --interpret checks the bits without one", file=sys.stderr)
         return 1
-    if args.check == "ipc":
-        import gpu_ipc
-
-        sizes = SMALL if args.interpret else SIZES | SMALL
-        print(gpu_ipc.check([picture(*size) for size in sizes.values()], processor()))
-        return 0
     if args.check == "nvjpeg":
         print(nvjpeg(args.rounds, interpret=args.interpret))
         return 0

@@ -5,15 +5,12 @@
         made.tensors["pixel_values"], made.images[0].tokens
 
 Rules: numpy and aiohttp are all that it needs; nothing of an answer is believed before it is checked; what is read is bounded
-before it is kept. With `shm=True` the tensors are mapped from shared memory: the client must see the sidecar's folder. With `lend` they stay
-in the GPU's memory; sidecar.client.gpu_tensors opens them.
+before it is kept. With `shm=True` the tensors are mapped from shared memory: the client must see the sidecar's folder.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
 import io
 import json
 import math
@@ -21,7 +18,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -83,30 +80,6 @@ class Preprocessed:
     exact: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Lent:
-    """Where one tensor lies in another process's memory: `size` bytes, `offset` bytes behind what `handle` opens, on the device of this UUID."""
-
-    kind: str  # "cuda-ipc"
-    device: str
-    handle: bytes
-    offset: int
-    size: int
-    dtype: str  # as in DTYPES
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Loan:
-    """`pixel_values` of each image, lent until the block ends or `Client.give_back(name)` is called, for half a minute at most."""
-
-    name: str
-    pixel_values: tuple[Lent, ...]
-    images: tuple[ImageLayout, ...]
-    processor: str
-    exact: bool  # as in Preprocessed
-
-
 class Client:
     """One sidecar's relay at `url`. `shm_dir` is its --shm-dir as this process sees it; an answer of over `max_bytes` is refused."""
 
@@ -157,34 +130,6 @@ class Client:
             return await asyncio.to_thread(self._shared, bytes(data))
         return parse(data, exact=answer.headers.get("x-sidecar-images") != "inexact")
 
-    @contextlib.asynccontextmanager
-    async def lend(
-        self, images: Iterable[bytes | Path], *, values: Values = "", headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[Loan]:
-        """Prepare encoded images and leave the tensors in the GPU's memory, which is lent while the block runs. Raises PreprocessError, OSError."""
-        form = await _form(images)
-        query = {"values": values} if values else {}
-        asked = {**(headers or {}), "x-sidecar-handoff": "cuda-ipc"}
-        with contextlib.ExitStack() as stack:
-            try:
-                answer = await self._session.post(self._url, data=form, params=query, headers=asked)
-                stack.callback(answer.close)  # the answer goes on as long as the loan, which ends with it
-                if answer.status != 200:
-                    raise await _refusal(answer)
-                line = await _line(answer)
-            except (aiohttp.ClientError, TimeoutError) as e:
-                raise _unreachable(e) from e
-            yield lent(line)
-
-    async def give_back(self, name: str) -> None:
-        """End a loan by its name, from wherever its memory was read. One that is over already is no error. Raises PreprocessError."""
-        try:
-            async with self._session.delete(f"{self._url}/{name}") as answer:
-                if answer.status not in (204, 404):
-                    raise await _refusal(answer)
-        except (aiohttp.ClientError, TimeoutError) as e:
-            raise _unreachable(e) from e
-
     def _shared(self, text: bytes) -> Preprocessed:
         layout = _object(text)
         try:
@@ -195,33 +140,6 @@ class Client:
         if not SEGMENT.fullmatch(name) or not 0 < size <= self._max_bytes:
             raise _unreadable("its segment has a strange name or size")
         return parse(_mapped(self._shm_dir / name, size), exact=layout.get("exact") is True)
-
-
-def lent(line: bytes) -> Loan:
-    """The line that says what was lent. Raises PreprocessError."""
-    layout = _object(line)
-    try:
-        images = tuple(ImageLayout(**i | {"grid_thw": tuple(i["grid_thw"])}) for i in layout["images"])
-        pieces = tuple(_piece(**entry) for entry in layout["memory"])
-        return Loan(str(layout["loan"]), pieces, images, str(layout["processor"]), layout.get("exact") is True)
-    except (KeyError, TypeError, ValueError) as e:
-        raise _unreadable(f"not a loan of this version ({type(e).__name__})") from None
-
-
-def _piece(
-    *, tensor: str, dtype: str, shape: list[int], kind: str, device: str, handle: str, offset: int, bytes: int
-) -> Lent:
-    """One entry of `memory`. Raises KeyError, TypeError or ValueError where it is none."""
-    if (
-        tensor != "pixel_values"
-        or bytes != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
-        or bytes < 1
-        or offset < 0
-    ):
-        raise ValueError("a tensor of another size")
-    return Lent(
-        str(kind), str(device), base64.b64decode(handle, validate=True), int(offset), bytes, dtype, tuple(shape)
-    )
 
 
 def parse(data: Data, *, exact: bool = True) -> Preprocessed:
@@ -284,16 +202,6 @@ async def _form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
         file = await asyncio.to_thread(image.read_bytes) if isinstance(image, Path) else image
         form.add_field("image", io.BytesIO(file), filename="image", content_type="application/octet-stream")
     return form
-
-
-async def _line(answer: aiohttp.ClientResponse) -> bytes:
-    """The first line of an answer that goes on."""
-    line = b""
-    async for chunk in answer.content.iter_any():
-        line += chunk
-        if b"\n" in line or len(line) > MAX_HEAD:
-            break
-    return line
 
 
 async def _body(answer: aiohttp.ClientResponse, most: int) -> memoryview:

@@ -24,12 +24,8 @@ PIXELS: Final = "pixels"  # a resized lossless image, as base64 text
 RAW: Final = "raw"  # the resized image's RGB bytes
 INLINE: Final = (PIXELS, RAW)  # what takes the image's place in a request
 TENSORS: Final = "tensors"  # the processor's output
-DEVICE: Final = (
-    "device"  # the processor's output stays in the GPU's memory, lent to the job's loan; the payload says where
-)
 LAYOUT: Final = "layout"  # no payload: sizes only, of an image that does decode
 GPU_DOOR: Final = ".gpu"  # behind the name of the image server's own socket: that of the process that owns the GPU
-GPU_BUSY: Final = "gpu_busy"  # why a job is refused that only the GPU could have done
 
 
 Data = bytes | bytearray | memoryview
@@ -50,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, RAW, TENSORS, DEVICE or LAYOUT."""
+    """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, RAW, TENSORS or LAYOUT."""
 
     want: str
     spec: str
@@ -58,7 +54,6 @@ class Job:
     limits: Limits
     seconds: float  # deadline, counted from when the worker has the whole image
     gpu: bool = False  # whether a GPU that is there may be used now
-    loan: str = ""  # of DEVICE
 
 
 @dataclass(frozen=True, slots=True)

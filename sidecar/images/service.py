@@ -7,23 +7,18 @@ once is kept for the tenant who sent it, where there is a cache.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images.gpu_loan import Loan, borrowed, give_back
-from sidecar.images.protocol import DEVICE, GPU_DOOR, PIXELS, RAW, TENSORS, Data, Done, Job, Limits
+from sidecar.images.protocol import PIXELS, RAW, TENSORS, Data, Done, Job, Limits
 from sidecar.images.shm_cache import Handed, ImageCache
 from sidecar.images.shm_handoff import Handovers
 from sidecar.images.tensor_budget import Results, Take
 from sidecar.images.worker_queue import ImageQueue
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
-
-R = TypeVar("R")
 
 HASHED_HERE = 512 * 1024  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
 KEEPING = 4  # results on their way into the cache at once; more are not kept
@@ -71,7 +66,6 @@ class Images:
         self, socket_path: str, settings: Settings, spec: ProcessorSpec, cache: ImageCache | None = None
     ) -> None:
         self.spec = spec
-        self._path = socket_path
         self._workers = ImageQueue(socket_path, settings)
         self._limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
@@ -79,7 +73,6 @@ class Images:
         self._cache = cache
         self._keeping: set[asyncio.Task[None]] = set()
         self._handovers = Handovers(cache) if cache is not None else None
-        self._loans: set[Loan] = set()
         self.results = Results()
 
     async def inline(
@@ -126,45 +119,15 @@ class Images:
         `spec`: for another processor than the model's, such as the same one without its last steps. `take`: of `results`, told of the bytes.
         Raises BadImage or ImagesBusy for the first that fails, and gives up the others.
         """
-        done = await _all(
-            self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, take)
-            for i, (data, is_base64) in enumerate(images)
-        )
-        return [Tensors(prepared, values) for prepared, values, _ in done]
-
-    @contextlib.asynccontextmanager
-    async def loan(self) -> AsyncIterator[Loan]:
-        """A loan of the GPU's memory, for `lent`. Raises NoGpu or ImagesBusy."""
-        if not self.gpu:
-            raise ImagesBusy("the engine is starting or stands still, and its GPU is left alone; try again shortly")
-        async with borrowed(self._path + GPU_DOOR) as loan:
-            self._loans.add(loan)
-            try:
-                yield loan
-            finally:
-                self._loans.discard(loan)
-
-    async def lent(
-        self, images: Sequence[tuple[Data, bool]], spec: ProcessorSpec, loan: Loan, where: str = "images"
-    ) -> list[Tensors]:
-        """Like `tensors`, but `pixel_values` stay in the GPU's memory until the loan ends; `values` say where, as JSON."""
-
-        async def one(data: Data, is_base64: bool, where: str) -> Tensors:
-            started = time.monotonic()
-            self._check_size(data, where, is_base64)
-            done, said = await self._do(DEVICE, spec.to_json(), data, where, is_base64, loan.name)
-            return Tensors(_prepared(done, said, time.monotonic() - started), said)
-
-        return await _all(one(data, is_base64, f"{where}[{i}]") for i, (data, is_base64) in enumerate(images))
-
-    def end_loans(self) -> None:
-        """The engine is gone: whatever was lent goes back at once, before the next one measures the GPU's memory."""
-        for loan in self._loans:
-            loan.end()
-
-    async def give_back(self, name: str) -> bool:
-        """End a loan of any relay process. False where there is none of that name. Raises NoGpu or ImagesBusy."""
-        return await give_back(self._path + GPU_DOOR, name)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, take))
+                    for i, (data, is_base64) in enumerate(images)
+                ]
+        except* (BadImage, ImagesBusy) as failed:
+            raise failed.exceptions[0] from None
+        return [Tensors(*task.result()[:2]) for task in tasks]
 
     async def close(self) -> None:
         """Take no more images; those under way end by themselves within their deadline."""
@@ -221,10 +184,9 @@ class Images:
         data: Data,
         where: str,
         is_base64: bool,
-        loan: str = "",
         take: Take | None = None,
     ) -> tuple[Done, bytearray]:
-        job = Job(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu, loan)
+        job = Job(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu)
         return await self._workers.do(job, data, where, take)
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
@@ -233,16 +195,6 @@ class Images:
         if len(data) > most:
             text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
             raise BadImage(text, "image_too_large")
-
-
-async def _all(jobs: Iterable[Coroutine[Any, Any, R]]) -> list[R]:
-    """The results in order. Raises BadImage or ImagesBusy for the first that fails, and gives up the others."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(job) for job in jobs]
-    except* (BadImage, ImagesBusy) as failed:
-        raise failed.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def _prepared(done: Done, payload: Data, seconds: float, *, cached: bool = False) -> Prepared:

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator
 
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images.protocol import (
-    GPU_BUSY,
     MAX_REPLY,
     PREFIX,
     Data,
@@ -65,8 +64,6 @@ class ImageQueue:
                     answer, payload = await _receive(connection, take)
             except (OSError, EOFError, FrameError, TimeoutError):
                 raise _killed(where, time.monotonic() - sent, self.seconds) from None
-        if isinstance(answer, Refused) and answer.reason == GPU_BUSY:
-            raise ImagesBusy(f"{where}: {answer.message}; try again shortly, or take the tensors another way")
         if isinstance(answer, Refused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
         assert isinstance(answer, Done)

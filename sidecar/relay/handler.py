@@ -103,8 +103,6 @@ class Relay:
                 self._pricing.heard(order)
                 if self._images is not None:
                     self._images.gpu = order.verdict in inlining.SETTLED
-                    if order.verdict in inlining.GONE:
-                        self._images.end_loans()
             case End():
                 self._desk.end(order.ids, order.code)
             case Page():
@@ -176,8 +174,6 @@ class Relay:
                 return await self._work(request, route, id)
             if path == "/v1/preprocess":
                 return await self._preprocessed(request)
-        elif request.method == "DELETE" and path.startswith("/v1/preprocess/"):
-            return await self._preprocessed(request)
         elif path == "/metrics" and request.method == "GET":
             page = await self._page.get()
             if page is not None:

@@ -325,18 +325,6 @@ async def test_the_client_gives_what_the_hugging_face_processor_gives(
     assert handed_over(shm_dir) == []
 
 
-async def test_without_a_gpu_nothing_is_lent(sidecar: Any) -> None:
-    """x-sidecar-handoff: cuda-ipc is a 501 that says what to do, and DELETE reaches the sidecar, not the engine."""
-    async with Client(sidecar.relay) as client:
-        with pytest.raises(PreprocessError, match="leave x-sidecar-handoff out") as caught:
-            async with client.lend([photo(64, 64, 1)]):
-                pass
-        assert (caught.value.status, caught.value.code) == (501, "handoff_not_implemented")
-        with pytest.raises(PreprocessError) as caught:
-            await client.give_back("0" * 32)
-        assert caught.value.status == 501
-
-
 def handed_over(shm_dir: Path) -> list[str]:
     return [p.name for p in shm_dir.glob("*/out-*")]
 

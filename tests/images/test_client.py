@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from sidecar.client.preprocess import Client, ImageLayout, Preprocessed, PreprocessError, lent, parse
+from sidecar.client.preprocess import Client, ImageLayout, Preprocessed, PreprocessError, parse
 from sidecar.client.vllm_features import expanded, features, packed
 
 NAME = "sidecar-images-abc/out-" + "0" * 32
@@ -92,41 +92,6 @@ def test_a_damaged_file_is_one_clear_error(lie: str) -> None:
     assert caught.value.code == "unreadable"
 
 
-PIECE: dict[str, Any] = {
-    "tensor": "pixel_values", "dtype": "F32", "shape": [2, 3], "kind": "cuda-ipc", "device": "GPU-1", "handle": "AAEC", "offset": 0, "bytes": 24,
-}  # fmt: skip
-LENT: dict[str, Any] = {"processor": "p", "exact": True, "images": [], "loan": "a" * 32, "memory": [PIECE]}
-
-
-def test_what_was_lent_is_named() -> None:
-    """Handles are bytes, shapes are whole, and the tensors of all images come in order."""
-    loan = lent(json.dumps(LENT | {"memory": [PIECE, PIECE | {"device": "GPU-2"}]}).encode())
-    assert (loan.name, loan.processor, [p.device for p in loan.pixel_values]) == ("a" * 32, "p", ["GPU-1", "GPU-2"])
-    assert loan.exact and not lent(json.dumps(LENT | {"exact": False}).encode()).exact
-    first = loan.pixel_values[0]
-    assert (first.handle, first.shape, first.size, first.dtype) == (b"\0\1\2", (2, 3), 24, "F32")
-
-
-@pytest.mark.parametrize(
-    "lie",
-    [
-        LENT | {"memory": None},
-        {k: v for k, v in LENT.items() if k != "loan"},
-        *(
-            LENT | {"memory": [PIECE | wrong]}
-            for wrong in (
-                {"bytes": 25}, {"bytes": -24, "shape": [-2, 3]}, {"offset": -1}, {"handle": "?"}, {"dtype": "O"}, {"tensor": "x"}, {"more": 1},
-            )
-        ),
-    ],
-)  # fmt: skip
-def test_a_loan_that_lies_is_one_clear_error(lie: Any) -> None:
-    """Nothing is opened by a handle whose tensor has another size than its shape, or that is none."""
-    with pytest.raises(PreprocessError) as caught:
-        lent(json.dumps(lie).encode())
-    assert caught.value.code == "unreadable"
-
-
 async def test_the_sidecars_refusal_is_told(liar: Liar) -> None:
     """Message, code, status and Retry-After of the sidecar's error reach the caller."""
     error = {"error": {"message": "all image workers are busy", "type": "server_error", "code": "images_busy"}}
@@ -151,7 +116,6 @@ async def test_whoever_else_answers_is_told_by_the_status(liar: Liar) -> None:
         async with Client(liar.url) as client:
             with pytest.raises(PreprocessError, match="--listen") as caught:
                 await client.preprocess([b"x"])
-            await client.give_back("0" * 32)
         assert (caught.value.status, caught.value.code) == (404, "unknown")
 
 

@@ -154,9 +154,9 @@ async def test_links_are_fetched_by_the_operators_rules(service: Service) -> Non
     await runner.cleanup()
 
 
-async def test_tensors_through_shared_memory(service: Service, spec: Any, tmp_path: Path) -> None:
+async def test_tensors_through_shared_memory(service: Service, server: Server, spec: Any, tmp_path: Path) -> None:
     """The named file holds the very bytes that the body would have had."""
-    service.images = Images(service.images._path, service.chosen, spec, ImageCache(str(tmp_path), 1 << 28, b"key"))
+    service.images = Images(server.path, service.chosen, spec, ImageCache(str(tmp_path), 1 << 28, b"key"))
     headers = {"x-sidecar-handoff": "shm"}
     status, body, kind = await service.post(json={"images": [url(p) for p in PHOTOS]}, headers=headers)
     assert (status, kind) == (200, "application/json")
@@ -317,7 +317,6 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "large body": ({"data": bytes(900_001), "headers": {"content-type": "application/json"}}, 413, "body_too_large"),
     "large image": ({"data": bytes(500_001), "headers": {"content-type": "image/png"}}, 413, "body_too_large"),
     "no shm": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "shm"}}, 501, "handoff_not_implemented"),
-    "unknown handoff": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "pigeon"}}, 501, "handoff_not_implemented"),
     "values": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg"}, "params": {"values": "int4"}}, 400, "bad_request"),
     "accept": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "accept": "text/html"}}, 406, "not_acceptable"),
 }  # fmt: skip
@@ -330,6 +329,15 @@ async def test_bad_requests_are_answered_in_openais_shape(service: Service, name
     got, body, _ = await service.post(**request)
     assert (got, json.loads(body)["error"]["code"]) == (status, code)
     assert (await service.post(data=form(PHOTOS[:1])))[0] == 200
+
+
+@pytest.mark.parametrize("handoff", ["cuda-ipc", "pigeon", "shm, cuda-ipc"])
+async def test_a_handoff_that_is_not_available_is_refused_with_the_one_that_is(service: Service, handoff: str) -> None:
+    """501 with one line that names what was asked for and what there is instead."""
+    status, body, _ = await service.post(data=form(PHOTOS[:1]), headers={"x-sidecar-handoff": handoff})
+    error = json.loads(body)["error"]
+    assert (status, error["code"]) == (501, "handoff_not_implemented")
+    assert error["message"] == f"x-sidecar-handoff: {handoff!r} is not available; send shm, or leave the header out"
 
 
 @pytest.mark.parametrize(("handoff", "asked"), [("", 1), ("pigeon", 0)])

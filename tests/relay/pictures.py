@@ -23,7 +23,6 @@ class Workers:
 
     def __init__(self) -> None:
         self.gpu = False
-        self.loans_ended = 0
         self.lies_again = True
         self.handed_over: list[bool] = []
         self.running = 0
@@ -58,9 +57,6 @@ class Workers:
 
     def release(self, request: str) -> None:
         """Nothing was handed over."""
-
-    def end_loans(self) -> None:
-        self.loans_ended += 1
 
 
 def pictures(*base64: str, **more: Any) -> dict[str, Any]:

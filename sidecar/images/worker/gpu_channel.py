@@ -34,7 +34,7 @@ NAME: Final = GPU_DOOR
 class Ask:
     """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
-    The answer takes their place: RGB rows where `inline`, else the processor's output. With a `loan` that output stays on the device.
+    The answer takes their place: RGB rows where `inline`, else the processor's output.
     `original`: the height and width that decide what becomes of it, where it was shrunk already.
     """
 
@@ -43,7 +43,6 @@ class Ask:
     original: tuple[int, int]
     spec: str
     inline: bool
-    loan: str = ""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -54,8 +53,8 @@ def parse(text: bytes) -> Ask:
     try:
         ask = Ask(**json.loads(text))
         height, width = ask.original
-        sizes, texts = (ask.height, ask.width, height, width), (ask.spec, ask.loan)
-        if all(type(size) is int and size > 0 for size in sizes) and all(type(text) is str for text in texts):
+        sizes = (ask.height, ask.width, height, width)
+        if all(type(size) is int and size > 0 for size in sizes) and type(ask.spec) is str:
             return replace(ask, original=(height, width))
     except (ValueError, TypeError):
         pass
@@ -96,17 +95,7 @@ class Door:
 
     def make(self, pixels: memoryview, ask: Ask, size: int) -> memoryview | None:
         """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
-        answer = self._asked(pixels, ask) if size <= ARENA else None
-        return memoryview(self._memory)[:size] if answer == OK else None
-
-    def lend(self, pixels: memoryview, ask: Ask) -> bytes | None:
-        """Where the GPU keeps what it makes of `pixels` for the ask's loan, as JSON; None where it has not."""
-        answer = self._asked(pixels, ask)
-        return answer if answer not in (OK, FULL) else None
-
-    def _asked(self, pixels: memoryview, ask: Ask) -> bytes | None:
-        """The GPU's answer; None where there is none in time."""
-        if len(pixels) > ARENA or self._now() < self._not_before:
+        if max(len(pixels), size) > ARENA or self._now() < self._not_before:
             return None
         try:
             connection = self._open()
@@ -122,7 +111,7 @@ class Door:
             self._pause()
             return None
         self._rest = REST[0]
-        return answer
+        return memoryview(self._memory)[:size] if answer == OK else None
 
     def _open(self) -> socket.socket:
         """A connection whose arena is ours alone. Raises TimeoutError while the GPU may still write to it, OSError where it is lost."""

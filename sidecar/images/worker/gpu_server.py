@@ -6,8 +6,6 @@ memory gives up when a neighbour's use changes. Device memory has a hard bound; 
 CPU. Whatever else goes wrong on the GPU ends this process, since a CUDA context does not recover: the workers go on alone, and
 the server tries again after a while.
 
-What is lent (lending.py) stays on the device, in memory of its own beside torch's, and counts against the same bound.
-
 With TRITON_INTERPRET=1 the kernel runs in Triton's interpreter on the CPU: for tests.
 """
 
@@ -18,7 +16,6 @@ import logging
 import os
 import selectors
 import socket
-import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -27,7 +24,6 @@ import torch
 
 from sidecar.images.protocol import FrameError, Limits
 from sidecar.images.worker.gpu_channel import FULL, MAX_ASK, OK, Ask, mapped, parse
-from sidecar.images.worker.gpu_lender import CudaPiece, HostPiece, Lender, Piece, allocator, described
 from sidecar.images.worker.tensors import table
 from sidecar.images.worker.worker import deadline
 from sidecar.kernels import families
@@ -43,15 +39,13 @@ KNOWN: Final = 16  # tables of values that are kept: there is one per model
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One ask of one worker, checked. `memory` is its arena as a tensor; the result goes there, or into `piece` for a loan."""
+    """One ask of one worker, checked. `memory` is its arena as a tensor; the result goes there."""
 
     connection: socket.socket
     memory: Any
     wanted: Wanted
     spec: ProcessorSpec
     floats: bool
-    loan: str = ""
-    piece: Piece | None = None
 
     @property
     def size(self) -> int:
@@ -62,46 +56,19 @@ class Asked:
 class Device:
     """The GPU with the kernel compiled for it. Raises whatever CUDA or Triton raise where it cannot be used."""
 
-    def __init__(self, memory_budget: int, lender: Lender) -> None:
+    def __init__(self, memory_budget: int) -> None:
         from sidecar.kernels import gpu
 
         self._kernel = gpu
         self._name = "cpu" if gpu.interpreted() else "cuda"
         self._budget = memory_budget
-        self._lender = lender
         self._tables: dict[ProcessorSpec, Any] = {}
         self._stream: Any = contextlib.nullcontext()
         if self._name == "cuda":
-            self._total = torch.cuda.get_device_properties(0).total_memory
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_budget / total))
             least, _ = torch.cuda.Stream.priority_range()
             self._stream = torch.cuda.stream(torch.cuda.Stream(priority=least))
-
-    def serve(self, asked: list[Asked]) -> list[bytes]:
-        """Do what can be done, and say of each ask what is to be answered."""
-        furnished = [self._furnished(ask) for ask in asked]
-        done = {id(ask) for ask in self.make([ask for ask in furnished if ask is not None])}
-        return [_answer(ask) if ask is not None and id(ask) in done else FULL for ask in furnished]
-
-    def _furnished(self, ask: Asked) -> Asked | None:
-        """The ask with the memory that is lent for it; None where there is none. The loan's end gives it back, whatever comes of it."""
-        if not ask.loan:
-            return ask
-        piece = self._lender.loans.lend(ask.loan, ask.size, self._allocate)
-        return replace(ask, piece=piece) if piece is not None else None
-
-    def _allocate(self, size: int) -> Piece | None:
-        if self._name != "cuda":
-            return HostPiece(size)
-        if torch.cuda.memory_reserved() + self._lender.loans.held + size > self._budget:
-            torch.cuda.empty_cache()  # what torch keeps for later counts, too
-        return allocator(CudaPiece)(size)
-
-    def _bound(self) -> int:
-        """Bytes that batches may use now; torch's allocator is held to it."""
-        free = self._budget - self._lender.loans.held
-        if self._name == "cuda" and free > 0:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, free / self._total))
-        return free
 
     def make(self, asked: list[Asked]) -> list[Asked]:
         """Do what fits into the budget, each into its arena. Returns what was done."""
@@ -120,11 +87,10 @@ class Device:
 
     def _fitting(self, asked: list[Asked], item: int) -> tuple[list[Asked], Batch | None]:
         """The longest beginning of `asked` that fits into the budget, found by halving; None where not even one does."""
-        bound = self._bound()
         while asked:
             specs = list(dict.fromkeys(ask.spec for ask in asked))
             batch = self._kernel.lay_out([replace(ask.wanted, table=specs.index(ask.spec)) for ask in asked])
-            if batch.memory(item) + len(specs) * 768 * item <= bound:
+            if batch.memory(item) + len(specs) * 768 * item <= self._budget:
                 return asked, batch
             asked = asked[: len(asked) // 2]
         return [], None
@@ -151,10 +117,7 @@ class Device:
         octets = out.view(torch.uint8)
         for at, ask in zip(batch.outs, asked, strict=True):
             first = at * kind.itemsize
-            target = ask.memory if ask.piece is None else ask.piece.tensor
-            target[: ask.size].copy_(octets[first : first + ask.size])
-        if self._name == "cuda":
-            torch.cuda.current_stream().synchronize()  # whoever is answered finds the result there
+            ask.memory[: ask.size].copy_(octets[first : first + ask.size])  # waits for the kernel
 
     def _values(self, asked: list[Asked]) -> Any:
         """The tables of the batch's processors, in the order in which they first come."""
@@ -168,10 +131,6 @@ class Device:
 
     def _empty(self, size: int, kind: Any) -> Any:
         return torch.empty(size, dtype=kind, device=self._name)
-
-
-def _answer(ask: Asked) -> bytes:
-    return OK if ask.piece is None else described(ask.piece, ask.size)
 
 
 def visible() -> bool:
@@ -203,32 +162,23 @@ def _why(error: Exception) -> str:
 def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: Limits, memory_budget: int) -> None:
     device: Device | None = None
     arenas: dict[socket.socket, Any] = {}
-    lender = Lender(memory_budget)
     while True:
-        ready = waiting.select(lender.loans.wait(time.monotonic()))
-        with deadline(SECONDS):  # what was lent is freed here, by the driver
-            asked = _heard(listening, waiting, ready, arenas, lender, limits)
-            lender.expire(time.monotonic())
+        asked = _heard(listening, waiting, arenas, limits)
         if asked:
             with deadline(SECONDS if device else FIRST):
-                device = device or Device(memory_budget, lender)
-                answers = device.serve(asked)
-            for ask, answer in zip(asked, answers, strict=True):
+                device = device or Device(memory_budget)
+                done = {id(ask) for ask in device.make(asked)}
+            for ask in asked:
                 with contextlib.suppress(OSError):  # a worker that has gone is noticed when it is read from
-                    ask.connection.send(answer)
+                    ask.connection.send(OK if id(ask) in done else FULL)
 
 
 def _heard(
-    listening: socket.socket,
-    waiting: selectors.BaseSelector,
-    ready: list[tuple[selectors.SelectorKey, int]],
-    arenas: dict[socket.socket, Any],
-    lender: Lender,
-    limits: Limits,
+    listening: socket.socket, waiting: selectors.BaseSelector, arenas: dict[socket.socket, Any], limits: Limits
 ) -> list[Asked]:
     """What the connections that are ready ask; new ones are taken, and those that are gone forgotten."""
     asked: list[Asked] = []
-    for key, _ in ready:
+    for key, _ in waiting.select():
         if key.fileobj is listening:
             connection, _ = listening.accept()
             connection.setblocking(False)
@@ -236,26 +186,22 @@ def _heard(
             continue
         connection = key.fileobj  # type: ignore[assignment]
         try:
-            asked += _hear(connection, arenas, lender, limits)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # gone, or not of this version
+            asked += _hear(connection, arenas, limits)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # gone, or no worker of this version
             waiting.unregister(connection)
             arenas.pop(connection, None)
-            lender.hung_up(connection)
             connection.close()
     return asked
 
 
-def _hear(connection: socket.socket, arenas: dict[socket.socket, Any], lender: Lender, limits: Limits) -> list[Asked]:
-    """A worker's arena or its ask, or a relay's order about a loan. Raises OSError, FrameError or ValueError for what is neither."""
+def _hear(connection: socket.socket, arenas: dict[socket.socket, Any], limits: Limits) -> list[Asked]:
+    """A worker's arena, or its ask. Raises OSError, FrameError or ValueError for what is neither."""
     if connection not in arenas:
-        order, fds, _, _ = socket.recv_fds(connection, MAX_ASK, 1)
+        _, fds, _, _ = socket.recv_fds(connection, MAX_ASK, 1)
         try:
-            if fds:
-                arenas[connection] = torch.frombuffer(mapped(fds[0]), dtype=torch.uint8)
-            elif order:
-                lender.hear(connection, order, time.monotonic())
-            else:
-                raise ConnectionResetError("the relay has gone")
+            if not fds:
+                raise FrameError("no arena")
+            arenas[connection] = torch.frombuffer(mapped(fds[0]), dtype=torch.uint8)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -275,7 +221,7 @@ def _checked(connection: socket.socket, memory: Any, ask: Ask, limits: Limits) -
     geometry = spec.geometry(*ask.original)
     patches = spec if isinstance(spec, PatchSpec) and not ask.inline else None
     wanted = Wanted(height, width, geometry, spec.resample, patches, planes=not ask.inline)
-    asked = Asked(connection, memory, wanted, spec, spec.floats and not ask.inline, ask.loan)
-    if max(3 * height * width, 0 if ask.loan else asked.size) > memory.numel() or (ask.loan and ask.inline):
+    asked = Asked(connection, memory, wanted, spec, spec.floats and not ask.inline)
+    if max(3 * height * width, asked.size) > memory.numel():
         raise FrameError("an ask beyond its arena")
     return asked

@@ -15,7 +15,7 @@ import pybase64
 import torch
 
 from sidecar.images import file_headers as headers
-from sidecar.images.protocol import DEVICE, GPU_BUSY, INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
+from sidecar.images.protocol import INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
 from sidecar.images.worker import fast_jpeg as shrunk
 from sidecar.images.worker import tiles
 from sidecar.images.worker.decode import BadPixels, check_size, decode, orientation, turned
@@ -29,7 +29,6 @@ Answer = tuple[Done | Refused, Payload]
 
 PPM: Final = "image/x-portable-pixmap"
 OCTETS: Final = "application/octet-stream"
-JSON: Final = "application/json"
 UNKNOWN: Final = "it is in no known format; send JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
@@ -76,8 +75,6 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
         name = opened.header.format
         if job.want == LAYOUT:
             return done(opened, ""), b""
-        if job.want == DEVICE:
-            return _lent(door, job, opened)
         # views and their canvases are the CPU's: the GPU's kernel knows one resized copy of an image
         if (
             door is not None
@@ -105,7 +102,7 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
 
 def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> Answer | None:
     """The answer by the GPU; None where it cannot be had."""
-    rows = _rows(picture)
+    rows = picture.pixels.permute(1, 2, 0).contiguous().numpy()
     inline, (height, width) = job.want in INLINE, picture.geometry.size
     if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
         return None  # nothing to resize
@@ -132,22 +129,6 @@ def _tensor(pixels: Any, geometry: Geometry, spec: ProcessorSpec) -> Any:
     if isinstance(spec, TileSpec):
         return rounded(tiles.prepare(pixels, geometry, replace(spec, half="")), spec)
     return prepare(pixels, geometry, spec)
-
-
-def _lent(door: Door | None, job: Job, picture: Picture) -> Answer:
-    """The processor's output in the GPU's memory: where it is. Nothing else than the GPU can do this."""
-    rows = _rows(picture)
-    ask = Ask(rows.shape[0], rows.shape[1], picture.original, job.spec, False, job.loan)
-    possible = door is not None and job.gpu and not picture.geometry.views
-    where = door.lend(rows.reshape(-1).data, ask) if door is not None and possible else None
-    if where is None:
-        return Refused(GPU_BUSY, "the GPU has no room for it now, or is not in use", picture.header.format), b""
-    picture.stages.end("resize_gpu")
-    return done(picture, JSON), where
-
-
-def _rows(picture: Picture) -> Any:
-    return picture.pixels.permute(1, 2, 0).contiguous().numpy()
 
 
 def tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:

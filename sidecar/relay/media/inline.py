@@ -49,11 +49,6 @@ class Prepared(Protocol):
 
 # An engine that starts measures the GPU's memory, and gives up when a neighbour's use changes; one that is given up will start
 SETTLED: Final = ("idle", "progressing", "quiet", "suspect")
-GONE: Final = (
-    "dead",
-    "stalled",
-    "starting",
-)  # one that is gone, or will be: it will find the GPU's memory as it left it
 
 
 class ImageWork(Protocol):
@@ -69,9 +64,6 @@ class ImageWork(Protocol):
 
     def release(self, request: str) -> None:
         """Nobody reads any more what was handed over for a request."""
-
-    def end_loans(self) -> None:
-        """Take back all of the GPU's memory that was lent."""
 
 
 async def prepare(

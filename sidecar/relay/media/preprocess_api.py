@@ -2,8 +2,7 @@
 
 In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, where links stand, too, if --image-urls lets them be fetched; multipart with one part named `image` per image, or one raw body of
 type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
-`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes; with `cuda-ipc` the
-layout, and handles of the GPU's memory (lending.py). `?values=uint8`
+`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes. `?values=uint8`
 leaves rescaling and normalising out, for engines that do both on their device.
 
 Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
@@ -31,12 +30,11 @@ from sidecar.images import tensor_layout as batches
 from sidecar.images.protocol import LAYOUT, TENSORS, Data
 from sidecar.images.service import Images, Prepared, Tensors
 from sidecar.images.tensor_layout import SIZES
-from sidecar.kernels.grid import Geometry, ProcessorSpec, TileSpec
+from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.relay import client_io as downstream
 from sidecar.relay import headers
 from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy as links
-from sidecar.relay.media import gpu_loans as lending
 from sidecar.settings import Settings
 
 SAFETENSORS: Final = "application/x-safetensors"
@@ -44,7 +42,7 @@ JSON: Final = "application/json"
 HANDOFF: Final = "x-sidecar-handoff"
 HALVES: Final = ("BF16", "F16")
 TYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of `values`, as safetensors calls them
-SHM, CUDA_IPC = "shm", "cuda-ipc"
+SHM: Final = "shm"
 MALFORMED: Final = (ValueError, AssertionError, HttpProcessingError)  # what aiohttp raises for a damaged multipart body
 MARK: Final = b";base64,"
 MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
@@ -78,10 +76,8 @@ async def preprocess(
     request: web.BaseRequest, images: Images, limits: Settings, emit: Emit, fetch: Fetch | None = None
 ) -> web.StreamResponse:
     """Serve one request; one Imaged fact per image goes to `emit`; `fetch` gets those behind links. Raises RequestError, which is OpenAI-style to the client."""
-    if request.method == "DELETE":
-        return await lending.give_back(images, request.path.rpartition("/")[2])
-    way = handoff(request.headers.get(HANDOFF, ""))
-    want = TENSORS if way else accepted(request.headers.get("accept", ""))
+    shm = is_shm(request.headers.get(HANDOFF, ""))
+    want = TENSORS if shm else accepted(request.headers.get("accept", ""))
     if not images.spec.tensors:
         raise BadRequest("this model's processor resizes in floating point, and its tensors are not made here")
     spec = valued(images.spec, request.query.get("values", ""))
@@ -91,21 +87,11 @@ async def preprocess(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
     tenant = headers.tenant(request.headers, limits.tenant_header)
-    if way == CUDA_IPC:
-        if spec.half:
-            raise NotImplementedHere(f"{HANDOFF}: values are not rounded on the GPU; send {SHM}, or leave `values` out")
-        if isinstance(spec, TileSpec):
-            raise NotImplementedHere(
-                f"{HANDOFF}: the tiles of this model's processor are not made on a GPU; send {SHM}"
-            )
-        async with images.loan() as loan:
-            done = await _reported(images.lent(sources, spec, loan), sources, emit)
-            return await lending.hold(request, loan, lending.lines(layout(done, spec), done, _alone(done, spec), loan))
     with images.results.of_one() as take:
         done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec, take=take), sources, emit)
         if want == LAYOUT:
             return web.json_response(layout(done, spec), headers=headers.images(exact(done)))
-        if way == SHM:
+        if shm:
             return web.json_response(await shared(images, spec, done), headers=headers.images(exact(done)))
         return await _answer(request, done, spec, limits.client_stall_seconds)
 
@@ -135,13 +121,11 @@ async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -
     return layout(done, spec) | {"segments": [segment]}
 
 
-def handoff(wanted: str) -> str:
-    """SHM, CUDA_IPC, or "" for the answer's body. Raises NotImplementedHere for another hand-off."""
-    if wanted not in ("", SHM, CUDA_IPC):
-        raise NotImplementedHere(
-            f"{HANDOFF}: {wanted[:16]!r} is not known; send {SHM} or {CUDA_IPC}, or leave the header out"
-        )
-    return wanted
+def is_shm(wanted: str) -> bool:
+    """Whether the tensors go through shared memory instead of the answer's body. Raises NotImplementedHere for another hand-off."""
+    if wanted not in ("", SHM):
+        raise NotImplementedHere(f"{HANDOFF}: {wanted[:16]!r} is not available; send {SHM}, or leave the header out")
+    return wanted == SHM
 
 
 def accepted(accept: str) -> str:
@@ -153,11 +137,6 @@ def accepted(accept: str) -> str:
         if kind == JSON:
             return LAYOUT
     raise NotAcceptable(f"accept: send {SAFETENSORS} for tensors, or {JSON} for their layout only")
-
-
-def _alone(done: Sequence[Tensors], spec: ProcessorSpec) -> list[tuple[str, list[int]]]:
-    """The safetensors dtype and shape of each image's own `pixel_values`."""
-    return [spec.shapes([g])["pixel_values"] for g in geometries(done, spec)]
 
 
 def shapes(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
