@@ -6,7 +6,7 @@ One vLLM on a CPU with a tiny Qwen2-VL whose images are limited to 448 x 448, so
 shows; its image cache is off. Its worker runs in the core's process, as on one GPU: the CPU's default, a worker of its own, polls for a
 second after each step, which takes a core from whoever works and counts as the engine's CPU time (`--executor mp` shows that). Everything shares this machine's cores: engine, sidecar and client; with
 `--own-cores` the engine has one to itself, alone or not, and sidecar and client have the rest. Rules: the ways take turns in
-every round and a row is the median over the rounds; answers with log-probabilities are compared before anything is timed (those of `fast` are not exact, and differ); every
+every round and a row is the median over the rounds; answers with log-probabilities are compared before anything is timed; every
 photograph of a block is another file (a comment is put into it), so that no cache helps but where a row says so. CPU seconds are those of
 the process tree. `--write` puts the table into benchmarks/results/.
 """
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +52,19 @@ REPEATED = {"720p": (1280, 720), **SIZES}
 REQUESTS = {"1080p": 32, "12 MP": 24}  # of one block
 AT_ONCE = 8
 DIRECT, INLINE, SHM = "vLLM alone", "sidecar, inline", "sidecar, shm"
-FAST = "sidecar, shm, --images-decode fast"
-SIDECARS = {INLINE: ("inline", "exact"), SHM: ("shm", "exact"), FAST: ("shm", "fast")}
+SIDECARS = {INLINE: "inline", SHM: "shm"}
 SMALL, TEXT = "vLLM alone, image already resized", "vLLM alone, no image"
 FLAGS = {"canary-interval": "300", "silence-floor": "60", "log-level": "warning"}
 DECODE = """
 import sys, time, statistics, torch
-from sidecar.images import file_headers as headers; from sidecar.images.worker import fast_jpeg as shrunk
+from sidecar.images import file_headers as headers
 from sidecar.images.worker.decode import decode
 from sidecar.images.protocol import Limits
-from sidecar.kernels import families
 torch.set_num_threads(1)
-data, spec, limits, taken = open(sys.argv[1], "rb").read(), families.from_json(sys.argv[2]), Limits(20 << 20, 50_000_000), []
+data, limits, taken = open(sys.argv[1], "rb").read(), Limits(20 << 20, 50_000_000), []
 for _ in range(9):
     start = time.thread_time()
-    header = headers.read(data)
-    if not (spec.fast and shrunk.decode(data, header, limits, spec)):
-        decode(data, header, limits)
+    decode(data, headers.read(data), limits)
     taken.append(time.thread_time() - start)
 print(statistics.median(taken))
 """
@@ -203,7 +199,7 @@ async def throughput(
         jpeg = photos.photo(width, height, seed=1)
         small = body(resized(jpeg), "image/x-portable-pixmap")
         asked = body(jpeg, max_tokens=8, logprobs=True, top_logprobs=3)
-        checks = [await ask(http, way.url, asked) for name, way in ways.items() if name != FAST]
+        checks = [await ask(http, way.url, asked) for way in ways.values()]
         assert all(answer == checks[0] for answer in checks), "the answers differ: nothing is timed"
         rows[size] = {way: Row() for way in (*ways, SMALL, TEXT)}
         for turn in range(rounds + 1):
@@ -253,14 +249,12 @@ async def _reached(told: Any, count: float) -> bool:
     return bool((await told())[0] >= count)
 
 
-def decode_seconds(jpeg: bytes, *, fast: bool = False) -> float:
+def decode_seconds(jpeg: bytes) -> float:
     """Decoding alone on one core, in a process of its own."""
-    spec = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "size": LIMIT})
-    assert spec is not None
     with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
         file.write(jpeg)
         file.flush()
-        run = [sys.executable, "-c", DECODE, file.name, replace(spec, fast=fast).to_json()]
+        run = [sys.executable, "-c", DECODE, file.name]
         return float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=processes.ROOT).stdout)
 
 
@@ -306,16 +300,15 @@ async def running(
             name: stack.enter_context(
                 processes.sidecar(
                     engine.url,
-                    folder / f"{kind}-{decode}",
-                    folder / f"{kind}-{decode}.log",
+                    folder / kind,
+                    folder / f"{kind}.log",
                     model=str(model),
                     images=kind,
-                    images_decode=decode,
                     shm_dir=shm,
                     **FLAGS,
                 )
             )
-            for name, (kind, decode) in SIDECARS.items()
+            for name, kind in SIDECARS.items()
         }
         ways = {DIRECT: Way(engine.url)} | {
             name: Way(sidecar.url, psutil.Process(sidecar.process.pid)) for name, sidecar in sidecars.items()
@@ -338,7 +331,7 @@ def report(
         f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache off, executor {executor}; {cores}; "
         f"{AT_ONCE} requests at once, one token each, median of {rounds} interleaved rounds; "
         f"Python {platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f} (the benchmark itself is "
-        "about 3). The answers of all ways but `fast` are equal, log-probabilities included.",
+        "about 3). The answers of all ways are equal, log-probabilities included.",
         "",
     ]
     for size, ways in rows.items():
@@ -350,10 +343,7 @@ def report(
             "|---|---|---|---|---|---|---|",
             *(_line(name, row, ways[DIRECT]) for name, row in ways.items()),
             "",
-            *(
-                limit(way, decode_seconds(jpeg, fast=way == FAST), len(cores.others), ways[DIRECT])
-                for way in (SHM, FAST)
-            ),
+            limit(SHM, decode_seconds(jpeg), len(cores.others), ways[DIRECT]),
             *([bounds(ways, len(cores.others))] if cores.engine != cores.others else []),
             "",
         ]

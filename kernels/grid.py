@@ -100,7 +100,6 @@ class ProcessorSpec(ABC):
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     half: str = ""  # BF16 or F16: the floats are rounded to it in the end, for whoever would do so anyway
-    fast: bool = False  # whether a JPEG may be shrunk while it is decoded, which is not exact
 
     tensors: ClassVar[bool] = True  # whether /v1/preprocess can give this family's processor output
     inline: ClassVar[bool] = True  # whether a resized image can be handed on at all

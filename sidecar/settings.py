@@ -108,12 +108,6 @@ class Settings:
         "Where images are resized; auto: on a GPU that is visible here, else on the CPU",
         expected="one of auto, cpu, cuda",
     )
-    images_decode: str = flag(
-        "exact",
-        one_of("exact", "fast"),
-        "How JPEGs are decoded; fast: shrunk meanwhile where they are to shrink anyway, which is not exact",
-        expected="one of exact, fast",
-    )
     gpu_memory_budget: int = flag(
         1 << 30, size, "GPU memory that image work may use (bytes, or 1G)", expected="a size such as 1G"
     )

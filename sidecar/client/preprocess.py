@@ -71,13 +71,12 @@ class ImageLayout:
 class Preprocessed:
     """The tensors of all images, by the processor's own names, in the order in which the images were given.
 
-    `processor` changes with anything that changes a pixel; `exact` is false where an image was shrunk while it was decoded (--images-decode fast).
+    `processor` changes with anything that changes a pixel.
     """
 
     tensors: dict[str, Array]
     images: tuple[ImageLayout, ...]
     processor: str
-    exact: bool
 
 
 class Client:
@@ -128,7 +127,7 @@ class Client:
             raise _unreachable(e) from e
         if shm:
             return await asyncio.to_thread(self._shared, bytes(data))
-        return parse(data, exact=answer.headers.get("x-sidecar-images") != "inexact")
+        return parse(data)
 
     def _shared(self, text: bytes) -> Preprocessed:
         layout = _object(text)
@@ -139,17 +138,17 @@ class Client:
             raise _unreadable("it names no segment") from None
         if not SEGMENT.fullmatch(name) or not 0 < size <= self._max_bytes:
             raise _unreadable("its segment has a strange name or size")
-        return parse(_mapped(self._shm_dir / name, size), exact=layout.get("exact") is True)
+        return parse(_mapped(self._shm_dir / name, size))
 
 
-def parse(data: Data, *, exact: bool = True) -> Preprocessed:
+def parse(data: Data) -> Preprocessed:
     """A safetensors file as the sidecar writes it; the arrays lie in `data`. Raises PreprocessError."""
     head, start = _head(data)
     described = head.pop("__metadata__", {})
     try:
         tensors = {str(name): _array(data, start, **entry) for name, entry in head.items()}
         images = tuple(ImageLayout(**i | {"grid_thw": tuple(i["grid_thw"])}) for i in json.loads(described["images"]))
-        return Preprocessed(tensors, images, str(described["processor"]), exact)
+        return Preprocessed(tensors, images, str(described["processor"]))
     except (KeyError, TypeError, ValueError) as e:
         raise _unreadable(f"not the tensors of this version ({type(e).__name__})") from None
 

@@ -76,7 +76,6 @@ class Done:
     stages: tuple[tuple[str, float], ...]
     bytes_in: int
     original: tuple[int, int] = (0, 0)  # height and width before anything was done to it
-    exact: bool = True  # whether it was decoded as it stands
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,6 @@ class Prepared:
     grid: tuple[int, int, int] = (0, 0, 0)
     url: str = ""
     original: tuple[int, int] = (0, 0)
-    exact: bool = True  # false: a JPEG that was shrunk while it was decoded (--images-decode fast)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,5 +212,4 @@ def _prepared(done: Done, payload: Data, seconds: float, *, cached: bool = False
         bytes_out=len(payload),
         grid=done.grid,
         original=done.original,
-        exact=done.exact,
     )

@@ -69,7 +69,6 @@ class Admission:
         "begun",
         "bytes",
         "counted",
-        "exact",
         "first_at",
         "id",
         "image_seconds",
@@ -110,7 +109,6 @@ class Admission:
         self.sent_at: float | None = None
         self.first_at: float | None = None
         self.image_seconds = 0.0
-        self.exact = True  # whether its images were decoded as they stand
         self.image_tokens: list[int] = []  # of images whose files say their size
         self.aside_seconds = 0.0
         self.begun: Begun | None = None

@@ -286,7 +286,6 @@ class Relay:
             )  # fmt: skip
         finally:
             admission.image_seconds = time.monotonic() - started
-        admission.exact = all(image.exact for image in prepared)
         name = partial(inlining.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
         replaced = inlining.replacements(parts, prepared, name)
         return replaced, [image.tokens for image in prepared if image.tokens]  # 0: the model's files do not say
@@ -296,7 +295,6 @@ class Relay:
     ) -> web.StreamResponse:
         """The engine's answer to work."""
         ours = {"x-sidecar-mu": f"{admission.mu:.4f}", "x-sidecar-overhead-ms": f"{admission.overhead * 1e3:.3f}"}
-        ours |= headers.images(admission.exact)
         if headers.wants_price(request.headers):
             admission.price = partial(self._pricing.milli, admission)
         asked = admission.price is not None or (admission.shape.ask_usage and answering.is_stream(answer))

@@ -28,8 +28,6 @@ ORCA_FORMAT: Final = "endpoint-load-metrics-format"
 
 USAGE: Final = "x-sidecar-usage"
 NO_TENANT: Final = "default"
-IMAGES: Final = "x-sidecar-images"
-INEXACT: Final = "inexact"  # as sidecar/client/preprocess.py reads it
 
 Headers = CIMultiDict[str]
 Received = CIMultiDictProxy[str]
@@ -79,11 +77,6 @@ def to_client(headers: Received, ours: Mapping[str, str], *, drop: str = "") -> 
 def retry_after(seconds: float) -> dict[str, str]:
     """When to try again: whole seconds for HTTP, and milliseconds for OpenAI's clients, which look for those first."""
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}
-
-
-def images(exact: bool) -> dict[str, str]:
-    """What is said of an answer's images: something only where one is not exact."""
-    return {} if exact else {IMAGES: INEXACT}
 
 
 def wants_price(headers: Received) -> bool:

@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
@@ -154,7 +154,6 @@ async def _images(place: Place) -> AsyncIterator[Images | None]:
         yield None
         return
     cache = ImageCache(place.image_cache, place.image_cache_bytes, place.image_key) if place.image_cache else None
-    spec = replace(spec, fast=own.images_decode == "fast")
     images = Images(place.image_socket, own, spec, cache)
     try:
         yield images

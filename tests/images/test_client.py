@@ -64,7 +64,7 @@ def test_a_file_is_read_without_copying() -> None:
     data[-1] = 7
     assert made.tensors["pixels"].tolist() == [[0, 0], [0, 7]]
     assert (made.tensors["grid"].dtype, made.tensors["grid"].shape) == (np.int64, (1, 3))
-    assert (made.processor, made.images, made.exact) == ("p", (), True)
+    assert (made.processor, made.images) == ("p", ())
 
 
 LIES: dict[str, bytes] = {
@@ -151,7 +151,7 @@ async def test_no_sidecar_is_one_clear_error(liar: Liar) -> None:
 )
 async def test_a_segment_that_lies_is_refused(liar: Liar, tmp_path: Path, segments: Any, code: str) -> None:
     """No name leaves the folder, none that is missing is waited for, no size is believed."""
-    liar.answer = (200, json.dumps({"segments": segments, "exact": True}).encode(), {})
+    liar.answer = (200, json.dumps({"segments": segments}).encode(), {})
     async with Client(liar.url, shm_dir=str(tmp_path)) as client:
         with pytest.raises(PreprocessError) as caught:
             await client.preprocess([b"x"], shm=True)
@@ -173,7 +173,7 @@ async def test_links_are_not_followed_and_sizes_are_checked(liar: Liar, tmp_path
             assert caught.value.code == code
             path.unlink(missing_ok=True)
             path.write_bytes(file(GOOD))
-        liar.answer = (200, json.dumps({"segments": [{"name": NAME, "bytes": size}], "exact": True}).encode(), {})
+        liar.answer = (200, json.dumps({"segments": [{"name": NAME, "bytes": size}]}).encode(), {})
         made = await client.preprocess([b"x"], shm=True)
         made.tensors["pixels"][0, 0] = 1  # ours: the mapping is private
     assert not path.exists()
@@ -184,7 +184,7 @@ def patches(*grids: tuple[int, int, int]) -> Preprocessed:
     images = tuple(ImageLayout("jpeg", 14 * h, 14 * w, (t, h, w), t * h * w // 4, f"{i}") for i, (t, h, w) in enumerate(grids))  # fmt: skip
     rows = sum(t * h * w for t, h, w in grids)
     tensors = {"pixel_values": np.arange(rows * 3, dtype=np.uint8).reshape(rows, 3), "image_grid_thw": np.array(grids)}
-    return Preprocessed(tensors, images, "p", True)
+    return Preprocessed(tensors, images, "p")
 
 
 def test_a_prompt_is_expanded_and_its_images_are_placed() -> None:
@@ -207,7 +207,7 @@ def test_a_prompt_that_does_not_fit_its_images_is_refused() -> None:
     with pytest.raises(ValueError, match="expanded"):
         features([1, 9, 2], 9, made, b"")
     with pytest.raises(ValueError, match="patches"):
-        features([9], 9, Preprocessed({"pixel_values": np.zeros(3)}, (), "p", True), b"")
+        features([9], 9, Preprocessed({"pixel_values": np.zeros(3)}, (), "p"), b"")
 
 
 @pytest.mark.parametrize(

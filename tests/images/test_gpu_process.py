@@ -14,7 +14,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from sidecar.images.worker.gpu_channel import Ask, Door
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
-from sidecar.tools import synthetic_photos as photos
 
 from .conftest import Server
 
@@ -126,17 +124,6 @@ def test_planes_and_crops_come_back_whole(gpu: str, enter: Callable[..., Door]) 
     assert bytes(there[1]) == bytes(work.run(job(TENSORS, clip), data)[1])
 
 
-@pytest.mark.parametrize("want", [RAW, TENSORS])
-def test_a_shrunk_image_becomes_what_the_whole_one_would(gpu: str, want: str, enter: Callable[..., Door]) -> None:
-    """Decoded fast, the image's own size still decides what is made of it, on the GPU as on the CPU."""
-    data, fast = photos.photo(400, 200, 1), replace(small(), fast=True)
-    there, here = work.run(job(want, fast), data, enter(gpu, LONG)), work.run(job(want, fast), data)
-    assert {"decode_fast", "resize_gpu"} <= {*stages(there)} and "decode_fast" in stages(here)
-    assert bytes(there[1]) == bytes(here[1])
-    whole = work.run(job(want), data)
-    assert len(there[1]) == len(whole[1]) and bytes(there[1]) != bytes(whole[1])
-
-
 def test_one_door_serves_many_images(gpu: str, enter: Callable[..., Door]) -> None:
     """An arena is used again and again, by images of different sizes."""
     one = enter(gpu, LONG)
@@ -166,11 +153,11 @@ def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(tmp_path: Pa
         listening.bind(str(tmp_path / "nobody"))
         listening.listen()
         listening.setblocking(False)
-        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, (2, 2), "", True), 12) is None
+        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, "", True), 12) is None
         with pytest.raises(BlockingIOError):
             listening.accept()
         now[0] = 1.0
-        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, (2, 2), "", True), 12) is None
+        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, "", True), 12) is None
         listening.accept()[0].close()
 
 
@@ -239,10 +226,10 @@ def nonsense() -> dict[str, Callable[[socket.socket], Any]]:
         "an arena that can shrink": unsealed,
         "no JSON": ask(b"\xff"),
         "another shape": ask(b'{"height": 1}'),
-        "no size": ask(Ask(0, -3, (9, 9), spec, True).to_json()),
-        "more pixels than the arena": ask(Ask(60_000, 60_000, (9, 9), spec, True).to_json()),
-        "no processor": ask(Ask(9, 9, (9, 9), '{"family": "Nobody"}', True).to_json()),
-        "a processor without numbers": ask(Ask(9, 9, (9, 9), '{"family": "Smart"}', True).to_json()),
+        "no size": ask(Ask(0, -3, spec, True).to_json()),
+        "more pixels than the arena": ask(Ask(60_000, 60_000, spec, True).to_json()),
+        "no processor": ask(Ask(9, 9, '{"family": "Nobody"}', True).to_json()),
+        "a processor without numbers": ask(Ask(9, 9, '{"family": "Smart"}', True).to_json()),
     }
 
 

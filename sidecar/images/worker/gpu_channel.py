@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from sidecar.images.protocol import GPU_DOOR, FrameError
@@ -35,12 +35,10 @@ class Ask:
     """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
     The answer takes their place: RGB rows where `inline`, else the processor's output.
-    `original`: the height and width that decide what becomes of it, where it was shrunk already.
     """
 
     height: int
     width: int
-    original: tuple[int, int]
     spec: str
     inline: bool
 
@@ -52,10 +50,8 @@ def parse(text: bytes) -> Ask:
     """Inverse of Ask.to_json. Raises FrameError."""
     try:
         ask = Ask(**json.loads(text))
-        height, width = ask.original
-        sizes = (ask.height, ask.width, height, width)
-        if all(type(size) is int and size > 0 for size in sizes) and type(ask.spec) is str:
-            return replace(ask, original=(height, width))
+        if all(type(size) is int and size > 0 for size in (ask.height, ask.width)) and type(ask.spec) is str:
+            return ask
     except (ValueError, TypeError):
         pass
     raise FrameError("not an ask")

@@ -216,9 +216,9 @@ def _checked(connection: socket.socket, memory: Any, ask: Ask, limits: Limits) -
     """An ask whose pixels and whose answer lie within the arena. Raises FrameError or ValueError."""
     spec = families.from_json(ask.spec)
     height, width = ask.height, ask.width
-    if max(height, width, *ask.original) > limits.max_side:
+    if max(height, width) > limits.max_side:
         raise FrameError("a side over the bound")
-    geometry = spec.geometry(*ask.original)
+    geometry = spec.geometry(height, width)
     patches = spec if isinstance(spec, PatchSpec) and not ask.inline else None
     wanted = Wanted(height, width, geometry, spec.resample, patches, planes=not ask.inline)
     asked = Asked(connection, memory, wanted, spec, spec.floats and not ask.inline)

@@ -16,13 +16,12 @@ import torch
 
 from sidecar.images import file_headers as headers
 from sidecar.images.protocol import INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
-from sidecar.images.worker import fast_jpeg as shrunk
 from sidecar.images.worker import tiles
 from sidecar.images.worker.decode import BadPixels, check_size, decode, orientation, turned
 from sidecar.images.worker.gpu_channel import Ask, Door
 from sidecar.images.worker.tensors import ppm, prepare, resize, resized_ppm, rounded, values
 from sidecar.kernels import families
-from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, TileSpec
+from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
 
 Payload = bytes | bytearray | memoryview
 Answer = tuple[Done | Refused, Payload]
@@ -55,8 +54,6 @@ class Picture:
     """A decoded image on its way: `geometry` is what it will become."""
 
     pixels: Any  # uint8 tensor (3, height, width)
-    original: Size  # before it was shrunk, where it was not decoded exactly
-    exact: bool
     geometry: Geometry
     header: headers.Header
     hash: str
@@ -107,9 +104,7 @@ def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> A
     if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
         return None  # nothing to resize
     size = 3 * height * width if inline else tensor_bytes(picture.geometry, spec)
-    octets = door.make(
-        rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], picture.original, job.spec, inline), size
-    )
+    octets = door.make(rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], job.spec, inline), size)
     if octets is None:
         return None
     picture.stages.end("resize_gpu")
@@ -153,16 +148,15 @@ def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | D
     stages.end("unpack")
     if header.format not in headers.DECODED:
         return _passed(job, header, spec, digest, len(data), stages)
-    small = shrunk.decode(data, header, job.limits, spec) if spec.fast else None
-    pixels = small[0] if small else decode(data, header, job.limits)
-    original: Size = small[1] if small else tuple(pixels.shape[-2:])
-    stages.end("decode_fast" if small else "decode")
-    geometry = _geometry(spec, *original)
+    pixels = decode(data, header, job.limits)
+    height, width = pixels.shape[-2:]
+    stages.end("decode")
+    geometry = _geometry(spec, height, width)
     for size in ((geometry.height, geometry.width), *(view.canvas for view in geometry.views)):
         check_size(*size, job.limits)
     if job.want in INLINE and not spec.keeps(geometry):
         return _passed(job, header, spec, digest, len(data), stages, geometry)
-    return Picture(pixels, original, small is None, geometry, header, digest, len(data), stages)
+    return Picture(pixels, geometry, header, digest, len(data), stages)
 
 
 def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answer:
@@ -192,7 +186,7 @@ def done(picture: Picture, media_type: str) -> Done:
     g = picture.geometry
     return Done(
         "ok", picture.header.format, media_type, *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
-        picture.hash, tuple(picture.stages.taken), picture.bytes_in, picture.original, picture.exact,
+        picture.hash, tuple(picture.stages.taken), picture.bytes_in, tuple(picture.pixels.shape[-2:]),
     )  # fmt: skip
 
 

@@ -90,9 +90,9 @@ async def preprocess(
     with images.results.of_one() as take:
         done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec, take=take), sources, emit)
         if want == LAYOUT:
-            return web.json_response(layout(done, spec), headers=headers.images(exact(done)))
+            return web.json_response(layout(done, spec))
         if shm:
-            return web.json_response(await shared(images, spec, done), headers=headers.images(exact(done)))
+            return web.json_response(await shared(images, spec, done))
         return await _answer(request, done, spec, limits.client_stall_seconds)
 
 
@@ -153,15 +153,9 @@ def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
     """The JSON form: names, shapes, dtypes, and what each image became."""
     return {
         "processor": spec.fingerprint,
-        "exact": exact(done),
         "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
         "images": [described(t.prepared) for t in done],
     }
-
-
-def exact(done: Sequence[Tensors]) -> bool:
-    """Whether every image was decoded as it stands."""
-    return all(t.prepared.exact for t in done)
 
 
 def described(image: Prepared) -> dict[str, Any]:
@@ -202,7 +196,7 @@ async def _answer(
 ) -> web.StreamResponse:
     """The tensors, to a client that reads within `patience` seconds. Raises ClientStalled."""
     head = safetensors_head(done, spec)
-    response = web.StreamResponse(headers={"content-type": SAFETENSORS, **headers.images(exact(done))})
+    response = web.StreamResponse(headers={"content-type": SAFETENSORS})
     tensors = shapes(done, spec).values()
     response.content_length = len(head) + sum(SIZES[dtype] * math.prod(shape) for dtype, shape in tensors)
     await downstream.start(response, request)

@@ -153,8 +153,6 @@ def images(chosen: Settings) -> Finding:
         return Finding("images", "fail", f"torch and torchvision do not load: {last[:200]}", remedy)
     torch, torchvision, kernel, refused = child.stdout.split()
     text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
-    if chosen.images_decode == "fast":
-        text += "; JPEGs that shrink are decoded fast, which is not exact"
     if kernel == "none":
         remedy = "install a C++ compiler, then the package from source; torchvision does the work meanwhile, 2-3 times slower"
         return Finding("images", "warn", f"{text}: our own was not built", remedy)
