@@ -93,8 +93,8 @@ def test_every_flag_in_a_document_exists() -> None:
     context = click.Context(cli.cli)
     commands = [cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)]
     known = {o for c in commands if c for p in c.params for o in p.opts} | {"--help", "--version"} | others
-    for benchmark in (ROOT / "benchmarks").rglob("*.py"):
-        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', benchmark.read_text()))
+    for program in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text()))
     ours = [d for d in DOCUMENTS if not {"engines", "decisions", "CHANGELOG.md"} & set(d.parts)]
     used = {flag for d in ours for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", d.read_text())}
     assert used - known == set()
@@ -108,9 +108,9 @@ def test_every_benchmark_can_run_with_the_others() -> None:
 
 
 def test_every_command_behind_a_figure_can_be_typed() -> None:
-    """A benchmark or a test that a document cites is there, and takes the flags that it is cited with."""
+    """A benchmark, a test or an example that a document cites is there, and takes the flags that it is cited with."""
     for document in DOCUMENTS:
-        for path, more in re.findall(r"\b((?:benchmarks|tests)/[\w/]+\.py)([^`\n]*)`", document.read_text()):
+        for path, more in re.findall(r"\b((?:benchmarks|examples|tests)/[\w/]+\.py)([^`\n]*)`", document.read_text()):
             source = (ROOT / path).read_text()
             for flag in re.findall(r"--[a-z-]+", more):
                 assert f'"{flag}"' in source, f"{document.name}: {path} {flag}"

@@ -1,5 +1,7 @@
 """A client of `POST /v1/preprocess`: encoded images in, the tensors of the model's processor out, as numpy arrays.
 
+    from sidecar.client import Client
+
     async with Client("http://127.0.0.1:8080") as client:
         made = await client.preprocess([Path("a.jpg"), png_bytes])
         made.tensors["pixel_values"], made.images[0].tokens

@@ -19,7 +19,7 @@ from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from PIL import Image
 
-from sidecar.client.preprocess import Client, Preprocessed, PreprocessError
+from sidecar.client import Client, Preprocessed, PreprocessError
 from sidecar.tools.synthetic_photos import photo
 
 from ..waiting import PATIENCE

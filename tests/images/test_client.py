@@ -1,10 +1,11 @@
-"""The client's own part: answers that lie are refused, and what goes to vLLM is put together right. A real relay: tests/e2e."""
+"""The client's own part: answers that lie are refused. A real relay: tests/e2e."""
 
 from __future__ import annotations
 
-import base64
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,22 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from sidecar.client.preprocess import Client, ImageLayout, Preprocessed, PreprocessError, parse
-from sidecar.client.vllm_features import expanded, features, packed
+from sidecar.client import Client, PreprocessError
+from sidecar.client.preprocess import parse
+from tests.waiting import PATIENCE
 
+HEAVY = (
+    "PIL",
+    "click",
+    "opentelemetry",
+    "prometheus_client",
+    "psutil",
+    "pynvml",
+    "sidecar.relay",
+    "sidecar.settings",
+    "torch",
+    "uvloop",
+)
 NAME = "sidecar-images-abc/out-" + "0" * 32
 GOOD: dict[str, Any] = {
     "__metadata__": {"processor": "p", "images": "[]"},
@@ -55,6 +69,13 @@ async def liar() -> AsyncIterator[Liar]:
     found.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield found
     await runner.cleanup()
+
+
+def test_the_client_needs_aiohttp_and_numpy_only() -> None:
+    """`from sidecar.client import Client` loads nothing else of the sidecar, and none of what the sidecar itself needs."""
+    code = f"import sys; from sidecar.client import Client; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
 def test_a_file_is_read_without_copying() -> None:
@@ -177,54 +198,3 @@ async def test_links_are_not_followed_and_sizes_are_checked(liar: Liar, tmp_path
         made = await client.preprocess([b"x"], shm=True)
         made.tensors["pixels"][0, 0] = 1  # ours: the mapping is private
     assert not path.exists()
-
-
-def patches(*grids: tuple[int, int, int]) -> Preprocessed:
-    """What a processor of 2 x 2 merged patches makes of images with these grids."""
-    images = tuple(ImageLayout("jpeg", 14 * h, 14 * w, (t, h, w), t * h * w // 4, f"{i}") for i, (t, h, w) in enumerate(grids))  # fmt: skip
-    rows = sum(t * h * w for t, h, w in grids)
-    tensors = {"pixel_values": np.arange(rows * 3, dtype=np.uint8).reshape(rows, 3), "image_grid_thw": np.array(grids)}
-    return Preprocessed(tensors, images, "p")
-
-
-def test_a_prompt_is_expanded_and_its_images_are_placed() -> None:
-    """Each image token becomes as many as the model sees, and the places say where; another tenant's salt gives other names."""
-    made = patches((1, 2, 4), (1, 2, 2))
-    ids = expanded([1, 9, 2, 9, 3], 9, made)
-    assert ids == [1, 9, 9, 2, 9, 3]
-    found = features(ids, 9, made, b"acme")
-    assert found["mm_placeholders"]["image"] == [{"offset": 1, "length": 2}, {"offset": 4, "length": 1}]
-    assert len(base64.b64decode(found["kwargs_data"]["image"][1])) > 12
-    assert not set(found["mm_hashes"]["image"]) & set(features(ids, 9, made, b"other")["mm_hashes"]["image"])
-
-
-def test_a_prompt_that_does_not_fit_its_images_is_refused() -> None:
-    """Too few or too many image tokens, expanded or not, and planes instead of patches, are errors."""
-    made = patches((1, 2, 4))
-    for wrong in ([1, 2], [9, 9]):
-        with pytest.raises(ValueError, match="one image token"):
-            expanded(wrong, 9, made)
-    with pytest.raises(ValueError, match="expanded"):
-        features([1, 9, 2], 9, made, b"")
-    with pytest.raises(ValueError, match="patches"):
-        features([9], 9, Preprocessed({"pixel_values": np.zeros(3)}, (), "p"), b"")
-
-
-@pytest.mark.parametrize(
-    ("value", "wanted"),
-    [
-        (127, "7f"), (128, "cc80"), (256, "cd0100"), (65536, "ce00010000"), (1 << 32, "cf0000000100000000"),
-        (None, "c0"), (True, "c3"), (False, "c2"), ("dim", "a364696d"), ({"a": [1, None]}, "81a16192" "01c0"),
-        (np.zeros((1, 2), np.uint8), "93a575696e7438920102c702030000"),
-    ],
-)  # fmt: skip
-def test_items_are_packed_as_msgpack_says(value: Any, wanted: str) -> None:
-    """Each kind of value that an item has, in the shortest form of the specification."""
-    assert packed(value).hex() == wanted
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, "x" * 32, np.zeros(1, np.float64), b"x"])
-def test_anything_else_is_refused(value: Any) -> None:
-    """What an item never has is a TypeError, not a wrong item."""
-    with pytest.raises(TypeError):
-        packed(value)

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 
-from sidecar.client.preprocess import Client
-from sidecar.client.vllm_features import expanded, features, items, packed
+from sidecar.client import Client
 from sidecar.tools.synthetic_photos import photo
+from tests.examples.loading import load
 
 from . import client, processes
 from .client import Http
 from .processes import Engine, Sidecar
 from .test_images import PATH, QUESTION, beside, chat
+
+example = load("vllm_generate")
+expanded, features, items, packed = example.expanded, example.features, example.items, example.packed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 

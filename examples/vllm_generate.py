@@ -1,24 +1,39 @@
-"""vLLM's `features` for `POST /inference/v1/generate` (--enable-scale-out), from the tensors of sidecar.client.preprocess: no image goes to the engine.
+"""Ask a vLLM about images through its token interface: the sidecar's tensors go in, and no image does.
 
-Pure. Written for vLLM 0.32 and held against its own `/render` (tests/vllm/test_generate.py): the same bytes, but for the order of
-an item's tensors, which vLLM takes from a set, so that it differs from process to process. Only processors that make patches
-(`pixel_values` and `image_grid_thw`, as Qwen's) are known. vLLM normalises those models' pixels on its device: ask for
-`values="uint8"`, and for floats only where it runs with `--no-mm-device-do-normalize`.
+    pip install '.[client]'
+    vllm serve Qwen/Qwen2-VL-2B-Instruct --enable-scale-out
+    sidecar run --engine http://127.0.0.1:8000 --model DIRECTORY_OF_THE_MODEL
+    python examples/vllm_generate.py "What is in these pictures?" a.jpg b.png
+
+`expanded` and `features` are what a program of your own needs: they make the body of `POST /inference/v1/generate`. Written for vLLM
+0.32 and held against its own `/render` (tests/vllm/test_generate.py): the same bytes, but for the order of an item's tensors, which vLLM
+takes from a set, so that it differs from process to process. The format is vLLM's internal one and may change with any version.
+Only processors that make patches (`pixel_values` and `image_grid_thw`, as Qwen's) are known, and the prompt is that of Qwen's chat
+template. vLLM normalises those models' pixels on its device and wants bytes; only where it runs with `--no-mm-device-do-normalize` it
+wants floats (`--floats`).
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import base64
 import hashlib
+import secrets
 import struct
+import sys
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, Final
 
+import aiohttp
 import numpy as np
 
-from sidecar.client.preprocess import Array, Preprocessed
+from sidecar.client import Client, Preprocessed, PreprocessError
 
+IMAGE_TOKEN: Final = "<|image_pad|>"
+PROMPT: Final = "<|im_start|>user\n{images}{question}<|im_end|>\n<|im_start|>assistant\n"
 RAW: Final = 3  # vLLM's msgpack extension for the bytes of an array
 NAMES: Final = ("uint8", "float32", "int64")  # as numpy and vLLM call them
 
@@ -107,6 +122,61 @@ def _length(count: int, fixed: int, below: int, codes: tuple[int | None, int, in
     raise TypeError("too long")
 
 
-def _raw(array: Array) -> bytes:
+def _raw(array: np.ndarray[Any, Any]) -> bytes:
     data = np.ascontiguousarray(array).tobytes()
     return _length(len(data), 0, 0, (0xC7, 0xC8, 0xC9)) + bytes([RAW]) + data
+
+
+async def ask(url: str, question: str, images: Sequence[Path], *, floats: bool, max_tokens: int) -> str:
+    """What the model behind the relay at `url` answers. Raises PreprocessError, aiohttp.ClientError, OSError or ValueError."""
+    async with Client(url) as client, aiohttp.ClientSession(raise_for_status=True) as http:
+
+        async def post(path: str, **body: Any) -> Any:
+            async with http.post(url + path, json=body) as answer:
+                return await answer.json()
+
+        made = await client.preprocess(images, values="" if floats else "uint8")
+        async with http.get(url + "/v1/models") as answer:
+            model = (await answer.json())["data"][0]["id"]
+
+        async def tokens(text: str) -> list[int]:
+            return list((await post("/tokenize", model=model, prompt=text, add_special_tokens=False))["tokens"])
+
+        (image_token,) = await tokens(IMAGE_TOKEN)
+        places = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>" * len(images)
+        ids = expanded(await tokens(PROMPT.format(images=places, question=question)), image_token, made)
+        salt = secrets.token_bytes(
+            32
+        )  # a service keeps one for each tenant, so that vLLM's cache knows its images again
+        generated = await post(
+            "/inference/v1/generate",
+            model=model,
+            token_ids=ids,
+            features=features(ids, image_token, made, salt),
+            sampling_params={"max_tokens": max_tokens, "temperature": 0},
+        )
+        return str((await post("/detokenize", model=model, tokens=generated["choices"][0]["token_ids"]))["prompt"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the answer; 1 with one line of what is wrong where there is none."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("question")
+    parser.add_argument("images", nargs="+", type=Path)
+    parser.add_argument("--url", default="http://127.0.0.1:8080", help="the sidecar's relay (--listen)")
+    parser.add_argument("--floats", action="store_true", help="for a vLLM with --no-mm-device-do-normalize")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    chosen = parser.parse_args(arguments)
+    asking = ask(
+        chosen.url.rstrip("/"), chosen.question, chosen.images, floats=chosen.floats, max_tokens=chosen.max_tokens
+    )
+    try:
+        print(asyncio.run(asking))
+    except (PreprocessError, aiohttp.ClientError, OSError, ValueError) as e:
+        print(f"no answer: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
