@@ -5,7 +5,7 @@
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS build
-ARG EXTRAS=images,diagnose,fleet,orca,tokenizer
+ARG EXTRAS=images,diagnose,orca,tokenizer
 ARG PILLOW=pillow
 # The compiler builds our kernel and, where it is chosen, Pillow-SIMD; it stays in this stage.
 # hadolint ignore=DL3008

@@ -68,7 +68,7 @@ docs: .venv/.installed-test ## Write what is generated: tables of the documents,
 	$(BIN)/python docs/generate.py
 
 constraints: .venv/.installed-test ## Upgrade everything and pin it in constraints.txt
-	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,fleet,orca,tokenizer,test,fuzz,lint]"
+	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,tokenizer,test,fuzz,lint]"
 	{
 		grep '^#' constraints.txt
 		$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable
@@ -93,5 +93,5 @@ clean: ## Remove .venv and everything that was built
 	touch $@
 
 .venv/.installed-test: .venv/.made $(PINS)
-	$(INSTALL) -e ".[images,diagnose,fleet,orca,tokenizer,test,lint]"
+	$(INSTALL) -e ".[images,diagnose,orca,tokenizer,test,lint]"
 	touch $@ .venv/.installed

@@ -120,15 +120,6 @@ def header_name(value: str) -> str:
     return value.lower()
 
 
-_BUDGET = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)/([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?):([1-9]|1[0-6])")
-
-
-def budget(value: str) -> str:
-    if not _BUDGET.fullmatch(value):
-        raise ValueError
-    return value
-
-
 _DOMAIN = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
 _DOMAINS = re.compile(rf"off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", re.IGNORECASE)
 

@@ -21,7 +21,6 @@ from sidecar.errors import UsageError
 from sidecar.flags import (
     ENGINE_KINDS,
     address,
-    budget,
     domains,
     existing_dir,
     existing_file,
@@ -226,18 +225,6 @@ class Settings:
         integer(0, 100),
         "Restarts in a row that did not help, before the engine is handed over to an operator; 0: never",
         expected="a whole number from 0 to 100",
-    )
-    restart_budget: str = flag(
-        "",
-        budget,
-        "Kubernetes Leases that bound the replicas restarting at once, as NAMESPACE/NAME:N; needs the extra `fleet`",
-        expected="NAMESPACE/NAME:N with N from 1 to 16",
-    )
-    restart_budget_wait: float = flag(
-        120.0,
-        number(0, 3600),
-        "Wait for the API server before the pod decides alone",
-        expected="seconds from 0 to 3600",
     )
     canary_interval: float = flag(
         7.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"

@@ -19,13 +19,11 @@ from sidecar.control.background_tasks import Errands
 from sidecar.control.canary_stats import GARBAGE
 from sidecar.control.diagnosis import MAX_PAGE, Diagnoses, bundle, diagnose
 from sidecar.control.relay_pool import RelayPool
-from sidecar.control.restart_budget import SharedBudget
 from sidecar.control.state import TICK, Control, Readings
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import EVERY, RESUME, Keeping
 from sidecar.events import Admitted, CanaryResult, End, Fact, FirstToken, Imaged, Page, PageWanted, Published
 from sidecar.health import probes, reasons
-from sidecar.health.kill_policy import NO_BUDGET, needs_budget
 from sidecar.load import cost_model as units
 from sidecar.load.ledger import Settlement
 from sidecar.report import orca
@@ -54,7 +52,6 @@ class Signals:
     port: PortSignal
     gpus: GpuSignal
     examiner: Examiner
-    budget: SharedBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +157,6 @@ class Ticker:
         now, wall = time.monotonic(), time.time()
         held, stale = self.control.fleet.reason, self.control.upkeep.stale
         self.snapshot = self.control.tick(self._readings(now), now, wall)
-        if self._signals.budget is not None:
-            self._signals.budget.want(needs_budget(self.control.fleet.memory, now))
         self.ticked_at = now
         self.sinks.meters.update(self.snapshot)
         self._doubted(stale)
@@ -196,7 +191,6 @@ class Ticker:
             resting=self._signals.contact.resting,
             diagnoses=self.sinks.diagnoses.summaries(),
             identity=self._signals.contact.identity,
-            budget=self._signals.budget.read() if self._signals.budget else NO_BUDGET,
         )
 
     def _changed(self, wall: float) -> None:

@@ -25,7 +25,6 @@ from sidecar.control.admin_api import Sources, make_app
 from sidecar.control.diagnosis import Diagnoses
 from sidecar.control.loop import Signals, Sinks, Ticker
 from sidecar.control.relay_pool import RelayPool
-from sidecar.control.restart_budget import shared
 from sidecar.control.state import Control
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import Keeping
@@ -75,8 +74,6 @@ async def run(chosen: Settings, co: units.Coefficients, doors: Doors, serving: C
             "relays": pool.run(doors.joining), "port": signals.port.run(), "ticks": ticker.run(),
             "contact": signals.contact.run(signals.port.opened),
         }  # fmt: skip
-        if signals.budget is not None:
-            duties["budget"] = signals.budget.run()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(duty, name=name) for name, duty in duties.items()]
             await ended.wait()
@@ -110,8 +107,7 @@ def build(
     gpus.start()
     stack.push_async_callback(gpus.stop)
     pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
-    budget = shared(chosen.restart_budget, pod or socket.gethostname())
-    signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus, Examiner(chosen.engine), budget)
+    signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus, Examiner(chosen.engine))
     control = Control(chosen, co, time.monotonic(), time.time(), pod)
     keeping = Keeping(state, chosen.engine, co.fingerprint)
     keeping.restore(control, time.monotonic())

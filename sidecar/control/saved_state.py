@@ -18,7 +18,7 @@ from sidecar.health import kill_policy as fleet
 from sidecar.health.latency_model import Learned
 from sidecar.load import drift
 
-VERSION: Final = 2
+VERSION: Final = 3
 FRESH: Final = 3600.0  # seconds; an older memory says too little of now
 MAX_TEXT: Final = 200  # characters of a text
 MAX_ITEMS: Final = 10_000  # of a list

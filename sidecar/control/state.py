@@ -28,7 +28,7 @@ from sidecar.events import (
 )
 from sidecar.health import reasons, verdict
 from sidecar.health.canary_schedule import canary_allowed
-from sidecar.health.kill_policy import NO_BUDGET, Budget, Fleet, rules
+from sidecar.health.kill_policy import Fleet, rules
 from sidecar.health.monitor import Circumstances
 from sidecar.health.progress import Limits, Progress
 from sidecar.health.verdict_text import explain, facts_of, held
@@ -70,7 +70,6 @@ class Readings:
     unanswered: bool = False
     resting: str = ""
     diagnoses: tuple[DiagnosisSummary, ...] = ()
-    budget: Budget = NO_BUDGET
     identity: Identity = NOBODY
 
 
@@ -241,7 +240,7 @@ class Control:
         self._restarted = False
         before = self.memory, self.fleet.reason
         self.memory, name = verdict.judge(self.memory, inputs)
-        self.fleet.tick(self.memory.state, self._proof(), r.gpus, r.budget, now)
+        self.fleet.tick(self.memory.state, self._proof(), r.gpus, now)
         self._say(inputs, name, before, now, wall)
         self._keep_up(r, now, trusted=trusted)
         return self._snapshot(r, now, wall)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
 from sidecar.events import State
 from sidecar.readings import GpuSample, Reading, Value
@@ -29,9 +29,6 @@ NEEDS_REBOOT: Final = frozenset({79})
 
 HEALTHY: Final = frozenset[State]({"idle", "progressing"})
 UNHEALTHY: Final = frozenset[State]({"stalled", "dead", "starting"})
-MAX_DOWN: Final = (
-    1800.0  # seconds that a killed engine counts against the budget: a cold start compiles for 10 to 20 minutes
-)
 
 # What is handed over, and what an operator must do about it; the gravest first.
 HANDOVERS: Final[dict[str, str]] = {
@@ -39,20 +36,6 @@ HANDOVERS: Final[dict[str, str]] = {
     "gpu_needs_reset": "drain the node and reset the GPU",
     "restart_useless": "restarts do not help: read the diagnoses, then mend or replace the pod",
 }
-
-BudgetState = Literal["none", "granted", "taken", "unreachable"]
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The budget that replicas share: "none" where there is none; "unreachable" since `since`."""
-
-    state: BudgetState = "none"
-    since: float = 0.0
-    detail: str = ""
-
-
-NO_BUDGET: Final = Budget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +48,6 @@ class Rules:
     recovery: float = 600.0
     healthy: float = 3600.0
     useless: int = 2
-    patience: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +61,6 @@ class Inputs:
     state: State
     proof: float | None = None
     xid: int = 0
-    budget: Budget = NO_BUDGET
     resume: bool = False  # an operator says: mended
 
 
@@ -90,7 +71,6 @@ class Memory:
     state: State = "starting"
     unwell_at: float = 0.0  # when it was last seen to be ill
     stalled_at: float | None = None
-    waiting_at: float | None = None  # since when nothing but the budget is missing
     healthy_at: float | None = None  # since when it is healthy without a break
     killed_at: float | None = None
     standing: bool = False  # the last order stands: neither a restart nor a recovery was seen since
@@ -118,11 +98,9 @@ def decide(m: Memory, i: Inputs, r: Rules) -> tuple[Memory, Hold | None]:
     """One tick: the new memory, and what holds a kill back. None: nothing does, or the engine is not stalled."""
     m = _hand_over(_count(_see(m, i), i, r), i, r)
     if i.state != "stalled":
-        return replace(m, state=i.state, stalled_at=None, waiting_at=None), None
+        return replace(m, state=i.state, stalled_at=None), None
     m = replace(m, state=i.state)
     reason = next((reason for reason, holds, _ in HOLDS if holds(m, i, r)), "")
-    waiting = i.now if m.waiting_at is None else m.waiting_at
-    m = replace(m, waiting_at=waiting if reason == "awaiting_budget" else None)
     if reason:
         return m, Hold(reason, explain(reason, m, i, r), reason in HANDOVERS)
     return (m if m.standing else _order(m, i.now)), None
@@ -133,23 +111,13 @@ def rules(s: Settings, pod: str) -> Rules:
     return Rules(
         interval=s.kill_interval, interval_cap=max(s.kill_interval, s.kill_interval_cap),
         jitter=s.kill_jitter * share(pod), recovery=s.kill_recovery, healthy=s.kill_healthy,
-        useless=s.useless_restarts, patience=s.restart_budget_wait,
+        useless=s.useless_restarts,
     )  # fmt: skip
 
 
 def interval(kills: int, r: Rules) -> float:
     """Seconds that must lie between the last of `kills` kills and the next."""
     return min(r.interval_cap, r.interval * 2.0 ** min(kills - 1, 60)) if kills else 0.0
-
-
-def needs_budget(m: Memory, now: float) -> bool:
-    """Whether this pod is down by a kill, or waits to be: it asks for a place, or keeps the one that it has."""
-    if m.handover:
-        return False
-    if m.waiting_at is not None:
-        return True
-    recovering = m.standing or (m.restarted_at is not None and m.served_at is None)
-    return recovering and m.killed_at is not None and now - m.killed_at < MAX_DOWN
 
 
 def share(identity: str) -> float:
@@ -172,16 +140,6 @@ def _jitter(m: Memory, i: Inputs, r: Rules) -> bool:
     return not m.standing and m.stalled_at is not None and i.now - m.stalled_at < r.jitter
 
 
-def _no_budget(m: Memory, i: Inputs, r: Rules) -> bool:
-    """Without an answer of the API server it waits for a bounded time only: then the pod's own rules suffice."""
-    if m.standing or i.budget.state in ("none", "granted"):
-        return False
-    if i.budget.state == "taken":
-        return True
-    since = max(i.budget.since, i.now if m.waiting_at is None else m.waiting_at)
-    return i.now - since < r.patience
-
-
 BRIEF: Final = "kill_jitter"  # too short to be a reason of the verdict
 
 # The first that holds keeps liveness passing.
@@ -195,7 +153,6 @@ HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
     ),
     ("kill_interval", _too_soon, "the last kill is too recent"),
     (BRIEF, _jitter, "its share of the jitter is not over; the verdict keeps its own reason"),
-    ("awaiting_budget", _no_budget, "other replicas hold all places, or the API server has not answered yet"),
 )
 
 
@@ -208,16 +165,8 @@ def explain(reason: str, m: Memory, i: Inputs, r: Rules) -> str:
         "restart_useless": f"{m.useless} restarts in a row without recovery; {HANDOVERS['restart_useless']}",
         "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {interval(m.kills, r) - ago:.0f} s",
         BRIEF: f"killed within {r.jitter:.0f} s, so that replicas do not restart at once",
-        "awaiting_budget": f"waiting for a place among the replicas that restart ({_place(i.budget, r)})",
     }
     return texts[reason]
-
-
-def _place(budget: Budget, r: Rules) -> str:
-    """Why there is no place yet."""
-    if budget.state == "taken":
-        return budget.detail
-    return f"no answer of the API server: {budget.detail}; this pod decides alone after {r.patience:.0f} s"
 
 
 def _see(m: Memory, i: Inputs) -> Memory:
@@ -271,7 +220,7 @@ def _hand_over(m: Memory, i: Inputs, r: Rules) -> Memory:
 def _order(m: Memory, now: float) -> Memory:
     return replace(
         m, killed_at=now, standing=True, kills=m.kills + 1, kills_total=m.kills_total + 1,
-        restarted_at=None, served_at=None, counted=False, waiting_at=None,
+        restarted_at=None, served_at=None, counted=False,
     )  # fmt: skip
 
 
@@ -290,11 +239,9 @@ class Fleet:
         """What holds a kill back, as far as it is a reason of the verdict; empty otherwise."""
         return self.hold.reason if self.hold and self.hold.reason != BRIEF else ""
 
-    def tick(
-        self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], budget: Budget, now: float
-    ) -> Hold | None:
+    def tick(self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], now: float) -> Hold | None:
         """Decide, and remember."""
-        inputs = Inputs(now, state, proof, self._new_xid(gpus), budget, self.resume)
+        inputs = Inputs(now, state, proof, self._new_xid(gpus), self.resume)
         self.resume = False
         self.memory, self.hold = decide(self.memory, inputs, self.rules)
         return self.hold

@@ -15,7 +15,6 @@ import pytest
 
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-from ..control.lease_server import LeaseServer, lease_server
 from ..ports import free_port
 from ..waiting import PATIENCE
 
@@ -125,43 +124,3 @@ async def test_a_stall_outlives_the_sidecar_only_once_it_is_found_anew(engine: S
     async with asyncio.timeout(PATIENCE):
         while (await again.get("/livez"))[0] != 503:  # noqa: ASYNC110  a probe has no event
             await asyncio.sleep(0.1)
-
-
-async def test_while_another_replica_restarts_this_one_waits(
-    engine: ScriptedEngine, start: Any, tmp_path: Path
-) -> None:
-    """One place, held by another: stalled, unready, not killed; given back by the other, it is taken and liveness fails."""
-    async with lease_server() as server:
-        server.write("llm-0", holderIdentity="other", leaseDurationSeconds=600)
-        env = {"KUBECONFIG": str(server.kubeconfig(tmp_path)), "POD_NAME": "pod-a"}
-        sidecar = await start(engine.url, restart_budget="models/llm:1", kill_jitter="0", environ=env)
-        await sidecar.until_verdict("idle")
-        assert server.asked == [], "nothing is asked while nothing is wrong"
-        engine.faults.start("freeze")
-        await sidecar.until(lambda s: "held by other" in s["verdict"]["detail"])
-        status, body = await sidecar.get("/livez")
-        assert (status, body["verdict"], body["reason"]) == (200, "stalled", "awaiting_budget")
-        server.write("llm-0", leaseDurationSeconds=60)
-        await sidecar.until(lambda s: s["kills"] == 1)
-        assert (await sidecar.get("/livez"))[0] == 503 and server.holder("llm-0") == "pod-a"
-        engine.faults.clear()
-        await sidecar.until_verdict("idle", "progressing")
-        async with asyncio.timeout(PATIENCE):
-            while server.holder("llm-0") is not None:  # noqa: ASYNC110  what a server holds has no event
-                await asyncio.sleep(0.1)
-
-
-async def test_without_an_api_server_a_pod_decides_alone_after_a_while(
-    engine: ScriptedEngine, start: Any, tmp_path: Path
-) -> None:
-    """Nobody listens where the cluster should be: it waits for a bounded time, and the log says why."""
-    gone = LeaseServer(url=f"http://127.0.0.1:{free_port()}")
-    env = {"KUBECONFIG": str(gone.kubeconfig(tmp_path)), "POD_NAME": "pod-a"}
-    chosen = {"restart_budget": "models/llm:1", "restart_budget_wait": "10", "kill_jitter": "0"}
-    sidecar = await start(engine.url, environ=env, **chosen)
-    await sidecar.until_verdict("idle")
-    engine.faults.start("freeze")
-    snapshot = await sidecar.until_verdict("stalled")
-    assert snapshot["verdict"]["reason"] == "awaiting_budget" and snapshot["kills"] == 0
-    await sidecar.until(lambda s: s["kills"] == 1)
-    assert any("no answer of the API server" in line for line in sidecar.log)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from sidecar.events import STATES, State
 from sidecar.health import kill_policy as fleet
-from sidecar.health.kill_policy import Budget, Fleet, Hold, Inputs, Memory, Rules, decide, interval, needs_budget, share
+from sidecar.health.kill_policy import Fleet, Hold, Inputs, Memory, Rules, decide, interval, share
 from sidecar.readings import Absent, GpuSample, Value
 
-RULES = Rules(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2, patience=120)
+RULES = Rules(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2)
 
 
 @dataclass
@@ -195,43 +195,6 @@ def test_jitter_spreads_replicas_that_stall_at_once() -> None:
     assert story.be("stalled", 7) == "kill_jitter" and story.be("stalled", 2) == ""
 
 
-def test_a_taken_budget_waits_and_a_lost_one_waits_for_a_bounded_time() -> None:
-    """While others hold the places nobody is killed, however long; without an API server the pod's own rules follow."""
-    story = Story()
-    assert story.be("stalled", 5000, budget=Budget("taken")) == "awaiting_budget"
-    lost = Budget("unreachable", since=story.now)
-    assert story.be("stalled", 110, budget=lost) == "awaiting_budget"
-    assert story.be("stalled", 20, budget=lost) == "" and len(story.kills) == 1
-    granted = Story()
-    assert granted.be("stalled", budget=Budget("granted")) == ""
-
-
-def test_the_wait_for_the_api_server_begins_anew_after_a_hand_over() -> None:
-    """What was waited for before an operator had to act does not count: the API server is asked first."""
-    story = Story()
-    lost = Budget("unreachable", detail="not asked yet")
-    story.be("stalled", 100, budget=lost)
-    assert story.be("stalled", 600, budget=lost, xid=46) == "gpu_needs_reset"
-    assert story.be("stalled", budget=lost, resume=True) == "awaiting_budget"
-    assert story.hold and "decides alone after 120 s" in story.hold.detail and story.kills == []
-
-
-def test_a_place_is_kept_until_the_engine_serves_again() -> None:
-    """Asked for while waiting, kept over the restart, given back at the first token, on a hand-over, and after half an hour."""
-    story = Story()
-    story.be("progressing", 5)
-    assert not needs_budget(story.memory, story.now)
-    story.be("stalled", budget=Budget("taken"))
-    assert needs_budget(story.memory, story.now)
-    story.be("stalled", budget=Budget("granted"))
-    story.restart()
-    assert needs_budget(story.memory, story.now)
-    assert not needs_budget(story.memory, story.now + fleet.MAX_DOWN)
-    assert not needs_budget(replace(story.memory, handover="restart_useless"), story.now)
-    story.be("idle")
-    assert not needs_budget(story.memory, story.now)
-
-
 def gpu(index: int, *xids: tuple[int, int]) -> GpuSample:
     nothing = Absent("not asked")
     return GpuSample(index, "", "", nothing, nothing, nothing, nothing, nothing, xids)
@@ -240,14 +203,13 @@ def gpu(index: int, *xids: tuple[int, int]) -> GpuSample:
 def test_only_new_xids_beyond_healing_count() -> None:
     """Counts of the driver are compared from tick to tick; an XID of an application (13) is not looked at."""
     it = Fleet(RULES)
-    none = Budget()
-    it.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), none, 1.0)
+    it.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), 1.0)
     assert it.memory.xid_at == 1.0 and it.memory.xid == 46
-    it.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), none, 2.0)
+    it.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), 2.0)
     assert it.memory.xid_at == 1.0
-    it.tick("progressing", None, Value((gpu(0, (46, 1)), gpu(1, (79, 1), (46, 9))), at=2), none, 3.0)
+    it.tick("progressing", None, Value((gpu(0, (46, 1)), gpu(1, (79, 1), (46, 9))), at=2), 3.0)
     assert it.memory.xid == 79
-    assert it.tick("stalled", None, Absent("lost"), none, 4.0) == it.hold
+    assert it.tick("stalled", None, Absent("lost"), 4.0) == it.hold
     assert it.hold and it.hold.reason == "node_needs_reboot"
 
 
@@ -255,7 +217,6 @@ steps = st.lists(
     st.tuples(
         st.sampled_from(STATES),
         st.sampled_from((0.5, 5.0, 60.0, 400.0, 4000.0)),
-        st.sampled_from(("none", "granted", "taken", "unreachable")),
         st.sampled_from((0, 0, 0, 0, 46, 79)),
         st.sampled_from((False, False, False, True)),
     ),
@@ -265,18 +226,14 @@ steps = st.lists(
 
 @settings(max_examples=300)
 @given(steps=steps, jitter=st.sampled_from((0.0, 7.0)))
-def test_whatever_happens_the_promises_hold(
-    steps: list[tuple[State, float, fleet.BudgetState, int, bool]], jitter: float
-) -> None:
+def test_whatever_happens_the_promises_hold(steps: list[tuple[State, float, int, bool]], jitter: float) -> None:
     """No two kills closer than the interval; only `stalled` is killed or held; a hand-over ends by an operator or a healthy hour
-    only, and nothing is killed under it; a taken budget kills nobody."""
+    only, and nothing is killed under it."""
     rules, memory, now = replace(RULES, jitter=jitter), Memory(), 1000.0
     last_kill, forgotten, healthy_since = None, True, None
-    for state, seconds, budget, xid, resume in steps:
+    for state, seconds, xid, resume in steps:
         before = memory
-        memory, hold = decide(
-            memory, Inputs(now, state, now if state in fleet.HEALTHY else None, xid, Budget(budget), resume), rules
-        )
+        memory, hold = decide(memory, Inputs(now, state, now if state in fleet.HEALTHY else None, xid, resume), rules)
         healthy_since = (healthy_since or now) if state in fleet.HEALTHY else healthy_since
         healthy_since = None if state in fleet.UNHEALTHY else healthy_since
         well = state in fleet.HEALTHY and healthy_since is not None and now - healthy_since >= rules.healthy
@@ -288,7 +245,7 @@ def test_whatever_happens_the_promises_hold(
         if state != "stalled":
             assert hold is None
         if memory.kills_total > before.kills_total:
-            assert state == "stalled" and hold is None and not memory.handover and budget != "taken"
+            assert state == "stalled" and hold is None and not memory.handover
             assert last_kill is None or forgotten or now - last_kill >= interval(before.kills, rules) >= rules.interval
             last_kill, forgotten = now, False
         now += seconds

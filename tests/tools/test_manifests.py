@@ -21,7 +21,6 @@ import yaml
 
 from sidecar import __main__ as cli
 from sidecar.control.diagnosis import KEPT, MAX_BYTES
-from sidecar.control.restart_budget import target
 from sidecar.control.state_dir import StateDir
 from sidecar.errors import UsageError
 from sidecar.events import Verdict
@@ -58,7 +57,6 @@ def containers(**chosen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         ("vllm", "safe", "podmonitor", {"namespace": "models", "gpus": 8, "replicas": 3}),
         ("vllm", "safe", "none", CLAIM | {"gpus": 0, "stack_dumps": "on"}),
         ("vllm", "safe", "none", CLAIM | {"images": "shm"}),
-        ("vllm", "safe", "none", CLAIM | {"restarts_at_once": 2, "namespace": "models"}),
     ],
 )
 def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, more: dict[str, Any]) -> None:
@@ -119,7 +117,6 @@ def test_prometheus_finds_the_pods_by_annotations() -> None:
     [
         ("vllm", []),
         ("vllm-http-probe", ["--probe", "http"]),
-        ("vllm-restart-budget", ["--replicas", "3", "--restarts-at-once", "1"]),
     ],
 )
 def test_what_lies_in_deploy_is_what_the_command_prints(
@@ -160,26 +157,6 @@ def test_stack_dumps_are_asked_for() -> None:
     assert (user["runAsUser"], user["capabilities"]) == (0, {"drop": ["ALL"], "add": ["SYS_PTRACE"]})
     assert user["allowPrivilegeEscalation"] is False and "runAsNonRoot" not in user
     assert containers(stack_dumps="on")[1] == containers()[1]
-
-
-def test_a_restart_budget_gives_the_sidecar_and_nobody_else_the_right_to_its_leases() -> None:
-    """The places that the setting names are those that the role names; the engine's container has no token."""
-    chosen = replace(ManifestSettings(), name="qwen", restarts_at_once=2)
-    account, role, binding, deployment, _ = yaml.safe_load_all(render(chosen))
-    spec = deployment["spec"]["template"]["spec"]
-    sidecar, engine = spec["initContainers"][0], spec["containers"][0]
-    env = {e["name"]: e["value"] for e in sidecar["env"] if "value" in e}
-    text = env["SIDECAR_RESTART_BUDGET"].replace("$(POD_NAMESPACE)", "models")
-    names = [e["name"] for e in sidecar["env"]]
-    assert names.index("POD_NAMESPACE") < names.index("SIDECAR_RESTART_BUDGET"), "Kubernetes expands what stands before"
-    settings = load(Settings, {"restart_budget": text}, {})
-    where = target(settings.restart_budget)
-    assert role["rules"][0]["resourceNames"] == [f"{where.name}-{n}" for n in range(where.places)]
-    assert spec["serviceAccountName"] == account["metadata"]["name"] == binding["subjects"][0]["name"]
-    assert binding["roleRef"]["name"] == role["metadata"]["name"]
-    token = "/var/run/secrets/kubernetes.io/serviceaccount"
-    assert spec["automountServiceAccountToken"] is False
-    assert [token in {m["mountPath"] for m in c["volumeMounts"]} for c in (sidecar, engine)] == [True, False]
 
 
 def test_the_engines_probes_use_numeric_ports() -> None:

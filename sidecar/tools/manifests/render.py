@@ -11,7 +11,7 @@ from textwrap import dedent, indent
 from typing import Final
 
 from sidecar.health.probes import STALE
-from sidecar.tools.manifests import budget, shell
+from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.settings import ENGINE_PORT, SIDECAR_MEMORY, ManifestSettings, quoted, start
 
 RELAY, ADMIN = 8080, 9400  # ports
@@ -30,7 +30,7 @@ def main(settings: ManifestSettings) -> int:
 
 def render(s: ManifestSettings) -> str:
     """The YAML documents as text. Raises UsageError where two settings do not fit together."""
-    documents = [*budget.documents(s), _deployment(s), _service(s)]
+    documents = [_deployment(s), _service(s)]
     if s.monitor == "podmonitor":
         documents.append(_pod_monitor(s))
     return "---\n".join(documents)
@@ -59,7 +59,7 @@ spec:
       terminationGracePeriodSeconds: {ENDPOINTS + DRAIN + 40}
       enableServiceLinks: false
       automountServiceAccountToken: false
-{_lines(6, budget.account(s) + _shared_processes(s))}      securityContext:
+{_lines(6, _shared_processes(s))}      securityContext:
         seccompProfile:
           type: RuntimeDefault
       initContainers:
@@ -179,12 +179,7 @@ def _sidecar(s: ManifestSettings) -> str:
     - {{name: sidecar-state, mountPath: {STATE}}}
     - {{name: sidecar-tmp, mountPath: /tmp}}
 """
-    return (
-        head
-        + _lines(4, _sidecar_env(s))
-        + tail
-        + _lines(4, _image_mount(s) + _model_mount(s, read_only=True) + budget.mount(s))
-    )
+    return head + _lines(4, _sidecar_env(s)) + tail + _lines(4, _image_mount(s) + _model_mount(s, read_only=True))
 
 
 def _image_mount(s: ManifestSettings) -> str:
@@ -237,8 +232,7 @@ def _sidecar_env(s: ManifestSettings) -> str:
     }
     own = "".join(f"- {{name: {k}, valueFrom: {{fieldRef: {{fieldPath: {v}}}}}}}\n" for k, v in fields.items())
     attributes = "k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),k8s.node.name=$(NODE_NAME)"
-    last = [("OTEL_RESOURCE_ATTRIBUTES", attributes), *budget.env(s)]
-    return _env(values.items()) + note + own + _env(last)
+    return _env(values.items()) + note + own + _env([("OTEL_RESOURCE_ATTRIBUTES", attributes)])
 
 
 def _engine(s: ManifestSettings) -> str:
@@ -353,7 +347,7 @@ def _volumes(s: ManifestSettings) -> str:
         - name: engine-shm
           emptyDir: {medium: Memory, sizeLimit: 8Gi}
         """)
-    return memory + models + budget.volume(s)
+    return memory + models
 
 
 def _env(values: Iterable[tuple[str, str]]) -> str:

@@ -174,12 +174,6 @@ class ManifestSettings:
         "The engine's livenessProbe: safe cannot kill a healthy engine, http fails closed",
         expected="one of safe, http",
     )
-    restarts_at_once: int = flag(
-        0,
-        integer(0, 16),
-        "Replicas that the sidecars may restart at once, agreed on by Leases; 0: no such bound",
-        expected="a whole number from 0 to 16",
-    )
     monitor: str = flag(
         "annotations",
         one_of("annotations", "podmonitor", "none"),
