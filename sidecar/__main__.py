@@ -39,6 +39,8 @@ def coded(life: Callable[[], int]) -> int:
     except click.exceptions.NoArgsIsHelpError as e:
         print(e.format_message(), file=sys.stderr)
         return 2
+    except click.NoSuchOption as e:
+        return _fail(settings.removal(e.option_name) or _one_line(e), 2)
     except click.ClickException as e:
         return _fail(_one_line(e), 2)
     except UsageError as e:

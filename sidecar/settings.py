@@ -2,7 +2,8 @@
 
 Each field of a settings class is a flag `--its-name`, an environment variable `SIDECAR_ITS_NAME` and a key `its-name` (or
 `its_name`) of the TOML file given by `--config`. Precedence: flag, environment, file, default. Whatever is unknown or
-invalid raises UsageError with one line that names the key, what was expected, and the nearest valid key.
+invalid raises UsageError with one line that names the key, what was expected, and the nearest valid key; of a key that once
+existed the line says what became of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from sidecar.errors import UsageError
 from sidecar.flags import (
@@ -268,6 +269,14 @@ class Settings:
     )
 
 
+# What became of settings that once existed, of any command; the error names it and adds this sentence.
+REMOVED: Final = {
+    "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",
+    "restart-budget-wait": "there is no restart budget to wait for",
+    "restarts-at-once": "each pod decides alone when to restart its engine, within --kill-interval",
+}
+
+
 def load(
     cls: type[S],
     flags: Mapping[str, str | None],
@@ -291,7 +300,7 @@ def load(
             if value is None or (name not in known and name in others):
                 continue
             if name not in known:
-                raise UsageError(_unknown(source, key, [*known, *others]))
+                raise UsageError(removal(key, source) or _unknown(source, key, [*known, *others]))
             merged[name] = _parse(known[name], str(value), source)
     return cls(**merged)
 
@@ -313,6 +322,12 @@ def spelled(name: str, source: str = "flag") -> str:
     if source == "environment":
         return ENV_PREFIX + name.upper().replace("-", "_")
     return "--" + name.replace("_", "-") if source == "flag" else name.replace("_", "-")
+
+
+def removal(name: str, source: str = "flag") -> str | None:
+    """What became of a setting that once existed, as one line; None for any other name."""
+    sentence = REMOVED.get(name.lstrip("-").replace("_", "-"))
+    return sentence and f"{spelled(name.lstrip('-'), source)} no longer exists: {sentence}; see docs/reference.md"
 
 
 def default_of(f: Field[Any]) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
+import click
 import pytest
 
 from sidecar import __main__ as cli
 from sidecar import settings
 from sidecar.errors import UsageError
-from sidecar.settings import Settings, load
+from sidecar.settings import REMOVED, Settings, load
 
 
 def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
@@ -50,6 +52,42 @@ def test_a_wrong_setting_is_one_line_that_names_key_expectation_and_neighbour(
     text = str(e.value)
     assert "\n" not in text
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("command", ["run", "doctor", "manifests"])
+@pytest.mark.parametrize("argument", ["--restart-budget=models/llm:1", "--restart-budget-wait", "--restarts-at-once=2"])
+def test_a_removed_flag_says_what_became_of_it(command: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever command it is given to: exit code 2, and one line with the flag and what there is instead."""
+    assert cli.run([command, argument]) == 2
+    name = argument.split("=")[0]
+    error = capsys.readouterr().err
+    assert error == f"sidecar: {name} no longer exists: {REMOVED[name[2:]]}; see docs/reference.md\n"
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_removed_key_of_environment_or_file_says_what_became_of_it(name: str, tmp_path: Path) -> None:
+    """The line names the key as it is written there, with hyphens or underscores."""
+    variable, file = f"SIDECAR_{name.upper().replace('-', '_')}", tmp_path / "sidecar.toml"
+    with pytest.raises(UsageError) as error:
+        load(Settings, {}, {variable: "1"})
+    assert str(error.value) == f"{variable} no longer exists: {REMOVED[name]}; see docs/reference.md"
+    for key in (name, name.replace("-", "_")):
+        file.write_text(f"{key} = 1\n")
+        with pytest.raises(UsageError) as error:
+            load(Settings, {}, {}, str(file))
+        assert str(error.value) == f"{name} no longer exists: {REMOVED[name]}; see docs/reference.md"
+
+
+def test_what_is_removed_is_no_setting() -> None:
+    """No removed name is a flag of any command, and each sentence is one line that names only flags that exist."""
+    context = click.Context(cli.cli)
+    commands = [cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)]
+    current = {option for command in commands if command for p in command.params for option in p.opts}
+    assert "--silence-floor" in current
+    assert {f"--{name}" for name in REMOVED} & current == set()
+    for sentence in REMOVED.values():
+        assert "\n" not in sentence and not sentence.endswith(".")
+        assert set(re.findall(r"--[a-z-]+", sentence)) <= current
 
 
 def test_a_service_named_sidecar_does_not_break_the_pod() -> None:
