@@ -174,25 +174,16 @@ class Settings:
         expected="seconds from 0 to 3600",
     )
     silence_floor: float = flag(
-        12.0, number(0.5, 600), "Shortest silence that can raise suspicion", expected="seconds from 0.5 to 600"
-    )
-    silence_unlearned: float = flag(
-        60.0,
-        number(0.5, 3600),
-        "Floor until this engine's own gaps have been learned",
-        expected="seconds from 0.5 to 3600",
-    )
-    silence_blocked: float = flag(
-        90.0,
-        number(0, 3600),
-        "Silence allowed on top while the engine's API answers nothing at all, as while it tokenizes or decodes images",
-        expected="seconds from 0 to 3600",
-    )
-    silence_margin: float = flag(
-        3.0, number(1, 100), "Allowed over predicted silence", expected="a number from 1 to 100"
+        12.0,
+        number(0.5, 600),
+        "Shortest silence that can raise suspicion; 60 s until ten first tokens were seen",
+        expected="seconds from 0.5 to 600",
     )
     silence_cap: float = flag(
-        900.0, number(1, 86_400), "Longest silence that is ever allowed", expected="seconds from 1 to 86400"
+        900.0,
+        number(1, 86_400),
+        "Longest silence that is ever allowed; an API that answers nothing has 90 s more",
+        expected="seconds from 1 to 86400",
     )
     kill_interval: float = flag(
         300.0,
@@ -274,6 +265,9 @@ REMOVED: Final = {
     "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",
     "restart-budget-wait": "there is no restart budget to wait for",
     "restarts-at-once": "each pod decides alone when to restart its engine, within --kill-interval",
+    "silence-blocked": "it is 90 s, and a third of --silence-cap at most",
+    "silence-margin": "it is fixed at 3",
+    "silence-unlearned": "it is 60 s, and a fifth of --silence-cap at most",
 }
 
 

@@ -30,7 +30,7 @@ from sidecar.health import reasons, verdict
 from sidecar.health.canary_schedule import canary_allowed
 from sidecar.health.kill_policy import Fleet, rules
 from sidecar.health.monitor import Circumstances
-from sidecar.health.progress import Limits, Progress
+from sidecar.health.progress import PREDICTION_MARGIN, Progress, limits_of
 from sidecar.health.verdict_text import explain, facts_of, held
 from sidecar.labels import Bounded
 from sidecar.load import coefficient_monitor as upkeep
@@ -81,9 +81,7 @@ class Control:
         self._co = co
         self.unit_ms = units.unit_ms(co)
         self.ledger = Ledger(co, Bounded(settings.max_tenants), Bounded(settings.max_tenants))
-        limits = Limits(
-            settings.silence_floor, settings.silence_unlearned, settings.silence_margin, settings.silence_cap
-        )
+        limits = limits_of(settings)
         self.progress = Progress(limits, baseline=now)
         self.around = Circumstances.around(self.progress, limits, now)
         self.news = False  # the last tick's verdict is one to tell
@@ -219,7 +217,7 @@ class Control:
         # A port that was closed belongs to a new process when it opens.
         self._restarted |= self._was_refused and r.refused_since is None and self.memory.state != "starting"
         self._was_refused = r.refused_since is not None
-        self._blocked = self._settings.silence_blocked if r.unanswered else 0.0
+        self._blocked = self.progress.limits.blocked if r.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in r.relays))) + self._blocked
         doubted = self.memory.state in DOUBTED
         # first: where one ends, a new silence begins
@@ -252,7 +250,7 @@ class Control:
         slow = tuple(sorted({why for gpu in gpus if isinstance(gpu.slowdowns, Value) for why in gpu.slowdowns.value}))
         seen = replace(r.identity, gpus=tuple(gpu.name for gpu in gpus), slowdowns=slow)
         self.upkeep.tick(self.ledger.holds(), now, seen, trusted=ours)
-        margin = self._settings.silence_margin * (upkeep.STALE if self.upkeep.stale else 1.0)
+        margin = PREDICTION_MARGIN * (upkeep.STALE if self.upkeep.stale else 1.0)
         if margin != self.progress.limits.margin:
             self.progress.limits = replace(self.progress.limits, margin=margin)
 

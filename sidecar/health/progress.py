@@ -16,9 +16,20 @@ from typing import Protocol
 
 from sidecar.health.latency_model import Learned
 from sidecar.readings import EngineSample
+from sidecar.settings import Settings
 
 Key = tuple[int, str]  # (relay index, request id)
 
+# Seconds: the floor until this engine's own gaps are known. Five floors, which is what any part of an engine may always be silent.
+UNLEARNED_FLOOR_S = 60.0
+# Seconds allowed on top while the engine's API answers nothing at all: a tokenizer may block it for 60 s (alarm 15 of the catalogue),
+# and from outside that looks like a hang.
+BLOCKED_API_S = 90.0
+# Allowed over predicted silence: the figures of docs/verdict.md, 0.0025 false kills per engine-week, are of this margin.
+PREDICTION_MARGIN = 3.0
+# What may be allowed to an engine of which nothing is known, and to an API that answers nothing, as a share of the cap: whoever sets a
+# short cap wants no long silence for other reasons either. From a cap of 5 minutes on it is the numbers above.
+UNLEARNED_SHARE, BLOCKED_SHARE = 1 / 5, 1 / 3
 LEARNED_AFTER = 10  # first tokens seen, before this engine's own gaps count as known
 GAP_MARGIN = 2.0  # allowed over the longest learned gap
 SHORT_GAP = 0.25  # seconds; shorter gaps teach nothing
@@ -28,12 +39,20 @@ APART = 3.0  # seconds without the relay's own work, after which work of the eng
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The bounds of allowed silence, seconds; see the settings of the same names."""
+    """The bounds of allowed silence, seconds. `floor` and `cap` are settings, `limits_of` adds the others."""
 
     floor: float = 12.0
-    unlearned: float = 60.0
-    margin: float = 3.0
+    unlearned: float = UNLEARNED_FLOOR_S
+    margin: float = PREDICTION_MARGIN
     cap: float = 900.0
+    blocked: float = BLOCKED_API_S
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The bounds by the settings."""
+    cap = settings.silence_cap
+    unlearned, blocked = min(UNLEARNED_FLOOR_S, cap * UNLEARNED_SHARE), min(BLOCKED_API_S, cap * BLOCKED_SHARE)
+    return Limits(floor=settings.silence_floor, unlearned=unlearned, cap=cap, blocked=blocked)
 
 
 class Item(Protocol):

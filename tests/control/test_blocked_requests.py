@@ -8,6 +8,7 @@ import pytest
 
 from sidecar.control.state import TICK, Control, Readings
 from sidecar.events import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, Work
+from sidecar.health.progress import UNLEARNED_SHARE
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent
 from sidecar.settings import Settings
@@ -21,7 +22,7 @@ class Judge:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        chosen = Settings(engine="http://engine", silence_floor=FLOOR, silence_unlearned=FLOOR)
+        chosen = Settings(engine="http://engine", silence_floor=FLOOR, silence_cap=FLOOR / UNLEARNED_SHARE)
         self.control = Control(chosen, Coefficients(), self.now, self.now)
 
     def tell(self, *facts: Fact) -> None:

@@ -21,7 +21,7 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine
 from .scene import Scene, Setting
 
 Play = Callable[[Scene], Awaitable[None]]
-PATIENT: Final = {"silence_blocked": "60"}
+PATIENT: Final = {"silence_cap": "45"}  # so 15 s for an API that answers nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +307,7 @@ def load_for_a_while(engine: ScriptedEngine) -> None:
 
 
 FULL: Final = Setting(engine={"max_batch": 4})
-UNHURRIED: Final = Setting(flags={"silence_floor": "3", "silence_unlearned": "3"})  # until a scrape has run out of time
+UNHURRIED: Final = Setting(flags={"silence_floor": "3"})  # until a scrape has run out of time
 SLOW_START: Final = {"silence_cap": "3"}
 
 MODES: Final[dict[int, tuple[Story, ...]]] = {

@@ -93,7 +93,7 @@ async def _ask(sidecar: Any) -> None:
 
 async def test_a_long_prefill_and_a_slow_health_page_are_no_hang(engine: ScriptedEngine, start: Any) -> None:
     """The engine computes for several times the floor before its first token: quiet, never suspect."""
-    sidecar = await start(engine.url, silence_floor="1", silence_unlearned="1", silence_margin="10")
+    sidecar = await start(engine.url, silence_floor="1")
     await sidecar.until_verdict("idle")
     engine.faults.start("long_prefill", duration=4)
     engine.faults.start("slow_health")
@@ -106,8 +106,8 @@ async def test_a_long_prefill_and_a_slow_health_page_are_no_hang(engine: Scripte
 
 @pytest.mark.slow
 async def test_an_api_that_is_blocked_for_a_while_is_no_hang(engine: ScriptedEngine, start: Any) -> None:
-    """Tokenizing or decoding images can block every HTTP answer for long: the silence gets --silence-blocked on top."""
-    sidecar = await start(engine.url, silence_blocked="60")
+    """Tokenizing or decoding images can block every HTTP answer for long: the silence gets a third of --silence-cap on top."""
+    sidecar = await start(engine.url, silence_cap="60")
     await sidecar.until_verdict("idle")
     async with sidecar.chat(tokens=100_000) as stream:
         await stream.content.readany()

@@ -8,9 +8,10 @@ import pytest
 
 from sidecar.events import Work
 from sidecar.health.latency_model import UNKNOWN_SLOWNESS
-from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, restarted
+from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, limits_of, restarted
 from sidecar.load import cost_model as units
 from sidecar.readings import EngineSample
+from sidecar.settings import Settings
 
 CO = units.Coefficients()
 LIMITS = Limits(floor=8.0, unlearned=60.0, margin=3.0, cap=900.0)
@@ -241,3 +242,12 @@ def test_another_start_time_or_a_fallen_counter_is_a_restart(
 ) -> None:
     """Counters only fall when the process is new; a missing one says nothing."""
     assert restarted(before, after) is expected
+
+
+def test_the_bounds_follow_from_floor_and_cap() -> None:
+    """The defaults are those of the product; a short cap shortens what the unknown may take, a low floor does not."""
+    engine = "http://engine"
+    assert limits_of(Settings(engine=engine)) == Limits()
+    assert limits_of(Settings(engine=engine, silence_floor=5, silence_cap=300)) == Limits(floor=5, cap=300)
+    short = limits_of(Settings(engine=engine, silence_cap=30))
+    assert (short.unlearned, short.blocked, short.margin) == (6.0, 10.0, 3.0)

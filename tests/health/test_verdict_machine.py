@@ -14,7 +14,7 @@ from sidecar.control.state import TICK
 from sidecar.health import verdict
 from sidecar.readings import EngineSample, Failed, RankSample, Value
 
-from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, SETTINGS, WALL, Pod
+from .verdict_pod import CAP, DOWN, FLOOR, LIMITS, NOTHING, SEARCH, SETTINGS, WALL, Pod
 
 PLACES = st.integers(0, 5)
 WHAT = ("engine_sleeping", "engine_paused", "engine_profiling", "weight_update")
@@ -235,7 +235,7 @@ class Machine(RuleBasedStateMachine):
         assert canary.started >= before.since
         assert p.now - p.delivered_at > verdict.FRESH, "not while anything is delivered"
         assert e.age is None or e.age > e.allowed, "silent beyond what is allowed, or nothing but the canary was out"
-        assert e.allowed <= CAP + SETTINGS.silence_blocked + 1e-9
+        assert e.allowed <= CAP + LIMITS.blocked + 1e-9
 
     def _spaced(self) -> None:
         now = self.pod.now

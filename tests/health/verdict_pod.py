@@ -19,13 +19,15 @@ from sidecar.events import (
     Settled,
     Work,
 )
+from sidecar.health.progress import limits_of
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
 
-FLOOR, UNLEARNED, CAP = 4.0, 12.0, 40.0
-SETTINGS = Settings(engine="http://engine", silence_floor=FLOOR, silence_unlearned=UNLEARNED, silence_cap=CAP)
+FLOOR, CAP = 4.0, 60.0
+SETTINGS = Settings(engine="http://engine", silence_floor=FLOOR, silence_cap=CAP)
+LIMITS = limits_of(SETTINGS)
 CO = Coefficients()
 NOTHING = Absent("not here")
 WALL = 1_700_000_000.0

@@ -82,7 +82,6 @@ def test_quick_settings_are_told_with_the_defaults() -> None:
     """What the demo sets differently is said together with what it is by default."""
     said = stages.quick_settings()
     assert "--silence-floor 3 (default 12)" in said
-    assert "--silence-unlearned 3 (default 60)" in said
     assert f"--canary-interval 3 (default {Settings().canary_interval:g})" in said
 
 

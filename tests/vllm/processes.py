@@ -49,7 +49,7 @@ SIDECAR_FLAGS = {
     "canary-interval": "1",
     "silence-floor": "3",
     "kill-interval": "0",  # one sidecar sees several hangs
-    "silence-unlearned": "6",
+    "silence-cap": "30",  # so 6 s before anything is learned
     "drain-seconds": "2",
     "engine-kind": "vllm",
 }

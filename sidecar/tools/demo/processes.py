@@ -34,7 +34,7 @@ IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` 
 # Shorter than the defaults of `sidecar run`, so that a stall is found within seconds and not within half a minute.
 # It stalls on purpose every minute, so nothing holds back a kill.
 QUICK: Final[dict[str, str]] = {
-    "silence_floor": "3", "silence_unlearned": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0",
+    "silence_floor": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0",
 }  # fmt: skip
 PROBE_PERIOD: Final = 1.0  # seconds; Kubernetes' default is 10
 PROBE_TIMEOUT: Final = 2.0  # seconds; Kubernetes' default is 1, which a laptop that is busy with the demo may miss
