@@ -188,29 +188,8 @@ class Settings:
     kill_interval: float = flag(
         300.0,
         number(0, 86_400),
-        "Shortest time between two kills; it doubles from kill to kill",
+        "Shortest time between two kills; it doubles from kill to kill, up to an hour",
         expected="seconds from 0 to 86400",
-    )
-    kill_interval_cap: float = flag(
-        3600.0, number(0, 86_400), "Longest time between two kills", expected="seconds from 0 to 86400"
-    )
-    kill_jitter: float = flag(
-        10.0,
-        number(0, 600),
-        "Replicas that stall at once are killed within this time, each at its own, by POD_UID or POD_NAME",
-        expected="seconds from 0 to 600",
-    )
-    kill_recovery: float = flag(
-        600.0,
-        number(0, 86_400),
-        "An engine that stalls again within this time of its first token was not helped by its restart",
-        expected="seconds from 0 to 86400",
-    )
-    kill_healthy: float = flag(
-        3600.0,
-        number(0, 604_800),
-        "Health after which kills and a hand-over are forgotten",
-        expected="seconds from 0 to 604800",
     )
     useless_restarts: int = flag(
         2,
@@ -262,6 +241,10 @@ class Settings:
 
 # What became of settings that once existed, of any command; the error names it and adds this sentence.
 REMOVED: Final = {
+    "kill-healthy": "kills and a hand-over are forgotten after an hour of health",
+    "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval where that is longer",
+    "kill-jitter": "replicas that stall at once are killed within 10 s, each at its own time",
+    "kill-recovery": "a restart was useless where the engine stalls again within 10 minutes of its first token",
     "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",
     "restart-budget-wait": "there is no restart budget to wait for",
     "restarts-at-once": "each pod decides alone when to restart its engine, within --kill-interval",

@@ -27,6 +27,17 @@ from sidecar.settings import Settings
 NEEDS_RESET: Final = frozenset({46, 62, 95, 109, 119, 120, 140})
 NEEDS_REBOOT: Final = frozenset({79})
 
+# Seconds, the longest time between two kills: from the fifth on, a pod that stalls again and again costs a restart an hour at most.
+MAX_INTERVAL_S: Final = 3600.0
+# Seconds within which replicas that stall at once are killed, each at its own time, by POD_UID or POD_NAME. Longer than a period of
+# their liveness probe (5 s), which would bring them together again, and short next to the silence that found the stall.
+JITTER_S: Final = 10.0
+# Seconds: an engine that stalls again within this time of its first token was not helped by its restart.
+RECOVERY_S: Final = 600.0
+# Seconds of health after which kills and a hand-over are forgotten: as long as the longest interval, after which the next kill would be
+# allowed anyway.
+HEALTHY_S: Final = MAX_INTERVAL_S
+
 HEALTHY: Final = frozenset[State]({"idle", "progressing"})
 UNHEALTHY: Final = frozenset[State]({"stalled", "dead", "starting"})
 
@@ -40,13 +51,13 @@ HANDOVERS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The bounds, seconds; see the settings of the same names. `jitter` is this pod's own share of it."""
+    """The bounds, seconds. `interval` and `useless` are settings; `jitter` is this pod's own share of it."""
 
     interval: float = 300.0
-    interval_cap: float = 3600.0
+    interval_cap: float = MAX_INTERVAL_S
     jitter: float = 0.0
-    recovery: float = 600.0
-    healthy: float = 3600.0
+    recovery: float = RECOVERY_S
+    healthy: float = HEALTHY_S
     useless: int = 2
 
 
@@ -109,10 +120,11 @@ def decide(m: Memory, i: Inputs, r: Rules) -> tuple[Memory, Hold | None]:
 def rules(s: Settings, pod: str) -> Rules:
     """The bounds by the settings, for the pod of this name."""
     return Rules(
-        interval=s.kill_interval, interval_cap=max(s.kill_interval, s.kill_interval_cap),
-        jitter=s.kill_jitter * share(pod), recovery=s.kill_recovery, healthy=s.kill_healthy,
+        interval=s.kill_interval,
+        interval_cap=max(s.kill_interval, MAX_INTERVAL_S),
+        jitter=JITTER_S * share(pod),
         useless=s.useless_restarts,
-    )  # fmt: skip
+    )
 
 
 def interval(kills: int, r: Rules) -> float:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from sidecar.events import STATES, State
 from sidecar.health import kill_policy as fleet
-from sidecar.health.kill_policy import Fleet, Hold, Inputs, Memory, Rules, decide, interval, share
+from sidecar.health.kill_policy import Fleet, Hold, Inputs, Memory, Rules, decide, interval, rules, share
 from sidecar.readings import Absent, GpuSample, Value
+from sidecar.settings import Settings
 
 RULES = Rules(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2)
 
@@ -61,6 +62,15 @@ def test_the_first_stall_is_killed_at_once() -> None:
 def test_the_interval_doubles_up_to_its_cap(kills: int, seconds: float) -> None:
     """5 minutes after the first kill, then 10, 20, 40, 60."""
     assert interval(kills, RULES) == seconds
+
+
+def test_the_settings_bound_interval_and_restarts() -> None:
+    """What is no setting has its constant; an interval of over an hour is its own cap, and the jitter is the pod's own share."""
+    engine = "http://engine"
+    assert rules(Settings(engine=engine), "") == Rules()
+    slow = rules(Settings(engine=engine, kill_interval=7200, useless_restarts=0), "llm-1")
+    assert (slow.interval, slow.interval_cap, slow.useless) == (7200, 7200, 0)
+    assert slow.jitter == fleet.JITTER_S * share("llm-1") > 0
 
 
 def test_a_stall_soon_after_a_kill_waits_for_the_interval() -> None:
