@@ -124,18 +124,6 @@ class Settings:
         "Most pixels of one image",
         expected="a whole number from 1 to 1000000000",
     )
-    image_max_count: int = flag(
-        16, integer(1, 1000), "Most images of one request", expected="a whole number from 1 to 1000"
-    )
-    image_seconds: float = flag(
-        10.0, number(0.1, 120), "Deadline of one image in a worker", expected="seconds from 0.1 to 120"
-    )
-    image_queue: int = flag(
-        64,
-        integer(1, 10_000),
-        "Images waiting for a worker per relay before 503",
-        expected="a whole number from 1 to 10000",
-    )
     image_urls: str = flag(
         "off",
         domains,
@@ -241,6 +229,9 @@ class Settings:
 
 # What became of settings that once existed, of any command; the error names it and adds this sentence.
 REMOVED: Final = {
+    "image-max-count": "it is fixed at 16 images of one request",
+    "image-queue": "it is fixed at 64 images that wait for a worker, per relay process",
+    "image-seconds": "it is fixed at 10",
     "kill-healthy": "kills and a hand-over are forgotten after an hour of health",
     "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval where that is longer",
     "kill-jitter": "replicas that stall at once are killed within 10 s, each at its own time",

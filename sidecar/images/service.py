@@ -59,13 +59,19 @@ class Tensors:
 
 
 class Images:
-    """The relay's way to the image workers behind the Unix socket `socket_path`."""
+    """The relay's way to the image workers behind the Unix socket `socket_path`; `queue`: by default that of the usual bounds."""
 
     def __init__(
-        self, socket_path: str, settings: Settings, spec: ProcessorSpec, cache: ImageCache | None = None
+        self,
+        socket_path: str,
+        settings: Settings,
+        spec: ProcessorSpec,
+        cache: ImageCache | None = None,
+        *,
+        queue: ImageQueue | None = None,
     ) -> None:
         self.spec = spec
-        self._workers = ImageQueue(socket_path, settings)
+        self._workers = queue or ImageQueue(socket_path, settings)
         self._limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
         self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine

@@ -2,7 +2,7 @@
 
 One connection per job (see jobs.py), so that a job that is cancelled, late or broken takes its connection with it and touches
 nothing else. As long as no worker has said Ready the job is unspoilt and is tried again; from then on a broken connection means
-that the image killed its worker. Waits are bounded in number by --image-queue, in time by --image-seconds or PATIENCE.
+that the image killed its worker. Waits are bounded in number by MAX_WAITING, in time by DEADLINE_S or PATIENCE.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator
+from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images.protocol import (
@@ -32,6 +33,12 @@ from sidecar.images.tensor_budget import Take
 from sidecar.runtime import cpu_quota as cpus
 from sidecar.settings import Settings
 
+# Seconds that a worker may take for one image. A 12-megapixel JPEG takes 49 ms of CPU (benchmarks/images.py): what takes this long is
+# hostile, or finds no CPU.
+DEADLINE_S: Final = 10.0
+# Images that may wait for a worker in one relay process. At 49 ms each, two workers have the last of them within two seconds; more would
+# keep their clients waiting for longer than it takes to ask another replica.
+MAX_WAITING: Final = 64
 SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
 PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
 RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
@@ -41,11 +48,13 @@ JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for ou
 class ImageQueue:
     """Places at the image workers behind the Unix socket `socket_path`."""
 
-    def __init__(self, socket_path: str, settings: Settings) -> None:
-        self.seconds = settings.image_seconds
+    def __init__(
+        self, socket_path: str, settings: Settings, *, deadline: float = DEADLINE_S, max_waiting: int = MAX_WAITING
+    ) -> None:
+        self.seconds = deadline
         self._path = socket_path
-        self._patience = max(PATIENCE, settings.image_seconds)
-        self._queue = settings.image_queue
+        self._patience = max(PATIENCE, deadline)
+        self._max_waiting = max_waiting
         self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpus.quota()))
         self._waiting = 0
         self._closed = False
@@ -72,7 +81,7 @@ class ImageQueue:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[socket.socket]:
         """A connection whose worker has said Ready. Raises ImagesBusy when the queue is full or the wait too long."""
-        if self._closed or (self._slots.locked() and self._waiting >= self._queue):
+        if self._closed or (self._slots.locked() and self._waiting >= self._max_waiting):
             raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
         connection: socket.socket | None = None
         self._waiting += 1

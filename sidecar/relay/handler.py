@@ -281,7 +281,7 @@ class Relay:
         started = time.monotonic()
         try:
             prepared = await inlining.prepare(
-                self._images, parts, self._settings.image_max_count, self._desk.emit, admission.id, admission.tenant,
+                self._images, parts, self._desk.emit, admission.id, admission.tenant,
                 shm=self._shm is not None and self._engine_kind == "vllm" and self._shm(), fetch=self._fetch,
             )  # fmt: skip
         finally:

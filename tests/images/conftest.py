@@ -114,7 +114,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., Server]) -> Server:
     """The shared server: two workers, limits as by default but smaller."""
-    return start_server(image_max_pixels=20_000_000, image_seconds=20.0)
+    return start_server(image_max_pixels=20_000_000)
 
 
 @pytest.fixture

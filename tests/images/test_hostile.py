@@ -17,6 +17,7 @@ from sidecar.images.protocol import Limits
 from sidecar.images.service import Images
 from sidecar.images.worker import tensors as patches
 from sidecar.images.worker.worker import memory_bound
+from sidecar.images.worker_queue import ImageQueue
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
 from sidecar.tools import synthetic_photos as photos
@@ -164,8 +165,9 @@ async def test_the_corpus_ends_as_in_the_engine(server: Server, images: Images, 
 
 
 async def test_a_file_of_endless_scans_ends_by_its_deadline(server: Server, spec: ProcessorSpec) -> None:
-    """A hundred kilobytes that would take a decoder many seconds cost no more than --image-seconds."""
-    hasty = Images(server.path, Settings(image_workers=2, image_seconds=0.5), spec)
+    """A hundred kilobytes that would take a decoder many seconds cost no more than their deadline."""
+    queue = ImageQueue(server.path, server.settings, deadline=0.5)
+    hasty = Images(server.path, Settings(image_workers=2), spec, queue=queue)
     with pytest.raises(BadImage) as refused:
         await hasty.inline(base64.b64encode(jpegs.scans(4400, 4400, 4000)), "part")
     assert refused.value.reason == "image_deadline"

@@ -31,6 +31,7 @@ from sidecar.kernels import families
 from sidecar.relay import client_io as downstream
 from sidecar.relay import url_policy as links
 from sidecar.relay.media.fetch import Fetcher
+from sidecar.relay.media.inline import MAX_IMAGES
 from sidecar.relay.media.preprocess_api import SAFETENSORS, accepted, preprocess
 from sidecar.relay.outcomes import ClientStalled
 from sidecar.tools import synthetic_photos as photos
@@ -70,9 +71,7 @@ class Service:
 
 @pytest.fixture
 async def service(server: Server, images: Images) -> AsyncIterator[Service]:
-    found = Service(
-        images, replace(server.settings, image_max_count=4, max_body_bytes=900_000, image_max_bytes=500_000)
-    )
+    found = Service(images, replace(server.settings, max_body_bytes=900_000, image_max_bytes=500_000))
     runner = web.ServerRunner(web.Server(found.handle))
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -291,10 +290,10 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "not an object": ({"json": [1]}, 400, "bad_request"),
     "not json": ({"data": b"{", "headers": {"content-type": "application/json"}}, 400, "bad_request"),
     "numbers": ({"json": {"images": [1, 2]}}, 400, "bad_request"),
-    "too many": ({"json": {"images": [url(b"x")] * 5}}, 400, "image_count"),
+    "too many": ({"json": {"images": [url(b"x")] * (MAX_IMAGES + 1)}}, 400, "image_count"),
     "other type": ({"data": b"x", "headers": {"content-type": "text/plain"}}, 400, "bad_request"),
     "other part": ({"data": form([b"x"], "file")}, 400, "bad_request"),
-    "five parts": ({"data": form([PHOTOS[0]] * 5)}, 400, "image_count"),
+    "too many parts": ({"data": form([b"x"] * (MAX_IMAGES + 1))}, 400, "image_count"),
     "large part": ({"data": form([bytes(500_001)])}, 400, "image_too_large"),
     "no boundary": ({"data": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "bad_request"),
     "cut multipart": ({"data": b"--b\r\nContent-Dis", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "bad_request"),

@@ -23,6 +23,7 @@ from sidecar import settings
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images.service import Images
 from sidecar.images.worker.fork_server import plan
+from sidecar.images.worker_queue import ImageQueue
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
 from sidecar.tools import synthetic_photos as photos
@@ -43,14 +44,15 @@ def heavy() -> bytes:
 
 @pytest.fixture(scope="module")
 def lone(start_server: Callable[..., Server]) -> Server:
-    """A server with one worker, two places at its door, and a queue of one."""
-    return start_server(image_workers=1, image_queue=1, image_max_pixels=20_000_000, image_seconds=30.0)
+    """A server with one worker, and two places at its door."""
+    return start_server(image_workers=1, image_max_pixels=20_000_000)
 
 
 @pytest.fixture
 async def one(lone: Server, spec: ProcessorSpec) -> Images:
-    """A client of the lone worker, once that worker is there."""
-    images = Images(lone.path, lone.settings, spec)
+    """A client of the lone worker, with a queue of one, once that worker is there."""
+    queue = ImageQueue(lone.path, lone.settings, deadline=30.0, max_waiting=1)
+    images = Images(lone.path, lone.settings, spec, queue=queue)
     await images.inline(PHOTO, "x")
     return images
 
@@ -156,9 +158,9 @@ def test_with_sys_ptrace_alone_nothing_of_it_is_left() -> None:
 
 
 async def test_the_deadline_ends_a_job(lone: Server, one: Images, spec: ProcessorSpec, heavy: bytes) -> None:
-    """A job past --image-seconds is ended inside C code with image_deadline; the next one is served."""
+    """A job past its deadline is ended inside C code with image_deadline; the next one is served."""
     (worker,) = lone.workers()
-    hasty = Images(lone.path, Settings(image_workers=1, image_max_pixels=20_000_000, image_seconds=0.02), spec)
+    hasty = Images(lone.path, lone.settings, spec, queue=ImageQueue(lone.path, lone.settings, deadline=0.02))
     with pytest.raises(BadImage) as refused:
         await hasty.inline(heavy, "x")
     assert refused.value.reason == "image_deadline"
@@ -268,7 +270,8 @@ def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
 async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody listens, the wait is bounded and ends in 503."""
     monkeypatch.setattr("sidecar.images.worker_queue.PATIENCE", 0.1)
-    images = Images(str(tmp_path / "nothing"), Settings(image_seconds=0.1), spec)
+    nowhere, chosen = str(tmp_path / "nothing"), Settings()
+    images = Images(nowhere, chosen, spec, queue=ImageQueue(nowhere, chosen, deadline=0.1))
     with pytest.raises(ImagesBusy):
         await images.inline(PHOTO, "x")
 

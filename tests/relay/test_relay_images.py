@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from sidecar.events import STATES, Admitted, Imaged, Published
+from sidecar.relay.media.inline import MAX_IMAGES
 
 from .pictures import Workers, pictures
 from .work import echo, once
@@ -69,14 +70,14 @@ async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any,
         (["AAAA", "BAD/"], 400, "image_unknown_format", "rejected"),
         (["BAD/", "BAD/", "HANG"], 400, "image_unknown_format", "rejected"),
         (["BUSY"], 503, "images_busy", "failed"),
-        (["AAAA"] * 5, 400, "image_count", None),
+        (["AAAA"] * (MAX_IMAGES + 1), 400, "image_count", None),
     ],
 )
 async def test_images_that_cannot_be_taken(
     rig: Any, serve: Any, base64: list[str], status: int, code: str, imaged: str | None
 ) -> None:
     """A bad image, busy workers or too many images end the request in OpenAI's form before the engine sees it."""
-    r = await rig(await serve(echo), images=Workers(), image_max_count=4)
+    r = await rig(await serve(echo), images=Workers())
     async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*base64)) as got:
         assert (got.status, (await got.json())["error"]["code"]) == (status, code)
     admitted, settled = once(r.facts)

@@ -45,6 +45,9 @@ class Prepared(Protocol):
     def bytes_out(self) -> int: ...
 
 
+# Images of one request. All of them are prepared at once, and four such requests fill the queue of the workers.
+MAX_IMAGES: Final = 16
+
 # An engine that starts measures the GPU's memory, and gives up when a neighbour's use changes; one that is given up will start
 SETTLED: Final = ("idle", "progressing", "quiet", "suspect")
 
@@ -67,7 +70,6 @@ class ImageWork(Protocol):
 async def prepare(
     images: ImageWork,
     parts: list[ImagePart],
-    limit: int,
     emit: Callable[[Fact], None],
     id: str,
     tenant: str,
@@ -76,8 +78,7 @@ async def prepare(
     fetch: Fetch | None = None,
 ) -> list[Prepared]:
     """All images of `tenant`'s request `id`, in order; `shm`: handed over in shared memory; `fetch`: for those behind links. Raises BadImage or ImagesBusy; the other images are then given up."""
-    if len(parts) > limit:
-        raise BadImage(f"{len(parts)} images in one request; at most {limit} are accepted", "image_count")
+    check_count(len(parts))
     one = partial(_one, images, emit, id, tenant, shm, fetch)
     if len(parts) == 1:  # the usual request needs no task
         return [await one(parts[0])]
@@ -87,6 +88,12 @@ async def prepare(
     except* RequestError as group_error:
         raise _first(group_error) from None
     return [task.result() for task in tasks]
+
+
+def check_count(count: int) -> None:
+    """Raises BadImage where a request has too many images."""
+    if count > MAX_IMAGES:
+        raise BadImage(f"{count} images in one request; at most {MAX_IMAGES} are accepted", "image_count")
 
 
 def replacements(

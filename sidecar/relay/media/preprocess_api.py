@@ -35,6 +35,7 @@ from sidecar.relay import client_io as downstream
 from sidecar.relay import headers
 from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy as links
+from sidecar.relay.media.inline import check_count
 from sidecar.settings import Settings
 
 SAFETENSORS: Final = "application/x-safetensors"
@@ -221,16 +222,14 @@ async def _reported(work: Awaitable[list[Tensors]], sources: list[Source], emit:
 
 
 async def _sources(request: web.BaseRequest, limits: Settings, fetch: Fetch | None) -> list[Source]:
-    """The request's images, at most --image-max-count of them."""
+    """The request's images, at most MAX_IMAGES of them."""
     kind = request.content_type.lower()
     if kind.startswith("image/"):
         return [(await downstream.read(request, limits.image_max_bytes, "--image-max-bytes"), False)]
     if kind == "multipart/form-data":
         return await _parts(request, limits)
     if kind == JSON:
-        return await _fetched(
-            urls(await downstream.read(request, limits.max_body_bytes), limits.image_max_count), fetch
-        )
+        return await _fetched(urls(await downstream.read(request, limits.max_body_bytes)), fetch)
     raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
 
 
@@ -253,13 +252,13 @@ async def _fetched(listed: list[Source | str], fetch: Fetch | None) -> list[Sour
     return [task.result() for task in tasks]
 
 
-def urls(body: bytes, most: int) -> list[Source | str]:
+def urls(body: bytes) -> list[Source | str]:
     """The images of the JSON form, and the links among them. Raises BadRequest or BadImage."""
     skeleton = bodies.cut(body, secrets.token_hex(8))
     listed = (skeleton.payload or {}).get("images")
     if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
         raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
-    _check_count(len(listed), most)
+    check_count(len(listed))
     return [
         text if links.is_link(text) else (_base64(bodies.original(skeleton, text), i), True)
         for i, text in enumerate(listed)
@@ -285,7 +284,7 @@ async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
         async for part in await request.multipart():
             if not isinstance(part, BodyPartReader) or part.name != "image":
                 raise BadRequest("multipart: every part must be named image and hold one image")
-            _check_count(len(found) + 1, limits.image_max_count)
+            check_count(len(found) + 1)
             found.append((await _part(part, limits.image_max_bytes, len(found)), False))
             if sum(len(data) for data, _ in found) > limits.max_body_bytes:  # its length need not be announced
                 raise BodyTooLarge(too_large)
@@ -301,8 +300,3 @@ async def _part(part: BodyPartReader, most: int, index: int) -> bytearray:
         if len(data) > most:
             raise BadImage(f"images[{index}]: the image was refused: the limit is {most} bytes", "image_too_large")
     return data
-
-
-def _check_count(count: int, most: int) -> None:
-    if count > most:
-        raise BadImage(f"{count} images in one request; at most {most} are accepted", "image_count")
