@@ -78,12 +78,6 @@ class Settings:
     tenant_header: str = flag(
         "x-tenant-id", header_name, "Request header that names the tenant", expected="a header name"
     )
-    tokenizer: str = flag(
-        "auto",
-        one_of("auto", "off"),
-        "Count prompt tokens; auto: where --model has a tokenizer.json and the extra `tokenizer` is there, else by a learned ratio",
-        expected="one of auto, off",
-    )
     tenant_limits: str = flag(
         "",
         existing_file,
@@ -142,18 +136,6 @@ class Settings:
         "in the relay; 0: no limit",
         expected="a whole number from 0 to 1000000",
     )
-    max_queued: int = flag(
-        1000,
-        integer(1, 1_000_000),
-        "Requests that wait so in one relay process before 429",
-        expected="a whole number from 1 to 1000000",
-    )
-    client_stall_seconds: float = flag(
-        600.0,
-        number(0, 86_400),
-        "How long a client may read nothing of its answer before it is hung up on; 0: for ever",
-        expected="seconds from 0 to 86400",
-    )
     retry_stalled: float = flag(
         0.0,
         number(0, 3600),
@@ -205,9 +187,6 @@ class Settings:
         "Price for sidecar_cost_dollars_total; 0: no such series",
         expected="dollars from 0 to 10000",
     )
-    orca: str = flag(
-        "auto", one_of("auto", "always"), "ORCA response header: on request, or always", expected="one of auto, always"
-    )
     orca_grpc: tuple[str, int] | Literal[""] = flag(
         "",
         address,
@@ -229,6 +208,7 @@ class Settings:
 
 # What became of settings that once existed, of any command; the error names it and adds this sentence.
 REMOVED: Final = {
+    "client-stall-seconds": "it is fixed at 600",
     "image-max-count": "it is fixed at 16 images of one request",
     "image-queue": "it is fixed at 64 images that wait for a worker, per relay process",
     "image-seconds": "it is fixed at 10",
@@ -236,12 +216,15 @@ REMOVED: Final = {
     "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval where that is longer",
     "kill-jitter": "replicas that stall at once are killed within 10 s, each at its own time",
     "kill-recovery": "a restart was useless where the engine stalls again within 10 minutes of its first token",
+    "max-queued": "it is fixed at 1000 requests that wait, per relay process",
+    "orca": "an answer has the header where its request has endpoint-load-metrics-format: JSON, TEXT or BIN",
     "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",
     "restart-budget-wait": "there is no restart budget to wait for",
     "restarts-at-once": "each pod decides alone when to restart its engine, within --kill-interval",
     "silence-blocked": "it is 90 s, and a third of --silence-cap at most",
     "silence-margin": "it is fixed at 3",
     "silence-unlearned": "it is 60 s, and a fifth of --silence-cap at most",
+    "tokenizer": "prompt tokens are counted where --model has a tokenizer.json and the extra `tokenizer` is installed",
 }
 
 

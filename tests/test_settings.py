@@ -35,7 +35,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
         ({"gpu_memory_budget": "lots"}, {}, "", ["--gpu-memory-budget", "1G"]),
         ({"model": "/nowhere"}, {}, "", ["--model", "existing directory"]),
         ({}, {"SIDECAR_WORKRS": "1"}, "", ["SIDECAR_WORKRS", "SIDECAR_WORKERS"]),
-        ({}, {"SIDECAR_ORCA": "often"}, "", ["SIDECAR_ORCA", "auto, always"]),
+        ({}, {"SIDECAR_IMAGES": "often"}, "", ["SIDECAR_IMAGES", "auto, off"]),
         ({}, {}, "worker = 1", ["worker", "workers"]),
         ({}, {}, "workers = 'many'", ["workers", "'many'", "1 to 64"]),
         ({}, {}, "workers = [", ["--config", "TOML"]),

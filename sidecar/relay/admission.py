@@ -195,14 +195,14 @@ class Admission:
             self._desk.emit(Backpressure(self.id, time.monotonic(), False))
 
     def look(self, now: float, limit: float) -> None:
-        """Whether a write waits for the client, and too long (`limit` seconds, 0: for ever)."""
+        """Whether a write waits for the client, and too long (`limit` seconds)."""
         if self._writing_since is None:
             return
         waited = now - self._writing_since
         if waited > BLOCKED and not self._blocked:
             self._blocked = True
             self._desk.emit(Backpressure(self.id, now, True))
-        if 0 < limit < waited:
+        if waited > limit:
             self.end(ClientStalled())
 
     # --- deliveries ---

@@ -19,6 +19,9 @@ from sidecar.images.protocol import Data
 from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 
 BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
+# Seconds that a client may read nothing of its answer: longer than people and batch jobs pause, and an end to connections that nobody
+# reads any more, each of which keeps a place of the engine's batch.
+CLIENT_STALL_S: Final = 600.0
 PIECE: Final = 1 << 20  # bytes that a client must take in time, where what it gets is long
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -79,7 +82,7 @@ async def end(response: web.StreamResponse) -> None:
 
 
 async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], within: float) -> None:
-    """Send what is held in memory until it is sent, and finish. Raises ClientStalled where nothing is read for `within` seconds (0: for ever)."""
+    """Send what is held in memory until it is sent, and finish. Raises ClientStalled where nothing is read for `within` seconds."""
     for group in groups:
         data = memoryview(group[0] if len(group) == 1 else b"".join(group))
         for at in range(0, len(data), PIECE):
@@ -92,7 +95,7 @@ async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], 
 @asynccontextmanager
 async def _read_within(seconds: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(seconds or None):
+        async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
         raise ClientStalled from None

@@ -9,17 +9,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Final
 
 from sidecar.errors import QueueFull
 from sidecar.relay.admission import Admission
+
+# Requests that wait for a place in one relay process; the next gets 429. Each keeps its connection and its body, and
+# whoever would come behind a thousand is served sooner by another replica.
+MAX_QUEUED: Final = 1000
 
 
 class Slots:
     """The places of one relay process. `places` 0: no limit."""
 
-    def __init__(self, places: int, queued: int) -> None:
+    def __init__(self, places: int, max_queued: int = MAX_QUEUED) -> None:
         self._free = asyncio.Semaphore(places) if places else None
-        self._queued = queued
+        self._max_queued = max_queued
         self.waiting = 0
 
     def taken(self, admission: Admission) -> AbstractAsyncContextManager[None]:
@@ -38,7 +43,7 @@ class Slots:
             free.release()
 
     async def _wait(self, free: asyncio.Semaphore, admission: Admission) -> None:
-        if self.waiting >= self._queued:
+        if self.waiting >= self._max_queued:
             raise QueueFull("the engine is full and so is the queue before it; send the request again later")
         self.waiting += 1
         try:

@@ -70,6 +70,8 @@ class Relay:
         fetch: inlining.Fetch | None = None,
         shm: Callable[[], bool] | None = None,
         pricing: Pricing | None = None,
+        max_queued: int = slots.MAX_QUEUED,
+        client_stall: float = downstream.CLIENT_STALL_S,
     ) -> None:
         self._settings = settings
         self._images = images
@@ -79,8 +81,8 @@ class Relay:
         self._engine_kind = engine_kind
         self._image_key = image_key or secrets.token_bytes(32)
         self._published: Published | None = None
-        self._desk = Desk(emit, settings.client_stall_seconds)
-        self._slots = slots.Slots(slots.places(settings.max_concurrent, settings.workers, index), settings.max_queued)
+        self._desk = Desk(emit, client_stall)
+        self._slots = slots.Slots(slots.places(settings.max_concurrent, settings.workers, index), max_queued)
         self._retries = retry.Retries(self._desk, settings.retry_stalled)
         self._directing = directed.Calls(emit, time.monotonic)
         self._pricing = pricing or Pricing(Estimator(coefficients))
@@ -344,7 +346,7 @@ class Relay:
         ours: dict[str, str] | None = None,
         drop: str = "",
     ) -> headers.Headers:
-        load = headers.orca(request.headers, self._settings.orca == "always", self._published)
+        load = headers.orca(request.headers, self._published)
         return headers.to_client(answer.headers, {"x-request-id": id, **load, **(ours or {})}, drop=drop)
 
     def _trace(self, request: web.BaseRequest) -> Trace | None:

@@ -84,9 +84,9 @@ def wants_price(headers: Received) -> bool:
     return headers.get(USAGE, "").strip().lower() == "mu"
 
 
-def orca(headers: Received, always: bool, published: Published | None) -> dict[str, str]:
+def orca(headers: Received, published: Published | None) -> dict[str, str]:
     """Our load report in the form the request asks for; empty where none is wanted, or none is known yet."""
-    wanted = headers.get(ORCA_FORMAT, "JSON" if always else "").upper()
+    wanted = headers.get(ORCA_FORMAT, "").upper()
     if published is None:
         return {}
     forms = {"JSON": published.orca_json, "TEXT": published.orca_text, "BIN": published.orca_bin}

@@ -15,6 +15,7 @@ from typing import Final
 
 from sidecar.events import Fact, State, Trace
 from sidecar.relay.admission import Admission
+from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.outcomes import ended, stalled
 
 FLUSH: Final = 0.2  # seconds
@@ -26,10 +27,10 @@ WELL: Final = ("idle", "progressing", "quiet")  # verdicts under which a kept re
 class Desk:
     """Where requests are admitted. `emit` takes facts; `verdict` is the last one that control published.
 
-    `client_stall`: seconds that a client may read nothing, 0 for no limit.
+    `client_stall`: seconds that a client may read nothing.
     """
 
-    def __init__(self, emit: Callable[[Fact], None], client_stall: float = 0.0) -> None:
+    def __init__(self, emit: Callable[[Fact], None], client_stall: float = CLIENT_STALL_S) -> None:
         self.emit = emit
         self.verdict: State = "unknown"
         self.cutting = False  # whether open requests are being cut off by a drain that ran out of time

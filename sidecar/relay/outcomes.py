@@ -23,7 +23,7 @@ class ClientGone(SidecarError):
 
 
 class ClientStalled(SidecarError):
-    """The client read nothing of its answer for --client-stall-seconds."""
+    """The client read nothing of its answer for too long."""
 
     code = "client_stalled"
 

@@ -195,7 +195,7 @@ async def _quota(place: Place) -> AsyncIterator[Quota | None]:
 @contextlib.asynccontextmanager
 async def _counter(own: Settings) -> AsyncIterator[Counter | None]:
     """Counts tokens; None where the model's tokenizer is not known. Loaded before anything is served, as loading blocks the loop."""
-    counter = counting.load(own.model) if own.tokenizer == "auto" else None
+    counter = counting.load(own.model)
     try:
         yield counter
     finally:

@@ -98,7 +98,7 @@ async def pair(start: Any, tmp_path: Path) -> AsyncIterator[tuple[list[Sidecar],
     files[1].write_text(slowed(Coefficients()))
     async with ScriptedEngine(fast) as first, ScriptedEngine(slow) as second:
         for engine, file, host in zip((first, second), files, HOSTS, strict=True):
-            sidecar = await start(engine.url, host=host, orca_grpc=f"{host}:{oob}", orca="auto", coefficients=str(file))
+            sidecar = await start(engine.url, host=host, orca_grpc=f"{host}:{oob}", coefficients=str(file))
             sidecars.append(sidecar)
         for sidecar in sidecars:
             await sidecar.until_verdict("idle")

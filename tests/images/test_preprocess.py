@@ -30,6 +30,7 @@ from sidecar.images.tensor_budget import Results
 from sidecar.kernels import families
 from sidecar.relay import client_io as downstream
 from sidecar.relay import url_policy as links
+from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.media.fetch import Fetcher
 from sidecar.relay.media.inline import MAX_IMAGES
 from sidecar.relay.media.preprocess_api import SAFETENSORS, accepted, preprocess
@@ -50,13 +51,14 @@ class Service:
         self.chosen = chosen
         self.facts: list[Fact] = []
         self.fetch: Any = None
+        self.client_stall = CLIENT_STALL_S
         self.stalled = asyncio.Event()
         self.url = ""
         self.session: aiohttp.ClientSession
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            return await preprocess(request, self.images, self.chosen, self.facts.append, self.fetch)
+            return await preprocess(request, self.images, self.chosen, self.facts.append, self.fetch, self.client_stall)
         except RequestError as e:
             return web.json_response(e.body(), status=e.status)
         except ClientStalled:
@@ -170,15 +172,15 @@ async def test_multipart_keeps_the_order(service: Service) -> None:
 
 
 async def test_a_client_that_does_not_read_its_tensors_is_hung_up_on(service: Service) -> None:
-    """After --client-stall-seconds without a megabyte read, so that nobody can have us hold tensors for ever; one that reads has them all."""
-    service.chosen = replace(service.chosen, client_stall_seconds=0.3)
+    """After `client_stall` seconds without a megabyte read, so that nobody can have us hold tensors for ever; one that reads has them all."""
+    service.client_stall = 0.3
     request = {"images": [url(photos.photo(640, 480, 1))] * 4}
     async with service.session.post(service.url, json=request) as got:
         async with asyncio.timeout(20):
             await service.stalled.wait()
         with pytest.raises(aiohttp.ClientPayloadError):
             await got.read()
-    service.chosen = replace(service.chosen, client_stall_seconds=60.0)
+    service.client_stall = 60.0
     async with service.session.post(service.url, json=request) as got:
         assert len(await got.read()) == got.content_length
 

@@ -15,6 +15,8 @@ from sidecar.events import Fact, Settled
 from sidecar.load.cost_model import Coefficients
 from sidecar.relay import engine_io as upstream
 from sidecar.relay import metrics_fast_path as scraper
+from sidecar.relay.client_io import CLIENT_STALL_S
+from sidecar.relay.concurrency import MAX_QUEUED
 from sidecar.relay.handler import Relay
 from sidecar.settings import Settings
 
@@ -122,9 +124,12 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             kind: str = "vllm",
             shm: Any = None,
             pricing: Any = None,
+            max_queued: int = MAX_QUEUED,
+            client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
             ways = {"preprocess": preprocess, "fetch": fetch, "shm": shm, "pricing": pricing}
+            ways |= {"max_queued": max_queued, "client_stall": client_stall}
             return await stack.enter_async_context(_rig(engine, images, ways, kind, settings))
 
         yield start

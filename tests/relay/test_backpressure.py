@@ -41,7 +41,7 @@ async def test_a_client_that_does_not_read_is_reported_until_it_does(rig: Any, s
 
 
 async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> None:
-    """After --client-stall-seconds without a byte read the request ends as cancelled, and the engine is told by its connection."""
+    """After `client_stall` seconds without a byte read the request ends as cancelled, and the engine is told by its connection."""
     left = asyncio.Event()
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -50,7 +50,7 @@ async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> 
         finally:
             left.set()
 
-    r = await rig(await serve(engine), client_stall_seconds=1.2)
+    r = await rig(await serve(engine), client_stall=1.2)
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
     async with asyncio.timeout(PATIENCE):
         await left.wait()
@@ -73,7 +73,7 @@ async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> No
             await go_on.wait()
         return response
 
-    r = await rig(await serve(engine), client_stall_seconds=0.1)
+    r = await rig(await serve(engine), client_stall=0.1)
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
     reading = asyncio.create_task(got.read())
     await asyncio.wait((reading,), timeout=2.0)  # several looks of the relay

@@ -92,7 +92,7 @@ async def test_a_queued_request_is_not_the_engines(rig: Any, serve: Any) -> None
 
 
 async def test_a_full_queue_refuses(rig: Any, serve: Any) -> None:
-    """Past --max-queued the client gets 429 with Retry-After, settled as rejected, and the queue goes on as if it had not been."""
+    """Past `max_queued` the client gets 429 with Retry-After, settled as rejected, and the queue goes on as if it had not been."""
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2, max_queued=1)
     asked = [await ask(r, "a"), await ask(r, "b")]

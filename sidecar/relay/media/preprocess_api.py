@@ -74,7 +74,12 @@ class NotImplementedHere(RequestError):
 
 
 async def preprocess(
-    request: web.BaseRequest, images: Images, limits: Settings, emit: Emit, fetch: Fetch | None = None
+    request: web.BaseRequest,
+    images: Images,
+    limits: Settings,
+    emit: Emit,
+    fetch: Fetch | None = None,
+    client_stall: float = downstream.CLIENT_STALL_S,
 ) -> web.StreamResponse:
     """Serve one request; one Imaged fact per image goes to `emit`; `fetch` gets those behind links. Raises RequestError, which is OpenAI-style to the client."""
     shm = is_shm(request.headers.get(HANDOFF, ""))
@@ -94,7 +99,7 @@ async def preprocess(
             return web.json_response(layout(done, spec))
         if shm:
             return web.json_response(await shared(images, spec, done))
-        return await _answer(request, done, spec, limits.client_stall_seconds)
+        return await _answer(request, done, spec, client_stall)
 
 
 def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:

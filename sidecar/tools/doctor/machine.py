@@ -100,16 +100,16 @@ def limits(chosen: Settings) -> Finding:
 
 def tokenizer(chosen: Settings) -> Finding:
     """Whether prompt tokens are counted, or estimated by a ratio."""
-    if chosen.tokenizer == "off" or not (Path(chosen.model) / counting.FILE).is_file() or not chosen.model:
-        why = "as chosen" if chosen.tokenizer == "off" else f"no --model directory with a {counting.FILE}"
-        return Finding("tokenizer", "absent", f"prompt tokens are estimated: {why}")
+    if not chosen.model or not (Path(chosen.model) / counting.FILE).is_file():
+        text = f"prompt tokens are estimated: no --model directory with a {counting.FILE}"
+        return Finding("tokenizer", "absent", text)
     if importlib.util.find_spec("tokenizers") is None:
-        remedy = "pip install 'inference-sidecar[tokenizer]', or --tokenizer off"
+        remedy = "pip install 'inference-sidecar[tokenizer]'"
         return Finding("tokenizer", "absent", "prompt tokens are estimated: the extra is not installed", remedy)
     counter = counting.load(chosen.model)
     if counter is None:
         text = f"{counting.FILE} cannot be read: prompt tokens are estimated"
-        return Finding("tokenizer", "warn", text, "correct the file, or --tokenizer off")
+        return Finding("tokenizer", "warn", text, "correct the file")
     counter.close()
     return Finding("tokenizer", "ok", f"prompt tokens are counted by {counting.FILE}")
 

@@ -129,10 +129,9 @@ def test_without_a_tokenizer_there_is_no_counter(tmp_path: Path, content: str | 
     assert counting.load(str(tmp_path)) is None and counting.load("") is None
 
 
-@pytest.mark.parametrize(("chosen", "level"), [("auto", "ok"), ("off", "absent")])
-def test_the_doctor_says_whether_tokens_are_counted(model: Path, chosen: str, level: str) -> None:
-    """With a tokenizer and unless it is off."""
-    assert machine.tokenizer(Settings(model=str(model), tokenizer=chosen)).level == level
+def test_the_doctor_says_whether_tokens_are_counted(model: Path) -> None:
+    """With a tokenizer they are."""
+    assert machine.tokenizer(Settings(model=str(model))).level == "ok"
     assert machine.tokenizer(Settings()).level == "absent"
 
 
