@@ -41,6 +41,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sidecar.images import vllm_plugin as plugin
+from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
 from sidecar.tools import synthetic_photos as photos
 from tests.vllm import client, environment, processes
@@ -287,15 +288,13 @@ async def running(
 ) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
     """The engine and the sidecars beside it, each on its cores."""
     model = limited(tiny(folder / "made"), folder / "model")
-    shm = tempfile.mkdtemp(prefix="bench-", dir="/dev/shm")  # other engines may use the folder above
-    environ = processes.with_plugin(folder / "site") | EXECUTORS[executor] | {"SIDECAR_SHM_DIR": shm}
+    environ = processes.with_plugin(folder / "site") | EXECUTORS[executor]
     more = ("--mm-processor-cache-gb", "0", "--distributed-executor-backend", executor)
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, shm, ignore_errors=True)
         os.sched_setaffinity(0, cores.engine)  # inherited by what is started now
         engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=more))
         os.sched_setaffinity(0, cores.others)
-        assert not plugin.look(shm).why, "images would go inline in the rows of shm"
+        assert not plugin.look(SHM_DIR).why, "images would go inline in the rows of shm"
         sidecars = {
             name: stack.enter_context(
                 processes.sidecar(
@@ -304,7 +303,6 @@ async def running(
                     folder / f"{kind}.log",
                     model=str(model),
                     images=kind,
-                    shm_dir=shm,
                     **FLAGS,
                 )
             )

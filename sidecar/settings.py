@@ -127,7 +127,6 @@ class Settings:
     image_cache_bytes: int = flag(
         256 << 20, size, "Prepared images kept in shared memory; 0 keeps none", expected="a size such as 256M, or 0"
     )
-    shm_dir: str = flag("/dev/shm", str, "Folder in memory for prepared images", expected="a directory")
     max_body_bytes: int = flag(256 << 20, size, "Largest request body", expected="a size such as 256M")
     max_concurrent: int = flag(
         0,
@@ -221,6 +220,7 @@ REMOVED: Final = {
     "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",
     "restart-budget-wait": "there is no restart budget to wait for",
     "restarts-at-once": "each pod decides alone when to restart its engine, within --kill-interval",
+    "shm-dir": "it is /dev/shm, for vLLM's plugin too",
     "silence-blocked": "it is 90 s, and a third of --silence-cap at most",
     "silence-margin": "it is fixed at 3",
     "silence-unlearned": "it is 60 s, and a fifth of --silence-cap at most",

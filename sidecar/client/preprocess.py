@@ -82,7 +82,7 @@ class Preprocessed:
 
 
 class Client:
-    """One sidecar's relay at `url`. `shm_dir` is its --shm-dir as this process sees it; an answer of over `max_bytes` is refused."""
+    """One sidecar's relay at `url`. `shm_dir` is its /dev/shm as this process sees it; an answer of over `max_bytes` is refused."""
 
     def __init__(
         self, url: str, *, shm_dir: str = "/dev/shm", seconds: float = SECONDS, max_bytes: int = MAX_BYTES
@@ -184,7 +184,9 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
         text = "the tensors in shared memory may not be read: run as root or as the sidecar's user"
         raise PreprocessError(text, "shm_permission") from None
     except OSError:
-        text = "the tensors are not in shared memory here: is the sidecar's --shm-dir mounted, and named by shm_dir?"
+        text = (
+            "the tensors are not in shared memory here: is the sidecar's /dev/shm mounted here, and named by shm_dir?"
+        )
         raise PreprocessError(text, "shm_missing") from None
     try:
         path.unlink(missing_ok=True)

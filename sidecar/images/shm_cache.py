@@ -31,6 +31,9 @@ from typing import Final
 
 from sidecar.images.protocol import PREFIX, Data, Done, FrameError, head, lengths, parse
 
+# The folder in memory that prepared images lie in. Linux and Kubernetes have shared memory there and nowhere else, and vLLM's plugin looks
+# there too (plugins/vllm).
+SHM_DIR: Final = "/dev/shm"
 PREFIXED: Final = "sidecar-images-"
 OUT: Final = "out-"
 UNREAD: Final = 600.0  # seconds after which a file that was handed over and never read is removed

@@ -20,6 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from sidecar.images.shm_cache import SHM_DIR
+
 MARK: Final = "sidecar-plugin-"
 FORM: Final = 1  # of the URLs that both sides know
 CONNECTOR: Final = "inference_sidecar"
@@ -28,7 +30,7 @@ MOST: Final = 64  # marks that are looked at: one for each user that an engine h
 MAX_MARK: Final = 4096  # bytes
 REMEDY: Final = (
     "install plugins/vllm into vLLM's environment, start it with VLLM_MEDIA_CONNECTOR=inference_sidecar, and mount one "
-    "folder in both containers (--shm-dir, SIDECAR_SHM_DIR)"
+    f"folder at {SHM_DIR} in both containers"
 )
 _FLOCK: Final = "hhqqi"  # struct flock: type, whence, start, length, pid
 
@@ -101,7 +103,7 @@ def _held(fd: int) -> bool:
 class Watch:
     """Called for each request with images: whether they may go through the folder `shm` now. Says in the log when that changes."""
 
-    def __init__(self, shm: str, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, shm: str = SHM_DIR, now: Callable[[], float] = time.monotonic) -> None:
         self._shm = shm
         self._now = now
         self._at = float("-inf")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sidecar.errors import StartError, UsageError
 from sidecar.flags import gpu_of
+from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
 from sidecar.load import cost_model as units
 from sidecar.load.roofline import roofline
@@ -62,9 +63,9 @@ def _seen() -> tuple[int, str]:
     return len(names), names[0] if names else ""
 
 
-def image_mode(chosen: Settings) -> str:
+def image_mode(chosen: Settings, shm: str = SHM_DIR) -> str:
     """ "inline", "shm" or "off". Raises StartError where images were asked for and cannot be had."""
-    why = no_images(chosen)
+    why = no_images(chosen, shm)
     mode = "shm" if chosen.images == "shm" else "inline"
     _log.info("images: %s", f"off ({why})" if why else mode)
     if not why:
@@ -74,7 +75,7 @@ def image_mode(chosen: Settings) -> str:
     raise StartError(f"--images {chosen.images}: {why}")
 
 
-def no_images(chosen: Settings) -> str:
+def no_images(chosen: Settings, shm: str = SHM_DIR) -> str:
     """Why images cannot be prepared; empty where they can."""
     if chosen.images == "off":
         return "as chosen"
@@ -82,8 +83,8 @@ def no_images(chosen: Settings) -> str:
         return "no --model directory with a known image processor (preprocessor_config.json)"
     if isinstance(found := families.explained(chosen.model), str):
         return f"the image processor of --model is not known: {found}"
-    if chosen.images == "shm" and not Path(chosen.shm_dir).is_dir():
-        return f"--shm-dir {chosen.shm_dir} is no directory"
+    if chosen.images == "shm" and not Path(shm).is_dir():
+        return f"there is no shared memory: {shm} is no directory"
     if importlib.util.find_spec("torchvision") is None:
         return "the extra is not installed; pip install 'inference-sidecar[images]'"
     return ""

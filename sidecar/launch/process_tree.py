@@ -28,7 +28,7 @@ import uvloop
 
 from sidecar import settings
 from sidecar.control import process as app
-from sidecar.images.shm_cache import Folder
+from sidecar.images.shm_cache import SHM_DIR, Folder
 from sidecar.launch.preflight import bind, coefficients, image_mode, reserve, unix
 from sidecar.load import cost_model as units
 from sidecar.relay import process
@@ -75,12 +75,10 @@ def main(chosen: Settings, border: Border) -> int:
             os.truncate(folder / "accounts", accounts.size(chosen.workers))
             place = replace(place, accounts=str(folder / "accounts"), limits=limits)
         if chosen.images != "off":
-            kept = Folder(chosen.shm_dir, chosen.image_cache_bytes, needed=chosen.images == "shm")
+            kept = Folder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images == "shm")
             stack.callback(kept.close)
             if kept.why:
-                _log.warning(
-                    "--shm-dir %s: prepared images are not kept, nor handed over there: %s", chosen.shm_dir, kept.why
-                )
+                _log.warning("%s: prepared images are not kept, nor handed over there: %s", SHM_DIR, kept.why)
             place = replace(
                 place, image_socket=str(folder / "images"), image_cache=kept.path, image_cache_bytes=kept.bytes
             )

@@ -129,7 +129,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             images=images,
             preprocess=_preprocess(images, own, emit, fetch) if images is not None else None,
             fetch=fetch,
-            shm=Watch(own.shm_dir) if own.images == "shm" else None,
+            shm=Watch() if own.images == "shm" else None,
             pricing=Pricing(Estimator(place.coefficients), quota, counter, spec),
         )
         try:

@@ -20,6 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from PIL import Image
 
 from sidecar.client import Client, Preprocessed, PreprocessError
+from sidecar.images.shm_cache import OUT, PREFIXED
 from sidecar.tools.synthetic_photos import photo
 
 from ..waiting import PATIENCE
@@ -90,16 +91,8 @@ async def recorder() -> AsyncIterator[Recorder]:
     await runner.cleanup()
 
 
-@pytest.fixture(scope="module")
-def shm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Instead of /dev/shm, which is everybody's."""
-    return tmp_path_factory.mktemp("shm")
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def sidecar(
-    recorder: Recorder, sidecars: Any, shm_dir: Path, tmp_path_factory: Any, requires: Any
-) -> AsyncIterator[Any]:
+async def sidecar(recorder: Recorder, sidecars: Any, tmp_path_factory: Any, requires: Any) -> AsyncIterator[Any]:
     """One for all tests here: its image workers load torch for seconds. The engine is its OTLP collector, too."""
     requires("python:torchvision")
     folder = tmp_path_factory.mktemp("images")
@@ -107,7 +100,7 @@ async def sidecar(
     async with sidecars(folder) as start:
         sidecar = await start(
             recorder.url, images="inline", model=str(folder), image_workers="1", canary_interval="60",
-            otlp_endpoint=recorder.url, shm_dir=str(shm_dir), image_urls=recorder.url.removeprefix("http://"),
+            otlp_endpoint=recorder.url, image_urls=recorder.url.removeprefix("http://"),
         )  # fmt: skip
         await sidecar.until_verdict("idle")
         yield sidecar
@@ -281,14 +274,12 @@ async def test_an_image_of_an_earlier_turn_comes_from_the_cache(sidecar: Any, re
 
 
 @pytest.mark.parametrize("shm", [False, True], ids=["body", "shm"])
-async def test_the_client_gives_what_the_hugging_face_processor_gives(
-    sidecar: Any, shm_dir: Path, tmp_path: Path, shm: bool
-) -> None:
+async def test_the_client_gives_what_the_hugging_face_processor_gives(sidecar: Any, tmp_path: Path, shm: bool) -> None:
     """Bytes and paths in; the processor's tensors out, as floats and as bytes, and what each image became; no file is left."""
     jpegs = [photo(640, 480, 31), photo(300, 900, 32)]
     (tmp_path / "a.jpg").write_bytes(jpegs[0])
     images = [Image.open(io.BytesIO(j)).convert("RGB") for j in jpegs]
-    async with Client(sidecar.relay, shm_dir=str(shm_dir)) as client:
+    async with Client(sidecar.relay) as client:
         for values, kind in (("", "float32"), ("uint8", "uint8")):
             made = await patiently(
                 lambda v=values: client.preprocess([tmp_path / "a.jpg", jpegs[1]], values=v, shm=shm)
@@ -303,11 +294,14 @@ async def test_the_client_gives_what_the_hugging_face_processor_gives(
         with pytest.raises(PreprocessError, match=r"images\[0\]") as caught:
             await client.preprocess([b"nothing"], shm=shm)
     assert (caught.value.status, caught.value.code) == (400, "image_unknown_format")
-    assert handed_over(shm_dir) == []
+    assert handed_over(sidecar) == []
 
 
-def handed_over(shm_dir: Path) -> list[str]:
-    return [p.name for p in shm_dir.glob("*/out-*")]
+def handed_over(sidecar: Any) -> list[str]:
+    """Files that wait for a reader in this sidecar's folder of shared memory: its supervisor holds the folder's lock open."""
+    opened = [fd.readlink() for fd in Path(f"/proc/{sidecar.process.pid}/fd").iterdir()]
+    (folder,) = {path.parent for path in opened if path.parent.name.startswith(PREFIXED)}
+    return [p.name for p in folder.glob(f"{OUT}*")]
 
 
 async def patiently(ask: Callable[[], Any]) -> Preprocessed:

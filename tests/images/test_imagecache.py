@@ -150,12 +150,12 @@ def test_no_room_is_no_cache(tmp_path: Path) -> None:
 
 
 def test_a_hand_off_folder_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
-    """A mistyped --shm-dir is said at once, not by every image that goes inline."""
+    """Missing shared memory is said at once, not by every image that goes inline."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN2_VL))
-    chosen = Settings(images="shm", model=str(tmp_path), shm_dir=str(tmp_path))
-    assert image_mode(chosen) == "shm"
+    chosen = Settings(images="shm", model=str(tmp_path))
+    assert image_mode(chosen, str(tmp_path)) == "shm"
     with pytest.raises(StartError, match="absent is no directory"):
-        image_mode(replace(chosen, shm_dir=str(tmp_path / "absent")))
+        image_mode(chosen, str(tmp_path / "absent"))
 
 
 def test_what_is_handed_over_is_read_once_and_never_evicted(cache: ImageCache, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.waiting import PATIENCE
 from .test_imagecache import plugin
 
 NOBODY = "no vLLM with our plugin"
-ENGINE = "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm; sidecar_vllm.leave_mark(); print('left', flush=True); sys.stdin.read()"
+ENGINE = "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; sidecar_vllm.leave_mark(pathlib.Path(sys.argv[2])); print('left', flush=True); sys.stdin.read()"
 SOURCES = Path(__file__).parents[2] / "plugins/vllm"
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -31,8 +31,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def run(connector: str = "inference_sidecar") -> subprocess.Popen[str]:
-            env = os.environ | {"SIDECAR_SHM_DIR": str(tmp_path), "VLLM_MEDIA_CONNECTOR": connector}
-            command = [sys.executable, "-c", ENGINE, str(SOURCES)]
+            env = os.environ | {"VLLM_MEDIA_CONNECTOR": connector}
+            command = [sys.executable, "-c", ENGINE, str(SOURCES), str(tmp_path)]
             process = stack.enter_context(
                 subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
@@ -103,11 +103,10 @@ def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
 
 
 def test_a_folder_that_cannot_be_written_keeps_no_engine_from_starting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The plugin says in vLLM's log that images will come inline, and why."""
-    monkeypatch.setenv("SIDECAR_SHM_DIR", str(tmp_path / "missing"))
-    plugin().leave_mark()
+    plugin().leave_mark(tmp_path / "missing")
     assert "inline" in caplog.text and "No such file" in caplog.text
 
 

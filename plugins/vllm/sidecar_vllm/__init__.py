@@ -20,6 +20,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+FOLDER = Path("/dev/shm")  # which both containers mount; the sidecar looks nowhere else
 SCHEME = "sidecar-shm://"
 NAME = "inference_sidecar"
 MARK = "sidecar-plugin-"
@@ -53,9 +54,9 @@ def register() -> None:
     leave_mark()
 
 
-def leave_mark() -> None:
+def leave_mark(folder: Path = FOLDER) -> None:
     """Tell the sidecar that a vLLM with this plugin lives. The file stays open, and locked, until this process ends."""
-    path = folder() / f"{MARK}{os.geteuid()}"
+    path = folder / f"{MARK}{os.geteuid()}"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
@@ -80,11 +81,6 @@ def mark() -> bytes:
     ).encode()
 
 
-def folder() -> Path:
-    """The folder that both containers share."""
-    return Path(os.environ.get("SIDECAR_SHM_DIR", "/dev/shm"))
-
-
 def _reads_all() -> bool:
     """Whether this process may read files of another user with mode 0600: root often may not, in a container without capabilities."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -92,7 +88,7 @@ def _reads_all() -> bool:
     return bool(int(effective, 16) & READS_ALL)
 
 
-def load(url: str) -> Any:
+def load(url: str, folder: Path = FOLDER) -> Any:
     """The image of a URL, as vLLM's loaders give it. Raises ValueError, which vLLM answers with 400."""
     from PIL import Image
     from vllm.multimodal.media import MediaWithBytes
@@ -101,7 +97,7 @@ def load(url: str) -> Any:
     if found is None:
         raise ValueError("not a shared memory URL of the inference sidecar")
     height, width, offset = (int(found[i]) for i in (3, 4, 5))
-    pixels = _read(folder() / found[1] / found[2])
+    pixels = _read(folder / found[1] / found[2])
     if len(pixels) != offset + 3 * height * width:
         raise ValueError("the image in shared memory does not have the size that its URL says")
     image = Image.frombuffer("RGB", (width, height), memoryview(pixels)[offset:], "raw", "RGB", 0, 1)

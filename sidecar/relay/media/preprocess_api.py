@@ -116,12 +116,12 @@ def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
 
 
 async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -> dict[str, Any]:
-    """The tensors in a file in shared memory: their layout, and its name below --shm-dir. Raises NotImplementedHere."""
+    """The tensors in a file in shared memory: their layout, and its name below /dev/shm. Raises NotImplementedHere."""
     parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
     handed = await images.share(*parts)
     if handed is None:
         raise NotImplementedHere(
-            f"{HANDOFF}: there is no shared memory here (--shm-dir, --image-cache-bytes); leave the header out"
+            f"{HANDOFF}: there is no shared memory here (/dev/shm, --image-cache-bytes); leave the header out"
         )
     segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
     return layout(done, spec) | {"segments": [segment]}

@@ -17,6 +17,7 @@ from sidecar.engines import metrics_parser as sample
 from sidecar.engines import registry as kinds
 from sidecar.engines.engine_type import EngineKind
 from sidecar.images import vllm_plugin as plugin
+from sidecar.images.shm_cache import SHM_DIR
 from sidecar.readings import EngineSample
 from sidecar.runtime import cpu_quota as cpus
 from sidecar.settings import Settings
@@ -144,10 +145,10 @@ def shared_memory(chosen: Settings, kind: str) -> Finding:
         return Finding(
             "images-shm", "warn", f"images go inline: {kind} takes none from shared memory", "--images inline"
         )
-    seen = plugin.look(chosen.shm_dir)
+    seen = plugin.look(SHM_DIR)
     if seen.why:
-        return Finding("images-shm", "warn", f"images go inline: {chosen.shm_dir}: {seen.why}", plugin.REMEDY)
-    return Finding("images-shm", "ok", f"vLLM reads {chosen.shm_dir} with plugin {seen.version}")
+        return Finding("images-shm", "warn", f"images go inline: {SHM_DIR}: {seen.why}", plugin.REMEDY)
+    return Finding("images-shm", "ok", f"vLLM reads {SHM_DIR} with plugin {seen.version}")
 
 
 def threads(engine: str) -> Finding:
