@@ -117,7 +117,7 @@ def run_command(config: str | None, **flags: str | None) -> int:
     chosen = settings.load(Settings, flags, os.environ, config)
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
-    logs.setup(chosen.log_format, chosen.log_level)
+    logs.setup(chosen.log_level)
     from sidecar.launch import process_tree as tree  # here, so that `sidecar probe` starts quickly
 
     return tree.main(chosen, coded)

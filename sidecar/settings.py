@@ -196,7 +196,6 @@ class Settings:
     drain_seconds: float = flag(
         30.0, number(0, 3600), "Longest wait for open streams after SIGTERM", expected="seconds from 0 to 3600"
     )
-    log_format: str = flag("text", one_of("text", "json"), "Log lines", expected="one of text, json")
     log_level: str = flag(
         "info",
         one_of("debug", "info", "warning", "error"),
@@ -215,6 +214,7 @@ REMOVED: Final = {
     "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval where that is longer",
     "kill-jitter": "replicas that stall at once are killed within 10 s, each at its own time",
     "kill-recovery": "a restart was useless where the engine stalls again within 10 minutes of its first token",
+    "log-format": "log lines are text on a terminal, and JSON anywhere else",
     "max-queued": "it is fixed at 1000 requests that wait, per relay process",
     "orca": "an answer has the header where its request has endpoint-load-metrics-format: JSON, TEXT or BIN",
     "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",

@@ -1,4 +1,4 @@
-"""Log lines: text for people, JSON for collectors. To stderr; never a user's content, never a secret."""
+"""Log lines: text on a terminal, JSON anywhere else, where collectors read them. To stderr; never a user's content, never a secret."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def setup(format: str, level: str) -> None:
+def setup(level: str) -> None:
     """Configure the root logger of this process."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    handler.setFormatter(JsonFormatter() if format == "json" else text)
+    handler.setFormatter(text if sys.stderr.isatty() else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -65,7 +65,7 @@ def main(listen_fd: int, settings_json: str) -> int:
     if not settings_json.strip():
         raise StartError("image-server: expected the settings as one line of JSON on standard input")
     chosen = from_json(settings_json)
-    logs.setup(chosen.log_format, chosen.log_level)
+    logs.setup(chosen.log_level)
     wanted = plan(chosen, cpus.quota())
     os.environ.update({name: str(wanted.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     began = time.monotonic()

@@ -217,7 +217,6 @@ def _sidecar_env(s: ManifestSettings) -> str:
         "SIDECAR_LISTEN": f"0.0.0.0:{RELAY}",
         "SIDECAR_ADMIN": f"0.0.0.0:{ADMIN}",
         "SIDECAR_STATE_DIR": STATE,
-        "SIDECAR_LOG_FORMAT": "json",
     }
     note = "# No SIDECAR_MODEL, so images pass through untouched: their preparation needs the model's directory (--claim).\n"
     if s.claim:
