@@ -29,7 +29,7 @@ from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 SCRAPERS, EVERY = 4, 0.05
 STREAMS, TOKENS = 4, 200
-TARGET = 1.0  # percent of a core
+TARGET = 2.0  # percent of a core
 
 
 @dataclass(frozen=True, slots=True)

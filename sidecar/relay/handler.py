@@ -33,7 +33,6 @@ from sidecar.relay import concurrency as slots
 from sidecar.relay import engine_io as upstream
 from sidecar.relay import engine_pauses as directed
 from sidecar.relay import headers, outcomes, retry
-from sidecar.relay import metrics_fast_path as scraper
 from sidecar.relay import metrics_page as merged_page
 from sidecar.relay import request_body as bodies
 from sidecar.relay import response as answering
@@ -164,10 +163,6 @@ class Relay:
             if self.draining:
                 connection.close()
 
-    def page(self) -> bytes | None:
-        """A whole response with the merged metrics page, for connections that scrape; None where it is to be asked for."""
-        return None if self.draining else self._page.response(self._desk.new_id)
-
     async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         path = upstream.origin_form(request.raw_path).partition("?")[0]
         if request.method == "POST":
@@ -179,7 +174,6 @@ class Relay:
         elif path == "/metrics" and request.method == "GET":
             page = await self._page.get()
             if page is not None:
-                scraper.remember(request)
                 return web.Response(body=page, headers={"content-type": merged_page.TYPE, "x-request-id": id})
         elif realtime.wanted(request):
             url = upstream.target(self._settings.engine, upstream.origin_form(request.raw_path))

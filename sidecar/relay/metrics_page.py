@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Final
 
 from sidecar.events import Fact, Page, PageWanted
@@ -14,8 +13,6 @@ FRESH: Final = 1.0  # seconds a page is good for
 PATIENCE: Final = 1.0  # seconds we wait for one
 TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-_HEAD: Final = "HTTP/1.1 200 OK\r\ncontent-type: {type}\r\ncontent-length: {length}\r\ndate: {date}\r\n"
-
 
 class MergedPage:
     """One per relay process. `emit` sends PageWanted; the answer comes by `put`."""
@@ -23,23 +20,15 @@ class MergedPage:
     def __init__(self, emit: Callable[[Fact], None]) -> None:
         self._emit = emit
         self._page: bytes | None = None
-        self._head = b""
         self._got = 0.0
         self._coming: asyncio.Future[bytes] | None = None
 
     def put(self, page: Page) -> None:
         """The control process sent a page."""
         self._page, self._got = page.text.encode(), time.monotonic()
-        self._head = _HEAD.format(date=formatdate(usegmt=True), type=TYPE, length=len(self._page)).encode()
         if self._coming is not None and not self._coming.done():
             self._coming.set_result(self._page)
         self._coming = None
-
-    def response(self, new_id: Callable[[], str]) -> bytes | None:
-        """A whole response with a fresh page; None where there is none."""
-        if self._page is None or time.monotonic() - self._got >= FRESH:
-            return None
-        return b"%bx-request-id: %b\r\n\r\n%b" % (self._head, new_id().encode(), self._page)
 
     async def get(self) -> bytes | None:
         """A fresh page, or None when the control process does not answer in time. All who wait share one question."""

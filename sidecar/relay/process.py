@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
+from aiohttp import web
 
 from sidecar.events import Fact, Joined, Pulse
 from sidecar.images.vllm_plugin import Watch
@@ -29,7 +30,6 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.tenant_limits import Limits
 from sidecar.relay import engine_io as upstream
-from sidecar.relay import metrics_fast_path as scraper
 from sidecar.relay import url_policy as links
 from sidecar.relay.control_link import Link
 from sidecar.relay.handler import Handler, Relay
@@ -87,9 +87,8 @@ async def _serve(place: Place, listener: socket.socket) -> None:
     link = Link(place.control, lambda at: Joined(at, place.index, os.getpid(), place.restarts))
     async with _relay(place, link.send) as relay:
         link.obey = relay.obey
-        server = scraper.Server(
+        server = web.Server(
             relay.handle,
-            answer=relay.page,
             handler_cancellation=True,
             access_log=None,
             logger=_quiet(),

@@ -14,7 +14,6 @@ from aiohttp import web
 from sidecar.events import Fact, Settled
 from sidecar.load.cost_model import Coefficients
 from sidecar.relay import engine_io as upstream
-from sidecar.relay import metrics_fast_path as scraper
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.concurrency import MAX_QUEUED
 from sidecar.relay.handler import Relay
@@ -148,9 +147,8 @@ async def _rig(
     facts = Facts()
     own = Settings(engine=engine, **settings)
     relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, **ways)
-    server = scraper.Server(
+    server = web.Server(
         relay.handle,
-        answer=relay.page,
         handler_cancellation=True,
         access_log=None,
         auto_decompress=False,
