@@ -23,10 +23,10 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.tools.calibrate import fit, hardware
 from sidecar.tools.calibrate.checkpoint import read
-from sidecar.tools.calibrate.fit import Measured, Row
+from sidecar.tools.calibrate.fit import FitRow, Measured
 from tests.vllm import environment, processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def main() -> None:
         folder = Path(name)
         said, took = calibrated(chosen.kind, chosen.seconds, folder)
         rows = measured(folder / "all.jsonl")
-        co = units.from_json((folder / "co.json").read_text())
+        co = cost_model.from_json((folder / "co.json").read_text())
     title = f"vLLM {environment.VERSION}, tiny {chosen.kind} model, {hardware.text('http://localhost', (0, ''))}"
     command = f"benchmarks/calibration.py --kind {chosen.kind} --seconds {chosen.seconds:g}"
     today = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
@@ -80,13 +80,13 @@ def calibrated(kind: str, seconds: float, folder: Path) -> tuple[str, float]:
     return done.stdout.rpartition("written: ")[0], time.monotonic() - started
 
 
-def measured(path: Path) -> list[Row]:
+def measured(path: Path) -> list[FitRow]:
     """The shapes of a file of measurements, each over all turns."""
     _, done = read(path.read_text())
     return fit.merged((shape, entry.measured) for (shape, _), entry in done.items())
 
 
-def plot(rows: Sequence[Row], co: units.Coefficients, title: str) -> str:
+def plot(rows: Sequence[FitRow], co: cost_model.Coefficients, title: str) -> str:
     """An SVG: measured cost across, predicted cost up, both logarithmic; dots are held-out shapes, crosses an alpha-beta line's."""
     held = [row.measured for row in rows if row.shape.held_out]
     line = fit.line([row.measured for row in rows if not row.shape.held_out])
@@ -111,7 +111,7 @@ def plot(rows: Sequence[Row], co: units.Coefficients, title: str) -> str:
     for m in held:
         x, y = at(m.ms), inside(_on(line, m))
         parts.append(f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m-8 0l8 -8" stroke="#888" fill="none"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{inside(units.gpu_ms(m.work, co)):.1f}" r="4" fill="#1b6ca8"/>')
+        parts.append(f'<circle cx="{x:.1f}" cy="{inside(cost_model.gpu_ms(m.work, co)):.1f}" r="4" fill="#1b6ca8"/>')
     parts.append("</g>")
     for ms in (d * 10**n for n in range(-1, 6) for d in (1, 2, 5) if low <= d * 10**n <= high):
         parts.append(f'<text x="{EDGE + at(ms):.0f}" y="{EDGE + SIDE + 16}" text-anchor="middle">{ms:g}</text>')

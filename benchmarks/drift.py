@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift
 from sidecar.load.refit import Refit
-from sidecar.load.work_windows import SECONDS
+from sidecar.load.work_windows import WINDOW_S
 from tests.load.work import found, slower, windows
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
@@ -56,7 +56,7 @@ def alarms(histories: int, length: int) -> Iterator[str]:
             found(Drift(TRUE, caching=True), windows(TRUE, length, seed, shared=SHARED[seed % 3], noise=noise))
             for seed in range(histories)
         ]
-        hours = sum(n or length for n in false) * SECONDS / 3600
+        hours = sum(n or length for n in false) * WINDOW_S / 3600
         cells = []
         for times in (1.3, 1.5, 2.0, 4.0):
             took = []
@@ -82,8 +82,8 @@ def refits(histories: int) -> Iterator[str]:
                 refit.add(window)
             shadow = refit.shadow()
             assert shadow
-            off.append(abs(units.unit_ms(shadow.co) / units.unit_ms(TRUE) - 1))
-        start = units.unit_ms(prior) / units.unit_ms(TRUE) - 1
+            off.append(abs(cost_model.unit_ms(shadow.co) / cost_model.unit_ms(TRUE) - 1))
+        start = cost_model.unit_ms(prior) / cost_model.unit_ms(TRUE) - 1
         yield f"  {name}: {start:+.0%} -> median {statistics.median(off):.1%}, worst {max(off):.1%}"
 
 

@@ -22,10 +22,10 @@ from statistics import fmean
 from sim.traces import Trace, load
 
 from sidecar.events import Admitted, Usage
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.estimator import Estimator
-from sidecar.load.ledger import Hold, tokens_left
-from sidecar.load.request_shape import Shape
+from sidecar.load.ledger import AdmissionHold, tokens_left
+from sidecar.load.request_shape import RequestShape
 
 FIRST_TOKEN, PER_TOKEN = 0.5, 0.03  # seconds
 MEAN_START, MEAN_WEIGHT = 256.0, 0.05  # of the decayed mean
@@ -81,12 +81,12 @@ def arrivals(trace: Trace) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
 
 def score(trace: Trace) -> Score:
     """The estimator through one trace."""
-    estimator, mean, result = Estimator(units.Coefficients()), MEAN_START, Score()
+    estimator, mean, result = Estimator(cost_model.Coefficients()), MEAN_START, Score()
     for prompt, output, ended in arrivals(trace):
         for p, o in ended:
-            estimator.learn("t", Shape("m", token_ids=p), Usage(p, o))
+            estimator.learn("t", RequestShape("m", token_ids=p), Usage(p, o))
             mean += MEAN_WEIGHT * (o - mean)
-        forecast = estimator.forecast("t", Shape("m"), prompt)
+        forecast = estimator.forecast("t", RequestShape("m"), prompt)
         expected = forecast.mean()
         result.actual.append(output)
         result.expected.append(expected)
@@ -108,7 +108,7 @@ class Open:
 
     begin: float
     output: int
-    hold: Hold
+    hold: AdmissionHold
     mean: float
 
     @property
@@ -124,7 +124,7 @@ class Open:
 
 def stock(name: str, trace: Trace) -> tuple[str, ...]:
     """One line of the second table."""
-    estimator, mean, due = Estimator(units.Coefficients()), MEAN_START, EVERY
+    estimator, mean, due = Estimator(cost_model.Coefficients()), MEAN_START, EVERY
     open_: list[Open] = []
     counts, sums = [], []
     for number, request in enumerate(trace):
@@ -136,14 +136,14 @@ def stock(name: str, trace: Trace) -> tuple[str, ...]:
             due += EVERY
         for one in sorted((one for one in open_ if one.end <= request.at), key=lambda one: one.end):
             prompt = one.hold.admitted.expected.uncached
-            estimator.learn("t", Shape("m", token_ids=prompt), Usage(prompt, one.output))
+            estimator.learn("t", RequestShape("m", token_ids=prompt), Usage(prompt, one.output))
             mean += MEAN_WEIGHT * (one.output - mean)
         open_ = [one for one in open_ if one.end > request.at]
-        estimate = estimator.estimate("t", Shape("m", stream=True, token_ids=request.prompt), [])
+        estimate = estimator.estimate("t", RequestShape("m", stream=True, token_ids=request.prompt), [])
         fact = Admitted(
             str(number), request.at, "t", "m", "chat", True, estimate.work, None, estimate.mu, None, estimate.tail
         )
-        open_.append(Open(request.at, request.output, Hold(fact, "t", "m", request.at), mean))
+        open_.append(Open(request.at, request.output, AdmissionHold(fact, "t", "m", request.at), mean))
     true = fmean(row[0] for row in sums)
     off = [[row[n] - row[0] for row in sums] for n in (1, 2)]
     mean_errors = (f"{fmean(column) / true:+.1%}" for column in off)

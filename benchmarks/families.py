@@ -21,7 +21,7 @@ from sidecar.images.worker import tiles
 from sidecar.images.worker.tensors import by_torchvision, crop, prepare, resize, resized_ppm, values
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import TileSpec
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 
 SIZES: Final = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
 PIXELS, TENSORS, THEIRS, PILLOW = "pixels", "tensors", "HF torchvision, PIL decode", "HF PIL"
@@ -109,7 +109,7 @@ def report(rounds: int) -> str:
         "|---" * 11 + "|",
     ]
     for size, (width, height) in SIZES.items():
-        data = photos.photo(width, height, seed=1)
+        data = synthetic_photos.photo(width, height, seed=1)
         for family, row in ROWS.items():
             ms = measure(chains(data, *row), rounds)
             made = [cell for kind in (PIXELS, TENSORS) for cell in over_decode(ms, kind)]

@@ -30,10 +30,10 @@ def jpeg(height: int, width: int, subsampling: int) -> bytes:
     """A photograph's likeness."""
     from PIL import Image
 
-    from sidecar.tools import synthetic_photos as photos
+    from sidecar.tools import synthetic_photos
 
     out = io.BytesIO()
-    Image.fromarray(photos.pixels(width, height, 1)).save(out, "JPEG", quality=90, subsampling=subsampling)
+    Image.fromarray(synthetic_photos.pixels(width, height, 1)).save(out, "JPEG", quality=90, subsampling=subsampling)
     return out.getvalue()
 
 
@@ -60,15 +60,15 @@ def speed(data: Any, device: str, count: int, rounds: int) -> float:
 
 def off(data: Any, spec: Any, device: str) -> tuple[str, str]:
     """Table cells of one file: as decoded, and resized."""
-    from sidecar.images import file_headers as headers
-    from sidecar.images.protocol import Limits
+    from sidecar.images import file_headers
+    from sidecar.images.protocol import ImageLimits
     from sidecar.images.worker.decode import decode
     from sidecar.images.worker.tensors import by_torchvision
 
     raw = data.numpy().tobytes()
-    header = headers.read(raw)
+    header = file_headers.read(raw)
     assert header is not None
-    exact = decode(raw, header, Limits(1 << 30, 1 << 30))
+    exact = decode(raw, header, ImageLimits(1 << 30, 1 << 30))
     (near,) = (pixels.cpu() for pixels in decoded([data], device))
     geometry = spec.geometry(*exact.shape[-2:])
     resized = [by_torchvision(pixels, geometry, spec) for pixels in (near, exact)]

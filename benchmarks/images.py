@@ -36,7 +36,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from sidecar.images.worker.tensors import by_torchvision, patches, prepare, resized_ppm
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import PatchSpec
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
 CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
@@ -112,7 +112,7 @@ class Simd:
 def serve() -> None:
     """The other side of Simd."""
     pil = Qwen2VLImageProcessorPil(max_pixels=CONFIG["max_pixels"])
-    files = {name: photos.photo(*size, seed=1) for name, size in SIZES.items()}
+    files = {name: synthetic_photos.photo(*size, seed=1) for name, size in SIZES.items()}
     print(PIL.__version__, flush=True)
     for line in sys.stdin:
         image = Image.open(io.BytesIO(files[line.strip()])).convert("RGB")
@@ -128,7 +128,7 @@ def report(rounds: int, simd: Simd | None) -> str:
     sizes: dict[str, int] = {}
     moved: dict[str, int] = {}
     for name, (width, height) in SIZES.items():
-        data = photos.photo(width, height, seed=1)
+        data = synthetic_photos.photo(width, height, seed=1)
         todo = chains(data, spec)
         assert torch.equal(todo[TENSORS](), todo[HF_TV]()), "not exact: nothing is timed"
         if simd is not None:

@@ -20,15 +20,15 @@ from typing import Any, Final
 
 import pynvml
 
-from sidecar.signals.gpu.sample import BATCH, SM_CLOCK, Device, Sampler, found
+from sidecar.signals.gpu.sample import BATCH, SM_CLOCK, GpuDevice, GpuSampler, found
 
 STUB: Final = "Stub GPU"
 SECOND: Final = 1.0  # between two rounds of the signal, which its share of a core is taken over
 
 
-def calls(device: Device) -> dict[str, Callable[[], Any]]:
+def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
-    sampler = Sampler(pynvml, lambda call, *args: call(*args), lambda _: ())
+    sampler = GpuSampler(pynvml, lambda call, *args: call(*args), lambda _: ())
     handle, whole = device.handle, device.whole
     return {
         "nvmlDeviceGetUtilizationRates": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle),
@@ -53,7 +53,7 @@ def timed(call: Callable[[], Any]) -> float | None:
     return (time.perf_counter() - began) * 1e6
 
 
-def measure(device: Device, rounds: int, lists: int) -> dict[str, list[float]]:
+def measure(device: GpuDevice, rounds: int, lists: int) -> dict[str, list[float]]:
     """Microseconds by call, in interleaved rounds; a call that the GPU does not have has none."""
     every = calls(device)
     took: dict[str, list[float]] = {name: [] for name in every}
@@ -72,7 +72,7 @@ def measure(device: Device, rounds: int, lists: int) -> dict[str, list[float]]:
     return took
 
 
-def table(device: Device, took: dict[str, list[float]]) -> str:
+def table(device: GpuDevice, took: dict[str, list[float]]) -> str:
     """One GPU's figures as Markdown."""
     lines = [f"### GPU {device.index}: {device.name}", "", "| call | median µs | p99 µs | n |", "|---|---|---|---|"]
     for name, values in took.items():

@@ -19,11 +19,11 @@ from typing import Any, Final
 
 import torch
 
-from sidecar.images import file_headers as headers
-from sidecar.images.protocol import Limits
+from sidecar.images import file_headers
+from sidecar.images.protocol import ImageLimits
 from sidecar.images.worker.decode import decode
 
-LIMITS: Final = Limits(20 << 20, 50_000_000)
+LIMITS: Final = ImageLimits(20 << 20, 50_000_000)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 DECODE: Final = "decode alone"
 
@@ -49,7 +49,7 @@ def cpu_name() -> str:
 
 def decoded(data: bytes) -> Any:
     """The pixels of a plain file."""
-    header = headers.read(data)
+    header = file_headers.read(data)
     assert header is not None and header.plain
     return decode(data, header, LIMITS)
 

@@ -32,7 +32,7 @@ import uvloop
 from aiohttp import web
 
 from sidecar import settings
-from sidecar.events import Pulse
+from sidecar.events import Heartbeat
 from sidecar.runtime.channel import Channel
 
 EVENTS, CONCURRENCY = 200, 32
@@ -95,7 +95,7 @@ async def start(stack: AsyncExitStack) -> tuple[str, str, int]:
     ready = asyncio.Event()
     path = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "control")
     await asyncio.get_running_loop().create_unix_server(
-        lambda: Channel(lambda fact: ready.set() if isinstance(fact, Pulse) else None, lambda: None), path
+        lambda: Channel(lambda fact: ready.set() if isinstance(fact, Heartbeat) else None, lambda: None), path
     )
     own = settings.to_json(settings.Settings(engine=urls[0], engine_kind="vllm"))
     relay = stack.enter_context(child(["-c", RUN, own, path], (listener.fileno(),)))

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 from sidecar.events import Usage
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.estimator import Estimator
 from sidecar.load.request_shape import describe
-from sidecar.relay.pricing import tokenizer as counting
+from sidecar.relay.pricing import tokenizer
 
 KINDS = (".md", ".txt", ".py", ".js", ".json", ".html")
 LENGTHS = ((200, 1000), (1000, 4096), (4096, 16_000), (16_000, 1 << 30))  # characters
@@ -40,11 +40,11 @@ def texts(folders: list[Path], most: int, longest: int) -> list[str]:
 
 async def rows(folder: str, prompts: list[str]) -> list[Row]:
     """One row per prompt."""
-    counter = counting.load(folder)
+    counter = tokenizer.load(folder)
     if counter is None:
-        raise SystemExit(f"no usable {counting.FILE} in {folder}, or the extra `tokenizer` is not installed")
-    patient = counting.Counter(counter._encode, 60.0)
-    estimator, found = Estimator(units.Coefficients()), []
+        raise SystemExit(f"no usable {tokenizer.TOKENIZER_FILE} in {folder}, or the extra `tokenizer` is not installed")
+    patient = tokenizer.TokenCounter(counter._encode, 60.0)
+    estimator, found = Estimator(cost_model.Coefficients()), []
     for prompt in prompts:
         payload = {"model": "m", "prompt": prompt}
         began, used = time.perf_counter(), time.process_time()
@@ -81,7 +81,7 @@ def main() -> None:
         if len(group) < 2:
             continue
         ms = statistics.quantiles((row[1] for row in group), n=10)
-        late = statistics.fmean(row[1] > 1e3 * counting.DEADLINE for row in group)
+        late = statistics.fmean(row[1] > 1e3 * tokenizer.COUNT_TIMEOUT_S for row in group)
         cpu = statistics.median(row[2] for row in group)
         count, ratio = (statistics.fmean(row[n] for row in group) for n in (3, 4))
         name = f"{low} to {high}" if high < 1 << 30 else f"{low} and more"

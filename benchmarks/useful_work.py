@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sidecar.tools.bench import report
 from sidecar.tools.bench.command import BenchSettings, bench
-from sidecar.tools.bench.tally import Row
+from sidecar.tools.bench.tally import BenchRow
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.seconds < 5:
         parser.error("--seconds must be at least 5")
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     asyncio.run(measure(args.seconds, args.dollars, rows))
     text = page(rows, args.seconds, args.dollars)
     print(text)
@@ -51,14 +51,14 @@ def main() -> None:
         stem.with_suffix(".svg").write_text(report.plot(rows, "Useful work of the scripted engine, 512 in, 128 out"))
 
 
-async def measure(seconds: float, dollars: float, rows: list[Row]) -> None:
+async def measure(seconds: float, dollars: float, rows: list[BenchRow]) -> None:
     """All four runs against an engine of our own."""
     chosen = BenchSettings(seconds=seconds, dollars_per_gpu_hour=dollars)
     async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0))) as engine:
         await bench(replace(chosen, engine=engine.url), rows)
 
 
-def page(rows: list[Row], seconds: float, dollars: float) -> str:
+def page(rows: list[BenchRow], seconds: float, dollars: float) -> str:
     """The matrix beside the reference."""
     lines = [
         f"# Useful work on the scripted engine: 512 in, 128 out, {seconds:g} s a run, ${dollars:g} per GPU hour",
@@ -74,7 +74,7 @@ def page(rows: list[Row], seconds: float, dollars: float) -> str:
     return "\n".join(lines)
 
 
-def ours(r: Row) -> str:
+def ours(r: BenchRow) -> str:
     """One row of this run."""
     of = report.number
     return (
@@ -83,7 +83,7 @@ def ours(r: Row) -> str:
     )
 
 
-def theirs(r: Row) -> str:
+def theirs(r: BenchRow) -> str:
     """One row of the reference, with our share of completed requests beside its own."""
     completed, dropped, p95, dollars, slo = REFERENCE[r.profile]
     share, here = completed / (completed + dropped), r.completed / r.requests

@@ -4,7 +4,7 @@
     python benchmarks/verdict_sim.py --weeks 10000 --keep FILE   # what is done is kept in FILE; the same command goes on there
     python benchmarks/verdict_sim.py --only-week SEED:NUMBER     # one week again, with all that it found
 
-Simulated, not measured: an engine model under a simulated clock (benchmarks/sim/engine.py) drives `sidecar.control.state.Control` itself.
+Simulated, not measured: an engine model under a simulated clock (benchmarks/sim/engine.py) drives `sidecar.control.state.ControlState` itself.
 Prints how many hangs each detector finds and when (p50 / p99 seconds), with which reason, and how many healthy engines each would
 have killed. What an engine-week contains stands in benchmarks/sim/weeks.py. `--write` puts the tables and a plot into
 benchmarks/results/. Progress and the time that is left go to stderr.

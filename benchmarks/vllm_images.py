@@ -40,10 +40,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sidecar.images import vllm_plugin as plugin
+from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 from tests.vllm import client, environment, processes
 
 PATH = "/v1/chat/completions"
@@ -138,16 +138,16 @@ def resized(jpeg: bytes) -> bytes:
     """What the sidecar hands over inline: the image in its final size, as PPM."""
     import torch
 
-    from sidecar.images import file_headers as headers
-    from sidecar.images.protocol import Limits
+    from sidecar.images import file_headers
+    from sidecar.images.protocol import ImageLimits
     from sidecar.images.worker.decode import decode
     from sidecar.images.worker.tensors import ppm, resize
 
     torch.set_num_threads(1)
     spec = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "size": LIMIT})
-    header = headers.read(jpeg)
+    header = file_headers.read(jpeg)
     assert spec is not None and header is not None
-    pixels = decode(jpeg, header, Limits(20 << 20, 50_000_000))
+    pixels = decode(jpeg, header, ImageLimits(20 << 20, 50_000_000))
     return bytes(ppm(resize(pixels, spec.geometry(*pixels.shape[-2:]), spec)))
 
 
@@ -197,7 +197,7 @@ async def throughput(
     """Size -> way -> its blocks."""
     rows: dict[str, dict[str, Row]] = {}
     for size, (width, height) in SIZES.items():
-        jpeg = photos.photo(width, height, seed=1)
+        jpeg = synthetic_photos.photo(width, height, seed=1)
         small = body(resized(jpeg), "image/x-portable-pixmap")
         asked = body(jpeg, max_tokens=8, logprobs=True, top_logprobs=3)
         checks = [await ask(http, way.url, asked) for way in ways.values()]
@@ -218,7 +218,7 @@ async def repeated(
     """Size -> mean seconds that the sidecar spent on an image that it saw for the first time, and on one that it knew."""
     found: dict[str, tuple[float, float]] = {}
     for size, (width, height) in REPEATED.items():
-        jpeg = photos.photo(width, height, seed=2)
+        jpeg = synthetic_photos.photo(width, height, seed=2)
         taken: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
             bodies = [body(another(jpeg)) for _ in range(6)]
@@ -294,7 +294,7 @@ async def running(
         os.sched_setaffinity(0, cores.engine)  # inherited by what is started now
         engine = stack.enter_context(processes.engine(model, folder / "engine.log", environ=environ, more=more))
         os.sched_setaffinity(0, cores.others)
-        assert not plugin.look(SHM_DIR).why, "images would go inline in the rows of shm"
+        assert not vllm_plugin.read_status(SHM_DIR).why, "images would go inline in the rows of shm"
         sidecars = {
             name: stack.enter_context(
                 processes.sidecar(
@@ -333,7 +333,7 @@ def report(
         "",
     ]
     for size, ways in rows.items():
-        jpeg = photos.photo(*SIZES[size], seed=1)
+        jpeg = synthetic_photos.photo(*SIZES[size], seed=1)
         lines += [
             f"## {size} JPEG, each another file",
             "",

@@ -17,9 +17,9 @@ from typing import Any, Final
 
 from sidecar import settings
 from sidecar.events import STATES, State
-from sidecar.health.kill_policy import HANDOVERS, HOLDS
+from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
-from sidecar.health.reasons import CAUSES, TEXTS
+from sidecar.health.reasons import CAUSES, REASON_TEXTS
 from sidecar.health.verdict import CONDITIONS, TABLE
 from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
@@ -29,9 +29,9 @@ from sidecar.settings import Settings, spelled
 from sidecar.tools import cel
 from sidecar.tools.manifests.render import render
 from sidecar.tools.manifests.settings import ManifestSettings
-from sidecar.tools.scripted_engine import hang_catalogue as catalogue
+from sidecar.tools.scripted_engine import hang_catalogue
 from sidecar.tools.scripted_engine.faults import FAULTS
-from sidecar.tools.scripted_engine.hang_catalogue import OWED, Case
+from sidecar.tools.scripted_engine.hang_catalogue import OWED, HangCase
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 GATEWAY: Final = ROOT / "deploy" / "envoy-ai-gateway" / "milli-mu.yaml"
@@ -100,7 +100,7 @@ def faults_table() -> str:
     return table(("fault", "what it does", "hang modes", "alarms"), rows)
 
 
-def cases_table(cases: Iterable[Case]) -> str:
+def cases_table(cases: Iterable[HangCase]) -> str:
     """Every case of the catalogue: how it is played, and what is owed to it."""
     rows = ((str(c.number), c.text, codes(c.faults), OWED[c.owed], codes(c.reasons)) for c in cases)
     return table(("", "case", "fault", "what is owed", "reason"), rows)
@@ -112,7 +112,7 @@ def codes(names: Iterable[str]) -> str:
 
 def holds_table() -> str:
     """Why a stalled engine is not killed now, and what ends that."""
-    rows = ((f"`{reason}`", text, HANDOVERS.get(reason, "time")) for reason, _, text in HOLDS)
+    rows = ((f"`{reason}`", text, ESCALATIONS.get(reason, "time")) for reason, _, text in HOLDS)
     return table(("reason", "holds when", "what ends it"), rows)
 
 
@@ -206,7 +206,7 @@ The first that holds names the reason of a silence of the whole engine; what non
 {table(("", "reason", "holds when"), ((str(n), f"`{code}`", text) for n, (code, _, text) in enumerate(CAUSES, 1)))}
 ## Reasons in words
 
-{table(("reason", "meaning"), ((f"`{code}`", text) for code, text in TEXTS.items()))}
+{table(("reason", "meaning"), ((f"`{code}`", text) for code, text in REASON_TEXTS.items()))}
 ## As a picture
 
 `any` stands for every state that a condition does not name on its own.
@@ -236,8 +236,8 @@ BLOCKS: Final[dict[str, Callable[[], str]]] = {
     "holds": holds_table,
     "families": families_table,
     "calibration": calibration_tables,
-    "modes": lambda: cases_table(catalogue.MODES),
-    "alarms": lambda: cases_table(catalogue.ALARMS),
+    "modes": lambda: cases_table(hang_catalogue.MODES),
+    "alarms": lambda: cases_table(hang_catalogue.ALARMS),
 }
 _BLOCK: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

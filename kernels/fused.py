@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, Size, View
+from sidecar.kernels.grid import Geometry, ImageView, PatchSpec, ProcessorSpec, Size
 
 try:
     from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
@@ -81,7 +81,7 @@ def cut(
 
 
 def tiles(
-    image: NDArray[np.uint8], view: View, spec: ProcessorSpec, kind: Literal["uint8", "float32"], out: NDArray[Any], level: int = FASTEST
+    image: NDArray[np.uint8], view: ImageView, spec: ProcessorSpec, kind: Literal["uint8", "float32"], out: NDArray[Any], level: int = FASTEST
 ) -> None:  # fmt: skip
     """uint8 (h, w, 3), contiguous, resized, laid on `view`'s canvas and cut into `out`, contiguous: (tiles, 3, height, width) of `kind`."""
     plan = _plan(*_size(image), *view.size, spec.resample)

@@ -164,14 +164,14 @@ def down(
 class Loaded:
     """A batch whose integers are on the device: launch it as often as its sources change."""
 
-    batch: ragged.Batch
+    batch: ragged.RaggedBatch
     descriptors: Tensor
     tables: Tensor
     across: Tensor
     down: Tensor
 
 
-def load(batch: ragged.Batch, device: str) -> Loaded:
+def load(batch: ragged.RaggedBatch, device: str) -> Loaded:
     """Copy descriptors and tables to the device."""
     arrays = (batch.descriptors, batch.tables, batch.across, batch.down)
     return Loaded(batch, *(torch.from_numpy(array).to(device) for array in arrays))
@@ -198,7 +198,7 @@ def launch(loaded: Loaded, sources: Tensor, scratch: Tensor, values: Tensor | No
     down[(batch.down.size,)](scratch, *integers, loaded.down, table, out, look_up, *batch.tiles.down, num_warps=WARPS)
 
 
-def lay_out(wanted: Sequence[ragged.Wanted]) -> ragged.Batch:
+def lay_out(wanted: Sequence[ragged.Wanted]) -> ragged.RaggedBatch:
     """ragged.lay_out for this kernel's tiles."""
     return ragged.lay_out(wanted, INTERPRETED if interpreted() else TILES)
 

@@ -39,7 +39,7 @@ Integers = tuple[Shape, Sequence[int] | Repeated]  # a tensor of integers: its d
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ImageView:
     """One resized copy of an image, cut into tiles row by row: resized to `size`, put at (top, left) on a canvas of one color."""
 
     size: Size
@@ -75,7 +75,7 @@ class Geometry:
     grid_w: int = 0
     tokens: int = 0
     crop: tuple[int, int, int, int] | None = None
-    views: tuple[View, ...] = ()
+    views: tuple[ImageView, ...] = ()
     original: Size = (0, 0)
 
     @property

@@ -84,7 +84,7 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RaggedBatch:
     """Descriptors and tables, where each program of the two launches finds its image, and what memory the batch takes."""
 
     descriptors: NDArray[np.int64]  # (images, FIELDS)
@@ -108,7 +108,7 @@ class Batch:
         return self.memory(item) + self.scratch_bytes
 
 
-def lay_out(wanted: Sequence[Wanted], tiles: Tiles) -> Batch:
+def lay_out(wanted: Sequence[Wanted], tiles: Tiles) -> RaggedBatch:
     """The batch's integers. Raises ValueError for sizes that cannot be."""
     tables = _Tables()
     descriptors = np.zeros((len(wanted), FIELDS), np.int64)
@@ -136,7 +136,7 @@ def lay_out(wanted: Sequence[Wanted], tiles: Tiles) -> Batch:
         values += _up(image.values, ALIGN)
     numbers = np.arange(len(wanted), dtype=np.int32)
     owners = [np.repeat(numbers, count) for count in programs]
-    return Batch(
+    return RaggedBatch(
         descriptors, tables.joined(), owners[0], owners[1], tuple(sources), source + SLACK, scratch + SLACK, tuple(outs), values,
         tiles,
     )  # fmt: skip

@@ -118,9 +118,9 @@ def run_command(config: str | None, **flags: str | None) -> int:
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     logs.setup(chosen.log_level)
-    from sidecar.launch import process_tree as tree  # here, so that `sidecar probe` starts quickly
+    from sidecar.launch import process_tree  # here, so that `sidecar probe` starts quickly
 
-    return tree.main(chosen, coded)
+    return process_tree.main(chosen, coded)
 
 
 @cli.command("probe")
@@ -148,9 +148,9 @@ def doctor_command(as_json: bool, config: str | None, **flags: str | None) -> in
 @click.option("--listen-fd", type=int, required=True)
 def image_command(listen_fd: int) -> int:
     """The image server; started by `run`, which writes the settings to its standard input."""
-    from sidecar.images.worker import fork_server as server
+    from sidecar.images.worker import fork_server
 
-    return server.main(listen_fd, sys.stdin.readline())
+    return fork_server.main(listen_fd, sys.stdin.readline())
 
 
 def _ungrouped(life: Callable[[], int]) -> int:

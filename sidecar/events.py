@@ -23,7 +23,7 @@ STATES: Final[tuple[State, ...]] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RequestSize:
     """One request's size in tokens. Tokens of images, audio and video are encoder outputs and also part of `uncached`.
 
     `image_squares`: the square of each image's tokens, summed over the images.
@@ -70,7 +70,7 @@ class Admitted:
     model: str
     route: str  # "chat", "completions", "embeddings", ... one of bodies.ROUTES' values
     stream: bool
-    expected: Work
+    expected: RequestSize
     max_output: int | None
     mu: float
     trace: Trace | None = None
@@ -126,7 +126,7 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
-class Imaged:
+class ImagePrepared:
     """One image was prepared, passed, or refused, for request `id` (empty for /v1/preprocess)."""
 
     id: str
@@ -140,7 +140,7 @@ class Imaged:
 
 
 @dataclass(frozen=True, slots=True)
-class Backpressure:
+class RequestBlocked:
     """An open request waits (`on`) for its client to read, or in the relay to be sent on; or it goes on again.
 
     Its silence in between is not the engine's.
@@ -152,7 +152,7 @@ class Backpressure:
 
 
 @dataclass(frozen=True, slots=True)
-class Directed:
+class EnginePauseChanged:
     """The engine took an order that stops its work on purpose (`on`), or lets it go on: silence in between is no hang.
 
     `what` is the reason code of the exemption: "engine_sleeping", "engine_paused", "engine_profiling" or "weight_update".
@@ -178,7 +178,7 @@ class Directing:
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
+class Heartbeat:
     """A relay process is alive: its own event loop lag (seconds) and open client requests. Sent once a second."""
 
     at: float
@@ -187,7 +187,7 @@ class Pulse:
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
+class RelayConnected:
     """The first record of a connection: which relay this is. What follows tells again what was open before."""
 
     at: float
@@ -197,7 +197,7 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class Listening:
+class LoadSubscribed:
     """The first and only record of a process that is no relay, and is to be sent the load that relays are sent."""
 
     at: float
@@ -205,7 +205,7 @@ class Listening:
 
 
 @dataclass(frozen=True, slots=True)
-class PageWanted:
+class MetricsPageRequested:
     """A relay was scraped and has no fresh merged metrics page."""
 
     at: float
@@ -215,7 +215,7 @@ class PageWanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class LoadReport:
     """The load as response headers, ready to send; replaced about once a second."""
 
     orca_json: str
@@ -228,7 +228,7 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class MetricsPage:
     """The merged metrics page (Prometheus text), ready to send."""
 
     at: float
@@ -236,7 +236,7 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class AbortRequests:
     """End these open requests at once: their connection to the engine closes, their client gets an error of this code."""
 
     ids: tuple[str, ...]
@@ -244,27 +244,27 @@ class End:
 
 
 @dataclass(frozen=True, slots=True)
-class Booked:
+class SettlementsAcked:
     """The control process has booked the first `count` settlements of this connection."""
 
     count: int
 
 
-Fact = (
+Event = (
     Admitted
     | FirstToken
     | Delivered
     | Settled
-    | Imaged
-    | Backpressure
-    | Directed
+    | ImagePrepared
+    | RequestBlocked
+    | EnginePauseChanged
     | Directing
-    | Pulse
-    | Joined
-    | Listening
-    | PageWanted
+    | Heartbeat
+    | RelayConnected
+    | LoadSubscribed
+    | MetricsPageRequested
 )
-Order = Published | Page | End | Booked
+Command = LoadReport | MetricsPage | AbortRequests | SettlementsAcked
 
 
 @dataclass(frozen=True, slots=True)

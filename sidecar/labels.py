@@ -18,7 +18,7 @@ def printable(text: str, max_length: int = 64) -> str:
     return "".join(c if c.isprintable() else "?" for c in cut) or NONE
 
 
-class Bounded:
+class BoundedLabels:
     """Maps each text to a label, and at most `limit` of them to labels of their own."""
 
     def __init__(self, limit: int, max_length: int = 64) -> None:

@@ -69,7 +69,7 @@ class EngineSample:
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class EngineIdentity:
     """What the engine says of itself: its model names, version and settings (`name=value`); and the GPUs that NVML sees, with the
     reasons why any of them is slowed down. Empty where unknown."""
 

@@ -207,6 +207,7 @@ class Settings:
 # What became of settings that once existed, of any command; the error names it and adds this sentence.
 REMOVED: Final = {
     "client-stall-seconds": "it is fixed at 600",
+    "images-decode": "JPEGs are always decoded at their full size, because only that is exact",
     "image-max-count": "it is fixed at 16 images of one request",
     "image-queue": "it is fixed at 64 images that wait for a worker, per relay process",
     "image-seconds": "it is fixed at 10",

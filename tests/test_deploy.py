@@ -19,10 +19,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.events import OUTCOMES, STATES
-from sidecar.health.kill_policy import HANDOVERS
-from sidecar.report import load_json as load
+from sidecar.health.kill_policy import ESCALATIONS
+from sidecar.report import load_json
 from sidecar.report.metrics import METRICS
-from sidecar.report.prometheus import Pages
+from sidecar.report.prometheus import MetricsPages
 from sidecar.settings import Settings, spelled
 from sidecar.tools.cel import CelSettings
 from sidecar.tools.manifests.settings import ManifestSettings
@@ -64,7 +64,7 @@ TARGET = {"job", "instance", "namespace", "pod", "le"}
 VALUES: dict[tuple[str, str], Iterable[str]] = {
     ("", "outcome"): OUTCOMES,
     ("", "verdict"): STATES,
-    ("sidecar_handover", "reason"): HANDOVERS,
+    ("sidecar_handover", "reason"): ESCALATIONS,
 }
 ENGINE_FLAGS = {"--host", "--port", "--enable-prompt-tokens-details"}
 
@@ -193,7 +193,7 @@ def test_the_path_into_load_leads_to_a_number() -> None:
     (trigger,) = documents("keda/metrics-api.yaml")[1]["spec"]["triggers"]
     path = trigger["metadata"]["valueLocation"]
     assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", path)
-    value = json.loads(json.dumps(load.render(SNAPSHOT)))
+    value = json.loads(json.dumps(load_json.render(SNAPSHOT)))
     for key in path.split("."):
         value = value[key]
     assert value == SNAPSHOT.load.utilization
@@ -220,7 +220,7 @@ def test_the_endpoint_picker_finds_what_it_is_told() -> None:
     (engine,) = plugins["core-metrics-extractor"]["parameters"]["engineConfigs"]
     (custom,) = engine["customMetrics"]
     assert custom["attributeKey"] == plugins["mu-scorer"]["parameters"]["attributeKey"]
-    families = {f.name: f for f in text_string_to_metric_families(Pages(full().registry).text())}
+    families = {f.name: f for f in text_string_to_metric_families(MetricsPages(full().registry).text())}
     assert len(families[custom["metricSpec"]].samples) == 1
     assert {s.labels["gpu"] for s in families["DCGM_FI_DEV_GPU_UTIL"].samples} == {"0"}
     (pool,) = documents("llm-d/inference-pool.yaml")

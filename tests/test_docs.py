@@ -11,11 +11,10 @@ from types import ModuleType
 import click
 import pytest
 
-from sidecar import __main__ as cli
-from sidecar import __version__
+from sidecar import __main__, __version__
 from sidecar.control.admin_api import Sources, make_app
 from sidecar.events import STATES
-from sidecar.report.live_page import Feed
+from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import METRICS
 from sidecar.settings import REMOVED, Settings, spelled
 
@@ -56,15 +55,19 @@ def test_the_diagram_has_every_verdict(generate: ModuleType) -> None:
 
 def test_readme_names_every_command() -> None:
     """A command without a word in the README does not exist for users."""
-    context = click.Context(cli.cli)
-    names = [n for n in cli.cli.list_commands(context) if not getattr(cli.cli.get_command(context, n), "hidden", False)]
+    context = click.Context(__main__.cli)
+    names = [
+        n
+        for n in __main__.cli.list_commands(context)
+        if not getattr(__main__.cli.get_command(context, n), "hidden", False)
+    ]
     assert len(names) >= 6
     assert [n for n in names if f"`sidecar {n}" not in README] == []
 
 
 def test_readme_names_every_endpoint() -> None:
     """Every route of the admin application is in the table."""
-    nothing = Sources(None, None, None, None, Feed(), None, None)  # type: ignore[arg-type]  # routes need no sources
+    nothing = Sources(None, None, None, None, PageFeed(), None, None)  # type: ignore[arg-type]  # routes need no sources
     paths = {resource.canonical for resource in make_app(nothing).router.resources()}
     assert "/livez" in paths
     assert [p for p in paths if f"`GET {p}`" not in README] == []
@@ -91,8 +94,8 @@ def test_every_flag_in_a_document_exists() -> None:
         *("--mm-processor-kwargs", "--enable-scale-out", "--no-mm-device-do-normalize"),  # vLLM
         *("--nonblocking", "--locals"),  # py-spy
     }
-    context = click.Context(cli.cli)
-    commands = [cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)]
+    context = click.Context(__main__.cli)
+    commands = [__main__.cli.get_command(context, name) for name in __main__.cli.list_commands(context)]
     known = {o for c in commands if c for p in c.params for o in p.opts} | {"--help", "--version"} | others
     for program in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").glob("*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text()))

@@ -10,8 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from sidecar import __main__ as cli
-from sidecar import settings
+from sidecar import __main__, settings
 from sidecar.errors import UsageError
 from sidecar.settings import REMOVED, Settings, load
 
@@ -58,7 +57,7 @@ def test_a_wrong_setting_is_one_line_that_names_key_expectation_and_neighbour(
 @pytest.mark.parametrize("argument", ["--restart-budget=models/llm:1", "--restart-budget-wait", "--restarts-at-once=2"])
 def test_a_removed_flag_says_what_became_of_it(command: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever command it is given to: exit code 2, and one line with the flag and what there is instead."""
-    assert cli.run([command, argument]) == 2
+    assert __main__.run([command, argument]) == 2
     name = argument.split("=")[0]
     error = capsys.readouterr().err
     assert error == f"sidecar: {name} no longer exists: {REMOVED[name[2:]]}; see docs/reference.md\n"
@@ -80,8 +79,8 @@ def test_a_removed_key_of_environment_or_file_says_what_became_of_it(name: str, 
 
 def test_what_is_removed_is_no_setting() -> None:
     """No removed name is a flag of any command, and each sentence is one line that names only flags that exist."""
-    context = click.Context(cli.cli)
-    commands = [cli.cli.get_command(context, name) for name in cli.cli.list_commands(context)]
+    context = click.Context(__main__.cli)
+    commands = [__main__.cli.get_command(context, name) for name in __main__.cli.list_commands(context)]
     current = {option for command in commands if command for p in command.params for option in p.opts}
     assert "--silence-floor" in current
     assert {f"--{name}" for name in REMOVED} & current == set()
@@ -134,11 +133,11 @@ def test_a_file_of_settings_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 def test_help_says_what_a_value_looks_like_and_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     """Choices, kinds and defaults in their unit; nobody has to guess a value and read the error."""
-    assert cli.run(["run", "--help"]) == 0
+    assert __main__.run(["run", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in ("--images auto|off|inline|shm ", "--listen HOST:PORT ", "--model DIR ", "[1024M]", "[12]"):
         assert part in text, part
-    assert cli.run(["engine", "--help"]) == 0
+    assert __main__.run(["engine", "--help"]) == 0
     assert "--fault NAME A fault that is active from the start; one of freeze, freeze_busy" in " ".join(
         capsys.readouterr().out.split()
     )
@@ -146,7 +145,7 @@ def test_help_says_what_a_value_looks_like_and_which_there_are(capsys: pytest.Ca
 
 def test_a_sidecar_that_is_told_nothing_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a command: the help as it is, on stderr, and exit code 2."""
-    assert cli.run([]) == 2
+    assert __main__.run([]) == 2
     assert "\n  run " in capsys.readouterr().err
 
 

@@ -18,14 +18,14 @@ from replay.pricing import SLO, calibrated
 from replay.requests import Request
 from replay.routing import Policy, Report, Router
 from replay.scaling import Scaler, Scaling, Signal
-from sidecar.events import Admitted, Delivered, FirstToken, Settled, Usage, Work
-from sidecar.load import cost_model as units
+from sidecar.events import Admitted, Delivered, FirstToken, RequestSize, Settled, Usage
+from sidecar.load import cost_model
 from sidecar.load.estimator import Estimator
 from sidecar.load.ledger import Ledger
-from sidecar.load.request_shape import Shape
+from sidecar.load.request_shape import RequestShape
 from sidecar.load.summary import load_of
 from sidecar.readings import Absent
-from sidecar.relay.open_requests import FLUSH
+from sidecar.relay.open_requests import EVENT_FLUSH_INTERVAL_S
 from sidecar.report import orca
 from sidecar.snapshot import Load
 
@@ -67,21 +67,21 @@ class Replica:
         self.ledger = Ledger(self.co)
         self.estimator = Estimator(self.co)
         self.report = Report()
-        self._recently = orca.Recently()
+        self._recently = orca.MovingMean()
         self.began, self.serves_at, self.gone_at = began, serves_at, math.inf
         self.draining = False
         self.flushing = False
-        self.most = units.max_mu_in_flight(self.co, SLO)
-        self._shapes: dict[str, Shape] = {}
+        self.most = cost_model.max_mu_in_flight(self.co, SLO)
+        self._shapes: dict[str, RequestShape] = {}
 
     @property
     def open(self) -> int:
         """Open requests."""
         return self.engine.open
 
-    def admit(self, s: Sequence, now: float) -> Work:
+    def admit(self, s: Sequence, now: float) -> RequestSize:
         """A request comes through the relay. Returns what it is expected to need."""
-        shape = Shape(model=MODEL, stream=True, text_bytes=s.request.text_bytes)
+        shape = RequestShape(model=MODEL, stream=True, text_bytes=s.request.text_bytes)
         estimate = self.estimator.estimate("", shape, [])
         work, s.expected_mu = estimate.work, estimate.mu
         self._shapes[s.id] = shape
@@ -145,7 +145,12 @@ class Fleet:
     """Discrete events: arrivals, ends of steps, deliveries, looks of the router, decisions of the autoscaler."""
 
     def __init__(
-        self, hardware: Many[Hardware], policy: Policy, seed: str, scaling: Scaling | None = None, flush: float = FLUSH
+        self,
+        hardware: Many[Hardware],
+        policy: Policy,
+        seed: str,
+        scaling: Scaling | None = None,
+        flush: float = EVENT_FLUSH_INTERVAL_S,
     ) -> None:
         self.replicas = [Replica(i, h, seed, 0.0, 0.0) for i, h in enumerate(hardware)]
         self.outcome = Outcome(most_replicas=len(hardware))

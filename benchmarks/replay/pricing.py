@@ -12,13 +12,12 @@ from functools import lru_cache
 
 from replay.engine import Engine, Hardware, Sequence
 from replay.requests import BLOCK, Request
-from sidecar.events import Work
-from sidecar.load import cost_model as units
-from sidecar.tools.calibrate import capacity_search as search
-from sidecar.tools.calibrate import fit
-from sidecar.tools.calibrate.checkpoint import Step
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
+from sidecar.tools.calibrate import capacity_search, fit
+from sidecar.tools.calibrate.checkpoint import SearchStep
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.shapes import MOST, Shape, plan, reference
+from sidecar.tools.calibrate.shapes import MOST, GridShape, plan, reference
 
 SLO = 10.0  # seconds, as --slo-seconds
 ROUNDS = 6
@@ -26,37 +25,39 @@ MOST_OPEN = 256
 
 
 @lru_cache
-def calibrated(hardware: Hardware) -> tuple[units.Coefficients, fit.Accuracy]:
+def calibrated(hardware: Hardware) -> tuple[cost_model.Coefficients, fit.Accuracy]:
     """The coefficients, and their errors on the shapes that were held out."""
     steps = _search(hardware)
-    open_ = search.full(steps)
+    open_ = capacity_search.full(steps)
     measured = [(shape.held_out, _measured(hardware, shape, open_)) for shape in plan(MOST, cached=True)]
     co = fit.fit([m for held_out, m in measured if not held_out])
-    held = search.held(steps, SLO) * units.mu(steps[0].work, co)
+    held = capacity_search.held(steps, SLO) * cost_model.mu(steps[0].work, co)
     co = replace(co, source="simulated", slo_seconds=SLO, mu_in_flight=held)
     return co, fit.accuracy([m for held_out, m in measured if held_out], co)
 
 
-def _measured(hardware: Hardware, shape: Shape, open_: int) -> Measured:
+def _measured(hardware: Hardware, shape: GridShape, open_: int) -> Measured:
     latencies, cached = closed_loop(hardware, shape, open_)
-    work = Work(shape.uncached + shape.cached - cached, cached, shape.output)
+    work = RequestSize(shape.uncached + shape.cached - cached, cached, shape.output)
     return Measured(work, statistics.mean(latencies) * 1000 / open_)
 
 
-def _search(hardware: Hardware) -> tuple[Step, ...]:
+def _search(hardware: Hardware) -> tuple[SearchStep, ...]:
     """More and more open requests of the reference's shape, as far as their p95 is within the SLO, and one step beyond."""
     shape, steps, count = reference(MOST), [], 1
     while count <= MOST_OPEN and (not steps or steps[-1].p95 <= SLO):
         latencies, _ = closed_loop(hardware, shape, count)
         rate = count / statistics.mean(latencies)
         steps.append(
-            Step(count, statistics.quantiles(latencies, n=20)[-1], rate, Work(shape.uncached, output=shape.output))
+            SearchStep(
+                count, statistics.quantiles(latencies, n=20)[-1], rate, RequestSize(shape.uncached, output=shape.output)
+            )
         )
         count *= 2
     return tuple(steps)
 
 
-def closed_loop(hardware: Hardware, shape: Shape, open_: int) -> tuple[list[float], int]:
+def closed_loop(hardware: Hardware, shape: GridShape, open_: int) -> tuple[list[float], int]:
     """Seconds of requests of one shape while `open_` of them are open at all times, and the cached tokens of the last."""
     engine = Engine(hardware, random.Random(f"{shape}:{open_}"))
     latencies: list[float] = []

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from sidecar.events import Delivered, Fact, FirstToken, Work
-from sidecar.load import cost_model as units
+from sidecar.events import Delivered, Event, FirstToken, RequestSize
+from sidecar.load import cost_model
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.faults import changes_of
 from sim.seqs import USER, Counters, Seq, Site, settled
@@ -28,7 +28,7 @@ class Engine:
     """One engine process. `advance` moves it and returns the relay's facts; it is fed by `submit` and `abort`."""
 
     site: Site
-    co: units.Coefficients
+    co: cost_model.Coefficients
     started: float
     how: Behaviour = field(default_factory=Behaviour)
     counters: Counters = field(default_factory=Counters)
@@ -42,7 +42,7 @@ class Engine:
     lag: float = 0.0  # seconds by which HTTP answers are late, beside what the fault says
     gauges: tuple[float, float] = (0.0, 0.0)  # running, waiting, as the core last told them
     _inbox: list[Seq] = field(default_factory=list)  # sent while the API did not answer
-    _held: list[Fact] = field(default_factory=list)
+    _held: list[Event] = field(default_factory=list)
     _late: list[Seq] = field(default_factory=list)  # canaries that ended while the API did not answer
     _victim: Seq | None = None
     _numbers: Iterator[int] = field(default_factory=itertools.count)
@@ -68,7 +68,7 @@ class Engine:
             self.fault(self.how.after_idle[1])
         if self.how.error or self.how.loading or not self.how.port_open:
             return None
-        need = units.terms(Work(prompt), self.co).before_first_token / 1000
+        need = cost_model.terms(RequestSize(prompt), self.co).before_first_token / 1000
         seq = Seq(id, prompt, limit, streams, owner, need, rank=next(self._numbers) % self.site.ranks)
         (self.waiting if self.how.answering else self._inbox).append(seq)
         if owner == USER:
@@ -96,9 +96,9 @@ class Engine:
 
     # --- what goes on inside ---
 
-    def advance(self, start: float, end: float) -> list[Fact]:
+    def advance(self, start: float, end: float) -> list[Event]:
         """Move from `start` to `end`. Returns the facts in order of time."""
-        out: list[Fact] = []
+        out: list[Event] = []
         now = start
         while now < end - 1e-9:
             dt = min(QUANTUM, end - now)
@@ -106,7 +106,7 @@ class Engine:
             self._quantum(dt, now, out)
         return out
 
-    def _quantum(self, dt: float, now: float, out: list[Fact]) -> None:
+    def _quantum(self, dt: float, now: float, out: list[Event]) -> None:
         if self.how.answering:
             self._flush(now, out)
         if not self.how.stepping or (self.how.dead_rank is not None and self.site.ranks == 1):
@@ -150,7 +150,7 @@ class Engine:
             self._victim = next((s for s in self.running if s.owner == USER), None)
         return [s for s in self.running if s is not self._victim and s.rank != self.how.dead_rank]
 
-    def _prefill(self, gpu: float, dt: float, now: float, out: list[Fact]) -> float:
+    def _prefill(self, gpu: float, dt: float, now: float, out: list[Event]) -> float:
         """Spend GPU seconds on prefills, first come first served, each first token at its own time in `dt`. Returns what is
         left for decodes."""
         movable = self._movable()
@@ -171,19 +171,19 @@ class Engine:
                 break
         return kept + left
 
-    def _first(self, seq: Seq, now: float, out: list[Fact]) -> None:
+    def _first(self, seq: Seq, now: float, out: list[Event]) -> None:
         seq.first, seq.tokens = True, 1.0
         if not seq.shadow:
             self.counters.prompt += seq.prompt
         self._output(seq, now, out)
 
-    def _decode(self, gpu: float, now: float, out: list[Fact]) -> None:
+    def _decode(self, gpu: float, now: float, out: list[Event]) -> None:
         for seq in [s for s in self._movable() if s.first]:
             most = seq.limit if self.how.last_token or seq.limit <= self.how.short else seq.limit - 1
             seq.tokens = min(max(seq.tokens, most), seq.tokens + gpu / self._speed)
             self._output(seq, now, out)
 
-    def _output(self, seq: Seq, now: float, out: list[Fact]) -> None:
+    def _output(self, seq: Seq, now: float, out: list[Event]) -> None:
         """Put out the whole tokens that are new, and end the request at its last."""
         tokens = int(seq.tokens) - seq.sent
         if tokens <= 0:
@@ -206,7 +206,7 @@ class Engine:
         elif seq.first_at is None and self.how.answering:
             seq.first_at = now
 
-    def _deliver(self, seq: Seq, tokens: int, ends: bool, now: float, out: list[Fact]) -> None:
+    def _deliver(self, seq: Seq, tokens: int, ends: bool, now: float, out: list[Event]) -> None:
         seq.pieces += 1
         if self.how.max_pieces is not None and (seq.pieces > self.how.max_pieces):
             return
@@ -216,7 +216,7 @@ class Engine:
             seq.ended_at = now if ends else None
             self.chunk_at = now
             return
-        facts: list[Fact] = []
+        facts: list[Event] = []
         if seq.streams or ends:
             if seq.first_at is None:
                 seq.first_at = now
@@ -231,12 +231,12 @@ class Engine:
         else:
             self._held.extend(facts)
 
-    def read(self, seq: Seq, now: float) -> list[Fact]:
+    def read(self, seq: Seq, now: float) -> list[Event]:
         """A client that did not read goes on: what waited for it comes at once."""
         seq.blocked = False
         if not seq.unread:
             return []
-        facts: list[Fact] = []
+        facts: list[Event] = []
         if seq.streams or seq.ended_at is not None:
             facts = [Delivered(seq.id, now, seq.unread if seq.streams else seq.sent, 4 * seq.unread)]
             if seq.first_at is None:
@@ -245,7 +245,7 @@ class Engine:
         seq.unread, seq.unread_since, seq.told = 0, None, False
         return [*facts, settled(seq, now, "ok")] if seq.ended_at is not None else facts
 
-    def _flush(self, now: float, out: list[Fact]) -> None:
+    def _flush(self, now: float, out: list[Event]) -> None:
         if self._inbox:
             self.waiting.extend(self._inbox)
             self._inbox.clear()

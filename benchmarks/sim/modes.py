@@ -12,10 +12,10 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from sidecar.events import Work
-from sidecar.load import cost_model as units
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
 from sidecar.tools.scripted_engine.hang_catalogue import MODES as CATALOGUE
-from sidecar.tools.scripted_engine.hang_catalogue import Case
+from sidecar.tools.scripted_engine.hang_catalogue import HangCase
 from sim.engine import CHUNK_SHARE
 from sim.seqs import Site
 from sim.sites import spread
@@ -44,7 +44,7 @@ class Mode:
     late: bool = False  # the hang begins when the trigger is over
 
     @property
-    def case(self) -> Case:
+    def case(self) -> HangCase:
         """What is owed, and the reasons that are right."""
         return CASES[self.number]
 
@@ -211,7 +211,7 @@ def over(w: World, mode: Mode, at: float) -> bool:
 def prefill_of(w: World) -> tuple[float, float, float]:
     """Seconds of prefill that are outstanding: by the cost model, as this site takes them, and as the sidecar expects."""
     waiting = (s for s in w.users.values() if not s.first)
-    seconds = sum(units.terms(Work(s.prompt), w.co).before_first_token for s in waiting) / 1000
+    seconds = sum(cost_model.terms(RequestSize(s.prompt), w.co).before_first_token for s in waiting) / 1000
     slow = w.site.slowness / (1.0 if w.site.starves else CHUNK_SHARE)
     return seconds, seconds * slow, w.control.progress.learned.seconds(seconds)
 

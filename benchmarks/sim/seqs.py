@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.events import Admitted, Settled, Work
-from sidecar.load import cost_model as units
+from sidecar.events import Admitted, RequestSize, Settled
+from sidecar.load import cost_model
 
 OURS, USER, FOREIGN = "ours", "user", "foreign"
 
@@ -72,10 +72,10 @@ class Counters:
     ranks: list[float] = field(default_factory=list)
 
 
-def admitted(id: str, prompt: int, limit: int, streams: bool, now: float, co: units.Coefficients) -> Admitted:
+def admitted(id: str, prompt: int, limit: int, streams: bool, now: float, co: cost_model.Coefficients) -> Admitted:
     """The fact of a request's admission, priced as the relay does without knowing its output."""
-    work = Work(prompt, output=min(limit, 256))
-    return Admitted(id, now, "t", "m", "chat", streams, work, max(limit, 256), units.mu(work, co))
+    work = RequestSize(prompt, output=min(limit, 256))
+    return Admitted(id, now, "t", "m", "chat", streams, work, max(limit, 256), cost_model.mu(work, co))
 
 
 def settled(seq: Seq, now: float, outcome: str, status: int = 200, error: str = "") -> Settled:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from sidecar.events import Work
+from sidecar.events import RequestSize
 from sidecar.health.latency_model import TOKEN_SECONDS
-from sidecar.health.progress import Limits
-from sidecar.load import cost_model as units
+from sidecar.health.progress import SilenceLimits
+from sidecar.load import cost_model
 from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM
 from sim.seqs import Site
 from sim.traces import Arrival, Trace
@@ -31,7 +31,7 @@ class Load:
     output: float
 
 
-def draw(rng: random.Random, traces: dict[str, Trace], co: units.Coefficients) -> Site:
+def draw(rng: random.Random, traces: dict[str, Trace], co: cost_model.Coefficients) -> Site:
     """A site: a trace at 2 to 60 % of what its hardware can prefill; one in six far slower than the coefficients say."""
     name = rng.choice(sorted(traces))
     load = load_of(traces[name], co)
@@ -61,10 +61,10 @@ def spread(rng: random.Random, low: float, high: float) -> float:
 
 
 @lru_cache
-def load_of(trace: Trace, co: units.Coefficients) -> Load:
+def load_of(trace: Trace, co: cost_model.Coefficients) -> Load:
     """Means over a trace."""
     n = len(trace)
-    prefill = sum(units.terms(Work(a.prompt), co).before_first_token for a in trace) / n / 1000
+    prefill = sum(cost_model.terms(RequestSize(a.prompt), co).before_first_token for a in trace) / n / 1000
     return Load(n / max(1.0, trace[-1].at), prefill, sum(a.output for a in trace) / n)
 
 
@@ -80,12 +80,12 @@ def slice_of(trace: Trace, start: float, rate: float, now: float) -> Iterator[Ar
 
 
 @lru_cache
-def prefills(trace: Trace, co: units.Coefficients) -> tuple[float, ...]:
+def prefills(trace: Trace, co: cost_model.Coefficients) -> tuple[float, ...]:
     """Seconds of prefill of each arrival, by the cost model."""
-    return tuple(units.terms(Work(a.prompt), co).before_first_token / 1000 for a in trace)
+    return tuple(cost_model.terms(RequestSize(a.prompt), co).before_first_token / 1000 for a in trace)
 
 
-def windows(trace: Trace, site: Site, co: units.Coefficients, limits: Limits) -> list[tuple[float, int]]:
+def windows(trace: Trace, site: Site, co: cost_model.Coefficients, limits: SilenceLimits) -> list[tuple[float, int]]:
     """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a kill:
     (longest silence over least allowed one, place in the trace)."""
     tail = longest_gap(Arrival(0.0, 1, longest_output(trace)), 0.0, site, co)
@@ -102,7 +102,7 @@ def longest_output(trace: Trace) -> int:
     return max(a.output for a in trace)
 
 
-def longest_gap(a: Arrival, prefill: float, site: Site, co: units.Coefficients) -> float:
+def longest_gap(a: Arrival, prefill: float, site: Site, co: cost_model.Coefficients) -> float:
     """The longest silence that an arrival can cause in this engine model, seconds.
 
     Prefills end first come, first served, and each end is progress; a decode goes on beside them, or starves until they
@@ -114,7 +114,7 @@ def longest_gap(a: Arrival, prefill: float, site: Site, co: units.Coefficients) 
     return prefill * site.slowness / CHUNK_SHARE + seen_after * token + 2 * QUANTUM
 
 
-def least_allowed(a: Arrival, prefill: float, site: Site, co: units.Coefficients, limits: Limits) -> float:
+def least_allowed(a: Arrival, prefill: float, site: Site, co: cost_model.Coefficients, limits: SilenceLimits) -> float:
     """The least silence that the production code allows while that arrival is outstanding, with nothing learned."""
     token = min(TOKEN_SECONDS, 2 * co.d * FAMILY / 1000 * site.slowness)
     whole = max(a.output, 256) * token if unseen(site) and site.streams == 0 else 0.0

@@ -20,9 +20,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from sidecar.health.latency_model import OBSERVATIONS
-from sidecar.health.progress import Limits
-from sidecar.load import cost_model as units
+from sidecar.health.latency_model import MAX_PREFILLS
+from sidecar.health.progress import SilenceLimits
+from sidecar.load import cost_model
 from sim.alarms import ALARMS, Alarm
 from sim.seqs import Site
 from sim.sites import draw, prefills, slice_of, windows
@@ -101,7 +101,9 @@ def label(alarm: Alarm) -> str:
     return f"{alarm.number}: {alarm.text}" if alarm.number else alarm.text
 
 
-def week(seed: str, traces: dict[str, Trace], co: units.Coefficients, *, only: str = "", compare: bool = True) -> Tally:
+def week(
+    seed: str, traces: dict[str, Trace], co: cost_model.Coefficients, *, only: str = "", compare: bool = True
+) -> Tally:
     """One engine-week. `only` keeps the alarms whose label begins so. Deterministic in `seed`."""
     rng = random.Random(seed)
     site = draw(rng, traces, co)
@@ -132,13 +134,13 @@ def pass_over(w: World, seconds: float, busy: bool, traces: dict[str, Trace]) ->
     """Skip calm time; users teach what as many of the site's streams as came, 64 at most, would have taught."""
     trace = prefills(traces[w.site.trace], w.co)
     came = seconds * w.site.rate * len(trace) / (traces[w.site.trace][-1].at + 1.0) * w.site.streams
-    w.skip(seconds, busy, w.rng.choices(trace, k=min(OBSERVATIONS, int(came))))
+    w.skip(seconds, busy, w.rng.choices(trace, k=min(MAX_PREFILLS, int(came))))
 
 
 def stretches(w: World, traces: dict[str, Trace], tally: Tally) -> list[Stretch]:
     """Count the week's natural windows; return what of its own traffic is run in full."""
     trace = traces[w.site.trace]
-    found = windows(trace, w.site, w.co, Limits())
+    found = windows(trace, w.site, w.co, SilenceLimits())
     tally.windows += round(len(found) * WEEK * BUSY * w.site.rate / (trace[-1].at + 1.0))
     plain = Stretch(PLAIN, w.rng.uniform(0, trace[-1].at), ORDINARY)
     if not found:

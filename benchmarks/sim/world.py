@@ -1,6 +1,6 @@
 """The production control object beside an engine model, under one simulated clock.
 
-Rules: `sidecar.control.state.Control` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
+Rules: `sidecar.control.state.ControlState` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
 0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is re-implemented here; the relay
 does what the real one does: a stalled verdict ends all its requests and refuses new ones. `skip` passes over time in which nothing
 that a verdict hangs on can happen (see weeks.py for when that is so); the only private fields it touches are the control's own clock.
@@ -12,9 +12,9 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from sidecar.control.state import TICK, Control, Readings
-from sidecar.events import Backpressure, CanaryResult, Directed, Fact, Settled
-from sidecar.load import cost_model as units
+from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.events import CanaryResult, EnginePauseChanged, Event, RequestBlocked, Settled
+from sidecar.load import cost_model
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import RelayUse
@@ -64,7 +64,7 @@ class World:
     compare: bool = True  # run the baselines, too
     relief: bool = True  # a stalled verdict ends all requests; off where the baselines are to find the same hang
     settings: Settings = field(default_factory=lambda: Settings(engine="http://engine"))
-    co: units.Coefficients = field(default_factory=units.Coefficients)
+    co: cost_model.Coefficients = field(default_factory=cost_model.Coefficients)
     now: float = 1000.0
     wall: float = WALL
     arrivals: Iterator[Arrival] | None = None
@@ -75,11 +75,11 @@ class World:
     restarted_at: float = -1e9  # the engine, last
     ticks: int = 0
     engine: Engine = field(init=False)
-    control: Control = field(init=False)
+    control: ControlState = field(init=False)
     gpu: GpuSample = HEALTHY_GPU
     rivals: Rivals = field(default_factory=Rivals)
     _next: Arrival | None = None
-    _facts: list[Fact] = field(default_factory=list)
+    _facts: list[Event] = field(default_factory=list)
     _reading: Reading[EngineSample] = UNREAD
     _canary: tuple[Seq, float, float] | None = None  # ours: (sequence, started, allowed)
     _requests: int = 0
@@ -98,7 +98,7 @@ class World:
 
     def run(self, seconds: float) -> None:
         """Live through `seconds`, tick by tick."""
-        for _ in range(round(seconds / TICK)):
+        for _ in range(round(seconds / TICK_S)):
             self.tick()
 
     def traffic(self, arrivals: Iterator[Arrival] | None) -> None:
@@ -132,12 +132,12 @@ class World:
     def read(self, seq: Seq) -> None:
         """It reads again: what waited comes at once."""
         if seq.told:
-            self._facts.append(Backpressure(seq.id, self.now, on=False))
+            self._facts.append(RequestBlocked(seq.id, self.now, on=False))
         self._keep(self.engine.read(seq, self.now))
 
     def direct(self, what: str, on: bool) -> None:
         """The relay saw an order that stops the engine on purpose, or lets it go on."""
-        self._facts.append(Directed(self.now, what, on))
+        self._facts.append(EnginePauseChanged(self.now, what, on))
 
     def xid(self, number: int) -> None:
         """The driver reports an error of the GPU."""
@@ -155,7 +155,7 @@ class World:
 
     def pause(self, seconds: float) -> None:
         """The control process is stopped; engine and relay go on."""
-        for _ in range(round(seconds / TICK)):
+        for _ in range(round(seconds / TICK_S)):
             self._live()
 
     def restart_engine(self, closed: float) -> None:
@@ -183,7 +183,7 @@ class World:
     def new_control(self, *, remembers: bool = False) -> None:
         """The control process starts anew; `remembers`: it finds the memory of the one before in its state directory."""
         kept = self.control.keep() if remembers else None
-        self.control = Control(self.settings, self.co, self.now, self.wall + self.now)
+        self.control = ControlState(self.settings, self.co, self.now, self.wall + self.now)
         self._canary = None
         if kept is not None:
             self.control.restore(kept, self.now, same=True)
@@ -267,7 +267,7 @@ class World:
             self.rivals.poll(self.engine, self._reading, len(self.users), self.now)
 
     def _live(self) -> None:
-        start, self.now = self.now, self.now + TICK
+        start, self.now = self.now, self.now + TICK_S
         self._keep(self.engine.advance(start, self.now))
         while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
             self.request(self._next.prompt, self._next.output, self.streams())
@@ -278,11 +278,11 @@ class World:
         for seq in self.users.values():
             if seq.unread_since is not None and not seq.told and self.now - seq.unread_since >= WRITE_BLOCKS:
                 seq.told = True
-                self._facts.append(Backpressure(seq.id, self.now, on=True))
+                self._facts.append(RequestBlocked(seq.id, self.now, on=True))
         if not self.blind:
             self._pulse_at = self.now
 
-    def _keep(self, facts: list[Fact]) -> None:
+    def _keep(self, facts: list[Event]) -> None:
         for fact in facts:
             if isinstance(fact, Settled):
                 self.users.pop(fact.id, None)
@@ -303,14 +303,14 @@ class World:
         if self.blind:
             return
         for fact in self._facts:
-            self.control.fact(0, fact)
+            self.control.on_event(0, fact)
         self._facts.clear()
 
     def _read(self) -> None:
         if self.ticks % 2 == 0:
             self._reading = sample(self.engine, self.now, self.wall)
         how = self.engine.how
-        self._unanswered = 0.0 if how.answering and not self._waits() else self._unanswered + TICK
+        self._unanswered = 0.0 if how.answering and not self._waits() else self._unanswered + TICK_S
         closed = not how.port_open
         self._refused = (self._refused or self.now) if closed else None
 
@@ -318,14 +318,14 @@ class World:
         """HTTP is served behind inference, one request at a time."""
         return self.engine.how.serial and bool(self.engine.running or self.engine.waiting)
 
-    def _readings(self) -> Readings:
+    def _readings(self) -> TickReadings:
         relay = RelayUse(0, 1, 0, len(self.users), 0.0, self.now - self._pulse_at)
         how = self.engine.how
         unanswered = self._unanswered >= ANSWER and how.port_open
         told = self.site.tells_rest and how.answering
         resting = "engine_paused" if how.paused and told else "engine_sleeping" if how.sleeping and told else ""
         gpus = Value((self.gpu,), self.now)
-        return Readings(self._reading, gpus, NONE, (relay,), self._refused, "vllm", unanswered, resting)
+        return TickReadings(self._reading, gpus, NONE, (relay,), self._refused, "vllm", unanswered, resting)
 
     def _send_canary(self, allowed: float) -> None:
         self.control.canary_sent(self.now)

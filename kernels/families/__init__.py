@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.kernels.families import counted, patched, split, tiled, whole
+from sidecar.kernels.families import any_resolution, idefics3, phi4, single_view, variable_patches
 from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import BICUBIC, BILINEAR, ProcessorSpec
 
@@ -20,40 +20,43 @@ Reader = Callable[[Config, Config], ProcessorSpec]
 
 # Class name in the file (its "Fast" form of transformers 4 is the same processor) -> how to read it.
 FAMILIES: Final[Mapping[str, Reader]] = {
-    "Qwen2VLImageProcessor": whole.qwen,  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and others: one processor, other numbers
-    "Qwen2_5_VLImageProcessor": whole.qwen,
-    "Qwen3VLImageProcessor": whole.qwen,
-    "Glm4vImageProcessor": whole.glm,
-    "CLIPImageProcessor": whole.cropped,  # LLaVA-1.5
-    "LlavaImageProcessor": whole.cropped,
-    "SiglipImageProcessor": whole.fixed(BICUBIC),
-    "Gemma3ImageProcessor": whole.fixed(BILINEAR),
-    "PixtralImageProcessor": whole.pixtral,  # Mistral 3 and others
-    "Idefics3ImageProcessor": split.idefics,
-    "SmolVLMImageProcessor": split.idefics,
-    "GotOcr2ImageProcessor": tiled.intern_vl,  # InternVL 3 and 3.5, Aya Vision, GOT-OCR 2
-    "LlavaNextImageProcessor": tiled.llava_next,
-    "LlavaOnevisionImageProcessor": tiled.llava_one_vision,
-    "Llama4ImageProcessor": tiled.llama_4,
-    "Gemma4ImageProcessor": patched.gemma,
-    "Gemma4UnifiedImageProcessor": patched.gemma_unified,
-    "Kimi_K25ImageProcessor": patched.kimi,
-    "MiniCPMV4_6ImageProcessor": patched.minicpm,
-    "Phi4MultimodalImageProcessor": counted.phi_4,
+    "Qwen2VLImageProcessor": single_view.qwen,  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and others: one processor, other numbers
+    "Qwen2_5_VLImageProcessor": single_view.qwen,
+    "Qwen3VLImageProcessor": single_view.qwen,
+    "Glm4vImageProcessor": single_view.glm,
+    "CLIPImageProcessor": single_view.cropped,  # LLaVA-1.5
+    "LlavaImageProcessor": single_view.cropped,
+    "SiglipImageProcessor": single_view.fixed(BICUBIC),
+    "Gemma3ImageProcessor": single_view.fixed(BILINEAR),
+    "PixtralImageProcessor": single_view.pixtral,  # Mistral 3 and others
+    "Idefics3ImageProcessor": idefics3.idefics,
+    "SmolVLMImageProcessor": idefics3.idefics,
+    "GotOcr2ImageProcessor": any_resolution.intern_vl,  # InternVL 3 and 3.5, Aya Vision, GOT-OCR 2
+    "LlavaNextImageProcessor": any_resolution.llava_next,
+    "LlavaOnevisionImageProcessor": any_resolution.llava_one_vision,
+    "Llama4ImageProcessor": any_resolution.llama_4,
+    "Gemma4ImageProcessor": variable_patches.gemma,
+    "Gemma4UnifiedImageProcessor": variable_patches.gemma_unified,
+    "Kimi_K25ImageProcessor": variable_patches.kimi,
+    "MiniCPMV4_6ImageProcessor": variable_patches.minicpm,
+    "Phi4MultimodalImageProcessor": phi4.phi_4,
 }
 CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
-    "Smart": whole.Smart,
-    "Fixed": whole.Fixed,
-    "Cropped": whole.Cropped,
-    "Longest": whole.Longest,
-    "Split": split.Split,
-    "Closest": tiled.Closest,
-    "AnyResolution": tiled.AnyResolution,
-    "BestFit": tiled.BestFit,
-    "Budget": patched.Budget,
-    "Shrunk": patched.Shrunk,
-    "Sliced": patched.Sliced,
-    "Crops": counted.Crops,
+    cls.__name__: cls
+    for cls in (
+        single_view.Qwen2VLSpec,
+        single_view.SiglipSpec,
+        single_view.ClipSpec,
+        single_view.PixtralSpec,
+        idefics3.Idefics3Spec,
+        any_resolution.InternVLSpec,
+        any_resolution.AnyResolutionSpec,
+        any_resolution.Llama4Spec,
+        variable_patches.Gemma4Spec,
+        variable_patches.KimiSpec,
+        variable_patches.MiniCPMSpec,
+        phi4.Phi4Spec,
+    )
 }
 
 

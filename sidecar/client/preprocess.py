@@ -44,9 +44,9 @@ DTYPES: Final[Mapping[str, str]] = {
 SEGMENT: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
 LENGTH: Final = struct.Struct("<Q")
 MAX_HEAD: Final = 4 << 20  # bytes of JSON before the tensors, or instead of them
-MAX_BYTES: Final = 2 << 30
+MAX_ANSWER_BYTES: Final = 2 << 30
 READ_BUFFER: Final = 1 << 20
-SECONDS: Final = 60.0
+REQUEST_TIMEOUT_S: Final = 60.0
 
 
 class PreprocessError(Exception):
@@ -85,7 +85,12 @@ class Client:
     """One sidecar's relay at `url`. `shm_dir` is its /dev/shm as this process sees it; an answer of over `max_bytes` is refused."""
 
     def __init__(
-        self, url: str, *, shm_dir: str = "/dev/shm", seconds: float = SECONDS, max_bytes: int = MAX_BYTES
+        self,
+        url: str,
+        *,
+        shm_dir: str = "/dev/shm",
+        seconds: float = REQUEST_TIMEOUT_S,
+        max_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
         self._url = url.rstrip("/") + "/v1/preprocess"
         self._shm_dir = Path(shm_dir)

@@ -15,13 +15,10 @@ from aiohttp import web
 
 from sidecar.control.diagnosis import Diagnoses
 from sidecar.health import probes
-from sidecar.load.coefficient_monitor import Upkeep
+from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
-from sidecar.report import cost_json as cost
-from sidecar.report import diagnosis_page
-from sidecar.report import live_page as page
-from sidecar.report import load_json as load
-from sidecar.report.prometheus import Pages
+from sidecar.report import cost_json, diagnosis_page, live_page, load_json
+from sidecar.report.prometheus import MetricsPages
 from sidecar.snapshot import Snapshot
 
 
@@ -29,13 +26,13 @@ from sidecar.snapshot import Snapshot
 class Sources:
     """Where the answers come from. Each call returns at once. `health` gives (well, details) of the sidecar itself."""
 
-    stand: Callable[[], probes.Stand]
+    stand: Callable[[], probes.ProbeState]
     snapshot: Callable[[], Snapshot]
     health: Callable[[], tuple[bool, dict[str, Any]]]
-    pages: Pages
-    feed: page.Feed
+    pages: MetricsPages
+    feed: live_page.PageFeed
     diagnoses: Diagnoses
-    upkeep: Upkeep
+    upkeep: CoefficientMonitor
 
 
 def make_app(sources: Sources) -> web.Application:
@@ -49,11 +46,13 @@ def make_app(sources: Sources) -> web.Application:
     app.router.add_get("/cost", _cost(sources))
     app.router.add_get("/coefficients", _file(lambda: sources.upkeep.co))
     app.router.add_get("/coefficients/shadow", _file(lambda: sources.upkeep.shadow()))
-    app.router.add_get("/verdicts", _json(lambda: {"verdicts": [probes.told(v) for v in sources.snapshot().changes]}))
+    app.router.add_get(
+        "/verdicts", _json(lambda: {"verdicts": [probes.verdict_json(v) for v in sources.snapshot().changes]})
+    )
     app.router.add_get("/diagnoses", _json(lambda: {"diagnoses": _diagnoses(sources.diagnoses)}))
     app.router.add_get("/diagnoses/{id}", _diagnosis(sources.diagnoses))
     app.router.add_get("/metrics", _metrics(sources.pages))
-    app.router.add_get("/", page.index)
+    app.router.add_get("/", live_page.index)
     app.router.add_get("/events", sources.feed.events)
     return app
 
@@ -87,7 +86,7 @@ def _json(content: Callable[[], Any]) -> Handler:
 
 def _load(sources: Sources) -> Handler:
     async def handle(request: web.Request) -> web.Response:
-        return _answer(load.render(sources.snapshot(), request.query.get("unit", "")))
+        return _answer(load_json.render(sources.snapshot(), request.query.get("unit", "")))
 
     return handle
 
@@ -95,7 +94,7 @@ def _load(sources: Sources) -> Handler:
 def _cost(sources: Sources) -> Handler:
     async def handle(request: web.Request) -> web.Response:
         try:
-            return _answer(cost.render(request.query, sources.upkeep.co))
+            return _answer(cost_json.render(request.query, sources.upkeep.co))
         except ValueError as e:
             return _answer({"error": str(e)}, 400)
 
@@ -122,7 +121,7 @@ def _health(sources: Sources) -> Handler:
     return handle
 
 
-def _metrics(pages: Pages) -> Handler:
+def _metrics(pages: MetricsPages) -> Handler:
     async def handle(request: web.Request) -> web.Response:
         body, content_type = pages.render(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})

@@ -13,14 +13,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final
 
-PLACES: Final = 50  # different errors that are logged
+MAX_TASKS: Final = 50  # different errors that are logged
 
 _log = logging.getLogger(__name__)
 
 Broken = Callable[[str], None]  # takes what broke, as a code: "TypeError", "cancelled"
 
 
-class Errands:
+class BackgroundTasks:
     """The tasks of one process. `start` returns at once; `close` ends and awaits them."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Errands:
 
     def _report(self, name: str, what: str, place: str, broken: Broken | None) -> None:
         line = f"{name} broke unexpectedly: {what} at {place}"
-        if line not in self._logged and len(self._logged) < PLACES:
+        if line not in self._logged and len(self._logged) < MAX_TASKS:
             self._logged.add(line)
             _log.error("%s (logged once)", line)
         if broken is not None:

@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
-from sidecar.events import CanaryResult, Work
-from sidecar.load import cost_model as units
+from sidecar.events import CanaryResult, RequestSize
+from sidecar.load import cost_model
 from sidecar.snapshot import CanaryUse
 
 BASE: Final = 8  # canaries before a majority is believed
@@ -28,7 +28,7 @@ GARBAGE: Final = (
 
 
 @dataclass(slots=True)
-class Sameness:
+class GarbageDetector:
     """The answers of one engine process, as short hashes. `garbage`: the last STRIKES differ from what it always said."""
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -68,20 +68,20 @@ class Sameness:
 
 
 @dataclass(slots=True)
-class Canaries:
+class CanaryStats:
     """The canaries that passed since our start: never counted as a tenant's work, so counted here."""
 
-    co: units.Coefficients
+    co: cost_model.Coefficients
     count: int = 0
     mu: float = 0.0
     tokens: int = 0
-    sameness: Sameness = field(default_factory=Sameness)
+    sameness: GarbageDetector = field(default_factory=GarbageDetector)
 
     def passed(self, result: CanaryResult) -> bool:
         """Book one. Returns True when its answer makes it garbage."""
         output = 1 if result.digest else 0  # an embedding has no output tokens
         self.count += 1
-        self.mu += units.mu(Work(uncached=result.prompt_tokens, output=output), self.co)
+        self.mu += cost_model.mu(RequestSize(uncached=result.prompt_tokens, output=output), self.co)
         self.tokens += result.prompt_tokens + output
         return self.sameness.heard(result.digest)
 

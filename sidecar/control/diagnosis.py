@@ -17,13 +17,13 @@ from typing import Any, Final
 
 from sidecar.control.state_dir import StateDir
 from sidecar.events import DiagnosisSummary
-from sidecar.load.ledger import Hold
-from sidecar.signals.process_examiner import Examiner
+from sidecar.load.ledger import AdmissionHold
+from sidecar.signals.process_examiner import ProcessExaminer
 from sidecar.snapshot import Snapshot
 
 FOLDER: Final = "diagnoses"
-KEPT: Final = 10
-MAX_BYTES: Final = 2 << 20  # of one bundle
+MAX_BUNDLES: Final = 10
+MAX_BUNDLE_BYTES: Final = 2 << 20  # of one bundle
 MAX_PAGE: Final = 512 * 1024  # bytes of the engine's metrics page
 MAX_REQUESTS: Final = 200
 _ID = re.compile(r"\d{8}T\d{6}-[a-z_]{1,40}")
@@ -31,7 +31,7 @@ _ID = re.compile(r"\d{8}T\d{6}-[a-z_]{1,40}")
 _log = logging.getLogger(__name__)
 
 
-async def diagnose(store: Diagnoses, examiner: Examiner, content: dict[str, Any], id: str) -> None:
+async def diagnose(store: Diagnoses, examiner: ProcessExaminer, content: dict[str, Any], id: str) -> None:
     """Write what is known now, then examine the engine's processes and write what that adds. Never raises OSError."""
     taken: DiagnosisSummary | None = None
 
@@ -48,7 +48,7 @@ async def diagnose(store: Diagnoses, examiner: Examiner, content: dict[str, Any]
         _log.warning("diagnosis %s taken (%d bytes): %s", taken.id, taken.bytes, taken.summary)
 
 
-def bundle(snapshot: Snapshot, holds: list[Hold], page: tuple[float, str] | None) -> dict[str, Any]:
+def bundle(snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, str] | None) -> dict[str, Any]:
     """What a bundle says before the engine's processes were looked at. `page`: (age in seconds, text) of its last metrics page."""
     verdict = snapshot.verdict
     return {
@@ -93,9 +93,9 @@ class Diagnoses:
         size = self._state.replace(f"{FOLDER}/{id}.json", fitting(content))
         summary = DiagnosisSummary(id, content["at"], content["reason"], size, content["summary"])
         self._kept = [*(kept for kept in self._kept if kept.id != id), summary]
-        for old in self._kept[:-KEPT]:
+        for old in self._kept[:-MAX_BUNDLES]:
             (self._folder / f"{old.id}.json").unlink(missing_ok=True)
-        self._kept = self._kept[-KEPT:]
+        self._kept = self._kept[-MAX_BUNDLES:]
         return summary
 
     def read(self, id: str) -> bytes | None:
@@ -112,13 +112,13 @@ def fitting(content: dict[str, Any]) -> dict[str, Any]:
     """The bundle within MAX_BYTES: the engine's page goes first, then the stacks, and both say so."""
     left_out = {"failed": "left out: the bundle would be too large"}
     for part in ("engine_metrics", "processes"):
-        if len(json.dumps(content)) <= MAX_BYTES:
+        if len(json.dumps(content)) <= MAX_BUNDLE_BYTES:
             break
         content = content | {part: left_out}
     return content
 
 
-def _shape(hold: Hold, now: float) -> dict[str, Any]:
+def _shape(hold: AdmissionHold, now: float) -> dict[str, Any]:
     """An outstanding request in numbers."""
     a = hold.admitted
     return {

@@ -14,29 +14,39 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.control import saved_state as memory
-from sidecar.control.background_tasks import Errands
+from sidecar.control import saved_state
+from sidecar.control.background_tasks import BackgroundTasks
 from sidecar.control.canary_stats import GARBAGE
 from sidecar.control.diagnosis import MAX_PAGE, Diagnoses, bundle, diagnose
 from sidecar.control.relay_pool import RelayPool
-from sidecar.control.state import TICK, Control, Readings
+from sidecar.control.state import TICK_S, ControlState, TickReadings
 from sidecar.control.state_dir import StateDir
-from sidecar.control.state_store import EVERY, RESUME, Keeping
-from sidecar.events import Admitted, CanaryResult, End, Fact, FirstToken, Imaged, Page, PageWanted, Published
+from sidecar.control.state_store import RESUME, SAVE_EVERY_TICKS, StateStore
+from sidecar.events import (
+    AbortRequests,
+    Admitted,
+    CanaryResult,
+    Event,
+    FirstToken,
+    ImagePrepared,
+    LoadReport,
+    MetricsPage,
+    MetricsPageRequested,
+)
 from sidecar.health import probes, reasons
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.ledger import Settlement
 from sidecar.report import orca
-from sidecar.report.live_page import Feed
-from sidecar.report.metrics import Meters
-from sidecar.report.prometheus import Pages, merged
+from sidecar.report.live_page import PageFeed
+from sidecar.report.metrics import Metrics
+from sidecar.report.prometheus import MetricsPages, merged
 from sidecar.report.tracing import Tracing
-from sidecar.report.usage_store import Records
-from sidecar.signals import own_process as process
-from sidecar.signals.engine_monitor import Contact
+from sidecar.report.usage_store import UsageStore
+from sidecar.signals import own_process
+from sidecar.signals.engine_monitor import EngineMonitor
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.port import PortSignal
-from sidecar.signals.process_examiner import Examiner
+from sidecar.signals.process_examiner import ProcessExaminer
 
 PORT_CALM, PORT_CLOSE = 1.0, 0.1  # seconds between looks at the engine's port
 PUBLISH_EVERY = 2  # ticks between what goes to relays, page and files: once a second
@@ -48,38 +58,38 @@ _log = logging.getLogger(__name__)
 class Signals:
     """Where readings come from."""
 
-    contact: Contact
+    contact: EngineMonitor
     port: PortSignal
     gpus: GpuSignal
-    examiner: Examiner
+    examiner: ProcessExaminer
 
 
 @dataclass(frozen=True, slots=True)
 class Sinks:
     """Where records and snapshots go."""
 
-    meters: Meters
-    pages: Pages
-    feed: Feed
+    meters: Metrics
+    pages: MetricsPages
+    feed: PageFeed
     diagnoses: Diagnoses
     state: StateDir
     tracing: Tracing
-    keeping: Keeping
-    records: Records | None = None
+    keeping: StateStore
+    records: UsageStore | None = None
 
 
-class Ticker:
+class ControlLoop:
     """Feeds the Control with facts and readings, and acts on what it says."""
 
-    def __init__(self, control: Control, signals: Signals, sinks: Sinks, dollars_per_gpu_hour: float) -> None:
+    def __init__(self, control: ControlState, signals: Signals, sinks: Sinks, dollars_per_gpu_hour: float) -> None:
         self.control = control
         self._signals = signals
         self.sinks = sinks
         self._dollars_per_mu = dollars_per_gpu_hour / 3_600_000 * control.unit_ms
         self._pool: RelayPool | None = None
-        self._errands = Errands()
+        self._errands = BackgroundTasks()
         self._ticks = 0
-        self._recently = orca.Recently()
+        self._recently = orca.MovingMean()
         self.ticked_at = time.monotonic()
         self.snapshot = self.control.tick(self._readings(self.ticked_at), self.ticked_at, time.time())
 
@@ -94,24 +104,24 @@ class Ticker:
         try:
             while True:
                 self._tick()
-                due = max(due + TICK, loop.time())
+                due = max(due + TICK_S, loop.time())
                 await asyncio.sleep(due - loop.time())
         finally:
             await self._errands.close()
             await self._record(time.time())
 
-    def stand(self) -> probes.Stand:
+    def stand(self) -> probes.ProbeState:
         """What probes render."""
         c = self.control
-        return probes.Stand(
+        return probes.ProbeState(
             c.verdict, c.memory.startup_done, c.draining, held=c.fleet.hold is not None, doubtful=c.doubtful
         )
 
     # --- facts ---
 
-    def on_fact(self, relay: int, fact: Fact) -> None:
+    def on_event(self, relay: int, fact: Event) -> None:
         """A record of a relay."""
-        settlement = self.control.fact(relay, fact)
+        settlement = self.control.on_event(relay, fact)
         if settlement is not None:
             self._settled(settlement)
         match fact:
@@ -119,10 +129,10 @@ class Ticker:
                 self.sinks.tracing.admitted(fact)
             case FirstToken():
                 self.sinks.tracing.first_token(fact)
-            case Imaged():
+            case ImagePrepared():
                 self.sinks.meters.observe(fact)
                 self.sinks.tracing.imaged(fact)
-            case PageWanted():
+            case MetricsPageRequested():
                 self._send_page(relay)
             case _:
                 pass
@@ -134,7 +144,7 @@ class Ticker:
 
     def _settled(self, s: Settlement) -> None:
         a, e = s.admitted, s.settled
-        self.sinks.tracing.settled(e, s.mu, lambda: units.by_cause(s.work, self.control.upkeep.co) if s.mu else ())
+        self.sinks.tracing.settled(e, s.mu, lambda: cost_model.by_cause(s.work, self.control.upkeep.co) if s.mu else ())
         decoding = e.at - e.first_at if e.first_at is not None and s.delivered > 1 else None
         self.sinks.meters.settled(
             s.tenant, s.model, e.outcome, mu=s.mu, seconds=e.at - a.at,
@@ -149,7 +159,7 @@ class Ticker:
     def _send_page(self, relay: int) -> None:
         if self._pool is not None:
             text = merged(self._signals.contact.page(), self.sinks.pages.text())
-            self._pool.order(Page(time.monotonic(), text), relay)
+            self._pool.order(MetricsPage(time.monotonic(), text), relay)
 
     # --- ticks ---
 
@@ -165,8 +175,8 @@ class Ticker:
             self._changed(wall)
         if turned:
             self._held(counted=changed)
-        if changed or turned or self._ticks % EVERY == 0:
-            self._errands.start("memory", self._keep(memory.dump(self.control.keep(), now)))
+        if changed or turned or self._ticks % SAVE_EVERY_TICKS == 0:
+            self._errands.start("memory", self._keep(saved_state.dump(self.control.keep(), now)))
         for relay, end in self.control.take_ends():
             self._end(relay, end)
         allowed = self.control.canary_due()
@@ -175,15 +185,15 @@ class Ticker:
             self._errands.start("canary", self._canary(allowed), lambda what: self._canary_broke(now, allowed, what))
         if changed or self._ticks % PUBLISH_EVERY == 0:
             self._publish(wall)
-        if self._pool is not None and self.control.lag < TICK:
+        if self._pool is not None and self.control.lag < TICK_S:
             self._pool.check(now)
         self._ticks += 1
 
-    def _readings(self, now: float) -> Readings:
-        return Readings(
+    def _readings(self, now: float) -> TickReadings:
+        return TickReadings(
             engine=self._signals.contact.read(),
             gpus=self._signals.gpus.read(),
-            own=process.sample(os.getpid()),
+            own=own_process.sample(os.getpid()),
             relays=self._pool.use(now) if self._pool is not None else (),
             refused_since=self._signals.port.refused_since,
             engine_kind=self._signals.contact.kind_name,
@@ -195,7 +205,7 @@ class Ticker:
 
     def _changed(self, wall: float) -> None:
         verdict = self.control.verdict
-        bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.LOUD
+        bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.NOTABLE
         level = logging.WARNING if bad else logging.INFO
         _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
         self.sinks.meters.observe(verdict)
@@ -239,9 +249,9 @@ class Ticker:
         else:
             _log.warning("not killed yet (%s): %s", hold.reason, hold.detail)
 
-    def _end(self, relay: int, end: End) -> None:
+    def _end(self, relay: int, end: AbortRequests) -> None:
         """Have a relay end requests that can never end by themselves."""
-        _log.warning("ending %d request(s) of relay %d: %s", len(end.ids), relay, reasons.TEXTS[end.code])
+        _log.warning("ending %d request(s) of relay %d: %s", len(end.ids), relay, reasons.REASON_TEXTS[end.code])
         self.sinks.meters.observe(end)
         if self._pool is not None:
             self._pool.order(end, relay)
@@ -252,7 +262,7 @@ class Ticker:
             report = orca.report(load, engine, self._recently.mean(load.pressure, self.snapshot.at))
             state, kind = self.control.verdict.state, self._signals.contact.kind_name
             forms = report.json(), report.text(), state, kind, report.binary()
-            self._pool.order(Published(*forms, load.utilization, load.mu_max_in_flight))
+            self._pool.order(LoadReport(*forms, load.utilization, load.mu_max_in_flight))
         self.sinks.feed.publish(self.snapshot)
         self._errands.start("state", self._write_state(self.stand(), wall))
         self._errands.start("records", self._record(wall))
@@ -278,7 +288,7 @@ class Ticker:
             self.control.canary_ended(CanaryResult("rejected", sent, time.monotonic(), allowed, detail))
         )
 
-    async def _write_state(self, stand: probes.Stand, wall: float) -> None:
+    async def _write_state(self, stand: probes.ProbeState, wall: float) -> None:
         try:
             await asyncio.to_thread(self.sinks.state.write, stand, wall)
             if await asyncio.to_thread(self.sinks.keeping.resumed):

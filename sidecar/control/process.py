@@ -23,22 +23,22 @@ from aiohttp import web
 from sidecar import __version__
 from sidecar.control.admin_api import Sources, make_app
 from sidecar.control.diagnosis import Diagnoses
-from sidecar.control.loop import Signals, Sinks, Ticker
+from sidecar.control.loop import ControlLoop, Signals, Sinks
 from sidecar.control.relay_pool import RelayPool
-from sidecar.control.state import Control
+from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
-from sidecar.control.state_store import Keeping
-from sidecar.load import cost_model as units
-from sidecar.report.live_page import Feed
-from sidecar.report.metrics import Meters
-from sidecar.report.prometheus import Pages
+from sidecar.control.state_store import StateStore
+from sidecar.load import cost_model
+from sidecar.report.live_page import PageFeed
+from sidecar.report.metrics import Metrics
+from sidecar.report.prometheus import MetricsPages
 from sidecar.report.tracing import Tracing
-from sidecar.report.usage_store import Records
+from sidecar.report.usage_store import UsageStore
 from sidecar.settings import Settings
-from sidecar.signals.engine_monitor import Contact, open_session
+from sidecar.signals.engine_monitor import EngineMonitor, open_session
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.port import PortSignal
-from sidecar.signals.process_examiner import Examiner
+from sidecar.signals.process_examiner import ProcessExaminer
 
 TICK_LOST = 5.0  # seconds without a tick before /healthz fails
 
@@ -46,14 +46,16 @@ _log = logging.getLogger("sidecar")
 
 
 @dataclass(frozen=True, slots=True)
-class Doors:
+class ListeningSockets:
     """Listening sockets of the supervisor's: for probes and pages, and for relays that report."""
 
     admin: socket.socket
     joining: socket.socket
 
 
-async def run(chosen: Settings, co: units.Coefficients, doors: Doors, serving: Callable[[], None]) -> None:
+async def run(
+    chosen: Settings, co: cost_model.Coefficients, doors: ListeningSockets, serving: Callable[[], None]
+) -> None:
     """Serve until SIGUSR1; SIGTERM and SIGINT only withdraw readiness. `serving` is called once the admin port answers.
 
     Raises UsageError and StartError before that.
@@ -65,7 +67,7 @@ async def run(chosen: Settings, co: units.Coefficients, doors: Doors, serving: C
         session = await stack.enter_async_context(open_session())
         ticker, signals, feed = build(chosen, co, state, session, stack)
         listen(lambda: drain(ticker, chosen.drain_seconds), ended.set)
-        pool = RelayPool(chosen.workers, ticker.on_fact, ticker.on_lost)
+        pool = RelayPool(chosen.workers, ticker.on_event, ticker.on_lost)
         ticker.attach(pool)
         await serve_admin(ticker, pool, feed, doors.admin, stack)
         serving()
@@ -89,7 +91,7 @@ def listen(draining: Callable[[], None], ended: Callable[[], None]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def drain(ticker: Ticker, seconds: float) -> None:
+def drain(ticker: ControlLoop, seconds: float) -> None:
     """The relays let their streams finish; whoever sends new requests is to go elsewhere."""
     if not ticker.control.draining:
         _log.info("draining: readiness off, open streams have %.0f s", seconds)
@@ -97,28 +99,34 @@ def drain(ticker: Ticker, seconds: float) -> None:
 
 
 def build(
-    chosen: Settings, co: units.Coefficients, state: StateDir, session: aiohttp.ClientSession, stack: AsyncExitStack
-) -> tuple[Ticker, Signals, Feed]:
+    chosen: Settings,
+    co: cost_model.Coefficients,
+    state: StateDir,
+    session: aiohttp.ClientSession,
+    stack: AsyncExitStack,
+) -> tuple[ControlLoop, Signals, PageFeed]:
     """The judge with its signals and sinks."""
-    meters, feed = Meters(max_tenants=chosen.max_tenants), Feed()
+    meters, feed = Metrics(max_tenants=chosen.max_tenants), PageFeed()
     tracing = Tracing(chosen.otlp_endpoint, __version__)
     stack.push_async_callback(tracing.close)
     gpus = GpuSignal()
     gpus.start()
     stack.push_async_callback(gpus.stop)
     pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
-    signals = Signals(Contact(session, chosen), PortSignal(chosen.engine), gpus, Examiner(chosen.engine))
-    control = Control(chosen, co, time.monotonic(), time.time(), pod)
-    keeping = Keeping(state, chosen.engine, co.fingerprint)
+    signals = Signals(EngineMonitor(session, chosen), PortSignal(chosen.engine), gpus, ProcessExaminer(chosen.engine))
+    control = ControlState(chosen, co, time.monotonic(), time.time(), pod)
+    keeping = StateStore(state, chosen.engine, co.fingerprint)
     keeping.restore(control, time.monotonic())
     kept = chosen.usage_bytes
-    records = Records(state.path, control.unit_ms, chosen.usage_days, kept) if kept else None
-    sinks = Sinks(meters, Pages(meters.registry), feed, Diagnoses(state), state, tracing, keeping, records)
-    ticker = Ticker(control, signals, sinks, chosen.dollars_per_gpu_hour)
+    records = UsageStore(state.path, control.unit_ms, chosen.usage_days, kept) if kept else None
+    sinks = Sinks(meters, MetricsPages(meters.registry), feed, Diagnoses(state), state, tracing, keeping, records)
+    ticker = ControlLoop(control, signals, sinks, chosen.dollars_per_gpu_hour)
     return ticker, signals, feed
 
 
-async def serve_admin(ticker: Ticker, pool: RelayPool, feed: Feed, sock: socket.socket, stack: AsyncExitStack) -> None:
+async def serve_admin(
+    ticker: ControlLoop, pool: RelayPool, feed: PageFeed, sock: socket.socket, stack: AsyncExitStack
+) -> None:
     """The admin port, until the stack unwinds."""
 
     def health() -> tuple[bool, dict[str, Any]]:

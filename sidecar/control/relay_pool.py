@@ -16,48 +16,57 @@ import socket
 import time
 from collections.abc import Callable
 
-from sidecar.events import Booked, Fact, Joined, Listening, Order, Published, Pulse, Settled
+from sidecar.events import (
+    Command,
+    Event,
+    Heartbeat,
+    LoadReport,
+    LoadSubscribed,
+    RelayConnected,
+    Settled,
+    SettlementsAcked,
+)
 from sidecar.runtime.channel import Channel
 from sidecar.snapshot import RelayUse
 
-PULSE_LOST = 30.0  # seconds without a pulse before a relay is killed
+HEARTBEAT_LOST_S = 30.0  # seconds without a pulse before a relay is killed
 
 _log = logging.getLogger(__name__)
 
-OnFact = Callable[[int, Fact], None]
+OnEvent = Callable[[int, Event], None]
 OnLost = Callable[[int], None]
 
 
 class RelayPool:
     """The `workers` relay processes of this sidecar."""
 
-    def __init__(self, workers: int, on_fact: OnFact, on_lost: OnLost) -> None:
+    def __init__(self, workers: int, on_fact: OnEvent, on_lost: OnLost) -> None:
         self._workers = workers
         self._on_fact = on_fact
         self._on_lost = on_lost
-        self._published: Published | None = None
-        self._relays: dict[int, _Relay] = {}
-        self._listeners: set[_Relay] = set()
+        self._published: LoadReport | None = None
+        self._relays: dict[int, _RelayProcess] = {}
+        self._listeners: set[_RelayProcess] = set()
 
     async def run(self, joining: socket.socket) -> None:
         """Take the connections of relays until cancelled."""
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(
-            lambda: _Relay(self._joined, self._on_fact, self._left).channel, sock=joining
+            lambda: _RelayProcess(self._joined, self._on_fact, self._left).channel, sock=joining
         )
         async with server:
             await server.serve_forever()
 
-    def order(self, order: Order, index: int | None = None) -> None:
+    def order(self, order: Command, index: int | None = None) -> None:
         """Send an order to one relay, or to all. The last load is kept for relays that join later."""
-        if isinstance(order, Published):
+        if isinstance(order, LoadReport):
             self._published = order
         for relay in self._relays.values():
             if index in (None, relay.index):
                 relay.channel.send(order)
-                if isinstance(order, Published):
-                    relay.channel.send(Booked(relay.booked))
-        if isinstance(order, Published):
+                if isinstance(order, LoadReport):
+                    relay.channel.send(SettlementsAcked(relay.booked))
+        if isinstance(order, LoadReport):
             for listener in self._listeners:
                 listener.channel.send(order)
 
@@ -69,7 +78,7 @@ class RelayPool:
         """Kill relays without a pulse. Call it only while our own loop is well."""
         for relay in self._relays.values():
             last = max(relay.born, relay.pulse.at if relay.pulse else 0.0)
-            if now - last > PULSE_LOST:
+            if now - last > HEARTBEAT_LOST_S:
                 _log.error("relay %d (pid %d): no pulse for %.0f s; killing it", relay.index, relay.pid, now - last)
                 relay.born = now
                 with contextlib.suppress(ProcessLookupError):  # its connection is open, so the number is still its own
@@ -84,7 +93,7 @@ class RelayPool:
             return RelayUse(index, relay.pid, relay.restarts, 0, 0.0, None)
         return RelayUse(index, relay.pid, relay.restarts, pulse.open, pulse.lag, now - pulse.at)
 
-    def _joined(self, relay: _Relay) -> None:
+    def _joined(self, relay: _RelayProcess) -> None:
         if relay.index < 0:
             self._listeners.add(relay)
             if self._published is not None:
@@ -97,7 +106,7 @@ class RelayPool:
         if self._published is not None:
             relay.channel.send(self._published)
 
-    def _left(self, relay: _Relay) -> None:
+    def _left(self, relay: _RelayProcess) -> None:
         if relay.index < 0:
             self._listeners.discard(relay)
             return
@@ -105,10 +114,12 @@ class RelayPool:
         self._on_lost(relay.index)
 
 
-class _Relay:
+class _RelayProcess:
     """One relay's connection; a listener's has the index -1."""
 
-    def __init__(self, joined: Callable[[_Relay], None], on_fact: OnFact, left: Callable[[_Relay], None]) -> None:
+    def __init__(
+        self, joined: Callable[[_RelayProcess], None], on_fact: OnEvent, left: Callable[[_RelayProcess], None]
+    ) -> None:
         self.channel = Channel(self._take, self.leave)
         self._on_joined = joined
         self._on_fact = on_fact
@@ -119,7 +130,7 @@ class _Relay:
         self.restarts = 0
         self.booked = 0  # settlements
         self.born = 0.0
-        self.pulse: Pulse | None = None
+        self.pulse: Heartbeat | None = None
 
     def leave(self) -> None:
         """Its connection ended, or its successor is there."""
@@ -128,9 +139,9 @@ class _Relay:
             self._on_left(self)
         self.channel.close()
 
-    def _take(self, record: Fact | Order) -> None:
+    def _take(self, record: Event | Command) -> None:
         match record:
-            case Joined() if not self._here and self.index < 0:
+            case RelayConnected() if not self._here and self.index < 0:
                 self._here = True
                 self.index, self.pid, self.restarts, self.born = (
                     record.index,
@@ -139,13 +150,13 @@ class _Relay:
                     time.monotonic(),
                 )
                 self._on_joined(self)
-            case Listening() if not self._here:
+            case LoadSubscribed() if not self._here:
                 self._here = True
                 self.pid = record.pid
                 self._on_joined(self)
             case _ if not self._here or self.index < 0:
                 pass  # it did not say who it is, or has been replaced, or only listens
-            case Pulse():
+            case Heartbeat():
                 self.pulse = record
                 self._on_fact(self.index, record)
             case _:

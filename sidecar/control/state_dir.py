@@ -33,7 +33,7 @@ class StateDir:
                 f"--state-dir: cannot write to {path} ({e.strerror}); mount an emptyDir there, or name another directory"
             ) from None
 
-    def write(self, stand: probes.Stand, now_wall: float) -> None:
+    def write(self, stand: probes.ProbeState, now_wall: float) -> None:
         """Replace verdict.json and touch or remove `stalled`. Raises OSError."""
         stalled = self.path / STALLED  # first: it has no content, so a full disk does not silence it
         if probes.passes("live", stand):

@@ -10,21 +10,21 @@ import hashlib
 import logging
 from typing import Any, Final
 
-from sidecar.control import saved_state as memory
-from sidecar.control.saved_state import Place, Unfit
-from sidecar.control.state import Control
+from sidecar.control import saved_state
+from sidecar.control.saved_state import StateOrigin, StateRejected
+from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
-from sidecar.signals import listening_socket as listener
+from sidecar.signals import listening_socket
 
-FILE: Final = "memory.json"
+STATE_FILE: Final = "memory.json"
 RESUME: Final = "resume"  # an operator touches it: what was handed over is mended
-MAX_BYTES: Final = 256 * 1024
-EVERY: Final = 20  # ticks between two writes: 10 s
+MAX_STATE_BYTES: Final = 256 * 1024
+SAVE_EVERY_TICKS: Final = 20  # ticks between two writes: 10 s
 
 _log = logging.getLogger(__name__)
 
 
-class Keeping:
+class StateStore:
     """The memory file of one engine. All methods but `__init__` touch the disk: call them off the event loop."""
 
     def __init__(self, state: StateDir, engine: str, coefficients: str) -> None:
@@ -32,15 +32,15 @@ class Keeping:
         self._engine, self._coefficients = engine, coefficients
         self._name = hashlib.sha256(engine.encode()).hexdigest()[:16]  # an address can hold a password
 
-    def restore(self, control: Control, now: float) -> None:
+    def restore(self, control: ControlState, now: float) -> None:
         """Give the control what an earlier process of this sidecar knew, as far as it fits."""
         try:
-            raw = self._state.load(FILE, MAX_BYTES)
+            raw = self._state.load(STATE_FILE, MAX_STATE_BYTES)
             if raw is None:
                 return
-            kept, same = memory.load(raw, self._place(), now)
+            kept, same = saved_state.load(raw, self._place(), now)
         except (OSError, ValueError) as e:
-            why = str(e) if isinstance(e, Unfit) else type(e).__name__
+            why = str(e) if isinstance(e, StateRejected) else type(e).__name__
             _log.warning("what an earlier process of the sidecar learned is ignored: it is %s", why)
             return
         control.restore(kept, now, same=same)
@@ -49,7 +49,7 @@ class Keeping:
 
     def write(self, content: dict[str, Any]) -> None:
         """Replace the file. `content` is memory.dump's. Raises OSError."""
-        self._state.replace(FILE, memory.signed(content, self._place()))
+        self._state.replace(STATE_FILE, saved_state.with_origin(content, self._place()))
 
     def resumed(self) -> bool:
         """Whether an operator has touched the file `resume` since the last look; it is removed. Raises OSError."""
@@ -59,5 +59,7 @@ class Keeping:
         wish.unlink(missing_ok=True)
         return True
 
-    def _place(self) -> Place:
-        return Place(listener.boot(), self._name, self._coefficients, listener.listeners(self._engine))
+    def _place(self) -> StateOrigin:
+        return StateOrigin(
+            listening_socket.boot(), self._name, self._coefficients, listening_socket.listeners(self._engine)
+        )

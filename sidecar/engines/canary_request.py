@@ -24,7 +24,7 @@ ANSWER_BYTES: Final = 8  # of the hash that stands for an answer
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class CanaryForm:
     """One way to ask: the route, and the priority or None."""
 
     path: str
@@ -32,7 +32,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CanaryAnswer:
     """What came with status 200. `error` is the status that an error inside it names (500 where it names none), else 0.
 
     `digest` stands for the text; it is empty where there is none to compare (an embedding).
@@ -44,7 +44,7 @@ class Answer:
     digest: str = ""
 
 
-class Forms:
+class CanaryForms:
     """The forms that are left to try, the likeliest first."""
 
     def __init__(self, kind: EngineKind, priority: int | None) -> None:
@@ -53,15 +53,15 @@ class Forms:
         self._left = self._all()
         self.known = False  # one has passed
 
-    def forms(self) -> tuple[Form, ...]:
+    def forms(self) -> tuple[CanaryForm, ...]:
         """What to try now, in this order."""
         return self._left
 
-    def passed(self, form: Form) -> None:
+    def passed(self, form: CanaryForm) -> None:
         """This one is taken: nothing else is asked from now on."""
         self._left, self.known = (form,), True
 
-    def goes_on(self, form: Form, status: int) -> bool:
+    def goes_on(self, form: CanaryForm, status: int) -> bool:
         """Whether the next form may fare better than this one did. Where none is left, all are tried again next time."""
         if status not in (OTHER_FORM if form.priority is None else OTHER_PRIORITY):
             return False
@@ -70,11 +70,11 @@ class Forms:
             return False
         return True
 
-    def _all(self) -> tuple[Form, ...]:
-        return tuple(Form(path, priority) for path in self._kind.canary_paths for priority in self._priorities)
+    def _all(self) -> tuple[CanaryForm, ...]:
+        return tuple(CanaryForm(path, priority) for path in self._kind.canary_paths for priority in self._priorities)
 
 
-def body(kind: EngineKind, form: Form, model: str) -> dict[str, Any]:
+def body(kind: EngineKind, form: CanaryForm, model: str) -> dict[str, Any]:
     """The JSON body of the request for one token."""
     if form.path == EMBEDDINGS:
         return {"model": model, "input": PROMPT}
@@ -88,7 +88,7 @@ def body(kind: EngineKind, form: Form, model: str) -> dict[str, Any]:
     return {**asked, "prompt": PROMPT}
 
 
-def read(raw: bytes, path: str) -> Answer:
+def read(raw: bytes, path: str) -> CanaryAnswer:
     """What an answer says, whether it came as events or as one JSON object. Anything else holds no token."""
     token, error, prompt_tokens, text = False, 0, 0, ""
     for event in _events(raw):
@@ -102,7 +102,7 @@ def read(raw: bytes, path: str) -> Answer:
             error = error or (500 if reason in BROKEN else 0)
     digest = blake2b(text.encode("utf-8", "replace"), digest_size=ANSWER_BYTES).hexdigest()
     comparable = token and path != EMBEDDINGS
-    return Answer(token, error, prompt_tokens or PROMPT_TOKENS[path], digest if comparable else "")
+    return CanaryAnswer(token, error, prompt_tokens or PROMPT_TOKENS[path], digest if comparable else "")
 
 
 def _events(raw: bytes) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
-class Capacity:
+class KvCapacity:
     """Where the tokens of a rank's KV cache stand: the value of `name`, or a product of labels, the first of `products` that is there.
 
     Of ranks that differ the largest counts: a request is ended that exceeds it, and one that might fit must not be.
@@ -35,7 +35,7 @@ class Capacity:
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
+class KindSign:
     """A JSON object at `path` whose `key` is true while the engine rests on purpose; `means` is the reason code."""
 
     path: str
@@ -44,7 +44,7 @@ class Sign:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class KindMark:
     """A JSON object at `path` by which an engine is known: it has all of `keys`, with the value that is given, or any (None)."""
 
     path: str
@@ -66,9 +66,9 @@ class EngineKind:
     contact_path: str = "/v1/models"  # asked where there is no page: answered by the API process alone, and cheap
     page_hangs: bool = False  # the page can hang with the engine while the API answers
     awake: Series | None = None
-    capacity: Capacity | None = None
+    capacity: KvCapacity | None = None
     rank: str = ""  # the label that numbers data-parallel ranks
-    signs: tuple[Sign, ...] = ()
+    signs: tuple[KindSign, ...] = ()
     wakes: bool = False  # a request wakes it from its sleep, so it is looked at before each canary
     canary_model: str = ""  # a name that it always takes; else the first of its model list
     canary_paths: tuple[str, ...] = (COMPLETIONS, CHAT, EMBEDDINGS)
@@ -79,7 +79,7 @@ class EngineKind:
     honours_uuid: bool = False  # an image part's `uuid` is its cache key
     owner: str = ""  # `owned_by` in /v1/models
     prefix: str = ""  # of its series' names
-    marks: tuple[Mark, ...] = ()
+    marks: tuple[KindMark, ...] = ()
 
 
 def plain(**names: str) -> dict[str, tuple[Series, ...]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sidecar.engines.engine_type import EngineKind, Mark, Sign, plain
+from sidecar.engines.engine_type import EngineKind, KindMark, KindSign, plain
 
 LLAMACPP: Final = EngineKind(
     "llamacpp",
@@ -26,9 +26,9 @@ LLAMACPP: Final = EngineKind(
     ),
     contact_path="/health",
     page_hangs=True,
-    signs=(Sign("/props", "is_sleeping", "engine_sleeping"),),
+    signs=(KindSign("/props", "is_sleeping", "engine_sleeping"),),
     wakes=True,
     owner="llamacpp",
     prefix="llamacpp:",
-    marks=(Mark("/props", {"default_generation_settings": None}),),
+    marks=(KindMark("/props", {"default_generation_settings": None}),),
 )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final
 
-from sidecar.engines.engine_type import Capacity, EngineKind, Series
+from sidecar.engines.engine_type import EngineKind, KvCapacity, Series
 from sidecar.readings import EngineSample, RankSample
 
 # After the name: labels (quoted values may hold braces, commas and escaped quotes), value, and what may follow it: a
@@ -107,7 +107,7 @@ def _ranks(samples: Samples, kind: EngineKind) -> tuple[RankSample, ...]:
     return tuple(RankSample(rank, **found[rank]) for rank in sorted(found))
 
 
-def _capacity(samples: Samples, capacity: Capacity) -> float | None:
+def _capacity(samples: Samples, capacity: KvCapacity) -> float | None:
     """Tokens that the largest rank's KV cache holds; None where the page does not say, or not in numbers."""
     lines = samples.get(_stem(capacity.name), ())
     sizes = [_product(labels, capacity.products) if capacity.products else value for labels, value in lines]

@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from sidecar.engines.engine_type import EngineKind, Mark
+from sidecar.engines.engine_type import EngineKind, KindMark
 from sidecar.engines.llamacpp import LLAMACPP
 from sidecar.engines.openai import OPENAI
 from sidecar.engines.sglang import SGLANG
 from sidecar.engines.tgi import TGI
 from sidecar.engines.vllm import SCRIPTED, VLLM
-from sidecar.readings import Identity
+from sidecar.readings import EngineIdentity
 
 # The order of recognition: /version, vLLM's mark, says least, so it is looked at last.
 KINDS: Final[dict[str, EngineKind]] = {kind.name: kind for kind in (SCRIPTED, SGLANG, TGI, LLAMACPP, VLLM, OPENAI)}
@@ -44,14 +44,14 @@ def recognise(pages: Mapping[str, bytes]) -> str:
     return next(by_owner, None) or next(by_series, None) or next(by_mark, "openai")
 
 
-def identity(pages: Mapping[str, bytes]) -> Identity:
+def identity(pages: Mapping[str, bytes]) -> EngineIdentity:
     """The names of its models, its version and settings, from the bodies of /v1/models, /version and /metrics; empty where they do not say."""
     cards = _object(pages.get("/v1/models", b"")).get("data")
     names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
     version = _object(pages.get("/version", b"")).get("version")
     models = tuple(name[:NAME] for name in names[:MODELS] if isinstance(name, str))
     settings = tuple(f"{name}={value}" for name, value in flags(pages.get("/metrics", b"")).items())
-    return Identity(models, version[:NAME] if isinstance(version, str) else "", flags=settings)
+    return EngineIdentity(models, version[:NAME] if isinstance(version, str) else "", flags=settings)
 
 
 def flags(page: bytes) -> dict[str, str]:
@@ -74,7 +74,7 @@ def _has_series(page: bytes, prefix: bytes) -> bool:
     return any(page.startswith(p) or b"\n" + p in page for p in (prefix, prefix.replace(b":", b"_")))
 
 
-def _marked(body: bytes, mark: Mark) -> bool:
+def _marked(body: bytes, mark: KindMark) -> bool:
     found = _object(body)
     return all(key in found and value in (None, found[key]) for key, value in mark.keys.items())
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from sidecar.engines.engine_type import Capacity, EngineKind, Mark, Series, plain
+from sidecar.engines.engine_type import EngineKind, KindMark, KvCapacity, Series, plain
 
 FIRST: Final = 1 << 30
 
@@ -51,11 +51,13 @@ SGLANG: Final = EngineKind(
             Series("sglang:generation_tokens_total"),
         ),
     },
-    capacity=Capacity("sglang:max_total_num_tokens"),
+    capacity=KvCapacity("sglang:max_total_num_tokens"),
     rank="dp_rank",
     info_paths=("/server_info", "/get_server_info"),
     read_priority=priority,
     owner="sglang",
     prefix="sglang:",
-    marks=tuple(Mark(path, {"model_path": None, "is_generation": None}) for path in ("/model_info", "/get_model_info")),
+    marks=tuple(
+        KindMark(path, {"model_path": None, "is_generation": None}) for path in ("/model_info", "/get_model_info")
+    ),
 )

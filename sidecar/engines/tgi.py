@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sidecar.engines.engine_type import CHAT, COMPLETIONS, EngineKind, Mark, plain
+from sidecar.engines.engine_type import CHAT, COMPLETIONS, EngineKind, KindMark, plain
 
 TGI: Final = EngineKind(
     "tgi",
@@ -28,5 +28,5 @@ TGI: Final = EngineKind(
     canary_model="tgi",
     canary_paths=(COMPLETIONS, CHAT),
     prefix="tgi_",
-    marks=(Mark("/info", {"router": "text-generation-router"}),),
+    marks=(KindMark("/info", {"router": "text-generation-router"}),),
 )

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from sidecar.engines.engine_type import Capacity, EngineKind, Mark, Series, Sign, plain
+from sidecar.engines.engine_type import EngineKind, KindMark, KindSign, KvCapacity, Series, plain
 
 FIRST: Final = -(1 << 30)
 
@@ -33,14 +33,17 @@ VLLM: Final = EngineKind(
     ),
     contact_path="/version",
     awake=Series("vllm:engine_sleep_state", 'sleep_state="awake"'),
-    capacity=Capacity("vllm:cache_config_info", (("kv_cache_size_tokens",), ("num_gpu_blocks", "block_size"))),
+    capacity=KvCapacity("vllm:cache_config_info", (("kv_cache_size_tokens",), ("num_gpu_blocks", "block_size"))),
     rank="engine",
-    signs=(Sign("/is_paused", "is_paused", "engine_paused"), Sign("/is_sleeping", "is_sleeping", "engine_sleeping")),
+    signs=(
+        KindSign("/is_paused", "is_paused", "engine_paused"),
+        KindSign("/is_sleeping", "is_sleeping", "engine_sleeping"),
+    ),
     priority=FIRST,
     honours_uuid=True,
     owner="vllm",
     prefix="vllm:",
-    marks=(Mark("/version", {"version": None}),),
+    marks=(KindMark("/version", {"version": None}),),
 )
 
 SCRIPTED: Final = replace(VLLM, name="scripted", owner="scripted", prefix="", marks=())

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sidecar.events import State
-from sidecar.health.progress import Evidence, Limits
+from sidecar.health.progress import Evidence, SilenceLimits
 
-KNOWN = 3  # canaries that passed, before they say what one takes
-FLOOR = 8.0  # seconds that the canary of an idle engine always has, once some are known
-MARGIN = 5.0  # allowed over the slowest known canary
+MIN_KNOWN_CANARIES = 3  # canaries that passed, before they say what one takes
+CANARY_FLOOR_S = 8.0  # seconds that the canary of an idle engine always has, once some are known
+CANARY_MARGIN = 5.0  # allowed over the slowest known canary
 CONFIRMING = 24.0  # most seconds of the canary that confirms a suspicion over outstanding work
 IDLE = 1.75  # floors that both canaries of an idle engine have together: a kernel compiles for up to 20 s in service
 
 
 def canary_allowed(
-    state: State, e: Evidence, seen: Sequence[float], limits: Limits, blocked: float, unanswered: float
+    state: State, e: Evidence, seen: Sequence[float], limits: SilenceLimits, blocked: float, unanswered: float
 ) -> float:
     """Seconds that the next canary may take.
 
@@ -29,12 +29,12 @@ def canary_allowed(
     """
     if state == "starting":
         return limits.cap
-    least = min(limits.floor, FLOOR)
+    least = min(limits.floor, CANARY_FLOOR_S)
     if e.age is None:
         left = max(0.0, blocked - unanswered)
-        if len(seen) < KNOWN:
+        if len(seen) < MIN_KNOWN_CANARIES:
             return e.allowed - blocked + left
-        known = max(least, MARGIN * max(seen))
+        known = max(least, CANARY_MARGIN * max(seen))
         if state == "suspect":
             known = max(known, IDLE * limits.floor - known)
         return min(known + left, limits.cap)

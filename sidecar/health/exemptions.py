@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.events import Directed, Directing
+from sidecar.events import Directing, EnginePauseChanged
 
 AFTER = 1.0  # seconds after an order from which an admission counts as later
 LONG = 1.0  # seconds for which a call must be with the engine to excuse anything: one that it refuses is over by then
@@ -21,7 +21,7 @@ STOPPING = ("engine_sleeping", "engine_paused", "weight_update")  # while these 
 
 
 @dataclass(slots=True)
-class Orders:
+class Exemptions:
     """The orders that hold, by code, and since when. `calls`: those that are with the engine, by relay and its id."""
 
     longest: float
@@ -30,7 +30,7 @@ class Orders:
     relied: float = 0.0  # seconds for which nothing but calls exempted, since the engine last did anything
     _relied_at: float = 0.0
 
-    def book(self, fact: Directed) -> None:
+    def book(self, fact: EnginePauseChanged) -> None:
         """An order was taken, or its opposite."""
         if fact.on:
             self.since[fact.what] = fact.at

@@ -38,11 +38,11 @@ RECOVERY_S: Final = 600.0
 # allowed anyway.
 HEALTHY_S: Final = MAX_INTERVAL_S
 
-HEALTHY: Final = frozenset[State]({"idle", "progressing"})
-UNHEALTHY: Final = frozenset[State]({"stalled", "dead", "starting"})
+HEALTHY_STATES: Final = frozenset[State]({"idle", "progressing"})
+UNHEALTHY_STATES: Final = frozenset[State]({"stalled", "dead", "starting"})
 
 # What is handed over, and what an operator must do about it; the gravest first.
-HANDOVERS: Final[dict[str, str]] = {
+ESCALATIONS: Final[dict[str, str]] = {
     "node_needs_reboot": "the GPU fell off the bus: drain the node and reboot it",
     "gpu_needs_reset": "drain the node and reset the GPU",
     "restart_useless": "restarts do not help: read the diagnoses, then mend or replace the pod",
@@ -50,7 +50,7 @@ HANDOVERS: Final[dict[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class KillLimits:
     """The bounds, seconds. `interval` and `useless` are settings; `jitter` is this pod's own share of it."""
 
     interval: float = 300.0
@@ -62,7 +62,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class KillInputs:
     """What a tick decides on. `proof`: when the last token came or the last canary passed; None before any.
 
     `xid`: one that a restart does not heal, reported since the last tick; 0 where there was none.
@@ -76,7 +76,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class KillState:
     """What the next tick must know. `restarted_at`, `served_at` and `counted` speak of the engine since the last kill."""
 
     state: State = "starting"
@@ -97,7 +97,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class KillHold:
     """Why a stalled engine's liveness passes. `handover`: nobody but an operator will mend it."""
 
     reason: str
@@ -105,7 +105,7 @@ class Hold:
     handover: bool
 
 
-def decide(m: Memory, i: Inputs, r: Rules) -> tuple[Memory, Hold | None]:
+def decide(m: KillState, i: KillInputs, r: KillLimits) -> tuple[KillState, KillHold | None]:
     """One tick: the new memory, and what holds a kill back. None: nothing does, or the engine is not stalled."""
     m = _hand_over(_count(_see(m, i), i, r), i, r)
     if i.state != "stalled":
@@ -113,13 +113,13 @@ def decide(m: Memory, i: Inputs, r: Rules) -> tuple[Memory, Hold | None]:
     m = replace(m, state=i.state)
     reason = next((reason for reason, holds, _ in HOLDS if holds(m, i, r)), "")
     if reason:
-        return m, Hold(reason, explain(reason, m, i, r), reason in HANDOVERS)
+        return m, KillHold(reason, explain(reason, m, i, r), reason in ESCALATIONS)
     return (m if m.standing else _order(m, i.now)), None
 
 
-def rules(s: Settings, pod: str) -> Rules:
+def kill_limits(s: Settings, pod: str) -> KillLimits:
     """The bounds by the settings, for the pod of this name."""
-    return Rules(
+    return KillLimits(
         interval=s.kill_interval,
         interval_cap=max(s.kill_interval, MAX_INTERVAL_S),
         jitter=JITTER_S * share(pod),
@@ -127,7 +127,7 @@ def rules(s: Settings, pod: str) -> Rules:
     )
 
 
-def interval(kills: int, r: Rules) -> float:
+def interval(kills: int, r: KillLimits) -> float:
     """Seconds that must lie between the last of `kills` kills and the next."""
     return min(r.interval_cap, r.interval * 2.0 ** min(kills - 1, 60)) if kills else 0.0
 
@@ -141,18 +141,18 @@ def _listed(numbers: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(numbers)))
 
 
-Condition = Callable[[Memory, Inputs, Rules], bool]
+Condition = Callable[[KillState, KillInputs, KillLimits], bool]
 
 
-def _too_soon(m: Memory, i: Inputs, r: Rules) -> bool:
+def _too_soon(m: KillState, i: KillInputs, r: KillLimits) -> bool:
     return not m.standing and m.killed_at is not None and i.now - m.killed_at < interval(m.kills, r)
 
 
-def _jitter(m: Memory, i: Inputs, r: Rules) -> bool:
+def _jitter(m: KillState, i: KillInputs, r: KillLimits) -> bool:
     return not m.standing and m.stalled_at is not None and i.now - m.stalled_at < r.jitter
 
 
-BRIEF: Final = "kill_jitter"  # too short to be a reason of the verdict
+JITTER_HOLD: Final = "kill_jitter"  # too short to be a reason of the verdict
 
 # The first that holds keeps liveness passing.
 HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
@@ -164,24 +164,24 @@ HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
         "it stalled again soon after each of its last restarts",
     ),
     ("kill_interval", _too_soon, "the last kill is too recent"),
-    (BRIEF, _jitter, "its share of the jitter is not over; the verdict keeps its own reason"),
+    (JITTER_HOLD, _jitter, "its share of the jitter is not over; the verdict keeps its own reason"),
 )
 
 
-def explain(reason: str, m: Memory, i: Inputs, r: Rules) -> str:
+def explain(reason: str, m: KillState, i: KillInputs, r: KillLimits) -> str:
     """One line for an operator: why there is no kill, and what comes next."""
     ago = i.now - m.killed_at if m.killed_at is not None else 0.0
     texts = {
-        "node_needs_reboot": f"XID {m.xid}; {HANDOVERS['node_needs_reboot']}",
-        "gpu_needs_reset": f"XID {m.xid}, which a restart does not heal; {HANDOVERS['gpu_needs_reset']}",
-        "restart_useless": f"{m.useless} restarts in a row without recovery; {HANDOVERS['restart_useless']}",
+        "node_needs_reboot": f"XID {m.xid}; {ESCALATIONS['node_needs_reboot']}",
+        "gpu_needs_reset": f"XID {m.xid}, which a restart does not heal; {ESCALATIONS['gpu_needs_reset']}",
+        "restart_useless": f"{m.useless} restarts in a row without recovery; {ESCALATIONS['restart_useless']}",
         "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {interval(m.kills, r) - ago:.0f} s",
-        BRIEF: f"killed within {r.jitter:.0f} s, so that replicas do not restart at once",
+        JITTER_HOLD: f"killed within {r.jitter:.0f} s, so that replicas do not restart at once",
     }
     return texts[reason]
 
 
-def _see(m: Memory, i: Inputs) -> Memory:
+def _see(m: KillState, i: KillInputs) -> KillState:
     """What the change of state says of the last order, and of health."""
     if i.state == "starting" and m.state != "starting" and m.killed_at is not None and m.restarted_at is None:
         m = replace(m, restarted_at=i.now, standing=False)
@@ -189,15 +189,15 @@ def _see(m: Memory, i: Inputs) -> Memory:
         healthy_at = i.now if m.healthy_at is None else m.healthy_at
         served_at = i.now if m.served_at is None and m.restarted_at is not None else m.served_at
         return replace(m, healthy_at=healthy_at, served_at=served_at, standing=False)
-    return replace(m, healthy_at=None, unwell_at=i.now) if i.state in UNHEALTHY else m
+    return replace(m, healthy_at=None, unwell_at=i.now) if i.state in UNHEALTHY_STATES else m
 
 
-def _well(m: Memory, i: Inputs) -> bool:
+def _well(m: KillState, i: KillInputs) -> bool:
     """Healthy, and not merely because nobody asks: something came of it since it was last ill."""
-    return i.state in HEALTHY and i.proof is not None and i.proof > m.unwell_at
+    return i.state in HEALTHY_STATES and i.proof is not None and i.proof > m.unwell_at
 
 
-def _count(m: Memory, i: Inputs, r: Rules) -> Memory:
+def _count(m: KillState, i: KillInputs, r: KillLimits) -> KillState:
     """Count a restart that did not help once, when the engine stalls again; forget what a time of health has disproved."""
     if i.state == "stalled" and m.stalled_at is None:
         m = replace(m, stalled_at=i.now)
@@ -213,7 +213,7 @@ def _count(m: Memory, i: Inputs, r: Rules) -> Memory:
     return m
 
 
-def _hand_over(m: Memory, i: Inputs, r: Rules) -> Memory:
+def _hand_over(m: KillState, i: KillInputs, r: KillLimits) -> KillState:
     if i.resume:
         m = replace(m, handover="", useless=0, xid=0, kills=0)
     if i.xid and (i.xid in NEEDS_REBOOT or m.xid not in NEEDS_REBOOT):
@@ -225,35 +225,37 @@ def _hand_over(m: Memory, i: Inputs, r: Rules) -> Memory:
         "gpu_needs_reset": m.xid in NEEDS_RESET,
         "restart_useless": 0 < r.useless <= m.useless,
     }
-    gravest = next((name for name in HANDOVERS if found[name] or m.handover == name), "")
+    gravest = next((name for name in ESCALATIONS if found[name] or m.handover == name), "")
     return replace(m, handover=gravest)
 
 
-def _order(m: Memory, now: float) -> Memory:
+def _order(m: KillState, now: float) -> KillState:
     return replace(
         m, killed_at=now, standing=True, kills=m.kills + 1, kills_total=m.kills_total + 1,
         restarted_at=None, served_at=None, counted=False,
     )  # fmt: skip
 
 
-class Fleet:
+class KillPolicy:
     """The policy's memory from tick to tick."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
-        self.memory = Memory()
-        self.hold: Hold | None = None
+    def __init__(self, kill_limits: KillLimits) -> None:
+        self.rules = kill_limits
+        self.memory = KillState()
+        self.hold: KillHold | None = None
         self.resume = False  # set by whoever hears the operator; taken by the next tick
         self._xids: dict[tuple[int, int], int] = {}
 
     @property
     def reason(self) -> str:
         """What holds a kill back, as far as it is a reason of the verdict; empty otherwise."""
-        return self.hold.reason if self.hold and self.hold.reason != BRIEF else ""
+        return self.hold.reason if self.hold and self.hold.reason != JITTER_HOLD else ""
 
-    def tick(self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], now: float) -> Hold | None:
+    def tick(
+        self, state: State, proof: float | None, gpus: Reading[tuple[GpuSample, ...]], now: float
+    ) -> KillHold | None:
         """Decide, and remember."""
-        inputs = Inputs(now, state, proof, self._new_xid(gpus), self.resume)
+        inputs = KillInputs(now, state, proof, self._new_xid(gpus), self.resume)
         self.resume = False
         self.memory, self.hold = decide(self.memory, inputs, self.rules)
         return self.hold

@@ -14,24 +14,24 @@ from itertools import accumulate
 from math import sqrt
 from statistics import median
 
-GAP_HALF_LIFE = 600.0  # seconds of work in which a learned gap loses half its weight
+GAP_HALF_LIFE_S = 600.0  # seconds of work in which a learned gap loses half its weight
 TOKEN_SECONDS = 0.05  # seconds per output token, before any was measured
-OBSERVATIONS = 64  # prefills kept
-LINE_FROM = 9  # observations from which a line is drawn: three in each third
-LINE_SPREAD = 1.5  # times that the longest third must be as long as the shortest: else no line can be told
-SHORT_PREFILL = 0.05  # seconds of predicted prefill; without a line, the ratio of a shorter one is taken over this
-HEAVIEST = 4.0  # times the median prefill that any one of them can weigh
-LEAST = 0.001  # seconds; no prefill is shorter
-HIGH = 0.9  # the share of the prefills' weight that must be no slower than what is learned
+MAX_PREFILLS = 64  # prefills kept
+MIN_LINE_PREFILLS = 9  # observations from which a line is drawn: three in each third
+MIN_LINE_SPREAD = 1.5  # times that the longest third must be as long as the shortest: else no line can be told
+SHORT_PREFILL_S = 0.05  # seconds of predicted prefill; without a line, the ratio of a shorter one is taken over this
+MAX_PREFILL_WEIGHT = 4.0  # times the median prefill that any one of them can weigh
+MIN_PREFILL_S = 0.001  # seconds; no prefill is shorter
+SLOWNESS_QUANTILE = 0.9  # the share of the prefills' weight that must be no slower than what is learned
 MAX_SLOWNESS = 1000.0
 UNKNOWN_SLOWNESS = 10.0  # until a line could be drawn, a machine may be this much slower than the coefficients
-ERRORS = 2.0  # standard errors by which a line's overhead is taken lower than it seems
+OVERHEAD_STANDARD_ERRORS = 2.0  # standard errors by which a line's overhead is taken lower than it seems
 
 Prefill = tuple[float, float]  # seconds that the cost model said, and that it took
 
 
 @dataclass(slots=True)
-class Learned:
+class LatencyModel:
     """`slowness` and `overhead`: a first token takes slowness x its predicted prefill + overhead seconds, nine times in ten.
 
     `foreign`: this engine has done work that came by another way than the relay.
@@ -39,7 +39,7 @@ class Learned:
 
     first_tokens: int = 0
     gap: float = 0.0
-    prefills: deque[Prefill] = field(default_factory=lambda: deque(maxlen=OBSERVATIONS))
+    prefills: deque[Prefill] = field(default_factory=lambda: deque(maxlen=MAX_PREFILLS))
     slowness: float = UNKNOWN_SLOWNESS
     overhead: float = 0.0
     fitted_at: int = 0  # first tokens when the two were made
@@ -47,10 +47,10 @@ class Learned:
     foreign: bool = False
     at: float = 0.0
 
-    def fade(self, now: float, *, working: bool) -> None:
+    def decay(self, now: float, *, working: bool) -> None:
         """Let the learned gap lose weight with the time that the engine worked."""
         if working:
-            self.gap *= 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE)
+            self.gap *= 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE_S)
         self.at = now
 
     def first_token(self, seconds: float, prefill: float) -> None:
@@ -62,7 +62,7 @@ class Learned:
         """Bring slowness and overhead up to the first tokens so far; cheap where none is new."""
         if self.fitted_at != self.first_tokens:
             self.fitted_at = self.first_tokens
-            self.slowness, self.overhead = law(self.prefills)
+            self.slowness, self.overhead = fit_slowness(self.prefills)
 
     def token_time(self, seconds: float) -> None:
         """Mean time per output token of a stream that ended. Kept at twice the mean: answers differ."""
@@ -74,7 +74,7 @@ class Learned:
         return self.slowness * prefill + self.overhead if prefill else 0.0
 
 
-def law(seen: Sequence[Prefill]) -> tuple[float, float]:
+def fit_slowness(seen: Sequence[Prefill]) -> tuple[float, float]:
     """Slowness (>= 1) and overhead (seconds) that hold nine in ten of the prefills, each weighed by its predicted time.
 
     Long prefills decide, because short ones are mostly overhead and noise. What cannot be told apart is held to be slowness: a
@@ -82,31 +82,32 @@ def law(seen: Sequence[Prefill]) -> tuple[float, float]:
     """
     if not seen:
         return UNKNOWN_SLOWNESS, 0.0
-    overhead = least_overhead(seen)
-    shortest = 0.0 if overhead is not None else SHORT_PREFILL
+    overhead = fit_overhead(seen)
+    shortest = 0.0 if overhead is not None else SHORT_PREFILL_S
     fixed = overhead or 0.0
-    most = HEAVIEST * max(LEAST, median(said for said, _ in seen))
+    most = MAX_PREFILL_WEIGHT * max(MIN_PREFILL_S, median(said for said, _ in seen))
     ratios = sorted(
-        (max(0.0, took - fixed) / max(said, shortest, LEAST), min(max(said, LEAST), most)) for said, took in seen
+        (max(0.0, took - fixed) / max(said, shortest, MIN_PREFILL_S), min(max(said, MIN_PREFILL_S), most))
+        for said, took in seen
     )
     weights = list(accumulate(w for _, w in ratios))
-    ratio = ratios[bisect_left(weights, HIGH * weights[-1])][0]
-    least = 1.0 if len(seen) >= LINE_FROM else UNKNOWN_SLOWNESS
+    ratio = ratios[bisect_left(weights, SLOWNESS_QUANTILE * weights[-1])][0]
+    least = 1.0 if len(seen) >= MIN_LINE_PREFILLS else UNKNOWN_SLOWNESS
     return min(MAX_SLOWNESS, max(least, ratio)), fixed
 
 
-def least_overhead(seen: Sequence[Prefill]) -> float | None:
+def fit_overhead(seen: Sequence[Prefill]) -> float | None:
     """Fixed seconds of a first token, as few as the observations allow; None where sizes are too alike to tell.
 
     A resistant line (Tukey 1970) through the medians of the shortest and the longest third: an outlier cannot tilt it.
     """
-    if len(seen) < LINE_FROM:
+    if len(seen) < MIN_LINE_PREFILLS:
         return None
     ranked = sorted(seen)
     third = len(ranked) // 3
     low, high = ranked[:third], ranked[-third:]
     x1, x2 = median(x for x, _ in low), median(x for x, _ in high)
-    if x2 < LINE_SPREAD * x1 or x2 <= x1:
+    if x2 < MIN_LINE_SPREAD * x1 or x2 <= x1:
         return None
     slope = (median(y for _, y in high) - median(y for _, y in low)) / (x2 - x1)
     rests = [y - slope * x for x, y in ranked]
@@ -114,4 +115,4 @@ def least_overhead(seen: Sequence[Prefill]) -> float | None:
     noise = 1.5 * median(abs(r - middle) for r in rests)
     error = 1.9 * noise * sqrt(2 / third) * x1 / (x2 - x1) + noise / sqrt(third)
     fastest = sorted(y for _, y in seen)[len(seen) // 10]
-    return max(0.0, min(middle - ERRORS * error, fastest))
+    return max(0.0, min(middle - OVERHEAD_STANDARD_ERRORS * error, fastest))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.events import CanaryResult, Directing, End
+from sidecar.events import AbortRequests, CanaryResult, Directing
 from sidecar.health import reasons
-from sidecar.health.exemptions import Orders
-from sidecar.health.partial_hangs import Finding, Parts
-from sidecar.health.progress import Key, Limits, Progress
-from sidecar.health.verdict import FRESH
+from sidecar.health.exemptions import Exemptions
+from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
+from sidecar.health.progress import Key, Progress, SilenceLimits
+from sidecar.health.verdict import FRESH_PROGRESS_S
 from sidecar.readings import EngineSample, GpuSample, Reading, Value
 
 
 @dataclass(slots=True)
-class Circumstances:
+class HealthMonitor:
     """They are kept from tick to tick. `judged_from`: when the last exemption ended; an older canary says nothing.
 
     `proven`: whether one held at the last tick that rests on more than calls which the engine has not answered;
@@ -22,19 +22,25 @@ class Circumstances:
     """
 
     progress: Progress
-    parts: Parts
-    orders: Orders
-    watch: reasons.Watch
+    parts: PartialHangDetector
+    orders: Exemptions
+    watch: reasons.ClueHistory
     judged_from: float = 0.0
     proven: bool = False
     looked_at: float = 0.0
     doubted_at: float | None = None
-    _ends: list[tuple[int, End]] = field(default_factory=list)
+    _ends: list[tuple[int, AbortRequests]] = field(default_factory=list)
 
     @classmethod
-    def around(cls, progress: Progress, limits: Limits, now: float) -> Circumstances:
+    def begin(cls, progress: Progress, limits: SilenceLimits, now: float) -> HealthMonitor:
         """Those of an engine of which nothing is known yet."""
-        return cls(progress, Parts(limits), Orders(limits.cap), reasons.Watch(start_at=now), looked_at=now)
+        return cls(
+            progress,
+            PartialHangDetector(limits),
+            Exemptions(limits.cap),
+            reasons.ClueHistory(start_at=now),
+            looked_at=now,
+        )
 
     def exemption(self, known: str | None, now: float, *, proof: float | None, doubted: bool) -> str | None:
         """The exemption that holds: what is `known`, or an order or a call that passed the relay, while no token flows.
@@ -45,7 +51,7 @@ class Circumstances:
         at = self.progress.last()[1]
         self.doubted_at = (self.doubted_at or self.looked_at) if doubted else None  # the last look's tick thought so
         elapsed, self.looked_at = now - self.looked_at, now
-        exempt, silent = known, at is None or now - at > FRESH
+        exempt, silent = known, at is None or now - at > FRESH_PROGRESS_S
         if exempt is None and silent:
             exempt = self.orders.active(now)
         if self.proven and exempt is None:
@@ -69,7 +75,7 @@ class Circumstances:
         """The last canary, where it counts."""
         return last if last is not None and last.started >= self.judged_from else None
 
-    def part(self, sample: EngineSample | None, age: float | None, now: float, *, trusted: bool) -> Finding | None:
+    def part(self, sample: EngineSample | None, age: float | None, now: float, *, trusted: bool) -> PartialHang | None:
         """A part that hangs alone. Single requests that can never end are to be ended by their relay."""
         self.parts.tick(now, self.progress.last()[1], trusted=trusted)
         if not trusted:
@@ -81,9 +87,9 @@ class Circumstances:
         return found
 
     def _end(self, keys: tuple[Key, ...], code: str) -> None:
-        self._ends.extend((relay, End((id,), code)) for relay, id in keys)
+        self._ends.extend((relay, AbortRequests((id,), code)) for relay, id in keys)
 
-    def take_ends(self) -> list[tuple[int, End]]:
+    def take_ends(self) -> list[tuple[int, AbortRequests]]:
         """Orders to relays since the last call: (relay index, what to end)."""
         ends, self._ends = self._ends, []
         return ends
@@ -95,8 +101,13 @@ class Circumstances:
 
     def cause(self, sample: EngineSample | None, age: float | None, now: float) -> str:
         """The reason code of a silence of `age` seconds."""
-        signs = reasons.Signs(
-            age, sample, self.watch.xid_age(now), self.watch.unanswered(now), self.progress.iterating, self.parts.hint()
+        signs = reasons.HangClues(
+            age,
+            sample,
+            self.watch.xid_age(now),
+            self.watch.unanswered(now),
+            self.progress.iterating,
+            self.parts.suspected_cause(),
         )
         return reasons.cause_of(signs)
 

@@ -14,31 +14,31 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sidecar.events import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled
-from sidecar.health.latency_model import Learned
-from sidecar.health.progress import Key, Limits
+from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestBlocked, Settled
+from sidecar.health.latency_model import LatencyModel
+from sidecar.health.progress import Key, SilenceLimits
 from sidecar.readings import EngineSample, RankSample
 
-FRESH = 5.0  # seconds after progress in which the clock of parts runs
-FLOORS = 5.0  # floors that a part may always be silent
-FIRST_PIECES = 2  # deliveries of a stream that prove no decode: the role, and the first token
-OVERTAKEN = 3  # requests that came later and were served, before one that still waits counts as stuck
-SOME = 2  # streams that no part of a finding on decodes can do without
-DECODE_FIRSTS = 3  # first tokens without any other, before the silence of all counts as decodes that stalled
-BURST = 3.0  # seconds over which they must have come: prefills that go first end in bursts
-FREED = 3  # requests that ended without anybody being admitted, before admission counts as stuck
-PRESSURE = 0.9  # share of the KV cache in use, from which preempted streams may wait long
-PRESSED = 5.0  # times the patience with one stream under pressure
-UNBOUNDED = 4096  # tokens assumed for an answer without max_tokens
-WINDOW = 300.0  # seconds in which stuck streams count together
-MOST_ENDS = 8  # streams that are ended in a window
-REPEATED = 3  # stuck streams in a window that withdraw readiness
-SEVERE = 180.0  # seconds of a finding, before it fails liveness
-SHARE = 0.5  # of the open requests that must be stuck for that
+CLOCK_RUNS_AFTER_PROGRESS_S = 5.0  # seconds after progress in which the clock of parts runs
+MIN_SILENCE_FLOORS = 5.0  # floors that a part may always be silent
+MAX_FIRST_PIECES = 2  # deliveries of a stream that prove no decode: the role, and the first token
+MIN_OVERTAKES = 3  # requests that came later and were served, before one that still waits counts as stuck
+MIN_SILENT_STREAMS = 2  # streams that no part of a finding on decodes can do without
+MIN_FIRST_TOKENS = 3  # first tokens without any other, before the silence of all counts as decodes that stalled
+PREFILL_BURST_S = 3.0  # seconds over which they must have come: prefills that go first end in bursts
+MIN_FREED = 3  # requests that ended without anybody being admitted, before admission counts as stuck
+KV_PRESSURE = 0.9  # share of the KV cache in use, from which preempted streams may wait long
+KV_PRESSURE_PATIENCE = 5.0  # times the patience with one stream under pressure
+UNBOUNDED_OUTPUT_TOKENS = 4096  # tokens assumed for an answer without max_tokens
+STUCK_WINDOW_S = 300.0  # seconds in which stuck streams count together
+MAX_ABORTS_PER_WINDOW = 8  # streams that are ended in a window
+MIN_REPEATED_STUCK = 3  # stuck streams in a window that withdraw readiness
+SEVERE_AFTER_S = 180.0  # seconds of a finding, before it fails liveness
+SEVERE_STUCK_SHARE = 0.5  # of the open requests that must be stuck for that
 
 
 @dataclass(slots=True)
-class Stream:
+class OpenStream:
     """One open request. `seen` and `done`: clock, and prefill done by all, at its last delivery."""
 
     order: int
@@ -55,7 +55,7 @@ class Stream:
 
 
 @dataclass(slots=True)
-class Rank:
+class RankProgress:
     """One data-parallel rank. `seen`: the clock when its counter last moved, or it last had nothing to do."""
 
     generation: float | None
@@ -63,7 +63,7 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PartialHang:
     """A part that hangs: its reason code, since when, and whether it has lasted for as long as liveness needs."""
 
     reason: str
@@ -73,15 +73,15 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Parts:
+class PartialHangDetector:
     """Watches the parts. Facts come in as they do to the ledger; `tick` moves the clock, `judge` says what is stuck."""
 
-    limits: Limits
+    limits: SilenceLimits
     clock: float = 0.0
     ended: deque[float] = field(default_factory=deque)  # when streams were ended, within WINDOW
     found: deque[float] = field(default_factory=deque)  # when streams were found stuck, within WINDOW
-    _streams: dict[Key, Stream] = field(default_factory=dict)
-    _ranks: dict[int, Rank] = field(default_factory=dict)
+    _streams: dict[Key, OpenStream] = field(default_factory=dict)
+    _ranks: dict[int, RankProgress] = field(default_factory=dict)
     _orders: int = 0
     _done: float = 0.0  # seconds of prefill, by the cost model, whose first token came
     _firsts: deque[int] = field(
@@ -96,7 +96,7 @@ class Parts:
 
     # --- facts ---
 
-    def book(self, key: Key, fact: Fact, prefill: float = 0.0, whole: int = 0) -> None:
+    def book(self, key: Key, fact: Event, prefill: float = 0.0, whole: int = 0) -> None:
         """One fact of a request. `prefill` and `whole` are those of the ledger's hold, wanted at admission."""
         match fact:
             case Admitted():
@@ -109,9 +109,9 @@ class Parts:
             case Delivered(tokens=tokens) if (s := self._streams.get(key)) is not None and tokens > 0:
                 s.tokens += tokens
                 self._touch(s)
-                if s.tokens > FIRST_PIECES:
+                if s.tokens > MAX_FIRST_PIECES:
                     self._decoded()
-            case Backpressure(on=on) if (s := self._streams.get(key)) is not None:
+            case RequestBlocked(on=on) if (s := self._streams.get(key)) is not None:
                 s.blocked = on
                 self._touch(s)
                 if not on and not s.first:  # it waited in the relay: the engine has it from now on
@@ -124,9 +124,9 @@ class Parts:
 
     def _admitted(self, key: Key, fact: Admitted, prefill: float, whole: int) -> None:
         self._orders += 1
-        answer = whole or min(fact.max_output or UNBOUNDED, 4 * fact.expected.output + 256)
+        answer = whole or min(fact.max_output or UNBOUNDED_OUTPUT_TOKENS, 4 * fact.expected.output + 256)
         prompt = fact.expected.uncached + fact.expected.cached
-        self._streams[key] = Stream(self._orders, prompt, prefill, answer, self.clock, self.clock, self._done)
+        self._streams[key] = OpenStream(self._orders, prompt, prefill, answer, self.clock, self.clock, self._done)
 
     def _settled(self, key: Key, tokens: int, ok: bool) -> None:
         s = self._streams.pop(key, None)
@@ -135,10 +135,10 @@ class Parts:
         self._freed += 1
         if ok and not s.first:
             self._served(s)
-        if ok and tokens > FIRST_PIECES:
+        if ok and tokens > MAX_FIRST_PIECES:
             self._decoded()
 
-    def _served(self, s: Stream) -> None:
+    def _served(self, s: OpenStream) -> None:
         self._done += s.prefill
         self._firsts.append(s.order)
         self._first_seen, self._freed = self.clock, 0
@@ -149,7 +149,7 @@ class Parts:
                 self._touch(s)
         self._decode_seen, self._decode_firsts = self.clock, 0
 
-    def _touch(self, s: Stream) -> None:
+    def _touch(self, s: OpenStream) -> None:
         s.seen, s.done, s.stuck = self.clock, self._done, False
 
     # --- time ---
@@ -159,7 +159,7 @@ class Parts:
         before, self._ticked_at = self._ticked_at, now
         if not trusted:
             self._since.clear()
-        elif before is not None and progress_at is not None and now - progress_at <= FRESH:
+        elif before is not None and progress_at is not None and now - progress_at <= CLOCK_RUNS_AFTER_PROGRESS_S:
             self.clock += min(now - before, 1.0)
 
     def restart(self) -> None:
@@ -173,8 +173,8 @@ class Parts:
     # --- judging ---
 
     def judge(
-        self, now: float, sample: EngineSample | None, learned: Learned
-    ) -> tuple[Finding | None, tuple[Key, ...]]:
+        self, now: float, sample: EngineSample | None, learned: LatencyModel
+    ) -> tuple[PartialHang | None, tuple[Key, ...]]:
         """What is stuck, and the streams to end because they are stuck alone."""
         open_ = [s for s in self._streams.values() if not s.blocked]
         findings = {
@@ -193,8 +193,10 @@ class Parts:
         if not reason:
             return None, ends
         since = self._since.setdefault(reason, now)
-        severe = now - since >= SEVERE and (reason != "stream_stuck" or self._share(open_) >= SHARE)
-        return Finding(reason, since, severe, findings[reason]), ends
+        severe = now - since >= SEVERE_AFTER_S and (
+            reason != "stream_stuck" or self._share(open_) >= SEVERE_STUCK_SHARE
+        )
+        return PartialHang(reason, since, severe, findings[reason]), ends
 
     def oversized(self, sample: EngineSample | None, age: float | None) -> Key | None:
         """The oldest request that can never enter the KV cache, while the page says that nothing runs and requests wait.
@@ -212,30 +214,34 @@ class Parts:
                 return key
         return None
 
-    def hint(self) -> str:
+    def suspected_cause(self) -> str:
         """What the parts say of a silence of the whole engine: a stuck part can fill it up until nothing moves. "" for nothing."""
         if self._since:
             return next(iter(self._since))
         seen = [rank.seen for rank in self._ranks.values()]
         if len(seen) > 1 and max(seen) - min(seen) > self.limits.floor:
             return "rank_silent"
-        if self._decode_firsts >= DECODE_FIRSTS and self._first_seen - self._decode_seen >= BURST:
+        if self._decode_firsts >= MIN_FIRST_TOKENS and self._first_seen - self._decode_seen >= PREFILL_BURST_S:
             return "decode_stalled"
         went = [self.clock - s.seen for s in self._streams.values() if s.first and not s.blocked]
-        return "stream_stuck" if sum(silent > FRESH + self.limits.floor for silent in went) >= REPEATED else ""
+        return (
+            "stream_stuck"
+            if sum(silent > CLOCK_RUNS_AFTER_PROGRESS_S + self.limits.floor for silent in went) >= MIN_REPEATED_STUCK
+            else ""
+        )
 
     @property
-    def least(self) -> float:
+    def min_silence(self) -> float:
         """Seconds that any part may be silent."""
-        return max(self.limits.unlearned, FLOORS * self.limits.floor)
+        return max(self.limits.unlearned, MIN_SILENCE_FLOORS * self.limits.floor)
 
-    def _outstanding(self, open_: list[Stream], until: float) -> float:
+    def _outstanding(self, open_: list[OpenStream], until: float) -> float:
         """Seconds of prefill of what waits and came before the clock read `until`."""
         return sum(s.prefill for s in open_ if not s.first and s.came <= until)
 
-    def _rank_silent(self, ranks: tuple[RankSample, ...], open_: list[Stream], learned: Learned) -> str:
+    def _rank_silent(self, ranks: tuple[RankSample, ...], open_: list[OpenStream], learned: LatencyModel) -> str:
         for r in ranks:
-            rank = self._ranks.setdefault(r.rank, Rank(r.generation_tokens, self.clock))
+            rank = self._ranks.setdefault(r.rank, RankProgress(r.generation_tokens, self.clock))
             if r.generation_tokens != rank.generation or not (r.running or 0) + (r.waiting or 0):
                 rank.generation, rank.seen = r.generation_tokens, self.clock
         if len(ranks) < 2:
@@ -243,19 +249,19 @@ class Parts:
         for r in ranks:
             seen = self._ranks[r.rank].seen
             silent = self.clock - seen
-            if r.generation_tokens is None or silent <= self.least:
+            if r.generation_tokens is None or silent <= self.min_silence:
                 continue
             early = self._outstanding(open_, seen + self.limits.floor)
             if silent > self.limits.margin * learned.seconds(early):
                 return f"rank {r.rank} has work and generated nothing for {silent:.0f} s while others did"
         return ""
 
-    def _decode_stalled(self, open_: list[Stream], learned: Learned) -> str:
-        if self._decode_firsts < SOME:
+    def _decode_stalled(self, open_: list[OpenStream], learned: LatencyModel) -> str:
+        if self._decode_firsts < MIN_SILENT_STREAMS:
             return ""
         last = [s for s in open_ if s.first and s.seen >= self._decode_seen]
-        still = [s for s in last if self._unexplained(s, learned) > max(self.least, held_back(s, learned))]
-        if len(still) < SOME:
+        still = [s for s in last if self._unexplained(s, learned) > max(self.min_silence, held_back(s, learned))]
+        if len(still) < MIN_SILENT_STREAMS:
             return ""
         silent = self.clock - min(s.seen for s in still)
         early = self._outstanding(open_, self.clock - silent + self.limits.floor)
@@ -263,57 +269,61 @@ class Parts:
             return ""
         return f"{len(still)} streams have their first token and no other for {silent:.0f} s, while prefills go on"
 
-    def _admission_stalled(self, open_: list[Stream], sample: EngineSample | None, learned: Learned) -> str:
+    def _admission_stalled(self, open_: list[OpenStream], sample: EngineSample | None, learned: LatencyModel) -> str:
         silent = self.clock - self._first_seen
-        if self._freed < FREED or silent <= self.least or pressed(sample):
+        if self._freed < MIN_FREED or silent <= self.min_silence or pressed(sample):
             return ""
-        late = [s for s in open_ if not s.first and self.clock - s.came > self.least]
+        late = [s for s in open_ if not s.first and self.clock - s.came > self.min_silence]
         if not late or silent <= self.limits.margin * learned.seconds(sum(s.prefill for s in late)):
             return ""
         return f"{len(late)} requests wait; none was admitted for {silent:.0f} s, while {self._freed} ended"
 
-    def _stuck(self, now: float, sample: EngineSample | None, learned: Learned) -> Iterator[Key]:
+    def _stuck(self, now: float, sample: EngineSample | None, learned: LatencyModel) -> Iterator[Key]:
         """Mark the streams that are stuck alone; those to end now."""
         for times in (self.ended, self.found):
-            while times and times[0] < now - WINDOW:
+            while times and times[0] < now - STUCK_WINDOW_S:
                 times.popleft()
-        least = self.least
+        least = self.min_silence
         for key, s in self._streams.items():
             if s.stuck or s.blocked or self.clock - s.seen <= least or not self._alone(s, sample, learned):
                 continue
             s.stuck = True
             self.found.append(now)
-            if len(self.ended) < MOST_ENDS:
+            if len(self.ended) < MAX_ABORTS_PER_WINDOW:
                 self.ended.append(now)
                 yield key
 
-    def _alone(self, s: Stream, sample: EngineSample | None, learned: Learned) -> bool:
+    def _alone(self, s: OpenStream, sample: EngineSample | None, learned: LatencyModel) -> bool:
         unexplained = self._unexplained(s, learned)
-        if unexplained <= self.least:  # before the sum below, which a long queue would make for each that waits in it
+        if (
+            unexplained <= self.min_silence
+        ):  # before the sum below, which a long queue would make for each that waits in it
             return False
-        if not s.first and sum(order > s.order for order in self._firsts) < OVERTAKEN:
+        if not s.first and sum(order > s.order for order in self._firsts) < MIN_OVERTAKES:
             return False
-        if s.first and s.seen >= self._decode_seen and self._decode_firsts >= SOME:
+        if s.first and s.seen >= self._decode_seen and self._decode_firsts >= MIN_SILENT_STREAMS:
             return False  # nobody decodes: it is not alone
         early = sum(o.prefill for o in self._streams.values() if not o.first and o.order <= s.order)
-        allowed = max(self.least, self.limits.margin * learned.seconds(early) + held_back(s, learned))
-        return unexplained > allowed * (PRESSED if pressed(sample) else 1.0)
+        allowed = max(self.min_silence, self.limits.margin * learned.seconds(early) + held_back(s, learned))
+        return unexplained > allowed * (KV_PRESSURE_PATIENCE if pressed(sample) else 1.0)
 
-    def _unexplained(self, s: Stream, learned: Learned) -> float:
+    def _unexplained(self, s: OpenStream, learned: LatencyModel) -> float:
         """Seconds of a stream's silence that the prefill done meanwhile does not explain."""
         return self.clock - s.seen - learned.slowness * (self._done - s.done)
 
-    def _repeated(self, open_: list[Stream], now: float) -> str:
-        if len(self.found) < REPEATED:
+    def _repeated(self, open_: list[OpenStream], now: float) -> str:
+        if len(self.found) < MIN_REPEATED_STUCK:
             return ""
         stuck = sum(s.stuck for s in open_)
-        return f"{len(self.found)} streams were stuck within {WINDOW:.0f} s while others moved; {stuck} still are"
+        return (
+            f"{len(self.found)} streams were stuck within {STUCK_WINDOW_S:.0f} s while others moved; {stuck} still are"
+        )
 
-    def _share(self, open_: list[Stream]) -> float:
+    def _share(self, open_: list[OpenStream]) -> float:
         return sum(s.stuck for s in open_) / len(open_) if open_ else 0.0
 
 
-def held_back(s: Stream, learned: Learned) -> float:
+def held_back(s: OpenStream, learned: LatencyModel) -> float:
     """Seconds for which the engine may hold an answer's tokens back."""
     return max(0, s.answer - s.tokens) * learned.token_seconds
 
@@ -322,4 +332,4 @@ def pressed(sample: EngineSample | None) -> bool:
     """Whether streams may have been preempted: the KV cache is nearly full, or not known, and requests wait."""
     if sample is None:
         return False
-    return sample.kv_usage >= PRESSURE if sample.kv_usage is not None else (sample.waiting or 0) > 0
+    return sample.kv_usage >= KV_PRESSURE if sample.kv_usage is not None else (sample.waiting or 0) > 0

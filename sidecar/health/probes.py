@@ -20,11 +20,11 @@ FAILS: Final[dict[Kind, frozenset[State]]] = {
     # still that of the container before, liveness must not start to count.
     "startup": frozenset({"stalled", "dead"}),
 }
-STALE: Final = 10.0  # seconds; a verdict file older than this proves nothing
+VERDICT_STALE_S: Final = 10.0  # seconds; a verdict file older than this proves nothing
 
 
 @dataclass(frozen=True, slots=True)
-class Stand:
+class ProbeState:
     """What probes render: the verdict, whether start-up is done, and whether the sidecar drains.
 
     `held`: a stalled engine must not be killed now (see fleet.py). `doubtful`: what was known last was a
@@ -38,7 +38,7 @@ class Stand:
     doubtful: bool = False
 
 
-def passes(kind: Kind, stand: Stand) -> bool:
+def passes(kind: Kind, stand: ProbeState) -> bool:
     """Whether a probe of this kind passes."""
     if kind == "startup" and not stand.startup_done:
         return False
@@ -49,12 +49,12 @@ def passes(kind: Kind, stand: Stand) -> bool:
     return stand.verdict.state not in FAILS[kind]
 
 
-def body(stand: Stand) -> dict[str, Any]:
+def body(stand: ProbeState) -> dict[str, Any]:
     """The JSON body of every probe endpoint."""
-    return told(stand.verdict)
+    return verdict_json(stand.verdict)
 
 
-def told(v: Verdict) -> dict[str, Any]:
+def verdict_json(v: Verdict) -> dict[str, Any]:
     """A verdict as JSON."""
     return {
         "verdict": v.state,
@@ -65,7 +65,7 @@ def told(v: Verdict) -> dict[str, Any]:
     }
 
 
-def file_body(stand: Stand, now_wall: float) -> dict[str, Any]:
+def file_body(stand: ProbeState, now_wall: float) -> dict[str, Any]:
     """The content of verdict.json: the probe body, and what each exec probe answers."""
     return {**body(stand), "written": now_wall, "passes": {kind: passes(kind, stand) for kind in KINDS}}
 
@@ -74,7 +74,7 @@ def exec_answer(kind: Kind, content: Any, age: float | None) -> tuple[bool, str]
     """Judge an exec probe by the verdict file's content and age in seconds (None: no file). Fails open."""
     if age is None:
         return True, "no verdict file: passing, because a sidecar that is away must not kill a healthy engine"
-    if not -STALE <= age <= STALE:
+    if not -VERDICT_STALE_S <= age <= VERDICT_STALE_S:
         return True, f"the verdict file is {age:.0f} s old: passing, because it proves nothing"
     if not isinstance(content, dict) or not isinstance(content.get("passes"), dict):
         return True, "the verdict file cannot be read: passing, because it proves nothing"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sidecar.health.latency_model import Learned
+from sidecar.health.latency_model import LatencyModel
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
 
@@ -38,7 +38,7 @@ APART = 3.0  # seconds without the relay's own work, after which work of the eng
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SilenceLimits:
     """The bounds of allowed silence, seconds. `floor` and `cap` are settings, `limits_of` adds the others."""
 
     floor: float = 12.0
@@ -48,14 +48,14 @@ class Limits:
     blocked: float = BLOCKED_API_S
 
 
-def limits_of(settings: Settings) -> Limits:
+def limits_of(settings: Settings) -> SilenceLimits:
     """The bounds by the settings."""
     cap = settings.silence_cap
     unlearned, blocked = min(UNLEARNED_FLOOR_S, cap * UNLEARNED_SHARE), min(BLOCKED_API_S, cap * BLOCKED_SHARE)
-    return Limits(floor=settings.silence_floor, unlearned=unlearned, cap=cap, blocked=blocked)
+    return SilenceLimits(floor=settings.silence_floor, unlearned=unlearned, cap=cap, blocked=blocked)
 
 
-class Item(Protocol):
+class OpenWork(Protocol):
     """One outstanding request, as far as silence goes. The ledger's holds are such.
 
     `since`: when its silence began to be the engine's; `prefill`: seconds before its first token, by the cost model; `whole`:
@@ -100,9 +100,9 @@ class Evidence:
 class Progress:
     """Keeps the times of the last progress of each kind."""
 
-    limits: Limits
+    limits: SilenceLimits
     kinds: dict[str, float] = field(default_factory=dict)
-    learned: Learned = field(default_factory=Learned)
+    learned: LatencyModel = field(default_factory=LatencyModel)
     started_at: float | None = None  # when work last began to be outstanding
     baseline: float = 0.0  # nothing before this counts as silence
     steps_at: float | None = None
@@ -181,7 +181,7 @@ class Progress:
             self.prefill_at = now
         return False
 
-    def evidence(self, items: Iterable[Item], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
+    def evidence(self, items: Iterable[OpenWork], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
         """Judge the silence at `now`. `extra` seconds of patience for our own lag; `learn` False while a silence is no measure."""
         every = list(items)
         work = [i for i in every if not i.blocked]
@@ -190,7 +190,7 @@ class Progress:
             self._worked_at = now
         busy = self._busy and (bool(work) or self.learned.foreign)  # else it can only be what is left of our own
         since = self._silent_since(work, busy, now)
-        self.learned.fade(now, working=bool(work))
+        self.learned.decay(now, working=bool(work))
         self.learned.refit()
         known = self.learned.first_tokens >= LEARNED_AFTER and (bool(work) or not busy)  # others' work has unknown size
         floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
@@ -233,7 +233,7 @@ class Progress:
             self._alone_at = now
         return self._excess >= EXCESS or (alone is not None and alone - self._worked_at > APART)
 
-    def _silent_since(self, work: list[Item], busy: bool, now: float) -> float:
+    def _silent_since(self, work: list[OpenWork], busy: bool, now: float) -> float:
         if not work and not busy:
             self.started_at = None
         elif self.started_at is None:
@@ -282,7 +282,7 @@ def restarted(before: EngineSample, after: EngineSample) -> bool:
     return any((b := getattr(before, n)) is not None and (a := getattr(after, n)) is not None and a < b for n in names)
 
 
-def early_prefill(items: Iterable[Item], since: float, grace: float) -> float:
+def early_prefill(items: Iterable[OpenWork], since: float, grace: float) -> float:
     """Seconds of prefill, by the cost model, that can explain a silence since `since`.
 
     Counted are requests without a first token that were there when the silence began or came within `grace` seconds of it:
@@ -291,7 +291,7 @@ def early_prefill(items: Iterable[Item], since: float, grace: float) -> float:
     return sum(i.prefill for i in items if i.first_at is None and i.since <= since + grace)
 
 
-def allowed_silence(predicted: float, floor: float, gap: float, limits: Limits) -> tuple[float, str]:
+def allowed_silence(predicted: float, floor: float, gap: float, limits: SilenceLimits) -> tuple[float, str]:
     """Allowed silence in seconds, and the term that ruled: "floor", "predicted", "learned" or "cap"."""
     terms = {"floor": floor, "predicted": limits.margin * predicted, "learned": GAP_MARGIN * gap}
     ruled_by = max(terms, key=lambda name: terms[name])

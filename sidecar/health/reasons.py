@@ -18,7 +18,7 @@ KV_FULL = 0.95  # share of the KV cache from which waiting is memory's, not admi
 
 
 @dataclass(frozen=True, slots=True)
-class Signs:
+class HangClues:
     """What a cause is chosen from. `sample` is None where the page could not be read; `xid_age` None without an XID.
 
     `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved; `part`: the code of a
@@ -33,22 +33,22 @@ class Signs:
     part: str = ""
 
 
-def _gpu_fault(s: Signs) -> bool:
+def _gpu_fault(s: HangClues) -> bool:
     return s.xid_age is not None and s.xid_age <= (s.age or 0.0) + XID_BEFORE
 
 
-def _api_blocked(s: Signs) -> bool:
+def _api_blocked(s: HangClues) -> bool:
     return s.unanswered >= max(BLOCKED_LEAST if s.age is None else 0.0, BLOCKED_SHARE * (s.age or 0.0), 1.0)
 
 
-def _admission_stalled(s: Signs) -> bool:
+def _admission_stalled(s: HangClues) -> bool:
     if s.sample is None or s.sample.running is None:
         return False
     return s.sample.running == 0 and (s.sample.waiting or 0) > 0 and (s.sample.kv_usage or 0.0) < KV_FULL
 
 
 @dataclass(slots=True)
-class Watch:
+class ClueHistory:
     """When what explains a silence was last seen. Times are monotonic seconds."""
 
     unanswered_since: float | None = None
@@ -73,7 +73,7 @@ class Watch:
         return None if self.xid_at is None else now - self.xid_at
 
 
-Cause = Callable[[Signs], bool]
+Cause = Callable[[HangClues], bool]
 
 CAUSES: tuple[tuple[str, Cause, str], ...] = (
     ("gpu_fault", _gpu_fault, "the driver reported an XID just before or during the silence"),
@@ -86,7 +86,7 @@ CAUSES: tuple[tuple[str, Cause, str], ...] = (
 )  # fmt: skip
 
 # What an operator reads beside a code, for codes that are not causes of a silence.
-TEXTS: dict[str, str] = {
+REASON_TEXTS: dict[str, str] = {
     "no_progress": "work or a canary is outstanding and nothing of it moves",
     "canary_lost": "nothing was outstanding, and a canary got no token",
     "work_stuck": "canaries pass, the users' work does not move",
@@ -99,11 +99,11 @@ TEXTS: dict[str, str] = {
     **{code: text for code, _, text in CAUSES if code in ("gpu_fault", "api_blocked", "livelock")},
 }
 
-LOUD: frozenset[str] = frozenset(
+NOTABLE: frozenset[str] = frozenset(
     {"startup_stuck", "work_stuck", "rank_silent", "stream_stuck"}
 )  # a change to these within a state is news, too
 
 
-def cause_of(signs: Signs) -> str:
+def cause_of(signs: HangClues) -> str:
     """The reason code of a silence."""
     return next((code for code, holds, _ in CAUSES if holds(signs)), "no_progress")

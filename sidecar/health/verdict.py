@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sidecar.events import CanaryResult, State
-from sidecar.health.partial_hangs import Finding
+from sidecar.health.partial_hangs import PartialHang
 from sidecar.health.progress import Evidence
 
-FRESH = 2.0  # seconds after progress in which the engine counts as progressing
-REFUSED_GRACE = 5.0  # seconds of refused connections before the engine counts as gone
-DEAD_HOLD = 60.0  # seconds that `dead` is held; then a restart is under way, and killing again would loop
+FRESH_PROGRESS_S = 2.0  # seconds after progress in which the engine counts as progressing
+REFUSED_GRACE_S = 5.0  # seconds of refused connections before the engine counts as gone
+DEAD_HOLD_S = 60.0  # seconds that `dead` is held; then a restart is under way, and killing again would loop
 STUCK_CYCLES = 3  # canaries that passed while the users' work stood still, before readiness stays withdrawn
 REJECTED_STARTS = 3  # canaries rejected (4xx) before start-up no longer waits for one
-PART_HOLD = (
+PART_HOLD_S = (
     120.0  # seconds that `stalled` holds after a part was the reason: its streams are ended, nothing else would show it
 )
 STALLED_CANARY = 2.0  # seconds between canaries of a stalled or suspect engine
@@ -27,7 +27,7 @@ STARTING_CANARY = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class VerdictInputs:
     """What a tick judges. `refused_since`: since when no connection is taken; `exempt`, `withheld`: reason codes or None."""
 
     now: float
@@ -37,13 +37,13 @@ class Inputs:
     exempt: str | None = None
     withheld: str | None = None
     restarted: bool = False
-    part: Finding | None = None  # a part that hangs alone
+    part: PartialHang | None = None  # a part that hangs alone
     cause: str = "no_progress"  # the reason code of a silence of the whole engine
     startup_stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class VerdictState:
     """What the next tick must know. `served`: a token came since the engine last started; `window_at`: a canary passed then."""
 
     state: State = "starting"
@@ -63,23 +63,23 @@ class Memory:
         return self.served or self.rejected >= REJECTED_STARTS
 
 
-Condition = Callable[[Memory, Inputs], bool]
+Condition = Callable[[VerdictState, VerdictInputs], bool]
 
 
-def _progress(m: Memory, i: Inputs) -> bool:
+def _progress(m: VerdictState, i: VerdictInputs) -> bool:
     at = i.evidence.progress_at
-    return at is not None and at > m.engine_since and i.now - at <= FRESH
+    return at is not None and at > m.engine_since and i.now - at <= FRESH_PROGRESS_S
 
 
-def _refused(m: Memory, i: Inputs) -> bool:
-    return i.refused_since is not None and i.now - i.refused_since >= REFUSED_GRACE
+def _refused(m: VerdictState, i: VerdictInputs) -> bool:
+    return i.refused_since is not None and i.now - i.refused_since >= REFUSED_GRACE_S
 
 
-def _refused_long(m: Memory, i: Inputs) -> bool:
-    return _refused(m, i) and m.state == "dead" and i.now - m.since >= DEAD_HOLD
+def _refused_long(m: VerdictState, i: VerdictInputs) -> bool:
+    return _refused(m, i) and m.state == "dead" and i.now - m.since >= DEAD_HOLD_S
 
 
-def _silent(m: Memory, i: Inputs) -> bool:
+def _silent(m: VerdictState, i: VerdictInputs) -> bool:
     e = i.evidence
     if e.age is None:
         return False
@@ -90,7 +90,7 @@ def _silent(m: Memory, i: Inputs) -> bool:
 
 
 def _fresh(age: float | None) -> bool:
-    return age is not None and age <= FRESH
+    return age is not None and age <= FRESH_PROGRESS_S
 
 
 def _prefills(e: Evidence) -> bool:
@@ -102,12 +102,12 @@ STEPS_HOLD_OFF = 6.0  # seconds over the allowed silence for which engine steps 
 PREFILL_HOLD_OFF = 1.5  # times the allowed silence for which prefill evidence alone does
 
 
-def _canary(m: Memory, i: Inputs, *outcomes: str) -> bool:
+def _canary(m: VerdictState, i: VerdictInputs, *outcomes: str) -> bool:
     """Whether the last canary ended so, and is of this engine process."""
     return i.canary is not None and i.canary.outcome in outcomes and i.canary.started >= m.engine_since
 
 
-def _canary_ok(m: Memory, i: Inputs) -> bool:
+def _canary_ok(m: VerdictState, i: VerdictInputs) -> bool:
     return (
         m.state in ("starting", "suspect", "stalled", "dead", "unknown", "exempt")
         and _canary(m, i, "ok")
@@ -116,43 +116,43 @@ def _canary_ok(m: Memory, i: Inputs) -> bool:
     )
 
 
-def _confirmed(m: Memory, i: Inputs) -> bool:
+def _confirmed(m: VerdictState, i: VerdictInputs) -> bool:
     """Suspect, and a canary that was sent since then failed too, while the silence went on."""
     sent = i.canary is not None and i.canary.started >= m.since
     silence = i.evidence.age is None or _silent(m, i)
     return m.state == "suspect" and sent and silence and _canary(m, i, "failed", "starved")
 
 
-def _canary_lost(m: Memory, i: Inputs) -> bool:
+def _canary_lost(m: VerdictState, i: VerdictInputs) -> bool:
     return m.served and i.evidence.age is None and _since_progress(i) and _canary(m, i, "failed", "starved")
 
 
-def _since_progress(i: Inputs) -> bool:
+def _since_progress(i: VerdictInputs) -> bool:
     """Whether the last canary was sent after the last progress: an older one says nothing of now."""
     return i.canary is not None and i.canary.started > (i.evidence.progress_at or 0.0)
 
 
-def _rejected(m: Memory, i: Inputs) -> bool:
+def _rejected(m: VerdictState, i: VerdictInputs) -> bool:
     judged = m.rejected >= REJECTED_STARTS if not m.served else i.evidence.age is None or _silent(m, i)
     return judged and _since_progress(i) and _canary(m, i, "rejected")
 
 
-def _part(m: Memory, i: Inputs) -> bool:
+def _part(m: VerdictState, i: VerdictInputs) -> bool:
     """A part hangs alone; the silence of the whole engine goes before it."""
     return i.part is not None and m.served and m.state not in ("starting", "dead") and not _silent(m, i)
 
 
-def _part_severe(m: Memory, i: Inputs) -> bool:
+def _part_severe(m: VerdictState, i: VerdictInputs) -> bool:
     """A part has hung for long, or did until its requests were ended for it: then the kill is under way."""
-    held = m.state == "stalled" and m.part and i.now - m.since < PART_HOLD
+    held = m.state == "stalled" and m.part and i.now - m.since < PART_HOLD_S
     return held or (_part(m, i) and i.part is not None and i.part.severe)
 
 
-def _working(m: Memory, i: Inputs) -> bool:
+def _working(m: VerdictState, i: VerdictInputs) -> bool:
     return i.evidence.age is not None
 
 
-def _stuck(m: Memory, i: Inputs) -> bool:
+def _stuck(m: VerdictState, i: VerdictInputs) -> bool:
     return m.stuck_cycles >= STUCK_CYCLES and _working(m, i)
 
 
@@ -160,17 +160,17 @@ CONDITIONS: tuple[tuple[str, Condition, str], ...] = (
     ("exempt", lambda m, i: i.exempt is not None, "the engine sleeps or is paused, or the pod drains"),
     ("withheld", lambda m, i: i.withheld is not None, "our own loop, clock or facts were not to be trusted just now"),
     ("restarted", lambda m, i: i.restarted, "the engine's start time or counters show a new process"),
-    ("refused_long", _refused_long, f"no connection for {DEAD_HOLD:.0f} s after the engine was found dead"),
+    ("refused_long", _refused_long, f"no connection for {DEAD_HOLD_S:.0f} s after the engine was found dead"),
     (
         "refused_stalled",
         lambda m, i: m.state == "stalled" and i.refused_since is not None,
         "no connection taken: the stalled engine is being restarted",
     ),
-    ("refused", _refused, f"no connection taken for {REFUSED_GRACE:.0f} s"),
+    ("refused", _refused, f"no connection taken for {REFUSED_GRACE_S:.0f} s"),
     ("reopened", lambda m, i: m.state == "dead" and i.refused_since is None, "connections are taken again after death"),
     ("part_severe", _part_severe, "a part has hung alone for long, with much of the work"),
     ("part", _part, "a part hangs alone: a stream again and again, all decodes, one rank, admission"),
-    ("progress", _progress, f"progress within the last {FRESH:.0f} s"),
+    ("progress", _progress, f"progress within the last {FRESH_PROGRESS_S:.0f} s"),
     ("confirmed", _confirmed, "silent beyond the allowed time, and the confirming canary failed or starved"),
     ("stuck", _stuck, f"{STUCK_CYCLES} canaries passed while the users' work stood still"),
     ("canary_ok_busy", lambda m, i: _canary_ok(m, i) and _working(m, i), "a canary passed; users' work is outstanding"),
@@ -184,9 +184,9 @@ CONDITIONS: tuple[tuple[str, Condition, str], ...] = (
     ("nothing", lambda m, i: True, "nothing is outstanding"),
 )
 
-Row = dict[str, tuple[State, str]]
+TransitionRow = dict[str, tuple[State, str]]
 
-TABLE: dict[str, Row] = {
+TABLE: dict[str, TransitionRow] = {
     "exempt": {"*": ("exempt", "exempt")},
     "withheld": {"starting": ("starting", "own_lag"), "*": ("unknown", "own_lag")},
     "restarted": {"*": ("starting", "engine_restarted")},
@@ -214,7 +214,7 @@ TABLE: dict[str, Row] = {
 }
 
 
-def judge(m: Memory, i: Inputs) -> tuple[Memory, str]:
+def judge(m: VerdictState, i: VerdictInputs) -> tuple[VerdictState, str]:
     """One tick: the new memory, and the name of the condition that ruled."""
     m = _count(m, i)
     name = next(name for name, holds, _ in CONDITIONS if holds(m, i))
@@ -223,7 +223,7 @@ def judge(m: Memory, i: Inputs) -> tuple[Memory, str]:
     return _enter(m, i, name, state, _exact(m, i, reason)), name
 
 
-def _exact(m: Memory, i: Inputs, reason: str) -> str:
+def _exact(m: VerdictState, i: VerdictInputs, reason: str) -> str:
     """The reason code, where the table's stands for one that the inputs or the memory name."""
     exact = {
         "exempt": i.exempt,
@@ -236,7 +236,7 @@ def _exact(m: Memory, i: Inputs, reason: str) -> str:
     return exact.get(reason) or reason
 
 
-def _count(m: Memory, i: Inputs) -> Memory:
+def _count(m: VerdictState, i: VerdictInputs) -> VerdictState:
     """Count a canary's end once, and forget stuck work when it moved or went away."""
     if i.canary is not None and i.canary.ended > m.canary_seen:
         m = replace(m, canary_seen=i.canary.ended, rejected=m.rejected + 1 if i.canary.outcome == "rejected" else 0)
@@ -245,7 +245,7 @@ def _count(m: Memory, i: Inputs) -> Memory:
     return m
 
 
-def _enter(m: Memory, i: Inputs, name: str, state: State, reason: str) -> Memory:
+def _enter(m: VerdictState, i: VerdictInputs, name: str, state: State, reason: str) -> VerdictState:
     changes: dict[str, float | int | bool] = {"part": name in ("part", "part_severe")}
     if name in ("progress", "canary_ok", "canary_ok_busy"):
         changes["served"] = True
@@ -261,7 +261,7 @@ def _enter(m: Memory, i: Inputs, name: str, state: State, reason: str) -> Memory
     return replace(m, state=state, reason=reason, since=since, **changes)  # type: ignore[arg-type]
 
 
-def canary_due(m: Memory, e: Evidence, last_ended: float | None, interval: float) -> bool:
+def canary_due(m: VerdictState, e: Evidence, last_ended: float | None, interval: float) -> bool:
     """Whether a canary should be sent now (none is outstanding): when starting, idle for `interval`, suspect, or stalled.
 
     Never while work progresses or is silent within its time: a canary would only add load.

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from sidecar.events import Verdict
 from sidecar.health import reasons, verdict
-from sidecar.health.kill_policy import BRIEF, Hold
+from sidecar.health.kill_policy import JITTER_HOLD, KillHold
 from sidecar.health.progress import Evidence
 
 
-def facts_of(i: verdict.Inputs, name: str) -> dict[str, float | int | str | bool | None]:
+def facts_of(i: verdict.VerdictInputs, name: str) -> dict[str, float | int | str | bool | None]:
     """The evidence of a verdict as plain numbers and codes."""
     e, c = i.evidence, i.canary
     return {
@@ -32,7 +32,7 @@ def facts_of(i: verdict.Inputs, name: str) -> dict[str, float | int | str | bool
     }
 
 
-def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
+def explain(m: verdict.VerdictState, i: verdict.VerdictInputs, name: str) -> str:
     """One line for an operator: why this verdict."""
     e: Evidence = i.evidence
     silence = (
@@ -41,7 +41,7 @@ def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
         else "nothing outstanding"
     )
     canary = f"canary {i.canary.outcome} ({i.canary.detail})" if i.canary and i.canary.detail else "no canary verdict"
-    why = reasons.TEXTS.get(m.reason, m.reason)
+    why = reasons.REASON_TEXTS.get(m.reason, m.reason)
     texts = {
         "part": f"{why}: {i.part.detail}" if i.part else why,
         "part_severe": f"{why}: {i.part.detail}" if i.part else f"{why}; held until the engine is restarted",
@@ -63,12 +63,12 @@ def explain(m: verdict.Memory, i: verdict.Inputs, name: str) -> str:
     return texts.get(name, silence)
 
 
-def held(verdict: Verdict, hold: Hold | None) -> Verdict:
+def held(verdict: Verdict, hold: KillHold | None) -> Verdict:
     """A verdict whose kill is held back: the hold is its reason, the cause moves into its evidence."""
     if hold is None:
         return verdict
     evidence = {**verdict.evidence, "cause": verdict.reason, "held": hold.reason}
-    reason = verdict.reason if hold.reason == BRIEF else hold.reason
+    reason = verdict.reason if hold.reason == JITTER_HOLD else hold.reason
     return replace(verdict, reason=reason, detail=f"{verdict.detail}; {hold.detail}", evidence=evidence)
 
 

@@ -25,7 +25,9 @@ RAW: Final = "raw"  # the resized image's RGB bytes
 INLINE: Final = (PIXELS, RAW)  # what takes the image's place in a request
 TENSORS: Final = "tensors"  # the processor's output
 LAYOUT: Final = "layout"  # no payload: sizes only, of an image that does decode
-GPU_DOOR: Final = ".gpu"  # behind the name of the image server's own socket: that of the process that owns the GPU
+GPU_SOCKET_SUFFIX: Final = (
+    ".gpu"  # behind the name of the image server's own socket: that of the process that owns the GPU
+)
 
 
 Data = bytes | bytearray | memoryview
@@ -36,7 +38,7 @@ class FrameError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ImageLimits:
     """What an image may be, checked on its header before anything is allocated."""
 
     max_bytes: int
@@ -45,24 +47,24 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ImageJob:
     """What to do with one image. `spec` is ProcessorSpec.to_json(); `want` is PIXELS, RAW, TENSORS or LAYOUT."""
 
     want: str
     spec: str
     base64: bool
-    limits: Limits
+    limits: ImageLimits
     seconds: float  # deadline, counted from when the worker has the whole image
     gpu: bool = False  # whether a GPU that is there may be used now
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class WorkerReady:
     """A worker has taken the connection."""
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class ImageDone:
     """An image was prepared or passed. Sizes are those that the model sees; `stages` are seconds in the worker."""
 
     outcome: str  # "ok" or "passed"; a passed image has no payload
@@ -79,7 +81,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class ImageRefused:
     """An image was not accepted. `reason` is an image reason code, `message` says which limit, without its content."""
 
     reason: str
@@ -87,8 +89,8 @@ class Refused:
     format: str = "unknown"
 
 
-Frame = Job | Ready | Done | Refused
-_KINDS: Final[dict[str, type]] = {kind.__name__: kind for kind in (Job, Ready, Done, Refused)}
+Frame = ImageJob | WorkerReady | ImageDone | ImageRefused
+_KINDS: Final[dict[str, type]] = {kind.__name__: kind for kind in (ImageJob, WorkerReady, ImageDone, ImageRefused)}
 
 
 def head(record: Frame, payload: int = 0) -> bytes:
@@ -113,8 +115,8 @@ def parse(header: bytes | bytearray) -> Frame:
         name, values = json.loads(header)
         kind = _KINDS[name]
         frozen: dict[str, Any] = {k: _frozen(v) for k, v in values.items()}
-        if kind is Job:
-            frozen["limits"] = Limits(**frozen["limits"])
+        if kind is ImageJob:
+            frozen["limits"] = ImageLimits(**frozen["limits"])
         record: Frame = kind(**frozen)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise FrameError(f"not a frame: {type(e).__name__}") from None

@@ -12,20 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images.protocol import PIXELS, RAW, TENSORS, Data, Done, Job, Limits
-from sidecar.images.shm_cache import Handed, ImageCache
-from sidecar.images.shm_handoff import Handovers
-from sidecar.images.tensor_budget import Results, Take
-from sidecar.images.worker_queue import ImageQueue
+from sidecar.images.protocol import PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
+from sidecar.images.shm_cache import ImageCache, SharedFile
+from sidecar.images.shm_handoff import ShmHandoff
+from sidecar.images.tensor_budget import Reserve, TensorBudget
+from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
 
-HASHED_HERE = 512 * 1024  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
-KEEPING = 4  # results on their way into the cache at once; more are not kept
+MAX_HASHED_ON_LOOP_BYTES = (
+    512 * 1024
+)  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
+MAX_CACHE_WRITES = 4  # results on their way into the cache at once; more are not kept
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedImage:
     """One prepared image. `base64` and `url` are empty where the client's own bytes must go on untouched (outcome "passed");
     `url` is where its pixels lie in shared memory.
     Outcome "cached": it had been prepared before.
@@ -51,14 +53,14 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensors:
+class PreparedTensors:
     """One image as the processor's output: `values` are the raw rows of `pixel_values`, empty where only sizes were asked."""
 
-    prepared: Prepared
+    prepared: PreparedImage
     values: Data
 
 
-class Images:
+class ImageService:
     """The relay's way to the image workers behind the Unix socket `socket_path`; `queue`: by default that of the usual bounds."""
 
     def __init__(
@@ -68,21 +70,21 @@ class Images:
         spec: ProcessorSpec,
         cache: ImageCache | None = None,
         *,
-        queue: ImageQueue | None = None,
+        queue: WorkerQueue | None = None,
     ) -> None:
         self.spec = spec
-        self._workers = queue or ImageQueue(socket_path, settings)
-        self._limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
+        self._workers = queue or WorkerQueue(socket_path, settings)
+        self._limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
         self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine
         self._cache = cache
         self._keeping: set[asyncio.Task[None]] = set()
-        self._handovers = Handovers(cache) if cache is not None else None
-        self.results = Results()
+        self._handovers = ShmHandoff(cache) if cache is not None else None
+        self.results = TensorBudget()
 
     async def inline(
         self, data: Data, where: str, tenant: str = "", hand_over: str = "", is_base64: bool = True
-    ) -> Prepared:
+    ) -> PreparedImage:
         """One image's base64 text, or its bytes, as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
 
         `hand_over`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
@@ -96,13 +98,13 @@ class Images:
         handed = await self._handovers.pixels(hand_over, payload, key)
         return replace(prepared, url=handed.url(prepared.height, prepared.width))
 
-    async def share(self, *pieces: Data) -> Handed | None:
+    async def share(self, *pieces: Data) -> SharedFile | None:
         """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory. Raises ImagesBusy."""
         return await self._handovers.tensors(*pieces) if self._handovers is not None else None
 
-    def again(self, request: str) -> bool:
+    def relink(self, request: str) -> bool:
         """What was handed over for a request lies there once more. False where it cannot."""
-        return self._handovers is None or self._handovers.again(request)
+        return self._handovers is None or self._handovers.relink(request)
 
     def release(self, request: str) -> None:
         """A request has ended: nobody reads any more what was handed over for it."""
@@ -117,8 +119,8 @@ class Images:
         where: str = "images",
         tenant: str = "",
         spec: ProcessorSpec | None = None,
-        take: Take | None = None,
-    ) -> list[Tensors]:
+        take: Reserve | None = None,
+    ) -> list[PreparedTensors]:
         """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
 
         `spec`: for another processor than the model's, such as the same one without its last steps. `take`: of `results`, told of the bytes.
@@ -132,7 +134,7 @@ class Images:
                 ]
         except* (BadImage, ImagesBusy) as failed:
             raise failed.exceptions[0] from None
-        return [Tensors(*task.result()[:2]) for task in tasks]
+        return [PreparedTensors(*task.result()[:2]) for task in tasks]
 
     async def close(self) -> None:
         """Take no more images; those under way end by themselves within their deadline."""
@@ -147,8 +149,8 @@ class Images:
         is_base64: bool,
         tenant: str,
         spec: ProcessorSpec | None = None,
-        take: Take | None = None,
-    ) -> tuple[Prepared, Data, str]:
+        take: Reserve | None = None,
+    ) -> tuple[PreparedImage, Data, str]:
         """The image, its payload, and the key that this is kept under."""
         started = time.monotonic()
         self._check_size(data, where, is_base64)
@@ -168,13 +170,13 @@ class Images:
         """What the result is kept under; "" where nothing is kept."""
         if self._cache is None:
             return ""
-        if len(data) <= HASHED_HERE:
+        if len(data) <= MAX_HASHED_ON_LOOP_BYTES:
             return self._cache.key(data, *parts)
         return await asyncio.to_thread(self._cache.key, data, *parts)
 
-    async def _keep(self, key: str, done: Done, payload: Data, *, at_once: bool) -> None:
+    async def _keep(self, key: str, done: ImageDone, payload: Data, *, at_once: bool) -> None:
         """Keep a result: meanwhile, or `at_once` where it is about to be handed over."""
-        if self._cache is None or len(self._keeping) >= KEEPING:
+        if self._cache is None or len(self._keeping) >= MAX_CACHE_WRITES:
             return
         task = asyncio.create_task(asyncio.to_thread(self._cache.put, key, done, payload))
         self._keeping.add(task)
@@ -189,9 +191,9 @@ class Images:
         data: Data,
         where: str,
         is_base64: bool,
-        take: Take | None = None,
-    ) -> tuple[Done, bytearray]:
-        job = Job(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu)
+        take: Reserve | None = None,
+    ) -> tuple[ImageDone, bytearray]:
+        job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu)
         return await self._workers.do(job, data, where, take)
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
@@ -202,8 +204,8 @@ class Images:
             raise BadImage(text, "image_too_large")
 
 
-def _prepared(done: Done, payload: Data, seconds: float, *, cached: bool = False) -> Prepared:
-    return Prepared(
+def _prepared(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:
+    return PreparedImage(
         media_type=done.media_type,
         base64=None,
         width=done.width,

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sidecar.images.protocol import PREFIX, Data, Done, FrameError, head, lengths, parse
+from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, head, lengths, parse
 
 # The folder in memory that prepared images lie in. Linux and Kubernetes have shared memory there and nowhere else, and vLLM's plugin looks
 # there too (plugins/vllm).
@@ -48,12 +48,12 @@ class _Entry:
     """What file `inode` holds, which is never written again: a record, and from `start` on its payload."""
 
     inode: int
-    record: Done
+    record: ImageDone
     start: int
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
+class SharedFile:
     """A file for another process: its folder's name and its own; the content begins `offset` bytes into its `size`.
 
     `key`: the entry that may hold the same.
@@ -90,7 +90,7 @@ class ImageCache:
         digest.update(data)
         return digest.hexdigest()
 
-    def get(self, key: str) -> tuple[Done, memoryview] | None:
+    def get(self, key: str) -> tuple[ImageDone, memoryview] | None:
         """The entry's record and payload; None where there is none."""
         try:
             fd = os.open(f"{self._folder}/{key}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -117,11 +117,11 @@ class ImageCache:
         header, payload = lengths(content[: PREFIX.size], self._most)
         start = PREFIX.size + header
         record = parse(content[PREFIX.size : start])
-        if not isinstance(record, Done) or len(content) != start + payload:
+        if not isinstance(record, ImageDone) or len(content) != start + payload:
             raise FrameError("not a whole entry")
         return _Entry(inode, record, start)
 
-    def put(self, key: str, done: Done, payload: Data) -> None:
+    def put(self, key: str, done: ImageDone, payload: Data) -> None:
         """Keep an entry, and evict what is over the bound. One that is too large by itself is not kept."""
         first = head(done, len(payload))
         size = len(first) + len(payload)
@@ -138,7 +138,7 @@ class ImageCache:
         except OSError:  # the folder is gone, shared memory is full, or others have evicted it already
             scratch.unlink(missing_ok=True)
 
-    def hand_over(self, *pieces: Data, key: str = "") -> Handed:
+    def export(self, *pieces: Data, key: str = "") -> SharedFile:
         """A file of a random name with `pieces`; where the entry `key` holds them, a link to it. Raises OSError."""
         path = self._folder / (OUT + secrets.token_hex(16))
         size = sum(map(len, pieces))
@@ -148,9 +148,9 @@ class ImageCache:
         except OSError:
             whole = size
             _fill(_create(path, size), path, *pieces)
-        return Handed(self._folder.name, path.name, whole - size, whole, key)
+        return SharedFile(self._folder.name, path.name, whole - size, whole, key)
 
-    def share(self, *pieces: Data) -> Handed:
+    def share(self, *pieces: Data) -> SharedFile:
         """The same for a reader who may never come. Raises OSError also where too much waits for its reader."""
         path = self._folder / (OUT + secrets.token_hex(16))
         size = sum(map(len, pieces))
@@ -160,9 +160,9 @@ class ImageCache:
                 raise OSError(errno.ENOSPC, "too much waits for its readers")
             fd = _create(path, size)
         _fill(fd, path, *pieces)
-        return Handed(self._folder.name, path.name, 0, size)
+        return SharedFile(self._folder.name, path.name, 0, size)
 
-    def again(self, handed: Handed) -> bool:
+    def relink(self, handed: SharedFile) -> bool:
         """Let lie there once more what its reader has removed. False where its entry is gone."""
         path = self._folder / handed.name
         try:
@@ -172,7 +172,7 @@ class ImageCache:
         except OSError:
             return False
 
-    def take_back(self, handed: Handed) -> None:
+    def unlink_shared(self, handed: SharedFile) -> None:
         """Remove what was handed over, where its reader has not."""
         (self._folder / handed.name).unlink(missing_ok=True)
 
@@ -212,7 +212,7 @@ class ImageCache:
             used -= stat.st_size
 
 
-class Folder:
+class CacheFolder:
     """The folder, made for one run and locked for as long. `path` is "" where there is no room for one; `why` says what failed.
 
     `needed`: it is made even where nothing is to be kept.

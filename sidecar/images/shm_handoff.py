@@ -13,9 +13,9 @@ from typing import Final
 
 from sidecar.errors import ImagesBusy
 from sidecar.images.protocol import Data
-from sidecar.images.shm_cache import Handed, ImageCache
+from sidecar.images.shm_cache import ImageCache, SharedFile
 
-UNREAD: Final = (
+UNREAD_TIMEOUT_S: Final = (
     60.0  # seconds that tensors wait for their reader: as long as sidecar.client.preprocess waits for an answer
 )
 FULL: Final = "shared memory is full; try again shortly"
@@ -25,35 +25,35 @@ NO_ROOM: Final = (
 )
 
 
-class Handovers:
+class ShmHandoff:
     """All that one relay process has handed over in the folder of `cache`."""
 
     def __init__(self, cache: ImageCache) -> None:
         self._cache = cache
-        self._of: dict[str, list[Handed]] = {}
+        self._of: dict[str, list[SharedFile]] = {}
 
-    async def pixels(self, request: str, payload: Data, key: str) -> Handed:
+    async def pixels(self, request: str, payload: Data, key: str) -> SharedFile:
         """For the engine's answer to `request`, until its `release`. `key`: the entry that may hold the same. Raises ImagesBusy."""
-        handed = await self._written(partial(self._cache.hand_over, payload, key=key), FULL)
+        handed = await self._written(partial(self._cache.export, payload, key=key), FULL)
         self._of.setdefault(request, []).append(handed)
         return handed
 
-    async def tensors(self, *pieces: Data) -> Handed:
+    async def tensors(self, *pieces: Data) -> SharedFile:
         """For a client, who removes the file. Raises ImagesBusy."""
         handed = await self._written(partial(self._cache.share, *pieces), NO_ROOM)
-        asyncio.get_running_loop().call_later(UNREAD, self._cache.take_back, handed)
+        asyncio.get_running_loop().call_later(UNREAD_TIMEOUT_S, self._cache.unlink_shared, handed)
         return handed
 
-    def again(self, request: str) -> bool:
+    def relink(self, request: str) -> bool:
         """All of a request's pixels lie there once more, for an engine that reads them anew. False where they cannot."""
-        return all(map(self._cache.again, self._of.get(request, ())))
+        return all(map(self._cache.relink, self._of.get(request, ())))
 
     def release(self, request: str) -> None:
         """A request has ended: nobody reads any more what was handed over for it."""
         for handed in self._of.pop(request, ()):
-            self._cache.take_back(handed)
+            self._cache.unlink_shared(handed)
 
-    async def _written(self, write: Callable[[], Handed], full: str) -> Handed:
+    async def _written(self, write: Callable[[], SharedFile], full: str) -> SharedFile:
         writing = asyncio.get_running_loop().run_in_executor(None, write)
         try:
             return await asyncio.shield(writing)
@@ -63,6 +63,6 @@ class Handovers:
         except OSError:
             raise ImagesBusy(full) from None
 
-    def _unwanted(self, written: asyncio.Future[Handed]) -> None:
+    def _unwanted(self, written: asyncio.Future[SharedFile]) -> None:
         if not written.cancelled() and written.exception() is None:
-            self._cache.take_back(written.result())
+            self._cache.unlink_shared(written.result())

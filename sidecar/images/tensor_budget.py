@@ -11,20 +11,22 @@ from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
 
-MOST: Final = 1 << 30  # bytes: fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
+MAX_TENSOR_BYTES: Final = (
+    1 << 30
+)  # bytes: fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
 
-Take = Callable[[int], None]
+Reserve = Callable[[int], None]
 
 
-class Results:
+class TensorBudget:
     """The tensors of all requests under way."""
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = MAX_TENSOR_BYTES) -> None:
         self._most = most
         self.held = 0
 
     @contextmanager
-    def of_one(self) -> Iterator[Take]:
+    def for_request(self) -> Iterator[Reserve]:
         """A block that holds the tensors of one request: to be called with the bytes of each before they are read.
 
         That raises BadImage where this request alone has too many, and ImagesBusy where all together have.

@@ -25,7 +25,7 @@ from sidecar.images.shm_cache import SHM_DIR
 MARK: Final = "sidecar-plugin-"
 FORM: Final = 1  # of the URLs that both sides know
 CONNECTOR: Final = "inference_sidecar"
-EVERY: Final = 1.0  # seconds between two looks of a relay
+CHECK_INTERVAL_S: Final = 1.0  # seconds between two looks of a relay
 MOST: Final = 64  # marks that are looked at: one for each user that an engine has run as
 MAX_MARK: Final = 4096  # bytes
 REMEDY: Final = (
@@ -38,16 +38,16 @@ _log = logging.getLogger("sidecar")
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PluginStatus:
     """What the folder tells. `why` images cannot go through it; "" where they can."""
 
     why: str
     version: str = ""
 
 
-def look(shm: str) -> Seen:
+def read_status(shm: str) -> PluginStatus:
     """What the folder `shm` tells now. Never raises, never waits."""
-    found = Seen("no vLLM with our plugin uses this folder")
+    found = PluginStatus("no vLLM with our plugin uses this folder")
     try:
         paths = list(islice(Path(shm).glob(MARK + "*"), MOST))
     except OSError:
@@ -60,24 +60,24 @@ def look(shm: str) -> Seen:
     return found
 
 
-def judged(text: bytes, user: int) -> Seen:
+def judged(text: bytes, user: int) -> PluginStatus:
     """What a mark says to a sidecar that runs as `user`."""
     try:
         mark: Any = json.loads(text)
         version, form = str(mark["version"])[:20], mark["form"]
         connector, owner, reads_all = str(mark["connector"])[:40], int(mark["user"]), bool(mark["reads_all"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return Seen("the mark of vLLM's plugin cannot be read")
+        return PluginStatus("the mark of vLLM's plugin cannot be read")
     if form != FORM:
-        return Seen(f"vLLM's plugin {version!a} is not of this sidecar's version", version)
+        return PluginStatus(f"vLLM's plugin {version!a} is not of this sidecar's version", version)
     if connector != CONNECTOR:
-        return Seen(f"vLLM has the plugin, but VLLM_MEDIA_CONNECTOR is {connector!a}", version)
+        return PluginStatus(f"vLLM has the plugin, but VLLM_MEDIA_CONNECTOR is {connector!a}", version)
     if owner != user and not reads_all:
-        return Seen(f"vLLM runs as user {owner}, and may not read the files of user {user}", version)
-    return Seen("", version)
+        return PluginStatus(f"vLLM runs as user {owner}, and may not read the files of user {user}", version)
+    return PluginStatus("", version)
 
 
-def _seen(path: Path) -> Seen | None:
+def _seen(path: Path) -> PluginStatus | None:
     """What one mark says; None where the process that left it is gone."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -100,24 +100,24 @@ def _held(fd: int) -> bool:
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
-class Watch:
+class PluginWatch:
     """Called for each request with images: whether they may go through the folder `shm` now. Says in the log when that changes."""
 
     def __init__(self, shm: str = SHM_DIR, now: Callable[[], float] = time.monotonic) -> None:
         self._shm = shm
         self._now = now
         self._at = float("-inf")
-        self._seen: Seen | None = None
+        self._seen: PluginStatus | None = None
 
     def __call__(self) -> bool:
         now = self._now()
-        if now - self._at >= EVERY or self._seen is None:
-            before, self._seen, self._at = self._seen, look(self._shm), now
+        if now - self._at >= CHECK_INTERVAL_S or self._seen is None:
+            before, self._seen, self._at = self._seen, read_status(self._shm), now
             if before != self._seen:
                 self._say(self._seen)
         return not self._seen.why
 
-    def _say(self, seen: Seen) -> None:
+    def _say(self, seen: PluginStatus) -> None:
         if seen.why:
             _log.warning("images go inline, not through %s: %s; %s", self._shm, seen.why, REMEDY)
         else:

@@ -19,18 +19,18 @@ from sidecar.images.protocol import (
     MAX_REPLY,
     PREFIX,
     Data,
-    Done,
     Frame,
     FrameError,
-    Job,
-    Ready,
-    Refused,
+    ImageDone,
+    ImageJob,
+    ImageRefused,
+    WorkerReady,
     head,
     lengths,
     parse,
 )
-from sidecar.images.tensor_budget import Take
-from sidecar.runtime import cpu_quota as cpus
+from sidecar.images.tensor_budget import Reserve
+from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
 
 # Seconds that a worker may take for one image. A 12-megapixel JPEG takes 49 ms of CPU (benchmarks/images.py): what takes this long is
@@ -39,13 +39,13 @@ DEADLINE_S: Final = 10.0
 # Images that may wait for a worker in one relay process. At 49 ms each, two workers have the last of them within two seconds; more would
 # keep their clients waiting for longer than it takes to ask another replica.
 MAX_WAITING: Final = 64
-SLACK = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
-PATIENCE = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
-RETRY = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
+DEADLINE_SLACK_S = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
+QUEUE_TIMEOUT_S = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
+CONNECT_RETRY_S = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
 JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
 
 
-class ImageQueue:
+class WorkerQueue:
     """Places at the image workers behind the Unix socket `socket_path`."""
 
     def __init__(
@@ -53,9 +53,9 @@ class ImageQueue:
     ) -> None:
         self.seconds = deadline
         self._path = socket_path
-        self._patience = max(PATIENCE, deadline)
+        self._patience = max(QUEUE_TIMEOUT_S, deadline)
         self._max_waiting = max_waiting
-        self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpus.quota()))
+        self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpu_quota.quota()))
         self._waiting = 0
         self._closed = False
 
@@ -63,19 +63,21 @@ class ImageQueue:
         """Take no more images; those under way end by themselves within their deadline."""
         self._closed = True
 
-    async def do(self, job: Job, data: Data, where: str, take: Take | None = None) -> tuple[Done, bytearray]:
+    async def do(
+        self, job: ImageJob, data: Data, where: str, take: Reserve | None = None
+    ) -> tuple[ImageDone, bytearray]:
         """What a worker made of one image. Raises BadImage or ImagesBusy, in which `where` names the image; `take`: told of the answer's bytes first."""
         async with self._connection() as connection:
             sent = time.monotonic()
             try:
-                async with asyncio.timeout(self.seconds + SLACK):
+                async with asyncio.timeout(self.seconds + DEADLINE_SLACK_S):
                     await _send(connection, job, data)
                     answer, payload = await _receive(connection, take)
             except (OSError, EOFError, FrameError, TimeoutError):
                 raise _killed(where, time.monotonic() - sent, self.seconds) from None
-        if isinstance(answer, Refused):
+        if isinstance(answer, ImageRefused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
-        assert isinstance(answer, Done)
+        assert isinstance(answer, ImageDone)
         return answer, payload
 
     @contextlib.asynccontextmanager
@@ -103,7 +105,7 @@ class ImageQueue:
 
     async def _ready(self) -> socket.socket:
         """Connect until a worker takes us; a server that is being restarted is waited for."""
-        pause, longest = RETRY
+        pause, longest = CONNECT_RETRY_S
         try:
             async with asyncio.timeout(self._patience):
                 while True:
@@ -127,18 +129,18 @@ async def _greeting(connection: socket.socket, path: str) -> None:
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, path)
     ready, _ = await _receive(connection)
-    if not isinstance(ready, Ready):
+    if not isinstance(ready, WorkerReady):
         raise FrameError("not a worker of this version")
 
 
-async def _send(connection: socket.socket, job: Job, data: Data) -> None:
+async def _send(connection: socket.socket, job: ImageJob, data: Data) -> None:
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(connection, head(job, len(data)))
     if data:  # sending nothing to a worker that has answered already would be an error
         await loop.sock_sendall(connection, data)
 
 
-async def _receive(connection: socket.socket, take: Take | None = None) -> tuple[Frame, bytearray]:
+async def _receive(connection: socket.socket, take: Reserve | None = None) -> tuple[Frame, bytearray]:
     """One frame; `take` is asked before its payload is read. Raises EOFError when the connection ended first, FrameError when it is none."""
     header, payload = lengths(await _exactly(connection, PREFIX.size), MAX_REPLY)
     if take is not None:

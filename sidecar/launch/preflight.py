@@ -13,7 +13,7 @@ from sidecar.errors import StartError, UsageError
 from sidecar.flags import gpu_of
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.roofline import roofline
 from sidecar.settings import Settings
 from sidecar.signals.gpu import names as gpu_names
@@ -23,16 +23,16 @@ BACKLOG = 1024
 _log = logging.getLogger("sidecar")
 
 
-def coefficients(chosen: Settings) -> units.Coefficients:
+def coefficients(chosen: Settings) -> cost_model.Coefficients:
     """The coefficients file; else a roofline of --model on the GPU; else the documented default. Raises UsageError."""
     if chosen.coefficients:
-        return measured(chosen.coefficients)
-    found = _roofline(chosen) if chosen.model else units.Coefficients()
+        return load_coefficients(chosen.coefficients)
+    found = _roofline(chosen) if chosen.model else cost_model.Coefficients()
     _log.info("coefficients: %s; `sidecar calibrate` measures them", found.source)
     return found
 
 
-def measured(path: str) -> units.Coefficients:
+def load_coefficients(path: str) -> cost_model.Coefficients:
     """The file that --coefficients names. Raises UsageError."""
     name = f"--coefficients {path}"
     try:
@@ -41,18 +41,18 @@ def measured(path: str) -> units.Coefficients:
         raise UsageError(f"{name}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError:
         raise UsageError(f"{name}: not JSON (no UTF-8)") from None
-    return units.from_json(text, name)
+    return cost_model.from_json(text, name)
 
 
-def _roofline(chosen: Settings) -> units.Coefficients:
+def _roofline(chosen: Settings) -> cost_model.Coefficients:
     """From the model's config.json and the GPU that --gpu names, or NVML."""
     try:
         config = json.loads((Path(chosen.model) / "config.json").read_text("utf-8"))
     except FileNotFoundError:
-        return replace(units.Coefficients(), source="default: no config.json in --model")
+        return replace(cost_model.Coefficients(), source="default: no config.json in --model")
     except (OSError, ValueError) as e:
         why = f"default: config.json of --model cannot be read ({type(e).__name__})"
-        return replace(units.Coefficients(), source=why)
+        return replace(cost_model.Coefficients(), source=why)
     count, name = gpu_of(chosen.gpu) if chosen.gpu else _seen()
     return roofline(config if isinstance(config, dict) else {}, name, count)
 

@@ -28,13 +28,12 @@ import uvloop
 
 from sidecar import settings
 from sidecar.control import process as app
-from sidecar.images.shm_cache import SHM_DIR, Folder
+from sidecar.images.shm_cache import SHM_DIR, CacheFolder
 from sidecar.launch.preflight import bind, coefficients, image_mode, reserve, unix
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.relay import process
-from sidecar.relay.pricing import quota
-from sidecar.relay.pricing import tenant_accounts as accounts
-from sidecar.report import orca_server as orca_grpc
+from sidecar.relay.pricing import quota, tenant_accounts
+from sidecar.report import orca_server
 from sidecar.runtime.supervisor import Role, Supervisor
 from sidecar.settings import Settings
 
@@ -68,14 +67,14 @@ def main(chosen: Settings, border: Border) -> int:
                 (admin, joining),
             )
         ]
-        place = process.Place(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
+        place = process.RelayContext(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
         if chosen.tenant_limits:
             limits = quota.read(chosen.tenant_limits)
             (folder / "accounts").write_bytes(b"")
-            os.truncate(folder / "accounts", accounts.size(chosen.workers))
+            os.truncate(folder / "accounts", tenant_accounts.size(chosen.workers))
             place = replace(place, accounts=str(folder / "accounts"), limits=limits)
         if chosen.images != "off":
-            kept = Folder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images == "shm")
+            kept = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images == "shm")
             stack.callback(kept.close)
             if kept.why:
                 _log.warning("%s: prepared images are not kept, nor handed over there: %s", SHM_DIR, kept.why)
@@ -102,19 +101,19 @@ def _guarded(border: Border, run: Callable[[int], int]) -> Callable[[int], int]:
 
 
 def _control(
-    chosen: Settings, prices: units.Coefficients, admin: socket.socket, joining: socket.socket, restarts: int
+    chosen: Settings, prices: cost_model.Coefficients, admin: socket.socket, joining: socket.socket, restarts: int
 ) -> int:
     serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
-    uvloop.run(app.run(chosen, prices, app.Doors(admin, joining), serving))
+    uvloop.run(app.run(chosen, prices, app.ListeningSockets(admin, joining), serving))
     return 0
 
 
-def _relay(place: process.Place, listener: socket.socket, restarts: int) -> int:
+def _relay(place: process.RelayContext, listener: socket.socket, restarts: int) -> int:
     return process.main(replace(place, restarts=restarts), listener)
 
 
 def _reports(address: tuple[str, int], control: str, restarts: int) -> int:
-    return orca_grpc.main(address, control)
+    return orca_server.main(address, control)
 
 
 def _image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:

@@ -12,22 +12,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.drift import Drift, Memory, mismatch
-from sidecar.load.ledger import Hold, Settlement
-from sidecar.load.refit import Refit, Shadow
-from sidecar.load.work_windows import Windows
-from sidecar.readings import Identity
+from sidecar.load.drift import Drift, DriftState, mismatch
+from sidecar.load.ledger import AdmissionHold, Settlement
+from sidecar.load.refit import Refit, RefitResult
+from sidecar.load.work_windows import WorkWindows
+from sidecar.readings import EngineIdentity
 from sidecar.snapshot import PriceUse, ShadowUse
 
 UNMEASURED: Final = 1.0  # margin of a roofline: REACHED and READ are half and 70 %, engines differ by a factor of two
 UNSAID: Final = 0.25  # of a file that does not say its P90 error: what calibration aims at
-LEAST: Final = 0.1
-STALE: Final = 2.0  # times the margin
+MIN_JUDGED_WINDOWS: Final = 0.1
+STALE_PATIENCE: Final = 2.0  # times the margin
 
 
-class Upkeep:
+class CoefficientMonitor:
     """Watches the coefficients of one engine."""
 
     def __init__(self, co: Coefficients, now: float) -> None:
@@ -35,7 +35,7 @@ class Upkeep:
         self.refit = Refit(co)
         self.drift = Drift(co)
         self.stale = ""  # why; "" while they hold
-        self._windows = Windows(co, now)
+        self._windows = WorkWindows(co, now)
         self._prices = _prices(co)
 
     def settled(self, s: Settlement) -> None:
@@ -43,32 +43,32 @@ class Upkeep:
         self.drift.caching |= s.settled.usage is not None and s.settled.usage.cached_tokens > 0
         self._windows.settled(s)
 
-    def tick(self, holds: Iterable[Hold], now: float, seen: Identity, *, trusted: bool) -> None:
+    def tick(self, holds: Iterable[AdmissionHold], now: float, seen: EngineIdentity, *, trusted: bool) -> None:
         """Judge what ended by now. `trusted`: the engine works as usual, for nobody but us, and we are well."""
         if not trusted:
             self._windows.spoil(now)
         for window in self._windows.close(holds, now):
             self.refit.add(window)
-            if units.measured(self.co):
+            if cost_model.is_measured(self.co):
                 self.drift.add(window)
         self.stale = self._stale(seen)
 
-    def restore(self, memory: Memory) -> None:
+    def restore(self, memory: DriftState) -> None:
         """Know what an earlier process of ours knew."""
         self.drift.memory = memory
 
     @property
     def margin(self) -> float:
         """How far off a price may be, as a share of it."""
-        usual = max(self.co.p90 or UNSAID, LEAST) if units.measured(self.co) else UNMEASURED
-        return usual * (STALE if self.stale else 1.0)
+        usual = max(self.co.p90 or UNSAID, MIN_JUDGED_WINDOWS) if cost_model.is_measured(self.co) else UNMEASURED
+        return usual * (STALE_PATIENCE if self.stale else 1.0)
 
     def shadow(self) -> Coefficients | None:
         """The re-fit as coefficients of their own, for whoever wants to use them; None while there is too little work."""
         shadow = self.refit.shadow()
         if shadow is None:
             return None
-        text = repr([(name, getattr(shadow.co, name)) for name in units.TERMS])
+        text = repr([(name, getattr(shadow.co, name)) for name in cost_model.TERMS])
         print_ = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         error = round(math.expm1(shadow.error), 4)  # of windows, where a calibration has one of shapes
         return replace(
@@ -82,8 +82,8 @@ class Upkeep:
             shadow=_shadow(self.refit.shadow()), **self._prices,
         )  # fmt: skip
 
-    def _stale(self, seen: Identity) -> str:
-        if not units.measured(self.co):
+    def _stale(self, seen: EngineIdentity) -> str:
+        if not cost_model.is_measured(self.co):
             return ""
         slower = self.drift.memory.stale
         if slower and seen.slowdowns:
@@ -92,11 +92,11 @@ class Upkeep:
 
 
 def _prices(co: Coefficients) -> dict[str, tuple[tuple[str, float], ...]]:
-    return {"terms": units.by_cause(units.REFERENCE, co), "line": units.line(co)}
+    return {"terms": cost_model.by_cause(cost_model.REFERENCE, co), "line": cost_model.line(co)}
 
 
-def _shadow(shadow: Shadow | None) -> ShadowUse | None:
+def _shadow(shadow: RefitResult | None) -> ShadowUse | None:
     if shadow is None:
         return None
-    values = tuple((name, getattr(shadow.co, name)) for name in units.TERMS)
-    return ShadowUse(values, units.max_mu_per_minute(shadow.co), shadow.windows, shadow.error)
+    values = tuple((name, getattr(shadow.co, name)) for name in cost_model.TERMS)
+    return ShadowUse(values, cost_model.max_mu_per_minute(shadow.co), shadow.windows, shadow.error)

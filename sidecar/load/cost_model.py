@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
 from sidecar.errors import UsageError
-from sidecar.events import Usage, Work
+from sidecar.events import RequestSize, Usage
 
-REFERENCE = Work(uncached=3500, output=300)
+REFERENCE = RequestSize(uncached=3500, output=300)
 TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q")
 VERSION: Final = 2  # of a coefficients file. 1, which had no number, had no q: it was measured without
 
@@ -64,7 +64,7 @@ class Coefficients:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class CostTerms:
     """GPU milliseconds of one request, by cause."""
 
     overhead: float
@@ -85,10 +85,10 @@ class Terms:
         return self.before_first_token + self.decode + self.kv_read
 
 
-def terms(work: Work, co: Coefficients) -> Terms:
+def terms(work: RequestSize, co: Coefficients) -> CostTerms:
     """Price each term of one request in GPU milliseconds."""
     one, u, attended, o, read, encoded, items, squares = features(work, co)
-    return Terms(
+    return CostTerms(
         overhead=co.k * one,
         prefill=co.a * u,
         attention=co.b * attended,
@@ -98,7 +98,7 @@ def terms(work: Work, co: Coefficients) -> Terms:
     )
 
 
-def features(work: Work, co: Coefficients) -> tuple[float, ...]:
+def features(work: RequestSize, co: Coefficients) -> tuple[float, ...]:
     """What each coefficient is multiplied by, in the order of TERMS. Of `co` only the sliding window counts."""
     u, c, o = work.uncached, work.cached, work.output
     encoded = work.image_tokens + co.audio * work.audio_tokens + co.video * work.video_tokens
@@ -121,7 +121,7 @@ def generated_ms(before: int, tokens: int, co: Coefficients) -> float:
     return co.d * tokens + co.f * context(before, tokens, co)
 
 
-def gpu_ms(work: Work, co: Coefficients) -> float:
+def gpu_ms(work: RequestSize, co: Coefficients) -> float:
     """GPU milliseconds of one request."""
     return terms(work, co).total
 
@@ -131,12 +131,12 @@ def unit_ms(co: Coefficients) -> float:
     return gpu_ms(REFERENCE, co)
 
 
-def mu(work: Work, co: Coefficients) -> float:
+def mu(work: RequestSize, co: Coefficients) -> float:
     """Model units of one request."""
     return gpu_ms(work, co) / unit_ms(co)
 
 
-def by_cause(work: Work, co: Coefficients) -> tuple[tuple[str, float], ...]:
+def by_cause(work: RequestSize, co: Coefficients) -> tuple[tuple[str, float], ...]:
     """GPU milliseconds of one request by the names of Terms."""
     return tuple(asdict(terms(work, co)).items())
 
@@ -151,7 +151,7 @@ def line(co: Coefficients) -> tuple[tuple[str, float], ...]:
     )
 
 
-def measured(co: Coefficients) -> bool:
+def is_measured(co: Coefficients) -> bool:
     """Whether somebody measured them, on what they are used for."""
     return not co.source.startswith(("default", "roofline"))
 
@@ -168,7 +168,7 @@ def max_mu_in_flight(co: Coefficients, slo_seconds: float) -> float:
     return max_mu_per_minute(co) / 60 * slo_seconds
 
 
-def settled_work(expected: Work, usage: Usage | None, delivered_tokens: int) -> Work:
+def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: int) -> RequestSize:
     """What a request really was: the engine's `usage` where there is one, else the estimate with the delivered tokens."""
     if usage is None:
         return replace(expected, output=delivered_tokens)
@@ -178,7 +178,7 @@ def settled_work(expected: Work, usage: Usage | None, delivered_tokens: int) -> 
     return _encoded(work) if cached else work
 
 
-def _encoded(work: Work) -> Work:
+def _encoded(work: RequestSize) -> RequestSize:
     """Less what no encoder did: what it made is part of the prompt, and what is more than `uncached` was cached."""
     tokens = work.image_tokens + work.audio_tokens + work.video_tokens
     if tokens <= work.uncached:

@@ -12,10 +12,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
-from sidecar.events import TAIL_AT, Usage, Work
-from sidecar.load import cost_model as units
-from sidecar.load.output_length import Forecast, Outputs
-from sidecar.load.request_shape import Shape
+from sidecar.events import TAIL_AT, RequestSize, Usage
+from sidecar.load import cost_model
+from sidecar.load.output_length import OutputForecast, OutputLengths
+from sidecar.load.request_shape import RequestShape
 
 K = TypeVar("K")
 
@@ -30,7 +30,7 @@ _MODELS: Final = 256
 HIGH: Final = 0.9  # the share of answers that a reservation covers
 
 
-class Means(Generic[K]):
+class DecayedMeans(Generic[K]):
     """Decayed means by key, at most `limit` of them."""
 
     def __init__(self, start: float, limit: int) -> None:
@@ -50,7 +50,7 @@ class Means(Generic[K]):
             self._means.popitem(last=False)
 
 
-class Template:
+class ChatTemplateOverhead:
     """Tokens that a model's chat template adds, as a line over the number of messages: decayed least squares.
 
     Begins as ChatML does: 4 a message and 3 that open the answer.
@@ -87,7 +87,7 @@ class Estimate:
     far they are.
     """
 
-    work: Work
+    work: RequestSize
     mu: float
     tail: tuple[int, ...] = ()
 
@@ -95,14 +95,16 @@ class Estimate:
 class Estimator:
     """Expected work of requests, and its price in model units."""
 
-    def __init__(self, coefficients: units.Coefficients) -> None:
+    def __init__(self, coefficients: cost_model.Coefficients) -> None:
         self._coefficients = coefficients
-        self._unit_ms = units.unit_ms(coefficients)
-        self._ratios: Means[tuple[str, int]] = Means(BYTES_PER_TOKEN, _MODELS)
-        self._templates: OrderedDict[str, Template] = OrderedDict()
-        self._outputs = Outputs()
+        self._unit_ms = cost_model.unit_ms(coefficients)
+        self._ratios: DecayedMeans[tuple[str, int]] = DecayedMeans(BYTES_PER_TOKEN, _MODELS)
+        self._templates: OrderedDict[str, ChatTemplateOverhead] = OrderedDict()
+        self._outputs = OutputLengths()
 
-    def estimate(self, tenant: str, shape: Shape, image_tokens: list[int], counted: int | None = None) -> Estimate:
+    def estimate(
+        self, tenant: str, shape: RequestShape, image_tokens: list[int], counted: int | None = None
+    ) -> Estimate:
         """`image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each. `counted`: the text's, by a tokenizer."""
         images = max(shape.images, len(image_tokens))
         each = image_tokens + [IMAGE_TOKENS] * (images - len(image_tokens))
@@ -112,44 +114,44 @@ class Estimator:
         media = encoder, images, heard, shape.audios, shown, shape.videos, squares
         prompt = max(1, text + shape.token_ids + encoder + heard + shown)
         if not shape.generative:
-            work = Work(prompt, 0, 0, *media)
+            work = RequestSize(prompt, 0, 0, *media)
             return Estimate(work, self.mu(work))
         forecast = self.forecast(tenant, shape, prompt)
-        work = Work(prompt, 0, round(forecast.mean() * shape.choices), *media)
+        work = RequestSize(prompt, 0, round(forecast.mean() * shape.choices), *media)
         tail = tail_of(forecast, work.output, shape.choices) if shape.stream else ()
         return Estimate(work, self.mu(work), tail)
 
-    def text_tokens(self, shape: Shape) -> int:
+    def text_tokens(self, shape: RequestShape) -> int:
         """The tokens of a prompt's text, by what this model made of such text lately."""
         return round(shape.text_bytes / self._ratios.get((shape.model, shape.script)))
 
-    def template_tokens(self, shape: Shape) -> int:
+    def template_tokens(self, shape: RequestShape) -> int:
         """What the model's chat template adds to a text that was counted."""
         if not shape.messages:
             return 0
         return round(self._templates.get(shape.model, _CHATML).tokens(shape.messages))
 
-    def forecast(self, tenant: str, shape: Shape, prompt: int) -> Forecast:
+    def forecast(self, tenant: str, shape: RequestShape, prompt: int) -> OutputForecast:
         """The tokens of one choice."""
         limit = None if shape.max_output is None else shape.max_output // shape.choices
         return self._outputs.forecast(tenant, shape.model, prompt, limit)
 
-    def mu(self, work: Work) -> float:
+    def mu(self, work: RequestSize) -> float:
         """The price of `work` in model units."""
-        return units.gpu_ms(work, self._coefficients) / self._unit_ms
+        return cost_model.gpu_ms(work, self._coefficients) / self._unit_ms
 
-    def high(self, tenant: str, shape: Shape, expected: Work) -> int:
+    def high(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
         """Output tokens that 9 of 10 such answers do not exceed; no less than the expected."""
         if not shape.generative:
             return 0
         forecast = self.forecast(tenant, shape, expected.uncached)
         return max(round(forecast.quantile(HIGH) * shape.choices), expected.output)
 
-    def reserved(self, tenant: str, shape: Shape, expected: Work) -> float:
+    def reserved(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
         """The price of the expected work with its high output: what a limit keeps for it."""
         return self.mu(replace(expected, output=self.high(tenant, shape, expected)))
 
-    def learn(self, tenant: str, shape: Shape, usage: Usage, counted: int | None = None) -> None:
+    def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Take in what a request of this shape really used; `counted` is its text's, all of it. Other media teach nothing about text."""
         text_tokens = usage.prompt_tokens - shape.token_ids
         if not (shape.images or shape.audios or shape.videos) and text_tokens > 0 and shape.text_bytes > 0:
@@ -162,18 +164,18 @@ class Estimator:
             tokens = usage.completion_tokens / shape.choices
             self._outputs.learn(tenant, shape.model, usage.prompt_tokens, tokens, cut=cut)
 
-    def _template(self, model: str) -> Template:
-        template = self._templates.setdefault(model, Template())
+    def _template(self, model: str) -> ChatTemplateOverhead:
+        template = self._templates.setdefault(model, ChatTemplateOverhead())
         self._templates.move_to_end(model)
         if len(self._templates) > _MODELS:
             self._templates.popitem(last=False)
         return template
 
 
-_CHATML: Final = Template()
+_CHATML: Final = ChatTemplateOverhead()
 
 
-def tail_of(forecast: Forecast, expected: int, choices: int) -> tuple[int, ...]:
+def tail_of(forecast: OutputForecast, expected: int, choices: int) -> tuple[int, ...]:
     """The tail of an estimate of `expected` output tokens over all choices."""
     left = forecast.left([at * expected / choices for at in TAIL_AT])
     return tuple(round(tokens * choices) for tokens in left)

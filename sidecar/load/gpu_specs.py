@@ -15,7 +15,7 @@ SLICES: Final = 7  # of a GPU under MIG
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class GpuSpec:
     """Dense TFLOP/s in bf16 and in fp8 (0: it has none), and GB/s of memory."""
 
     words: str
@@ -25,42 +25,42 @@ class Gpu:
 
 
 GPUS: Final = (
-    Gpu("V100", 125, 0, 900),  # fp16
-    Gpu("T4", 65, 0, 320),  # fp16
-    Gpu("A10", 125, 0, 600),
-    Gpu("A10G", 70, 0, 600),  # AWS' G5
-    Gpu("A30", 165, 0, 933),
-    Gpu("A40", 150, 0, 696),
-    Gpu("RTX A6000", 155, 0, 768),
-    Gpu("A100", 312, 0, 1555),
-    Gpu("A100 80GB", 312, 0, 2039),
-    Gpu("A100 80GB PCIe", 312, 0, 1935),
-    Gpu("A800", 312, 0, 2039),
-    Gpu("L4", 121, 242, 300),
-    Gpu("L40", 181, 362, 864),
-    Gpu("L40S", 362, 733, 864),
-    Gpu("RTX 6000 Ada", 364, 728, 960),
-    Gpu("RTX 3090", 71, 0, 936),  # these and the other GeForces: sums in fp32, from the architecture's white paper
-    Gpu("RTX 4090", 165, 330, 1008),
-    Gpu("RTX 5090", 209, 419, 1792),
-    Gpu("RTX PRO 6000 Blackwell", 504, 1007, 1792),
-    Gpu("H100", 989, 1979, 3350),
-    Gpu("H100 PCIe", 756, 1513, 2000),
-    Gpu("H100 NVL", 835, 1671, 3900),
-    Gpu("H800", 989, 1979, 3350),
-    Gpu("H20", 148, 296, 4000),  # no public datasheet; as its sellers give it
-    Gpu("H200", 989, 1979, 4800),
-    Gpu("H200 NVL", 835, 1671, 4800),
-    Gpu("GH200", 989, 1979, 4000),
-    Gpu("GH200 144G", 989, 1979, 4900),
-    Gpu("B200", 2250, 4500, 8000),
-    Gpu("GB200", 2500, 5000, 8000),
-    Gpu("B300", 2250, 4500, 8000),
-    Gpu("GB300", 2500, 5000, 8000),
+    GpuSpec("V100", 125, 0, 900),  # fp16
+    GpuSpec("T4", 65, 0, 320),  # fp16
+    GpuSpec("A10", 125, 0, 600),
+    GpuSpec("A10G", 70, 0, 600),  # AWS' G5
+    GpuSpec("A30", 165, 0, 933),
+    GpuSpec("A40", 150, 0, 696),
+    GpuSpec("RTX A6000", 155, 0, 768),
+    GpuSpec("A100", 312, 0, 1555),
+    GpuSpec("A100 80GB", 312, 0, 2039),
+    GpuSpec("A100 80GB PCIe", 312, 0, 1935),
+    GpuSpec("A800", 312, 0, 2039),
+    GpuSpec("L4", 121, 242, 300),
+    GpuSpec("L40", 181, 362, 864),
+    GpuSpec("L40S", 362, 733, 864),
+    GpuSpec("RTX 6000 Ada", 364, 728, 960),
+    GpuSpec("RTX 3090", 71, 0, 936),  # these and the other GeForces: sums in fp32, from the architecture's white paper
+    GpuSpec("RTX 4090", 165, 330, 1008),
+    GpuSpec("RTX 5090", 209, 419, 1792),
+    GpuSpec("RTX PRO 6000 Blackwell", 504, 1007, 1792),
+    GpuSpec("H100", 989, 1979, 3350),
+    GpuSpec("H100 PCIe", 756, 1513, 2000),
+    GpuSpec("H100 NVL", 835, 1671, 3900),
+    GpuSpec("H800", 989, 1979, 3350),
+    GpuSpec("H20", 148, 296, 4000),  # no public datasheet; as its sellers give it
+    GpuSpec("H200", 989, 1979, 4800),
+    GpuSpec("H200 NVL", 835, 1671, 4800),
+    GpuSpec("GH200", 989, 1979, 4000),
+    GpuSpec("GH200 144G", 989, 1979, 4900),
+    GpuSpec("B200", 2250, 4500, 8000),
+    GpuSpec("GB200", 2500, 5000, 8000),
+    GpuSpec("B300", 2250, 4500, 8000),
+    GpuSpec("GB300", 2500, 5000, 8000),
 )  # fmt: skip
 
 
-def find(name: str) -> Gpu | None:
+def find(name: str) -> GpuSpec | None:
     """The row of a GPU's name, such as "NVIDIA H100 80GB HBM3" or "H100"; None where none fits. A MIG instance gets its share."""
     words = _words(name)
     fitting = [gpu for gpu in GPUS if _words(gpu.words) <= words]

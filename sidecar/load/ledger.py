@@ -15,13 +15,23 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from sidecar.events import TAIL_AT, Admitted, Backpressure, Delivered, Fact, FirstToken, Outcome, Settled, Work
-from sidecar.load import cost_model as units
+from sidecar.events import (
+    TAIL_AT,
+    Admitted,
+    Delivered,
+    Event,
+    FirstToken,
+    Outcome,
+    RequestBlocked,
+    RequestSize,
+    Settled,
+)
+from sidecar.load import cost_model
 
-WINDOW = 60.0  # seconds of the flow ("per minute")
-RECENT = 10.0  # seconds of the flow that routers weigh by
-RATE_WINDOW = 5.0  # seconds of tokens per second
-UNBOUNDED_OUTPUT = 4096  # tokens assumed for an answer in one piece without max_tokens
+FLOW_WINDOW_S = 60.0  # seconds of the flow ("per minute")
+RECENT_WINDOW_S = 10.0  # seconds of the flow that routers weigh by
+TOKEN_WINDOW_S = 5.0  # seconds of tokens per second
+UNBOUNDED_OUTPUT_TOKENS = 4096  # tokens assumed for an answer in one piece without max_tokens
 SHORT_ROUTES = (
     "embeddings",
     "rerank",
@@ -38,7 +48,7 @@ Key = tuple[int, str]  # (relay index, request id)
 
 
 @dataclass(slots=True)
-class Hold:
+class AdmissionHold:
     """One open admission. `accrued` is the MU already counted in the flow.
 
     `blocked`: it is not the engine that keeps it waiting, but its client, or our own queue. `since`: when its silence began to be
@@ -69,7 +79,7 @@ class Settlement:
     settled: Settled
     tenant: str
     model: str
-    work: Work
+    work: RequestSize
     held: float
     mu: float
     delivered: int
@@ -77,7 +87,7 @@ class Settlement:
 
 
 @dataclass(slots=True)
-class Account:
+class TenantTotals:
     """One tenant's sums since the start."""
 
     mu: float = 0.0
@@ -86,7 +96,7 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class Stock:
+class InFlight:
     """What is in flight now."""
 
     mu: float
@@ -96,7 +106,7 @@ class Stock:
     waiting: int
 
 
-class Rate:
+class SlidingSum:
     """Sum over a sliding window, in one-second buckets."""
 
     def __init__(self, window: float) -> None:
@@ -126,24 +136,27 @@ class Ledger:
     """Holds and sums. `label` bounds the tenants and models that come from clients."""
 
     def __init__(
-        self, co: units.Coefficients, tenant_label: Callable[[str], str] = str, model_label: Callable[[str], str] = str
+        self,
+        co: cost_model.Coefficients,
+        tenant_label: Callable[[str], str] = str,
+        model_label: Callable[[str], str] = str,
     ) -> None:
         self.co = co
         self._tenant_label = tenant_label
         self._model_label = model_label
-        self._holds: dict[Key, Hold] = {}
-        self._unit_ms = units.unit_ms(co)
-        self._token_mu = units.generated_ms(0, 1, co) / self._unit_ms
-        self._flow, self._recent = Rate(WINDOW), Rate(RECENT)
-        self._tokens = Rate(RATE_WINDOW)
-        self._finished = Rate(WINDOW)
-        self._failed = Rate(WINDOW)
+        self._holds: dict[Key, AdmissionHold] = {}
+        self._unit_ms = cost_model.unit_ms(co)
+        self._token_mu = cost_model.generated_ms(0, 1, co) / self._unit_ms
+        self._flow, self._recent = SlidingSum(FLOW_WINDOW_S), SlidingSum(RECENT_WINDOW_S)
+        self._tokens = SlidingSum(TOKEN_WINDOW_S)
+        self._finished = SlidingSum(FLOW_WINDOW_S)
+        self._failed = SlidingSum(FLOW_WINDOW_S)
         self._delivered = 0  # as far as is known now: a settlement may correct it downwards
         self.delivered_total = 0  # the most that it has been: a counter that falls would read as one that began again
-        self.accounts: dict[str, Account] = {}
+        self.accounts: dict[str, TenantTotals] = {}
         self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
 
-    def apply(self, relay: int, fact: Fact) -> Settlement | None:
+    def apply(self, relay: int, fact: Event) -> Settlement | None:
         """Book one fact of one relay. Returns the settlement when it ended a request."""
         match fact:
             case Admitted():
@@ -152,7 +165,7 @@ class Ledger:
                 self._first(relay, fact)
             case Delivered():
                 self._accrue(relay, fact)
-            case Backpressure():
+            case RequestBlocked():
                 self._block(relay, fact)
             case Settled():
                 return self._settle(relay, fact)
@@ -163,17 +176,19 @@ class Ledger:
     def lose(self, relay: int, now: float) -> list[Settlement]:
         """Settle all that a relay which died still held, as `lost`."""
         keys = [key for key in self._holds if key[0] == relay]
-        return [s for key in keys if (s := self._settle(relay, lost(self._holds[key], key[1], now))) is not None]
+        return [
+            s for key in keys if (s := self._settle(relay, lost_settlement(self._holds[key], key[1], now))) is not None
+        ]
 
-    def holds(self) -> Iterator[Hold]:
+    def holds(self) -> Iterator[AdmissionHold]:
         """The open holds, oldest first."""
         return iter(self._holds.values())
 
-    def hold(self, key: Key) -> Hold | None:
+    def hold(self, key: Key) -> AdmissionHold | None:
         """One open hold."""
         return self._holds.get(key)
 
-    def stock(self) -> Stock:
+    def stock(self) -> InFlight:
         """What is in flight: the sum over the open holds."""
         mu, prefill, decode, waiting = 0.0, 0, 0, 0
         for hold in self._holds.values():
@@ -183,7 +198,7 @@ class Ledger:
             if hold.first_at is None:
                 waiting += 1
                 prefill += expected.uncached
-        return Stock(mu, prefill, decode, len(self._holds), waiting)
+        return InFlight(mu, prefill, decode, len(self._holds), waiting)
 
     def mu_per_minute(self, now: float) -> float:
         """MU done in the last minute."""
@@ -191,26 +206,28 @@ class Ledger:
 
     def recent_mu_per_second(self, now: float) -> float:
         """MU done per second, over the last 10 s."""
-        return self._recent.sum(now) / RECENT
+        return self._recent.sum(now) / RECENT_WINDOW_S
 
     def tokens_per_second(self, now: float) -> float:
         """Tokens delivered per second, over the last 5 s."""
-        return self._tokens.sum(now) / RATE_WINDOW
+        return self._tokens.sum(now) / TOKEN_WINDOW_S
 
     def requests_per_second(self, now: float) -> float:
         """Requests settled per second, over the last minute."""
-        return self._finished.sum(now) / WINDOW
+        return self._finished.sum(now) / FLOW_WINDOW_S
 
     def errors_per_second(self, now: float) -> float:
         """Requests per second that the engine failed, over the last minute."""
-        return self._failed.sum(now) / WINDOW
+        return self._failed.sum(now) / FLOW_WINDOW_S
 
     def _hold(self, relay: int, fact: Admitted) -> None:
         tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
-        hold = Hold(fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu, left=fact.expected.output)
-        hold.prefill = units.terms(fact.expected, self.co).before_first_token / 1000
+        hold = AdmissionHold(
+            fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu, left=fact.expected.output
+        )
+        hold.prefill = cost_model.terms(fact.expected, self.co).before_first_token / 1000
         if not fact.stream and fact.route not in SHORT_ROUTES:
-            hold.whole = fact.max_output or UNBOUNDED_OUTPUT
+            hold.whole = fact.max_output or UNBOUNDED_OUTPUT_TOKENS
         self._holds.setdefault((relay, fact.id), hold)
 
     def _first(self, relay: int, fact: FirstToken) -> None:
@@ -227,7 +244,7 @@ class Ledger:
         self._deliver(hold, fact.tokens, fact.at)
         self._book(hold, fact.at)
 
-    def _block(self, relay: int, fact: Backpressure) -> None:
+    def _block(self, relay: int, fact: RequestBlocked) -> None:
         hold = self._holds.get((relay, fact.id))
         if hold is None:
             return
@@ -236,13 +253,13 @@ class Ledger:
         if not fact.on:
             hold.since = hold.last_at = fact.at
 
-    def _deliver(self, hold: Hold, tokens: int, at: float) -> None:
+    def _deliver(self, hold: AdmissionHold, tokens: int, at: float) -> None:
         hold.delivered += tokens
         self._delivered += tokens
         self.delivered_total = max(self.delivered_total, self._delivered)
         self._tokens.add(tokens, at)
 
-    def _book(self, hold: Hold, at: float) -> None:
+    def _book(self, hold: AdmissionHold, at: float) -> None:
         """Bring what a hold has accrued up to what was delivered so far."""
         done = self._price(hold, hold.delivered)
         self._flowed(done - hold.accrued, at)
@@ -250,10 +267,10 @@ class Ledger:
         hold.left = tokens_left(hold)
         hold.remaining = max(self._price(hold, hold.delivered + hold.left) - done, self._token_mu)
 
-    def _price(self, hold: Hold, output: int) -> float:
+    def _price(self, hold: AdmissionHold, output: int) -> float:
         """MU of a hold with so much output: `units.mu`, less what is the same five times a second and stream."""
         e = hold.admitted.expected
-        return (hold.prefill * 1000 + units.generated_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
+        return (hold.prefill * 1000 + cost_model.generated_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
 
     def _flowed(self, mu: float, at: float) -> None:
         self._flow.add(mu, at)
@@ -265,8 +282,8 @@ class Ledger:
             return None
         delivered = fact.usage.completion_tokens if fact.usage else max(fact.delivered_tokens, hold.delivered)
         self._deliver(hold, delivered - hold.delivered, fact.at)
-        work = spent(hold.admitted.expected, fact, started=hold.first_at is not None, delivered=hold.delivered)
-        mu = units.mu(work, self.co) if work is not None else 0.0
+        work = actual_work(hold.admitted.expected, fact, started=hold.first_at is not None, delivered=hold.delivered)
+        mu = cost_model.mu(work, self.co) if work is not None else 0.0
         self._flowed(mu - hold.accrued, fact.at)
         self._finished.add(1, fact.at)
         if fact.outcome in FAILED:
@@ -274,31 +291,39 @@ class Ledger:
         total = self.totals.setdefault((hold.tenant, hold.model, fact.outcome), [0.0, 0])
         total[0] += mu
         total[1] += 1
-        account = self.accounts.setdefault(hold.tenant, Account())
+        account = self.accounts.setdefault(hold.tenant, TenantTotals())
         account.mu += mu
         account.requests += 1
         account.tokens += delivered
         return Settlement(
-            hold.admitted, fact, hold.tenant, hold.model, work or Work(0), hold.admitted.mu, mu, delivered, hold.slowed
+            hold.admitted,
+            fact,
+            hold.tenant,
+            hold.model,
+            work or RequestSize(0),
+            hold.admitted.mu,
+            mu,
+            delivered,
+            hold.slowed,
         )
 
 
-def spent(expected: Work, fact: Settled, *, started: bool, delivered: int) -> Work | None:
+def actual_work(expected: RequestSize, fact: Settled, *, started: bool, delivered: int) -> RequestSize | None:
     """What a settled request really used; None for one that never cost the engine anything.
 
     Without `usage`, a request that ended before its first token is taken to have used its prefill only when the engine had
     it: a client that hangs up during prefill has spent it, a request that the engine refused has not.
     """
     if fact.usage is not None:
-        return units.settled_work(expected, fact.usage, 0)
+        return cost_model.settled_work(expected, fact.usage, 0)
     if fact.sent_at is None or fact.outcome == "rejected":
         return None
     if not started and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
         return None
-    return units.settled_work(expected, None, max(fact.delivered_tokens, delivered))
+    return cost_model.settled_work(expected, None, max(fact.delivered_tokens, delivered))
 
 
-def tokens_left(hold: Hold) -> int:
+def tokens_left(hold: AdmissionHold) -> int:
     """Output tokens still expected, given those that came: what outlasts its estimate is taken to go on, as such answers do.
 
     Between the points of the estimate's tail on a straight line, beyond them level; never over what the client allows.
@@ -316,7 +341,7 @@ def tokens_left(hold: Hold) -> int:
     return left if most is None else max(0, min(left, most - came))
 
 
-def lost(hold: Hold, id: str, now: float) -> Settled:
+def lost_settlement(hold: AdmissionHold, id: str, now: float) -> Settled:
     """The settlement of a request whose relay died."""
     return Settled(
         id=id, at=now, outcome="lost", status=0, usage=None, delivered_tokens=hold.delivered, delivered_bytes=0,

@@ -51,7 +51,7 @@ def _prior() -> tuple[float, ...]:
 PRIOR: Final = _prior()
 
 
-class Beyond(NamedTuple):
+class CensoredTail(NamedTuple):
     """Where an answer that was cut off in `bucket` would have ended: `shares` of that and all longer ones, which sum to `whole`, and to
     `tokens` times their middles."""
 
@@ -61,7 +61,7 @@ class Beyond(NamedTuple):
     tokens: float
 
 
-class Histogram:
+class LengthHistogram:
     """Weights by bucket; those of older answers fade. `count` is the effective number of answers, `tokens` the sum of all weights times the
     middles of their buckets. A list of weights is not changed once it is made: forecasts hold it."""
 
@@ -85,7 +85,7 @@ class Histogram:
         self.tokens += self.scale * MIDDLES[bucket]
         self._rescale()
 
-    def spread(self, beyond: Beyond) -> None:
+    def spread(self, beyond: CensoredTail) -> None:
         """Count one answer that was cut off."""
         self.scale /= DECAY
         each, old = self.scale / beyond.whole, self.weights
@@ -110,7 +110,7 @@ _PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class OutputForecast:
     """The distribution of one answer's tokens, and at most `limit`: up to four levels, each `times` its weights; they sum to 1.
 
     They are added up only where they are needed, because this is on the path of every request.
@@ -129,11 +129,11 @@ class Forecast:
         """The share of the buckets before `bucket`."""
         return sum(times * sum(weights[:bucket]) for times, weights, _, _ in self.levels)
 
-    def beyond(self, bucket: int) -> Beyond | None:
+    def beyond(self, bucket: int) -> CensoredTail | None:
         """Where an answer that was cut off in `bucket` would have ended; None where none was ever so long."""
         shares = self.shares(bucket)
         whole = sum(shares)
-        return Beyond(bucket, shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
+        return CensoredTail(bucket, shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
 
     def mean(self) -> float:
         """Expected tokens: E[min(X, limit)]."""
@@ -165,21 +165,21 @@ class Forecast:
         return [_left(d, most - d, masses, sums) if d < most else 0.0 for d in delivered]
 
 
-class Outputs:
+class OutputLengths:
     """What answers' lengths were lately."""
 
     def __init__(self, limit: int = TABLES) -> None:
         self._limit = limit
-        self._tables: OrderedDict[Key, Histogram] = OrderedDict()
+        self._tables: OrderedDict[Key, LengthHistogram] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._tables)
 
-    def forecast(self, tenant: str, model: str, prompt: int, limit: int | None) -> Forecast:
+    def forecast(self, tenant: str, model: str, prompt: int, limit: int | None) -> OutputForecast:
         """The next answer to a prompt of `prompt` tokens, of which the client allows `limit`."""
         return self._forecast(_keys(tenant, model, prompt), limit)
 
-    def _forecast(self, keys: Sequence[Key], limit: int | None = None) -> Forecast:
+    def _forecast(self, keys: Sequence[Key], limit: int | None = None) -> OutputForecast:
         rest = 1.0
         levels: list[Level] = []
         for key in keys:
@@ -189,7 +189,7 @@ class Outputs:
                 levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
                 rest *= BLEND / known
         levels.append((rest, PRIOR, 1.0, _PRIOR_TOKENS))
-        return Forecast(levels, limit)
+        return OutputForecast(levels, limit)
 
     def learn(self, tenant: str, model: str, prompt: int, tokens: float, *, cut: bool = False) -> None:
         """An answer had `tokens`; `cut`: because its client allowed no more."""
@@ -203,7 +203,7 @@ class Outputs:
         for key in keys:
             table = self._tables.get(key)
             if table is None:
-                table = self._tables[key] = Histogram()
+                table = self._tables[key] = LengthHistogram()
             if beyond is None:
                 table.add(bucket)
             else:

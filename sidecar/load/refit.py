@@ -13,23 +13,23 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.work_windows import STEP, TERMS, TOKEN, Window
+from sidecar.load.work_windows import STEP, TERMS, TOKEN, WorkWindow
 
 FORGET: Final = 0.995  # per window: a window of half an hour ago (of work) weighs a third of a new one
-RIDGE: Final = 0.02  # weight of the coefficients in use, in windows
-SHARED: Final = 0.8  # of d that is paid per step, before anything is known
-ODD: Final = 0.5  # of a log: errors beyond it pull with no more than it
-SURE: Final = 20  # windows before it is told
-MOST: Final = 1e4  # times a coefficient in use
+REFIT_RIDGE: Final = 0.02  # weight of the coefficients in use, in windows
+MAX_SHARED_VARIANCE: Final = 0.8  # of d that is paid per step, before anything is known
+MAX_OUTLIER_RESIDUAL: Final = 0.5  # of a log: errors beyond it pull with no more than it
+MIN_SURE_WINDOWS: Final = 20  # windows before it is told
+MAX_REFIT_WINDOWS: Final = 1e4  # times a coefficient in use
 ROUNDING: Final = 1e-14  # of the largest pivot
-MOST_ERROR: Final = 5.0
+MAX_REFIT_ERROR: Final = 5.0
 N: Final = len(TERMS)
 
 
 @dataclass(frozen=True, slots=True)
-class Shadow:
+class RefitResult:
     """What was fitted: coefficients, over how many windows, and the mean log error of a window's prediction before it was learned."""
 
     co: Coefficients
@@ -49,15 +49,15 @@ class Refit:
     _gram: list[list[float]] = field(default_factory=lambda: [[0.0] * N for _ in range(N)])
     _target: list[float] = field(default_factory=lambda: [0.0] * N)
 
-    def add(self, window: Window) -> None:
+    def add(self, window: WorkWindow) -> None:
         """Learn one window."""
         whole = [x * p for x, p in zip(window.work, self._prior(), strict=True)]
         if not (window.ms > 0 and 1e-9 < sum(whole) / window.ms < 1e9):
             return
         said = sum(w * t for w, t in zip(whole, self.times, strict=True)) if self.windows else sum(whole)
-        miss = abs(math.log(window.ms / said)) if said > 0 else ODD
-        sure = self.windows >= SURE and said > 0
-        weight = min(1.0, ODD / miss) if sure and miss > ODD else 1.0
+        miss = abs(math.log(window.ms / said)) if said > 0 else MAX_OUTLIER_RESIDUAL
+        sure = self.windows >= MIN_SURE_WINDOWS and said > 0
+        weight = min(1.0, MAX_OUTLIER_RESIDUAL / miss) if sure and miss > MAX_OUTLIER_RESIDUAL else 1.0
         base = (
             said if sure else window.ms
         )  # relative to a measurement, what was measured too high would weigh too little
@@ -65,40 +65,40 @@ class Refit:
         self.log_scale += (
             max(1 / self.windows, 1 - FORGET) * weight * (math.log(window.ms / sum(whole)) - self.log_scale)
         )
-        self.error += max(1 / self.windows, 0.02) * (min(miss, MOST_ERROR) - self.error)
+        self.error += max(1 / self.windows, 0.02) * (min(miss, MAX_REFIT_ERROR) - self.error)
         row, target = [w / base for w in whole], window.ms / base
-        target = min(target, math.exp(ODD) if sure else target)
+        target = min(target, math.exp(MAX_OUTLIER_RESIDUAL) if sure else target)
         for i in range(N):
             self._target[i] = FORGET * self._target[i] + weight * row[i] * target
             for j in range(N):
                 self._gram[i][j] = FORGET * self._gram[i][j] + weight * row[i] * row[j]
         self._solve()
 
-    def shadow(self) -> Shadow | None:
+    def shadow(self) -> RefitResult | None:
         """What was learned, once that is enough to tell."""
-        if self.windows < SURE:
+        if self.windows < MIN_SURE_WINDOWS:
             return None
         values = dict(zip(TERMS, (p * t for p, t in zip(self._prior(), self.times, strict=True)), strict=True))
         d = values["d"] + values["step"] / self.co.batch
-        fitted = {name: values[name] for name in units.TERMS}
+        fitted = {name: values[name] for name in cost_model.TERMS}
         co = replace(self.co, **{**fitted, "d": d}, fingerprint="", source="refit", mu_in_flight=0.0)  # type: ignore[arg-type]
-        return Shadow(co, self.windows, self.error)
+        return RefitResult(co, self.windows, self.error)
 
     def shared(self) -> float:
         """The share of d that is paid per step."""
-        step, token = SHARED * self.times[STEP], (1 - SHARED) * self.times[TOKEN]
-        return step / (step + token) if step + token > 0 else SHARED
+        step, token = MAX_SHARED_VARIANCE * self.times[STEP], (1 - MAX_SHARED_VARIANCE) * self.times[TOKEN]
+        return step / (step + token) if step + token > 0 else MAX_SHARED_VARIANCE
 
     def _prior(self) -> list[float]:
         d = self.co.d
-        values = {name: getattr(self.co, name) for name in units.TERMS}
-        values |= {"step": SHARED * d * self.co.batch, "d": (1 - SHARED) * d}
+        values = {name: getattr(self.co, name) for name in cost_model.TERMS}
+        values |= {"step": MAX_SHARED_VARIANCE * d * self.co.batch, "d": (1 - MAX_SHARED_VARIANCE) * d}
         return [values[name] for name in TERMS]
 
     def _solve(self) -> None:
         """argmin over x >= 0 of the forgotten sum of (row . x - target)^2 + the pull toward `scale`: what would be negative is 0."""
         scale = math.exp(max(-9.0, min(9.0, self.log_scale)))
-        pull = RIDGE / scale**2
+        pull = REFIT_RIDGE / scale**2
         free = list(range(N))
         while True:
             rows = [[self._gram[i][j] + (pull if i == j else 0.0) for j in free] for i in free]
@@ -109,7 +109,7 @@ class Refit:
             del free[least]
         self.times = [0.0] * N
         for i, value in zip(free, found, strict=True):
-            self.times[i] = min(MOST, max(0.0, value))
+            self.times[i] = min(MAX_REFIT_WINDOWS, max(0.0, value))
 
 
 def eliminated(rows: list[list[float]], target: list[float]) -> list[float]:

@@ -35,7 +35,7 @@ MAX_NAME: Final = 128  # characters kept of a model's name
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class RequestShape:
     """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices.
 
     `script`: bytes per character, rounded: 1 for Latin letters, 2 for Greek, Cyrillic or Arabic, 3 for Chinese, Japanese or Korean.
@@ -56,20 +56,22 @@ class Shape:
     ask_usage: bool = False  # whether we have to ask for the usage of a stream, because the client did not
 
 
-def describe(payload: dict[str, Any] | None, route: str, body_bytes: int, read: Callable[[str], str] = str) -> Shape:
+def describe(
+    payload: dict[str, Any] | None, route: str, body_bytes: int, read: Callable[[str], str] = str
+) -> RequestShape:
     """The shape of a request. `payload` is None where the body could not be parsed: its length stands for its text.
 
     `read`: a text of the payload -> what its client wrote there.
     """
     generative = route not in _NOT_GENERATIVE
     if payload is None:
-        return Shape(generative=generative, text_bytes=0 if route == "audio" else body_bytes)
+        return RequestShape(generative=generative, text_bytes=0 if route == "audio" else body_bytes)
     model, stream = payload.get("model"), payload.get("stream") is True
     choices = _count(payload.get("n")) or 1
     limit = _max_output(payload)
     text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload), read)
     messages = payload.get("messages")
-    return Shape(
+    return RequestShape(
         model=read(model)[:MAX_NAME] if isinstance(model, str) else "",
         stream=stream,
         generative=generative,

@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sidecar.load.cost_model import TERMS, Coefficients
-from sidecar.load.gpu_specs import Gpu, find
+from sidecar.load.gpu_specs import GpuSpec, find
 
 REACHED: Final = 0.5  # of the peak: what vLLM's and FlashAttention's own benchmarks reach on long prompts
 READ: Final = 0.7
 SPLIT: Final = 0.85  # of each further GPU's share that all-reduce leaves
 BATCH: Final = 32
 ASSUMED: Final = "H100"
-MOST: Final = 1e9  # of a coefficient, as in a file
-ODD: Final = "the model's config.json has other values than expected"
+MAX_CONFIG_NUMBER: Final = 1e9  # of a coefficient, as in a file
+MAX_ODD_RATIO: Final = "the model's config.json has other values than expected"
 FAMILIES_UNGATED: Final = frozenset(
     (
         "gpt2",
@@ -49,12 +49,12 @@ BYTES: Final = {"float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bflo
 Config = Mapping[str, Any]
 
 
-class Unknown(ValueError):
+class UnknownModel(ValueError):
     """The config lacks what a roofline needs; the text names it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ModelArchitecture:
     """What of a language model costs time. Weights are numbers, not bytes."""
 
     kind: str
@@ -78,8 +78,8 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
         model = model_of(config)
         bytes_each, compute = precision(config, row)
         per_token, per_pair = vision(config)
-    except (Unknown, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as e:
-        why = str(e) if isinstance(e, Unknown) else ODD
+    except (UnknownModel, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as e:
+        why = str(e) if isinstance(e, UnknownModel) else MAX_ODD_RATIO
         return replace(Coefficients(), source=f"default: {why}", gpu=gpu)
     share = 1 / (1 + SPLIT * (max(1, count) - 1))
     flops = compute * 1e12 * REACHED / share / 1000  # per millisecond, as all below
@@ -98,8 +98,8 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
         window=model.window, windowed=model.windowed, batch=BATCH, source=source, gpu=gpu,
     )  # fmt: skip
     numbers = [getattr(co, name) for name in (*TERMS, "window", "windowed")]
-    if not all(0 <= number < MOST for number in numbers):
-        return replace(default, source=f"default: {ODD}", gpu=gpu)
+    if not all(0 <= number < MAX_CONFIG_NUMBER for number in numbers):
+        return replace(default, source=f"default: {MAX_ODD_RATIO}", gpu=gpu)
     text = repr((source, *numbers))
     return replace(co, fingerprint="roofline-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
 
@@ -107,7 +107,7 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
 # --- the language model ---
 
 
-def model_of(config: Config) -> Model:
+def model_of(config: Config) -> ModelArchitecture:
     """Counts the weights. Raises Unknown."""
     text = _text(config)
     hidden = _need(text, "hidden_size", "n_embd", "d_model", "dim")
@@ -120,7 +120,7 @@ def model_of(config: Config) -> Model:
     head = vocabulary * hidden
     body = layers * attention + passed
     kind = str(text.get("model_type") or config.get("model_type") or "model")[:40]
-    return Model(
+    return ModelArchitecture(
         kind=kind, layers=looking, prefill_weights=body, decode_weights=body + head,
         read_weights=layers * attention + met + head, attention_flops=per_pair * looking, kv_values=kept * looking,
         window=window, windowed=windowed,
@@ -205,7 +205,7 @@ def _near(text: Config, layers: int) -> int:
 # --- numbers of bits ---
 
 
-def precision(config: Config, gpu: Gpu) -> tuple[float, float]:
+def precision(config: Config, gpu: GpuSpec) -> tuple[float, float]:
     """(bytes of a weight, TFLOP/s of the products with it)."""
     each = BYTES.get(_dtype(config), 2.0)
     quantised = config.get("quantization_config") or _text(config).get("quantization_config")
@@ -322,5 +322,5 @@ def _get(config: Config, *names: str) -> float:
 def _need(config: Config, *names: str) -> float:
     value = _get(config, *names)
     if not value:
-        raise Unknown(f"the model's config.json has no {names[0]}")
+        raise UnknownModel(f"the model's config.json has no {names[0]}")
     return value

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from sidecar.events import Imaged
-from sidecar.labels import Bounded
-from sidecar.load import cost_model as units
-from sidecar.load.ledger import Hold, Ledger
+from sidecar.events import ImagePrepared
+from sidecar.labels import BoundedLabels
+from sidecar.load import cost_model
+from sidecar.load.ledger import AdmissionHold, Ledger
 from sidecar.readings import EngineSample
 from sidecar.snapshot import ImageUse, Load, TenantUse
 
@@ -21,9 +21,9 @@ class ImageSums:
     stages: dict[str, tuple[int, float]] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
-    label: Bounded = field(default_factory=lambda: Bounded(20))
+    label: BoundedLabels = field(default_factory=lambda: BoundedLabels(20))
 
-    def add(self, fact: Imaged) -> None:
+    def add(self, fact: ImagePrepared) -> None:
         """Count one image."""
         self.outcomes[self.label(fact.outcome)] += 1
         self.bytes_in += fact.bytes_in
@@ -40,13 +40,13 @@ class ImageSums:
 
 
 def load_of(
-    ledger: Ledger, co: units.Coefficients, slo_seconds: float, kv: float | None, queue: float | None, now: float
+    ledger: Ledger, co: cost_model.Coefficients, slo_seconds: float, kv: float | None, queue: float | None, now: float
 ) -> Load:
     """How loaded the engine is; `kv` and `queue` are shares 0..1, None where the engine does not tell."""
     stock = ledger.stock()
     per_minute = ledger.mu_per_minute(now)
-    max_per_minute = units.max_mu_per_minute(co)
-    max_in_flight = units.max_mu_in_flight(co, slo_seconds)
+    max_per_minute = cost_model.max_mu_per_minute(co)
+    max_in_flight = cost_model.max_mu_in_flight(co, slo_seconds)
     parts = {"stock": stock.mu / max_in_flight, "flow": per_minute / max_per_minute, "kv": kv, "queue": queue}
     shares = {name: share for name, share in parts.items() if share is not None}
     limited_by = max(shares, key=lambda name: shares[name])
@@ -65,7 +65,7 @@ def load_of(
 
 def tenants_of(ledger: Ledger) -> tuple[TenantUse, ...]:
     """Who has what open, and used what since the start; by name."""
-    open_: dict[str, list[Hold]] = {}
+    open_: dict[str, list[AdmissionHold]] = {}
     for hold in ledger.holds():
         open_.setdefault(hold.tenant, []).append(hold)
     outcomes: dict[str, Counter[str]] = {}

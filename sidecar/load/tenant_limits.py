@@ -29,14 +29,14 @@ from typing import Any, Final, Literal
 
 from sidecar.errors import UsageError
 
-MAX_BYTES: Final = 1 << 20  # of the file
-MAX_NAME: Final = 64  # characters of a tenant's name; longer ones are cut to that
+MAX_LIMITS_FILE_BYTES: Final = 1 << 20  # of the file
+MAX_TENANT_NAME_CHARS: Final = 64  # characters of a tenant's name; longer ones are cut to that
 NEVER: Final = 3600.0  # seconds to wait for what a limit of 0 will never allow
 _MOST: Final = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class TenantLimit:
     """One tenant's limits; None: none. `spill_over`: what others leave idle may be used on top."""
 
     mu_per_minute: float | None = None
@@ -58,20 +58,20 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TenantLimits:
     """All of a file."""
 
-    default: Limit = Limit()
-    tenants: Mapping[str, Limit] = field(default_factory=dict)
+    default: TenantLimit = TenantLimit()
+    tenants: Mapping[str, TenantLimit] = field(default_factory=dict)
     spill_over_below: float = 0.7
 
-    def of(self, tenant: str) -> Limit:
+    def of(self, tenant: str) -> TenantLimit:
         """The limits of one tenant."""
         return self.tenants.get(tenant, self.default)
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class TokenBucket:
     """MU that may still be used, as of `at` (monotonic seconds); below 0 is a debt."""
 
     level: float
@@ -79,42 +79,42 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class LimitExceeded:
     """Why a request is not admitted, and seconds until it would be; None where nobody can know."""
 
     what: Literal["mu_per_minute", "mu_in_flight"]
     wait: float | None
 
 
-def refilled(bucket: Bucket, limit: Limit, now: float) -> Bucket:
+def refilled(bucket: TokenBucket, limit: TenantLimit, now: float) -> TokenBucket:
     """The bucket at `now`."""
     gained = limit.rate * max(0.0, now - bucket.at)
-    return Bucket(min(limit.burst, bucket.level + gained), max(now, bucket.at))
+    return TokenBucket(min(limit.burst, bucket.level + gained), max(now, bucket.at))
 
 
-def refusal(limit: Limit, bucket: Bucket, in_flight: float, mu: float, high: float) -> Refusal | None:
+def refusal(limit: TenantLimit, bucket: TokenBucket, in_flight: float, mu: float, high: float) -> LimitExceeded | None:
     """None where a request of `mu` that reserves `high` is admitted. `bucket` is as of now, `in_flight` what others of it reserve."""
     if limit.mu_per_minute is not None:
         missing = min(mu, limit.burst) - bucket.level
         if missing > 0 or limit.mu_per_minute == 0:
-            return Refusal("mu_per_minute", missing / limit.rate if limit.rate > 0 else NEVER)
+            return LimitExceeded("mu_per_minute", missing / limit.rate if limit.rate > 0 else NEVER)
     most = limit.mu_in_flight
     if most is not None and (most == 0 or 0 < in_flight > most - high):
-        return Refusal("mu_in_flight", None if most > 0 else NEVER)
+        return LimitExceeded("mu_in_flight", None if most > 0 else NEVER)
     return None
 
 
-def charged(bucket: Bucket, limit: Limit, mu: float) -> Bucket:
+def charged(bucket: TokenBucket, limit: TenantLimit, mu: float) -> TokenBucket:
     """The bucket after `mu` was taken out, or put back where it is negative."""
     if limit.mu_per_minute is None:
         return bucket
-    return Bucket(min(limit.burst, bucket.level - mu), bucket.at)
+    return TokenBucket(min(limit.burst, bucket.level - mu), bucket.at)
 
 
 # --- the file ---
 
 
-def parse(text: str, name: str) -> Limits:
+def parse(text: str, name: str) -> TenantLimits:
     """The limits of a file, TOML or JSON. Raises UsageError with one line that names the place."""
     raw = _read(text, name)
     for key in raw:
@@ -123,12 +123,12 @@ def parse(text: str, name: str) -> Limits:
     if not isinstance(tenants, dict):
         raise UsageError(f"{name}: tenants must be a table of tenants")
     for tenant in tenants:
-        if not 0 < len(tenant) <= MAX_NAME:
-            raise UsageError(f"{name}: a tenant's name has 1 to {MAX_NAME} characters, not {len(tenant)}")
-    below = _number(raw.get("spill_over_below", Limits().spill_over_below), "spill_over_below", name)
+        if not 0 < len(tenant) <= MAX_TENANT_NAME_CHARS:
+            raise UsageError(f"{name}: a tenant's name has 1 to {MAX_TENANT_NAME_CHARS} characters, not {len(tenant)}")
+    below = _number(raw.get("spill_over_below", TenantLimits().spill_over_below), "spill_over_below", name)
     if below is None or below > 1:
         raise UsageError(f"{name}: spill_over_below must be a share from 0 to 1")
-    return Limits(
+    return TenantLimits(
         default=_limit(raw.get("default", {}), "default", name),
         tenants={tenant: _limit(value, f"tenants.{tenant}", name) for tenant, value in tenants.items()},
         spill_over_below=below,
@@ -145,10 +145,10 @@ def _read(text: str, name: str) -> dict[str, Any]:
     return raw
 
 
-def _limit(raw: Any, place: str, name: str) -> Limit:
+def _limit(raw: Any, place: str, name: str) -> TenantLimit:
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: {place} must be a table of limits")
-    known = tuple(f.name for f in fields(Limit))
+    known = tuple(f.name for f in fields(TenantLimit))
     for key in raw:
         _known(key, known, f"{name}: {place}")
     spill_over = raw.get("spill_over", False)
@@ -157,7 +157,7 @@ def _limit(raw: Any, place: str, name: str) -> Limit:
     numbers = {key: _number(raw.get(key), f"{place}.{key}", name) for key in known if key != "spill_over"}
     if numbers["burst_mu"] is not None and numbers["mu_per_minute"] is None:
         raise UsageError(f"{name}: {place}.burst_mu needs {place}.mu_per_minute")
-    return Limit(**numbers, spill_over=spill_over)
+    return TenantLimit(**numbers, spill_over=spill_over)
 
 
 def _known(key: str, known: tuple[str, ...], place: str) -> None:

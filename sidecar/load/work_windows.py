@@ -14,23 +14,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sidecar.events import Work
-from sidecar.load import cost_model as units
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.ledger import Hold, Settlement
+from sidecar.load.ledger import AdmissionHold, Settlement
 
-SECONDS: Final = 10.0  # of a window: many steps, and short against the minutes in which load changes
-SLOT: Final = 0.02  # seconds; the resolution of being busy
-LATE: Final = 1.0  # seconds that facts may be under way
-WAIT: Final = 60.0  # seconds that a window waits for first tokens
-LEAST_BUSY: Final = 0.2  # share of a window; below, a slot's rounding and idle gaps between steps weigh too much
-TERMS: Final = (*units.TERMS[:3], "step", *units.TERMS[3:])  # d apart: per step, and per token
+WINDOW_S: Final = 10.0  # of a window: many steps, and short against the minutes in which load changes
+SLOT_S: Final = 0.02  # seconds; the resolution of being busy
+LATE_EVENT_S: Final = 1.0  # seconds that facts may be under way
+WINDOW_CLOSE_WAIT_S: Final = 60.0  # seconds that a window waits for first tokens
+MIN_BUSY_SHARE: Final = 0.2  # share of a window; below, a slot's rounding and idle gaps between steps weigh too much
+TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])  # d apart: per step, and per token
 STEP: Final = TERMS.index("step")
 TOKEN: Final = STEP + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class WorkWindow:
     """`ms` that the engine was busy; `work` is what each coefficient of TERMS is multiplied by; `together` decoded at once."""
 
     at: float
@@ -40,7 +40,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class _BusySpan:
     """One request with the engine: when it was sent, had its first token, ended; its work, by the coefficients' order."""
 
     sent: float
@@ -50,23 +50,23 @@ class _Span:
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenWindow:
     """A window in the making. The masks have one bit per slot."""
 
     busy: int = 0
     decoding: int = 0
     decode_seconds: float = 0.0
-    work: list[float] = field(default_factory=lambda: [0.0] * len(units.TERMS))
+    work: list[float] = field(default_factory=lambda: [0.0] * len(cost_model.TERMS))
     spoiled: bool = False
 
 
-class Windows:
+class WorkWindows:
     """Windows of one engine, from its settlements. Bounded: a window for every ten seconds of WAIT."""
 
     def __init__(self, co: Coefficients, now: float) -> None:
         self._co = co
-        self._next = int(now / SECONDS) + 1  # the window that is closed next; what came before is not seen whole
-        self._open: dict[int, _Open] = {}
+        self._next = int(now / WINDOW_S) + 1  # the window that is closed next; what came before is not seen whole
+        self._open: dict[int, _OpenWindow] = {}
 
     def settled(self, s: Settlement) -> None:
         """A request ended."""
@@ -77,96 +77,98 @@ class Windows:
             self._spoil(e.sent_at, e.at)
             return
         cut = self._cut(s.work, e.sent_at, e.first_at, e.at, stream=s.admitted.stream)
-        self._add(_Span(e.sent_at, cut, e.at, units.features(s.work, self._co)))
+        self._add(_BusySpan(e.sent_at, cut, e.at, cost_model.features(s.work, self._co)))
 
     def spoil(self, now: float) -> None:
         """What is seen now must not be believed."""
         self._spoil(now, now)
 
-    def close(self, holds: Iterable[Hold], now: float) -> list[Window]:
+    def close(self, holds: Iterable[AdmissionHold], now: float) -> list[WorkWindow]:
         """The windows that are whole by now; `holds` are the requests still open."""
-        due = int((now - LATE) / SECONDS)
+        due = int((now - LATE_EVENT_S) / WINDOW_S)
         if due <= self._next:
             return []
         waiting = list(holds)
-        if due - self._next > 2 * WAIT / SECONDS:  # we slept
+        if due - self._next > 2 * WINDOW_CLOSE_WAIT_S / WINDOW_S:  # we slept
             self._next = due
         closed = []
         while self._next < due:
-            end = (self._next + 1) * SECONDS
+            end = (self._next + 1) * WINDOW_S
             late = [h for h in waiting if _awaited(h) and h.since < end]
-            if late and now < end + WAIT:
+            if late and now < end + WINDOW_CLOSE_WAIT_S:
                 break
-            window = self._open.pop(self._next, None) or _Open()
+            window = self._open.pop(self._next, None) or _OpenWindow()
             if not late and not window.spoiled:
                 closed += self._finish(window, waiting, self._next, now)
             self._next += 1
         self._open = {index: w for index, w in self._open.items() if index >= self._next}
         return closed
 
-    def _finish(self, window: _Open, holds: list[Hold], index: int, now: float) -> list[Window]:
+    def _finish(self, window: _OpenWindow, holds: list[AdmissionHold], index: int, now: float) -> list[WorkWindow]:
         for hold in holds:
             if hold.first_at is None:
                 continue
             if hold.blocked or hold.slowed:
                 return []
             e = hold.admitted.expected
-            work = units.features(replace(e, output=hold.delivered), self._co)
-            self._into(window, index, _Span(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work))
-        busy = window.busy.bit_count() * SLOT
-        if busy < LEAST_BUSY * SECONDS:
+            work = cost_model.features(replace(e, output=hold.delivered), self._co)
+            self._into(
+                window, index, _BusySpan(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
+            )
+        busy = window.busy.bit_count() * SLOT_S
+        if busy < MIN_BUSY_SHARE * WINDOW_S:
             return []
-        together = max(1.0, window.decode_seconds / (window.decoding.bit_count() * SLOT or 1.0))
+        together = max(1.0, window.decode_seconds / (window.decoding.bit_count() * SLOT_S or 1.0))
         x = window.work
-        steps = x[units.TERMS.index("d")] / together
-        return [Window((index + 1) * SECONDS, busy * 1000, (*x[:STEP], steps, *x[STEP:]), together)]
+        steps = x[cost_model.TERMS.index("d")] / together
+        return [WorkWindow((index + 1) * WINDOW_S, busy * 1000, (*x[:STEP], steps, *x[STEP:]), together)]
 
-    def _cut(self, work: Work, sent: float, first: float | None, end: float, *, stream: bool) -> float:
+    def _cut(self, work: RequestSize, sent: float, first: float | None, end: float, *, stream: bool) -> float:
         """When the prompt was done."""
         if stream and first is not None:
             return first
-        priced = units.terms(work, self._co)
+        priced = cost_model.terms(work, self._co)
         return sent + (end - sent) * (priced.before_first_token / priced.total if priced.total else 0.0)
 
-    def _add(self, span: _Span) -> None:
-        for index in range(max(self._next, int(span.sent / SECONDS)), int(span.end / SECONDS) + 1):
-            self._into(self._open.setdefault(index, _Open()), index, span)
+    def _add(self, span: _BusySpan) -> None:
+        for index in range(max(self._next, int(span.sent / WINDOW_S)), int(span.end / WINDOW_S) + 1):
+            self._into(self._open.setdefault(index, _OpenWindow()), index, span)
 
-    def _into(self, window: _Open, index: int, span: _Span) -> None:
+    def _into(self, window: _OpenWindow, index: int, span: _BusySpan) -> None:
         """What of a request lies in a window."""
-        start = index * SECONDS
+        start = index * WINDOW_S
         window.busy |= _mask(span.sent - start, span.end - start)
         window.decoding |= _mask(span.first - start, span.end - start)
         window.decode_seconds += _overlap(span.first, span.end, start)
-        began = max(span.sent, span.first - SECONDS)
+        began = max(span.sent, span.first - WINDOW_S)
         prefill = _share(began, span.first, start)
         decode = _share(span.first, span.end, start)
-        for i, name in enumerate(units.TERMS):
+        for i, name in enumerate(cost_model.TERMS):
             window.work[i] += span.work[i] * (decode if name in ("d", "f") else prefill)
 
     def _spoil(self, began: float, ended: float) -> None:
-        for index in range(max(self._next, int(began / SECONDS)), int(ended / SECONDS) + 1):
-            self._open.setdefault(index, _Open()).spoiled = True
+        for index in range(max(self._next, int(began / WINDOW_S)), int(ended / WINDOW_S) + 1):
+            self._open.setdefault(index, _OpenWindow()).spoiled = True
 
 
-def _awaited(hold: Hold) -> bool:
+def _awaited(hold: AdmissionHold) -> bool:
     """Whether what the engine does for a request is not known yet. One that waits in our own queue has not begun."""
     return (hold.first_at is None or hold.whole > 0) and not hold.blocked
 
 
 def _overlap(began: float, ended: float, start: float) -> float:
-    return max(0.0, min(ended, start + SECONDS) - max(began, start))
+    return max(0.0, min(ended, start + WINDOW_S) - max(began, start))
 
 
 def _share(began: float, ended: float, start: float) -> float:
     """The share of a time that lies in the window; of a moment, all or nothing."""
     if ended - began < 1e-6:
-        return float(start <= ended < start + SECONDS)
+        return float(start <= ended < start + WINDOW_S)
     return _overlap(began, ended, start) / (ended - began)
 
 
 def _mask(began: float, ended: float) -> int:
     """The slots that a time touches; seconds from the window's start."""
-    low = max(0, int(began / SLOT))
-    high = min(round(SECONDS / SLOT), int(ended / SLOT) + 1)
+    low = max(0, int(began / SLOT_S))
+    high = min(round(WINDOW_S / SLOT_S), int(ended / SLOT_S) + 1)
     return ((1 << (high - low)) - 1) << low if high > low and ended >= 0 else 0

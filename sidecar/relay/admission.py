@@ -18,22 +18,33 @@ from typing import Final, Protocol
 from aiohttp import web
 
 from sidecar.errors import SidecarError
-from sidecar.events import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, State, Trace, Usage, Work
+from sidecar.events import (
+    Admitted,
+    Delivered,
+    Event,
+    FirstToken,
+    RequestBlocked,
+    RequestSize,
+    Settled,
+    State,
+    Trace,
+    Usage,
+)
 from sidecar.load.estimator import Estimate
-from sidecar.load.request_shape import Shape
-from sidecar.relay.outcomes import ClientStalled, Cut, outcome_of, reason_of
-from sidecar.relay.pricing.tenant_accounts import Lease
-from sidecar.relay.pricing.tokenizer import Count
+from sidecar.load.request_shape import RequestShape
+from sidecar.relay.outcomes import ClientStalled, DrainCut, outcome_of, reason_of
+from sidecar.relay.pricing.tenant_accounts import TenantCharge
+from sidecar.relay.pricing.tokenizer import TokenCount
 from sidecar.relay.sse import SSE, Price
 
 BLOCKED: Final = 1.0  # seconds that a write may wait for its client before the request's silence is the client's
-NOTHING: Final = Estimate(Work(uncached=0), 0.0)
+NOTHING: Final = Estimate(RequestSize(uncached=0), 0.0)
 
 
-class Books(Protocol):
+class RequestRegistry(Protocol):
     """What an admission needs of the desk where it was opened."""
 
-    emit: Callable[[Fact], None]
+    emit: Callable[[Event], None]
     verdict: State
     cutting: bool
 
@@ -43,7 +54,7 @@ class Books(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class BegunAnswer:
     """An answer whose head the client has; `sse` where it is an event stream that we read along."""
 
     response: web.StreamResponse
@@ -91,12 +102,12 @@ class Admission:
         "work",
     )
 
-    def __init__(self, desk: Books, id: str, route: str, tenant: str, trace: Trace | None) -> None:
+    def __init__(self, desk: RequestRegistry, id: str, route: str, tenant: str, trace: Trace | None) -> None:
         self._desk = desk
         self._admitted = False
         self._pending_tokens = 0
         self._pending_bytes = 0
-        self.scope: Endable | None = None
+        self.scope: AbortScope | None = None
         self._writing_since: float | None = None
         self._blocked = False
         self.id = id
@@ -104,14 +115,14 @@ class Admission:
         self.tenant = tenant
         self.trace = trace
         self.at = time.monotonic()
-        self.shape = Shape()
+        self.shape = RequestShape()
         self.read_at: float | None = None  # when the client's last byte was here
         self.sent_at: float | None = None
         self.first_at: float | None = None
         self.image_seconds = 0.0
         self.image_tokens: list[int] = []  # of images whose files say their size
         self.aside_seconds = 0.0
-        self.begun: Begun | None = None
+        self.begun: BegunAnswer | None = None
         self.on_begun: Callable[[], None] = _nothing  # called once, when the answer begins
         self.price: Price | None = None  # of a usage, where the client wants it there
         self.status = 0
@@ -121,10 +132,10 @@ class Admission:
         self.bytes = 0
         self.usage: Usage | None = None
         self.settled: Settled | None = None  # once it is over
-        self.counted: Count | None = None  # its text's tokens, by the model's tokenizer
-        self.lease: Lease | None = None  # what its tenant's limits were charged with
+        self.counted: TokenCount | None = None  # its text's tokens, by the model's tokenizer
+        self.lease: TenantCharge | None = None  # what its tenant's limits were charged with
 
-    def admit(self, shape: Shape, estimate: Estimate) -> None:
+    def admit(self, shape: RequestShape, estimate: Estimate) -> None:
         """Hold the estimate from now on."""
         self._admitted = True
         self.shape = shape
@@ -155,26 +166,26 @@ class Admission:
 
     def begin(self, response: web.StreamResponse, sse: SSE | None) -> None:
         """The client has the head of its answer; `sse` where that is an event stream."""
-        self.begun = Begun(response, sse)
+        self.begun = BegunAnswer(response, sse)
         self.on_begun()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         """A wait of ours, in which the request is not with the engine."""
         began = time.monotonic()
-        self._desk.emit(Backpressure(self.id, began, True))
+        self._desk.emit(RequestBlocked(self.id, began, True))
         try:
             yield
         finally:
             now = time.monotonic()
             self.aside_seconds += now - began
-            self._desk.emit(Backpressure(self.id, now, False))
+            self._desk.emit(RequestBlocked(self.id, now, False))
 
     # --- ended from outside ---
 
-    def endable(self) -> Endable:
+    def abortable(self) -> AbortScope:
         """A block that `end` cancels, and that then raises its error."""
-        return Endable(self)
+        return AbortScope(self)
 
     def end(self, error: SidecarError) -> None:
         """End the request with `error`, where it is in a part that can be ended; the first one counts."""
@@ -192,16 +203,16 @@ class Admission:
         self._writing_since = None
         if self._blocked:
             self._blocked = False
-            self._desk.emit(Backpressure(self.id, time.monotonic(), False))
+            self._desk.emit(RequestBlocked(self.id, time.monotonic(), False))
 
-    def look(self, now: float, limit: float) -> None:
+    def check_stalled_write(self, now: float, limit: float) -> None:
         """Whether a write waits for the client, and too long (`limit` seconds)."""
         if self._writing_since is None:
             return
         waited = now - self._writing_since
         if waited > BLOCKED and not self._blocked:
             self._blocked = True
-            self._desk.emit(Backpressure(self.id, now, True))
+            self._desk.emit(RequestBlocked(self.id, now, True))
         if waited > limit:
             self.end(ClientStalled())
 
@@ -242,7 +253,7 @@ class Admission:
             self.admit(self.shape, NOTHING)
         self._desk.forget(self)
         if isinstance(error, asyncio.CancelledError) and self._desk.cutting:
-            error = Cut()
+            error = DrainCut()
         outcome = outcome_of(error, self.status, self._desk.verdict)
         self.settled = Settled(
             id=self.id,
@@ -260,7 +271,7 @@ class Admission:
         self._desk.emit(self.settled)
 
 
-class Endable:
+class AbortScope:
     """A block of an admission's handling that can be ended from outside, once."""
 
     __slots__ = ("_admission", "_error", "_timeout")

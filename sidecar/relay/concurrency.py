@@ -19,15 +19,15 @@ from sidecar.relay.admission import Admission
 MAX_QUEUED: Final = 1000
 
 
-class Slots:
+class ConcurrencyLimit:
     """The places of one relay process. `places` 0: no limit."""
 
-    def __init__(self, places: int, max_queued: int = MAX_QUEUED) -> None:
-        self._free = asyncio.Semaphore(places) if places else None
+    def __init__(self, share_of: int, max_queued: int = MAX_QUEUED) -> None:
+        self._free = asyncio.Semaphore(share_of) if share_of else None
         self._max_queued = max_queued
         self.waiting = 0
 
-    def taken(self, admission: Admission) -> AbstractAsyncContextManager[None]:
+    def acquire(self, admission: Admission) -> AbstractAsyncContextManager[None]:
         """A place, held for a block; waits for one. Raises QueueFull where too many wait already."""
         return nullcontext() if self._free is None else self._taken(self._free, admission)
 
@@ -47,13 +47,13 @@ class Slots:
             raise QueueFull("the engine is full and so is the queue before it; send the request again later")
         self.waiting += 1
         try:
-            with admission.aside():
+            with admission.waiting():
                 await free.acquire()
         finally:
             self.waiting -= 1
 
 
-def places(limit: int, workers: int, index: int) -> int:
+def share_of(limit: int, workers: int, index: int) -> int:
     """The places of relay process `index`: its share of `limit` less the canary's; at least one. 0 where there is no limit."""
     if not limit:
         return 0

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from sidecar.events import Booked, Fact, Joined, Order
-from sidecar.relay.replay_log import Outstanding
+from sidecar.events import Command, Event, RelayConnected, SettlementsAcked
+from sidecar.relay.replay_log import ReplayLog
 from sidecar.runtime.channel import Channel
 
 FLUSH: Final = 2.0  # most seconds to write the last facts
@@ -22,18 +22,18 @@ FLUSH: Final = 2.0  # most seconds to write the last facts
 _log = logging.getLogger(__name__)
 
 
-class Link:
+class ControlLink:
     """One per relay process. `joined` gives what it says of itself when it connects; `obey`, to be set, takes orders."""
 
-    def __init__(self, path: str, joined: Callable[[float], Joined]) -> None:
+    def __init__(self, path: str, joined: Callable[[float], RelayConnected]) -> None:
         self._path = path
         self._joined = joined
-        self.obey: Callable[[Order], None] = lambda _: None
-        self._outstanding = Outstanding()
+        self.on_command: Callable[[Command], None] = lambda _: None
+        self._outstanding = ReplayLog()
         self._channel: Channel | None = None
         self._lost = asyncio.Event()
 
-    def send(self, fact: Fact) -> None:
+    def send(self, fact: Event) -> None:
         """Tell control, or remember what it must be told. Never waits, never raises."""
         self._outstanding.note(fact)
         if self._channel is not None:
@@ -57,12 +57,12 @@ class Link:
         self._lost.clear()
         channel = await Channel.reach(self._path, self._take, self._lost.set)
         channel.send(self._joined(time.monotonic()))
-        for fact in self._outstanding.again():
+        for fact in self._outstanding.events():
             channel.send(fact)
         self._channel = channel
 
-    def _take(self, record: Fact | Order) -> None:
-        if isinstance(record, Booked):
+    def _take(self, record: Event | Command) -> None:
+        if isinstance(record, SettlementsAcked):
             self._outstanding.booked(record.count)
         else:
-            self.obey(record)  # type: ignore[arg-type]  # the control process sends orders only
+            self.on_command(record)  # type: ignore[arg-type]  # the control process sends orders only

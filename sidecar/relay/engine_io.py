@@ -41,7 +41,7 @@ class Broken(aiohttp.ClientConnectionError):
         self.answered = answered
 
 
-class Pieces(payload.Payload):
+class BodyPayload(payload.Payload):
     """A request body in pieces. `sent` is called when the last of them has been written.
 
     They are dropped as soon as they are not to be sent again: a short body's when its answer begins, a long one's when
@@ -116,7 +116,7 @@ class Connections:
             if e.answered or not use.reused:
                 raise
             answer = await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
-        if isinstance(data, Pieces):
+        if isinstance(data, BodyPayload):
             data.answered()
         return answer
 
@@ -152,7 +152,7 @@ async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType)
 
 
 def _repeatable(data: Any) -> bool:
-    return data is None or isinstance(data, bytes) or (isinstance(data, Pieces) and data.repeatable)
+    return data is None or isinstance(data, bytes) or (isinstance(data, BodyPayload) and data.repeatable)
 
 
 def _session(connector: aiohttp.TCPConnector, traces: list[aiohttp.TraceConfig]) -> aiohttp.ClientSession:

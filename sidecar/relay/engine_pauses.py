@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 from urllib.parse import parse_qs
 
-from sidecar.events import Directed, Directing, Fact
+from sidecar.events import Directing, EnginePauseChanged, Event
 
 METHODS: Final = ("POST", "GET", "PUT")
 LAST_TAG: Final = "kv_cache"  # of the parts that are woken one by one, both engines' users wake this one last
@@ -22,7 +22,7 @@ Turn = Literal["stops", "resumes", "during", "ends"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PauseRoute:
     """`what` is the exemption's code.
 
     The call "stops" the work until another one "resumes" it, stops it only "during" the call, or is long itself and "ends" a stop.
@@ -32,37 +32,37 @@ class Row:
     turn: Turn
 
 
-_SLEEPS: Final = Row("engine_sleeping", "stops")
-_WAKES: Final = Row("engine_sleeping", "resumes")
-_PAUSES: Final = Row("engine_paused", "stops")
-_GOES_ON: Final = Row("engine_paused", "resumes")
-_WEIGHTS: Final = Row("weight_update", "during")
+_SLEEPS: Final = PauseRoute("engine_sleeping", "stops")
+_WAKES: Final = PauseRoute("engine_sleeping", "resumes")
+_PAUSES: Final = PauseRoute("engine_paused", "stops")
+_GOES_ON: Final = PauseRoute("engine_paused", "resumes")
+_WEIGHTS: Final = PauseRoute("weight_update", "during")
 
-PATHS: Final[dict[str, Row]] = {
+PATHS: Final[dict[str, PauseRoute]] = {
     # vLLM
     "/sleep": _SLEEPS,
     "/release_kv_cache_memory": _SLEEPS,
     "/wake_up": _WAKES,
     "/pause": _PAUSES,
     "/resume": _GOES_ON,
-    "/scale_elastic_ep": Row("engine_paused", "during"),
-    "/start_weight_update": Row("weight_update", "stops"),
-    "/start_draft_weight_update": Row("weight_update", "stops"),
-    "/finish_weight_update": Row("weight_update", "resumes"),
+    "/scale_elastic_ep": PauseRoute("engine_paused", "during"),
+    "/start_weight_update": PauseRoute("weight_update", "stops"),
+    "/start_draft_weight_update": PauseRoute("weight_update", "stops"),
+    "/finish_weight_update": PauseRoute("weight_update", "resumes"),
     "/init_weight_transfer_engine": _WEIGHTS,
     "/shutdown_weight_transfer_engine": _WEIGHTS,
     "/update_weights": _WEIGHTS,  # SGLang's former name, too
     "/weight_checker": _WEIGHTS,
     # both
-    "/start_profile": Row("engine_profiling", "stops"),
-    "/stop_profile": Row("engine_profiling", "ends"),  # writing the profile stops the world for longest
+    "/start_profile": PauseRoute("engine_profiling", "stops"),
+    "/stop_profile": PauseRoute("engine_profiling", "ends"),  # writing the profile stops the world for longest
     # SGLang
     "/release_memory_occupation": _SLEEPS,
     "/resume_memory_occupation": _WAKES,
     "/pause_generation": _PAUSES,
     "/continue_generation": _GOES_ON,
-    "/begin_weight_update": Row("weight_update", "stops"),
-    "/end_weight_update": Row("weight_update", "resumes"),
+    "/begin_weight_update": PauseRoute("weight_update", "stops"),
+    "/end_weight_update": PauseRoute("weight_update", "resumes"),
     "/update_weights_from_disk": _WEIGHTS,
     "/update_weights_from_tensor": _WEIGHTS,
     "/update_weights_from_distributed": _WEIGHTS,
@@ -75,12 +75,12 @@ PATHS: Final[dict[str, Row]] = {
 }
 
 
-def row_of(method: str, path: str) -> Row | None:
+def row_of(method: str, path: str) -> PauseRoute | None:
     """The row of a request, or None where it directs nothing."""
     return PATHS.get(path) if method in METHODS else None
 
 
-def in_part(query: str, body: bytes) -> bool:
+def is_partial(query: str, body: bytes) -> bool:
     """Whether a call that resumes names parts (`tags`, in vLLM's query or SGLang's body) and the last of them is not among them."""
     tags: Any = parse_qs(query).get("tags")
     if not tags:
@@ -95,24 +95,24 @@ def in_part(query: str, body: bytes) -> bool:
 class Calls:
     """The calls of one relay process that direct the engine. `clock`: monotonic seconds."""
 
-    def __init__(self, emit: Callable[[Fact], None], clock: Callable[[], float]) -> None:
+    def __init__(self, emit: Callable[[Event], None], clock: Callable[[], float]) -> None:
         self.emit = emit
         self.clock = clock
         self.ids = itertools.count(1)
 
-    def call(self, row: Row | None, *, partly: bool = False) -> Call:
+    def call(self, row: PauseRoute | None, *, partly: bool = False) -> PauseCall:
         """One call, for as long as a `with`. `partly`: it resumes some parts only."""
-        return Call(self, row, partly)
+        return PauseCall(self, row, partly)
 
 
-class Call:
+class PauseCall:
     """One call that directs, or (`row` None) one that does not.
 
     An order is taken when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
     on; when it is answered otherwise, or its client leaves, nothing of it remains.
     """
 
-    def __init__(self, calls: Calls, row: Row | None, partly: bool) -> None:
+    def __init__(self, calls: Calls, row: PauseRoute | None, partly: bool) -> None:
         self._calls = calls
         self._row = row
         self._partly = partly
@@ -130,10 +130,10 @@ class Call:
         """The head of the engine's answer is here."""
         taken = 200 <= status < 300
         if taken and self._row is not None and self._row.turn != "during" and not self._partly:
-            self._calls.emit(Directed(self._calls.clock(), self._row.what, self._row.turn == "stops"))
+            self._calls.emit(EnginePauseChanged(self._calls.clock(), self._row.what, self._row.turn == "stops"))
         self._end(taken=taken)
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> PauseCall:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,25 +23,29 @@ import aiohttp
 from aiohttp import web
 
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
-from sidecar.events import End, Fact, Order, Page, Published, Trace
+from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage, Trace
 from sidecar.images.protocol import Data
-from sidecar.load import request_shape as shapes
+from sidecar.load import request_shape
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
-from sidecar.relay import client_io as downstream
-from sidecar.relay import concurrency as slots
-from sidecar.relay import engine_io as upstream
-from sidecar.relay import engine_pauses as directed
-from sidecar.relay import headers, outcomes, retry
-from sidecar.relay import metrics_page as merged_page
-from sidecar.relay import request_body as bodies
+from sidecar.relay import (
+    client_io,
+    concurrency,
+    engine_io,
+    engine_pauses,
+    headers,
+    metrics_page,
+    outcomes,
+    request_body,
+    retry,
+    websocket,
+)
 from sidecar.relay import response as answering
-from sidecar.relay import websocket as realtime
 from sidecar.relay.admission import Admission
-from sidecar.relay.media import inline as inlining
+from sidecar.relay.media import inline
 from sidecar.relay.media.inline import ImageWork
-from sidecar.relay.metrics_page import MergedPage
-from sidecar.relay.open_requests import Desk
+from sidecar.relay.metrics_page import MergedMetricsPage
+from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.settings import Settings
 from sidecar.trace_context import new_trace, parse_traceparent
@@ -59,18 +63,18 @@ class Relay:
         self,
         settings: Settings,
         coefficients: Coefficients,
-        emit: Callable[[Fact], None],
+        emit: Callable[[Event], None],
         *,
         index: int = 0,
         engine_kind: str = "openai",
         image_key: bytes = b"",
         images: ImageWork | None = None,
         preprocess: Handler | None = None,
-        fetch: inlining.Fetch | None = None,
+        fetch: inline.Fetch | None = None,
         shm: Callable[[], bool] | None = None,
         pricing: Pricing | None = None,
-        max_queued: int = slots.MAX_QUEUED,
-        client_stall: float = downstream.CLIENT_STALL_S,
+        max_queued: int = concurrency.MAX_QUEUED,
+        client_stall: float = client_io.CLIENT_STALL_S,
     ) -> None:
         self._settings = settings
         self._images = images
@@ -79,14 +83,16 @@ class Relay:
         self._shm = shm
         self._engine_kind = engine_kind
         self._image_key = image_key or secrets.token_bytes(32)
-        self._published: Published | None = None
-        self._desk = Desk(emit, client_stall)
-        self._slots = slots.Slots(slots.places(settings.max_concurrent, settings.workers, index), max_queued)
+        self._published: LoadReport | None = None
+        self._desk = OpenRequests(emit, client_stall)
+        self._slots = concurrency.ConcurrencyLimit(
+            concurrency.share_of(settings.max_concurrent, settings.workers, index), max_queued
+        )
         self._retries = retry.Retries(self._desk, settings.retry_stalled)
-        self._directing = directed.Calls(emit, time.monotonic)
+        self._directing = engine_pauses.Calls(emit, time.monotonic)
         self._pricing = pricing or Pricing(Estimator(coefficients))
-        self._page = MergedPage(emit)
-        self._engine = upstream.Connections()
+        self._page = MergedMetricsPage(emit)
+        self._engine = engine_io.Connections()
         self._busy: set[Any] = set()  # client connections with a request under way
         self._idle = asyncio.Event()
         self._idle.set()
@@ -94,19 +100,19 @@ class Relay:
 
     # --- orders and life ---
 
-    def obey(self, order: Order) -> None:
+    def on_command(self, order: Command) -> None:
         """Take in what the control process published."""
         match order:
-            case Published():
+            case LoadReport():
                 self._published = order
                 self._engine_kind = order.engine_kind or self._engine_kind
-                self._desk.judged(order.verdict, time.monotonic())
-                self._pricing.heard(order)
+                self._desk.on_verdict(order.verdict, time.monotonic())
+                self._pricing.on_load_report(order)
                 if self._images is not None:
-                    self._images.gpu = order.verdict in inlining.SETTLED
-            case End():
+                    self._images.gpu = order.verdict in inline.SETTLED
+            case AbortRequests():
                 self._desk.end(order.ids, order.code)
-            case Page():
+            case MetricsPage():
                 self._page.put(order)
 
     @property
@@ -146,15 +152,15 @@ class Relay:
                 raise Draining("this server is shutting down; send the request again")
             return await self._dispatch(request, id)
         except RequestError as e:
-            return _refusal(e, id) if not request.writer.output_size else downstream.hang_up(request)
+            return _refusal(e, id) if not request.writer.output_size else client_io.hang_up(request)
         except outcomes.ClientStalled:
-            return downstream.hang_up(request, at_once=True)
+            return client_io.hang_up(request, at_once=True)
         except (outcomes.ClientGone, outcomes.EngineBroke):
-            return downstream.hang_up(request)
+            return client_io.hang_up(request)
         except Exception as e:  # noqa: BLE001  # the border: a defect of ours costs one request, and says where it is
             _log.error("request failed: %s at %s", type(e).__name__, _place(e))
             if request.writer.output_size:
-                return downstream.hang_up(request)
+                return client_io.hang_up(request)
             return _refusal(Internal("internal error of the sidecar"), id)
         finally:
             self._busy.discard(connection)
@@ -164,9 +170,9 @@ class Relay:
                 connection.close()
 
     async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
-        path = upstream.origin_form(request.raw_path).partition("?")[0]
+        path = engine_io.origin_form(request.raw_path).partition("?")[0]
         if request.method == "POST":
-            route = bodies.route_of(path)
+            route = request_body.route_of(path)
             if route is not None:
                 return await self._work(request, route, id)
             if path == "/v1/preprocess":
@@ -174,28 +180,28 @@ class Relay:
         elif path == "/metrics" and request.method == "GET":
             page = await self._page.get()
             if page is not None:
-                return web.Response(body=page, headers={"content-type": merged_page.TYPE, "x-request-id": id})
-        elif realtime.wanted(request):
-            url = upstream.target(self._settings.engine, upstream.origin_form(request.raw_path))
-            return await realtime.relay(request, self._engine.fresh, url, self._to_engine(request, id, None, None))
+                return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
+        elif websocket.wanted(request):
+            url = engine_io.target(self._settings.engine, engine_io.origin_form(request.raw_path))
+            return await websocket.relay(request, self._engine.fresh, url, self._to_engine(request, id, None, None))
         return await self._pass(request, id)
 
     async def _pass(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         """Not engine work: both bodies pass unread, but for those that resume the engine's work; a long one streams."""
-        path, _, query = upstream.origin_form(request.raw_path).partition("?")
-        row, partly, streams = directed.row_of(request.method, path), False, False
+        path, _, query = engine_io.origin_form(request.raw_path).partition("?")
+        row, partly, streams = engine_pauses.row_of(request.method, path), False, False
         data: Any = None
         if row is not None and row.turn == "resumes":
-            data = await downstream.read(request, self._settings.max_body_bytes)
-            partly = directed.in_part(query, data)
-        elif request.body_exists and (request.content_length or math.inf) <= upstream.REPEATED:
-            data = await downstream.read(request, upstream.REPEATED)
+            data = await client_io.read(request, self._settings.max_body_bytes)
+            partly = engine_pauses.is_partial(query, data)
+        elif request.body_exists and (request.content_length or math.inf) <= engine_io.REPEATED:
+            data = await client_io.read(request, engine_io.REPEATED)
         elif request.body_exists:
-            await downstream.expect(request)
+            await client_io.expect(request)
             streams = True
         with self._directing.call(row, partly=partly) as call:
             if streams:
-                data = upstream.stream(request.content, call.sent)
+                data = engine_io.stream(request.content, call.sent)
             else:
                 call.sent()
             answer = await self._send(request, self._to_engine(request, id, None, None), data)
@@ -204,10 +210,10 @@ class Relay:
             response = web.StreamResponse(
                 status=answer.status, reason=answer.reason, headers=self._to_client(request, answer, id)
             )
-            await downstream.start(response, request)
-            while chunk := await downstream.next_chunk(answer):
-                await downstream.write(response, chunk)
-            await downstream.end(response)
+            await client_io.start(response, request)
+            while chunk := await client_io.next_chunk(answer):
+                await client_io.write(response, chunk)
+            await client_io.end(response)
             return response
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
@@ -228,22 +234,26 @@ class Relay:
             if self._images is not None:
                 self._images.release(admission.id)
 
-    async def _ready(self, request: web.BaseRequest, admission: Admission) -> upstream.Pieces:
+    async def _ready(self, request: web.BaseRequest, admission: Admission) -> engine_io.BodyPayload:
         """The body to send, read, prepared and admitted."""
-        body = await downstream.read(request, self._settings.max_body_bytes)
+        body = await client_io.read(request, self._settings.max_body_bytes)
         admission.read_at = time.monotonic()
         opaque = admission.route == "audio" or "content-encoding" in request.headers
         skeleton = (
-            bodies.Skeleton(body) if opaque else bodies.cut(body, secrets.token_hex(16), links=self._fetch is not None)
+            request_body.ParsedBody(body)
+            if opaque
+            else request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
         )
-        shape = admission.shape = shapes.describe(skeleton.payload, admission.route, len(body), skeleton.text)
+        shape = admission.shape = request_shape.describe(skeleton.payload, admission.route, len(body), skeleton.text)
         await self._pricing.charge(admission, skeleton)
         replaced, image_tokens = await self._prepare(skeleton, admission)
         self._pricing.admit(admission, image_tokens)
-        return upstream.Pieces(bodies.join(skeleton, replaced, ask_usage=shape.ask_usage), admission.sent)
+        return engine_io.BodyPayload(
+            request_body.rebuild(skeleton, replaced, ask_usage=shape.ask_usage), admission.sent
+        )
 
     async def _admitted(
-        self, request: web.BaseRequest, admission: Admission, data: upstream.Pieces, id: str
+        self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
     ) -> web.StreamResponse:
         """The answer to `data`; where that may be sent once more, of the second attempt."""
         with self._retries.keeping(admission, data):
@@ -253,14 +263,14 @@ class Relay:
                 if not data.kept:
                     raise
                 await self._retries.recovered(admission, e)
-                if self._images is not None and not self._images.again(admission.id):
+                if self._images is not None and not self._images.relink(admission.id):
                     raise
                 return await self._attempt(request, admission, data, id)
 
     async def _attempt(
-        self, request: web.BaseRequest, admission: Admission, data: upstream.Pieces, id: str
+        self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
     ) -> web.StreamResponse:
-        async with admission.endable(), self._slots.taken(admission):
+        async with admission.abortable(), self._slots.acquire(admission):
             self._desk.check(time.monotonic())
             passed = self._to_engine(request, id, admission.trace, data.size)
             with closing(await self._send(request, passed, data)) as answer:
@@ -268,7 +278,7 @@ class Relay:
                 return await self._answer(request, answer, admission, id)
 
     async def _prepare(
-        self, skeleton: bodies.Skeleton, admission: Admission
+        self, skeleton: request_body.ParsedBody, admission: Admission
     ) -> tuple[Mapping[int, tuple[str, Data]], list[int]]:
         """(what is replaced in the body, encoder tokens of each image); nothing where images are off."""
         parts = skeleton.images
@@ -276,14 +286,14 @@ class Relay:
             return {}, []
         started = time.monotonic()
         try:
-            prepared = await inlining.prepare(
+            prepared = await inline.prepare(
                 self._images, parts, self._desk.emit, admission.id, admission.tenant,
                 shm=self._shm is not None and self._engine_kind == "vllm" and self._shm(), fetch=self._fetch,
             )  # fmt: skip
         finally:
             admission.image_seconds = time.monotonic() - started
-        name = partial(inlining.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
-        replaced = inlining.replacements(parts, prepared, name)
+        name = partial(inline.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
+        replaced = inline.replacements(parts, prepared, name)
         return replaced, [image.tokens for image in prepared if image.tokens]  # 0: the model's files do not say
 
     async def _answer(
@@ -314,11 +324,11 @@ class Relay:
 
     async def _send(self, request: web.BaseRequest, passed: headers.Headers, data: Any) -> aiohttp.ClientResponse:
         """The head of the engine's answer. Whoever gets it closes it: left early, its connection closes too."""
-        path = upstream.origin_form(request.raw_path)
-        url = upstream.target(self._settings.engine, path)
+        path = engine_io.origin_form(request.raw_path)
+        url = engine_io.target(self._settings.engine, path)
         try:
             return await self._engine.request(request.method, url, passed, data)
-        except downstream.BREAKS as e:
+        except client_io.BREAKS as e:
             raise self._broken(e) from None
 
     def _broken(self, error: BaseException | None = None) -> RequestError:

@@ -12,8 +12,8 @@ from typing import Final
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from sidecar.events import Published, Trace
-from sidecar.load.tenant_limits import MAX_NAME
+from sidecar.events import LoadReport, Trace
+from sidecar.load.tenant_limits import MAX_TENANT_NAME_CHARS
 from sidecar.trace_context import format_traceparent
 
 _HOP_BY_HOP: Final = frozenset((
@@ -48,7 +48,7 @@ def tenant(headers: Received, name: str) -> str:
             given = raw.decode()
         except UnicodeDecodeError:
             given = raw.decode("latin-1")
-    return given[:MAX_NAME] or NO_TENANT
+    return given[:MAX_TENANT_NAME_CHARS] or NO_TENANT
 
 
 def to_engine(headers: Received, *, id: str, remote: str, trace: Trace | None, length: int | None) -> Headers:
@@ -84,7 +84,7 @@ def wants_price(headers: Received) -> bool:
     return headers.get(USAGE, "").strip().lower() == "mu"
 
 
-def orca(headers: Received, published: Published | None) -> dict[str, str]:
+def orca(headers: Received, published: LoadReport | None) -> dict[str, str]:
     """Our load report in the form the request asks for; empty where none is wanted, or none is known yet."""
     wanted = headers.get(ORCA_FORMAT, "").upper()
     if published is None:

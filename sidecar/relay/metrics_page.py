@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from sidecar.events import Fact, Page, PageWanted
+from sidecar.events import Event, MetricsPage, MetricsPageRequested
 
-FRESH: Final = 1.0  # seconds a page is good for
-PATIENCE: Final = 1.0  # seconds we wait for one
-TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+PAGE_FRESH_S: Final = 1.0  # seconds a page is good for
+PAGE_TIMEOUT_S: Final = 1.0  # seconds we wait for one
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class MergedPage:
+class MergedMetricsPage:
     """One per relay process. `emit` sends PageWanted; the answer comes by `put`."""
 
-    def __init__(self, emit: Callable[[Fact], None]) -> None:
+    def __init__(self, emit: Callable[[Event], None]) -> None:
         self._emit = emit
         self._page: bytes | None = None
         self._got = 0.0
         self._coming: asyncio.Future[bytes] | None = None
 
-    def put(self, page: Page) -> None:
+    def put(self, page: MetricsPage) -> None:
         """The control process sent a page."""
         self._page, self._got = page.text.encode(), time.monotonic()
         if self._coming is not None and not self._coming.done():
@@ -32,13 +32,13 @@ class MergedPage:
 
     async def get(self) -> bytes | None:
         """A fresh page, or None when the control process does not answer in time. All who wait share one question."""
-        if self._page is not None and time.monotonic() - self._got < FRESH:
+        if self._page is not None and time.monotonic() - self._got < PAGE_FRESH_S:
             return self._page
         if self._coming is None:
             self._coming = asyncio.get_running_loop().create_future()
-            self._emit(PageWanted(time.monotonic()))
+            self._emit(MetricsPageRequested(time.monotonic()))
         coming = self._coming
-        done, _ = await asyncio.wait((coming,), timeout=PATIENCE)
+        done, _ = await asyncio.wait((coming,), timeout=PAGE_TIMEOUT_S)
         if done:
             return coming.result()
         if self._coming is coming:  # ask anew next time: the question may have been lost

@@ -13,24 +13,26 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from sidecar.events import Fact, State, Trace
+from sidecar.events import Event, State, Trace
 from sidecar.relay.admission import Admission
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.outcomes import ended, stalled
 
-FLUSH: Final = 0.2  # seconds
-LOOK: Final = 0.5  # seconds between looks for writes that wait for their client
-HEARD: Final = 5.0  # seconds that a verdict holds, which is published every second; without control nobody is refused
+EVENT_FLUSH_INTERVAL_S: Final = 0.2  # seconds
+STALL_CHECK_INTERVAL_S: Final = 0.5  # seconds between looks for writes that wait for their client
+LOAD_REPORT_STALE_S: Final = (
+    5.0  # seconds that a verdict holds, which is published every second; without control nobody is refused
+)
 WELL: Final = ("idle", "progressing", "quiet")  # verdicts under which a kept request is sent again
 
 
-class Desk:
+class OpenRequests:
     """Where requests are admitted. `emit` takes facts; `verdict` is the last one that control published.
 
     `client_stall`: seconds that a client may read nothing.
     """
 
-    def __init__(self, emit: Callable[[Fact], None], client_stall: float = CLIENT_STALL_S) -> None:
+    def __init__(self, emit: Callable[[Event], None], client_stall: float = CLIENT_STALL_S) -> None:
         self.emit = emit
         self.verdict: State = "unknown"
         self.cutting = False  # whether open requests are being cut off by a drain that ran out of time
@@ -49,7 +51,7 @@ class Desk:
 
     # --- orders ---
 
-    def judged(self, verdict: State, now: float) -> None:
+    def on_verdict(self, verdict: State, now: float) -> None:
         """Control published a verdict: one that gives the engine up ends what is with it."""
         before, self.verdict, self._judged_at = self.verdict, verdict, now
         if verdict == before:
@@ -72,10 +74,10 @@ class Desk:
 
     def check(self, now: float) -> None:
         """Raises EngineStalled while the engine is given up. One that is gone is tried: it may be back before control knows."""
-        if self.verdict == "stalled" and now - self._judged_at < HEARD:
+        if self.verdict == "stalled" and now - self._judged_at < LOAD_REPORT_STALE_S:
             raise stalled()
 
-    async def well(self) -> bool:
+    async def wait_until_healthy(self) -> bool:
         """True as soon as the engine is well; False when we drain before."""
         while not self._draining and self.verdict not in WELL:
             await self._news.wait()
@@ -99,13 +101,13 @@ class Desk:
         """Remember that `admission` has deliveries to report."""
         self._dirty.add(admission)
         if self._timer is None:
-            self._timer = self._loop.call_later(FLUSH, self._flush)
+            self._timer = self._loop.call_later(EVENT_FLUSH_INTERVAL_S, self._flush)
 
     def enter(self, admission: Admission) -> None:
         """`admission` is open from now on."""
         self._open[admission.id] = admission
         if self._looking is None:
-            self._looking = self._loop.call_later(LOOK, self._look)
+            self._looking = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._look)
 
     def forget(self, admission: Admission) -> None:
         """`admission` settles; its sums are in Settled."""
@@ -115,8 +117,8 @@ class Desk:
     def _look(self) -> None:
         now = time.monotonic()
         for admission in self._open.values():
-            admission.look(now, self._client_stall)
-        self._looking = self._loop.call_later(LOOK, self._look) if self._open else None
+            admission.check_stalled_write(now, self._client_stall)
+        self._looking = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._look) if self._open else None
 
     def _flush(self) -> None:
         self._timer = None

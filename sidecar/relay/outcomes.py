@@ -34,7 +34,7 @@ class EngineBroke(SidecarError):
     code = "engine_broke"
 
 
-class Cut(SidecarError):
+class DrainCut(SidecarError):
     """We ended the request ourselves, because a drain ran out of time."""
 
     code = "drain_cut"
@@ -47,7 +47,7 @@ _OUTCOMES: Final[tuple[tuple[type[BaseException], Outcome], ...]] = (
     (StreamStuck, "stalled"),
     (EngineBroke, "engine_error"),
     (RequestError, "rejected"),
-    (Cut, "lost"),
+    (DrainCut, "lost"),
     (ClientGone, "client_cancelled"),
     (ClientStalled, "client_cancelled"),
     (asyncio.CancelledError, "client_cancelled"),

@@ -23,37 +23,36 @@ from typing import TYPE_CHECKING, Any, Final
 import uvloop
 from aiohttp import web
 
-from sidecar.events import Fact, Joined, Pulse
-from sidecar.images.vllm_plugin import Watch
+from sidecar.events import Event, Heartbeat, RelayConnected
+from sidecar.images.vllm_plugin import PluginWatch
 from sidecar.kernels import families
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
-from sidecar.load.tenant_limits import Limits
-from sidecar.relay import engine_io as upstream
-from sidecar.relay import url_policy as links
-from sidecar.relay.control_link import Link
+from sidecar.load.tenant_limits import TenantLimits
+from sidecar.relay import engine_io, url_policy
+from sidecar.relay.control_link import ControlLink
 from sidecar.relay.handler import Handler, Relay
 from sidecar.relay.media.fetch import Fetcher
 from sidecar.relay.media.inline import Fetch
-from sidecar.relay.pricing import tokenizer as counting
+from sidecar.relay.pricing import tokenizer
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota
-from sidecar.relay.pricing.tenant_accounts import Accounts
-from sidecar.relay.pricing.tokenizer import Counter
+from sidecar.relay.pricing.tenant_accounts import TenantAccounts
+from sidecar.relay.pricing.tokenizer import TokenCounter
 from sidecar.settings import Settings
 
 if TYPE_CHECKING:
-    from sidecar.images.service import Images
+    from sidecar.images.service import ImageService
 
 _log = logging.getLogger(__name__)
 
-PULSE: Final = 1.0  # seconds
+HEARTBEAT_INTERVAL_S: Final = 1.0  # seconds
 _TICKS: Final = 4  # looks at the clock per pulse; the pulse carries the worst
 _BACKLOG: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RelayContext:
     """What a relay process must know: its settings, and where it stands. `control` is the path of a listening Unix socket."""
 
     settings: Settings
@@ -64,12 +63,12 @@ class Place:
     image_cache: str = ""  # folder of prepared images; "" where none are kept
     image_cache_bytes: int = 0
     accounts: str = ""  # file of the tenants' accounts, which all relays share; "" where there is no other relay
-    limits: Limits = field(default_factory=Limits)  # of tenants, as they were at the start
+    limits: TenantLimits = field(default_factory=TenantLimits)  # of tenants, as they were at the start
     index: int = 0
     restarts: int = 0
 
 
-def main(place: Place, listener: socket.socket) -> int:
+def main(place: RelayContext, listener: socket.socket) -> int:
     """Serve until drained. Returns 0."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a stream takes two; many shells and runtimes allow 1024
@@ -78,24 +77,24 @@ def main(place: Place, listener: socket.socket) -> int:
     return 0
 
 
-async def _serve(place: Place, listener: socket.socket) -> None:
+async def _serve(place: RelayContext, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what was sent before is heard now
-    link = Link(place.control, lambda at: Joined(at, place.index, os.getpid(), place.restarts))
+    link = ControlLink(place.control, lambda at: RelayConnected(at, place.index, os.getpid(), place.restarts))
     async with _relay(place, link.send) as relay:
-        link.obey = relay.obey
+        link.on_command = relay.on_command
         server = web.Server(
             relay.handle,
             handler_cancellation=True,
             access_log=None,
             logger=_quiet(),
             auto_decompress=False,
-            read_bufsize=upstream.READ_BUFFER,
-            max_line_size=upstream.MAX_HEADER,
-            max_field_size=upstream.MAX_HEADER,
+            read_bufsize=engine_io.READ_BUFFER,
+            max_line_size=engine_io.MAX_HEADER,
+            max_field_size=engine_io.MAX_HEADER,
         )
         # what lives now lives to the end, and a request leaves next to no cycles: look for them less often
         gc.freeze()
@@ -114,7 +113,7 @@ async def _serve(place: Place, listener: socket.socket) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Relay]:
+async def _relay(place: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
     own = place.settings
     async with _images(place) as images, _fetcher(own) as fetch, _quota(place) as quota, _counter(own) as counter:
         spec = families.from_dir(own.model) if own.model else None
@@ -128,7 +127,7 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
             images=images,
             preprocess=_preprocess(images, own, emit, fetch) if images is not None else None,
             fetch=fetch,
-            shm=Watch() if own.images == "shm" else None,
+            shm=PluginWatch() if own.images == "shm" else None,
             pricing=Pricing(Estimator(place.coefficients), quota, counter, spec),
         )
         try:
@@ -138,14 +137,14 @@ async def _relay(place: Place, emit: Callable[[Fact], None]) -> AsyncIterator[Re
 
 
 @contextlib.asynccontextmanager
-async def _images(place: Place) -> AsyncIterator[Images | None]:
+async def _images(place: RelayContext) -> AsyncIterator[ImageService | None]:
     """The image workers' client; None where images are off."""
     own = place.settings
     if not place.image_socket:
         yield None
         return
     # imported only where images are on: without them a relay stays as small as it is
-    from sidecar.images.service import Images
+    from sidecar.images.service import ImageService
     from sidecar.images.shm_cache import ImageCache
 
     spec = families.from_dir(own.model)
@@ -153,7 +152,7 @@ async def _images(place: Place) -> AsyncIterator[Images | None]:
         yield None
         return
     cache = ImageCache(place.image_cache, place.image_cache_bytes, place.image_key) if place.image_cache else None
-    images = Images(place.image_socket, own, spec, cache)
+    images = ImageService(place.image_socket, own, spec, cache)
     try:
         yield images
     finally:
@@ -163,7 +162,7 @@ async def _images(place: Place) -> AsyncIterator[Images | None]:
 @contextlib.asynccontextmanager
 async def _fetcher(own: Settings) -> AsyncIterator[Fetch | None]:
     """Fetches images behind links; None where --image-urls is off."""
-    among = links.domains(own.image_urls)
+    among = url_policy.domains(own.image_urls)
     if not among:
         yield None
         return
@@ -175,13 +174,15 @@ async def _fetcher(own: Settings) -> AsyncIterator[Fetch | None]:
 
 
 @contextlib.asynccontextmanager
-async def _quota(place: Place) -> AsyncIterator[Quota | None]:
+async def _quota(place: RelayContext) -> AsyncIterator[Quota | None]:
     """The tenants' limits, read again as they change; None where there are none."""
     own = place.settings
     if not own.tenant_limits:
         yield None
         return
-    quota = Quota(own.tenant_limits, Accounts(place.accounts, own.workers, place.index), own.workers, place.limits)
+    quota = Quota(
+        own.tenant_limits, TenantAccounts(place.accounts, own.workers, place.index), own.workers, place.limits
+    )
     watching = asyncio.create_task(_lasting(quota.watch))
     try:
         yield quota
@@ -192,9 +193,9 @@ async def _quota(place: Place) -> AsyncIterator[Quota | None]:
 
 
 @contextlib.asynccontextmanager
-async def _counter(own: Settings) -> AsyncIterator[Counter | None]:
+async def _counter(own: Settings) -> AsyncIterator[TokenCounter | None]:
     """Counts tokens; None where the model's tokenizer is not known. Loaded before anything is served, as loading blocks the loop."""
-    counter = counting.load(own.model)
+    counter = tokenizer.load(own.model)
     try:
         yield counter
     finally:
@@ -202,7 +203,7 @@ async def _counter(own: Settings) -> AsyncIterator[Counter | None]:
             counter.close()
 
 
-def _preprocess(images: Images, own: Settings, emit: Callable[[Fact], None], fetch: Fetch | None) -> Handler:
+def _preprocess(images: ImageService, own: Settings, emit: Callable[[Event], None], fetch: Fetch | None) -> Handler:
     from sidecar.relay.media.preprocess_api import preprocess
 
     return lambda request: preprocess(request, images, own, emit, fetch)
@@ -215,7 +216,7 @@ async def _lasting(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:
             return await duty()
         except Exception as e:  # noqa: BLE001  whatever it was: streams must go on
             _log.error("a duty of the relay broke: %s at line %d", type(e).__name__, _line(e))
-            await asyncio.sleep(PULSE)
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
 
 def _line(e: BaseException) -> int:
@@ -226,16 +227,16 @@ def _line(e: BaseException) -> int:
     return trace.tb_lineno if trace is not None else 0
 
 
-async def _pulse(link: Link, relay: Relay) -> None:
+async def _pulse(link: ControlLink, relay: Relay) -> None:
     """Tell the control process once a second that we live, and how late our timers run."""
-    step = PULSE / _TICKS
+    step = HEARTBEAT_INTERVAL_S / _TICKS
     while True:
         worst = 0.0
         for _ in range(_TICKS):
             due = time.monotonic() + step
             await asyncio.sleep(step)
             worst = max(worst, time.monotonic() - due)
-        link.send(Pulse(time.monotonic(), worst, relay.open))
+        link.send(Heartbeat(time.monotonic(), worst, relay.open))
 
 
 def _quiet() -> logging.Logger:

@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sidecar.events import Admitted, Backpressure, Delivered, Directed, Directing, Fact, FirstToken, Settled
+from sidecar.events import (
+    Admitted,
+    Delivered,
+    Directing,
+    EnginePauseChanged,
+    Event,
+    FirstToken,
+    RequestBlocked,
+    Settled,
+)
 
 MAX_SETTLED: Final = 10_000  # settlements kept for a control process that does not come; about 10 MB
 
@@ -24,26 +33,26 @@ class _Request:
     admitted: Admitted
     first: FirstToken | None = None
     delivered: Delivered | None = None
-    pressed: Backpressure | None = None
+    pressed: RequestBlocked | None = None
 
-    def facts(self) -> Iterator[Fact]:
+    def facts(self) -> Iterator[Event]:
         yield self.admitted
         for fact in (self.first, self.delivered, self.pressed):
             if fact is not None:
                 yield fact
 
 
-class Outstanding:
+class ReplayLog:
     """One per relay process. `note` each fact that is sent, in order."""
 
     def __init__(self) -> None:
         self._open: dict[str, _Request] = {}
         self._settled: deque[tuple[int, _Request, Settled]] = deque(maxlen=MAX_SETTLED)
-        self._directed: dict[str, Directed] = {}
+        self._directed: dict[str, EnginePauseChanged] = {}
         self._directing: dict[int, Directing] = {}
         self._ends = 0  # settlements on this connection
 
-    def note(self, fact: Fact) -> None:
+    def note(self, fact: Event) -> None:
         """`fact` goes to the control process now, or would if there were one."""
         match fact:
             case Delivered():
@@ -58,10 +67,10 @@ class Outstanding:
                 self._ends += 1
                 if (request := self._open.pop(fact.id, None)) is not None:
                     self._settled.append((self._ends, request, fact))
-            case Backpressure():
+            case RequestBlocked():
                 if (request := self._open.get(fact.id)) is not None:
                     request.pressed = fact  # its end, too: since then the engine answers for the silence
-            case Directed():
+            case EnginePauseChanged():
                 self._directed.pop(fact.what, None)
                 if fact.on:
                     self._directed[fact.what] = fact
@@ -77,11 +86,11 @@ class Outstanding:
         while self._settled and self._settled[0][0] <= count:
             self._settled.popleft()
 
-    def again(self) -> list[Fact]:
+    def events(self) -> list[Event]:
         """All that a new control process must be told first, in order; from now on `booked` counts for its connection."""
         self._settled = deque(((n, r, end) for n, (_, r, end) in enumerate(self._settled, 1)), MAX_SETTLED)
         self._ends = len(self._settled)
-        facts: list[Fact] = [*self._directed.values(), *self._directing.values()]
+        facts: list[Event] = [*self._directed.values(), *self._directing.values()]
         for request in self._open.values():
             facts += request.facts()
         for _, request, end in self._settled:

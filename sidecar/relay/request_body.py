@@ -71,7 +71,7 @@ class ImagePart:
 
 
 @dataclass(slots=True)
-class Skeleton:
+class ParsedBody:
     """A body without its data URLs. `payload` is None when the body is no JSON object or too long to parse."""
 
     body: bytes
@@ -85,7 +85,11 @@ class Skeleton:
         if not self.originals or self.nonce not in found:
             return found
         stem = re.escape(_stem(self.nonce))
-        return re.sub(stem + r"(\d+)\.", lambda cut: str(self.originals[int(cut[1])], "utf-8", "replace"), found)
+        return re.sub(
+            stem + r"(\d+)\.",
+            lambda extract_data_urls: str(self.originals[int(extract_data_urls[1])], "utf-8", "replace"),
+            found,
+        )
 
 
 def route_of(path: str) -> str | None:
@@ -94,12 +98,12 @@ def route_of(path: str) -> str | None:
     return ROUTES.get(head.rpartition("/")[2] + "/" + last) or ROUTES.get(last)
 
 
-def cut(body: bytes, nonce: str, *, links: bool = False) -> Skeleton:
+def extract_data_urls(body: bytes, nonce: str, *, links: bool = False) -> ParsedBody:
     """Cut the data URLs out of `body` and parse the rest. `nonce`: letters and digits drawn after the body came.
 
     `links`: images behind http(s) links count as images, too.
     """
-    skeleton = Skeleton(body, nonce)
+    skeleton = ParsedBody(body, nonce)
     pieces: list[Buffer] = []
     view = memoryview(body)
     at = 0
@@ -114,7 +118,9 @@ def cut(body: bytes, nonce: str, *, links: bool = False) -> Skeleton:
     return skeleton
 
 
-def join(skeleton: Skeleton, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:
+def rebuild(
+    skeleton: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False
+) -> list[Buffer]:
     """The body to send, in pieces.
 
     `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds `stream_options.include_usage`. With
@@ -130,7 +136,7 @@ def join(skeleton: Skeleton, replaced: Mapping[int, tuple[str, Buffer]], *, ask_
     return list(_filled(skeleton, json.dumps(payload, separators=(",", ":")).encode(), replaced))
 
 
-def original(skeleton: Skeleton, text: str) -> Buffer:
+def original(skeleton: ParsedBody, text: str) -> Buffer:
     """What a text of the payload stands for: the data URL that was cut out, or the text itself."""
     stem = _stem(skeleton.nonce)
     return skeleton.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
@@ -162,7 +168,7 @@ def _parse(rest: bytes) -> dict[str, Any] | None:
     return payload if isinstance(payload, dict) else None
 
 
-def _images(skeleton: Skeleton, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
+def _images(skeleton: ParsedBody, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
     """The base64 images, and with `links` those to be fetched, in content parts of `messages` (chat) and `input` (responses)."""
     if any(payload.get(name) for name in OWN_PROCESSING):
         return
@@ -193,7 +199,7 @@ def _image_parts(payload: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
                     yield f"{name}[{i}].content[{j}]", part
 
 
-def _index_of(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -> int | None:
+def _index_of(skeleton: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int | None:
     """Which original `text` stands for. A data URL that was not cut (it had escapes) becomes one now."""
     stem = _stem(skeleton.nonce)
     if text.startswith(stem):
@@ -203,7 +209,7 @@ def _index_of(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -
     return _put_away(skeleton, holder, key, text)
 
 
-def _put_away(skeleton: Skeleton, holder: dict[str, Any], key: str, text: str) -> int:
+def _put_away(skeleton: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int:
     """Let a placeholder stand for `text`; which original it is."""
     skeleton.originals.append(json.dumps(text)[1:-1].encode())
     holder[key] = _placeholder(skeleton.nonce, len(skeleton.originals) - 1)
@@ -233,7 +239,7 @@ def _spliced(body: bytes, member: bytes) -> list[Buffer]:
     return [body[:brace] + member, memoryview(body)[brace:]]
 
 
-def _filled(skeleton: Skeleton, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
+def _filled(skeleton: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
     """`text` with each placeholder exchanged for its replacement, or else for what stood there."""
     pieces = re.split(rb"%b(\d+)\." % re.escape(_stem(skeleton.nonce)).encode(), text)
     yield pieces[0]

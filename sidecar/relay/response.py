@@ -14,11 +14,11 @@ import aiohttp
 from aiohttp import web
 
 from sidecar.errors import RequestError
-from sidecar.relay import client_io as downstream
+from sidecar.relay import client_io
 from sidecar.relay.admission import Admission
 from sidecar.relay.headers import Headers
 from sidecar.relay.outcomes import EngineBroke
-from sidecar.relay.sse import SSE, Tail, error_event, priced, usage_of
+from sidecar.relay.sse import SSE, BodyTail, error_event, priced, usage_of
 
 SMALL: Final = 256 << 10  # bytes: an answer of known length up to here is read whole and written at once
 _PARTING_SECONDS: Final = 1.0  # for the last event to a client that may not read
@@ -68,13 +68,13 @@ async def part(request: web.BaseRequest, admission: Admission, error: RequestErr
     begun = admission.begun
     assert begun is not None
     if begun.sse is None or not begun.sse.whole or begun.response.content_length is not None:
-        return downstream.hang_up(request)
+        return client_io.hang_up(request)
     try:
         async with asyncio.timeout(_PARTING_SECONDS):
             await begun.response.write(error_event(error.body()["error"], admission.route))
             await begun.response.write_eof()
     except (ConnectionError, TimeoutError):
-        return downstream.hang_up(request, at_once=True)
+        return client_io.hang_up(request, at_once=True)
     return begun.response
 
 
@@ -84,10 +84,10 @@ async def _stream(
     """An event stream."""
     sse = SSE(admission.shape.ask_usage, admission.price)
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-    chunk = await downstream.next_chunk(answer) if hold_head else b""
+    chunk = await client_io.next_chunk(answer) if hold_head else b""
     await _start(request, response, admission, sse)
     try:
-        while chunk or (chunk := await downstream.next_chunk(answer)):
+        while chunk or (chunk := await client_io.next_chunk(answer)):
             before = sse.tokens
             piece = sse.feed(chunk)
             admission.deliver(sse.tokens - before, len(chunk), sse.started)
@@ -106,12 +106,12 @@ async def _long(
     request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers
 ) -> web.StreamResponse:
     """A body that is no stream we can read, and may be long."""
-    tail = Tail()
+    tail = BodyTail()
     # where events cannot be told apart, each chunk counts as one
     opaque_stream = int(is_stream(answer))
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
     await _start(request, response, admission, None)
-    while chunk := await downstream.next_chunk(answer):
+    while chunk := await client_io.next_chunk(answer):
         tail.feed(chunk)
         admission.deliver(opaque_stream, len(chunk), started=answer.ok)
         await _write(response, chunk, admission)
@@ -126,7 +126,7 @@ async def _small(
     """A short answer: one read, one write; what it tells is read when the client has it. Before, a break is an error it can read."""
     try:
         body = await answer.read()
-    except downstream.BREAKS:
+    except client_io.BREAKS:
         raise EngineBroke from None
     sent = priced(body, admission.price) if admission.price is not None and is_plain(answer) else body
     response = web.Response(status=answer.status, reason=answer.reason, headers=passed, body=sent)
@@ -141,18 +141,18 @@ async def _small(
 
 async def _start(request: web.BaseRequest, response: web.StreamResponse, admission: Admission, sse: SSE | None) -> None:
     admission.writing()
-    await downstream.start(response, request)
+    await client_io.start(response, request)
     admission.begin(response, sse)
     admission.written()
 
 
 async def _write(response: web.StreamResponse, data: bytes | bytearray, admission: Admission) -> None:
     admission.writing()
-    await downstream.write(response, data)
+    await client_io.write(response, data)
     admission.written()
 
 
 async def _end(response: web.StreamResponse, admission: Admission) -> None:
     admission.writing()
-    await downstream.end(response)
+    await client_io.end(response)
     admission.written()

@@ -13,8 +13,8 @@ from typing import Final
 
 from sidecar.errors import EngineStalled
 from sidecar.relay.admission import Admission
-from sidecar.relay.engine_io import Pieces
-from sidecar.relay.open_requests import Desk
+from sidecar.relay.engine_io import BodyPayload
+from sidecar.relay.open_requests import OpenRequests
 
 KEPT_BYTES: Final = 256 << 20  # of bodies, in one relay process
 # `responses` may be stored, and continued by its id
@@ -26,7 +26,7 @@ _REPEATABLE: Final = frozenset((
 class Retries:
     """The requests of one relay process that may be sent twice. `seconds`: the longest wait; 0: none is."""
 
-    def __init__(self, desk: Desk, seconds: float, limit: int = KEPT_BYTES) -> None:
+    def __init__(self, desk: OpenRequests, seconds: float, limit: int = KEPT_BYTES) -> None:
         self._desk = desk
         self._seconds = seconds
         self._left = limit
@@ -36,13 +36,13 @@ class Retries:
         """Whether anything is sent twice at all."""
         return self._seconds > 0
 
-    def keeping(self, admission: Admission, data: Pieces) -> AbstractContextManager[None]:
+    def keeping(self, admission: Admission, data: BodyPayload) -> AbstractContextManager[None]:
         """Keep `data` until the answer begins or the block ends, where that is allowed and there is room."""
         data.kept = self.on and admission.route in _REPEATABLE and (data.size or 0) <= self._left
         return self._kept(admission, data) if data.kept else nullcontext()
 
     @contextmanager
-    def _kept(self, admission: Admission, data: Pieces) -> Iterator[None]:
+    def _kept(self, admission: Admission, data: BodyPayload) -> Iterator[None]:
         size = data.size or 0
         self._left -= size
 
@@ -59,10 +59,10 @@ class Retries:
 
     async def recovered(self, admission: Admission, error: EngineStalled) -> None:
         """Returns when the engine is well again. Raises `error` when it takes too long, or when we drain."""
-        with admission.aside():
+        with admission.waiting():
             try:
                 async with asyncio.timeout(self._seconds):
-                    well = await self._desk.well()
+                    well = await self._desk.wait_until_healthy()
             except TimeoutError:
                 well = False
         if not well:

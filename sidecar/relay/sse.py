@@ -172,7 +172,7 @@ def priced(text: bytes, price: Price) -> bytes:
     return b'%b"mu_milli":%d,%b' % (text[: brace + 1], price(usage), text[brace + 1 :])
 
 
-class Tail:
+class BodyTail:
     """The end of a body that is no event stream, kept to read its usage."""
 
     def __init__(self) -> None:

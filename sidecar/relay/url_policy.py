@@ -24,7 +24,7 @@ _RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")  # 6to4's, gone since R
 
 
 @dataclass(frozen=True, slots=True)
-class Domain:
+class AllowedDomain:
     """A host that may be fetched from; `below`: any name below it instead. `port` None: the scheme's own."""
 
     host: str
@@ -37,14 +37,14 @@ class Domain:
         return named and (url.is_default_port() if self.port is None else url.port == self.port)
 
 
-def domains(text: str) -> tuple[Domain, ...]:
+def domains(text: str) -> tuple[AllowedDomain, ...]:
     """The domains of --image-urls: `img.example.com`, `*.example.com` (all below), `img.example.com:8443`; none for `off`."""
     return () if text == OFF else tuple(_domain(entry.strip()) for entry in text.split(","))
 
 
-def _domain(entry: str) -> Domain:
+def _domain(entry: str) -> AllowedDomain:
     host, _, port = entry.partition(":")
-    return Domain(host.removeprefix("*."), host.startswith("*."), int(port) if port else None)
+    return AllowedDomain(host.removeprefix("*."), host.startswith("*."), int(port) if port else None)
 
 
 def is_link(text: str) -> bool:
@@ -52,7 +52,7 @@ def is_link(text: str) -> bool:
     return _LINK.match(text) is not None
 
 
-def allowed(text: str, among: tuple[Domain, ...], base: URL | None = None) -> URL | None:
+def allowed(text: str, among: tuple[AllowedDomain, ...], base: URL | None = None) -> URL | None:
     """The URL to ask for; None where it may not be fetched. `base`: where a redirect to `text` came from."""
     try:
         url = URL(text) if base is None else base.join(URL(text))

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from sidecar.events import Work
-from sidecar.load import cost_model as units
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 
 MEDIA: Final = ("images", "image_tokens", "audios", "audio_tokens", "videos", "video_tokens")
 NAMES: Final = ("in", "cached", "out", *MEDIA)
-MOST: Final = 10**9
+MAX_ROWS: Final = 10**9
 
 
 def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
@@ -26,10 +26,10 @@ def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
         raise ValueError("cached tokens are part of `in`, so there cannot be more of them")
     media = {name: numbers.get(name, 0) for name in MEDIA}
     squares = media["image_tokens"] ** 2 // max(1, media["images"])
-    work = Work(numbers.get("in", 0) - cached, cached, numbers.get("out", 0), **media, image_squares=squares)
-    mu = units.mu(work, co)
+    work = RequestSize(numbers.get("in", 0) - cached, cached, numbers.get("out", 0), **media, image_squares=squares)
+    mu = cost_model.mu(work, co)
     return {
-        "mu": mu, "mu_milli": round(1000 * mu), "gpu_ms": units.gpu_ms(work, co), "terms_ms": dict(units.by_cause(work, co)),
+        "mu": mu, "mu_milli": round(1000 * mu), "gpu_ms": cost_model.gpu_ms(work, co), "terms_ms": dict(cost_model.by_cause(work, co)),
         "work": asdict(work), "fingerprint": co.fingerprint, "source": co.source,
     }  # fmt: skip
 
@@ -37,6 +37,6 @@ def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
 def _count(name: str, value: str) -> int:
     if name not in NAMES:
         raise ValueError(f"unknown parameter {name[:40]!r}; there are: {', '.join(NAMES)}")
-    if not (value.isascii() and value.isdigit() and len(value) < 12 and int(value) <= MOST):
-        raise ValueError(f"{name} must be a whole number from 0 to {MOST}")
+    if not (value.isascii() and value.isdigit() and len(value) < 12 and int(value) <= MAX_ROWS):
+        raise ValueError(f"{name} must be a whole number from 0 to {MAX_ROWS}")
     return int(value)

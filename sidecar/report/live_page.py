@@ -147,7 +147,7 @@ def _event(name: str, data: Any) -> bytes:
 # --- the feed ---
 
 
-class Feed:
+class PageFeed:
     """Server-sent events: first `history` ({"columns", "points"}), then one `snapshot` for each `publish`."""
 
     def __init__(self, patience: float = 20.0) -> None:

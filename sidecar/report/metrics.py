@@ -18,14 +18,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from sidecar.events import STATES, CanaryResult, End, Imaged, Outcome, Verdict
-from sidecar.health.kill_policy import HANDOVERS
-from sidecar.labels import OTHER, Bounded
+from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Outcome, Verdict
+from sidecar.health.kill_policy import ESCALATIONS
+from sidecar.labels import OTHER, BoundedLabels
 from sidecar.readings import SLOWDOWNS, Failed, GpuSample, Reading, Value
 from sidecar.snapshot import Snapshot
 
 Labels = tuple[str, ...]
-Row = tuple[str, Labels, float]  # metric, label values in the table's order, value
+MetricRow = tuple[str, Labels, float]  # metric, label values in the table's order, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class _Histogram:
 
 
 @dataclass(slots=True)
-class _Fed:
+class _Series:
     """What has been fed so far, by metric and label values."""
 
     counters: dict[str, dict[Labels, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
@@ -138,16 +138,16 @@ class _Fed:
         series.setdefault(labels, _Histogram([0] * (len(bounds) + 1))).observe(max(0.0, value), bounds)
 
 
-class Meters(Collector):
+class Metrics(Collector):
     """All metrics of the sidecar. `registry` is for the encoders of `prometheus_client`."""
 
     def __init__(self, *, max_tenants: int) -> None:
-        self._tenants = Bounded(max_tenants)
-        self._models = Bounded(max_tenants)
+        self._tenants = BoundedLabels(max_tenants)
+        self._models = BoundedLabels(max_tenants)
         self._pairs: set[tuple[str, str]] = set()
         self._max_pairs = PAIRS_PER_TENANT * max_tenants
-        self._formats, self._stages, self._reasons = Bounded(20), Bounded(20), Bounded(REASONS)
-        self._fed = _Fed()
+        self._formats, self._stages, self._reasons = BoundedLabels(20), BoundedLabels(20), BoundedLabels(REASONS)
+        self._fed = _Series()
         self._snapshot: Snapshot | None = None
         for metric in METRICS:  # a histogram without labels exists from the start, at 0
             if metric.buckets and not metric.labels:
@@ -159,17 +159,17 @@ class Meters(Collector):
         """The moment that gauges show from now on."""
         self._snapshot = snapshot
 
-    def observe(self, record: Imaged | CanaryResult | Verdict | End) -> None:
+    def observe(self, record: ImagePrepared | CanaryResult | Verdict | AbortRequests) -> None:
         """Count an image, a canary that ended, a verdict that has just changed, or an order to end requests."""
         match record:
-            case Imaged():
+            case ImagePrepared():
                 self._imaged(record)
             case CanaryResult():
                 self._fed.count("sidecar_canaries_total", (record.outcome,))
                 self._fed.observe("sidecar_canary_seconds", record.ended - record.started)
             case Verdict():
                 self._fed.count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
-            case End():
+            case AbortRequests():
                 self._fed.count("sidecar_streams_ended_total", (record.code,), len(record.ids))
 
     def settled(
@@ -206,7 +206,7 @@ class Meters(Collector):
         for metric in METRICS:
             yield _family(metric, rows[metric.name], self._fed.histograms.get(metric.name, {}))
 
-    def _imaged(self, image: Imaged) -> None:
+    def _imaged(self, image: ImagePrepared) -> None:
         self._fed.count("sidecar_images_total", (self._formats(image.format), image.outcome))
         self._fed.count("sidecar_image_bytes_total", ("in",), image.bytes_in)
         self._fed.count("sidecar_image_bytes_total", ("out",), image.bytes_out)
@@ -223,7 +223,7 @@ class Meters(Collector):
         return pair
 
 
-def gauges(s: Snapshot) -> Iterator[Row]:
+def gauges(s: Snapshot) -> Iterator[MetricRow]:
     """Everything that a Snapshot shows as a series."""
     load = s.load
     yield "sidecar_mu_in_flight", (), load.mu_in_flight
@@ -239,7 +239,7 @@ def gauges(s: Snapshot) -> Iterator[Row]:
     for state in STATES:
         yield "sidecar_verdict", (state,), s.verdict.state == state
     yield "sidecar_kills_total", (), s.kills
-    for reason in HANDOVERS:
+    for reason in ESCALATIONS:
         yield "sidecar_handover", (reason,), s.handover == reason
     if s.progress_age is not None:
         yield "sidecar_progress_age_seconds", (), s.progress_age
@@ -258,7 +258,7 @@ def gauges(s: Snapshot) -> Iterator[Row]:
         yield from _gpu(gpu)
 
 
-def _signal(name: str, reading: Reading[Any]) -> Iterator[Row]:
+def _signal(name: str, reading: Reading[Any]) -> Iterator[MetricRow]:
     if isinstance(reading, Value):
         yield "sidecar_signal_up", (name,), 1
         yield "sidecar_signal_seconds", (name,), reading.seconds
@@ -273,7 +273,7 @@ def _answering(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSamp
     return reading
 
 
-def _gpu(gpu: GpuSample) -> Iterator[Row]:
+def _gpu(gpu: GpuSample) -> Iterator[MetricRow]:
     index = gpu.label
     fields: Iterable[tuple[str, Labels, Reading[float] | Reading[int], float]] = (
         ("sidecar_gpu_utilization_ratio", (index,), gpu.utilization, 1),

@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.load.ledger import RECENT, Rate
+from sidecar.load.ledger import RECENT_WINDOW_S, SlidingSum
 from sidecar.readings import EngineSample, Reading, Value
-from sidecar.report import orca_proto as orca_messages
+from sidecar.report import orca_proto
 from sidecar.snapshot import Load
 
 LEAST_UTILIZATION: Final = 0.001
@@ -28,7 +28,7 @@ MILLI: Final = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class OrcaReport:
     """One `xds.data.orca.v3.OrcaLoadReport`; `named` are its named_metrics."""
 
     fields: dict[str, float]
@@ -45,7 +45,7 @@ class Report:
 
     def binary(self) -> str:
         """The header's value as `BIN ` and base64."""
-        return BIN + base64.b64encode(orca_messages.encode(self.fields, self.named)).decode()
+        return BIN + base64.b64encode(orca_proto.encode(self.fields, self.named)).decode()
 
 
 BIN: Final = "BIN "
@@ -56,27 +56,27 @@ def message(binary: str) -> bytes:
     return base64.b64decode(binary.removeprefix(BIN), validate=True)
 
 
-class Recently:
+class MovingMean:
     """The mean of the pressure over the ledger's RECENT seconds, in its buckets."""
 
     def __init__(self) -> None:
-        self._sum = Rate(RECENT)
+        self._sum = SlidingSum(RECENT_WINDOW_S)
         self._at: float | None = None
 
     def mean(self, pressure: float, now: float) -> float:
         """Take one reading, which holds since the last one; the mean, in which the time before the first counts as idle."""
-        seconds = 0.0 if self._at is None else min(now - self._at, RECENT)
+        seconds = 0.0 if self._at is None else min(now - self._at, RECENT_WINDOW_S)
         self._at = now
         self._sum.add(pressure * seconds, now)
-        return self._sum.sum(now) / RECENT
+        return self._sum.sum(now) / RECENT_WINDOW_S
 
 
-def report(load: Load, engine: Reading[EngineSample], pressure: float) -> Report:
+def report(load: Load, engine: Reading[EngineSample], pressure: float) -> OrcaReport:
     """The report of one moment; `pressure` is the mean of `load.pressure`."""
     sample = engine.value if isinstance(engine, Value) else EngineSample()
     flow = load.recent_mu_per_second * 60 / load.mu_max_per_minute if load.mu_max_per_minute > 0 else 0.0
     used = round(max(pressure, flow, LEAST_UTILIZATION), 6)
-    return Report(_finite(_fields(load, sample, used)), _finite(_named(load, sample, used)))
+    return OrcaReport(_finite(_fields(load, sample, used)), _finite(_named(load, sample, used)))
 
 
 def _fields(load: Load, sample: EngineSample, used: float) -> dict[str, float | None]:

@@ -18,16 +18,15 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from sidecar.errors import StartError
-from sidecar.events import Fact, Listening, Order, Published
-from sidecar.report import orca
-from sidecar.report import orca_proto as orca_messages
+from sidecar.events import Command, Event, LoadReport, LoadSubscribed
+from sidecar.report import orca, orca_proto
 from sidecar.runtime.channel import Channel
 
 LEAST_INTERVAL: Final = (
     0.1  # seconds; Envoy reconnects after three of its intervals without a report, so it gets what it asks for
 )
 INTERVAL: Final = 1.0  # where a request names none
-STALE: Final = 10.0  # seconds after which a load is no longer sent
+REPORT_STALE_S: Final = 10.0  # seconds after which a load is no longer sent
 MOST_STREAMS: Final = 256
 MOST_BYTES: Final = 4096  # of a request
 LEAVE: Final = 2.0  # seconds that streams have to end
@@ -35,7 +34,7 @@ LEAVE: Final = 2.0  # seconds that streams have to end
 _log = logging.getLogger("sidecar")
 
 
-class Latest:
+class LatestReport:
     """The last load that the control process sent, and the connection that it comes by."""
 
     def __init__(self, path: str) -> None:
@@ -51,27 +50,27 @@ class Latest:
             self._lost.clear()
             channel = await Channel.reach(self._path, self._take, self._lost.set)
             try:
-                channel.send(Listening(time.monotonic(), os.getpid()))
+                channel.send(LoadSubscribed(time.monotonic(), os.getpid()))
                 await self._lost.wait()
             finally:
                 channel.close()
 
     async def get(self) -> bytes:
         """The message of a fresh load; waits for one."""
-        while not self._message or time.monotonic() - self._at > STALE:
+        while not self._message or time.monotonic() - self._at > REPORT_STALE_S:
             self._news.clear()
             await self._news.wait()
         return self._message
 
-    def _take(self, record: Fact | Order) -> None:
-        if isinstance(record, Published) and record.orca_bin:
+    def _take(self, record: Event | Command) -> None:
+        if isinstance(record, LoadReport) and record.orca_bin:
             self._message, self._at = orca.message(record.orca_bin), time.monotonic()
             self._news.set()
 
 
 def interval(request: bytes) -> float:
     """Seconds between the reports of one stream. Raises ValueError when the bytes are no request."""
-    asked = orca_messages.interval(request)
+    asked = orca_proto.interval(request)
     return max(asked, LEAST_INTERVAL) if asked > 0 else INTERVAL
 
 
@@ -86,7 +85,7 @@ async def _serve(address: tuple[str, int], path: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    latest = Latest(path)
+    latest = LatestReport(path)
     keeping = asyncio.create_task(latest.run())
     server = await start(address, latest, ended)
     await ended.wait()
@@ -96,7 +95,7 @@ async def _serve(address: tuple[str, int], path: str) -> None:
         await keeping
 
 
-async def start(address: tuple[str, int], latest: Latest, ended: asyncio.Event) -> Any:
+async def start(address: tuple[str, int], latest: LatestReport, ended: asyncio.Event) -> Any:
     """A running grpc.aio server, whose streams end when `ended` is set. Raises StartError that names the port."""
     import grpc  # here: no other process of ours ever loads it
     from grpc import aio
@@ -121,7 +120,7 @@ async def start(address: tuple[str, int], latest: Latest, ended: asyncio.Event) 
     )
     method = grpc.unary_stream_rpc_method_handler(stream)  # bytes in, bytes out
     server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(orca_messages.SERVICE, {orca_messages.METHOD: method}),)
+        (grpc.method_handlers_generic_handler(orca_proto.SERVICE, {orca_proto.METHOD: method}),)
     )
     host, port = address
     try:

@@ -21,7 +21,7 @@ _OURS = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MUL
 _EOF = re.compile(r"^# EOF *$\n?", re.MULTILINE)
 
 
-class Pages:
+class MetricsPages:
     """The metrics of one registry as bytes, kept for `seconds`."""
 
     def __init__(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from sidecar.events import Admitted, FirstToken, Imaged, Settled, Trace
+from sidecar.events import Admitted, FirstToken, ImagePrepared, Settled, Trace
 from sidecar.labels import printable
 from sidecar.trace_context import child
 
@@ -35,13 +35,13 @@ _FAULTS: Final = frozenset({"engine_error", "stalled", "lost"})  # a client that
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenSpan:
     """A request that is not settled yet."""
 
     admitted: Admitted
     trace: Trace
     first_at: float | None = None
-    images: list[Imaged] = field(default_factory=list)
+    images: list[ImagePrepared] = field(default_factory=list)
 
 
 class Tracing:
@@ -59,8 +59,10 @@ class Tracing:
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._clock, self._wall = clock, wall
-        self._open: OrderedDict[str, _Open] = OrderedDict()
-        self._early: OrderedDict[str, list[Imaged]] = OrderedDict()  # images come before the admission that they price
+        self._open: OrderedDict[str, _OpenSpan] = OrderedDict()
+        self._early: OrderedDict[str, list[ImagePrepared]] = (
+            OrderedDict()
+        )  # images come before the admission that they price
         self._exporter = _Exporter(endpoint, version) if endpoint else None
 
     def admitted(self, fact: Admitted) -> None:
@@ -68,7 +70,7 @@ class Tracing:
         images = self._early.pop(fact.id, [])
         if self._exporter is None or fact.trace is None or not fact.trace.sampled:
             return
-        self._open[fact.id] = _Open(fact, fact.trace, images=images)
+        self._open[fact.id] = _OpenSpan(fact, fact.trace, images=images)
         if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)
 
@@ -77,7 +79,7 @@ class Tracing:
         if (request := self._open.get(fact.id)) is not None:
             request.first_at = fact.at
 
-    def imaged(self, fact: Imaged) -> None:
+    def imaged(self, fact: ImagePrepared) -> None:
         """Note an image of a request, as a span under the request's."""
         if self._exporter is None or not fact.id:
             return
@@ -140,7 +142,7 @@ def request_attributes(admitted: Admitted, first_at: float | None, settled: Sett
     return {name: value for name, value in known.items() if value is not None}
 
 
-def image_attributes(image: Imaged) -> Attributes:
+def image_attributes(image: ImagePrepared) -> Attributes:
     """Pure: the attributes of an image's span, seconds by stage among them."""
     return {
         "sidecar.image.format": image.format,
@@ -169,7 +171,7 @@ class _Exporter:
         self._scope = InstrumentationScope("sidecar", version)
         self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=5), max_queue_size=QUEUE)
 
-    def request(self, request: _Open, settled: Settled, attributes: Attributes, ns: Callable[[float], int]) -> None:
+    def request(self, request: _OpenSpan, settled: Settled, attributes: Attributes, ns: Callable[[float], int]) -> None:
         """The SERVER span, from its first image or its admission to its settlement."""
         from opentelemetry.sdk.trace import Event
         from opentelemetry.trace import SpanKind
@@ -189,7 +191,7 @@ class _Exporter:
             end_time=ns(settled.at),
         )
 
-    def image(self, own: Trace, parent: Trace, image: Imaged, ns: Callable[[float], int]) -> None:
+    def image(self, own: Trace, parent: Trace, image: ImagePrepared, ns: Callable[[float], int]) -> None:
         """An INTERNAL span under the request's."""
         from opentelemetry.trace.status import Status, StatusCode
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from sidecar.load.ledger import Settlement
 
-FILE: Final = "usage.db"
+USAGE_FILE: Final = "usage.db"
 VERSION: Final = 1
 MINUTE, HOUR, DAY = 60, 3600, 86_400
 TIDY_EVERY: Final = HOUR  # seconds between two looks at what is old
@@ -35,7 +35,7 @@ Key = tuple[int, str, str, str]  # start of the minute (seconds since 1970), ten
 
 
 @dataclass(slots=True)
-class Sums:
+class UsageSums:
     """What was consumed. `gpu_seconds` is by the cost model; `seconds` is the requests' own time, waiting included."""
 
     requests: int = 0
@@ -47,13 +47,13 @@ class Sums:
     images: int = 0
     seconds: float = 0.0
 
-    def add(self, other: Sums) -> None:
+    def add(self, other: UsageSums) -> None:
         """Add another's numbers to ours."""
         for name in NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-NAMES: Final = tuple(f.name for f in fields(Sums))
+NAMES: Final = tuple(f.name for f in fields(UsageSums))
 _COLUMNS = ", ".join(NAMES)
 _ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in NAMES)
 _SUMMED = ", ".join(f"sum({name})" for name in NAMES)
@@ -68,31 +68,31 @@ ON CONFLICT (at, tenant, model, outcome) DO UPDATE SET {_ADDED}"""
 
 
 @dataclass(slots=True)
-class Batch:
+class PendingUsage:
     """Settlements that are not on disk yet: their sums, and the ids of their requests with the times of their ends."""
 
-    sums: dict[Key, Sums] = field(default_factory=dict)
+    sums: dict[Key, UsageSums] = field(default_factory=dict)
     ids: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.ids)
 
-    def add(self, other: Batch) -> None:
+    def add(self, other: PendingUsage) -> None:
         """Take in another batch."""
         for key, sums in other.sums.items():
-            self.sums.setdefault(key, Sums()).add(sums)
+            self.sums.setdefault(key, UsageSums()).add(sums)
         self.ids |= other.ids
 
 
-class Records:
+class UsageStore:
     """The file of one sidecar. `unit_ms`: GPU milliseconds of a model unit; `days` and `most_bytes` bound what is kept."""
 
     def __init__(self, folder: Path, unit_ms: float, days: int, most_bytes: int) -> None:
-        self.path = folder / FILE
+        self.path = folder / USAGE_FILE
         self._unit_ms = unit_ms
         self._days = days
         self._most = most_bytes
-        self._pending = Batch()
+        self._pending = PendingUsage()
         self._tidied = 0.0
         self._seen = _seen(self.path)  # by the process before us
 
@@ -102,7 +102,7 @@ class Records:
             return
         key = int(wall) // MINUTE * MINUTE, s.tenant, s.model, s.settled.outcome
         work, cost = s.work, s.mu * self._unit_ms / 1000
-        spent = Sums(
+        spent = UsageSums(
             1,
             s.mu,
             cost,
@@ -112,21 +112,21 @@ class Records:
             work.images,
             s.settled.at - s.admitted.at,
         )
-        self._pending.add(Batch({key: spent}, {s.admitted.id: int(wall)}))
+        self._pending.add(PendingUsage({key: spent}, {s.admitted.id: int(wall)}))
 
-    def take(self) -> Batch:
+    def take(self) -> PendingUsage:
         """What was added since the last take. Give it to `write`, or back to `restore`."""
-        taken, self._pending = self._pending, Batch()
+        taken, self._pending = self._pending, PendingUsage()
         return taken
 
-    def restore(self, taken: Batch) -> None:
+    def restore(self, taken: PendingUsage) -> None:
         """A write failed: what was taken is pending again, in as much room as a disk that stays full may take."""
         taken.add(self._pending)
         newest = max(taken.ids.values(), default=0)
         ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN}
-        self._pending = Batch(_few(taken.sums), ids)
+        self._pending = PendingUsage(_few(taken.sums), ids)
 
-    def write(self, taken: Batch, wall: float) -> None:
+    def write(self, taken: PendingUsage, wall: float) -> None:
         """Add a batch to the file, and tidy it from time to time. Raises OSError or sqlite3.Error; then nothing was written."""
         try:
             self._write(taken, wall)
@@ -136,7 +136,7 @@ class Records:
             self._put_aside()
             self._write(taken, wall)
 
-    def _write(self, taken: Batch, wall: float) -> None:
+    def _write(self, taken: PendingUsage, wall: float) -> None:
         with contextlib.closing(_connect(self.path)) as db:
             with _transaction(db):
                 db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
@@ -157,13 +157,13 @@ class Records:
         self.path.replace(self.path.with_name(self.path.name + ".damaged"))
 
 
-def _few(sums: dict[Key, Sums]) -> dict[Key, Sums]:
+def _few(sums: dict[Key, UsageSums]) -> dict[Key, UsageSums]:
     """At most MOST_ROWS sums: of more, those of hours instead of minutes, and of still more the newest."""
     if len(sums) <= MOST_ROWS:
         return sums
-    hours = Batch()
+    hours = PendingUsage()
     for (at, tenant, model, outcome), one in sums.items():
-        hours.add(Batch({(at // HOUR * HOUR, tenant, model, outcome): one}))
+        hours.add(PendingUsage({(at // HOUR * HOUR, tenant, model, outcome): one}))
     return dict(sorted(hours.sums.items(), key=lambda row: row[0])[-MOST_ROWS:])
 
 
@@ -185,7 +185,7 @@ def tidy(db: sqlite3.Connection, wall: float, days: int, most_bytes: int) -> Non
     db.execute("PRAGMA incremental_vacuum")
 
 
-def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tuple[tuple[Any, ...], Sums]]:
+def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tuple[tuple[Any, ...], UsageSums]]:
     """Sums of [since, until), grouped by columns of GROUPS, largest first. Raises OSError or sqlite3.Error."""
     if not path.is_file():
         raise FileNotFoundError(path)
@@ -198,7 +198,7 @@ def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tu
     finally:
         db.close()
     width = max(len(by), 1)
-    return [(row[:width], Sums(*row[width:])) for row in found]
+    return [(row[:width], UsageSums(*row[width:])) for row in found]
 
 
 def _seen(path: Path) -> frozenset[str]:

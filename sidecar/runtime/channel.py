@@ -12,32 +12,32 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from sidecar.events import Delivered, Fact, Order
-from sidecar.runtime import codec as wire
+from sidecar.events import Command, Delivered, Event
+from sidecar.runtime import codec
 
 DELIVERED_BOUND = 4 * 1024 * 1024  # bytes queued, past which Delivered records are dropped
 BOUND = 64 * 1024 * 1024  # bytes queued, past which every record is dropped
-GATHER = 0.01  # seconds; facts carry their own times, and nothing that is made of them is finer
-RETRY = 0.2  # seconds between attempts to reach the other side
+GATHER_INTERVAL_S = 0.01  # seconds; facts carry their own times, and nothing that is made of them is finer
+RECONNECT_INTERVAL_S = 0.2  # seconds between attempts to reach the other side
 GATHER_BOUND = 256  # records, past which they are written at once
 
 
 class Channel(asyncio.Protocol):
     """One end. Build it with `Channel.open` or `Channel.reach`."""
 
-    def __init__(self, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]) -> None:
+    def __init__(self, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]) -> None:
         self._on_record = on_record
         self._on_close = on_close
         self._buffer = bytearray()
         self._transport: asyncio.WriteTransport | None = None
-        self._gathered: list[Fact | Order] = []
+        self._gathered: list[Event | Command] = []
         self._timer: asyncio.TimerHandle | None = None
         self.dropped = 0
         self.undecodable = 0
 
     @classmethod
     async def open(
-        cls, sock: socket.socket, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]
+        cls, sock: socket.socket, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
     ) -> Channel:
         """Take over `sock`. `on_record` is called for each record in order; `on_close` once, when the other side is gone."""
         sock.setblocking(False)
@@ -46,7 +46,9 @@ class Channel(asyncio.Protocol):
         return channel
 
     @classmethod
-    async def reach(cls, path: str, on_record: Callable[[Fact | Order], None], on_close: Callable[[], None]) -> Channel:
+    async def reach(
+        cls, path: str, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
+    ) -> Channel:
         """As `open`, by the Unix socket `path` of the supervisor, as soon as that takes a connection."""
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -58,9 +60,9 @@ class Channel(asyncio.Protocol):
                 sock.close()
                 if not isinstance(e, OSError):
                     raise
-            await asyncio.sleep(RETRY)
+            await asyncio.sleep(RECONNECT_INTERVAL_S)
 
-    def send(self, record: Fact | Order) -> None:
+    def send(self, record: Event | Command) -> None:
         """Queue one record."""
         if self._transport is None or self._transport.is_closing():
             self.dropped += 1
@@ -69,7 +71,7 @@ class Channel(asyncio.Protocol):
         if len(self._gathered) >= GATHER_BOUND:
             self._write()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(GATHER, self._write)
+            self._timer = asyncio.get_running_loop().call_later(GATHER_INTERVAL_S, self._write)
 
     def close(self) -> None:
         """Send what is queued, then hang up."""
@@ -91,7 +93,7 @@ class Channel(asyncio.Protocol):
             if queued > BOUND or (queued > DELIVERED_BOUND and isinstance(record, Delivered)):
                 self.dropped += 1
                 continue
-            lines.append(wire.encode(record))
+            lines.append(codec.encode(record))
             queued += len(lines[-1])
         if lines:
             self._transport.write(b"".join(lines))
@@ -104,11 +106,11 @@ class Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         *lines, rest = self._buffer.split(b"\n")
-        self._buffer = rest if len(rest) <= wire.MAX_LINE else bytearray()
+        self._buffer = rest if len(rest) <= codec.MAX_LINE else bytearray()
         for line in lines:
             try:
-                record = wire.decode(bytes(line))
-            except wire.WireError:
+                record = codec.decode(bytes(line))
+            except codec.WireError:
                 self.undecodable += 1
                 continue
             self._on_record(record)

@@ -14,28 +14,30 @@ from functools import cache
 from operator import attrgetter
 from typing import Any
 
-from sidecar import events as facts
+from sidecar import events
 
 MAX_LINE = 32 * 1024 * 1024  # a metrics page of a large engine is 1-2 MiB
 
-_RECORDS: dict[str, type] = {cls.__name__: cls for cls in (*typing.get_args(facts.Fact), *typing.get_args(facts.Order))}
+_RECORDS: dict[str, type] = {
+    cls.__name__: cls for cls in (*typing.get_args(events.Event), *typing.get_args(events.Command))
+}
 
 
 class WireError(ValueError):
     """A line that is no record of ours."""
 
 
-def encode(record: facts.Fact | facts.Order) -> bytes:
+def encode(record: events.Event | events.Command) -> bytes:
     """One record as one line, newline included."""
     cls: type = type(record)
     return _encode([cls.__name__, *_getter(cls)(record)]).encode() + b"\n"
 
 
-def decode(line: bytes) -> facts.Fact | facts.Order:
+def decode(line: bytes) -> events.Event | events.Command:
     """The record of one line. Raises WireError."""
     try:
         name, *values = json.loads(line)
-        return typing.cast("facts.Fact | facts.Order", _build(_RECORDS[name], values))
+        return typing.cast("events.Event | events.Command", _build(_RECORDS[name], values))
     except (ValueError, KeyError, TypeError) as e:
         raise WireError(f"not a record: {type(e).__name__}") from None
 

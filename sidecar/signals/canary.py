@@ -14,8 +14,8 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.engines import canary_request as canary
-from sidecar.engines.canary_request import Answer, Form, Forms
+from sidecar.engines import canary_request
+from sidecar.engines.canary_request import CanaryAnswer, CanaryForm, CanaryForms
 from sidecar.engines.engine_type import EngineKind
 from sidecar.events import CanaryResult
 from sidecar.signals.http_body import whole
@@ -51,7 +51,7 @@ class CanarySignal:
         self._kind = kind
         self._headers = headers
         self._chosen = self._model = model or kind.canary_model
-        self._forms = Forms(kind, priority)
+        self._forms = CanaryForms(kind, priority)
         self._asleep = asleep
         self._clock = clock
 
@@ -59,7 +59,7 @@ class CanarySignal:
         """Send one; it is starved when its stream has not ended after `allowed` seconds."""
         started = self._clock()
 
-        def ended(outcome: str, detail: str = "", answer: Answer | None = None) -> CanaryResult:
+        def ended(outcome: str, detail: str = "", answer: CanaryAnswer | None = None) -> CanaryResult:
             tokens = answer.prompt_tokens if answer else 0
             digest = answer.digest if answer else ""
             return CanaryResult(outcome, started, self._clock(), allowed, detail, tokens, digest)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ class CanarySignal:
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as e:
             return ended("failed", f"the answer broke off ({type(e).__name__})")
 
-    async def _attempt(self) -> tuple[str, str, Answer | None]:
+    async def _attempt(self) -> tuple[str, str, CanaryAnswer | None]:
         """Outcome, detail, and the answer of the form that passed."""
         if not self._model and (refusal := await self._discover()):
             return refusal
@@ -92,20 +92,20 @@ class CanarySignal:
                 self._model = model
                 return "ok", form.path, answer
             refusals.append(f"HTTP {status} on {form.path}")
-            if status in canary.OTHER_FORM:
+            if status in canary_request.OTHER_FORM:
                 self.forget_model()  # it may be the name that is refused; the next canary asks for it anew
             if not self._forms.goes_on(form, status):
                 return *_refusal(status, refusals[-1]), None
         return *_refusal(status, ", ".join(dict.fromkeys(refusals))), None
 
-    async def _ask(self, form: Form, model: str) -> tuple[int, Answer]:
+    async def _ask(self, form: CanaryForm, model: str) -> tuple[int, CanaryAnswer]:
         """One request; an error inside an answer of status 200 counts as that status."""
-        body = canary.body(self._kind, form, model)
+        body = canary_request.body(self._kind, form, model)
         url = self._engine + form.path
         async with self._session.post(url, json=body, headers=self._headers, timeout=UNBOUNDED) as response:
             if response.status != 200:
-                return response.status, Answer()
-            answer = canary.read(await whole(response, MAX_ANSWER), form.path)
+                return response.status, CanaryAnswer()
+            answer = canary_request.read(await whole(response, MAX_ANSWER), form.path)
         return answer.error or 200, answer
 
     async def _discover(self) -> tuple[str, str, None] | None:

@@ -13,22 +13,21 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.engines import metrics_parser as sample
-from sidecar.engines import registry as kinds
+from sidecar.engines import metrics_parser, registry
 from sidecar.engines.engine_type import EngineKind
 from sidecar.engines.registry import KINDS
-from sidecar.readings import Absent, EngineSample, Identity, Reading, Value
+from sidecar.readings import Absent, EngineIdentity, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
-from sidecar.signals.identify import LOADING, Met, ask, meet
+from sidecar.signals.identify import LOADING_STATUS, ProbeAnswers, ask, probe_engine
 from sidecar.signals.metrics_scrape import ScrapeSignal
-from sidecar.signals.sleep_state import RestSignal
+from sidecar.signals.sleep_state import SleepSignal
 
-FIRST_LOOK: Final = 0.5  # seconds in which the port of an engine that is there opens; the second look comes after one
-RETRY: Final = 1.0  # seconds between attempts to meet the engine
-QUESTION: Final = 5.0  # seconds for the answer to one
-IDENTITY: Final = ("/v1/models", "/version", "/metrics")
-ATTEMPTS: Final = 3  # answers that say nothing, before the kind is `openai`
+FIRST_LOOK_S: Final = 0.5  # seconds in which the port of an engine that is there opens; the second look comes after one
+PROBE_RETRY_S: Final = 1.0  # seconds between attempts to meet the engine
+QUESTION_TIMEOUT_S: Final = 5.0  # seconds for the answer to one
+IDENTITY_PATHS: Final = ("/v1/models", "/version", "/metrics")
+MAX_SILENT_ANSWERS: Final = 3  # answers that say nothing, before the kind is `openai`
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def open_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), cookie_jar=aiohttp.DummyCookieJar())
 
 
-class Contact:
+class EngineMonitor:
     """One engine. `canary` is None until its kind is known."""
 
     def __init__(self, session: aiohttp.ClientSession, chosen: Settings) -> None:
@@ -46,11 +45,11 @@ class Contact:
         self._settings = chosen
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
         self._scrape: ScrapeSignal | None = None
-        self._rest: RestSignal | None = None
+        self._rest: SleepSignal | None = None
         self._another = asyncio.Event()
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
-        self.identity = Identity()
+        self.identity = EngineIdentity()
 
     @property
     def kind_name(self) -> str:
@@ -91,7 +90,7 @@ class Contact:
     async def run(self, opened: asyncio.Event) -> None:
         """Wait until the engine's port is open; then meet it and read from it until cancelled, once for each engine process."""
         try:
-            await asyncio.wait_for(opened.wait(), FIRST_LOOK)
+            await asyncio.wait_for(opened.wait(), FIRST_LOOK_S)
         except TimeoutError:
             _log.info("engine %s: not there yet; trying again every second", self._settings.engine)
         await opened.wait()
@@ -114,7 +113,7 @@ class Contact:
             self.kind = KINDS[name]
         assert self.kind is not None
         kind, url = self.kind, self._settings.engine
-        rest = self._rest = RestSignal(self._session, url, kind.signs, self._headers)
+        rest = self._rest = SleepSignal(self._session, url, kind.signs, self._headers)
         self.canary = CanarySignal(
             self._session, url, kind, self._headers, model=self._settings.canary_model,
             priority=await self._priority(kind), asleep=partial(_asleep, rest) if kind.wakes else None,
@@ -128,42 +127,42 @@ class Contact:
     async def _identify(self) -> None:
         """Ask for its models and version, until it tells the models; not every engine tells a version."""
         while True:
-            met = Met()
-            await ask(met, self._session, self._settings.engine, IDENTITY, self._headers, QUESTION)
-            found = kinds.identity(met.pages)
+            met = ProbeAnswers()
+            await ask(met, self._session, self._settings.engine, IDENTITY_PATHS, self._headers, QUESTION_TIMEOUT_S)
+            found = registry.identity(met.pages)
             if found.models:
                 self.identity = found
                 return
-            await asyncio.sleep(RETRY)
+            await asyncio.sleep(PROBE_RETRY_S)
 
     async def _recognise(self) -> str:
         """Ask until it says what it is; an engine that answers and says nothing is taken for `openai`."""
         silent = 0
         while True:
-            met = await meet(self._session, self._settings.engine, self._headers, QUESTION)
-            name = kinds.recognise(met.pages)
-            silent += met.status["/v1/models"] not in LOADING
-            if name == "openai" and silent >= ATTEMPTS and met.status["/v1/models"] in (401, 403):
+            met = await probe_engine(self._session, self._settings.engine, self._headers, QUESTION_TIMEOUT_S)
+            name = registry.recognise(met.pages)
+            silent += met.status["/v1/models"] not in LOADING_STATUS
+            if name == "openai" and silent >= MAX_SILENT_ANSWERS and met.status["/v1/models"] in (401, 403):
                 _log.warning("engine %s: it wants a key; give it with --engine-key", self._settings.engine)
-            if name != "openai" or silent >= ATTEMPTS:
+            if name != "openai" or silent >= MAX_SILENT_ANSWERS:
                 return name
-            await asyncio.sleep(RETRY)
+            await asyncio.sleep(PROBE_RETRY_S)
 
     async def _priority(self, kind: EngineKind) -> int | None:
         """What puts a canary first; asked of the engine where its settings decide."""
         if kind.read_priority is None:
             return kind.priority
-        met = Met()
+        met = ProbeAnswers()
         for path in kind.info_paths:
-            await ask(met, self._session, self._settings.engine, (path,), self._headers, QUESTION)
+            await ask(met, self._session, self._settings.engine, (path,), self._headers, QUESTION_TIMEOUT_S)
             if path in met.pages:
                 return kind.read_priority(met.pages[path])
         return kind.priority
 
 
-async def _asleep(rest: RestSignal) -> bool:
+async def _asleep(rest: SleepSignal) -> bool:
     return bool(await rest.poll())
 
 
 def _parse(kind: EngineKind, page: bytes, at: float) -> EngineSample:
-    return sample.parse(page, kind)
+    return metrics_parser.parse(page, kind)

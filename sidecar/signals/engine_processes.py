@@ -21,7 +21,7 @@ import psutil
 
 from sidecar.labels import printable
 from sidecar.readings import Absent, Failed
-from sidecar.signals.process_state import ROLES, EngineProcess, Look, Thread, role_of
+from sidecar.signals.process_state import ROLES, EngineProcess, ProcessLook, ThreadState, role_of
 from sidecar.signals.stack_dump import PERMIT
 
 MAX_PROCESSES: Final = 32
@@ -72,14 +72,14 @@ def listening(port: int) -> tuple[set[int], bool]:
     return {pid for pid in pids if pid}, bool(pids)
 
 
-def look(process: EngineProcess, clock: Callable[[], float] = time.monotonic) -> Look | Failed:
+def look(process: EngineProcess, clock: Callable[[], float] = time.monotonic) -> ProcessLook | Failed:
     """What the kernel says of a process now. Never raises."""
     folder = PROC / str(process.pid)
     try:
         fields = _stat(folder / "stat")[1]
         if int(fields[19]) != process.started:
             return Failed("it ended; its pid belongs to another process now")
-        return Look(
+        return ProcessLook(
             at=clock(), state=fields[0], wchan=_wchan(folder / "wchan"), threads=int(fields[17]), cpu=_cpu(fields),
             rss=int(fields[21]) * _PAGE, by_thread=tuple(_threads(folder / "task")),
         )  # fmt: skip
@@ -176,8 +176,8 @@ def _wchan(path: Path) -> str:
     return "" if text in ("0", "none") else text
 
 
-def _threads(folder: Path) -> Iterable[Thread]:
+def _threads(folder: Path) -> Iterable[ThreadState]:
     for path in sorted(folder.iterdir(), key=lambda path: int(path.name))[:MAX_THREADS]:
         with suppress(OSError, ValueError, IndexError):
             name, fields = _stat(path / "stat")
-            yield Thread(int(path.name), name, fields[0], _cpu(fields))
+            yield ThreadState(int(path.name), name, fields[0], _cpu(fields))

@@ -8,15 +8,15 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.engines import registry as kinds
+from sidecar.engines import registry
 from sidecar.signals.http_body import whole
 
-LOADING: Final = (0, 500, 502, 503, 504)  # of the model list: not there yet
+LOADING_STATUS: Final = (0, 500, 502, 503, 504)  # of the model list: not there yet
 MAX_PAGE: Final = 16 << 20  # a large vLLM page is 1-2 MiB
 
 
 @dataclass(slots=True)
-class Met:
+class ProbeAnswers:
     """What an engine answered, by path: HTTP status, or 0 with the reason in `why`; and the bodies of status 200."""
 
     pages: dict[str, bytes] = field(default_factory=dict)
@@ -24,17 +24,19 @@ class Met:
     why: str = ""
 
 
-async def meet(session: aiohttp.ClientSession, engine: str, headers: Mapping[str, str], seconds: float) -> Met:
+async def probe_engine(
+    session: aiohttp.ClientSession, engine: str, headers: Mapping[str, str], seconds: float
+) -> ProbeAnswers:
     """Ask what tells the common cases apart, and look closer where that says nothing. Each question has `seconds`."""
-    met = Met()
-    await ask(met, session, engine, kinds.FIRST_LOOK, headers, seconds)
-    if met.status["/v1/models"] not in LOADING and kinds.recognise(met.pages) == "openai":
-        await ask(met, session, engine, kinds.CLOSER_LOOK, headers, seconds)
+    met = ProbeAnswers()
+    await ask(met, session, engine, registry.FIRST_LOOK, headers, seconds)
+    if met.status["/v1/models"] not in LOADING_STATUS and registry.recognise(met.pages) == "openai":
+        await ask(met, session, engine, registry.CLOSER_LOOK, headers, seconds)
     return met
 
 
 async def ask(
-    met: Met,
+    met: ProbeAnswers,
     session: aiohttp.ClientSession,
     engine: str,
     paths: Iterable[str],

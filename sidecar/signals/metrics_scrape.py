@@ -20,7 +20,7 @@ from sidecar.signals.http_body import TooLong, whole
 
 Parse = Callable[[bytes, float], EngineSample]
 
-MAX_BYTES: Final = 16 * 1024 * 1024  # a large vLLM page is 1-2 MiB
+MAX_PAGE_BYTES: Final = 16 * 1024 * 1024  # a large vLLM page is 1-2 MiB
 PAGE_PERIODS: Final = 5  # a page older than this many periods is no longer merged into ours
 
 _REMEDIES: Final = {
@@ -59,7 +59,7 @@ class ScrapeSignal:
         headers: Mapping[str, str] | None = None,
         period: float = 1.0,
         timeout: float = 2.0,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int = MAX_PAGE_BYTES,
         rests: Callable[[], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

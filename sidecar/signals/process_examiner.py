@@ -15,9 +15,8 @@ from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 from sidecar.readings import Absent, Failed
-from sidecar.signals import engine_processes
-from sidecar.signals import stack_dump as stacks
-from sidecar.signals.process_state import EngineProcess, Look, Seen, summary, symptom
+from sidecar.signals import engine_processes, stack_dump
+from sidecar.signals.process_state import EngineProcess, ProcessEvidence, ProcessLook, summary, symptom
 
 GAP: Final = 5.0  # seconds between the two rounds
 ROUND: Final = 4.0  # most seconds that the dumps of a round may take together
@@ -30,7 +29,7 @@ T = TypeVar("T")
 Keep = Callable[[dict[str, Any]], Awaitable[None]]  # takes what is known so far
 
 
-class Aside:
+class HangProofThread:
     """Asks the machine what may never be answered, on a thread that is then left behind; while one is held, no other starts."""
 
     def __init__(self, seconds: float = LOOKING) -> None:
@@ -70,14 +69,14 @@ class Aside:
             )
 
 
-class Examiner:
+class ProcessExaminer:
     """Examines the processes behind one engine's URL. `py_spy` finds the tool, or None."""
 
-    def __init__(self, engine: str, gap: float = GAP, py_spy: Callable[[], str | None] = stacks.locate) -> None:
+    def __init__(self, engine: str, gap: float = GAP, py_spy: Callable[[], str | None] = stack_dump.locate) -> None:
         self._engine = engine
         self._gap = gap
         self._py_spy = py_spy
-        self._aside = Aside()
+        self._aside = HangProofThread()
 
     async def examine(self, keep: Keep) -> None:
         """Both rounds; `keep` gets what is known after each. Raises nothing of its own, only what `keep` raises."""
@@ -88,12 +87,12 @@ class Examiner:
             why = found.reason if isinstance(found, Absent) else found.error
             await keep({"summary": why, "processes": _reading(found), "complete": True})
             return
-        seen = await self._round(tuple(Seen(process) for process in found))
+        seen = await self._round(tuple(ProcessEvidence(process) for process in found))
         await keep(_known(seen, complete=False))
         await asyncio.sleep(max(0.0, began + self._gap - loop.time()))
         await keep(_known(await self._round(seen), complete=True))
 
-    async def _round(self, seen: tuple[Seen, ...]) -> tuple[Seen, ...]:
+    async def _round(self, seen: tuple[ProcessEvidence, ...]) -> tuple[ProcessEvidence, ...]:
         """One look and one dump more of each process."""
         processes = tuple(one.process for one in seen)
         looks = await self._aside.ask(lambda: tuple(engine_processes.look(process) for process in processes))
@@ -109,33 +108,33 @@ async def dumps(
 ) -> dict[int, str | Failed]:
     """pid -> its stacks, or why there are none; all of them within `seconds`."""
     if py_spy is None:
-        return {process.pid: Failed(stacks.INSTALL) for process in processes}
+        return {process.pid: Failed(stack_dump.INSTALL) for process in processes}
     turns, loop = asyncio.Semaphore(AT_ONCE), asyncio.get_running_loop()
     until = loop.time() + seconds
 
     async def one(process: EngineProcess) -> str | Failed:
         async with turns:
-            left = min(stacks.SECONDS, until - loop.time())
+            left = min(stack_dump.DUMP_TIMEOUT_S, until - loop.time())
             if left <= 0:
                 return Failed(f"the dumps before it took {seconds:.0f} s already")
-            return await stacks.dump(process.pid, py_spy, left)
+            return await stack_dump.dump(process.pid, py_spy, left)
 
     texts = await asyncio.gather(*(one(process) for process in processes))
     return {process.pid: text for process, text in zip(processes, texts, strict=True)}
 
 
-def _known(seen: tuple[Seen, ...], *, complete: bool) -> dict[str, Any]:
+def _known(seen: tuple[ProcessEvidence, ...], *, complete: bool) -> dict[str, Any]:
     """What a bundle holds of the processes."""
     return {"summary": summary(seen), "processes": [_shown(one) for one in seen], "complete": complete}
 
 
-def _shown(seen: Seen) -> dict[str, Any]:
+def _shown(seen: ProcessEvidence) -> dict[str, Any]:
     return {
         "pid": seen.process.pid,
         "name": seen.process.name,
         "role": seen.process.role,
         "symptom": symptom(seen)[1],
-        "looks": [asdict(look) if isinstance(look, Look) else _reading(look) for look in seen.looks],
+        "looks": [asdict(look) if isinstance(look, ProcessLook) else _reading(look) for look in seen.looks],
         "stacks": [{"text": text} if isinstance(text, str) else _reading(text) for text in seen.stacks],
     }
 

@@ -54,7 +54,7 @@ class EngineProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class Thread:
+class ThreadState:
     """One thread at one moment: name, state letter, CPU seconds so far."""
 
     tid: int
@@ -64,7 +64,7 @@ class Thread:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ProcessLook:
     """One process at one moment. `state` is the kernel's letter; `wchan` where it sleeps in the kernel, "" where it does not or
     may not be known; `cpu` seconds so far, `rss` bytes. `by_thread` is bounded, `threads` counts all."""
 
@@ -74,18 +74,18 @@ class Look:
     threads: int
     cpu: float
     rss: int
-    by_thread: tuple[Thread, ...] = ()
+    by_thread: tuple[ThreadState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ProcessEvidence:
     """All that is known of one process: up to two looks and two stack dumps (text, or why there is none), oldest first."""
 
     process: EngineProcess
-    looks: tuple[Look | Failed, ...] = ()
+    looks: tuple[ProcessLook | Failed, ...] = ()
     stacks: tuple[str | Failed, ...] = ()
 
-    def more(self, look: Look | Failed, stack: str | Failed | None) -> Seen:
+    def more(self, look: ProcessLook | Failed, stack: str | Failed | None) -> ProcessEvidence:
         """With one more look, and one more dump where one was tried."""
         stacks = self.stacks if stack is None else (*self.stacks, stack)
         return replace(self, looks=(*self.looks, look), stacks=stacks)
@@ -99,7 +99,7 @@ def role_of(name: str, listens: bool) -> Role:
     return "api" if listens else "other"
 
 
-def summary(seen: tuple[Seen, ...]) -> str:
+def summary(seen: tuple[ProcessEvidence, ...]) -> str:
     """One line for an operator: the worst processes first, at most three, and how many more there are."""
     if not seen:
         return "no process of the engine was seen"
@@ -111,9 +111,9 @@ def summary(seen: tuple[Seen, ...]) -> str:
     return "; ".join(lines) + (f"; and {left} more" if left else "")
 
 
-def symptom(seen: Seen) -> tuple[int, str]:
+def symptom(seen: ProcessEvidence) -> tuple[int, str]:
     """(rank, the most telling is 0; what the process does, in words). What healthy processes do, too, is ORDINARY, all alike."""
-    looks = [look for look in seen.looks if isinstance(look, Look)]
+    looks = [look for look in seen.looks if isinstance(look, ProcessLook)]
     failed = next((look.error for look in seen.looks if isinstance(look, Failed)), None)
     if failed is not None:
         return (2, failed) if looks else (ORDINARY, failed)
@@ -142,20 +142,20 @@ _STATES: Final[dict[str, tuple[int, str]]] = {
 }
 
 
-def _share(looks: list[Look]) -> float | None:
+def _share(looks: list[ProcessLook]) -> float | None:
     """Cores' worth of CPU between the first look and the last."""
     first, last = looks[0], looks[-1]
     return (last.cpu - first.cpu) / (last.at - first.at) if last.at > first.at else None
 
 
-def _busiest(looks: list[Look]) -> int:
+def _busiest(looks: list[ProcessLook]) -> int:
     """The thread that used most CPU between the first look and the last."""
     before = {thread.tid: thread.cpu for thread in looks[0].by_thread}
     used = {thread.tid: thread.cpu - before.get(thread.tid, 0.0) for thread in looks[-1].by_thread}
     return max(used, key=lambda tid: used[tid], default=0)
 
 
-def _waiting(look: Look) -> str:
+def _waiting(look: ProcessLook) -> str:
     """Where the kernel has it wait."""
     if not look.wchan:
         return ""
@@ -163,7 +163,7 @@ def _waiting(look: Look) -> str:
     return f", waiting in {known or look.wchan}"
 
 
-def _where(seen: Seen, tid: int) -> str:
+def _where(seen: ProcessEvidence, tid: int) -> str:
     """The Python frame of that thread, and whether both dumps had it."""
     tops = [top(text, tid) for text in seen.stacks if isinstance(text, str)]
     known = [frame for frame in tops if frame]

@@ -14,27 +14,29 @@ from typing import Final
 
 import aiohttp
 
-from sidecar.engines.engine_type import Sign
+from sidecar.engines.engine_type import KindSign
 from sidecar.signals.http_body import whole
 
-PERIOD: Final = 2.0
-TIMEOUT: Final = 2.0
-STALE: Final = 10.0  # seconds without an answer, after which a rest that was read is not believed any more
-MAX_BYTES: Final = 1 << 20  # llama.cpp's /props holds a chat template
+SLEEP_POLL_INTERVAL_S: Final = 2.0
+SLEEP_POLL_TIMEOUT_S: Final = 2.0
+SLEEP_STATE_STALE_S: Final = (
+    10.0  # seconds without an answer, after which a rest that was read is not believed any more
+)
+MAX_SLEEP_ANSWER_BYTES: Final = 1 << 20  # llama.cpp's /props holds a chat template
 MISSING: Final = (401, 403, 404, 405, 501)
 
 
-class RestSignal:
+class SleepSignal:
     """Reads `signs` of the engine at base URL `engine`."""
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         engine: str,
-        signs: tuple[Sign, ...],
+        signs: tuple[KindSign, ...],
         headers: Mapping[str, str],
         *,
-        period: float = PERIOD,
+        period: float = SLEEP_POLL_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session = session
@@ -47,7 +49,7 @@ class RestSignal:
 
     def read(self) -> str:
         """The reason code of the rest, or "" where the engine is awake, does not say, or no longer answers."""
-        return self._state if self._clock() - self._at <= STALE else ""
+        return self._state if self._clock() - self._at <= SLEEP_STATE_STALE_S else ""
 
     async def run(self) -> None:
         """Poll until cancelled, or until the engine has none of the signs."""
@@ -67,9 +69,9 @@ class RestSignal:
         self._state = ""
         return ""
 
-    async def _ask(self, sign: Sign) -> bool | None:
+    async def _ask(self, sign: KindSign) -> bool | None:
         """What one sign says; None where it was not answered."""
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+        timeout = aiohttp.ClientTimeout(total=SLEEP_POLL_TIMEOUT_S)
         try:
             async with self._session.get(self._engine + sign.path, headers=self._headers, timeout=timeout) as response:
                 if response.status in MISSING:
@@ -77,7 +79,7 @@ class RestSignal:
                     return False
                 if response.status != 200:
                     return None
-                said = json.loads(await whole(response, MAX_BYTES))
+                said = json.loads(await whole(response, MAX_SLEEP_ANSWER_BYTES))
         except (aiohttp.ClientError, OSError, ValueError, RecursionError):
             return None
         return isinstance(said, dict) and said.get(sign.key) is True

@@ -20,9 +20,9 @@ from sidecar.labels import printable
 from sidecar.readings import Failed
 
 PY_SPY: Final = "py-spy"
-MAX_BYTES: Final = 48 * 1024  # of one dump; 100 threads of 10 frames are 40 KB
+MAX_DUMP_BYTES: Final = 48 * 1024  # of one dump; 100 threads of 10 frames are 40 KB
 MAX_LINE: Final = 300
-SECONDS: Final = 3.0  # a dump takes 0.05 s, and a second where the machine is starved
+DUMP_TIMEOUT_S: Final = 3.0  # a dump takes 0.05 s, and a second where the machine is starved
 KILLED: Final = 1.0  # seconds to wait for one that was killed
 INSTALL: Final = "py-spy is not installed: pip install 'inference-sidecar[diagnose]'"
 PERMIT: Final = (
@@ -50,7 +50,7 @@ def locate() -> str | None:
     return str(beside) if os.access(beside, os.X_OK) else shutil.which(PY_SPY)
 
 
-async def dump(pid: int, py_spy: str, seconds: float = SECONDS) -> str | Failed:
+async def dump(pid: int, py_spy: str, seconds: float = DUMP_TIMEOUT_S) -> str | Failed:
     """The stacks of all Python threads of a process, as text; why there are none. Never raises."""
 
     async def attempt() -> str | Failed:
@@ -74,7 +74,7 @@ async def _attempt(command: list[str]) -> str | Failed:
     )  # fmt: skip
     try:
         assert child.stdout is not None and child.stderr is not None
-        out, err = await asyncio.gather(_some(child.stdout, MAX_BYTES), _some(child.stderr, 4096))
+        out, err = await asyncio.gather(_some(child.stdout, MAX_DUMP_BYTES), _some(child.stderr, 4096))
         code = await child.wait()
     finally:
         await _end(child)
@@ -104,7 +104,7 @@ def text_of(out: bytes) -> str:
     lines = out.decode("utf-8", "replace").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith("Thread ")), len(lines))
     kept = ["".join(c if c.isprintable() else "?" for c in line[:MAX_LINE]) for line in lines[start:]]
-    return "\n".join(kept + (["(cut)"] if len(out) >= MAX_BYTES else []))
+    return "\n".join(kept + (["(cut)"] if len(out) >= MAX_DUMP_BYTES else []))
 
 
 def reason(message: str) -> str:

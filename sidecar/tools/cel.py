@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sidecar.flags import existing_file, flag
 from sidecar.launch import preflight
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 
 INPUT, OUTPUT = "double(input_tokens)", "double(output_tokens)"
 # More cached than read would be an error of the upstream's; a CEL error would make the request free.
@@ -30,14 +30,14 @@ class CelSettings:
 
 def main(chosen: CelSettings) -> int:
     """Print the expression. Returns 0. Raises UsageError."""
-    co = preflight.measured(chosen.coefficients) if chosen.coefficients else units.Coefficients()
+    co = preflight.load_coefficients(chosen.coefficients) if chosen.coefficients else cost_model.Coefficients()
     print(expression(co))
     return 0
 
 
-def expression(co: units.Coefficients) -> str:
+def expression(co: cost_model.Coefficients) -> str:
     """Milli-MU as an unsigned integer, rounded; `units.mu` of the same tokens, but for images."""
-    scale = 1000 / units.unit_ms(co)
+    scale = 1000 / cost_model.unit_ms(co)
     both = f"({INPUT} + {OUTPUT})"
     terms = (
         (co.k, ""),
@@ -50,7 +50,7 @@ def expression(co: units.Coefficients) -> str:
     return f"uint({' + '.join(parts)} + 0.5)"
 
 
-def _before(tokens: str, co: units.Coefficients) -> str:
+def _before(tokens: str, co: cost_model.Coefficients) -> str:
     """Tokens that lie before each of the first `tokens`, summed, as `units.context` counts them from 0."""
     whole = f"{tokens} * {tokens} / 2.0"
     if co.windowed <= 0:

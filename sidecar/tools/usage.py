@@ -21,11 +21,11 @@ from typing import Any, Final
 
 from sidecar.errors import SidecarError
 from sidecar.flags import flag, number, one_of, text
-from sidecar.report.usage_store import FILE, GROUPS, Sums, read
+from sidecar.report.usage_store import GROUPS, USAGE_FILE, UsageSums, read
 
 UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
 
-Row = tuple[tuple[Any, ...], Sums]
+Row = tuple[tuple[Any, ...], UsageSums]
 
 
 def seconds(span: str) -> int:
@@ -63,7 +63,7 @@ class UsageSettings:
     )
 
 
-class NoRecords(SidecarError):
+class NoUsageRecords(SidecarError):
     """There is nothing to read."""
 
     code = "no_records"
@@ -71,24 +71,24 @@ class NoRecords(SidecarError):
 
 def main(chosen: UsageSettings) -> int:
     """Print the answer. Returns 0. Raises NoRecords."""
-    path, until = Path(chosen.state_dir) / FILE, time.time() + 60
+    path, until = Path(chosen.state_dir) / USAGE_FILE, time.time() + 60
     since, by = until - 60 - seconds(chosen.since), tuple(filter(None, chosen.by.split(",")))
     try:
         found = read(path, since, until, by)
         outcomes = read(path, since, until, ("outcome",))
     except FileNotFoundError:
-        raise NoRecords(
+        raise NoUsageRecords(
             f"--state-dir: no usage records in {chosen.state_dir}; name the state directory of a sidecar"
         ) from None
     except (OSError, sqlite3.Error) as e:
-        raise NoRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
+        raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
     wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
     rows = [line(by, key, sums, chosen.dollars_per_gpu_hour) for key, sums in found]
     FORMATS[chosen.format](rows, summary(found, wasted, chosen.dollars_per_gpu_hour))
     return 0
 
 
-def line(by: tuple[str, ...], key: tuple[Any, ...], sums: Sums, price: float) -> dict[str, Any]:
+def line(by: tuple[str, ...], key: tuple[Any, ...], sums: UsageSums, price: float) -> dict[str, Any]:
     """One row of the answer."""
     numbers = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(sums).items()}
     dollars = {"dollars": round(sums.gpu_seconds / 3600 * price, 6)} if price else {}
@@ -97,7 +97,7 @@ def line(by: tuple[str, ...], key: tuple[Any, ...], sums: Sums, price: float) ->
 
 def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
     """The last line: the total, and what of it was wasted."""
-    total = Sums()
+    total = UsageSums()
     for _, sums in rows:
         total.add(sums)
     if not total.requests:

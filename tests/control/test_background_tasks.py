@@ -12,12 +12,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from sidecar.control import process as app
-from sidecar.control.background_tasks import PLACES, Errands
-from sidecar.control.loop import Ticker
+from sidecar.control import process
+from sidecar.control.background_tasks import MAX_TASKS, BackgroundTasks
+from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.engines.openai import OPENAI
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.settings import Settings, load
 from sidecar.signals.canary import CanarySignal
 
@@ -30,7 +30,7 @@ async def breaks(secret: str = "") -> None:
 
 async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
     """Whoever sent it hears the error's type; the log names the place once, and never the text of the error."""
-    errands, broken = Errands(), asyncio.Queue[str]()
+    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
     for _ in range(3):
         assert errands.start("canary", breaks("a user's words"), broken.put_nowait)
         assert await broken.get() == "TypeError"
@@ -43,7 +43,7 @@ async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(capl
 
 async def test_an_errand_that_others_cancel_is_told() -> None:
     """A cancellation that is not ours ends an errand like an error does."""
-    errands, broken = Errands(), asyncio.Queue[str]()
+    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
 
     async def cancelled() -> None:
         raise asyncio.CancelledError
@@ -54,7 +54,7 @@ async def test_an_errand_that_others_cancel_is_told() -> None:
 
 async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pytest.LogCaptureFixture) -> None:
     """What is under way is not started again; closing ends it without a word, and nothing starts any more."""
-    errands, broken = Errands(), list[str]()
+    errands, broken = BackgroundTasks(), list[str]()
     for expected in (True, False):
         assert errands.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
     assert errands.running("state")
@@ -65,20 +65,20 @@ async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pyt
 
 async def test_what_is_logged_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     """However many errands break, the log gets a bounded number of lines."""
-    errands, broken = Errands(), asyncio.Queue[str]()
-    for i in range(PLACES + 5):
+    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
+    for i in range(MAX_TASKS + 5):
         errands.start(f"errand {i}", breaks(), broken.put_nowait)
         await broken.get()
-    assert len(caplog.records) == PLACES
+    assert len(caplog.records) == MAX_TASKS
 
 
 @pytest.fixture
-async def ticker(tmp_path: Path) -> AsyncIterator[Ticker]:
+async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
     """A control process without relays, whose canary breaks on whatever it is asked."""
     chosen = load(Settings, {"engine": "http://127.0.0.1:9"}, {})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        made, signals, _ = app.build(chosen, units.Coefficients(), StateDir(str(tmp_path)), session, stack)
+        made, signals, _ = process.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)
 
         async def impossible() -> bool:
             raise TypeError
@@ -87,7 +87,7 @@ async def ticker(tmp_path: Path) -> AsyncIterator[Ticker]:
         yield made
 
 
-async def test_a_canary_that_breaks_does_not_wedge_the_judge(ticker: Ticker) -> None:
+async def test_a_canary_that_breaks_does_not_wedge_the_judge(ticker: ControlLoop) -> None:
     """It is booked as one that could not run, which judges nothing, and the next one is sent."""
     ticks = asyncio.create_task(ticker.run())
     async with asyncio.timeout(PATIENCE):

@@ -6,8 +6,8 @@ from typing import Final
 
 import pytest
 
-from sidecar.control.state import TICK, Control, Readings
-from sidecar.events import Admitted, Backpressure, Delivered, Fact, FirstToken, Settled, Work
+from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestBlocked, RequestSize, Settled
 from sidecar.health.progress import UNLEARNED_SHARE
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent
@@ -23,21 +23,21 @@ class Judge:
     def __init__(self) -> None:
         self.now = 1000.0
         chosen = Settings(engine="http://engine", silence_floor=FLOOR, silence_cap=FLOOR / UNLEARNED_SHARE)
-        self.control = Control(chosen, Coefficients(), self.now, self.now)
+        self.control = ControlState(chosen, Coefficients(), self.now, self.now)
 
-    def tell(self, *facts: Fact) -> None:
+    def tell(self, *facts: Event) -> None:
         for fact in facts:
-            self.control.fact(0, fact)
+            self.control.on_event(0, fact)
 
     def admitted(self) -> Admitted:
-        return Admitted("a", self.now, "t", "m", "chat", True, Work(10, output=100), 100, 1.0)
+        return Admitted("a", self.now, "t", "m", "chat", True, RequestSize(10, output=100), 100, 1.0)
 
     def wait(self, seconds: float) -> set[str]:
         """The verdicts of this time."""
         states = set()
-        for _ in range(int(seconds / TICK)):
-            self.now += TICK
-            readings = Readings(NOTHING, NOTHING, NOTHING, (), None, "openai")
+        for _ in range(int(seconds / TICK_S)):
+            self.now += TICK_S
+            readings = TickReadings(NOTHING, NOTHING, NOTHING, (), None, "openai")
             states.add(self.control.tick(readings, self.now, self.now).verdict.state)
         return states
 
@@ -47,18 +47,18 @@ def test_a_blocked_request_is_no_silence_and_its_end_begins_one(started: bool) -
     """However long it is blocked nobody is suspected; when it goes on, it has the whole of its time anew, and no more."""
     judge = Judge()
     judge.wait(1)
-    judge.tell(Admitted("z", judge.now, "t", "m", "chat", True, Work(1), 1, 1.0), FirstToken("z", judge.now))
+    judge.tell(Admitted("z", judge.now, "t", "m", "chat", True, RequestSize(1), 1, 1.0), FirstToken("z", judge.now))
     judge.tell(Settled("z", judge.now, "ok", 200, None, 1, 1, judge.now, judge.now, 0.0))
     assert judge.wait(1) == {"progressing"}
     judge.tell(judge.admitted())
     if started:
         judge.tell(FirstToken("a", judge.now), Delivered("a", judge.now, 1, 1))
-    judge.tell(Backpressure("a", judge.now, True))
+    judge.tell(RequestBlocked("a", judge.now, True))
     assert not judge.wait(100) & {"suspect", "stalled"}
     assert judge.control.ledger.stock().requests == 1
-    judge.tell(Backpressure("a", judge.now, False))
-    assert not judge.wait(FLOOR - TICK) & {"suspect", "stalled"}
-    assert "suspect" in judge.wait(2 * TICK + FLOOR)
+    judge.tell(RequestBlocked("a", judge.now, False))
+    assert not judge.wait(FLOOR - TICK_S) & {"suspect", "stalled"}
+    assert "suspect" in judge.wait(2 * TICK_S + FLOOR)
 
 
 def test_the_pace_of_a_slow_client_is_not_learned() -> None:
@@ -68,6 +68,6 @@ def test_the_pace_of_a_slow_client_is_not_learned() -> None:
         before = judge.control.progress.learned.token_seconds
         judge.tell(judge.admitted(), FirstToken("a", judge.now))
         if slowed:
-            judge.tell(Backpressure("a", judge.now + 1, True), Backpressure("a", judge.now + 50, False))
+            judge.tell(RequestBlocked("a", judge.now + 1, True), RequestBlocked("a", judge.now + 50, False))
         judge.tell(Settled("a", judge.now + 100, "ok", 200, None, 11, 11, judge.now, judge.now, 0.0))
         assert (judge.control.progress.learned.token_seconds == before) is slowed

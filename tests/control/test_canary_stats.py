@@ -6,27 +6,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.control.canary_stats import BASE, STRIKES, Canaries, Sameness
-from sidecar.control.state import Control, Readings
-from sidecar.events import CanaryResult, Work
-from sidecar.load import cost_model as units
+from sidecar.control.canary_stats import BASE, STRIKES, CanaryStats, GarbageDetector
+from sidecar.control.state import ControlState, TickReadings
+from sidecar.events import CanaryResult, RequestSize
+from sidecar.load import cost_model
 from sidecar.readings import Absent
 from sidecar.settings import Settings
 
 
 def test_a_canary_costs_what_its_tokens_cost() -> None:
     """Each canary that passed adds its prompt and its token, in model units and in tokens; an embedding has no output."""
-    co = units.Coefficients()
-    canaries = Canaries(co)
+    co = cost_model.Coefficients()
+    canaries = CanaryStats(co)
     canaries.passed(CanaryResult("ok", 0.0, 1.0, 8.0, prompt_tokens=16, digest="a"))
     canaries.passed(CanaryResult("ok", 0.0, 1.0, 8.0, prompt_tokens=2))
     assert canaries.use().tokens == 19
-    assert canaries.use().mu == pytest.approx(units.mu(Work(16, output=1), co) + units.mu(Work(2), co))
+    assert canaries.use().mu == pytest.approx(
+        cost_model.mu(RequestSize(16, output=1), co) + cost_model.mu(RequestSize(2), co)
+    )
 
 
 def sameness(*answers: str) -> list[bool]:
     """What each answer in turn gives."""
-    one = Sameness()
+    one = GarbageDetector()
     return [one.heard(answer) for answer in answers]
 
 
@@ -38,7 +40,7 @@ def test_garbage_is_told_once_after_several_other_answers() -> None:
 
 def test_garbage_ends_with_the_usual_answer() -> None:
     """The report is taken back when the usual answer returns, and can begin anew."""
-    one = Sameness()
+    one = GarbageDetector()
     for answer in ["a"] * BASE + ["!"] * STRIKES:
         one.heard(answer)
     assert one.garbage
@@ -54,7 +56,7 @@ def test_near_ties_are_no_garbage(answers: list[str]) -> None:
 
 def test_another_engine_process_is_known_anew() -> None:
     """What the last process said is no measure of this one."""
-    one = Sameness()
+    one = GarbageDetector()
     for answer in ["a"] * BASE:
         one.heard(answer)
     one.forget()
@@ -64,7 +66,7 @@ def test_another_engine_process_is_known_anew() -> None:
 @given(st.lists(st.text("abcdefghijklmnopqrstuvwxyz", max_size=2), max_size=200))
 def test_memory_is_bounded(answers: list[str]) -> None:
     """However many answers differ, a few are kept."""
-    one = Sameness()
+    one = GarbageDetector()
     for answer in answers:
         one.heard(answer)
     assert len(one.answers) <= 16
@@ -73,19 +75,19 @@ def test_memory_is_bounded(answers: list[str]) -> None:
 NOTHING = Absent("x")
 
 
-def control() -> Control:
+def control() -> ControlState:
     """A control beside an engine that has served its first canary."""
-    made = Control(Settings(engine="http://e"), units.Coefficients(), 0.0, 0.0)
-    made.tick(Readings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), 0.5, 0.5)
+    made = ControlState(Settings(engine="http://e"), cost_model.Coefficients(), 0.0, 0.0)
+    made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), 0.5, 0.5)
     answer(made, 1.0, "usual")
     return made
 
 
-def answer(made: Control, now: float, digest: str) -> None:
+def answer(made: ControlState, now: float, digest: str) -> None:
     """A canary passes with this answer, and a tick comes."""
     made.canary_sent(now)
     made.canary_ended(CanaryResult("ok", now, now + 0.1, 8.0, prompt_tokens=1, digest=digest))
-    made.tick(Readings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), now + 0.5, now + 0.5)
+    made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), now + 0.5, now + 0.5)
 
 
 def test_garbage_is_reported_and_changes_no_verdict() -> None:
@@ -97,9 +99,9 @@ def test_garbage_is_reported_and_changes_no_verdict() -> None:
         answer(made, 20.0 + n, "!!!")
     assert made.verdict.state == "idle" and made.verdict.evidence["garbage_output"] is True
     assert [change.reason for change in made.changes].count("garbage_output") == 1
-    shown = made.tick(Readings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), 50.0, 50.0)
+    shown = made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), 50.0, 50.0)
     assert shown.canaries.garbage and shown.canaries.passed == BASE + 3 * STRIKES and shown.canaries.mu > 0
-    made.tick(Readings(NOTHING, NOTHING, NOTHING, (), None, "vllm", resting="engine_sleeping"), 50.5, 50.5)
+    made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm", resting="engine_sleeping"), 50.5, 50.5)
     assert (made.verdict.state, made.verdict.reason) == ("exempt", "engine_sleeping")
     assert "garbage_output" not in made.verdict.evidence
 
@@ -109,6 +111,6 @@ def test_an_engine_that_rests_is_not_judged(reason: str) -> None:
     """What the engine says of its own rest is the reason of the exemption, with or without a metrics page."""
     made = control()
     for n in range(200):
-        made.tick(Readings(NOTHING, NOTHING, NOTHING, (), None, "llamacpp", resting=reason), 2 + n / 2, 2 + n / 2)
+        made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "llamacpp", resting=reason), 2 + n / 2, 2 + n / 2)
         assert made.canary_due() is None
     assert (made.verdict.state, made.verdict.reason) == ("exempt", reason)

@@ -15,50 +15,53 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.control import saved_state as memory
-from sidecar.control.saved_state import Kept, Place, Unfit
-from sidecar.control.state import TICK, Control, Readings
+from sidecar.control import saved_state
+from sidecar.control.saved_state import SavedState, StateOrigin, StateRejected
+from sidecar.control.state import TICK_S, ControlState, TickReadings
 from sidecar.control.state_dir import StateDir
-from sidecar.control.state_store import FILE, MAX_BYTES, RESUME, Keeping
+from sidecar.control.state_store import MAX_STATE_BYTES, RESUME, STATE_FILE, StateStore
 from sidecar.events import CanaryResult
-from sidecar.health import kill_policy as fleet
-from sidecar.health.latency_model import Learned
-from sidecar.health.probes import Stand, passes
-from sidecar.load import cost_model as units
-from sidecar.load import drift
+from sidecar.health import kill_policy
+from sidecar.health.latency_model import LatencyModel
+from sidecar.health.probes import ProbeState, passes
+from sidecar.load import cost_model, drift
 from sidecar.readings import Absent
 from sidecar.settings import Settings
 from sidecar.signals.listening_socket import boot, listeners
 
-HERE = Place("boot-1", "http://127.0.0.1:8000", "default", (4711,))
+HERE = StateOrigin("boot-1", "http://127.0.0.1:8000", "default", (4711,))
 
 
-def kept() -> Kept:
-    learned = Learned()
+def kept() -> SavedState:
+    learned = LatencyModel()
     for n in range(30):
         learned.first_token(0.5 + n / 100, 0.25)
-    policy = fleet.Memory(state="stalled", stalled_at=9.0, killed_at=10.5, standing=True, kills=2, kills_total=3)
-    drifted = drift.Memory("slower", 0.1, 40, drift.Sum(1.5, 0.0, 3), drift.Sum(), {"4/0": drift.Usual(9, -0.1)})
-    return Kept(learned, (0.2, 0.3), True, 1, stalled=True, allowed=31.5, orders={}, fleet=policy, drift=drifted)
+    policy = kill_policy.KillState(
+        state="stalled", stalled_at=9.0, killed_at=10.5, standing=True, kills=2, kills_total=3
+    )
+    drifted = drift.DriftState(
+        "slower", 0.1, 40, drift.Cusum(1.5, 0.0, 3), drift.Cusum(), {"4/0": drift.Baseline(9, -0.1)}
+    )
+    return SavedState(learned, (0.2, 0.3), True, 1, stalled=True, allowed=31.5, orders={}, fleet=policy, drift=drifted)
 
 
-def file_of(it: Kept, now: float = 100.0, place: Place = HERE) -> Any:
-    return json.loads(json.dumps(memory.signed(memory.dump(it, now), place)))
+def file_of(it: SavedState, now: float = 100.0, place: StateOrigin = HERE) -> Any:
+    return json.loads(json.dumps(saved_state.with_origin(saved_state.dump(it, now), place)))
 
 
 def test_what_is_kept_comes_back_whole() -> None:
     """Every field, through JSON: what was learned with its bounds, the policy's memory, what was true of the process."""
-    found, same = memory.load(file_of(kept()), HERE, 110.0)
+    found, same = saved_state.load(file_of(kept()), HERE, 110.0)
     assert same and found == kept()
-    assert found.learned.__class__ is Learned and memory.plain(Learned()) == memory.plain(
-        memory.revive(Learned, memory.plain(Learned()))
+    assert found.learned.__class__ is LatencyModel and saved_state.to_plain(LatencyModel()) == saved_state.to_plain(
+        saved_state.from_plain(LatencyModel, saved_state.to_plain(LatencyModel()))
     )
 
 
 def test_another_process_of_the_engine_shares_only_what_was_learned() -> None:
     """Other listening sockets, or none that can be seen: not the same process."""
     for listener in ((4712,), (), (4711, 4712)):
-        assert memory.load(file_of(kept()), replace(HERE, listener=listener), 110.0) == (kept(), False)
+        assert saved_state.load(file_of(kept()), replace(HERE, listener=listener), 110.0) == (kept(), False)
 
 
 def changed(path: str, value: Any) -> Callable[[Any], None]:
@@ -79,7 +82,7 @@ def changed(path: str, value: Any) -> Callable[[Any], None]:
         (changed("place.engine", "http://127.0.0.1:9"), "another engine"),
         (changed("place.coefficients", "measured"), "other coefficients"),
         (changed("at", 111.0), "old"),
-        (changed("at", 110.0 - memory.FRESH - 1), "3601 s old"),
+        (changed("at", 110.0 - saved_state.MAX_STATE_AGE_S - 1), "3601 s old"),
         (changed("at", True), "damaged"),
         (changed("kept.served", 1), "damaged"),
         (changed("kept.allowed", float("nan")), "damaged"),
@@ -99,8 +102,8 @@ def test_what_does_not_fit_is_not_believed(change: Callable[[Any], None], words:
     """The error says why, in words for the log."""
     raw = file_of(kept())
     change(raw)
-    with pytest.raises(Unfit, match=words):
-        memory.load(raw, HERE, 110.0)
+    with pytest.raises(StateRejected, match=words):
+        saved_state.load(raw, HERE, 110.0)
 
 
 values = st.recursive(
@@ -127,15 +130,15 @@ def test_a_damaged_file_raises_nothing_but_unfit(where: int, value: Any) -> None
     node, key = places[where % len(places)]
     node[key] = value
     try:
-        found, _ = memory.load(raw["file"], HERE, 110.0)
-    except Unfit:
+        found, _ = saved_state.load(raw["file"], HERE, 110.0)
+    except StateRejected:
         return
-    assert isinstance(found, Kept)
+    assert isinstance(found, SavedState)
 
 
 # --- what the control makes of it ---
 
-NOTHING = Readings(Absent("x"), Absent("x"), Absent("x"), (), None, "auto")
+NOTHING = TickReadings(Absent("x"), Absent("x"), Absent("x"), (), None, "auto")
 
 
 class Life:
@@ -143,13 +146,13 @@ class Life:
 
     def __init__(self, at: float = 1000.0) -> None:
         self.now = at
-        self.control = Control(Settings(), units.Coefficients(), at, at)
+        self.control = ControlState(Settings(), cost_model.Coefficients(), at, at)
         self.states: list[str] = []
 
     def run(self, seconds: float, *, answers: bool = False) -> None:
         end = self.now + seconds
         while self.now < end:
-            self.now += TICK
+            self.now += TICK_S
             self.control.tick(NOTHING, self.now, self.now)
             self.states.append(self.control.verdict.state)
             self._canary(answers)
@@ -165,9 +168,9 @@ class Life:
             self.control.canary_ended(CanaryResult(outcome, since, self.now, 8.0))
 
 
-def probe(it: Life) -> Stand:
+def probe(it: Life) -> ProbeState:
     c = it.control
-    return Stand(c.verdict, c.memory.startup_done, c.draining, c.fleet.hold is not None, c.doubtful)
+    return ProbeState(c.verdict, c.memory.startup_done, c.draining, c.fleet.hold is not None, c.doubtful)
 
 
 def test_a_restored_stall_is_judged_anew() -> None:
@@ -178,7 +181,7 @@ def test_a_restored_stall_is_judged_anew() -> None:
     assert set(life.states) == {"unknown"} and life.control.verdict.reason == "sidecar_restarted"
     assert passes("live", probe(life)) and passes("startup", probe(life)) and not passes("ready", probe(life))
     life.run(60)
-    assert life.states[-1] == "stalled" and life.states.index("stalled") * TICK > 31.5
+    assert life.states[-1] == "stalled" and life.states.index("stalled") * TICK_S > 31.5
     assert not passes("live", probe(life)), "the order before the restart stands: this is no second kill"
     assert life.control.fleet.memory.kills_total == 3
 
@@ -226,13 +229,13 @@ def test_a_hand_over_outlives_the_sidecar() -> None:
 def test_a_file_that_does_not_fit_costs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Garbled, foreign, too large: the start goes on with nothing, and the log says why."""
     state = StateDir(str(tmp_path))
-    keeping = Keeping(state, "http://127.0.0.1:1", "default")
-    control = Control(Settings(), units.Coefficients(), 1.0, 1.0)
+    keeping = StateStore(state, "http://127.0.0.1:1", "default")
+    control = ControlState(Settings(), cost_model.Coefficients(), 1.0, 1.0)
     keeping.restore(control, 1.0)
     assert caplog.messages == [], "no file is nothing to tell"
-    for content in ("{", "[]", '"' + "x" * MAX_BYTES + '"', "\x00"):
+    for content in ("{", "[]", '"' + "x" * MAX_STATE_BYTES + '"', "\x00"):
         caplog.clear()
-        (tmp_path / FILE).write_text(content)
+        (tmp_path / STATE_FILE).write_text(content)
         keeping.restore(control, 1.0)
         assert [r.levelno for r in caplog.records] == [logging.WARNING] and "ignored" in caplog.text
     assert control.progress.learned.first_tokens == 0
@@ -242,18 +245,22 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     """Through the real file, of this machine's boot; a process that listens on the engine's port is known again."""
     with socket.create_server(("127.0.0.1", 0)) as engine:
         url = f"http://127.0.0.1:{engine.getsockname()[1]}"
-        keeping = Keeping(StateDir(str(tmp_path)), url, "default")
-        keeping.write(memory.dump(kept(), 100.0))
-        control = Control(Settings(), units.Coefficients(), 101.0, 101.0)
+        keeping = StateStore(StateDir(str(tmp_path)), url, "default")
+        keeping.write(saved_state.dump(kept(), 100.0))
+        control = ControlState(Settings(), cost_model.Coefficients(), 101.0, 101.0)
         keeping.restore(control, 101.0)
     assert control.keep() == replace(kept(), stalled=False, canary_seconds=(0.2, 0.3), allowed=control.evidence.allowed)
-    assert [p.name for p in tmp_path.iterdir()] == [FILE]
+    assert [p.name for p in tmp_path.iterdir()] == [STATE_FILE]
 
 
 def test_no_password_of_an_address_is_written(tmp_path: Path) -> None:
     """The address is known again by a digest."""
-    Keeping(StateDir(str(tmp_path)), "http://user:secret@127.0.0.1:1", "default").write(memory.dump(kept(), 100.0))
-    assert "secret" not in (tmp_path / FILE).read_text() and "127.0.0.1" not in (tmp_path / FILE).read_text()
+    StateStore(StateDir(str(tmp_path)), "http://user:secret@127.0.0.1:1", "default").write(
+        saved_state.dump(kept(), 100.0)
+    )
+    assert (
+        "secret" not in (tmp_path / STATE_FILE).read_text() and "127.0.0.1" not in (tmp_path / STATE_FILE).read_text()
+    )
 
 
 def test_listening_sockets_tell_processes_apart() -> None:
@@ -271,7 +278,7 @@ def test_listening_sockets_tell_processes_apart() -> None:
 
 def test_an_operators_word_is_heard_once(tmp_path: Path) -> None:
     """The file `resume` is taken away when it was seen."""
-    keeping = Keeping(StateDir(str(tmp_path)), "http://127.0.0.1:1", "default")
+    keeping = StateStore(StateDir(str(tmp_path)), "http://127.0.0.1:1", "default")
     assert not keeping.resumed()
     (tmp_path / RESUME).touch()
     assert keeping.resumed() and not keeping.resumed()

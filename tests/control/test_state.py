@@ -6,8 +6,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sidecar.control.state import TICK, Control, Readings
-from sidecar.events import Admitted, CanaryResult, Delivered, Directed, Directing, End, FirstToken, Settled, Work
+from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.events import (
+    AbortRequests,
+    Admitted,
+    CanaryResult,
+    Delivered,
+    Directing,
+    EnginePauseChanged,
+    FirstToken,
+    RequestSize,
+    Settled,
+)
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -26,13 +36,13 @@ class Pod:
     gpus: Reading[tuple[GpuSample, ...]] = NOTHING
     canaries: str = "ok"
     unanswered: bool = False
-    control: Control = field(init=False)
+    control: ControlState = field(init=False)
     requests: int = 0
     sent: tuple[float, float] | None = None
-    ends: list[tuple[int, End]] = field(default_factory=list)
+    ends: list[tuple[int, AbortRequests]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.control = Control(Settings(engine="http://engine"), Coefficients(), self.now, WALL + self.now)
+        self.control = ControlState(Settings(engine="http://engine"), Coefficients(), self.now, WALL + self.now)
         self.control.progress.learned.first_tokens = 100
         self.tick(5)
         assert self.state == "idle"
@@ -45,15 +55,15 @@ class Pod:
     def reason(self) -> str:
         return self.control.verdict.reason
 
-    def tick(self, seconds: float = TICK, *moving: str) -> None:
-        for _ in range(round(seconds / TICK)):
-            self.now += TICK
+    def tick(self, seconds: float = TICK_S, *moving: str) -> None:
+        for _ in range(round(seconds / TICK_S)):
+            self.now += TICK_S
             for id in moving:
-                self.control.fact(0, Delivered(id, self.now, 1, 4))
+                self.control.on_event(0, Delivered(id, self.now, 1, 4))
             self._canary()
             page = NOTHING if self.page is None else Value(self.page, self.now)
             relay = RelayUse(0, 1, 0, 1, 0.0, 0.1)
-            readings = Readings(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered)
+            readings = TickReadings(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered)
             self.control.tick(readings, self.now, WALL + self.now)
             self.ends.extend(self.control.take_ends())
             if (allowed := self.control.canary_due()) is not None:
@@ -71,21 +81,21 @@ class Pod:
     def admit(self, tokens: int = 500) -> str:
         self.requests += 1
         id = str(self.requests)
-        work = Work(tokens, output=64)
-        self.control.fact(0, Admitted(id, self.now, "t", "m", "chat", True, work, 64, 1.0))
+        work = RequestSize(tokens, output=64)
+        self.control.on_event(0, Admitted(id, self.now, "t", "m", "chat", True, work, 64, 1.0))
         return id
 
     def decoding(self) -> str:
         id = self.admit()
-        self.control.fact(0, FirstToken(id, self.now))
-        self.control.fact(0, Delivered(id, self.now, 5, 20))
+        self.control.on_event(0, FirstToken(id, self.now))
+        self.control.on_event(0, Delivered(id, self.now, 5, 20))
         return id
 
     def direct(self, what: str, on: bool) -> None:
-        self.control.fact(0, Directed(self.now, what, on))
+        self.control.on_event(0, EnginePauseChanged(self.now, what, on))
 
     def call(self, on: bool, *, id: int = 1, taken: bool = False) -> None:
-        self.control.fact(0, Directing(self.now, id, "weight_update", on, taken))
+        self.control.on_event(0, Directing(self.now, id, "weight_update", on, taken))
 
     def until(self, state: str, most: float = 200.0) -> float:
         began = self.now
@@ -100,7 +110,7 @@ def test_a_stuck_stream_is_ended_through_its_own_relay_while_the_verdict_stays()
     pod = Pod()
     stuck, other = pod.decoding(), pod.decoding()
     pod.tick(200, other)
-    assert pod.ends == [(0, End((stuck,), "stream_stuck"))]
+    assert pod.ends == [(0, AbortRequests((stuck,), "stream_stuck"))]
     assert pod.state == "progressing"
 
 
@@ -111,10 +121,10 @@ def test_a_prompt_larger_than_the_cache_is_ended_before_anybody_is_suspected() -
     big = pod.admit(200_000)
     pod.admit()
     pod.tick(10)
-    assert pod.ends == [(0, End((big,), "prompt_exceeds_kv_cache"))]
+    assert pod.ends == [(0, AbortRequests((big,), "prompt_exceeds_kv_cache"))]
     assert pod.state == "quiet"
-    pod.control.fact(0, Settled(big, pod.now, "rejected", 0, None, 0, 0, None, pod.now, 0.0))
-    pod.tick(TICK, "2")
+    pod.control.on_event(0, Settled(big, pod.now, "rejected", 0, None, 0, 0, None, pod.now, 0.0))
+    pod.tick(TICK_S, "2")
     assert pod.state == "progressing"
 
 
@@ -262,11 +272,11 @@ def test_a_call_is_over_when_its_relay_dies() -> None:
 
 def test_a_start_up_without_any_sign_is_named_once_the_cap_has_passed() -> None:
     """Its state stays `starting`, its reason changes, and that is news."""
-    control = Control(Settings(engine="http://engine"), Coefficients(), 1000.0, WALL)
+    control = ControlState(Settings(engine="http://engine"), Coefficients(), 1000.0, WALL)
     now, told = 1000.0, []
     while now < 2000.0:
-        now += TICK
-        readings = Readings(NOTHING, NOTHING, NOTHING, (), None, "vllm")
+        now += TICK_S
+        readings = TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm")
         control.tick(readings, now, WALL + now - 1000.0)
         if control.news:
             told.append((now - 1000.0, control.verdict.state, control.verdict.reason))
@@ -307,7 +317,7 @@ def test_what_is_left_of_our_own_work_is_judged_by_canaries_like_an_idle_engine(
     pod.page = EngineSample(running=1, waiting=0, generation_tokens=5)
     id = pod.admit()
     pod.tick(1)
-    pod.control.fact(0, Settled(id, pod.now, "client_cancelled", 0, None, 0, 0, None, pod.now, 0.0))
+    pod.control.on_event(0, Settled(id, pod.now, "client_cancelled", 0, None, 0, 0, None, pod.now, 0.0))
     pod.canaries = "starved"
     assert pod.until("stalled") <= 32
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
@@ -24,7 +24,7 @@ CO = Coefficients(k=0.001, a=0.05, b=1e-9, d=STEP / TOGETHER, f=1e-9, batch=TOGE
 
 def file_of(folder: Path, co: Coefficients) -> str:
     path = folder / "co.json"
-    path.write_text(units.to_json(co))
+    path.write_text(cost_model.to_json(co))
     return str(path)
 
 
@@ -43,7 +43,7 @@ async def test_coefficients_of_another_model_are_stale_at_once(
     assert (status, told["mu"]) == (200, 1.0)
     assert (await sidecar.get("/cost?in=x"))[0] == 400
     status, kept = await sidecar.get("/coefficients")
-    assert units.from_json(json.dumps(kept)).model == "another"
+    assert cost_model.from_json(json.dumps(kept)).model == "another"
     assert (await sidecar.get("/coefficients/shadow"))[0] == 404
     assert sum("stale" in line for line in sidecar.log) == 1
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import pytest_asyncio
 
-from sidecar.tools.scripted_engine import hang_catalogue as catalogue
+from sidecar.tools.scripted_engine import hang_catalogue
 from sidecar.tools.scripted_engine.faults import FAULTS
-from sidecar.tools.scripted_engine.hang_catalogue import Case
+from sidecar.tools.scripted_engine.hang_catalogue import HangCase
 
 from ..nvml_stub.build import build
 from . import stories
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     """One test: a row of the catalogue, the story that plays it, and with how many relays."""
 
     kind: str
-    case: Case
+    case: HangCase
     story: Story
     relays: int
 
@@ -56,7 +56,10 @@ class Found:
 
 ROWS = [
     Row(kind, case, story, relays)
-    for kind, cases, told in (("mode", catalogue.MODES, stories.MODES), ("alarm", catalogue.ALARMS, stories.ALARMS))
+    for kind, cases, told in (
+        ("mode", hang_catalogue.MODES, stories.MODES),
+        ("alarm", hang_catalogue.ALARMS, stories.ALARMS),
+    )
     for case in cases
     for story in told[case.number]
     for relays in RELAYS
@@ -73,8 +76,8 @@ def test_the_row_gets_what_is_owed(row: Row, found: dict[str, Found]) -> None:
 def test_every_mode_and_alarm_is_played() -> None:
     """The catalogue has all 23 modes and 17 alarms, each with a story, and names the faults that have its number."""
     for cases, told, last, numbers in (
-        (catalogue.MODES, stories.MODES, 23, lambda f: f.modes),
-        (catalogue.ALARMS, stories.ALARMS, 17, lambda f: f.alarms),
+        (hang_catalogue.MODES, stories.MODES, 23, lambda f: f.modes),
+        (hang_catalogue.ALARMS, stories.ALARMS, 17, lambda f: f.alarms),
     ):
         assert [case.number for case in cases] == list(told) == list(range(1, last + 1))
         for case in cases:
@@ -134,14 +137,14 @@ async def _played(row: Row, folder: Path, driver: Path | None) -> Found:
         return Found(wrong=f"{type(e).__name__}: {e}")
 
 
-async def _liveness(s: Scene, case: Case) -> Found:
+async def _liveness(s: Scene, case: HangCase) -> Found:
     """/livez fails, and the first failure has the right reason."""
     await s.until(lambda: _dead(s), "a failed liveness probe")
     first = _dead(s)[0]
     return _judged(s, first, first.verdict == "stalled" and first.reason in case.reasons)
 
 
-async def _readiness(s: Scene, case: Case) -> Found:
+async def _readiness(s: Scene, case: HangCase) -> Found:
     """/readyz fails with the right reason, before any liveness probe fails."""
     await s.until(
         lambda: [x for x in s.since() if x.ready != 200 and x.reason in case.reasons] or _dead(s),
@@ -151,7 +154,7 @@ async def _readiness(s: Scene, case: Case) -> Found:
     return _judged(s, first, first.live == 200)
 
 
-async def _startup(s: Scene, case: Case) -> Found:
+async def _startup(s: Scene, case: HangCase) -> Found:
     """The verdict stays `starting` with the right reason; /startupz fails, /livez does not."""
     await s.until(lambda: [x for x in s.since() if x.reason in case.reasons], f"the reason {case.reasons}")
     first = next(x for x in s.since() if x.reason in case.reasons)
@@ -159,7 +162,7 @@ async def _startup(s: Scene, case: Case) -> Found:
     return _judged(s, first, first.verdict == "starting" and startup == 503 and not _dead(s))
 
 
-async def _request(s: Scene, case: Case) -> Found:
+async def _request(s: Scene, case: HangCase) -> Found:
     """The client of the one request gets an error with the right code; the others are served on, and no probe fails."""
     await s.until(lambda: set(case.reasons) & set(s.ended), f"a request that ended with {case.reasons}")
     seconds = time.monotonic() - s.began
@@ -169,14 +172,14 @@ async def _request(s: Scene, case: Case) -> Found:
     return Found(seconds, f"request ended: {case.reasons[0]}", "" if calm else s.story())
 
 
-async def _report(s: Scene, case: Case) -> Found:
+async def _report(s: Scene, case: HangCase) -> Found:
     """The log warns with the reason; no probe fails."""
     await s.until(lambda: any(case.reasons[0] in line for line in s.sidecar.log), f"a warning of {case.reasons}")
     calm = all((x.live, x.ready) == (200, 200) for x in s.since())
     return Found(time.monotonic() - s.began, f"warning: {case.reasons[0]}", "" if calm else s.story())
 
 
-async def _silence(s: Scene, case: Case) -> Found:
+async def _silence(s: Scene, case: HangCase) -> Found:
     """No liveness probe has failed, and the sidecar still answers."""
     count = len(s.seen)
     await s.until(lambda: len(s.seen) > count, "an answer of the probes after the story")

@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sidecar.report.usage_store import FILE, read
+from sidecar.report.usage_store import USAGE_FILE, read
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 
 def recorded(state: Path) -> int:
     """Requests on disk; the file is there from the first second's records on."""
-    if not (state / FILE).exists():
+    if not (state / USAGE_FILE).exists():
         return 0
-    rows = read(state / FILE, 0, time.time() + 3600, ())
+    rows = read(state / USAGE_FILE, 0, time.time() + 3600, ())
     return rows[0][1].requests if rows else 0
 
 
@@ -29,7 +29,7 @@ async def test_a_clean_end_leaves_every_request_on_disk(engine: ScriptedEngine, 
         async with sidecar.chat(tokens=3, **{"x-tenant-id": tenant}) as answer:
             await answer.read()
     assert await sidecar.stop() == 0
-    rows = dict(read(sidecar.state / FILE, 0, time.time() + 3600, ("tenant", "outcome")))
+    rows = dict(read(sidecar.state / USAGE_FILE, 0, time.time() + 3600, ("tenant", "outcome")))
     assert {key: (sums.requests, sums.output_tokens) for key, sums in rows.items()} == {
         ("a", "ok"): (2, 6),
         ("b", "ok"): (1, 3),

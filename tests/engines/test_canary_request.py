@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.engines.canary_request import Answer, Form, Forms, body, read
+from sidecar.engines.canary_request import CanaryAnswer, CanaryForm, CanaryForms, body, read
 from sidecar.engines.engine_type import CHAT, COMPLETIONS, EMBEDDINGS
 from sidecar.engines.registry import KINDS
 
@@ -17,7 +17,7 @@ from sidecar.engines.registry import KINDS
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_a_canary_asks_for_one_greedy_token(kind: Any) -> None:
     """Every form of every kind is JSON that asks for one token of the same short prompt, as a stream."""
-    for form in Forms(kind, 7).forms():
+    for form in CanaryForms(kind, 7).forms():
         asked = json.loads(json.dumps(body(kind, form, "m")))
         assert asked["model"] == "m" and ("priority" in asked) == (
             form.priority is not None and form.path != EMBEDDINGS
@@ -28,18 +28,18 @@ def test_a_canary_asks_for_one_greedy_token(kind: Any) -> None:
 
 def test_each_route_is_tried_with_the_priority_first() -> None:
     """Completions, chat, embeddings, each with the priority and then without it."""
-    tried = [(form.path, form.priority) for form in Forms(KINDS["vllm"], -5).forms()]
+    tried = [(form.path, form.priority) for form in CanaryForms(KINDS["vllm"], -5).forms()]
     assert tried[:3] == [(COMPLETIONS, -5), (COMPLETIONS, None), (CHAT, -5)] and tried[-1] == (EMBEDDINGS, None)
-    assert [form.path for form in Forms(KINDS["openai"], None).forms()] == [CHAT, COMPLETIONS, EMBEDDINGS]
+    assert [form.path for form in CanaryForms(KINDS["openai"], None).forms()] == [CHAT, COMPLETIONS, EMBEDDINGS]
 
 
 def test_what_passed_is_remembered_until_it_is_refused() -> None:
     """Once a form passed nothing else is asked; a later refusal of it opens all forms again, for the next canary."""
-    forms = Forms(KINDS["vllm"], None)
-    assert forms.goes_on(Form(COMPLETIONS), 404)
-    forms.passed(Form(CHAT))
-    assert forms.forms() == (Form(CHAT),)
-    assert not forms.goes_on(Form(CHAT), 400)
+    forms = CanaryForms(KINDS["vllm"], None)
+    assert forms.goes_on(CanaryForm(COMPLETIONS), 404)
+    forms.passed(CanaryForm(CHAT))
+    assert forms.forms() == (CanaryForm(CHAT),)
+    assert not forms.goes_on(CanaryForm(CHAT), 400)
     assert len(forms.forms()) == 3
 
 
@@ -50,7 +50,7 @@ def test_what_passed_is_remembered_until_it_is_refused() -> None:
 )  # fmt: skip
 def test_which_refusals_are_of_the_form(status: int, priority: int | None, goes_on: bool) -> None:
     """A missing route or a bad field may do better in another form; a missing key, a full or a broken engine does not."""
-    assert Forms(KINDS["vllm"], 9).goes_on(Form(COMPLETIONS, priority), status) is goes_on
+    assert CanaryForms(KINDS["vllm"], 9).goes_on(CanaryForm(COMPLETIONS, priority), status) is goes_on
 
 
 def events(*payloads: Any) -> bytes:
@@ -113,11 +113,11 @@ def test_an_answer_is_counted_and_hashed_never_kept() -> None:
 def test_any_bytes_are_an_answer(noise: bytes) -> None:
     """Whatever comes back is read without an error of ours."""
     for raw in (noise, b"data: " + noise, b'{"choices": [{"text": ' + noise):
-        assert isinstance(read(raw, COMPLETIONS), Answer)
+        assert isinstance(read(raw, COMPLETIONS), CanaryAnswer)
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(
     st.sampled_from(["choices", "error", "usage", "delta", "text", "code", "data", "finish_reason"]), x)))  # fmt: skip
 def test_any_json_is_an_answer(value: Any) -> None:
     """JSON of any shape is read without an error of ours."""
-    assert isinstance(read(json.dumps(value).encode(), CHAT), Answer)
+    assert isinstance(read(json.dumps(value).encode(), CHAT), CanaryAnswer)

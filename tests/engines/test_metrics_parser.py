@@ -12,7 +12,7 @@ from sidecar.engines.metrics_parser import Garbage, parse
 from sidecar.engines.registry import KINDS
 from sidecar.readings import EngineSample, RankSample
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.metrics import GARBAGE, Meters
+from sidecar.tools.scripted_engine.metrics import GARBAGE, EngineMetrics
 
 VLLM = KINDS["vllm"]
 
@@ -149,7 +149,7 @@ def test_any_bytes_give_a_sample_or_garbage(noise: bytes) -> None:
 @given(st.floats(0, 1e15), st.text(st.characters(blacklist_categories=["Cs"]), max_size=30))
 def test_what_prometheus_client_writes_is_read_back(value: float, model: str) -> None:
     """Whatever the model's name, a page of the client library is read to the exact value."""
-    meters = Meters(model, 1, 16_384)
+    meters = EngineMetrics(model, 1, 16_384)
     meters._kv_usage.labels(model, "0").set(value)
     for accept in ("text/plain", "application/openmetrics-text; version=1.0.0"):
         assert parse(meters.page(Behaviour(), accept)[0], VLLM).kv_usage == value

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sidecar.images import file_headers as headers
-from sidecar.load import request_shape as shapes
+from sidecar.images import file_headers
+from sidecar.load import request_shape
 from sidecar.relay import request_body as bodies
-from sidecar.relay import url_policy as links
+from sidecar.relay import url_policy
 
 NONCE = "0123456789abcdef"
 MOST = 1 << 20  # pixels of an image that is decoded here
@@ -20,7 +20,7 @@ IMAGE = "data:image/png;base64,AAAA"
 
 def image_header(data: bytes) -> None:
     """Reading a header never fails, gives no negative size, and tells a plain file's size as its decoder sees it."""
-    header = headers.read(data)
+    header = file_headers.read(data)
     if header is None:
         return
     assert header.height >= 0 and header.width >= 0
@@ -40,9 +40,9 @@ def image_header(data: bytes) -> None:
 def request_body(data: bytes) -> None:
     """A body goes out as it came in, or means the same but for what was to change."""
     for with_links in (False, True):
-        skeleton = bodies.cut(data, NONCE, links=with_links)
-        assert bodies.join(skeleton, {}) == [data]
-        shapes.describe(skeleton.payload, "chat", len(data), skeleton.text)
+        skeleton = bodies.extract_data_urls(data, NONCE, links=with_links)
+        assert bodies.rebuild(skeleton, {}) == [data]
+        request_shape.describe(skeleton.payload, "chat", len(data), skeleton.text)
         if not skeleton.payload:
             assert not skeleton.images
             continue
@@ -51,14 +51,14 @@ def request_body(data: bytes) -> None:
         except ValueError:
             return  # JSON but for what stands in a data URL, which is the image workers' to judge
         if means.get("stream_options") is None or isinstance(means["stream_options"], dict):
-            asked = json.loads(b"".join(bodies.join(skeleton, {}, ask_usage=True)))
+            asked = json.loads(b"".join(bodies.rebuild(skeleton, {}, ask_usage=True)))
             asked["stream_options"].pop("include_usage")
             assert _text(asked, "stream_options") == _text(means, "stream_options")
         for part in skeleton.images:
             assert part.link or part.data is not None
         if skeleton.images:
             replaced = {part.index: ("image/png", b"AAAA") for part in skeleton.images}
-            changed = json.loads(b"".join(bodies.join(skeleton, replaced)))
+            changed = json.loads(b"".join(bodies.rebuild(skeleton, replaced)))
             for part in skeleton.images:
                 assert _url(changed, part.where) == IMAGE
                 _put(changed, part.where, _url(means, part.where))
@@ -67,13 +67,13 @@ def request_body(data: bytes) -> None:
 
 def link(data: bytes) -> None:
     """What may be fetched is on the list, without a user name, by http or https."""
-    among = links.domains("img.example.com,*.example.org")
-    url = links.allowed(data.decode(errors="replace"), among)
+    among = url_policy.domains("img.example.com,*.example.org")
+    url = url_policy.allowed(data.decode(errors="replace"), among)
     if url is not None:
         assert url.scheme in ("http", "https") and url.user is None and url.port in (80, 443)
         host = (url.host or "").rstrip(".")
         assert host == "img.example.com" or host.endswith(".example.org")
-    links.is_public(data.decode("latin-1"))
+    url_policy.is_public(data.decode("latin-1"))
 
 
 def _text(value: dict[str, Any], without: str = "") -> str:

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from sidecar.health.canary_schedule import canary_allowed
-from sidecar.health.progress import Evidence, Limits
+from sidecar.health.progress import Evidence, SilenceLimits
 
-LIMITS = Limits()
+LIMITS = SilenceLimits()
 IDLE = Evidence(
     now=100.0, outstanding=0, waiting=0, engine_busy=False, progress_at=None, progress_kind="none", age=None, steps_age=None,
     prefill_age=None, allowed=12.0, ruled_by="floor", predicted=0.0, learned=True,

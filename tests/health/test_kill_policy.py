@@ -9,22 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.events import STATES, State
-from sidecar.health import kill_policy as fleet
-from sidecar.health.kill_policy import Fleet, Hold, Inputs, Memory, Rules, decide, interval, rules, share
+from sidecar.health import kill_policy
+from sidecar.health.kill_policy import (
+    KillHold,
+    KillInputs,
+    KillLimits,
+    KillPolicy,
+    KillState,
+    decide,
+    interval,
+    kill_limits,
+    share,
+)
 from sidecar.readings import Absent, GpuSample, Value
 from sidecar.settings import Settings
 
-RULES = Rules(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2)
+RULES = KillLimits(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2)
 
 
 @dataclass
 class Story:
     """An engine's life under the policy; `kills` are the times at which liveness began to fail."""
 
-    rules: Rules = RULES
+    rules: KillLimits = RULES
     now: float = 1000.0
-    memory: Memory = field(default_factory=Memory)
-    hold: Hold | None = None
+    memory: KillState = field(default_factory=KillState)
+    hold: KillHold | None = None
     kills: list[float] = field(default_factory=list)
 
     def be(self, state: State, seconds: float = 0.5, **inputs: object) -> str:
@@ -38,8 +48,8 @@ class Story:
             self.now += min(0.5 if seconds < 60 else 5.0, end - self.now)
         return self.hold.reason if self.hold else ""
 
-    def _inputs(self, state: State) -> Inputs:
-        return Inputs(self.now, state, proof=self.now if state in fleet.HEALTHY else None)
+    def _inputs(self, state: State) -> KillInputs:
+        return KillInputs(self.now, state, proof=self.now if state in kill_policy.HEALTHY_STATES else None)
 
     def restart(self, served: float = 0.0) -> None:
         """Kubelet restarts the engine, which then serves for `served` seconds."""
@@ -67,10 +77,10 @@ def test_the_interval_doubles_up_to_its_cap(kills: int, seconds: float) -> None:
 def test_the_settings_bound_interval_and_restarts() -> None:
     """What is no setting has its constant; an interval of over an hour is its own cap, and the jitter is the pod's own share."""
     engine = "http://engine"
-    assert rules(Settings(engine=engine), "") == Rules()
-    slow = rules(Settings(engine=engine, kill_interval=7200, useless_restarts=0), "llm-1")
+    assert kill_limits(Settings(engine=engine), "") == KillLimits()
+    slow = kill_limits(Settings(engine=engine, kill_interval=7200, useless_restarts=0), "llm-1")
     assert (slow.interval, slow.interval_cap, slow.useless) == (7200, 7200, 0)
-    assert slow.jitter == fleet.JITTER_S * share("llm-1") > 0
+    assert slow.jitter == kill_policy.JITTER_S * share("llm-1") > 0
 
 
 def test_a_stall_soon_after_a_kill_waits_for_the_interval() -> None:
@@ -154,7 +164,7 @@ def test_a_hand_over_ends_by_an_operator_or_a_healthy_hour(clear: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("xid", "reason"), [*((x, "gpu_needs_reset") for x in fleet.NEEDS_RESET), (79, "node_needs_reboot"), (0, "")]
+    ("xid", "reason"), [*((x, "gpu_needs_reset") for x in kill_policy.NEEDS_RESET), (79, "node_needs_reboot"), (0, "")]
 )
 def test_an_xid_that_a_restart_does_not_heal_hands_over(xid: int, reason: str) -> None:
     """Seen before the stall: no kill at all; seen while liveness fails already: the order is taken back."""
@@ -169,7 +179,7 @@ def test_an_xid_that_a_restart_does_not_heal_hands_over(xid: int, reason: str) -
 
 def test_the_gravest_reason_is_told() -> None:
     """A GPU off the bus is more than one that needs a reset, and both are more than restarts that did not help."""
-    story = Story(memory=Memory(handover="restart_useless"))
+    story = Story(memory=KillState(handover="restart_useless"))
     assert story.be("stalled", xid=119) == "gpu_needs_reset"
     assert story.be("stalled", xid=79) == "node_needs_reboot"
     assert story.be("stalled", xid=46) == "node_needs_reboot"
@@ -212,7 +222,7 @@ def gpu(index: int, *xids: tuple[int, int]) -> GpuSample:
 
 def test_only_new_xids_beyond_healing_count() -> None:
     """Counts of the driver are compared from tick to tick; an XID of an application (13) is not looked at."""
-    it = Fleet(RULES)
+    it = KillPolicy(RULES)
     it.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), 1.0)
     assert it.memory.xid_at == 1.0 and it.memory.xid == 46
     it.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), 2.0)
@@ -239,14 +249,22 @@ steps = st.lists(
 def test_whatever_happens_the_promises_hold(steps: list[tuple[State, float, int, bool]], jitter: float) -> None:
     """No two kills closer than the interval; only `stalled` is killed or held; a hand-over ends by an operator or a healthy hour
     only, and nothing is killed under it."""
-    rules, memory, now = replace(RULES, jitter=jitter), Memory(), 1000.0
+    kill_limits, memory, now = replace(RULES, jitter=jitter), KillState(), 1000.0
     last_kill, forgotten, healthy_since = None, True, None
     for state, seconds, xid, resume in steps:
         before = memory
-        memory, hold = decide(memory, Inputs(now, state, now if state in fleet.HEALTHY else None, xid, resume), rules)
-        healthy_since = (healthy_since or now) if state in fleet.HEALTHY else healthy_since
-        healthy_since = None if state in fleet.UNHEALTHY else healthy_since
-        well = state in fleet.HEALTHY and healthy_since is not None and now - healthy_since >= rules.healthy
+        memory, hold = decide(
+            memory,
+            KillInputs(now, state, now if state in kill_policy.HEALTHY_STATES else None, xid, resume),
+            kill_limits,
+        )
+        healthy_since = (healthy_since or now) if state in kill_policy.HEALTHY_STATES else healthy_since
+        healthy_since = None if state in kill_policy.UNHEALTHY_STATES else healthy_since
+        well = (
+            state in kill_policy.HEALTHY_STATES
+            and healthy_since is not None
+            and now - healthy_since >= kill_limits.healthy
+        )
         forgotten |= resume or well
         if before.handover:
             assert memory.handover or resume or well
@@ -256,6 +274,10 @@ def test_whatever_happens_the_promises_hold(steps: list[tuple[State, float, int,
             assert hold is None
         if memory.kills_total > before.kills_total:
             assert state == "stalled" and hold is None and not memory.handover
-            assert last_kill is None or forgotten or now - last_kill >= interval(before.kills, rules) >= rules.interval
+            assert (
+                last_kill is None
+                or forgotten
+                or now - last_kill >= interval(before.kills, kill_limits) >= kill_limits.interval
+            )
             last_kill, forgotten = now, False
         now += seconds

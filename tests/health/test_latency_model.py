@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from sidecar.events import Work
-from sidecar.health.latency_model import Learned, law
+from sidecar.events import RequestSize
+from sidecar.health.latency_model import LatencyModel, fit_slowness
 from sidecar.load.cost_model import Coefficients, terms
 
 SIZES: dict[str, Callable[[random.Random], float]] = {
@@ -22,7 +22,7 @@ def observed(
     r: random.Random, size: str, slowness: float, *, cached: float = 0.0, hiccups: float = 0.0
 ) -> tuple[float, float]:
     """One prefill: predicted seconds, and those that it took: 50 ms and some noise over slowness x predicted."""
-    said = terms(Work(int(SIZES[size](r))), Coefficients()).before_first_token / 1000
+    said = terms(RequestSize(int(SIZES[size](r))), Coefficients()).before_first_token / 1000
     took = 0.05 + slowness * said * (0.1 if r.random() < cached else 1.0) + r.expovariate(50)
     return said, took + (r.uniform(1, 20) if r.random() < hiccups else 0.0)
 
@@ -34,7 +34,7 @@ def test_a_machine_is_never_held_to_be_faster_than_it_is(size: str, slowness: fl
     """Whatever the sizes, and though most prompts come from the prefix cache: at most a tenth under the truth."""
     for seed in range(40):
         r = random.Random(seed)
-        found, _ = law([observed(r, size, slowness, cached=cached) for _ in range(40)])
+        found, _ = fit_slowness([observed(r, size, slowness, cached=cached) for _ in range(40)])
         assert found >= 0.9 * slowness
 
 
@@ -42,20 +42,20 @@ def test_a_machine_is_never_held_to_be_faster_than_it_is(size: str, slowness: fl
 def test_short_prefills_do_not_inflate_what_long_ones_show(slowness: float) -> None:
     """Fixed overhead is told apart from slowness where sizes differ, hiccups or not."""
     r = random.Random(7)
-    found, overhead = law([observed(r, "wide", slowness, hiccups=0.05) for _ in range(64)])
+    found, overhead = fit_slowness([observed(r, "wide", slowness, hiccups=0.05) for _ in range(64)])
     assert found <= 1.6 * slowness
     assert overhead == pytest.approx(0.05, abs=0.05)
 
 
 def test_what_cannot_be_told_apart_is_held_to_be_slowness() -> None:
     """Prompts of one size only: one second each may be overhead, and is taken for a slow machine."""
-    found, overhead = law([(0.1, 1.0)] * 20)
+    found, overhead = fit_slowness([(0.1, 1.0)] * 20)
     assert (found, overhead) == (pytest.approx(10.0), 0.0)
 
 
 def test_the_law_is_made_anew_only_when_there_are_new_first_tokens() -> None:
     """A tick without news costs nothing and changes nothing."""
-    learned = Learned()
+    learned = LatencyModel()
     for _ in range(20):
         learned.first_token(2.0, 1.0)
     learned.refit()

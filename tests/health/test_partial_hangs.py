@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.events import Admitted, Backpressure, Delivered, FirstToken, Settled, Work
-from sidecar.health.latency_model import Learned
-from sidecar.health.partial_hangs import MOST_ENDS, REPEATED, SEVERE, Finding, Parts
-from sidecar.health.progress import Key, Limits
+from sidecar.events import Admitted, Delivered, FirstToken, RequestBlocked, RequestSize, Settled
+from sidecar.health.latency_model import LatencyModel
+from sidecar.health.partial_hangs import (
+    MAX_ABORTS_PER_WINDOW,
+    MIN_REPEATED_STUCK,
+    SEVERE_AFTER_S,
+    PartialHang,
+    PartialHangDetector,
+)
+from sidecar.health.progress import Key, SilenceLimits
 from sidecar.readings import EngineSample, RankSample
 
 
@@ -16,17 +22,17 @@ class Engine:
     """Parts beside a scripted engine; each `tick` is a second in which, unless `silent`, something progresses."""
 
     now: float = 1000.0
-    parts: Parts = field(default_factory=lambda: Parts(Limits()))
-    learned: Learned = field(default_factory=lambda: Learned(slowness=1.0, token_seconds=0.02))
+    parts: PartialHangDetector = field(default_factory=lambda: PartialHangDetector(SilenceLimits()))
+    learned: LatencyModel = field(default_factory=lambda: LatencyModel(slowness=1.0, token_seconds=0.02))
     sample: EngineSample | None = None
     requests: int = 0
     ended: list[Key] = field(default_factory=list)
-    finding: Finding | None = None
+    finding: PartialHang | None = None
 
     def admit(self, prefill: float = 0.1, output: int = 100) -> Key:
         self.requests += 1
         key = (0, str(self.requests))
-        fact = Admitted(key[1], self.now, "t", "m", "chat", True, Work(1000, output=output), output, 1.0)
+        fact = Admitted(key[1], self.now, "t", "m", "chat", True, RequestSize(1000, output=output), output, 1.0)
         self.parts.book(key, fact, prefill, 0)
         return key
 
@@ -81,10 +87,10 @@ def test_a_client_that_does_not_read_keeps_its_own_answer_waiting() -> None:
     """Backpressure is no silence of the engine; the count starts anew once it is over."""
     e = Engine()
     slow, other = e.decoding(), e.decoding()
-    e.parts.book(slow, Backpressure(slow[1], e.now, True))
+    e.parts.book(slow, RequestBlocked(slow[1], e.now, True))
     e.tick(600, other)
     assert e.ended == []
-    e.parts.book(slow, Backpressure(slow[1], e.now, False))
+    e.parts.book(slow, RequestBlocked(slow[1], e.now, False))
     e.tick(50, other)
     assert e.ended == []
     e.tick(30, other)
@@ -115,7 +121,7 @@ def test_prefill_done_meanwhile_explains_a_silence() -> None:
 
 def test_an_answer_that_is_held_back_gets_the_time_of_its_tokens() -> None:
     """A tool call is often buffered until it is whole."""
-    e = Engine(learned=Learned(slowness=1.0, token_seconds=0.1))
+    e = Engine(learned=LatencyModel(slowness=1.0, token_seconds=0.1))
     key = e.admit(output=2000)
     e.first(key)
     other = e.decoding()
@@ -137,13 +143,13 @@ def test_preempted_streams_get_more_time_while_the_cache_is_full() -> None:
 def test_stuck_streams_that_repeat_are_a_finding_and_only_some_are_ended() -> None:
     """Distinct requests within a window withdraw readiness; the number that is ended is bounded."""
     e = Engine()
-    for _ in range(MOST_ENDS + 5):
+    for _ in range(MAX_ABORTS_PER_WINDOW + 5):
         e.decoding()
     other = e.decoding()
     e.tick(90, other)
     assert e.finding is not None and e.finding.reason == "stream_stuck" and not e.finding.severe
-    assert len(e.ended) == len(set(e.ended)) == MOST_ENDS >= REPEATED
-    e.tick(int(SEVERE), other)
+    assert len(e.ended) == len(set(e.ended)) == MAX_ABORTS_PER_WINDOW >= MIN_REPEATED_STUCK
+    e.tick(int(SEVERE_AFTER_S), other)
     assert e.finding is not None and e.finding.severe, "most of the open requests have been stuck for long"
 
 
@@ -155,7 +161,7 @@ def test_first_tokens_without_any_other_are_decodes_that_stall() -> None:
             e.first(e.admit())
         e.tick(1)
     assert e.finding is not None and e.finding.reason == "decode_stalled" and not e.finding.severe
-    e.tick(int(SEVERE) + 1)
+    e.tick(int(SEVERE_AFTER_S) + 1)
     assert e.finding.severe and e.ended == []
     e.decoding()
     e.tick(1)
@@ -223,7 +229,7 @@ def test_a_prompt_that_never_fits_is_named_once_while_the_queue_stands() -> None
 def test_a_restarted_engine_starts_without_findings() -> None:
     """What the old process left stuck is not the new one's."""
     e = Engine()
-    for _ in range(REPEATED + 1):
+    for _ in range(MIN_REPEATED_STUCK + 1):
         e.decoding()
     other = e.decoding()
     e.tick(90, other)
@@ -237,10 +243,10 @@ def test_a_request_that_waited_in_the_relay_is_new_when_it_is_sent_on() -> None:
     """Those that were served while it waited did not overtake it in the engine, and it has not waited there."""
     e = Engine()
     waiting, other = e.admit(), e.decoding()
-    e.parts.book(waiting, Backpressure(waiting[1], e.now, True))
+    e.parts.book(waiting, RequestBlocked(waiting[1], e.now, True))
     for _ in range(30):
         e.settle(e.decoding())
         e.tick(10, other)
-    e.parts.book(waiting, Backpressure(waiting[1], e.now, False))
+    e.parts.book(waiting, RequestBlocked(waiting[1], e.now, False))
     e.tick(100, other)
     assert (e.ended, e.finding) == ([], None)

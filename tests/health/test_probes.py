@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.control import state_dir as statefile
+from sidecar.control import state_dir
 from sidecar.control.state_dir import StateDir
 from sidecar.errors import StartError
 from sidecar.events import STATES, State, Verdict
 from sidecar.health import probes
 
 
-def stand(state: State, *, startup: bool = True, draining: bool = False) -> probes.Stand:
-    return probes.Stand(Verdict(state, "because", "in detail", 1.0, 2.0, {"outstanding": 3}), startup, draining)
+def stand(state: State, *, startup: bool = True, draining: bool = False) -> probes.ProbeState:
+    return probes.ProbeState(Verdict(state, "because", "in detail", 1.0, 2.0, {"outstanding": 3}), startup, draining)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -37,7 +37,7 @@ def test_the_state_directory_says_what_the_endpoints_say(tmp_path: Path) -> None
     """verdict.json carries the body and each probe's answer; `stalled` exists only while liveness fails."""
     state = StateDir(str(tmp_path / "deep" / "state"))
     state.write(stand("stalled"), time.time())
-    content, age = statefile.read(str(state.path))
+    content, age = state_dir.read(str(state.path))
     assert content["verdict"] == "stalled" and content["passes"] == {"live": False, "ready": False, "startup": False}
     assert age is not None and age < 5
     assert (state.path / "stalled").exists()
@@ -51,8 +51,8 @@ def test_the_state_directory_says_what_the_endpoints_say(tmp_path: Path) -> None
     [
         ({"passes": {"live": False}}, 1.0, False),
         ({"passes": {"live": True}}, 1.0, True),
-        ({"passes": {"live": False}}, probes.STALE + 1, True),
-        ({"passes": {"live": False}}, -probes.STALE - 1, True),
+        ({"passes": {"live": False}}, probes.VERDICT_STALE_S + 1, True),
+        ({"passes": {"live": False}}, -probes.VERDICT_STALE_S - 1, True),
         (None, None, True),
         (None, 0.0, True),
         ([], 0.0, True),

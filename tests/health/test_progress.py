@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from sidecar.events import Work
+from sidecar.events import RequestSize
 from sidecar.health.latency_model import UNKNOWN_SLOWNESS
-from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Limits, Progress, limits_of, restarted
-from sidecar.load import cost_model as units
+from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Progress, SilenceLimits, limits_of, restarted
+from sidecar.load import cost_model
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
 
-CO = units.Coefficients()
-LIMITS = Limits(floor=8.0, unlearned=60.0, margin=3.0, cap=900.0)
+CO = cost_model.Coefficients()
+LIMITS = SilenceLimits(floor=8.0, unlearned=60.0, margin=3.0, cap=900.0)
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Item:
 
 
 def prefill(tokens: int) -> float:
-    return units.terms(Work(tokens), CO).before_first_token / 1000
+    return cost_model.terms(RequestSize(tokens), CO).before_first_token / 1000
 
 
 def item(at: float, tokens: int = 100, *, first: float | None = None, whole: int = 0, blocked: bool = False) -> Item:
@@ -247,7 +247,7 @@ def test_another_start_time_or_a_fallen_counter_is_a_restart(
 def test_the_bounds_follow_from_floor_and_cap() -> None:
     """The defaults are those of the product; a short cap shortens what the unknown may take, a low floor does not."""
     engine = "http://engine"
-    assert limits_of(Settings(engine=engine)) == Limits()
-    assert limits_of(Settings(engine=engine, silence_floor=5, silence_cap=300)) == Limits(floor=5, cap=300)
+    assert limits_of(Settings(engine=engine)) == SilenceLimits()
+    assert limits_of(Settings(engine=engine, silence_floor=5, silence_cap=300)) == SilenceLimits(floor=5, cap=300)
     short = limits_of(Settings(engine=engine, silence_cap=30))
     assert (short.unlearned, short.blocked, short.margin) == (6.0, 10.0, 3.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.health.reasons import CAUSES, TEXTS, Signs, Watch, cause_of
+from sidecar.health.reasons import CAUSES, REASON_TEXTS, ClueHistory, HangClues, cause_of
 from sidecar.readings import EngineSample
 
 WAITING = EngineSample(running=0, waiting=3, kv_usage=0.1)
@@ -13,35 +13,35 @@ WAITING = EngineSample(running=0, waiting=3, kv_usage=0.1)
 @pytest.mark.parametrize(
     ("signs", "code"),
     [
-        (Signs(age=20.0), "no_progress"),
-        (Signs(age=20.0, sample=EngineSample(running=2, waiting=0)), "no_progress"),
-        (Signs(age=20.0, sample=WAITING), "admission_stalled"),
-        (Signs(sample=WAITING), "admission_stalled"),
-        (Signs(age=20.0, sample=EngineSample(running=0, waiting=3, kv_usage=1.0)), "no_progress"),
-        (Signs(age=20.0, sample=EngineSample(running=2), iterating=10), "livelock"),
-        (Signs(age=20.0, iterating=2), "no_progress"),
-        (Signs(age=20.0, unanswered=15.0), "api_blocked"),
-        (Signs(age=100.0, unanswered=5.0), "no_progress"),
-        (Signs(unanswered=8.0), "api_blocked"),
-        (Signs(age=20.0, xid_age=25.0, sample=WAITING, unanswered=15.0), "gpu_fault"),
-        (Signs(age=20.0, xid_age=3600.0), "no_progress"),
-        (Signs(age=20.0, part="decode_stalled", iterating=9), "decode_stalled"),
-        (Signs(age=20.0, part="rank_silent"), "rank_silent"),
+        (HangClues(age=20.0), "no_progress"),
+        (HangClues(age=20.0, sample=EngineSample(running=2, waiting=0)), "no_progress"),
+        (HangClues(age=20.0, sample=WAITING), "admission_stalled"),
+        (HangClues(sample=WAITING), "admission_stalled"),
+        (HangClues(age=20.0, sample=EngineSample(running=0, waiting=3, kv_usage=1.0)), "no_progress"),
+        (HangClues(age=20.0, sample=EngineSample(running=2), iterating=10), "livelock"),
+        (HangClues(age=20.0, iterating=2), "no_progress"),
+        (HangClues(age=20.0, unanswered=15.0), "api_blocked"),
+        (HangClues(age=100.0, unanswered=5.0), "no_progress"),
+        (HangClues(unanswered=8.0), "api_blocked"),
+        (HangClues(age=20.0, xid_age=25.0, sample=WAITING, unanswered=15.0), "gpu_fault"),
+        (HangClues(age=20.0, xid_age=3600.0), "no_progress"),
+        (HangClues(age=20.0, part="decode_stalled", iterating=9), "decode_stalled"),
+        (HangClues(age=20.0, part="rank_silent"), "rank_silent"),
     ],
 )
-def test_the_first_cause_that_holds_names_the_silence(signs: Signs, code: str) -> None:
+def test_the_first_cause_that_holds_names_the_silence(signs: HangClues, code: str) -> None:
     """What was seen together with the silence decides, the most telling sign first; else `no_progress`."""
     assert cause_of(signs) == code
 
 
 def test_every_cause_has_words_for_an_operator() -> None:
     """No code is shown bare."""
-    assert {code for code, _, _ in CAUSES} <= set(TEXTS)
+    assert {code for code, _, _ in CAUSES} <= set(REASON_TEXTS)
 
 
 def test_xids_from_before_we_looked_explain_nothing() -> None:
     """The driver's count at our start is history; a rise is news."""
-    watch = Watch()
+    watch = ClueHistory()
     watch.see(1.0, False, 3)
     watch.see(2.0, False, None)
     assert watch.xid_age(5.0) is None

@@ -7,12 +7,12 @@ import pytest
 from sidecar.events import STATES
 from sidecar.health.verdict import (
     CONDITIONS,
-    DEAD_HOLD,
-    REFUSED_GRACE,
+    DEAD_HOLD_S,
+    REFUSED_GRACE_S,
     REJECTED_STARTS,
     STUCK_CYCLES,
     TABLE,
-    Memory,
+    VerdictState,
     canary_due,
 )
 
@@ -145,7 +145,7 @@ def test_a_refused_port_is_death_and_then_a_new_start() -> None:
     """Refusal for the grace time is dead; connections again are a start, and start-up is to be proven anew."""
     w = World().started()
     w.refused_since = w.now
-    w.wait(REFUSED_GRACE - 1)
+    w.wait(REFUSED_GRACE_S - 1)
     assert w.memory.state == "idle"
     w.wait(2)
     assert (w.memory.state, w.memory.reason) == ("dead", "engine_gone")
@@ -167,7 +167,7 @@ def test_death_is_not_held_for_ever() -> None:
     """A dead engine that is loading for minutes after its restart must not be killed again."""
     w = World().started()
     w.refused_since = w.now
-    w.wait(REFUSED_GRACE + DEAD_HOLD + 2)
+    w.wait(REFUSED_GRACE_S + DEAD_HOLD_S + 2)
     assert w.memory.state == "starting"
     assert w.wait(1200).state == "starting"
 
@@ -182,7 +182,7 @@ def test_a_stalled_engine_that_is_restarted_is_starting_not_dead() -> None:
     w.refused_since, w.work_since = w.now, None
     w.tick()
     assert (w.memory.state, w.memory.reason) == ("starting", "engine_restarting")
-    w.wait(REFUSED_GRACE + 1)
+    w.wait(REFUSED_GRACE_S + 1)
     assert (w.memory.state, w.memory.reason) == ("starting", "engine_unreachable")
     assert "dead" not in w.states()
 
@@ -223,14 +223,14 @@ def test_exempt_and_withheld_take_precedence_over_silence() -> None:
 def test_canaries_are_sent_when_starting_idle_suspect_or_stalled_and_never_to_a_working_engine() -> None:
     """A canary adds load, so a working engine gets none."""
     for state in STATES:
-        m = Memory(state=state, since=50.0)
+        m = VerdictState(state=state, since=50.0)
         busy = canary_due(m, evidence(100.0, age=1.0), 60.0, 10.0)
         assert busy == (state in ("starting", "suspect", "stalled", "dead")), state
-    idle = Memory(state="idle", since=50.0)
+    idle = VerdictState(state="idle", since=50.0)
     assert canary_due(idle, evidence(100.0), 90.0, 10.0)
     assert not canary_due(idle, evidence(100.0), 90.5, 10.0)
     assert not canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
-    suspect = Memory(state="suspect", since=99.9)
+    suspect = VerdictState(state="suspect", since=99.9)
     assert canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
 
 

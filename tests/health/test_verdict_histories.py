@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.health.partial_hangs import Finding
-from sidecar.health.verdict import PART_HOLD, canary_due
+from sidecar.health.partial_hangs import PartialHang
+from sidecar.health.verdict import PART_HOLD_S, canary_due
 
 from .verdict_world import ALLOWED, World, evidence
 
@@ -73,7 +73,7 @@ def _act(w: World, action: str) -> None:
             w.canary_ends(action)
 
 
-PART = Finding("rank_silent", 0.0, False, "rank 1")
+PART = PartialHang("rank_silent", 0.0, False, "rank 1")
 
 
 def test_a_part_that_hangs_withdraws_readiness_though_the_rest_progresses() -> None:
@@ -97,7 +97,7 @@ def test_a_part_that_hangs_for_long_fails_liveness_and_is_held_while_its_streams
     assert (w.memory.state, w.memory.reason) == ("stalled", "rank_silent")
     w.work_since = None
     w.canary_ends("ok")
-    w.wait(PART_HOLD - 5)
+    w.wait(PART_HOLD_S - 5)
     assert w.memory.state == "stalled"
     w.wait(10)
     assert w.memory.state == "idle", "nothing shows it any more, and nobody restarted it"

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from sidecar.control.state import TICK
+from sidecar.control.state import TICK_S
 from sidecar.health import verdict
 from sidecar.readings import EngineSample, Failed, RankSample, Value
 
@@ -141,7 +141,7 @@ class Machine(RuleBasedStateMachine):
         self._withhold()
 
     def _withhold(self) -> None:
-        self.withheld_until = self.pod.now + FLOOR - TICK
+        self.withheld_until = self.pod.now + FLOOR - TICK_S
 
     # --- time, and what must never happen in it ---
 
@@ -209,20 +209,22 @@ class Machine(RuleBasedStateMachine):
             self._spaced()
         ends = self.pod.told()
         self._check_ends(ends)
-        self.pod.obey(ends)
+        self.pod.on_command(ends)
         assert after.reason
 
-    def _checked(self, before: verdict.Memory, condition: str) -> None:
+    def _checked(self, before: verdict.VerdictState, condition: str) -> None:
         """Liveness begins to fail."""
         p, e = self.pod, self.pod.control.evidence
         if p.state == "dead":
             assert p.refused is not None
-            assert p.now - p.refused >= verdict.REFUSED_GRACE
+            assert p.now - p.refused >= verdict.REFUSED_GRACE_S
             return
         assert p.now > self.withheld_until, "our own pause, restart or clock jump gives a full window"
         assert not p.resting, "an engine that rests is not judged"
         held = [what for what, at in self.orders.items() if p.now - at < CAP]
-        assert not held or p.now - p.delivered_at <= verdict.FRESH, "an order that the relay saw excuses silence"
+        assert not held or p.now - p.delivered_at <= verdict.FRESH_PROGRESS_S, (
+            "an order that the relay saw excuses silence"
+        )
         if condition == "part_severe":
             assert e.outstanding > 0, "a part hangs only with work"
             assert any(WARNED <= p.now - at <= WITHIN for at in self.suspected), "readiness goes long before liveness"
@@ -233,7 +235,7 @@ class Machine(RuleBasedStateMachine):
         assert canary is not None
         assert canary.outcome in ("failed", "starved")
         assert canary.started >= before.since
-        assert p.now - p.delivered_at > verdict.FRESH, "not while anything is delivered"
+        assert p.now - p.delivered_at > verdict.FRESH_PROGRESS_S, "not while anything is delivered"
         assert e.age is None or e.age > e.allowed, "silent beyond what is allowed, or nothing but the canary was out"
         assert e.allowed <= CAP + LIMITS.blocked + 1e-9
 

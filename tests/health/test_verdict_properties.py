@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.control.state import TICK
+from sidecar.control.state import TICK_S
 from sidecar.readings import EngineSample, Failed, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, WALL, Pod
@@ -74,7 +74,7 @@ def scripts(*actions: str, most: int = 25) -> st.SearchStrategy[list[tuple[str, 
 
 
 @SEARCH
-@given(scripts(*USERS, *PAGES, *INNOCENT, *GUILTY, "jump"), st.integers(1, int(FLOOR / TICK) - 1))
+@given(scripts(*USERS, *PAGES, *INNOCENT, *GUILTY, "jump"), st.integers(1, int(FLOOR / TICK_S) - 1))
 def test_never_stalled_or_suspect_while_deliveries_come_within_the_allowed_silence(
     script: list[tuple[str, int]], every: int
 ) -> None:
@@ -148,9 +148,9 @@ def test_once_progress_ends_suspicion_comes_within_the_cap_and_the_verdict_withi
         if pod.tick() == "suspect" and suspect is None:
             suspect = pod.now
     assert suspect is not None
-    assert suspect - ended <= CAP + 2 * TICK
+    assert suspect - ended <= CAP + 2 * TICK_S
     assert pod.state == "stalled"
-    assert pod.now - ended <= 2 * CAP + 4 * TICK
+    assert pod.now - ended <= 2 * CAP + 4 * TICK_S
 
 
 @SEARCH
@@ -172,7 +172,7 @@ def test_a_clock_jump_in_a_silence_gives_a_full_window_anew(quiet: int, jump: fl
     if pod.state in DOWN:
         return
     pod.wall += jump
-    for _ in range(int(FLOOR / TICK)):
+    for _ in range(int(FLOOR / TICK_S)):
         assert pod.tick() not in DOWN
 
 
@@ -184,7 +184,7 @@ def test_a_pause_of_our_own_in_a_silence_gives_a_full_window_anew(quiet: int, pa
     if pod.state in DOWN:
         return
     pod.now += pause
-    for _ in range(int(FLOOR / TICK)):
+    for _ in range(int(FLOOR / TICK_S)):
         assert pod.tick() not in DOWN
 
 
@@ -203,5 +203,5 @@ def test_an_engine_that_is_started_anew_is_starting_and_not_killed_for_the_old_o
     for _ in range(quiet):
         pod.tick()
     pod.page = Value(EngineSample(running=0, waiting=0, started_wall=WALL + pod.now), pod.now)
-    for _ in range(int(2 * CAP / TICK)):
+    for _ in range(int(2 * CAP / TICK_S)):
         assert pod.tick() == "starting"

@@ -23,7 +23,7 @@ from sim.surface import sample  # noqa: E402
 from sim.world import CALM, UNLIVE, World  # noqa: E402
 
 from sidecar.events import Delivered, Settled  # noqa: E402
-from sidecar.health.progress import Limits  # noqa: E402
+from sidecar.health.progress import SilenceLimits  # noqa: E402
 from sidecar.load.cost_model import Coefficients  # noqa: E402
 
 CO = Coefficients()
@@ -128,7 +128,7 @@ def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
 
 def test_natural_windows_are_found_where_hardware_is_far_slower_than_the_coefficients_say() -> None:
     """At the coefficients' speed no arrival of the trace can end in a kill; ten times slower, its long prompts can."""
-    at_speed, slow = (sites.windows(TRACE, Site(slowness=s), CO, Limits()) for s in (1.0, 10.0))
+    at_speed, slow = (sites.windows(TRACE, Site(slowness=s), CO, SilenceLimits()) for s in (1.0, 10.0))
     assert at_speed == []
     assert slow
     assert all(sites.prefills(TRACE, CO)[i] > 0.5 and ratio > sites.SHARE for ratio, i in slow)

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 
 from hypothesis import settings
 
-from sidecar.control import saved_state as memory
-from sidecar.control.state import TICK, Control, Readings
+from sidecar.control import saved_state
+from sidecar.control.state import TICK_S, ControlState, TickReadings
 from sidecar.events import (
     Admitted,
-    Backpressure,
     CanaryResult,
     Delivered,
-    Directed,
     Directing,
+    EnginePauseChanged,
     FirstToken,
+    RequestBlocked,
+    RequestSize,
     Settled,
-    Work,
 )
 from sidecar.health.progress import limits_of
 from sidecar.load.cost_model import Coefficients
@@ -44,7 +44,7 @@ class Pod:
     wall: float = WALL
     page: Reading[EngineSample] = NOTHING
     canaries: str = "ok"
-    control: Control = field(init=False)
+    control: ControlState = field(init=False)
     open: list[str] = field(default_factory=list)
     blocked: set[str] = field(default_factory=set)
     moved: dict[str, float] = field(default_factory=dict)  # when a request last got something, by id
@@ -58,7 +58,7 @@ class Pod:
     delivered_at: float = 0.0
 
     def __post_init__(self) -> None:
-        self.control = Control(SETTINGS, CO, self.now, self.wall + self.now)
+        self.control = ControlState(SETTINGS, CO, self.now, self.wall + self.now)
 
     @property
     def state(self) -> str:
@@ -68,12 +68,12 @@ class Pod:
 
     def tick(self) -> str:
         """Half a second. Returns the verdict."""
-        self.now += TICK
+        self.now += TICK_S
         self._end_canary()
         page = Value(self.page.value, self.now) if isinstance(self.page, Value) else self.page
         relay = RelayUse(0, 1, 0, len(self.open), 0.0, 0.0)
         gpu = GpuSample(0, "GPU", "GPU-0", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, ((31, self.xids),))
-        readings = Readings(
+        readings = TickReadings(
             page, Value((gpu,), self.now), NOTHING, (relay,), self.refused, "vllm", self.unanswered, self.resting
         )
         self.control.tick(readings, self.now, self.wall + self.now)
@@ -107,8 +107,8 @@ class Pod:
         id = str(self.requests)
         self.open.append(id)
         self.moved[id] = self.now
-        work = Work(tokens, output=64)
-        self.control.fact(0, Admitted(id, self.now, "t", "m", "chat", streams, work, 64, 1.0))
+        work = RequestSize(tokens, output=64)
+        self.control.on_event(0, Admitted(id, self.now, "t", "m", "chat", streams, work, 64, 1.0))
 
     def deliver(self, place: int = 0, tokens: int = 1) -> None:
         """Tokens of an open request, by default the oldest."""
@@ -117,8 +117,8 @@ class Pod:
         id = self.open[place % len(self.open)]
         if id in self.blocked:
             return
-        self.control.fact(0, FirstToken(id, self.now))
-        self.control.fact(0, Delivered(id, self.now, tokens, 4 * tokens))
+        self.control.on_event(0, FirstToken(id, self.now))
+        self.control.on_event(0, Delivered(id, self.now, tokens, 4 * tokens))
         self.moved[id] = self.delivered_at = self.now
 
     def settle(self, outcome: str = "ok", id: str = "", tokens: int = 1) -> None:
@@ -128,7 +128,7 @@ class Pod:
         id = id or self.open[0]
         self.open.remove(id)
         self.blocked.discard(id)
-        self.control.fact(0, Settled(id, self.now, outcome, 200, None, tokens, 4, None, self.now, 0.0))  # type: ignore[arg-type]
+        self.control.on_event(0, Settled(id, self.now, outcome, 200, None, tokens, 4, None, self.now, 0.0))  # type: ignore[arg-type]
         if outcome == "ok":
             self.delivered_at = self.now
 
@@ -139,7 +139,7 @@ class Pod:
         id = self.open[place % len(self.open)]
         (self.blocked.discard if on else self.blocked.add)(id)
         self.moved[id] = self.now
-        self.control.fact(0, Backpressure(id, self.now, on=not on))
+        self.control.on_event(0, RequestBlocked(id, self.now, on=not on))
 
     def told(self) -> list[tuple[str, str]]:
         """(id, code) of each request that control wants ended."""
@@ -147,7 +147,7 @@ class Pod:
         self.ended += ends
         return ends
 
-    def obey(self, ends: list[tuple[str, str]]) -> None:
+    def on_command(self, ends: list[tuple[str, str]]) -> None:
         """What the relay does of it."""
         for id, _ in ends:
             if id in self.open:
@@ -157,11 +157,11 @@ class Pod:
 
     def order(self, what: str, *, on: bool) -> None:
         """The relay saw an order that stops the engine on purpose, or lets it go on."""
-        self.control.fact(0, Directed(self.now, what, on))
+        self.control.on_event(0, EnginePauseChanged(self.now, what, on))
 
     def call(self, id: int, what: str, *, on: bool, taken: bool) -> None:
         """A call that directs the engine is with it, or over."""
-        self.control.fact(0, Directing(self.now, id, what, on, taken and not on))
+        self.control.on_event(0, Directing(self.now, id, what, on, taken and not on))
 
     def relay_dies(self) -> None:
         """All its requests are lost."""
@@ -171,8 +171,12 @@ class Pod:
 
     def restart(self, *, remembers: bool) -> None:
         """Our process starts anew; what the old one kept goes through the form of its file."""
-        kept = memory.revive(memory.Kept, memory.plain(self.control.keep())) if remembers else None
-        self.control = Control(SETTINGS, CO, self.now, self.wall + self.now)
+        kept = (
+            saved_state.from_plain(saved_state.SavedState, saved_state.to_plain(self.control.keep()))
+            if remembers
+            else None
+        )
+        self.control = ControlState(SETTINGS, CO, self.now, self.wall + self.now)
         self.sent = None
         self.open.clear()  # those of the old process's relays are not known to the new one
         self.blocked.clear()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from sidecar.events import CanaryResult, State
 from sidecar.health.progress import Evidence
-from sidecar.health.verdict import Inputs, Memory, judge
+from sidecar.health.verdict import VerdictInputs, VerdictState, judge
 
 ALLOWED = 8.0
 
@@ -24,23 +24,25 @@ class World:
     """A scripted engine seen through evidence only; time passes in ticks of 0.5 s."""
 
     now: float = 100.0
-    memory: Memory = field(default_factory=lambda: Memory(since=100.0, engine_since=100.0))
+    memory: VerdictState = field(default_factory=lambda: VerdictState(since=100.0, engine_since=100.0))
     canary: CanaryResult | None = None
     refused_since: float | None = None
     progress_at: float | None = None
     work_since: float | None = None
     seen: list[tuple[State, str]] = field(default_factory=list)
 
-    def tick(self, **changes: object) -> Memory:
+    def tick(self, **changes: object) -> VerdictState:
         self.now += 0.5
         age = None if self.work_since is None else self.now - max(self.work_since, self.progress_at or 0.0)
-        inputs = Inputs(self.now, evidence(self.now, age=age, at=self.progress_at), self.canary, self.refused_since)
+        inputs = VerdictInputs(
+            self.now, evidence(self.now, age=age, at=self.progress_at), self.canary, self.refused_since
+        )
         self.memory, _ = judge(self.memory, replace(inputs, **changes))  # type: ignore[arg-type]
         if not self.seen or self.seen[-1][0] != self.memory.state:
             self.seen.append((self.memory.state, self.memory.reason))
         return self.memory
 
-    def wait(self, seconds: float) -> Memory:
+    def wait(self, seconds: float) -> VerdictState:
         for _ in range(int(seconds * 2)):
             self.tick()
         return self.memory

@@ -17,7 +17,7 @@ from typing import IO, Any
 import pytest
 
 from sidecar import settings
-from sidecar.images.service import Images
+from sidecar.images.service import ImageService
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
@@ -82,7 +82,7 @@ def _tell(stdin: IO[bytes], chosen: Settings) -> None:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines that run tests are busy: give a starting server more time than users should wait."""
-    monkeypatch.setattr("sidecar.images.worker_queue.PATIENCE", 90.0)
+    monkeypatch.setattr("sidecar.images.worker_queue.QUEUE_TIMEOUT_S", 90.0)
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +118,6 @@ def server(start_server: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture
-async def images(server: Server, spec: ProcessorSpec) -> Images:
+async def images(server: Server, spec: ProcessorSpec) -> ImageService:
     """A client of the shared server."""
-    return Images(server.path, server.settings, spec)
+    return ImageService(server.path, server.settings, spec)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 
 from . import jpegs
 
@@ -37,7 +37,7 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
 
 def picture(width: int = 67, height: int = 53, seed: int = 9) -> Image.Image:
     """A small photograph."""
-    return Image.fromarray(photos.pixels(width, height, seed))
+    return Image.fromarray(synthetic_photos.pixels(width, height, seed))
 
 
 def chunk(kind: bytes, body: bytes, crc: int | None = None) -> bytes:
@@ -146,7 +146,7 @@ def every_jpeg() -> Files:
 
 def odd_jpegs() -> Files:
     """Files of several pictures, of several makers, with metadata that lies, with pieces missing, doubled or in between."""
-    whole, cmyk = photos.photo(67, 53, 3), saved(picture().convert("CMYK"), "JPEG")
+    whole, cmyk = synthetic_photos.photo(67, 53, 3), saved(picture().convert("CMYK"), "JPEG")
     table, frame, scan = (whole.index(bytes((0xFF, marker))) for marker in (0xDB, 0xC0, 0xDA))
     huffman = whole.index(b"\xff\xc4")
     yield "jpeg cmyk", cmyk
@@ -177,7 +177,7 @@ def odd_jpegs() -> Files:
     yield "jpeg zip behind", whole + b"PK\3\4" + bytes(60) + b"PK\5\6" + bytes(18)
     yield "jpeg inside a comment", whole[:2] + jpegs.segment(0xFE, saved(picture(9, 9), "JPEG")) + whole[2:]
     for how in range(10):
-        yield f"jpeg turned {how}", photos.photo(67, 53, exif_orientation=how)
+        yield f"jpeg turned {how}", synthetic_photos.photo(67, 53, exif_orientation=how)
     for i, exif in enumerate(
         (b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\1\0\x12\1\3\0\xff\xff\xff\xff\6\0\0\0",
          b"MM\0*\0\0\0\x08\0\1\1\x12\0\5\0\0\0\1\0\0\0\x08", b"MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0\x87\x69\0\4\0\0\0\1\0\0\0\x08\0\0\0\0", b"", b"XX")

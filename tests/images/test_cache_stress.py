@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.images.protocol import Done
-from sidecar.images.shm_cache import LOCK, OUT, Folder, ImageCache
+from sidecar.images.protocol import ImageDone
+from sidecar.images.shm_cache import LOCK, OUT, CacheFolder, ImageCache
 
 MOST = 1 << 20
 KEYS = [f"{i:02x}" for i in range(24)]
 OPERATIONS = 250
-DONE = Done("ok", "jpeg", "image/x-portable-pixmap", 28, 56, (1, 2, 4), 2, "cafe", (("decode", 0.1),), 99)
+DONE = ImageDone("ok", "jpeg", "image/x-portable-pixmap", 28, 56, (1, 2, 4), 2, "cafe", (("decode", 0.1),), 99)
 
 
 def content(key: str) -> bytes:
@@ -26,11 +26,11 @@ def content(key: str) -> bytes:
 
 def read(cache: ImageCache, folder: str, key: str, *, linked: bool) -> None:
     """Hand a payload over, read it as its reader would, and remove it or take it back."""
-    handed = cache.hand_over(content(key), key=key) if linked else cache.share(content(key)[:500], content(key)[500:])
+    handed = cache.export(content(key), key=key) if linked else cache.share(content(key)[:500], content(key)[500:])
     path = Path(folder) / handed.name
     assert path.read_bytes()[handed.offset :] == content(key)
     if linked:
-        cache.take_back(handed)
+        cache.unlink_shared(handed)
     else:
         path.unlink()
 
@@ -61,7 +61,7 @@ def life(folder: str, seed: int, operations: int) -> None:
 def born(shm: str, times: int) -> None:
     """Sidecars that start and end."""
     for _ in range(times):
-        folder = Folder(shm, MOST)
+        folder = CacheFolder(shm, MOST)
         assert (Path(folder.path) / LOCK).exists()
         folder.close()
 
@@ -74,7 +74,7 @@ def start(what: str, folder: str, *numbers: int) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 def test_four_processes_in_a_tiny_folder(tmp_path: Path) -> None:
     """Put, get, evicted and handed over by four at once while a fifth is killed in the middle: every read is whole, nothing handed over is left."""
-    folder = Folder(str(tmp_path), MOST)
+    folder = CacheFolder(str(tmp_path), MOST)
     doomed = start("life", folder.path, 0, 1_000_000)
     while not any((Path(folder.path) / name).exists() for name in KEYS):
         assert doomed.poll() is None

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
 from sidecar.images.file_headers import read
-from sidecar.images.protocol import Limits
+from sidecar.images.protocol import ImageLimits
 from sidecar.images.worker import decode as decoding
-from sidecar.images.worker.decode import BadPixels, decode, orientation
-from sidecar.tools import synthetic_photos as photos
+from sidecar.images.worker.decode import ImageRejected, decode, orientation
+from sidecar.tools import synthetic_photos
 
-LIMITS = Limits(max_bytes=20 << 20, max_pixels=20_000_000)
+LIMITS = ImageLimits(max_bytes=20 << 20, max_pixels=20_000_000)
 
 
 def engine(data: bytes) -> np.ndarray[Any, Any] | None:
@@ -45,14 +45,14 @@ def engine(data: bytes) -> np.ndarray[Any, Any] | None:
         return None
 
 
-def ours(data: bytes, limits: Limits = LIMITS) -> np.ndarray[Any, Any] | None:
+def ours(data: bytes, limits: ImageLimits = LIMITS) -> np.ndarray[Any, Any] | None:
     """What we make of it; None where we refuse."""
     header = read(data)
     if header is None:
         return None
     try:
         pixels: np.ndarray[Any, Any] = decode(data, header, limits).permute(1, 2, 0).numpy()
-    except BadPixels:
+    except ImageRejected:
         return None
     return pixels
 
@@ -69,7 +69,7 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    return Image.fromarray(photos.pixels(331, 247, 5))
+    return Image.fromarray(synthetic_photos.pixels(331, 247, 5))
 
 
 def alpha(image: Image.Image) -> Image.Image:
@@ -187,7 +187,7 @@ def test_pixels_are_the_engines(name: str, picture: Image.Image, monkeypatch: py
 @pytest.mark.parametrize("size", [(64, 48), (1, 3), (17, 17)], ids=str)
 def test_jpeg_orientation_is_the_engines(how: int, size: tuple[int, int]) -> None:
     """All eight orientations, and numbers that are none, turn the pixels as Pillow does."""
-    data = photos.photo(*size, exif_orientation=how)
+    data = synthetic_photos.photo(*size, exif_orientation=how)
     assert same(ours(data), engine(data))
     assert orientation(data) == how or how in (0, 9)
 
@@ -201,7 +201,7 @@ def test_photographs_of_the_orientation_set(requires: Callable[[str], Path]) -> 
         assert same(ours(data), engine(data)), file.name
 
 
-SMALL = Image.fromarray(photos.pixels(67, 53, 9))
+SMALL = Image.fromarray(synthetic_photos.pixels(67, 53, 9))
 WHOLE = [
     saved(SMALL, "JPEG"),
     saved(SMALL, "JPEG", progressive=True, exif=turned(6)),
@@ -243,10 +243,10 @@ def test_size_is_refused_before_anything_is_decoded(format: str, monkeypatch: py
     header = read(data)
     assert header is not None and (header.height, header.width) == (70, 90)
     for limits, reason in (
-        (Limits(1 << 20, 6299), "image_too_many_pixels"),
-        (Limits(1 << 20, 6300, max_side=89), "image_too_long"),
+        (ImageLimits(1 << 20, 6299), "image_too_many_pixels"),
+        (ImageLimits(1 << 20, 6300, max_side=89), "image_too_long"),
     ):
-        with pytest.raises(BadPixels) as refused:
+        with pytest.raises(ImageRejected) as refused:
             decode(data, header, limits)
         assert refused.value.reason == reason
 
@@ -254,8 +254,8 @@ def test_size_is_refused_before_anything_is_decoded(format: str, monkeypatch: py
 def test_a_header_that_lies_low_is_caught_by_pillow() -> None:
     """A TIFF whose first directory entry we cannot read is still held to the limit when Pillow has opened it."""
     data = saved(Image.new("RGB", (90, 70)), "TIFF")
-    with pytest.raises(BadPixels) as refused:
-        decoding._pillow(data, Limits(1 << 20, 6299))
+    with pytest.raises(ImageRejected) as refused:
+        decoding._pillow(data, ImageLimits(1 << 20, 6299))
     assert refused.value.reason == "image_too_many_pixels"
 
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.images import tensor_layout as batches
-from sidecar.images.worker import tensors as patches
+from sidecar.images import tensor_layout
+from sidecar.images.worker import tensors
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec, TileSpec
 
@@ -107,10 +107,10 @@ def check(row: Family, height: int, width: int) -> None:
         assert min(height, width) < 30, "only odd sizes are refused"
         return
     geometry = spec.geometry(height, width)
-    resized = patches.resize(image, geometry, spec)
+    resized = tensors.resize(image, geometry, spec)
     assert tuple(resized.shape[-2:]) == geometry.size
     if spec.tensors and not isinstance(spec, TileSpec):
-        got = patches.prepare(image, geometry, spec)
+        got = tensors.prepare(image, geometry, spec)
         pixels = wanted["pixel_values"]
         assert torch.equal(got, pixels if pixels.ndim == 2 else pixels[0])
         shapes = spec.shapes([geometry])
@@ -171,8 +171,8 @@ def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
     images = [picture(200, 300), picture(300, 100)]
     wanted = theirs(row, *images)["pixel_values"]
     geometries = [spec.geometry(*image.shape[-2:]) for image in images]
-    values = [patches.prepare(image, g, spec).numpy().tobytes() for image, g in zip(images, geometries, strict=True)]
-    made = b"".join(piece for group in batches.pieces(values, geometries, spec) for piece in group)
+    values = [tensors.prepare(image, g, spec).numpy().tobytes() for image, g in zip(images, geometries, strict=True)]
+    made = b"".join(piece for group in tensor_layout.pieces(values, geometries, spec) for piece in group)
     assert np.array_equal(np.frombuffer(made, np.float32).reshape(spec.pixels(geometries)), wanted.numpy())
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.images.worker import tensors as aten
+from sidecar.images.worker import tensors
 from sidecar.kernels import families, fused, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 
@@ -43,7 +43,7 @@ def spec(**changes: Any) -> PatchSpec:
 
 def torchvision(image: np.ndarray[Any, Any], height: int, width: int, resample: int) -> np.ndarray[Any, Any]:
     tensor = torch.from_numpy(image).permute(2, 0, 1)
-    resized = aten.by_torchvision(tensor, Geometry(height, width, 1, 1, 1, 1), spec(resample=resample))
+    resized = tensors.by_torchvision(tensor, Geometry(height, width, 1, 1, 1, 1), spec(resample=resample))
     return resized.permute(1, 2, 0).numpy()
 
 
@@ -122,8 +122,8 @@ def test_patches_equal_the_processors_operations(
     step = patch * merge
     geometry = Geometry(rows * step, columns * step, 1, rows * merge, columns * merge, rows * columns)
     image = picture(h, w)
-    resized = aten.by_torchvision(torch.from_numpy(image).permute(2, 0, 1), geometry, which)
-    wanted = aten.patches(resized, geometry, which)
+    resized = tensors.by_torchvision(torch.from_numpy(image).permute(2, 0, 1), geometry, which)
+    wanted = tensors.patches(resized, geometry, which)
     floats = fused.patches(image, geometry, which, "float32", level)
     assert torch.equal(torch.from_numpy(floats), wanted.to(torch.float32))
     halves = torch.from_numpy(fused.patches(image, geometry, which, "bfloat16", level)).view(torch.bfloat16)
@@ -131,7 +131,7 @@ def test_patches_equal_the_processors_operations(
     small = torch.from_numpy(fused.patches(image, geometry, which, "float16", level))
     assert torch.equal(small, wanted.to(torch.float16))
     bytes_ = fused.patches(image, geometry, which, "uint8", level)
-    plain = aten.patches(resized, geometry, dataclasses.replace(which, do_normalize=False, do_rescale=False))
+    plain = tensors.patches(resized, geometry, dataclasses.replace(which, do_normalize=False, do_rescale=False))
     assert torch.equal(torch.from_numpy(bytes_), plain)
 
 
@@ -154,8 +154,8 @@ def test_patches_too_large_for_the_caches_are_the_same(kind: fused.Kind) -> None
 def test_a_file_holds_the_resized_pixels(geometry: Geometry) -> None:
     """Resized into its place, in its own size, cropped, or smaller than a register: a PPM's pixels are torchvision's."""
     image = torch.from_numpy(picture(60, 80)).permute(2, 0, 1)
-    wanted = aten.crop(aten.by_torchvision(image, geometry, spec()), geometry)
-    made = aten.resized_ppm(image, geometry, spec())
+    wanted = tensors.crop(tensors.by_torchvision(image, geometry, spec()), geometry)
+    made = tensors.resized_ppm(image, geometry, spec())
     height, width = geometry.size
     assert bytes(made) == b"P6\n%d %d\n255\n" % (width, height) + wanted.permute(1, 2, 0).contiguous().numpy().tobytes()
 

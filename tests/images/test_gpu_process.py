@@ -21,19 +21,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sidecar.images.protocol import PIXELS, RAW, TENSORS, Done, Job, Limits
-from sidecar.images.service import Images
-from sidecar.images.worker import gpu_channel as door
-from sidecar.images.worker import pipeline as work
-from sidecar.images.worker.fork_server import GPU_REST, NO_CUDA, Owner, plan
-from sidecar.images.worker.gpu_channel import Ask, Door
+from sidecar.images.protocol import PIXELS, RAW, TENSORS, ImageDone, ImageJob, ImageLimits
+from sidecar.images.service import ImageService
+from sidecar.images.worker import gpu_channel, pipeline
+from sidecar.images.worker.fork_server import GPU_REST, NO_CUDA, GpuProcess, worker_plan
+from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
 
 from .conftest import Server
 
-LIMITS = Limits(1 << 20, 1 << 20)
+LIMITS = ImageLimits(1 << 20, 1 << 20)
 LONG = 100.0  # seconds: the interpreter is slow, and more so on a busy machine
 
 
@@ -50,12 +49,12 @@ def small(name: str = "Qwen2VLImageProcessor") -> ProcessorSpec:
     return found
 
 
-def job(want: str, chosen: ProcessorSpec | None = None, gpu: bool = True) -> Job:
-    return Job(want, (chosen or small()).to_json(), False, LIMITS, 60.0, gpu)
+def job(want: str, chosen: ProcessorSpec | None = None, gpu: bool = True) -> ImageJob:
+    return ImageJob(want, (chosen or small()).to_json(), False, LIMITS, 60.0, gpu)
 
 
-def stages(answer: work.Answer) -> list[str]:
-    assert isinstance(answer[0], Done), answer[0]
+def stages(answer: pipeline.Answer) -> list[str]:
+    assert isinstance(answer[0], ImageDone), answer[0]
     return [name for name, _ in answer[0].stages]
 
 
@@ -85,19 +84,19 @@ def gpu(start_server: Callable[..., Server], requires: Any) -> Iterator[str]:
     """Where a server's GPU process listens."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1)
-    path = server.path + door.NAME
+    path = server.path + gpu_channel.NAME
     connected(path).close()
     yield path
     server.stop()
 
 
 @pytest.fixture
-def enter() -> Iterator[Callable[..., Door]]:
+def enter() -> Iterator[Callable[..., GpuChannel]]:
     """A function: arguments of a Door -> one that is closed with the test."""
     with contextlib.ExitStack() as stack:
 
-        def made(*args: Any) -> Door:
-            one = Door(*args)
+        def made(*args: Any) -> GpuChannel:
+            one = GpuChannel(*args)
             stack.callback(one.close)
             return one
 
@@ -105,94 +104,98 @@ def enter() -> Iterator[Callable[..., Door]]:
 
 
 @pytest.mark.parametrize("want", [PIXELS, RAW, TENSORS])
-def test_the_gpu_gives_what_the_cpu_gives(gpu: str, want: str, enter: Callable[..., Door]) -> None:
+def test_the_gpu_gives_what_the_cpu_gives(gpu: str, want: str, enter: Callable[..., GpuChannel]) -> None:
     """Inline pixels and tensors are the same bytes, and the stages say where they were made."""
     data = png(70, 90)
-    there, here = work.run(job(want), data, enter(gpu, LONG)), work.run(job(want), data)
+    there, here = pipeline.prepare_image(job(want), data, enter(gpu, LONG)), pipeline.prepare_image(job(want), data)
     assert "resize_gpu" in stages(there) and "resize_gpu" not in stages(here)
     assert bytes(there[1]) == bytes(here[1]) and len(here[1]) > 0
 
 
-def test_planes_and_crops_come_back_whole(gpu: str, enter: Callable[..., Door]) -> None:
+def test_planes_and_crops_come_back_whole(gpu: str, enter: Callable[..., GpuChannel]) -> None:
     """CLIP's processor, whose crop is cut on the GPU."""
     data = png(40, 52)
     config = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "crop_size": 28}
     clip = families.from_config(config)
     assert clip is not None
-    there = work.run(job(TENSORS, clip), data, enter(gpu, LONG))
+    there = pipeline.prepare_image(job(TENSORS, clip), data, enter(gpu, LONG))
     assert "resize_gpu" in stages(there)
-    assert bytes(there[1]) == bytes(work.run(job(TENSORS, clip), data)[1])
+    assert bytes(there[1]) == bytes(pipeline.prepare_image(job(TENSORS, clip), data)[1])
 
 
-def test_one_door_serves_many_images(gpu: str, enter: Callable[..., Door]) -> None:
+def test_one_door_serves_many_images(gpu: str, enter: Callable[..., GpuChannel]) -> None:
     """An arena is used again and again, by images of different sizes."""
     one = enter(gpu, LONG)
     for seed, size in enumerate([(60, 80), (30, 40), (90, 61)]):
         data = png(*size, seed)
-        assert bytes(work.run(job(PIXELS), data, one)[1]) == bytes(work.run(job(PIXELS), data)[1])
+        assert bytes(pipeline.prepare_image(job(PIXELS), data, one)[1]) == bytes(
+            pipeline.prepare_image(job(PIXELS), data)[1]
+        )
 
 
-def test_a_job_that_may_not_use_the_gpu_does_not(tmp_path: Path, enter: Callable[..., Door]) -> None:
+def test_a_job_that_may_not_use_the_gpu_does_not(tmp_path: Path, enter: Callable[..., GpuChannel]) -> None:
     """While the engine starts, jobs say so, and nobody is asked."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(str(tmp_path / "door"))
         listening.listen()
         listening.setblocking(False)
-        answer = work.run(job(PIXELS, gpu=False), png(50, 50), enter(str(tmp_path / "door")))
+        answer = pipeline.prepare_image(job(PIXELS, gpu=False), png(50, 50), enter(str(tmp_path / "door")))
         assert "resize" in stages(answer)
         with pytest.raises(BlockingIOError):
             listening.accept()
 
 
-def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(tmp_path: Path, enter: Callable[..., Door]) -> None:
+def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(
+    tmp_path: Path, enter: Callable[..., GpuChannel]
+) -> None:
     """A refused connection costs nothing; it is tried again after a pause that doubles."""
     now = [0.0]
     one = enter(str(tmp_path / "nobody"), 0.1, lambda: now[0])
-    assert "resize" in stages(work.run(job(PIXELS), png(50, 50), one))
+    assert "resize" in stages(pipeline.prepare_image(job(PIXELS), png(50, 50), one))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(str(tmp_path / "nobody"))
         listening.listen()
         listening.setblocking(False)
-        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, "", True), 12) is None
+        assert one.make(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
         with pytest.raises(BlockingIOError):
             listening.accept()
         now[0] = 1.0
-        assert one.make(memoryview(b"\0" * 12), Ask(2, 2, "", True), 12) is None
+        assert one.make(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
         listening.accept()[0].close()
 
 
 def test_a_full_budget_leaves_the_image_to_the_cpu(
-    start_server: Callable[..., Server], requires: Any, enter: Callable[..., Door]
+    start_server: Callable[..., Server], requires: Any, enter: Callable[..., GpuChannel]
 ) -> None:
     """What does not fit into --gpu-memory-budget is refused, and the process goes on."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1, gpu_memory_budget=40_000)
-    connected(server.path + door.NAME).close()
-    one = enter(server.path + door.NAME, LONG)
+    connected(server.path + gpu_channel.NAME).close()
+    one = enter(server.path + gpu_channel.NAME, LONG)
     large = png(120, 120)
-    answer = work.run(job(PIXELS), large, one)
-    assert "resize" in stages(answer) and bytes(answer[1]) == bytes(work.run(job(PIXELS), large)[1])
-    assert "resize_gpu" in stages(work.run(job(PIXELS), png(20, 30), one))
+    answer = pipeline.prepare_image(job(PIXELS), large, one)
+    assert "resize" in stages(answer) and bytes(answer[1]) == bytes(pipeline.prepare_image(job(PIXELS), large)[1])
+    assert "resize_gpu" in stages(pipeline.prepare_image(job(PIXELS), png(20, 30), one))
 
 
-def test_a_late_gpu_is_not_waited_for_and_never_mixes_images(gpu: str, enter: Callable[..., Door]) -> None:
+def test_a_late_gpu_is_not_waited_for_and_never_mixes_images(gpu: str, enter: Callable[..., GpuChannel]) -> None:
     """While the process stands still the CPU does the work; until the late answer is there, the arena is left alone."""
     data = [png(50 + i, 60, i) for i in range(3)]
-    here = [bytes(work.run(job(PIXELS), d)[1]) for d in data]
+    here = [bytes(pipeline.prepare_image(job(PIXELS), d)[1]) for d in data]
     with connected(gpu) as connection:
         process = peer(connection)
     one = enter(gpu, 0.05)
     os.kill(process, signal.SIGSTOP)
     try:
         for d, wanted in zip(data, here, strict=True):
-            answer = work.run(job(PIXELS), d, one)
+            answer = pipeline.prepare_image(job(PIXELS), d, one)
             assert "resize" in stages(answer) and bytes(answer[1]) == wanted
     finally:
         os.kill(process, signal.SIGCONT)
     one._patience = LONG
     deadline = time.monotonic() + LONG
     while True:
-        answer = work.run(job(PIXELS), data[2], one)
+        answer = pipeline.prepare_image(job(PIXELS), data[2], one)
         assert bytes(answer[1]) == here[2]
         if "resize_gpu" in stages(answer):
             break
@@ -211,12 +214,12 @@ def nonsense() -> dict[str, Callable[[socket.socket], Any]]:
 
     def unsealed(connection: socket.socket) -> None:
         fd = os.memfd_create("loose")
-        os.ftruncate(fd, door.ARENA)
+        os.ftruncate(fd, gpu_channel.ARENA)
         arena(connection, fd)
 
     def ask(text: bytes) -> Callable[[socket.socket], None]:
         def send(connection: socket.socket) -> None:
-            arena(connection, door.arena())
+            arena(connection, gpu_channel.arena())
             connection.send(text)
 
         return send
@@ -226,10 +229,10 @@ def nonsense() -> dict[str, Callable[[socket.socket], Any]]:
         "an arena that can shrink": unsealed,
         "no JSON": ask(b"\xff"),
         "another shape": ask(b'{"height": 1}'),
-        "no size": ask(Ask(0, -3, spec, True).to_json()),
-        "more pixels than the arena": ask(Ask(60_000, 60_000, spec, True).to_json()),
-        "no processor": ask(Ask(9, 9, '{"family": "Nobody"}', True).to_json()),
-        "a processor without numbers": ask(Ask(9, 9, '{"family": "Smart"}', True).to_json()),
+        "no size": ask(GpuRequest(0, -3, spec, True).to_json()),
+        "more pixels than the arena": ask(GpuRequest(60_000, 60_000, spec, True).to_json()),
+        "no processor": ask(GpuRequest(9, 9, '{"family": "Nobody"}', True).to_json()),
+        "a processor without numbers": ask(GpuRequest(9, 9, '{"family": "Smart"}', True).to_json()),
     }
 
 
@@ -249,21 +252,21 @@ async def test_a_lost_gpu_costs_nothing(start_server: Callable[..., Server], req
     """The process is killed: images go on through the server's workers, on the CPU."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="auto", image_workers=1)
-    with connected(server.path + door.NAME) as connection:
+    with connected(server.path + gpu_channel.NAME) as connection:
         os.kill(peer(connection), signal.SIGKILL)
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b""
-    images = Images(server.path, server.settings, small())
+    images = ImageService(server.path, server.settings, small())
     images.gpu = True
     tensors = await images.tensors([(png(50, 60), False)])
-    assert bytes(tensors[0].values) == bytes(work.run(job(TENSORS), png(50, 60))[1])
+    assert bytes(tensors[0].values) == bytes(pipeline.prepare_image(job(TENSORS), png(50, 60))[1])
     await asyncio.to_thread(server.stop)
 
 
 async def test_auto_without_a_gpu_is_the_cpu(start_server: Callable[..., Server]) -> None:
     """Where no device is visible, `auto` serves on the CPU."""
     server = start_server({"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": ""}, images_device="auto", image_workers=1)
-    images = Images(server.path, server.settings, small())
+    images = ImageService(server.path, server.settings, small())
     images.gpu = True
     assert (await images.tensors([(png(50, 60), False)]))[0].prepared.outcome == "ok"
     await asyncio.to_thread(server.stop)
@@ -274,7 +277,7 @@ async def test_auto_without_a_gpu_is_the_cpu(start_server: Callable[..., Server]
 )
 def test_when_a_gpu_is_tried_again(device: str, status: int, again: float | None) -> None:
     """A lost GPU after a while; one that was never there is not looked for again."""
-    owner = Owner(plan(Settings(images_device=device), 1))
+    owner = GpuProcess(worker_plan(Settings(images_device=device), 1))
     assert owner.due(0.0)
     owner.pid = os.posix_spawn("/bin/sh", ["sh", "-c", f"exit {status}"], {})
     os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)

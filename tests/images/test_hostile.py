@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from sidecar.errors import BadImage
-from sidecar.images.protocol import Limits
-from sidecar.images.service import Images
-from sidecar.images.worker import tensors as patches
+from sidecar.images.protocol import ImageLimits
+from sidecar.images.service import ImageService
+from sidecar.images.worker import tensors
 from sidecar.images.worker.worker import memory_bound
-from sidecar.images.worker_queue import ImageQueue
+from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 
 from . import corpus, jpegs
 from .conftest import Server
@@ -29,13 +29,13 @@ from .test_decode import engine
 
 
 def jpeg_that_says(width: int, height: int) -> bytes:
-    data = bytearray(photos.photo(64, 64))
+    data = bytearray(synthetic_photos.photo(64, 64))
     at = data.index(b"\xff\xc0") + 5
     data[at : at + 4] = struct.pack("!HH", height, width)
     return bytes(data)
 
 
-PHOTO = photos.photo(640, 480, 3)
+PHOTO = synthetic_photos.photo(640, 480, 3)
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "image_empty"),
@@ -64,7 +64,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_hostile_bytes_are_refused_with_a_reason(images: Images, name: str) -> None:
+async def test_hostile_bytes_are_refused_with_a_reason(images: ImageService, name: str) -> None:
     """A broken, lying or oversized image gets its own reason code, none of its content is quoted, and the next one works."""
     data, reason = REFUSED[name]
     with pytest.raises(BadImage) as refused:
@@ -75,21 +75,21 @@ async def test_hostile_bytes_are_refused_with_a_reason(images: Images, name: str
 
 
 @pytest.mark.parametrize("text", [b"%%%%", b"abc", b"ab=c", base64.b64encode(PHOTO) + b"!", b"\xff\xfe\xfd\xfc"])
-async def test_damaged_base64_is_refused(images: Images, text: bytes) -> None:
+async def test_damaged_base64_is_refused(images: ImageService, text: bytes) -> None:
     """Text that is no base64 is refused as such."""
     with pytest.raises(BadImage) as refused:
         await images.inline(text, "part")
     assert refused.value.reason == "image_base64"
 
 
-async def test_too_many_bytes_never_reach_a_worker(images: Images) -> None:
+async def test_too_many_bytes_never_reach_a_worker(images: ImageService) -> None:
     """Text far over --image-max-bytes is refused before it is sent."""
     with pytest.raises(BadImage) as refused:
         await images.inline(bytes(31 << 20), "part")
     assert refused.value.reason == "image_too_large"
 
 
-async def test_bytes_just_over_the_limit_are_refused_by_the_worker(images: Images) -> None:
+async def test_bytes_just_over_the_limit_are_refused_by_the_worker(images: ImageService) -> None:
     """The real size is held to --image-max-bytes, not the text's."""
     with pytest.raises(BadImage) as refused:
         await images.inline(base64.b64encode(PHOTO + bytes((20 << 20) - len(PHOTO) + 1)), "part")
@@ -112,7 +112,7 @@ ODD: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-async def test_odd_but_sound_images_are_served(images: Images, name: str) -> None:
+async def test_odd_but_sound_images_are_served(images: ImageService, name: str) -> None:
     """Unusual images that the engine would take are prepared."""
     assert (await images.inline(base64.b64encode(ODD[name]), "part")).outcome == "ok"
 
@@ -127,7 +127,7 @@ def wanted(data: bytes, spec: ProcessorSpec) -> bytes | None:
     except ValueError:
         return None
     planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-    return bytes(patches.ppm(patches.by_torchvision(planes, geometry, spec)))
+    return bytes(tensors.ppm(tensors.by_torchvision(planes, geometry, spec)))
 
 
 # what a refusal may say; image_failed, which a worker's death would give, is not among them
@@ -140,7 +140,7 @@ def peak(pid: int) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
-async def test_the_corpus_ends_as_in_the_engine(server: Server, images: Images, spec: ProcessorSpec) -> None:
+async def test_the_corpus_ends_as_in_the_engine(server: Server, images: ImageService, spec: ProcessorSpec) -> None:
     """Of some 800 odd, lying and broken files each gives the engine's pixels or is refused where the engine refuses; no worker
     dies of one, and none has used more memory than one image may."""
     await images.inline(base64.b64encode(PHOTO), "part")
@@ -159,16 +159,18 @@ async def test_the_corpus_ends_as_in_the_engine(server: Server, images: Images, 
             wrong.append(name)
     assert not wrong
     most = max(map(peak, server.workers()))
-    assert most < memory_bound(Limits(server.settings.image_max_bytes, server.settings.image_max_pixels)) + (
+    assert most < memory_bound(ImageLimits(server.settings.image_max_bytes, server.settings.image_max_pixels)) + (
         600 << 20
     ), most
 
 
 async def test_a_file_of_endless_scans_ends_by_its_deadline(server: Server, spec: ProcessorSpec) -> None:
     """A hundred kilobytes that would take a decoder many seconds cost no more than their deadline."""
-    queue = ImageQueue(server.path, server.settings, deadline=0.5)
-    hasty = Images(server.path, Settings(image_workers=2), spec, queue=queue)
+    queue = WorkerQueue(server.path, server.settings, deadline=0.5)
+    hasty = ImageService(server.path, Settings(image_workers=2), spec, queue=queue)
     with pytest.raises(BadImage) as refused:
         await hasty.inline(base64.b64encode(jpegs.scans(4400, 4400, 4000)), "part")
     assert refused.value.reason == "image_deadline"
-    assert (await Images(server.path, server.settings, spec).inline(base64.b64encode(PHOTO), "part")).outcome == "ok"
+    assert (
+        await ImageService(server.path, server.settings, spec).inline(base64.b64encode(PHOTO), "part")
+    ).outcome == "ok"

@@ -18,17 +18,17 @@ from typing import Any
 import pytest
 
 from sidecar.errors import StartError
-from sidecar.images.protocol import PIXELS, TENSORS, Done
-from sidecar.images.service import Images
-from sidecar.images.shm_cache import Folder, ImageCache, sweep
-from sidecar.images.shm_handoff import Handovers
+from sidecar.images.protocol import PIXELS, TENSORS, ImageDone
+from sidecar.images.service import ImageService
+from sidecar.images.shm_cache import CacheFolder, ImageCache, sweep
+from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.launch.preflight import image_mode
 from sidecar.settings import Settings
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 
 from .conftest import QWEN2_VL
 
-DONE = Done("ok", "jpeg", "image/x-portable-pixmap", 28, 56, (1, 2, 4), 2, "cafe", (("decode", 0.1),), 99)
+DONE = ImageDone("ok", "jpeg", "image/x-portable-pixmap", 28, 56, (1, 2, 4), 2, "cafe", (("decode", 0.1),), 99)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_an_entry_that_vanishes_meanwhile_does_not_keep_others_out(cache: ImageC
 
 def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
     """Closed, it is gone; left by a process that was killed, the next one sweeps it; one in use stays."""
-    mine = Folder(str(tmp_path), 1 << 20)
+    mine = CacheFolder(str(tmp_path), 1 << 20)
     assert Path(mine.path).stat().st_mode & 0o777 == 0o700
     code = f"from sidecar.images.shm_cache import Folder; import os; print(Folder({str(tmp_path)!r}, 1 << 20).path, flush=True); os._exit(9)"
     left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
@@ -144,7 +144,7 @@ def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
 
 def test_no_room_is_no_cache(tmp_path: Path) -> None:
     """A missing folder, or a bound of 0, gives no cache and no error."""
-    absent, none = Folder(str(tmp_path / "absent"), 1 << 20), Folder(str(tmp_path), 0)
+    absent, none = CacheFolder(str(tmp_path / "absent"), 1 << 20), CacheFolder(str(tmp_path), 0)
     assert (absent.path, absent.why) == ("", "No such file or directory")
     assert (none.path, none.why) == ("", "")
 
@@ -161,7 +161,7 @@ def test_a_hand_off_folder_that_is_not_there_ends_the_start(tmp_path: Path) -> N
 def test_what_is_handed_over_is_read_once_and_never_evicted(cache: ImageCache, tmp_path: Path) -> None:
     """A random name each time: of an entry without a copy, of anything else by writing it; its reader or we remove it."""
     cache.put("aa", DONE, b"pixels")
-    linked, written = cache.hand_over(b"pixels", key="aa"), cache.hand_over(b"pix", b"els", key="bb")
+    linked, written = cache.export(b"pixels", key="aa"), cache.export(b"pix", b"els", key="bb")
     assert linked.name != written.name and linked.folder == tmp_path.name
     for handed in (linked, written):
         path = tmp_path / handed.name
@@ -170,14 +170,14 @@ def test_what_is_handed_over_is_read_once_and_never_evicted(cache: ImageCache, t
     for i in range(8):
         cache.put(f"{i:02x}", DONE, bytes(200_000))
     assert (tmp_path / linked.name).exists() and (tmp_path / written.name).exists()
-    cache.take_back(linked)
-    cache.take_back(linked)
+    cache.unlink_shared(linked)
+    cache.unlink_shared(linked)
     assert not (tmp_path / linked.name).exists()
 
 
 def test_what_nobody_read_goes_in_the_end(cache: ImageCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relay that died could not take it back: the next entry that is kept sweeps it."""
-    handed = cache.hand_over(b"pixels")
+    handed = cache.export(b"pixels")
     cache.put("aa", DONE, b"x")
     assert (tmp_path / handed.name).exists()
     later = time.time() + 1000
@@ -191,7 +191,7 @@ def test_what_finds_no_room_leaves_no_part(cache: ImageCache, tmp_path: Path) ->
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        for write in (cache.hand_over, cache.share):
+        for write in (cache.export, cache.share):
             with pytest.raises(OSError, match="too large"):
                 write(bytes(90), bytes(90))
         cache.put("aa", DONE, bytes(90))
@@ -204,7 +204,7 @@ def test_what_waits_for_readers_is_bounded(cache: ImageCache, tmp_path: Path, mo
     """Readers who never come fill no memory; what is read makes room, and a link to an entry takes none."""
     monkeypatch.setattr("sidecar.images.shm_cache.WAITING", 1000)
     cache.put("aa", DONE, bytes(700))
-    cache.hand_over(bytes(700), key="aa")
+    cache.export(bytes(700), key="aa")
     first = cache.share(bytes(300), bytes(300))
     with pytest.raises(OSError, match="waits"):
         cache.share(bytes(600))
@@ -215,20 +215,20 @@ def test_what_waits_for_readers_is_bounded(cache: ImageCache, tmp_path: Path, mo
 def test_what_was_read_lies_there_again(cache: ImageCache, tmp_path: Path) -> None:
     """An engine that starts anew reads its images anew, under the same names; not where the entry is gone or another one."""
     cache.put("aa", DONE, b"pixels")
-    handed, copy = cache.hand_over(b"pixels", key="aa"), cache.hand_over(b"pixels", key="bb")
-    assert cache.again(handed) and cache.again(copy), "nobody has read them"
+    handed, copy = cache.export(b"pixels", key="aa"), cache.export(b"pixels", key="bb")
+    assert cache.relink(handed) and cache.relink(copy), "nobody has read them"
     for each in (handed, copy):
         (tmp_path / each.name).unlink()
-    assert cache.again(handed) and (tmp_path / handed.name).read_bytes()[handed.offset :] == b"pixels"
-    assert not cache.again(copy)
+    assert cache.relink(handed) and (tmp_path / handed.name).read_bytes()[handed.offset :] == b"pixels"
+    assert not cache.relink(copy)
     (tmp_path / handed.name).unlink()
     cache.put("aa", replace(DONE, stages=()), b"pixels")
-    assert not cache.again(handed), "its content begins elsewhere"
+    assert not cache.relink(handed), "its content begins elsewhere"
 
 
 async def test_a_cancelled_request_leaves_nothing_behind(cache: ImageCache) -> None:
     """The thread that writes for it cannot be stopped; what it wrote is taken back."""
-    handovers = Handovers(cache)
+    handovers = ShmHandoff(cache)
     with cache._alone():
         asked = asyncio.create_task(handovers.tensors(b"pixels"))
         await asyncio.sleep(0)
@@ -252,9 +252,9 @@ def plugin() -> Any:
 
 async def test_the_plugins_urls_are_ours(server: Any, spec: Any, tmp_path: Path) -> None:
     """What we hand over is what the plugin's pattern takes, and holds the pixels that inline images have; then it is gone."""
-    folder = Folder(str(tmp_path), 64 << 20)
-    images = Images(server.path, server.settings, spec, ImageCache(folder.path, folder.bytes, b"secret"))
-    photo = base64.b64encode(photos.photo(640, 480, seed=4))
+    folder = CacheFolder(str(tmp_path), 64 << 20)
+    images = ImageService(server.path, server.settings, spec, ImageCache(folder.path, folder.bytes, b"secret"))
+    photo = base64.b64encode(synthetic_photos.photo(640, 480, seed=4))
     inline = await images.inline(photo, "image")
     ppm = base64.b64decode(inline.base64 or b"")
     for outcome in ("ok", "cached"):
@@ -284,11 +284,11 @@ def test_the_plugin_takes_no_other_name(url: str) -> None:
 async def test_a_repeated_image_is_not_prepared_again(server: Any, spec: Any, tmp_path: Path) -> None:
     """The second time, the workers see nothing; the bytes and the sizes are the same; another tenant starts anew."""
     cache = ImageCache(str(tmp_path), 64 << 20, b"secret")
-    images = Images(server.path, server.settings, spec, cache)
-    photo = photos.photo(640, 480, seed=3)
+    images = ImageService(server.path, server.settings, spec, cache)
+    photo = synthetic_photos.photo(640, 480, seed=3)
     first = (await images.tensors([(photo, False)], tenant="a"))[0]
     await images.close()  # what is on its way into the cache is awaited
-    images = Images("/nowhere", server.settings, spec, cache)
+    images = ImageService("/nowhere", server.settings, spec, cache)
     again = (await images.tensors([(photo, False)], tenant="a"))[0]
     assert bytes(again.values) == bytes(first.values)
     assert (first.prepared.outcome, again.prepared.outcome) == ("ok", "cached")

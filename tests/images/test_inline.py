@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from sidecar.errors import BadImage
-from sidecar.images.service import Images
+from sidecar.images.service import ImageService
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 
 from .conftest import QWEN2_VL
 from .test_families import Family
@@ -34,9 +34,9 @@ def processor() -> Any:
 
 def encoded(format: str, width: int, height: int, seed: int = 0) -> bytes:
     if format == "JPEG":
-        return photos.photo(width, height, seed)
+        return synthetic_photos.photo(width, height, seed)
     out = io.BytesIO()
-    Image.fromarray(photos.pixels(width, height, seed)).save(out, format)
+    Image.fromarray(synthetic_photos.pixels(width, height, seed)).save(out, format)
     return out.getvalue()
 
 
@@ -45,7 +45,7 @@ SIZES = [("JPEG", 1920, 1080), ("JPEG", 333, 517), ("PNG", 640, 480), ("WEBP", 3
 
 @pytest.mark.parametrize(("format", "width", "height"), SIZES)
 async def test_the_engine_sees_the_same_pixels(
-    images: Images, processor: Any, format: str, width: int, height: int
+    images: ImageService, processor: Any, format: str, width: int, height: int
 ) -> None:
     """What the engine's processor makes of our image equals what it makes of the original, to the last bit."""
     data = encoded(format, width, height)
@@ -66,7 +66,7 @@ async def test_the_engine_sees_the_same_pixels(
     assert got.bytes_in == len(data) and got.bytes_out == len(got.base64) and got.seconds > 0
 
 
-async def test_transparent_parts_turn_white(images: Images) -> None:
+async def test_transparent_parts_turn_white(images: ImageService) -> None:
     """A transparent pixel reaches the engine as the white that the engine would have put there."""
     picture = Image.new("RGBA", (56, 56), (255, 0, 0, 0))
     out = io.BytesIO()
@@ -78,9 +78,9 @@ async def test_transparent_parts_turn_white(images: Images) -> None:
 
 
 @pytest.mark.parametrize("how", [1, 6])
-async def test_turned_photographs(images: Images, how: int) -> None:
+async def test_turned_photographs(images: ImageService, how: int) -> None:
     """A photograph with EXIF orientation 6 arrives upright: its sides are swapped."""
-    got = await images.inline(base64.b64encode(photos.photo(560, 280, exif_orientation=how)), "x")
+    got = await images.inline(base64.b64encode(synthetic_photos.photo(560, 280, exif_orientation=how)), "x")
     assert (got.width, got.height) == ((560, 280) if how == 1 else (280, 560))
 
 
@@ -88,10 +88,13 @@ async def test_the_hash_names_the_content_and_the_processor(server: Any, spec: P
     """Equal bytes and processor give an equal hash; another image or another processor gives another one."""
     other = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 501_760})
     assert other is not None
-    first, second = base64.b64encode(photos.photo(64, 64, 1)), base64.b64encode(photos.photo(64, 64, 2))
-    ours = Images(server.path, server.settings, spec)
+    first, second = (
+        base64.b64encode(synthetic_photos.photo(64, 64, 1)),
+        base64.b64encode(synthetic_photos.photo(64, 64, 2)),
+    )
+    ours = ImageService(server.path, server.settings, spec)
     hashes = [(await ours.inline(data, "x")).content_hash for data in (first, first, second)]
-    hashes.append((await Images(server.path, server.settings, other).inline(first, "x")).content_hash)
+    hashes.append((await ImageService(server.path, server.settings, other).inline(first, "x")).content_hash)
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
 
@@ -103,13 +106,13 @@ async def test_the_hash_names_the_content_and_the_processor(server: Any, spec: P
         (b"P6 2 2 255 " + b"\0" * 12, "pnm"),
     ],
 )
-async def test_formats_of_the_engine_alone_pass(images: Images, data: bytes, format: str) -> None:
+async def test_formats_of_the_engine_alone_pass(images: ImageService, data: bytes, format: str) -> None:
     """An image that we do not decode goes to the engine as it came."""
     got = await images.inline(base64.b64encode(data), "x")
     assert (got.outcome, got.base64, got.format, got.tokens) == ("passed", None, format, 0)
 
 
-async def test_a_shape_that_cannot_be_handed_over_exactly_passes(images: Images) -> None:
+async def test_a_shape_that_cannot_be_handed_over_exactly_passes(images: ImageService) -> None:
     """A strip that the processor would refuse once resized goes to the engine as it came, with its tokens known."""
     out = io.BytesIO()
     Image.new("L", (100, 19_000), 7).save(out, "PNG")
@@ -122,24 +125,24 @@ async def test_a_shape_that_cannot_be_handed_over_exactly_passes(images: Images)
 async def test_families_that_tile_pass(server: Any, row: Family) -> None:
     """Where the tiles follow from the original's size an image goes to the engine as it came: not even decoded, its tokens known."""
     spec = row.spec()
-    images = Images(server.path, server.settings, spec)
+    images = ImageService(server.path, server.settings, spec)
     for how, size in ((1, (280, 560)), (6, (560, 280))):
-        got = await images.inline(base64.b64encode(photos.photo(560, 280, exif_orientation=how)), "x")
+        got = await images.inline(base64.b64encode(synthetic_photos.photo(560, 280, exif_orientation=how)), "x")
         assert (got.outcome, got.base64, got.tokens) == ("passed", None, spec.geometry(*size).tokens)
         assert [stage for stage, _ in got.stages] == ["unpack"]
     strange = await images.inline(base64.b64encode(b"\xff\xd8\xff"), "x")
     assert (strange.outcome, strange.tokens) == ("passed", 0), "its header tells nothing"
 
 
-async def test_every_view_of_the_text_is_taken(images: Images) -> None:
+async def test_every_view_of_the_text_is_taken(images: ImageService) -> None:
     """bytes, bytearray and a memoryview into a body give the same image."""
-    data = base64.b64encode(photos.photo(84, 84))
+    data = base64.b64encode(synthetic_photos.photo(84, 84))
     body = b'{"url": "' + data + b'"}'
     views = (data, bytearray(data), memoryview(body)[9 : 9 + len(data)])
     assert len({bytes((await images.inline(view, "x")).base64 or b"") for view in views}) == 1
 
 
-async def test_a_refused_image_is_named_with_its_limit(images: Images) -> None:
+async def test_a_refused_image_is_named_with_its_limit(images: ImageService) -> None:
     """The error says which part, which limit and what to do, as OpenAI's shape with the reason as code."""
     out = io.BytesIO()
     Image.new("L", (5000, 5000)).save(out, "PNG")

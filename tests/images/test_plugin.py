@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.images.vllm_plugin import EVERY, MARK, Watch, judged, look
+from sidecar.images.vllm_plugin import CHECK_INTERVAL_S, MARK, PluginWatch, judged, read_status
 from tests.waiting import PATIENCE
 
 from .test_imagecache import plugin
@@ -50,21 +50,21 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def test_a_mark_lives_as_long_as_the_processes_that_left_it(start: Start, tmp_path: Path) -> None:
     """Nobody, one, two, one, nobody: the file stays, and says nothing once the last process was killed; then it is used again."""
-    assert look(str(tmp_path)).why.startswith(NOBODY)
+    assert read_status(str(tmp_path)).why.startswith(NOBODY)
     first, second = start(), start()
-    assert look(str(tmp_path)).why == ""
+    assert read_status(str(tmp_path)).why == ""
     end(first)
-    assert look(str(tmp_path)).why == "" and look(str(tmp_path)).version == plugin().__version__
+    assert read_status(str(tmp_path)).why == "" and read_status(str(tmp_path)).version == plugin().__version__
     end(second)
-    assert look(str(tmp_path)).why.startswith(NOBODY) and len(list(tmp_path.iterdir())) == 1
+    assert read_status(str(tmp_path)).why.startswith(NOBODY) and len(list(tmp_path.iterdir())) == 1
     start()
-    assert look(str(tmp_path)).why == "" and len(list(tmp_path.iterdir())) == 1
+    assert read_status(str(tmp_path)).why == "" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_plugin_that_is_not_in_use_is_told_from_none(start: Start, tmp_path: Path) -> None:
     """vLLM loads every plugin that is installed, and uses the connector that its environment names."""
     start("http")
-    assert "VLLM_MEDIA_CONNECTOR is 'http'" in look(str(tmp_path)).why
+    assert "VLLM_MEDIA_CONNECTOR is 'http'" in read_status(str(tmp_path)).why
 
 
 GOOD = {"form": 1, "version": "0.1.0", "pid": 7, "user": 5, "reads_all": False, "connector": "inference_sidecar"}
@@ -96,10 +96,10 @@ def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
     os.mkfifo(tmp_path / (MARK + "pipe"))
     (tmp_path / (MARK + "folder")).mkdir()
     (tmp_path / (MARK + "old")).write_bytes(json.dumps(GOOD | {"user": os.geteuid()}).encode())
-    assert look(str(tmp_path)).why.startswith(NOBODY)
-    assert look(str(tmp_path / "missing")).why.startswith(NOBODY)
+    assert read_status(str(tmp_path)).why.startswith(NOBODY)
+    assert read_status(str(tmp_path / "missing")).why.startswith(NOBODY)
     start()
-    assert look(str(tmp_path)).why == ""
+    assert read_status(str(tmp_path)).why == ""
 
 
 def test_a_folder_that_cannot_be_written_keeps_no_engine_from_starting(
@@ -114,14 +114,14 @@ def test_the_log_names_each_change_once(start: Start, tmp_path: Path, caplog: py
     """Looks are at least a second apart; what was said is said again only when it has changed."""
     caplog.set_level(logging.INFO, "sidecar")
     now = [0.0]
-    watch = Watch(str(tmp_path), lambda: now[0])
+    watch = PluginWatch(str(tmp_path), lambda: now[0])
     assert [watch(), watch()] == [False, False]
     process = start()
     assert not watch(), "it looked a moment ago"
     for alive in (True, True, False, False):
         if not alive:
             end(process)
-        now[0] += EVERY
+        now[0] += CHECK_INTERVAL_S
         assert watch() is alive
     said = [record.levelname for record in caplog.records]
     assert said == ["WARNING", "INFO", "WARNING"] and "images go inline" in caplog.records[0].message

@@ -23,33 +23,32 @@ from yarl import URL
 
 from sidecar.client import preprocess as client
 from sidecar.errors import RequestError
-from sidecar.events import Fact, Imaged
-from sidecar.images.service import Images
+from sidecar.events import Event, ImagePrepared
+from sidecar.images.service import ImageService
 from sidecar.images.shm_cache import ImageCache
-from sidecar.images.tensor_budget import Results
+from sidecar.images.tensor_budget import TensorBudget
 from sidecar.kernels import families
-from sidecar.relay import client_io as downstream
-from sidecar.relay import url_policy as links
+from sidecar.relay import client_io, url_policy
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.media.fetch import Fetcher
 from sidecar.relay.media.inline import MAX_IMAGES
 from sidecar.relay.media.preprocess_api import SAFETENSORS, accepted, preprocess
 from sidecar.relay.outcomes import ClientStalled
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 
 from .conftest import QWEN2_VL, Server
 from .test_tiles import PHI, ROWS, theirs
 
-PHOTOS = [photos.photo(640, 480, 1), photos.photo(333, 517, 2), photos.photo(640, 480, 3)]
+PHOTOS = [synthetic_photos.photo(640, 480, 1), synthetic_photos.photo(333, 517, 2), synthetic_photos.photo(640, 480, 3)]
 
 
 class Service:
     """A real HTTP server around preprocess(); `facts` is what it emitted."""
 
-    def __init__(self, images: Images, chosen: Any) -> None:
+    def __init__(self, images: ImageService, chosen: Any) -> None:
         self.images = images
         self.chosen = chosen
-        self.facts: list[Fact] = []
+        self.facts: list[Event] = []
         self.fetch: Any = None
         self.client_stall = CLIENT_STALL_S
         self.stalled = asyncio.Event()
@@ -63,7 +62,7 @@ class Service:
             return web.json_response(e.body(), status=e.status)
         except ClientStalled:
             self.stalled.set()
-            return downstream.hang_up(request, at_once=True)
+            return client_io.hang_up(request, at_once=True)
 
     async def post(self, **request: Any) -> tuple[int, bytes, str]:
         """Status, body and content type of one request."""
@@ -72,7 +71,7 @@ class Service:
 
 
 @pytest.fixture
-async def service(server: Server, images: Images) -> AsyncIterator[Service]:
+async def service(server: Server, images: ImageService) -> AsyncIterator[Service]:
     found = Service(images, replace(server.settings, max_body_bytes=900_000, image_max_bytes=500_000))
     runner = web.ServerRunner(web.Server(found.handle))
     await runner.setup()
@@ -126,7 +125,7 @@ async def test_links_are_fetched_by_the_operators_rules(service: Service) -> Non
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host = f"127.0.0.1:{runner.addresses[0][1]}"
-    fetcher = Fetcher(links.domains(host), 500_000, permitted=lambda address: address == "127.0.0.1")
+    fetcher = Fetcher(url_policy.domains(host), 500_000, permitted=lambda address: address == "127.0.0.1")
     service.fetch = fetcher.fetch
     listed = [f"http://{host}/0", url(PHOTOS[1]), f"http://{host}/2"]
     status, body, _ = await service.post(json={"images": listed})
@@ -141,7 +140,7 @@ async def test_links_are_fetched_by_the_operators_rules(service: Service) -> Non
 
 async def test_tensors_through_shared_memory(service: Service, server: Server, spec: Any, tmp_path: Path) -> None:
     """The named file holds the very bytes that the body would have had."""
-    service.images = Images(server.path, service.chosen, spec, ImageCache(str(tmp_path), 1 << 28, b"key"))
+    service.images = ImageService(server.path, service.chosen, spec, ImageCache(str(tmp_path), 1 << 28, b"key"))
     headers = {"x-sidecar-handoff": "shm"}
     status, body, kind = await service.post(json={"images": [url(p) for p in PHOTOS]}, headers=headers)
     assert (status, kind) == (200, "application/json")
@@ -174,7 +173,7 @@ async def test_multipart_keeps_the_order(service: Service) -> None:
 async def test_a_client_that_does_not_read_its_tensors_is_hung_up_on(service: Service) -> None:
     """After `client_stall` seconds without a megabyte read, so that nobody can have us hold tensors for ever; one that reads has them all."""
     service.client_stall = 0.3
-    request = {"images": [url(photos.photo(640, 480, 1))] * 4}
+    request = {"images": [url(synthetic_photos.photo(640, 480, 1))] * 4}
     async with service.session.post(service.url, json=request) as got:
         async with asyncio.timeout(20):
             await service.stalled.wait()
@@ -214,7 +213,7 @@ async def test_every_setting_of_the_processor(service: Service, server: Server, 
     """Rescaling, normalising, resampling, patch sizes: the tensors follow the model's configuration, dtype included."""
     spec = families.from_config({**QWEN2_VL, **options})
     assert spec is not None
-    service.images = Images(server.path, server.settings, spec)
+    service.images = ImageService(server.path, server.settings, spec)
     _, body, _ = await service.post(data=form(PHOTOS[:2]))
     assert same(body, PHOTOS[:2], **options)
 
@@ -224,7 +223,7 @@ async def test_tiles_over_http(service: Service, server: Server, tmp_path: Path,
     """Tiles, padded rows, rows side by side, bfloat16: the same tensors over HTTP and in shared memory, and the layout names them."""
     row = ROWS[name]
     cache = ImageCache(str(tmp_path), 1 << 28, b"key")
-    service.images = Images(server.path, service.chosen, row.spec(), cache)
+    service.images = ImageService(server.path, service.chosen, row.spec(), cache)
     status, body, _ = await service.post(data=form(PHOTOS))
     assert status == 200
     pixels = [torch.from_numpy(np.array(Image.open(io.BytesIO(p)))).permute(2, 0, 1) for p in PHOTOS]
@@ -240,7 +239,7 @@ async def test_tiles_over_http(service: Service, server: Server, tmp_path: Path,
 
 async def test_what_is_bfloat16_is_not_called_float32(service: Service, server: Server) -> None:
     """Llama 4's processor computes in bfloat16: nothing else is given out for it, bytes aside."""
-    service.images = Images(server.path, server.settings, ROWS["llama-4"].spec())
+    service.images = ImageService(server.path, server.settings, ROWS["llama-4"].spec())
     asked = [await service.post(data=form(PHOTOS[:1]), params={"values": v}) for v in ("float32", "uint8")]
     assert [status for status, _, _ in asked] == [400, 200]
     assert load(asked[1][1])["pixel_values"].dtype == torch.uint8
@@ -248,7 +247,7 @@ async def test_what_is_bfloat16_is_not_called_float32(service: Service, server: 
 
 async def test_tensors_that_are_not_made_are_refused(service: Service, server: Server) -> None:
     """Tensors and layout alike: there is none."""
-    service.images = Images(server.path, server.settings, PHI.spec())
+    service.images = ImageService(server.path, server.settings, PHI.spec())
     for accept in ("*/*", "application/json"):
         status, body, _ = await service.post(data=form(PHOTOS[:1]), headers={"accept": accept})
         assert status == 400 and b"floating point" in body
@@ -277,7 +276,7 @@ async def test_values_in_half_precision(service: Service, values: str, name: str
 async def test_one_fact_per_image(service: Service) -> None:
     """Every prepared image is told once, with its format, bytes and stages."""
     await service.post(data=form(PHOTOS))
-    facts = [fact for fact in service.facts if isinstance(fact, Imaged)]
+    facts = [fact for fact in service.facts if isinstance(fact, ImagePrepared)]
     assert [(f.format, f.outcome, f.bytes_in, f.id) for f in facts] == [("jpeg", "ok", len(p), "") for p in PHOTOS]
     assert all(f.bytes_out > 0 and dict(f.stages)["decode"] > 0 for f in facts)
 
@@ -354,10 +353,10 @@ async def test_a_multipart_body_without_a_length_is_bounded(service: Service) ->
 async def test_tensors_that_wait_for_their_clients_are_bounded(service: Service) -> None:
     """One request beyond the bound is told to send less, one that meets others to come again; what was held is let go."""
     size = len((await service.post(data=form(PHOTOS[:1])))[1])
-    service.images.results = Results(size)
+    service.images.results = TensorBudget(size)
     status, body, _ = await service.post(data=form(PHOTOS))
     assert (status, json.loads(body)["error"]["code"]) == (400, "tensors_too_large")
-    with service.images.results.of_one() as take:
+    with service.images.results.for_request() as take:
         take(size // 2)
         status, body, _ = await service.post(data=form(PHOTOS[:1]))
         assert (status, json.loads(body)["error"]["code"]) == (503, "images_busy")
@@ -370,7 +369,7 @@ async def test_one_bad_image_fails_the_request_and_is_named(service: Service) ->
     status, body, _ = await service.post(json={"images": [url(PHOTOS[0]), url(b"nothing")]})
     assert status == 400
     assert "images[1]" in json.loads(body)["error"]["message"]
-    assert [f.outcome for f in service.facts if isinstance(f, Imaged)] == ["rejected"]
+    assert [f.outcome for f in service.facts if isinstance(f, ImagePrepared)] == ["rejected"]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +391,7 @@ def test_the_first_form_that_we_have_is_taken(accept: str, want: str) -> None:
 @pytest.mark.filterwarnings("ignore::aiohttp.multipart.BadContentDispositionHeader")
 async def test_a_multipart_body_cut_anywhere_is_a_bad_request(service: Service) -> None:
     """Wherever the body ends too soon, the answer is 400 and never 500."""
-    small = photos.photo(28, 28)
+    small = synthetic_photos.photo(28, 28)
     body = (
         b'--b\r\nContent-Disposition: form-data; name="image"\r\nContent-Type: image/jpeg\r\n\r\n'
         + small

@@ -14,11 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.images import tensor_layout as batches
-from sidecar.images.worker import pipeline as work
-from sidecar.images.worker import tiles
+from sidecar.images import tensor_layout
+from sidecar.images.worker import pipeline, tiles
 from sidecar.kernels import families, fused
-from sidecar.kernels.grid import TileSpec, View
+from sidecar.kernels.grid import ImageView, TileSpec
 
 from .test_families import Family, picture
 
@@ -53,10 +52,10 @@ def ours(row: Family, *images: torch.Tensor) -> dict[str, torch.Tensor]:
     assert isinstance(spec, TileSpec)
     geometries = [spec.geometry(*image.shape[-2:]) for image in images]
     made = [tiles.prepare(image, g, spec) for image, g in zip(images, geometries, strict=True)]
-    groups = batches.pieces([work.octets(tensor) for tensor in made], geometries, spec)
+    groups = tensor_layout.pieces([pipeline.octets(tensor) for tensor in made], geometries, spec)
     data = {"pixel_values": bytearray(b"".join(part for group in groups for part in group))}
     for name, tensor in spec.integers(geometries).items():
-        data[name] = bytearray(b"".join(part for group in batches.integers([tensor]) for part in group))
+        data[name] = bytearray(b"".join(part for group in tensor_layout.integers([tensor]) for part in group))
     shapes = spec.shapes(geometries)
     return {
         name: torch.frombuffer(data[name], dtype=KINDS[dtype]).reshape(shape) for name, (dtype, shape) in shapes.items()
@@ -79,9 +78,9 @@ def test_a_mask_of_ones_is_never_built() -> None:
     tracemalloc.start()
     try:
         images = [spec.geometry(1500, 1500)] * 16
-        sent = sum(len(part) for group in batches.integers(spec.integers(images).values()) for part in group)
+        sent = sum(len(part) for group in tensor_layout.integers(spec.integers(images).values()) for part in group)
         dtype, shape = spec.shapes(images)["pixel_attention_mask"]
-        assert sent == batches.SIZES[dtype] * math.prod(shape) == 16 * 17 * 512 * 512 * 8
+        assert sent == tensor_layout.SIZES[dtype] * math.prod(shape) == 16 * 17 * 512 * 512 * 8
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
@@ -260,7 +259,7 @@ def test_every_form_of_the_kernel_cuts_tiles_alike(data: st.DataObject) -> None:
     tile = draw(1, 40, "tile height"), draw(1, 40, "tile width")
     canvas = tile[0] * draw(1, 3, "rows"), tile[1] * draw(1, 3, "columns")
     size = draw(1, canvas[0], "height"), draw(1, canvas[1], "width")
-    view = View(size, canvas, tile, draw(0, canvas[0] - size[0], "top"), draw(0, canvas[1] - size[1], "left"))
+    view = ImageView(size, canvas, tile, draw(0, canvas[0] - size[0], "top"), draw(0, canvas[1] - size[1], "left"))
     image, spec = picture(draw(1, 60, "h"), draw(1, 60, "w")), ROWS["internvl"].spec()
     assert isinstance(spec, TileSpec)
     wanted = torch.empty((view.tiles, 3, *tile))
@@ -274,7 +273,11 @@ def test_every_form_of_the_kernel_cuts_tiles_alike(data: st.DataObject) -> None:
 def test_a_canvas_that_is_too_small_is_refused() -> None:
     """The kernel never writes beyond what it was given."""
     image, spec = np.zeros((9, 9, 3), np.uint8), ROWS["internvl"].spec()
-    for view in (View((9, 9), (8, 9), (8, 9)), View((4, 4), (8, 8), (8, 3)), View((4, 4), (8, 8), (8, 8), top=5)):
+    for view in (
+        ImageView((9, 9), (8, 9), (8, 9)),
+        ImageView((4, 4), (8, 8), (8, 3)),
+        ImageView((4, 4), (8, 8), (8, 8), top=5),
+    ):
         with pytest.raises(ValueError, match="canvas"):
             fused.tiles(image, view, spec, "uint8", np.empty((1, 3, 8, 8), np.uint8))
 

@@ -21,17 +21,17 @@ from PIL import Image
 
 from sidecar import settings
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images.service import Images
-from sidecar.images.worker.fork_server import plan
-from sidecar.images.worker_queue import ImageQueue
+from sidecar.images.service import ImageService
+from sidecar.images.worker.fork_server import worker_plan
+from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
-from sidecar.tools import synthetic_photos as photos
+from sidecar.tools import synthetic_photos
 from tests.waiting import PATIENCE
 
 from .conftest import Server, children
 
-PHOTO = base64.b64encode(photos.photo(320, 240))
+PHOTO = base64.b64encode(synthetic_photos.photo(320, 240))
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def lone(start_server: Callable[..., Server]) -> Server:
 
 
 @pytest.fixture
-async def one(lone: Server, spec: ProcessorSpec) -> Images:
+async def one(lone: Server, spec: ProcessorSpec) -> ImageService:
     """A client of the lone worker, with a queue of one, once that worker is there."""
-    queue = ImageQueue(lone.path, lone.settings, deadline=30.0, max_waiting=1)
-    images = Images(lone.path, lone.settings, spec, queue=queue)
+    queue = WorkerQueue(lone.path, lone.settings, deadline=30.0, max_waiting=1)
+    images = ImageService(lone.path, lone.settings, spec, queue=queue)
     await images.inline(PHOTO, "x")
     return images
 
@@ -93,7 +93,7 @@ def _both(server: Server) -> list[int]:
     return workers
 
 
-async def killed_at_work(server: Server, images: Images, data: bytes) -> tuple[int, BadImage]:
+async def killed_at_work(server: Server, images: ImageService, data: bytes) -> tuple[int, BadImage]:
     """A worker killed amid an image, and that image's end. One that was done sooner than we could kill it is followed by another."""
     while True:
         await images.inline(PHOTO, "x")
@@ -118,7 +118,7 @@ async def gone(pid: int) -> None:
             os.close(fd)
 
 
-async def test_a_killed_worker_costs_one_image(lone: Server, one: Images, heavy: bytes) -> None:
+async def test_a_killed_worker_costs_one_image(lone: Server, one: ImageService, heavy: bytes) -> None:
     """SIGKILL in the middle of a job fails that image with 400 image_failed; the next one meets a new worker."""
     worker, refused = await killed_at_work(lone, one, heavy)
     assert refused.reason == "image_failed" and refused.status == 400
@@ -132,7 +132,7 @@ def capabilities(pid: int) -> dict[str, int]:
     return {key: int(value, 16) for key, value in lines if key.startswith("Cap") or key == "NoNewPrivs"}
 
 
-async def test_a_worker_has_no_capabilities(lone: Server, one: Images) -> None:
+async def test_a_worker_has_no_capabilities(lone: Server, one: ImageService) -> None:
     """Where the sidecar has some, such as SYS_PTRACE to read the engine's stacks, what decodes images has none and can get none."""
     (worker,) = lone.workers()
     found, ours = capabilities(worker), capabilities(lone.pid)
@@ -157,10 +157,10 @@ def test_with_sys_ptrace_alone_nothing_of_it_is_left() -> None:
     assert (int(before, 16), int(after, 16), int(started.split()[1], 16)) == (1 << 19, 0, 0)
 
 
-async def test_the_deadline_ends_a_job(lone: Server, one: Images, spec: ProcessorSpec, heavy: bytes) -> None:
+async def test_the_deadline_ends_a_job(lone: Server, one: ImageService, spec: ProcessorSpec, heavy: bytes) -> None:
     """A job past its deadline is ended inside C code with image_deadline; the next one is served."""
     (worker,) = lone.workers()
-    hasty = Images(lone.path, lone.settings, spec, queue=ImageQueue(lone.path, lone.settings, deadline=0.02))
+    hasty = ImageService(lone.path, lone.settings, spec, queue=WorkerQueue(lone.path, lone.settings, deadline=0.02))
     with pytest.raises(BadImage) as refused:
         await hasty.inline(heavy, "x")
     assert refused.value.reason == "image_deadline"
@@ -168,7 +168,7 @@ async def test_the_deadline_ends_a_job(lone: Server, one: Images, spec: Processo
     assert (await one.inline(PHOTO, "x")).outcome == "ok"
 
 
-async def test_a_full_queue_is_busy(lone: Server, one: Images) -> None:
+async def test_a_full_queue_is_busy(lone: Server, one: ImageService) -> None:
     """When all places and the queue are taken, the next image gets 503 at once, and those that wait are served later."""
     (worker,) = lone.workers()
     with stopped(worker):
@@ -180,7 +180,7 @@ async def test_a_full_queue_is_busy(lone: Server, one: Images) -> None:
     assert [job.outcome for job in await asyncio.gather(*jobs)] == ["ok"] * 3
 
 
-async def test_cancelled_jobs_leave_nothing_behind(lone: Server, one: Images) -> None:
+async def test_cancelled_jobs_leave_nothing_behind(lone: Server, one: ImageService) -> None:
     """Jobs cancelled at the door and in the queue free their places: many more than there are places can come and go."""
     (worker,) = lone.workers()
     with stopped(worker):
@@ -196,7 +196,7 @@ async def test_cancelled_jobs_leave_nothing_behind(lone: Server, one: Images) ->
     assert lone.workers() == [worker]
 
 
-async def test_a_job_cancelled_at_work_harms_nobody(lone: Server, one: Images, heavy: bytes) -> None:
+async def test_a_job_cancelled_at_work_harms_nobody(lone: Server, one: ImageService, heavy: bytes) -> None:
     """Cancelling while the worker decodes leaves the worker alive for the next image."""
     (worker,) = lone.workers()
     job = asyncio.create_task(one.inline(heavy, "x"))
@@ -208,7 +208,7 @@ async def test_a_job_cancelled_at_work_harms_nobody(lone: Server, one: Images, h
     assert lone.workers() == [worker]
 
 
-async def test_one_slow_image_does_not_hold_up_the_others(server: Server, images: Images, heavy: bytes) -> None:
+async def test_one_slow_image_does_not_hold_up_the_others(server: Server, images: ImageService, heavy: bytes) -> None:
     """With two workers, small images are served while a heavy one is at work."""
     job = asyncio.create_task(images.inline(heavy, "x"))
     while not job.done():
@@ -216,14 +216,14 @@ async def test_one_slow_image_does_not_hold_up_the_others(server: Server, images
     assert (await job).outcome == "ok"
 
 
-async def test_many_images_at_once_come_back_as_themselves(images: Images) -> None:
+async def test_many_images_at_once_come_back_as_themselves(images: ImageService) -> None:
     """Forty concurrent images of different sizes each get their own answer."""
     sizes = [(28 * (2 + i % 5), 28 * (2 + i // 5)) for i in range(40)]
-    jobs = [images.inline(base64.b64encode(photos.photo(*size)), "x") for size in sizes]
+    jobs = [images.inline(base64.b64encode(synthetic_photos.photo(*size)), "x") for size in sizes]
     assert [(p.width, p.height) for p in await asyncio.gather(*jobs)] == sizes
 
 
-async def test_a_client_that_says_nonsense_or_nothing_is_hung_up_on(lone: Server, one: Images) -> None:
+async def test_a_client_that_says_nonsense_or_nothing_is_hung_up_on(lone: Server, one: ImageService) -> None:
     """Bytes that are no frame, a frame over the bound, and a client that leaves: the worker goes on."""
     (worker,) = lone.workers()
     loop = asyncio.get_running_loop()
@@ -249,7 +249,7 @@ async def test_a_client_that_says_nonsense_or_nothing_is_hung_up_on(lone: Server
 async def test_a_restarted_server_is_waited_for(start_server: Callable[..., Server], spec: ProcessorSpec) -> None:
     """The server is killed: its workers die with it, and an image that comes at once waits for the next server."""
     server = start_server()
-    images = Images(server.path, server.settings, spec)
+    images = ImageService(server.path, server.settings, spec)
     await images.inline(PHOTO, "x")
     workers = await asyncio.to_thread(_both, server)
     server.restart()
@@ -269,14 +269,14 @@ def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
 
 async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody listens, the wait is bounded and ends in 503."""
-    monkeypatch.setattr("sidecar.images.worker_queue.PATIENCE", 0.1)
+    monkeypatch.setattr("sidecar.images.worker_queue.QUEUE_TIMEOUT_S", 0.1)
     nowhere, chosen = str(tmp_path / "nothing"), Settings()
-    images = Images(nowhere, chosen, spec, queue=ImageQueue(nowhere, chosen, deadline=0.1))
+    images = ImageService(nowhere, chosen, spec, queue=WorkerQueue(nowhere, chosen, deadline=0.1))
     with pytest.raises(ImagesBusy):
         await images.inline(PHOTO, "x")
 
 
-async def test_a_closed_client_takes_no_more(images: Images) -> None:
+async def test_a_closed_client_takes_no_more(images: ImageService) -> None:
     """After close() an image is refused as busy."""
     await images.close()
     with pytest.raises(ImagesBusy):
@@ -286,7 +286,7 @@ async def test_a_closed_client_takes_no_more(images: Images) -> None:
 async def test_sigterm_ends_server_and_workers(start_server: Callable[..., Server], spec: ProcessorSpec) -> None:
     """SIGTERM ends the server with exit status 0, and every worker with it."""
     server = start_server()
-    await Images(server.path, server.settings, spec).inline(PHOTO, "x")
+    await ImageService(server.path, server.settings, spec).inline(PHOTO, "x")
     workers = server.workers()
     assert await asyncio.to_thread(server.stop) == 0
     for worker in workers:
@@ -309,7 +309,7 @@ async def test_the_server_ends_with_its_parent(tmp_path: Path, spec: ProcessorSp
             shell.stdin.write(settings.to_json(chosen).encode() + b"\n")
             shell.stdin.flush()
             server = int(await asyncio.to_thread(shell.stdout.readline))
-            await Images(path, chosen, spec).inline(PHOTO, "x")
+            await ImageService(path, chosen, spec).inline(PHOTO, "x")
             (worker,) = children(server)
             shell.kill()
             shell.wait()
@@ -353,5 +353,5 @@ def test_cuda_without_a_device_says_what_to_do(requires: Callable[[str], Path]) 
 )
 def test_workers_and_threads_share_the_quota(chosen: Settings, available: int, workers: int, threads: int) -> None:
     """Workers times threads never needs more CPUs than there are, unless more workers were asked for."""
-    made = plan(chosen, available)
+    made = worker_plan(chosen, available)
     assert (made.workers, made.threads) == (workers, threads)

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.engines.registry import identity
-from sidecar.events import Admitted, Fact, FirstToken, Settled, Usage, Work
-from sidecar.load import cost_model as units
-from sidecar.load.coefficient_monitor import Upkeep
+from sidecar.events import Admitted, Event, FirstToken, RequestSize, Settled, Usage
+from sidecar.load import cost_model
+from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift, mismatch
 from sidecar.load.ledger import Ledger
-from sidecar.load.refit import SURE, Refit
-from sidecar.load.work_windows import SECONDS, TERMS, WAIT, Window, Windows
-from sidecar.readings import Identity
+from sidecar.load.refit import MIN_SURE_WINDOWS, Refit
+from sidecar.load.work_windows import TERMS, WINDOW_CLOSE_WAIT_S, WINDOW_S, WorkWindow, WorkWindows
+from sidecar.readings import EngineIdentity
 
 from .work import found, history, slower, windows
 
@@ -35,14 +35,14 @@ WITHIN = 30  # windows in which a slowdown to 1.5 times is found
 # --- the re-fit ---
 
 
-def fitted(prior: Coefficients, seen: Iterable[Window]) -> Refit:
+def fitted(prior: Coefficients, seen: Iterable[WorkWindow]) -> Refit:
     refit = Refit(prior)
     for window in seen:
         refit.add(window)
     return refit
 
 
-def error(refit: Refit, seen: Iterable[Window]) -> float:
+def error(refit: Refit, seen: Iterable[WorkWindow]) -> float:
     """Mean log error on windows that were not learned."""
     shadow = refit.shadow()
     assert shadow
@@ -51,7 +51,7 @@ def error(refit: Refit, seen: Iterable[Window]) -> float:
     for window in seen:
         x = dict(zip(TERMS, window.work, strict=True))
         decode = co.d * ((1 - shared) * x["d"] + shared * co.batch * x["step"])
-        said = decode + sum(getattr(co, name) * x[name] for name in units.TERMS if name != "d")
+        said = decode + sum(getattr(co, name) * x[name] for name in cost_model.TERMS if name != "d")
         errors.append(abs(math.log(said / window.ms)))
     return sum(errors) / len(errors)
 
@@ -65,7 +65,7 @@ def test_the_refit_converges_on_known_coefficients(prior: Coefficients, shared: 
     shadow = refit.shadow()
     assert shadow
     d = TRUE.d * (1 - shared + shared * TRUE.batch / prior.batch)  # at the batch that the prior holds for
-    assert units.unit_ms(shadow.co) == pytest.approx(units.unit_ms(replace(TRUE, d=d)), rel=0.12)
+    assert cost_model.unit_ms(shadow.co) == pytest.approx(cost_model.unit_ms(replace(TRUE, d=d)), rel=0.12)
 
 
 def test_a_term_that_the_traffic_does_not_show_keeps_its_share() -> None:
@@ -87,7 +87,7 @@ def test_garbage_keeps_the_refit_bounded(garbage: list[tuple[float, list[float],
     """Whatever is measured: coefficients are at least 0 and finite, and the drift's sums are bounded."""
     refit, drift = Refit(TRUE), Drift(TRUE)
     for at, (ms, work, together) in enumerate(garbage):
-        window = Window(float(at), ms, tuple(work), max(1.0, together))
+        window = WorkWindow(float(at), ms, tuple(work), max(1.0, together))
         refit.add(window)
         drift.add(window)
     assert all(0 <= t <= 1e4 for t in refit.times)
@@ -105,7 +105,7 @@ def test_one_odd_window_pulls_with_a_bounded_gain(seed: int, odd: float) -> None
     after = refit.shadow()
     assert before
     assert after
-    assert units.unit_ms(after.co) == pytest.approx(units.unit_ms(before.co), rel=0.1)
+    assert cost_model.unit_ms(after.co) == pytest.approx(cost_model.unit_ms(before.co), rel=0.1)
 
 
 # --- the alarm ---
@@ -176,18 +176,18 @@ def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
 @pytest.mark.parametrize(
     ("seen", "said"),
     [
-        (Identity(("a", "b"), "1.0", ("H100",)), ""),
-        (Identity(), ""),
-        (Identity(("c",), "1.0", ("H100",)), "model"),
-        (Identity(("a",), "1.1", ("H100",)), "version"),
-        (Identity(("a",), "1.0", ("NVIDIA L4",)), "L4"),
-        (Identity(("a",), "1.0", ("",)), ""),  # a GPU that was lost before it could say its name
-        (Identity(("a",), "1.0", ("NVIDIA H100 80GB HBM3",)), ""),
-        (Identity(("a",), "1.0", flags=("cache_dtype=auto", "gpu_memory_utilization=0.5")), ""),
-        (Identity(("a",), "1.0", flags=("cache_dtype=fp8",)), "cache_dtype=fp8"),
+        (EngineIdentity(("a", "b"), "1.0", ("H100",)), ""),
+        (EngineIdentity(), ""),
+        (EngineIdentity(("c",), "1.0", ("H100",)), "model"),
+        (EngineIdentity(("a",), "1.1", ("H100",)), "version"),
+        (EngineIdentity(("a",), "1.0", ("NVIDIA L4",)), "L4"),
+        (EngineIdentity(("a",), "1.0", ("",)), ""),  # a GPU that was lost before it could say its name
+        (EngineIdentity(("a",), "1.0", ("NVIDIA H100 80GB HBM3",)), ""),
+        (EngineIdentity(("a",), "1.0", flags=("cache_dtype=auto", "gpu_memory_utilization=0.5")), ""),
+        (EngineIdentity(("a",), "1.0", flags=("cache_dtype=fp8",)), "cache_dtype=fp8"),
     ],
 )
-def test_another_origin_is_a_mismatch(seen: Identity, said: str) -> None:
+def test_another_origin_is_a_mismatch(seen: EngineIdentity, said: str) -> None:
     """Model, engine version and GPU, each only where both sides know it."""
     told = mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100", flags=FLAGS), seen)
     assert said in told
@@ -202,8 +202,8 @@ def test_the_name_of_an_engine_and_its_settings_are_read() -> None:
         "/version": b'{"version": "1.0"}',
         "/metrics": b'vllm:cache_config_info{block_size="16",cache_dtype="auto",engine="0"} 1.0\n',
     }
-    assert identity(pages) == Identity(("a",), "1.0", flags=("cache_dtype=auto", "block_size=16"))
-    assert identity(dict.fromkeys(pages, b"[]")) == Identity()
+    assert identity(pages) == EngineIdentity(("a",), "1.0", flags=("cache_dtype=auto", "block_size=16"))
+    assert identity(dict.fromkeys(pages, b"[]")) == EngineIdentity()
 
 
 # --- windows, from facts ---
@@ -219,9 +219,9 @@ def test_a_history_of_the_scheduler_is_accounted_for() -> None:
         assert said == pytest.approx(sum(w.ms for w in seen), rel=0.05), rate
 
 
-def closed(co: Coefficients, facts: Iterable[tuple[float, Fact]]) -> Iterator[Window]:
+def closed(co: Coefficients, facts: Iterable[tuple[float, Event]]) -> Iterator[WorkWindow]:
     """The windows of a history."""
-    ledger, made = Ledger(co), Windows(co, 0.0)
+    ledger, made = Ledger(co), WorkWindows(co, 0.0)
     for at, fact in facts:
         if (settlement := ledger.apply(0, fact)) is not None:
             made.settled(settlement)
@@ -231,24 +231,24 @@ def closed(co: Coefficients, facts: Iterable[tuple[float, Fact]]) -> Iterator[Wi
 @pytest.mark.parametrize("rate", [1.0, 3.0])
 def test_a_slower_scheduler_is_found(rate: float) -> None:
     """The whole chain, facts to alarm: steps that take 1.5 times as long are told within WITHIN windows, and not before."""
-    upkeep, ledger = Upkeep(SCRIPTED, 0.0), Ledger(SCRIPTED)
+    upkeep, ledger = CoefficientMonitor(SCRIPTED, 0.0), Ledger(SCRIPTED)
     stale_at = None
     facts = [*history(SCRIPTED, 600.0, 1, rate=rate), *history(SCRIPTED, 300.0, 2, rate=rate, slow=1.5, start=600.0)]
     for at, fact in facts:
         if (settlement := ledger.apply(0, fact)) is not None:
             upkeep.settled(settlement)
-            upkeep.tick(ledger.holds(), at, Identity(), trusted=True)
+            upkeep.tick(ledger.holds(), at, EngineIdentity(), trusted=True)
         if upkeep.stale and stale_at is None:
             stale_at = at
     assert stale_at is not None
-    assert 600.0 < stale_at < 600.0 + WITHIN * SECONDS
+    assert 600.0 < stale_at < 600.0 + WITHIN * WINDOW_S
     assert upkeep.margin == pytest.approx(0.5)
     shadow = upkeep.refit.shadow()
     assert shadow
     assert shadow.co.a > 0.05
 
 
-WORK = Work(1000, output=100)
+WORK = RequestSize(1000, output=100)
 
 
 def one(id: str, at: float, *, stream: bool = True) -> Admitted:
@@ -261,7 +261,7 @@ def ended(id: str, at: float, *, sent: float, first: float, outcome: str = "ok")
 
 def test_a_window_waits_for_first_tokens_and_not_for_ever() -> None:
     """It is closed when what began in it is known, and thrown away when that takes longer than WAIT."""
-    ledger, made = Ledger(TRUE), Windows(TRUE, 0.0)
+    ledger, made = Ledger(TRUE), WorkWindows(TRUE, 0.0)
     ledger.apply(0, one("a", 12.0))
     assert made.close(ledger.holds(), 25.0) == []
     ledger.apply(0, FirstToken("a", 26.0))
@@ -269,14 +269,14 @@ def test_a_window_waits_for_first_tokens_and_not_for_ever() -> None:
     assert window.at == 20.0
     ledger.apply(0, one("b", 40.0))
     made.close(ledger.holds(), 45.0)
-    assert made.close(ledger.holds(), 50.0 + WAIT + 2) == []
+    assert made.close(ledger.holds(), 50.0 + WINDOW_CLOSE_WAIT_S + 2) == []
 
 
 @pytest.mark.parametrize("outcome", ["engine_error", "stalled", "lost"])
 def test_failed_work_spoils_its_windows(outcome: str) -> None:
     """What an engine did for a request that failed is not known."""
     for how, expected in (("ok", 1), (outcome, 0)):
-        ledger, made = Ledger(TRUE), Windows(TRUE, 0.0)
+        ledger, made = Ledger(TRUE), WorkWindows(TRUE, 0.0)
         ledger.apply(0, one("a", 12.0))
         settlement = ledger.apply(0, ended("a", 18.0, sent=12.0, first=13.0, outcome=how))
         assert settlement
@@ -288,11 +288,11 @@ def test_what_is_not_trusted_teaches_nothing() -> None:
     """While the verdict is in doubt, or others use the engine, no window counts; and a roofline is never stale."""
     rng = random.Random(1)
     for co, trusted, seen in ((SCRIPTED, False, 0), (Coefficients(), True, 1)):
-        upkeep, ledger = Upkeep(co, 0.0), Ledger(co)
+        upkeep, ledger = CoefficientMonitor(co, 0.0), Ledger(co)
         for at, fact in history(SCRIPTED, 100.0, rng.randint(0, 9), rate=4.0):
             if (settlement := ledger.apply(0, fact)) is not None:
                 upkeep.settled(settlement)
-            upkeep.tick(ledger.holds(), at, Identity(("other",)), trusted=trusted)
+            upkeep.tick(ledger.holds(), at, EngineIdentity(("other",)), trusted=trusted)
         assert (upkeep.refit.windows > 0) is bool(seen)
         assert upkeep.stale == ""
-        assert upkeep.use().shadow is None or upkeep.refit.windows >= SURE
+        assert upkeep.use().shadow is None or upkeep.refit.windows >= MIN_SURE_WINDOWS

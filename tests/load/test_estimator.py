@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from sidecar.events import Usage, Work
-from sidecar.load import cost_model as units
-from sidecar.load.estimator import IMAGE_TOKENS, Estimate, Estimator, Means
-from sidecar.load.request_shape import Shape
+from sidecar.events import RequestSize, Usage
+from sidecar.load import cost_model
+from sidecar.load.estimator import IMAGE_TOKENS, DecayedMeans, Estimate, Estimator
+from sidecar.load.request_shape import RequestShape
 
-CO = units.Coefficients()
+CO = cost_model.Coefficients()
 
 
-def work(estimator: Estimator, tenant: str, shape: Shape) -> Work:
+def work(estimator: Estimator, tenant: str, shape: RequestShape) -> RequestSize:
     return estimator.estimate(tenant, shape, []).work
 
 
 def test_the_first_request_is_priced_by_the_documented_defaults() -> None:
     """Four bytes a token, the prior's mean of output tokens, and a documented size for an image nobody measured."""
-    first = Estimator(CO).estimate("t", Shape("m", text_bytes=400, token_ids=5, images=2), [77]).work
-    assert first == Work(
+    first = Estimator(CO).estimate("t", RequestShape("m", text_bytes=400, token_ids=5, images=2), [77]).work
+    assert first == RequestSize(
         100 + 5 + 77 + IMAGE_TOKENS, output=first.output, image_tokens=77 + IMAGE_TOKENS, images=2,
         image_squares=77**2 + IMAGE_TOKENS**2,
     )  # fmt: skip
@@ -26,72 +26,72 @@ def test_the_first_request_is_priced_by_the_documented_defaults() -> None:
 
 def test_text_that_was_counted_needs_no_ratio() -> None:
     """A tokenizer's count takes the place of bytes over a ratio."""
-    assert Estimator(CO).estimate("t", Shape("m", text_bytes=400, token_ids=5), [], 31).work.uncached == 36
+    assert Estimator(CO).estimate("t", RequestShape("m", text_bytes=400, token_ids=5), [], 31).work.uncached == 36
 
 
 def test_the_clients_limit_caps_and_choices_multiply() -> None:
     """`n` choices are n outputs, and neither estimate nor reservation exceeds what the client allows over all of them."""
     estimator = Estimator(CO)
-    one, three = work(estimator, "t", Shape()).output, work(estimator, "t", Shape(choices=3)).output
+    one, three = work(estimator, "t", RequestShape()).output, work(estimator, "t", RequestShape(choices=3)).output
     assert abs(three - 3 * one) <= 2
-    capped = estimator.estimate("t", Shape(choices=3, max_output=30), [])
-    assert 25 <= capped.work.output <= estimator.high("t", Shape(choices=3, max_output=30), capped.work) <= 30
+    capped = estimator.estimate("t", RequestShape(choices=3, max_output=30), [])
+    assert 25 <= capped.work.output <= estimator.high("t", RequestShape(choices=3, max_output=30), capped.work) <= 30
 
 
 def test_embeddings_generate_nothing() -> None:
     """A route that is not generative has no output, whatever it learned."""
     estimator = Estimator(CO)
-    shape = Shape(generative=False, text_bytes=40)
+    shape = RequestShape(generative=False, text_bytes=40)
     estimator.learn("t", shape, Usage(10, 0))
-    assert estimator.estimate("t", shape, []) == Estimate(Work(10), units.mu(Work(10), CO))
+    assert estimator.estimate("t", shape, []) == Estimate(RequestSize(10), cost_model.mu(RequestSize(10), CO))
 
 
 def test_ratio_and_length_are_learned_where_they_belong() -> None:
     """Bytes per token belong to model and script, output lengths to (tenant, model) first; a new tenant is taken to be like its model's others."""
     estimator = Estimator(CO)
-    shape = Shape("m", text_bytes=2000)
+    shape = RequestShape("m", text_bytes=2000)
     for _ in range(300):
         estimator.learn("a", shape, Usage(1000, 10))
         estimator.learn("b", shape, Usage(1000, 100))
     assert abs(work(estimator, "a", shape).uncached - 1000) < 20
     assert work(estimator, "a", shape).output < 15 and work(estimator, "b", shape).output > 90
     assert 40 < work(estimator, "c", shape).output < 70
-    assert work(estimator, "a", Shape("other", text_bytes=2000)).uncached == 500
-    assert work(estimator, "a", Shape("m", text_bytes=2000, script=3)).uncached == 500
+    assert work(estimator, "a", RequestShape("other", text_bytes=2000)).uncached == 500
+    assert work(estimator, "a", RequestShape("m", text_bytes=2000, script=3)).uncached == 500
 
 
 def test_what_outlasts_its_estimate_is_expected_to_go_on() -> None:
     """The tail is what such answers still bring: it grows where lengths are spread wide, and ends at the client's limit."""
     estimator = Estimator(CO)
-    shape = Shape("m", stream=True, text_bytes=400)
+    shape = RequestShape("m", stream=True, text_bytes=400)
     for n in range(600):
         estimator.learn("t", shape, Usage(100, 2000 if n % 4 == 0 else 20))
     open_end = estimator.estimate("t", shape, [])
     assert 400 < open_end.work.output < 650 and open_end.tail[0] > open_end.work.output
-    bounded = estimator.estimate("t", Shape("m", stream=True, text_bytes=400, max_output=100), [])
+    bounded = estimator.estimate("t", RequestShape("m", stream=True, text_bytes=400, max_output=100), [])
     assert bounded.tail[0] < 100 and bounded.tail[-1] == 0
 
 
 def test_images_teach_nothing_about_text() -> None:
     """Prompt tokens of a request with images are mostly the images' and leave the ratio alone."""
     estimator = Estimator(CO)
-    estimator.learn("t", Shape("m", text_bytes=40, images=1), Usage(3000, 5))
-    assert work(estimator, "t", Shape("m", text_bytes=400)).uncached == 100
+    estimator.learn("t", RequestShape("m", text_bytes=40, images=1), Usage(3000, 5))
+    assert work(estimator, "t", RequestShape("m", text_bytes=400)).uncached == 100
 
 
 def test_a_price_is_the_units_price() -> None:
     """The estimator's price of a work is that of units.mu, and a reservation is no less than the expected value."""
     estimator = Estimator(CO)
-    whole = Work(3500, 10, 300, 20, 1)
-    assert abs(estimator.mu(whole) - units.mu(whole, CO)) < 1e-12
-    shape = Shape("m", text_bytes=100)
+    whole = RequestSize(3500, 10, 300, 20, 1)
+    assert abs(estimator.mu(whole) - cost_model.mu(whole, CO)) < 1e-12
+    shape = RequestShape("m", text_bytes=100)
     estimate = estimator.estimate("t", shape, [])
     assert estimate.mu == estimator.mu(estimate.work) < estimator.reserved("t", shape, estimate.work)
 
 
 def test_the_tables_are_bounded() -> None:
     """What was used least recently is forgotten first, and then has its start value again."""
-    means: Means[int] = Means(1.0, limit=2)
+    means: DecayedMeans[int] = DecayedMeans(1.0, limit=2)
     for key in (1, 2, 1, 3):
         means.add(key, 100.0)
     assert [means.get(key) > 1.0 for key in (1, 2, 3)] == [True, False, True]

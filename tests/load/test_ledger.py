@@ -9,16 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from sidecar.events import Admitted, Backpressure, Delivered, FirstToken, Outcome, Settled, Usage, Work
-from sidecar.load import cost_model as units
-from sidecar.load.ledger import Ledger, Rate
+from sidecar.events import Admitted, Delivered, FirstToken, Outcome, RequestBlocked, RequestSize, Settled, Usage
+from sidecar.load import cost_model
+from sidecar.load.ledger import Ledger, SlidingSum
 
-CO = units.Coefficients()
-WORK = Work(1000, output=100)
+CO = cost_model.Coefficients()
+WORK = RequestSize(1000, output=100)
 
 
-def admitted(id: str, at: float = 0.0, work: Work = WORK, tenant: str = "acme") -> Admitted:
-    return Admitted(id, at, tenant, "m", "chat", True, work, None, units.mu(work, CO))
+def admitted(id: str, at: float = 0.0, work: RequestSize = WORK, tenant: str = "acme") -> Admitted:
+    return Admitted(id, at, tenant, "m", "chat", True, work, None, cost_model.mu(work, CO))
 
 
 def settled(
@@ -40,8 +40,8 @@ def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage(
     ledger.apply(0, Delivered("a", 2.0, 40, 900))
     assert ledger.stock().decode_tokens == 60
     done = ledger.apply(0, settled("a", 3.0, usage=Usage(1000, 50, 400), first=1.0, tokens=50))
-    assert done is not None and done.work == Work(600, 400, 50)
-    assert done.mu == units.mu(Work(600, 400, 50), CO)
+    assert done is not None and done.work == RequestSize(600, 400, 50)
+    assert done.mu == cost_model.mu(RequestSize(600, 400, 50), CO)
     assert ledger.stock() == type(ledger.stock())(0.0, 0, 0, 0, 0)
     assert ledger.mu_per_minute(3.0) == pytest.approx(done.mu)
     assert ledger.delivered_total == 50
@@ -55,7 +55,7 @@ def test_a_request_that_outlasts_its_estimate_keeps_a_hold() -> None:
     for at, tokens in enumerate((50, 50, 50, 50, 200, 400, 190), 1):
         ledger.apply(0, Delivered("a", at, tokens, 900))
         left.append(ledger.stock().decode_tokens)
-        assert ledger.stock().mu > units.mu(Work(0, output=left[-1]), CO) / 2
+        assert ledger.stock().mu > cost_model.mu(RequestSize(0, output=left[-1]), CO) / 2
     assert left == [80, 60, 130, 200, 300, 200, 10]
 
 
@@ -73,11 +73,11 @@ def test_a_blocked_request_is_held_and_its_silence_starts_anew_when_it_goes_on()
     """A hold that waits for its client keeps its units, is marked, and from its unblocking on the engine answers for it."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a", at=1.0))
-    ledger.apply(0, Backpressure("a", 2.0, True))
-    ledger.apply(0, Backpressure("never", 2.0, True))
+    ledger.apply(0, RequestBlocked("a", 2.0, True))
+    ledger.apply(0, RequestBlocked("never", 2.0, True))
     [hold] = ledger.holds()
     assert (hold.blocked, hold.since, ledger.stock().waiting) == (True, 1.0, 1)
-    ledger.apply(0, Backpressure("a", 9.0, False))
+    ledger.apply(0, RequestBlocked("a", 9.0, False))
     [hold] = ledger.holds()
     assert (hold.blocked, hold.since, hold.last_at) == (False, 9.0, 9.0)
 
@@ -111,9 +111,9 @@ def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None
 
 def test_labels_are_bounded() -> None:
     """Tenants past the bound share one account."""
-    from sidecar.labels import Bounded
+    from sidecar.labels import BoundedLabels
 
-    ledger = Ledger(CO, Bounded(2), Bounded(2))
+    ledger = Ledger(CO, BoundedLabels(2), BoundedLabels(2))
     for n in range(10):
         ledger.apply(0, admitted(str(n), tenant=f"t{n}"))
         ledger.apply(0, settled(str(n), 1.0))
@@ -138,7 +138,7 @@ def test_a_count_that_was_too_high_is_made_up_for() -> None:
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 200)), max_size=50))
 def test_a_rate_is_the_sum_of_its_window(events: list[tuple[float, float]]) -> None:
     """What is older than the window is gone, what is younger counts, to within a bucket of one second."""
-    rate, now = Rate(60.0), 0.0
+    rate, now = SlidingSum(60.0), 0.0
     for amount, step in events:
         now += step
         rate.add(amount, now)
@@ -168,7 +168,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(target=open_requests, relay=st.integers(0, 1), u=st.integers(0, 5000), o=st.integers(0, 500))
     def admit(self, relay: int, u: int, o: int) -> tuple[int, str]:
         self.count += 1
-        fact = admitted(str(self.count), self.now, Work(u, output=o))
+        fact = admitted(str(self.count), self.now, RequestSize(u, output=o))
         self.ledger.apply(relay, fact)
         self.open[relay, fact.id] = fact.mu
         return relay, fact.id

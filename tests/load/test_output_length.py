@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.load.output_length import BUCKETS, MIDDLES, PRIOR, STARTS, Forecast, Outputs, bucket_of
+from sidecar.load.output_length import BUCKETS, MIDDLES, PRIOR, STARTS, OutputForecast, OutputLengths, bucket_of
 
 lengths = st.lists(st.integers(0, 200_000), min_size=1, max_size=60)
 
 
-def taught(answers: list[int]) -> Outputs:
-    outputs = Outputs()
+def taught(answers: list[int]) -> OutputLengths:
+    outputs = OutputLengths()
     for tokens in answers:
         outputs.learn("t", "m", 100, tokens)
     return outputs
@@ -123,7 +123,7 @@ def test_a_cut_that_tells_nothing_changes_nothing() -> None:
 
 def test_the_table_is_bounded() -> None:
     """However many tenants come, so many histograms are kept, and those used last are among them."""
-    outputs = Outputs(limit=30)
+    outputs = OutputLengths(limit=30)
     for n in range(500):
         outputs.learn(f"tenant-{n}", "m", 100, 10)
     assert len(outputs) == 30
@@ -134,5 +134,5 @@ def test_the_table_is_bounded() -> None:
 
 def test_a_length_beyond_all_seen_is_expected_to_double() -> None:
     """Where no answer was ever so long, as much again is expected."""
-    nothing_beyond = Forecast([(1.0, [1.0] + [0.0] * (BUCKETS - 1), 1.0, 0.0)])
+    nothing_beyond = OutputForecast([(1.0, [1.0] + [0.0] * (BUCKETS - 1), 1.0, 0.0)])
     assert nothing_beyond.left([500.0]) == [500.0]

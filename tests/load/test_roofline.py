@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from sidecar.__main__ import run
 from sidecar.errors import UsageError
-from sidecar.events import Work
+from sidecar.events import RequestSize
 from sidecar.launch.preflight import coefficients
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.gpu_specs import GPUS, find
 from sidecar.load.roofline import Config, model_of, roofline, vision, windows
@@ -73,7 +73,7 @@ def test_the_documented_default_is_a_roofline() -> None:
     """A dense 8B model on an H100 gives the default's coefficients within 15 %."""
     found, default = roofline(LLAMA, H100), Coefficients()
     assert found.source == "roofline: llama of 7.5B active weights on H100"
-    for name in units.TERMS:
+    for name in cost_model.TERMS:
         assert getattr(found, name) == pytest.approx(getattr(default, name), rel=0.15), name
 
 
@@ -218,8 +218,8 @@ KEYS = sorted({*QWEN3_30B, *DEEPSEEK, "vision_config", "text_config", "layer_typ
 def test_no_config_breaks_the_start(changes: dict[str, Any], gpu: str) -> None:
     """Whatever a config.json holds, coefficients come out that price work above 0 and can be written and read again."""
     co = roofline({**LLAMA, **changes}, gpu)
-    assert 0 < units.gpu_ms(Work(100, output=10), co) < float("inf")
-    assert units.from_json(units.to_json(co)) == co
+    assert 0 < cost_model.gpu_ms(RequestSize(100, output=10), co) < float("inf")
+    assert cost_model.from_json(cost_model.to_json(co)) == co
 
 
 def test_the_command_takes_the_models_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +228,7 @@ def test_the_command_takes_the_models_roofline(tmp_path: Path, capsys: pytest.Ca
     found = coefficients(Settings(model=str(tmp_path), gpu="2xL40S"))
     assert found == roofline(LLAMA, "L40S", 2)
     kept = tmp_path / "co.json"
-    kept.write_text(units.to_json(Coefficients(a=7.0)))
+    kept.write_text(cost_model.to_json(Coefficients(a=7.0)))
     assert coefficients(Settings(model=str(tmp_path), coefficients=str(kept))).a == 7.0
     assert coefficients(Settings()) == Coefficients()
     (tmp_path / "config.json").write_text("[")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.errors import UsageError
-from sidecar.load.tenant_limits import NEVER, Bucket, Limit, Limits, charged, parse, refilled, refusal
+from sidecar.load.tenant_limits import NEVER, TenantLimit, TenantLimits, TokenBucket, charged, parse, refilled, refusal
 
 FILE = """
 spill_over_below = 0.5
@@ -29,12 +29,12 @@ steps = st.lists(st.tuples(st.floats(0, 30), sizes, st.floats(0, 80), st.boolean
 def test_a_file_gives_each_tenant_its_own_and_others_the_default() -> None:
     """A tenant's table takes the default's place; an empty one frees it; JSON says the same."""
     limits = parse(FILE, "f")
-    assert limits.of("acme") == Limit(600.0, None, 100.0, True) and limits.of("acme").burst == 100
-    assert limits.of("team a/b") == Limit()
-    assert limits.of("anyone") == Limit(60.0, 4.0) and limits.of("anyone").burst == 60
+    assert limits.of("acme") == TenantLimit(600.0, None, 100.0, True) and limits.of("acme").burst == 100
+    assert limits.of("team a/b") == TenantLimit()
+    assert limits.of("anyone") == TenantLimit(60.0, 4.0) and limits.of("anyone").burst == 60
     assert limits.spill_over_below == 0.5
-    assert parse('{"default": {"mu_per_minute": 60}}', "f") == Limits(Limit(60.0))
-    assert parse("", "f") == Limits()
+    assert parse('{"default": {"mu_per_minute": 60}}', "f") == TenantLimits(TenantLimit(60.0))
+    assert parse("", "f") == TenantLimits()
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_never_more_than_rate_times_time_and_burst(
 
     A request larger than the burst is let in from a full bucket, and is then over by no more than its own size.
     """
-    limit = Limit(rate, None, burst)
-    bucket, now, used = Bucket(limit.burst, 0.0), 0.0, 0.0
+    limit = TenantLimit(rate, None, burst)
+    bucket, now, used = TokenBucket(limit.burst, 0.0), 0.0, 0.0
     for step, mu, actual, settles in requests:
         now += step
         bucket = refilled(bucket, limit, now)
@@ -92,7 +92,7 @@ def test_never_more_than_rate_times_time_and_burst(
 @given(rates, st.floats(0, 100), st.floats(-50, 100), sizes)
 def test_the_wait_is_true(rate: float, burst: float, level: float, mu: float) -> None:
     """After the time that was told the same request is admitted, and a hundredth before it not."""
-    limit, bucket = Limit(rate, None, burst), Bucket(min(level, burst), 0.0)
+    limit, bucket = TenantLimit(rate, None, burst), TokenBucket(min(level, burst), 0.0)
     refused = refusal(limit, bucket, 0.0, mu, mu)
     if refused is None:
         return
@@ -105,23 +105,23 @@ def test_the_wait_is_true(rate: float, burst: float, level: float, mu: float) ->
 @given(st.floats(0.1, 20), st.lists(st.tuples(st.booleans(), sizes), max_size=60))
 def test_reservations_in_flight_keep_to_their_limit(most: float, events: list[tuple[bool, float]]) -> None:
     """The sum of what is open never passes the limit, but for one request that is larger by itself."""
-    limit, open_ = Limit(None, most), list[float]()
+    limit, open_ = TenantLimit(None, most), list[float]()
     for ends, high in events:
         if ends and open_:
             open_.pop(0)
-        elif refusal(limit, Bucket(0.0, 0.0), sum(open_), 1.0, high) is None:
+        elif refusal(limit, TokenBucket(0.0, 0.0), sum(open_), 1.0, high) is None:
             open_.append(high)
         assert sum(open_) <= most + 1e-9 or len(open_) == 1
 
 
 def test_a_limit_of_nothing_admits_nothing() -> None:
     """0 closes a tenant: no burst, no first request, and a wait that says so."""
-    for limit in (Limit(0.0), Limit(0.0, None, 5.0), Limit(None, 0.0)):
-        refused = refusal(limit, Bucket(limit.burst, 0.0), 0.0, 0.1, 0.1)
+    for limit in (TenantLimit(0.0), TenantLimit(0.0, None, 5.0), TenantLimit(None, 0.0)):
+        refused = refusal(limit, TokenBucket(limit.burst, 0.0), 0.0, 0.1, 0.1)
         assert refused is not None and refused.wait == NEVER
 
 
 def test_a_clock_that_stands_still_or_goes_back_gives_nothing() -> None:
     """Two processes may read the clock in another order than they write."""
-    limit = Limit(60.0)
-    assert refilled(Bucket(1.0, 10.0), limit, 9.0) == Bucket(1.0, 10.0)
+    limit = TenantLimit(60.0)
+    assert refilled(TokenBucket(1.0, 10.0), limit, 9.0) == TokenBucket(1.0, 10.0)

@@ -6,27 +6,27 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from sidecar.events import Admitted, Delivered, Fact, FirstToken, Settled, Usage, Work
-from sidecar.load import cost_model as units
+from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestSize, Settled, Usage
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift
-from sidecar.load.work_windows import TERMS, Window
+from sidecar.load.work_windows import TERMS, WorkWindow
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.scheduler import Limits, Scheduler, Sequence
+from sidecar.tools.scripted_engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 
 PIECE = 16  # tokens of a delivery
-ENGINE = Limits(20_000.0, 0.010, 64, 2048, 131_072, 2048)  # the defaults of `sidecar engine`
+ENGINE = SchedulerLimits(20_000.0, 0.010, 64, 2048, 131_072, 2048)  # the defaults of `sidecar engine`
 
 
 def ms(window: dict[str, float], co: Coefficients, shared: float) -> float:
     """What a window's work takes on an engine of which `shared` of d is paid per step."""
     decode = co.d * ((1 - shared) * window["d"] + shared * co.batch * window["step"])
-    return decode + sum(getattr(co, name) * window[name] for name in units.TERMS if name != "d")
+    return decode + sum(getattr(co, name) * window[name] for name in cost_model.TERMS if name != "d")
 
 
 def windows(
     co: Coefficients, count: int, seed: int, *, shared: float = 0.8, noise: float = 0.1, images: bool = True
-) -> Iterator[Window]:
+) -> Iterator[WorkWindow]:
     """Windows of mixed load on it, with the noise of a log-normal."""
     rng = random.Random(seed)
     for at in range(count):
@@ -34,7 +34,7 @@ def windows(
         work = dict.fromkeys(TERMS, 0.0)
         for _ in range(requests):
             pictures = rng.randint(0, 2) if images else 0
-            w = Work(
+            w = RequestSize(
                 int(rng.lognormvariate(6.5, 1)),
                 int(rng.choice((0, 1000))),
                 int(rng.lognormvariate(4.5, 1)),
@@ -42,14 +42,14 @@ def windows(
                 pictures,
                 image_squares=400**2 * pictures,
             )
-            for name, value in zip(units.TERMS, units.features(w, co), strict=True):
+            for name, value in zip(cost_model.TERMS, cost_model.features(w, co), strict=True):
                 work[name] += value
         work["step"] = work["d"] / together
         took = ms(work, co, shared) * rng.lognormvariate(0, noise)
-        yield Window(10.0 * at, took, tuple(work[name] for name in TERMS), together)
+        yield WorkWindow(10.0 * at, took, tuple(work[name] for name in TERMS), together)
 
 
-def found(drift: Drift, seen: Iterable[Window]) -> int | None:
+def found(drift: Drift, seen: Iterable[WorkWindow]) -> int | None:
     """After how many windows the coefficients were stale."""
     for number, window in enumerate(seen, 1):
         drift.add(window)
@@ -58,7 +58,7 @@ def found(drift: Drift, seen: Iterable[Window]) -> int | None:
     return None
 
 
-def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
+def slower(seen: Iterator[WorkWindow], times: float) -> Iterator[WorkWindow]:
     """The same windows of an engine that takes so many times as long."""
     return (replace(window, ms=window.ms * times) for window in seen)
 
@@ -66,7 +66,7 @@ def slower(seen: Iterator[Window], times: float) -> Iterator[Window]:
 @dataclass(slots=True)
 class _Request:
     id: str
-    sequence: Sequence
+    sequence: ScheduledSequence
     at: float
     first: float | None = None
     sent: int = 0
@@ -74,21 +74,21 @@ class _Request:
 
 def history(
     co: Coefficients, seconds: float, seed: int, *, rate: float, slow: float = 1.0, start: float = 0.0
-) -> Iterator[tuple[float, Fact]]:
+) -> Iterator[tuple[float, Event]]:
     """Facts of users of the scripted engine's scheduler, in simulated time; every step takes `slow` times as long."""
     rng = random.Random(seed)
     scheduler, how = Scheduler(ENGINE), Behaviour(step_factor=slow)
     now, due, number = start, start + rng.expovariate(rate), 0
-    open_: dict[Sequence, _Request] = {}
+    open_: dict[ScheduledSequence, _Request] = {}
     while now < start + seconds:
         while due <= now:
             prompt, limit = int(rng.lognormvariate(6.5, 0.8)) + 1, int(rng.lognormvariate(4.5, 0.7)) + 1
             number += 1
-            request = _Request(f"{start}-{number}", Sequence(prompt, limit), due)
+            request = _Request(f"{start}-{number}", ScheduledSequence(prompt, limit), due)
             open_[request.sequence] = request
             scheduler.add(request.sequence)
-            work = Work(prompt, output=100)
-            yield due, Admitted(request.id, due, "t", "m", "chat", True, work, limit, units.mu(work, co))
+            work = RequestSize(prompt, output=100)
+            yield due, Admitted(request.id, due, "t", "m", "chat", True, work, limit, cost_model.mu(work, co))
             due += rng.expovariate(rate)
         if not scheduler.busy():
             now = due
@@ -100,8 +100,8 @@ def history(
 
 
 def _told(
-    open_: dict[Sequence, _Request], sequence: Sequence, now: float, *, done: bool
-) -> Iterator[tuple[float, Fact]]:
+    open_: dict[ScheduledSequence, _Request], sequence: ScheduledSequence, now: float, *, done: bool
+) -> Iterator[tuple[float, Event]]:
     request = open_[sequence]
     request.sent += 1
     if request.first is None:

@@ -11,9 +11,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.events import Fact, Settled
+from sidecar.events import Event, Settled
 from sidecar.load.cost_model import Coefficients
-from sidecar.relay import engine_io as upstream
+from sidecar.relay import engine_io
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.concurrency import MAX_QUEUED
 from sidecar.relay.handler import Relay
@@ -28,10 +28,10 @@ class Facts:
     """What the relay reported, and a way to wait for it."""
 
     def __init__(self) -> None:
-        self.all: list[Fact] = []
+        self.all: list[Event] = []
         self._news = asyncio.Event()
 
-    def __call__(self, fact: Fact) -> None:
+    def __call__(self, fact: Event) -> None:
         self.all.append(fact)
         self._news.set()
 
@@ -152,9 +152,9 @@ async def _rig(
         handler_cancellation=True,
         access_log=None,
         auto_decompress=False,
-        read_bufsize=upstream.READ_BUFFER,
-        max_line_size=upstream.MAX_HEADER,
-        max_field_size=upstream.MAX_HEADER,
+        read_bufsize=engine_io.READ_BUFFER,
+        max_line_size=engine_io.MAX_HEADER,
+        max_field_size=engine_io.MAX_HEADER,
     )
     accepting = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     async with aiohttp.ClientSession(auto_decompress=False) as client:

@@ -48,7 +48,7 @@ class Workers:
                 return Prepared(None)
         return Prepared(b"Qk0=")
 
-    def again(self, request: str) -> bool:
+    def relink(self, request: str) -> bool:
         return self.lies_again
 
     def release(self, request: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.events import Backpressure
+from sidecar.events import RequestBlocked
 
 from ..waiting import PATIENCE
 from .work import once
@@ -27,11 +27,11 @@ async def test_a_client_that_does_not_read_is_reported_until_it_does(rig: Any, s
     """A write that waits for its client over a second is told as backpressure, and its end too, in this order."""
     r = await rig(await serve(flood))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
-    [on] = await r.facts.wait(Backpressure)
+    [on] = await r.facts.wait(RequestBlocked)
     assert on.on
-    while len(r.facts.of(Backpressure)) < 2:
+    while len(r.facts.of(RequestBlocked)) < 2:
         await got.content.readany()
-    off = r.facts.of(Backpressure)[1]
+    off = r.facts.of(RequestBlocked)[1]
     got.close()
     await r.facts.settled()
     admitted, settled = once(r.facts)
@@ -57,7 +57,7 @@ async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> 
     await r.facts.settled()
     _, settled = once(r.facts)
     assert (settled.outcome, settled.error) == ("client_cancelled", "client_stalled")
-    assert [fact.on for fact in r.facts.of(Backpressure)] == [True]
+    assert [fact.on for fact in r.facts.of(RequestBlocked)] == [True]
     got.close()
 
 
@@ -79,5 +79,5 @@ async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> No
     await asyncio.wait((reading,), timeout=2.0)  # several looks of the relay
     go_on.set()
     assert await reading == BIG
-    assert not r.facts.of(Backpressure)
+    assert not r.facts.of(RequestBlocked)
     assert once(r.facts)[1].outcome == "ok"

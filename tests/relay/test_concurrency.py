@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.events import Admitted, Backpressure, Settled
-from sidecar.relay.concurrency import places
+from sidecar.events import Admitted, RequestBlocked, Settled
+from sidecar.relay.concurrency import share_of
 
 from ..waiting import PATIENCE
 from .test_relief import STALLED
@@ -77,12 +77,12 @@ async def test_a_queued_request_is_not_the_engines(rig: Any, serve: Any) -> None
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     first, second = await ask(r, "a"), await ask(r, "b")
-    [on] = await r.facts.wait(Backpressure)
+    [on] = await r.facts.wait(RequestBlocked)
     await engine.has(1)
     engine.release(2)
     await first
     got = await second
-    on, off = await r.facts.wait(Backpressure, 2)
+    on, off = await r.facts.wait(RequestBlocked, 2)
     ids = [fact.id for fact in r.facts.of(Admitted)]
     assert ((on.id, on.on), (off.id, off.on)) == ((ids[1], True), (ids[1], False))
     settled = {s.id: s for s in await r.facts.wait(Settled, 2)}[ids[1]]
@@ -96,7 +96,7 @@ async def test_a_full_queue_refuses(rig: Any, serve: Any) -> None:
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2, max_queued=1)
     asked = [await ask(r, "a"), await ask(r, "b")]
-    await r.facts.wait(Backpressure)
+    await r.facts.wait(RequestBlocked)
     got = await (await ask(r, "c"))
     assert (got.status, got.headers["retry-after"]) == (429, "1")
     assert (await got.json())["error"]["code"] == "queue_full"
@@ -110,7 +110,7 @@ async def test_who_leaves_the_queue_gives_its_turn_on(rig: Any, serve: Any) -> N
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     first, second, third = [await ask(r, name) for name in "abc"]
-    await r.facts.wait(Backpressure, 2)
+    await r.facts.wait(RequestBlocked, 2)
     second.cancel()
     [settled] = await r.facts.wait(Settled)
     assert (settled.outcome, settled.sent_at) == ("client_cancelled", None)
@@ -124,11 +124,11 @@ async def test_a_stall_empties_the_queue_too(rig: Any, serve: Any) -> None:
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     asked = [await ask(r, name) for name in "ab"]
-    await r.facts.wait(Backpressure)
+    await r.facts.wait(RequestBlocked)
     await engine.has(1)
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     assert [(await task).status for task in asked] == [503, 503]
-    r.relay.obey(type(STALLED)("{}", "", "idle"))
+    r.relay.on_command(type(STALLED)("{}", "", "idle"))
     engine.release(2)
     assert (await (await ask(r, "c"))).status == 200
     assert engine.order == ["a", "c"]
@@ -153,4 +153,4 @@ async def test_the_place_is_free_when_the_answer_ends(rig: Any, serve: Any) -> N
 )
 def test_the_share_of_a_relay(limit: int, workers: int, shares: list[int]) -> None:
     """Relay processes split the places less the canary's; each has at least one, and without a limit there is none."""
-    assert [places(limit, workers, index) for index in range(workers)] == shares
+    assert [share_of(limit, workers, index) for index in range(workers)] == shares

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from sidecar.events import Settled
-from sidecar.relay.engine_io import REPEATED, Pieces
+from sidecar.relay.engine_io import REPEATED, BodyPayload
 
 from .work import CHAT, TOKEN, sse
 
@@ -253,7 +253,7 @@ async def test_an_engine_that_is_gone(rig: Any) -> None:
 
 def test_a_body_is_kept_for_as_long_as_it_may_be_sent_again() -> None:
     """A short one until its answer begins; a long one is not repeatable unless --retry-stalled keeps it."""
-    short, long = Pieces([b"x"], lambda: None), Pieces([LONG.encode()], lambda: None)
+    short, long = BodyPayload([b"x"], lambda: None), BodyPayload([LONG.encode()], lambda: None)
     assert (short.repeatable, long.repeatable) == (True, False)
     short.answered()
     assert short.decode() == ""

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.events import Directed, Directing, Fact, Settled
+from sidecar.events import Directing, EnginePauseChanged, Event, Settled
 from sidecar.relay.engine_io import REPEATED
-from sidecar.relay.engine_pauses import PATHS, Calls, in_part, row_of
+from sidecar.relay.engine_pauses import PATHS, Calls, is_partial, row_of
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
@@ -21,7 +21,7 @@ WHAT = {"engine_sleeping", "engine_paused", "engine_profiling", "weight_update"}
 
 
 def orders(r: Any) -> list[tuple[str, bool]]:
-    return [(fact.what, fact.on) for fact in r.facts.of(Directed)]
+    return [(fact.what, fact.on) for fact in r.facts.of(EnginePauseChanged)]
 
 
 def calls(r: Any) -> list[tuple[str, bool, bool]]:
@@ -214,7 +214,7 @@ async def test_waking_in_part_is_not_awake(rig: Any, serve: Any) -> None:
 )
 def test_in_part(query: str, body: bytes, partly: bool) -> None:
     """Parts that are named without the KV cache leave the engine asleep; what cannot be read names none."""
-    assert in_part(query, body) is partly
+    assert is_partial(query, body) is partly
 
 
 @pytest.mark.parametrize(
@@ -231,18 +231,20 @@ def test_in_part(query: str, body: bytes, partly: bool) -> None:
 )
 def test_what_an_answer_means(path: str, status: int, orders: list[bool]) -> None:
     """Only a 2xx takes an order or its opposite; a call that lasts as long as the stop is neither."""
-    facts: list[Fact] = []
+    facts: list[Event] = []
     row = row_of("POST", path)
     with Calls(facts.append, lambda: 1.0).call(row) as call:
         call.sent()
         call.answered(status)
     assert row is not None
-    assert [fact for fact in facts if isinstance(fact, Directed)] == [Directed(1.0, row.what, on) for on in orders]
+    assert [fact for fact in facts if isinstance(fact, EnginePauseChanged)] == [
+        EnginePauseChanged(1.0, row.what, on) for on in orders
+    ]
 
 
 def test_an_answer_that_comes_before_the_body_was_sent_ends_the_call() -> None:
     """What is written of the body afterwards begins nothing."""
-    facts: list[Fact] = []
+    facts: list[Event] = []
     with Calls(facts.append, lambda: 1.0).call(row_of("POST", "/update_weights")) as call:
         call.answered(413)
         call.sent()

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.events import Published
+from sidecar.events import LoadReport
 
 from .work import CHAT, TOKEN, once, sse
 
@@ -107,7 +107,7 @@ async def test_an_engine_that_hangs_up_without_an_answer(
         writer.close()
 
     r = await rig(await serve_raw(talk))
-    r.relay.obey(Published("JSON {}", "TEXT a=1", verdict))
+    r.relay.on_command(LoadReport("JSON {}", "TEXT a=1", verdict))
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert got.status == status
     assert once(r.facts)[1].outcome == outcome

@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.events import Page, PageWanted, Published
+from sidecar.events import LoadReport, MetricsPage, MetricsPageRequested
 
 from .work import once
 
@@ -42,7 +42,7 @@ async def test_load_reports(rig: Any, serve: Any) -> None:
             return str(got.headers["endpoint-load-metrics"])
 
     assert await ask("JSON") == "engine's"
-    r.relay.obey(Published('JSON {"a": 1}', "TEXT a=1", "idle", "", "BIN CQ=="))
+    r.relay.on_command(LoadReport('JSON {"a": 1}', "TEXT a=1", "idle", "", "BIN CQ=="))
     assert [await ask(form) for form in ("json", "TEXT", "", "BIN", "XML")] == [
         'JSON {"a": 1}',
         "TEXT a=1",
@@ -85,11 +85,11 @@ async def test_the_merged_page_is_asked_for_once(rig: Any, serve: Any) -> None:
             return str(await got.text())
 
     scrapes = [asyncio.create_task(scrape()) for _ in range(5)]
-    await r.facts.wait(PageWanted)
-    r.relay.obey(Page(0.0, "a 1\n"))
+    await r.facts.wait(MetricsPageRequested)
+    r.relay.on_command(MetricsPage(0.0, "a 1\n"))
     assert await asyncio.gather(*scrapes) == ["a 1\n"] * 5
     assert await scrape() == "a 1\n"
-    assert len(r.facts.of(PageWanted)) == 1
+    assert len(r.facts.of(MetricsPageRequested)) == 1
 
 
 async def test_without_control_the_engines_page_passes(rig: Any, serve: Any) -> None:

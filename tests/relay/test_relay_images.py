@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.events import STATES, Admitted, Imaged, Published
+from sidecar.events import STATES, Admitted, ImagePrepared, LoadReport
 from sidecar.relay.media.inline import MAX_IMAGES
 
 from .pictures import Workers, pictures
@@ -24,8 +24,8 @@ async def test_images_are_replaced(rig: Any, serve: Any) -> None:
     assert first == {"type": "image_url", "image_url": {"url": "data:image/bmp;base64,Qk0="}}
     assert second == pictures("PASS")["messages"][0]["content"][0]
     admitted, _ = once(r.facts)
-    assert [i.outcome for i in r.facts.of(Imaged)] == ["ok", "ok"]
-    assert {i.id for i in r.facts.of(Imaged)} == {admitted.id}
+    assert [i.outcome for i in r.facts.of(ImagePrepared)] == ["ok", "ok"]
+    assert {i.id for i in r.facts.of(ImagePrepared)} == {admitted.id}
     assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 154)
 
 
@@ -84,7 +84,7 @@ async def test_images_that_cannot_be_taken(
     assert (settled.outcome, settled.error, settled.sent_at, admitted.mu) == ("rejected", code, None, 0.0)
     assert admitted.model == "m"
     if imaged:
-        assert imaged in {i.outcome for i in r.facts.of(Imaged)}
+        assert imaged in {i.outcome for i in r.facts.of(ImagePrepared)}
 
 
 async def test_shared_memory_is_for_a_vllm_that_reads_it(rig: Any, serve: Any) -> None:
@@ -122,6 +122,6 @@ async def test_no_gpu_beside_an_engine_that_starts(rig: Any, serve: Any) -> None
     assert not workers.gpu
     allowed = []
     for verdict in STATES:
-        r.relay.obey(Published("{}", "", verdict))
+        r.relay.on_command(LoadReport("{}", "", verdict))
         allowed += [verdict] * workers.gpu
     assert allowed == ["idle", "progressing", "quiet", "suspect"]

@@ -17,7 +17,16 @@ import pytest
 from aiohttp import web
 
 from sidecar import settings
-from sidecar.events import Admitted, Booked, FirstToken, Joined, Page, PageWanted, Pulse, Settled
+from sidecar.events import (
+    Admitted,
+    FirstToken,
+    Heartbeat,
+    MetricsPage,
+    MetricsPageRequested,
+    RelayConnected,
+    Settled,
+    SettlementsAcked,
+)
 from sidecar.relay import process
 from sidecar.runtime.channel import Channel
 
@@ -77,7 +86,7 @@ class Process:
             sys.executable, "-c", RUN, text, str(self.path), str(fd), pass_fds=(fd,), stderr=asyncio.subprocess.PIPE
         )
         self.listener.close()
-        await self.facts.wait(Pulse)
+        await self.facts.wait(Heartbeat)
 
     async def ended(self) -> tuple[int | None, bytes]:
         async with asyncio.timeout(PATIENCE):
@@ -172,7 +181,7 @@ async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, f
         later = type(facts)()
         process.control = await Control.open(process.path, later)
         await later.wait(Settled, 2)
-        assert isinstance(later.all[0], Joined)
+        assert isinstance(later.all[0], RelayConnected)
         assert (later.all[0].index, later.all[0].pid, later.all[0].restarts) == (3, process.process.pid, 2)
         assert await streams[1].read() == EVENT
         await later.wait(Settled, 3)
@@ -194,14 +203,14 @@ async def test_what_control_has_booked_is_not_told_again(relay_process: Any, ser
             async with client.post(process.url + "/v1/completions", json={"prompt": "x"}) as got:
                 await got.read()
             await facts.wait(Settled, count)
-    process.control.channel.send(Booked(1))
-    seen = len(facts.of(Pulse))
-    await facts.wait(Pulse, seen + 1)  # the order was read before it
+    process.control.channel.send(SettlementsAcked(1))
+    seen = len(facts.of(Heartbeat))
+    await facts.wait(Heartbeat, seen + 1)  # the order was read before it
     await process.control.die()
     process.path.unlink()
     later = type(facts)()
     process.control = await Control.open(process.path, later)
-    await later.wait(Pulse)
+    await later.wait(Heartbeat)
     assert [fact.id for fact in later.of(Settled)] == [facts.of(Settled)[1].id]
 
 
@@ -242,13 +251,13 @@ async def test_facts_and_orders_cross_the_channel(relay_process: Any, serve: Any
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:
         got = await begin(client, process)
-        seen = len(process.facts.of(Pulse))
-        pulse = (await process.facts.wait(Pulse, seen + 1))[-1]
+        seen = len(process.facts.of(Heartbeat))
+        pulse = (await process.facts.wait(Heartbeat, seen + 1))[-1]
         assert pulse.open == 1
         assert pulse.lag >= 0
         scrape = asyncio.create_task(client.get(process.url + "/metrics"))
-        await process.facts.wait(PageWanted)
-        process.control.channel.send(Page(0.0, "ours 1\n"))
+        await process.facts.wait(MetricsPageRequested)
+        process.control.channel.send(MetricsPage(0.0, "ours 1\n"))
         assert await (await scrape).text() == "ours 1\n"
         go_on.set()
         await got.read()

@@ -11,14 +11,14 @@ import pytest
 from aiohttp import web
 
 from sidecar.errors import EngineStalled
-from sidecar.events import Admitted, End, FirstToken, Published, Settled
-from sidecar.relay.open_requests import HEARD, Desk
+from sidecar.events import AbortRequests, Admitted, FirstToken, LoadReport, Settled
+from sidecar.relay.open_requests import LOAD_REPORT_STALE_S, OpenRequests
 
 from ..waiting import PATIENCE
 from .work import CHAT, TOKEN, once, sse
 
-STALLED = Published("{}", "", "stalled")
-WELL = Published("{}", "", "progressing")
+STALLED = LoadReport("{}", "", "stalled")
+WELL = LoadReport("{}", "", "progressing")
 
 
 class Wedged:
@@ -60,7 +60,7 @@ async def test_who_got_nothing_yet_gets_a_503(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await soon(engine.silent)
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     got = await asked
     assert (got.status, got.headers["retry-after"]) == (503, "10")
     assert (await got.json())["error"]["code"] == "engine_stalled"
@@ -87,7 +87,7 @@ async def test_a_stream_ends_by_an_error_event(rig: Any, serve: Any, path: str, 
     await soon(engine.silent)
     if pieces:
         await r.facts.wait(FirstToken)
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     *events, last = (await got.read()).strip().split(b"\n\n")
     assert len(events) == sum(b"\n\n" in piece for piece in pieces)
     error = json.loads(last.removeprefix(b"data: "))["error"]
@@ -102,7 +102,7 @@ async def test_anthropics_clients_get_a_named_error(rig: Any, serve: Any) -> Non
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/messages", json={**CHAT, "stream": True})
     await r.facts.wait(FirstToken)
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     last = (await got.read()).strip().split(b"\n\n")[-1]
     name, data = last.split(b"\n")
     assert name == b"event: error"
@@ -125,7 +125,7 @@ async def test_what_cannot_end_well_is_broken_off(
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "stream": True, **body})
     assert await got.content.readany() == piece
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     with pytest.raises(aiohttp.ClientPayloadError):
         await got.read()
     assert once(r.facts)[1].outcome == "stalled"
@@ -140,13 +140,13 @@ async def test_new_work_is_refused_while_stalled_and_other_paths_pass(rig: Any, 
         return web.Response()
 
     r = await rig(await serve(engine))
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert (got.status, (await got.json())["error"]["code"]) == (503, "engine_stalled")
     async with r.client.get(r.url + "/health") as got:
         assert got.status == 200
     assert once(r.facts)[1].outcome == "stalled"
-    r.relay.obey(WELL)
+    r.relay.on_command(WELL)
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert got.status == 200
     assert seen == ["/health", "/v1/chat/completions"]
@@ -154,11 +154,11 @@ async def test_new_work_is_refused_while_stalled_and_other_paths_pass(rig: Any, 
 
 async def test_an_old_verdict_refuses_nobody(facts: Any) -> None:
     """A stalled verdict that is not said again holds for seconds: a relay whose control process died goes on."""
-    desk = Desk(facts)
-    desk.judged("stalled", 10.0)
+    desk = OpenRequests(facts)
+    desk.on_verdict("stalled", 10.0)
     with pytest.raises(EngineStalled):
-        desk.check(10.0 + HEARD - 0.1)
-    desk.check(10.0 + HEARD)
+        desk.check(10.0 + LOAD_REPORT_STALE_S - 0.1)
+    desk.check(10.0 + LOAD_REPORT_STALE_S)
 
 
 @pytest.mark.parametrize("verdict", ["suspect", "unknown", "quiet", "exempt", "starting"])
@@ -173,7 +173,7 @@ async def test_no_other_verdict_ends_anything(rig: Any, serve: Any, verdict: Any
     r = await rig(await serve(engine))
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await r.facts.wait(Admitted)
-    r.relay.obey(Published("{}", "", verdict))
+    r.relay.on_command(LoadReport("{}", "", verdict))
     another = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await r.facts.wait(Admitted, 2)
     go_on.set()
@@ -186,13 +186,13 @@ async def test_a_dead_engine_ends_what_it_had_but_is_tried_anew(rig: Any, serve:
     r = await rig(await serve(engine))
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await soon(engine.silent)
-    r.relay.obey(Published("{}", "", "dead"))
+    r.relay.on_command(LoadReport("{}", "", "dead"))
     assert (await asked).status == 503
     engine.silent.clear()
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await soon(engine.silent)
-    r.relay.obey(Published("{}", "", "dead"))
-    r.relay.obey(WELL)
+    r.relay.on_command(LoadReport("{}", "", "dead"))
+    r.relay.on_command(WELL)
     assert not asked.done()
     asked.cancel()
     await r.facts.wait(Settled, 2)
@@ -210,13 +210,13 @@ async def test_single_requests_are_ended(rig: Any, serve: Any, code: str, status
     victim = (await r.facts.wait(Admitted, 2))[0].id
     await soon(engine.silent)
     for _ in range(2):
-        r.relay.obey(End((victim, "elsewhere"), code))
+        r.relay.on_command(AbortRequests((victim, "elsewhere"), code))
     [settled] = await r.facts.wait(Settled)
     assert (settled.id, settled.outcome, settled.error) == (victim, outcome, code)
     done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE)
     [got] = [task.result() for task in done]
     assert (got.status, (await got.json())["error"]["code"]) == (status, code)
-    r.relay.obey(End((victim,), code))
+    r.relay.on_command(AbortRequests((victim,), code))
     for task in asked:
         task.cancel()
     assert len(await r.facts.wait(Settled, 2)) == 2
@@ -228,7 +228,7 @@ async def test_an_ended_stream_names_the_code(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": "x"})
     await r.facts.wait(FirstToken)
-    r.relay.obey(End((r.facts.of(Admitted)[0].id,), "stream_stuck"))
+    r.relay.on_command(AbortRequests((r.facts.of(Admitted)[0].id,), "stream_stuck"))
     assert b'"stream_stuck"' in await got.read()
     await soon(engine.left)
     assert once(r.facts)[1].outcome == "stalled"
@@ -245,7 +245,7 @@ async def test_a_client_that_leaves_as_the_order_comes_settles_once(rig: Any, se
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": "x"})
     await r.facts.wait(FirstToken)
     got.close()
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     await soon(wedged.left)
     await r.facts.settled()
     assert once(r.facts)[1].outcome in ("stalled", "client_cancelled")

@@ -7,30 +7,30 @@ from hypothesis import strategies as st
 
 from sidecar.events import (
     Admitted,
-    Backpressure,
     Delivered,
-    Directed,
     Directing,
-    Fact,
+    EnginePauseChanged,
+    Event,
     FirstToken,
+    RequestBlocked,
+    RequestSize,
     Settled,
     Usage,
-    Work,
 )
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.ledger import Ledger
-from sidecar.relay.replay_log import MAX_SETTLED, Outstanding
+from sidecar.relay.replay_log import MAX_SETTLED, ReplayLog
 
 
 def admitted(id: str, at: float) -> Admitted:
-    return Admitted(id, at, "t", "m", "chat", True, Work(100, output=10), 10, 0.5)
+    return Admitted(id, at, "t", "m", "chat", True, RequestSize(100, output=10), 10, 0.5)
 
 
 def settled(id: str, at: float) -> Settled:
     return Settled(id, at, "ok", 200, Usage(100, 5), 5, 50, at, at, 0.0)
 
 
-def life(id: str, began: float) -> list[Fact]:
+def life(id: str, began: float) -> list[Event]:
     """A request from admission to settlement."""
     times = [began + n for n in range(5)]
     return [
@@ -45,12 +45,12 @@ def test_a_new_ledger_has_the_same_holds_and_each_settlement_that_was_not_booked
 ) -> None:
     """However far each request came: what is open is open again, with its tokens; what was booked does not come back."""
     facts = sorted((f for n, (at, far) in enumerate(requests) for f in life(str(n), at)[:far]), key=lambda f: f.at)
-    outstanding, before, after = Outstanding(), Ledger(units.Coefficients()), Ledger(units.Coefficients())
+    outstanding, before, after = ReplayLog(), Ledger(cost_model.Coefficients()), Ledger(cost_model.Coefficients())
     for fact in facts:
         outstanding.note(fact)
         before.apply(0, fact)
     outstanding.booked(booked)
-    settlements = [s for fact in outstanding.again() if (s := after.apply(0, fact)) is not None]
+    settlements = [s for fact in outstanding.events() if (s := after.apply(0, fact)) is not None]
     assert {h.admitted.id: h for h in after.holds()} == {h.admitted.id: h for h in before.holds()}
     ends = [f.id for f in facts if isinstance(f, Settled)]
     assert [s.admitted.id for s in settlements] == ends[booked:]
@@ -58,37 +58,37 @@ def test_a_new_ledger_has_the_same_holds_and_each_settlement_that_was_not_booked
 
 def test_bookings_count_for_one_connection() -> None:
     """After a new connection, the first settlement told on it is number 1."""
-    outstanding = Outstanding()
+    outstanding = ReplayLog()
     for id in ("a", "b", "c"):
         for fact in life(id, 0.0):
             outstanding.note(fact)
     outstanding.booked(1)
-    outstanding.again()
+    outstanding.events()
     outstanding.booked(1)
-    assert [f.id for f in outstanding.again() if isinstance(f, Settled)] == ["c"]
+    assert [f.id for f in outstanding.events() if isinstance(f, Settled)] == ["c"]
 
 
 def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_holds() -> None:
     """So are a pause and a weight update that go on, and who of a client and an engine kept whom waiting last."""
-    outstanding = Outstanding()
+    outstanding = ReplayLog()
     for fact in (
-        admitted("a", 1.0), Backpressure("a", 2.0, True), admitted("b", 1.0), Backpressure("b", 2.0, True),
-        Backpressure("b", 3.0, False), Directed(1.0, "engine_paused", True), Directed(1.0, "engine_sleeping", True),
-        Directed(2.0, "engine_sleeping", False), Directing(2.5, 1, "weight_update", True),
+        admitted("a", 1.0), RequestBlocked("a", 2.0, True), admitted("b", 1.0), RequestBlocked("b", 2.0, True),
+        RequestBlocked("b", 3.0, False), EnginePauseChanged(1.0, "engine_paused", True), EnginePauseChanged(1.0, "engine_sleeping", True),
+        EnginePauseChanged(2.0, "engine_sleeping", False), Directing(2.5, 1, "weight_update", True),
         Directing(2.5, 2, "weight_update", True), Directing(2.6, 1, "weight_update", False, taken=True),
     ):  # fmt: skip
         outstanding.note(fact)
-    again = [f for f in outstanding.again() if isinstance(f, Backpressure | Directed | Directing)]
+    again = [f for f in outstanding.events() if isinstance(f, RequestBlocked | EnginePauseChanged | Directing)]
     assert again == [
-        Directed(1.0, "engine_paused", True), Backpressure("a", 2.0, True), Directing(2.5, 2, "weight_update", True),
-        Backpressure("b", 3.0, False),
+        EnginePauseChanged(1.0, "engine_paused", True), RequestBlocked("a", 2.0, True), Directing(2.5, 2, "weight_update", True),
+        RequestBlocked("b", 3.0, False),
     ]  # fmt: skip
 
 
 def test_what_is_kept_is_bounded() -> None:
     """Where no control process ever comes, the oldest settlements are forgotten."""
-    outstanding = Outstanding()
+    outstanding = ReplayLog()
     for n in range(MAX_SETTLED + 1):
         outstanding.note(admitted(str(n), float(n)))
         outstanding.note(settled(str(n), float(n)))
-    assert sum(isinstance(f, Settled) for f in outstanding.again()) == MAX_SETTLED
+    assert sum(isinstance(f, Settled) for f in outstanding.events()) == MAX_SETTLED

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.load import request_shape as shapes
-from sidecar.load.request_shape import Shape, describe
-from sidecar.relay import request_body as bodies
-from sidecar.relay.request_body import Skeleton, cut, join, route_of
+from sidecar.load import request_shape
+from sidecar.load.request_shape import RequestShape, describe
+from sidecar.relay import request_body
+from sidecar.relay.request_body import ParsedBody, extract_data_urls, rebuild, route_of
 
 NONCE = "0123456789abcdef"
 PIXEL = "iVBORw0KGgo" * 400
@@ -27,8 +27,8 @@ def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def sent(skeleton: Skeleton, replaced: dict[int, tuple[str, bytes]], **kwargs: bool) -> Any:
-    return json.loads(b"".join(join(skeleton, replaced, **kwargs)))
+def sent(skeleton: ParsedBody, replaced: dict[int, tuple[str, bytes]], **kwargs: bool) -> Any:
+    return json.loads(b"".join(rebuild(skeleton, replaced, **kwargs)))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_work_is_told_by_the_end_of_the_path(path: str, route: str | None) -> No
 def test_an_image_is_cut_out_and_never_parsed() -> None:
     """The base64 text is a view into the body that came in, and the parsed payload holds a placeholder instead."""
     body = json.dumps(chat({"type": "text", "text": "hi"}, image(f"data:image/png;base64,{PIXEL}"))).encode()
-    skeleton = cut(body, NONCE)
+    skeleton = extract_data_urls(body, NONCE)
     [part] = skeleton.images
     assert (part.where, part.media_type) == ("messages[0].content[1]", "image/png")
     assert part.data.obj is body
@@ -75,13 +75,13 @@ def test_an_image_is_cut_out_and_never_parsed() -> None:
 def test_the_original_bytes_are_sent_when_nothing_changes() -> None:
     """Without replacement and without a question for usage the very object that came in goes out."""
     body = json.dumps(chat(image(f"data:image/png;base64,{PIXEL}")), indent=3).encode()
-    assert join(cut(body, NONCE), {}) == [body]
+    assert rebuild(extract_data_urls(body, NONCE), {}) == [body]
 
 
 def test_a_replacement_lands_in_its_own_part_only() -> None:
     """Of two images the replaced one changes, the other and everything else stays."""
     first, second = f"data:image/png;base64,{PIXEL}", "data:image/jpeg;base64,AAAA"
-    skeleton = cut(json.dumps(chat(image(first), image(second))).encode(), NONCE)
+    skeleton = extract_data_urls(json.dumps(chat(image(first), image(second))).encode(), NONCE)
     out = sent(skeleton, {skeleton.images[1].index: ("image/bmp", b"QkJC")})
     assert out == chat(image(first), image("data:image/bmp;base64,QkJC"))
 
@@ -90,7 +90,7 @@ def test_bare_image_urls_and_responses_parts_are_images_too() -> None:
     """`image_url` may be a plain string, and /v1/responses calls the part input_image and the list input."""
     url = "data:image/webp;base64,AAAA"
     body = {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]}
-    [part] = cut(json.dumps(body).encode(), NONCE).images
+    [part] = extract_data_urls(json.dumps(body).encode(), NONCE).images
     assert (part.where, part.media_type, bytes(part.data)) == ("input[0].content[0]", "image/webp", b"AAAA")
 
 
@@ -98,7 +98,7 @@ def test_escaped_slashes_fall_back_to_the_parser() -> None:
     r"""PHP writes `\/` into base64 and media type: the image is found, unescaped, and replaced all the same."""
     url = "data:image/png;base64,AA//BB=="
     body = json.dumps(chat(image(url))).replace("/", "\\/").encode()
-    skeleton = cut(body, NONCE)
+    skeleton = extract_data_urls(body, NONCE)
     [part] = skeleton.images
     assert bytes(part.data) == b"AA//BB=="
     assert sent(skeleton, {}, ask_usage=True)["messages"] == chat(image(url))["messages"]
@@ -124,7 +124,7 @@ def test_escaped_slashes_fall_back_to_the_parser() -> None:
 def test_text_is_never_an_image(text: str) -> None:
     """A data URL in a text, quoted or alone, or a guess at a placeholder, comes out as it went in and is no image."""
     body = chat({"type": "text", "text": text}, image(f"data:image/png;base64,{PIXEL}"))
-    skeleton = cut(json.dumps(body).encode(), NONCE)
+    skeleton = extract_data_urls(json.dumps(body).encode(), NONCE)
     assert [part.where for part in skeleton.images] == ["messages[0].content[1]"]
     out = sent(skeleton, {skeleton.images[0].index: ("image/bmp", b"QQ")})
     assert out["messages"][0]["content"][0]["text"] == text
@@ -135,24 +135,24 @@ def test_text_is_never_an_image(text: str) -> None:
 )
 def test_what_is_no_json_object_is_the_engines_to_judge(body: bytes) -> None:
     """Invalid, foreign or too deep JSON yields no payload, no images, and the original bytes."""
-    skeleton = cut(body, NONCE)
+    skeleton = extract_data_urls(body, NONCE)
     assert skeleton.payload is None
     assert not skeleton.images
-    assert join(skeleton, {}, ask_usage=True) == [body]
+    assert rebuild(skeleton, {}, ask_usage=True) == [body]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_a_body_in_wide_characters_is_left_alone(encoding: str) -> None:
     """Python's parser would read it, and so does an engine in Python; nothing of ours can be spliced into it."""
     body = json.dumps({"model": "m", "stream": True}).encode(encoding)
-    skeleton = cut(body, NONCE)
-    assert skeleton.payload is None and join(skeleton, {}, ask_usage=True) == [body]
+    skeleton = extract_data_urls(body, NONCE)
+    assert skeleton.payload is None and rebuild(skeleton, {}, ask_usage=True) == [body]
 
 
 def test_a_long_text_is_not_parsed_but_sent() -> None:
     """A body over the parse bound passes untouched and is measured by its length."""
-    body = b'{"prompt":"' + b"a" * bodies.MAX_PARSED + b'"}'
-    skeleton = cut(body, NONCE)
+    body = b'{"prompt":"' + b"a" * request_body.MAX_PARSED + b'"}'
+    skeleton = extract_data_urls(body, NONCE)
     assert skeleton.payload is None
     assert describe(None, "completions", len(body)).text_bytes == len(body)
 
@@ -178,7 +178,7 @@ def test_join_undoes_cut(extra: Any, content: list[Any], ascii_only: bool, slash
     text = json.dumps(body, ensure_ascii=ascii_only)
     if slashes:
         text = text.replace("/", "\\/")
-    skeleton = cut(text.encode(errors="surrogatepass"), NONCE)
+    skeleton = extract_data_urls(text.encode(errors="surrogatepass"), NONCE)
     out = sent(skeleton, {}, ask_usage=True)
     assert out == {**body, "stream_options": {"include_usage": True}}
     replaced = sent(skeleton, {part.index: ("image/bmp", b"QQ") for part in skeleton.images})
@@ -192,9 +192,9 @@ def test_join_undoes_cut(extra: Any, content: list[Any], ascii_only: bool, slash
         assert replaced == {**body, "messages": [{"role": "user", "content": expected}]}
 
 
-def shape_of(payload: dict[str, Any]) -> Shape:
+def shape_of(payload: dict[str, Any]) -> RequestShape:
     """What the relay makes of a body, as bytes."""
-    skeleton = cut(json.dumps(payload).encode(), NONCE)
+    skeleton = extract_data_urls(json.dumps(payload).encode(), NONCE)
     return describe(skeleton.payload, "chat", 0, skeleton.text)
 
 
@@ -248,7 +248,7 @@ def test_what_a_media_part_holds_is_no_text(slashes: bool) -> None:
         {"type": "document", "source": {"type": "base64", "data": PIXEL}},
     )  # fmt: skip
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
-    skeleton = cut(text.encode(), NONCE)
+    skeleton = extract_data_urls(text.encode(), NONCE)
     shape = describe(skeleton.payload, "chat", 0, skeleton.text)
     assert (shape.images, shape.audios, shape.videos) == (4, 1, 1)
     assert shape.text_bytes < 50
@@ -281,7 +281,7 @@ def test_a_text_counts_whatever_stands_next_to_it(payload: dict[str, Any]) -> No
 
 def test_token_ids_are_counted_next_to_texts() -> None:
     """llama.cpp takes texts and token ids in one list; every id of it is a token."""
-    assert shape_of({"prompt": [7, "ab", 8, "c"]}) == Shape(text_bytes=3, token_ids=2)
+    assert shape_of({"prompt": [7, "ab", 8, "c"]}) == RequestShape(text_bytes=3, token_ids=2)
 
 
 def test_what_engines_print_counts_as_printed() -> None:
@@ -299,7 +299,7 @@ def test_tools_of_any_depth_are_counted() -> None:
     read = 0
     for depth in range(900, 1000):
         body = b'{"tools":' + b"[" * depth + b'"' + LONG.encode() + b'"' + b"]" * depth + b"}"
-        payload = cut(body, NONCE).payload
+        payload = extract_data_urls(body, NONCE).payload
         if payload is not None:
             assert describe(payload, "chat", 0).text_bytes >= len(LONG)
             read += 1
@@ -311,19 +311,19 @@ def test_cutting_changes_no_shape(extra: Any, content: list[Any], slashes: bool)
     """A request is as large as what its bytes mean, whatever was cut out of them."""
     body = {"prompt": extra, "model": extra, "system": extra, **said(*content)}
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
-    skeleton = cut(text.encode(), NONCE)
+    skeleton = extract_data_urls(text.encode(), NONCE)
     assert describe(skeleton.payload, "chat", 0, skeleton.text) == describe(json.loads(text), "chat", 0)
 
 
 def test_a_model_is_named_as_its_client_names_it() -> None:
     """A data URL for a name is that name, shortened; nothing of ours stands in its place."""
-    assert shape_of({"model": URL}).model == URL[: shapes.MAX_NAME]
+    assert shape_of({"model": URL}).model == URL[: request_shape.MAX_NAME]
 
 
 def test_usage_is_asked_by_a_splice() -> None:
     """Where the client gave no stream_options, its own bytes follow the added member unchanged."""
     body = b'  { "model" : "m", "stream":true}'
-    assert b"".join(join(cut(body, NONCE), {}, ask_usage=True)) == (
+    assert b"".join(rebuild(extract_data_urls(body, NONCE), {}, ask_usage=True)) == (
         b'  {"stream_options":{"include_usage":true}, "model" : "m", "stream":true}'
     )
 
@@ -350,24 +350,27 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
 @pytest.mark.parametrize(
     ("payload", "shape"),
     [
-        ({"model": "m", "prompt": "abcd", "max_tokens": 7, "n": 2}, Shape("m", max_output=14, choices=2, text_bytes=4)),
-        ({"prompt": [1, 2, 3]}, Shape(token_ids=3)),
-        ({"prompt": [[1, 2], [3]]}, Shape(token_ids=3)),
-        ({"prompt": ["ab", "é"]}, Shape(text_bytes=4)),
-        ({"prompt": "жизнь"}, Shape(text_bytes=10, script=2)),
-        ({"prompt": "你好 vLLM, 世界和平"}, Shape(text_bytes=25, script=2)),
-        ({"prompt": "你好"}, Shape(text_bytes=6, script=3)),
-        ({"model": 7, "max_tokens": -1, "n": "x"}, Shape()),
-        ({"messages": [{"content": [{"type": {}}, {"type": ["image_url"]}]}]}, Shape(text_bytes=9, messages=1)),
-        ({"max_tokens": True, "max_completion_tokens": 5}, Shape(max_output=5)),
-        ({"sampling_params": {"max_new_tokens": 9}, "text": "abc"}, Shape(max_output=9, text_bytes=3)),
+        (
+            {"model": "m", "prompt": "abcd", "max_tokens": 7, "n": 2},
+            RequestShape("m", max_output=14, choices=2, text_bytes=4),
+        ),
+        ({"prompt": [1, 2, 3]}, RequestShape(token_ids=3)),
+        ({"prompt": [[1, 2], [3]]}, RequestShape(token_ids=3)),
+        ({"prompt": ["ab", "é"]}, RequestShape(text_bytes=4)),
+        ({"prompt": "жизнь"}, RequestShape(text_bytes=10, script=2)),
+        ({"prompt": "你好 vLLM, 世界和平"}, RequestShape(text_bytes=25, script=2)),
+        ({"prompt": "你好"}, RequestShape(text_bytes=6, script=3)),
+        ({"model": 7, "max_tokens": -1, "n": "x"}, RequestShape()),
+        ({"messages": [{"content": [{"type": {}}, {"type": ["image_url"]}]}]}, RequestShape(text_bytes=9, messages=1)),
+        ({"max_tokens": True, "max_completion_tokens": 5}, RequestShape(max_output=5)),
+        ({"sampling_params": {"max_new_tokens": 9}, "text": "abc"}, RequestShape(max_output=9, text_bytes=3)),
         (
             chat({"type": "text", "text": "ab"}, image("http://x")),
-            Shape("m", text_bytes=len("userabtext"), messages=1, images=1),
+            RequestShape("m", text_bytes=len("userabtext"), messages=1, images=1),
         ),
         (
             {"messages": [{"content": [{"type": "input_audio", "input_audio": {"data": "A" * 99}}]}]},
-            Shape(messages=1, audios=1),
+            RequestShape(messages=1, audios=1),
         ),
         (
             {
@@ -380,10 +383,10 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
                     }
                 ]
             },
-            Shape(text_bytes=6, messages=1, videos=1),
+            RequestShape(text_bytes=6, messages=1, videos=1),
         ),
     ],
 )
-def test_shapes_are_numbers_of_the_prompt(payload: dict[str, Any], shape: Shape) -> None:
+def test_shapes_are_numbers_of_the_prompt(payload: dict[str, Any], shape: RequestShape) -> None:
     """Text, token ids, images and limits are found where engines take them from; nonsense counts as absent."""
     assert describe(payload, "completions", 0) == shape

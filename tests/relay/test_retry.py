@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.events import Backpressure, FirstToken
-from sidecar.relay.engine_io import Pieces
-from sidecar.relay.open_requests import Desk
+from sidecar.events import FirstToken, RequestBlocked
+from sidecar.relay.engine_io import BodyPayload
+from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.retry import Retries
 
 from ..waiting import PATIENCE
@@ -38,7 +38,7 @@ async def stall(r: Any, engine: Recovering) -> None:
     """Give the engine up once it has the request, and wait until the relay waits for its recovery."""
     await soon(engine.wedged.silent)
     engine.wedged.silent.clear()
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     await soon(engine.wedged.left)
 
 
@@ -49,16 +49,16 @@ async def test_it_is_sent_once_more_after_recovery(rig: Any, serve: Any, early_h
     r = await rig(await serve(engine), retry_stalled=30)
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "stream": True}))
     await stall(r, engine)
-    [on] = await r.facts.wait(Backpressure)
-    r.relay.obey(type(STALLED)("{}", "", "starting"))
+    [on] = await r.facts.wait(RequestBlocked)
+    r.relay.on_command(type(STALLED)("{}", "", "starting"))
     assert len(engine.bodies) == 1
-    r.relay.obey(WELL)
+    r.relay.on_command(WELL)
     got = await asked
     assert (got.status, await got.read()) == (200, b"".join(sse(TOKEN, b"[DONE]")))
     assert engine.bodies[0] == engine.bodies[1]
     _, settled = once(r.facts)
     assert settled.outcome == "ok"
-    assert [fact.on for fact in r.facts.of(Backpressure)] == [True, False]
+    assert [fact.on for fact in r.facts.of(RequestBlocked)] == [True, False]
     assert settled.sent_at > on.at
 
 
@@ -70,8 +70,8 @@ async def test_images_in_shared_memory_are_there_again(rig: Any, serve: Any, the
     r = await rig(await serve(engine), images=workers, retry_stalled=30)
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=pictures("AAAA")))
     await stall(r, engine)
-    await r.facts.wait(Backpressure)
-    r.relay.obey(WELL)
+    await r.facts.wait(RequestBlocked)
+    r.relay.on_command(WELL)
     assert (await asked).status == (200 if there else 503)
     assert len(engine.bodies) == (2 if there else 1)
 
@@ -82,9 +82,9 @@ async def test_it_is_sent_only_once_more(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine), retry_stalled=30)
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await stall(r, engine)
-    r.relay.obey(WELL)
+    r.relay.on_command(WELL)
     await soon(engine.wedged.silent)
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     assert (await asked).status == 503
     assert once(r.facts)[1].outcome == "stalled"
     assert len(engine.bodies) == 2
@@ -107,7 +107,7 @@ async def test_what_was_answered_is_not_sent_again(rig: Any, serve: Any) -> None
     r = await rig(await serve(engine), retry_stalled=30)
     got = await r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "stream": True})
     await r.facts.wait(FirstToken)
-    r.relay.obey(STALLED)
+    r.relay.on_command(STALLED)
     assert b'"engine_stalled"' in await got.read()
     assert once(r.facts)[1].outcome == "stalled"
     assert len(engine.bodies) == 1
@@ -120,7 +120,7 @@ async def test_what_leaves_something_behind_is_not_sent_again(rig: Any, serve: A
     asked = asyncio.create_task(r.client.post(r.url + "/v1/responses", json={"model": "m", "input": "x"}))
     await stall(r, engine)
     assert (await asked).status == 503
-    assert not r.facts.of(Backpressure)
+    assert not r.facts.of(RequestBlocked)
 
 
 async def test_a_client_that_leaves_while_it_waits(rig: Any, serve: Any) -> None:
@@ -129,10 +129,10 @@ async def test_a_client_that_leaves_while_it_waits(rig: Any, serve: Any) -> None
     r = await rig(await serve(engine), retry_stalled=30)
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await stall(r, engine)
-    await r.facts.wait(Backpressure)
+    await r.facts.wait(RequestBlocked)
     asked.cancel()
     assert (await r.facts.settled()).outcome == "client_cancelled"
-    r.relay.obey(WELL)
+    r.relay.on_command(WELL)
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert got.status == 200
     assert len(engine.bodies) == 2
@@ -144,7 +144,7 @@ async def test_a_drain_does_not_wait_for_recovery(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine), retry_stalled=3000)
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
     await stall(r, engine)
-    await r.facts.wait(Backpressure)
+    await r.facts.wait(RequestBlocked)
     async with asyncio.timeout(PATIENCE):
         await r.relay.drain(r.server, 600)
     assert (await asked).status == 503
@@ -153,9 +153,9 @@ async def test_a_drain_does_not_wait_for_recovery(rig: Any, serve: Any) -> None:
 
 async def test_bodies_are_kept_within_a_bound(facts: Any) -> None:
     """Past the bound a body is dropped when it is sent; one whose answer begins, or whose request ends, makes room again."""
-    desk = Desk(facts)
+    desk = OpenRequests(facts)
     retries = Retries(desk, 30, limit=150)
-    first, second, third = (Pieces([b"x" * 100], lambda: None) for _ in range(3))
+    first, second, third = (BodyPayload([b"x" * 100], lambda: None) for _ in range(3))
     with desk.open("chat", "t", None) as one, desk.open("chat", "t", None) as other:
         with retries.keeping(one, first):
             with retries.keeping(other, second):
@@ -169,7 +169,7 @@ async def test_bodies_are_kept_within_a_bound(facts: Any) -> None:
 
 async def test_nothing_is_kept_where_it_is_off(facts: Any) -> None:
     """Without --retry-stalled no body outlives its sending."""
-    desk = Desk(facts)
-    data = Pieces([b"x"], lambda: None)
+    desk = OpenRequests(facts)
+    data = BodyPayload([b"x"], lambda: None)
     with desk.open("chat", "t", None) as one, Retries(desk, 0).keeping(one, data):
         assert not data.kept

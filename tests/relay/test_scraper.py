@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar.events import Page, PageWanted
-from sidecar.relay import metrics_page as merged_page
+from sidecar.events import MetricsPage, MetricsPageRequested
+from sidecar.relay import metrics_page
 
 from ..waiting import PATIENCE
 
@@ -54,7 +54,7 @@ async def r(rig: Any, serve: Any) -> Any:
         raise AssertionError("the engine was scraped")
 
     r = await rig(await serve(engine))
-    r.relay.obey(Page(0.0, PAGE))
+    r.relay.on_command(MetricsPage(0.0, PAGE))
     return r
 
 
@@ -68,7 +68,7 @@ async def test_every_scrape_is_answered_alike_from_one_page(r: Any) -> None:
         len({headers.pop("date") for _, headers, _ in answers}) <= 2
     )  # the clock may step from one second to the next
     assert answers[0][1] == answers[1][1] == answers[2][1]
-    assert answers[0][1]["content-type"] == merged_page.TYPE
+    assert answers[0][1]["content-type"] == metrics_page.CONTENT_TYPE
     assert not r.facts.all
 
 
@@ -76,11 +76,11 @@ async def test_an_old_page_is_asked_for_again(r: Any, monkeypatch: pytest.Monkey
     """Past its second, the page comes from the control process again, also to a connection that has had it."""
     async with wire(r) as w:
         await w.scrape()
-        assert not r.facts.of(PageWanted)
-        monkeypatch.setattr(merged_page, "FRESH", -1.0)
+        assert not r.facts.of(MetricsPageRequested)
+        monkeypatch.setattr(metrics_page, "FRESH", -1.0)
         w.writer.write(SCRAPE)
-        await r.facts.wait(PageWanted)
-        r.relay.obey(Page(0.0, "b 2\n"))
+        await r.facts.wait(MetricsPageRequested)
+        r.relay.on_command(MetricsPage(0.0, "b 2\n"))
         assert (await w.answer())[2] == b"b 2\n"
         monkeypatch.undo()
         assert (await w.scrape())[2] == b"b 2\n"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.events import Usage
-from sidecar.relay.sse import SSE, Tail, priced, usage_of
+from sidecar.relay.sse import SSE, BodyTail, priced, usage_of
 
 PAGES = Path(__file__).parents[1] / "engines" / "pages" / "answers"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
@@ -308,7 +308,7 @@ def test_any_bytes_after_the_key_are_survived(text: bytes) -> None:
 
 def test_the_usage_of_a_large_body_is_read_from_its_end() -> None:
     """A body of embeddings is many megabytes; only its end is kept."""
-    tail = Tail()
+    tail = BodyTail()
     for _ in range(100):
         tail.feed(b"0.123," * 10_000)
     tail.feed(b'],"usage":{"prompt_tokens":8,"total_tokens":8}}')

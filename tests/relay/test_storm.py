@@ -14,13 +14,13 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.events import Admitted, End, Published, Settled
+from sidecar.events import AbortRequests, Admitted, LoadReport, Settled
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
-from sidecar.load.tenant_limits import Limit, Limits
+from sidecar.load.tenant_limits import TenantLimit, TenantLimits
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota
-from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
+from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
 from ..waiting import PATIENCE
 from .work import CHAT, TOKEN, sse
@@ -46,9 +46,9 @@ async def test_a_storm_leaves_nothing_behind(
             await response.write(event)
         return response
 
-    limits, accounts = tmp_path / "limits.toml", Accounts("", 1, 0)
+    limits, accounts = tmp_path / "limits.toml", TenantAccounts("", 1, 0)
     limits.write_text("[default]\nmu_per_minute = 1e6\nmu_in_flight = 1e6\n")
-    pricing = Pricing(Estimator(Coefficients()), Quota(str(limits), accounts, 1, Limits()))
+    pricing = Pricing(Estimator(Coefficients()), Quota(str(limits), accounts, 1, TenantLimits()))
     r = await rig(await serve(engine), pricing=pricing, **settings)
 
     async def ask() -> None:
@@ -59,10 +59,14 @@ async def test_a_storm_leaves_nothing_behind(
     async def disturb() -> None:
         while True:
             await asyncio.sleep(dice.random() * 0.02)
-            r.relay.obey(Published("{}", "", dice.choice(["stalled", "dead", "progressing", "idle", "starting"])))
+            r.relay.on_command(
+                LoadReport("{}", "", dice.choice(["stalled", "dead", "progressing", "idle", "starting"]))
+            )
             ids = [fact.id for fact in r.facts.of(Admitted)]
-            r.relay.obey(
-                End(tuple(dice.sample(ids, min(3, len(ids)))), dice.choice(["stream_stuck", "prompt_exceeds_kv_cache"]))
+            r.relay.on_command(
+                AbortRequests(
+                    tuple(dice.sample(ids, min(3, len(ids)))), dice.choice(["stream_stuck", "prompt_exceeds_kv_cache"])
+                )
             )
 
     disturbance = asyncio.create_task(disturb())
@@ -72,7 +76,7 @@ async def test_a_storm_leaves_nothing_behind(
         client.cancel()
     await asyncio.wait(clients, timeout=PATIENCE)
     disturbance.cancel()
-    r.relay.obey(Published("{}", "", "idle"))
+    r.relay.on_command(LoadReport("{}", "", "idle"))
     await r.facts.wait(Settled, len(r.facts.of(Admitted)))
     admitted, settled = (Counter(f.id for f in r.facts.of(kind)) for kind in (Admitted, Settled))
     assert admitted == settled
@@ -83,4 +87,6 @@ async def test_a_storm_leaves_nothing_behind(
     await asyncio.gather(*again)
     assert [f.outcome for f in r.facts.of(Settled)[before:]] == ["ok"] * 20
     # one request is always admitted where nothing is in flight, and only there
-    assert isinstance(accounts.take("default", Limit(mu_in_flight=1e-6), 1.0, 1.0, time.monotonic()), Lease)
+    assert isinstance(
+        accounts.take("default", TenantLimit(mu_in_flight=1e-6), 1.0, 1.0, time.monotonic()), TenantCharge
+    )

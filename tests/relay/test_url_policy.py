@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from yarl import URL
 
-from sidecar.relay import url_policy as links
+from sidecar.relay import url_policy
 
-AMONG = links.domains("img.example.com, *.example.org,cdn.example.net:8443,93.184.216.34")
+AMONG = url_policy.domains("img.example.com, *.example.org,cdn.example.net:8443,93.184.216.34")
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ AMONG = links.domains("img.example.com, *.example.org,cdn.example.net:8443,93.18
 )
 def test_what_the_operator_listed_is_allowed(link: str) -> None:
     """Listed hosts, any name below a `*.`, the scheme's port or the one that is listed."""
-    assert links.allowed(link, AMONG) is not None
+    assert url_policy.allowed(link, AMONG) is not None
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_what_the_operator_listed_is_allowed(link: str) -> None:
         "http://[::1]/",
         "http://2130706433/",
         "http://127.1/",
-        "http://img.example.com/" + "a" * links.MAX_LINK,
+        "http://img.example.com/" + "a" * url_policy.MAX_LINK,
     ],
 )
 def test_everything_else_is_not(link: str) -> None:
     """Other hosts however they are dressed up, other ports, other schemes, user names, and what is no URL."""
-    assert links.allowed(link, AMONG) is None
+    assert url_policy.allowed(link, AMONG) is None
 
 
 @pytest.mark.parametrize(
@@ -78,15 +78,15 @@ def test_everything_else_is_not(link: str) -> None:
 )
 def test_a_redirect_is_judged_like_a_link(base: str, onward: str, wanted: str | None) -> None:
     """Relative places are joined; other hosts, schemes and a step down from https are refused."""
-    url = links.allowed(onward, AMONG, URL(base))
+    url = url_policy.allowed(onward, AMONG, URL(base))
     assert (None if url is None else str(url)) == wanted
 
 
 @pytest.mark.parametrize("text", ["http://a", " https://a", "HTTP://A", "https:a"])
 def test_links_are_told(text: str) -> None:
     """What any engine would fetch by http counts as a link."""
-    assert links.is_link(text)
-    assert not links.is_link("data:image/png;base64,http://")
+    assert url_policy.is_link(text)
+    assert not url_policy.is_link("data:image/png;base64,http://")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_links_are_told(text: str) -> None:
 )
 def test_public_addresses(address: str) -> None:
     """Addresses of the Internet, also where IPv6 embeds them."""
-    assert links.is_public(address)
+    assert url_policy.is_public(address)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_public_addresses(address: str) -> None:
 )
 def test_addresses_that_are_not_public(address: str) -> None:
     """Loopback, private, link-local, shared, multicast, reserved, what embeds one of these, and what is no address."""
-    assert not links.is_public(address)
+    assert not url_policy.is_public(address)

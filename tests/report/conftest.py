@@ -15,9 +15,8 @@ import pytest
 from aiohttp import web
 from selenium import webdriver
 
-from sidecar import events as facts
-from sidecar import readings, snapshot
-from sidecar.report import live_page as page
+from sidecar import events, readings, snapshot
+from sidecar.report import live_page
 
 from ..waiting import PATIENCE
 
@@ -29,9 +28,9 @@ GIB = 1 << 30
 
 
 def verdict(
-    state: facts.State = "progressing", reason: str = "progress", detail: str = "", since: float = 0.0, **evidence: Any
-) -> facts.Verdict:
-    return facts.Verdict(state, reason, detail or f"{state} in the script", since, WALL + since, evidence)
+    state: events.State = "progressing", reason: str = "progress", detail: str = "", since: float = 0.0, **evidence: Any
+) -> events.Verdict:
+    return events.Verdict(state, reason, detail or f"{state} in the script", since, WALL + since, evidence)
 
 
 def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
@@ -63,13 +62,13 @@ def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
         engine=readings.Value(readings.EngineSample(7.0, 2.0, 0.46, 9.1e6, 1.2e6, 2690.0, None, WALL - 86400, False), at, 0.012),
         gpus=readings.Value((gpu,), at), own=readings.Value(readings.ProcessSample(17, 48 << 20, 21.5, 5), at), own_lag=0.0011,
         relays=(snapshot.RelayUse(0, 21, 0, 5, 0.0009, 0.4), snapshot.RelayUse(1, 22, 1, 4, 0.0013, 0.7)),
-        canary=facts.CanaryResult("ok", at - 61.0, at - 60.8, 8.0), canary_outstanding_since=None,
+        canary=events.CanaryResult("ok", at - 61.0, at - 60.8, 8.0), canary_outstanding_since=None,
         changes=(verdict(), verdict("idle", "no_work", since=-30.0)), diagnoses=(),
     )  # fmt: skip
     return replace(whole, **changed)
 
 
-ACTS: tuple[tuple[float, facts.State, str, str], ...] = (
+ACTS: tuple[tuple[float, events.State, str, str], ...] = (
     (0, "idle", "no_work", "Nothing is outstanding."),
     (45, "progressing", "progress", "Tokens are delivered."),
     (190, "quiet", "within_allowed", "A prefill of 96k tokens is outstanding; silent within the 42 s it may take."),
@@ -129,8 +128,8 @@ def story(until: int) -> Iterator[snapshot.Snapshot]:
             silence_ruled_by="predicted" if 190 <= at < 214 else "floor",
             gpus=readings.Value((replace(gpu, utilization=readings.Value(busy, float(at))),), float(at)),
             canary_outstanding_since=float(at - 3) if state == "suspect" else None,
-            canary=facts.CanaryResult("starved", 307.0, 315.0, 8.0, "no token") if at >= 315 else base.canary,
-            diagnoses=(facts.DiagnosisSummary("20251121-030522-stalled", WALL + 322, "no_progress", 182_044, "VLLM::EngineCore (pid 12): stopped (T)"),) if at > 325 else (),
+            canary=events.CanaryResult("starved", 307.0, 315.0, 8.0, "no token") if at >= 315 else base.canary,
+            diagnoses=(events.DiagnosisSummary("20251121-030522-stalled", WALL + 322, "no_progress", 182_044, "VLLM::EngineCore (pid 12): stopped (T)"),) if at > 325 else (),
             engine=readings.Failed("no answer from /metrics within 2 s") if down else base.engine,
         )  # fmt: skip
 
@@ -157,7 +156,7 @@ class Site:
     """The real feed and page on a port of their own, in a thread with its own loop, because Selenium blocks."""
 
     def __init__(self) -> None:
-        self.feed = page.Feed()
+        self.feed = live_page.PageFeed()
         self.refused = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -189,7 +188,7 @@ class Site:
 
     async def _start(self) -> tuple[web.AppRunner, str]:
         app = web.Application()
-        app.router.add_get("/", page.index)
+        app.router.add_get("/", live_page.index)
         app.router.add_get("/events", self._events)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()

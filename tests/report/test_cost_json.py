@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.errors import UsageError
-from sidecar.events import Usage, Work
-from sidecar.load import cost_model as units
+from sidecar.events import RequestSize, Usage
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.report import cost_json as cost
+from sidecar.report import cost_json
 
 CO = Coefficients()
 tokens = st.integers(0, 20_000)
@@ -24,7 +24,7 @@ def test_a_window_counts_what_each_token_sees(before: int, new: int, window: int
     co = replace(CO, window=window, windowed=windowed)
     middle = [before + i + 0.5 for i in range(new)]  # of the time in which a token's place is taken
     whole, seen = sum(middle), sum(min(x, window) for x in middle)
-    assert units.context(before, new, co) == pytest.approx(
+    assert cost_model.context(before, new, co) == pytest.approx(
         (1 - windowed) * whole + windowed * seen, abs=0.2 + 1e-6 * whole
     )
 
@@ -32,74 +32,78 @@ def test_a_window_counts_what_each_token_sees(before: int, new: int, window: int
 @given(u=tokens, c=tokens, o=tokens, window=st.integers(0, 8192))
 def test_windows_never_cost_more_and_cost_grows_with_work(u: int, c: int, o: int, window: int) -> None:
     """A sliding window only takes work away, and more tokens never cost less."""
-    near, work = replace(CO, window=window, windowed=0.8), Work(u, c, o)
-    assert units.gpu_ms(work, near) <= units.gpu_ms(work, CO) * (1 + 1e-12)
+    near, work = replace(CO, window=window, windowed=0.8), RequestSize(u, c, o)
+    assert cost_model.gpu_ms(work, near) <= cost_model.gpu_ms(work, CO) * (1 + 1e-12)
     for name in ("uncached", "cached", "output"):
-        assert units.gpu_ms(replace(work, **{name: getattr(work, name) + 1}), near) >= units.gpu_ms(work, near) * (
-            1 - 1e-12
-        )
+        assert cost_model.gpu_ms(replace(work, **{name: getattr(work, name) + 1}), near) >= cost_model.gpu_ms(
+            work, near
+        ) * (1 - 1e-12)
 
 
 @given(u=tokens, c=tokens, o=tokens, window=st.integers(0, 8192))
 def test_output_alone_costs_what_is_left_of_the_whole(u: int, c: int, o: int, window: int) -> None:
     """The price before the first token and that of the output make the price of the request, as the ledger adds them up."""
     co = Coefficients(f=1e-3, window=window, windowed=0.5, g=0.1)
-    work = Work(u, c, o, image_tokens=u // 2, images=1)
-    parts = units.terms(work, co).before_first_token + units.generated_ms(u + c, o, co)
-    assert parts == pytest.approx(units.gpu_ms(work, co))
+    work = RequestSize(u, c, o, image_tokens=u // 2, images=1)
+    parts = cost_model.terms(work, co).before_first_token + cost_model.generated_ms(u + c, o, co)
+    assert parts == pytest.approx(cost_model.gpu_ms(work, co))
 
 
 def test_cached_tokens_are_cheaper_and_not_free() -> None:
     """What a prefix cache holds need not be computed, but is attended to and read."""
-    assert units.mu(Work(500, output=10), CO) < units.mu(Work(500, 3000, 10), CO) < units.mu(Work(3500, output=10), CO)
+    assert (
+        cost_model.mu(RequestSize(500, output=10), CO)
+        < cost_model.mu(RequestSize(500, 3000, 10), CO)
+        < cost_model.mu(RequestSize(3500, output=10), CO)
+    )
 
 
 def test_audio_and_video_are_priced_as_images_are() -> None:
     """Encoder tokens by the ratio of their modality, items alike; settling keeps them."""
-    image = units.terms(Work(1000, image_tokens=500, images=2), CO).images
-    assert units.terms(Work(1000, video_tokens=500, videos=2), CO).images == image
-    heard = Work(1000, audio_tokens=500, audios=2)
-    assert units.terms(heard, CO).images == pytest.approx(CO.audio * CO.g * 500 + 2 * CO.h)
-    assert units.settled_work(heard, Usage(900, 7, 100), 0) == replace(heard, uncached=800, cached=100, output=7)
+    image = cost_model.terms(RequestSize(1000, image_tokens=500, images=2), CO).images
+    assert cost_model.terms(RequestSize(1000, video_tokens=500, videos=2), CO).images == image
+    heard = RequestSize(1000, audio_tokens=500, audios=2)
+    assert cost_model.terms(heard, CO).images == pytest.approx(CO.audio * CO.g * 500 + 2 * CO.h)
+    assert cost_model.settled_work(heard, Usage(900, 7, 100), 0) == replace(heard, uncached=800, cached=100, output=7)
 
 
 def test_an_encoders_attention_stays_within_an_image() -> None:
     """One image of twice the tokens costs more than two images of as many together; `GET /cost` takes them to be of one size."""
     asked = {"in": "2000", "image_tokens": "1600"}
-    one, two = (cost.render(asked | {"images": str(n)}, CO)["terms_ms"]["images"] for n in (1, 2))
+    one, two = (cost_json.render(asked | {"images": str(n)}, CO)["terms_ms"]["images"] for n in (1, 2))
     assert one - two == pytest.approx(CO.q * (1600**2 - 2 * 800**2) - CO.h)
 
 
 def test_what_was_cached_of_images_costs_no_encoder() -> None:
     """Encoder tokens are part of the prompt: what is more than its uncached part came from the cache. Without a cache nothing changes."""
-    expected = Work(900, image_tokens=800, images=1, image_squares=800**2)
-    whole, half = (units.settled_work(expected, Usage(900, 5, cached), 0) for cached in (0, 500))
+    expected = RequestSize(900, image_tokens=800, images=1, image_squares=800**2)
+    whole, half = (cost_model.settled_work(expected, Usage(900, 5, cached), 0) for cached in (0, 500))
     assert whole == replace(expected, output=5)
-    assert half == Work(400, 500, 5, 400, 1, image_squares=800**2 // 2)
-    assert units.settled_work(expected, Usage(900, 5, 90), 0).image_tokens == 800
+    assert half == RequestSize(400, 500, 5, 400, 1, image_squares=800**2 // 2)
+    assert cost_model.settled_work(expected, Usage(900, 5, 90), 0).image_tokens == 800
 
 
 def test_a_file_says_its_version() -> None:
     """One of the first version was measured without q, so it is 0; one of a later version than ours is refused."""
-    assert units.from_json(units.to_json(CO)) == CO
-    assert units.from_json('{"g": 0.5}') == replace(CO, g=0.5, q=0.0, source="file")
-    assert units.from_json('{"version": 2, "g": 0.5}').q == CO.q
+    assert cost_model.from_json(cost_model.to_json(CO)) == CO
+    assert cost_model.from_json('{"g": 0.5}') == replace(CO, g=0.5, q=0.0, source="file")
+    assert cost_model.from_json('{"version": 2, "g": 0.5}').q == CO.q
     with pytest.raises(UsageError, match="version 3 is not known here, the latest is 2"):
-        units.from_json('{"version": 3}', "co.json")
+        cost_model.from_json('{"version": 3}', "co.json")
 
 
 def test_the_line_is_exact_for_one_unit_and_for_nothing() -> None:
     """alpha, beta, gamma: what consumers that can multiply only use; never negative."""
-    line = dict(units.line(CO))
-    assert line["gamma"] + 3500 * line["alpha"] + 300 * line["beta"] == pytest.approx(units.unit_ms(CO))
-    assert line["gamma"] == units.gpu_ms(Work(0), CO)
+    line = dict(cost_model.line(CO))
+    assert line["gamma"] + 3500 * line["alpha"] + 300 * line["beta"] == pytest.approx(cost_model.unit_ms(CO))
+    assert line["gamma"] == cost_model.gpu_ms(RequestSize(0), CO)
     assert min(line.values()) >= 0
 
 
 def test_cost_says_what_a_request_costs_and_why() -> None:
     """The terms add up; cached tokens are part of `in`."""
-    told = cost.render({"in": "3500", "cached": "500", "out": "300", "images": "1", "image_tokens": "400"}, CO)
-    assert told["mu"] == units.mu(Work(3000, 500, 300, 400, 1, image_squares=400**2), CO)
+    told = cost_json.render({"in": "3500", "cached": "500", "out": "300", "images": "1", "image_tokens": "400"}, CO)
+    assert told["mu"] == cost_model.mu(RequestSize(3000, 500, 300, 400, 1, image_squares=400**2), CO)
     assert sum(told["terms_ms"].values()) == pytest.approx(told["gpu_ms"])
     assert told["mu_milli"] == round(1000 * told["mu"])
 
@@ -111,4 +115,4 @@ def test_cost_says_what_a_request_costs_and_why() -> None:
 def test_cost_says_what_is_wrong_with_a_question(asked: dict[str, str], said: str) -> None:
     """One line that names the parameter."""
     with pytest.raises(ValueError, match=said):
-        cost.render(asked, CO)
+        cost_json.render(asked, CO)

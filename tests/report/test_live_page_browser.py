@@ -13,9 +13,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from sidecar import events as facts
-from sidecar import readings, snapshot
-from sidecar.report import live_page as page
+from sidecar import events, readings, snapshot
+from sidecar.report import live_page
 
 from ..waiting import PATIENCE
 
@@ -145,7 +144,7 @@ def test_hostile_names_stay_text(
             tenants=(snapshot.TenantUse(evil, 1, 0.1, 1.0, 1, 1, ((evil, 1),)),),
             verdict=verdict("suspect", evil, evil, evil=evil), changes=(verdict("suspect", evil, evil, evil=evil),),
             engine=readings.Failed(evil), gpus=readings.Absent(evil), engine_kind=evil, version=evil,
-            diagnoses=(facts.DiagnosisSummary("../../x?" + evil, 1.0, evil, 1, evil),),
+            diagnoses=(events.DiagnosisSummary("../../x?" + evil, 1.0, evil, 1, evil),),
         )
     )  # fmt: skip
     driver = open_page()
@@ -181,9 +180,9 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("state", facts.STATES)
+@pytest.mark.parametrize("state", events.STATES)
 def test_text_is_readable_in_light_and_dark(
-    state: facts.State,
+    state: events.State,
     scheme: str,
     site: Any,
     open_page: Callable[..., webdriver.Chrome],
@@ -234,7 +233,7 @@ def test_lost_connection_is_said_and_healed(
     assert text_of(driver, "#link") == "connection lost"
     assert driver.title.startswith("no data")
     assert site.refused.wait(PATIENCE)
-    fresh = page.Feed()
+    fresh = live_page.PageFeed()
     fresh.publish(moment(605.0, verdict=verdict("quiet", "within_allowed", since=604.0)))
     site.feed = fresh
     await_text(driver, "#state", "quiet")

@@ -17,9 +17,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from sidecar import events as facts
-from sidecar import readings, snapshot
-from sidecar.report import live_page as page
+from sidecar import events, readings, snapshot
+from sidecar.report import live_page
 
 Script = Callable[..., Any]
 
@@ -28,11 +27,13 @@ Script = Callable[..., Any]
 
 def test_readings_keep_their_three_kinds(moment: Script) -> None:
     """A value, an absence and a failure leave as three different things, and an absence carries its reason."""
-    data = page.render(moment(gpus=readings.Absent("no NVIDIA driver library"), engine=readings.Failed("timed out")))
+    data = live_page.render(
+        moment(gpus=readings.Absent("no NVIDIA driver library"), engine=readings.Failed("timed out"))
+    )
     assert data["gpus"] == {"absent": "no NVIDIA driver library"}
     assert data["engine"] == {"failed": "timed out"}
     assert data["own"]["value"]["rss"] == 48 << 20
-    gpu = page.render(moment())["gpus"]["value"][0]
+    gpu = live_page.render(moment())["gpus"]["value"][0]
     assert gpu["utilization"]["value"] == 0.93
     assert gpu["temperature"] == {"absent": "not supported under MIG"}
 
@@ -40,7 +41,7 @@ def test_readings_keep_their_three_kinds(moment: Script) -> None:
 def test_numbers_that_json_lacks_become_null(verdict: Script, moment: Script) -> None:
     """Infinite and undefined numbers become null, for a browser refuses a whole document with NaN in it."""
     odd = moment(silence_allowed=math.inf, own_lag=math.nan, verdict=verdict(evidence_of=-math.inf))
-    text = json.dumps(page.render(odd), allow_nan=False)
+    text = json.dumps(live_page.render(odd), allow_nan=False)
     assert json.loads(text)["silence_allowed"] is None
     assert json.loads(text)["verdict"]["evidence"] == {"evidence_of": None}
 
@@ -48,8 +49,8 @@ def test_numbers_that_json_lacks_become_null(verdict: Script, moment: Script) ->
 def test_only_the_largest_tenants_are_sent(moment: Script) -> None:
     """Rows are bounded, the largest users stay, and the page is told how many there are."""
     many = tuple(snapshot.TenantUse(f"t{n}", 0, 0.0, float(n), n, n, ()) for n in range(200))
-    data = page.render(moment(tenants=many))
-    assert [row["tenant"] for row in data["tenants"]] == [f"t{n}" for n in range(199, 199 - page.MAX_TENANTS, -1)]
+    data = live_page.render(moment(tenants=many))
+    assert [row["tenant"] for row in data["tenants"]] == [f"t{n}" for n in range(199, 199 - live_page.MAX_TENANTS, -1)]
     assert data["tenants_known"] == 200
     assert data["mu_total"] == sum(range(200))
 
@@ -59,16 +60,16 @@ def test_a_point_has_a_column_for_each_name(moment: Script) -> None:
     gpu = moment().gpus.value[0]  # type: ignore[union-attr]
     dark = replace(gpu, utilization=readings.Failed("GPU is lost"))
     both = readings.Value((gpu, replace(gpu, utilization=readings.Value(0.07, 0.0)), dark), 0.0)
-    row = dict(zip(page.POINT, page.point(moment(gpus=both)), strict=True))
+    row = dict(zip(live_page.POINT, live_page.point(moment(gpus=both)), strict=True))
     assert row["gpu"] == 0.5
     assert row["t"] == moment().at_wall
     assert row["state"] == "progressing"
-    assert dict(zip(page.POINT, page.point(moment(gpus=readings.Absent("none"))), strict=True))["gpu"] is None
+    assert dict(zip(live_page.POINT, live_page.point(moment(gpus=readings.Absent("none"))), strict=True))["gpu"] is None
 
 
 def test_the_document_is_whole_and_self_contained() -> None:
     """All parts are in place, nothing refers to another origin, and every handler the policy would block is absent."""
-    text = page.html().decode()
+    text = live_page.html().decode()
     assert "<!-- put" not in text
     assert not re.search(r"""(src|href)=["'](https?:)?//""", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
@@ -77,8 +78,8 @@ def test_the_document_is_whole_and_self_contained() -> None:
 
 def test_every_state_has_a_word_a_glyph_and_a_colour() -> None:
     """No verdict of the program is unknown to the page."""
-    text = page.html().decode()
-    for state in facts.STATES:
+    text = live_page.html().decode()
+    for state in events.STATES:
         assert re.search(rf'^  {state}: \["."', text, re.MULTILINE), f"{state} has no glyph"
         assert f'[data-state="{state}"] {{ --state' in text, f"{state} has no colour"
         assert re.search(rf"RANK = {{.*\b{state}:", text), f"{state} has no height in the band"
@@ -88,9 +89,9 @@ def test_every_state_has_a_word_a_glyph_and_a_colour() -> None:
 
 
 @contextlib.asynccontextmanager
-async def served(feed: page.Feed) -> AsyncIterator[TestClient[web.Request, web.Application]]:
+async def served(feed: live_page.PageFeed) -> AsyncIterator[TestClient[web.Request, web.Application]]:
     app = web.Application()
-    app.router.add_get("/", page.index)
+    app.router.add_get("/", live_page.index)
     app.router.add_get("/events", feed.events)
     async with TestClient(TestServer(app)) as client:
         try:
@@ -107,14 +108,14 @@ async def next_event(response: aiohttp.ClientResponse) -> tuple[str, Any]:
 
 async def test_history_comes_first_then_the_present_then_each_snapshot(moment: Script, story: Script) -> None:
     """A page that opens late has the past at once, the last snapshot without waiting, and the next ones as they come."""
-    feed = page.Feed()
+    feed = live_page.PageFeed()
     for one in story(40):
         feed.publish(one)
     async with served(feed) as client, client.get("/events") as response:
         assert response.content_type == "text/event-stream"
         name, history = await next_event(response)
         assert name == "history"
-        assert history["columns"] == list(page.POINT)
+        assert history["columns"] == list(live_page.POINT)
         assert [row[0] for row in history["points"]] == [moment(at).at_wall for at in range(40)]
         assert (await next_event(response))[1]["at"] == 39.0
         feed.publish(moment(40.0))
@@ -123,22 +124,22 @@ async def test_history_comes_first_then_the_present_then_each_snapshot(moment: S
 
 async def test_history_is_bounded_in_time_and_number(moment: Script) -> None:
     """The ring holds the last ten minutes however long and however often one publishes."""
-    feed = page.Feed()
+    feed = live_page.PageFeed()
     for step in range(4000):
         feed.publish(moment(step * 0.3))
     async with served(feed) as client, client.get("/events") as response:
         points = (await next_event(response))[1]["points"]
-    assert len(points) <= page.HISTORY_SECONDS / page.MIN_STEP
-    assert points[0][0] >= points[-1][0] - page.HISTORY_SECONDS
-    assert points[-1][0] - points[0][0] > page.HISTORY_SECONDS - 1
+    assert len(points) <= live_page.HISTORY_SECONDS / live_page.MIN_STEP
+    assert points[0][0] >= points[-1][0] - live_page.HISTORY_SECONDS
+    assert points[-1][0] - points[0][0] > live_page.HISTORY_SECONDS - 1
 
 
 async def test_nothing_is_rendered_while_nobody_listens(monkeypatch: pytest.MonkeyPatch, moment: Script) -> None:
     """Without readers a publish costs one row of history; with three readers the snapshot is rendered once."""
     rendered: list[float] = []
-    real = page.render
-    monkeypatch.setattr(page, "render", lambda one: rendered.append(one.at) or real(one))
-    feed = page.Feed()
+    real = live_page.render
+    monkeypatch.setattr(live_page, "render", lambda one: rendered.append(one.at) or real(one))
+    feed = live_page.PageFeed()
     feed.publish(moment(1.0))
     assert rendered == []
     async with served(feed) as client:
@@ -152,9 +153,9 @@ async def test_nothing_is_rendered_while_nobody_listens(monkeypatch: pytest.Monk
 
 async def test_readers_are_bounded(moment: Script) -> None:
     """Past the bound one more page gets 503 and is told when to come back; a page that leaves makes room."""
-    feed = page.Feed()
+    feed = live_page.PageFeed()
     async with served(feed) as client:
-        readers = [await client.get("/events") for _ in range(page.MAX_READERS)]
+        readers = [await client.get("/events") for _ in range(live_page.MAX_READERS)]
         async with client.get("/events") as refused:
             assert refused.status == 503
             assert refused.headers["Retry-After"] == "5"
@@ -169,18 +170,18 @@ async def test_readers_are_bounded(moment: Script) -> None:
 
 async def test_a_slow_reader_skips_and_sees_the_present(moment: Script) -> None:
     """What waits for one reader is bounded: the oldest snapshots are dropped, the newest arrives."""
-    feed = page.Feed()
+    feed = live_page.PageFeed()
     async with served(feed) as client, client.get("/events") as response:
         await next_event(response)
         for step in range(100):  # in one go: the handler has no turn in between
             feed.publish(moment(float(step)))
-        seen = [(await next_event(response))[1]["at"] for _ in range(page.MAX_QUEUED)]
+        seen = [(await next_event(response))[1]["at"] for _ in range(live_page.MAX_QUEUED)]
     assert seen == [97.0, 98.0, 99.0]
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off(verdict: Script, moment: Script) -> None:
     """A connection that is open but never read is aborted once it blocks for `patience`, and its place is free again."""
-    feed = page.Feed(patience=0.05)
+    feed = live_page.PageFeed(patience=0.05)
     heavy = moment(changes=tuple(verdict(detail="d" * 200, since=float(n)) for n in range(2000)))
     async with served(feed) as client:
         with socket.socket() as deaf:
@@ -198,7 +199,7 @@ async def test_a_reader_that_takes_nothing_is_cut_off(verdict: Script, moment: S
 
 async def test_close_ends_all_streams() -> None:
     """After `close` every stream ends as a stream should, and a new one is refused: the server need not wait."""
-    feed = page.Feed()
+    feed = live_page.PageFeed()
     async with served(feed) as client, client.get("/events") as response:
         await next_event(response)
         feed.close()
@@ -209,10 +210,10 @@ async def test_close_ends_all_streams() -> None:
 
 async def test_the_policy_names_exactly_what_the_page_runs() -> None:
     """The page is sent with a policy that allows its own script and style by hash, its own origin, and nothing else."""
-    async with served(page.Feed()) as client, client.get("/") as response:
+    async with served(live_page.PageFeed()) as client, client.get("/") as response:
         policy = response.headers["Content-Security-Policy"]
         assert response.content_type == "text/html"
         assert "default-src 'none'" in policy
         assert "connect-src 'self'" in policy
         assert "unsafe" not in policy
-        assert await response.read() == page.html()
+        assert await response.read() == live_page.html()

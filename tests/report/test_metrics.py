@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar.events import OUTCOMES, CanaryResult, Imaged, Verdict
-from sidecar.labels import NONE, OTHER, Bounded, printable
-from sidecar.report.metrics import METRICS, PAIRS_PER_TENANT, Meters
-from sidecar.report.prometheus import Pages
+from sidecar.events import OUTCOMES, CanaryResult, ImagePrepared, Verdict
+from sidecar.labels import NONE, OTHER, BoundedLabels, printable
+from sidecar.report.metrics import METRICS, PAIRS_PER_TENANT, Metrics
+from sidecar.report.prometheus import MetricsPages
 
 # Users' dashboards and routers depend on these; a change here breaks them.
 CONTRACT = re.findall(
@@ -35,11 +35,11 @@ sidecar_loop_lag_seconds{process} sidecar_cost_dollars_total{tenant,model} sidec
 )
 
 
-def page(meters: Meters) -> str:
-    return Pages(meters.registry, seconds=0).text()
+def page(meters: Metrics) -> str:
+    return MetricsPages(meters.registry, seconds=0).text()
 
 
-def series(meters: Meters) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+def series(meters: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Every sample of the page, as a scraper reads it."""
     families = text_string_to_metric_families(page(meters))
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
@@ -49,7 +49,7 @@ def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
     return name, frozenset(labels.items())
 
 
-def settle(meters: Meters, tenant: str = "acme", model: str = "llama", **more: float) -> None:
+def settle(meters: Metrics, tenant: str = "acme", model: str = "llama", **more: float) -> None:
     meters.settled(tenant, model, "ok", mu=more.pop("mu", 0.5), seconds=more.pop("seconds", 2.0), **more)
 
 
@@ -60,7 +60,7 @@ def test_every_metric_of_the_contract_is_declared_and_rendered(written: str) -> 
     metric = next(m for m in METRICS if m.name == name)
     if labels:
         assert metric.labels == tuple(labels.split(","))
-    text = page(Meters(max_tenants=5))
+    text = page(Metrics(max_tenants=5))
     assert f"# HELP {name} " in text
     assert f"# TYPE {name} {metric.kind}\n" in text
 
@@ -75,7 +75,7 @@ def test_the_contract_here_is_the_written_one(requires: Callable[[str], Path]) -
 
 def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
     """Requests, MU and dollars add up per label set, and times go into their histograms."""
-    meters = Meters(max_tenants=5)
+    meters = Metrics(max_tenants=5)
     settle(meters, mu=0.5, ttft=0.2, tpot=0.012, overhead=0.0003, dollars=0.01)
     settle(meters, mu=0.25, dollars=0.02)
     meters.settled("acme", "llama", "client_cancelled", mu=0.1, seconds=1.0)
@@ -95,7 +95,7 @@ def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
 
 def test_without_a_price_there_is_no_cost_series() -> None:
     """Cost 0 is not shown as 0 dollars: there is no series."""
-    meters = Meters(max_tenants=5)
+    meters = Metrics(max_tenants=5)
     settle(meters)
     assert not [name for name, _ in series(meters) if name.startswith("sidecar_cost")]
 
@@ -103,7 +103,7 @@ def test_without_a_price_there_is_no_cost_series() -> None:
 @given(st.lists(st.floats(0, 1e5), max_size=50))
 def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
     """Each bucket counts exactly the values up to its bound, +Inf counts all, and the sum is theirs."""
-    meters = Meters(max_tenants=5)
+    meters = Metrics(max_tenants=5)
     for value in values:
         settle(meters, seconds=value)
     got = series(meters)
@@ -115,8 +115,8 @@ def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
 
 def test_images_canaries_and_verdict_changes_are_counted() -> None:
     """Each record goes into its counter and, where it has a duration, its histogram."""
-    meters = Meters(max_tenants=5)
-    meters.observe(Imaged("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006), ("resize", 0.004)), 1000, 3000))
+    meters = Metrics(max_tenants=5)
+    meters.observe(ImagePrepared("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006), ("resize", 0.004)), 1000, 3000))
     meters.observe(CanaryResult("starved", 10.0, 18.0, 8.0))
     meters.observe(Verdict("stalled", "no_progress", "", 1.0, 1.0))
     got = series(meters)
@@ -133,7 +133,7 @@ def test_images_canaries_and_verdict_changes_are_counted() -> None:
 def test_clients_cannot_multiply_series() -> None:
     """Any number of made-up tenants and models yields a bounded page, and no request is lost from the sums."""
     limit = 5
-    meters = Meters(max_tenants=limit)
+    meters = Metrics(max_tenants=limit)
     for n in range(1000):
         meters.settled(f"tenant {n}" * 20, f"model {n % 97}", OUTCOMES[n % 6], mu=1.0, seconds=1.0)
     requests = {labels: v for (name, labels), v in series(meters).items() if name == "sidecar_requests_total"}
@@ -146,7 +146,7 @@ def test_clients_cannot_multiply_series() -> None:
 
 def test_a_hostile_label_cannot_break_the_page() -> None:
     """Quotes, backslashes and line ends in a tenant's name come out escaped or replaced, in one parseable sample."""
-    meters = Meters(max_tenants=5)
+    meters = Metrics(max_tenants=5)
     settle(meters, tenant='a"} 1\nsidecar_verdict{verdict="dead\\', model="\x00\u202e")
     (labels,) = [dict(labels) for name, labels in series(meters) if name == "sidecar_requests_total"]
     assert labels == {"tenant": 'a"} 1?sidecar_verdict{verdict="dead\\', "model": "??", "outcome": "ok"}
@@ -155,7 +155,7 @@ def test_a_hostile_label_cannot_break_the_page() -> None:
 @given(st.lists(st.text(max_size=100), max_size=60), st.integers(1, 10))
 def test_bounded_is_stable_and_bounded(texts: list[str], limit: int) -> None:
     """At most `limit` labels besides `other`; a text that had a label keeps it; labels are printable, short, not empty."""
-    bounded = Bounded(limit, max_length=20)
+    bounded = BoundedLabels(limit, max_length=20)
     first = [bounded(text) for text in texts]
     assert len({label for label in first if label != OTHER}) <= limit
     again = [bounded(text) for text in texts]

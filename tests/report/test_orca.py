@@ -21,12 +21,10 @@ from hypothesis import strategies as st
 
 from sidecar.control.relay_pool import RelayPool
 from sidecar.errors import StartError
-from sidecar.events import Listening, Published
+from sidecar.events import LoadReport, LoadSubscribed
 from sidecar.launch.preflight import reserve
 from sidecar.readings import EngineSample, Failed, Reading, Value
-from sidecar.report import orca
-from sidecar.report import orca_proto as orca_messages
-from sidecar.report import orca_server as orca_grpc
+from sidecar.report import orca, orca_proto, orca_server
 from sidecar.report.orca_proto import Report as OrcaLoadReport
 from sidecar.report.orca_proto import Request as OrcaLoadReportRequest
 from sidecar.runtime.channel import Channel
@@ -42,9 +40,9 @@ LOAD = Load(
 )  # fmt: skip
 ENGINE: Reading[EngineSample] = Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004)
 FORMS = pytest.mark.parametrize(
-    "form", [orca.Report.json, orca.Report.text, orca.Report.binary], ids=lambda f: f.__name__
+    "form", [orca.OrcaReport.json, orca.OrcaReport.text, orca.OrcaReport.binary], ids=lambda f: f.__name__
 )
-Form = Callable[[orca.Report], str]
+Form = Callable[[orca.OrcaReport], str]
 
 
 def read(header: str) -> dict[str, Any]:
@@ -123,7 +121,7 @@ def test_the_weight_is_the_capacity_and_does_not_vanish_in_rounding() -> None:
 
 def test_pressure_is_the_mean_of_the_rates_seconds() -> None:
     """A moment's queue hardly moves it, a lasting one does within ten seconds, and the time before the start counts as idle."""
-    recently = orca.Recently()
+    recently = orca.MovingMean()
     means = [recently.mean(0.5, at) for at in range(100, 140)]
     assert means[0] == 0.0 and means[5] == pytest.approx(0.25) and means[-1] == pytest.approx(0.5)
     assert recently.mean(1.0, 140) == pytest.approx(0.55)
@@ -150,10 +148,10 @@ def test_the_messages_are_those_of_others() -> None:
     """The bytes of a report and of a request are those that Envoy 1.40 and grpc-java write, field by field."""
     theirs = "CQAAAAAAAOA/MQAAAAAAAFlAOQAAAAAAAABAQg4KA3JpZhEAAAAAAAAQQA=="  # of Envoy's own test of its parser
     numbers = {"cpu_utilization": 0.5, "rps_fractional": 100.0, "eps": 2.0}
-    assert base64.b64encode(orca_messages.encode(numbers, {"rif": 4.0})).decode() == theirs
-    ours = orca_messages.encode({"application_utilization": 0.5, "mem_utilization": 0.25}, {})
+    assert base64.b64encode(orca_proto.encode(numbers, {"rif": 4.0})).decode() == theirs
+    ours = orca_proto.encode({"application_utilization": 0.5, "mem_utilization": 0.25}, {})
     assert ours == b"\x11" + struct.pack("<d", 0.25) + b"\x49" + struct.pack("<d", 0.5)  # fields 2 and 9
-    assert orca_messages.interval(b"\x0a\x08\x08\x02\x10\x80\xca\xb5\xee\x01") == 2.5  # field 1: 2 s, 500,000,000 ns
+    assert orca_proto.interval(b"\x0a\x08\x08\x02\x10\x80\xca\xb5\xee\x01") == 2.5  # field 1: 2 s, 500,000,000 ns
 
 
 @pytest.mark.parametrize(
@@ -163,9 +161,9 @@ def test_the_interval_is_the_clients_but_not_below_a_tenth(asked: float, seconds
     """A stream without an interval gets a report a second, a hasty one ten."""
     request = OrcaLoadReportRequest()
     request.report_interval.FromNanoseconds(int(asked * 1e9))
-    assert orca_grpc.interval(request.SerializeToString()) == pytest.approx(seconds)
+    assert orca_server.interval(request.SerializeToString()) == pytest.approx(seconds)
     with pytest.raises(ValueError, match="not an OrcaLoadReportRequest"):
-        orca_grpc.interval(b"\xff\xff\xff")
+        orca_server.interval(b"\xff\xff\xff")
 
 
 # --- the stream ---
@@ -183,7 +181,7 @@ class Control:
 
     def publish(self, utilization: float) -> None:
         r = orca.report(replace(LOAD, recent_mu_per_second=0.0), ENGINE, utilization)
-        self.pool.order(Published(r.json(), r.text(), "idle", "", r.binary()))
+        self.pool.order(LoadReport(r.json(), r.text(), "idle", "", r.binary()))
 
 
 @pytest.fixture
@@ -203,7 +201,7 @@ class Client:
 
     def __init__(self, channel: aio.Channel) -> None:
         self.StreamCoreMetrics = channel.unary_stream(
-            f"/{orca_messages.SERVICE}/{orca_messages.METHOD}",
+            f"/{orca_proto.SERVICE}/{orca_proto.METHOD}",
             request_serializer=OrcaLoadReportRequest.SerializeToString,
             response_deserializer=OrcaLoadReport.FromString,
         )
@@ -212,11 +210,11 @@ class Client:
 @pytest.fixture
 async def stub(control: Control) -> AsyncIterator[tuple[Client, asyncio.Event]]:
     """A client of the stream, and what ends it."""
-    latest, ended = orca_grpc.Latest(control.path), asyncio.Event()
+    latest, ended = orca_server.LatestReport(control.path), asyncio.Event()
     keeping = asyncio.create_task(latest.run())
     with reserve("orca-grpc", ("127.0.0.1", 0), "grpc", "orca") as reserved:
         address = reserved.getsockname()
-        server = await orca_grpc.start(address, latest, ended)
+        server = await orca_server.start(address, latest, ended)
         async with aio.insecure_channel(f"127.0.0.1:{address[1]}") as channel:
             yield Client(channel), ended
         await server.stop(0)
@@ -273,7 +271,7 @@ async def test_streams_are_bounded_and_bad_requests_refused(control: Control, st
         assert (await kept.read()).rps_fractional > 0
         big = stub[0].StreamCoreMetrics(big_request())
         assert await big.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        streams = [stub[0].StreamCoreMetrics(asked(3600)) for _ in range(orca_grpc.MOST_STREAMS + 4)]
+        streams = [stub[0].StreamCoreMetrics(asked(3600)) for _ in range(orca_server.MOST_STREAMS + 4)]
         codes = [asyncio.ensure_future(stream.code()) for stream in streams]
         refused = 0
         while refused < 5:  # the one above has a place, too
@@ -287,12 +285,12 @@ async def test_streams_are_bounded_and_bad_requests_refused(control: Control, st
 
 async def test_a_load_that_grew_old_is_not_sent(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a control process for some seconds, nothing is said; with the next load it goes on."""
-    latest = orca_grpc.Latest(control.path)
+    latest = orca_server.LatestReport(control.path)
     keeping = asyncio.create_task(latest.run())
     control.publish(0.5)
     async with asyncio.timeout(PATIENCE):
         await latest.get()
-        monkeypatch.setattr(orca_grpc, "STALE", -1.0)
+        monkeypatch.setattr(orca_server, "STALE", -1.0)
         getting = asyncio.create_task(latest.get())
         await asyncio.wait((getting,), timeout=0.1)
         assert not getting.done()
@@ -312,12 +310,12 @@ async def test_a_listener_is_no_relay(control: Control) -> None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(control.path)
     channel = await Channel.open(sock, got.append, gone.set)
-    channel.send(Listening(1.0, 42))
+    channel.send(LoadSubscribed(1.0, 42))
     async with asyncio.timeout(PATIENCE):
         while not got:
             control.publish(0.5)
             await asyncio.sleep(0.01)
-        assert {type(record) for record in got} == {Published}
+        assert {type(record) for record in got} == {LoadReport}
         assert control.pool.use(2.0)[0].pid == 0
         channel.close()
         await gone.wait()

@@ -12,12 +12,11 @@ import pytest
 from prometheus_client import openmetrics, parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 
-from sidecar.events import STATES, CanaryResult, End, Imaged, Verdict
+from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, Verdict
 from sidecar.readings import Absent, EngineSample, Failed, GpuSample, ProcessSample, Value
-from sidecar.report import load_json as load
-from sidecar.report import prometheus
-from sidecar.report.metrics import METRICS, Meters
-from sidecar.report.prometheus import PLAIN, Pages, merged
+from sidecar.report import load_json, prometheus
+from sidecar.report.metrics import METRICS, Metrics
+from sidecar.report.prometheus import PLAIN, MetricsPages, merged
 from sidecar.snapshot import ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
 
 LOAD = Load(
@@ -47,15 +46,15 @@ vllm:num_requests_waiting{model_name="llama"} 3.0
 """
 
 
-def full() -> Meters:
+def full() -> Metrics:
     """Meters in which every metric has at least one series."""
-    meters = Meters(max_tenants=5)
+    meters = Metrics(max_tenants=5)
     meters.update(SNAPSHOT)
     meters.settled("acme", "llama", "ok", mu=0.5, seconds=2.0, ttft=0.2, tpot=0.01, overhead=0.0003, dollars=0.01)
-    meters.observe(Imaged("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
+    meters.observe(ImagePrepared("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
     meters.observe(CanaryResult("ok", 10.0, 10.1, 8.0))
     meters.observe(Verdict("progressing", "bytes_delivered", "", 1.0, 1.0))
-    meters.observe(End(("r",), "stream_stuck"))
+    meters.observe(AbortRequests(("r",), "stream_stuck"))
     return meters
 
 
@@ -65,9 +64,9 @@ def samples(text: str) -> dict[str, float]:
 
 
 def page(snapshot: Snapshot) -> dict[str, float]:
-    meters = Meters(max_tenants=5)
+    meters = Metrics(max_tenants=5)
     meters.update(snapshot)
-    return samples(Pages(meters.registry).text())
+    return samples(MetricsPages(meters.registry).text())
 
 
 # --- Prometheus ---
@@ -98,7 +97,7 @@ def test_a_snapshot_is_shown_whole() -> None:
 
 def test_every_metric_has_a_series_once_everything_has_happened() -> None:
     """No declared metric is one that nothing feeds."""
-    got = samples(Pages(full().registry).text())
+    got = samples(MetricsPages(full().registry).text())
     for metric in METRICS:
         assert [n for n in got if n.partition("{")[0] in (metric.name, metric.name + "_bucket")], metric.name
 
@@ -135,12 +134,12 @@ def test_gpus_that_all_fail_are_a_signal_that_is_down_and_keep_their_xids() -> N
     assert got['sidecar_gpu_xid_errors_total{gpu="0",xid="79"}'] == 2
 
 
-@pytest.mark.parametrize("meters", [full(), Meters(max_tenants=5)], ids=["full", "empty"])
-def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Meters) -> None:
+@pytest.mark.parametrize("meters", [full(), Metrics(max_tenants=5)], ids=["full", "empty"])
+def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Metrics) -> None:
     """`promtool check metrics` accepts our page, also merged with an engine's, and warns of nothing."""
     for text in (
-        Pages(meters.registry).text(),
-        merged(ENGINE_PAGE.replace("vllm:", "vllm_"), Pages(meters.registry).text()),
+        MetricsPages(meters.registry).text(),
+        merged(ENGINE_PAGE.replace("vllm:", "vllm_"), MetricsPages(meters.registry).text()),
     ):
         check = subprocess.run(
             [requires("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
@@ -164,7 +163,7 @@ def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Me
 )
 def test_the_format_is_the_clients_choice(accept: str, content_type: str) -> None:
     """Each Accept header gets a page that the parser of its Content-Type reads; nonsense gets plain text."""
-    body, got = Pages(full().registry).render(accept)
+    body, got = MetricsPages(full().registry).render(accept)
     assert got == content_type
     parse = openmetrics_parser if "openmetrics" in got else parser
     names = {family.name for family in parse.text_string_to_metric_families(body.decode())}
@@ -175,7 +174,7 @@ def test_a_page_is_rendered_once_a_second_however_often_it_is_asked_for() -> Non
     """Within the second the same bytes come back, after it the new numbers; and formats kept are bounded."""
     now = 0.0
     meters = full()
-    pages = Pages(meters.registry, clock=lambda: now)
+    pages = MetricsPages(meters.registry, clock=lambda: now)
     first, _ = pages.render()
     meters.update(replace(SNAPSHOT, progress_age=7.5))
     now = 0.99
@@ -189,7 +188,7 @@ def test_a_page_is_rendered_once_a_second_however_often_it_is_asked_for() -> Non
 
 def test_a_merged_page_is_the_engines_then_ours() -> None:
     """The engine's text is kept byte for byte, the end marker of OpenMetrics goes, and the whole can be parsed."""
-    ours = Pages(full().registry).text()
+    ours = MetricsPages(full().registry).text()
     assert merged(ENGINE_PAGE, ours) == ENGINE_PAGE + ours
     assert merged(ENGINE_PAGE.rstrip() + "\n# EOF", ours) == ENGINE_PAGE + ours
     assert merged(None, ours) == merged("", ours) == ours
@@ -199,7 +198,7 @@ def test_a_merged_page_is_the_engines_then_ours() -> None:
 
 def test_an_engine_behind_a_sidecar_does_not_double_our_families() -> None:
     """Series under our names on the engine's page give way, whatever else it has stays."""
-    ours = Pages(full().registry).text()
+    ours = MetricsPages(full().registry).text()
     assert merged(ours + ENGINE_PAGE + ours.rstrip(), ours) == ENGINE_PAGE + ours
 
 
@@ -208,16 +207,16 @@ def test_an_engine_behind_a_sidecar_does_not_double_our_families() -> None:
 
 def test_load_in_thousandths_for_sharders_that_count_in_whole_numbers() -> None:
     """With `unit=milli` MU are integers, and the hint is what the engine can hold; all else is as without."""
-    plain, milli = load.render(SNAPSHOT), load.render(SNAPSHOT, "milli")
+    plain, milli = load_json.render(SNAPSHOT), load_json.render(SNAPSHOT, "milli")
     names = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
     assert all(milli["mu"][n] == round(1000 * plain["mu"][n]) and isinstance(milli["mu"][n], int) for n in names)
     assert milli["mu"]["max_load_hint"] == milli["mu"]["max_in_flight"] and milli["mu"]["unit"] == "milli"
-    assert {**milli, "mu": 0} == {**plain, "mu": 0} and load.render(SNAPSHOT, "mega") == plain
+    assert {**milli, "mu": 0} == {**plain, "mu": 0} and load_json.render(SNAPSHOT, "mega") == plain
 
 
 def test_load_is_the_contracts_object() -> None:
     """Keys and values are those of the contract, and of each GPU what else NVML gives."""
-    assert load.render(SNAPSHOT) == {
+    assert load_json.render(SNAPSHOT) == {
         "mu": {
             "in_flight": 3.2,
             "max_in_flight": 12.0,
@@ -267,11 +266,11 @@ def test_load_is_the_contracts_object() -> None:
 
 def test_load_says_why_a_value_is_missing() -> None:
     """What was not read is null with its reason beside it: for all GPUs, and for one number of one."""
-    none = load.render(replace(SNAPSHOT, gpus=Absent("no driver")))
+    none = load_json.render(replace(SNAPSHOT, gpus=Absent("no driver")))
     assert (none["gpu"], none["gpu_absent"]) == (None, "no driver")
-    failed = load.render(replace(SNAPSHOT, gpus=Failed("NVML hangs")))
+    failed = load_json.render(replace(SNAPSHOT, gpus=Failed("NVML hangs")))
     assert (failed["gpu"], failed["gpu_absent"]) == (None, "failed: NVML hangs")
-    (gpu,) = load.render(replace(SNAPSHOT, gpus=Value((replace(GPU, power=Absent("MIG")),), 1.0)))["gpu"]
+    (gpu,) = load_json.render(replace(SNAPSHOT, gpus=Value((replace(GPU, power=Absent("MIG")),), 1.0)))["gpu"]
     assert (gpu["power_watts"], gpu["power_watts_absent"], gpu["utilization"]) == (None, "MIG", 0.93)
     assert json.loads(json.dumps(none)) == none
 
@@ -279,6 +278,6 @@ def test_load_says_why_a_value_is_missing() -> None:
 def test_load_tells_of_stale_coefficients_what_they_should_be() -> None:
     """The reason, and the re-fit with its error."""
     shadow = ShadowUse((("a", 0.3), ("d", 5.0)), 66.0, 40, 0.05)
-    told = load.render(replace(SNAPSHOT, prices=replace(SNAPSHOT.prices, stale="slower", shadow=shadow)))
+    told = load_json.render(replace(SNAPSHOT, prices=replace(SNAPSHOT.prices, stale="slower", shadow=shadow)))
     assert told["coefficients"]["stale_reason"] == "slower"
     assert told["coefficients"]["shadow"] == {"a": 0.3, "d": 5.0, "max_per_minute": 66.0, "windows": 40, "error": 0.05}

@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from sidecar import trace_context as tracecontext
-from sidecar.events import Admitted, FirstToken, Imaged, Settled, Trace, Usage, Work
+from sidecar import trace_context
+from sidecar.events import Admitted, FirstToken, ImagePrepared, RequestSize, Settled, Trace, Usage
 from sidecar.report import tracing as otel
 from sidecar.report.tracing import Tracing
 
 TRACE = Trace("0af7651916cd43dd8448eb211c80319c", "00f067aa0ba902b7", "b7ad6b7169203331", True)
 WALL = 1_700_000_000.0  # of monotonic 0
-IMAGE = Imaged("r", 11.5, "jpeg", "ok", 0.5, (("decode", 0.2), ("resize", 0.1)), 1000, 2000)
+IMAGE = ImagePrepared("r", 11.5, "jpeg", "ok", 0.5, (("decode", 0.2), ("resize", 0.1)), 1000, 2000)
 
 
 def admitted(id: str = "r", trace: Trace | None = TRACE) -> Admitted:
-    return Admitted(id, 10.0, "acme", "llama", "chat", True, Work(10, 0, 20), 64, 0.5, trace)
+    return Admitted(id, 10.0, "acme", "llama", "chat", True, RequestSize(10, 0, 20), 64, 0.5, trace)
 
 
 def settled(id: str = "r", outcome: Any = "ok", status: int = 200, **more: Any) -> Settled:
@@ -209,12 +209,12 @@ VALID = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 def test_a_valid_traceparent_becomes_our_span_under_the_callers() -> None:
     """Trace id and sampling are kept, the caller's span is the parent, our span id is new, the state travels along."""
-    trace = tracecontext.parse_traceparent(VALID, "congo=t61rcWkgMzE")
+    trace = trace_context.parse_traceparent(VALID, "congo=t61rcWkgMzE")
     assert trace is not None
     assert (trace.trace_id, trace.parent_id) == ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
     assert (trace.sampled, trace.state) == (True, "congo=t61rcWkgMzE")
     assert trace.span_id not in (trace.parent_id, "0" * 16)
-    assert tracecontext.format_traceparent(trace) == f"00-{trace.trace_id}-{trace.span_id}-01"
+    assert trace_context.format_traceparent(trace) == f"00-{trace.trace_id}-{trace.span_id}-01"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_valid_traceparent_becomes_our_span_under_the_callers() -> None:
 )
 def test_flags_and_later_versions_are_read(header: str, sampled: bool) -> None:
     """Only the lowest flag means sampled; a later version may be longer."""
-    trace = tracecontext.parse_traceparent(header)
+    trace = trace_context.parse_traceparent(header)
     assert trace is not None
     assert trace.sampled is sampled
 
@@ -245,23 +245,23 @@ def test_flags_and_later_versions_are_read(header: str, sampled: bool) -> None:
 )
 def test_an_invalid_traceparent_is_none(header: str) -> None:
     """Wrong version, length, case, separator or all-zero ids: the caller starts a new trace."""
-    assert tracecontext.parse_traceparent(header) is None
+    assert trace_context.parse_traceparent(header) is None
 
 
 @given(st.text(max_size=80))
 def test_no_header_breaks_the_parser(header: str) -> None:
     """Whatever a client sends, the answer is a trace or None, and a trace is formatted as a valid header."""
-    trace = tracecontext.parse_traceparent(header)
-    assert trace is None or tracecontext.parse_traceparent(tracecontext.format_traceparent(trace)) is not None
+    trace = trace_context.parse_traceparent(header)
+    assert trace is None or trace_context.parse_traceparent(trace_context.format_traceparent(trace)) is not None
 
 
 def test_a_new_trace_is_a_root_and_a_child_is_not() -> None:
     """New ids are of the right form and differ from one another; a child keeps the trace and names its parent."""
-    root, other = tracecontext.new_trace(), tracecontext.new_trace(sampled=False)
-    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", tracecontext.format_traceparent(root))
-    assert tracecontext.format_traceparent(other).endswith("-00")
+    root, other = trace_context.new_trace(), trace_context.new_trace(sampled=False)
+    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", trace_context.format_traceparent(root))
+    assert trace_context.format_traceparent(other).endswith("-00")
     assert (root.parent_id, root.trace_id == other.trace_id) == ("", False)
-    below = tracecontext.child(root)
+    below = trace_context.child(root)
     assert (below.trace_id, below.parent_id, below.span_id == root.span_id) == (root.trace_id, root.span_id, False)
 
 
@@ -282,7 +282,7 @@ def test_a_new_trace_is_a_root_and_a_child_is_not() -> None:
 )
 def test_a_tracestate_passes_whole_or_not_at_all(state: str, kept: bool) -> None:
     """A valid one of at most 512 characters is kept as it is; nothing is ever cut or mended."""
-    trace = tracecontext.parse_traceparent(VALID, state)
+    trace = trace_context.parse_traceparent(VALID, state)
     assert trace is not None
     assert trace.state == (state if kept else "")
 
@@ -293,7 +293,7 @@ async def test_a_clients_tracestate_never_reaches_our_log(
     """Whatever state a client sends with a valid traceparent, exporting its span logs nothing; a valid one is exported."""
     traces = tracing(collector.url)
     for n, state in enumerate(("secret text", "A=1", "k=v,k=w", "a=1,b=2", "a@" + "b" * 15 + "=1")):
-        traces.admitted(admitted(f"r{n}", tracecontext.parse_traceparent(VALID, state)))
+        traces.admitted(admitted(f"r{n}", trace_context.parse_traceparent(VALID, state)))
         traces.settled(settled(f"r{n}"))
     assert await traces.close(10)
     states = [s.trace_state for r in collector.requests for rs in r.resource_spans for s in rs.scope_spans[0].spans]

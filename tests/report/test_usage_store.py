@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.events import Admitted, Outcome, Settled, Work
+from sidecar.events import Admitted, Outcome, RequestSize, Settled
 from sidecar.load.ledger import Settlement
-from sidecar.report import usage_store as records
-from sidecar.report.usage_store import DAY, FILE, HOUR, Batch, Records, Sums, read
+from sidecar.report import usage_store
+from sidecar.report.usage_store import DAY, HOUR, USAGE_FILE, PendingUsage, UsageStore, UsageSums, read
 
 NOW = 1_800_000_000.0  # a full hour
 
@@ -28,19 +28,19 @@ COUNTER = itertools.count()
 
 def settlement(tenant: str = "a", outcome: Outcome = "ok", mu: float = 2.0, id: str = "") -> Settlement:
     admitted = Admitted(
-        id or f"{os.getpid()}-{next(COUNTER)}", 10.0, tenant, "m", "chat", True, Work(100, output=50), None, 3.0
+        id or f"{os.getpid()}-{next(COUNTER)}", 10.0, tenant, "m", "chat", True, RequestSize(100, output=50), None, 3.0
     )
     settled = Settled("1", 14.0, outcome, 200, None, 40, 400, 11.0, 10.1, 0.001)
-    return Settlement(admitted, settled, tenant, "m", Work(90, cached=10, output=40, images=1), 3.0, mu, 40)
+    return Settlement(admitted, settled, tenant, "m", RequestSize(90, cached=10, output=40, images=1), 3.0, mu, 40)
 
 
-def fresh(folder: Path, days: int = 35, most: int = 64 << 20) -> Records:
-    return Records(folder, 1000.0, days, most)
+def fresh(folder: Path, days: int = 35, most: int = 64 << 20) -> UsageStore:
+    return UsageStore(folder, 1000.0, days, most)
 
 
-def total(folder: Path) -> Sums:
-    rows = read(folder / FILE, 0, NOW * 2, ())
-    return rows[0][1] if rows else Sums()
+def total(folder: Path) -> UsageSums:
+    rows = read(folder / USAGE_FILE, 0, NOW * 2, ())
+    return rows[0][1] if rows else UsageSums()
 
 
 def test_settlements_add_up_by_minute_tenant_and_outcome(tmp_path: Path) -> None:
@@ -49,10 +49,10 @@ def test_settlements_add_up_by_minute_tenant_and_outcome(tmp_path: Path) -> None
     for tenant, outcome, at in (("a", "ok", 0), ("a", "ok", 30), ("a", "stalled", 0), ("b", "ok", 61)):
         kept.add(settlement(tenant, outcome), NOW + at)  # type: ignore[arg-type]
         kept.write(kept.take(), NOW)
-    rows = dict(read(tmp_path / FILE, NOW, NOW + 100, ("tenant", "outcome")))
+    rows = dict(read(tmp_path / USAGE_FILE, NOW, NOW + 100, ("tenant", "outcome")))
     assert {key: sums.requests for key, sums in rows.items()} == {("a", "ok"): 2, ("a", "stalled"): 1, ("b", "ok"): 1}
-    assert rows["a", "ok"] == Sums(2, 4.0, 4.0, 200, 20, 80, 2, 8.0)
-    assert read(tmp_path / FILE, NOW + 60, NOW + 100, ("tenant",))[0][0] == ("b",)
+    assert rows["a", "ok"] == UsageSums(2, 4.0, 4.0, 200, 20, 80, 2, 8.0)
+    assert read(tmp_path / USAGE_FILE, NOW + 60, NOW + 100, ("tenant",))[0][0] == ("b",)
 
 
 def test_what_could_not_be_written_is_written_later_once(tmp_path: Path) -> None:
@@ -91,12 +91,12 @@ def test_old_minutes_become_hours_and_old_days_go(tmp_path: Path) -> None:
     for minute in range(120):
         kept.add(settlement(), NOW + 60 * minute)
     kept.write(kept.take(), NOW)
-    kept.write(Batch(), NOW + 1.5 * DAY)
-    with sqlite3.connect(tmp_path / FILE) as db:
+    kept.write(PendingUsage(), NOW + 1.5 * DAY)
+    with sqlite3.connect(tmp_path / USAGE_FILE) as db:
         assert db.execute("SELECT count(*) FROM usage").fetchone() == (2,)
     db.close()
     assert total(tmp_path).requests == 120
-    kept.write(Batch(), NOW + 4 * DAY)
+    kept.write(PendingUsage(), NOW + 4 * DAY)
     assert total(tmp_path).requests == 0
 
 
@@ -107,9 +107,9 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
         for i in range(500):
             kept.add(settlement(f"tenant-{i}"), NOW + HOUR * hour)
         kept.write(kept.take(), NOW + HOUR * hour)
-    kept.write(Batch(), NOW + 11 * HOUR)
-    assert (tmp_path / FILE).stat().st_size < 600_000
-    assert read(tmp_path / FILE, NOW + 9 * HOUR, NOW + 10 * HOUR, ())[0][1].requests == 500
+    kept.write(PendingUsage(), NOW + 11 * HOUR)
+    assert (tmp_path / USAGE_FILE).stat().st_size < 600_000
+    assert read(tmp_path / USAGE_FILE, NOW + 9 * HOUR, NOW + 10 * HOUR, ())[0][1].requests == 500
 
 
 def test_the_file_is_bounded_within_an_hour(tmp_path: Path) -> None:
@@ -119,18 +119,18 @@ def test_the_file_is_bounded_within_an_hour(tmp_path: Path) -> None:
         for i in range(200):
             kept.add(settlement(f"tenant-{i}"), NOW + 60 * minute)
         kept.write(kept.take(), NOW + 60 * minute)
-    assert (tmp_path / FILE).stat().st_size < 600_000
+    assert (tmp_path / USAGE_FILE).stat().st_size < 600_000
 
 
 @pytest.mark.parametrize("damage", [b"no database", b"SQLite format 3\0" + b"\xff" * 4096], ids=["text", "pages"])
 def test_a_damaged_file_is_put_aside(tmp_path: Path, damage: bytes) -> None:
     """The sidecar goes on with a new one, and the old one can be looked at."""
-    (tmp_path / FILE).write_bytes(damage)
+    (tmp_path / USAGE_FILE).write_bytes(damage)
     kept = fresh(tmp_path)
     kept.add(settlement(), NOW)
     kept.write(kept.take(), NOW)
     assert total(tmp_path).requests == 1
-    assert (tmp_path / (FILE + ".damaged")).read_bytes() == damage
+    assert (tmp_path / (USAGE_FILE + ".damaged")).read_bytes() == damage
 
 
 def test_damage_that_shows_later_is_put_aside_too(tmp_path: Path) -> None:
@@ -139,13 +139,13 @@ def test_damage_that_shows_later_is_put_aside_too(tmp_path: Path) -> None:
     for i in range(2000):
         kept.add(settlement(f"tenant-{i}"), NOW)
     kept.write(kept.take(), NOW)
-    pages = (tmp_path / FILE).read_bytes()
-    (tmp_path / FILE).write_bytes(pages[:8192] + b"\xff" * (len(pages) - 8192))
+    pages = (tmp_path / USAGE_FILE).read_bytes()
+    (tmp_path / USAGE_FILE).write_bytes(pages[:8192] + b"\xff" * (len(pages) - 8192))
     for _ in range(2):
         kept.add(settlement(), NOW)
         kept.write(kept.take(), NOW)
     assert total(tmp_path).requests == 2
-    assert (tmp_path / (FILE + ".damaged")).is_file()
+    assert (tmp_path / (USAGE_FILE + ".damaged")).is_file()
 
 
 def test_a_batch_whose_tidying_fails_is_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,7 +153,7 @@ def test_a_batch_whose_tidying_fails_is_counted_once(tmp_path: Path, caplog: pyt
     kept = fresh(tmp_path)
     kept.add(settlement(), NOW)
     kept.write(kept.take(), NOW)
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as db:
+    with contextlib.closing(sqlite3.connect(tmp_path / USAGE_FILE)) as db:
         db.execute("CREATE TRIGGER full BEFORE DELETE ON usage BEGIN SELECT count(*) FROM nowhere; END")
     kept.add(settlement(), NOW + 2 * DAY)
     kept.write(kept.take(), NOW + 2 * DAY)
@@ -163,7 +163,7 @@ def test_a_batch_whose_tidying_fails_is_counted_once(tmp_path: Path, caplog: pyt
 
 def test_what_waits_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settlements of three days that cannot be written: few rows and the last ids are kept, and the sums of the newest rows add up."""
-    monkeypatch.setattr(records, "MOST_ROWS", 100)
+    monkeypatch.setattr(usage_store, "MOST_ROWS", 100)
     kept = fresh(tmp_path)
     for minute in range(3 * DAY // 60):
         kept.add(settlement(), NOW + 60 * minute)
@@ -210,12 +210,12 @@ def test_a_newer_version_is_not_overwritten(tmp_path: Path) -> None:
     """A file of a later version is put aside whole."""
     kept = fresh(tmp_path)
     kept.write(kept.take(), NOW)
-    with sqlite3.connect(tmp_path / FILE) as db:
+    with sqlite3.connect(tmp_path / USAGE_FILE) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
     kept.add(settlement(), NOW)
     kept.write(kept.take(), NOW)
-    assert (tmp_path / (FILE + ".damaged")).exists() and total(tmp_path).requests == 1
+    assert (tmp_path / (USAGE_FILE + ".damaged")).exists() and total(tmp_path).requests == 1
 
 
 def test_what_a_relay_tells_again_is_counted_once(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_what_a_relay_tells_again_is_counted_once(tmp_path: Path) -> None:
     again.add(settlement(id="y"), NOW + 1)
     again.write(again.take(), NOW + 1)
     assert total(tmp_path).requests == 2
-    again.write(Batch({}, {"z": int(NOW)}), NOW + 500)
-    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as db:
+    again.write(PendingUsage({}, {"z": int(NOW)}), NOW + 500)
+    with contextlib.closing(sqlite3.connect(tmp_path / USAGE_FILE)) as db:
         assert db.execute("SELECT count(*) FROM seen").fetchone() == (0,), "ids are kept for minutes only"
 
 
@@ -239,7 +239,7 @@ def test_every_group_can_be_read(tmp_path: Path) -> None:
     for hour in (2, 0, 1):
         kept.add(settlement(), NOW + HOUR * hour)
     kept.write(kept.take(), NOW + 3 * HOUR)
-    for name in records.GROUPS:
-        assert read(tmp_path / FILE, NOW, NOW + DAY, (name,))
-    hours = [key[0] for key, _ in read(tmp_path / FILE, NOW, NOW + DAY, ("hour",))]
+    for name in usage_store.GROUPS:
+        assert read(tmp_path / USAGE_FILE, NOW, NOW + DAY, (name,))
+    hours = [key[0] for key, _ in read(tmp_path / USAGE_FILE, NOW, NOW + DAY, ("hour",))]
     assert hours == sorted(hours) and len(hours) == 3

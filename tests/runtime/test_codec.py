@@ -7,45 +7,54 @@ import socket
 
 import pytest
 
-from sidecar import events as facts
-from sidecar.runtime import codec as wire
+from sidecar import events
+from sidecar.runtime import codec
 from sidecar.runtime.channel import Channel
 
 RECORDS = [
-    facts.Admitted("r1", 1.5, "acme", "m", "chat", True, facts.Work(10, 2, 3, 4, 1), 16, 0.25, None),
-    facts.Admitted(
-        "r2", 2.0, "acme", "m", "chat", False, facts.Work(1), None, 0.1, facts.Trace("a" * 32, "b" * 16, "", True)
+    events.Admitted("r1", 1.5, "acme", "m", "chat", True, events.RequestSize(10, 2, 3, 4, 1), 16, 0.25, None),
+    events.Admitted(
+        "r2",
+        2.0,
+        "acme",
+        "m",
+        "chat",
+        False,
+        events.RequestSize(1),
+        None,
+        0.1,
+        events.Trace("a" * 32, "b" * 16, "", True),
     ),
-    facts.FirstToken("r1", 2.5),
-    facts.Delivered("r1", 3.0, 2, 80),
-    facts.Settled("r1", 4.0, "ok", 200, facts.Usage(10, 3, 2), 3, 120, 2.5, 1.6, 0.0004),
-    facts.Settled("r2", 4.0, "lost", 0, None, 0, 0, None, None, 0.0, "relay_died"),
-    facts.Imaged("r1", 2.0, "jpeg", "ok", 0.02, (("decode", 0.006), ("resize", 0.004)), 1000, 2000),
-    facts.Directed(1.0, "engine_paused", True),
-    facts.Directing(1.0, 3, "weight_update", False, True),
-    facts.Pulse(1.0, 0.001, 3),
-    facts.PageWanted(1.0),
-    facts.Page(1.0, 'a{b="ü\n"} 1\n'),
-    facts.Published("JSON {}", "TEXT a=1", "idle"),
-    facts.Booked(30),
-    facts.Joined(1.0, 0, 77, 2),
-    facts.Listening(1.0, 78),
+    events.FirstToken("r1", 2.5),
+    events.Delivered("r1", 3.0, 2, 80),
+    events.Settled("r1", 4.0, "ok", 200, events.Usage(10, 3, 2), 3, 120, 2.5, 1.6, 0.0004),
+    events.Settled("r2", 4.0, "lost", 0, None, 0, 0, None, None, 0.0, "relay_died"),
+    events.ImagePrepared("r1", 2.0, "jpeg", "ok", 0.02, (("decode", 0.006), ("resize", 0.004)), 1000, 2000),
+    events.EnginePauseChanged(1.0, "engine_paused", True),
+    events.Directing(1.0, 3, "weight_update", False, True),
+    events.Heartbeat(1.0, 0.001, 3),
+    events.MetricsPageRequested(1.0),
+    events.MetricsPage(1.0, 'a{b="ü\n"} 1\n'),
+    events.LoadReport("JSON {}", "TEXT a=1", "idle"),
+    events.SettlementsAcked(30),
+    events.RelayConnected(1.0, 0, 77, 2),
+    events.LoadSubscribed(1.0, 78),
 ]
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: type(r).__name__)
-def test_every_record_survives_the_wire(record: facts.Fact | facts.Order) -> None:
+def test_every_record_survives_the_wire(record: events.Event | events.Command) -> None:
     """decode(encode(x)) == x for every kind of record, nested ones and None included, on one line."""
-    line = wire.encode(record)
+    line = codec.encode(record)
     assert line.count(b"\n") == 1
-    assert wire.decode(line) == record
+    assert codec.decode(line) == record
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"[]", b'["Nobody",1]', b'["Pulse",1]', b"\xff", b'["Admitted",1,2]'])
 def test_garbage_is_an_error_of_its_own(line: bytes) -> None:
     """Whatever is no record raises WireError and nothing else."""
-    with pytest.raises(wire.WireError):
-        wire.decode(line)
+    with pytest.raises(codec.WireError):
+        codec.decode(line)
 
 
 async def test_channel_delivers_in_order_and_reports_the_end() -> None:

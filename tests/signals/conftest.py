@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sidecar.readings import Failed
-from sidecar.signals import stack_dump as stacks
+from sidecar.signals import stack_dump
 
 from .victims import victim
 
@@ -20,13 +20,13 @@ from .victims import victim
 @pytest.fixture(scope="session")
 def py_spy() -> str:
     """py-spy's place. Skips where it is absent, or where this machine lets nobody read another process (CI without ptrace)."""
-    place = stacks.locate()
+    place = stack_dump.locate()
     if place is None:
         if os.environ.get("TEST_REQUIRE") == "1":
             pytest.fail("py-spy is not installed, and TEST_REQUIRE=1 asks that nothing is skipped for that")
         pytest.skip("py-spy is not installed")
     with victim() as target:
-        if asyncio.run(stacks.dump(target.pid, place, 30)) == Failed(stacks.REFUSED):
+        if asyncio.run(stack_dump.dump(target.pid, place, 30)) == Failed(stack_dump.REFUSED):
             pytest.skip("this machine does not let one process read another (Yama, seccomp or capabilities)")
     return place
 

@@ -16,16 +16,16 @@ import aiohttp
 import pytest
 
 from sidecar.control import process as app
-from sidecar.control.diagnosis import KEPT, MAX_BYTES, Diagnoses, bundle, diagnose, fitting
-from sidecar.control.loop import Ticker
+from sidecar.control.diagnosis import MAX_BUNDLE_BYTES, MAX_BUNDLES, Diagnoses, bundle, diagnose, fitting
+from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
-from sidecar.events import Admitted, Work
-from sidecar.load import cost_model as units
+from sidecar.events import Admitted, RequestSize
+from sidecar.load import cost_model
 from sidecar.readings import Failed
 from sidecar.report import diagnosis_page
 from sidecar.settings import Settings, load
-from sidecar.signals import stack_dump as stacks
-from sidecar.signals.process_examiner import Aside, Examiner, dumps
+from sidecar.signals import stack_dump
+from sidecar.signals.process_examiner import HangProofThread, ProcessExaminer, dumps
 from sidecar.signals.process_state import EngineProcess
 
 from ..waiting import PATIENCE
@@ -35,15 +35,15 @@ ID = "20261121T101500-no_progress"
 
 
 @pytest.fixture
-async def ticker(tmp_path: Path) -> AsyncIterator[Ticker]:
+async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
     """A control process without relays."""
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         chosen = load(Settings, {"engine": "http://127.0.0.1:9"}, {})
-        yield app.build(chosen, units.Coefficients(), StateDir(str(tmp_path)), session, stack)[0]
+        yield app.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)[0]
 
 
-def content(ticker: Ticker) -> dict[str, Any]:
+def content(ticker: ControlLoop) -> dict[str, Any]:
     return bundle(ticker.snapshot, list(ticker.control.ledger.holds()), (2.5, "vllm:num_requests_running 1\n"))
 
 
@@ -52,7 +52,7 @@ def kept(folder: Path, id: str = ID) -> dict[str, Any]:
     return read
 
 
-async def steps(examiner: Examiner) -> list[dict[str, Any]]:
+async def steps(examiner: ProcessExaminer) -> list[dict[str, Any]]:
     """What an examination hands over, in order."""
     given: list[dict[str, Any]] = []
 
@@ -67,7 +67,7 @@ async def test_a_stopped_engine_is_seen_stopped_with_its_stacks(py_spy: str) -> 
     """SIGSTOP: the summary says so at the first look already; after the second there are two dumps that name the place."""
     with victim("spin_here") as engine:
         os.kill(engine.pid, signal.SIGSTOP)
-        first, second = await steps(Examiner(engine.url, gap=0.5))
+        first, second = await steps(ProcessExaminer(engine.url, gap=0.5))
     assert not first["complete"] and second["complete"]
     assert "stopped (T)" in first["summary"] and "stopped (T)" in second["summary"]
     (process,) = second["processes"]
@@ -78,21 +78,21 @@ async def test_a_stopped_engine_is_seen_stopped_with_its_stacks(py_spy: str) -> 
 async def test_a_spinning_and_a_sleeping_engine_are_told_apart(py_spy: str) -> None:
     """CPU over the two looks, and the frame of the thread that used it."""
     with victim("spin_here") as engine:
-        summary = (await steps(Examiner(engine.url, gap=2)))[-1]["summary"]
+        summary = (await steps(ProcessExaminer(engine.url, gap=2)))[-1]["summary"]
     assert (
         "spinning at" in summary or "working at" in summary
     ) and "in spin_here (" in summary  # a starved machine gives less
     with victim("sleep_here") as engine:
-        summary = (await steps(Examiner(engine.url, gap=1)))[-1]["summary"]
+        summary = (await steps(ProcessExaminer(engine.url, gap=1)))[-1]["summary"]
     assert "asleep" in summary and "in sleep_here (" in summary
 
 
 async def test_without_py_spy_the_rest_is_known_and_the_remedy_is_named() -> None:
     """State and CPU need no permission and no tool; instead of stacks there is the way to get them."""
     with victim() as engine:
-        last = (await steps(Examiner(engine.url, 0.5, lambda: None)))[-1]
+        last = (await steps(ProcessExaminer(engine.url, 0.5, lambda: None)))[-1]
     assert "asleep" in last["summary"]
-    assert last["processes"][0]["stacks"] == [{"failed": stacks.INSTALL}] * 2
+    assert last["processes"][0]["stacks"] == [{"failed": stack_dump.INSTALL}] * 2
 
 
 async def test_a_py_spy_that_hangs_costs_a_bounded_time(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ async def test_a_py_spy_that_hangs_costs_a_bounded_time(tmp_path: Path) -> None:
 
 async def test_a_look_that_hangs_is_left_behind() -> None:
     """A kernel that does not answer costs a bounded time; no second thread starts while the first hangs, and then all is well."""
-    aside, release = Aside(0.1), threading.Event()
+    aside, release = HangProofThread(0.1), threading.Event()
     for words in ("did not answer", "has not answered since an earlier look"):
         failed = await aside.ask(lambda: release.wait(60))
         assert isinstance(failed, Failed) and words in failed.error
@@ -119,18 +119,20 @@ async def test_a_look_that_hangs_is_left_behind() -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_remote_engine_is_said_to_be_remote(ticker: Ticker, tmp_path: Path) -> None:
+async def test_a_remote_engine_is_said_to_be_remote(ticker: ControlLoop, tmp_path: Path) -> None:
     """The bundle is taken all the same, and says why nobody could be looked at."""
-    await diagnose(ticker.sinks.diagnoses, Examiner("http://192.0.2.1:8000"), content(ticker), ID)
+    await diagnose(ticker.sinks.diagnoses, ProcessExaminer("http://192.0.2.1:8000"), content(ticker), ID)
     read = kept(tmp_path)
     assert read["complete"] and "not on this machine" in read["summary"] and "absent" in read["processes"]
     assert read["engine_metrics"] and ticker.sinks.diagnoses.summaries()[0].summary == read["summary"]
 
 
-async def test_a_kill_after_the_first_step_loses_little(ticker: Ticker, tmp_path: Path, py_spy: str) -> None:
+async def test_a_kill_after_the_first_step_loses_little(ticker: ControlLoop, tmp_path: Path, py_spy: str) -> None:
     """Whatever ends the examination, what was known before it lies on the disk, and a later run reads it."""
     with victim() as engine:
-        task = asyncio.create_task(diagnose(ticker.sinks.diagnoses, Examiner(engine.url, 600), content(ticker), ID))
+        task = asyncio.create_task(
+            diagnose(ticker.sinks.diagnoses, ProcessExaminer(engine.url, 600), content(ticker), ID)
+        )
         async with asyncio.timeout(60):
             while not any(taken.summary for taken in ticker.sinks.diagnoses.summaries()):  # noqa: ASYNC110  a file has no event
                 await asyncio.sleep(0.02)
@@ -143,11 +145,11 @@ async def test_a_kill_after_the_first_step_loses_little(ticker: Ticker, tmp_path
 
 
 async def test_a_disk_that_cannot_be_written_is_logged(
-    ticker: Ticker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ticker: ControlLoop, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No bundle, a line in the log, and nothing else."""
     (tmp_path / "diagnoses").write_text("in the way")
-    await diagnose(ticker.sinks.diagnoses, Examiner("http://192.0.2.1:8000"), content(ticker), ID)
+    await diagnose(ticker.sinks.diagnoses, ProcessExaminer("http://192.0.2.1:8000"), content(ticker), ID)
     assert "cannot write the diagnosis" in caplog.text and not ticker.sinks.diagnoses.summaries()
 
 
@@ -155,19 +157,19 @@ def test_a_bundle_is_bounded() -> None:
     """The page goes before the stacks, and both say that they are missing."""
     small: dict[str, Any] = {"reason": "no_progress", "engine_metrics": "x", "processes": []}
     assert fitting(small) == small
-    cut = fitting(small | {"engine_metrics": "x" * MAX_BYTES})
+    cut = fitting(small | {"engine_metrics": "x" * MAX_BUNDLE_BYTES})
     assert "left out" in cut["engine_metrics"]["failed"] and cut["processes"] == []
-    both = fitting(small | {"engine_metrics": "x" * MAX_BYTES, "processes": ["x" * MAX_BYTES]})
+    both = fitting(small | {"engine_metrics": "x" * MAX_BUNDLE_BYTES, "processes": ["x" * MAX_BUNDLE_BYTES]})
     assert len(json.dumps(both)) < 1000
 
 
-async def test_bundles_are_bounded_in_number_and_rewritten_in_place(ticker: Ticker, tmp_path: Path) -> None:
+async def test_bundles_are_bounded_in_number_and_rewritten_in_place(ticker: ControlLoop, tmp_path: Path) -> None:
     """The newest KEPT stay; a second step replaces the first instead of being another bundle."""
     store = ticker.sinks.diagnoses
-    for i in range(KEPT + 2):
+    for i in range(MAX_BUNDLES + 2):
         for _ in range(2):
             store.take(content(ticker), f"20261121T1015{i:02d}-no_progress")
-    assert len(store.summaries()) == KEPT == len(list((tmp_path / "diagnoses").iterdir()))
+    assert len(store.summaries()) == MAX_BUNDLES == len(list((tmp_path / "diagnoses").iterdir()))
     assert store.summaries()[0].id.startswith("20261121T101511")
 
 
@@ -190,23 +192,23 @@ def test_the_page_escapes_everything() -> None:
     assert evil not in diagnosis_page.render(ID, {"processes": {"failed": evil}}) and diagnosis_page.render(ID, {})
 
 
-async def test_no_word_of_a_request_is_in_a_bundle(ticker: Ticker, py_spy: str, tmp_path: Path) -> None:
+async def test_no_word_of_a_request_is_in_a_bundle(ticker: ControlLoop, py_spy: str, tmp_path: Path) -> None:
     """Outstanding requests appear by shape; a prompt in the memory of the engine's process does not leave it."""
-    ticker.control.fact(
-        0, Admitted("id-of-a-user", 1.0, "acme-tenant", "m", "chat", True, Work(10, 0, 5), 0.1, None)
+    ticker.control.on_event(
+        0, Admitted("id-of-a-user", 1.0, "acme-tenant", "m", "chat", True, RequestSize(10, 0, 5), 0.1, None)
     )  # fmt: skip
     with victim("spin_here") as engine:
-        await diagnose(ticker.sinks.diagnoses, Examiner(engine.url, 0.2), content(ticker), ID)
+        await diagnose(ticker.sinks.diagnoses, ProcessExaminer(engine.url, 0.2), content(ticker), ID)
     text = json.dumps(kept(tmp_path))
     assert '"route": "chat"' in text and "spin_here" in text
     for word in ("a prompt of a user", "sk-secret", "id-of-a-user", "acme-tenant"):
         assert word not in text
 
 
-async def test_failed_looks_are_shown_as_failed(ticker: Ticker) -> None:
+async def test_failed_looks_are_shown_as_failed(ticker: ControlLoop) -> None:
     """A process that ends between the rounds is said to have ended."""
     with victim() as engine:
-        examiner, given = Examiner(engine.url, 0.2), list[dict[str, Any]]()
+        examiner, given = ProcessExaminer(engine.url, 0.2), list[dict[str, Any]]()
 
         async def keep(part: dict[str, Any]) -> None:
             given.append(part)

@@ -14,8 +14,8 @@ from aiohttp import web
 from sidecar.engines import sglang
 from sidecar.readings import Absent, Value
 from sidecar.settings import Settings
-from sidecar.signals import engine_monitor as contacts
-from sidecar.signals.engine_monitor import Contact
+from sidecar.signals import engine_monitor
+from sidecar.signals.engine_monitor import EngineMonitor
 
 from ..engines.engine_faces import FACES, Shown, models, page, said, shown
 from ..waiting import PATIENCE
@@ -27,8 +27,8 @@ async def meet() -> AsyncIterator[Callable[..., Any]]:
     async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
         tasks = []
 
-        async def start(engine: Shown, **chosen: Any) -> Contact:
-            contact = Contact(session, Settings(engine=engine.url, **chosen))
+        async def start(engine: Shown, **chosen: Any) -> EngineMonitor:
+            contact = EngineMonitor(session, Settings(engine=engine.url, **chosen))
             opened = asyncio.Event()
             opened.set()
             tasks.append(group.create_task(contact.run(opened)))
@@ -43,7 +43,7 @@ async def meet() -> AsyncIterator[Callable[..., Any]]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rests between attempts."""
-    monkeypatch.setattr(contacts, "RETRY", 0.01)
+    monkeypatch.setattr(engine_monitor, "RETRY", 0.01)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -76,7 +76,7 @@ async def test_a_loading_engine_is_waited_for(meet: Callable[..., Any]) -> None:
     """An engine that answers 503 while it loads is no `openai`: it is asked until it can say."""
     async with Shown({"/v1/models": (503, "")}) as engine:
         task = asyncio.create_task(meet(engine))
-        await until(lambda: engine.asked["/v1/models"] > 2 * contacts.ATTEMPTS)
+        await until(lambda: engine.asked["/v1/models"] > 2 * engine_monitor.MAX_SILENT_ANSWERS)
         engine.answers |= {"/v1/models": models("vllm")}
         assert (await task).kind_name == "vllm"
 
@@ -108,7 +108,9 @@ async def test_an_engine_without_a_page_shows_a_blocked_api(
     meet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kind of which no metrics are read is asked something cheap, so that an API that answers nothing is seen there, too."""
-    monkeypatch.setattr(contacts, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.5, "period": 0.02}))
+    monkeypatch.setattr(
+        engine_monitor, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.5, "period": 0.02})
+    )
     free = asyncio.Event()
     async with Shown({"/v1/models": models("my-org")}) as engine:
         contact = await meet(engine, engine_kind="openai")
@@ -125,7 +127,7 @@ async def test_an_engine_without_a_page_shows_a_blocked_api(
         await until(lambda: not contact.unanswered)
 
 
-real = contacts.ScrapeSignal
+real = engine_monitor.ScrapeSignal
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from sidecar.labels import printable
 from sidecar.readings import Absent, Failed
 from sidecar.signals.engine_processes import MAX_THREADS, find, look
-from sidecar.signals.process_state import EngineProcess, Look
+from sidecar.signals.process_state import EngineProcess, ProcessLook
 
 from .victims import victim
 
@@ -91,9 +91,9 @@ def test_a_look_tells_running_from_sleeping(does: str, states: str, until: Calla
     """State, threads, CPU time and memory come from the kernel."""
     with victim(does) as engine:
         (process,) = found(engine.url)
-        until(lambda: isinstance(seen := look(process), Look) and seen.state in states)
+        until(lambda: isinstance(seen := look(process), ProcessLook) and seen.state in states)
         seen = look(process)
-        assert isinstance(seen, Look) and seen.threads >= 1 and seen.rss > 1 << 20 and seen.cpu >= 0
+        assert isinstance(seen, ProcessLook) and seen.threads >= 1 and seen.rss > 1 << 20 and seen.cpu >= 0
         assert seen.by_thread[0].tid == engine.pid and len(seen.by_thread) <= MAX_THREADS
 
 
@@ -102,7 +102,7 @@ def test_a_look_at_a_stopped_process_and_at_one_that_ended(until: Callable[..., 
     with victim() as engine:
         (process,) = found(engine.url)
         os.kill(engine.pid, signal.SIGSTOP)
-        until(lambda: isinstance(seen := look(process), Look) and seen.state == "T")
+        until(lambda: isinstance(seen := look(process), ProcessLook) and seen.state == "T")
         other = look(EngineProcess(process.pid, process.name, process.role, process.started + 1))
         assert other == Failed("it ended; its pid belongs to another process now")
     assert look(process) == Failed("it has ended")

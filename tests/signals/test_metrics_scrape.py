@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
-from sidecar.signals import own_process as process
+from sidecar.signals import own_process
 from sidecar.signals.metrics_scrape import PAGE_PERIODS, ScrapeSignal
 
 PAGE = b"running 3\n"
@@ -259,7 +259,7 @@ async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve) -> 
 
 def test_our_own_process_is_sampled() -> None:
     """Resident bytes, CPU seconds and threads of a live process are positive numbers, with their cost."""
-    reading = process.sample(os.getpid())
+    reading = own_process.sample(os.getpid())
     assert isinstance(reading, Value)
     assert reading.value.pid == os.getpid()
     assert reading.value.rss > 1 << 20
@@ -272,5 +272,5 @@ def test_a_process_that_ended_is_failed() -> None:
     """A pid that is gone is a failed reading with a reason, not a zero."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    reading = process.sample(child.pid)
+    reading = own_process.sample(child.pid)
     assert reading == Failed(f"process {child.pid} is gone")

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 
 from sidecar.readings import Failed
-from sidecar.signals.process_state import EngineProcess, Look, Role, Seen, Thread, role_of, summary, symptom, top
+from sidecar.signals.process_state import (
+    EngineProcess,
+    ProcessEvidence,
+    ProcessLook,
+    Role,
+    ThreadState,
+    role_of,
+    summary,
+    symptom,
+    top,
+)
 
 DUMP = """Thread 12 (idle): "MainThread"
     recv (zmq/sugar/socket.py:12)
@@ -17,14 +27,14 @@ Thread 14 (idle)
 
 
 def seen(
-    *looks: Look | Failed, name: str = "VLLM::EngineCore", role: Role = "core", stacks: tuple[str, ...] = ()
-) -> Seen:
-    return Seen(EngineProcess(12, name, role, 1), looks, stacks)
+    *looks: ProcessLook | Failed, name: str = "VLLM::EngineCore", role: Role = "core", stacks: tuple[str, ...] = ()
+) -> ProcessEvidence:
+    return ProcessEvidence(EngineProcess(12, name, role, 1), looks, stacks)
 
 
-def look(at: float, state: str = "S", cpu: float = 0.0, wchan: str = "", **threads: float) -> Look:
-    by_thread = tuple(Thread(int(tid[1:]), tid, state, used) for tid, used in threads.items())
-    return Look(at, state, wchan, max(1, len(by_thread)), cpu, 1 << 20, by_thread)
+def look(at: float, state: str = "S", cpu: float = 0.0, wchan: str = "", **threads: float) -> ProcessLook:
+    by_thread = tuple(ThreadState(int(tid[1:]), tid, state, used) for tid, used in threads.items())
+    return ProcessLook(at, state, wchan, max(1, len(by_thread)), cpu, 1 << 20, by_thread)
 
 
 def test_a_stopped_process_is_named_with_what_lets_it_go_on() -> None:

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 
 from sidecar.engines.registry import KINDS
-from sidecar.signals import sleep_state as rests
-from sidecar.signals.sleep_state import RestSignal
+from sidecar.signals import sleep_state
+from sidecar.signals.sleep_state import SleepSignal
 
 from ..engines.engine_faces import Shown, said
 from ..waiting import PATIENCE
@@ -25,10 +25,10 @@ class Clock:
 
 
 @pytest.fixture
-async def rest() -> AsyncIterator[Callable[..., RestSignal]]:
+async def rest() -> AsyncIterator[Callable[..., SleepSignal]]:
     """A function: engine and kind -> its signal."""
     async with aiohttp.ClientSession() as session:
-        yield lambda engine, kind="vllm", **more: RestSignal(session, engine.url, KINDS[kind].signs, {}, **more)
+        yield lambda engine, kind="vllm", **more: SleepSignal(session, engine.url, KINDS[kind].signs, {}, **more)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ async def rest() -> AsyncIterator[Callable[..., RestSignal]]:
     ],
 )
 async def test_the_first_sign_that_is_true_counts(
-    rest: Callable[..., RestSignal], paused: bool | None, sleeping: bool, reason: str
+    rest: Callable[..., SleepSignal], paused: bool | None, sleeping: bool, reason: str
 ) -> None:
     """A paused vLLM says that it sleeps, too: the pause is asked first, and a sign that the engine lacks is no hindrance."""
     answers = {"/is_sleeping": said(is_sleeping=sleeping)} | (
@@ -51,7 +51,7 @@ async def test_the_first_sign_that_is_true_counts(
         assert await rest(engine).poll() == reason
 
 
-async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[..., RestSignal]) -> None:
+async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[..., SleepSignal]) -> None:
     """404 is remembered: without its development mode vLLM is asked once, and then left alone."""
     async with Shown({}) as engine:
         signal = rest(engine, period=0.0)
@@ -62,7 +62,7 @@ async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[...,
 
 @pytest.mark.parametrize("answer", [(500, ""), (200, "no JSON"), (503, "")])
 async def test_what_is_not_answered_is_unknown_after_a_while(
-    rest: Callable[..., RestSignal], answer: tuple[int, str]
+    rest: Callable[..., SleepSignal], answer: tuple[int, str]
 ) -> None:
     """A rest outlives a lost answer, and is not believed for ever: unknown is no exemption."""
     clock = Clock()
@@ -70,24 +70,24 @@ async def test_what_is_not_answered_is_unknown_after_a_while(
         signal = rest(engine, "llamacpp", clock=clock)
         assert await signal.poll() == "engine_sleeping"
         engine.answers["/props"] = answer
-        clock.now += rests.STALE
+        clock.now += sleep_state.SLEEP_STATE_STALE_S
         assert await signal.poll() == "engine_sleeping"
         clock.now += 0.1
         assert await signal.poll() == ""
 
 
 @pytest.mark.parametrize("body", ["[]", "3", '{"is_sleeping": "yes"}', '{"is_sleeping": 1}', "{}"])
-async def test_only_a_plain_true_is_rest(rest: Callable[..., RestSignal], body: str) -> None:
+async def test_only_a_plain_true_is_rest(rest: Callable[..., SleepSignal], body: str) -> None:
     """Other JSON than the one that is published says nothing."""
     async with Shown({"/props": (200, body)}) as engine:
         assert await rest(engine, "llamacpp").poll() == ""
 
 
 async def test_an_engine_that_answers_nothing_ends_no_polling(
-    rest: Callable[..., RestSignal], monkeypatch: pytest.MonkeyPatch
+    rest: Callable[..., SleepSignal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sign that hangs with the core costs its timeout, and is unknown."""
-    monkeypatch.setattr(rests, "TIMEOUT", 0.05)
+    monkeypatch.setattr(sleep_state, "TIMEOUT", 0.05)
 
     async def never(_: Any) -> Any:
         await asyncio.Event().wait()

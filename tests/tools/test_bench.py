@@ -15,7 +15,7 @@ from sidecar.__main__ import run
 from sidecar.tools.bench import report
 from sidecar.tools.bench.arrivals import PROFILES, times
 from sidecar.tools.bench.command import BenchSettings, bench
-from sidecar.tools.bench.tally import ENDS, Record, Row, row
+from sidecar.tools.bench.tally import ENDS, BenchRecord, BenchRow, row
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 ENGINE = EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=10.0)
@@ -35,8 +35,8 @@ def test_arrivals_are_as_many_steady_as_in_bursts() -> None:
 
 def test_sums_count_each_request_once() -> None:
     """Quantiles, tokens and money are those of the completed ones; a hundredth of others is too many for the SLO."""
-    good = [Record("completed", 1.0 + n / 100, 0.1, 10) for n in range(100)]
-    bad = [Record("dropped", 0.0), Record("stalled", 60.0, 0.2, 5)]
+    good = [BenchRecord("completed", 1.0 + n / 100, 0.1, 10) for n in range(100)]
+    bad = [BenchRecord("dropped", 0.0), BenchRecord("stalled", 60.0, 0.2, 5)]
     found = row("x", 1.0, 3600.0, [*good, *bad], slo=2.0, price=3.0)
     assert sum(getattr(found, ended) for ended in ENDS) == found.requests == 102
     assert (found.p50, found.p95, found.p99) == (1.49, 1.94, 1.98) and found.tokens == 1000
@@ -47,7 +47,7 @@ def test_sums_count_each_request_once() -> None:
 
 def test_nothing_completed_is_no_number() -> None:
     """No request is no latency of 0 and no price of 0."""
-    found = row("x", 1.0, 1.0, [Record("dropped", 0.0)], slo=2.0, price=3.0)
+    found = row("x", 1.0, 1.0, [BenchRecord("dropped", 0.0)], slo=2.0, price=3.0)
     assert found.p95 is None and found.dollars_per_1k_completed is None and not found.slo_kept
     assert report.cells(found)[8] == "-" and "0 ok, p95 - s" in report.plot([found], "t")
 
@@ -55,7 +55,7 @@ def test_nothing_completed_is_no_number() -> None:
 @pytest.mark.slow
 async def test_the_shape_of_the_reference_matrix() -> None:
     """One at a time completes a part, too late; batched completes all that is steady, in time; in bursts it is far ahead, too."""
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     async with ScriptedEngine(replace(ENGINE, decode_step_ms=40.0)) as engine:
         await bench(replace(CHOSEN, engine=engine.url, max_open=24, timeout=2.5), rows)
     by = {r.profile: r for r in rows}
@@ -73,8 +73,8 @@ async def test_the_shape_of_the_reference_matrix() -> None:
 async def test_what_the_engine_refuses_is_dropped_and_what_hangs_is_stalled() -> None:
     """503 of a full engine, and a timeout of a silent one, are told apart; both are counted."""
     chosen = replace(CHOSEN, seconds=1, rate=40, profiles="steady-batched", timeout=0.6)
-    full: list[Row] = []
-    silent: list[Row] = []
+    full: list[BenchRow] = []
+    silent: list[BenchRow] = []
     async with ScriptedEngine(replace(ENGINE, max_batch=1, max_waiting=1)) as engine:
         await bench(replace(chosen, engine=engine.url), full)
     async with ScriptedEngine(ENGINE) as engine:
@@ -90,7 +90,7 @@ async def test_what_the_engine_refuses_is_dropped_and_what_hangs_is_stalled() ->
 
 async def test_a_run_that_is_ended_reports_what_there_was() -> None:
     """Open requests are cancelled, and say so; the engine has none of them left."""
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     async with ScriptedEngine(replace(ENGINE, decode_step_ms=200.0)) as engine:
         chosen = replace(CHOSEN, engine=engine.url, seconds=60, rate=20, profiles="steady-batched")
         task = asyncio.create_task(bench(chosen, rows))

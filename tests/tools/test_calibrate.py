@@ -18,16 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.__main__ import run
-from sidecar.events import Work
-from sidecar.load import cost_model as units
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.tools.calibrate import capacity_search as search
-from sidecar.tools.calibrate import command, contention, fit, report, traffic
-from sidecar.tools.calibrate.checkpoint import Entry, Journal, Plan, Step
+from sidecar.tools.calibrate import capacity_search, command, contention, fit, report, traffic
+from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, GridPlan, SearchStep
 from sidecar.tools.calibrate.command import CalibrateSettings, calibrate
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.prompts import Target
-from sidecar.tools.calibrate.shapes import LEAST, SIDES, Shape, least, ordered, plan, reference
+from sidecar.tools.calibrate.prompts import PromptTarget
+from sidecar.tools.calibrate.shapes import LEAST, SIDES, GridShape, least, ordered, plan, reference
 from sidecar.tools.calibrate.traffic import EngineRefused
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
@@ -35,15 +34,15 @@ TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
 TOKENS = {side: (side // 28) ** 2 * 3 // 4 for side in SIDES}
 
 
-def measured(shapes: list[Shape], noise: float = 0.0, seed: int = 1) -> list[Measured]:
+def measured(shapes: list[GridShape], noise: float = 0.0, seed: int = 1) -> list[Measured]:
     rng = random.Random(seed)
     works = [work(s) for s in shapes]
-    return [Measured(w, units.gpu_ms(w, TRUE) * (1 + rng.uniform(-noise, noise))) for w in works]
+    return [Measured(w, cost_model.gpu_ms(w, TRUE) * (1 + rng.uniform(-noise, noise))) for w in works]
 
 
-def work(s: Shape) -> Work:
+def work(s: GridShape) -> RequestSize:
     each = TOKENS.get(s.side, 0)
-    return Work(
+    return RequestSize(
         s.uncached + s.images * each, s.cached, s.output, s.images * each, s.images, image_squares=s.images * each**2
     )
 
@@ -69,7 +68,7 @@ def test_noise_gives_no_negative_and_no_wild_coefficient(seed: int, noise: float
     shapes = plan(4096, cached=False)
     fitted = measured([s for s in shapes if not s.held_out], noise, seed)
     co = fit.fit(fitted)
-    assert all(0 <= getattr(co, name) < 1e6 for name in units.TERMS)
+    assert all(0 <= getattr(co, name) < 1e6 for name in cost_model.TERMS)
     assert fit.accuracy(fitted, co).mape < 0.02 + noise
 
 
@@ -91,8 +90,8 @@ def test_a_term_that_is_many_times_the_priors_is_found() -> None:
     """The pull of a prior from another machine is bounded: attention that costs a hundred times its share is predicted."""
     steep = Coefficients(k=5.0, a=0.03, b=4e-5, d=0.4, f=1.5e-4)
     shapes = [s for s in plan(8192, cached=True) if not s.held_out]
-    works = [Work(s.uncached, s.cached, s.output) for s in shapes]
-    co = fit.fit([Measured(w, units.gpu_ms(w, steep)) for w in works])
+    works = [RequestSize(s.uncached, s.cached, s.output) for s in shapes]
+    co = fit.fit([Measured(w, cost_model.gpu_ms(w, steep)) for w in works])
     assert co.b == pytest.approx(steep.b, rel=0.1)
 
 
@@ -100,7 +99,7 @@ def test_a_sliding_window_is_the_priors() -> None:
     """With the window that the roofline read from config.json, costs of a model with one are explained by the same prices."""
     true = replace(TRUE, window=1024.0, windowed=0.75)
     works = [m.work for m in measured([s for s in plan(8192, cached=True) if not s.held_out])]
-    costs = [Measured(w, units.gpu_ms(w, true)) for w in works]
+    costs = [Measured(w, cost_model.gpu_ms(w, true)) for w in works]
     co = fit.fit(costs, Coefficients(window=1024.0, windowed=0.75))
     assert (co.window, co.windowed) == (1024.0, 0.75) and co.f == pytest.approx(true.f, rel=0.1)
     assert fit.accuracy(costs, co).mape < 0.01
@@ -113,7 +112,7 @@ TOWER = Coefficients(k=3.0, a=0.013, b=4e-5, d=0.8, f=2e-4, g=0.06, h=3.0, q=2e-
 def test_prices_of_images_are_found(length: int) -> None:
     """Photos of three sizes tell the price of an encoder token from that of its square within an image, and both from the prompt's."""
     shapes = plan(length, cached=True, tokens=TOKENS)
-    co = fit.fit([Measured(work(s), units.gpu_ms(work(s), TOWER)) for s in shapes if not s.held_out])
+    co = fit.fit([Measured(work(s), cost_model.gpu_ms(work(s), TOWER)) for s in shapes if not s.held_out])
     assert (co.g, co.q) == pytest.approx((TOWER.g, TOWER.q), rel=0.15)
     assert {s.side for s in shapes if s.held_out} == {0, *SIDES}
 
@@ -123,7 +122,7 @@ def test_images_are_predicted_whether_or_not_their_cost_grows_with_the_square(q:
     """Beside noise, held-out photos are within a tenth; where attention counts, prices that are linear in tokens miss them by far more."""
     true, rng = replace(TOWER, q=q), random.Random(5)
     shapes = plan(2048, cached=True, tokens=TOKENS)
-    rows = [(s, Measured(work(s), units.gpu_ms(work(s), true) * rng.lognormvariate(0, 0.05))) for s in shapes]
+    rows = [(s, Measured(work(s), cost_model.gpu_ms(work(s), true) * rng.lognormvariate(0, 0.05))) for s in shapes]
     photos, fitted = [m for s, m in rows if s.held_out and s.images], [m for s, m in rows if not s.held_out]
     flat = fit.fit([replace(m, work=replace(m.work, image_squares=0)) for m in fitted])
     ours, linear = (fit.accuracy(photos, co).mape for co in (fit.fit(fitted), replace(flat, q=0.0)))
@@ -132,8 +131,8 @@ def test_images_are_predicted_whether_or_not_their_cost_grows_with_the_square(q:
 
 def test_what_others_took_is_left_out() -> None:
     """Of the turns of a shape the lower quartile counts: one of five that was disturbed changes nothing."""
-    shape = Shape(8, 0, 1)
-    (row,) = fit.merged((shape, Measured(Work(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
+    shape = GridShape(8, 0, 1)
+    (row,) = fit.merged((shape, Measured(RequestSize(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
     assert row.measured.ms == 10 and row.spread == 0
 
 
@@ -166,15 +165,15 @@ def test_one_image_at_most_is_kept_to() -> None:
 
 def test_open_requests_at_the_slo() -> None:
     """Between the last step that kept it and the first that did not; none where it was never passed."""
-    steps = tuple(Step(n, p95, 1.0, Work(8, output=1)) for n, p95 in ((1, 1.0), (2, 2.0), (4, 6.0)))
-    assert search.held(steps, 4.0) == 3
-    assert search.held(steps, 7.0) == 0 and search.held(steps, 0.5) == 0
+    steps = tuple(SearchStep(n, p95, 1.0, RequestSize(8, output=1)) for n, p95 in ((1, 1.0), (2, 2.0), (4, 6.0)))
+    assert capacity_search.held(steps, 4.0) == 3
+    assert capacity_search.held(steps, 7.0) == 0 and capacity_search.held(steps, 0.5) == 0
 
 
 def test_the_engine_is_full_where_more_requests_gain_little() -> None:
     """The fewest open requests that reach nine tenths of the highest rate."""
     rates = ((1, 1.0), (2, 1.9), (4, 3.0), (8, 3.2), (16, 3.1))
-    assert search.full(tuple(Step(n, 1.0, rate, Work(8, output=1)) for n, rate in rates)) == 4
+    assert capacity_search.full(tuple(SearchStep(n, 1.0, rate, RequestSize(8, output=1)) for n, rate in rates)) == 4
 
 
 def test_a_context_that_is_too_short_is_refused() -> None:
@@ -187,21 +186,26 @@ def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
     """What was measured is read back, a half-written line is left out, another identity begins anew."""
     out, shape, planned = (
         tmp_path / "co.json",
-        Shape(8, 0, 1),
-        Plan(512, 2, (Step(1, 0.5, 2.0, Work(8, output=1)),), (Step(2, 0.5, 2.0, Work(8, output=1)),)),
+        GridShape(8, 0, 1),
+        GridPlan(
+            512,
+            2,
+            (SearchStep(1, 0.5, 2.0, RequestSize(8, output=1)),),
+            (SearchStep(2, 0.5, 2.0, RequestSize(8, output=1)),),
+        ),
     )
-    entry = Entry(Measured(Work(8, output=1), 2.5), 1.5)
-    journal = Journal(out, {"model": "a"})
+    entry = CheckpointEntry(Measured(RequestSize(8, output=1), 2.5), 1.5)
+    journal = Checkpoint(out, {"model": "a"})
     assert journal.read() == (None, {})
     journal.begin(planned)
     journal.add(shape, 0, entry)
     with (tmp_path / "co.json.partial").open("a") as file:
         file.write('{"shape": {"uncached": 8}')
-    again = Journal(out, {"model": "a"})
+    again = Checkpoint(out, {"model": "a"})
     assert again.read() == (planned, {(shape, 0): entry})
     again.add(shape, 1, entry)
-    assert Journal(out, {"model": "a"}).read() == (planned, {(shape, 0): entry, (shape, 1): entry})
-    assert Journal(out, {"model": "b"}).read() == (None, {})
+    assert Checkpoint(out, {"model": "a"}).read() == (planned, {(shape, 0): entry, (shape, 1): entry})
+    assert Checkpoint(out, {"model": "b"}).read() == (None, {})
     journal.close()
     assert not list(tmp_path.iterdir())
 
@@ -223,7 +227,11 @@ async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
     assert planned == found.plan and 0 in {turn for _, turn in done}
     co = found.co
     assert co.d > 0.4 * 2.0 / 2, "two requests share a step of 2 ms; a busy machine makes it longer, never shorter"
-    assert units.from_json(units.to_json(co)) == co and co.source.startswith("calibrated") and co.model == "scripted"
+    assert (
+        cost_model.from_json(cost_model.to_json(co)) == co
+        and co.source.startswith("calibrated")
+        and co.model == "scripted"
+    )
     assert co.batch == 2 and co.engine.endswith("scripted")
     assert any(row.shape.images for row in found.fitted) or planned.length < 1024
     text = report.text(found, 2)
@@ -262,7 +270,7 @@ async def test_killed_in_between_it_goes_on(tmp_path: Path) -> None:
     assert again.returncode == 0 and b"held out: MAPE" in said
     assert b"turn 1:" not in errors
     assert (tmp_path / "all.jsonl").read_text().splitlines()[: len(before)] == before
-    assert units.from_json(out.read_text()).model == "scripted" and not partial.exists()
+    assert cost_model.from_json(out.read_text()).model == "scripted" and not partial.exists()
 
 
 async def test_an_engine_that_serves_others_is_not_measured(tmp_path: Path, monkeypatch: Any) -> None:
@@ -286,8 +294,10 @@ async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> No
         return 5.0
 
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
-        target = Target(running.url, "scripted", ids=False)
-        sample = await traffic.Traffic(session, target, beside=traffic.Beside(load)).run(Shape(16, 0, 8), 2, 0.2)
+        target = PromptTarget(running.url, "scripted", ids=False)
+        sample = await traffic.CalibrationTraffic(session, target, beside=traffic.BackgroundLoad(load)).run(
+            GridShape(16, 0, 8), 2, 0.2
+        )
     assert sample.others == 3
 
 
@@ -300,7 +310,7 @@ def test_the_wait_of_the_busiest_thread_counts() -> None:
 
 def test_what_the_engine_waited_is_not_charged() -> None:
     """Half of the time without a core is half of the latency."""
-    sample = traffic.Sample(2, [2.0, 2.0], Counter({Work(8, output=1): 2}), waited=0.5)
+    sample = traffic.LatencySample(2, [2.0, 2.0], Counter({RequestSize(8, output=1): 2}), waited=0.5)
     assert sample.cost().ms == 500 and sample.p95() == 1.0
 
 
@@ -325,8 +335,8 @@ def test_waiting_for_a_core_is_seen() -> None:
 def test_mu_in_flight_is_the_measured_one_at_its_slo() -> None:
     """At another SLO Little's law stands in."""
     co = Coefficients(mu_in_flight=7.0, slo_seconds=10.0)
-    assert units.max_mu_in_flight(co, 10.0) == 7.0
-    assert units.max_mu_in_flight(co, 5.0) == units.max_mu_in_flight(Coefficients(), 5.0)
+    assert cost_model.max_mu_in_flight(co, 10.0) == 7.0
+    assert cost_model.max_mu_in_flight(co, 5.0) == cost_model.max_mu_in_flight(Coefficients(), 5.0)
 
 
 def test_no_engine_and_no_folder_are_said(tmp_path: Path, capsys: Any) -> None:

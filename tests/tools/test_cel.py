@@ -13,9 +13,9 @@ from celpy import celtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar import __main__ as cli
-from sidecar.events import Work
-from sidecar.load import cost_model as units
+from sidecar import __main__
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.cel import expression
 
@@ -54,7 +54,7 @@ PROGRAMS = {name: program(expression(co)) for name, co in CASES.items()}
 def test_the_expression_is_the_cost_model(name: str, read: int, share: float, output: int) -> None:
     """Whatever the tokens, also with sliding windows: it gives what `units.mu` says, to one milli-MU or a millionth."""
     cached = int(read * share)
-    mine = units.mu(Work(read - cached, cached, output), CASES[name]) * 1000
+    mine = cost_model.mu(RequestSize(read - cached, cached, output), CASES[name]) * 1000
     assert float(PROGRAMS[name](read, cached, output)) == pytest.approx(mine, rel=1e-6, abs=0.51)
 
 
@@ -70,9 +70,9 @@ def test_a_gateway_takes_it(name: str) -> None:
 def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a coefficients file, or of the default."""
     file = tmp_path / "coefficients.json"
-    file.write_text(units.to_json(CASES["sliding"]))
-    assert cli.run(["cel", "--coefficients", str(file)]) == 0
+    file.write_text(cost_model.to_json(CASES["sliding"]))
+    assert __main__.run(["cel", "--coefficients", str(file)]) == 0
     assert capsys.readouterr().out == expression(CASES["sliding"]) + "\n"
-    assert cli.run(["cel"]) == 0
+    assert __main__.run(["cel"]) == 0
     assert capsys.readouterr().out == expression(PLAIN) + "\n"
-    assert cli.run(["cel", "--coefficients", "/nowhere"]) == 2
+    assert __main__.run(["cel", "--coefficients", "/nowhere"]) == 2

@@ -11,13 +11,13 @@ import pytest
 
 from sidecar.errors import StartError
 from sidecar.settings import Settings
-from sidecar.tools.demo import processes as stages
-from sidecar.tools.demo.processes import QUICK, Stage
+from sidecar.tools.demo import processes
+from sidecar.tools.demo.processes import QUICK, DemoProcesses
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
-    made = stages.make(("127.0.0.1", 0), ("127.0.0.1", 0))
+def stage() -> Iterator[DemoProcesses]:
+    made = processes.make(("127.0.0.1", 0), ("127.0.0.1", 0))
     yield made
     shutil.rmtree(made.directory)
 
@@ -26,7 +26,7 @@ def test_a_taken_port_is_replaced_and_told() -> None:
     """Where the wanted port is taken, another one is chosen, and one line names both."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        made = stages.make(("127.0.0.1", 0), ("127.0.0.1", port))
+        made = processes.make(("127.0.0.1", 0), ("127.0.0.1", port))
     shutil.rmtree(made.directory)
     assert made.admin[1] > port
     assert [n for n in made.notes if "taken" in n] == [
@@ -37,25 +37,25 @@ def test_a_taken_port_is_replaced_and_told() -> None:
 def test_a_host_that_is_not_ours_is_an_error() -> None:
     """An address that cannot be bound at all ends the start with a line that names the flags."""
     with pytest.raises(StartError, match=r"192\.0\.2\.1; choose another with --listen and --admin"):
-        stages.free(("192.0.2.1", 80))
+        processes.free(("192.0.2.1", 80))
 
 
 def test_a_free_port_is_kept(unused_tcp_port: int) -> None:
     """A wanted port that is free is used as it is, without a word."""
-    made = stages.make(("127.0.0.1", unused_tcp_port), ("127.0.0.1", 0))
+    made = processes.make(("127.0.0.1", unused_tcp_port), ("127.0.0.1", 0))
     shutil.rmtree(made.directory)
     assert made.relay == ("127.0.0.1", unused_tcp_port)
     assert not [n for n in made.notes if "taken" in n]
 
 
-def test_the_model_directory_is_one(stage: Stage) -> None:
+def test_the_model_directory_is_one(stage: DemoProcesses) -> None:
     """The temporary model directory holds what image preparation reads of a Qwen2-VL."""
     made = json.loads((stage.directory / "model" / "preprocessor_config.json").read_text())
     assert made["image_processor_type"] == "Qwen2VLImageProcessor"
     assert (made["patch_size"], made["merge_size"]) == (14, 2)
 
 
-def test_containers_keep_our_environment_out(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_containers_keep_our_environment_out(stage: DemoProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIDECAR_* variables of the caller reach neither container; the quick settings reach the sidecar as flags."""
     monkeypatch.setenv("SIDECAR_ENGINE", "http://elsewhere:1")
     monkeypatch.setenv("HOME", "/somewhere")
@@ -65,22 +65,22 @@ def test_containers_keep_our_environment_out(stage: Stage, monkeypatch: pytest.M
         assert not [key for key in container.env if key.startswith("SIDECAR_")]
     command = stage.sidecar().command
     assert command[command.index("--silence-floor") + 1] == QUICK["silence_floor"]
-    assert command[command.index("--engine") + 1] == stages.url(stage.engine)
+    assert command[command.index("--engine") + 1] == processes.url(stage.engine)
 
 
-def test_the_engine_is_probed_through_the_sidecar(stage: Stage) -> None:
+def test_the_engine_is_probed_through_the_sidecar(stage: DemoProcesses) -> None:
     """Each of the engine's probes asks the admin port, and liveness keeps Kubernetes' threshold of three."""
     container = stage.engine_container()
     for spec, path in ((container.startup, "startupz"), (container.readiness, "readyz"), (container.liveness, "livez")):
         assert spec is not None
-        assert spec.action.url == f"{stages.url(stage.admin)}/{path}"  # type: ignore[union-attr]
+        assert spec.action.url == f"{processes.url(stage.admin)}/{path}"  # type: ignore[union-attr]
     assert container.liveness is not None
     assert container.liveness.failure_threshold == 3
 
 
 def test_quick_settings_are_told_with_the_defaults() -> None:
     """What the demo sets differently is said together with what it is by default."""
-    said = stages.quick_settings()
+    said = processes.quick_settings()
     assert "--silence-floor 3 (default 12)" in said
     assert f"--canary-interval 3 (default {Settings().canary_interval:g})" in said
 
@@ -95,4 +95,4 @@ def test_quick_settings_are_told_with_the_defaults() -> None:
 )
 def test_url(address: tuple[str, int], expected: str) -> None:
     """A URL that a client on this machine can use, whatever the address listens on."""
-    assert stages.url(address) == expected
+    assert processes.url(address) == expected

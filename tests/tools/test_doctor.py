@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from sidecar import __main__ as cli
+from sidecar import __main__
 from sidecar.settings import Settings
 from sidecar.tools.doctor import engine as engine_checks
 from sidecar.tools.doctor import machine
-from sidecar.tools.doctor.finding import Finding
+from sidecar.tools.doctor.finding import DoctorFinding
 from sidecar.tools.doctor.report import CHECKS, examine, text
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
@@ -33,7 +33,7 @@ async def engine() -> AsyncIterator[ScriptedEngine]:
         yield engine
 
 
-async def of_engine(url: str, **chosen: Any) -> dict[str, Finding]:
+async def of_engine(url: str, **chosen: Any) -> dict[str, DoctorFinding]:
     return {f.name: f for f in await engine_checks.check(Settings(engine=url, **chosen))}
 
 
@@ -285,7 +285,7 @@ def test_more_processes_than_cpus_is_a_warning() -> None:
 
 def test_text_is_aligned_and_remedies_follow() -> None:
     """One line each, the remedy below, a count at the end."""
-    lines = text([Finding("a", "ok", "well"), Finding("longer", "fail", "broken", "mend it")]).splitlines()
+    lines = text([DoctorFinding("a", "ok", "well"), DoctorFinding("longer", "fail", "broken", "mend it")]).splitlines()
     assert lines == [
         "ok      a       well",
         "fail    longer  broken",
@@ -296,7 +296,7 @@ def test_text_is_aligned_and_remedies_follow() -> None:
 
 def test_the_command_prints_json_and_exits_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """`--json` prints a list of findings; a failure (no --engine) is exit code 1; a bad setting is 2."""
-    assert cli.run(["doctor", "--json", "--state-dir", str(tmp_path), "--listen", "127.0.0.1:0"]) == 1
+    assert __main__.run(["doctor", "--json", "--state-dir", str(tmp_path), "--listen", "127.0.0.1:0"]) == 1
     findings = json.loads(capsys.readouterr().out)
     assert findings[0]["name"] == "engine" and findings[0]["level"] == "fail"
-    assert cli.run(["doctor", "--workers", "many"]) == 2
+    assert __main__.run(["doctor", "--workers", "many"]) == 2

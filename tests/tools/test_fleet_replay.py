@@ -23,8 +23,8 @@ from replay.pricing import calibrated  # noqa: E402
 from replay.routing import OURS, POLICIES, Policy  # noqa: E402
 from replay.scaling import Scaler, Scaling  # noqa: E402
 
-from sidecar.events import Work  # noqa: E402
-from sidecar.load import cost_model as units  # noqa: E402
+from sidecar.events import RequestSize  # noqa: E402
+from sidecar.load import cost_model  # noqa: E402
 
 TRACE = requests.synthetic(seconds=6, per_second=25)
 SMALL = Hardware(kv_tokens=24_000)
@@ -105,7 +105,7 @@ def test_the_engine_is_not_the_cost_model() -> None:
     """A batch shares what is read, a cached prefix is free, noise differs from run to run: prices are near, and never right."""
     co, worth = calibrated(FAST)
     assert 0.01 < worth.mape < 0.5
-    alone = units.gpu_ms(Work(3500, output=300), co) / 1000
+    alone = cost_model.gpu_ms(RequestSize(3500, output=300), co) / 1000
     engine = Engine(FAST, random.Random(1))
     engine.arrive(Sequence("1", requests.Request(0.0, 3500, 300, 1), 0.0), 0.0)
     while engine.open:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from sidecar.tools.demo.kubelet import Container, Event, Kubelet
+from sidecar.tools.demo.kubelet import Container, Kubelet, KubeletEvent
 from sidecar.tools.demo.probe_policy import Backoff, Exec, HttpGet, Kind, Probe, ProbeSpec
 
 from ..waiting import PATIENCE
@@ -129,19 +129,19 @@ class Seen:
     """Events as they come, to wait for."""
 
     def __init__(self) -> None:
-        self.all: list[Event] = []
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self.all: list[KubeletEvent] = []
+        self._queue: asyncio.Queue[KubeletEvent] = asyncio.Queue()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: KubeletEvent) -> None:
         self.all.append(event)
         self._queue.put_nowait(event)
 
-    async def until(self, wanted: Callable[[Event], bool]) -> Event:
+    async def until(self, wanted: Callable[[KubeletEvent], bool]) -> KubeletEvent:
         while not wanted(event := await self._queue.get()):
             pass
         return event
 
-    async def kind(self, kind: str) -> Event:
+    async def kind(self, kind: str) -> KubeletEvent:
         return await self.until(lambda e: e.kind == kind)
 
 

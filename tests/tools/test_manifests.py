@@ -19,12 +19,12 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from sidecar import __main__ as cli
-from sidecar.control.diagnosis import KEPT, MAX_BYTES
+from sidecar import __main__
+from sidecar.control.diagnosis import MAX_BUNDLE_BYTES, MAX_BUNDLES
 from sidecar.control.state_dir import StateDir
 from sidecar.errors import UsageError
 from sidecar.events import Verdict
-from sidecar.health.probes import STALE, Stand
+from sidecar.health.probes import VERDICT_STALE_S, ProbeState
 from sidecar.settings import Settings, load
 from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.render import ADMIN, DRAIN, ENDPOINTS, RELAY, STATE, render
@@ -97,7 +97,7 @@ def test_an_api_server_takes_whatever_is_printed(
 ) -> None:
     """No object of any combination of flags breaks a rule that an API server applies beyond its schema."""
     argv = ["--engine-kind", kind, "--probe", probe, "--monitor", monitor, "--image", "engine:1", *more]
-    assert cli.run(["manifests", *argv]) == 0
+    assert __main__.run(["manifests", *argv]) == 0
     printed = api_server_rules.objects(capsys.readouterr().out)
     assert {"Deployment", "Service"} <= {document["kind"] for document in printed}
     assert [why for document in printed for why in api_server_rules.refusals(document)] == []
@@ -123,7 +123,7 @@ def test_what_lies_in_deploy_is_what_the_command_prints(
     name: str, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """deploy/kubernetes holds the command's own output; `make docs` writes it."""
-    assert cli.run(["manifests", *flags]) == 0
+    assert __main__.run(["manifests", *flags]) == 0
     kept = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes" / f"{name}.yaml"
     assert kept.read_text() == capsys.readouterr().out
 
@@ -229,7 +229,7 @@ def test_a_name_may_be_a_word_of_yaml(word: str, capsys: pytest.CaptureFixture[s
     """Names that YAML reads as true, false or nothing when they stand bare stay names, wherever they are printed."""
     argv = ["--name", word, "--namespace", word, *MODELS, "--claim", word, "--restarts-at-once", "1"]
     for monitor in ("annotations", "podmonitor"):
-        assert cli.run(["manifests", *argv, "--monitor", monitor]) == 0
+        assert __main__.run(["manifests", *argv, "--monitor", monitor]) == 0
         printed = api_server_rules.objects(capsys.readouterr().out)
         assert [why for document in printed for why in api_server_rules.refusals(document)] == []
         assert all((d["metadata"]["name"], d["metadata"]["namespace"]) == (word, word) for d in printed)
@@ -279,7 +279,7 @@ def test_settings_that_do_not_fit_are_refused(chosen: dict[str, Any], words: str
 )
 def test_bad_values_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """An invalid value is a usage error of one line, and nothing is printed that could be applied."""
-    assert cli.run(["manifests", *argv]) == 2
+    assert __main__.run(["manifests", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and argv[0] in err
 
@@ -314,7 +314,7 @@ def busybox_tools(tmp_path: Path, requires: Requires) -> str:
     return str(bin)
 
 
-AGES = [(None, 0), (0.0, 1), (STALE / 2, 1), (STALE + 3, 0), (3600.0, 0), (-3600.0, 0)]
+AGES = [(None, 0), (0.0, 1), (VERDICT_STALE_S / 2, 1), (VERDICT_STALE_S + 3, 0), (3600.0, 0), (-3600.0, 0)]
 
 
 @pytest.mark.parametrize(("age", "code"), AGES)
@@ -352,8 +352,10 @@ def test_the_safe_probe_passes_where_tools_are_missing(
     assert sh([name], shell.safe_liveness(str(tmp_path)), str(tmp_path)) == 0
 
 
-def stand(state: Any, outstanding: int) -> Stand:
-    return Stand(Verdict(state, "r", "", 0, 0, {"condition": "x", "outstanding": outstanding, "w": 1}), True, False)
+def stand(state: Any, outstanding: int) -> ProbeState:
+    return ProbeState(
+        Verdict(state, "r", "", 0, 0, {"condition": "x", "outstanding": outstanding, "w": 1}), True, False
+    )
 
 
 def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_path: Path) -> None:
@@ -399,16 +401,16 @@ def test_the_state_volume_holds_what_is_written_to_it() -> None:
     """The usage records at their bound, as much again while they are tidied, and all diagnoses: kubelet evicts a pod whose volume is over its size."""
     volumes = {v["name"]: v for v in made()["volumes"]}
     size = int(volumes["sidecar-state"]["emptyDir"]["sizeLimit"].removesuffix("Mi")) << 20
-    assert size >= 2 * Settings().usage_bytes + (KEPT + 1) * MAX_BYTES + (8 << 20)
+    assert size >= 2 * Settings().usage_bytes + (MAX_BUNDLES + 1) * MAX_BUNDLE_BYTES + (8 << 20)
 
 
 def test_the_verdict_file_names_what_draining_waits_for(tmp_path: Path) -> None:
     """`outstanding` is a key of the real evidence, so that the preStop does not wait for a name that nobody writes."""
-    from sidecar.control.state import Control, Readings
-    from sidecar.load import cost_model as units
+    from sidecar.control.state import ControlState, TickReadings
+    from sidecar.load import cost_model
     from sidecar.readings import Absent
 
-    control = Control(Settings(), units.Coefficients(), 0.0, 0.0)
+    control = ControlState(Settings(), cost_model.Coefficients(), 0.0, 0.0)
     absent = Absent("no")
-    control.tick(Readings(absent, absent, absent, (), None, "vllm"), 1.0, 1.0)
+    control.tick(TickReadings(absent, absent, absent, (), None, "vllm"), 1.0, 1.0)
     assert json.loads(json.dumps(control.verdict.evidence))["outstanding"] == 0

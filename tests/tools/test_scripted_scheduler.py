@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.scheduler import BLOCK, Limits, Output, Scheduler, Sequence
+from sidecar.tools.scripted_engine.scheduler import BLOCK, ScheduledSequence, Scheduler, SchedulerLimits, StepOutput
 
 HEALTH = Behaviour()
-LIMITS = Limits(1000.0, 0.01, max_batch=8, max_waiting=100, kv_tokens=64 * BLOCK, step_tokens=100)
+LIMITS = SchedulerLimits(1000.0, 0.01, max_batch=8, max_waiting=100, kv_tokens=64 * BLOCK, step_tokens=100)
 
 
-def step(scheduler: Scheduler, how: Behaviour = HEALTH) -> list[Output]:
+def step(scheduler: Scheduler, how: Behaviour = HEALTH) -> list[StepOutput]:
     return scheduler.apply(scheduler.plan(how))
 
 
@@ -29,16 +29,16 @@ def run(scheduler: Scheduler) -> int:
 def test_two_sequences_take_the_steps_of_one() -> None:
     """Decoding is batched: two equal requests end after as many steps as one."""
     alone, both = Scheduler(LIMITS), Scheduler(LIMITS)
-    alone.add(Sequence(10, 20))
-    both.add(Sequence(10, 20))
-    both.add(Sequence(10, 20))
+    alone.add(ScheduledSequence(10, 20))
+    both.add(ScheduledSequence(10, 20))
+    both.add(ScheduledSequence(10, 20))
     assert run(alone) == run(both) == 20
 
 
 def test_a_chunked_prefill_gives_no_output_until_it_ends() -> None:
     """A prompt of three chunks: two silent steps in which only KV use grows, then the first token with the whole prompt."""
     scheduler = Scheduler(LIMITS)
-    scheduler.add(Sequence(250, 5))
+    scheduler.add(ScheduledSequence(250, 5))
     usage = [scheduler.kv_usage()]
     for _ in range(2):
         assert step(scheduler) == []
@@ -50,7 +50,7 @@ def test_a_chunked_prefill_gives_no_output_until_it_ends() -> None:
 def test_the_time_of_a_step() -> None:
     """A step takes its prefill tokens at prefill speed plus one decode step, times the fault's factor."""
     scheduler = Scheduler(LIMITS)
-    scheduler.add(Sequence(50, 5))
+    scheduler.add(ScheduledSequence(50, 5))
     assert abs(scheduler.plan(HEALTH).seconds - 0.06) < 1e-9
     assert abs(scheduler.plan(Behaviour(step_factor=10)).seconds - 0.6) < 1e-9
     assert abs(scheduler.plan(Behaviour(prefill_seconds=7)).seconds - 7.01) < 1e-9
@@ -59,7 +59,7 @@ def test_the_time_of_a_step() -> None:
 def test_decodes_go_on_beside_a_long_prefill() -> None:
     """While one sequence's prompt is computed in chunks, a running one still gets a token in each step."""
     scheduler = Scheduler(LIMITS)
-    short, long = Sequence(10, 50), Sequence(500, 5)
+    short, long = ScheduledSequence(10, 50), ScheduledSequence(500, 5)
     scheduler.add(short)
     step(scheduler)
     scheduler.add(long)
@@ -69,7 +69,7 @@ def test_decodes_go_on_beside_a_long_prefill() -> None:
 def test_the_head_of_the_queue_that_does_not_fit_blocks_those_behind() -> None:
     """Admission is in order of arrival: a prompt over the KV capacity holds the queue until it is removed."""
     scheduler = Scheduler(LIMITS)
-    huge, small = Sequence(LIMITS.kv_tokens + 1, 1), Sequence(10, 1)
+    huge, small = ScheduledSequence(LIMITS.kv_tokens + 1, 1), ScheduledSequence(10, 1)
     scheduler.add(huge)
     scheduler.add(small)
     assert step(scheduler) == []
@@ -79,8 +79,8 @@ def test_the_head_of_the_queue_that_does_not_fit_blocks_those_behind() -> None:
 
 def test_preemption_when_the_cache_is_full() -> None:
     """Sequences that outgrow the KV cache together are preempted, computed anew, and still end with all their tokens."""
-    scheduler = Scheduler(Limits(1000.0, 0.01, 8, 100, kv_tokens=8 * BLOCK, step_tokens=100))
-    sequences = [Sequence(2 * BLOCK - 1, 3 * BLOCK) for _ in range(3)]
+    scheduler = Scheduler(SchedulerLimits(1000.0, 0.01, 8, 100, kv_tokens=8 * BLOCK, step_tokens=100))
+    sequences = [ScheduledSequence(2 * BLOCK - 1, 3 * BLOCK) for _ in range(3)]
     for sequence in sequences:
         scheduler.add(sequence)
     run(scheduler)
@@ -91,9 +91,9 @@ def test_preemption_when_the_cache_is_full() -> None:
 def test_a_repeated_prompt_is_cached_in_whole_blocks() -> None:
     """The second of two equal prompts finds its blocks, but always computes at least one token."""
     scheduler = Scheduler(LIMITS)
-    first = Sequence(4 * BLOCK, 1, blocks=(1, 2, 3, 4))
-    again = Sequence(4 * BLOCK, 1, blocks=(1, 2, 3, 4))
-    other = Sequence(4 * BLOCK, 1, blocks=(1, 9, 3, 4))
+    first = ScheduledSequence(4 * BLOCK, 1, blocks=(1, 2, 3, 4))
+    again = ScheduledSequence(4 * BLOCK, 1, blocks=(1, 2, 3, 4))
+    other = ScheduledSequence(4 * BLOCK, 1, blocks=(1, 9, 3, 4))
     for sequence in (first, again, other):
         scheduler.add(sequence)
         run(scheduler)
@@ -104,7 +104,7 @@ def test_the_prefix_cache_is_bounded() -> None:
     """The cache never holds more blocks than the KV cache has."""
     scheduler = Scheduler(LIMITS)
     for i in range(50):
-        scheduler.add(Sequence(4 * BLOCK, 1, blocks=tuple(range(i * 4, i * 4 + 4))))
+        scheduler.add(ScheduledSequence(4 * BLOCK, 1, blocks=tuple(range(i * 4, i * 4 + 4))))
         run(scheduler)
     assert len(scheduler._cache) <= 64
 
@@ -113,7 +113,7 @@ def test_the_prefix_cache_is_bounded() -> None:
 def test_every_sequence_ends_with_its_tokens(sizes: list[tuple[int, int]]) -> None:
     """Any mix that fits the cache ends: each sequence gets its tokens, its prompt is counted once, nothing is left over."""
     scheduler = Scheduler(LIMITS)
-    sequences = [Sequence(prompt, limit) for prompt, limit in sizes]
+    sequences = [ScheduledSequence(prompt, limit) for prompt, limit in sizes]
     outputs = []
     for sequence in sequences:
         scheduler.add(sequence)

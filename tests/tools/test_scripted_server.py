@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus
 
-from sidecar.engines import canary_request as canary
+from sidecar.engines import canary_request
 from sidecar.engines.registry import KINDS, recognise
 from sidecar.errors import StartError
 from sidecar.tools.scripted_engine.image_size import size_of
@@ -278,10 +278,10 @@ async def test_it_is_recognised_and_takes_its_canary() -> None:
                 pages[path] = await response.read()
         assert recognise(pages) == "scripted"
         kind = KINDS["scripted"]
-        form = canary.Forms(kind, kind.priority).forms()[0]
-        async with client.session.post(form.path, json=canary.body(kind, form, "scripted")) as response:
+        form = canary_request.CanaryForms(kind, kind.priority).forms()[0]
+        async with client.session.post(form.path, json=canary_request.body(kind, form, "scripted")) as response:
             assert response.status == 200
-            assert canary.read(await response.read(), form.path).token
+            assert canary_request.read(await response.read(), form.path).token
 
 
 async def test_start_up_with_an_open_port() -> None:

@@ -15,7 +15,16 @@ import pytest
 from aiohttp import web
 
 from sidecar.errors import UsageError
-from sidecar.tools.demo.traffic import SHAPES, Plan, Traffic, asks, body, found_pictures, made_pictures, outcome
+from sidecar.tools.demo.traffic import (
+    SHAPES,
+    DemoTraffic,
+    TrafficPlan,
+    asks,
+    body,
+    found_pictures,
+    made_pictures,
+    outcome,
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 PICTURES = ("data:image/jpeg;base64,AAAA", "data:image/png;base64,BBBB")
@@ -106,7 +115,7 @@ async def test_requests_reach_the_relay() -> None:
         return await sse(request, '{"choices":[]}', "[DONE]")
 
     async with served(answer) as url:
-        traffic = Traffic(Plan(url, rate=500, in_flight=64, seed=5, model="scripted", pictures=PICTURES))
+        traffic = DemoTraffic(TrafficPlan(url, rate=500, in_flight=64, seed=5, model="scripted", pictures=PICTURES))
         await traffic.run(40)
     assert traffic.tally.outcomes == {"ok": 40}
     assert traffic.tally.sent == 40
@@ -144,14 +153,14 @@ async def test_bad_endings_are_told_apart() -> None:
         return await next(todo)[0](request)
 
     async with served(answer) as url:
-        traffic = Traffic(Plan(url, rate=500, in_flight=64, seed=1, model="m"))
+        traffic = DemoTraffic(TrafficPlan(url, rate=500, in_flight=64, seed=1, model="m"))
         await traffic.run(len(endings))
     assert traffic.tally.outcomes == Counter(name for _, name in endings)
 
 
 async def test_closed_port_is_unavailable(unused_tcp_port: int) -> None:
     """Requests to a port that nobody serves end as unavailable and do not stop the traffic."""
-    traffic = Traffic(Plan(f"http://127.0.0.1:{unused_tcp_port}", rate=500, in_flight=8, seed=1, model="m"))
+    traffic = DemoTraffic(TrafficPlan(f"http://127.0.0.1:{unused_tcp_port}", rate=500, in_flight=8, seed=1, model="m"))
     await traffic.run(5)
     assert sum(traffic.tally.outcomes.values()) == 5
     assert set(traffic.tally.outcomes) <= {"unavailable", "skipped"}
@@ -170,7 +179,7 @@ async def test_a_stuck_server_bounds_the_requests_under_way() -> None:
         return web.Response()
 
     async with served(answer) as url:
-        traffic = Traffic(Plan(url, rate=500, in_flight=3, seed=1, model="m"))
+        traffic = DemoTraffic(TrafficPlan(url, rate=500, in_flight=3, seed=1, model="m"))
         running = asyncio.create_task(traffic.run())
         await three.wait()
         while not traffic.tally.outcomes["skipped"]:  # noqa: ASYNC110 - the tally is plain data

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sidecar.__main__ import run
-from sidecar.report.usage_store import Batch, Key, Records, Sums
+from sidecar.report.usage_store import Key, PendingUsage, UsageStore, UsageSums
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def folder(tmp_path: Path) -> Path:
     """Ten requests of one tenant, of which two stalled, and one of a tenant with a hostile name, in the last hour."""
     now = time.time() - 600
     minute = int(now) // 60 * 60
-    rows: dict[Key, Sums] = {
-        (minute, "shop", "llama", "ok"): Sums(8, 16.0, 3600.0, 800, 80, 400, 0, 20.0),
-        (minute, "shop", "llama", "stalled"): Sums(2, 4.0, 900.0, 200, 0, 10, 0, 90.0),
-        (minute, "=cmd()\x1b[31m", "llama", "ok"): Sums(1, 0.5, 100.0, 10, 0, 5, 2, 1.0),
+    rows: dict[Key, UsageSums] = {
+        (minute, "shop", "llama", "ok"): UsageSums(8, 16.0, 3600.0, 800, 80, 400, 0, 20.0),
+        (minute, "shop", "llama", "stalled"): UsageSums(2, 4.0, 900.0, 200, 0, 10, 0, 90.0),
+        (minute, "=cmd()\x1b[31m", "llama", "ok"): UsageSums(1, 0.5, 100.0, 10, 0, 5, 2, 1.0),
     }
-    Records(tmp_path, 1000.0, 35, 1 << 20).write(Batch(rows, {"1": minute}), now)
+    UsageStore(tmp_path, 1000.0, 35, 1 << 20).write(PendingUsage(rows, {"1": minute}), now)
     return tmp_path
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 
 from . import environment, processes
 from .processes import Engine
@@ -38,9 +38,9 @@ def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callab
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held out: MAPE" in done.stdout and "alpha-beta line: MAPE" in done.stdout and "448px" in done.stdout
     assert "c/" in done.stdout, "shapes with a cached part"
-    co = units.from_json(out.read_text())
+    co = cost_model.from_json(out.read_text())
     assert co.model == processes.MODEL and co.engine == environment.VERSION and co.batch == 4
-    assert co.source.startswith("calibrated") and co.d > 0 and units.unit_ms(co) > 0
+    assert co.source.startswith("calibrated") and co.d > 0 and cost_model.unit_ms(co) > 0
     identity = json.loads(kept.read_text().splitlines()[0])
     assert identity["flags"]["enable_prefix_caching"] == "True" and identity["tokens"] == {
         "448": 192,

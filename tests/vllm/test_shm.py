@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from sidecar.images.shm_cache import OUT, PREFIXED, SHM_DIR
-from sidecar.images.vllm_plugin import MARK, look
+from sidecar.images.vllm_plugin import MARK, read_status
 from sidecar.settings import Settings
 from sidecar.tools.doctor import engine as doctor
-from sidecar.tools.doctor.finding import Finding
+from sidecar.tools.doctor.finding import DoctorFinding
 
 from . import client, processes
 from .client import Http
@@ -31,7 +31,7 @@ SHM = Path(SHM_DIR)
 @pytest.fixture(scope="module", autouse=True)
 def alone() -> None:
     """Two vLLMs that share /dev/shm are taken for one, so another one with the plugin would answer for ours."""
-    if not look(SHM_DIR).why:
+    if not read_status(SHM_DIR).why:
         pytest.skip(f"a vLLM with the plugin uses {SHM_DIR} on this machine")
 
 
@@ -49,7 +49,7 @@ def waiting() -> set[Path]:
     return set(SHM.glob(f"{PREFIXED}*/{OUT}*"))
 
 
-async def found(engine: Engine) -> Finding:
+async def found(engine: Engine) -> DoctorFinding:
     """What `sidecar doctor` says of the hand-over."""
     findings = await doctor.check(Settings(engine=engine.url, images="shm"))
     return next(finding for finding in findings if finding.name == "images-shm")

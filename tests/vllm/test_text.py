@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from sidecar.events import Work
-from sidecar.load import cost_model as units
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
 
 from . import client
 from .client import Http
@@ -67,7 +67,9 @@ async def test_it_is_settled_on_the_usage_that_vllm_reports(
     path, body = CHAT
     usage = (await client.ask(http, engine.url + path, body))["usage"]
     await (client.stream if streams else client.ask)(http, sidecar.url + path, body, tenant="acme")
-    price = units.mu(Work(usage["prompt_tokens"], output=usage["completion_tokens"]), units.Coefficients())
+    price = cost_model.mu(
+        RequestSize(usage["prompt_tokens"], output=usage["completion_tokens"]), cost_model.Coefficients()
+    )
     labels = {"tenant": "acme", "model": "tiny", "outcome": "ok"}
 
     async def settled() -> bool:

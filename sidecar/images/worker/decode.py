@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sidecar.images.file_headers import Header
-from sidecar.images.protocol import Limits
+from sidecar.images.protocol import ImageLimits
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 RGB: Final = 3  # ImageReadMode.RGB
@@ -28,7 +28,7 @@ ORIENTATION: Final = 0x0112
 WHITE: Final = (255, 255, 255)
 
 
-class BadPixels(Exception):
+class ImageRejected(Exception):
     """An image that is refused. `reason` is its code; the text never quotes the image."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -36,7 +36,7 @@ class BadPixels(Exception):
         self.reason = reason
 
 
-def decode(data: bytes, header: Header, limits: Limits) -> Tensor:
+def decode(data: bytes, header: Header, limits: ImageLimits) -> Tensor:
     """The pixels of one image. Raises BadPixels."""
     check_size(header.height, header.width, limits)
     if header.plain and (pixels := _fast(data, header)) is not None:
@@ -44,14 +44,16 @@ def decode(data: bytes, header: Header, limits: Limits) -> Tensor:
     return _pillow(data, limits)
 
 
-def check_size(height: int, width: int, limits: Limits) -> None:
+def check_size(height: int, width: int, limits: ImageLimits) -> None:
     """Raise BadPixels for a size over a limit. A size of 0 x 0 is unknown yet and passes."""
     if height * width > limits.max_pixels:
-        raise BadPixels(
+        raise ImageRejected(
             "image_too_many_pixels", f"it has {width} x {height} pixels and the limit is {limits.max_pixels} pixels"
         )
     if max(height, width) > limits.max_side:
-        raise BadPixels("image_too_long", f"a side has {max(height, width)} pixels and the limit is {limits.max_side}")
+        raise ImageRejected(
+            "image_too_long", f"a side has {max(height, width)} pixels and the limit is {limits.max_side}"
+        )
 
 
 def orientation(data: bytes) -> int:
@@ -104,7 +106,7 @@ TURNS: Final[dict[int, tuple[bool, list[int]]]] = {
 }
 
 
-def _pillow(data: bytes, limits: Limits) -> Tensor:
+def _pillow(data: bytes, limits: ImageLimits) -> Tensor:
     try:
         image: Any = Image.open(io.BytesIO(data), formats=FORMATS)
         check_size(image.height, image.width, limits)
@@ -112,10 +114,10 @@ def _pillow(data: bytes, limits: Limits) -> Tensor:
             image = ImageOps.exif_transpose(image)
         image.load()
         return torch.from_numpy(np.array(_as_rgb(image))).permute(2, 0, 1)
-    except (BadPixels, MemoryError):
+    except (ImageRejected, MemoryError):
         raise
     except Exception:  # noqa: BLE001  a hostile file can raise anything in a decoder; all of it means the same
-        raise BadPixels("image_broken", "it is cut off or damaged") from None
+        raise ImageRejected("image_broken", "it is cut off or damaged") from None
 
 
 def _as_rgb(image: Any) -> Any:

@@ -21,14 +21,13 @@ from functools import partial
 from typing import Final
 
 from sidecar.errors import StartError
-from sidecar.images.protocol import Limits
+from sidecar.images.protocol import ImageLimits
 from sidecar.images.worker import worker
 from sidecar.images.worker.gpu_channel import NAME
-from sidecar.runtime import cpu_quota as cpus
-from sidecar.runtime import logs
+from sidecar.runtime import cpu_quota, logs
 from sidecar.settings import Settings, from_json
 
-_log = logging.getLogger("sidecar.imaging")
+_log = logging.getLogger(__name__)
 
 WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 POLL: Final = 1.0  # seconds between looks at whether the parent still lives
@@ -41,21 +40,21 @@ GPU_REST: Final = 60.0  # seconds after which a lost GPU is tried again
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class WorkerPlan:
     """How many workers, and how many threads each."""
 
     workers: int
     threads: int
     device: str  # "auto", "cpu" or "cuda"
     gpu_memory: int  # bytes
-    limits: Limits
+    limits: ImageLimits
 
 
-def plan(settings: Settings, available: int) -> Plan:
+def worker_plan(settings: Settings, available: int) -> WorkerPlan:
     """Workers and threads for `available` CPUs. The process that owns a GPU comes on top: it waits most of the time."""
     workers = settings.image_workers or available
-    limits = Limits(settings.image_max_bytes, settings.image_max_pixels)
-    return Plan(workers, max(1, available // workers), settings.images_device, settings.gpu_memory_budget, limits)
+    limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
+    return WorkerPlan(workers, max(1, available // workers), settings.images_device, settings.gpu_memory_budget, limits)
 
 
 def main(listen_fd: int, settings_json: str) -> int:
@@ -66,16 +65,16 @@ def main(listen_fd: int, settings_json: str) -> int:
         raise StartError("image-server: expected the settings as one line of JSON on standard input")
     chosen = from_json(settings_json)
     logs.setup(chosen.log_level)
-    wanted = plan(chosen, cpus.quota())
+    wanted = worker_plan(chosen, cpu_quota.quota())
     os.environ.update({name: str(wanted.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
     began = time.monotonic()
-    warm()
+    preimport()
     _log.info("image workers: %d, ready after %.1f s of loading", wanted.workers, time.monotonic() - began)
     listening = socket.socket(fileno=listen_fd)
     listening.setblocking(True)
     door = f"{listening.getsockname()}{NAME}" if wanted.device != "cpu" else ""
     workers: dict[int, float] = {}
-    gpu = Owner(wanted)
+    gpu = GpuProcess(wanted)
     try:
         while os.getppid() == parent:
             while len(workers) < wanted.workers:
@@ -94,10 +93,10 @@ def main(listen_fd: int, settings_json: str) -> int:
     return 0
 
 
-class Owner:
+class GpuProcess:
     """The life of the process that owns the GPU, where one is wanted."""
 
-    def __init__(self, wanted: Plan) -> None:
+    def __init__(self, wanted: WorkerPlan) -> None:
         self._device = wanted.device
         self._at = 0.0 if wanted.device != "cpu" else math.inf
         self.pid = 0
@@ -125,7 +124,7 @@ class Owner:
             )
 
 
-def warm() -> None:
+def preimport() -> None:
     """Import everything a worker needs, so that a fork costs milliseconds."""
     import warnings
 
@@ -155,21 +154,21 @@ def _fork(life: Callable[[], int]) -> int:
         os._exit(status)
 
 
-def _work(listening: socket.socket, wanted: Plan, door: str) -> int:
+def _work(listening: socket.socket, wanted: WorkerPlan, door: str) -> int:
     """The life of a worker, in the worker's process."""
     import torch
 
-    from sidecar.images.worker import pipeline as work
-    from sidecar.images.worker.gpu_channel import Door
+    from sidecar.images.worker import pipeline
+    from sidecar.images.worker.gpu_channel import GpuChannel
 
     torch.set_num_threads(wanted.threads)
     torch.set_grad_enabled(False)
-    do = partial(work.run, door=Door(door)) if door else work.run
+    do = partial(pipeline.prepare_image, door=GpuChannel(door)) if door else pipeline.prepare_image
     worker.confine(wanted.limits)
     return worker.serve(listening, do, wanted.limits)
 
 
-def _own(door: str, wanted: Plan) -> int:
+def _own(door: str, wanted: WorkerPlan) -> int:
     """The life of the process that owns the GPU, in that process."""
     import torch
 

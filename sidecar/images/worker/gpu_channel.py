@@ -19,19 +19,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from sidecar.images.protocol import GPU_DOOR, FrameError
+from sidecar.images.protocol import GPU_SOCKET_SUFFIX, FrameError
 
 ARENA: Final = 64 << 20  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
-PATIENCE: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
-REST: Final = (1.0, 30.0)  # first and longest pause after a vain ask, seconds
+GPU_TIMEOUT_S: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
+GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a vain ask, seconds
 MAX_ASK: Final = 8192  # bytes
 OK, FULL = b"ok", b"full"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-NAME: Final = GPU_DOOR
+NAME: Final = GPU_SOCKET_SUFFIX
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class GpuRequest:
     """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
     The answer takes their place: RGB rows where `inline`, else the processor's output.
@@ -46,10 +46,10 @@ class Ask:
         return json.dumps(asdict(self)).encode()
 
 
-def parse(text: bytes) -> Ask:
+def parse(text: bytes) -> GpuRequest:
     """Inverse of Ask.to_json. Raises FrameError."""
     try:
-        ask = Ask(**json.loads(text))
+        ask = GpuRequest(**json.loads(text))
         if all(type(size) is int and size > 0 for size in (ask.height, ask.width)) and type(ask.spec) is str:
             return ask
     except (ValueError, TypeError):
@@ -75,10 +75,10 @@ def mapped(fd: int) -> mmap.mmap:
     raise FrameError("not a sealed arena")
 
 
-class Door:
+class GpuChannel:
     """A worker's way to the GPU behind the socket `path`, or to none. Made before the worker gives up making files."""
 
-    def __init__(self, path: str, patience: float = PATIENCE, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str, patience: float = GPU_TIMEOUT_S, now: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._patience = patience
         self._now = now
@@ -86,10 +86,10 @@ class Door:
         self._memory = mmap.mmap(self._fd, ARENA)
         self._connection: socket.socket | None = None
         self._late = False
-        self._rest = REST[0]
+        self._rest = GPU_BACKOFF_S[0]
         self._not_before = 0.0
 
-    def make(self, pixels: memoryview, ask: Ask, size: int) -> memoryview | None:
+    def make(self, pixels: memoryview, ask: GpuRequest, size: int) -> memoryview | None:
         """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
         if max(len(pixels), size) > ARENA or self._now() < self._not_before:
             return None
@@ -106,7 +106,7 @@ class Door:
             self._hang_up()
             self._pause()
             return None
-        self._rest = REST[0]
+        self._rest = GPU_BACKOFF_S[0]
         return memoryview(self._memory)[:size] if answer == OK else None
 
     def _open(self) -> socket.socket:
@@ -136,7 +136,7 @@ class Door:
 
     def _pause(self) -> None:
         self._not_before = self._now() + self._rest
-        self._rest = min(2 * self._rest, REST[1])
+        self._rest = min(2 * self._rest, GPU_BACKOFF_S[1])
 
     def _hang_up(self) -> None:
         if self._connection is not None:

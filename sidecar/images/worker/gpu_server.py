@@ -22,23 +22,23 @@ from typing import Any, Final
 
 import torch
 
-from sidecar.images.protocol import FrameError, Limits
-from sidecar.images.worker.gpu_channel import FULL, MAX_ASK, OK, Ask, mapped, parse
+from sidecar.images.protocol import FrameError, ImageLimits
+from sidecar.images.worker.gpu_channel import FULL, MAX_ASK, OK, GpuRequest, mapped, parse
 from sidecar.images.worker.tensors import table
 from sidecar.images.worker.worker import deadline
 from sidecar.kernels import families
 from sidecar.kernels.grid import PatchSpec, ProcessorSpec
-from sidecar.kernels.ragged import Batch, Wanted
+from sidecar.kernels.ragged import RaggedBatch, Wanted
 
-_log = logging.getLogger("sidecar.imaging")
+_log = logging.getLogger(__name__)
 
-SECONDS: Final = 10.0  # most that a batch may take; a GPU that hangs in the driver ends this process
+IDLE_TIMEOUT_S: Final = 10.0  # most that a batch may take; a GPU that hangs in the driver ends this process
 FIRST: Final = 180.0  # the first one makes a CUDA context and compiles the kernel
 KNOWN: Final = 16  # tables of values that are kept: there is one per model
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PendingRequest:
     """One ask of one worker, checked. `memory` is its arena as a tensor; the result goes there."""
 
     connection: socket.socket
@@ -53,7 +53,7 @@ class Asked:
         return self.wanted.values * (4 if self.floats else 1)
 
 
-class Device:
+class GpuResizer:
     """The GPU with the kernel compiled for it. Raises whatever CUDA or Triton raise where it cannot be used."""
 
     def __init__(self, memory_budget: int) -> None:
@@ -70,10 +70,10 @@ class Device:
             least, _ = torch.cuda.Stream.priority_range()
             self._stream = torch.cuda.stream(torch.cuda.Stream(priority=least))
 
-    def make(self, asked: list[Asked]) -> list[Asked]:
+    def make(self, asked: list[PendingRequest]) -> list[PendingRequest]:
         """Do what fits into the budget, each into its arena. Returns what was done."""
-        done: list[Asked] = []
-        kinds: defaultdict[bool, list[Asked]] = defaultdict(list)
+        done: list[PendingRequest] = []
+        kinds: defaultdict[bool, list[PendingRequest]] = defaultdict(list)
         for ask in asked:
             kinds[ask.floats].append(ask)
         for floats, alike in kinds.items():
@@ -85,7 +85,7 @@ class Device:
                 alike = alike[max(1, len(some)) :]
         return done
 
-    def _fitting(self, asked: list[Asked], item: int) -> tuple[list[Asked], Batch | None]:
+    def _fitting(self, asked: list[PendingRequest], item: int) -> tuple[list[PendingRequest], RaggedBatch | None]:
         """The longest beginning of `asked` that fits into the budget, found by halving; None where not even one does."""
         while asked:
             specs = list(dict.fromkeys(ask.spec for ask in asked))
@@ -95,7 +95,7 @@ class Device:
             asked = asked[: len(asked) // 2]
         return [], None
 
-    def _launch(self, asked: list[Asked], batch: Batch, floats: bool) -> bool:
+    def _launch(self, asked: list[PendingRequest], batch: RaggedBatch, floats: bool) -> bool:
         """One batch, start to end. False where the GPU has no memory for it."""
         try:
             with self._stream:
@@ -105,7 +105,7 @@ class Device:
             return False
         return True
 
-    def _run(self, asked: list[Asked], batch: Batch, floats: bool) -> None:
+    def _run(self, asked: list[PendingRequest], batch: RaggedBatch, floats: bool) -> None:
         kind = torch.float32 if floats else torch.uint8
         sources, scratch = (self._empty(n, torch.uint8) for n in (batch.source_bytes, batch.scratch_bytes))
         out = self._empty(batch.values, kind)
@@ -119,7 +119,7 @@ class Device:
             first = at * kind.itemsize
             ask.memory[: ask.size].copy_(octets[first : first + ask.size])  # waits for the kernel
 
-    def _values(self, asked: list[Asked]) -> Any:
+    def _values(self, asked: list[PendingRequest]) -> Any:
         """The tables of the batch's processors, in the order in which they first come."""
         if len(self._tables) > KNOWN:
             self._tables.clear()
@@ -138,7 +138,7 @@ def visible() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" or bool(torch.cuda.is_available())
 
 
-def serve(path: str, limits: Limits, memory_budget: int) -> int:
+def serve(path: str, limits: ImageLimits, memory_budget: int) -> int:
     """Answer asks until the GPU is lost. Returns 1 then, having said so."""
     os.environ.setdefault("TRITON_CACHE_DIR", f"{path}-kernels")  # a home may be read-only
     with contextlib.suppress(FileNotFoundError):
@@ -159,14 +159,14 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
-def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: Limits, memory_budget: int) -> None:
-    device: Device | None = None
+def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: ImageLimits, memory_budget: int) -> None:
+    device: GpuResizer | None = None
     arenas: dict[socket.socket, Any] = {}
     while True:
         asked = _heard(listening, waiting, arenas, limits)
         if asked:
-            with deadline(SECONDS if device else FIRST):
-                device = device or Device(memory_budget)
+            with deadline(IDLE_TIMEOUT_S if device else FIRST):
+                device = device or GpuResizer(memory_budget)
                 done = {id(ask) for ask in device.make(asked)}
             for ask in asked:
                 with contextlib.suppress(OSError):  # a worker that has gone is noticed when it is read from
@@ -174,10 +174,10 @@ def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: Lim
 
 
 def _heard(
-    listening: socket.socket, waiting: selectors.BaseSelector, arenas: dict[socket.socket, Any], limits: Limits
-) -> list[Asked]:
+    listening: socket.socket, waiting: selectors.BaseSelector, arenas: dict[socket.socket, Any], limits: ImageLimits
+) -> list[PendingRequest]:
     """What the connections that are ready ask; new ones are taken, and those that are gone forgotten."""
-    asked: list[Asked] = []
+    asked: list[PendingRequest] = []
     for key, _ in waiting.select():
         if key.fileobj is listening:
             connection, _ = listening.accept()
@@ -194,7 +194,7 @@ def _heard(
     return asked
 
 
-def _hear(connection: socket.socket, arenas: dict[socket.socket, Any], limits: Limits) -> list[Asked]:
+def _hear(connection: socket.socket, arenas: dict[socket.socket, Any], limits: ImageLimits) -> list[PendingRequest]:
     """A worker's arena, or its ask. Raises OSError, FrameError or ValueError for what is neither."""
     if connection not in arenas:
         _, fds, _, _ = socket.recv_fds(connection, MAX_ASK, 1)
@@ -212,7 +212,7 @@ def _hear(connection: socket.socket, arenas: dict[socket.socket, Any], limits: L
     return [_checked(connection, arenas[connection], parse(text), limits)]
 
 
-def _checked(connection: socket.socket, memory: Any, ask: Ask, limits: Limits) -> Asked:
+def _checked(connection: socket.socket, memory: Any, ask: GpuRequest, limits: ImageLimits) -> PendingRequest:
     """An ask whose pixels and whose answer lie within the arena. Raises FrameError or ValueError."""
     spec = families.from_json(ask.spec)
     height, width = ask.height, ask.width
@@ -221,7 +221,7 @@ def _checked(connection: socket.socket, memory: Any, ask: Ask, limits: Limits) -
     geometry = spec.geometry(height, width)
     patches = spec if isinstance(spec, PatchSpec) and not ask.inline else None
     wanted = Wanted(height, width, geometry, spec.resample, patches, planes=not ask.inline)
-    asked = Asked(connection, memory, wanted, spec, spec.floats and not ask.inline)
+    asked = PendingRequest(connection, memory, wanted, spec, spec.floats and not ask.inline)
     if max(3 * height * width, asked.size) > memory.numel():
         raise FrameError("an ask beyond its arena")
     return asked

@@ -14,17 +14,17 @@ from typing import Any, Final
 import pybase64
 import torch
 
-from sidecar.images import file_headers as headers
-from sidecar.images.protocol import INLINE, LAYOUT, PIXELS, RAW, Done, Job, Refused
+from sidecar.images import file_headers
+from sidecar.images.protocol import INLINE, LAYOUT, PIXELS, RAW, ImageDone, ImageJob, ImageRefused
 from sidecar.images.worker import tiles
-from sidecar.images.worker.decode import BadPixels, check_size, decode, orientation, turned
-from sidecar.images.worker.gpu_channel import Ask, Door
+from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
+from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.images.worker.tensors import ppm, prepare, resize, resized_ppm, rounded, values
 from sidecar.kernels import families
 from sidecar.kernels.grid import Geometry, PatchSpec, ProcessorSpec, TileSpec
 
 Payload = bytes | bytearray | memoryview
-Answer = tuple[Done | Refused, Payload]
+Answer = tuple[ImageDone | ImageRefused, Payload]
 
 PPM: Final = "image/x-portable-pixmap"
 OCTETS: Final = "application/octet-stream"
@@ -32,7 +32,7 @@ UNKNOWN: Final = "it is in no known format; send JPEG, PNG, WebP, GIF, BMP or TI
 
 
 @dataclass(slots=True)
-class Stages:
+class StageTimer:
     """Seconds of each step of one job, in order."""
 
     now: Callable[[], float] = time.perf_counter
@@ -50,24 +50,24 @@ class Stages:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodedImage:
     """A decoded image on its way: `geometry` is what it will become."""
 
     pixels: Any  # uint8 tensor (3, height, width)
     geometry: Geometry
-    header: headers.Header
+    header: file_headers.Header
     hash: str
     bytes_in: int
-    stages: Stages
+    stages: StageTimer
 
 
-def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
+def prepare_image(job: ImageJob, payload: Payload, door: GpuChannel | None = None) -> Answer:
     """Do one job; the resizing behind `door` where there is one and the job allows it, else here."""
     spec = families.from_json(job.spec)
     name = "unknown"
     try:
         opened = open_picture(job, payload, spec)
-        if isinstance(opened, Done):
+        if isinstance(opened, ImageDone):
             return opened, b""
         name = opened.header.format
         if job.want == LAYOUT:
@@ -91,20 +91,20 @@ def run(job: Job, payload: Payload, door: Door | None = None) -> Answer:
         tensor = _tensor(opened.pixels, opened.geometry, spec)
         opened.stages.end("resize")
         return done(opened, OCTETS), octets(tensor)
-    except BadPixels as e:
-        return Refused(e.reason, str(e), name), b""
+    except ImageRejected as e:
+        return ImageRefused(e.reason, str(e), name), b""
     except MemoryError:
-        return Refused("image_failed", "it needs more memory than one image may use", name), b""
+        return ImageRefused("image_failed", "it needs more memory than one image may use", name), b""
 
 
-def _elsewhere(door: Door, job: Job, picture: Picture, spec: ProcessorSpec) -> Answer | None:
+def _elsewhere(door: GpuChannel, job: ImageJob, picture: DecodedImage, spec: ProcessorSpec) -> Answer | None:
     """The answer by the GPU; None where it cannot be had."""
     rows = picture.pixels.permute(1, 2, 0).contiguous().numpy()
     inline, (height, width) = job.want in INLINE, picture.geometry.size
     if rows.shape[:2] == (picture.geometry.height, picture.geometry.width) and inline:
         return None  # nothing to resize
     size = 3 * height * width if inline else tensor_bytes(picture.geometry, spec)
-    octets = door.make(rows.reshape(-1).data, Ask(rows.shape[0], rows.shape[1], job.spec, inline), size)
+    octets = door.make(rows.reshape(-1).data, GpuRequest(rows.shape[0], rows.shape[1], job.spec, inline), size)
     if octets is None:
         return None
     picture.stages.end("resize_gpu")
@@ -133,20 +133,20 @@ def tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
     return 3 * height * width * copies * (4 if spec.floats else 1)
 
 
-def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | Done:
+def open_picture(job: ImageJob, payload: Payload, spec: ProcessorSpec) -> DecodedImage | ImageDone:
     """Unpack, check and decode; Done where the image must be passed untouched. Raises BadPixels."""
-    stages = Stages()
+    stages = StageTimer()
     data = _unpack(job, payload)
-    header = headers.read(data)
+    header = file_headers.read(data)
     if header is None:
-        raise BadPixels("image_unknown_format", UNKNOWN)
+        raise ImageRejected("image_unknown_format", UNKNOWN)
     if job.want in INLINE and not spec.inline:
         check_size(header.height, header.width, job.limits)
         stages.end("unpack")
         return _passed(job, header, spec, "", len(data), stages, _guessed(data, header, spec))
     digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
     stages.end("unpack")
-    if header.format not in headers.DECODED:
+    if header.format not in file_headers.DECODED:
         return _passed(job, header, spec, digest, len(data), stages)
     pixels = decode(data, header, job.limits)
     height, width = pixels.shape[-2:]
@@ -156,10 +156,10 @@ def open_picture(job: Job, payload: Payload, spec: ProcessorSpec) -> Picture | D
         check_size(*size, job.limits)
     if job.want in INLINE and not spec.keeps(geometry):
         return _passed(job, header, spec, digest, len(data), stages, geometry)
-    return Picture(pixels, geometry, header, digest, len(data), stages)
+    return DecodedImage(pixels, geometry, header, digest, len(data), stages)
 
 
-def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answer:
+def finish(job: ImageJob, picture: DecodedImage, pixels: Any, spec: ProcessorSpec) -> Answer:
     """Encode resized pixels as the job wants them."""
     if job.want == PIXELS:
         return _as_text(picture, ppm(pixels))
@@ -168,7 +168,7 @@ def finish(job: Job, picture: Picture, pixels: Any, spec: ProcessorSpec) -> Answ
     return done(picture, OCTETS), payload
 
 
-def _as_text(picture: Picture, file: memoryview) -> Answer:
+def _as_text(picture: DecodedImage, file: memoryview) -> Answer:
     """A PPM in base64, as it goes into a data URL."""
     payload = pybase64.b64encode(file)
     picture.stages.end("encode")
@@ -181,28 +181,28 @@ def octets(tensor: Any) -> memoryview:
     return view
 
 
-def done(picture: Picture, media_type: str) -> Done:
+def done(picture: DecodedImage, media_type: str) -> ImageDone:
     """The answer for an image that was prepared."""
     g = picture.geometry
-    return Done(
+    return ImageDone(
         "ok", picture.header.format, media_type, *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
         picture.hash, tuple(picture.stages.taken), picture.bytes_in, tuple(picture.pixels.shape[-2:]),
     )  # fmt: skip
 
 
-def _unpack(job: Job, payload: Payload) -> bytes:
+def _unpack(job: ImageJob, payload: Payload) -> bytes:
     try:
         data = pybase64.b64decode(payload, validate=True) if job.base64 else bytes(payload)
     except ValueError:
-        raise BadPixels("image_base64", "its base64 text is damaged") from None
+        raise ImageRejected("image_base64", "its base64 text is damaged") from None
     if not data:
-        raise BadPixels("image_empty", "it is empty")
+        raise ImageRejected("image_empty", "it is empty")
     if len(data) > job.limits.max_bytes:
-        raise BadPixels("image_too_large", f"it has {len(data)} bytes and the limit is {job.limits.max_bytes}")
+        raise ImageRejected("image_too_large", f"it has {len(data)} bytes and the limit is {job.limits.max_bytes}")
     return data
 
 
-def _guessed(data: bytes, header: headers.Header, spec: ProcessorSpec) -> Geometry | None:
+def _guessed(data: bytes, header: file_headers.Header, spec: ProcessorSpec) -> Geometry | None:
     """What will become of an image that nobody here decodes, for its tokens; None where its header does not tell."""
     try:
         return spec.geometry(*turned(header.height, header.width, orientation(data) if header.tagged else 1))
@@ -214,23 +214,23 @@ def _geometry(spec: ProcessorSpec, height: int, width: int) -> Geometry:
     try:
         return spec.geometry(height, width)
     except ValueError as e:
-        raise BadPixels("image_aspect", f"{e}; the model takes no such image") from None
+        raise ImageRejected("image_aspect", f"{e}; the model takes no such image") from None
 
 
 def _passed(
-    job: Job,
-    header: headers.Header,
+    job: ImageJob,
+    header: file_headers.Header,
     spec: ProcessorSpec,
     digest: str,
     size: int,
-    stages: Stages,
+    stages: StageTimer,
     geometry: Geometry | None = None,
-) -> Done:
+) -> ImageDone:
     """The engine gets the client's own bytes: a format or a shape that we cannot prepare exactly."""
     if job.want not in INLINE:
-        raise BadPixels("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
+        raise ImageRejected("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
     g = geometry or Geometry(0, 0)
-    return Done(
+    return ImageDone(
         "passed", header.format, "", *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens, digest,
         tuple(stages.taken), size,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from sidecar.kernels import fused
-from sidecar.kernels.grid import BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec, View
+from sidecar.kernels.grid import BILINEAR, LANCZOS, Geometry, ImageView, PatchSpec, ProcessorSpec
 
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 KINDS: dict[str, fused.Kind] = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -37,7 +37,7 @@ def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
         return rounded(values(resize(pixels, geometry, spec), geometry, spec), spec)
     if not isinstance(spec, PatchSpec):
         out = torch.empty((3, *geometry.size), dtype=torch.float32 if spec.floats else torch.uint8)
-        view = View(geometry.size, geometry.size, geometry.size)
+        view = ImageView(geometry.size, geometry.size, geometry.size)
         fused.tiles(_rows(pixels), view, spec, "float32" if spec.floats else "uint8", out.numpy())
         return rounded(out, spec)
     made = torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, KINDS[spec.dtype]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidecar.images.worker.tensors import normalise, resize
 from sidecar.kernels import fused
-from sidecar.kernels.grid import ROWS, TILES, Geometry, ProcessorSpec, Size, TileSpec, View
+from sidecar.kernels.grid import ROWS, TILES, Geometry, ImageView, ProcessorSpec, Size, TileSpec
 
 KINDS: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 KERNEL: Final[dict[str, Literal["uint8", "float32"]]] = {"F32": "float32", "U8": "uint8"}
@@ -39,7 +39,7 @@ def _resized(known: dict[tuple[Size, ...], Tensor], steps: tuple[Size, ...], spe
     return known[steps]
 
 
-def canvas(known: dict[tuple[Size, ...], Tensor], view: View, spec: ProcessorSpec) -> Tensor:
+def canvas(known: dict[tuple[Size, ...], Tensor], view: ImageView, spec: ProcessorSpec) -> Tensor:
     """uint8 (height, width, 3), contiguous: the resized image at its place."""
     height, width = view.size
     resized = _resized(known, (*view.before, view.size), spec).permute(1, 2, 0)
@@ -79,7 +79,7 @@ def _tiles(known: dict[tuple[Size, ...], Tensor], geometry: Geometry, spec: Tile
     return out
 
 
-def cut(canvas: Tensor, view: View, spec: TileSpec, out: Tensor) -> None:
+def cut(canvas: Tensor, view: ImageView, spec: TileSpec, out: Tensor) -> None:
     """Large tiles one by one, so that each is worked on while it is in the caches."""
     tiles = _cut(canvas, view.tile).permute(0, 2, 4, 1, 3)
     to = out.view(*view.grid, 3, *view.tile)
@@ -90,13 +90,13 @@ def cut(canvas: Tensor, view: View, spec: TileSpec, out: Tensor) -> None:
         fill(to[row, column], tiles[row, column].contiguous(), spec)
 
 
-def _rows(canvas: Tensor, view: View, spec: TileSpec) -> Tensor:
+def _rows(canvas: Tensor, view: ImageView, spec: TileSpec) -> Tensor:
     """(tiles, height * width * 3)."""
     pixels = _cut(canvas, view.tile).permute(0, 2, 1, 3, 4).reshape(-1, 3)
     return normalise(pixels.t()[:, :, None], spec)[:, :, 0].t().reshape(view.tiles, -1)
 
 
-def _strips(canvas: Tensor, view: View, spec: TileSpec) -> Tensor:
+def _strips(canvas: Tensor, view: ImageView, spec: TileSpec) -> Tensor:
     """(3, patch, patches * patch): the patches of each tile side by side."""
     patch = spec.strip
     tiles = _cut(canvas, view.tile).permute(0, 2, 1, 3, 4)

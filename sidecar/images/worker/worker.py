@@ -18,13 +18,24 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 
-from sidecar.images.protocol import MAX_REPLY, PREFIX, Frame, FrameError, Job, Limits, Ready, head, lengths, parse
-from sidecar.images.worker import sandbox as privileges
+from sidecar.images.protocol import (
+    MAX_REPLY,
+    PREFIX,
+    Frame,
+    FrameError,
+    ImageJob,
+    ImageLimits,
+    WorkerReady,
+    head,
+    lengths,
+    parse,
+)
+from sidecar.images.worker import sandbox
 
 Payload = bytes | bytearray | memoryview
-Do = Callable[[Job, bytearray], tuple[Frame, Payload]]
+Do = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
 
-PATIENCE = 10.0  # seconds in which a relay must send or read
+CLIENT_TIMEOUT_S = 10.0  # seconds in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # then a fresh process takes over, so that no leak of a codec grows for ever
 MAX_FILES = 64
 BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours, and fp32 patches of it
@@ -33,18 +44,18 @@ KEPT = 128 << 20  # bytes of freed memory that stay with the process: 12 megapix
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def serve(listening: socket.socket, do: Do, limits: Limits) -> int:
+def serve(listening: socket.socket, do: Do, limits: ImageLimits) -> int:
     """Take connections until the process has done its share. Returns 0."""
     for _ in range(JOBS_PER_LIFE):
         connection, _ = listening.accept()
         with connection, contextlib.suppress(OSError, FrameError):  # the relay is gone, or sent no job: nobody to tell
-            connection.settimeout(PATIENCE)
+            connection.settimeout(CLIENT_TIMEOUT_S)
             _one(connection, do, limits)
     return 0
 
 
-def _one(connection: socket.socket, do: Do, limits: Limits) -> None:
-    connection.sendall(head(Ready()))
+def _one(connection: socket.socket, do: Do, limits: ImageLimits) -> None:
+    connection.sendall(head(WorkerReady()))
     job, payload = receive(connection, payload_bound(limits))
     with deadline(job.seconds):
         answer, out = do(job, payload)
@@ -52,16 +63,16 @@ def _one(connection: socket.socket, do: Do, limits: Limits) -> None:
     connection.sendall(out)
 
 
-def payload_bound(limits: Limits) -> int:
+def payload_bound(limits: ImageLimits) -> int:
     """Most bytes of a job's payload: the largest image as base64, line ends allowed for."""
     return limits.max_bytes * 3 // 2 + 1024
 
 
-def receive(connection: socket.socket, bound: int = MAX_REPLY) -> tuple[Job, bytearray]:
+def receive(connection: socket.socket, bound: int = MAX_REPLY) -> tuple[ImageJob, bytearray]:
     """One job and its payload. Raises FrameError, or OSError when the relay is gone."""
     header, size = lengths(_exactly(connection, PREFIX.size), bound)
     job = parse(_exactly(connection, header))
-    if not isinstance(job, Job):
+    if not isinstance(job, ImageJob):
         raise FrameError("not a job")
     return job, _exactly(connection, size)
 
@@ -87,7 +98,7 @@ def deadline(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def confine(limits: Limits) -> None:
+def confine(limits: ImageLimits) -> None:
     """Give up what a worker does not need."""
     _keep()
     _mute()
@@ -105,7 +116,7 @@ def bind_to(server: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != server:  # it died before that, and nobody else ends us
             os._exit(1)
-        privileges.give_up()
+        sandbox.give_up()
 
 
 def _keep() -> None:
@@ -127,7 +138,7 @@ def _mute() -> None:
     os.close(nowhere)
 
 
-def memory_bound(limits: Limits) -> int:
+def memory_bound(limits: ImageLimits) -> int:
     """Bytes that one job may add to the process."""
     return (256 << 20) + 4 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels
 

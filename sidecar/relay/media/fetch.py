@@ -19,11 +19,11 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.relay import url_policy as links
+from sidecar.relay import url_policy
 
-SECONDS: Final = 10.0  # for one image with all its redirects; vLLM allows 5 for each try
-REDIRECTS: Final = 3
-AT_ONCE: Final = 16  # fetches of one relay process, each of at most --image-max-bytes
+FETCH_TIMEOUT_S: Final = 10.0  # for one image with all its redirects; vLLM allows 5 for each try
+MAX_REDIRECTS: Final = 3
+MAX_CONCURRENT_FETCHES: Final = 16  # fetches of one relay process, each of at most --image-max-bytes
 STEP: Final = 64 << 10
 MAX_HEAD: Final = 8190  # bytes of one header line of the answer
 HEADERS: Final = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "inference-sidecar"}
@@ -32,7 +32,7 @@ MOVED: Final = (301, 302, 303, 307, 308)
 Permit = Callable[[str], bool]  # of an IP address
 
 
-class _Judged(AbstractResolver):
+class _PublicResolver(AbstractResolver):
     """Resolves a name; one address that is not permitted spoils them all."""
 
     def __init__(self, resolver: AbstractResolver, permitted: Permit) -> None:
@@ -56,21 +56,21 @@ class Fetcher:
 
     def __init__(
         self,
-        among: tuple[links.Domain, ...],
+        among: tuple[url_policy.AllowedDomain, ...],
         max_bytes: int,
         *,
-        seconds: float = SECONDS,
-        permitted: Permit = links.is_public,
+        seconds: float = FETCH_TIMEOUT_S,
+        permitted: Permit = url_policy.is_public,
         resolver: AbstractResolver | None = None,
     ) -> None:
         self._among = among
         self._max_bytes = max_bytes
         self._seconds = seconds
         self._permitted = permitted
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._places = asyncio.Semaphore(MAX_CONCURRENT_FETCHES)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                resolver=_Judged(resolver or aiohttp.ThreadedResolver(), permitted),
+                resolver=_PublicResolver(resolver or aiohttp.ThreadedResolver(), permitted),
                 use_dns_cache=False,
                 force_close=True,
                 family=socket.AF_UNSPEC,
@@ -86,7 +86,7 @@ class Fetcher:
 
     async def fetch(self, link: str, where: str) -> bytearray:
         """The bytes behind `link`. Raises BadImage, or ImagesBusy when too many are being fetched; `where` names the part."""
-        url = links.allowed(link.strip(), self._among)
+        url = url_policy.allowed(link.strip(), self._among)
         if url is None:
             raise BadImage(
                 f"{where}: the link is not one that images are fetched from here; send a data URL", "image_url"
@@ -106,15 +106,15 @@ class Fetcher:
         await self._session.close()
 
     async def _follow(self, url: URL, where: str) -> bytearray:
-        for _ in range(1 + REDIRECTS):
+        for _ in range(1 + MAX_REDIRECTS):
             host = url.host or ""
-            if links.is_literal(host) and not self._permitted(host):
+            if url_policy.is_literal(host) and not self._permitted(host):
                 break
             async with self._session.get(url, allow_redirects=False, timeout=_NO_LIMIT) as answer:
                 if answer.status == 200:
                     return await self._read(answer, where)
                 onward = answer.headers.get("location", "") if answer.status in MOVED else ""
-            following = links.allowed(onward, self._among, url) if onward else None
+            following = url_policy.allowed(onward, self._among, url) if onward else None
             if following is None:
                 break
             url = following

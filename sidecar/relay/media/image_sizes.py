@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Final
 
-from sidecar.images import file_headers as headers
+from sidecar.images import file_headers
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.relay.request_body import ImagePart
 
@@ -20,19 +20,19 @@ HEADS: Final = (
     4 << 10,
     128 << 10,
 )  # base64 characters looked at: nearly all files say it at once; EXIF and ICC blocks come first in some
-MOST: Final = 64  # images looked at
+MAX_IMAGES_READ: Final = 64  # images looked at
 
 
 def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
     """The tokens of those images that say their size."""
-    found = (_tokens(part, spec) for part in islice(parts, MOST))
+    found = (_tokens(part, spec) for part in islice(parts, MAX_IMAGES_READ))
     return [tokens for tokens in found if tokens]
 
 
 def _tokens(part: ImagePart, spec: ProcessorSpec) -> int:
     for length in HEADS:
         try:
-            header = headers.read(base64.b64decode(part.data[: min(length, len(part.data) & ~3)]))
+            header = file_headers.read(base64.b64decode(part.data[: min(length, len(part.data) & ~3)]))
         except binascii.Error:
             return 0
         if header is not None and header.width:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from sidecar.errors import BadImage, RequestError
-from sidecar.events import Fact, Imaged
+from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import Data
 from sidecar.relay.request_body import ImagePart
 
@@ -60,7 +60,7 @@ class ImageWork(Protocol):
     async def inline(self, data: Data, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
         """Prepare one image from its base64 text, or from its bytes. Raises BadImage or ImagesBusy."""
 
-    def again(self, request: str) -> bool:
+    def relink(self, request: str) -> bool:
         """Hand over once more what an engine may have read already. False where that cannot be."""
 
     def release(self, request: str) -> None:
@@ -70,7 +70,7 @@ class ImageWork(Protocol):
 async def prepare(
     images: ImageWork,
     parts: list[ImagePart],
-    emit: Callable[[Fact], None],
+    emit: Callable[[Event], None],
     id: str,
     tenant: str,
     *,
@@ -124,7 +124,7 @@ def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
 
 async def _one(
     images: ImageWork,
-    emit: Callable[[Fact], None],
+    emit: Callable[[Event], None],
     id: str,
     tenant: str,
     shm: bool,
@@ -142,10 +142,10 @@ async def _one(
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"
-        emit(Imaged(id, now, "unknown", outcome, now - started, (), len(part.data) * 3 // 4, 0))
+        emit(ImagePrepared(id, now, "unknown", outcome, now - started, (), len(part.data) * 3 // 4, 0))
         raise
     emit(
-        Imaged(
+        ImagePrepared(
             id,
             time.monotonic(),
             image.format,

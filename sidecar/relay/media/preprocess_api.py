@@ -25,16 +25,13 @@ from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from sidecar.errors import BadImage, BodyTooLarge, RequestError
-from sidecar.events import Fact, Imaged
-from sidecar.images import tensor_layout as batches
+from sidecar.events import Event, ImagePrepared
+from sidecar.images import tensor_layout
 from sidecar.images.protocol import LAYOUT, TENSORS, Data
-from sidecar.images.service import Images, Prepared, Tensors
+from sidecar.images.service import ImageService, PreparedImage, PreparedTensors
 from sidecar.images.tensor_layout import SIZES
 from sidecar.kernels.grid import Geometry, ProcessorSpec
-from sidecar.relay import client_io as downstream
-from sidecar.relay import headers
-from sidecar.relay import request_body as bodies
-from sidecar.relay import url_policy as links
+from sidecar.relay import client_io, headers, request_body, url_policy
 from sidecar.relay.media.inline import check_count
 from sidecar.settings import Settings
 
@@ -49,7 +46,7 @@ MARK: Final = b";base64,"
 MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
 
 Source = tuple[Data, bool]  # an image, and whether it is base64 text
-Emit = Callable[[Fact], None]
+Emit = Callable[[Event], None]
 Fetch = Callable[[str, str], Awaitable[Data]]  # a link, and what to call it -> the image
 
 
@@ -75,11 +72,11 @@ class NotImplementedHere(RequestError):
 
 async def preprocess(
     request: web.BaseRequest,
-    images: Images,
+    images: ImageService,
     limits: Settings,
     emit: Emit,
     fetch: Fetch | None = None,
-    client_stall: float = downstream.CLIENT_STALL_S,
+    client_stall: float = client_io.CLIENT_STALL_S,
 ) -> web.StreamResponse:
     """Serve one request; one Imaged fact per image goes to `emit`; `fetch` gets those behind links. Raises RequestError, which is OpenAI-style to the client."""
     shm = is_shm(request.headers.get(HANDOFF, ""))
@@ -93,7 +90,7 @@ async def preprocess(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
     tenant = headers.tenant(request.headers, limits.tenant_header)
-    with images.results.of_one() as take:
+    with images.results.for_request() as take:
         done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec, take=take), sources, emit)
         if want == LAYOUT:
             return web.json_response(layout(done, spec))
@@ -115,7 +112,7 @@ def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
     return rounded
 
 
-async def shared(images: Images, spec: ProcessorSpec, done: Sequence[Tensors]) -> dict[str, Any]:
+async def shared(images: ImageService, spec: ProcessorSpec, done: Sequence[PreparedTensors]) -> dict[str, Any]:
     """The tensors in a file in shared memory: their layout, and its name below /dev/shm. Raises NotImplementedHere."""
     parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
     handed = await images.share(*parts)
@@ -145,17 +142,17 @@ def accepted(accept: str) -> str:
     raise NotAcceptable(f"accept: send {SAFETENSORS} for tensors, or {JSON} for their layout only")
 
 
-def shapes(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
+def shapes(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
     """Each tensor's safetensors dtype and shape, in the order in which they are written: 8-byte integers first."""
     return spec.shapes(geometries(done, spec))
 
 
-def geometries(done: Sequence[Tensors], spec: ProcessorSpec) -> list[Geometry]:
+def geometries(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> list[Geometry]:
     """What became of each image, by the same rules as in the worker."""
     return [spec.geometry(*t.prepared.original) for t in done]
 
 
-def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
+def layout(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, Any]:
     """The JSON form: names, shapes, dtypes, and what each image became."""
     return {
         "processor": spec.fingerprint,
@@ -164,7 +161,7 @@ def layout(done: Sequence[Tensors], spec: ProcessorSpec) -> dict[str, Any]:
     }
 
 
-def described(image: Prepared) -> dict[str, Any]:
+def described(image: PreparedImage) -> dict[str, Any]:
     """What one image became, in its final size."""
     return {
         "format": image.format,
@@ -176,7 +173,7 @@ def described(image: Prepared) -> dict[str, Any]:
     }
 
 
-def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
+def safetensors_head(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> bytes:
     """Everything of a safetensors file before its tensors: length and JSON header."""
     images = json.dumps([described(t.prepared) for t in done], separators=(",", ":"))  # metadata are texts
     header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
@@ -190,28 +187,28 @@ def safetensors_head(done: Sequence[Tensors], spec: ProcessorSpec) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def pieces(done: Sequence[Tensors], spec: ProcessorSpec) -> Iterator[list[Data]]:
+def pieces(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> Iterator[list[Data]]:
     """The bytes of all tensors, in groups: integers first."""
     images = geometries(done, spec)
-    yield from batches.integers(spec.integers(images).values())
-    yield from batches.pieces([t.values for t in done], images, spec)
+    yield from tensor_layout.integers(spec.integers(images).values())
+    yield from tensor_layout.pieces([t.values for t in done], images, spec)
 
 
 async def _answer(
-    request: web.BaseRequest, done: list[Tensors], spec: ProcessorSpec, patience: float
+    request: web.BaseRequest, done: list[PreparedTensors], spec: ProcessorSpec, patience: float
 ) -> web.StreamResponse:
     """The tensors, to a client that reads within `patience` seconds. Raises ClientStalled."""
     head = safetensors_head(done, spec)
     response = web.StreamResponse(headers={"content-type": SAFETENSORS})
     tensors = shapes(done, spec).values()
     response.content_length = len(head) + sum(SIZES[dtype] * math.prod(shape) for dtype, shape in tensors)
-    await downstream.start(response, request)
-    await downstream.write(response, head)
-    await downstream.send_long(response, pieces(done, spec), patience)
+    await client_io.start(response, request)
+    await client_io.write(response, head)
+    await client_io.send_long(response, pieces(done, spec), patience)
     return response
 
 
-async def _reported(work: Awaitable[list[Tensors]], sources: list[Source], emit: Emit) -> list[Tensors]:
+async def _reported(work: Awaitable[list[PreparedTensors]], sources: list[Source], emit: Emit) -> list[PreparedTensors]:
     """What `work` makes of the images, each with its fact."""
     started = time.monotonic()
     try:
@@ -219,10 +216,10 @@ async def _reported(work: Awaitable[list[Tensors]], sources: list[Source], emit:
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"
-        emit(Imaged("", now, "unknown", outcome, now - started, (), sum(len(data) for data, _ in sources), 0))
+        emit(ImagePrepared("", now, "unknown", outcome, now - started, (), sum(len(data) for data, _ in sources), 0))
         raise
     for p in (t.prepared for t in done):
-        emit(Imaged("", time.monotonic(), p.format, p.outcome, p.seconds, p.stages, p.bytes_in, p.bytes_out))
+        emit(ImagePrepared("", time.monotonic(), p.format, p.outcome, p.seconds, p.stages, p.bytes_in, p.bytes_out))
     return done
 
 
@@ -230,11 +227,11 @@ async def _sources(request: web.BaseRequest, limits: Settings, fetch: Fetch | No
     """The request's images, at most MAX_IMAGES of them."""
     kind = request.content_type.lower()
     if kind.startswith("image/"):
-        return [(await downstream.read(request, limits.image_max_bytes, "--image-max-bytes"), False)]
+        return [(await client_io.read(request, limits.image_max_bytes, "--image-max-bytes"), False)]
     if kind == "multipart/form-data":
         return await _parts(request, limits)
     if kind == JSON:
-        return await _fetched(urls(await downstream.read(request, limits.max_body_bytes)), fetch)
+        return await _fetched(urls(await client_io.read(request, limits.max_body_bytes)), fetch)
     raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
 
 
@@ -259,13 +256,13 @@ async def _fetched(listed: list[Source | str], fetch: Fetch | None) -> list[Sour
 
 def urls(body: bytes) -> list[Source | str]:
     """The images of the JSON form, and the links among them. Raises BadRequest or BadImage."""
-    skeleton = bodies.cut(body, secrets.token_hex(8))
+    skeleton = request_body.extract_data_urls(body, secrets.token_hex(8))
     listed = (skeleton.payload or {}).get("images")
     if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
         raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
     check_count(len(listed))
     return [
-        text if links.is_link(text) else (_base64(bodies.original(skeleton, text), i), True)
+        text if url_policy.is_link(text) else (_base64(request_body.original(skeleton, text), i), True)
         for i, text in enumerate(listed)
     ]
 
@@ -283,7 +280,7 @@ async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
     too_large = f"the request body is larger than {limits.max_body_bytes} bytes (--max-body-bytes)"
     if (request.content_length or 0) > limits.max_body_bytes:
         raise BodyTooLarge(too_large)
-    await downstream.expect(request)
+    await client_io.expect(request)
     found: list[Source] = []
     try:
         async for part in await request.multipart():

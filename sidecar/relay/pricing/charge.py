@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from sidecar.events import Published, Usage
+from sidecar.events import LoadReport, Usage
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import settled_work
 from sidecar.load.estimator import Estimate, Estimator
-from sidecar.load.ledger import spent
+from sidecar.load.ledger import actual_work
 from sidecar.relay.admission import Admission
 from sidecar.relay.media.image_sizes import tokens_of
 from sidecar.relay.pricing.quota import Quota
-from sidecar.relay.pricing.tokenizer import Counter
-from sidecar.relay.request_body import Skeleton
+from sidecar.relay.pricing.tokenizer import TokenCounter
+from sidecar.relay.request_body import ParsedBody
 
 
 class Pricing:
@@ -21,7 +21,7 @@ class Pricing:
         self,
         estimator: Estimator,
         quota: Quota | None = None,
-        counter: Counter | None = None,
+        counter: TokenCounter | None = None,
         spec: ProcessorSpec | None = None,
     ) -> None:
         self._estimator = estimator
@@ -29,12 +29,12 @@ class Pricing:
         self._counter = counter
         self._spec = spec
 
-    def heard(self, load: Published) -> None:
+    def on_load_report(self, load: LoadReport) -> None:
         """A load report."""
         if self._quota is not None:
-            self._quota.heard(load)
+            self._quota.on_load_report(load)
 
-    async def charge(self, admission: Admission, body: Skeleton) -> None:
+    async def charge(self, admission: Admission, body: ParsedBody) -> None:
         """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
         if self._counter is not None and body.payload is not None:
             admission.counted = await self._counter.count(body.payload, body.text)
@@ -60,7 +60,7 @@ class Pricing:
             return
         if self._quota is not None:
             started = end.first_at is not None
-            work = spent(admission.work, end, started=started, delivered=end.delivered_tokens)
+            work = actual_work(admission.work, end, started=started, delivered=end.delivered_tokens)
             self._quota.settle(admission.lease, 0.0 if work is None else self._estimator.mu(work))
         if end.usage is not None and end.outcome == "ok":
             counted = admission.counted.tokens if admission.counted is not None and admission.counted.exact else None

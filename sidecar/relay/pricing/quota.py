@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.errors import TenantLimited, UsageError
-from sidecar.events import Published
-from sidecar.load.tenant_limits import MAX_BYTES, Limit, Limits, Refusal, parse
-from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
+from sidecar.events import LoadReport
+from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, LimitExceeded, TenantLimit, TenantLimits, parse
+from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
-LOOK: Final = 2.0  # seconds
-HEARD: Final = 5.0  # seconds that a load report holds
+FILE_CHECK_INTERVAL_S: Final = 2.0  # seconds
+LOAD_REPORT_STALE_S: Final = 5.0  # seconds that a load report holds
 TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
 SOON: Final = 1.0  # seconds after which to try again where open requests must end first
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 class Quota:
     """One per relay process. `path` is the file of limits, `limits` what it said when the sidecar started."""
 
-    def __init__(self, path: str, accounts: Accounts, workers: int, limits: Limits) -> None:
+    def __init__(self, path: str, accounts: TenantAccounts, workers: int, limits: TenantLimits) -> None:
         self._path = Path(path)
         self._accounts = accounts
         self._workers = workers
@@ -41,26 +41,26 @@ class Quota:
         self._spare = 0.0  # MU that may be given away
         self._heard = -math.inf
 
-    def take(self, tenant: str, mu: float, high: float) -> Lease | None:
+    def take(self, tenant: str, mu: float, high: float) -> TenantCharge | None:
         """Charge a request of `mu`, which may need `high`, to its tenant; None where that has no limits. Raises TenantLimited."""
         limit = self._limits.of(tenant)
         if limit.mu_per_minute is None and limit.mu_in_flight is None:
             return None
         now = time.monotonic()
         taken = self._accounts.take(tenant, limit, mu, high, now)
-        if isinstance(taken, Lease):
+        if isinstance(taken, TenantCharge):
             return taken
-        if limit.spill_over and now - self._heard < HEARD and mu <= self._spare:
+        if limit.spill_over and now - self._heard < LOAD_REPORT_STALE_S and mu <= self._spare:
             self._spare -= mu
             return self._accounts.spill(tenant, limit, high, now)
         raise refused(taken, limit, mu, high)
 
-    def settle(self, lease: Lease | None, mu: float) -> None:
+    def settle(self, lease: TenantCharge | None, mu: float) -> None:
         """A request has ended; it used `mu`."""
         if lease is not None:
             self._accounts.settle(lease, mu, time.monotonic())
 
-    def heard(self, load: Published) -> None:
+    def on_load_report(self, load: LoadReport) -> None:
         """A load report: what is idle below the threshold may be given away."""
         idle = max(0.0, self._limits.spill_over_below - load.utilization)
         self._spare = idle * load.mu_max_in_flight / self._workers
@@ -69,7 +69,7 @@ class Quota:
     async def watch(self) -> None:
         """Read the file again whenever it changes, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK)
+            await asyncio.sleep(FILE_CHECK_INTERVAL_S)
             await asyncio.to_thread(self.look)
 
     def look(self) -> None:
@@ -95,22 +95,22 @@ class Quota:
         self._accounts.close()
 
 
-def read(path: str) -> Limits:
+def read(path: str) -> TenantLimits:
     """The limits in a file. Raises UsageError."""
     name = f"--tenant-limits {path}"
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+            raw = file.read(MAX_LIMITS_FILE_BYTES + 1)
         text = raw.decode()
     except (OSError, UnicodeDecodeError) as e:
         why = e.strerror if isinstance(e, OSError) else "not UTF-8"
         raise UsageError(f"{name}: cannot be read ({why})") from None
-    if len(raw) > MAX_BYTES:
-        raise UsageError(f"{name}: larger than {MAX_BYTES} bytes")
+    if len(raw) > MAX_LIMITS_FILE_BYTES:
+        raise UsageError(f"{name}: larger than {MAX_LIMITS_FILE_BYTES} bytes")
     return parse(text, name)
 
 
-def refused(why: Refusal, limit: Limit, mu: float, high: float) -> TenantLimited:
+def refused(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
     """What the client is told."""
     if why.what == "mu_per_minute":
         text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.load.tenant_limits import Bucket, Limit, Refusal, charged, refilled, refusal
+from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charged, refilled, refusal
 
 ROWS: Final = 4096
 PROBES: Final = 16  # rows that a tenant may come to lie in
@@ -37,11 +37,11 @@ _DUST: Final = 1e-9  # MU that rounding may leave in flight
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class TenantCharge:
     """What a request took: `mu` from its tenant's bucket, `high` in flight."""
 
     row: int
-    limit: Limit
+    limit: TenantLimit
     mu: float
     high: float
 
@@ -51,7 +51,7 @@ def size(workers: int) -> int:
     return ROWS * (_ROW.size + _ONE.size * workers)
 
 
-class Accounts:
+class TenantAccounts:
     """The table as relay process `index` of `workers` sees it. `path`: a file of `size(workers)` bytes, or "" for memory of its own."""
 
     def __init__(self, path: str, workers: int, index: int) -> None:
@@ -68,7 +68,7 @@ class Accounts:
         if self._fd >= 0:
             os.close(self._fd)
 
-    def take(self, tenant: str, limit: Limit, mu: float, high: float, now: float) -> Lease | Refusal:
+    def take(self, tenant: str, limit: TenantLimit, mu: float, high: float, now: float) -> TenantCharge | LimitExceeded:
         """Charge a request, or say why not."""
         with self._locked():
             row = self._row(tenant, limit, now)
@@ -78,16 +78,16 @@ class Accounts:
                 return refused
             self._put(row, charged(bucket, limit, mu), limit)
             self._put_stock(row, self._own(row) + high)
-            return Lease(row, limit, mu, high)
+            return TenantCharge(row, limit, mu, high)
 
-    def spill(self, tenant: str, limit: Limit, high: float, now: float) -> Lease:
+    def spill(self, tenant: str, limit: TenantLimit, high: float, now: float) -> TenantCharge:
         """Let a request in that is over its tenant's limit: it takes nothing out of the bucket, and is in flight."""
         with self._locked():
             row = self._row(tenant, limit, now)
             self._put_stock(row, self._own(row) + high)
-            return Lease(row, Limit(), 0.0, high)
+            return TenantCharge(row, TenantLimit(), 0.0, high)
 
-    def settle(self, lease: Lease, mu: float, now: float) -> None:
+    def settle(self, lease: TenantCharge, mu: float, now: float) -> None:
         """A request is over; it has used `mu`."""
         with self._locked():
             bucket = refilled(self._bucket(lease.row), lease.limit, now)
@@ -97,7 +97,7 @@ class Accounts:
 
     # --- rows ---
 
-    def _row(self, tenant: str, limit: Limit, now: float) -> int:
+    def _row(self, tenant: str, limit: TenantLimit, now: float) -> int:
         """The row of a tenant; a free one where it has none, else the shared one."""
         digest = hashlib.blake2b(tenant.encode(errors="replace"), digest_size=16).digest()
         first = int.from_bytes(digest[:4]) % (ROWS - 1)
@@ -108,7 +108,7 @@ class Accounts:
             digest = digest if found else _SHARED
             if self._digest(found) != digest:
                 self._table[found * _ROW.size : found * _ROW.size + 16] = digest
-                self._put(found, Bucket(limit.burst, now), limit)
+                self._put(found, TokenBucket(limit.burst, now), limit)
         return found
 
     def _free(self, row: int, now: float) -> bool:
@@ -119,11 +119,11 @@ class Accounts:
     def _digest(self, row: int) -> bytes:
         return self._table[row * _ROW.size : row * _ROW.size + 16]
 
-    def _bucket(self, row: int) -> Bucket:
+    def _bucket(self, row: int) -> TokenBucket:
         _, level, at, _, _ = _ROW.unpack_from(self._table, row * _ROW.size)
-        return Bucket(level, at)
+        return TokenBucket(level, at)
 
-    def _put(self, row: int, bucket: Bucket, limit: Limit) -> None:
+    def _put(self, row: int, bucket: TokenBucket, limit: TenantLimit) -> None:
         _NUMBERS.pack_into(self._table, row * _ROW.size + 16, bucket.level, bucket.at, limit.rate, limit.burst)
 
     def _stock(self, row: int) -> float:

@@ -21,9 +21,9 @@ from typing import Any, Final
 
 from sidecar.load.request_shape import leaves, prompts
 
-FILE: Final = "tokenizer.json"
-DEADLINE: Final = 0.005  # seconds
-WAITING: Final = 8  # requests whose text waits for the thread; further ones are not counted
+TOKENIZER_FILE: Final = "tokenizer.json"
+COUNT_TIMEOUT_S: Final = 0.005  # seconds
+MAX_WAITING_COUNTS: Final = 8  # requests whose text waits for the thread; further ones are not counted
 WHOLE: Final = 4096  # characters that are counted one by one: 1 to 2 ms of a core
 WINDOWS: Final = 8
 
@@ -34,32 +34,32 @@ Encode = Callable[[list[str]], Sequence[Sized]]  # texts -> the tokens of each
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class TokenCount:
     """Tokens of a text; `exact` where all of it was counted."""
 
     tokens: int
     exact: bool
 
 
-class Counter:
+class TokenCounter:
     """One per relay process."""
 
-    def __init__(self, encode: Encode, deadline: float = DEADLINE) -> None:
+    def __init__(self, encode: Encode, deadline: float = COUNT_TIMEOUT_S) -> None:
         self._encode = encode
         self._deadline = deadline
         self._thread = ThreadPoolExecutor(1, "tokenizer")
         self._waiting = 0
 
-    async def count(self, payload: dict[str, Any], read: Callable[[str], str] = str) -> Count | None:
+    async def count(self, payload: dict[str, Any], read: Callable[[str], str] = str) -> TokenCount | None:
         """The tokens of a body's prompt text; None where they cannot be had within the deadline.
 
         `read` as for shapes.describe.
         """
-        if self._waiting >= WAITING:
+        if self._waiting >= MAX_WAITING_COUNTS:
             return None
         texts = [leaf for leaf in leaves(prompts(payload), read) if isinstance(leaf, str)]
         if not texts:
-            return Count(0, True)
+            return TokenCount(0, True)
         self._waiting += 1
         job = asyncio.get_running_loop().run_in_executor(self._thread, _count, self._encode, texts)
         job.add_done_callback(self._counted)
@@ -70,15 +70,15 @@ class Counter:
         """End the thread after what it is at."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _counted(self, job: asyncio.Future[Count]) -> None:
+    def _counted(self, job: asyncio.Future[TokenCount]) -> None:
         self._waiting -= 1
         if not job.cancelled() and (error := job.exception()) is not None:
             _log.warning("a text could not be counted (%s); its tokens are estimated", type(error).__name__)
 
 
-def load(folder: str) -> Counter | None:
+def load(folder: str) -> TokenCounter | None:
     """The counter of a model's directory; None where it has no tokenizer, or the extra is not there. Takes up to a second."""
-    file = Path(folder) / FILE
+    file = Path(folder) / TOKENIZER_FILE
     if not folder or not file.is_file():
         return None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a pool of threads would only cost
@@ -86,11 +86,11 @@ def load(folder: str) -> Counter | None:
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        return Counter(partial(tokenizer.encode_batch_fast, add_special_tokens=False))
+        return TokenCounter(partial(tokenizer.encode_batch_fast, add_special_tokens=False))
     except ImportError:
         _log.info("tokens are estimated: for exact ones, pip install 'inference-sidecar[tokenizer]'")
     except Exception as e:  # noqa: BLE001  the package raises nothing more particular
-        _log.warning("tokens are estimated: %s cannot be used (%s)", FILE, type(e).__name__)
+        _log.warning("tokens are estimated: %s cannot be used (%s)", TOKENIZER_FILE, type(e).__name__)
     return None
 
 
@@ -105,8 +105,8 @@ def windows(texts: Sequence[str], whole: int = WHOLE, count: int = WINDOWS) -> t
     return [text[start : start + width] for start in starts], length / (width * count)
 
 
-def _count(encode: Encode, texts: list[str]) -> Count:
+def _count(encode: Encode, texts: list[str]) -> TokenCount:
     parts, times = windows(texts)
     sound = [part if part.isascii() else part.encode(errors="replace").decode() for part in parts]  # no lone surrogates
     tokens = sum(map(len, encode(sound)))
-    return Count(round(tokens * times), times == 1.0)
+    return TokenCount(round(tokens * times), times == 1.0)

@@ -14,8 +14,8 @@ from typing import Final
 
 from sidecar.signals.gpu.poller import LIBRARY
 
-PATIENCE: Final = 10.0  # seconds; NVML's first call wakes the GPUs up
-MOST: Final = 64  # GPUs
+NAMES_TIMEOUT_S: Final = 10.0  # seconds; NVML's first call wakes the GPUs up
+MAX_GPUS: Final = 64  # GPUs
 ASK: Final = """
 import pynvml
 from sidecar.signals.gpu.sample import found
@@ -30,7 +30,7 @@ for index in range(pynvml.nvmlDeviceGetCount()):
 _log = logging.getLogger(__name__)
 
 
-def read(patience: float = PATIENCE) -> list[str]:
+def read(patience: float = NAMES_TIMEOUT_S) -> list[str]:
     """NVML's names, one per GPU, or per slice of it that is ours; empty where none can be read."""
     try:
         ctypes.CDLL(LIBRARY)
@@ -40,4 +40,4 @@ def read(patience: float = PATIENCE) -> list[str]:
     except subprocess.SubprocessError as e:
         _log.warning("the GPU's name cannot be read (NVML: %s); --gpu names it", type(e).__name__)
         return []
-    return done.stdout.splitlines()[:MOST]
+    return done.stdout.splitlines()[:MAX_GPUS]

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sidecar.readings import Absent, Failed, GpuSample, Reading, Value
-from sidecar.signals.gpu.sample import Device, Sampler, failed, found
+from sidecar.signals.gpu.sample import GpuDevice, GpuSampler, failed, found
 from sidecar.signals.gpu.xid import XidWatch
 
 LIBRARY: Final = "libnvidia-ml.so.1"
-PATIENCE: Final = 5.0  # seconds; a call takes milliseconds, and tens of them while the driver wakes a GPU
+READ_TIMEOUT_S: Final = 5.0  # seconds; a call takes milliseconds, and tens of them while the driver wakes a GPU
 FIRST_RETRY: Final = 1.0
 LONGEST_RETRY: Final = 60.0
 
@@ -35,7 +35,7 @@ class GpuSignal:
     """Reads all GPUs once per `period` seconds between `start` and `stop`."""
 
     def __init__(
-        self, *, period: float = 1.0, patience: float = PATIENCE, clock: Callable[[], float] = time.monotonic
+        self, *, period: float = 1.0, patience: float = READ_TIMEOUT_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._period = period
         self._patience = patience
@@ -100,27 +100,27 @@ class GpuSignal:
         finally:
             self._close()
 
-    def _devices(self) -> list[Device]:
+    def _devices(self) -> list[GpuDevice]:
         """All GPUs that NVML counts, or their slices; one whose handle cannot be had keeps the name that it had before."""
-        every: list[Device] = []
+        every: list[GpuDevice] = []
         for index in range(self._ask(self._nvml.nvmlDeviceGetCount)):
             every += found(self._nvml, self._ask, index, *self._known.get(index, ("", "")))
             self._known[index] = (every[-1].name, every[-1].uuid)
         return every
 
-    def _poll(self, devices: list[Device]) -> None:
+    def _poll(self, devices: list[GpuDevice]) -> None:
         if not devices:
             self._keep(Absent("no NVIDIA GPU is visible here"))
             return
         self._xids.begin(self._nvml, devices)
-        sampler = Sampler(self._nvml, self._ask, self._xids.counts)
+        sampler = GpuSampler(self._nvml, self._ask, self._xids.counts)
         answering = True
         while answering and not self._stopping.is_set():
             answering = self._round(sampler, devices)
             if answering:
                 self._stopping.wait(self._period)
 
-    def _round(self, sampler: Sampler, devices: list[Device]) -> bool:
+    def _round(self, sampler: GpuSampler, devices: list[GpuDevice]) -> bool:
         """One sample of each GPU. False when none of them answers any more."""
         began = self._clock()
         samples: list[GpuSample] = []

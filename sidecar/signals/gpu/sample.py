@@ -53,7 +53,7 @@ _NO_UTILIZATION: Final = Absent("MIG: NVML has no utilisation of a slice")
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class GpuDevice:
     """One GPU, or one MIG slice of it, in one NVML session. `handle` is NVML's own; where it could not be had, `error` says why.
 
     `whole` is the handle of the GPU that a slice belongs to; the same as `handle` for a GPU that is not sliced.
@@ -68,7 +68,7 @@ class Device:
     error: Exception | None = None
 
 
-class Sampler:
+class GpuSampler:
     """Samples of one NVML session's devices. `ask` makes one call of the module `nvml`."""
 
     def __init__(self, nvml: Any, ask: Ask, xids: Callable[[int], tuple[tuple[int, int], ...]]) -> None:
@@ -77,7 +77,7 @@ class Sampler:
         self._xids = xids
         self._processes: dict[str, tuple[float, Reading[int]]] = {}  # by UUID: when asked, what came
 
-    def sample(self, device: Device, now: float) -> GpuSample:
+    def sample(self, device: GpuDevice, now: float) -> GpuSample:
         """Each number of one device. Raises NVMLError when it will answer nothing more."""
         if device.error is not None:
             raise device.error
@@ -104,7 +104,7 @@ class Sampler:
             processes=self._process_count(device, now),
         )
 
-    def lost(self, device: Device, error: Any) -> GpuSample:
+    def lost(self, device: GpuDevice, error: Any) -> GpuSample:
         """A device that answers nothing: every number failed, its XID errors kept."""
         why = failed(error)
         return GpuSample(
@@ -146,7 +146,7 @@ class Sampler:
         # The older of the function's two names: every driver has it.
         return self._number(now, self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons, slowdowns, handle)
 
-    def _process_count(self, device: Device, now: float) -> Reading[int]:
+    def _process_count(self, device: GpuDevice, now: float) -> Reading[int]:
         asked, reading = self._processes.get(device.uuid, (float("-inf"), Absent("not read yet")))
         if now - asked >= PROCESS_PERIOD:
             reading = self._number(now, self._nvml.nvmlDeviceGetComputeRunningProcesses, len, device.handle)
@@ -154,17 +154,17 @@ class Sampler:
         return reading
 
 
-def found(nvml: Any, ask: Ask, index: int, name: str = "", uuid: str = "") -> list[Device]:
+def found(nvml: Any, ask: Ask, index: int, name: str = "", uuid: str = "") -> list[GpuDevice]:
     """GPU `index`, or the slices of it that can be seen from here. A GPU without a handle keeps the `name` and `uuid` it had."""
     try:
         whole = ask(nvml.nvmlDeviceGetHandleByIndex, index)
         name, uuid = ask(nvml.nvmlDeviceGetName, whole), ask(nvml.nvmlDeviceGetUUID, whole)
     except nvml.NVMLError as e:
-        return [Device(index, name, uuid, None, None, error=e)]
-    return _slices(nvml, ask, index, whole) or [Device(index, name, uuid, whole, whole)]
+        return [GpuDevice(index, name, uuid, None, None, error=e)]
+    return _slices(nvml, ask, index, whole) or [GpuDevice(index, name, uuid, whole, whole)]
 
 
-def _slices(nvml: Any, ask: Ask, index: int, whole: Any) -> list[Device]:
+def _slices(nvml: Any, ask: Ask, index: int, whole: Any) -> list[GpuDevice]:
     """The MIG slices that this container was given; none where the GPU is not sliced."""
     try:
         current, _ = ask(nvml.nvmlDeviceGetMigMode, whole)
@@ -178,7 +178,7 @@ def _slices(nvml: Any, ask: Ask, index: int, whole: Any) -> list[Device]:
             name, uuid = ask(nvml.nvmlDeviceGetName, handle), ask(nvml.nvmlDeviceGetUUID, handle)
         except nvml.NVMLError:  # not found: an empty place, or the slice of another container
             continue
-        slices.append(Device(index, name, uuid, handle, whole, mig=place))
+        slices.append(GpuDevice(index, name, uuid, handle, whole, mig=place))
     return slices
 
 

@@ -24,13 +24,13 @@ from sidecar.flags import flag, integer, number, one_of, text, url
 from sidecar.settings import writable
 from sidecar.tools.bench import report
 from sidecar.tools.bench.arrivals import NAMES, PROFILES, Profile, rate_for, times
-from sidecar.tools.bench.tally import Row, row
-from sidecar.tools.bench.traffic import Plan, Run
+from sidecar.tools.bench.tally import BenchRow, row
+from sidecar.tools.bench.traffic import BenchPlan, BenchRun
 from sidecar.tools.calibrate.capabilities import text_target
 from sidecar.tools.calibrate.command import say
-from sidecar.tools.calibrate.prompts import Target
+from sidecar.tools.calibrate.prompts import PromptTarget
 from sidecar.tools.calibrate.report import bar
-from sidecar.tools.calibrate.shapes import Shape
+from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.calibrate.traffic import EngineRefused
 
 SHOW: Final = (10.0, 1.0)  # seconds between lines of progress: in a log, on a terminal
@@ -83,7 +83,7 @@ def main(chosen: BenchSettings) -> int:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     if chosen.plot:
         writable("plot", chosen.plot)
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     ended = 0
     try:
         asyncio.run(bench(chosen, rows))
@@ -99,7 +99,7 @@ def main(chosen: BenchSettings) -> int:
     return ended
 
 
-async def bench(chosen: BenchSettings, rows: list[Row]) -> None:
+async def bench(chosen: BenchSettings, rows: list[BenchRow]) -> None:
     """All runs; `rows` grows with each, and with the one under way when this is cancelled. Raises EngineRefused."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         target = await text_target(session, chosen.engine, chosen.engine_key)
@@ -107,7 +107,7 @@ async def bench(chosen: BenchSettings, rows: list[Row]) -> None:
         say(f"{target.model}: {rate:.2f} requests a second", lasting=True)
         for name in chosen.profiles.split(","):
             profile = PROFILES[NAMES.index(name)]
-            run = Run(session, target, plan(chosen, profile))
+            run = BenchRun(session, target, plan(chosen, profile))
             began, whole = time.monotonic(), False
             try:
                 async with shown(run, name, chosen):
@@ -119,15 +119,15 @@ async def bench(chosen: BenchSettings, rows: list[Row]) -> None:
                 rows.append(row(name, rate, elapsed, run.records, chosen.slo_seconds, price, whole=whole))
 
 
-def plan(chosen: BenchSettings, profile: Profile) -> Plan:
+def plan(chosen: BenchSettings, profile: Profile) -> BenchPlan:
     """How one profile is run."""
-    shape = Shape(chosen.input_tokens, 0, chosen.output_tokens)
-    return Plan(shape, chosen.max_open, 1 if profile.serving == "naive" else 0, chosen.timeout, chosen.seed)
+    shape = GridShape(chosen.input_tokens, 0, chosen.output_tokens)
+    return BenchPlan(shape, chosen.max_open, 1 if profile.serving == "naive" else 0, chosen.timeout, chosen.seed)
 
 
-async def alone(session: aiohttp.ClientSession, target: Target, chosen: BenchSettings) -> float:
+async def alone(session: aiohttp.ClientSession, target: PromptTarget, chosen: BenchSettings) -> float:
     """Seconds of one request, the better of two. Raises EngineRefused."""
-    run = Run(session, target, plan(chosen, PROFILES[0]))
+    run = BenchRun(session, target, plan(chosen, PROFILES[0]))
     records = [await run.alone(), await run.alone()]
     good = [record.seconds for record in records if record.ended == "completed"]
     if not good:
@@ -139,7 +139,7 @@ async def alone(session: aiohttp.ClientSession, target: Target, chosen: BenchSet
 
 
 @asynccontextmanager
-async def shown(run: Run, name: str, chosen: BenchSettings) -> AsyncIterator[None]:
+async def shown(run: BenchRun, name: str, chosen: BenchSettings) -> AsyncIterator[None]:
     """Lines of progress."""
     began = time.monotonic()
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import Final
 
-from sidecar.tools.bench.tally import ENDS, Row
+from sidecar.tools.bench.tally import ENDS, BenchRow
 
 HEAD: Final = ("profile", "asked", *ENDS, "tokens", "p50 s", "p95 s", "p99 s", "first p50", "first p95", "SLO", "$ / 1k completed", "$ / 1M tokens")  # fmt: skip
 COLOURS: Final = {"completed": "#1b6ca8", "dropped": "#c9c9c9", "stalled": "#c0392b", "cancelled": "#e0b84c", "failed": "#7d3c98"}  # fmt: skip
 LEFT, WIDTH, ROW, TOP = 130, 460, 34, 56
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[BenchRow]) -> str:
     """Columns."""
     texts = [HEAD, *(cells(r) for r in rows)]
     widths = [max(len(line[i]) for line in texts) for i in range(len(HEAD))]
@@ -23,7 +23,7 @@ def table(rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
-def cells(r: Row) -> tuple[str, ...]:
+def cells(r: BenchRow) -> tuple[str, ...]:
     """One row's texts, in the order of HEAD."""
     verdict = ("pass" if r.slo_kept else "miss") if r.whole else "ended early"
     return (
@@ -38,7 +38,7 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def plot(rows: Sequence[Row], title: str) -> str:
+def plot(rows: Sequence[BenchRow], title: str) -> str:
     """An SVG: what became of the requests of each run, with its p95 and price beside."""
     most = max((r.requests for r in rows), default=0) or 1
     height = TOP + ROW * len(rows) + 16
@@ -56,7 +56,7 @@ def plot(rows: Sequence[Row], title: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _bar(r: Row, y: float, scale: float) -> list[str]:
+def _bar(r: BenchRow, y: float, scale: float) -> list[str]:
     parts = [f'<text x="{LEFT - 8}" y="{y + 16}" text-anchor="end">{escape(r.profile)}</text>']
     x = float(LEFT)
     for ended in ENDS:

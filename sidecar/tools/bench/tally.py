@@ -19,7 +19,7 @@ LOST: Final = 0.01  # of the requests: more that are not completed miss the SLO
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class BenchRecord:
     """One request: how it ended, seconds from its arrival to its end and to its first token (None where none came), its tokens."""
 
     ended: Ended
@@ -29,7 +29,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BenchRow:
     """One run. Seconds; dollars are None without a price or without completed requests; `whole`: it was not ended early."""
 
     profile: str
@@ -54,8 +54,8 @@ class Row:
 
 
 def row(
-    profile: str, rate: float, elapsed: float, records: Sequence[Record], slo: float, price: float, *, whole: bool = True
-) -> Row:  # fmt: skip
+    profile: str, rate: float, elapsed: float, records: Sequence[BenchRecord], slo: float, price: float, *, whole: bool = True
+) -> BenchRow:  # fmt: skip
     """The sums of one run. `slo`: seconds that the completed requests' p95 keeps; `price`: dollars per hour of all GPUs."""
     ends = Counter(record.ended for record in records)
     good = [record for record in records if record.ended == "completed"]
@@ -65,7 +65,7 @@ def row(
     p95 = quantile(seconds, 0.95)
     lost = len(records) - len(good)
     spent = price * elapsed / 3600
-    return Row(
+    return BenchRow(
         profile=profile, rate=rate, elapsed=elapsed, requests=len(records),
         **{ended: ends[ended] for ended in ENDS}, tokens=tokens,
         p50=quantile(seconds, 0.5), p95=p95, p99=quantile(seconds, 0.99),

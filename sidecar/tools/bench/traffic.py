@@ -17,29 +17,29 @@ from typing import Final
 import aiohttp
 
 from sidecar.relay.sse import SSE
-from sidecar.tools.bench.tally import DROPS, Ended, Record
-from sidecar.tools.calibrate.prompts import Prompts, Target
-from sidecar.tools.calibrate.shapes import Shape
+from sidecar.tools.bench.tally import DROPS, BenchRecord, Ended
+from sidecar.tools.calibrate.prompts import Prompts, PromptTarget
+from sidecar.tools.calibrate.shapes import GridShape
 
 STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """`at_once`: requests that the engine is given at a time; 0: all that are open."""
 
-    shape: Shape
+    shape: GridShape
     most_open: int
     at_once: int
     timeout: float
     seed: int
 
 
-class Run:
+class BenchRun:
     """Sends one run's requests. `records` grows with each that ended; `open` is how many have not."""
 
-    def __init__(self, session: aiohttp.ClientSession, target: Target, plan: Plan) -> None:
-        self.records: list[Record] = []
+    def __init__(self, session: aiohttp.ClientSession, target: PromptTarget, plan: BenchPlan) -> None:
+        self.records: list[BenchRecord] = []
         self.open = 0
         self._session = session
         self._target = target
@@ -56,12 +56,12 @@ class Run:
             for at in due:
                 await asyncio.sleep(began + at - time.monotonic())
                 if self.open >= self._plan.most_open:
-                    self.records.append(Record("dropped", 0.0))
+                    self.records.append(BenchRecord("dropped", 0.0))
                     continue
                 self.open += 1
                 group.create_task(self.one())
 
-    async def alone(self) -> Record:
+    async def alone(self) -> BenchRecord:
         """One request, now."""
         self.open += 1
         await self.one()
@@ -80,7 +80,7 @@ class Run:
             ended = "failed"
         finally:
             self.open -= 1
-            self.records.append(Record(ended, time.monotonic() - answer.began, answer.first, answer.tokens))
+            self.records.append(BenchRecord(ended, time.monotonic() - answer.began, answer.first, answer.tokens))
 
     async def _ask(self, answer: _Answer) -> Ended:
         prompt = self._prompts.next(self._plan.shape)

@@ -12,12 +12,11 @@ from typing import Any, Final
 
 import aiohttp
 
-from sidecar.engines import metrics_parser as sample
-from sidecar.engines import registry as kinds
+from sidecar.engines import metrics_parser, registry
 from sidecar.kernels import families
-from sidecar.tools.calibrate.prompts import Target, photos_can_be_made
-from sidecar.tools.calibrate.shapes import SIDES, WORDS, Shape
-from sidecar.tools.calibrate.traffic import EngineRefused, Load, Traffic
+from sidecar.tools.calibrate.prompts import PromptTarget, photos_can_be_made
+from sidecar.tools.calibrate.shapes import SIDES, WORDS, GridShape
+from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, Load
 
 CONTEXT: Final = 4096  # tokens, where the engine does not say
 WARM: Final = 256  # tokens of the first requests
@@ -26,10 +25,10 @@ MOST_IMAGES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
+class EngineCapabilities:
     """The engine. `load`: asks how many requests it has; `flags`: those of its settings that its metrics page shows."""
 
-    target: Target
+    target: PromptTarget
     context: int
     cached: bool
     version: str
@@ -40,17 +39,19 @@ class Met:
     notes: tuple[str, ...] = ()
 
 
-async def meet(session: aiohttp.ClientSession, url: str, key: str, kind: str, model: str, context: int) -> Met:
+async def meet(
+    session: aiohttp.ClientSession, url: str, key: str, kind: str, model: str, context: int
+) -> EngineCapabilities:
     """Ask what it serves, and try what it can do. `kind` may be "auto"; `model` is its directory or "". Raises EngineRefused."""
-    target = Target(url, "", key)
-    pages = {path: await _page(session, target, path) for path in ("/v1/models", "/metrics", *kinds.CLOSER_LOOK)}
+    target = PromptTarget(url, "", key)
+    pages = {path: await _page(session, target, path) for path in ("/v1/models", "/metrics", *registry.CLOSER_LOOK)}
     card = _card(pages["/v1/models"], url)
-    known = kinds.KINDS[kinds.recognise({k: v for k, v in pages.items() if v}) if kind == "auto" else kind]
+    known = registry.KINDS[registry.recognise({k: v for k, v in pages.items() if v}) if kind == "auto" else kind]
     target = replace(target, model=card["id"])
 
     async def load() -> float | None:
         try:
-            read = sample.parse(await _page(session, target, known.metrics_path), known)
+            read = metrics_parser.parse(await _page(session, target, known.metrics_path), known)
         except ValueError:
             return None
         return None if read.running is None else read.running + (read.waiting or 0)
@@ -58,15 +59,15 @@ async def meet(session: aiohttp.ClientSession, url: str, key: str, kind: str, mo
     target = await _asked(session, target)
     cached = await _cached(session, target)
     target, most_images, why = await _photos(session, target, model)
-    return Met(
+    return EngineCapabilities(
         target, context or int(card.get("max_model_len") or CONTEXT), cached, await _version(session, target), known.name, load,
-        most_images, kinds.flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE) if note),
+        most_images, registry.flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE) if note),
     )  # fmt: skip
 
 
-async def text_target(session: aiohttp.ClientSession, url: str, key: str) -> Target:
+async def text_target(session: aiohttp.ClientSession, url: str, key: str) -> PromptTarget:
     """The first model that it serves, asked as it can be, and warm. Raises EngineRefused."""
-    target = Target(url, "", key)
+    target = PromptTarget(url, "", key)
     card = _card(await _page(session, target, "/v1/models"), url)
     return await _asked(session, replace(target, model=card["id"]))
 
@@ -76,24 +77,24 @@ NO_CACHE: Final = (
 )
 
 
-async def _asked(session: aiohttp.ClientSession, target: Target) -> Target:
+async def _asked(session: aiohttp.ClientSession, target: PromptTarget) -> PromptTarget:
     """By token ids where the engine takes them, else by words; and warm."""
     try:
-        await Traffic(session, target).once(Shape(16, 0, 1))
+        await CalibrationTraffic(session, target).once(GridShape(16, 0, 1))
     except EngineRefused:
         target = replace(target, ids=False)
-        await Traffic(session, target).once(Shape(16, 0, 1))
-    await Traffic(session, target, seed=1).burst(Shape(WARM // 2, 0, 8), 2)
+        await CalibrationTraffic(session, target).once(GridShape(16, 0, 1))
+    await CalibrationTraffic(session, target, seed=1).burst(GridShape(WARM // 2, 0, 8), 2)
     return target
 
 
-async def _cached(session: aiohttp.ClientSession, target: Target) -> bool:
+async def _cached(session: aiohttp.ClientSession, target: PromptTarget) -> bool:
     """Whether it says that it had cached what it was sent before."""
-    work = await Traffic(session, target, seed=2).once(Shape(8, WARM - 64, 1))
+    work = await CalibrationTraffic(session, target, seed=2).once(GridShape(8, WARM - 64, 1))
     return work.cached > WARM // 4
 
 
-async def _photos(session: aiohttp.ClientSession, target: Target, model: str) -> tuple[Target, int, str]:
+async def _photos(session: aiohttp.ClientSession, target: PromptTarget, model: str) -> tuple[PromptTarget, int, str]:
     """(with the encoder tokens of photos, most photos of one request, why there are none)."""
     if not photos_can_be_made():
         return (
@@ -116,9 +117,9 @@ async def _photos(session: aiohttp.ClientSession, target: Target, model: str) ->
     return replace(target, tokens=tokens), most, ""
 
 
-async def _prompt_tokens(session: aiohttp.ClientSession, target: Target, *, images: int, side: int) -> int:
+async def _prompt_tokens(session: aiohttp.ClientSession, target: PromptTarget, *, images: int, side: int) -> int:
     """What `usage` counts of a chat that says the same each time."""
-    work = await Traffic(session, target, seed=3).once(Shape(WORDS, 0, 1, images=images, side=side))
+    work = await CalibrationTraffic(session, target, seed=3).once(GridShape(WORDS, 0, 1, images=images, side=side))
     return work.uncached + work.cached
 
 
@@ -141,14 +142,14 @@ def _card(page: bytes, url: str) -> dict[str, Any]:
         raise EngineRefused("/v1/models names no model; wait until the engine has loaded it") from None
 
 
-async def _version(session: aiohttp.ClientSession, target: Target) -> str:
+async def _version(session: aiohttp.ClientSession, target: PromptTarget) -> str:
     try:
         return str(json.loads(await _page(session, target, "/version"))["version"])[:64]
     except (ValueError, LookupError, TypeError):
         return "unknown"
 
 
-async def _page(session: aiohttp.ClientSession, target: Target, path: str) -> bytes:
+async def _page(session: aiohttp.ClientSession, target: PromptTarget, path: str) -> bytes:
     """The body of a page that answers 200, else empty."""
     try:
         async with session.get(

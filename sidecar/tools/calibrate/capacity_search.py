@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from sidecar.tools.calibrate.checkpoint import Plan, Step
-from sidecar.tools.calibrate.shapes import MOST, Shape, generating, largest, reference
-from sidecar.tools.calibrate.traffic import EngineRefused, Sample, Traffic
+from sidecar.tools.calibrate.checkpoint import GridPlan, SearchStep
+from sidecar.tools.calibrate.shapes import MOST, GridShape, generating, largest, reference
+from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, LatencySample
 
 MOST_OPEN: Final = 1024  # requests
 FULL: Final = 0.9  # of the highest rate
@@ -26,9 +26,11 @@ TURNS: Final = 4  # at least as many are to fit
 Say = Callable[[str], None]
 
 
-async def search(traffic: Traffic, context: int, slo: float, seconds: float, most: int, say: Say) -> tuple[Step, ...]:
+async def search(
+    traffic: CalibrationTraffic, context: int, slo: float, seconds: float, most: int, say: Say
+) -> tuple[SearchStep, ...]:
     """The steps, until p95 is over the SLO, or `most` requests are open, or the time is up. At least one."""
-    steps: list[Step] = []
+    steps: list[SearchStep] = []
     started = time.monotonic()
     shape, number = await _shape(traffic, context, seconds), 1
     while number <= most:
@@ -41,7 +43,7 @@ async def search(traffic: Traffic, context: int, slo: float, seconds: float, mos
     return tuple(steps)
 
 
-async def _shape(traffic: Traffic, context: int, seconds: float) -> Shape:
+async def _shape(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
     """The reference's, or a part of it that leaves time for some steps."""
     scale = 1.0
     while True:
@@ -51,23 +53,23 @@ async def _shape(traffic: Traffic, context: int, seconds: float) -> Shape:
         scale /= 2
 
 
-def step(sample: Sample) -> Step:
+def step(sample: LatencySample) -> SearchStep:
     """What a run says of its concurrency. Raises EngineRefused where the engine served others meanwhile."""
     if sample.others:
         raise EngineRefused(
             f"{sample.others} requests of others came meanwhile; take the engine out of traffic and begin again"
         )
     cost = sample.cost()
-    return Step(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
+    return SearchStep(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
 
 
-def full(steps: tuple[Step, ...]) -> int:
+def full(steps: tuple[SearchStep, ...]) -> int:
     """The least number of open requests that fills the engine, near enough."""
     highest = max(one.rate for one in steps)
     return min(one.open for one in steps if one.rate >= FULL * highest)
 
 
-def held(steps: tuple[Step, ...], slo: float) -> float:
+def held(steps: tuple[SearchStep, ...], slo: float) -> float:
     """Open requests at which p95 is the SLO, between the last step that kept it and the first that did not.
 
     0 where no step was over it, or the first one was.
@@ -78,7 +80,7 @@ def held(steps: tuple[Step, ...], slo: float) -> float:
     return 0.0
 
 
-async def length(traffic: Traffic, span: tuple[int, int], concurrency: int, seconds: float, say: Say) -> int:
+async def length(traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, say: Say) -> int:
     """Tokens of the longest shapes, in a span: doubled while turns of the grid still fit into `seconds`."""
     found, most = span[0], min(span[1], MOST)
     while found < most:
@@ -92,7 +94,7 @@ async def length(traffic: Traffic, span: tuple[int, int], concurrency: int, seco
     return found
 
 
-async def decode(traffic: Traffic, length: int, concurrency: int, say: Say) -> tuple[Step, ...]:
+async def decode(traffic: CalibrationTraffic, length: int, concurrency: int, say: Say) -> tuple[SearchStep, ...]:
     """Steps of requests that only generate, up to the concurrency of the grid."""
     shape, steps, number = generating(length), [], 1
     while number <= concurrency:
@@ -103,8 +105,13 @@ async def decode(traffic: Traffic, length: int, concurrency: int, say: Say) -> t
 
 
 async def plan(
-    traffic: Traffic, span: tuple[int, int], slo: float, seconds: tuple[float, float], concurrency: int, say: Say
-) -> Plan:
+    traffic: CalibrationTraffic,
+    span: tuple[int, int],
+    slo: float,
+    seconds: tuple[float, float],
+    concurrency: int,
+    say: Say,
+) -> GridPlan:
     """Search and length. `span`: tokens that the longest shapes have at least, and the context. `seconds`: for the search, and for the grid.
 
     `concurrency` 0: where the engine is full.
@@ -112,4 +119,4 @@ async def plan(
     steps = await search(traffic, span[1], slo, seconds[0], MOST_OPEN, say)
     chosen = concurrency or full(steps)
     found = await length(traffic, span, chosen, seconds[1], say)
-    return Plan(found, chosen, steps, await decode(traffic, found, chosen, say))
+    return GridPlan(found, chosen, steps, await decode(traffic, found, chosen, say))

@@ -13,23 +13,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sidecar.events import Work
+from sidecar.events import RequestSize
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.shapes import Shape
+from sidecar.tools.calibrate.shapes import GridShape
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SearchStep:
     """One step of the search for the capacity: requests open, their p95 in seconds, how many a second, and their size."""
 
     open: int
     p95: float
     rate: float
-    work: Work
+    work: RequestSize
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class GridPlan:
     """What is decided before the grid: tokens of the longest shapes, requests open, the search that decided it.
 
     `decode`: requests that do little but generate, more and more of them open, which share the reading of the weights.
@@ -37,12 +37,12 @@ class Plan:
 
     length: int
     concurrency: int
-    steps: tuple[Step, ...]
-    decode: tuple[Step, ...] = ()
+    steps: tuple[SearchStep, ...]
+    decode: tuple[SearchStep, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CheckpointEntry:
     """One measurement, the seconds that it took, and the share of them in which the engine had no core."""
 
     measured: Measured
@@ -50,17 +50,17 @@ class Entry:
     waited: float = 0.0
 
 
-Done = dict[tuple[Shape, int], Entry]  # by shape and turn
+Done = dict[tuple[GridShape, int], CheckpointEntry]  # by shape and turn
 
 
-class Journal:
+class Checkpoint:
     """The journal of one calibration. `identity` is whatever a measurement depends on."""
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self._path = out.with_name(out.name + ".partial")
         self._identity = identity
 
-    def read(self) -> tuple[Plan | None, Done]:
+    def read(self) -> tuple[GridPlan | None, Done]:
         """What was decided and measured before."""
         try:
             first, *lines = list(_objects(self._path.read_text()))
@@ -75,11 +75,11 @@ class Journal:
             self._write("", "a")  # ends a line that was cut off
         return plan, done
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: GridPlan) -> None:
         """Keep the plan."""
         self._write(json.dumps(asdict(plan)), "a")
 
-    def add(self, shape: Shape, turn: int, entry: Entry) -> None:
+    def add(self, shape: GridShape, turn: int, entry: CheckpointEntry) -> None:
         """Keep one measurement."""
         record = {"shape": asdict(shape), "turn": turn, "work": asdict(entry.measured.work), "ms": entry.measured.ms}
         self._write(json.dumps({**record, "seconds": round(entry.seconds, 3), "waited": round(entry.waited, 4)}), "a")
@@ -95,7 +95,7 @@ class Journal:
             file.write(line + "\n")
 
 
-def read(text: str) -> tuple[Plan, Done]:
+def read(text: str) -> tuple[GridPlan, Done]:
     """The text of a whole file of measurements."""
     _, plan, *entries = _objects(text)
     return read_plan(plan), dict(map(read_entry, entries))
@@ -108,16 +108,16 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def read_plan(raw: dict[str, Any]) -> Plan:
+def read_plan(raw: dict[str, Any]) -> GridPlan:
     """The second line."""
-    return Plan(raw["length"], raw["concurrency"], _steps(raw["steps"]), _steps(raw["decode"]))
+    return GridPlan(raw["length"], raw["concurrency"], _steps(raw["steps"]), _steps(raw["decode"]))
 
 
-def _steps(raw: list[dict[str, Any]]) -> tuple[Step, ...]:
-    return tuple(Step(**step | {"work": Work(**step["work"])}) for step in raw)
+def _steps(raw: list[dict[str, Any]]) -> tuple[SearchStep, ...]:
+    return tuple(SearchStep(**step | {"work": RequestSize(**step["work"])}) for step in raw)
 
 
-def read_entry(raw: dict[str, Any]) -> tuple[tuple[Shape, int], Entry]:
+def read_entry(raw: dict[str, Any]) -> tuple[tuple[GridShape, int], CheckpointEntry]:
     """A further line."""
-    entry = Entry(Measured(Work(**raw["work"]), raw["ms"]), raw["seconds"], raw["waited"])
-    return (Shape(**raw["shape"]), raw["turn"]), entry
+    entry = CheckpointEntry(Measured(RequestSize(**raw["work"]), raw["ms"]), raw["seconds"], raw["waited"])
+    return (GridShape(**raw["shape"]), raw["turn"]), entry

@@ -24,15 +24,14 @@ import aiohttp
 
 from sidecar.errors import UsageError
 from sidecar.flags import ENGINE_KINDS, existing_dir, flag, gpu, integer, number, one_of, text, url
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.roofline import roofline
 from sidecar.settings import writable
-from sidecar.tools.calibrate import capacity_search as search
-from sidecar.tools.calibrate import contention, fit, hardware, report
-from sidecar.tools.calibrate.capabilities import Met, meet
-from sidecar.tools.calibrate.checkpoint import Done, Entry, Journal, Plan
-from sidecar.tools.calibrate.shapes import Shape, least, ordered, plan
-from sidecar.tools.calibrate.traffic import Beside, EngineRefused, Traffic
+from sidecar.tools.calibrate import capacity_search, contention, fit, hardware, report
+from sidecar.tools.calibrate.capabilities import EngineCapabilities, meet
+from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done, GridPlan
+from sidecar.tools.calibrate.shapes import GridShape, least, ordered, plan
+from sidecar.tools.calibrate.traffic import BackgroundLoad, CalibrationTraffic, EngineRefused
 
 SEARCH_SHARE: Final = 0.2  # of the time, for the search at the SLO
 LEAST_SHARE: Final = 0.5  # of the time, for the grid, however long the search took
@@ -85,7 +84,7 @@ def main(chosen: CalibrateSettings) -> int:
         print("ended; the same command goes on from here", file=sys.stderr)
         return 1
     print(report.text(found, chosen.slo_seconds))
-    out.write_text(units.to_json(found.co) + "\n")
+    out.write_text(cost_model.to_json(found.co) + "\n")
     journal.close(kept)
     print(f"written: {out}; use it with sidecar run --coefficients {out}")
     return 0
@@ -96,15 +95,15 @@ class Rig:
     """What measuring needs."""
 
     session: aiohttp.ClientSession
-    met: Met
-    beside: Beside
+    met: EngineCapabilities
+    beside: BackgroundLoad
 
-    def traffic(self, seed: int) -> Traffic:
+    def traffic(self, seed: int) -> CalibrationTraffic:
         """Requests that are new with the seed."""
-        return Traffic(self.session, self.met.target, seed, self.beside)
+        return CalibrationTraffic(self.session, self.met.target, seed, self.beside)
 
 
-async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findings, Journal]:
+async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.CalibrationReport, Checkpoint]:
     """The whole measurement against the live engine."""
     started = time.monotonic()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -114,8 +113,8 @@ async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findin
             say(note, lasting=True)
         await quiet(met)
         pids = await asyncio.to_thread(contention.pids_of, chosen.engine)
-        rig = Rig(session, met, Beside(met.load, contention.Cores(pids) if pids else None))
-        journal = Journal(out, identity(chosen, met))
+        rig = Rig(session, met, BackgroundLoad(met.load, contention.Cores(pids) if pids else None))
+        journal = Checkpoint(out, identity(chosen, met))
         planned, done = journal.read()
         seconds = chosen.seconds * (1 - SEARCH_SHARE)
         if planned is None:
@@ -127,24 +126,24 @@ async def calibrate(chosen: CalibrateSettings, out: Path) -> tuple[report.Findin
         return findings(planned, done, chosen, met), journal
 
 
-async def decided(rig: Rig, chosen: CalibrateSettings) -> Plan:
+async def decided(rig: Rig, chosen: CalibrateSettings) -> GridPlan:
     """The plan. Raises UsageError where the context is too short for one."""
     seconds = chosen.seconds * SEARCH_SHARE, chosen.seconds * (1 - SEARCH_SHARE)
     try:
         span = least(rig.met.context, rig.met.target.tokens), rig.met.context
-        found = await search.plan(rig.traffic(4), span, chosen.slo_seconds, seconds, chosen.concurrency, say)
+        found = await capacity_search.plan(rig.traffic(4), span, chosen.slo_seconds, seconds, chosen.concurrency, say)
         shapes_of(found, rig.met)
     except ValueError as e:
         raise UsageError(f"--context: {e}") from None
     return found
 
 
-def shapes_of(planned: Plan, met: Met) -> list[Shape]:
+def shapes_of(planned: GridPlan, met: EngineCapabilities) -> list[GridShape]:
     """The shapes of a plan."""
     return plan(planned.length, cached=met.cached, tokens=met.target.tokens, most_images=met.most_images)
 
 
-async def grid(rig: Rig, planned: Plan, journal: Journal, done: Done, seconds: float) -> None:
+async def grid(rig: Rig, planned: GridPlan, journal: Checkpoint, done: Done, seconds: float) -> None:
     """Turns of all shapes, at least two, and more while another fits into the time. Fills `done`."""
     shapes = shapes_of(planned, rig.met)
     each = seconds / (MOST_TURNS * len(shapes))
@@ -161,19 +160,19 @@ async def grid(rig: Rig, planned: Plan, journal: Journal, done: Done, seconds: f
         turns = max(LEAST_TURNS, min(MOST_TURNS, int(seconds / (spent / turn))))
 
 
-async def measure(rig: Rig, shape: Shape, concurrency: int, seconds: float, turn: int) -> Entry:
+async def measure(rig: Rig, shape: GridShape, concurrency: int, seconds: float, turn: int) -> CheckpointEntry:
     """One shape's cost; again where the engine served others meanwhile. Raises EngineRefused where it goes on doing so."""
     seed = zlib.crc32(f"{shape} {turn} {time.time_ns()}".encode())  # new prompts also when it is done again
     while True:
         started = time.monotonic()
         sample = await rig.traffic(seed).run(shape, concurrency, seconds)
         if not sample.others:
-            return Entry(sample.cost(), time.monotonic() - started, sample.waited)
+            return CheckpointEntry(sample.cost(), time.monotonic() - started, sample.waited)
         await quiet(rig.met)
         seed += 1
 
 
-async def quiet(met: Met) -> None:
+async def quiet(met: EngineCapabilities) -> None:
     """Wait until the engine has no requests. Raises EngineRefused where that does not come."""
     until = time.monotonic() + QUIET
     while load := await met.load():
@@ -186,24 +185,26 @@ async def quiet(met: Met) -> None:
         await asyncio.sleep(LOOK)
 
 
-def findings(planned: Plan, done: Done, chosen: CalibrateSettings, met: Met) -> report.Findings:
+def findings(
+    planned: GridPlan, done: Done, chosen: CalibrateSettings, met: EngineCapabilities
+) -> report.CalibrationReport:
     """Fit, and say what the fit is worth."""
     rows = fit.merged([(shape, entry.measured) for (shape, _), entry in done.items()])
     fitted, held_out = [r for r in rows if not r.shape.held_out], [r for r in rows if r.shape.held_out]
     gpus = hardware.gpus_of(chosen.engine, chosen.gpu)
     co = fit.fit([r.measured for r in fitted], prior(chosen, gpus))
     worth = fit.accuracy([r.measured for r in held_out], co)
-    in_flight = search.held(planned.steps, chosen.slo_seconds) * units.mu(planned.steps[0].work, co)
+    in_flight = capacity_search.held(planned.steps, chosen.slo_seconds) * cost_model.mu(planned.steps[0].work, co)
     co = replace(
         co, source=origin(hardware.text(chosen.engine, gpus)), model=met.target.model, engine=met.version, gpu=gpus[1],
         flags=",".join(f"{name}={value}" for name, value in sorted(met.flags.items())),
         batch=float(planned.concurrency), mape=round(worth.mape, 4), p90=round(worth.p90, 4), r2=round(worth.r2, 4),
         mu_in_flight=round(in_flight, 4), slo_seconds=chosen.slo_seconds,
     )  # fmt: skip
-    named = json.dumps([identity(chosen, met), co.source, *(getattr(co, name) for name in units.TERMS)])
+    named = json.dumps([identity(chosen, met), co.source, *(getattr(co, name) for name in cost_model.TERMS)])
     co = replace(co, fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest())
     waited = statistics.median(entry.waited for entry in done.values())
-    return report.Findings(fitted, held_out, co, planned, waited)
+    return report.CalibrationReport(fitted, held_out, co, planned, waited)
 
 
 def origin(machine: str) -> str:
@@ -212,10 +213,10 @@ def origin(machine: str) -> str:
     return f"calibrated {today} on {machine}" if machine else f"calibrated {today}"
 
 
-def prior(chosen: CalibrateSettings, gpus: tuple[int, str]) -> units.Coefficients:
+def prior(chosen: CalibrateSettings, gpus: tuple[int, str]) -> cost_model.Coefficients:
     """A roofline of the model where its directory was given, else the documented default."""
     config = config_of(chosen.model)
-    return roofline(config, gpus[1], gpus[0]) if config else units.Coefficients()
+    return roofline(config, gpus[1], gpus[0]) if config else cost_model.Coefficients()
 
 
 def config_of(model: str) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def config_of(model: str) -> dict[str, Any]:
         return {}
 
 
-def identity(chosen: CalibrateSettings, met: Met) -> dict[str, Any]:
+def identity(chosen: CalibrateSettings, met: EngineCapabilities) -> dict[str, Any]:
     """What a measurement depends on."""
     config = config_of(chosen.model)
     return {

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from sidecar.events import Work
-from sidecar.load import cost_model as units
+from sidecar.events import RequestSize
+from sidecar.load import cost_model
 from sidecar.load.cost_model import TERMS, Coefficients
-from sidecar.tools.calibrate.shapes import Shape
+from sidecar.tools.calibrate.shapes import GridShape
 
 RIDGE: Final = 0.0003  # weight of the prior, per measurement
 ROUNDS: Final = 4000
@@ -28,15 +28,15 @@ ENOUGH: Final = 1e-12
 class Measured:
     """What a request of this size cost: milliseconds of the engine, when it had as much as it could work on."""
 
-    work: Work
+    work: RequestSize
     ms: float
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FitRow:
     """A shape over all turns: its cost, and how far the turns lie apart (their range between quartiles, as a share of the cost)."""
 
-    shape: Shape
+    shape: GridShape
     measured: Measured
     spread: float
 
@@ -50,16 +50,16 @@ class Accuracy:
     r2: float
 
 
-def merged(turns: Iterable[tuple[Shape, Measured]]) -> list[Row]:
+def merged(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
     """The turns of each shape as one: their lower quartile, because whatever else the machine does only ever adds to a cost."""
-    shapes: dict[Shape, list[Measured]] = {}
+    shapes: dict[GridShape, list[Measured]] = {}
     for shape, measured in turns:
         shapes.setdefault(shape, []).append(measured)
     rows = []
     for shape, several in shapes.items():
         costs = [m.ms for m in several]
         low, _, high = statistics.quantiles(costs, n=4, method="inclusive") if len(costs) > 1 else costs * 3
-        rows.append(Row(shape, Measured(several[0].work, low), (high - low) / low))
+        rows.append(FitRow(shape, Measured(several[0].work, low), (high - low) / low))
     return rows
 
 
@@ -68,7 +68,7 @@ def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coef
     if len(measured) < 4:
         raise ValueError("too few measurements to fit: at least four shapes are needed")
     prior = prior or Coefficients()
-    rows = [units.features(m.work, prior) for m in measured]
+    rows = [cost_model.features(m.work, prior) for m in measured]
     shown = [any(r[j] for r in rows) for j in range(len(TERMS))]
     scale = _scale(measured, prior)
     start = [getattr(prior, name) * scale for name in TERMS]
@@ -78,7 +78,7 @@ def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coef
 
 
 def _scale(measured: Sequence[Measured], prior: Coefficients) -> float:
-    return math.exp(statistics.median(math.log(m.ms / units.gpu_ms(m.work, prior)) for m in measured))
+    return math.exp(statistics.median(math.log(m.ms / cost_model.gpu_ms(m.work, prior)) for m in measured))
 
 
 def solve(rows: Sequence[Sequence[float]], costs: Sequence[float], prior: Sequence[float], ridge: float) -> list[float]:
@@ -122,7 +122,7 @@ def line(measured: Sequence[Measured]) -> list[float]:
 
 def accuracy(measured: Sequence[Measured], co: Coefficients) -> Accuracy:
     """How far the coefficients are off on these measurements."""
-    return _accuracy([(m.ms, units.gpu_ms(m.work, co)) for m in measured])
+    return _accuracy([(m.ms, cost_model.gpu_ms(m.work, co)) for m in measured])
 
 
 def line_accuracy(measured: Sequence[Measured], fitted: Sequence[float]) -> Accuracy:
@@ -133,7 +133,7 @@ def line_accuracy(measured: Sequence[Measured], fitted: Sequence[float]) -> Accu
 
 def variation(measured: Sequence[Measured], co: Coefficients) -> float:
     """Coefficient of variation, over the shapes, of the capacity in MU per minute. 0: the same whatever is asked."""
-    per_minute = [units.mu(m.work, co) * 60_000 / m.ms for m in measured]
+    per_minute = [cost_model.mu(m.work, co) * 60_000 / m.ms for m in measured]
     return statistics.pstdev(per_minute) / statistics.mean(per_minute)
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
-from sidecar.events import Work
-from sidecar.tools.calibrate.shapes import Shape
+from sidecar.events import RequestSize
+from sidecar.tools.calibrate.shapes import GridShape
 
 VOCABULARY: Final = (
     "red",
@@ -37,7 +37,7 @@ TOKENS_PER_WORD: Final = 3  # at most, about: of a tokenizer that knows none of 
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PromptTarget:
     """The engine, and how it is asked. `ids`: it takes prompts as token ids, of which `vocabulary` are safe.
 
     `tokens`: encoder tokens of one photo, by its longer side; empty where it takes none.
@@ -67,18 +67,18 @@ class Prompt:
 class Prompts:
     """Makes requests, always new ones; those of one maker share the cached part."""
 
-    def __init__(self, target: Target, seed: int = 0) -> None:
+    def __init__(self, target: PromptTarget, seed: int = 0) -> None:
         self._target = target
         self._random = random.Random(seed)
         self._shifts = random.Random(seed)
         self._prefix: list[int] = []
 
-    def lead(self, shape: Shape) -> Prompt:
+    def lead(self, shape: GridShape) -> Prompt:
         """The request that leaves the cached part of `shape` in the engine's cache."""
         self._prefix = self._tokens(shape.cached)
         return self._completion(self._prefix + self._tokens(1), 1)
 
-    def next(self, shape: Shape) -> Prompt:
+    def next(self, shape: GridShape) -> Prompt:
         """A request of this shape; with a side, one that could carry photos. A photo takes milliseconds: call it on a thread."""
         if shape.side:
             return self._chat(shape)
@@ -88,7 +88,7 @@ class Prompts:
         prompt = tokens if self._target.ids else self._text(tokens)
         return Prompt("/v1/completions", {"prompt": prompt, **self._common(output)})
 
-    def _chat(self, shape: Shape) -> Prompt:
+    def _chat(self, shape: GridShape) -> Prompt:
         urls = [photo_url(shape.side, self._shifts.getrandbits(32)) for _ in range(shape.images)]
         content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         words = self._text(self._tokens(max(1, shape.uncached // TOKENS_PER_WORD)))
@@ -131,14 +131,14 @@ def _picture(side: int) -> Any:
     return pixels(side, side * 3 // 4, seed=side)
 
 
-def used(answer: Any, shape: Shape, target: Target) -> Work:
+def used(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
     """What an answer says that it used. Raises ValueError."""
     try:
         usage = answer["usage"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         n, each = shape.images, target.tokens.get(shape.side, 0)
         new, output = usage["prompt_tokens"] - cached, usage["completion_tokens"]
-        return Work(new, cached, output, n * each, n, image_squares=n * each * each)
+        return RequestSize(new, cached, output, n * each, n, image_squares=n * each * each)
     except (KeyError, TypeError, AttributeError):
         raise ValueError("no usage") from None
 

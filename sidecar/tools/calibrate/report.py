@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.tools.calibrate.checkpoint import Plan
-from sidecar.tools.calibrate.fit import Measured, Row, accuracy, line, line_accuracy, variation
+from sidecar.tools.calibrate.checkpoint import GridPlan
+from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, line, line_accuracy, variation
 
 BAR: Final = 24
 NOISY: Final = 0.15  # spread of the turns, from which on the machine is said to be busy with other things
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
+class CalibrationReport:
     """Shapes that were fitted and that were held out, and what came of them.
 
     `waited`: the share of the time in which the engine had no core, half of the measurements more.
     """
 
-    fitted: Sequence[Row]
-    held_out: Sequence[Row]
+    fitted: Sequence[FitRow]
+    held_out: Sequence[FitRow]
     co: Coefficients
-    plan: Plan
+    plan: GridPlan
     waited: float
 
     @property
@@ -40,11 +40,11 @@ class Findings:
         return statistics.median(row.spread for row in (*self.fitted, *self.held_out))
 
 
-def _of(rows: Sequence[Row]) -> list[Measured]:
+def _of(rows: Sequence[FitRow]) -> list[Measured]:
     return [row.measured for row in rows]
 
 
-def text(found: Findings, slo: float) -> str:
+def text(found: CalibrationReport, slo: float) -> str:
     """The report."""
     co = found.co
     noisy = "; the machine does other things, too: measure again when it does not"
@@ -53,20 +53,20 @@ def text(found: Findings, slo: float) -> str:
             *table(found),
             "",
             *held_out(found),
-            f"capacity with {found.plan.concurrency} open: {units.max_mu_per_minute(co):.1f} MU per minute, "
+            f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
             f"coefficient of variation over the shapes {found.variation:.1%}",
             f"turns of one shape lie {found.spread:.1%} apart; the engine had no core in {found.waited:.1%} of the time, which is taken out"
             + (noisy if max(found.spread, found.waited) > NOISY else ""),
             f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
             "a generated token: "
             + ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode),
-            f"1 MU = {units.unit_ms(co):.1f} ms; "
-            + ", ".join(f"{name} {getattr(co, name):.4g}" for name in units.TERMS),
+            f"1 MU = {cost_model.unit_ms(co):.1f} ms; "
+            + ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS),
         ]
     )
 
 
-def held_out(found: Findings) -> list[str]:
+def held_out(found: CalibrationReport) -> list[str]:
     """The errors on what was held out; where photos were measured, also without and with them."""
     fitted = line(_of(found.fitted))
     kinds = [("held out", found.held_out)]
@@ -83,12 +83,12 @@ def held_out(found: Findings) -> list[str]:
     return lines
 
 
-def table(found: Findings) -> list[str]:
+def table(found: CalibrationReport) -> list[str]:
     """One line for each shape, the cheap ones first."""
     rows = [("shape", "measured ms", "model ms", "error", "turns", "")]
     for kept, group in (("", found.fitted), ("held out", found.held_out)):
         for row in sorted(group, key=lambda row: row.measured.ms):
-            ms, predicted = row.measured.ms, units.gpu_ms(row.measured.work, found.co)
+            ms, predicted = row.measured.ms, cost_model.gpu_ms(row.measured.work, found.co)
             rows.append(
                 (
                     row.shape.name,
@@ -103,17 +103,17 @@ def table(found: Findings) -> list[str]:
     return ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
-def _in_flight(found: Findings, slo: float) -> str:
+def _in_flight(found: CalibrationReport, slo: float) -> str:
     if found.co.mu_in_flight > 0:
         return f"{found.co.mu_in_flight:.2f} MU in flight"
     if found.plan.steps[0].p95 > slo:
         return "nothing; not even one request of this size alone keeps it"
-    return f"not reached in the time; by Little's law {units.max_mu_in_flight(found.co, slo):.2f} MU in flight"
+    return f"not reached in the time; by Little's law {cost_model.max_mu_in_flight(found.co, slo):.2f} MU in flight"
 
 
-def _steps(found: Findings) -> str:
+def _steps(found: CalibrationReport) -> str:
     return ", ".join(
-        f"{s.open} open: {s.p95:.2f} s, {s.rate * units.mu(s.work, found.co) * 60:.0f} MU per minute"
+        f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, found.co) * 60:.0f} MU per minute"
         for s in found.plan.steps
     )
 

@@ -23,7 +23,7 @@ WORDS: Final = 32  # tokens of text beside images, about
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class GridShape:
     """Tokens of one request: new prompt tokens, tokens that an earlier request left in the prefix cache, output tokens.
 
     And photos: how many, and their longer side in pixels; `uncached` is then the text beside them.
@@ -83,7 +83,9 @@ PHOTOS: Final[tuple[tuple[int, int, float, bool], ...]] = (
 )
 
 
-def plan(length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, most_images: int = 4) -> list[Shape]:
+def plan(
+    length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, most_images: int = 4
+) -> list[GridShape]:
     """The shapes of up to `length` tokens. Raises ValueError where that is too short.
 
     `cached`: whether the engine says how much of a prompt it had cached. `tokens`: of one photo, by its side, where it takes photos.
@@ -93,14 +95,14 @@ def plan(length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, 
     shapes = [_shape(length, *row) for row in GRID if cached or not row[1]]
     for images, which, output, held_out in PHOTOS if tokens else ():
         side = SIDES[which]
-        shape = Shape(WORDS, 0, max(1, int(output * length)), held_out, images, side)
+        shape = GridShape(WORDS, 0, max(1, int(output * length)), held_out, images, side)
         if images <= most_images and images * (tokens or {}).get(side, length) + 4 * WORDS + shape.output <= length:
             shapes.append(shape)
     return shapes
 
 
-def _shape(length: int, uncached: float, cached: float, output: float, held_out: bool = False) -> Shape:
-    return Shape(max(8, int(uncached * length)), int(cached * length), max(1, int(output * length)), held_out)
+def _shape(length: int, uncached: float, cached: float, output: float, held_out: bool = False) -> GridShape:
+    return GridShape(max(8, int(uncached * length)), int(cached * length), max(1, int(output * length)), held_out)
 
 
 def least(context: int, tokens: Mapping[int, int]) -> int:
@@ -109,22 +111,22 @@ def least(context: int, tokens: Mapping[int, int]) -> int:
     return min(context, max(LEAST, photos))
 
 
-def largest(length: int) -> Shape:
+def largest(length: int) -> GridShape:
     """The shape of a plan that takes longest."""
     return _shape(length, *LARGEST)
 
 
-def generating(length: int) -> Shape:
+def generating(length: int) -> GridShape:
     """A shape that generates and has next to no prompt."""
     return _shape(length, *GENERATING)
 
 
-def ordered(shapes: list[Shape], turn: int) -> list[Shape]:
+def ordered(shapes: list[GridShape], turn: int) -> list[GridShape]:
     """The shapes in the order of this turn."""
     return random.Random(turn).sample(shapes, len(shapes))
 
 
-def reference(context: int, part: float = 1.0) -> Shape:
+def reference(context: int, part: float = 1.0) -> GridShape:
     """The shape that one model unit stands for, 3500 in and 300 out, or a part of it; cut down to what the engine takes."""
     scale = part * min(1.0, 0.9 * context / 3800)
-    return Shape(max(1, int(3500 * scale)), 0, max(1, int(300 * scale)))
+    return GridShape(max(1, int(3500 * scale)), 0, max(1, int(300 * scale)))

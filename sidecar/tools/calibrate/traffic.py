@@ -21,11 +21,11 @@ from typing import Final
 import aiohttp
 
 from sidecar.errors import SidecarError
-from sidecar.events import Work
+from sidecar.events import RequestSize
 from sidecar.tools.calibrate.contention import Cores
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.prompts import Prompt, Prompts, Target, used, words
-from sidecar.tools.calibrate.shapes import Shape
+from sidecar.tools.calibrate.prompts import Prompt, Prompts, PromptTarget, used, words
+from sidecar.tools.calibrate.shapes import GridShape
 
 SECONDS: Final = 300.0  # deadline of one request
 LOOK: Final = 1.0  # seconds between looks at what else the engine serves: its page costs it milliseconds
@@ -43,7 +43,7 @@ class EngineRefused(SidecarError):
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class BackgroundLoad:
     """What is watched during a run: how many requests the engine has, and how long it waits for a core."""
 
     load: Load | None = None
@@ -51,7 +51,7 @@ class Beside:
 
 
 @dataclass(slots=True)
-class Sample:
+class LatencySample:
     """What a run at one shape and concurrency showed, of requests that began and ended while all others were open, too. Seconds.
 
     `others`: requests of others that were there all the while; 0 where there were none. `waited`: the share of the time in which
@@ -60,7 +60,7 @@ class Sample:
 
     concurrency: int
     latencies: list[float] = field(default_factory=list)
-    works: Counter[Work] = field(default_factory=Counter)
+    works: Counter[RequestSize] = field(default_factory=Counter)
     others: int = 0
     waited: float = 0.0
 
@@ -75,32 +75,32 @@ class Sample:
         return ranked[min(len(ranked) - 1, int(0.95 * len(ranked)))] * (1 - self.waited)
 
 
-class Traffic:
+class CalibrationTraffic:
     """Sends requests of given shapes."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, target: Target, seed: int = 0, beside: Beside | None = None
+        self, session: aiohttp.ClientSession, target: PromptTarget, seed: int = 0, beside: BackgroundLoad | None = None
     ) -> None:
         self._session = session
         self._target = target
         self._prompts = Prompts(target, seed)
-        self._beside = beside or Beside()
+        self._beside = beside or BackgroundLoad()
 
-    async def once(self, shape: Shape) -> Work:
+    async def once(self, shape: GridShape) -> RequestSize:
         """One request alone. Raises EngineRefused."""
         if shape.cached:
             await self._ask(self._prompts.lead(shape), shape)
         return await self._ask(await self._next(shape), shape)
 
-    async def burst(self, shape: Shape, number: int) -> float:
+    async def burst(self, shape: GridShape, number: int) -> float:
         """Seconds until as many requests, sent at once, are all answered. Raises EngineRefused."""
         started = time.monotonic()
         await asyncio.gather(*(self.once(shape) for _ in range(number)))
         return time.monotonic() - started
 
-    async def run(self, shape: Shape, concurrency: int, seconds: float, rounds: int = 1) -> Sample:
+    async def run(self, shape: GridShape, concurrency: int, seconds: float, rounds: int = 1) -> LatencySample:
         """Keep `concurrency` requests open for `seconds`, and until `rounds` of them have counted. Raises EngineRefused."""
-        sample = Sample(concurrency)
+        sample = LatencySample(concurrency)
         if shape.cached:
             await self._ask(self._prompts.lead(shape), shape)
         until, enough = time.monotonic() + seconds, asyncio.Event()
@@ -135,7 +135,7 @@ class Traffic:
             await asyncio.gather(*workers, looking, ended, return_exceptions=True)
         return sample
 
-    async def _look(self, sample: Sample) -> None:
+    async def _look(self, sample: LatencySample) -> None:
         """Take down what the engine serves beside us. Ends with the run."""
         seen = 0
         while self._beside.load is not None:
@@ -146,12 +146,12 @@ class Traffic:
             if seen >= STRANGE:
                 sample.others = max(sample.others, more)
 
-    async def _next(self, shape: Shape) -> Prompt:
+    async def _next(self, shape: GridShape) -> Prompt:
         if shape.images:  # a JPEG holds the loop up otherwise
             return await asyncio.to_thread(self._prompts.next, shape)
         return self._prompts.next(shape)
 
-    async def _ask(self, prompt: Prompt, shape: Shape) -> Work:
+    async def _ask(self, prompt: Prompt, shape: GridShape) -> RequestSize:
         try:
             async with self._session.post(
                 self._target.url + prompt.path, json=prompt.body, headers=self._target.headers,

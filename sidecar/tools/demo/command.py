@@ -19,12 +19,12 @@ from typing import Any, Final
 import aiohttp
 
 from sidecar.flags import address, flag, integer, number, one_of
-from sidecar.tools.demo import processes as stages
+from sidecar.tools.demo import processes
 from sidecar.tools.demo.admin_client import AdminClient
-from sidecar.tools.demo.kubelet import Event, Happening, Kubelet
-from sidecar.tools.demo.processes import MODEL, Stage, url
+from sidecar.tools.demo.kubelet import Happening, Kubelet, KubeletEvent
+from sidecar.tools.demo.processes import MODEL, DemoProcesses, url
 from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
-from sidecar.tools.demo.traffic import OUTCOMES, Plan, Traffic, found_pictures, made_pictures
+from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, found_pictures, made_pictures
 
 WATCH: Final = 0.25  # seconds between looks at the verdicts
 PROGRESS: Final = 5.0  # seconds between progress lines
@@ -76,7 +76,7 @@ def main(settings: DemoSettings) -> int:
 
 async def _main(settings: DemoSettings) -> int:
     found = await asyncio.to_thread(found_pictures, Path(settings.images)) if settings.images else []
-    stage = await asyncio.to_thread(stages.make, settings.listen, settings.admin)
+    stage = await asyncio.to_thread(processes.make, settings.listen, settings.admin)
     demo = Demo(settings, stage, found)
     failures = ["the demo itself failed"]
     try:
@@ -106,7 +106,7 @@ ENGINE_LINES: Final[dict[Happening, str | None]] = {
 class Demo:
     """One run: the pod's two containers, the traffic, the stalls, and the account of them."""
 
-    def __init__(self, settings: DemoSettings, stage: Stage, found: list[str]) -> None:
+    def __init__(self, settings: DemoSettings, stage: DemoProcesses, found: list[str]) -> None:
         self.settings: Final = settings
         self.stage: Final = stage
         self.card: Final = Scorecard()
@@ -118,7 +118,7 @@ class Demo:
         self._recovered = asyncio.Event()
         self._ending = False
         self._broken: list[str] = []
-        self._traffic: Traffic | None = None
+        self._traffic: DemoTraffic | None = None
 
     def say(self, line: str) -> None:
         """One line, with the seconds since the start."""
@@ -131,7 +131,7 @@ class Demo:
         print(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
         stall = f"; it is made to stall ({s.fault}) after each {s.stall_after:g} s of service" if s.stall_after else ""
         print(f"engine: scripted, behind the relay{stall}")
-        print(f"quick settings, to keep this short: {stages.quick_settings()}")
+        print(f"quick settings, to keep this short: {processes.quick_settings()}")
         for note in stage.notes:
             print(f"note:   {note}")
         print("Ctrl-C ends it." if not s.seconds else f"It ends by itself after {s.seconds:g} s.", flush=True)
@@ -178,7 +178,9 @@ class Demo:
             group.create_task(self._watch(admin))
             await self._ready.wait()
             s = self.settings
-            self._traffic = Traffic(Plan(url(self.stage.relay), s.rate, s.in_flight, s.seed, MODEL, pictures))
+            self._traffic = DemoTraffic(
+                TrafficPlan(url(self.stage.relay), s.rate, s.in_flight, s.seed, MODEL, pictures)
+            )
             self.say(f"traffic: {s.rate:g} requests/s on average, {len(pictures)} photographs at hand")
             group.create_task(self._traffic.run())
             group.create_task(self._progress(admin))
@@ -191,7 +193,7 @@ class Demo:
 
     # --- what the kubelets report ---
 
-    def _on_sidecar(self, event: Event) -> None:
+    def _on_sidecar(self, event: KubeletEvent) -> None:
         if self._ending:
             return
         if event.kind == "ready":
@@ -201,7 +203,7 @@ class Demo:
             self._broken.append(f"the sidecar ended ({event.detail})")
             self._stop.set()
 
-    def _on_engine(self, event: Event) -> None:
+    def _on_engine(self, event: KubeletEvent) -> None:
         if self._ending:
             return
         line = ENGINE_LINES[event.kind]

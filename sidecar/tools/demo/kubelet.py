@@ -48,7 +48,7 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class KubeletEvent:
     """Something that kubelet would report. `run` of `threshold` for a probe; `pid` and `restarts` of the container."""
 
     kind: Happening
@@ -65,7 +65,7 @@ class Event:
 class Kubelet:
     """Runs one container, probes it and restarts it, from `async with` until its end, which ends the container too."""
 
-    def __init__(self, container: Container, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, container: Container, on_event: Callable[[KubeletEvent], None]) -> None:
         self.container: Final = container
         self.restarts = 0
         self.pid = 0  # 0 while no container runs
@@ -108,7 +108,7 @@ class Kubelet:
         return kind not in self._probes or self._probes[kind].value == "success"
 
     def _report(self, kind: Happening, **more: object) -> None:
-        self._tell(replace(Event(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
+        self._tell(replace(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
 
     def _report_readiness(self) -> None:
         if self.ready != self._was_ready:

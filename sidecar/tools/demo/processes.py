@@ -57,7 +57,7 @@ PREPROCESSOR: Final[dict[str, object]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DemoProcesses:
     """Addresses and files of one demo. `directory` is temporary and ours alone; `notes` are lines for the user."""
 
     directory: Path
@@ -118,7 +118,7 @@ class Stage:
         )
 
 
-def make(listen: Address, admin: Address) -> Stage:
+def make(listen: Address, admin: Address) -> DemoProcesses:
     """Choose the addresses and write the files. The caller removes `directory`."""
     chosen, notes = {}, []
     for name, wanted in (("listen", listen), ("admin", admin)):
@@ -138,7 +138,7 @@ def make(listen: Address, admin: Address) -> Stage:
     (directory / "model" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     (directory / "model" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     engine = free(("127.0.0.1", 0))
-    return Stage(directory, engine, chosen["listen"], chosen["admin"], not missing, tuple(notes))
+    return DemoProcesses(directory, engine, chosen["listen"], chosen["admin"], not missing, tuple(notes))
 
 
 def free(wanted: Address) -> Address:

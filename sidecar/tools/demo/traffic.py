@@ -60,7 +60,7 @@ WORDS: Final = [
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TrafficShape:
     """A kind of request. `words` and `output` (tokens) are the least and the most; `weight` its share of the traffic."""
 
     weight: int
@@ -72,27 +72,27 @@ class Shape:
 
 
 SHAPES: Final = (
-    Shape(5, "search", "completions", (20, 120), (4, 16)),
-    Shape(4, "assistant", "chat/completions", (40, 400), (30, 120)),
-    Shape(2, "batch", "completions", (800, 2500), (60, 160)),
-    Shape(3, "catalogue", "chat/completions", (10, 40), (20, 60), pictures=1),
-    Shape(1, "insurance", "chat/completions", (20, 80), (40, 90), pictures=2),
+    TrafficShape(5, "search", "completions", (20, 120), (4, 16)),
+    TrafficShape(4, "assistant", "chat/completions", (40, 400), (30, 120)),
+    TrafficShape(2, "batch", "completions", (800, 2500), (60, 160)),
+    TrafficShape(3, "catalogue", "chat/completions", (10, 40), (20, 60), pictures=1),
+    TrafficShape(1, "insurance", "chat/completions", (20, 80), (40, 90), pictures=2),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PlannedRequest:
     """One request, `gap` seconds after the one before. `pictures` are indices into the pictures at hand."""
 
     gap: float
-    shape: Shape
+    shape: TrafficShape
     prompt: str
     max_tokens: int
     pictures: tuple[int, ...]
 
 
 @dataclass(slots=True)
-class Tally:
+class TrafficTally:
     """What has come of the traffic so far. `pictures` counts those of requests that ended well."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -107,7 +107,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrafficPlan:
     """Where to, how much, with what. `rate` is requests per second on average; `pictures` are data URLs."""
 
     url: str
@@ -119,14 +119,14 @@ class Plan:
     tenant_header: str = "x-tenant-id"
 
 
-def asks(seed: int, rate: float, pictures: int) -> Iterator[Ask]:
+def asks(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
     """Requests without end: arrivals as a Poisson process; no shape with pictures where there are none."""
     rng = random.Random(seed)
     shapes = [shape for shape in SHAPES if pictures or not shape.pictures]
     weights = [shape.weight for shape in shapes]
     while True:
         shape = rng.choices(shapes, weights)[0]
-        yield Ask(
+        yield PlannedRequest(
             gap=rng.expovariate(rate),
             shape=shape,
             prompt=" ".join(rng.choices(WORDS, k=rng.randint(*shape.words))),
@@ -135,7 +135,7 @@ def asks(seed: int, rate: float, pictures: int) -> Iterator[Ask]:
         )
 
 
-def body(ask: Ask, model: str, pictures: Sequence[str]) -> dict[str, Any]:
+def body(ask: PlannedRequest, model: str, pictures: Sequence[str]) -> dict[str, Any]:
     """The request's JSON body."""
     common = {"model": model, "max_tokens": ask.max_tokens, "stream": True}
     if ask.shape.route == "completions":
@@ -154,12 +154,12 @@ def outcome(status: int, complete: bool) -> str:
     return "unavailable" if status in UNAVAILABLE else "engine_error"
 
 
-class Traffic:
+class DemoTraffic:
     """Sends a plan's requests until it is cancelled; then each one that is still under way counts as "open"."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: TrafficPlan) -> None:
         self.plan: Final = plan
-        self.tally: Final = Tally()
+        self.tally: Final = TrafficTally()
 
     async def run(self, most: int | None = None) -> None:
         """Send without end, or `most` requests and return when the last has ended."""
@@ -180,7 +180,7 @@ class Traffic:
                 self.tally.open += 1
                 group.create_task(self._send(http, ask))
 
-    async def _send(self, http: aiohttp.ClientSession, ask: Ask) -> None:
+    async def _send(self, http: aiohttp.ClientSession, ask: PlannedRequest) -> None:
         ended = "open"
         try:
             ended = await self._answer(http, ask)
@@ -197,7 +197,7 @@ class Traffic:
             self.tally.pictures += len(ask.pictures)
             self.tally.last_ok = time.monotonic()
 
-    async def _answer(self, http: aiohttp.ClientSession, ask: Ask) -> str:
+    async def _answer(self, http: aiohttp.ClientSession, ask: PlannedRequest) -> str:
         data = json.dumps(body(ask, self.plan.model, self.plan.pictures)).encode()
         headers = {"Content-Type": "application/json", self.plan.tenant_header: ask.shape.tenant}
         async with http.post(f"/v1/{ask.shape.route}", data=data, headers=headers) as response:

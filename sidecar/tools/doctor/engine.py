@@ -13,55 +13,54 @@ from urllib.parse import urlsplit
 import aiohttp
 import psutil
 
-from sidecar.engines import metrics_parser as sample
-from sidecar.engines import registry as kinds
+from sidecar.engines import metrics_parser, registry
 from sidecar.engines.engine_type import EngineKind
-from sidecar.images import vllm_plugin as plugin
+from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.readings import EngineSample
-from sidecar.runtime import cpu_quota as cpus
+from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
-from sidecar.signals.identify import Met, ask, meet
-from sidecar.tools.doctor.finding import Finding, Level
+from sidecar.signals.identify import ProbeAnswers, ask, probe_engine
+from sidecar.tools.doctor.finding import DoctorFinding, Level
 
 ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
 TOKEN: Final = 60.0  # seconds for one token
 LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 
 
-async def check(chosen: Settings) -> list[Finding]:
+async def check(chosen: Settings) -> list[DoctorFinding]:
     """All findings about the engine. Where it is not there, the rest is left out."""
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
-        met = await meet(session, chosen.engine, headers, ANSWER)
+        met = await probe_engine(session, chosen.engine, headers, ANSWER)
         found = [_reached(met)]
         if found[0].level == "fail":
             return found
-        name = kinds.recognise(met.pages) if chosen.engine_kind == "auto" else chosen.engine_kind
-        kind = kinds.KINDS[name]
+        name = registry.recognise(met.pages) if chosen.engine_kind == "auto" else chosen.engine_kind
+        kind = registry.KINDS[name]
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
         found.append(await _rest(session, chosen, kind))
         found.append(shared_memory(chosen, name))
     return [*found, threads(chosen.engine)]
 
 
-def _reached(met: Met) -> Finding:
+def _reached(met: ProbeAnswers) -> DoctorFinding:
     status = met.status["/v1/models"]
     if status == 0:
-        return Finding("engine", "fail", met.why, "start the engine, or correct --engine")
+        return DoctorFinding("engine", "fail", met.why, "start the engine, or correct --engine")
     if status in (401, 403):
-        return Finding("engine", "fail", f"/v1/models answers {status}", "give the engine's key: --engine-key")
+        return DoctorFinding("engine", "fail", f"/v1/models answers {status}", "give the engine's key: --engine-key")
     if status != 200:
         text = f"/v1/models answers {status}"
-        return Finding(
+        return DoctorFinding(
             "engine", "warn", text, "name the canary's model (--canary-model), or wait until the engine is up"
         )
     names = _models(met.pages["/v1/models"])
     if not names:
-        return Finding("engine", "warn", "/v1/models names no model", "name the canary's model: --canary-model")
-    return Finding(
+        return DoctorFinding("engine", "warn", "/v1/models names no model", "name the canary's model: --canary-model")
+    return DoctorFinding(
         "engine", "ok", "serves " + ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
     )
 
@@ -73,34 +72,34 @@ def _models(page: bytes) -> list[str]:
         return []
 
 
-def _kind(met: Met, name: str, chosen: str) -> Finding:
-    seen = kinds.recognise(met.pages)
+def _kind(met: ProbeAnswers, name: str, chosen: str) -> DoctorFinding:
+    seen = registry.recognise(met.pages)
     if chosen != "auto" and seen not in (chosen, "openai"):
-        return Finding(
+        return DoctorFinding(
             "engine-kind", "warn", f"chosen {chosen}, but it looks like {seen}", "leave --engine-kind at auto"
         )
     if name == "openai" and chosen == "auto":
         text = "not recognised: its metrics are not read, silence is judged by its answers alone"
-        return Finding("engine-kind", "warn", text, "name it with --engine-kind, if it is one of those")
-    return Finding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
+        return DoctorFinding("engine-kind", "warn", text, "name it with --engine-kind, if it is one of those")
+    return DoctorFinding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
 
 
-def _metrics(met: Met, kind: EngineKind) -> Finding:
+def _metrics(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
     if not kind.series:
-        return Finding("engine-metrics", "absent", f"none are read from the kind {kind.name}")
+        return DoctorFinding("engine-metrics", "absent", f"none are read from the kind {kind.name}")
     remedy = "start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"
     page = met.pages.get(kind.metrics_path)
     if page is None:
         status = met.status.get(kind.metrics_path, 0)
-        return Finding("engine-metrics", "warn", f"{kind.metrics_path} answers {status or met.why}", remedy)
+        return DoctorFinding("engine-metrics", "warn", f"{kind.metrics_path} answers {status or met.why}", remedy)
     try:
-        read = sample.parse(page, kind)
+        read = metrics_parser.parse(page, kind)
     except ValueError:
-        return Finding("engine-metrics", "warn", f"{kind.metrics_path} is not Prometheus text", remedy)
+        return DoctorFinding("engine-metrics", "warn", f"{kind.metrics_path} is not Prometheus text", remedy)
     missing = [name for name in kind.series if getattr(read, name) is None]
     level: Level = "warn" if read == EngineSample() else "ok"
     text = f"{len(kind.series) - len(missing)} of {len(kind.series)} series"
-    return Finding(
+    return DoctorFinding(
         "engine-metrics",
         level,
         text + (f"; missing: {', '.join(missing)}" if missing else ""),
@@ -117,60 +116,62 @@ _CANARY: Final[dict[str, tuple[Level, str]]] = {
 }
 
 
-async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> Finding:
+async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
     signal = CanarySignal(session, chosen.engine, kind, {}, model=chosen.canary_model)
     result = await signal.send(TOKEN)
     if result.outcome == "ok":
-        return Finding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
+        return DoctorFinding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
-    return Finding("canary", level, f"{result.outcome}: {result.detail}", remedy)
+    return DoctorFinding("canary", level, f"{result.outcome}: {result.detail}", remedy)
 
 
-async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> Finding:
+async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
     """Where the engine's sleep and pause can be read; what cannot be read is only known when the relay passes the order."""
-    met = Met()
+    met = ProbeAnswers()
     await ask(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, ANSWER)
     read = [*(["its metrics page"] if kind.awake else []), *met.pages]
     if read:
-        return Finding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
+        return DoctorFinding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
     text = "it publishes no sleep or pause: orders of that kind must pass the relay, or their silence looks like a hang"
-    return Finding("engine-rest", "absent", text)
+    return DoctorFinding("engine-rest", "absent", text)
 
 
-def shared_memory(chosen: Settings, kind: str) -> Finding:
+def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
     """Whether images can go to this engine through shared memory, where that was chosen."""
     if chosen.images != "shm":
-        return Finding("images-shm", "absent", f"not used with --images {chosen.images}")
+        return DoctorFinding("images-shm", "absent", f"not used with --images {chosen.images}")
     if kind != "vllm":
-        return Finding(
+        return DoctorFinding(
             "images-shm", "warn", f"images go inline: {kind} takes none from shared memory", "--images inline"
         )
-    seen = plugin.look(SHM_DIR)
+    seen = vllm_plugin.read_status(SHM_DIR)
     if seen.why:
-        return Finding("images-shm", "warn", f"images go inline: {SHM_DIR}: {seen.why}", plugin.REMEDY)
-    return Finding("images-shm", "ok", f"vLLM reads {SHM_DIR} with plugin {seen.version}")
+        return DoctorFinding("images-shm", "warn", f"images go inline: {SHM_DIR}: {seen.why}", vllm_plugin.REMEDY)
+    return DoctorFinding("images-shm", "ok", f"vLLM reads {SHM_DIR} with plugin {seen.version}")
 
 
-def threads(engine: str) -> Finding:
+def threads(engine: str) -> DoctorFinding:
     """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
     url = urlsplit(engine)
     pids = engine_processes.listening(url.port or 80)[0] if url.hostname in LOCAL else set()
     if not pids:
-        return Finding("engine-threads", "absent", "the engine's process cannot be seen from here")
+        return DoctorFinding("engine-threads", "absent", "the engine's process cannot be seen from here")
     try:
         process = psutil.Process(min(pids))
         wanted, usable = process.environ().get("OMP_NUM_THREADS", ""), len(process.cpu_affinity() or [])
     except psutil.Error:
-        return Finding("engine-threads", "absent", "the engine's environment may not be read from here")
-    usable = min(usable or os.cpu_count() or 1, cpus.quota())
+        return DoctorFinding("engine-threads", "absent", "the engine's environment may not be read from here")
+    usable = min(usable or os.cpu_count() or 1, cpu_quota.quota())
     remedy = f"set OMP_NUM_THREADS to the CPUs of its container (here {usable})"
     if not wanted.isdigit():
-        return Finding(
+        return DoctorFinding(
             "engine-threads",
             "warn",
             "OMP_NUM_THREADS is not set: libraries start a thread per core of the node",
             remedy,
         )
     if int(wanted) > usable:
-        return Finding("engine-threads", "warn", f"OMP_NUM_THREADS is {wanted}, over the {usable} usable CPUs", remedy)
-    return Finding("engine-threads", "ok", f"OMP_NUM_THREADS is {wanted}")
+        return DoctorFinding(
+            "engine-threads", "warn", f"OMP_NUM_THREADS is {wanted}, over the {usable} usable CPUs", remedy
+        )
+    return DoctorFinding("engine-threads", "ok", f"OMP_NUM_THREADS is {wanted}")

@@ -9,7 +9,7 @@ Level = Literal["ok", "warn", "fail", "absent"]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DoctorFinding:
     """One check's result. `absent`: not there and not needed. `remedy` is what to do, empty where nothing is."""
 
     name: str

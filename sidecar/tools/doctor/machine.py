@@ -20,17 +20,17 @@ from typing import Final
 
 from sidecar.control.state_dir import StateDir
 from sidecar.errors import SidecarError
-from sidecar.health.probes import STALE
+from sidecar.health.probes import VERDICT_STALE_S
 from sidecar.kernels import families
 from sidecar.launch import preflight
-from sidecar.load.tenant_limits import Limit
+from sidecar.load.tenant_limits import TenantLimit
 from sidecar.readings import Absent, Failed
 from sidecar.relay.pricing import quota
 from sidecar.relay.pricing import tokenizer as counting
-from sidecar.runtime import cpu_quota as cpus
+from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
 from sidecar.signals.gpu.poller import GpuSignal
-from sidecar.tools.doctor.finding import Finding
+from sidecar.tools.doctor.finding import DoctorFinding
 
 SHM: Final = Path("/dev/shm")
 SHM_SMALL: Final = 1 << 30  # bytes; a container's default is 64 MiB
@@ -42,21 +42,21 @@ _IMPORT: Final = (
 )
 
 
-def coefficients(chosen: Settings) -> Finding:
+def coefficients(chosen: Settings) -> DoctorFinding:
     """The coefficients file, or that there is none."""
     try:
         co = preflight.coefficients(chosen)
     except (SidecarError, OSError) as e:
-        return Finding("coefficients", "fail", str(e), "correct the file, or leave --coefficients away")
+        return DoctorFinding("coefficients", "fail", str(e), "correct the file, or leave --coefficients away")
     if not chosen.coefficients:
         text = f"{co.source}; not measured"
-        return Finding(
+        return DoctorFinding(
             "coefficients", "warn", text, "measure them with `sidecar calibrate`, and give --coefficients FILE"
         )
-    return Finding("coefficients", "ok", f"{co.fingerprint} ({co.source})")
+    return DoctorFinding("coefficients", "ok", f"{co.fingerprint} ({co.source})")
 
 
-def state_dir(chosen: Settings) -> Finding:
+def state_dir(chosen: Settings) -> DoctorFinding:
     """Whether the directory can be written, and whether its clock is ours: probes judge by the files' age."""
     new = not Path(chosen.state_dir).exists()
     try:
@@ -64,17 +64,17 @@ def state_dir(chosen: Settings) -> Finding:
         with tempfile.NamedTemporaryFile(dir=state.path) as file:
             skew = Path(file.name).stat().st_mtime - time.time()
     except (SidecarError, OSError) as e:
-        return Finding("state-dir", "fail", str(e), "mount an emptyDir there, or name another directory")
+        return DoctorFinding("state-dir", "fail", str(e), "mount an emptyDir there, or name another directory")
     if new:
         with contextlib.suppress(OSError):
             state.path.rmdir()
-    if abs(skew) > STALE / 2:
+    if abs(skew) > VERDICT_STALE_S / 2:
         text = f"file times there are {skew:+.0f} s off the clock, so probes by file age cannot work"
-        return Finding("state-dir", "fail", text, "use an emptyDir, not a network volume")
-    return Finding("state-dir", "ok", f"{chosen.state_dir} can be written")
+        return DoctorFinding("state-dir", "fail", text, "use an emptyDir, not a network volume")
+    return DoctorFinding("state-dir", "ok", f"{chosen.state_dir} can be written")
 
 
-def ports(chosen: Settings) -> Finding:
+def ports(chosen: Settings) -> DoctorFinding:
     """Whether both ports are free."""
     try:
         for name, address in (("listen", chosen.listen), ("admin", chosen.admin)):
@@ -82,61 +82,61 @@ def ports(chosen: Settings) -> Finding:
         if chosen.orca_grpc:
             preflight.reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca").close()
     except SidecarError as e:
-        return Finding("ports", "fail", str(e), "or is the sidecar running already?")
-    return Finding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
+        return DoctorFinding("ports", "fail", str(e), "or is the sidecar running already?")
+    return DoctorFinding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
 
 
-def limits(chosen: Settings) -> Finding:
+def limits(chosen: Settings) -> DoctorFinding:
     """The file of the tenants' limits, or that there is none."""
     if not chosen.tenant_limits:
-        return Finding("tenant-limits", "absent", "no --tenant-limits: any tenant may use all")
+        return DoctorFinding("tenant-limits", "absent", "no --tenant-limits: any tenant may use all")
     try:
         found = quota.read(chosen.tenant_limits)
     except SidecarError as e:
-        return Finding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
-    others = "each other one has the default" if found.default != Limit() else "others have no limit"
-    return Finding("tenant-limits", "ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
+        return DoctorFinding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
+    others = "each other one has the default" if found.default != TenantLimit() else "others have no limit"
+    return DoctorFinding("tenant-limits", "ok", f"tenants with limits of their own: {len(found.tenants)}; {others}")
 
 
-def tokenizer(chosen: Settings) -> Finding:
+def tokenizer(chosen: Settings) -> DoctorFinding:
     """Whether prompt tokens are counted, or estimated by a ratio."""
-    if not chosen.model or not (Path(chosen.model) / counting.FILE).is_file():
-        text = f"prompt tokens are estimated: no --model directory with a {counting.FILE}"
-        return Finding("tokenizer", "absent", text)
+    if not chosen.model or not (Path(chosen.model) / counting.TOKENIZER_FILE).is_file():
+        text = f"prompt tokens are estimated: no --model directory with a {counting.TOKENIZER_FILE}"
+        return DoctorFinding("tokenizer", "absent", text)
     if importlib.util.find_spec("tokenizers") is None:
         remedy = "pip install 'inference-sidecar[tokenizer]'"
-        return Finding("tokenizer", "absent", "prompt tokens are estimated: the extra is not installed", remedy)
+        return DoctorFinding("tokenizer", "absent", "prompt tokens are estimated: the extra is not installed", remedy)
     counter = counting.load(chosen.model)
     if counter is None:
-        text = f"{counting.FILE} cannot be read: prompt tokens are estimated"
-        return Finding("tokenizer", "warn", text, "correct the file")
+        text = f"{counting.TOKENIZER_FILE} cannot be read: prompt tokens are estimated"
+        return DoctorFinding("tokenizer", "warn", text, "correct the file")
     counter.close()
-    return Finding("tokenizer", "ok", f"prompt tokens are counted by {counting.FILE}")
+    return DoctorFinding("tokenizer", "ok", f"prompt tokens are counted by {counting.TOKENIZER_FILE}")
 
 
-def model(chosen: Settings) -> Finding:
+def model(chosen: Settings) -> DoctorFinding:
     """The model's directory and its image processor."""
     if not chosen.model:
-        return Finding(
+        return DoctorFinding(
             "model", "absent", "no --model: images pass through untouched", "give the model's directory: --model DIR"
         )
     spec = families.explained(chosen.model)
     if isinstance(spec, str):
         text = f"images pass through untouched: {spec}"
-        return Finding("model", "warn" if chosen.images != "off" else "absent", text)
+        return DoctorFinding("model", "warn" if chosen.images != "off" else "absent", text)
     if not spec.inline:
         made = "its tensors by /v1/preprocess; in requests images pass" if spec.tensors else "images pass"
         text = f"image processor known: {made}, since no resized image gives what the original gives"
-        return Finding("model", "ok", text)
-    return Finding("model", "ok", f"image processor known ({type(spec).__name__.lower()} size)")
+        return DoctorFinding("model", "ok", text)
+    return DoctorFinding("model", "ok", f"image processor known ({type(spec).__name__.lower()} size)")
 
 
-def images(chosen: Settings) -> Finding:
+def images(chosen: Settings) -> DoctorFinding:
     """Whether images can be prepared: the extra is there and loads."""
     why = preflight.no_images(chosen)
     if why:
         asked = chosen.images in ("inline", "shm")
-        return Finding(
+        return DoctorFinding(
             "images",
             "fail" if asked else "absent",
             f"off: {why}",
@@ -146,23 +146,25 @@ def images(chosen: Settings) -> Finding:
     try:
         child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LOADING)
     except subprocess.TimeoutExpired:
-        return Finding("images", "fail", f"torch does not load within {LOADING:.0f} s", "check disk and CPU limits")
+        return DoctorFinding(
+            "images", "fail", f"torch does not load within {LOADING:.0f} s", "check disk and CPU limits"
+        )
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
         remedy = "install a pair that fits together: pip install -c constraints.txt 'inference-sidecar[images]'"
-        return Finding("images", "fail", f"torch and torchvision do not load: {last[:200]}", remedy)
+        return DoctorFinding("images", "fail", f"torch and torchvision do not load: {last[:200]}", remedy)
     torch, torchvision, kernel, refused = child.stdout.split()
     text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
     if kernel == "none":
         remedy = "install a C++ compiler, then the package from source; torchvision does the work meanwhile, 2-3 times slower"
-        return Finding("images", "warn", f"{text}: our own was not built", remedy)
+        return DoctorFinding("images", "warn", f"{text}: our own was not built", remedy)
     if refused != "-":
         text += f": its {refused} form gives other bits on this CPU and is not used"
-        return Finding("images", "warn", text, "please report the CPU's name; results are right, only slower")
-    return Finding("images", "ok", text)
+        return DoctorFinding("images", "warn", text, "please report the CPU's name; results are right, only slower")
+    return DoctorFinding("images", "ok", text)
 
 
-def gpu(chosen: Settings) -> Finding:
+def gpu(chosen: Settings) -> DoctorFinding:
     """What NVML says."""
     signal = GpuSignal()
     signal.start()
@@ -171,37 +173,37 @@ def gpu(chosen: Settings) -> Finding:
         time.sleep(0.05)
     asyncio.run(signal.stop())
     if isinstance(reading, Absent):
-        return Finding("gpu", "absent", reading.reason)
+        return DoctorFinding("gpu", "absent", reading.reason)
     if isinstance(reading, Failed):
-        return Finding("gpu", "warn", reading.error, "the verdict does not need it; see the message")
-    return Finding("gpu", "ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
+        return DoctorFinding("gpu", "warn", reading.error, "the verdict does not need it; see the message")
+    return DoctorFinding("gpu", "ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
 
 
-def cpu(chosen: Settings) -> Finding:
+def cpu(chosen: Settings) -> DoctorFinding:
     """The CPUs that we may use, and whether our own settings fit."""
-    usable, wanted = cpus.quota(), max(chosen.workers, chosen.image_workers if chosen.images != "off" else 0)
+    usable, wanted = cpu_quota.quota(), max(chosen.workers, chosen.image_workers if chosen.images != "off" else 0)
     if wanted > usable:
-        return Finding(
+        return DoctorFinding(
             "cpu",
             "warn",
             f"{wanted} processes of one kind for {usable} usable CPUs",
             "lower --workers or --image-workers",
         )
-    return Finding("cpu", "ok", f"{usable} usable of {os.cpu_count()} on the node")
+    return DoctorFinding("cpu", "ok", f"{usable} usable of {os.cpu_count()} on the node")
 
 
-def shm(chosen: Settings) -> Finding:
+def shm(chosen: Settings) -> DoctorFinding:
     """The size of /dev/shm, which engines with several GPUs need."""
     try:
         total = shutil.disk_usage(SHM).total
     except OSError:
-        return Finding("shm", "absent", f"no {SHM}")
+        return DoctorFinding("shm", "absent", f"no {SHM}")
     text = f"{SHM} has {total >> 20} MiB"
     if total < SHM_SMALL:
-        return Finding(
+        return DoctorFinding(
             "shm",
             "warn",
             text + " here; an engine with tensor parallelism needs more in its container",
             "mount an emptyDir of medium Memory there",
         )
-    return Finding("shm", "ok", text)
+    return DoctorFinding("shm", "ok", text)

@@ -14,9 +14,9 @@ from typing import Final
 
 from sidecar.settings import Settings
 from sidecar.tools.doctor import engine, machine, stacks
-from sidecar.tools.doctor.finding import Finding
+from sidecar.tools.doctor.finding import DoctorFinding
 
-Check = Callable[[Settings], Finding]
+Check = Callable[[Settings], DoctorFinding]
 
 CHECKS: Final[dict[str, Check]] = {
     "coefficients": machine.coefficients,
@@ -40,7 +40,7 @@ def main(chosen: Settings, as_json: bool) -> int:
     return 1 if any(f.level == "fail" for f in findings) else 0
 
 
-async def examine(chosen: Settings) -> list[Finding]:
+async def examine(chosen: Settings) -> list[DoctorFinding]:
     """All findings, in the order of the tables; checks run side by side."""
     first = _engine(chosen)
     rest = (_safely(name, check, chosen) for name, check in CHECKS.items())
@@ -48,22 +48,24 @@ async def examine(chosen: Settings) -> list[Finding]:
     return [*of_engine, *(finding for findings in others for finding in findings)]
 
 
-async def _engine(chosen: Settings) -> list[Finding]:
+async def _engine(chosen: Settings) -> list[DoctorFinding]:
     if not chosen.engine:
         return [
-            Finding("engine", "fail", "no --engine", "give the engine's base URL, e.g. --engine http://127.0.0.1:8000")
+            DoctorFinding(
+                "engine", "fail", "no --engine", "give the engine's base URL, e.g. --engine http://127.0.0.1:8000"
+            )
         ]
     return await engine.check(chosen)
 
 
-async def _safely(name: str, check: Check, chosen: Settings) -> list[Finding]:
+async def _safely(name: str, check: Check, chosen: Settings) -> list[DoctorFinding]:
     try:
         return [await asyncio.to_thread(check, chosen)]
     except Exception as e:  # noqa: BLE001 - one check that breaks must not hide what the others found
-        return [Finding(name, "fail", f"the check itself broke ({type(e).__name__})", "please report this")]
+        return [DoctorFinding(name, "fail", f"the check itself broke ({type(e).__name__})", "please report this")]
 
 
-def text(findings: list[Finding]) -> str:
+def text(findings: list[DoctorFinding]) -> str:
     """Aligned lines; a remedy stands below its finding."""
     width = max(len(f.name) for f in findings)
     lines = []

@@ -6,38 +6,37 @@ import asyncio
 
 from sidecar.readings import Absent, Failed
 from sidecar.settings import Settings
-from sidecar.signals import engine_processes
-from sidecar.signals import stack_dump as stacks
-from sidecar.signals.process_examiner import MAX_DUMPED, Aside, dumps
+from sidecar.signals import engine_processes, stack_dump
+from sidecar.signals.process_examiner import MAX_DUMPED, HangProofThread, dumps
 from sidecar.signals.process_state import EngineProcess
-from sidecar.tools.doctor.finding import Finding
+from sidecar.tools.doctor.finding import DoctorFinding
 
 
-def check(chosen: Settings) -> Finding:
+def check(chosen: Settings) -> DoctorFinding:
     """One dump of each of the engine's processes, thrown away."""
     return asyncio.run(_check(chosen.engine))
 
 
-async def _check(engine: str) -> Finding:
+async def _check(engine: str) -> DoctorFinding:
     if not engine:
-        return Finding("stack-dumps", "absent", "no engine to look at")
-    found = await Aside().ask(lambda: engine_processes.find(engine))
+        return DoctorFinding("stack-dumps", "absent", "no engine to look at")
+    found = await HangProofThread().ask(lambda: engine_processes.find(engine))
     if not isinstance(found, tuple):
-        return Finding("stack-dumps", "absent", found.reason if isinstance(found, Absent) else found.error)
-    place = stacks.locate()
+        return DoctorFinding("stack-dumps", "absent", found.reason if isinstance(found, Absent) else found.error)
+    place = stack_dump.locate()
     if place is None:
-        what, _, remedy = stacks.INSTALL.partition(": ")
-        return Finding("stack-dumps", "absent", what, remedy)
+        what, _, remedy = stack_dump.INSTALL.partition(": ")
+        return DoctorFinding("stack-dumps", "absent", what, remedy)
     return judged(found[:MAX_DUMPED], await dumps(found[:MAX_DUMPED], place))
 
 
-def judged(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> Finding:
+def judged(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> DoctorFinding:
     """What the dumps say of those to come."""
     names = [p.name for p in processes if isinstance(dumped[p.pid], str)]
     if names:
-        return Finding("stack-dumps", "ok", f"{len(names)} of {len(processes)} processes: {', '.join(names[:4])}")
+        return DoctorFinding("stack-dumps", "ok", f"{len(names)} of {len(processes)} processes: {', '.join(names[:4])}")
     reasons = sorted({text.error for text in dumped.values() if isinstance(text, Failed)})
-    if stacks.REFUSED in reasons:
-        what, _, remedy = stacks.REFUSED.partition(": ")
-        return Finding("stack-dumps", "warn", f"the engine's processes are seen, but there is {what}", remedy)
-    return Finding("stack-dumps", "absent", "; ".join(reasons[:2]))
+    if stack_dump.REFUSED in reasons:
+        what, _, remedy = stack_dump.REFUSED.partition(": ")
+        return DoctorFinding("stack-dumps", "warn", f"the engine's processes are seen, but there is {what}", remedy)
+    return DoctorFinding("stack-dumps", "absent", "; ".join(reasons[:2]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from textwrap import dedent, indent
 from typing import Final
 
-from sidecar.health.probes import STALE
+from sidecar.health.probes import VERDICT_STALE_S
 from sidecar.tools.manifests import shell
 from sidecar.tools.manifests.settings import ENGINE_PORT, SIDECAR_MEMORY, ManifestSettings, quoted, start
 
@@ -289,7 +289,7 @@ def _connector(s: ManifestSettings) -> str:
 def _safe_probe() -> str:
     return f"""\
 # Fails only while the sidecar says "stalled" and goes on saying it: the file is touched every second, and one older than
-# {STALE:.0f} s passes. So neither a sidecar that is away nor an image without stat kills an engine; only three commands in a
+# {VERDICT_STALE_S:.0f} s passes. So neither a sidecar that is away nor an image without stat kills an engine; only three commands in a
 # row that take longer than timeoutSeconds would.
 livenessProbe:
   exec:

@@ -66,7 +66,7 @@ def quoted(value: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class EngineCommand:
     """How an engine is started so that only this pod reaches it. `flags` may use {model} and {gpus}."""
 
     image: str
@@ -76,31 +76,31 @@ class Kind:
 
 
 # An image is named only where this project is tested with it; the others ask for --image.
-KINDS: Final[dict[str, Kind]] = {
-    "vllm": Kind(
+KINDS: Final[dict[str, EngineCommand]] = {
+    "vllm": EngineCommand(
         "vllm/vllm-openai:v0.32.0",
         ("vllm", "serve"),
         ("{model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--enable-prompt-tokens-details"),
         ("--tensor-parallel-size={gpus}",),
     ),
-    "sglang": Kind(
+    "sglang": EngineCommand(
         "",
         ("python3", "-m", "sglang.launch_server"),
         ("--model-path={model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--enable-metrics"),
         ("--tp-size={gpus}",),
     ),
-    "tgi": Kind(
+    "tgi": EngineCommand(
         "",
         ("text-generation-launcher",),
         ("--model-id={model}", "--hostname=127.0.0.1", f"--port={ENGINE_PORT}"),
         ("--num-shard={gpus}",),
     ),
-    "llamacpp": Kind(
+    "llamacpp": EngineCommand(
         "",
         ("/app/llama-server",),
         ("--model={model}", "--host=127.0.0.1", f"--port={ENGINE_PORT}", "--metrics"),
     ),
-    "scripted": Kind(
+    "scripted": EngineCommand(
         f"inference-sidecar:{__version__}",
         ("sidecar", "engine"),
         (f"--listen=127.0.0.1:{ENGINE_PORT}", "--served-model={model}"),

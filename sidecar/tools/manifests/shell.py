@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sidecar.health.probes import STALE
+from sidecar.health.probes import VERDICT_STALE_S
 
 
 def safe_liveness(state: str) -> str:
@@ -11,7 +11,7 @@ def safe_liveness(state: str) -> str:
     Whatever is missing (the file, `stat`, `date`) passes.
     """
     age = "a=$(( $(date +%s) - ${t:-0} ))"
-    return f"t=$(stat -c %Y {state}/stalled 2>/dev/null) || exit 0; {age}; [ $a -gt {STALE:.0f} ] || [ $a -lt -{STALE:.0f} ]"
+    return f"t=$(stat -c %Y {state}/stalled 2>/dev/null) || exit 0; {age}; [ $a -gt {VERDICT_STALE_S:.0f} ] || [ $a -lt -{VERDICT_STALE_S:.0f} ]"
 
 
 def drain(state: str, endpoints: int, seconds: int) -> str:

@@ -21,7 +21,7 @@ MAX_UPDATE_SECONDS: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class AdminRoute:
     """A POST to `path` begins the fault, or ends it; `answer` is vLLM's body, None where it has none."""
 
     path: str
@@ -31,12 +31,12 @@ class Order:
 
 
 ORDERS: Final = (
-    Order("/sleep", "sleep", True, {"status": "sleeping", "level": 1}),
-    Order("/wake_up", "sleep", False, {"status": "awake", "tags": None}),
-    Order("/pause", "pause", True, {"status": "paused"}),
-    Order("/resume", "pause", False, {"status": "resumed"}),
-    Order("/start_profile", "profile", True),
-    Order("/stop_profile", "profile", False),
+    AdminRoute("/sleep", "sleep", True, {"status": "sleeping", "level": 1}),
+    AdminRoute("/wake_up", "sleep", False, {"status": "awake", "tags": None}),
+    AdminRoute("/pause", "pause", True, {"status": "paused"}),
+    AdminRoute("/resume", "pause", False, {"status": "resumed"}),
+    AdminRoute("/start_profile", "profile", True),
+    AdminRoute("/stop_profile", "profile", False),
 )
 SIGNS: Final[tuple[tuple[str, str, Callable[[Behaviour], bool]], ...]] = (
     ("/is_sleeping", "is_sleeping", lambda how: how.sleeping),
@@ -53,7 +53,7 @@ def routes(faults: Faults) -> list[web.RouteDef]:
     return [*taken, *told, web.post("/update_weights", _updater(faults))]
 
 
-def _taker(order: Order, faults: Faults) -> Handler:
+def _taker(order: AdminRoute, faults: Faults) -> Handler:
     async def take(_: web.Request) -> web.Response:
         if order.begins:
             faults.start(order.fault)

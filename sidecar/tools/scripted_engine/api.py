@@ -18,45 +18,44 @@ from typing import Any
 
 from aiohttp import web
 
-from sidecar.tools.scripted_engine import admin_api as orders
-from sidecar.tools.scripted_engine import responses as answers
-from sidecar.tools.scripted_engine.core import Core, Stream
+from sidecar.tools.scripted_engine import admin_api, responses
+from sidecar.tools.scripted_engine.core import EngineCore, TokenStream
 from sidecar.tools.scripted_engine.faults import FAULTS, FaultError, Faults
-from sidecar.tools.scripted_engine.metrics import GARBAGE, Meters
-from sidecar.tools.scripted_engine.requests import Ask, Refusal, bad, read
-from sidecar.tools.scripted_engine.responses import CHAT, COMPLETION, Shape
-from sidecar.tools.scripted_engine.scheduler import Sequence
+from sidecar.tools.scripted_engine.metrics import GARBAGE, EngineMetrics
+from sidecar.tools.scripted_engine.requests import CompletionRequest, RequestRefused, bad, read
+from sidecar.tools.scripted_engine.responses import CHAT, COMPLETION, AnswerForm
+from sidecar.tools.scripted_engine.scheduler import ScheduledSequence
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 VERSION = "0.32.0+scripted"
 MAX_BODY = 256 << 20
 MAX_IMAGE_SECONDS = 60.0  # bound of the imitated preprocessing of one request
-DEAD = Refusal(500, "InternalServerError", "EngineCore encountered an issue.")
-LOADING = Refusal(503, "ServiceUnavailableError", "The engine is starting.")
-FULL = Refusal(503, "ServiceUnavailableError", "The waiting queue is full.")
+DEAD = RequestRefused(500, "InternalServerError", "EngineCore encountered an issue.")
+LOADING = RequestRefused(503, "ServiceUnavailableError", "The engine is starting.")
+FULL = RequestRefused(503, "ServiceUnavailableError", "The waiting queue is full.")
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class EngineParts:
     """What the handlers work on."""
 
     model: str
     seed: int
     capacity: int
     image_seconds_per_pixel: float
-    cores: Rows[Core]
+    cores: Rows[EngineCore]
     faults: Faults
-    meters: Meters
+    meters: EngineMetrics
     preprocessor: Executor  # one thread, as vLLM's
 
 
-def application(parts: Parts) -> web.Application:
+def application(parts: EngineParts) -> web.Application:
     """All routes behind the gate."""
-    api = Api(parts)
+    api = EngineApi(parts)
     app = web.Application(middlewares=[api.gate], client_max_size=MAX_BODY)
     app.add_routes([
         web.get("/health", api.health), web.get("/version", api.version), web.get("/v1/models", api.models),
-        web.get("/metrics", api.metrics), *orders.routes(parts.faults),
+        web.get("/metrics", api.metrics), *admin_api.routes(parts.faults),
         web.post("/v1/chat/completions", api.complete("chat", CHAT)),
         web.post("/v1/completions", api.complete("completions", COMPLETION)),
         web.post("/v1/embeddings", api.embeddings),
@@ -65,10 +64,10 @@ def application(parts: Parts) -> web.Application:
     return app
 
 
-class Api:
+class EngineApi:
     """The handlers. State: the faults, the cores and the lock of the `serial_http` fault."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
         self._faults = parts.faults
         self._turn = asyncio.Lock()
@@ -87,7 +86,7 @@ class Api:
                     response = await handler(request)
             else:
                 response = await handler(request)
-        except Refusal as refusal:
+        except RequestRefused as refusal:
             response = web.json_response(refusal.body(), status=refusal.status)
         if not response.prepared:
             await self._answering()
@@ -115,7 +114,7 @@ class Api:
     async def metrics(self, request: web.Request) -> web.Response:
         how = self._faults.behaviour
         if how.metrics == "none":
-            raise Refusal(404, "NotFoundError", "Not Found")
+            raise RequestRefused(404, "NotFoundError", "Not Found")
         if how.metrics == "garbage":
             return web.Response(body=GARBAGE, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
         body, content_type = self._parts.meters.page(how, request.headers.get("Accept", ""))
@@ -123,25 +122,25 @@ class Api:
 
     # --- work ---
 
-    def complete(self, route: str, shape: Shape) -> Handler:
+    def complete(self, route: str, shape: AnswerForm) -> Handler:
         """The handler of one completion route."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
             ask = await self._read(route, request)
             id = shape.prefix + (request.headers.get("X-Request-Id", "")[:200] or uuid.uuid4().hex)
-            with self._core().admit(Sequence(ask.prompt, ask.limit, ask.blocks, ask.finish)) as stream:
-                answer = Answer(shape, id, ask, stream, self._parts)
+            with self._core().admit(ScheduledSequence(ask.prompt, ask.limit, ask.blocks, ask.finish)) as stream:
+                answer = CompletionAnswer(shape, id, ask, stream, self._parts)
                 return await (answer.stream_to(request) if ask.stream else answer.whole())
 
         return handler
 
     async def embeddings(self, request: web.Request) -> web.Response:
         ask = await self._read("embeddings", request)
-        with self._core().admit(Sequence(ask.prompt, 0, ask.blocks, ask.finish)) as stream:
+        with self._core().admit(ScheduledSequence(ask.prompt, 0, ask.blocks, ask.finish)) as stream:
             await stream.more(0)
-            return web.json_response(answers.embedding(f"embd-{uuid.uuid4().hex}", int(time.time()), ask))
+            return web.json_response(responses.embedding(f"embd-{uuid.uuid4().hex}", int(time.time()), ask))
 
-    async def _read(self, route: str, request: web.Request) -> Ask:
+    async def _read(self, route: str, request: web.Request) -> CompletionRequest:
         how, parts = self._faults.behaviour, self._parts
         if how.error:
             raise DEAD
@@ -152,7 +151,7 @@ class Api:
             await asyncio.get_running_loop().run_in_executor(parts.preprocessor, time.sleep, seconds)
         return ask
 
-    def _core(self) -> Core:
+    def _core(self) -> EngineCore:
         """The core with the fewest open requests that still takes one."""
         free = [core for core in self._parts.cores if core.scheduler.room()]
         if not free:
@@ -184,14 +183,16 @@ class Api:
         return web.json_response({"active": self._faults.active})
 
 
-class Answer:
+class CompletionAnswer:
     """One completion on its way to its client."""
 
-    def __init__(self, shape: Shape, id: str, ask: Ask, stream: Stream, parts: Parts) -> None:
+    def __init__(
+        self, shape: AnswerForm, id: str, ask: CompletionRequest, stream: TokenStream, parts: EngineParts
+    ) -> None:
         self._shape, self._id, self._ask, self._stream = shape, id, ask, stream
         self._created = int(time.time())
         self._faults = parts.faults
-        self._words = answers.words(ask, parts.seed, parts.faults.behaviour.text)
+        self._words = responses.words(ask, parts.seed, parts.faults.behaviour.text)
         self._opened = not shape.opens
 
     async def whole(self) -> web.Response:
@@ -202,7 +203,7 @@ class Answer:
         await self._piece_allowed(1)
         text = self._words(self._stream.ready)
         return web.json_response(
-            answers.whole(self._shape, self._id, self._created, self._ask, text, self._usage(self._stream.ready))
+            responses.whole(self._shape, self._id, self._created, self._ask, text, self._usage(self._stream.ready))
         )
 
     async def stream_to(self, request: web.Request) -> web.StreamResponse:
@@ -224,22 +225,22 @@ class Answer:
 
     def _events(self, seen: int, ready: int) -> bytes:
         """The events of the tokens from `seen` to `ready`; a chat begins with its role."""
-        first = b"" if self._opened else self._chunk([answers.opening(self._shape)], 0)
+        first = b"" if self._opened else self._chunk([responses.opening(self._shape)], 0)
         self._opened = True
         finish = self._ask.finish if ready >= self._ask.limit else None
-        return first + self._chunk([answers.choice(self._shape, self._words(ready - seen), finish)], ready)
+        return first + self._chunk([responses.choice(self._shape, self._words(ready - seen), finish)], ready)
 
     def _closing(self, seen: int) -> bytes:
         if not self._ask.include_usage:
-            return answers.DONE
-        return self._make([], usage=self._usage(seen)) + answers.DONE
+            return responses.DONE
+        return self._make([], usage=self._usage(seen)) + responses.DONE
 
     def _chunk(self, choices: list[dict[str, Any]], generated: int) -> bytes:
         more = {"usage": self._usage(generated)} if self._ask.continuous_usage else {}
         return self._make(choices, **more)
 
     def _make(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return answers.chunk(self._shape, self._id, self._created, self._ask.model, choices, **more)
+        return responses.chunk(self._shape, self._id, self._created, self._ask.model, choices, **more)
 
     def _usage(self, generated: int) -> dict[str, Any]:
-        return answers.usage(self._ask, generated, self._stream.sequence.cached)
+        return responses.usage(self._ask, generated, self._stream.sequence.cached)

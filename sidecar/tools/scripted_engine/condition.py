@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 
-class Changes:
+class EngineCondition:
     """A bell. No change between a look and the wait can be missed: both happen without an await between them."""
 
     def __init__(self) -> None:

@@ -11,16 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.condition import Changes
+from sidecar.tools.scripted_engine.condition import EngineCondition
 from sidecar.tools.scripted_engine.faults import Faults
-from sidecar.tools.scripted_engine.metrics import Meters
-from sidecar.tools.scripted_engine.scheduler import Limits, Output, Scheduler, Sequence, Step
+from sidecar.tools.scripted_engine.metrics import EngineMetrics
+from sidecar.tools.scripted_engine.scheduler import (
+    ScheduledSequence,
+    ScheduledStep,
+    Scheduler,
+    SchedulerLimits,
+    StepOutput,
+)
 
 
-class Stream:
+class TokenStream:
     """One request as its API handler sees it: tokens that are ready, and whether that is all."""
 
-    def __init__(self, sequence: Sequence, arrived: float) -> None:
+    def __init__(self, sequence: ScheduledSequence, arrived: float) -> None:
         self.sequence = sequence
         self.arrived = arrived
         self.first_at: float | None = None
@@ -36,7 +42,7 @@ class Stream:
             await self._changed.wait()
         return self.ready
 
-    def push(self, output: Output, now: float) -> None:
+    def push(self, output: StepOutput, now: float) -> None:
         self.ready += output.tokens
         self.done = output.done
         self.first_at = self.first_at if self.first_at is not None else now
@@ -44,16 +50,18 @@ class Stream:
         self._changed.set()
 
 
-class Core:
+class EngineCore:
     """One rank: its scheduler, its open streams, and the loop that steps it. It rings `activity` at each change."""
 
-    def __init__(self, rank: int, limits: Limits, faults: Faults, meters: Meters, activity: Changes) -> None:
+    def __init__(
+        self, rank: int, limits: SchedulerLimits, faults: Faults, meters: EngineMetrics, activity: EngineCondition
+    ) -> None:
         self.scheduler = Scheduler(limits)
         self.steps = 0
         self._rank = rank
         self._faults = faults
         self._meters = meters
-        self._streams: dict[Sequence, Stream] = {}
+        self._streams: dict[ScheduledSequence, TokenStream] = {}
         self._activity = activity
         self._idle_since = asyncio.get_running_loop().time()
         self._compiled = False
@@ -64,11 +72,11 @@ class Core:
         return len(self._streams)
 
     @contextmanager
-    def admit(self, sequence: Sequence) -> Iterator[Stream]:
+    def admit(self, sequence: ScheduledSequence) -> Iterator[TokenStream]:
         """Queue a request; leaving the block before its end aborts it, as a client that goes away does."""
         now = asyncio.get_running_loop().time()
         self._wedge_after_idle(now)
-        stream = self._streams[sequence] = Stream(sequence, now)
+        stream = self._streams[sequence] = TokenStream(sequence, now)
         self.scheduler.add(sequence)
         self._activity.ring()
         try:
@@ -110,7 +118,7 @@ class Core:
         self._compiled = how.first_step_seconds > 0
         return how.first_step_seconds if first else 0.0
 
-    def _finish(self, step: Step, outputs: list[Output]) -> None:
+    def _finish(self, step: ScheduledStep, outputs: list[StepOutput]) -> None:
         now = asyncio.get_running_loop().time()
         self.steps += 1
         if outputs or self._faults.behaviour.empty_steps:
@@ -130,7 +138,7 @@ class Core:
         if not self.scheduler.busy():
             self._idle_since = now
 
-    def _abort(self, sequence: Sequence) -> None:
+    def _abort(self, sequence: ScheduledSequence) -> None:
         self.scheduler.remove(sequence)
         how = self._faults.behaviour
         if self._stepping(how):

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.condition import Changes
+from sidecar.tools.scripted_engine.condition import EngineCondition
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class FaultParameter:
     """A number that a fault takes: its name, which field of Behaviour it sets, default and bounds."""
 
     name: str
@@ -34,7 +34,7 @@ class Fault:
     changes: Mapping[str, Any] = field(default_factory=dict)
     modes: tuple[int, ...] = ()
     alarms: tuple[int, ...] = ()
-    parameter: Parameter | None = None
+    parameter: FaultParameter | None = None
 
 
 def _frozen(**more: Any) -> dict[str, Any]:
@@ -59,12 +59,12 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "livelock": Fault("steps iterate, nothing is computed or delivered",
                       {"prefilling": False, "decoding": False, "empty_steps": True}, modes=(5, 20)),
     "one_rank": Fault("one data-parallel rank stops; `rank` says which (needs --data-parallel over 1 to be partial)",
-                      parameter=Parameter("rank", 0, 0, 63, lambda v: {"dead_rank": int(v)}), modes=(7,)),
+                      parameter=FaultParameter("rank", 0, 0, 63, lambda v: {"dead_rank": int(v)}), modes=(7,)),
     "freeze_decode": Fault("prefill goes on and yields first tokens, decoding stands", {"decoding": False}, modes=(9,)),
     "transfer_stuck": Fault("prefills end, their first token never comes (prefill to decode transfer)",
                             {"first_token": False}, modes=(15,)),
     "stuck_near_limit": Fault("no sequence generates its last token; those of up to `short` tokens in all do",
-                              parameter=Parameter("short", 0, 0, 1e9, lambda v: {"last_token": False, "short": int(v)}), modes=(22,)),
+                              parameter=FaultParameter("short", 0, 0, 1e9, lambda v: {"last_token": False, "short": int(v)}), modes=(22,)),
     "start_hang": Fault("start-up never ends: /health and completions say 503", {"loading": True}, modes=(10, 19)),
     "core_dead": Fault("the core died, the API process stays: completions say 500, /health 503",
                        _frozen(error=500, health_status=503), modes=(11,)),
@@ -75,16 +75,16 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "one_stream": Fault("one sequence never advances, all others do", {"stuck_one": True}, modes=(14,)),
     "wedge_on_abort": Fault("the next client abort freezes the core", {"on_abort": "freeze_busy"}, modes=(16,)),
     "hang_after_idle": Fault("the first request after `idle` seconds without work freezes the core",
-                             parameter=Parameter("idle", 30, 0, 86_400, lambda v: {"after_idle": (v, "freeze_busy")}), modes=(17,)),
+                             parameter=FaultParameter("idle", 30, 0, 86_400, lambda v: {"after_idle": (v, "freeze_busy")}), modes=(17,)),
     "slow": Fault("every step takes `factor` times as long: alive, must not be killed",
-                  parameter=Parameter("factor", 20, 1, 1e6, lambda v: {"step_factor": v}), modes=(21,)),
+                  parameter=FaultParameter("factor", 20, 1, 1e6, lambda v: {"step_factor": v}), modes=(21,)),
     "gibberish": Fault("tokens advance, their text is garbage: report, do not kill", {"text": "!"}, modes=(23,)),
     "slow_health": Fault("/health answers after `delay` seconds",
-                         parameter=Parameter("delay", 40, 0, 3600, lambda v: {"health_delay": v}), alarms=(1, 4)),
+                         parameter=FaultParameter("delay", 40, 0, 3600, lambda v: {"health_delay": v}), alarms=(1, 4)),
     "long_prefill": Fault("every prefill takes `duration` seconds, whatever its size; decodes starve meanwhile",
-                          parameter=Parameter("duration", 60, 0, 3600, lambda v: {"prefill_seconds": v}), alarms=(7, 9)),
+                          parameter=FaultParameter("duration", 60, 0, 3600, lambda v: {"prefill_seconds": v}), alarms=(7, 9)),
     "jit": Fault("the next step takes `duration` seconds longer, once (a cold kernel is compiled)",
-                 parameter=Parameter("duration", 60, 0, 3600, lambda v: {"first_step_seconds": v}), alarms=(8,)),
+                 parameter=FaultParameter("duration", 60, 0, 3600, lambda v: {"first_step_seconds": v}), alarms=(8,)),
     "serial_http": Fault("one HTTP request at a time: health and metrics wait behind inference", {"serial": True}, alarms=(14,)),
     "sleep": Fault("the engine sleeps (POST /sleep, /wake_up): /is_sleeping says so, requests wait", _frozen(sleeping=True), alarms=(16,)),
     "pause": Fault("the engine is paused (POST /pause, /resume): /is_paused says so, requests wait", _frozen(paused=True), alarms=(16,)),
@@ -110,7 +110,7 @@ class Faults:
         self.behaviour = self._baseline = baseline or Behaviour()
         self._active: dict[str, Mapping[str, Any]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._changes = Changes()
+        self._changes = EngineCondition()
 
     @property
     def active(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.scheduler import BLOCK, Output, Scheduler
+from sidecar.tools.scripted_engine.scheduler import BLOCK, Scheduler, StepOutput
 
 LABELS = ("model_name", "engine")
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -33,7 +33,7 @@ SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
 GARBAGE = b'vllm:num_requests_running{engine="0",model_name="\xff\xfe" NaN\x00\n<html>\nvllm:kv_cache_usage_perc NaN\n'
 
 
-class Meters:
+class EngineMetrics:
     """All series of one engine of `ranks` data-parallel ranks, each with a KV cache of `kv_tokens`."""
 
     def __init__(self, model: str, ranks: int, kv_tokens: int) -> None:
@@ -78,12 +78,12 @@ class Meters:
         start.set(time.time())
         self._touch()
 
-    def step(self, rank: int, outputs: Rows[Output]) -> None:
+    def step(self, rank: int, outputs: Rows[StepOutput]) -> None:
         """One step of the core that gave these outputs."""
         computed = sum(o.prompt - o.sequence.cached if o.prompt else o.tokens for o in outputs)
         self._iterations.labels(*self._labels[rank]).observe(computed)
 
-    def output(self, rank: int, output: Output, age: float, gap: float, before: int) -> None:
+    def output(self, rank: int, output: StepOutput, age: float, gap: float, before: int) -> None:
         """One sequence's part of a step: `age` since its arrival, `gap` since its last token, `before` tokens earlier."""
         labels = self._labels[rank]
         self._generation.labels(*labels).inc(output.tokens)

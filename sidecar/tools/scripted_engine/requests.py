@@ -24,7 +24,7 @@ HEAD_CHARACTERS = 1 << 18  # base64 characters decoded to find a size; EXIF bloc
 MAX_HASHED_BLOCKS = 2048
 
 
-class Refusal(Exception):
+class RequestRefused(Exception):
     """A request that is answered with an error. `kind` is vLLM's error type."""
 
     def __init__(self, status: int, kind: str, message: str) -> None:
@@ -36,12 +36,12 @@ class Refusal(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}}
 
 
-def bad(message: str) -> Refusal:
-    return Refusal(400, "BadRequestError", message)
+def bad(message: str) -> RequestRefused:
+    return RequestRefused(400, "BadRequestError", message)
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class CompletionRequest:
     """A completion request in numbers. `limit` is the tokens to generate; `pixels` need preprocessing."""
 
     model: str
@@ -57,7 +57,7 @@ class Ask:
     base64_floats: bool = False
 
 
-def read(route: str, body: bytes, served_model: str, seed: int, capacity: int | None) -> Ask:
+def read(route: str, body: bytes, served_model: str, seed: int, capacity: int | None) -> CompletionRequest:
     """What a body asks of `route` ("chat", "completions", "embeddings"). Raises Refusal.
 
     `capacity` is the most prompt and output tokens together; None admits any.
@@ -74,7 +74,7 @@ def read(route: str, body: bytes, served_model: str, seed: int, capacity: int | 
     if not isinstance(options, dict):
         raise bad("stream_options must be an object")
     include = bool(options.get("include_usage"))
-    return Ask(
+    return CompletionRequest(
         model=served_model,
         stream=bool(payload.get("stream")),
         include_usage=include,
@@ -97,7 +97,7 @@ def _payload(body: bytes, served_model: str) -> dict[str, Any]:
         raise bad("the body is not a JSON object")
     model = payload.get("model")
     if model not in (None, "", served_model):
-        raise Refusal(404, "NotFoundError", f"The model `{str(model)[:100]}` does not exist.")
+        raise RequestRefused(404, "NotFoundError", f"The model `{str(model)[:100]}` does not exist.")
     if payload.get("n") not in (None, 1):
         raise bad("the scripted engine makes one choice: n must be 1")
     return payload

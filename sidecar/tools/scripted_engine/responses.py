@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.tools.scripted_engine.requests import Ask
+from sidecar.tools.scripted_engine.requests import CompletionRequest
 
 EMBEDDING_SIZE = 16
 WORDS = (
@@ -24,7 +24,7 @@ WORDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AnswerForm:
     """How one route spells its answers."""
 
     prefix: str
@@ -35,24 +35,24 @@ class Shape:
     message: Callable[[str], dict[str, Any]]
 
 
-CHAT: Final = Shape(
+CHAT: Final = AnswerForm(
     "chatcmpl-", "chat.completion", "chat.completion.chunk", True,
     lambda text: {"delta": {"content": text}},
     lambda text: {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": None, "audio": None,
                               "function_call": None, "tool_calls": [], "reasoning": None}},
 )  # fmt: skip
-COMPLETION: Final = Shape(
+COMPLETION: Final = AnswerForm(
     "cmpl-", "text_completion", "text_completion", False, lambda text: {"text": text}, lambda text: {"text": text}
 )
 
 
-def words(ask: Ask, seed: int, only: str = "") -> Callable[[int], str]:
+def words(ask: CompletionRequest, seed: int, only: str = "") -> Callable[[int], str]:
     """A function that makes the next n tokens' text."""
     rng = random.Random(f"{seed}:{ask.digest}:text")
     return lambda n: only * n if only else "".join(rng.choices(WORDS, k=n))
 
 
-def usage(ask: Ask, generated: int, cached: int) -> dict[str, Any]:
+def usage(ask: CompletionRequest, generated: int, cached: int) -> dict[str, Any]:
     return {
         "prompt_tokens": ask.prompt, "total_tokens": ask.prompt + generated, "completion_tokens": generated,
         "prompt_tokens_details": {"cached_tokens": cached},
@@ -67,16 +67,16 @@ def event(payload: dict[str, Any]) -> bytes:
 DONE: Final = b"data: [DONE]\n\n"
 
 
-def chunk(shape: Shape, id: str, created: int, model: str, choices: list[dict[str, Any]], **more: Any) -> bytes:
+def chunk(shape: AnswerForm, id: str, created: int, model: str, choices: list[dict[str, Any]], **more: Any) -> bytes:
     return event({"id": id, "object": shape.chunk, "created": created, "model": model, "choices": choices, **more})
 
 
-def opening(shape: Shape) -> dict[str, Any]:
+def opening(shape: AnswerForm) -> dict[str, Any]:
     """The choice of the first chunk of a chat stream."""
     return {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
 
-def choice(shape: Shape, text: str, finish: str | None) -> dict[str, Any]:
+def choice(shape: AnswerForm, text: str, finish: str | None) -> dict[str, Any]:
     """The choice of a later chunk; `finish` is its finish_reason."""
     made = {"index": 0, **shape.piece(text), "logprobs": None, "finish_reason": finish}
     if finish or not shape.opens:
@@ -86,7 +86,9 @@ def choice(shape: Shape, text: str, finish: str | None) -> dict[str, Any]:
     return {**made, "token_ids": None}
 
 
-def whole(shape: Shape, id: str, created: int, ask: Ask, text: str, used: dict[str, Any]) -> dict[str, Any]:
+def whole(
+    shape: AnswerForm, id: str, created: int, ask: CompletionRequest, text: str, used: dict[str, Any]
+) -> dict[str, Any]:
     """The answer of a request that does not stream."""
     made = {"index": 0, **shape.message(text), "logprobs": None, "finish_reason": ask.finish, "stop_reason": None,
             "token_ids": None}  # fmt: skip
@@ -94,7 +96,7 @@ def whole(shape: Shape, id: str, created: int, ask: Ask, text: str, used: dict[s
             "system_fingerprint": None, "usage": used, "prompt_logprobs": None, "kv_transfer_params": None}  # fmt: skip
 
 
-def embedding(id: str, created: int, ask: Ask) -> dict[str, Any]:
+def embedding(id: str, created: int, ask: CompletionRequest) -> dict[str, Any]:
     """The answer of an embeddings request: one unit-range vector made from the input's hash."""
     rng = random.Random(ask.digest)
     vector = [rng.uniform(-1, 1) for _ in range(EMBEDDING_SIZE)]

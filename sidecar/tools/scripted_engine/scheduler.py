@@ -20,7 +20,7 @@ IDLE_STEP = 0.005  # seconds of a step that can do nothing: bounds the rate of a
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SchedulerLimits:
     """The engine's size and speed. Times in seconds, capacities in tokens."""
 
     prefill_tokens_per_second: float
@@ -32,7 +32,7 @@ class Limits:
 
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class ScheduledSequence:
     """One request. `computed` tokens are in the KV cache; `limit` 0 means prefill only (embeddings)."""
 
     prompt: int
@@ -55,19 +55,19 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ScheduledStep:
     """What one step will do: prefill chunks and decodes, and how many seconds it takes."""
 
     seconds: float
-    chunks: tuple[tuple[Sequence, int], ...] = ()
-    decodes: tuple[Sequence, ...] = ()
+    chunks: tuple[tuple[ScheduledSequence, int], ...] = ()
+    decodes: tuple[ScheduledSequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class StepOutput:
     """What one step gave one sequence. `prompt` > 0 when its prefill ended in this step."""
 
-    sequence: Sequence
+    sequence: ScheduledSequence
     tokens: int
     prompt: int = 0
     done: bool = False
@@ -77,21 +77,21 @@ class Output:
 class Scheduler:
     """All sequences of one core. Mutable state, synchronous methods."""
 
-    limits: Limits
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
+    limits: SchedulerLimits
+    waiting: deque[ScheduledSequence] = field(default_factory=deque)
+    running: list[ScheduledSequence] = field(default_factory=list)
     preemptions: int = 0
-    victim: Sequence | None = None  # the one stuck stream, while that fault is on
+    victim: ScheduledSequence | None = None  # the one stuck stream, while that fault is on
     _cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     def room(self) -> bool:
         """Whether one more sequence may wait."""
         return len(self.waiting) < self.limits.max_waiting
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: ScheduledSequence) -> None:
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> bool:
+    def remove(self, sequence: ScheduledSequence) -> bool:
         """Take a sequence out wherever it is; False when it is gone already."""
         for place in (self.running, self.waiting):
             if sequence in place:
@@ -106,7 +106,7 @@ class Scheduler:
         """Share of the KV blocks that running sequences hold, 0..1."""
         return min(1.0, sum(_blocks(s.computed) for s in self.running) / self._capacity())
 
-    def plan(self, how: Behaviour) -> Step:
+    def plan(self, how: Behaviour) -> ScheduledStep:
         """Admit what fits, then choose the tokens of the next step."""
         if how.admitting:
             self._admit()
@@ -116,9 +116,9 @@ class Scheduler:
         held = [s for s in movable if not s.prefilled and s in self.running]
         budget = self.limits.step_tokens - len(decodes) if how.prefilling else 0
         chunks = _chunks(held, budget, spare=0 if how.first_token else 1)
-        return Step(self._seconds(chunks, decodes, how), tuple(chunks), tuple(decodes))
+        return ScheduledStep(self._seconds(chunks, decodes, how), tuple(chunks), tuple(decodes))
 
-    def apply(self, step: Step) -> list[Output]:
+    def apply(self, step: ScheduledStep) -> list[StepOutput]:
         """Do the step's work for the sequences that are still there."""
         outputs = [self._decode(s) for s in step.decodes if s in self.running]
         for sequence, tokens in step.chunks:
@@ -142,7 +142,7 @@ class Scheduler:
             head.cached = head.cached if head.restart else head.computed
             self.running.append(head)
 
-    def _hit(self, sequence: Sequence) -> int:
+    def _hit(self, sequence: ScheduledSequence) -> int:
         """Leading prompt tokens that the prefix cache holds; at least one is always computed."""
         hits = 0
         for block in sequence.blocks:
@@ -152,14 +152,14 @@ class Scheduler:
             hits += 1
         return min(hits, (sequence.prompt - 1) // BLOCK) * BLOCK
 
-    def _movable(self, how: Behaviour) -> list[Sequence]:
+    def _movable(self, how: Behaviour) -> list[ScheduledSequence]:
         if not how.stuck_one:
             self.victim = None
         elif self.victim is None and self.running:
             self.victim = self.running[0]
         return [s for s in self.running if s is not self.victim]
 
-    def _with_room(self, decodes: list[Sequence]) -> list[Sequence]:
+    def _with_room(self, decodes: list[ScheduledSequence]) -> list[ScheduledSequence]:
         """Preempt the youngest until each decode has a block for its next token."""
         while decodes and self._held(decodes) > self._capacity() and len(self.running) > 1:
             youngest = self.running.pop()
@@ -169,10 +169,12 @@ class Scheduler:
             decodes = [s for s in decodes if s is not youngest]
         return decodes
 
-    def _held(self, decodes: list[Sequence]) -> int:
+    def _held(self, decodes: list[ScheduledSequence]) -> int:
         return sum(_blocks(s.computed) for s in self.running) + sum(s.computed % BLOCK == 0 for s in decodes)
 
-    def _seconds(self, chunks: list[tuple[Sequence, int]], decodes: list[Sequence], how: Behaviour) -> float:
+    def _seconds(
+        self, chunks: list[tuple[ScheduledSequence, int]], decodes: list[ScheduledSequence], how: Behaviour
+    ) -> float:
         if not chunks and not decodes:
             return max(IDLE_STEP, self.limits.decode_step) * how.step_factor
         if how.prefill_seconds is None:
@@ -181,7 +183,7 @@ class Scheduler:
             prefill = sum(how.prefill_seconds * n / max(1, s.target - s.cached) for s, n in chunks)
         return (prefill + self.limits.decode_step) * how.step_factor
 
-    def _end_prefill(self, sequence: Sequence) -> Output:
+    def _end_prefill(self, sequence: ScheduledSequence) -> StepOutput:
         for block in sequence.blocks:
             self._cache[block] = None
             self._cache.move_to_end(block)
@@ -190,25 +192,25 @@ class Scheduler:
         prompt = 0 if sequence.restart else sequence.prompt
         return self._decode(sequence, prompt, new_kv=False)
 
-    def _decode(self, sequence: Sequence, prompt: int = 0, *, new_kv: bool = True) -> Output:
+    def _decode(self, sequence: ScheduledSequence, prompt: int = 0, *, new_kv: bool = True) -> StepOutput:
         """One more token; a prefill's own first token takes its KV place only in the step after."""
         sequence.computed += new_kv
         if sequence.limit:
             sequence.generated += 1
         sequence.restart = 0
         tokens = 1 if sequence.limit else 0
-        return Output(sequence, tokens, prompt, sequence.generated >= sequence.limit)
+        return StepOutput(sequence, tokens, prompt, sequence.generated >= sequence.limit)
 
     def _capacity(self) -> int:
         return max(1, self.limits.kv_tokens // BLOCK)
 
 
-def _at_limit(s: Sequence, how: Behaviour) -> bool:
+def _at_limit(s: ScheduledSequence, how: Behaviour) -> bool:
     """Whether a sequence is kept from its last token."""
     return not how.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > how.short
 
 
-def _chunks(prefills: list[Sequence], budget: int, spare: int) -> list[tuple[Sequence, int]]:
+def _chunks(prefills: list[ScheduledSequence], budget: int, spare: int) -> list[tuple[ScheduledSequence, int]]:
     """Share the budget over prefills in order of admission, leaving `spare` tokens of each for never."""
     chunks = []
     for sequence in prefills:

@@ -20,13 +20,13 @@ from aiohttp import web
 
 from sidecar.errors import StartError
 from sidecar.flags import address, flag, integer, number, one_of, text
-from sidecar.tools.scripted_engine.api import Parts, application
+from sidecar.tools.scripted_engine.api import EngineParts, application
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.condition import Changes
-from sidecar.tools.scripted_engine.core import Core
+from sidecar.tools.scripted_engine.condition import EngineCondition
+from sidecar.tools.scripted_engine.core import EngineCore
 from sidecar.tools.scripted_engine.faults import FAULTS, Faults
-from sidecar.tools.scripted_engine.metrics import Meters
-from sidecar.tools.scripted_engine.scheduler import Limits
+from sidecar.tools.scripted_engine.metrics import EngineMetrics
+from sidecar.tools.scripted_engine.scheduler import SchedulerLimits
 
 BACKLOG = 2048  # as vLLM's API server
 STOP_SECONDS = 0.05  # open streams are cut at the end, as a killed engine cuts them
@@ -78,9 +78,9 @@ class EngineSettings:
         "", one_of("", *FAULTS), "A fault that is active from the start", expected="one of " + ", ".join(FAULTS)
     )
 
-    def limits(self) -> Limits:
+    def limits(self) -> SchedulerLimits:
         """The sizes and speeds of one rank."""
-        return Limits(
+        return SchedulerLimits(
             self.prefill_tokens_per_second, self.decode_step_ms / 1000, self.max_batch, self.max_waiting, self.kv_tokens,
             self.chunked_prefill_tokens,
         )  # fmt: skip
@@ -101,12 +101,12 @@ class ScriptedEngine:
     ) -> None:
         self.settings = settings or EngineSettings(listen=("127.0.0.1", 0))
         self.faults = Faults(self._at_start())
-        self.cores: tuple[Core, ...] = ()
+        self.cores: tuple[EngineCore, ...] = ()
         self.exit_code: int | None = None
-        self._activity = Changes()
+        self._activity = EngineCondition()
         self._sock = sock
         self._on_exit = on_exit
-        self._meters: Meters | None = None
+        self._meters: EngineMetrics | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._site: web.SockSite | None = None
         self._preprocessor = ThreadPoolExecutor(1, "preprocess")
@@ -136,9 +136,9 @@ class ScriptedEngine:
         if self.settings.fault:
             self.faults.start(self.settings.fault)
         s = self.settings
-        meters = self._meters = Meters(s.served_model, s.data_parallel, s.kv_tokens)
+        meters = self._meters = EngineMetrics(s.served_model, s.data_parallel, s.kv_tokens)
         limits = s.limits()
-        self.cores = tuple(Core(i, limits, self.faults, meters, self._activity) for i in range(s.data_parallel))
+        self.cores = tuple(EngineCore(i, limits, self.faults, meters, self._activity) for i in range(s.data_parallel))
         self._runner = web.AppRunner(
             application(self._parts(meters)), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS
         )
@@ -182,9 +182,9 @@ class ScriptedEngine:
         """How often its metrics page was asked for."""
         return self._meters.scrapes if self._meters else 0
 
-    def _parts(self, meters: Meters) -> Parts:
+    def _parts(self, meters: EngineMetrics) -> EngineParts:
         s = self.settings
-        return Parts(
+        return EngineParts(
             s.served_model, s.seed, s.kv_tokens, s.image_ms / 1e9, self.cores, self.faults, meters, self._preprocessor
         )
 

@@ -14,8 +14,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.events import Imaged
-from sidecar.relay import url_policy as links
+from sidecar.events import ImagePrepared
+from sidecar.relay import url_policy
 from sidecar.relay.media import fetch as fetching
 from sidecar.relay.media.fetch import Fetcher
 
@@ -113,7 +113,7 @@ async def make(pictures_web: tuple[Web, int]) -> AsyncIterator[Make]:
         def made(names: Names | None = None, **options: Any) -> Fetcher:
             names = names or Names(img_test=[["127.0.0.1"]], other_test=[["127.0.0.1"]])
             options = {"permitted": lambda address: address == "127.0.0.1", **options}
-            among = links.domains(f"img.test:{port},other.test:{port},127.0.0.1:{port},{SECRET}:{port}")
+            among = url_policy.domains(f"img.test:{port},other.test:{port},127.0.0.1:{port},{SECRET}:{port}")
             fetcher = Fetcher(among, 1_000_000, resolver=names, **options)
             stack.push_async_callback(fetcher.close)
             return fetcher
@@ -184,7 +184,7 @@ async def test_a_name_is_resolved_once_and_judged(make: Make, pictures_web: tupl
 async def test_private_addresses_are_refused(make: Make, pictures_web: tuple[Web, int], addresses: list[str]) -> None:
     """By default a listed name with an address that is not public is refused, and nobody hears of it."""
     site, port = pictures_web
-    fetcher = make(Names(img_test=[addresses]), permitted=links.is_public)
+    fetcher = make(Names(img_test=[addresses]), permitted=url_policy.is_public)
     unknown = await fails(fetcher, f"http://other.test:{port}/a")
     refused = await fails(fetcher, f"http://img.test:{port}/a")
     assert str(refused) == str(unknown), "a private name and an unknown one must look alike"
@@ -265,7 +265,7 @@ async def test_the_relay_puts_a_fetched_image_in_the_links_place(
     async with r.client.post(r.url + "/v1/chat/completions", json=chat(f"http://img.test:{port}/a")) as got:
         [sent] = (await got.json(content_type=None))["messages"][0]["content"]
     assert sent["image_url"] == {"url": "data:image/bmp;base64,Qk0="} and sent["uuid"]
-    [imaged] = r.facts.of(Imaged)
+    [imaged] = r.facts.of(ImagePrepared)
     assert [stage for stage, _ in imaged.stages] == ["fetch", "decode"]
 
 

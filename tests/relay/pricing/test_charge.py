@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sidecar.events import Settled
-from sidecar.load import cost_model as units
+from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import CHAT, FAST
@@ -36,8 +36,8 @@ async def test_the_price_is_that_of_the_settlement(rig: Any, stream: bool) -> No
     assert (length is None) is stream
     settled = (await r.facts.settled()).usage
     assert settled is not None
-    work = units.settled_work(units.Work(0), settled, 0)
-    assert usage["mu_milli"] == round(1000 * units.mu(work, Coefficients())) > 0
+    work = cost_model.settled_work(cost_model.Work(0), settled, 0)
+    assert usage["mu_milli"] == round(1000 * cost_model.mu(work, Coefficients())) > 0
     assert all(end.outcome == "ok" for end in r.facts.of(Settled))
 
 

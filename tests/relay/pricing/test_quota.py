@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from sidecar.errors import TenantLimited, UsageError
-from sidecar.events import Published, Settled
+from sidecar.events import LoadReport, Settled
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
-from sidecar.load.request_shape import Shape
+from sidecar.load.request_shape import RequestShape
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota, read
-from sidecar.relay.pricing.tenant_accounts import Accounts
+from sidecar.relay.pricing.tenant_accounts import TenantAccounts
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import CHAT, FAST
 
@@ -34,7 +34,7 @@ def quota(file: Path) -> Iterator[Callable[[str], Quota]]:
 
     def open_(text: str) -> Quota:
         file.write_text(text)
-        opened.append(Quota(str(file), Accounts("", 1, 0), 1, read(str(file))))
+        opened.append(Quota(str(file), TenantAccounts("", 1, 0), 1, read(str(file))))
         return opened[-1]
 
     yield open_
@@ -64,7 +64,7 @@ async def test_a_tenant_over_its_limit_is_told_when_to_come_again(rig: Any, quot
 
 async def test_a_settlement_corrects_the_charge(rig: Any, quota: Any) -> None:
     """A request that was estimated at hundreds of tokens and had one gives the rest back: the next one is admitted."""
-    price, shape = Estimator(Coefficients()), Shape("scripted", max_output=400, text_bytes=1)
+    price, shape = Estimator(Coefficients()), RequestShape("scripted", max_output=400, text_bytes=1)
     burst = 1.5 * price.estimate("t", shape, []).mu
     limits = quota(f"default = {{mu_per_minute = 0.0001, burst_mu = {burst}}}")
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
@@ -85,13 +85,13 @@ def test_spill_over_gives_what_is_idle_until_the_next_report(quota: Any) -> None
     limits.take("a", *ONE)
     with pytest.raises(TenantLimited):
         limits.take("a", *ONE)
-    limits.heard(Published("", "", "progressing", utilization=0.3, mu_max_in_flight=10.0))
+    limits.on_load_report(LoadReport("", "", "progressing", utilization=0.3, mu_max_in_flight=10.0))
     leases = [limits.take("a", *ONE), limits.take("a", *ONE)]
     with pytest.raises(TenantLimited):
         limits.take("a", *ONE)
     for lease in leases:
         limits.settle(lease, 50.0)
-    limits.heard(Published("", "", "progressing", utilization=0.6, mu_max_in_flight=10.0))
+    limits.on_load_report(LoadReport("", "", "progressing", utilization=0.6, mu_max_in_flight=10.0))
     with pytest.raises(TenantLimited, match="rate limit") as caught:
         limits.take("a", *ONE)
     assert caught.value.retry_after is not None and 90 < caught.value.retry_after <= 100  # no debt of what was spilled
@@ -100,7 +100,7 @@ def test_spill_over_gives_what_is_idle_until_the_next_report(quota: Any) -> None
 def test_a_tenant_that_may_not_spill_over_does_not(quota: Any) -> None:
     """Its own share is all it gets, however idle the engine is."""
     limits = quota("[default]\nmu_in_flight = 1")
-    limits.heard(Published("", "", "idle", utilization=0.0, mu_max_in_flight=10.0))
+    limits.on_load_report(LoadReport("", "", "idle", utilization=0.0, mu_max_in_flight=10.0))
     lease = limits.take("a", *ONE)
     with pytest.raises(TenantLimited, match="in flight") as caught:
         limits.take("a", *ONE)
@@ -149,7 +149,7 @@ def test_a_relay_that_is_started_again_beside_a_bad_file_serves(quota: Any, file
     file.unlink()
     if now is not None:
         file.write_text(now)
-    limits = Quota(str(file), Accounts("", 1, 0), 1, known)
+    limits = Quota(str(file), TenantAccounts("", 1, 0), 1, known)
     limits.take("a", *ONE)
     with pytest.raises(TenantLimited):
         limits.take("a", *ONE)

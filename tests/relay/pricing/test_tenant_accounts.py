@@ -17,14 +17,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
 
-from sidecar.load.tenant_limits import Bucket, Limit, Refusal, charged, refilled, refusal
-from sidecar.relay.pricing import tenant_accounts as accounts
-from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
+from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charged, refilled, refusal
+from sidecar.relay.pricing import tenant_accounts
+from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
 from ...waiting import PATIENCE
 
-LIMIT = Limit(mu_per_minute=60.0, mu_in_flight=10.0, burst_mu=5.0)
-Open = Callable[[int], Accounts]
+LIMIT = TenantLimit(mu_per_minute=60.0, mu_in_flight=10.0, burst_mu=5.0)
+Open = Callable[[int], TenantAccounts]
 
 SPEND = """
 import sys
@@ -43,17 +43,17 @@ print(taken)
 def table(tmp_path: Path) -> Path:
     path = tmp_path / "accounts"
     path.write_bytes(b"")
-    os.truncate(path, accounts.size(2))
+    os.truncate(path, tenant_accounts.size(2))
     return path
 
 
 @pytest.fixture
 def relay(table: Path) -> Iterator[Open]:
     """A function: relay index -> its view of the table of two."""
-    opened: list[Accounts] = []
+    opened: list[TenantAccounts] = []
 
-    def open_(index: int) -> Accounts:
-        opened.append(Accounts(str(table), 2, index))
+    def open_(index: int) -> TenantAccounts:
+        opened.append(TenantAccounts(str(table), 2, index))
         return opened[-1]
 
     yield open_
@@ -61,9 +61,9 @@ def relay(table: Path) -> Iterator[Open]:
         own.close()
 
 
-def taken(own: Accounts, tenant: str, now: float, mu: float = 1.0, limit: Limit = LIMIT) -> Lease:
+def taken(own: TenantAccounts, tenant: str, now: float, mu: float = 1.0, limit: TenantLimit = LIMIT) -> TenantCharge:
     lease = own.take(tenant, limit, mu, mu, now)
-    assert isinstance(lease, Lease)
+    assert isinstance(lease, TenantCharge)
     return lease
 
 
@@ -73,7 +73,7 @@ def test_two_relays_spend_from_one_bucket(relay: Open) -> None:
     for n in range(5):
         taken((first, second)[n % 2], "acme", 0.0)
     for own in (first, second):
-        assert own.take("acme", LIMIT, 1.0, 1.0, 0.0) == Refusal("mu_per_minute", 1.0)
+        assert own.take("acme", LIMIT, 1.0, 1.0, 0.0) == LimitExceeded("mu_per_minute", 1.0)
     taken(first, "other", 0.0)
     taken(second, "acme", 1.0)
 
@@ -85,16 +85,16 @@ def test_a_settlement_puts_back_or_leaves_a_debt(relay: Open) -> None:
     own.settle(cheap, 0.5, 0.0)
     taken(own, "acme", 0.0, 1.5)
     own.settle(dear, 13.0, 0.0)
-    assert own.take("acme", LIMIT, 1.0, 1.0, 0.0) == Refusal("mu_per_minute", pytest.approx(11.0))
+    assert own.take("acme", LIMIT, 1.0, 1.0, 0.0) == LimitExceeded("mu_per_minute", pytest.approx(11.0))
 
 
 def test_in_flight_is_the_sum_over_relays_and_a_dead_ones_share_is_freed(relay: Open) -> None:
     """Reservations of all processes count; the next process of the same index begins without its predecessor's."""
-    limit = Limit(mu_in_flight=10.0)
+    limit = TenantLimit(mu_in_flight=10.0)
     dying, living = relay(0), relay(1)
     taken(dying, "acme", 0.0, 6.0, limit)
     lease = taken(living, "acme", 0.0, 4.0, limit)
-    assert living.take("acme", limit, 1.0, 1.0, 0.0) == Refusal("mu_in_flight", None)
+    assert living.take("acme", limit, 1.0, 1.0, 0.0) == LimitExceeded("mu_in_flight", None)
     relay(0)
     taken(living, "acme", 0.0, 6.0, limit)
     living.settle(lease, 1.0, 0.0)
@@ -107,7 +107,7 @@ def test_spilled_requests_are_in_flight_and_take_nothing_from_the_bucket(relay: 
     for _ in range(5):
         taken(own, "acme", 0.0)
     spilled = own.spill("acme", LIMIT, 5.0, 0.0)
-    assert own.take("acme", LIMIT, 1.0, 1.0, 1.0) == Refusal("mu_in_flight", None)
+    assert own.take("acme", LIMIT, 1.0, 1.0, 1.0) == LimitExceeded("mu_in_flight", None)
     own.settle(spilled, 100.0, 1.0)
     taken(own, "acme", 1.0)
 
@@ -116,16 +116,18 @@ def test_any_number_of_tenants_fits_and_nobody_who_owes_is_forgotten(relay: Open
     """Rows that are full and idle are lost without loss; a tenant in debt keeps its row while thousands pass by."""
     own = relay(0)
     own.settle(taken(own, "debtor", 0.0, 5.0), 500.0, 0.0)
-    for n in range(3 * accounts.ROWS):
-        own.settle(taken(own, f"tenant-{n}", 10.0 * n / accounts.ROWS), 1.0, 10.0 * n / accounts.ROWS)
-    assert isinstance(own.take("debtor", LIMIT, 1.0, 1.0, 40.0), Refusal)
+    for n in range(3 * tenant_accounts.ROWS):
+        own.settle(taken(own, f"tenant-{n}", 10.0 * n / tenant_accounts.ROWS), 1.0, 10.0 * n / tenant_accounts.ROWS)
+    assert isinstance(own.take("debtor", LIMIT, 1.0, 1.0, 40.0), LimitExceeded)
 
 
 def test_tenants_without_a_row_share_one(relay: Open) -> None:
     """A flood of names that all owe cannot make room for itself: the rest share one bucket."""
     own = relay(0)
-    admitted = sum(isinstance(own.take(f"tenant-{n}", LIMIT, 5.0, 5.0, 0.0), Lease) for n in range(3 * accounts.ROWS))
-    assert admitted <= accounts.ROWS
+    admitted = sum(
+        isinstance(own.take(f"tenant-{n}", LIMIT, 5.0, 5.0, 0.0), TenantCharge) for n in range(3 * tenant_accounts.ROWS)
+    )
+    assert admitted <= tenant_accounts.ROWS
 
 
 def test_processes_that_race_admit_no_more_than_the_bucket_holds(table: Path) -> None:
@@ -163,7 +165,7 @@ def test_a_process_that_was_stopped_in_its_turn_holds_up_nobody(relay: Open, tab
 
 def test_one_relay_needs_no_file() -> None:
     """Without a path the table is memory of this process."""
-    own = Accounts("", 1, 0)
+    own = TenantAccounts("", 1, 0)
     own.settle(taken(own, "acme", 0.0), 1.0, 0.0)
     own.close()
 
@@ -177,17 +179,17 @@ class Interleavings(RuleBasedStateMachine):
     """Any order of requests, ends, deaths of relays and time, against one account per tenant that knows no processes."""
 
     leases = Bundle("leases")
-    limits = Limit(mu_per_minute=120.0, mu_in_flight=8.0, burst_mu=10.0)
+    limits = TenantLimit(mu_per_minute=120.0, mu_in_flight=8.0, burst_mu=10.0)
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "accounts"
         path.write_bytes(b"")
-        os.truncate(path, accounts.size(2))
+        os.truncate(path, tenant_accounts.size(2))
         self.path, self.now = str(path), 0.0
-        self.relays = [Accounts(self.path, 2, n) for n in range(2)]
-        self.buckets: dict[str, Bucket] = {}
+        self.relays = [TenantAccounts(self.path, 2, n) for n in range(2)]
+        self.buckets: dict[str, TokenBucket] = {}
         self.count = 0
         self.open: dict[
             str, dict[int, tuple[int, float]]
@@ -201,21 +203,21 @@ class Interleavings(RuleBasedStateMachine):
         more=st.floats(0, 3),
     )
     def ask(self, relay: int, tenant: str, mu: float, more: float) -> object:
-        bucket = refilled(self.buckets.get(tenant, Bucket(10.0, self.now)), self.limits, self.now)
+        bucket = refilled(self.buckets.get(tenant, TokenBucket(10.0, self.now)), self.limits, self.now)
         in_flight = self.open.setdefault(tenant, {})
         expected = refusal(self.limits, bucket, sum(held for _, held in in_flight.values()), mu, mu + more)
         found = self.relays[relay].take(tenant, self.limits, mu, mu + more, self.now)
         if expected is not None:
-            assert isinstance(found, Refusal) and found.what == expected.what
+            assert isinstance(found, LimitExceeded) and found.what == expected.what
             return None
-        assert isinstance(found, Lease)
+        assert isinstance(found, TenantCharge)
         self.buckets[tenant] = charged(bucket, self.limits, mu)
         self.count += 1
         in_flight[self.count] = relay, mu + more
         return self.count, relay, tenant, found
 
     @rule(lease=consumes(leases), actual=quarters(0, 80))
-    def settle(self, lease: tuple[int, int, str, Lease] | None, actual: float) -> None:
+    def settle(self, lease: tuple[int, int, str, TenantCharge] | None, actual: float) -> None:
         if lease is None or lease[0] not in self.open[lease[2]]:
             return  # refused, or it died with its process
         number, relay, tenant, found = lease
@@ -228,7 +230,7 @@ class Interleavings(RuleBasedStateMachine):
     def die(self, relay: int) -> None:
         """Its successor finds the charges, and none of what it had open."""
         self.relays[relay].close()
-        self.relays[relay] = Accounts(self.path, 2, relay)
+        self.relays[relay] = TenantAccounts(self.path, 2, relay)
         for tenant, leases in self.open.items():
             self.open[tenant] = {n: lease for n, lease in leases.items() if lease[0] != relay}
 

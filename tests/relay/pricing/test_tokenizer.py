@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from sidecar.events import Admitted, Usage
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.estimator import Estimator, Template
-from sidecar.load.request_shape import Shape
+from sidecar.load.estimator import ChatTemplateOverhead, Estimator
+from sidecar.load.request_shape import RequestShape
 from sidecar.relay.pricing import tokenizer as counting
 from sidecar.relay.pricing.charge import Pricing
-from sidecar.relay.pricing.tokenizer import WAITING, Count, Counter, windows
+from sidecar.relay.pricing.tokenizer import MAX_WAITING_COUNTS, TokenCount, TokenCounter, windows
 from sidecar.settings import Settings
 from sidecar.tools.doctor import machine
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def counter(model: Path) -> Iterator[Counter]:
+def counter(model: Path) -> Iterator[TokenCounter]:
     loaded = counting.load(str(model))
     assert loaded is not None
     loaded._deadline = 30.0  # a busy machine is not what is tested here
@@ -54,7 +54,7 @@ def counter(model: Path) -> Iterator[Counter]:
 
 
 @pytest.fixture
-def slow() -> Iterator[tuple[Counter, threading.Event]]:
+def slow() -> Iterator[tuple[TokenCounter, threading.Event]]:
     """A counter that counts only once it is let, and its leave."""
     leave = threading.Event()
 
@@ -62,13 +62,13 @@ def slow() -> Iterator[tuple[Counter, threading.Event]]:
         assert leave.wait(PATIENCE)
         return texts
 
-    counter = Counter(encode, 0.01)
+    counter = TokenCounter(encode, 0.01)
     yield counter, leave
     leave.set()
     counter.close()
 
 
-async def test_a_short_text_is_counted_as_the_tokenizer_does(counter: Counter, model: Path) -> None:
+async def test_a_short_text_is_counted_as_the_tokenizer_does(counter: TokenCounter, model: Path) -> None:
     """All texts, whatever script, what is no sound Unicode, and a data URL; token ids and images are not text."""
     from tokenizers import Tokenizer
 
@@ -77,11 +77,11 @@ async def test_a_short_text_is_counted_as_the_tokenizer_does(counter: Counter, m
     image = {"type": "image_url", "image_url": {"url": texts[-1]}}
     found = await counter.count({"prompt": texts, "messages": [{"content": [image]}], "model": "m"})
     sound = [text.encode(errors="replace").decode() for text in texts]
-    assert found == Count(sum(len(own.encode(text, add_special_tokens=False)) for text in sound), True)
-    assert await counter.count({"prompt": [1, 2, 3]}) == Count(0, True)
+    assert found == TokenCount(sum(len(own.encode(text, add_special_tokens=False)) for text in sound), True)
+    assert await counter.count({"prompt": [1, 2, 3]}) == TokenCount(0, True)
 
 
-async def test_a_long_text_is_counted_by_windows(counter: Counter) -> None:
+async def test_a_long_text_is_counted_by_windows(counter: TokenCounter) -> None:
     """A hundred thousand characters cost no more than four thousand, and come out within a few percent."""
     short = await counter.count({"prompt": TEXT * 10})
     found = await counter.count({"prompt": TEXT * 1000})
@@ -98,14 +98,17 @@ def test_windows_are_bounded_and_stand_for_the_whole(texts: list[str], whole: in
     assert length > whole or (parts, times) == (texts, 1.0)
 
 
-async def test_what_takes_too_long_is_not_waited_for(slow: tuple[Counter, threading.Event]) -> None:
+async def test_what_takes_too_long_is_not_waited_for(slow: tuple[TokenCounter, threading.Event]) -> None:
     """No count by the deadline, none at all while too many wait, and counts again when the thread is free."""
     counter, leave = slow
-    assert await asyncio.gather(*(counter.count({"prompt": "x"}) for _ in range(WAITING))) == [None] * WAITING
+    assert (
+        await asyncio.gather(*(counter.count({"prompt": "x"}) for _ in range(MAX_WAITING_COUNTS)))
+        == [None] * MAX_WAITING_COUNTS
+    )
     assert await counter.count({"prompt": "x"}) is None
     leave.set()
     async with asyncio.timeout(PATIENCE):
-        while await counter.count({"prompt": "abc"}) != Count(3, True):  # noqa: ASYNC110  the thread tells nobody
+        while await counter.count({"prompt": "abc"}) != TokenCount(3, True):  # noqa: ASYNC110  the thread tells nobody
             await asyncio.sleep(0.01)
 
 
@@ -115,7 +118,7 @@ async def test_a_tokenizer_that_breaks_leaves_the_estimate(caplog: pytest.LogCap
     def encode(texts: list[str]) -> list[str]:
         raise ValueError(texts[0])
 
-    counter = Counter(encode, 30.0)
+    counter = TokenCounter(encode, 30.0)
     assert await counter.count({"prompt": "secret"}) is None
     assert "ValueError" in caplog.text and "secret" not in caplog.text
     counter.close()
@@ -137,7 +140,7 @@ def test_the_doctor_says_whether_tokens_are_counted(model: Path) -> None:
 
 def test_what_a_template_adds_is_learned_as_a_line() -> None:
     """From usage and count: 7 a message and 20 on top, in place of ChatML's 4 and 3; without spread, the level alone."""
-    template = Template()
+    template = ChatTemplateOverhead()
     assert template.tokens(5) == pytest.approx(23)
     for n in range(200):
         template.add(1 + n % 5, 20 + 7 * (1 + n % 5))
@@ -149,14 +152,16 @@ def test_what_a_template_adds_is_learned_as_a_line() -> None:
 
 def test_a_counted_chat_is_exact_once_its_template_is_known() -> None:
     """After some answers the estimate is the engine's own number."""
-    estimator, shape = Estimator(Coefficients()), Shape("m", text_bytes=400, messages=2)
+    estimator, shape = Estimator(Coefficients()), RequestShape("m", text_bytes=400, messages=2)
     for n in range(100):
-        estimator.learn("t", Shape("m", text_bytes=400, messages=1 + n % 4), Usage(100 + 12 + 5 * (1 + n % 4), 5), 100)
+        estimator.learn(
+            "t", RequestShape("m", text_bytes=400, messages=1 + n % 4), Usage(100 + 12 + 5 * (1 + n % 4), 5), 100
+        )
     assert estimator.estimate("t", shape, [], 321).work.uncached == 321 + 12 + 10
 
 
 @pytest.mark.parametrize("text", [TEXT, f"data:text/plain;base64,{TEXT}"])
-async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: Counter, text: str) -> None:
+async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: TokenCounter, text: str) -> None:
     """Through the relay: the hold has the tokenizer's number, where the ratio would say another; a data URL's, too."""
     counted = await counter.count({"prompt": text})
     assert counted is not None

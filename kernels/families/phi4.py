@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
+from sidecar.kernels.families.any_resolution import MOST_TILES
 from sidecar.kernels.families.reading import HALF, Config, common, count, default, pair, positive, steps
-from sidecar.kernels.families.tiled import MOST_TILES
 from sidecar.kernels.grid import BICUBIC, Geometry, ProcessorSpec, Size
 
 WHOLE_TOKENS = 256 + 1 + 16  # of the small copy of all of the image, and what separates it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crops(ProcessorSpec):
+class Phi4Spec(ProcessorSpec):
     """Phi-4-multimodal's: whole tiles, padded, and a small copy. That one is resized in floating point, which no integers equal."""
 
     tensors: ClassVar[bool] = False
@@ -79,7 +79,7 @@ def phi_4(config: Config, model: Config) -> ProcessorSpec:
     height, width = pair(default(config, "size", 448))
     if height != width:
         raise ValueError("not taken by this processor")
-    return Crops(
+    return Phi4Spec(
         **common(config, BICUBIC, HALF), tile=height, patch=count(default(config, "patch_size", 14), 256),
         max_tiles=count(default(config, "dynamic_hd", 36), MOST_TILES),
     )  # fmt: skip

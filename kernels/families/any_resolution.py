@@ -13,7 +13,18 @@ from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, default, optional, pair, positive, steps
-from sidecar.kernels.grid import BICUBIC, BILINEAR, FILLED, Geometry, Integers, ProcessorSpec, Size, TileSpec, View, i64
+from sidecar.kernels.grid import (
+    BICUBIC,
+    BILINEAR,
+    FILLED,
+    Geometry,
+    ImageView,
+    Integers,
+    ProcessorSpec,
+    Size,
+    TileSpec,
+    i64,
+)
 
 MOST_TILES: Final = 256
 MOST_PINPOINTS: Final = 1024
@@ -29,7 +40,7 @@ CUTS: Final[Mapping[str | None, bool | None]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Closest(TileSpec):
+class InternVLSpec(TileSpec):
     """InternVL's: the grid of tiles whose aspect is closest, stretched to fill it, and then the whole image as one more tile."""
 
     height: int
@@ -43,7 +54,7 @@ class Closest(TileSpec):
         height, width = positive(height, width)
         columns, rows = self._grid(height, width) if self.cuts else (1, 1)
         tile, canvas = (self.height, self.width), (self.height * rows, self.width * columns)
-        views = (View(canvas, canvas, tile), View(tile, tile, tile))[: 2 if rows * columns > 1 else 1]
+        views = (ImageView(canvas, canvas, tile), ImageView(tile, tile, tile))[: 2 if rows * columns > 1 else 1]
         tokens = self.tokens_per_tile * sum(view.tiles for view in views)
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
@@ -69,7 +80,7 @@ def _grids(least: int, most: int) -> tuple[Size, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnyResolution(TileSpec):
+class AnyResolutionSpec(TileSpec):
     """LLaVA-NeXT's and LLaVA-OneVision's: one of the sizes in a list, padded around; the whole image as one tile comes first.
 
     Tokens: `side` a side of a tile, `base` for the whole image, `less` of them in the end; of rows and columns over
@@ -96,8 +107,8 @@ class AnyResolution(TileSpec):
             size = canvas[0], min(math.ceil(width * down), canvas[1])
         tile = (self.tile, self.tile)
         views = (
-            View(tile, tile, tile),
-            View(size, canvas, tile, (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2),
+            ImageView(tile, tile, tile),
+            ImageView(size, canvas, tile, (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2),
         )
         tokens = self._tokens(height, width, canvas) if self.side else 0
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
@@ -135,7 +146,7 @@ class AnyResolution(TileSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BestFit(TileSpec):
+class Llama4Spec(TileSpec):
     """Llama 4's: the canvas that needs least resizing, padded below and to the right; then the whole image as one more tile.
 
     Values are computed in bfloat16. So is, in float32, what Hugging Face computes with tensors here.
@@ -155,7 +166,7 @@ class BestFit(TileSpec):
         canvas = self._canvas(height, width)
         size = self._size(height, width, canvas)
         tile = (self.tile, self.tile)
-        views = (View(size, canvas, tile), View(tile, tile, tile))[: 2 if canvas != tile else 1]
+        views = (ImageView(size, canvas, tile), ImageView(tile, tile, tile))[: 2 if canvas != tile else 1]
         tokens = self.tokens_per_tile * sum(view.tiles for view in views)
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
@@ -215,7 +226,7 @@ def intern_vl(config: Config, model: Config) -> ProcessorSpec:
     if type(cuts) is not bool:
         raise ValueError("crop_to_patches is neither true nor false")
     height, width = pair(default(config, "size", {"height": 384, "width": 384}))
-    return Closest(
+    return InternVLSpec(
         **common(config, BICUBIC, CLIP), height=height, width=width, cuts=cuts,
         min_tiles=count(default(config, "min_patches", 1), MOST_TILES), max_tiles=count(default(config, "max_patches", 12), MOST_TILES),
         tokens_per_tile=optional(model.get("image_seq_length")),
@@ -232,7 +243,7 @@ def llava_next(config: Config, model: Config) -> ProcessorSpec:
     side = spec["tile"] // patch if patch else 0
     base = side * side + optional(model.get("num_additional_image_tokens"))
     less = int(model.get("vision_feature_select_strategy") == "default")
-    return AnyResolution(**spec, side=side, base=base, less=less)
+    return AnyResolutionSpec(**spec, side=side, base=base, less=less)
 
 
 def llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
@@ -241,7 +252,7 @@ def llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
     aspect = str(model.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_")
     less = int(model.get("vision_feature_select_strategy") == "default")
     most = count(int(aspect), 1 << 10) if base else 0
-    return AnyResolution(**spec, counts_images=True, side=math.isqrt(base), base=base, less=less, most_tiles=most)
+    return AnyResolutionSpec(**spec, counts_images=True, side=math.isqrt(base), base=base, less=less, most_tiles=most)
 
 
 def _any_resolution(config: Config, size: Any, crop: Any, pinpoints: tuple[Size, ...]) -> dict[str, Any]:
@@ -267,6 +278,6 @@ def llama_4(config: Config, model: Config) -> ProcessorSpec:
         raise ValueError("not taken by this processor")
     patch, shuffle = optional(model.get("patch_size")), model.get("pixel_shuffle_ratio")
     tokens = (height // patch) ** 2 // round(1.0 / shuffle**2) if patch and shuffle else 0
-    return BestFit(
+    return Llama4Spec(
         **numbers, tile=height, max_tiles=count(default(config, "max_patches", 16), MOST_TILES), largest=largest, tokens_per_tile=tokens,
     )  # fmt: skip

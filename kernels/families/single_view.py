@@ -14,7 +14,7 @@ MAX_ASPECT: Final = 200  # Qwen's and GLM's processors refuse longer images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Smart(PatchSpec):
+class Qwen2VLSpec(PatchSpec):
     """Qwen2-VL's and GLM-4V's: multiples of patch * merge near the image's size, with a pixel count between two bounds.
 
     `frames` is what GLM multiplies the pixel count by; Qwen counts one.
@@ -54,7 +54,7 @@ class Smart(PatchSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fixed(PlaneSpec):
+class SiglipSpec(PlaneSpec):
     """SigLIP's and Gemma 3's: one size for all images, whatever their shape."""
 
     height: int
@@ -67,7 +67,7 @@ class Fixed(PlaneSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cropped(PlaneSpec):
+class ClipSpec(PlaneSpec):
     """CLIP's and LLaVA-1.5's: the shorter side to `shortest`, then the middle."""
 
     shortest: int
@@ -85,7 +85,7 @@ class Cropped(PlaneSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Longest(PlaneSpec):
+class PixtralSpec(PlaneSpec):
     """Pixtral's and Mistral 3's: within (max_height, max_width), rounded up to whole patches. Each row of tokens ends with one more."""
 
     max_height: int
@@ -112,7 +112,7 @@ class Longest(PlaneSpec):
 # --- from a model's files ---
 
 
-def smart(config: Config, size: Config, frames: int | None = 1, **more: Any) -> Smart:
+def smart(config: Config, size: Config, frames: int | None = 1, **more: Any) -> Qwen2VLSpec:
     steps(config)
     patch, merge, temporal = (
         count(default if config.get(key) is None else config[key], 256)
@@ -121,7 +121,7 @@ def smart(config: Config, size: Config, frames: int | None = 1, **more: Any) -> 
     size = config.get("size") or size
     low = size["shortest_edge"] if config.get("min_pixels") is None else config["min_pixels"]
     high = size["longest_edge"] if config.get("max_pixels") is None else config["max_pixels"]
-    return Smart(
+    return Qwen2VLSpec(
         **common(config, BICUBIC, CLIP), patch_size=patch, merge_size=merge, temporal_patch_size=temporal,
         min_pixels=count(low, 1 << 40), max_pixels=count(high, 1 << 40), frames=frames or temporal, **more,
     )  # fmt: skip
@@ -142,7 +142,7 @@ def fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
         steps(config, do_pan_and_scan=False)
         height, width = pair(config.get("size") or 224)
         tokens = optional(model.get("image_seq_length"))
-        return Fixed(**common(config, resample, HALF), height=height, width=width, tokens=tokens)
+        return SiglipSpec(**common(config, resample, HALF), height=height, width=width, tokens=tokens)
 
     return read
 
@@ -158,7 +158,7 @@ def cropped(config: Config, model: Config) -> ProcessorSpec:
         raise ValueError("the crop would be padded")
     patch = optional(model.get("patch_size"))
     tokens = (height // patch) * (width // patch) if patch else 0
-    return Cropped(
+    return ClipSpec(
         **common(config, BICUBIC, CLIP), shortest=shortest, crop_height=height, crop_width=width, tokens=tokens
     )
 
@@ -169,7 +169,7 @@ def pixtral(config: Config, model: Config) -> ProcessorSpec:
     most = (count(size["longest_edge"], 1 << 14),) * 2 if "longest_edge" in size else pair(size)
     patch = pair(config.get("patch_size") or 16)
     merge = optional(model.get("spatial_merge_size")) or 1
-    return Longest(
+    return PixtralSpec(
         **common(config, BICUBIC, CLIP), max_height=most[0], max_width=most[1], patch_height=patch[0], patch_width=patch[1],
         merge_size=merge,
     )  # fmt: skip

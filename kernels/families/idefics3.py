@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from sidecar.kernels.families.reading import HALF, Config, common, count, optional, positive, steps
-from sidecar.kernels.grid import LANCZOS, Geometry, Integers, ProcessorSpec, Repeated, Size, TileSpec, View
+from sidecar.kernels.grid import LANCZOS, Geometry, ImageView, Integers, ProcessorSpec, Repeated, Size, TileSpec
 
 IDEFICS_MOST: Final = 4096  # pixels of the longer side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split(TileSpec):
+class Idefics3Spec(TileSpec):
     """Idefics 3's and SmolVLM's: the longer side to `longest`, then to whole tiles; the whole image as one tile comes last."""
 
     inline: ClassVar[bool] = True
@@ -28,9 +28,9 @@ class Split(TileSpec):
         first = _below(*_to_longest(*positive(height, width), self.longest))
         tile = (self.tile, self.tile)
         canvas = self._canvas(*first) if self.splits else tile
-        views = [View(canvas, canvas, tile, before=(first,))]
+        views = [ImageView(canvas, canvas, tile, before=(first,))]
         if canvas != tile:
-            views.append(View(tile, tile, tile, before=(first, canvas)))
+            views.append(ImageView(tile, tile, tile, before=(first, canvas)))
         tokens = self.tokens_per_tile * sum(view.tiles for view in views)
         return Geometry(*first, tokens=tokens, views=tuple(views), original=(height, width))
 
@@ -81,7 +81,7 @@ def idefics(config: Config, model: Config) -> ProcessorSpec:
     steps(config, do_pad=True, return_row_col_info=False)
     size, tile = config.get("size") or {"longest_edge": 4 * 364}, config.get("max_image_size") or {"longest_edge": 364}
     splits = config.get("do_image_splitting", True)
-    return Split(
+    return Idefics3Spec(
         **common(config, LANCZOS, HALF), longest=count(size["longest_edge"], 1 << 14), tile=count(tile["longest_edge"], 1 << 14),
         splits=splits is not False, tokens_per_tile=optional(model.get("image_seq_len")),
     )  # fmt: skip

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from sidecar.kernels.families.any_resolution import MOST_TILES
 from sidecar.kernels.families.reading import HALF, Config, common, count, default, positive, steps
-from sidecar.kernels.families.tiled import MOST_TILES
 from sidecar.kernels.grid import (
     ABREAST,
     BICUBIC,
@@ -19,11 +19,11 @@ from sidecar.kernels.grid import (
     ROWS,
     STRIPS,
     Geometry,
+    ImageView,
     Integers,
     ProcessorSpec,
     Size,
     TileSpec,
-    View,
     i64,
 )
 
@@ -32,7 +32,7 @@ PLAIN: Final = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget(TileSpec):
+class Gemma4Spec(TileSpec):
     """Gemma 4's: as many patches as its tokens allow, whatever the image's size; then zeros up to that number."""
 
     batch: ClassVar[str] = FILLED
@@ -50,7 +50,7 @@ class Budget(TileSpec):
         tile = step if self.joins else self.patch
         tokens = size[0] * size[1] // step**2
         return Geometry(
-            *size, 1, size[0] // tile, size[1] // tile, tokens, views=(View(size, size, (tile, tile)),), original=(height, width)
+            *size, 1, size[0] // tile, size[1] // tile, tokens, views=(ImageView(size, size, (tile, tile)),), original=(height, width)
         )  # fmt: skip
 
     def _size(self, height: int, width: int, step: int) -> Size:
@@ -90,7 +90,7 @@ class Budget(TileSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shrunk(TileSpec):
+class KimiSpec(TileSpec):
     """Kimi K2.5's: shrunk to the largest number of patches where it has more, then padded to whole merged patches."""
 
     patch: int
@@ -107,7 +107,7 @@ class Shrunk(TileSpec):
         step = self.merge * self.patch
         canvas = -(-size[0] // step) * step, -(-size[1] // step) * step
         grid = canvas[0] // self.patch, canvas[1] // self.patch
-        view = View(size, canvas, (self.patch, self.patch))
+        view = ImageView(size, canvas, (self.patch, self.patch))
         return Geometry(
             *canvas, 1, *grid, grid[0] * grid[1] // self.merge**2, views=(view,), original=(height, width)
         )  # fmt: skip
@@ -117,7 +117,7 @@ class Shrunk(TileSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sliced(TileSpec):
+class MiniCPMSpec(TileSpec):
     """MiniCPM-V 4.6's: the whole image at about `resolution`, then, of a large one, a grid of slices of about that size each."""
 
     batch: ClassVar[str] = ABREAST
@@ -137,12 +137,12 @@ class Sliced(TileSpec):
         height, width = positive(height, width)
         grid = self._grid(height, width) if self.slices else None
         whole = self._best(height, width, enlarge=grid is None)
-        views = [View(whole, whole, whole)]
+        views = [ImageView(whole, whole, whole)]
         if grid is not None:
             rows, columns = grid
             tile = self._best(_nearest(height, rows) / rows, _nearest(width, columns) / columns, enlarge=True)
             canvas = tile[0] * rows, tile[1] * columns
-            views.append(View(canvas, canvas, tile))
+            views.append(ImageView(canvas, canvas, tile))
         tokens = sum(v.tiles * (v.tile[0] // self.patch * (v.tile[1] // self.patch) // self.merge**2) for v in views)
         return Geometry(*views[-1].canvas, tokens=tokens, views=tuple(views), original=(height, width))
 
@@ -204,7 +204,7 @@ def _budget(config: Config, *, joins: bool) -> ProcessorSpec:
     tokens = default(config, "max_soft_tokens", 280)
     if tokens not in GEMMA_TOKENS:
         raise ValueError("a number of tokens that the processor does not take")
-    return Budget(
+    return Gemma4Spec(
         **common({"do_normalize": False, **config}, BICUBIC, PLAIN), patch=count(default(config, "patch_size", 16), 256),
         pooling=count(default(config, "pooling_kernel_size", 3), 16), max_tokens=tokens, joins=joins,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def kimi(config: Config, model: Config) -> ProcessorSpec:
     size = default(config, "size", {"max_height": 512, "max_width": 512})
     if set(size) != {"max_height", "max_width"} or size["max_height"] != size["max_width"]:
         raise ValueError("not a size of this processor")
-    return Shrunk(
+    return KimiSpec(
         **common(config, BICUBIC, HALF), patch=count(default(config, "patch_size", 14), 256), merge=count(default(config, "merge_size", 2), 16),
         max_patches=count(default(config, "max_patches", 16384)), max_side=count(size["max_height"], 1 << 14),
     )  # fmt: skip
@@ -226,7 +226,7 @@ def minicpm(config: Config, model: Config) -> ProcessorSpec:
     slices, mode = default(config, "slice_mode", True), default(config, "downsample_mode", "16x")
     if type(slices) is not bool or type(mode) is not str:
         raise ValueError("not taken by this processor")
-    return Sliced(
+    return MiniCPMSpec(
         **common(config, BICUBIC, HALF), patch=count(default(config, "patch_size", 14), 256),
         resolution=count(default(config, "scale_resolution", 448), 1 << 14), max_slices=count(default(config, "max_slice_nums", 9), MOST_TILES),
         slices=slices, merge=2 if mode == "4x" else 4,
