@@ -9,14 +9,15 @@ existed the line says what became of it.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
+
+import msgspec
 
 from sidecar.errors import UsageError
 from sidecar.flags import (
@@ -258,15 +259,13 @@ def load(
 
 
 def to_json(settings: Settings) -> str:
-    """The settings as JSON, to hand to a relay process over a private pipe (it carries secrets)."""
-    return json.dumps(asdict(settings))
+    """The settings as JSON, to hand to another process over a private pipe (it carries secrets)."""
+    return msgspec.json.encode(settings).decode()
 
 
 def from_json(text: str) -> Settings:
     """Inverse of to_json."""
-    raw: dict[str, Any] = json.loads(text)
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    return Settings(**values)
+    return msgspec.json.decode(text, type=Settings)
 
 
 def spelled(name: str, source: str = "flag") -> str:

@@ -8,20 +8,23 @@ Whatever is not exactly as it should be makes the whole file worthless: nothing 
 
 from __future__ import annotations
 
-import math
-import types
 from collections import deque
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
 
-from sidecar.health import kill_policy as fleet
+import msgspec
+from msgspec import Meta
+
+from sidecar.health import kill_policy
 from sidecar.health.latency_model import LatencyModel
 from sidecar.load import drift
 
 STATE_VERSION: Final = 3
 MAX_STATE_AGE_S: Final = 3600.0  # seconds; an older memory says too little of now
-MAX_TEXT: Final = 200  # characters of a text
-MAX_ITEMS: Final = 10_000  # of a list
+MAX_CANARIES: Final = 64
+MAX_PAUSES: Final = 64
+
+T = TypeVar("T")
 
 
 class StateRejected(ValueError):
@@ -46,13 +49,13 @@ class SavedState:
     """
 
     learned: LatencyModel
-    canary_seconds: tuple[float, ...]
+    canary_seconds: Annotated[tuple[float, ...], Meta(max_length=MAX_CANARIES)]
     served: bool
     rejected: int
     stalled: bool
     allowed: float
-    orders: dict[str, float]
-    fleet: fleet.KillState
+    orders: Annotated[dict[str, float], Meta(max_length=MAX_PAUSES)]
+    fleet: kill_policy.KillState
     drift: drift.DriftState
 
 
@@ -81,64 +84,30 @@ def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
         return from_plain(SavedState, raw.get("kept")), bool(here.listener) and place.listener == here.listener
     except StateRejected:
         raise
-    except (TypeError, ValueError, KeyError, OverflowError) as e:
+    except (TypeError, ValueError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
         raise StateRejected(f"damaged ({e})") from None
 
 
 def to_plain(value: Any) -> Any:
-    """Frozen or mutable records, deques and tuples as JSON values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple | list | deque):
-        return [to_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    return value
+    """Records, tuples and deques as JSON values."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_deque_to_list))
 
 
-def from_plain(hint: Any, raw: Any, like: Any = None) -> Any:
-    """The inverse of `plain`, by type. `like` is a default value, from which a deque takes its bound. Raises TypeError, KeyError."""
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _record(hint, raw)
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return None if raw is None else from_plain(next(a for a in args if a is not types.NoneType), raw, like)
-    if origin is Literal and raw in args:
-        return raw
-    if origin in (tuple, list, deque) and isinstance(raw, list) and len(raw) <= MAX_ITEMS:
-        items = [from_plain(hint, item) for hint, item in zip(_hints(origin, args, len(raw)), raw, strict=True)]
-        return deque(items, like.maxlen if isinstance(like, deque) else MAX_ITEMS) if origin is deque else origin(items)
-    if origin is dict and isinstance(raw, dict) and len(raw) <= MAX_ITEMS:
-        return {from_plain(args[0], key): from_plain(args[1], item) for key, item in raw.items()}
-    return _scalar(hint, raw)
+def from_plain(cls: type[T], raw: Any) -> T:
+    """Inverse of to_plain. Raises ValueError unless `raw` has exactly the fields of `cls`, each of its type."""
+    found = msgspec.convert(raw, cls, dec_hook=_deque_from_list)
+    if to_plain(found) != raw:  # a field more or less, which msgspec would ignore or fill by its default
+        raise ValueError("other fields")
+    return found
 
 
-def _record(cls: type, raw: Any) -> Any:
-    hints = get_type_hints(cls)
-    names = {f.name for f in fields(cls)}
-    if not isinstance(raw, dict) or set(raw) != names:
-        raise TypeError(f"{cls.__name__} has other fields")
-    try:
-        likes: Any = cls()
-    except TypeError:  # a record without defaults
-        likes = None
-    return cls(**{name: from_plain(hints[name], raw[name], getattr(likes, name, None)) for name in names})
+def _deque_to_list(value: Any) -> Any:
+    if isinstance(value, deque):
+        return list(value)
+    raise NotImplementedError
 
 
-def _hints(origin: Any, args: tuple[Any, ...], count: int) -> list[Any]:
-    """The type of each item; a tuple of fixed length has one per place."""
-    if origin is tuple and not (len(args) == 2 and args[1] is ...):
-        return list(args)
-    return [args[0]] * count
-
-
-def _scalar(hint: Any, raw: Any) -> Any:
-    fits = {
-        bool: isinstance(raw, bool),
-        int: isinstance(raw, int) and not isinstance(raw, bool),
-        float: isinstance(raw, int | float) and not isinstance(raw, bool) and math.isfinite(raw),
-        str: isinstance(raw, str) and len(raw) <= MAX_TEXT,
-    }
-    if not fits.get(hint, False):
-        raise TypeError(f"a value is no {getattr(hint, '__name__', 'known type')}")
-    return float(raw) if hint is float else raw
+def _deque_from_list(hint: Any, raw: Any) -> Any:
+    if get_origin(hint) is deque:
+        return deque(msgspec.convert(raw, list[get_args(hint)[0]]))  # type: ignore[misc]  # the item's type, at run time
+    raise NotImplementedError

@@ -16,7 +16,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Annotated, Final
+
+from msgspec import Meta
 
 from sidecar.events import State
 from sidecar.readings import GpuSample, Reading, Value
@@ -26,6 +28,7 @@ from sidecar.settings import Settings
 # GPU, and with a reboot: a new process in the same container would meet the same broken GPU.
 NEEDS_RESET: Final = frozenset({46, 62, 95, 109, 119, 120, 140})
 NEEDS_REBOOT: Final = frozenset({79})
+MAX_CODE_CHARS: Final = 64  # of a reason code in saved state
 
 # Seconds, the longest time between two kills: from the fifth on, a pod that stalls again and again costs a restart an hour at most.
 MAX_INTERVAL_S: Final = 3600.0
@@ -93,7 +96,7 @@ class KillState:
     useless: int = 0  # useless restarts in a row
     xid: int = 0
     xid_at: float = 0.0
-    handover: str = ""
+    handover: Annotated[str, Meta(max_length=MAX_CODE_CHARS)] = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,10 @@ class LatencyModel:
     foreign: bool = False
     at: float = 0.0
 
+    def __post_init__(self) -> None:
+        # saved state brings back the items, not the bound
+        self.prefills = deque(self.prefills, maxlen=MAX_PREFILLS)
+
     def decay(self, now: float, *, working: bool) -> None:
         """Let the learned gap lose weight with the time that the engine worked."""
         if working:

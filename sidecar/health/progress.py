@@ -27,8 +27,8 @@ UNLEARNED_FLOOR_S = 60.0
 BLOCKED_API_S = 90.0
 # Allowed over predicted silence: the figures of docs/verdict.md, 0.0025 false kills per engine-week, are of this margin.
 PREDICTION_MARGIN = 3.0
-# What may be allowed to an engine of which nothing is known, and to an API that answers nothing, as a share of the cap: whoever sets a
-# short cap wants no long silence for other reasons either. From a cap of 5 minutes on it is the numbers above.
+# What may be allowed to an engine of which nothing is known, and to an API that answers nothing, as a share of the cap: a short
+# cap asks for short silences of every kind. From a cap of five minutes on these are the numbers above.
 UNLEARNED_SHARE, BLOCKED_SHARE = 1 / 5, 1 / 3
 LEARNED_AFTER = 10  # first tokens seen, before this engine's own gaps count as known
 GAP_MARGIN = 2.0  # allowed over the longest learned gap

@@ -11,10 +11,11 @@ One connection per job, because the listening socket's backlog is then the one f
 
 from __future__ import annotations
 
-import json
 import struct
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
 
 PREFIX: Final = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
 MAX_HEADER: Final = 64 * 1024
@@ -90,12 +91,16 @@ class ImageRefused:
 
 
 Frame = ImageJob | WorkerReady | ImageDone | ImageRefused
-_KINDS: Final[dict[str, type]] = {kind.__name__: kind for kind in (ImageJob, WorkerReady, ImageDone, ImageRefused)}
+_encoder: Final = msgspec.json.Encoder()
+_envelope: Final = msgspec.json.Decoder(tuple[str, msgspec.Raw])
+_DECODERS: Final[dict[str, msgspec.json.Decoder[Frame]]] = {
+    kind.__name__: msgspec.json.Decoder(kind) for kind in (ImageJob, WorkerReady, ImageDone, ImageRefused)
+}
 
 
 def head(record: Frame, payload: int = 0) -> bytes:
     """The first bytes of a frame; `payload` more bytes must follow."""
-    header = json.dumps([type(record).__name__, asdict(record)], separators=(",", ":")).encode()
+    header = _encoder.encode((type(record).__name__, record))
     return PREFIX.pack(len(header), payload) + header
 
 
@@ -112,16 +117,7 @@ def lengths(prefix: Data, max_payload: int) -> tuple[int, int]:
 def parse(header: bytes | bytearray) -> Frame:
     """The record of a frame's header. Raises FrameError."""
     try:
-        name, values = json.loads(header)
-        kind = _KINDS[name]
-        frozen: dict[str, Any] = {k: _frozen(v) for k, v in values.items()}
-        if kind is ImageJob:
-            frozen["limits"] = ImageLimits(**frozen["limits"])
-        record: Frame = kind(**frozen)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        name, fields = _envelope.decode(header)
+        return _DECODERS[name].decode(fields)
+    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise FrameError(f"not a frame: {type(e).__name__}") from None
-    return record
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

@@ -19,8 +19,8 @@ from sidecar.images.protocol import Data
 from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 
 BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
-# Seconds that a client may read nothing of its answer: longer than people and batch jobs pause, and an end to connections that nobody
-# reads any more, each of which keeps a place of the engine's batch.
+# Seconds that a client may read nothing of its answer: longer than people and batch jobs pause, and an end to connections that are
+# no longer read, each of which keeps a place of the engine's batch.
 CLIENT_STALL_S: Final = 600.0
 PIECE: Final = 1 << 20  # bytes that a client must take in time, where what it gets is long
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"

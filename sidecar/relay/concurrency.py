@@ -15,7 +15,7 @@ from sidecar.errors import QueueFull
 from sidecar.relay.admission import Admission
 
 # Requests that wait for a place in one relay process; the next gets 429. Each keeps its connection and its body, and
-# whoever would come behind a thousand is served sooner by another replica.
+# another replica serves the thousand-and-first sooner.
 MAX_QUEUED: Final = 1000
 
 

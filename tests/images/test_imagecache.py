@@ -150,7 +150,7 @@ def test_no_room_is_no_cache(tmp_path: Path) -> None:
 
 
 def test_a_hand_off_folder_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
-    """Missing shared memory is said at once, not by every image that goes inline."""
+    """Missing shared memory is reported at once, not by every image that goes inline."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN2_VL))
     chosen = Settings(images="shm", model=str(tmp_path))
     assert image_mode(chosen, str(tmp_path)) == "shm"
