@@ -1,9 +1,10 @@
-"""Writes what documents take from the code: tables of the README, docs/verdict.md, tables of other documents, deploy/kubernetes.
+"""Writes what documents take from the code: tables of docs/*.md, docs/verdict.md, deploy/kubernetes.
 
     python docs/generate.py            write      (make docs)
     python docs/generate.py --check    exit 1 and name the files that differ
 
-Rules: what is written depends on the code alone, on docs/verdict-figures.md and on the last runs in benchmarks/results; prose stands in the documents, between the marks stands what is generated.
+Rules: what is written depends on the code alone and on the last runs in benchmarks/results; prose stands in the
+documents, between the marks stands what is generated.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar import settings
+import click
+
+from sidecar import __main__, errors, settings
+from sidecar.control.admin_api import Sources, make_app
 from sidecar.events import STATES, State
 from sidecar.health.kill_policy import ESCALATIONS, HOLDS
 from sidecar.health.probes import FAILS
@@ -24,6 +28,7 @@ from sidecar.health.verdict import CONDITIONS, TABLE
 from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
+from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import METRICS
 from sidecar.settings import Settings, spelled
 from sidecar.tools import cel
@@ -34,9 +39,9 @@ from sidecar.tools.scripted_engine.faults import FAULTS
 from sidecar.tools.scripted_engine.hang_catalogue import OWED, HangCase
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+DOCS: Final = ROOT / "docs"
 GATEWAY: Final = ROOT / "deploy" / "envoy-ai-gateway" / "milli-mu.yaml"
 RESULTS: Final = ROOT / "benchmarks" / "results"
-FIGURES: Final = ROOT / "docs" / "verdict-figures.md"  # of runs, kept by hand
 
 ACCURACY: Final = r"MAPE ([\d.]+)%, P90 ([\d.]+)%, R2 [-\d.]+"  # as `sidecar calibrate` reports it
 
@@ -52,6 +57,24 @@ MEANING: Final[dict[State, str]] = {
     "unknown": "the sidecar cannot tell, and says so; no probe fails",
 }
 
+# What each path of the admin port answers; a route without a text ends the run.
+ANSWERS: Final[dict[str, str]] = {
+    "/livez": "503 while the verdict is `stalled` or `dead`; 200 while a kill is [held back](kill-policy.md)",
+    "/readyz": "503 for `starting`, `suspect`, `stalled`, `dead`, `exempt`, and while draining; never for mere load",
+    "/startupz": "200 once the engine has served a token since it started",
+    "/healthz": "the sidecar's own health; nothing about the engine",
+    "/load": "load as JSON: model units, tokens, requests, GPUs, verdict; `?unit=milli`: whole thousandths of MU",
+    "/cost": "what a request costs, [term by term](model-units.md#cost): `/cost?in=3500&cached=0&out=300&images=1`",
+    "/coefficients": "the coefficients in use, as a file for `--coefficients`",
+    "/coefficients/shadow": "the [re-fit](model-units.md#online-re-fit-and-drift) as a file; 404 before 20 windows",
+    "/verdicts": "recent changes of the verdict with their evidence, at most 50",
+    "/diagnoses": "the [diagnoses](diagnosis.md) that are kept",
+    "/diagnoses/{id}": "one of them; a page where a browser asks, else JSON",
+    "/metrics": "the sidecar's series as Prometheus text or OpenMetrics",
+    "/": "the live page",
+    "/events": "its server-sent events",
+}
+
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table; a `|` in a cell is escaped."""
@@ -60,12 +83,61 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([texts[0], "|" + "---|" * len(lines[0]), *texts[1:]]) + "\n"
 
 
-def settings_table() -> str:
-    """Every setting of `sidecar run`."""
+def settings_table(cls: type = Settings) -> str:
+    """Every setting of a command; by default those of `sidecar run`."""
     return table(
         ("flag", "default", "meaning"),
-        ((f"`{spelled(f.name)}`", shown(f), f.metadata["help"]) for f in fields(Settings)),
+        ((f"`{spelled(f.name)}`", shown(f), f.metadata["help"]) for f in fields(cls)),
     )
+
+
+def commands() -> dict[str, click.Command]:
+    """Every command that users see, by name, `run` first."""
+    context = click.Context(__main__.cli)
+    known = {name: __main__.cli.get_command(context, name) for name in __main__.cli.list_commands(context)}
+    seen = {name: command for name, command in known.items() if command is not None and not command.hidden}
+    return dict(sorted(seen.items(), key=lambda item: (item[0] != "run", item[0])))
+
+
+def commands_table() -> str:
+    """Every command in one line."""
+    rows = ((f"`sidecar {name}`", " ".join((c.help or "").split())) for name, c in commands().items())
+    return table(("command", "does"), rows)
+
+
+def flags_tables() -> str:
+    """The flags of every command but `run` and `doctor`, which takes those of `run`."""
+    parts = []
+    for name, command in commands().items():
+        options = [p for p in command.params if isinstance(p, click.Option) and p.name != "config"]
+        rows = [(f"`{o.opts[0]}`", " ".join((o.help or "").split())) for o in options]
+        if name not in ("run", "doctor"):
+            parts.append(f"### `sidecar {name}`\n\n{table(('flag', 'meaning [default]'), rows)}")
+    return "\n".join(parts)
+
+
+def endpoints_table() -> str:
+    """Every path of the admin port."""
+    nothing = Sources(None, None, None, None, PageFeed(), None, None)  # type: ignore[arg-type]  # routes need none
+    paths = dict.fromkeys(resource.canonical for resource in make_app(nothing).router.resources())
+    return table(("path", "answer"), ((f"`GET {path}`", ANSWERS[path]) for path in paths))
+
+
+def errors_table() -> str:
+    """Every error that a client can get from the sidecar itself."""
+    rows = ((f"`{e.code}`", str(e.status), first_line(e)) for e in request_errors(errors.RequestError))
+    return table(("code", "status", "meaning"), rows)
+
+
+def request_errors(base: type[errors.RequestError]) -> Iterable[type[errors.RequestError]]:
+    """The classes below `base`, in the order of the file."""
+    found = (value for value in vars(errors).values() if isinstance(value, type))
+    return (value for value in found if issubclass(value, base) and value is not base)
+
+
+def first_line(thing: Any) -> str:
+    """The first sentence of a docstring, which may be wrapped."""
+    return " ".join((thing.__doc__ or "").split("\n\n")[0].split())
 
 
 def shown(f: Any) -> str:
@@ -112,7 +184,12 @@ def codes(names: Iterable[str]) -> str:
 
 def holds_table() -> str:
     """Why a stalled engine is not killed now, and what ends that."""
-    rows = ((f"`{reason}`", text, ESCALATIONS.get(reason, "time")) for reason, _, text in HOLDS)
+    ends = {
+        "kill_interval": "time",
+        "kill_jitter": "time",
+        "awaiting_budget": "a place, or `--restart-budget-wait` without an answer",
+    }
+    rows = ((f"`{reason}`", text, ESCALATIONS.get(reason) or ends[reason]) for reason, _, text in HOLDS)
     return table(("reason", "holds when", "what ends it"), rows)
 
 
@@ -131,22 +208,22 @@ def families_table() -> str:
 
 
 def calibration_tables() -> str:
-    """What the last runs of benchmarks/calibration.py found, of each model: errors on held-out shapes, and the runs themselves."""
+    """What the last runs of benchmarks/calibration.py found: errors on held-out shapes, and the runs themselves."""
     errors, runs, plots = [], [], []
     for kind in ("text", "vision"):
         path = max(RESULTS.glob(f"calibration-{kind}-*.md"))
-        told = path.read_text()
+        text = path.read_text()
         for name, *numbers in re.findall(
-            rf"^(held out|of these \w+): {ACCURACY}; alpha-beta line: {ACCURACY}", told, re.MULTILINE
+            rf"^(held out|of these \w+): {ACCURACY}; alpha-beta line: {ACCURACY}", text, re.MULTILINE
         ):
             mape, p90, line, line_p90 = map(float, numbers)
             met = "met" if mape <= 10 and p90 <= 25 and mape <= line / 2 else "missed"
             shapes = f"{kind} model" if name == "held out" else f"its {name.removeprefix('of these ')} alone"
             row = (shapes, f"{mape} % / {p90} %", f"{line} % / {line_p90} %", met if name == "held out" else "")
             errors.append(row)
-        varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|core in) ([\d.]+)%", told))
-        seconds, date, took = re.findall(r"--seconds (\S+)`, (\S+); (\d+) s", told)[0]
-        (unit,) = re.findall(r"1 MU = ([\d.]+)", told)
+        varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|core in) ([\d.]+)%", text))
+        seconds, date, took = re.findall(r"--seconds (\S+)`, (\S+); (\d+) s", text)[0]
+        (unit,) = re.findall(r"1 MU = ([\d.]+)", text)
         met = "met" if varies <= 10 else "missed"
         runs.append(
             (
@@ -164,27 +241,26 @@ def calibration_tables() -> str:
         ("held-out shapes", "cost model, MAPE / P90", "alpha-beta line", "<= 10 % / 25 %, half of the line's"), errors
     )
     of = ("", "run on", "took", "capacity varies (<= 10 %)", "turns of a shape apart", "without a core", "1 MU")
-    return "\n".join([found, table(of, runs), " ".join(plots), ""])
+    return "\n".join([found, table(of, runs), *plots, ""])
 
 
 def verdict_page() -> str:
     """docs/verdict.md."""
     conditions = ((str(n), f"`{name}`", text) for n, (name, _, text) in enumerate(CONDITIONS, 1))
+
+    def origin(state: str, others: bool) -> str:
+        return f"`{state}`" if state != "*" else "any other" if others else "any"
+
     rows = (
-        (f"`{name}`", "any other" if state == "*" and len(row) > 1 else "any" if state == "*" else f"`{state}`", f"`{to}`", f"`{why}`")
+        (f"`{name}`", origin(state, len(row) > 1), f"`{to}`", f"`{why}`")
         for name, row in TABLE.items()
         for state, (to, why) in row.items()
-    )  # fmt: skip
+    )
     return f"""\
 # The verdict
 
-Generated from `sidecar/health/verdict.py` and `sidecar/health/probes.py` by `make docs`. Why it is so: [health.md](health.md).
-
-## Verdicts
-
-{verdict_table()}
-`/startupz` passes once the engine has served a token since it started, or has refused the canary itself (4xx) three times; never
-while the verdict is `stalled` or `dead`.
+Generated from `sidecar/health/verdict.py` and `sidecar/health/reasons.py` by `make docs`. What a verdict rests on is in
+[health.md](health.md), which probes it fails in [reference.md](reference.md#verdicts-and-probes).
 
 ## Conditions
 
@@ -193,15 +269,18 @@ Twice a second the first condition that holds decides.
 {table(("", "condition", "holds when"), conditions)}
 ## Transitions
 
-The present state picks the line of the condition that decided. Some reasons are more exact than the one in this table: `exempt`
-and `own_lag` name what holds the verdict back (`draining`, `engine_sleeping`, ...; `own_pause`, `clock_jump`, `relay_blind`), `part`
-the part that hangs, `no_progress` the cause of the silence (below), `awaiting_first_token` becomes `startup_stuck`; `kept` keeps
-the reason that there was.
+The present state picks the row of the condition that decided. Some reasons are more exact than the one in this table:
+
+- `exempt` and `own_lag` name what holds the verdict back: `draining`, `engine_sleeping`, ...; `own_pause`,
+  `clock_jump`, `relay_blind`, `sidecar_restarted`.
+- `part` names the part that hangs, `no_progress` the cause of the silence (below).
+- `awaiting_first_token` becomes `startup_stuck`; `kept` keeps the reason that there was.
 
 {table(("condition", "from", "to", "reason"), rows)}
 ## Causes of a silence
 
-The first that holds names the reason of a silence of the whole engine; what none explains is `no_progress`. A cause decides nothing.
+The first that holds names the reason of a silence of the whole engine; what none explains is `no_progress`. A cause
+decides nothing.
 
 {table(("", "reason", "holds when"), ((str(n), f"`{code}`", text) for n, (code, _, text) in enumerate(CAUSES, 1)))}
 ## Reasons in words
@@ -213,8 +292,7 @@ The first that holds names the reason of a silence of the whole engine; what non
 
 ```mermaid
 {diagram()}```
-
-{FIGURES.read_text()}"""
+"""
 
 
 def diagram() -> str:
@@ -229,7 +307,11 @@ def diagram() -> str:
 
 
 BLOCKS: Final[dict[str, Callable[[], str]]] = {
+    "commands": commands_table,
     "settings": settings_table,
+    "flags": flags_tables,
+    "endpoints": endpoints_table,
+    "errors": errors_table,
     "metrics": metrics_table,
     "verdicts": verdict_table,
     "faults": faults_table,
@@ -243,7 +325,7 @@ _BLOCK: Final = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re
 
 
 def filled(document: str) -> str:
-    """A document with its generated parts made anew."""
+    """A document with its generated parts written again."""
     return _BLOCK.sub(lambda m: f"{m[1]}{BLOCKS[m[2]]()}{m[3]}", document)
 
 
@@ -252,17 +334,12 @@ def outputs() -> dict[Path, str]:
     safe = ManifestSettings()
     kubernetes = ROOT / "deploy" / "kubernetes"
     return {
-        **{
-            path: filled(path.read_text())
-            for path in (
-                ROOT / "README.md",
-                *(ROOT / "docs" / f"{page}.md" for page in ("health", "fleet", "images", "model-units")),
-            )
-        },
-        ROOT / "docs" / "verdict.md": verdict_page(),
+        **{path: filled(text) for path in DOCS.glob("*.md") if _BLOCK.search(text := path.read_text())},
+        DOCS / "verdict.md": verdict_page(),
         GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),
         kubernetes / "vllm.yaml": render(safe),
         kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),
+        kubernetes / "vllm-restart-budget.yaml": render(replace(safe, replicas=3, restarts_at_once=1)),
     }
 
 
