@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +18,17 @@ from sidecar.control.admin_api import Sources, make_app
 from sidecar.events import STATES
 from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import METRICS
-from sidecar.settings import REMOVED, Settings, spelled
+from sidecar.settings import Settings, spelled
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+REFERENCE = (DOCS / "reference.md").read_text()
+ARCHITECTURE = (DOCS / "architecture.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "plugins").rglob("*.md")])
+MAX_README_BYTES = 7000
+MAX_PICTURE_BYTES = 200_000
+FOLDERS = "sidecar|kernels|tests|docs|deploy|benchmarks|plugins"  # whose paths are checked where a document names them
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +48,10 @@ def test_what_is_generated_is_up_to_date(generate: ModuleType) -> None:
 
 def test_a_change_of_the_code_would_be_noticed(generate: ModuleType) -> None:
     """The marks are there and are filled: a document whose generated part is emptied differs."""
-    emptied = re.sub(r"(<!-- generated: settings -->\n).*?(<!-- end -->)", r"\1\2", README, flags=re.DOTALL)
-    assert emptied != README and generate.filled(emptied) == README
-    assert {m[1] for d in DOCUMENTS for m in re.finditer(r"<!-- generated: (\w+) -->", d.read_text())} == set(
-        generate.BLOCKS
-    )
+    emptied = re.sub(r"(<!-- generated: settings -->\n).*?(<!-- end -->)", r"\1\2", REFERENCE, flags=re.DOTALL)
+    assert emptied != REFERENCE and generate.filled(emptied) == REFERENCE
+    marks = [m[1] for d in DOCUMENTS for m in re.finditer(r"<!-- generated: (\w+) -->", d.read_text())]
+    assert sorted(marks) == sorted(generate.BLOCKS), "each part stands in one place"
 
 
 def test_the_diagram_has_every_verdict(generate: ModuleType) -> None:
@@ -53,8 +60,8 @@ def test_the_diagram_has_every_verdict(generate: ModuleType) -> None:
     assert entered == set(STATES)
 
 
-def test_readme_names_every_command() -> None:
-    """A command without a word in the README does not exist for users."""
+def test_the_reference_names_every_command() -> None:
+    """A command without a word in the reference does not exist for users."""
     context = click.Context(__main__.cli)
     names = [
         n
@@ -62,27 +69,109 @@ def test_readme_names_every_command() -> None:
         if not getattr(__main__.cli.get_command(context, n), "hidden", False)
     ]
     assert len(names) >= 6
-    assert [n for n in names if f"`sidecar {n}" not in README] == []
+    assert [n for n in names if f"`sidecar {n}`" not in REFERENCE] == []
 
 
-def test_readme_names_every_endpoint() -> None:
-    """Every route of the admin application is in the table."""
-    nothing = Sources(None, None, None, None, PageFeed(), None, None)  # type: ignore[arg-type]  # routes need no sources
+def test_the_reference_names_every_endpoint() -> None:
+    """Every route of the admin application is in the table, and those of the relay."""
+    nothing = Sources(None, None, None, None, PageFeed(), None, None)  # type: ignore[arg-type]  # routes need none
     paths = {resource.canonical for resource in make_app(nothing).router.resources()}
     assert "/livez" in paths
-    assert [p for p in paths if f"`GET {p}`" not in README] == []
-    assert "`POST /v1/preprocess`" in README
+    assert [p for p in paths if f"`GET {p}`" not in REFERENCE] == []
+    assert "`POST /v1/preprocess`" in REFERENCE
 
 
-def test_readme_names_every_setting_and_metric() -> None:
+def test_the_reference_names_every_setting_and_metric() -> None:
     """Flags with their names, metrics with theirs."""
-    assert [f.name for f in fields(Settings) if f"`{spelled(f.name)}`" not in README] == []
-    assert [m.name for m in METRICS if f"`{m.name}`" not in README] == []
+    assert [f.name for f in fields(Settings) if f"`{spelled(f.name)}`" not in REFERENCE] == []
+    assert [m.name for m in METRICS if f"`{m.name}`" not in REFERENCE] == []
+
+
+def test_the_readme_is_short() -> None:
+    """The README sells; what it would explain stands in docs/, and its pictures load quickly."""
+    assert len(README.encode()) <= MAX_README_BYTES
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / p).stat().st_size <= MAX_PICTURE_BYTES for p in pictures)
+
+
+# --- the map ---
+
+
+def tree() -> Iterator[str]:
+    """The paths in the tree of architecture.md; a folder ends with a slash."""
+    block = ARCHITECTURE.split("## The tree")[1].split("```")[1]
+    parents: list[str] = []
+    for line in block.strip("\n").splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents[depth:] = [name]
+        yield "".join(parents)
+
+
+def test_the_map_names_every_module() -> None:
+    """Each file of sidecar/ and kernels/ has one line in the tree of architecture.md, and each line its file."""
+    listed = list(tree())
+    assert len(listed) == len(set(listed))
+    assert [path for path in listed if not (ROOT / path).exists() or (ROOT / path).is_dir() != path.endswith("/")] == []
+    files = [p.relative_to(ROOT) for top in ("sidecar", "kernels") for p in (ROOT / top).rglob("*.*")]
+    written = {str(p) for p in files if p.suffix in {".py", ".html", ".css", ".js"} and p.name != "__init__.py"}
+    assert sorted(path for path in written - set(listed) if not path.startswith("sidecar/kernels/")) == []
+
+
+def test_every_line_of_the_map_says_something() -> None:
+    """A path alone explains nothing, and a long line is no map."""
+    block = ARCHITECTURE.split("## The tree")[1].split("```")[1]
+    lines = block.strip("\n").splitlines()
+    files = [line for line in lines if not line.split()[0].endswith("/")]
+    assert [line for line in files if len(line.split()) < 2] == []
+    assert max(map(len, lines)) <= 120
+
+
+def defined(path: Path) -> set[str]:
+    """The functions, classes and methods of a file, methods as `Class.method`."""
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, functions | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, functions)}
+    return names
+
+
+def test_every_step_of_the_map_is_there() -> None:
+    """A function that is named after its file is defined in it."""
+    steps = re.findall(rf"`((?:{FOLDERS})/[\w/]+\.py)`\s+`([A-Za-z_][\w.]*)`", ARCHITECTURE)
+    assert len(steps) > 30
+    assert [(path, name) for path, name in steps if name not in defined(ROOT / path)] == []
+
+
+def test_the_map_has_its_parts() -> None:
+    """Nine steps of a request, seven of a verdict, a glossary, and the questions that file names answer."""
+
+    def section(title: str) -> str:
+        return ARCHITECTURE.split(f"## {title}\n")[1].split("\n## ")[0]
+
+    assert len(re.findall(r"^\d\. ", section("A request in 9 steps"), re.MULTILINE)) == 9
+    assert len(re.findall(r"^\d\. ", section("A verdict in 7 steps"), re.MULTILINE)) == 7
+    assert section("Words").count("\n| ") >= 25
+    for question in ("stream is stuck", "request with an image", "tenant's limit", "worker see", "metric", "to disk"):
+        assert question in section("Where is ...?"), question
+
+
+# --- what documents name ---
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
+def test_every_path_that_is_named_exists(document: Path) -> None:
+    """A path of this repository in a document leads to a file or folder; the changelog tells of what was."""
+    named = re.findall(rf"`((?:{FOLDERS})/[\w.*/-]*)", document.read_text())
+    missing = [path for path in named if not list(ROOT.glob(path.rstrip("/")))]
+    assert document.name == "CHANGELOG.md" or missing == []
 
 
 def test_every_flag_in_a_document_exists() -> None:
-    """No document tells of a flag that no command of ours takes, but the changelog and the decisions of one that was removed; flags of
-    other programs are listed here."""
+    """No document names a flag that no command of the sidecar takes; flags of other programs are listed here."""
     others = {
         "--host",
         "--port",
@@ -97,14 +186,11 @@ def test_every_flag_in_a_document_exists() -> None:
     context = click.Context(__main__.cli)
     commands = [__main__.cli.get_command(context, name) for name in __main__.cli.list_commands(context)]
     known = {o for c in commands if c for p in c.params for o in p.opts} | {"--help", "--version"} | others
-    for program in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").glob("*.py")]:
-        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text()))
+    for benchmark in (ROOT / "benchmarks").rglob("*.py"):
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', benchmark.read_text()))
     ours = [d for d in DOCUMENTS if "engines" not in d.parts]
-    removed = {f"--{name}" for name in REMOVED}
-    for document in ours:
-        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))
-        history = document.name == "CHANGELOG.md" or document.parent.name == "decisions"
-        assert used - known - (removed if history else set()) == set(), document.name
+    used = {flag for d in ours for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", d.read_text())}
+    assert used - known == set()
 
 
 def test_every_benchmark_can_run_with_the_others() -> None:
@@ -115,20 +201,28 @@ def test_every_benchmark_can_run_with_the_others() -> None:
 
 
 def test_every_command_behind_a_figure_can_be_typed() -> None:
-    """A benchmark, a test or an example that a document cites is there, and takes the flags that it is cited with."""
+    """A benchmark or a test that a document cites is there, and takes the flags that it is cited with."""
     for document in DOCUMENTS:
-        for path, more in re.findall(r"\b((?:benchmarks|examples|tests)/[\w/]+\.py)([^`\n]*)`", document.read_text()):
+        for path, more in re.findall(r"\b((?:benchmarks|tests)/[\w/]+\.py)([^`\n]*)`", document.read_text()):
             source = (ROOT / path).read_text()
             for flag in re.findall(r"--[a-z-]+", more):
                 assert f'"{flag}"' in source, f"{document.name}: {path} {flag}"
 
 
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as the repository's host makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
-def test_links_lead_somewhere_and_paths_are_nobodys(document: Path) -> None:
-    """Every relative link leads to a file, and no path of a developer's machine is in the text."""
+def test_links_lead_somewhere_and_paths_are_of_no_machine(document: Path) -> None:
+    """Relative links lead to files, their anchors to headings, and no path of a developer's machine is in the text."""
     text = document.read_text()
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    assert [link for link in links if link and not (document.parent / link).exists()] == []
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [path for path, _, _ in links if path and not (document.parent / path).exists()] == []
+    pages = [(document.parent / path if path else document, anchor) for path, _, anchor in links if anchor]
+    assert [f"{page.name}#{anchor}" for page, anchor in pages if anchor not in anchors(page)] == []
     assert re.findall(r"(?<![\w.])/(?:home|root|work|Users)/", text) == []
 
 
@@ -141,7 +235,7 @@ def test_the_changelog_knows_this_version() -> None:
 def test_pyproject_readme_and_dockerfile_agree_on_the_version() -> None:
     """One version, wherever it is written."""
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
-    for name in ("README.md", "Dockerfile"):
+    for name in ("README.md", "docs/kubernetes.md", "Dockerfile"):
         assert set(re.findall(r"inference-sidecar:([\d.]+)", (ROOT / name).read_text())) == {__version__}
 
 
