@@ -184,12 +184,7 @@ def codes(names: Iterable[str]) -> str:
 
 def holds_table() -> str:
     """Why a stalled engine is not killed now, and what ends that."""
-    ends = {
-        "kill_interval": "time",
-        "kill_jitter": "time",
-        "awaiting_budget": "a place, or `--restart-budget-wait` without an answer",
-    }
-    rows = ((f"`{reason}`", text, ESCALATIONS.get(reason) or ends[reason]) for reason, _, text in HOLDS)
+    rows = ((f"`{reason}`", text, ESCALATIONS.get(reason, "time")) for reason, _, text in HOLDS)
     return table(("reason", "holds when", "what ends it"), rows)
 
 
@@ -339,7 +334,6 @@ def outputs() -> dict[Path, str]:
         GATEWAY: re.sub(r'(?<= cel: )".*"', f'"{cel.expression(Coefficients())}"', GATEWAY.read_text()),
         kubernetes / "vllm.yaml": render(safe),
         kubernetes / "vllm-http-probe.yaml": render(replace(safe, probe="http")),
-        kubernetes / "vllm-restart-budget.yaml": render(replace(safe, replicas=3, restarts_at_once=1)),
     }
 
 
