@@ -218,10 +218,7 @@ class Engine:
             return
         facts: list[Event] = []
         if seq.streams or ends:
-            if seq.first_at is None:
-                seq.first_at = now
-                facts.append(FirstToken(seq.id, now))
-            facts.append(Delivered(seq.id, now, tokens if seq.streams else seq.sent, 4 * tokens))
+            facts = self._shown(seq, tokens, now)
         if ends and self.how.max_pieces is None:
             seq.ended_at = now
             facts.append(settled(seq, now, "ok"))
@@ -231,6 +228,14 @@ class Engine:
         else:
             self._held.extend(facts)
 
+    def _shown(self, seq: Seq, tokens: int, now: float) -> list[Event]:
+        """What the relay says of tokens that reach a client. Of an answer in one piece it sees neither tokens nor a first one."""
+        facts: list[Event] = []
+        if seq.streams and seq.first_at is None:
+            seq.first_at = now
+            facts.append(FirstToken(seq.id, now))
+        return [*facts, Delivered(seq.id, now, tokens if seq.streams else 0, 4 * tokens)]
+
     def read(self, seq: Seq, now: float) -> list[Event]:
         """A client that did not read goes on: what waited for it comes at once."""
         seq.blocked = False
@@ -238,10 +243,7 @@ class Engine:
             return []
         facts: list[Event] = []
         if seq.streams or seq.ended_at is not None:
-            facts = [Delivered(seq.id, now, seq.unread if seq.streams else seq.sent, 4 * seq.unread)]
-            if seq.first_at is None:
-                seq.first_at = now
-                facts.insert(0, FirstToken(seq.id, now))
+            facts = self._shown(seq, seq.unread, now)
         seq.unread, seq.unread_since, seq.told = 0, None, False
         return [*facts, settled(seq, now, "ok")] if seq.ended_at is not None else facts
 

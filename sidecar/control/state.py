@@ -123,9 +123,10 @@ class ControlState:
             case Directing():
                 self.health.call(relay, fact)
             case Settled():
-                self._ended(fact, slowed=settlement is not None and settlement.slowed)
+                if fact.outcome == "ok":
+                    self.progress.completed(fact.at)
                 if settlement is not None:
-                    self.upkeep.settled(settlement)
+                    self._ended(settlement)
             case ImagePrepared():
                 self._images.add(fact)
             case _:
@@ -159,11 +160,12 @@ class ControlState:
             self._of_request((relay, settlement.admitted.id), settlement.settled, None)
         return lost
 
-    def _ended(self, fact: Settled, *, slowed: bool) -> None:
-        if fact.outcome == "ok":
-            self.progress.completed(fact.at)
-        if fact.first_at is not None and fact.delivered_tokens > 1 and fact.outcome != "stalled" and not slowed:
-            self.progress.learned.token_time((fact.at - fact.first_at) / (fact.delivered_tokens - 1))
+    def _ended(self, s: Settlement) -> None:
+        self.upkeep.settled(s)
+        if s.settled.outcome == "ok":
+            self.health.orders.served(s.admitted.at)
+        if s.pace is not None and s.settled.outcome != "stalled" and not s.slowed:
+            self.progress.learned.token_time(s.pace)
 
     # --- canaries ---
 

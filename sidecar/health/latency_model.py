@@ -16,6 +16,7 @@ from statistics import median
 
 GAP_HALF_LIFE_S = 600.0  # seconds of work in which a learned gap loses half its weight
 TOKEN_SECONDS = 0.05  # seconds per output token, before any was measured
+LEAST_TOKEN = 0.001  # seconds; no hardware gives one stream more tokens: what comes faster was held back before
 MAX_PREFILLS = 64  # prefills kept
 MIN_LINE_PREFILLS = 9  # observations from which a line is drawn: three in each third
 MIN_LINE_SPREAD = 1.5  # times that the longest third must be as long as the shortest: else no line can be told
@@ -34,11 +35,14 @@ Prefill = tuple[float, float]  # seconds that the cost model said, and that it t
 class LatencyModel:
     """`slowness` and `overhead`: a first token takes slowness x its predicted prefill + overhead seconds, nine times in ten.
 
+    `gap`: the longest silence that ended well; `whole_gap`: of those in which an answer in one piece was outstanding, whose length
+    explains them: they are no measure of how long a stream may be silent.
     `foreign`: this engine has done work that came by another way than the relay.
     """
 
     first_tokens: int = 0
     gap: float = 0.0
+    whole_gap: float = 0.0
     prefills: deque[Prefill] = field(default_factory=lambda: deque(maxlen=MAX_PREFILLS))
     slowness: float = UNKNOWN_SLOWNESS
     overhead: float = 0.0
@@ -52,10 +56,19 @@ class LatencyModel:
         self.prefills = deque(self.prefills, maxlen=MAX_PREFILLS)
 
     def decay(self, now: float, *, working: bool) -> None:
-        """Let the learned gap lose weight with the time that the engine worked."""
+        """Let the learned gaps lose weight with the time that the engine worked."""
         if working:
-            self.gap *= 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE_S)
+            kept = 0.5 ** (max(0.0, now - self.at) / GAP_HALF_LIFE_S)
+            self.gap *= kept
+            self.whole_gap *= kept
         self.at = now
+
+    def silence(self, seconds: float, *, whole: bool) -> None:
+        """A silence ended well. `whole`: an answer in one piece was outstanding in it."""
+        if whole:
+            self.whole_gap = max(self.whole_gap, seconds)
+        else:
+            self.gap = max(self.gap, seconds)
 
     def first_token(self, seconds: float, prefill: float) -> None:
         """A prefill took `seconds`; the cost model had said `prefill`."""
@@ -70,7 +83,7 @@ class LatencyModel:
 
     def token_time(self, seconds: float) -> None:
         """Mean time per output token of a stream that ended. Kept at twice the mean: answers differ."""
-        if 0 < seconds < 60:
+        if LEAST_TOKEN <= seconds < 60:
             self.token_seconds += 0.1 * (2 * seconds - self.token_seconds)
 
     def seconds(self, prefill: float) -> float:

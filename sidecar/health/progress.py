@@ -115,6 +115,7 @@ class Progress:
     _alone_at: float | None = None  # the last reading, where it showed work while the relay seemed to have none
     _worked_at: float = 0.0  # when the relay last had work out
     _open_gap: float = 0.0  # the silence under way; it is learned only when progress ends it
+    _whole: bool = False  # an answer in one piece was outstanding in it
     _tainted: bool = (
         False  # the silence under way was, at some time, a stall, a start or an exemption: it teaches nothing
     )
@@ -195,10 +196,13 @@ class Progress:
         known = self.learned.first_tokens >= LEARNED_AFTER and (bool(work) or not busy)  # others' work has unknown size
         floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
         predicted = self.learned.seconds(early_prefill(work, since, floor))
-        predicted += max((i.whole for i in work), default=0) * self.learned.token_seconds
-        allowed, ruled_by = allowed_silence(predicted, floor, self.learned.gap, self.limits)
+        whole = max((i.whole for i in work), default=0)
+        predicted += whole * self.learned.token_seconds
+        gap = max(self.learned.gap, self.learned.whole_gap if whole else 0.0)
+        allowed, ruled_by = allowed_silence(predicted, floor, gap, self.limits)
         age = max(0.0, now - since) if work or busy else None
         self._open_gap = age or 0.0
+        self._whole = (self._whole or whole > 0) and age is not None
         self._tainted = (self._tainted or not learn) and age is not None
         kind, at = self.last()
         return Evidence(
@@ -243,9 +247,10 @@ class Progress:
 
     def _mark(self, kind: str, now: float) -> None:
         gap, self._open_gap = self._open_gap, 0.0
+        whole, self._whole = self._whole, False
         tainted, self._tainted = self._tainted, False
         if gap > SHORT_GAP and not tainted:
-            self.learned.gap = max(self.learned.gap, min(gap, self.limits.cap))
+            self.learned.silence(min(gap, self.limits.cap), whole=whole)
         self.kinds[kind] = max(now, self.kinds.get(kind, 0.0))
 
 

@@ -70,6 +70,13 @@ class AdmissionHold:
     remaining: float = 0.0  # MU that it still keeps
     left: int = 0  # output tokens that it is still expected to bring
 
+    @property
+    def pace(self) -> float | None:
+        """Seconds per output token, as they were seen to come; None where they were not, as of an answer in one piece."""
+        if self.first_at is None or self.delivered < 2:
+            return None
+        return (self.last_at - self.first_at) / (self.delivered - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
@@ -84,6 +91,7 @@ class Settlement:
     mu: float
     delivered: int
     slowed: bool = False  # its client kept it waiting after the first token
+    pace: float | None = None  # seconds per output token, as they were seen to come
 
 
 @dataclass(slots=True)
@@ -280,6 +288,7 @@ class Ledger:
         hold = self._holds.pop((relay, fact.id), None)
         if hold is None:
             return None
+        pace = hold.pace
         delivered = fact.usage.completion_tokens if fact.usage else max(fact.delivered_tokens, hold.delivered)
         self._deliver(hold, delivered - hold.delivered, fact.at)
         work = actual_work(hold.admitted.expected, fact, started=hold.first_at is not None, delivered=hold.delivered)
@@ -305,6 +314,7 @@ class Ledger:
             mu,
             delivered,
             hold.slowed,
+            pace,
         )
 
 

@@ -219,7 +219,7 @@ class Admission:
     # --- deliveries ---
 
     def deliver(self, tokens: int, size: int, started: bool) -> None:
-        """`tokens` and `size` bytes came from the engine; `started`: generation has begun."""
+        """`tokens` and `size` bytes came from the engine; `started`: they show that generation has begun."""
         if started and self.first_at is None:
             self.first_at = time.monotonic()
             self._desk.emit(FirstToken(self.id, self.first_at))

@@ -39,6 +39,11 @@ def is_short(answer: aiohttp.ClientResponse) -> bool:
     return (answer.content_length or SMALL + 1) <= SMALL
 
 
+def is_whole(answer: aiohttp.ClientResponse) -> bool:
+    """Whether an answer means nothing before its end, however it is sent: its first bytes are no first token."""
+    return answer.content_type == "application/json"
+
+
 def is_read(answer: aiohttp.ClientResponse) -> bool:
     """Whether an answer that is plain may be changed on its way."""
     return is_stream(answer) or is_short(answer)
@@ -109,11 +114,12 @@ async def _long(
     tail = BodyTail()
     # where events cannot be told apart, each chunk counts as one
     opaque_stream = int(is_stream(answer))
+    started = answer.ok and not is_whole(answer)
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
     await _start(request, response, admission, None)
     while chunk := await client_io.next_chunk(answer):
         tail.feed(chunk)
-        admission.deliver(opaque_stream, len(chunk), started=answer.ok)
+        admission.deliver(opaque_stream, len(chunk), started)
         await _write(response, chunk, admission)
     admission.usage = tail.usage if is_plain(answer) else None
     await _end(response, admission)
@@ -135,7 +141,7 @@ async def _small(
         await _end(response, admission)
     finally:
         admission.usage = usage_of(body)
-        admission.deliver(0, len(body), started=answer.ok)
+        admission.deliver(0, len(body), started=False)
     return response
 
 

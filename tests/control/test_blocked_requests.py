@@ -69,5 +69,6 @@ def test_the_pace_of_a_slow_client_is_not_learned() -> None:
         judge.tell(judge.admitted(), FirstToken("a", judge.now))
         if slowed:
             judge.tell(RequestBlocked("a", judge.now + 1, True), RequestBlocked("a", judge.now + 50, False))
+        judge.tell(Delivered("a", judge.now + 99, 10, 10))
         judge.tell(Settled("a", judge.now + 100, "ok", 200, None, 11, 11, judge.now, judge.now, 0.0))
         assert (judge.control.progress.learned.token_seconds == before) is slowed

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from sidecar.events import Admitted, Delivered, FirstToken, Usage
@@ -88,6 +89,45 @@ async def test_nothing_of_ours_leaves_as_a_name_or_comes_back_as_an_image(rig: A
         async with r.client.post(r.url + "/v1/chat/completions", json=ask) as got:
             assert got.status != 500
     assert first.model == name
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_an_answer_in_one_piece_has_no_first_token(rig: Any, serve: Any, chunked: bool) -> None:
+    """Its first bytes come with its last, however they are sent: they are no measure of a prefill or of a time per token."""
+    body = b'{"choices":[{"text":"a"}],"usage":{"prompt_tokens":2,"completion_tokens":50}}'
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        if not chunked:
+            return web.Response(body=body, content_type="application/json")
+        response = web.StreamResponse(headers={"content-type": "application/json; charset=utf-8"})
+        await response.prepare(request)
+        for at in range(0, len(body), 20):
+            await response.write(body[at : at + 20])
+        return response
+
+    r = await rig(await serve(engine))
+    async with r.client.post(r.url + "/v1/completions", json={"prompt": "", "stream": chunked}) as got:
+        assert await got.read() == body
+    settled = await r.facts.settled()
+    assert (settled.outcome, settled.usage, settled.first_at) == ("ok", Usage(2, 50), None)
+    assert settled.delivered_bytes == len(body)
+    assert not r.facts.of(FirstToken)
+
+
+async def test_lines_of_json_are_a_stream(rig: Any, serve: Any) -> None:
+    """An answer whose parts mean something by themselves has begun with its first one."""
+
+    async def engine(request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "application/x-ndjson"})
+        await response.prepare(request)
+        await response.write(b'{"message":{"content":"a"}}\n')
+        await response.write(b'{"done":true}\n')
+        return response
+
+    r = await rig(await serve(engine))
+    async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
+        assert (await got.read()).count(b"\n") == 2
+    assert (await r.facts.settled()).first_at is not None
 
 
 async def test_the_first_event_is_not_held_back(rig: Any, serve: Any) -> None:
