@@ -66,6 +66,12 @@ class EngineSample:
     sleeping: bool | None = None
     kv_capacity_tokens: float | None = None  # tokens that the KV cache of one rank holds
     ranks: tuple[RankSample, ...] = ()  # by rank; empty where the page tells no ranks apart
+    tokens_at_end: bool = False  # generation_tokens moves only when a request ends
+
+    @property
+    def working(self) -> float | None:
+        """A counter that moves while it generates: tokens, or steps where tokens are counted at a request's end."""
+        return self.iterations if self.tokens_at_end else self.generation_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,7 @@ class Engine:
             self._held.extend(facts)
 
     def _shown(self, seq: Seq, tokens: int, now: float) -> list[Event]:
-        """What the relay says of tokens that reach a client. Of an answer in one piece it sees neither tokens nor a first one."""
+        """What the relay says of tokens that reach a client: of an answer in one piece, bytes alone."""
         facts: list[Event] = []
         if seq.streams and seq.first_at is None:
             seq.first_at = now

@@ -278,6 +278,7 @@ class ControlState:
             canary = self._canary_touched >= self._sampled_at
             self._queue += QUEUE_WEIGHT * (summary.queue_share(reading.value) - self._queue)
             restarted = self.progress.engine(reading.value, reading.at, canary=canary)
+            self.health.parts.read(reading.value, reading.at, canary=canary)
             self._restarted |= restarted and not self._served_since_start(reading.value, now, wall)
             self._sampled_at = reading.at
 

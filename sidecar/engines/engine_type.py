@@ -16,11 +16,13 @@ class Series:
     """Sample lines of a metrics page: those of `name`, with the label pair `label` where one is given.
 
     Instead, `parts` may name a label whose non-empty values break a total down: such lines are left out, the total stays.
+    `at_end`: a counter that moves only when a request ends.
     """
 
     name: str
     label: str = ""
     parts: str = ""
+    at_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """llama.cpp's server: tools/server/README.md and server.cpp, 2026.
 
 - Series: with --metrics only (501 without). Its KV gauge was removed in 2025, and is read where an older one has it.
+  tokens_predicted_total moves when a request ends, n_decode_total with each batch that was computed (seen).
   The page can be made by the loop that decodes: then it waits for a batch, and hangs with it; /health is answered beside it.
 - Sleep: with --sleep-idle-seconds the model is unloaded after that time, /props says so, and any request wakes it. /health,
   /props and /models do not, nor does /metrics in newer versions; as it did in older ones, a sleeping server is not scraped.
@@ -12,18 +13,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from sidecar.engines.engine_type import EngineKind, KindMark, KindSign, plain
+from sidecar.engines.engine_type import EngineKind, KindMark, KindSign, Series, plain
 
 LLAMACPP: Final = EngineKind(
     "llamacpp",
-    plain(
-        running="llamacpp:requests_processing",
-        waiting="llamacpp:requests_deferred",
-        kv_usage="llamacpp:kv_cache_usage_ratio",
-        prompt_tokens="llamacpp:prompt_tokens_total",
-        generation_tokens="llamacpp:tokens_predicted_total",
-        iterations="llamacpp:n_decode_total",
-    ),
+    {
+        **plain(
+            running="llamacpp:requests_processing",
+            waiting="llamacpp:requests_deferred",
+            kv_usage="llamacpp:kv_cache_usage_ratio",
+            prompt_tokens="llamacpp:prompt_tokens_total",
+            iterations="llamacpp:n_decode_total",
+        ),
+        "generation_tokens": (Series("llamacpp:tokens_predicted_total", at_end=True),),
+    },
     contact_path="/health",
     page_hangs=True,
     signs=(KindSign("/props", "is_sleeping", "engine_sleeping"),),

@@ -42,12 +42,14 @@ def parse(page: bytes, kind: EngineKind) -> EngineSample:
     samples = _samples(page, kind)
     if not samples and page.strip() and not _LINE.match(page):
         raise Garbage("not a metrics page")
-    found = {
-        field: value for field, options in kind.series.items() if (value := _first(samples, field, options)) is not None
+    chosen = {
+        field: series for field, options in kind.series.items() if (series := _first(samples, options)) is not None
     }
+    tokens = chosen.get("generation_tokens")
     awake = [value for _, value in _lines(samples, kind.awake)] if kind.awake else []
     return EngineSample(
-        **found,
+        **{field: _value(samples, field, series) for field, series in chosen.items()},
+        tokens_at_end=tokens is not None and tokens.at_end,
         sleeping=max(awake) == 0 if awake else None,
         kv_capacity_tokens=_capacity(samples, kind.capacity) if kind.capacity else None,
         ranks=_ranks(samples, kind) if kind.rank else (),
@@ -81,13 +83,15 @@ def _stem(name: str) -> str:
     return name.removesuffix("_total").replace(":", "_")
 
 
-def _first(samples: Samples, field: str, options: Iterable[Series]) -> float | None:
-    """The value of the first series that the page has: its sum over label sets, or its largest."""
-    for series in options:
-        values = [value for _, value in _lines(samples, series)]
-        if values:
-            return max(values) if field in _LARGEST else math.fsum(values)
-    return None
+def _first(samples: Samples, options: Iterable[Series]) -> Series | None:
+    """The first series that the page has."""
+    return next((series for series in options if _lines(samples, series)), None)
+
+
+def _value(samples: Samples, field: str, series: Series) -> float:
+    """The value of a series that the page has: its sum over label sets, or its largest."""
+    values = [value for _, value in _lines(samples, series)]
+    return max(values) if field in _LARGEST else math.fsum(values)
 
 
 def _lines(samples: Samples, series: Series) -> list[tuple[bytes, float]]:

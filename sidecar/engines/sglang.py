@@ -48,7 +48,7 @@ SGLANG: Final = EngineKind(
         ),
         "generation_tokens": (
             Series("sglang:realtime_tokens_total", 'mode="decode"'),
-            Series("sglang:generation_tokens_total"),
+            Series("sglang:generation_tokens_total", at_end=True),
         ),
     },
     capacity=KvCapacity("sglang:max_total_num_tokens"),

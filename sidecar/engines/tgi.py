@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from typing import Final
 
-from sidecar.engines.engine_type import CHAT, COMPLETIONS, EngineKind, KindMark, plain
+from sidecar.engines.engine_type import CHAT, COMPLETIONS, EngineKind, KindMark, Series, plain
 
 TGI: Final = EngineKind(
     "tgi",
-    plain(
-        running="tgi_batch_current_size",
-        waiting="tgi_queue_size",
-        prompt_tokens="tgi_request_input_length_sum",
-        generation_tokens="tgi_request_generated_tokens_sum",
-        finished="tgi_request_success",
-        iterations="tgi_batch_inference_count",
-    ),
+    {
+        **plain(
+            running="tgi_batch_current_size",
+            waiting="tgi_queue_size",
+            prompt_tokens="tgi_request_input_length_sum",
+            finished="tgi_request_success",
+            iterations="tgi_batch_inference_count",
+        ),
+        "generation_tokens": (Series("tgi_request_generated_tokens_sum", at_end=True),),
+    },
     contact_path="/info",
     canary_model="tgi",
     canary_paths=(COMPLETIONS, CHAT),

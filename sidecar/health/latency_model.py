@@ -16,6 +16,7 @@ from statistics import median
 
 GAP_HALF_LIFE_S = 600.0  # seconds of work in which a learned gap loses half its weight
 TOKEN_SECONDS = 0.05  # seconds per output token, before any was measured
+LONGEST_ANSWER = 1 << 17  # tokens that an answer without max_tokens may have: models of today give no longer ones
 LEAST_TOKEN = 0.001  # seconds; no hardware gives one stream more tokens: what comes faster was held back before
 MAX_PREFILLS = 64  # prefills kept
 MIN_LINE_PREFILLS = 9  # observations from which a line is drawn: three in each third
@@ -35,8 +36,8 @@ Prefill = tuple[float, float]  # seconds that the cost model said, and that it t
 class LatencyModel:
     """`slowness` and `overhead`: a first token takes slowness x its predicted prefill + overhead seconds, nine times in ten.
 
-    `gap`: the longest silence that ended well; `whole_gap`: of those in which an answer in one piece was outstanding, whose length
-    explains them: they are no measure of how long a stream may be silent.
+    `gap`: the longest silence that ended well; `whole_gap`: of those in which an answer in one piece was outstanding,
+    whose length explains them: they are no measure of how long a stream may be silent.
     `foreign`: this engine has done work that came by another way than the relay.
     """
 

@@ -3,7 +3,8 @@
 Rules:
 - A part's silence is counted on a clock that runs only while the engine makes progress and we are to be trusted. A silence of the
   whole engine, a long prefill that starves all others, and our own pauses are nobody's stuck part.
-- Prefill that was done meanwhile explains a silence; so do the tokens that an answer may still hold back (tool calls are buffered).
+- Prefill that was done meanwhile explains a silence; so do tokens that are generated and not delivered (balance.py), or
+  where they are not counted those that an answer may still hold back.
 - One stuck stream is ended, a few at most; when they repeat, or another part is stuck, readiness goes first and liveness much later.
 - A stream without a first token is stuck only when later ones were served before it: a full batch makes all wait alike.
 """
@@ -15,8 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestBlocked, Settled
-from sidecar.health.latency_model import LatencyModel
+from sidecar.health.latency_model import LONGEST_ANSWER, LatencyModel
 from sidecar.health.progress import Key, SilenceLimits
+from sidecar.health.token_balance import Balance
 from sidecar.readings import EngineSample, RankSample
 
 CLOCK_RUNS_AFTER_PROGRESS_S = 5.0  # seconds after progress in which the clock of parts runs
@@ -29,7 +31,6 @@ PREFILL_BURST_S = 3.0  # seconds over which they must have come: prefills that g
 MIN_FREED = 3  # requests that ended without anybody being admitted, before admission counts as stuck
 KV_PRESSURE = 0.9  # share of the KV cache in use, from which preempted streams may wait long
 KV_PRESSURE_PATIENCE = 5.0  # times the patience with one stream under pressure
-UNBOUNDED_OUTPUT_TOKENS = 4096  # tokens assumed for an answer without max_tokens
 STUCK_WINDOW_S = 300.0  # seconds in which stuck streams count together
 MAX_ABORTS_PER_WINDOW = 8  # streams that are ended in a window
 MIN_REPEATED_STUCK = 3  # stuck streams in a window that withdraw readiness
@@ -39,15 +40,22 @@ SEVERE_STUCK_SHARE = 0.5  # of the open requests that must be stuck for that
 
 @dataclass(slots=True)
 class OpenStream:
-    """One open request. `seen` and `done`: clock, and prefill done by all, at its last delivery."""
+    """One open request. `received` and `each`: when its last delivery came, and what each sequence had got by then.
+
+    `seen`, `done` and `level`: clock, prefill done by all, and balance, then or when it was last seen to be worked for.
+    """
 
     order: int
     prompt: int
     prefill: float
-    answer: int  # tokens that it may hold back: of an answer in one piece all, of a stream a few times the expected
+    answer: int  # tokens that it may hold back: a few times the expected
+    most: int  # tokens that its client allows
     came: float
     seen: float
     done: float
+    level: float
+    received: float
+    each: float
     first: bool = False
     tokens: int = 0
     blocked: bool = False
@@ -80,6 +88,8 @@ class PartialHangDetector:
     clock: float = 0.0
     ended: deque[float] = field(default_factory=deque)  # when streams were ended, within WINDOW
     found: deque[float] = field(default_factory=deque)  # when streams were found stuck, within WINDOW
+    balance: Balance = field(default_factory=Balance)
+    _counted: bool = False  # whether what the engine generates is read from a counter
     _streams: dict[Key, OpenStream] = field(default_factory=dict)
     _ranks: dict[int, RankProgress] = field(default_factory=dict)
     _orders: int = 0
@@ -104,38 +114,45 @@ class PartialHangDetector:
             case FirstToken() if (s := self._streams.get(key)) is not None and not s.first:
                 s.first = True
                 self._served(s)
-                self._touch(s)
+                self._received(s, fact.at)
                 self._decode_firsts += 1
             case Delivered(tokens=tokens) if (s := self._streams.get(key)) is not None and tokens > 0:
                 s.tokens += tokens
-                self._touch(s)
+                self.balance.delivered(tokens, fact.at)
+                self._received(s, fact.at)
                 if s.tokens > MAX_FIRST_PIECES:
                     self._decoded()
             case RequestBlocked(on=on) if (s := self._streams.get(key)) is not None:
                 s.blocked = on
-                self._touch(s)
+                self._received(s, fact.at)
                 if not on and not s.first:  # it waited in the relay: the engine has it from now on
                     self._orders += 1
                     s.order, s.came = self._orders, self.clock
             case Settled():
-                self._settled(key, fact.delivered_tokens, fact.outcome == "ok")
+                self._settled(key, fact, fact.outcome == "ok")
             case _:
                 pass
 
     def _admitted(self, key: Key, fact: Admitted, prefill: float, whole: int) -> None:
         self._orders += 1
-        answer = whole or min(fact.max_output or UNBOUNDED_OUTPUT_TOKENS, 4 * fact.expected.output + 256)
+        answer = min(fact.max_output or LONGEST_ANSWER, 4 * fact.expected.output + 256)
+        most = fact.max_output or LONGEST_ANSWER if fact.stream or whole else answer
         prompt = fact.expected.uncached + fact.expected.cached
-        self._streams[key] = OpenStream(self._orders, prompt, prefill, answer, self.clock, self.clock, self._done)
+        now, balance = self.clock, self.balance
+        self._streams[key] = OpenStream(
+            self._orders, prompt, prefill, answer, most, now, now, self._done, balance.level, fact.at, balance.each
+        )
 
-    def _settled(self, key: Key, tokens: int, ok: bool) -> None:
+    def _settled(self, key: Key, fact: Settled, ok: bool) -> None:
         s = self._streams.pop(key, None)
         if s is None:
             return
         self._freed += 1
+        if s.first:
+            self.balance.delivered(max(0, fact.delivered_tokens - s.tokens), fact.at)
         if ok and not s.first:
             self._served(s)
-        if ok and tokens > MAX_FIRST_PIECES:
+        if ok and fact.delivered_tokens > MAX_FIRST_PIECES:
             self._decoded()
 
     def _served(self, s: OpenStream) -> None:
@@ -149,8 +166,12 @@ class PartialHangDetector:
                 self._touch(s)
         self._decode_seen, self._decode_firsts = self.clock, 0
 
+    def _received(self, s: OpenStream, at: float) -> None:
+        s.received, s.each = at, self.balance.each
+        self._touch(s)
+
     def _touch(self, s: OpenStream) -> None:
-        s.seen, s.done, s.stuck = self.clock, self._done, False
+        s.seen, s.done, s.level, s.stuck = self.clock, self._done, self.balance.level, False
 
     # --- time ---
 
@@ -161,6 +182,25 @@ class PartialHangDetector:
             self._since.clear()
         elif before is not None and progress_at is not None and now - progress_at <= CLOCK_RUNS_AFTER_PROGRESS_S:
             self.clock += min(now - before, 1.0)
+
+    def read(self, sample: EngineSample, at: float, *, canary: bool) -> None:
+        """A new reading of the engine's counters: a silent stream for which it generates is not silent.
+
+        `canary`: one ran since the last reading.
+        """
+        since = self.balance.read_at
+        open_ = [s for s in self._streams.values() if not s.blocked]
+        still = [s for s in open_ if since is not None and s.received < since]
+        silent = sum(s.first for s in still)
+        moving = len(open_) - len(still)
+        self.balance.read(sample, at, moving=moving, silent=silent, waiting=len(still) - silent, canary=canary)
+        for s in still:
+            if self.balance.level > s.level and not s.stuck and not self._overdue(s):
+                self._touch(s)
+
+    def _overdue(self, s: OpenStream) -> bool:
+        """Whether a stream would long have had all that its client allows, were it worked for like the others."""
+        return s.first and self.balance.each - s.each > self.limits.margin * (s.most - s.tokens)
 
     def restart(self) -> None:
         """The engine is another process: nothing of the old one's parts holds."""
@@ -177,6 +217,7 @@ class PartialHangDetector:
     ) -> tuple[PartialHang | None, tuple[Key, ...]]:
         """What is stuck, and the streams to end because they are stuck alone."""
         open_ = [s for s in self._streams.values() if not s.blocked]
+        self._counted = self.balance.counts(now)
         findings = {
             "rank_silent": self._rank_silent(sample.ranks if sample else (), open_, learned),
             "decode_stalled": self._decode_stalled(open_, learned),
@@ -260,7 +301,7 @@ class PartialHangDetector:
         if self._decode_firsts < MIN_SILENT_STREAMS:
             return ""
         last = [s for s in open_ if s.first and s.seen >= self._decode_seen]
-        still = [s for s in last if self._unexplained(s, learned) > max(self.min_silence, held_back(s, learned))]
+        still = [s for s in last if self._unexplained(s, learned) > max(self.min_silence, self._held_back(s, learned))]
         if len(still) < MIN_SILENT_STREAMS:
             return ""
         silent = self.clock - min(s.seen for s in still)
@@ -273,7 +314,7 @@ class PartialHangDetector:
         silent = self.clock - self._first_seen
         if self._freed < MIN_FREED or silent <= self.min_silence or pressed(sample):
             return ""
-        late = [s for s in open_ if not s.first and self.clock - s.came > self.min_silence]
+        late = [s for s in open_ if not s.first and self.clock - s.seen > self.min_silence]
         if not late or silent <= self.limits.margin * learned.seconds(sum(s.prefill for s in late)):
             return ""
         return f"{len(late)} requests wait; none was admitted for {silent:.0f} s, while {self._freed} ended"
@@ -304,12 +345,18 @@ class PartialHangDetector:
         if s.first and s.seen >= self._decode_seen and self._decode_firsts >= MIN_SILENT_STREAMS:
             return False  # nobody decodes: it is not alone
         early = sum(o.prefill for o in self._streams.values() if not o.first and o.order <= s.order)
-        allowed = max(self.min_silence, self.limits.margin * learned.seconds(early) + held_back(s, learned))
+        allowed = max(self.min_silence, self.limits.margin * learned.seconds(early) + self._held_back(s, learned))
         return unexplained > allowed * (KV_PRESSURE_PATIENCE if pressed(sample) else 1.0)
 
     def _unexplained(self, s: OpenStream, learned: LatencyModel) -> float:
         """Seconds of a stream's silence that the prefill done meanwhile does not explain."""
         return self.clock - s.seen - learned.slowness * (self._done - s.done)
+
+    def _held_back(self, s: OpenStream, learned: LatencyModel) -> float:
+        """Seconds for which an answer's tokens may be held back: where none are counted, all that its client allows."""
+        if self._counted:
+            return max(0, s.answer - s.tokens) * learned.token_seconds
+        return self.limits.margin * max(0, s.most - s.tokens) * learned.token_seconds
 
     def _repeated(self, open_: list[OpenStream], now: float) -> str:
         if len(self.found) < MIN_REPEATED_STUCK:
@@ -321,11 +368,6 @@ class PartialHangDetector:
 
     def _share(self, open_: list[OpenStream]) -> float:
         return sum(s.stuck for s in open_) / len(open_) if open_ else 0.0
-
-
-def held_back(s: OpenStream, learned: LatencyModel) -> float:
-    """Seconds for which the engine may hold an answer's tokens back."""
-    return max(0, s.answer - s.tokens) * learned.token_seconds
 
 
 def pressed(sample: EngineSample | None) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sidecar.health.latency_model import LatencyModel
+from sidecar.health.token_balance import CANARIES, COUNTED
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
 
@@ -34,6 +35,7 @@ LEARNED_AFTER = 10  # first tokens seen, before this engine's own gaps count as 
 GAP_MARGIN = 2.0  # allowed over the longest learned gap
 SHORT_GAP = 0.25  # seconds; shorter gaps teach nothing
 EXCESS = 5  # readings in a row with more requests than the relay's, that count as somebody else's
+STANDS = 4096  # tokens; for so many an answer in one piece may keep a counter of tokens waiting that stands
 APART = 3.0  # seconds without the relay's own work, after which work of the engine is somebody else's
 
 
@@ -109,6 +111,8 @@ class Progress:
     prefill_at: float | None = None
     iterating: int = 0  # readings in a row in which the engine's steps moved
     _sample: EngineSample | None = None
+    _read_at: float = 0.0
+    _worked: EngineSample | None = None  # the last reading whose counters were not a canary's alone
     _busy: bool = False  # the engine's gauges show work that is not our canary
     _open: int = 0  # requests that the relay has out
     _excess: int = 0  # readings in a row that moved and showed more than those
@@ -165,13 +169,16 @@ class Progress:
 
         `canary`: one ran between the two readings, so that counters that moved say nothing of the users' work.
         """
-        before, self._sample = self._sample, sample
+        before, self._sample, self._read_at = self._sample, sample, now
         self._busy = not canary and load(sample) > 0
         self.learned.foreign |= not canary and self._is_foreign(before, sample, now)
-        if before is None:
-            return False
-        if restarted(before, sample):
-            return True
+        if before is None or restarted(before, sample):
+            self._worked = sample
+            return before is not None
+        worked = self._worked or before
+        canary = canary and grown(worked.working, sample.working) <= CANARIES
+        if not canary:
+            self._worked = sample
         for kind, names in COUNTERS.items():
             if not canary and any_moved(before, sample, names):
                 self._mark(kind, now)
@@ -197,7 +204,8 @@ class Progress:
         floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
         predicted = self.learned.seconds(early_prefill(work, since, floor))
         whole = max((i.whole for i in work), default=0)
-        predicted += whole * self.learned.token_seconds
+        # Where tokens are counted, this is the patience with a counter that stands: not that of the longest answer.
+        predicted += (min(whole, STANDS) if self._counted(now) else whole) * self.learned.token_seconds
         gap = max(self.learned.gap, self.learned.whole_gap if whole else 0.0)
         allowed, ruled_by = allowed_silence(predicted, floor, gap, self.limits)
         age = max(0.0, now - since) if work or busy else None
@@ -224,6 +232,11 @@ class Progress:
     def last(self) -> tuple[str, float | None]:
         """The newest progress: its kind and time; ("none", None) before any."""
         return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
+
+    def _counted(self, now: float) -> bool:
+        """Whether the engine has a counter that moves while it generates, and has been seen to."""
+        known = self._sample is not None and self._sample.working is not None and "generation" in self.kinds
+        return known and now - self._read_at <= COUNTED
 
     def _is_foreign(self, before: EngineSample | None, sample: EngineSample, now: float) -> bool:
         """Whether a reading shows work of others: it came or moved while the relay had none, or is more than the relay has.
@@ -256,7 +269,7 @@ class Progress:
 
 # Counters whose movement is progress, by the kind of evidence.
 COUNTERS: dict[str, tuple[str, ...]] = {
-    "generation": ("generation_tokens",),
+    "generation": ("generation_tokens", "working"),
     "completed": ("finished",),
 }
 PROGRESS = tuple(name for names in COUNTERS.values() for name in names)
@@ -277,6 +290,11 @@ def any_moved(before: EngineSample, after: EngineSample, names: tuple[str, ...])
 def moved(before: float | None, after: float | None) -> bool:
     """Whether a number changed between two readings that both have it."""
     return before is not None and after is not None and before != after
+
+
+def grown(before: float | None, after: float | None) -> float:
+    """By how much a counter grew between two readings; 0 where it is not in both."""
+    return 0.0 if before is None or after is None else after - before
 
 
 def restarted(before: EngineSample, after: EngineSample) -> bool:

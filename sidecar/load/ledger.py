@@ -26,12 +26,12 @@ from sidecar.events import (
     RequestSize,
     Settled,
 )
+from sidecar.health.latency_model import LONGEST_ANSWER
 from sidecar.load import cost_model
 
 FLOW_WINDOW_S = 60.0  # seconds of the flow ("per minute")
 RECENT_WINDOW_S = 10.0  # seconds of the flow that routers weigh by
 TOKEN_WINDOW_S = 5.0  # seconds of tokens per second
-UNBOUNDED_OUTPUT_TOKENS = 4096  # tokens assumed for an answer in one piece without max_tokens
 SHORT_ROUTES = (
     "embeddings",
     "rerank",
@@ -72,7 +72,7 @@ class AdmissionHold:
 
     @property
     def pace(self) -> float | None:
-        """Seconds per output token, as they were seen to come; None where they were not, as of an answer in one piece."""
+        """Seconds per output token, as they were seen to come; None where they were not (an answer in one piece)."""
         if self.first_at is None or self.delivered < 2:
             return None
         return (self.last_at - self.first_at) / (self.delivered - 1)
@@ -235,7 +235,7 @@ class Ledger:
         )
         hold.prefill = cost_model.terms(fact.expected, self.co).before_first_token / 1000
         if not fact.stream and fact.route not in SHORT_ROUTES:
-            hold.whole = fact.max_output or UNBOUNDED_OUTPUT_TOKENS
+            hold.whole = fact.max_output or LONGEST_ANSWER
         self._holds.setdefault((relay, fact.id), hold)
 
     def _first(self, relay: int, fact: FirstToken) -> None:

@@ -120,6 +120,22 @@ def test_the_capacity_is_read_from_labels(page: bytes, tokens: float | None) -> 
     assert parse(b"sglang:max_total_num_tokens 4096\n", KINDS["sglang"]).kv_capacity_tokens == 4096
 
 
+@pytest.mark.parametrize(
+    ("kind", "page", "working"),
+    [
+        ("vllm", b"vllm:generation_tokens_total 5\nvllm:iteration_tokens_total_count 9\n", 5),
+        ("sglang", b'sglang:realtime_tokens_total{mode="decode"} 7\nsglang:generation_tokens_total 5\n', 7),
+        ("sglang", b"sglang:generation_tokens_total 5\nsglang:cuda_graph_passes_total 9\n", 9),
+        ("sglang", b"sglang:generation_tokens_total 5\n", None),
+        ("tgi", b"tgi_request_generated_tokens_sum 5\ntgi_batch_inference_count 9\n", 9),
+        ("llamacpp", b"llamacpp:tokens_predicted_total 5\nllamacpp:n_decode_total 9\n", 9),
+    ],
+)
+def test_what_moves_while_an_engine_generates(kind: str, page: bytes, working: float | None) -> None:
+    """Its tokens, or its steps where tokens count only when a request ends; None where nothing moves until then."""
+    assert parse(page, KINDS[kind]).working == working
+
+
 def test_ranks_are_told_apart() -> None:
     """Each rank's running, waiting and generated tokens stand beside their sums; a label that is no number is no rank."""
     page = b"".join(

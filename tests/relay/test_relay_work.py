@@ -93,7 +93,7 @@ async def test_nothing_of_ours_leaves_as_a_name_or_comes_back_as_an_image(rig: A
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_an_answer_in_one_piece_has_no_first_token(rig: Any, serve: Any, chunked: bool) -> None:
-    """Its first bytes come with its last, however they are sent: they are no measure of a prefill or of a time per token."""
+    """Its first bytes come with its last, however they are sent: they measure no prefill and no time per token."""
     body = b'{"choices":[{"text":"a"}],"usage":{"prompt_tokens":2,"completion_tokens":50}}'
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
