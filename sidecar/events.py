@@ -273,7 +273,8 @@ class CanaryResult:
     """One canary, ended.
 
     "ok" a token came; "failed" the engine answered 500 or broke the answer off; "starved" no token within `allowed`; "moot" it
-    says nothing, as real work progressed meanwhile or the engine sleeps; "refused" no connection; "busy" 429 or 503; "rejected" any other 4xx: it cannot judge this engine.
+    says nothing, as real work progressed meanwhile or the engine sleeps; "refused" no connection; "busy" 429 or 503;
+    "rejected" any other 4xx, or no model is known to be loaded: it cannot judge this engine.
     """
 
     outcome: Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
@@ -283,6 +284,7 @@ class CanaryResult:
     detail: str = ""
     prompt_tokens: int = 0  # of one that passed
     digest: str = ""  # a short hash of its answer; "" where there is none to compare
+    model: str = ""  # that was asked
 
 
 # --- verdicts ---

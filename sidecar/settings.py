@@ -171,7 +171,10 @@ class Settings:
         7.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"
     )
     canary_model: str = flag(
-        "", text, "Model name for the canary; default: the first of /v1/models", expected="a model name"
+        "",
+        text,
+        "Model name for the canary; default: one that is loaded, or that users used last",
+        expected="a model name",
     )
     engine_key: str = flag("", text, "API key for our own requests to the engine", expected="a key", secret=True)
     slo_seconds: float = flag(

@@ -76,9 +76,13 @@ class CanaryStats:
     mu: float = 0.0
     tokens: int = 0
     sameness: GarbageDetector = field(default_factory=GarbageDetector)
+    model: str = ""  # of the last one: others answer otherwise
 
     def passed(self, result: CanaryResult) -> bool:
         """Book one. Returns True when its answer makes it garbage."""
+        if result.model != self.model:
+            self.model = result.model
+            self.sameness.forget()
         output = 1 if result.digest else 0  # an embedding has no output tokens
         self.count += 1
         self.mu += cost_model.mu(RequestSize(uncached=result.prompt_tokens, output=output), self.co)

@@ -272,13 +272,15 @@ class ControlLoop:
     async def _canary(self, allowed: float) -> None:
         canary = self._signals.contact.canary
         assert canary is not None
-        result = await canary.send(allowed)
+        before = self.control.canary
+        result = await canary.send(allowed, self.control.used)
         garbage = self.control.canaries.sameness.garbage
         result = self.control.canary_ended(result)
         self.sinks.meters.observe(result)
         if self.control.canaries.sameness.garbage and not garbage:
             _log.warning("garbage_output: %s", GARBAGE)
-        if result.outcome not in ("ok", "refused"):
+        known = result.outcome == "rejected" and before is not None and before.detail == result.detail
+        if result.outcome not in ("ok", "refused") and not known:
             _log.warning("canary %s: %s", result.outcome, result.detail)
 
     def _canary_broke(self, sent: float, allowed: float, what: str) -> None:

@@ -103,6 +103,7 @@ class ControlState:
         self._withheld_until, self._withheld_reason = 0.0, ""
         self._doubt = False
         self._passed_at: float | None = None  # when a canary last passed
+        self.used = ""  # the model that users were last served with, as they call it
         self.lag = 0.0
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
         self.evidence = self.progress.evidence((), now)
@@ -163,6 +164,7 @@ class ControlState:
     def _ended(self, s: Settlement) -> None:
         self.upkeep.settled(s)
         if s.settled.outcome == "ok":
+            self.used = s.admitted.model
             self.health.orders.served(s.admitted.at)
         if s.pace is not None and s.settled.outcome != "stalled" and not s.slowed:
             self.progress.learned.token_time(s.pace)
@@ -314,6 +316,7 @@ class ControlState:
             self.changes.appendleft(self.verdict)
         if m.state == "starting" and (was.state != "starting" or name == "restarted"):
             self._canary_seconds.clear()
+            self.used = ""
             self.health.restarted(now)
 
     # --- over a restart of our own process ---

@@ -72,7 +72,7 @@ class EngineKind:
     rank: str = ""  # the label that numbers data-parallel ranks
     signs: tuple[KindSign, ...] = ()
     wakes: bool = False  # a request wakes it from its sleep, so it is looked at before each canary
-    canary_model: str = ""  # a name that it always takes; else the first of its model list
+    canary_model: str = ""  # a name that it always takes; else models.py chooses of its model list
     canary_paths: tuple[str, ...] = (COMPLETIONS, CHAT, EMBEDDINGS)
     tells_usage: bool = True  # takes stream_options.include_usage
     priority: int | None = None

@@ -7,6 +7,8 @@
   /props and /models do not, nor does /metrics in newer versions; as it did in older ones, a sleeping server is not scraped.
   A canary is a request: with --canary-interval below its idle time the server never gets to sleep.
 - --api-key leaves /health and /v1/models open. It has no priorities.
+- Router mode (no model given): /v1/models lists all models with their `status`, and a POST loads the one that it names.
+  GETs without a model load none (seen): /metrics is 400, /props the router's own.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 One at a time; its cost is one token; of its answer a short hash is kept, never the text. It goes straight to the engine, past the
 relay, so that a relay in trouble does not look like an engine in trouble. It is never counted as a tenant's work.
+It has no engine load a model: where none is known to be loaded, none is asked.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -17,6 +17,7 @@ import aiohttp
 from sidecar.engines import canary_request
 from sidecar.engines.canary_request import CanaryAnswer, CanaryForm, CanaryForms
 from sidecar.engines.engine_type import EngineKind
+from sidecar.engines.model_list import Choice, choose
 from sidecar.events import CanaryResult
 from sidecar.signals.http_body import whole
 
@@ -50,25 +51,33 @@ class CanarySignal:
         self._engine = engine
         self._kind = kind
         self._headers = headers
-        self._chosen = self._model = model or kind.canary_model
+        self._chosen = model
+        # A name that the engine always takes need not be looked up.
+        self._known = Choice() if model else Choice(kind.canary_model, lasts=bool(kind.canary_model))
+        self._choice = self._known
         self._forms = CanaryForms(kind, priority)
         self._asleep = asleep
         self._clock = clock
 
-    async def send(self, allowed: float) -> CanaryResult:
-        """Send one; it is starved when its stream has not ended after `allowed` seconds."""
+    async def send(self, allowed: float, used: str = "") -> CanaryResult:
+        """Send one; it is starved when its stream has not ended after `allowed` seconds.
+
+        `used`: the model that users were served with last.
+        """
         started = self._clock()
 
         def ended(outcome: str, detail: str = "", answer: CanaryAnswer | None = None) -> CanaryResult:
-            tokens = answer.prompt_tokens if answer else 0
-            digest = answer.digest if answer else ""
-            return CanaryResult(outcome, started, self._clock(), allowed, detail, tokens, digest)  # type: ignore[arg-type]
+            took = started, self._clock(), allowed
+            of = (answer.prompt_tokens, answer.digest, self._choice.model) if answer else ()
+            return CanaryResult(outcome, *took, detail, *of)  # type: ignore[arg-type]
 
         try:
             async with asyncio.timeout(allowed):
                 if self._asleep is not None and await self._asleep():
                     return ended("moot", "the engine sleeps, and a request would wake it")
-                return ended(*await self._attempt())
+                if refusal := await self._choose(used):
+                    return ended(*refusal)
+                return ended(*await self._attempt(self._choice))
         except TimeoutError:
             return ended("starved", f"no token within {allowed:.1f} s")
         except aiohttp.ClientConnectorError:
@@ -76,20 +85,17 @@ class CanarySignal:
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as e:
             return ended("failed", f"the answer broke off ({type(e).__name__})")
 
-    async def _attempt(self) -> tuple[str, str, CanaryAnswer | None]:
+    async def _attempt(self, choice: Choice) -> tuple[str, str, CanaryAnswer | None]:
         """Outcome, detail, and the answer of the form that passed."""
-        if not self._model and (refusal := await self._discover()):
-            return refusal
         refusals = []
-        model = self._model
         for form in self._forms.forms():
-            status, answer = await self._ask(form, model)
+            status, answer = await self._ask(form, choice.model)
             if status == 200 and not answer.token:
                 # From an engine that is known to serve tokens this is a failure; from another one it may be its way.
                 return "failed" if self._forms.known else "rejected", f"no token in the answer of {form.path}", None
             if status == 200:
                 self._forms.passed(form)
-                self._model = model
+                self._choice = choice  # it was not the name that another form was refused for
                 return "ok", form.path, answer
             refusals.append(f"HTTP {status} on {form.path}")
             if status in canary_request.OTHER_FORM:
@@ -108,20 +114,20 @@ class CanarySignal:
             answer = canary_request.read(await whole(response, MAX_ANSWER), form.path)
         return answer.error or 200, answer
 
-    async def _discover(self) -> tuple[str, str, None] | None:
-        """Learn the first name of /v1/models. Returns the outcome when there is none."""
+    async def _choose(self, used: str) -> tuple[str, str] | None:
+        """Choose a model, each time where what is loaded can change. Returns the outcome when there is none."""
+        if self._choice.lasts and self._kind.series:  # of a server that is not known nothing lasts
+            return None
         async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
-            if response.status != 200:
-                return *_refusal(response.status, f"HTTP {response.status} on /v1/models"), None
-            raw = json.loads(await whole(response, MAX_ANSWER))
-        models = raw.get("data") if isinstance(raw, dict) else None
-        if isinstance(models, list) and models and isinstance(models[0], dict):
-            self._model = str(models[0].get("id", ""))
-        return None if self._model else ("rejected", "the engine names no model; set --canary-model", None)
+            if response.status == 200:
+                self._choice = choose(await whole(response, MAX_ANSWER), self._chosen, used)
+                return None if self._choice.model else ("rejected", self._choice.why)
+        self._choice = Choice(self._chosen)
+        return None if self._chosen else _refusal(response.status, f"HTTP {response.status} on /v1/models")
 
     def forget_model(self) -> None:
         """The engine may serve another model now."""
-        self._model = self._chosen
+        self._choice = self._known
 
 
 def _refusal(status: int, detail: str) -> tuple[str, str]:

@@ -87,11 +87,11 @@ class Pod:
             self.sent = None
             self.control.canary_ended(CanaryResult(self.canaries, started, self.now, allowed))  # type: ignore[arg-type]
 
-    def admit(self, tokens: int = 500, *, most: int | None = 64, stream: bool = True, expected: int = 64) -> str:
+    def admit(self, tokens: int = 500, *, most: int | None = 64, stream: bool = True, model: str = "m") -> str:
         self.requests += 1
         id = str(self.requests)
-        work = RequestSize(tokens, output=expected)
-        self.control.on_event(0, Admitted(id, self.now, "t", "m", "chat", stream, work, most, 1.0))
+        work = RequestSize(tokens, output=64)
+        self.control.on_event(0, Admitted(id, self.now, "t", model, "chat", stream, work, most, 1.0))
         return id
 
     def settle(self, id: str, tokens: int, first_at: float | None = None) -> None:

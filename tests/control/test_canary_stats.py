@@ -38,6 +38,15 @@ def test_garbage_is_told_once_after_several_other_answers() -> None:
     assert [n for n, begins in enumerate(told) if begins] == [BASE + STRIKES - 1]
 
 
+def test_another_model_that_answers_otherwise_is_no_garbage() -> None:
+    """What one model always said is no measure of the next one that is loaded in its place."""
+    canaries = CanaryStats(cost_model.Coefficients())
+    for model in ("a", "b"):
+        for _ in range(BASE + STRIKES):
+            assert not canaries.passed(CanaryResult("ok", 0.0, 1.0, 8.0, digest=model, model=model))
+    assert not canaries.use().garbage
+
+
 def test_garbage_ends_with_the_usual_answer() -> None:
     """The report is taken back when the usual answer returns, and can begin anew."""
     one = GarbageDetector()

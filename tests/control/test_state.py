@@ -238,3 +238,32 @@ def test_every_verdict_says_which_term_ruled_and_why_in_one_line() -> None:
     pod.until("stalled")
     assert pod.control.verdict.evidence["ruled_by"] == "floor"
     assert "without progress" in pod.control.verdict.detail and "\n" not in pod.control.verdict.detail
+
+
+def test_the_model_that_users_were_served_with_last_is_known_until_the_engine_is_another_process() -> None:
+    """A refused one does not count; what a new process has loaded is not known."""
+    pod = Pod()
+    assert pod.control.used == ""
+    for model, outcome in (("a", "ok"), ("b", "rejected")):
+        id = pod.admit(model=model)
+        end = Settled(id, pod.now, outcome, 200, None, 1, 4, None, pod.now, 0.0)  # type: ignore[arg-type]
+        pod.control.on_event(0, end)
+        assert pod.control.used == "a"
+    pod.page = EngineSample(generation_tokens=5)
+    pod.tick(2)
+    pod.watch()
+    pod.page = EngineSample(generation_tokens=0)
+    pod.tick(1)
+    assert "starting" in pod.states and pod.control.used == ""
+
+
+def test_an_engine_without_a_loaded_model_is_unknown_and_in_service() -> None:
+    """A canary that is not sent judges nothing, neither at once nor over work that is silent for long."""
+    pod = Pod()
+    pod.watch()
+    pod.canaries = "rejected"
+    pod.tick(60)
+    assert pod.states <= {"idle", "unknown"} and pod.state == "unknown"
+    pod.admit()
+    pod.tick(200)
+    assert "stalled" not in pod.states and pod.state == "unknown"

@@ -130,3 +130,31 @@ def shown(name: str, *, metrics: bool = True, key: bool = False) -> Shown:
     face = FACES[name]
     answers = {**face.answers, "/metrics": page(face.metrics) if metrics else face.off}
     return Shown(answers, face.guarded if key else ())
+
+
+class OnDemand:
+    """A server that loads what it is asked for, and evicts what was; `says`: its list tells which model is loaded."""
+
+    def __init__(self, *names: str, says: bool, loaded: str = "") -> None:
+        self.names, self.says, self.loaded = names, says, loaded
+        self.loads: list[str] = []
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        cards: list[dict[str, Any]] = [
+            {"id": name, "owned_by": "llamacpp" if self.says else "me"} for name in self.names
+        ]
+        for card in cards if self.says else ():
+            card["status"] = {"value": "loaded" if card["id"] == self.loaded else "unloaded"}
+        return web.json_response({"object": "list", "data": cards})
+
+    async def complete(self, request: web.Request) -> web.Response:
+        wanted = (await request.json())["model"]
+        if wanted != self.loaded:
+            self.loads.append(wanted)
+            self.loaded = wanted
+        usage = {"prompt_tokens": 2, "completion_tokens": 1}
+        return web.json_response({"choices": [{"text": "1", "finish_reason": "length"}], "usage": usage})
+
+    def shown(self) -> Shown:
+        work = dict.fromkeys(("/v1/completions", "/v1/chat/completions", "/v1/embeddings"), self.complete)
+        return Shown({}, handlers={"/v1/models": self.list_models, **work})

@@ -17,7 +17,7 @@ from sidecar.signals.canary import CanarySignal
 from sidecar.signals.engine_monitor import open_session
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-from ..engines.engine_faces import TOKEN, Shown, models
+from ..engines.engine_faces import TOKEN, OnDemand, Shown, models
 from ..waiting import PATIENCE
 
 EMBEDDED = json.dumps({"object": "list", "data": [{"index": 0, "embedding": [0.5]}], "usage": {"prompt_tokens": 2}})
@@ -189,3 +189,50 @@ async def test_no_connection_is_refused(canary: Callable[..., CanarySignal]) -> 
     async with engine() as shown:
         pass
     assert (await canary(shown).send(PATIENCE)).outcome == "refused"
+
+
+@pytest.mark.parametrize(("says", "why"), [(True, "no model is loaded"), (False, "several models")])
+async def test_no_model_is_loaded_for_a_canary(canary: Callable[..., CanarySignal], says: bool, why: str) -> None:
+    """Of several models none is known to be loaded: none is asked for, and that says nothing of the engine."""
+    server = OnDemand("a", "b", says=says)
+    async with server.shown() as shown:
+        signal = canary(shown, "llamacpp" if says else "openai")
+        results = [await signal.send(PATIENCE) for _ in range(3)]
+    assert {(r.outcome, r.detail.startswith(why)) for r in results} == {("rejected", True)}
+    assert server.loads == []
+
+
+@pytest.mark.parametrize("says", [True, False])
+async def test_the_users_model_is_not_evicted_by_a_canary(canary: Callable[..., CanarySignal], says: bool) -> None:
+    """It asks for what is loaded, or where nothing says so for what users used last, and follows when they change."""
+    server = OnDemand("a", "b", "c", says=says, loaded="b")
+    async with server.shown() as shown:
+        signal = canary(shown, "llamacpp" if says else "openai")
+        for model in ("b", "c", "b"):
+            server.loaded = model
+            for _ in range(2):
+                result = await signal.send(PATIENCE, model)
+                assert (result.outcome, result.model) == ("ok", model)
+    assert server.loads == []
+
+
+async def test_a_chosen_model_that_is_unloaded_is_not_loaded(canary: Callable[..., CanarySignal]) -> None:
+    """--canary-model says which, not that it is worth an eviction; once it is loaded, it is asked for."""
+    server = OnDemand("a", "b", says=True, loaded="a")
+    async with server.shown() as shown:
+        signal = canary(shown, "llamacpp", model="b")
+        assert (await signal.send(PATIENCE)).outcome == "rejected"
+        server.loaded = "b"
+        assert (await signal.send(PATIENCE)).outcome == "ok"
+    assert server.loads == []
+
+
+async def test_a_second_model_of_an_unknown_server_is_noticed(canary: Callable[..., CanarySignal]) -> None:
+    """It listed one, and users had it load another that was added later: the first is not loaded for a canary again."""
+    server = OnDemand("a", says=False)
+    async with server.shown() as shown:
+        signal = canary(shown, "openai")
+        assert (await signal.send(PATIENCE)).outcome == "ok"
+        server.names, server.loaded = ("a", "new"), "new"
+        assert (await signal.send(PATIENCE, "new")).model == "new"
+    assert server.loads == ["a"]

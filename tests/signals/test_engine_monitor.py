@@ -17,7 +17,7 @@ from sidecar.settings import Settings
 from sidecar.signals import engine_monitor
 from sidecar.signals.engine_monitor import EngineMonitor
 
-from ..engines.engine_faces import FACES, Shown, models, page, said, shown
+from ..engines.engine_faces import FACES, OnDemand, Shown, models, page, said, shown
 from ..waiting import PATIENCE
 
 
@@ -50,6 +50,17 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not holds():  # noqa: ASYNC110 - a state of another task, of which nothing tells
             await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("says", [True, False])
+async def test_no_model_is_loaded_to_recognise_a_server(meet: Callable[..., Any], says: bool) -> None:
+    """What a server is, is found by reading alone."""
+    server = OnDemand("a", "b", says=says)
+    async with server.shown() as engine:
+        contact = await meet(engine)
+        await until(lambda: contact.identity.models == ("a", "b"))
+        assert contact.kind_name == ("llamacpp" if says else "openai")
+    assert server.loads == [] and not engine.bodies
 
 
 @pytest.mark.parametrize("metrics", [True, False], ids=["metrics", "no-metrics"])

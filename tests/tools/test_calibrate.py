@@ -21,7 +21,7 @@ from sidecar.__main__ import run
 from sidecar.events import RequestSize
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.tools.calibrate import capacity_search, command, contention, fit, report, traffic
+from sidecar.tools.calibrate import capabilities, capacity_search, command, contention, fit, report, traffic
 from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, GridPlan, SearchStep
 from sidecar.tools.calibrate.command import CalibrateSettings, calibrate
 from sidecar.tools.calibrate.fit import Measured
@@ -29,6 +29,8 @@ from sidecar.tools.calibrate.prompts import PromptTarget
 from sidecar.tools.calibrate.shapes import LEAST, SIDES, GridShape, least, ordered, plan, reference
 from sidecar.tools.calibrate.traffic import EngineRefused
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
+
+from ..engines.engine_faces import OnDemand
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
 TOKENS = {side: (side // 28) ** 2 * 3 // 4 for side in SIDES}
@@ -346,3 +348,11 @@ def test_no_engine_and_no_folder_are_said(tmp_path: Path, capsys: Any) -> None:
     assert run(["calibrate", "--engine", "http://127.0.0.1:9", "--out", str(tmp_path / "co.json")]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert "--engine" in errors[0] and "--out" in errors[1] and "no engine answers" in errors[2]
+
+
+async def test_of_several_models_one_that_is_loaded_is_measured() -> None:
+    """A server that loads on demand is not made to load another one."""
+    server = OnDemand("a", "b", says=True, loaded="b")
+    async with server.shown() as shown, aiohttp.ClientSession() as session:
+        assert (await capabilities.text_target(session, shown.url, "")).model == "b"
+    assert server.loads == []

@@ -21,6 +21,7 @@ from sidecar.tools.doctor.finding import DoctorFinding
 from sidecar.tools.doctor.report import CHECKS, examine, text
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
+from ..engines.engine_faces import OnDemand
 from ..waiting import PATIENCE
 
 TOKEN = 'data: {"choices": [{"delta": {"content": "1"}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
@@ -127,6 +128,25 @@ async def test_an_unknown_engine_is_taken_as_openai(servers: list[web.AppRunner]
     found = await of_engine(await serve(servers, **answers))
     assert (found["engine-kind"].level, found["engine-metrics"].level) == ("warn", "absent")
     assert found["canary"].level == "ok"
+
+
+@pytest.mark.parametrize(("says", "words"), [(True, "no model is loaded"), (False, "several models and none known")])
+async def test_no_model_is_loaded_by_looking(says: bool, words: str) -> None:
+    """Of a server that loads on demand nothing is asked that it would load a model for, and the report says so."""
+    server = OnDemand("a", "b", says=says)
+    async with server.shown() as shown:
+        found = await of_engine(shown.url)
+    assert server.loads == []
+    assert found["engine"].what == "serves a, b"
+    assert found["canary"].level == "warn" and words in found["canary"].what
+
+
+async def test_the_model_that_is_loaded_answers_the_canary() -> None:
+    """It stays loaded, whatever stands before it in the list."""
+    server = OnDemand("a", "b", says=True, loaded="b")
+    async with server.shown() as shown:
+        found = await of_engine(shown.url)
+    assert (server.loads, found["canary"].level) == ([], "ok")
 
 
 async def test_what_tells_a_rest_is_named(engine: ScriptedEngine, servers: list[web.AppRunner]) -> None:

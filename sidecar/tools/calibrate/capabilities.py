@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from sidecar.engines import metrics_parser, registry
+from sidecar.engines import metrics_parser, model_list, registry
 from sidecar.kernels import families
 from sidecar.tools.calibrate.prompts import PromptTarget, photos_can_be_made
 from sidecar.tools.calibrate.shapes import SIDES, WORDS, GridShape
@@ -130,16 +130,16 @@ def _by_processor(model: str, side: int) -> int:
 
 
 def _card(page: bytes, url: str) -> dict[str, Any]:
-    """What the engine says of its first model. Raises EngineRefused."""
+    """What the engine says of its model: of several, one that is loaded, else the first. Raises EngineRefused."""
     if not page:
         raise EngineRefused(
             f"no engine answers /v1/models at {url}; start it, and name its base URL (--engine, --engine-key)"
         )
-    try:
-        card = dict(json.loads(page)["data"][0])
-        return card | {"id": str(card["id"])}
-    except (ValueError, LookupError, TypeError):
-        raise EngineRefused("/v1/models names no model; wait until the engine has loaded it") from None
+    cards = model_list.listed(page)
+    if not cards:
+        raise EngineRefused("/v1/models names no model; wait until the engine has loaded it")
+    loaded = model_list.choose(page).model
+    return next((card for card in cards if card["id"] == loaded), cards[0])
 
 
 async def _version(session: aiohttp.ClientSession, target: PromptTarget) -> str:

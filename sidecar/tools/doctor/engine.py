@@ -109,7 +109,10 @@ def _metrics(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
 
 _CANARY: Final[dict[str, tuple[Level, str]]] = {
     "busy": ("warn", "the engine is full or starting; ask again"),
-    "rejected": ("warn", "set --canary-model or --engine-key; without a canary the verdict on silence is `unknown`"),
+    "rejected": (
+        "warn",
+        "set --canary-model or --engine-key, or load a model; without a canary the verdict on silence is `unknown`",
+    ),
     "starved": ("fail", "the engine does not serve; see its log"),
     "failed": ("fail", "the engine does not serve; see its log"),
     "refused": ("fail", "start the engine, or correct --engine"),

@@ -1,0 +1,75 @@
+"""Pure: which of the models that an engine lists can be asked for without having it load one, and perhaps evict another.
+
+Servers that load on demand list all that they could serve. Some say which are loaded (`status`: llama.cpp's router mode,
+transformers serve); of the others a model is known to be loaded where it is the only one (all names of one `root`, adapters
+left out: their `parent` is it), or where users used it last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+LOADED: Final = "loaded"
+NONE_NAMED: Final = "the engine names no model; set --canary-model"
+NONE_LOADED: Final = "no model is loaded, and a canary loads none"
+SEVERAL: Final = "several models and none known to be loaded; set --canary-model"
+
+Card = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The model to ask for; where it is "", `why` there is none. `lasts`: as long as the engine's process does."""
+
+    model: str = ""
+    why: str = ""
+    lasts: bool = False
+
+
+def choose(body: bytes, chosen: str = "", used: str = "") -> Choice:
+    """Which model of /v1/models to ask for. `chosen`: by an operator, listed or not; `used`: the one that users used last."""
+    cards = listed(body)
+    says = any(_status(card) for card in cards)
+    if chosen and any(_is(card, chosen) and _status(card) not in ("", LOADED) for card in cards):
+        return Choice(why=f"{chosen[:80]} is not loaded, and a canary loads none")
+    if chosen:
+        return Choice(chosen, lasts=not says)
+    if not cards:
+        return Choice(why=NONE_NAMED)
+    if not says and (only := _only(cards)):
+        return Choice(only[0]["id"], lasts=True)
+    able = [card for card in cards if _status(card) == LOADED] if says else cards
+    if used and any(_is(card, used) for card in able):
+        return Choice(used)
+    if says and able:
+        return Choice(able[0]["id"])
+    return Choice(why=NONE_LOADED if says else SEVERAL)
+
+
+def listed(body: bytes) -> list[Card]:
+    """The models of a list that have a name; empty where the body is no such list."""
+    try:
+        cards = json.loads(body)["data"]
+        return [card for card in cards if isinstance(card["id"], str) and card["id"]]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return []
+
+
+def _status(card: Card) -> str:
+    """What a server says of a model's state; "" where it says nothing."""
+    status = card.get("status")
+    value = status.get("value") if isinstance(status, dict) else status
+    return value if isinstance(value, str) else ""
+
+
+def _is(card: Card, name: str) -> bool:
+    aliases = card.get("aliases")
+    return name == card["id"] or (isinstance(aliases, list) and name in aliases)
+
+
+def _only(cards: list[Card]) -> list[Card]:
+    """The names of the one model that there is; empty where there are several."""
+    bases = [card for card in cards if not card.get("parent")]
+    return bases if len({str(card.get("root") or card["id"]) for card in bases}) == 1 else []
