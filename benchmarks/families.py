@@ -27,22 +27,24 @@ SIZES: Final = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
 PIXELS, TENSORS, THEIRS, PILLOW = "pixels", "tensors", "HF torchvision, PIL decode", "HF PIL"
 KERNEL, ATEN = "our resize and layout", "ATen + torch ops"
 
+PATCHES: Final = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+
 # family -> class and module in transformers, and the settings of a model of it
 ROWS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
-    "Qwen2.5-VL": ("Qwen2VLImageProcessor", "qwen2_vl.image_processing_qwen2_vl", {"max_pixels": 1_003_520}),
-    "GLM-4V": ("Glm4vImageProcessor", "glm4v.image_processing_glm4v", {"size": {"shortest_edge": 12544, "longest_edge": 2_007_040}}),
+    "Qwen2.5-VL": ("Qwen2VLImageProcessor", "qwen2_vl.image_processing_qwen2_vl", {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}, **PATCHES}),
+    "GLM-4V": ("Glm4vImageProcessor", "glm4v.image_processing_glm4v", {"size": {"shortest_edge": 12544, "longest_edge": 2_007_040}, **PATCHES}),
     "LLaVA-1.5": ("CLIPImageProcessor", "clip.image_processing_clip", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
     "SigLIP": ("SiglipImageProcessor", "siglip.image_processing_siglip", {"size": {"height": 384, "width": 384}}),
     "Gemma 3": ("Gemma3ImageProcessor", "gemma3.image_processing_gemma3", {"size": {"height": 896, "width": 896}}),
-    "Pixtral": ("PixtralImageProcessor", "pixtral.image_processing_pixtral", {}),
-    "Idefics 3": ("Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {}),
-    "InternVL": ("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 448, "width": 448}, "crop_to_patches": True}),
-    "LLaVA-NeXT": ("LlavaNextImageProcessor", "llava_next.image_processing_llava_next", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
-    "LLaVA-OneVision": ("LlavaOnevisionImageProcessor", "llava_onevision.image_processing_llava_onevision", {}),
-    "Llama 4": ("Llama4ImageProcessor", "llama4.image_processing_llama4", {}),
-    "Gemma 4": ("Gemma4ImageProcessor", "gemma4.image_processing_gemma4", {}),
-    "Kimi K2.5": ("Kimi_K25ImageProcessor", "kimi_k25.image_processing_kimi_k25", {}),
-    "MiniCPM-V 4.6": ("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {}),
+    "Pixtral": ("PixtralImageProcessor", "pixtral.image_processing_pixtral", {"size": {"longest_edge": 1024}, "patch_size": {"height": 16, "width": 16}}),
+    "Idefics 3": ("Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}}),
+    "InternVL": ("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 448, "width": 448}, "crop_to_patches": True, "min_patches": 1, "max_patches": 12}),
+    "LLaVA-NeXT": ("LlavaNextImageProcessor", "llava_next.image_processing_llava_next", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]}),
+    "LLaVA-OneVision": ("LlavaOnevisionImageProcessor", "llava_onevision.image_processing_llava_onevision", {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": [[384 * y, 384 * x] for y in range(1, 7) for x in range(1, 7)]}),
+    "Llama 4": ("Llama4ImageProcessor", "llama4.image_processing_llama4", {"size": {"height": 336, "width": 336}, "max_patches": 16}),
+    "Gemma 4": ("Gemma4ImageProcessor", "gemma4.image_processing_gemma4", {"max_soft_tokens": 280, "patch_size": 16, "pooling_kernel_size": 3}),
+    "Kimi K2.5": ("Kimi_K25ImageProcessor", "kimi_k25.image_processing_kimi_k25", {"size": {"max_height": 512, "max_width": 512}, "patch_size": 14, "merge_size": 2, "max_patches": 16384}),
+    "MiniCPM-V 4.6": ("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 448, "patch_size": 14, "max_slice_nums": 9}),
 }  # fmt: skip
 
 

@@ -30,7 +30,10 @@ sys.path.insert(0, str(ROOT))  # so that a checkout is enough
 SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "12 MP": (3000, 4000)}
 SMALL = {"tiny": (60, 90), "flat": (40, 150)}
 BATCHES = (1, 8, 64)
-CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
+CONFIG = {
+    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_003_520,  # the class's own bounds
+    "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
 FLUSH = 512 << 20  # bytes: more than any second-level cache
 KINDS = ("uint8", "bfloat16", "float32")
 

@@ -39,7 +39,10 @@ from sidecar.kernels.grid import PatchSpec
 from sidecar.tools import synthetic_photos
 
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
-CONFIG = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}  # the model's own default bound
+CONFIG = {
+    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_003_520,  # the class's own bounds
+    "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
 
 PIXELS = "decode + resize + PPM"
 BYTES, TENSORS = "decode + uint8 patches", "decode + fp32 patches"

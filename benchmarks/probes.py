@@ -38,7 +38,10 @@ from sidecar.tools.synthetic_photos import photo
 TIMEOUT = 1.0  # seconds; kubelet's default
 STREAMS, PHOTOGRAPHERS = 64, 8
 STEADY = 10.5  # seconds between kills: past the supervisor's measure of a crash loop
-PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_003_520}
+PROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_003_520, "patch_size": 14, "merge_size": 2,
+    "temporal_patch_size": 2,
+}  # fmt: skip
 QUIET = {"images": "inline", "log-level": "error", "canary-interval": "10"}
 
 

@@ -48,6 +48,13 @@ from tests.vllm import client, environment, processes
 
 PATH = "/v1/chat/completions"
 LIMIT = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
+PROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "size": LIMIT,
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+}
 SIZES = {"1080p": (1920, 1080), "12 MP": (4000, 3000)}
 REPEATED = {"720p": (1280, 720), **SIZES}
 REQUESTS = {"1080p": 32, "12 MP": 24}  # of one block
@@ -144,7 +151,7 @@ def resized(jpeg: bytes) -> bytes:
     from sidecar.images.worker.tensors import ppm, resize
 
     torch.set_num_threads(1)
-    spec = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "size": LIMIT})
+    spec = families.from_config(PROCESSOR)
     header = file_headers.read(jpeg)
     assert spec is not None and header is not None
     pixels = decode(jpeg, header, ImageLimits(20 << 20, 50_000_000))

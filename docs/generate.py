@@ -192,13 +192,11 @@ def families_table() -> str:
     """Every known image processor: what it does, and what /v1/preprocess makes."""
     rows = []
     lies = {TILES: "tiles", ROWS: "patches", STRIPS: "patches"}
-    for name in families.FAMILIES:
-        usual = {"size": {"shortest_edge": 336}, "crop_size": 336} if name == "LlavaNextImageProcessor" else {}
-        spec = families.from_config({"image_processor_type": name, **usual})
-        assert spec is not None, f"{name} cannot be read with usual settings"
-        made = "patches" if isinstance(spec, PatchSpec) else "planes" if spec.tensors else "not made here"
-        made = lies[spec.layout] if isinstance(spec, TileSpec) else made
-        rows.append((f"`{name}`", (type(spec).__doc__ or "").splitlines()[0], made, "yes" if spec.inline else "passes"))
+    for name, family in families.FAMILIES.items():
+        spec = family.made
+        made = "patches" if issubclass(spec, PatchSpec) else "planes" if spec.tensors else "not made here"
+        made = lies[spec.layout] if issubclass(spec, TileSpec) else made
+        rows.append((f"`{name}`", (spec.__doc__ or "").splitlines()[0], made, "yes" if spec.inline else "passes"))
     return table(("processor", "what it does", "`pixel_values`", "inline, shm"), rows)
 
 

@@ -1,63 +1,99 @@
 """The families of image processors that are known word for word, and how each is read from a model's files.
 
-A processor that is not in FAMILIES, or that has a step of its own, is None, which callers take as "pass the image through
-untouched": never a guess. The arithmetic of each is the processor's own, divisions in its order and rounding as Python rounds;
-tests/images/test_families.py holds each against the installed transformers.
+A processor that is not in FAMILIES, that has a step or a setting of its own, or that something unknown calls, is None,
+which callers take as "pass the image through untouched": never a guess. The arithmetic of each is the processor's own,
+divisions in its order and rounding as Python rounds; tests/images/test_families.py holds each against the installed
+transformers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from sidecar.kernels.families import any_resolution, idefics3, phi4, single_view, variable_patches
+from sidecar.kernels.families.identity import SETTINGS, Files, doubt, words
 from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import BICUBIC, BILINEAR, ProcessorSpec
 
 Reader = Callable[[Config, Config], ProcessorSpec]
 
-# Class name in the file (its "Fast" form of transformers 4 is the same processor) -> how to read it.
-FAMILIES: Final[Mapping[str, Reader]] = {
-    "Qwen2VLImageProcessor": single_view.qwen,  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and others: one processor, other numbers
-    "Qwen2_5_VLImageProcessor": single_view.qwen,
-    "Qwen3VLImageProcessor": single_view.qwen,
-    "Glm4vImageProcessor": single_view.glm,
-    "CLIPImageProcessor": single_view.cropped,  # LLaVA-1.5
-    "LlavaImageProcessor": single_view.cropped,
-    "SiglipImageProcessor": single_view.fixed(BICUBIC),
-    "Gemma3ImageProcessor": single_view.fixed(BILINEAR),
-    "PixtralImageProcessor": single_view.pixtral,  # Mistral 3 and others
-    "Idefics3ImageProcessor": idefics3.idefics,
-    "SmolVLMImageProcessor": idefics3.idefics,
-    "GotOcr2ImageProcessor": any_resolution.intern_vl,  # InternVL 3 and 3.5, Aya Vision, GOT-OCR 2
-    "LlavaNextImageProcessor": any_resolution.llava_next,
-    "LlavaOnevisionImageProcessor": any_resolution.llava_one_vision,
-    "Llama4ImageProcessor": any_resolution.llama_4,
-    "Gemma4ImageProcessor": variable_patches.gemma,
-    "Gemma4UnifiedImageProcessor": variable_patches.gemma_unified,
-    "Kimi_K25ImageProcessor": variable_patches.kimi,
-    "MiniCPMV4_6ImageProcessor": variable_patches.minicpm,
-    "Phi4MultimodalImageProcessor": phi4.phi_4,
-}
-CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
-    cls.__name__: cls
-    for cls in (
-        single_view.Qwen2VLSpec,
-        single_view.SiglipSpec,
-        single_view.ClipSpec,
-        single_view.PixtralSpec,
-        idefics3.Idefics3Spec,
-        any_resolution.InternVLSpec,
-        any_resolution.AnyResolutionSpec,
-        any_resolution.Llama4Spec,
-        variable_patches.Gemma4Spec,
-        variable_patches.KimiSpec,
-        variable_patches.MiniCPMSpec,
-        phi4.Phi4Spec,
-    )
-}
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One class of image processors: how its settings are read, as what, which it has, and what calls it so."""
+
+    read: Reader
+    made: type[ProcessorSpec]
+    settings: frozenset[str]
+    callers: frozenset[str]
+
+
+def _family(read: Reader, made: type[ProcessorSpec], callers: str, settings: str = "") -> Family:
+    """A family by its own settings, which are added to those that all have."""
+    return Family(read, made, SETTINGS | words(settings), words(callers))
+
+
+_PATCHES: Final = "merge_size patch_size temporal_patch_size"
+_GEMMA: Final = "max_soft_tokens patch_size pooling_kernel_size"
+_QWEN: Final = _family(
+    single_view.qwen, single_view.Qwen2VLSpec,
+    "Qwen2VLProcessor Qwen2_5_VLProcessor Qwen3VLProcessor Qwen2_5OmniProcessor Qwen3OmniMoeProcessor",
+    f"max_pixels min_pixels {_PATCHES}",
+)  # fmt: skip
+_IDEFICS: Final = _family(
+    idefics3.idefics, idefics3.Idefics3Spec, "Idefics3Processor SmolVLMProcessor",
+    "do_image_splitting max_image_size return_row_col_info video_sampling",
+)  # fmt: skip
+
+# Class name in the file; its "Fast" form of transformers 4 is the same processor.
+FAMILIES: Final[Mapping[str, Family]] = {
+    "Qwen2VLImageProcessor": _QWEN,  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and others: one processor, other numbers
+    "Qwen2_5_VLImageProcessor": _QWEN,
+    "Qwen3VLImageProcessor": _QWEN,
+    "Glm4vImageProcessor": _family(single_view.glm, single_view.Qwen2VLSpec, "Glm4vProcessor", _PATCHES),
+    "CLIPImageProcessor": _family(single_view.cropped, single_view.ClipSpec, "CLIPProcessor LlavaProcessor"),  # LLaVA-1.5
+    "LlavaImageProcessor": _family(single_view.cropped, single_view.ClipSpec, "LlavaProcessor"),
+    "SiglipImageProcessor": _family(
+        single_view.fixed(BICUBIC), single_view.SiglipSpec, "SiglipProcessor PaliGemmaProcessor Gemma3nProcessor LlavaProcessor",
+    ),
+    "Gemma3ImageProcessor": _family(
+        single_view.fixed(BILINEAR), single_view.SiglipSpec, "Gemma3Processor",
+        "do_pan_and_scan pan_and_scan_max_num_crops pan_and_scan_min_crop_size pan_and_scan_min_ratio_to_activate",
+    ),
+    "PixtralImageProcessor": _family(single_view.pixtral, single_view.PixtralSpec, "PixtralProcessor", "patch_size"),  # Mistral 3, too
+    "Idefics3ImageProcessor": _IDEFICS,
+    "SmolVLMImageProcessor": _IDEFICS,
+    "GotOcr2ImageProcessor": _family(  # InternVL 3 and 3.5, Aya Vision, GOT-OCR 2
+        any_resolution.intern_vl, any_resolution.InternVLSpec, "GotOcr2Processor InternVLProcessor AyaVisionProcessor QianfanOCRProcessor",
+        "crop_to_patches max_patches min_patches",
+    ),
+    "LlavaNextImageProcessor": _family(
+        any_resolution.llava_next, any_resolution.AnyResolutionSpec, "LlavaNextProcessor", "aspect_ratio_setting image_grid_pinpoints",
+    ),
+    "LlavaOnevisionImageProcessor": _family(
+        any_resolution.llava_one_vision, any_resolution.AnyResolutionSpec, "LlavaOnevisionProcessor", "image_grid_pinpoints",
+    ),
+    "Llama4ImageProcessor": _family(
+        any_resolution.llama_4, any_resolution.Llama4Spec, "Llama4Processor", "max_patches resize_to_max_canvas",
+    ),
+    "Gemma4ImageProcessor": _family(variable_patches.gemma, variable_patches.Gemma4Spec, "Gemma4Processor", _GEMMA),
+    "Gemma4UnifiedImageProcessor": _family(variable_patches.gemma_unified, variable_patches.Gemma4Spec, "Gemma4UnifiedProcessor", _GEMMA),
+    "Kimi_K25ImageProcessor": _family(
+        variable_patches.kimi, variable_patches.KimiSpec, "Kimi_K25Processor", "max_patches merge_size patch_size",
+    ),
+    "MiniCPMV4_6ImageProcessor": _family(
+        variable_patches.minicpm, variable_patches.MiniCPMSpec, "MiniCPMV4_6Processor",
+        "downsample_mode max_slice_nums patch_size scale_resolution slice_mode use_image_id",
+    ),
+    "Phi4MultimodalImageProcessor": _family(
+        phi4.phi_4, phi4.Phi4Spec, "Phi4MultimodalProcessor", "dynamic_hd patch_size",
+    ),
+}  # fmt: skip
+CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {family.made.__name__: family.made for family in FAMILIES.values()}
 
 
 def from_config(config: Config, model: Config | None = None) -> ProcessorSpec | None:
@@ -65,22 +101,25 @@ def from_config(config: Config, model: Config | None = None) -> ProcessorSpec | 
 
     `model` is the top level of `processor_config.json`, which some families need for counting tokens.
     """
-    found = _from_config(config, model or {})
+    found = _from_config(config, Files(model or {}))
     return found if isinstance(found, ProcessorSpec) else None
 
 
-def _from_config(config: Config, model: Config) -> ProcessorSpec | str:
+def _from_config(config: Config, files: Files) -> ProcessorSpec | str:
     """The processor, or why it is not known."""
     name = config.get("image_processor_type")
     if not isinstance(name, str):
         return "its files name no image processor"
-    read = FAMILIES.get(name.removesuffix("Fast"))
-    if read is None:
+    name = name.removesuffix("Fast")
+    family = FAMILIES.get(name)
+    if family is None:
         return f"{name[:64]} is not one of the known image processors"
     try:
-        return read(config, model)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        return f"{name[:64]} has a setting that is not known ({type(e).__name__}: {str(e)[:80]})"
+        return doubt(name, family.settings, family.callers, config, files) or family.read(config, files.model)
+    except ValueError as e:
+        return f"{name}: {str(e)[:80]}"
+    except (KeyError, TypeError, AttributeError) as e:
+        return f"{name} has a setting that is not known ({type(e).__name__}: {str(e)[:80]})"
 
 
 def from_dir(path: str) -> ProcessorSpec | None:
@@ -93,15 +132,22 @@ def from_dir(path: str) -> ProcessorSpec | None:
 
 
 def explained(path: str) -> ProcessorSpec | str:
-    """The processor of a model's directory, or why it is not known: what to tell whoever wonders that images pass."""
-    model = _read(Path(path) / "processor_config.json")
+    """The processor of a model's directory, or why it is not known, for people who wonder that images pass."""
+    model, tokenizer, top = (
+        _read(Path(path) / name) for name in ("processor_config.json", "tokenizer_config.json", "config.json")
+    )
+    files = Files(model, tokenizer, top)
     configs = (model.get("image_processor"), _read(Path(path) / "preprocessor_config.json"))
     found = list(
-        dict.fromkeys(_from_config(config, model) for config in configs if isinstance(config, dict) and config)
+        dict.fromkeys(_from_config(config, files) for config in configs if isinstance(config, dict) and config)
     )
     if not found:
         return "it has no preprocessor_config.json or processor_config.json that can be read"
-    return found[0] if len(found) == 1 else "preprocessor_config.json and processor_config.json disagree"
+    if len(found) == 1:
+        return found[0]
+    return next(
+        (why for why in found if isinstance(why, str)), "preprocessor_config.json and processor_config.json disagree"
+    )
 
 
 def from_json(text: str) -> ProcessorSpec:

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
-from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, default, optional, pair, positive, steps
+from sidecar.kernels.families.reading import (
+    CLIP,
+    HALF,
+    Config,
+    common,
+    count,
+    default,
+    needed,
+    optional,
+    pair,
+    positive,
+    steps,
+)
 from sidecar.kernels.grid import (
     BICUBIC,
     BILINEAR,
@@ -225,20 +237,19 @@ def intern_vl(config: Config, model: Config) -> ProcessorSpec:
         cuts = default(config, "crop_to_patches", False)
     if type(cuts) is not bool:
         raise ValueError("crop_to_patches is neither true nor false")
-    height, width = pair(default(config, "size", {"height": 384, "width": 384}))
+    height, width = pair(needed(config, "size"))
+    least, most = (count(needed(config, key), MOST_TILES) if cuts else 1 for key in ("min_patches", "max_patches"))
     return InternVLSpec(
-        **common(config, BICUBIC, CLIP), height=height, width=width, cuts=cuts,
-        min_tiles=count(default(config, "min_patches", 1), MOST_TILES), max_tiles=count(default(config, "max_patches", 12), MOST_TILES),
+        **common(config, BICUBIC, CLIP), height=height, width=width, cuts=cuts, min_tiles=least, max_tiles=most,
         tokens_per_tile=optional(model.get("image_seq_length")),
     )  # fmt: skip
 
 
-PINPOINTS: Final = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-SQUARES: Final = tuple((384 * y, 384 * x) for y in range(1, 7) for x in range(1, 7))
-
-
 def llava_next(config: Config, model: Config) -> ProcessorSpec:
-    spec = _any_resolution(config, {"shortest_edge": 224}, {"height": 224, "width": 224}, PINPOINTS)
+    needed(config, "crop_size")
+    if default(config, "aspect_ratio_setting", "anyres") != "anyres":
+        raise ValueError("aspect_ratio_setting is not anyres")
+    spec = _any_resolution(config)
     patch = optional(model.get("patch_size"))
     side = spec["tile"] // patch if patch else 0
     base = side * side + optional(model.get("num_additional_image_tokens"))
@@ -247,7 +258,7 @@ def llava_next(config: Config, model: Config) -> ProcessorSpec:
 
 
 def llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
-    spec = _any_resolution(config, {"height": 384, "width": 384}, None, SQUARES)
+    spec = _any_resolution(config)
     base = optional(model.get("num_image_tokens"))
     aspect = str(model.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_")
     less = int(model.get("vision_feature_select_strategy") == "default")
@@ -255,15 +266,14 @@ def llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
     return AnyResolutionSpec(**spec, counts_images=True, side=math.isqrt(base), base=base, less=less, most_tiles=most)
 
 
-def _any_resolution(config: Config, size: Any, crop: Any, pinpoints: tuple[Size, ...]) -> dict[str, Any]:
+def _any_resolution(config: Config) -> dict[str, Any]:
     """Raises ValueError where a tile would be resized or cut once more."""
     steps(config, do_pad=True, do_center_crop=...)
-    size, crop = default(config, "size", size), config.get("crop_size", crop)
+    size, crop = needed(config, "size"), config.get("crop_size")
     height, width = pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
     if height != width or (crop is not None and pair(crop) != (height, width)):
         raise ValueError("tiles of another size than the whole image's")
-    listed = default(config, "image_grid_pinpoints", pinpoints)
-    points = tuple((count(y, 1 << 14), count(x, 1 << 14)) for y, x in listed)
+    points = tuple((count(y, 1 << 14), count(x, 1 << 14)) for y, x in needed(config, "image_grid_pinpoints"))
     if not 0 < len(points) <= MOST_PINPOINTS or any(y % height or x % width for y, x in points):
         raise ValueError("image_grid_pinpoints are no whole numbers of tiles")
     return {**common(config, BICUBIC, CLIP), "tile": height, "pinpoints": points}
@@ -271,7 +281,7 @@ def _any_resolution(config: Config, size: Any, crop: Any, pinpoints: tuple[Size,
 
 def llama_4(config: Config, model: Config) -> ProcessorSpec:
     steps(config)
-    height, width = pair(default(config, "size", 336))
+    height, width = pair(needed(config, "size"))
     largest = default(config, "resize_to_max_canvas", False)
     numbers = common(config, BILINEAR, HALF)
     if height != width or type(largest) is not bool or (numbers["do_normalize"] and not numbers["do_rescale"]):
@@ -279,5 +289,5 @@ def llama_4(config: Config, model: Config) -> ProcessorSpec:
     patch, shuffle = optional(model.get("patch_size")), model.get("pixel_shuffle_ratio")
     tokens = (height // patch) ** 2 // round(1.0 / shuffle**2) if patch and shuffle else 0
     return Llama4Spec(
-        **numbers, tile=height, max_tiles=count(default(config, "max_patches", 16), MOST_TILES), largest=largest, tokens_per_tile=tokens,
+        **numbers, tile=height, max_tiles=count(needed(config, "max_patches"), MOST_TILES), largest=largest, tokens_per_tile=tokens,
     )  # fmt: skip

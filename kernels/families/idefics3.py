@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from sidecar.kernels.families.reading import HALF, Config, common, count, optional, positive, steps
+from sidecar.kernels.families.reading import HALF, Config, common, count, needed, optional, positive, steps
 from sidecar.kernels.grid import LANCZOS, Geometry, ImageView, Integers, ProcessorSpec, Repeated, Size, TileSpec
 
 IDEFICS_MOST: Final = 4096  # pixels of the longer side
@@ -79,7 +79,9 @@ def _below(height: int, width: int) -> Size:
 
 def idefics(config: Config, model: Config) -> ProcessorSpec:
     steps(config, do_pad=True, return_row_col_info=False)
-    size, tile = config.get("size") or {"longest_edge": 4 * 364}, config.get("max_image_size") or {"longest_edge": 364}
+    size, tile = needed(config, "size"), needed(config, "max_image_size")
+    if set(size) != {"longest_edge"} or set(tile) != {"longest_edge"}:
+        raise ValueError("not a size of this processor")
     splits = config.get("do_image_splitting", True)
     return Idefics3Spec(
         **common(config, LANCZOS, HALF), longest=count(size["longest_edge"], 1 << 14), tile=count(tile["longest_edge"], 1 << 14),

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from sidecar.kernels.families.any_resolution import MOST_TILES
-from sidecar.kernels.families.reading import HALF, Config, common, count, default, pair, positive, steps
+from sidecar.kernels.families.reading import HALF, Config, common, count, needed, pair, positive, steps
 from sidecar.kernels.grid import BICUBIC, Geometry, ProcessorSpec, Size
 
 WHOLE_TOKENS = 256 + 1 + 16  # of the small copy of all of the image, and what separates it
@@ -76,10 +76,10 @@ def _grids(most: int) -> tuple[Size, ...]:
 
 def phi_4(config: Config, model: Config) -> ProcessorSpec:
     steps(config)
-    height, width = pair(default(config, "size", 448))
+    height, width = pair(needed(config, "size"))
     if height != width:
         raise ValueError("not taken by this processor")
     return Phi4Spec(
-        **common(config, BICUBIC, HALF), tile=height, patch=count(default(config, "patch_size", 14), 256),
-        max_tiles=count(default(config, "dynamic_hd", 36), MOST_TILES),
+        **common(config, BICUBIC, HALF), tile=height, patch=count(needed(config, "patch_size"), 256),
+        max_tiles=count(needed(config, "dynamic_hd"), MOST_TILES),
     )  # fmt: skip

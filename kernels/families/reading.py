@@ -1,7 +1,7 @@
 """Numbers out of a model's files, each checked: what all families of processors share.
 
 Rules: a value that the arithmetic does not hold for raises ValueError, KeyError or TypeError, never becomes a guess. None in a
-file is a default, as the processors take it.
+file is a default, as the processors take it; but no size has a default: a file without one is not the processor's own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def steps(config: Config, **wanted: Any) -> None:
         "do_convert_rgb": True,
         "do_center_crop": False,
         "do_pad": False,
-        "disable_resize": False,
+        "pad_size": None,
+        "data_format": "channels_first",
+        "input_data_format": None,
+        "device": "cpu",
     } | wanted
     for key, value in wanted.items():
         if value is not ... and config.get(key, value) not in (value, None):
@@ -72,6 +75,13 @@ def pair(value: Any) -> Size:
 def default(config: Config, key: str, value: Any) -> Any:
     """The value of `key`; `value` where the file has none."""
     return value if config.get(key) is None else config[key]
+
+
+def needed(config: Config, key: str) -> Any:
+    """The value of `key`, which sizes follow from. Raises ValueError where the file has none."""
+    if config.get(key) is None:
+        raise ValueError(f"{key} is missing, and no default stands in for it")
+    return config[key]
 
 
 def optional(value: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, optional, pair, positive, steps
+from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, needed, optional, pair, positive, steps
 from sidecar.kernels.grid import BICUBIC, Geometry, Integers, PatchSpec, PlaneSpec, ProcessorSpec, Size, i64
 
 MAX_ASPECT: Final = 200  # Qwen's and GLM's processors refuse longer images
@@ -112,35 +112,43 @@ class PixtralSpec(PlaneSpec):
 # --- from a model's files ---
 
 
-def smart(config: Config, size: Config, frames: int | None = 1, **more: Any) -> Qwen2VLSpec:
+def smart(config: Config, frames: int | None = 1, **more: Any) -> Qwen2VLSpec:
     steps(config)
     patch, merge, temporal = (
-        count(default if config.get(key) is None else config[key], 256)
-        for key, default in (("patch_size", 14), ("merge_size", 2), ("temporal_patch_size", 2))
+        count(needed(config, key), 256) for key in ("patch_size", "merge_size", "temporal_patch_size")
     )
-    size = config.get("size") or size
-    low = size["shortest_edge"] if config.get("min_pixels") is None else config["min_pixels"]
-    high = size["longest_edge"] if config.get("max_pixels") is None else config["max_pixels"]
+    low, high = _bound(config, "min_pixels", "shortest_edge"), _bound(config, "max_pixels", "longest_edge")
     return Qwen2VLSpec(
         **common(config, BICUBIC, CLIP), patch_size=patch, merge_size=merge, temporal_patch_size=temporal,
         min_pixels=count(low, 1 << 40), max_pixels=count(high, 1 << 40), frames=frames or temporal, **more,
     )  # fmt: skip
 
 
+def _bound(config: Config, own: str, edge: str) -> Any:
+    """A bound on pixels: by its own name, which goes first, or as an edge of `size`."""
+    size = config.get("size") or {}
+    if set(size) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
+        raise ValueError("not a size of this processor")
+    return config[own] if config.get(own) is not None else needed(size, edge)
+
+
 def qwen(config: Config, model: Config) -> ProcessorSpec:
-    return smart(config, {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
+    return smart(config)
 
 
 def glm(config: Config, model: Config) -> ProcessorSpec:
     if config.get("min_pixels") is not None or config.get("max_pixels") is not None:
         raise ValueError("not read by this processor")
-    return smart(config, {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 15000}, frames=None, grows=True)
+    return smart(config, frames=None, grows=True)
 
 
 def fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
     def read(config: Config, model: Config) -> ProcessorSpec:
         steps(config, do_pan_and_scan=False)
-        height, width = pair(config.get("size") or 224)
+        size = needed(config, "size")
+        if type(size) is int:
+            raise ValueError("size is one number, which some versions take for the shorter side")
+        height, width = pair(size)
         tokens = optional(model.get("image_seq_length"))
         return SiglipSpec(**common(config, resample, HALF), height=height, width=width, tokens=tokens)
 
@@ -149,11 +157,13 @@ def fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
 
 def cropped(config: Config, model: Config) -> ProcessorSpec:
     steps(config, do_center_crop=True)
-    size = config.get("size") or {"shortest_edge": 224}
-    shortest = count(
-        size["shortest_edge"] if isinstance(size, Mapping) and set(size) == {"shortest_edge"} else size, 1 << 14
-    )
-    height, width = pair(config.get("crop_size") or 224)
+    size = needed(config, "size")
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        size = size["shortest_edge"]
+    elif config.get("default_to_square"):
+        raise ValueError("one number for two sides")
+    shortest = count(size, 1 << 14)
+    height, width = pair(needed(config, "crop_size"))
     if max(height, width) > shortest:
         raise ValueError("the crop would be padded")
     patch = optional(model.get("patch_size"))
@@ -165,9 +175,9 @@ def cropped(config: Config, model: Config) -> ProcessorSpec:
 
 def pixtral(config: Config, model: Config) -> ProcessorSpec:
     steps(config, do_pad=True)
-    size = config.get("size") or {"longest_edge": 1024}
-    most = (count(size["longest_edge"], 1 << 14),) * 2 if "longest_edge" in size else pair(size)
-    patch = pair(config.get("patch_size") or 16)
+    size = needed(config, "size")
+    most = (count(size["longest_edge"], 1 << 14),) * 2 if set(size) == {"longest_edge"} else pair(size)
+    patch = pair(needed(config, "patch_size"))
     merge = optional(model.get("spatial_merge_size")) or 1
     return PixtralSpec(
         **common(config, BICUBIC, CLIP), max_height=most[0], max_width=most[1], patch_height=patch[0], patch_width=patch[1],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from sidecar.kernels.families.any_resolution import MOST_TILES
-from sidecar.kernels.families.reading import HALF, Config, common, count, default, positive, steps
+from sidecar.kernels.families.reading import HALF, Config, common, count, default, needed, positive, steps
 from sidecar.kernels.grid import (
     ABREAST,
     BICUBIC,
@@ -201,23 +201,23 @@ def gemma_unified(config: Config, model: Config) -> ProcessorSpec:
 
 def _budget(config: Config, *, joins: bool) -> ProcessorSpec:
     steps(config)
-    tokens = default(config, "max_soft_tokens", 280)
+    tokens = needed(config, "max_soft_tokens")
     if tokens not in GEMMA_TOKENS:
         raise ValueError("a number of tokens that the processor does not take")
     return Gemma4Spec(
-        **common({"do_normalize": False, **config}, BICUBIC, PLAIN), patch=count(default(config, "patch_size", 16), 256),
-        pooling=count(default(config, "pooling_kernel_size", 3), 16), max_tokens=tokens, joins=joins,
+        **common({"do_normalize": False, **config}, BICUBIC, PLAIN), patch=count(needed(config, "patch_size"), 256),
+        pooling=count(needed(config, "pooling_kernel_size"), 16), max_tokens=tokens, joins=joins,
     )  # fmt: skip
 
 
 def kimi(config: Config, model: Config) -> ProcessorSpec:
     steps(config)
-    size = default(config, "size", {"max_height": 512, "max_width": 512})
+    size = needed(config, "size")
     if set(size) != {"max_height", "max_width"} or size["max_height"] != size["max_width"]:
         raise ValueError("not a size of this processor")
     return KimiSpec(
-        **common(config, BICUBIC, HALF), patch=count(default(config, "patch_size", 14), 256), merge=count(default(config, "merge_size", 2), 16),
-        max_patches=count(default(config, "max_patches", 16384)), max_side=count(size["max_height"], 1 << 14),
+        **common(config, BICUBIC, HALF), patch=count(needed(config, "patch_size"), 256), merge=count(needed(config, "merge_size"), 16),
+        max_patches=count(needed(config, "max_patches")), max_side=count(size["max_height"], 1 << 14),
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def minicpm(config: Config, model: Config) -> ProcessorSpec:
     if type(slices) is not bool or type(mode) is not str:
         raise ValueError("not taken by this processor")
     return MiniCPMSpec(
-        **common(config, BICUBIC, HALF), patch=count(default(config, "patch_size", 14), 256),
-        resolution=count(default(config, "scale_resolution", 448), 1 << 14), max_slices=count(default(config, "max_slice_nums", 9), MOST_TILES),
+        **common(config, BICUBIC, HALF), patch=count(needed(config, "patch_size"), 256),
+        resolution=count(needed(config, "scale_resolution"), 1 << 14), max_slices=count(needed(config, "max_slice_nums"), MOST_TILES),
         slices=slices, merge=2 if mode == "4x" else 4,
     )  # fmt: skip

@@ -16,14 +16,16 @@ from typing import IO, Any
 
 import pytest
 
-from sidecar import settings
+from sidecar import settings as options
 from sidecar.images.service import ImageService
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
 from tests.waiting import PATIENCE
 
-QWEN2_VL = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}
+from .published import settings
+
+QWEN2_VL = settings("Qwen2VLImageProcessor")
 
 
 def children(pid: int) -> list[int]:
@@ -75,7 +77,7 @@ class Server:
 
 
 def _tell(stdin: IO[bytes], chosen: Settings) -> None:
-    stdin.write(settings.to_json(chosen).encode() + b"\n")
+    stdin.write(options.to_json(chosen).encode() + b"\n")
     stdin.close()
 
 

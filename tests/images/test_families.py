@@ -17,6 +17,8 @@ from sidecar.images.worker import tensors
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec, TileSpec
 
+from . import published
+
 
 @dataclass(frozen=True)
 class Family:
@@ -29,12 +31,14 @@ class Family:
     most: int = 700  # sides of random images; bigger ones take long where the processor enlarges
 
     def spec(self) -> ProcessorSpec:
-        found = families.from_config({"image_processor_type": self.name, **self.config}, self.model)
+        found = families.from_config(published.settings(self.name, **self.config), self.model)
         assert found is not None
         return found
 
     def processor(self) -> Any:
-        return getattr(importlib.import_module(f"transformers.models.{self.module}"), self.name)(**self.config)
+        return getattr(importlib.import_module(f"transformers.models.{self.module}"), self.name)(
+            **published.SIZES[self.name] | self.config
+        )
 
 
 ROWS = {
@@ -197,7 +201,8 @@ def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
 )
 def test_a_step_that_is_not_known_is_none(config: dict[str, Any]) -> None:
     """Whatever another model's file says that our arithmetic does not have: the image passes."""
-    assert families.from_config(config) is None
+    sizes = published.SIZES.get(str(config["image_processor_type"]), {})
+    assert families.from_config(sizes | config) is None
 
 
 @rows
@@ -212,4 +217,4 @@ def test_the_files_that_the_processor_saves_are_read(row: Family, tmp_path: Any)
     """Hugging Face's own saved file gives the same spec, tokens aside."""
     row.processor().save_pretrained(tmp_path)
     found = families.from_dir(str(tmp_path))
-    assert found == families.from_config({"image_processor_type": row.name, **row.config})
+    assert found == families.from_config(published.settings(row.name, **row.config))

@@ -15,6 +15,8 @@ from sidecar.images.worker import tensors
 from sidecar.kernels import families, fused, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 
+from . import published
+
 LEVELS = pytest.mark.parametrize("level", [fused.FASTEST, fused.PLAIN], ids=["fastest", "plain"])
 SIDE = st.one_of(st.integers(1, 40), st.integers(1, 700))
 
@@ -36,7 +38,7 @@ def picture(h: int, w: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 def spec(**changes: Any) -> PatchSpec:
-    found = families.from_config({"image_processor_type": "Qwen2VLImageProcessor"})
+    found = families.from_config(published.settings("Qwen2VLImageProcessor"))
     assert isinstance(found, PatchSpec)
     return dataclasses.replace(found, **changes)
 

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as tried
 from hypothesis import strategies as st
 
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 
-QWEN2 = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12_845_056}
+from .published import settings
+
+QWEN2 = settings("Qwen2VLImageProcessor", max_pixels=12_845_056)
 QWEN3 = {
     "image_processor_type": "Qwen2VLImageProcessorFast",
     "size": {"longest_edge": 16_777_216, "shortest_edge": 65_536},
@@ -22,7 +25,7 @@ QWEN3 = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
-SMALL = {"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 1_003_520}
+SMALL = settings("Qwen2VLImageProcessor", max_pixels=1_003_520)
 
 sides = st.integers(1, 9000)
 
@@ -34,7 +37,7 @@ def spec_of(config: dict[str, object]) -> ProcessorSpec:
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3, SMALL], ids=["qwen2", "qwen3", "small"])
-@settings(max_examples=500)
+@tried(max_examples=500)
 @given(height=sides, width=sides)
 def test_geometry_is_the_processors(config: dict[str, object], height: int, width: int) -> None:
     """Size, grid and refusal equal Hugging Face's smart_resize for any size."""
@@ -55,7 +58,7 @@ def test_geometry_is_the_processors(config: dict[str, object], height: int, widt
 
 
 @pytest.mark.parametrize("config", [QWEN2, QWEN3, SMALL], ids=["qwen2", "qwen3", "small"])
-@settings(max_examples=500)
+@tried(max_examples=500)
 @given(height=sides, width=sides)
 def test_a_resized_image_keeps_its_size(config: dict[str, object], height: int, width: int) -> None:
     """The processor leaves a resized image alone, except very long ones, which `keeps` tells."""

@@ -21,6 +21,8 @@ from sidecar.kernels import families, ragged, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec
 from sidecar.kernels.ragged import Wanted
 
+from . import published
+
 RESAMPLES = (BILINEAR, BICUBIC, LANCZOS)
 RESAMPLE = st.sampled_from(RESAMPLES)
 SLOW = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -48,7 +50,7 @@ def picture(h: int, w: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 def spec(name: str = "Qwen2VLImageProcessor", **changes: Any) -> Any:
-    found = families.from_config({"image_processor_type": name})
+    found = families.from_config(published.settings(name))
     assert found is not None
     return dataclasses.replace(found, **changes)
 

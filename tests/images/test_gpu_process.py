@@ -30,6 +30,7 @@ from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.settings import Settings
 
+from . import published
 from .conftest import Server
 
 LIMITS = ImageLimits(1 << 20, 1 << 20)
@@ -42,9 +43,9 @@ def png(height: int, width: int, seed: int = 0) -> bytes:
     return out.getvalue()
 
 
-def small(name: str = "Qwen2VLImageProcessor") -> ProcessorSpec:
+def small() -> ProcessorSpec:
     """A processor whose results are small."""
-    found = families.from_config({"image_processor_type": name, "max_pixels": 6272, "min_pixels": 3136})
+    found = families.from_config(published.settings("Qwen2VLImageProcessor", max_pixels=6272, min_pixels=3136))
     assert found is not None
     return found
 

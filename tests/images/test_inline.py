@@ -86,7 +86,7 @@ async def test_turned_photographs(images: ImageService, how: int) -> None:
 
 async def test_the_hash_names_the_content_and_the_processor(server: Any, spec: ProcessorSpec) -> None:
     """Equal bytes and processor give an equal hash; another image or another processor gives another one."""
-    other = families.from_config({"image_processor_type": "Qwen2VLImageProcessor", "max_pixels": 501_760})
+    other = families.from_config(QWEN2_VL | {"max_pixels": 501_760})
     assert other is not None
     first, second = (
         base64.b64encode(synthetic_photos.photo(64, 64, 1)),

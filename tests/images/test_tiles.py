@@ -19,6 +19,8 @@ from sidecar.images.worker import pipeline, tiles
 from sidecar.kernels import families, fused
 from sidecar.kernels.grid import ImageView, TileSpec
 
+from .published import SIZES
+from .published import settings as file
 from .test_families import Family, picture
 
 # small tiles, so that many sizes can be tried in little time; benchmarks/families.py asserts the models' own
@@ -73,7 +75,7 @@ def theirs(row: Family, *images: torch.Tensor) -> dict[str, Any]:
 
 def test_a_mask_of_ones_is_never_built() -> None:
     """SmolVLM's for sixteen photographs is 570 MB, which the relay's loop would have to write first: it sends one megabyte again and again."""
-    spec = families.from_config({"image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}})  # fmt: skip
+    spec = families.from_config(file("SmolVLMImageProcessor", size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}))  # fmt: skip
     assert spec is not None
     tracemalloc.start()
     try:
@@ -211,8 +213,12 @@ def test_phi_is_counted_though_not_made(height: int, width: int) -> None:
     [
         {"image_processor_type": "GotOcr2ImageProcessor", "processor_class": "SomeOtherProcessor"},
         {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": "yes"},
-        {"image_processor_type": "GotOcr2ImageProcessor", "max_patches": 100_000},
-        {"image_processor_type": "LlavaNextImageProcessor"},
+        {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True, "max_patches": 100_000},
+        {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": {"shortest_edge": 224},
+            "crop_size": {"height": 224, "width": 224},
+        },
         {"image_processor_type": "LlavaNextImageProcessor", "do_pad": False},
         {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": []},
         {"image_processor_type": "LlavaOnevisionImageProcessor", "image_grid_pinpoints": [[384, 400]]},
@@ -228,13 +234,13 @@ def test_phi_is_counted_though_not_made(height: int, width: int) -> None:
 )
 def test_a_setting_that_is_not_known_is_none(config: dict[str, Any]) -> None:
     """Whatever our arithmetic does not have: the image passes."""
-    assert families.from_config(config) is None
+    assert families.from_config(SIZES[config["image_processor_type"]] | config) is None
 
 
 def test_who_calls_the_processor_decides_whether_it_cuts() -> None:
     """InternVL's processor cuts tiles although its file says no; GOT-OCR's does not although its file says yes."""
-    file = {"image_processor_type": "GotOcr2ImageProcessorFast", "crop_to_patches": False}
-    cut = [families.from_config(file | {"processor_class": name}) for name in ("InternVLProcessor", "GotOcr2Processor")]
+    said = file("GotOcr2ImageProcessor", image_processor_type="GotOcr2ImageProcessorFast", crop_to_patches=False)
+    cut = [families.from_config(said | {"processor_class": name}) for name in ("InternVLProcessor", "GotOcr2Processor")]
     assert [spec and spec.geometry(400, 1000).tiles for spec in cut] == [11, 1]
 
 
@@ -242,7 +248,7 @@ def test_who_calls_the_processor_decides_whether_it_cuts() -> None:
 def test_a_spec_survives_files_and_json(row: Family, tmp_path: Any) -> None:
     """What Hugging Face saves is read back as the same spec, and what travels to the workers is the spec itself."""
     row.processor().save_pretrained(tmp_path)
-    spec = families.from_config({"image_processor_type": row.name, **row.config})
+    spec = families.from_config(file(row.name, **row.config))
     assert families.from_dir(str(tmp_path)) == spec is not None
     assert families.from_json(spec.to_json()) == spec
     assert spec.keeps(spec.geometry(480, 640)) == spec.inline, "never inline, but for Idefics 3's first step"

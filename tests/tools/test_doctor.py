@@ -22,10 +22,11 @@ from sidecar.tools.doctor.report import CHECKS, examine, text
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..engines.engine_faces import OnDemand
+from ..images.published import settings
 from ..waiting import PATIENCE
 
 TOKEN = 'data: {"choices": [{"delta": {"content": "1"}, "finish_reason": "length"}]}\n\ndata: [DONE]\n\n'
-PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1003520}
+PROCESSOR = settings("Qwen2VLImageProcessor")
 
 
 @pytest.fixture
@@ -251,14 +252,21 @@ def test_a_known_and_an_unknown_processor(tmp_path: Path) -> None:
     ("config", "level", "why"),
     [
         ({"image_processor_type": "Other"}, "warn", "Other is not one of the known"),
-        ({"image_processor_type": "LlavaNextImageProcessor", "do_pad": False}, "warn", "do_pad is not True"),
-        ({"image_processor_type": "Gemma4ImageProcessor"}, "ok", "/v1/preprocess"),
+        (settings("LlavaNextImageProcessor", do_pad=False), "warn", "do_pad is not True"),
+        (settings("Gemma4ImageProcessor"), "ok", "/v1/preprocess"),
+        (
+            settings("SiglipImageProcessor", auto_map={"AutoImageProcessor": "x.SiglipImageProcessor"}),
+            "warn",
+            "(auto_map)",
+        ),
+        (settings("SiglipImageProcessor", max_tiles=12), "warn", "has no setting max_tiles"),
+        ({"image_processor_type": "SiglipImageProcessor"}, "warn", "size is missing"),
         ({}, "warn", "preprocessor_config.json"),
     ],
     ids=str,
 )
 def test_why_images_pass_is_said(tmp_path: Path, config: dict[str, Any], level: str, why: str) -> None:
-    """An unknown processor, an unknown setting, one that only makes tensors, no file: each is named."""
+    """An unknown processor, setting or code, no size, a processor that only makes tensors, no file: each is named."""
     found = machine.model(Settings(model=model_dir(tmp_path, config)))
     assert found.level == level and why in found.what
 

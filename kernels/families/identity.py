@@ -1,0 +1,143 @@
+"""What a model must say of its image processor to be taken for a known one: a known class's name may stand for other code.
+
+Each name in a model's files must be on a list here (what calls the processor, the model's architecture), each setting
+must be one that the class has, and no file may name code of the model's own. tests/images/test_identity.py holds the
+lists against the installed transformers, and against files as they are published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from sidecar.kernels.families.reading import Config
+
+# What a message shows of a name, and how many names.
+_SHOWN, _NAMES = 64, 3
+# The parts of an `auto_map` that concern images; a model's configuration, weights and tokenizer may be code of its own.
+_PROCESSORS: Final = frozenset(("AutoProcessor", "AutoImageProcessor"))
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of `text`."""
+    return frozenset(text.split())
+
+
+# Settings that all image processors of transformers have, and what their files say besides.
+SETTINGS: Final = words(
+    "auto_map crop_size data_format default_to_square device disable_grouping do_center_crop do_convert_rgb "
+    "do_normalize do_pad do_rescale do_resize feature_extractor_type image_mean image_processor_type "
+    "image_seq_length image_std input_data_format pad_size processor_class resample rescale_factor return_tensors "
+    "size _processor_class _valid_kwargs_names _valid_processor_keys"
+)
+
+# Settings of an audio processor, which stand in the same file where a model hears, too: none of them changes an image.
+AUDIO: Final[Mapping[str, frozenset[str]]] = {
+    "WhisperFeatureExtractor": words(
+        "chunk_length dither feature_size hop_length n_fft n_samples nb_max_frames padding_side padding_value "
+        "return_attention_mask sampling_rate"
+    ),
+    "Gemma3nAudioFeatureExtractor": words(
+        "dither feature_size fft_length fft_overdrive frame_length hop_length input_scale_factor max_frequency "
+        "mel_floor min_frequency padding_side padding_value per_bin_mean per_bin_stddev preemphasis "
+        "preemphasis_htk_flavor return_attention_mask sampling_rate"
+    ),
+}
+
+# Processors that hand an image to their image processor as it came -> the architectures of the models that have them.
+CALLERS: Final[Mapping[str, frozenset[str]]] = {
+    "Qwen2VLProcessor": words("Qwen2VLForConditionalGeneration"),
+    "Qwen2_5_VLProcessor": words("Qwen2_5_VLForConditionalGeneration"),
+    "Qwen3VLProcessor": words(
+        "Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration "
+        "Qwen3_5MoeForConditionalGeneration"
+    ),
+    "Qwen2_5OmniProcessor": words("Qwen2_5OmniModel Qwen2_5OmniForConditionalGeneration"),
+    "Qwen3OmniMoeProcessor": words("Qwen3OmniMoeForConditionalGeneration"),
+    "Glm4vProcessor": words("Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration"),
+    "CLIPProcessor": words("CLIPModel"),
+    "LlavaProcessor": words("LlavaForConditionalGeneration VipLlavaForConditionalGeneration"),
+    "SiglipProcessor": words("SiglipModel"),
+    "PaliGemmaProcessor": words("PaliGemmaForConditionalGeneration"),
+    "Gemma3nProcessor": words("Gemma3nForConditionalGeneration"),
+    "Gemma3Processor": words("Gemma3ForConditionalGeneration"),
+    "PixtralProcessor": words("LlavaForConditionalGeneration Mistral3ForConditionalGeneration"),
+    "Idefics3Processor": words("Idefics3ForConditionalGeneration"),
+    "SmolVLMProcessor": words("SmolVLMForConditionalGeneration"),
+    "GotOcr2Processor": words("GotOcr2ForConditionalGeneration"),
+    "InternVLProcessor": words("InternVLForConditionalGeneration"),
+    "AyaVisionProcessor": words("AyaVisionForConditionalGeneration"),
+    "QianfanOCRProcessor": words("QianfanOCRForConditionalGeneration"),
+    "LlavaNextProcessor": words("LlavaNextForConditionalGeneration"),
+    "LlavaOnevisionProcessor": words("LlavaOnevisionForConditionalGeneration"),
+    "Llama4Processor": words("Llama4ForConditionalGeneration"),
+    "Gemma4Processor": words("Gemma4ForConditionalGeneration"),
+    "Gemma4UnifiedProcessor": words("Gemma4UnifiedForConditionalGeneration"),
+    "Kimi_K25Processor": words("Kimi_K25ForConditionalGeneration"),
+    "MiniCPMV4_6Processor": words("MiniCPMV4_6ForConditionalGeneration"),
+    "Phi4MultimodalProcessor": words("Phi4MultimodalForCausalLM"),
+}
+
+# What those have in `processor_config.json`: parts of their own, and numbers and words for the prompt.
+CALLERS_SETTINGS: Final = words(
+    "audio_ms_per_token audio_processor audio_seq_length auto_map chat_template downsample_factor "
+    "end_of_image_token end_of_img_token fake_image_token feature_extractor image_break_token image_end_token "
+    "image_placeholder_token image_processor image_seq_len image_seq_length image_token img_line_break_token "
+    "img_patch_token img_size num_additional_image_tokens num_image_tokens patch_size patch_token "
+    "pixel_shuffle_ratio processor_class spatial_merge_size start_of_image_token start_of_img_token "
+    "tile_global_token tile_token tile_x_separator_token tile_y_separator_token tokenizer video_processor "
+    "video_token vision_aspect_ratio vision_feature_select_strategy"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What else a model's directory says: the objects of its other files, empty where there are none."""
+
+    model: Config = field(default_factory=dict)  # processor_config.json
+    tokenizer: Config = field(default_factory=dict)  # tokenizer_config.json
+    config: Config = field(default_factory=dict)  # config.json
+
+
+def doubt(name: str, settings: frozenset[str], callers: frozenset[str], config: Config, files: Files) -> str:
+    """Why a model whose files name the image processor `name` may have another one; "" where nothing speaks against it.
+
+    `config`: what the files say of the image processor itself; `settings`: all that this class has.
+    """
+    if config.get("auto_map"):
+        return f"{name} is code of the model's own here (auto_map)"
+    if strange := set(config) - settings - AUDIO.get(str(config.get("feature_extractor_type")), frozenset()):
+        return f"{name} has no setting {_shown(strange)}: another processor bears its name"
+    return _called_otherwise(name, callers, config, files)
+
+
+def _called_otherwise(name: str, callers: frozenset[str], config: Config, files: Files) -> str:
+    """Why what calls the image processor may do more than to call it; "" where nothing says so."""
+    named = (
+        ("processor_config.json", set(files.model.get("auto_map") or ())),
+        ("tokenizer_config.json", _PROCESSORS & set(files.tokenizer.get("auto_map") or ())),
+        ("config.json", _PROCESSORS & set(files.config.get("auto_map") or ())),
+    )
+    for file, own in named:
+        if own:
+            return f"{file} names a processor of the model's own (auto_map)"
+    if strange := set(files.model) - CALLERS_SETTINGS:
+        return f"processor_config.json has a setting that is not known: {_shown(strange)}"
+    classes = _named(files.model, config) or _named(files.tokenizer) or _named(files.config)  # transformers' own order
+    if len(classes) > 1:
+        return f"the files name different processors: {_shown(classes)}"
+    if classes - callers:
+        return f"{_shown(classes - callers)} is not known to call {name} as it stands (processor_class)"
+    fitting = frozenset[str]().union(*(CALLERS[caller] for caller in classes or callers))
+    if strange := {str(found) for found in files.config.get("architectures") or ()} - fitting:
+        return f"{_shown(strange)} is not known to call {name} as it stands (architectures)"
+    return ""
+
+
+def _named(*found: Config) -> set[str]:
+    return {str(one["processor_class"]) for one in found if one.get("processor_class")}
+
+
+def _shown(names: set[str]) -> str:
+    return ", ".join(sorted(name[:_SHOWN] for name in names)[:_NAMES])
