@@ -1,4 +1,4 @@
-"""What a model must say of its image processor to be taken for a known one: a known class's name may stand for other code.
+"""What a model must say of its image processor to be taken for a known one: a class's name may stand for other code.
 
 Each name in a model's files must be on a list here (what calls the processor, the model's architecture), each setting
 must be one that the class has, and no file may name code of the model's own. tests/images/test_identity.py holds the

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sidecar.errors import BadImage, ImagesBusy
+from sidecar.images import header_geometry
 from sidecar.images.protocol import PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
 from sidecar.images.shm_cache import ImageCache, SharedFile
 from sidecar.images.shm_handoff import ShmHandoff
@@ -87,9 +88,12 @@ class ImageService:
     ) -> PreparedImage:
         """One image's base64 text, or its bytes, as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
 
+        One that would cost more than it saves passes, mostly without any work: see glance.pays.
         `hand_over`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
         """
         if not hand_over or self._handovers is None:
+            if (passed := self._unpaid(data, is_base64)) is not None:
+                return passed
             prepared, payload, _ = await self._prepare(PIXELS, data, where, is_base64, tenant)
             return replace(prepared, base64=payload) if payload else prepared
         prepared, payload, key = await self._prepare(RAW, data, where, is_base64, tenant)
@@ -97,6 +101,37 @@ class ImageService:
             return prepared
         handed = await self._handovers.pixels(hand_over, payload, key)
         return replace(prepared, url=handed.url(prepared.height, prepared.width))
+
+    def _unpaid(self, data: Data, is_base64: bool) -> PreparedImage | None:
+        """An image whose header tells that inline costs more than it saves: passed. None: a worker is to have it."""
+        started = time.monotonic()
+        header, client = (
+            header_geometry.sized(data, is_base64),
+            len(data) if is_base64 else header_geometry.text(len(data)),
+        )
+        if header is None or not self.spec.inline or not self._allowed(header.height, header.width, client):
+            return None
+        try:
+            geometry = self.spec.geometry(header.height, header.width)
+        except ValueError:
+            return None  # the worker says what is wrong with it
+        if header_geometry.pays(header.height * header.width, geometry, client):
+            return None
+        height, width = geometry.size
+        return PreparedImage(
+            media_type="", base64=None, width=width, height=height, tokens=geometry.tokens, content_hash="",
+            format=header.format, outcome="passed", seconds=time.monotonic() - started, stages=(),
+            bytes_in=client * 3 // 4, bytes_out=0, grid=(geometry.grid_t, geometry.grid_h, geometry.grid_w),
+        )  # fmt: skip
+
+    def _allowed(self, height: int, width: int, client: int) -> bool:
+        """Whether an image of this size, and of so many characters of base64, is surely within the limits."""
+        most = self._limits
+        return (
+            height * width <= most.max_pixels
+            and max(height, width) <= most.max_side
+            and client * 3 // 4 <= most.max_bytes
+        )
 
     async def share(self, *pieces: Data) -> SharedFile | None:
         """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory. Raises ImagesBusy."""

@@ -27,16 +27,17 @@ from ..waiting import PATIENCE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+# small images, so that small photographs lose more than half of their pixels, and are prepared inline
 CONFIG = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "min_pixels": 56 * 56,
-    "max_pixels": 28 * 28 * 1280,
+    "max_pixels": 224 * 224,
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 224 * 224},
 }
 
 
@@ -152,7 +153,7 @@ async def test_the_engine_sees_a_lossless_image_of_the_final_size(recorder: Reco
     media, _, payload = part["image_url"]["url"].partition(";base64,")
     assert media in ("data:image/bmp", "data:image/x-portable-pixmap") and part["uuid"]
     seen = Image.open(io.BytesIO(base64.b64decode(payload)))
-    assert seen.size == (1316, 728)
+    assert seen.size == (280, 168)
     theirs = processor()(Image.open(io.BytesIO(jpeg)).convert("RGB"), return_tensors="np")
     ours = processor()(seen.convert("RGB"), return_tensors="np")
     assert np.array_equal(theirs["pixel_values"], ours["pixel_values"])
@@ -174,12 +175,14 @@ async def test_a_link_into_the_pod_is_refused(recorder: Recorder, sidecar: Any) 
 
 
 async def test_an_image_is_counted_and_its_time_told_by_stage(recorder: Recorder, sidecar: Any) -> None:
-    """The page and the metrics show the image work."""
+    """The page and the metrics show the image work, and the image that would not have shrunk."""
     before = dict((await sidecar.until(lambda s: True))["images"]["outcomes"]).get("ok", 0)
-    await ask(sidecar, chat(data_url(photo(640, 480, 1)), data_url(photo(320, 640, 2))))
-    snapshot = await sidecar.until(lambda s: dict(s["images"]["outcomes"]).get("ok") == before + 2)
+    await ask(sidecar, chat(data_url(photo(640, 480, 1)), data_url(photo(320, 640, 2)), data_url(photo(200, 100, 3))))
+    # an earlier test's image may be counted late
+    snapshot = await sidecar.until(lambda s: dict(s["images"]["outcomes"]).get("ok", 0) >= before + 2)
     assert {stage for stage, _, _ in snapshot["images"]["stages"]} >= {"decode", "resize", "encode"}
-    await sidecar.until_metrics(f'sidecar_images_total{{format="jpeg",outcome="ok"}} {before + 2}.0')
+    for outcome in ("ok", "passed"):
+        await sidecar.until_metrics(f'sidecar_images_total{{format="jpeg",outcome="{outcome}"}}')
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ async def test_broken_and_hostile_images_are_a_400_that_names_the_part(
     recorder: Recorder, sidecar: Any, data: bytes, code: str
 ) -> None:
     """Nothing crashes; the engine is not asked; the request settles as rejected; the next one is served."""
-    good = data_url(photo(320, 240, 3))
+    good = data_url(photo(480, 320, 3))
     trace_id = uuid.uuid4().hex
     context = {"x-tenant-id": "mallory", "traceparent": f"00-{trace_id}-{'cd' * 8}-01"}
     status, body, _ = await ask(sidecar, chat(good, data_url(data)), **context)
@@ -242,7 +245,7 @@ async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar
 async def test_one_trace_spans_client_sidecar_and_engine(recorder: Recorder, sidecar: Any) -> None:
     """A server span under the caller's span, a child per image, and the engine gets our span as its parent."""
     trace_id, caller = "ab" * 16, "cd" * 8
-    status, _, _ = await ask(sidecar, chat(data_url(photo(320, 240, 3))), traceparent=f"00-{trace_id}-{caller}-01")
+    status, _, _ = await ask(sidecar, chat(data_url(photo(480, 320, 3))), traceparent=f"00-{trace_id}-{caller}-01")
     assert status == 200
     spans = await recorder.span_of(trace_id, 2)
     (server,) = [s for s in spans if s.parent_span_id.hex() == caller]

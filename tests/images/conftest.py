@@ -25,7 +25,8 @@ from tests.waiting import PATIENCE
 
 from .published import settings
 
-QWEN2_VL = settings("Qwen2VLImageProcessor")
+# Qwen2-VL with small images, so that small photographs lose more than half of their pixels, and are prepared inline
+QWEN2_VL = settings("Qwen2VLImageProcessor", max_pixels=224 * 224)
 
 
 def children(pid: int) -> list[int]:
@@ -89,7 +90,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def spec() -> ProcessorSpec:
-    """Qwen2-VL's processor, at the size that engines set."""
+    """Qwen2-VL's processor, with small images."""
     found = families.from_config(QWEN2_VL)
     assert found is not None
     return found

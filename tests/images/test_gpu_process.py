@@ -107,7 +107,7 @@ def enter() -> Iterator[Callable[..., GpuChannel]]:
 @pytest.mark.parametrize("want", [PIXELS, RAW, TENSORS])
 def test_the_gpu_gives_what_the_cpu_gives(gpu: str, want: str, enter: Callable[..., GpuChannel]) -> None:
     """Inline pixels and tensors are the same bytes, and the stages say where they were made."""
-    data = png(70, 90)
+    data = png(140, 180)
     there, here = pipeline.prepare_image(job(want), data, enter(gpu, LONG)), pipeline.prepare_image(job(want), data)
     assert "resize_gpu" in stages(there) and "resize_gpu" not in stages(here)
     assert bytes(there[1]) == bytes(here[1]) and len(here[1]) > 0
@@ -127,10 +127,12 @@ def test_planes_and_crops_come_back_whole(gpu: str, enter: Callable[..., GpuChan
 def test_one_door_serves_many_images(gpu: str, enter: Callable[..., GpuChannel]) -> None:
     """An arena is used again and again, by images of different sizes."""
     one = enter(gpu, LONG)
-    for seed, size in enumerate([(60, 80), (30, 40), (90, 61)]):
+    for seed, size in enumerate([(160, 180), (130, 140), (190, 161)]):
         data = png(*size, seed)
-        assert bytes(pipeline.prepare_image(job(PIXELS), data, one)[1]) == bytes(
-            pipeline.prepare_image(job(PIXELS), data)[1]
+        assert (
+            bytes(pipeline.prepare_image(job(PIXELS), data, one)[1])
+            == bytes(pipeline.prepare_image(job(PIXELS), data)[1])
+            != b""
         )
 
 
@@ -140,7 +142,7 @@ def test_a_job_that_may_not_use_the_gpu_does_not(tmp_path: Path, enter: Callable
         listening.bind(str(tmp_path / "door"))
         listening.listen()
         listening.setblocking(False)
-        answer = pipeline.prepare_image(job(PIXELS, gpu=False), png(50, 50), enter(str(tmp_path / "door")))
+        answer = pipeline.prepare_image(job(PIXELS, gpu=False), png(120, 120), enter(str(tmp_path / "door")))
         assert "resize" in stages(answer)
         with pytest.raises(BlockingIOError):
             listening.accept()
@@ -152,7 +154,7 @@ def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(
     """A refused connection costs nothing; it is tried again after a pause that doubles."""
     now = [0.0]
     one = enter(str(tmp_path / "nobody"), 0.1, lambda: now[0])
-    assert "resize" in stages(pipeline.prepare_image(job(PIXELS), png(50, 50), one))
+    assert "resize" in stages(pipeline.prepare_image(job(PIXELS), png(120, 120), one))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(str(tmp_path / "nobody"))
         listening.listen()
@@ -170,18 +172,18 @@ def test_a_full_budget_leaves_the_image_to_the_cpu(
 ) -> None:
     """What does not fit into --gpu-memory-budget is refused, and the process goes on."""
     requires("python:triton")
-    server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1, gpu_memory_budget=40_000)
+    server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1, gpu_memory_budget=120_000)
     connected(server.path + gpu_channel.NAME).close()
     one = enter(server.path + gpu_channel.NAME, LONG)
-    large = png(120, 120)
+    large = png(240, 240)
     answer = pipeline.prepare_image(job(PIXELS), large, one)
     assert "resize" in stages(answer) and bytes(answer[1]) == bytes(pipeline.prepare_image(job(PIXELS), large)[1])
-    assert "resize_gpu" in stages(pipeline.prepare_image(job(PIXELS), png(20, 30), one))
+    assert "resize_gpu" in stages(pipeline.prepare_image(job(PIXELS), png(80, 80), one))
 
 
 def test_a_late_gpu_is_not_waited_for_and_never_mixes_images(gpu: str, enter: Callable[..., GpuChannel]) -> None:
     """While the process stands still the CPU does the work; until the late answer is there, the arena is left alone."""
-    data = [png(50 + i, 60, i) for i in range(3)]
+    data = [png(120 + i, 130, i) for i in range(3)]
     here = [bytes(pipeline.prepare_image(job(PIXELS), d)[1]) for d in data]
     with connected(gpu) as connection:
         process = peer(connection)

@@ -18,13 +18,15 @@ from sidecar.images.service import ImageService
 from sidecar.images.worker import tensors
 from sidecar.images.worker.worker import memory_bound
 from sidecar.images.worker_queue import WorkerQueue
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels import families
+from sidecar.kernels.grid import PatchSpec, ProcessorSpec
 from sidecar.settings import Settings
 from sidecar.tools import synthetic_photos
 
 from . import corpus, jpegs
 from .conftest import Server
 from .corpus import png, saved
+from .published import settings
 from .test_decode import engine
 
 
@@ -113,12 +115,12 @@ ODD: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", ODD)
 async def test_odd_but_sound_images_are_served(images: ImageService, name: str) -> None:
-    """Unusual images that the engine would take are prepared."""
-    assert (await images.inline(base64.b64encode(ODD[name]), "part")).outcome == "ok"
+    """Unusual images that the engine would take are prepared: as tensors, where none of them passes for its size."""
+    assert (await images.tensors([(base64.b64encode(ODD[name]), True)]))[0].prepared.outcome == "ok"
 
 
-def wanted(data: bytes, spec: ProcessorSpec) -> bytes | None:
-    """The PPM of what the engine sees of a file; None where it sees nothing, or its model takes no such shape."""
+def wanted(data: bytes, spec: PatchSpec) -> bytes | None:
+    """The patches of what the engine sees of a file; None where it sees nothing, or its model takes no such shape."""
     pixels = engine(data)
     if pixels is None:
         return None
@@ -127,7 +129,7 @@ def wanted(data: bytes, spec: ProcessorSpec) -> bytes | None:
     except ValueError:
         return None
     planes = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-    return bytes(tensors.ppm(tensors.by_torchvision(planes, geometry, spec)))
+    return tensors.patches(tensors.by_torchvision(planes, geometry, spec), geometry, spec).numpy().tobytes()
 
 
 # what a refusal may say; image_failed, which a worker's death would give, is not among them
@@ -140,18 +142,20 @@ def peak(pid: int) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
-async def test_the_corpus_ends_as_in_the_engine(server: Server, images: ImageService, spec: ProcessorSpec) -> None:
+async def test_the_corpus_ends_as_in_the_engine(server: Server) -> None:
     """Of some 800 odd, lying and broken files each gives the engine's pixels or is refused where the engine refuses; no worker
     dies of one, and none has used more memory than one image may."""
-    await images.inline(base64.b64encode(PHOTO), "part")
+    spec = families.from_config(settings("Qwen2VLImageProcessor", do_rescale=False, do_normalize=False))
+    assert isinstance(spec, PatchSpec)
+    images = ImageService(server.path, server.settings, spec)
     wrong: list[str] = []
     for name, data in corpus.all_files().items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = wanted(data, spec)
         try:
-            answer = await images.inline(base64.b64encode(data), "part")
-            ours = base64.b64decode(answer.base64 or b"")
+            answer = await images.tensors([(base64.b64encode(data), True)])
+            ours = bytes(answer[0].values)
         except BadImage as refused:
             assert refused.reason in REASONS, (name, refused.reason)
             ours = None

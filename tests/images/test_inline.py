@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from sidecar.errors import BadImage
+from sidecar.images.protocol import RAW, ImageDone, ImageJob, ImageLimits
 from sidecar.images.service import ImageService
+from sidecar.images.worker import pipeline
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.tools import synthetic_photos
@@ -40,7 +42,15 @@ def encoded(format: str, width: int, height: int, seed: int = 0) -> bytes:
     return out.getvalue()
 
 
-SIZES = [("JPEG", 1920, 1080), ("JPEG", 333, 517), ("PNG", 640, 480), ("WEBP", 37, 41), ("JPEG", 4000, 300), ("PNG", 1, 1), ("BMP", 28, 5600)]  # fmt: skip
+SIZES = [
+    ("JPEG", 1920, 1080), ("JPEG", 333, 517), ("PNG", 640, 480), ("WEBP", 370, 410), ("JPEG", 4000, 300), ("BMP", 56, 2800),
+]  # fmt: skip
+SMALL = [
+    ("WEBP", 37, 41),
+    ("PNG", 1, 1),
+    ("BMP", 28, 1700),
+    ("JPEG", 300, 200),
+]  # which would not lose half of their pixels
 
 
 @pytest.mark.parametrize(("format", "width", "height"), SIZES)
@@ -66,31 +76,49 @@ async def test_the_engine_sees_the_same_pixels(
     assert got.bytes_in == len(data) and got.bytes_out == len(got.base64) and got.seconds > 0
 
 
+@pytest.mark.parametrize(("format", "width", "height"), SMALL)
+async def test_an_image_that_would_not_shrink_is_prepared_for_shared_memory_alone(
+    images: ImageService, spec: ProcessorSpec, processor: Any, format: str, width: int, height: int
+) -> None:
+    """Inline it passes; as pixels in shared memory it gives what the original gives."""
+    data = encoded(format, width, height)
+    assert (await images.inline(base64.b64encode(data), "x")).outcome == "passed"
+    done, payload = pipeline.prepare_image(
+        ImageJob(RAW, spec.to_json(), False, ImageLimits(1 << 20, 1 << 20), 60.0), data
+    )
+    assert isinstance(done, ImageDone)
+    ours = Image.frombytes("RGB", (done.width, done.height), bytes(payload))
+    with Image.open(io.BytesIO(data)) as theirs:
+        a = processor(images=[ours], return_tensors="pt")
+        b = processor(images=[theirs.convert("RGB")], return_tensors="pt")
+    assert torch.equal(a["pixel_values"], b["pixel_values"])
+
+
 async def test_transparent_parts_turn_white(images: ImageService) -> None:
     """A transparent pixel reaches the engine as the white that the engine would have put there."""
-    picture = Image.new("RGBA", (56, 56), (255, 0, 0, 0))
+    picture = Image.new("RGBA", (560, 560), (255, 0, 0, 0))
     out = io.BytesIO()
     picture.save(out, "PNG")
     got = await images.inline(base64.b64encode(out.getvalue()), "x")
     assert got.base64 is not None
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(got.base64))))
-    assert pixels.shape == (56, 56, 3) and (pixels == 255).all()
+    assert pixels.shape == (224, 224, 3) and (pixels == 255).all()
 
 
 @pytest.mark.parametrize("how", [1, 6])
 async def test_turned_photographs(images: ImageService, how: int) -> None:
     """A photograph with EXIF orientation 6 arrives upright: its sides are swapped."""
     got = await images.inline(base64.b64encode(synthetic_photos.photo(560, 280, exif_orientation=how)), "x")
-    assert (got.width, got.height) == ((560, 280) if how == 1 else (280, 560))
+    assert (got.width, got.height) == ((308, 140) if how == 1 else (140, 308))
 
 
 async def test_the_hash_names_the_content_and_the_processor(server: Any, spec: ProcessorSpec) -> None:
     """Equal bytes and processor give an equal hash; another image or another processor gives another one."""
-    other = families.from_config(QWEN2_VL | {"max_pixels": 501_760})
+    other = families.from_config(QWEN2_VL | {"max_pixels": 168 * 168})
     assert other is not None
     first, second = (
-        base64.b64encode(synthetic_photos.photo(64, 64, 1)),
-        base64.b64encode(synthetic_photos.photo(64, 64, 2)),
+        base64.b64encode(synthetic_photos.photo(640, 640, 1)),
+        base64.b64encode(synthetic_photos.photo(640, 640, 2)),
     )
     ours = ImageService(server.path, server.settings, spec)
     hashes = [(await ours.inline(data, "x")).content_hash for data in (first, first, second)]
@@ -136,10 +164,11 @@ async def test_families_that_tile_pass(server: Any, row: Family) -> None:
 
 async def test_every_view_of_the_text_is_taken(images: ImageService) -> None:
     """bytes, bytearray and a memoryview into a body give the same image."""
-    data = base64.b64encode(synthetic_photos.photo(84, 84))
+    data = base64.b64encode(synthetic_photos.photo(840, 840))
     body = b'{"url": "' + data + b'"}'
     views = (data, bytearray(data), memoryview(body)[9 : 9 + len(data)])
-    assert len({bytes((await images.inline(view, "x")).base64 or b"") for view in views}) == 1
+    (made,) = {bytes((await images.inline(view, "x")).base64 or b"") for view in views}
+    assert made
 
 
 async def test_a_refused_image_is_named_with_its_limit(images: ImageService) -> None:

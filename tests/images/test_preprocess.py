@@ -170,9 +170,12 @@ async def test_multipart_keeps_the_order(service: Service) -> None:
     assert same(body, PHOTOS[::-1])
 
 
-async def test_a_client_that_does_not_read_its_tensors_is_hung_up_on(service: Service) -> None:
+async def test_a_client_that_does_not_read_its_tensors_is_hung_up_on(service: Service, server: Server) -> None:
     """After `client_stall` seconds without a megabyte read, so that nobody can have us hold tensors for ever; one that reads has them all."""
     service.client_stall = 0.3
+    large = families.from_config(QWEN2_VL | {"max_pixels": 1_003_520})
+    assert large is not None
+    service.images = ImageService(server.path, server.settings, large)
     request = {"images": [url(synthetic_photos.photo(640, 480, 1))] * 4}
     async with service.session.post(service.url, json=request) as got:
         async with asyncio.timeout(20):

@@ -31,7 +31,7 @@ from tests.waiting import PATIENCE
 
 from .conftest import Server, children
 
-PHOTO = base64.b64encode(synthetic_photos.photo(320, 240))
+PHOTO = base64.b64encode(synthetic_photos.photo(640, 480))
 
 
 @pytest.fixture(scope="module")
@@ -216,11 +216,13 @@ async def test_one_slow_image_does_not_hold_up_the_others(server: Server, images
     assert (await job).outcome == "ok"
 
 
-async def test_many_images_at_once_come_back_as_themselves(images: ImageService) -> None:
+async def test_many_images_at_once_come_back_as_themselves(images: ImageService, spec: ProcessorSpec) -> None:
     """Forty concurrent images of different sizes each get their own answer."""
-    sizes = [(28 * (2 + i % 5), 28 * (2 + i // 5)) for i in range(40)]
+    sizes = [(400 + 100 * (i % 5), 300 + 100 * (i // 5)) for i in range(40)]
     jobs = [images.inline(base64.b64encode(synthetic_photos.photo(*size)), "x") for size in sizes]
-    assert [(p.width, p.height) for p in await asyncio.gather(*jobs)] == sizes
+    wanted = [spec.geometry(height, width).size for width, height in sizes]
+    assert [(p.height, p.width) for p in await asyncio.gather(*jobs)] == wanted
+    assert len(set(wanted)) > 10
 
 
 async def test_a_client_that_says_nonsense_or_nothing_is_hung_up_on(lone: Server, one: ImageService) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 from aiohttp import web
 
 from sidecar.events import STATES, Admitted, ImagePrepared, LoadReport
+from sidecar.images.service import ImageService
+from sidecar.kernels import families
 from sidecar.relay.media.inline import MAX_IMAGES
+from sidecar.settings import Settings
+from sidecar.tools import synthetic_photos
 
 from .pictures import Workers, pictures
 from .work import echo, once
@@ -27,6 +32,40 @@ async def test_images_are_replaced(rig: Any, serve: Any) -> None:
     assert [i.outcome for i in r.facts.of(ImagePrepared)] == ["ok", "ok"]
     assert {i.id for i in r.facts.of(ImagePrepared)} == {admitted.id}
     assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 154)
+
+
+async def test_an_image_that_would_not_shrink_goes_on_as_it_came(rig: Any, serve: Any) -> None:
+    """At a model's published limit the body stays as it came, no worker is asked, and the image counts its tokens."""
+    received: list[bytes] = []
+
+    async def keep(request: web.BaseRequest) -> web.StreamResponse:
+        received.append(await request.read())
+        return web.json_response({"choices": []})
+
+    published = {
+        "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14,
+        "merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    spec = families.from_config(published)
+    assert spec is not None
+    r = await rig(await serve(keep), images=ImageService("/nowhere", Settings(), spec))
+    photo = base64.b64encode(synthetic_photos.photo(1280, 720)).decode()
+    body = json.dumps(pictures(photo)).encode()
+    async with r.client.post(r.url + "/v1/chat/completions", data=body) as got:
+        assert got.status == 200
+    assert received == [body]
+    admitted, _ = once(r.facts)
+    [imaged] = r.facts.of(ImagePrepared)
+    assert (imaged.outcome, imaged.format, imaged.bytes_out, imaged.stages) == ("passed", "jpeg", 0, ())
+    assert (admitted.expected.images, admitted.expected.image_tokens) == (1, spec.geometry(720, 1280).tokens)
+
+
+async def test_an_image_that_is_not_exact_is_said(rig: Any, serve: Any) -> None:
+    """One image that was decoded fast marks the answer; without one there is no mark."""
+    r = await rig(await serve(echo), images=Workers())
+    for sent, mark in ((("AAAA", "FAST"), "inexact"), (("AAAA", "PASS"), None)):
+        async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*sent)) as got:
+            assert got.headers.get("x-sidecar-images") == mark
 
 
 async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: Any, serve: Any) -> None:

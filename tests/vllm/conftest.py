@@ -46,7 +46,7 @@ def vllm_python() -> Path:
 
 @pytest.fixture(scope="session")
 def model(vllm_python: Path) -> Callable[[str], Path]:
-    """A function: "text" or "vision" -> directory of the tiny model, made once for each version of the script."""
+    """A function: "text", "vision" or "small" -> directory of the tiny model, made once per version of the script."""
 
     def directory(kind: str) -> Path:
         version = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
@@ -66,7 +66,7 @@ def model(vllm_python: Path) -> Callable[[str], Path]:
 def engine(
     request: pytest.FixtureRequest, model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    """A vLLM that serves the model of the test's `engine` parameter: "text" or "vision", and after a comma what it is for.
+    """A vLLM that serves the model that the test's `engine` parameter names; after a comma it says what it is for.
 
     pytest runs the tests of one parameter in a row and ends their engine before the next one starts.
     """

@@ -40,7 +40,7 @@ def engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
     """A vLLM with the plugin, which lies in a folder of its own: the shared environment stays as it is."""
     site = tmp_path_factory.mktemp("site")
     environ = processes.with_plugin(site)
-    with processes.engine(model("vision"), site / "engine.log", environ=environ) as running:
+    with processes.engine(model("small"), site / "engine.log", environ=environ) as running:
         yield running
 
 
@@ -65,7 +65,7 @@ async def test_a_vllm_without_the_plugin_gets_its_images_inline(
     left.write_text(json.dumps(mark))
     bodies = [BODIES[name] for name in ("1080p", "two")]
     try:
-        with processes.engine(model("vision"), tmp_path / "engine.log") as bare:
+        with processes.engine(model("small"), tmp_path / "engine.log") as bare:
             without = [await client.ask(http, bare.url + PATH, body) for body in bodies]
             async with recording(bare.url, http) as (url, recorder):
                 sidecar = await beside(start_sidecar, url, bare.model, http, images="shm")

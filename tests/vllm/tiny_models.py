@@ -1,7 +1,8 @@
-"""Makes the two tiny models of these tests from nothing: random weights from a seed, a byte-level tokenizer, real formats.
+"""Makes the tiny models of these tests from nothing: random weights from a seed, a byte-level tokenizer, real formats.
 
     PYTHON tiny_models.py text DIR       Qwen2: text in, text out
     PYTHON tiny_models.py vision DIR     Qwen2-VL: with the real image processor's settings
+    PYTHON tiny_models.py small DIR      the same with images of few pixels, so that most photographs shrink
 
 Rules: run by the vLLM environment's python; no hub is reached; the same seed gives the same weights. The weights are drawn
 wide, so that what comes out depends visibly on every token and every pixel that goes in.
@@ -49,13 +50,10 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}
 """
-PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+MOST_PIXELS, FEW_PIXELS = 28 * 28 * 1280, 224 * 224
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen2VLProcessor",
-    "size": PIXELS,
-    "min_pixels": PIXELS["shortest_edge"],
-    "max_pixels": PIXELS["longest_edge"],
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -106,7 +104,7 @@ def make_text(directory: Path) -> None:
     Qwen2ForCausalLM(Qwen2Config(**text_shape(tokenizer))).save_pretrained(directory)
 
 
-def make_vision(directory: Path) -> None:
+def make_vision(directory: Path, most: int = MOST_PIXELS) -> None:
     tokenizer = make_tokenizer(directory)
     rope = {"type": "mrope", "rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
     tower = {
@@ -135,8 +133,10 @@ def make_vision(directory: Path) -> None:
         tie_word_embeddings=False,
     )
     Qwen2VLForConditionalGeneration(config).save_pretrained(directory)
-    video = {key: value for key, value in PROCESSOR.items() if key != "image_processor_type"}
-    _write(directory / "preprocessor_config.json", PROCESSOR)
+    bounds = {"size": {"shortest_edge": 56 * 56, "longest_edge": most}, "min_pixels": 56 * 56, "max_pixels": most}
+    processor = PROCESSOR | bounds
+    video = {key: value for key, value in processor.items() if key != "image_processor_type"}
+    _write(directory / "preprocessor_config.json", processor)
     _write(directory / "video_preprocessor_config.json", {**video, "video_processor_type": "Qwen2VLVideoProcessor"})
 
 
@@ -144,7 +144,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-MAKERS = {"text": make_text, "vision": make_vision}
+def make_small(directory: Path) -> None:
+    make_vision(directory, FEW_PIXELS)
+
+
+MAKERS = {"text": make_text, "vision": make_vision, "small": make_small}
 
 
 def main(kind: str, directory: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import pybase64
 import torch
 
-from sidecar.images import file_headers
+from sidecar.images import file_headers, header_geometry
 from sidecar.images.protocol import INLINE, LAYOUT, PIXELS, RAW, ImageDone, ImageJob, ImageRefused
 from sidecar.images.worker import tiles
 from sidecar.images.worker.decode import ImageRejected, check_size, decode, orientation, turned
@@ -144,6 +144,11 @@ def open_picture(job: ImageJob, payload: Payload, spec: ProcessorSpec) -> Decode
         check_size(header.height, header.width, job.limits)
         stages.end("unpack")
         return _passed(job, header, spec, "", len(data), stages, _guessed(data, header, spec))
+    client = len(payload) if job.base64 else header_geometry.text(len(data))
+    if job.want == PIXELS and _unpaid(header, spec, client):
+        check_size(header.height, header.width, job.limits)
+        stages.end("unpack")
+        return _passed(job, header, spec, "", len(data), stages, _guessed(data, header, spec))
     digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
     stages.end("unpack")
     if header.format not in file_headers.DECODED:
@@ -154,7 +159,8 @@ def open_picture(job: ImageJob, payload: Payload, spec: ProcessorSpec) -> Decode
     geometry = _geometry(spec, height, width)
     for size in ((geometry.height, geometry.width), *(view.canvas for view in geometry.views)):
         check_size(*size, job.limits)
-    if job.want in INLINE and not spec.keeps(geometry):
+    dear = job.want == PIXELS and not header_geometry.pays(height * width, geometry, client)
+    if dear or (job.want in INLINE and not spec.keeps(geometry)):
         return _passed(job, header, spec, digest, len(data), stages, geometry)
     return DecodedImage(pixels, geometry, header, digest, len(data), stages)
 
@@ -200,6 +206,15 @@ def _unpack(job: ImageJob, payload: Payload) -> bytes:
     if len(data) > job.limits.max_bytes:
         raise ImageRejected("image_too_large", f"it has {len(data)} bytes and the limit is {job.limits.max_bytes}")
     return data
+
+
+def _unpaid(header: file_headers.Header, spec: ProcessorSpec, client: int) -> bool:
+    """Whether a header tells that its image costs more inline than it saves."""
+    try:
+        geometry = spec.geometry(header.height, header.width)
+    except ValueError:
+        return False  # unknown until it is decoded, or a shape that is refused then
+    return not header_geometry.pays(header.height * header.width, geometry, client)
 
 
 def _guessed(data: bytes, header: file_headers.Header, spec: ProcessorSpec) -> Geometry | None:

@@ -6,20 +6,14 @@ taken as stored: a photo that is to be turned has the same number of tokens, or 
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterable
 from itertools import islice
 from typing import Final
 
-from sidecar.images import file_headers
+from sidecar.images import header_geometry
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.relay.request_body import ImagePart
 
-HEADS: Final = (
-    4 << 10,
-    128 << 10,
-)  # base64 characters looked at: nearly all files say it at once; EXIF and ICC blocks come first in some
 MAX_IMAGES_READ: Final = 64  # images looked at
 
 
@@ -30,16 +24,10 @@ def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
 
 
 def _tokens(part: ImagePart, spec: ProcessorSpec) -> int:
-    for length in HEADS:
-        try:
-            header = file_headers.read(base64.b64decode(part.data[: min(length, len(part.data) & ~3)]))
-        except binascii.Error:
-            return 0
-        if header is not None and header.width:
-            try:
-                return spec.geometry(header.height, header.width).tokens
-            except ValueError:
-                return 0
-        if len(part.data) <= length:
-            break
-    return 0
+    header = header_geometry.sized(part.data, is_base64=True)
+    if header is None:
+        return 0
+    try:
+        return spec.geometry(header.height, header.width).tokens
+    except ValueError:
+        return 0

@@ -1,0 +1,52 @@
+"""Pure: what a file's first bytes tell before anything is decoded: its size, and whether it pays to prepare it inline.
+
+Rules: a size is taken as stored, before turning: that changes neither the number of its pixels nor, but for little, what becomes of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Final
+
+from sidecar.images import file_headers
+from sidecar.images.protocol import Data
+from sidecar.kernels.grid import Geometry
+
+HEADS: Final = (
+    4 << 10,
+    128 << 10,
+)  # bytes, or base64 characters, looked at: nearly all files say it at once; EXIF and ICC blocks come first in some
+
+# An image is prepared inline only where it loses half of its pixels or more: else decoding here, and base64 of plain pixels there,
+# cost more than the engine's own processor saves. Nor may the body grow without bound: plain pixels are up to twenty times a file.
+SHRINKS: Final = 2
+GROWTH: Final = 1.5
+SMALL: Final = 4 << 20  # bytes of base64 that may be sent whatever the file had
+
+
+def sized(data: Data, is_base64: bool) -> file_headers.Header | None:
+    """The header of a file, or of its base64 text; None where its first bytes say no size."""
+    for length in HEADS:
+        try:
+            head = base64.b64decode(data[: min(length, len(data) & ~3)]) if is_base64 else bytes(data[:length])
+        except binascii.Error:
+            return None
+        header = file_headers.read(head)
+        if header is not None and header.height and header.width:
+            return header
+        if len(data) <= length:
+            break
+    return None
+
+
+def text(size: int) -> int:
+    """Characters of base64 of so many bytes."""
+    return -(-size // 3) * 4
+
+
+def pays(pixels: int, geometry: Geometry, client: int) -> bool:
+    """Whether a resized image in a request saves more than it costs: of an image of so many pixels, `client` characters of base64."""
+    height, width = geometry.size
+    made = text(len(b"P6\n%d %d\n255\n" % (width, height)) + 3 * height * width)
+    return SHRINKS * height * width <= pixels and (made <= SMALL or made <= GROWTH * client)
