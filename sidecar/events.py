@@ -226,6 +226,8 @@ class LoadReport:
     orca_bin: str = ""
     utilization: float = 1.0  # the headline one, and MU in flight at which it is 1: what spill-over may use
     mu_max_in_flight: float = 0.0
+    prepared: bool = True  # whether the engine takes prepared images, as far as it says what it is
+    process: int = 0  # grows with each process of the engine that was met
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,13 +77,17 @@ class EngineSample:
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
     """What the engine says of itself: its model names, version and settings (`name=value`); and the GPUs that NVML sees, with the
-    reasons why any of them is slowed down. Empty where unknown."""
+    reasons why any of them is slowed down. Empty where unknown.
+
+    `prepared`: nothing that it says of itself speaks against sending it prepared images.
+    """
 
     models: tuple[str, ...] = ()
     engine: str = ""
     gpus: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     slowdowns: tuple[str, ...] = ()
+    prepared: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,7 +262,9 @@ class ControlLoop:
             report = orca.report(load, engine, self._recently.mean(load.pressure, self.snapshot.at))
             state, kind = self.control.verdict.state, self._signals.contact.kind_name
             forms = report.json(), report.text(), state, kind, report.binary()
-            self._pool.order(LoadReport(*forms, load.utilization, load.mu_max_in_flight))
+            contact = self._signals.contact
+            engine_is = contact.identity.prepared, contact.processes
+            self._pool.order(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *engine_is))
         self.sinks.feed.publish(self.snapshot)
         self._errands.start("state", self._write_state(self.stand(), wall))
         self._errands.start("records", self._record(wall))

@@ -24,6 +24,10 @@ from sidecar.readings import EngineIdentity
 KINDS: Final[dict[str, EngineKind]] = {kind.name: kind for kind in (SCRIPTED, SGLANG, TGI, LLAMACPP, VLLM, OPENAI)}
 FIRST_LOOK: Final = ("/v1/models", "/metrics")
 FLAGS: Final = ("cache_dtype", "block_size", "enable_prefix_caching", "gpu_memory_utilization")  # of vLLM's page
+# vLLM's Rust front end (0.33), by its models' owner and a key of /version: it decodes no PNM, as prepared images come.
+RUST_OWNER: Final = "vllm-frontend-rs"
+RUST_VERSION: Final = "rust_frontend_version"
+NO_PNM: Final = "images pass as they came: vLLM's Rust front end does not read the form in which prepared ones are sent"
 MODELS: Final = 1000  # names of an engine that are looked at
 NAME: Final = 128  # characters of one, and of a version
 CLOSER_LOOK: Final = tuple(mark.path for kind in KINDS.values() for mark in kind.marks)
@@ -48,10 +52,12 @@ def identity(pages: Mapping[str, bytes]) -> EngineIdentity:
     """The names of its models, its version and settings, from the bodies of /v1/models, /version and /metrics; empty where they do not say."""
     cards = _object(pages.get("/v1/models", b"")).get("data")
     names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
-    version = _object(pages.get("/version", b"")).get("version")
+    versions = _object(pages.get("/version", b""))
+    version = versions.get("version")
+    rust = RUST_OWNER in _owners(pages.get("/v1/models", b"")) or RUST_VERSION in versions
     models = tuple(name[:NAME] for name in names[:MODELS] if isinstance(name, str))
     settings = tuple(f"{name}={value}" for name, value in flags(pages.get("/metrics", b"")).items())
-    return EngineIdentity(models, version[:NAME] if isinstance(version, str) else "", flags=settings)
+    return EngineIdentity(models, version[:NAME] if isinstance(version, str) else "", flags=settings, prepared=not rust)
 
 
 def flags(page: bytes) -> dict[str, str]:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sidecar.errors import BadImage, ImagesBusy
-from sidecar.images import header_geometry
+from sidecar.images import file_headers, header_geometry
 from sidecar.images.protocol import PIXELS, RAW, TENSORS, Data, ImageDone, ImageJob, ImageLimits
 from sidecar.images.shm_cache import ImageCache, SharedFile
 from sidecar.images.shm_handoff import ShmHandoff
 from sidecar.images.tensor_budget import Reserve, TensorBudget
 from sidecar.images.worker_queue import WorkerQueue
-from sidecar.kernels.grid import ProcessorSpec
+from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.settings import Settings
 
 MAX_HASHED_ON_LOOP_BYTES = (
@@ -117,12 +117,26 @@ class ImageService:
             return None  # the worker says what is wrong with it
         if header_geometry.pays(header.height * header.width, geometry, client):
             return None
-        height, width = geometry.size
-        return PreparedImage(
-            media_type="", base64=None, width=width, height=height, tokens=geometry.tokens, content_hash="",
-            format=header.format, outcome="passed", seconds=time.monotonic() - started, stages=(),
-            bytes_in=client * 3 // 4, bytes_out=0, grid=(geometry.grid_t, geometry.grid_h, geometry.grid_w),
-        )  # fmt: skip
+        return _as_it_came(header.format, geometry, client, time.monotonic() - started)
+
+    def passed(self, data: Data, where: str, is_base64: bool = True) -> PreparedImage:
+        """An image that goes on as it came, whatever it is: its tokens by its header, 0 where that does not tell.
+
+        Raises BadImage for bytes that were fetched and are in no known format: they cannot be given a media type.
+        """
+        started = time.monotonic()
+        header, client = (
+            header_geometry.sized(data, is_base64),
+            len(data) if is_base64 else header_geometry.text(len(data)),
+        )
+        known = header or (None if is_base64 else file_headers.read(bytes(data[: header_geometry.HEADS[0]])))
+        if known is None and not is_base64:
+            raise BadImage(f"{where}: the image was refused: it is in no known format", "image_unknown_format")
+        try:
+            geometry = self.spec.geometry(header.height, header.width) if header else Geometry(0, 0)
+        except ValueError:
+            geometry = Geometry(0, 0)
+        return _as_it_came(known.format if known else "unknown", geometry, client, time.monotonic() - started)
 
     def _allowed(self, height: int, width: int, client: int) -> bool:
         """Whether an image of this size, and of so many characters of base64, is surely within the limits."""
@@ -237,6 +251,16 @@ class ImageService:
         if len(data) > most:
             text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
             raise BadImage(text, "image_too_large")
+
+
+def _as_it_came(format: str, geometry: Geometry, client: int, seconds: float) -> PreparedImage:
+    """An image that passes, of so many characters of base64."""
+    height, width = geometry.size
+    return PreparedImage(
+        media_type="", base64=None, width=width, height=height, tokens=geometry.tokens, content_hash="", format=format,
+        outcome="passed", seconds=seconds, stages=(), bytes_in=client * 3 // 4, bytes_out=0,
+        grid=(geometry.grid_t, geometry.grid_h, geometry.grid_w),
+    )  # fmt: skip
 
 
 def _prepared(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:

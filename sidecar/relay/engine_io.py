@@ -55,6 +55,10 @@ class BodyPayload(payload.Payload):
         self._pieces = pieces
         self._sent = sent
         self.kept = False
+        self.original: Callable[[], BodyPayload] | None = (
+            None  # makes the body as it came, where this one may be refused
+        )
+        self.form = ""  # in which its images are
         self._size = sum(len(piece) for piece in pieces)
 
     @property

@@ -14,7 +14,7 @@ import math
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -24,7 +24,6 @@ from aiohttp import web
 
 from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage, Trace
-from sidecar.images.protocol import Data
 from sidecar.load import request_shape
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
@@ -42,7 +41,7 @@ from sidecar.relay import (
 )
 from sidecar.relay import response as answering
 from sidecar.relay.admission import Admission
-from sidecar.relay.media import inline
+from sidecar.relay.media import image_refusals, inline
 from sidecar.relay.media.inline import ImageWork
 from sidecar.relay.metrics_page import MergedMetricsPage
 from sidecar.relay.open_requests import OpenRequests
@@ -89,6 +88,7 @@ class Relay:
             concurrency.share_of(settings.max_concurrent, settings.workers, index), max_queued
         )
         self._retries = retry.Retries(self._desk, settings.retry_stalled)
+        self._refusals = image_refusals.Refusals()
         self._directing = engine_pauses.Calls(emit, time.monotonic)
         self._pricing = pricing or Pricing(Estimator(coefficients))
         self._page = MergedMetricsPage(emit)
@@ -108,6 +108,7 @@ class Relay:
                 self._engine_kind = order.engine_kind or self._engine_kind
                 self._desk.on_verdict(order.verdict, time.monotonic())
                 self._pricing.on_load_report(order)
+                self._refusals.report(order)
                 if self._images is not None:
                     self._images.gpu = order.verdict in inline.SETTLED
             case AbortRequests():
@@ -244,13 +245,31 @@ class Relay:
             if opaque
             else request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
         )
-        shape = admission.shape = request_shape.describe(skeleton.payload, admission.route, len(body), skeleton.text)
+        admission.shape = request_shape.describe(skeleton.payload, admission.route, len(body), skeleton.text)
         await self._pricing.charge(admission, skeleton)
-        replaced, image_tokens = await self._prepare(skeleton, admission)
-        self._pricing.admit(admission, image_tokens)
-        return engine_io.BodyPayload(
-            request_body.rebuild(skeleton, replaced, ask_usage=shape.ask_usage), admission.sent
-        )
+        prepared = await self._prepare(skeleton, admission)
+        # 0 tokens: the model's files do not say
+        self._pricing.admit(admission, [image.tokens for image in prepared if image.tokens])
+        return self._pieces(skeleton, prepared, admission)
+
+    def _pieces(
+        self, skeleton: request_body.ParsedBody, prepared: list[inline.Prepared], admission: Admission
+    ) -> engine_io.BodyPayload:
+        """The body to send; with the one as it came, where the engine may refuse what was prepared."""
+        parts = skeleton.images
+        join = partial(request_body.rebuild, skeleton, ask_usage=admission.shape.ask_usage)
+        if not prepared:
+            return engine_io.BodyPayload(join({}), admission.sent)
+        came = all(part.data for part in parts)  # whether the originals are here, also of images behind links
+        if came and self._refusals.passing:  # perhaps since these were prepared
+            return engine_io.BodyPayload(join(inline.originals(parts, prepared)), admission.sent)
+        name = partial(inline.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
+        data = engine_io.BodyPayload(join(inline.replacements(parts, prepared, name)), admission.sent)
+        data.form = inline.form_of(prepared)
+        if came and data.form and self._refusals.tries(data.form, data.size or 0):
+            # the request's time of sending stays that of its first attempt
+            data.original = lambda: engine_io.BodyPayload(join(inline.originals(parts, prepared)), lambda: None)
+        return data
 
     async def _admitted(
         self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
@@ -275,26 +294,39 @@ class Relay:
             passed = self._to_engine(request, id, admission.trace, data.size)
             with closing(await self._send(request, passed, data)) as answer:
                 admission.status = answer.status
-                return await self._answer(request, answer, admission, id)
+                if not await self._refusals.refuses(answer, data):
+                    data.original = None
+                    return await self._answer(request, answer, admission, id)
+            return await self._as_it_came(request, admission, data, id)
 
-    async def _prepare(
-        self, skeleton: request_body.ParsedBody, admission: Admission
-    ) -> tuple[Mapping[int, tuple[str, Data]], list[int]]:
-        """(what is replaced in the body, encoder tokens of each image); nothing where images are off."""
+    async def _as_it_came(
+        self, request: web.BaseRequest, admission: Admission, refused: engine_io.BodyPayload, id: str
+    ) -> web.StreamResponse:
+        """The answer to a request whose prepared images were refused: to the client's own."""
+        assert refused.original is not None
+        data, status = refused.original(), admission.status
+        passed = self._to_engine(request, id, admission.trace, data.size)
+        with closing(await self._send(request, passed, data)) as answer:
+            admission.status = answer.status
+            self._refusals.ended(status, answer)
+            return await self._answer(request, answer, admission, id)
+
+    async def _prepare(self, skeleton: request_body.ParsedBody, admission: Admission) -> list[inline.Prepared]:
+        """What became of each image; nothing where images are off."""
         parts = skeleton.images
         if self._images is None or not parts:
-            return {}, []
+            return []
+        passing = self._refusals.passing
+        shm = not passing and self._shm is not None and self._engine_kind == "vllm" and self._shm()
         started = time.monotonic()
         try:
             prepared = await inline.prepare(
-                self._images, parts, self._desk.emit, admission.id, admission.tenant,
-                shm=self._shm is not None and self._engine_kind == "vllm" and self._shm(), fetch=self._fetch,
+                self._images, parts, self._desk.emit, admission.id, admission.tenant, shm=shm,
+                fetch=self._fetch, passing=passing, keep=self._refusals.tries(inline.SHM if shm else inline.INLINE),
             )  # fmt: skip
         finally:
             admission.image_seconds = time.monotonic() - started
-        name = partial(inline.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
-        replaced = inline.replacements(parts, prepared, name)
-        return replaced, [image.tokens for image in prepared if image.tokens]  # 0: the model's files do not say
+        return prepared
 
     async def _answer(
         self, request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, id: str

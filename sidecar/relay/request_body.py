@@ -68,6 +68,7 @@ class ImagePart:
     data: memoryview
     part: dict[str, Any]
     link: str = ""
+    named: bool = False  # whether `part` has a `uuid` of ours
 
 
 @dataclass(slots=True)

@@ -50,6 +50,7 @@ class EngineMonitor:
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
         self.identity = EngineIdentity()
+        self.processes = 0  # of the engine, as they followed each other
 
     @property
     def kind_name(self) -> str:
@@ -85,6 +86,7 @@ class EngineMonitor:
         """The engine is another process now: it may be of another kind, serve another model, take other canaries."""
         if self.canary is not None:
             self.canary.forget_model()
+        self.processes += 1
         self._another.set()
 
     async def run(self, opened: asyncio.Event) -> None:
@@ -131,6 +133,8 @@ class EngineMonitor:
             await ask(met, self._session, self._settings.engine, IDENTITY_PATHS, self._headers, QUESTION_TIMEOUT_S)
             found = registry.identity(met.pages)
             if found.models:
+                if not found.prepared and self._settings.images != "off":
+                    _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
                 self.identity = found
                 return
             await asyncio.sleep(PROBE_RETRY_S)

@@ -8,6 +8,7 @@ import io
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from PIL import Image
 
 from sidecar.client import Client, Preprocessed, PreprocessError
+from sidecar.engines.registry import NO_PNM
 from sidecar.images.shm_cache import OUT, PREFIXED
+from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from sidecar.tools.synthetic_photos import photo
 
 from ..waiting import PATIENCE
@@ -44,7 +47,8 @@ CONFIG = {
 class Recorder:
     """An engine that keeps what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "vllm") -> None:
+        self.owner = owner
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Any] = []
         self.spans: list[Any] = []
@@ -73,12 +77,13 @@ class Recorder:
         return found
 
     async def models(self, _: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "tiny", "owned_by": "vllm"}]})
+        return web.json_response({"data": [{"id": "tiny", "owned_by": self.owner}]})
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def recorder() -> AsyncIterator[Recorder]:
-    recorder = Recorder()
+@asynccontextmanager
+async def recording(owner: str) -> AsyncIterator[Recorder]:
+    """A Recorder that serves, and says that its models are `owner`'s."""
+    recorder = Recorder(owner)
     app = web.Application(client_max_size=1 << 28)
     app.router.add_post("/v1/chat/completions", recorder.chat)
     app.router.add_post("/v1/completions", recorder.chat)
@@ -90,6 +95,12 @@ async def recorder() -> AsyncIterator[Recorder]:
     recorder.url = "http://{}:{}".format(*runner.addresses[0][:2])
     yield recorder
     await runner.cleanup()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def recorder() -> AsyncIterator[Recorder]:
+    async with recording("vllm") as recorder:
+        yield recorder
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -274,6 +285,50 @@ async def test_an_image_of_an_earlier_turn_comes_from_the_cache(sidecar: Any, re
             await cached() == before
         ):  # facts reach the page within a second; the first result may still be on its way
             await ask(sidecar, body)
+
+
+async def test_an_engine_that_reads_no_pnm_is_served_as_it_came(
+    sidecars: Any, tmp_path: Path, requires: Callable[[str], Path]
+) -> None:
+    """It refuses the first image, which the client never sees; then images pass, until it is another process."""
+    requires("python:torchvision")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CONFIG))
+    async with (
+        ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=1.0)) as engine,
+        sidecars(tmp_path) as start,
+    ):
+        engine.faults.start("no_pnm")
+        sidecar = await start(engine.url, images="inline", model=str(tmp_path), image_workers="1", kill_interval="0")
+        body = chat(data_url(photo(640, 480, 3))) | {"model": "scripted"}
+        for outcome in ("ok", "passed"):
+            assert (await ask(sidecar, body))[0] == 200
+            await sidecar.until_metrics(f'sidecar_images_total{{format="jpeg",outcome="{outcome}"}} 1.0')
+        said = [line for line in sidecar.log if "prepared image" in line]
+        assert len(said) == 1 and "answered 500" in said[0]
+        engine.faults.clear()
+        engine.faults.start("refuse", seconds=1.0)
+        await sidecar.until_changed("starting")
+        await sidecar.until_verdict("idle")
+        async with asyncio.timeout(PATIENCE):
+            while not any("gets prepared images again" in line for line in sidecar.log):
+                await ask(sidecar, body)
+        assert (await ask(sidecar, body | {"max_tokens": 9}))[0] == 200
+        assert sum("prepared image to" in line or "answered 500" in line for line in sidecar.log) == 1
+
+
+async def test_an_engine_that_says_that_it_reads_no_pnm_gets_none(
+    sidecars: Any, tmp_path: Path, requires: Callable[[str], Path]
+) -> None:
+    """With vLLM's Rust front end the engine gets the client's bytes once it has said what it is."""
+    requires("python:torchvision")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(CONFIG))
+    async with recording("vllm-frontend-rs") as recorder, sidecars(tmp_path) as start:
+        sidecar = await start(recorder.url, images="inline", model=str(tmp_path), image_workers="1", engine_kind="vllm")
+        body = chat(data_url(photo(640, 480, 3)))
+        async with asyncio.timeout(PATIENCE):
+            while not recorder.bodies or recorder.bodies[-1] != body:
+                assert (await ask(sidecar, body))[0] == 200
+        assert any(NO_PNM in line for line in sidecar.log)
 
 
 @pytest.mark.parametrize("shm", [False, True], ids=["body", "shm"])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sidecar.errors import BadImage
 from sidecar.images import header_geometry
 from sidecar.images.protocol import PIXELS, RAW, ImageDone, ImageJob, ImageLimits
 from sidecar.images.service import ImageService
@@ -26,7 +27,7 @@ from .published import PUBLISHED
 
 LIMITS = ImageLimits(20 << 20, 50_000_000)
 EXIF = b"Exif\0\0" + bytes(60_000)
-NOBODY = "/nowhere"  # where no image worker listens
+NOWHERE = "/nowhere"  # no image worker listens there
 
 
 def published(name: str) -> ProcessorSpec:
@@ -68,13 +69,13 @@ ACTS = [
 
 @pytest.mark.parametrize(("name", "width", "height", "acts"), ACTS, ids=str)
 async def test_published_limits_decide(name: str, width: int, height: int, acts: bool) -> None:
-    """A photograph at a model's own limits: where it passes nobody is asked, and its tokens are known all the same."""
+    """A photograph at a model's own limits: where it passes no worker is asked, and its tokens are known."""
     spec = published(name)
     geometry = spec.geometry(height, width)
     client = 4 << 20 if (width, height) == (8000, 6000) else 1 << 20
     assert header_geometry.pays(width * height, geometry, client) is acts
     if not acts and width <= 4000:
-        got = await ImageService(NOBODY, Settings(), spec).inline(base64.b64encode(flat(width, height)), "x")
+        got = await ImageService(NOWHERE, Settings(), spec).inline(base64.b64encode(flat(width, height)), "x")
         assert (got.outcome, got.base64, got.media_type, got.stages) == ("passed", None, "", ())
         assert (got.height, got.width, got.tokens, got.format) == (*geometry.size, geometry.tokens, "png")
 
@@ -95,7 +96,7 @@ def test_no_body_grows_beyond_its_bound(height: int, width: int, client: int) ->
 
 async def test_eight_pages_of_one_colour_stay_small() -> None:
     """Files of nothing that are 12 million pixels pass, where they used to become 50 MB each."""
-    images = ImageService(NOBODY, Settings(), published("Qwen2.5-VL"))
+    images = ImageService(NOWHERE, Settings(), published("Qwen2.5-VL"))
     for _ in range(8):
         got = await images.inline(base64.b64encode(flat(4000, 3000)), "x")
         assert (got.outcome, got.bytes_out) == ("passed", 0)
@@ -107,7 +108,7 @@ async def test_a_size_behind_metadata_is_found(is_base64: bool) -> None:
     out = io.BytesIO()
     Image.fromarray(synthetic_photos.pixels(320, 240)).save(out, "JPEG", exif=EXIF)
     data = base64.b64encode(out.getvalue()) if is_base64 else out.getvalue()
-    got = await ImageService(NOBODY, Settings(), published("Qwen2.5-VL")).inline(data, "x", is_base64=is_base64)
+    got = await ImageService(NOWHERE, Settings(), published("Qwen2.5-VL")).inline(data, "x", is_base64=is_base64)
     assert (got.outcome, got.format) == ("passed", "jpeg")
     assert abs(got.bytes_in - len(out.getvalue())) <= 2
 
@@ -146,9 +147,33 @@ def test_what_pays_is_prepared_and_shared_memory_takes_all() -> None:
     assert done.outcome == "ok" and len(payload) == 3 * 560 * 280
 
 
+@pytest.mark.parametrize(
+    ("data", "is_base64", "format", "tokens"),
+    [
+        (base64.b64encode(synthetic_photos.photo(560, 280)), True, "jpeg", 200),
+        (synthetic_photos.photo(560, 280), False, "jpeg", 200),
+        (base64.b64encode(b"no image"), True, "unknown", 0),
+        (b"!!!!", True, "unknown", 0),
+        (b"\0\0\0 ftypavif" + bytes(40), False, "heif", 0),
+        (jpegs.jpeg(21, 0, [(1, 1)]), False, "jpeg", 0),
+    ],
+    ids=["text", "bytes", "no image", "no base64", "engine's own", "no height"],
+)
+def test_any_image_can_pass(data: bytes, is_base64: bool, format: str, tokens: int) -> None:
+    """For an engine that takes no prepared ones: the header's tokens where it tells them, and no error of ours."""
+    got = ImageService(NOWHERE, Settings(), published("Qwen2.5-VL")).passed(data, "x", is_base64)
+    assert (got.outcome, got.format, got.tokens, got.base64, got.url) == ("passed", format, tokens, None, "")
+
+
+def test_fetched_bytes_that_are_no_image_do_not_pass() -> None:
+    """They would need a media type: the client learns that its link leads to no image."""
+    with pytest.raises(BadImage, match="no known format"):
+        ImageService(NOWHERE, Settings(), published("Qwen2.5-VL")).passed(b"<html>", "x", False)
+
+
 @pytest.mark.parametrize(("width", "height", "limit"), [(300, 200, "image_max_pixels"), (64, 48, "image_max_bytes")])
 async def test_limits_hold_for_what_passes(width: int, height: int, limit: str) -> None:
     """An image over a limit is not passed by its header: the worker, who refuses it, is asked."""
     chosen = Settings(image_seconds=0.1, **{limit: 100})
-    images = ImageService(NOBODY, chosen, published("Qwen2.5-VL"))
+    images = ImageService(NOWHERE, chosen, published("Qwen2.5-VL"))
     assert images._unpaid(base64.b64encode(synthetic_photos.photo(width, height)), True) is None

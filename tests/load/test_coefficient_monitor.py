@@ -206,6 +206,22 @@ def test_the_name_of_an_engine_and_its_settings_are_read() -> None:
     assert identity(dict.fromkeys(pages, b"[]")) == EngineIdentity()
 
 
+@pytest.mark.parametrize(
+    ("path", "page", "prepared"),
+    [
+        ("/v1/models", b'{"data": [{"id": "m", "owned_by": "vllm-frontend-rs"}]}', False),
+        ("/version", b'{"version": "0.33.0", "rust_frontend_version": "0.33.0"}', False),
+        ("/v1/models", b'{"data": [{"id": "m", "owned_by": "vllm"}]}', True),
+        ("/version", b'{"version": "0.33.0"}', True),
+        ("/version", b'"rust_frontend_version"', True),
+    ],
+    ids=str,
+)
+def test_a_front_end_that_reads_no_pnm_is_known(path: str, page: bytes, prepared: bool) -> None:
+    """vLLM's Rust front end says what it is in its model list and in its version: either is enough."""
+    assert identity({path: page}).prepared is prepared
+
+
 # --- windows, from facts ---
 
 

@@ -48,6 +48,11 @@ class Workers:
                 return Prepared(None)
         return Prepared(b"Qk0=")
 
+    def passed(self, data: memoryview, where: str, is_base64: bool = True) -> Prepared:
+        came = Prepared(None)
+        came.outcome = "passed"
+        return came
+
     def relink(self, request: str) -> bool:
         return self.lies_again
 

@@ -105,6 +105,19 @@ async def test_an_engine_is_recognised_anew_after_a_restart(meet: Callable[..., 
         assert engine.bodies["/v1/completions"][-1]["model"] == "tgi"
 
 
+async def test_a_front_end_that_reads_no_pnm_is_known_until_it_is_another(meet: Callable[..., Any]) -> None:
+    """What vLLM's Rust front end says of itself holds for its process; each process is counted."""
+    async with shown("vllm") as engine:
+        engine.answers["/version"] = said(version="0.33.0", rust_frontend_version="0.33.0")
+        contact = await meet(engine)
+        await until(lambda: not contact.identity.prepared)
+        assert contact.kind_name == "vllm" and contact.processes == 0
+        engine.answers["/version"] = said(version="0.33.0")
+        contact.engine_restarted()
+        await until(lambda: contact.identity.prepared)
+        assert contact.processes == 1
+
+
 async def test_a_chosen_kind_is_kept(meet: Callable[..., Any]) -> None:
     """--engine-kind is not overruled, by a restart neither."""
     async with shown("vllm") as engine:

@@ -302,6 +302,16 @@ async def error_500(client: Client) -> None:
     assert (await client.json("/health"))[0] == 200
 
 
+async def no_pnm(client: Client) -> None:
+    client.engine.faults.start("no_pnm")
+    for media_type, wanted in (("image/x-portable-pixmap", 500), ("image/png", 200)):
+        part = {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,AAAA"}}
+        asked = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
+        status, answer = await client.json("/v1/chat/completions", asked)
+        assert status == wanted
+        assert status == 200 or "Pnm" in answer["error"]["message"]
+
+
 async def garbage_metrics(client: Client) -> None:
     client.engine.faults.start("garbage_metrics")
     async with client.session.get("/metrics") as response:
@@ -343,8 +353,8 @@ CHECKS: dict[str, Check] = {
     for check in (
         freeze, freeze_busy, gpu_fault, freeze_admission, oversized_head, kv_deadlock, livelock, one_rank, freeze_decode, transfer_stuck,
         stuck_near_limit, start_hang, core_dead, api_block, first_chunk_then_silence, one_stream, wedge_on_abort,
-        hang_after_idle, slow, gibberish, slow_health, long_prefill, jit, serial_http, sleep, pause, weight_update, profile, error_500, garbage_metrics,
-        no_metrics, crash, refuse,
+        hang_after_idle, slow, gibberish, slow_health, long_prefill, jit, serial_http, sleep, pause, weight_update, profile, error_500,
+        no_pnm, garbage_metrics, no_metrics, crash, refuse,
     )
 }  # fmt: skip
 OPTIONS = {"one_rank": {"data_parallel": 2}}

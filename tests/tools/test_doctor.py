@@ -15,6 +15,7 @@ from aiohttp import web
 
 from sidecar import __main__
 from sidecar.settings import Settings
+from sidecar.signals.identify import ProbeAnswers
 from sidecar.tools.doctor import engine as engine_checks
 from sidecar.tools.doctor import machine
 from sidecar.tools.doctor.finding import DoctorFinding
@@ -67,6 +68,22 @@ async def servers() -> AsyncIterator[list[web.AppRunner]]:
         await runner.cleanup()
 
 
+@pytest.mark.parametrize(
+    ("chosen", "page", "level"),
+    [
+        ("auto", {"version": "0.33.0", "rust_frontend_version": "0.33.0"}, "warn"),
+        ("auto", {"version": "0.33.0"}, "ok"),
+        ("off", {"version": "0.33.0", "rust_frontend_version": "0.33.0"}, "absent"),
+    ],
+    ids=str,
+)
+def test_an_engine_that_takes_no_prepared_images_is_said(chosen: str, page: dict[str, str], level: str) -> None:
+    """Images pass with vLLM's Rust front end, and what to do is said; with others nothing speaks against them."""
+    met = ProbeAnswers({"/version": json.dumps(page).encode()})
+    found = engine_checks.prepared(Settings(images=chosen), met)
+    assert found.level == level and bool(found.remedy) == (level == "warn")
+
+
 async def test_a_whole_world_has_nothing_to_mend(engine: ScriptedEngine, tmp_path: Path) -> None:
     """Beside a serving engine, with a writable directory and free ports, no finding is a `fail`, and all are there."""
     any_port = ("127.0.0.1", 0)
@@ -74,7 +91,8 @@ async def test_a_whole_world_has_nothing_to_mend(engine: ScriptedEngine, tmp_pat
     findings = await examine(chosen)
     assert [f for f in findings if f.level == "fail"] == []
     assert {f.name for f in findings} == {
-        "engine", "engine-kind", "engine-metrics", "canary", "engine-rest", "images-shm", "engine-threads", *CHECKS,
+        "engine", "engine-kind", "engine-metrics", "canary", "engine-rest", "images-shm", "images-engine",
+        "engine-threads", *CHECKS,
     }  # fmt: skip
     assert not (tmp_path / "state").exists(), "a check leaves nothing behind"
 

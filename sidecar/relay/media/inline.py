@@ -52,6 +52,10 @@ MAX_IMAGES: Final = 16
 SETTLED: Final = ("idle", "progressing", "quiet", "suspect")
 
 
+INLINE: Final = "inline"
+SHM: Final = "shm"
+
+
 class ImageWork(Protocol):
     """The image workers, as a relay sees them."""
 
@@ -59,6 +63,9 @@ class ImageWork(Protocol):
 
     async def inline(self, data: Data, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
         """Prepare one image from its base64 text, or from its bytes. Raises BadImage or ImagesBusy."""
+
+    def passed(self, data: Data, where: str, is_base64: bool = True) -> Prepared:
+        """An image that goes on as it came, by its header. Raises BadImage where its bytes are no known image."""
 
     def relink(self, request: str) -> bool:
         """Hand over once more what an engine may have read already. False where that cannot be."""
@@ -76,10 +83,17 @@ async def prepare(
     *,
     shm: bool = False,
     fetch: Fetch | None = None,
+    passing: bool = False,
+    keep: bool = False,
 ) -> list[Prepared]:
-    """All images of `tenant`'s request `id`, in order; `shm`: handed over in shared memory; `fetch`: for those behind links. Raises BadImage or ImagesBusy; the other images are then given up."""
-    check_count(len(parts))
-    one = partial(_one, images, emit, id, tenant, shm, fetch)
+    """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy; the others are then given up.
+
+    `shm`: handed over in shared memory; `fetch`: for those behind links; `passing`: none is prepared, they are only
+    fetched and counted; `keep`: what was fetched is kept for `originals`.
+    """
+    if not passing:
+        check_count(len(parts))
+    one = partial(_one, images, emit, id, tenant, shm, fetch, passing, keep)
     if len(parts) == 1:  # the usual request needs no task
         return [await one(parts[0])]
     try:
@@ -111,9 +125,29 @@ def replacements(
             continue
         else:
             continue
-        if name is not None:
-            part.part.setdefault("uuid", name(image.content_hash))
+        if name is not None and "uuid" not in part.part:
+            part.part["uuid"], part.named = name(image.content_hash), True
     return replaced
+
+
+def form_of(prepared: list[Prepared]) -> str:
+    """In which form the images of a request were prepared: INLINE or SHM; "" where all pass."""
+    if any(image.url for image in prepared):
+        return SHM
+    return INLINE if any(image.base64 is not None for image in prepared) else ""
+
+
+def originals(parts: list[ImagePart], prepared: list[Prepared]) -> dict[int, tuple[str, Data]]:
+    """What takes the place of which original so that all images are as they came: those behind links, as kept.
+
+    The names that `replacements` gave are taken back.
+    """
+    for part in parts:
+        if part.named:
+            del part.part["uuid"]
+            part.named = False
+    pairs = zip(parts, prepared, strict=True)
+    return {part.index: (f"image/{image.format}", part.data) for part, image in pairs if part.link}
 
 
 def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
@@ -129,6 +163,8 @@ async def _one(
     tenant: str,
     shm: bool,
     fetch: Fetch | None,
+    passing: bool,
+    keep: bool,
     part: ImagePart,
 ) -> Prepared:
     started = time.monotonic()
@@ -138,7 +174,11 @@ async def _one(
         if part.link and fetch is not None:
             data = await fetch(part.link, part.where)
             fetched = (("fetch", time.monotonic() - started),)
-        image = await images.inline(data, part.where, tenant, id if shm else "", not part.link)
+        image = (
+            images.passed(data, part.where, not part.link)
+            if passing
+            else await images.inline(data, part.where, tenant, id if shm else "", not part.link)
+        )
     except RequestError as e:
         now = time.monotonic()
         outcome = "rejected" if isinstance(e, BadImage) else "failed"
@@ -156,7 +196,7 @@ async def _one(
             image.bytes_out,
         )
     )
-    if part.link and image.outcome == "passed":
+    if part.link and (keep or image.outcome == "passed"):
         part.data = memoryview(await asyncio.to_thread(base64.b64encode, data))
     return image
 

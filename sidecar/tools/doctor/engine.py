@@ -43,6 +43,8 @@ async def check(chosen: Settings) -> list[DoctorFinding]:
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
         found.append(await _rest(session, chosen, kind))
         found.append(shared_memory(chosen, name))
+        await ask(met, session, chosen.engine, ("/version",), headers, ANSWER)
+        found.append(prepared(chosen, met))
     return [*found, threads(chosen.engine)]
 
 
@@ -151,6 +153,18 @@ def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
     if seen.why:
         return DoctorFinding("images-shm", "warn", f"images go inline: {SHM_DIR}: {seen.why}", vllm_plugin.REMEDY)
     return DoctorFinding("images-shm", "ok", f"vLLM reads {SHM_DIR} with plugin {seen.version}")
+
+
+def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
+    """Whether the engine takes prepared images, as far as it says; an engine that refuses one gets the original."""
+    if chosen.images == "off":
+        return DoctorFinding("images-engine", "absent", "not used with --images off")
+    if not registry.identity(met.pages).prepared:
+        remedy = "serve with vLLM's Python front end (without VLLM_USE_RUST_FRONTEND), or --images off"
+        return DoctorFinding("images-engine", "warn", registry.NO_PNM, remedy)
+    return DoctorFinding(
+        "images-engine", "ok", "it says nothing against prepared images; one that it refuses goes on as it came"
+    )
 
 
 def threads(engine: str) -> DoctorFinding:

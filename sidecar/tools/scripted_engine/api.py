@@ -32,6 +32,7 @@ MAX_BODY = 256 << 20
 MAX_IMAGE_SECONDS = 60.0  # bound of the imitated preprocessing of one request
 DEAD = RequestRefused(500, "InternalServerError", "EngineCore encountered an issue.")
 LOADING = RequestRefused(503, "ServiceUnavailableError", "The engine is starting.")
+NO_PNM = RequestRefused(500, "InternalServerError", "The image format Pnm is not supported")
 FULL = RequestRefused(503, "ServiceUnavailableError", "The waiting queue is full.")
 
 
@@ -145,7 +146,10 @@ class EngineApi:
         if how.error:
             raise DEAD
         capacity = None if how.oversized else parts.capacity
-        ask = read(route, await request.read(), parts.model, parts.seed, capacity)
+        body = await request.read()
+        if not how.pnm and b"data:image/x-portable-" in body:
+            raise NO_PNM
+        ask = read(route, body, parts.model, parts.seed, capacity)
         seconds = min(ask.pixels * parts.image_seconds_per_pixel, MAX_IMAGE_SECONDS)
         if seconds:
             await asyncio.get_running_loop().run_in_executor(parts.preprocessor, time.sleep, seconds)

@@ -34,6 +34,7 @@ class Behaviour:
     serial: bool = False  # one HTTP request at a time, inference included
     max_pieces: int | None = None  # pieces of a stream that reach its client
     error: int = 0  # status of every completion; 0: none
+    pnm: bool = True  # whether it decodes an image in PNM, in which prepared ones come
     health_status: int = 200
     health_delay: float = 0.0
     metrics: str = "page"  # "page", "garbage", "none"

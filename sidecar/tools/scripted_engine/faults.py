@@ -91,6 +91,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "weight_update": Fault("weights are being replaced (POST /update_weights): the core waits for it", _frozen(), alarms=(16,)),
     "profile": Fault("a profiler stops the world (POST /start_profile, /stop_profile)", _frozen(), alarms=(10,)),
     "error_500": Fault("every completion fails with 500", {"error": 500}),
+    "no_pnm": Fault("an image in PNM is refused with 500, as vLLM's Rust front end refuses it", {"pnm": False}),
     "garbage_metrics": Fault("/metrics answers 200 with garbage", {"metrics": "garbage"}),
     "no_metrics": Fault("/metrics answers 404", {"metrics": "none"}),
     "crash": Fault("the process exits with code 1 at once", {"exit_code": 1}),
