@@ -282,7 +282,7 @@ async def test_a_duty_that_breaks_is_begun_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A defect in what reports to control costs a second, not the sight of everything that the relay does; its text is not logged."""
-    monkeypatch.setattr(process, "PULSE", 0.01)
+    monkeypatch.setattr(process, "HEARTBEAT_INTERVAL_S", 0.01)
     runs: list[int] = []
 
     async def duty() -> None:

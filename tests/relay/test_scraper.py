@@ -77,7 +77,7 @@ async def test_an_old_page_is_asked_for_again(r: Any, monkeypatch: pytest.Monkey
     async with wire(r) as w:
         await w.scrape()
         assert not r.facts.of(MetricsPageRequested)
-        monkeypatch.setattr(metrics_page, "FRESH", -1.0)
+        monkeypatch.setattr(metrics_page, "PAGE_FRESH_S", -1.0)
         w.writer.write(SCRAPE)
         await r.facts.wait(MetricsPageRequested)
         r.relay.on_command(MetricsPage(0.0, "b 2\n"))

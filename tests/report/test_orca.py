@@ -290,7 +290,7 @@ async def test_a_load_that_grew_old_is_not_sent(control: Control, monkeypatch: p
     control.publish(0.5)
     async with asyncio.timeout(PATIENCE):
         await latest.get()
-        monkeypatch.setattr(orca_server, "STALE", -1.0)
+        monkeypatch.setattr(orca_server, "REPORT_STALE_S", -1.0)
         getting = asyncio.create_task(latest.get())
         await asyncio.wait((getting,), timeout=0.1)
         assert not getting.done()

@@ -43,7 +43,7 @@ async def meet() -> AsyncIterator[Callable[..., Any]]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rests between attempts."""
-    monkeypatch.setattr(engine_monitor, "RETRY", 0.01)
+    monkeypatch.setattr(engine_monitor, "PROBE_RETRY_S", 0.01)
 
 
 async def until(holds: Callable[[], bool]) -> None:

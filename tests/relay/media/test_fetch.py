@@ -227,7 +227,7 @@ async def test_slow_servers_and_full_places(
 ) -> None:
     """A fetch ends with its time; one that found no place in that time is told to come again."""
     site, port = pictures_web
-    monkeypatch.setattr(fetching, "AT_ONCE", 1)
+    monkeypatch.setattr(fetching, "MAX_CONCURRENT_FETCHES", 1)
     fetcher = make(seconds=0.3)
     first = asyncio.create_task(fails(fetcher, f"http://img.test:{port}/slow"))
     await site.met.wait()
