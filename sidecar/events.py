@@ -54,14 +54,14 @@ class Trace:
 
 # --- facts: relay -> control ---
 
-TAIL_AT: Final = (1, 2, 4, 8)  # times the expected output, at which an estimate says what is still to come
+TAIL_MULTIPLES: Final = (1, 2, 4, 8)  # times the expected output, at which an estimate says what is still to come
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A request was admitted and holds `mu` until it is settled. `expected` is the estimate the hold was priced with.
 
-    `tail`: output tokens that are still to come once TAIL_AT times the expected ones have come; empty where nothing is known of that.
+    `tail`: output tokens that are still to come once TAIL_MULTIPLES times the expected ones have come; empty where nothing is known of that.
     """
 
     id: str

@@ -12,7 +12,7 @@ from sidecar.events import Trace
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
 _SAMPLED = 0x01
-MAX_STATE = 512  # characters of `tracestate` that a vendor must at least propagate
+MAX_TRACESTATE_CHARS = 512  # characters of `tracestate` that a vendor must at least propagate
 _KEY = r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
 _VALUE = r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 _MEMBER = re.compile(f"{_KEY}={_VALUE}", re.ASCII)
@@ -50,7 +50,7 @@ def format_traceparent(trace: Trace) -> str:
 
 def _valid_state(state: str) -> str:
     """`state`, or "" where a library that reads it would complain, with the client's text in its log line."""
-    members = [member.strip(" \t") for member in state.split(",")] if len(state) <= MAX_STATE else [""]
+    members = [member.strip(" \t") for member in state.split(",")] if len(state) <= MAX_TRACESTATE_CHARS else [""]
     return state if all(_MEMBER.fullmatch(member) for member in members) else ""
 
 

@@ -14,17 +14,19 @@ from typing import Final
 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.drift import Drift, DriftState, mismatch
+from sidecar.load.drift import Drift, DriftState, find_mismatch
 from sidecar.load.ledger import AdmissionHold, Settlement
 from sidecar.load.refit import Refit, RefitResult
 from sidecar.load.work_windows import WorkWindows
 from sidecar.readings import EngineIdentity
 from sidecar.snapshot import PriceUse, ShadowUse
 
-UNMEASURED: Final = 1.0  # margin of a roofline: REACHED and READ are half and 70 %, engines differ by a factor of two
-UNSAID: Final = 0.25  # of a file that does not say its P90 error: what calibration aims at
-MIN_JUDGED_WINDOWS: Final = 0.1
-STALE_PATIENCE: Final = 2.0  # times the margin
+UNMEASURED_MARGIN: Final = (
+    1.0  # margin of a roofline: REACHED and READ are half and 70 %, engines differ by a factor of two
+)
+DEFAULT_MEASURED_MARGIN: Final = 0.25  # of a file that does not say its P90 error: what calibration aims at
+MIN_MARGIN: Final = 0.1
+STALE_MARGIN_FACTOR: Final = 2.0  # times the margin
 
 
 class CoefficientMonitor:
@@ -38,12 +40,12 @@ class CoefficientMonitor:
         self._windows = WorkWindows(co, now)
         self._prices = _prices(co)
 
-    def settled(self, s: Settlement) -> None:
+    def settled(self, settlement: Settlement) -> None:
         """A request ended."""
-        self.drift.caching |= s.settled.usage is not None and s.settled.usage.cached_tokens > 0
-        self._windows.settled(s)
+        self.drift.caching |= settlement.settled.usage is not None and settlement.settled.usage.cached_tokens > 0
+        self._windows.settled(settlement)
 
-    def tick(self, holds: Iterable[AdmissionHold], now: float, seen: EngineIdentity, *, trusted: bool) -> None:
+    def tick(self, holds: Iterable[AdmissionHold], now: float, identity: EngineIdentity, *, trusted: bool) -> None:
         """Judge what ended by now. `trusted`: the engine works as usual, for nobody but us, and we are well."""
         if not trusted:
             self._windows.spoil(now)
@@ -51,17 +53,21 @@ class CoefficientMonitor:
             self.refit.add(window)
             if cost_model.is_measured(self.co):
                 self.drift.add(window)
-        self.stale = self._stale(seen)
+        self.stale = self._stale_reason(identity)
 
-    def restore(self, memory: DriftState) -> None:
+    def restore(self, state: DriftState) -> None:
         """Know what an earlier process of ours knew."""
-        self.drift.memory = memory
+        self.drift.memory = state
 
     @property
     def margin(self) -> float:
         """How far off a price may be, as a share of it."""
-        usual = max(self.co.p90 or UNSAID, MIN_JUDGED_WINDOWS) if cost_model.is_measured(self.co) else UNMEASURED
-        return usual * (STALE_PATIENCE if self.stale else 1.0)
+        usual = (
+            max(self.co.p90 or DEFAULT_MEASURED_MARGIN, MIN_MARGIN)
+            if cost_model.is_measured(self.co)
+            else UNMEASURED_MARGIN
+        )
+        return usual * (STALE_MARGIN_FACTOR if self.stale else 1.0)
 
     def shadow(self) -> Coefficients | None:
         """The re-fit as coefficients of their own, for whoever wants to use them; None while there is too little work."""
@@ -69,10 +75,10 @@ class CoefficientMonitor:
         if shadow is None:
             return None
         text = repr([(name, getattr(shadow.co, name)) for name in cost_model.TERMS])
-        print_ = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        fingerprint = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         error = round(math.expm1(shadow.error), 4)  # of windows, where a calibration has one of shapes
         return replace(
-            shadow.co, fingerprint=print_, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
+            shadow.co, fingerprint=fingerprint, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
         )
 
     def use(self) -> PriceUse:
@@ -82,13 +88,13 @@ class CoefficientMonitor:
             shadow=_shadow(self.refit.shadow()), **self._prices,
         )  # fmt: skip
 
-    def _stale(self, seen: EngineIdentity) -> str:
+    def _stale_reason(self, identity: EngineIdentity) -> str:
         if not cost_model.is_measured(self.co):
             return ""
         slower = self.drift.memory.stale
-        if slower and seen.slowdowns:
-            slower += f"; a GPU's clocks are held down ({', '.join(seen.slowdowns)})"
-        return mismatch(self.co, seen) or slower
+        if slower and identity.slowdowns:
+            slower += f"; a GPU's clocks are held down ({', '.join(identity.slowdowns)})"
+        return find_mismatch(self.co, identity) or slower
 
 
 def _prices(co: Coefficients) -> dict[str, tuple[tuple[str, float], ...]]:

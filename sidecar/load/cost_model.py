@@ -20,7 +20,7 @@ from sidecar.events import RequestSize, Usage
 
 REFERENCE = RequestSize(uncached=3500, output=300)
 TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q")
-VERSION: Final = 2  # of a coefficients file. 1, which had no number, had no q: it was measured without
+FILE_VERSION: Final = 2  # of a coefficients file. 1, which had no number, had no q: it was measured without
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,10 @@ def features(work: RequestSize, co: Coefficients) -> tuple[float, ...]:
     u, c, o = work.uncached, work.cached, work.output
     encoded = work.image_tokens + co.audio * work.audio_tokens + co.video * work.video_tokens
     items = work.images + work.audios + work.videos
-    return 1.0, u, context(c, u, co), o, context(u + c, o, co), encoded, items, work.image_squares
+    return 1.0, u, attended_tokens(c, u, co), o, attended_tokens(u + c, o, co), encoded, items, work.image_squares
 
 
-def context(before: float, tokens: float, co: Coefficients) -> float:
+def attended_tokens(before: float, tokens: float, co: Coefficients) -> float:
     """Tokens that each of `tokens` new ones sees before it, summed; `before` lie before the first."""
     whole = tokens * (before + tokens / 2)
     if co.windowed <= 0 or before + tokens <= co.window:
@@ -116,9 +116,9 @@ def context(before: float, tokens: float, co: Coefficients) -> float:
     return (1 - co.windowed) * whole + co.windowed * seen
 
 
-def generated_ms(before: int, tokens: int, co: Coefficients) -> float:
+def decode_ms(before: int, tokens: int, co: Coefficients) -> float:
     """GPU milliseconds of `tokens` of output, of a prompt of `before` tokens."""
-    return co.d * tokens + co.f * context(before, tokens, co)
+    return co.d * tokens + co.f * attended_tokens(before, tokens, co)
 
 
 def gpu_ms(work: RequestSize, co: Coefficients) -> float:
@@ -175,10 +175,10 @@ def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: i
     cached = min(usage.cached_tokens, usage.prompt_tokens)
     uncached = usage.prompt_tokens - cached
     work = replace(expected, uncached=uncached, cached=cached, output=usage.completion_tokens)
-    return _encoded(work) if cached else work
+    return _without_cached_media(work) if cached else work
 
 
-def _encoded(work: RequestSize) -> RequestSize:
+def _without_cached_media(work: RequestSize) -> RequestSize:
     """Less what no encoder did: what it made is part of the prompt, and what is more than `uncached` was cached."""
     tokens = work.image_tokens + work.audio_tokens + work.video_tokens
     if tokens <= work.uncached:
@@ -189,18 +189,18 @@ def _encoded(work: RequestSize) -> RequestSize:
 
 def to_json(co: Coefficients) -> str:
     """The coefficients as the text of a coefficients file."""
-    return json.dumps({"version": VERSION, **asdict(co)}, indent=1)
+    return json.dumps({"version": FILE_VERSION, **asdict(co)}, indent=1)
 
 
 def from_json(text: str, name: str = "coefficients") -> Coefficients:
     """Read a coefficients file. Raises UsageError with one line when a key is unknown or a number is not one."""
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UsageError(f"{name}: not JSON (line {e.lineno})") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{name}: not JSON (line {error.lineno})") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: expected a JSON object of coefficients")
-    raw, measured_without = _of_version(raw, name)
+    raw, measured_without = _migrate(raw, name)
     known = {f.name: f.type for f in fields(Coefficients)}
     for key, value in raw.items():
         if key not in known:
@@ -219,9 +219,11 @@ def from_json(text: str, name: str = "coefficients") -> Coefficients:
     return co
 
 
-def _of_version(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, float]]:
+def _migrate(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, float]]:
     """A file's keys but its version, and the terms that its version did not have. Raises UsageError."""
     version = raw.get("version", 1)
-    if version not in range(1, VERSION + 1) or isinstance(version, bool):
-        raise UsageError(f"{name}: version {version!r} is not known here, the latest is {VERSION}; calibrate again")
+    if version not in range(1, FILE_VERSION + 1) or isinstance(version, bool):
+        raise UsageError(
+            f"{name}: version {version!r} is not known here, the latest is {FILE_VERSION}; calibrate again"
+        )
     return {key: value for key, value in raw.items() if key != "version"}, {"q": 0.0} if version < 2 else {}

@@ -7,7 +7,7 @@ Two-sided CUSUM (Page 1954) on the log of measured over predicted time of a wind
 Rules: what counts is what is over `slack`, the larger of SLACK, of the coefficients' own P90 error and of this engine's usual scatter.
 Unless the engine says what of a prompt it had cached, to be faster than the coefficients says nothing, and to be so no longer neither.
 While in doubt nothing is learned; what is stale is well
-again after CALM windows within the slack. A load of a new kind is judged by a line through those that are known, if it is near to them
+again after RECOVERY_WINDOWS windows within the slack. A load of a new kind is judged by a line through those that are known, if it is near to them
 (a slower engine has more open, so that its load is soon of a new kind); else it is learned.
 """
 
@@ -20,27 +20,27 @@ from typing import Final
 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.gpu_specs import find
-from sidecar.load.work_windows import STEP, TERMS, WorkWindow
+from sidecar.load.gpu_specs import find_gpu
+from sidecar.load.work_windows import STEP_INDEX, WINDOW_TERMS, WorkWindow
 from sidecar.readings import EngineIdentity
 
 CUSUM_SLACK: Final = 0.2  # of a log: 22 % slower or faster is nothing
 CUSUM_LIMIT: Final = 9.0  # times the slack: the sum at which it is an alarm
 MAX_RESIDUAL: Final = 1.0  # of a log; no single window is an alarm
-LEARN: Final = 8  # windows of a kind of load before a change can be told in it
-BASELINE_WINDOWS: Final = 200  # windows that a kind of load remembers
-MAX_CUSUM: Final = 1e12  # milliseconds of a window, before it is no measurement
-NORMAL: Final = 1.25  # deviation of a normal distribution, in mean distances from its middle
-CALM: Final = 20
-KINDS: Final = 200  # kinds of load kept
+MIN_BASELINE_WINDOWS: Final = 8  # windows of a kind of load before a change can be told in it
+MAX_BASELINE_WINDOWS: Final = 200  # windows that a kind of load remembers
+MAX_WINDOW_MS: Final = 1e12  # milliseconds of a window, before it is no measurement
+DEVIATION_PER_MEAN_DISTANCE: Final = 1.25  # deviation of a normal distribution, in mean distances from its middle
+RECOVERY_WINDOWS: Final = 20
+MAX_LOAD_KINDS: Final = 200  # kinds of load kept
 EXTRAPOLATION_STEPS: Final = (
     2  # steps of `together` that the line is believed beyond what is known; one, where there is no line
 )
-STEEPEST: Final = math.log(2) / 2  # of that line, per step: were nothing of d paid per step
+MAX_SLOPE_PER_STEP: Final = math.log(2) / 2  # of that line, per step: were nothing of d paid per step
 
-CAPACITY: Final = ("gpu_memory_utilization",)  # settings that change how much is held, not what it costs
+CAPACITY_FLAGS: Final = ("gpu_memory_utilization",)  # settings that change how much is held, not what it costs
 
-Kind = tuple[int, int]  # how many decode together, in steps of the square root of two; the third of prefill
+LoadKind = tuple[int, int]  # how many decode together, in steps of the square root of two; the third of prefill
 
 
 @dataclass(slots=True)
@@ -89,19 +89,19 @@ class Drift:
 
     def add(self, window: WorkWindow) -> None:
         """Judge one window."""
-        low, high, middle = prediction(window, self.co)
-        if not (all(0 < ms < MAX_CUSUM for ms in (low, high, window.ms)) and 1 <= window.together < MAX_CUSUM):
+        low, high, middle = predict_range(window, self.co)
+        if not (all(0 < ms < MAX_WINDOW_MS for ms in (low, high, window.ms)) and 1 <= window.together < MAX_WINDOW_MS):
             return
-        m, slack = self.memory, self.slack
-        m.seen += 1
-        m.misfit.add(outside(window.ms, low, high), slack)
-        load, residual = kind(window, self.co), math.log(window.ms / middle)
-        usual = expected(m.usual, load)
+        state, slack = self.memory, self.slack
+        state.seen += 1
+        state.misfit.add(log_excess(window.ms, low, high), slack)
+        load, residual = load_kind(window, self.co), math.log(window.ms / middle)
+        usual = expected_residual(state.usual, load)
         if usual is not None:
-            m.change.add(residual - (usual if self.caching else max(usual, 0.0)), slack)
+            state.change.add(residual - (usual if self.caching else max(usual, 0.0)), slack)
         if not self.caching:
-            m.misfit.under = m.change.under = 0.0
-        if not self._doubt() and not m.stale:
+            state.misfit.under = state.change.under = 0.0
+        if not self._is_doubtful() and not state.stale:
             self._learn(load, residual, usual)
         self._judge()
 
@@ -110,68 +110,76 @@ class Drift:
         """Of a log residual: what says nothing."""
         return max(CUSUM_SLACK, math.log1p(self.co.p90), self.memory.scatter)
 
-    def _doubt(self) -> bool:
+    def _is_doubtful(self) -> bool:
         limit = CUSUM_LIMIT * self.slack / 2
         return any(s > limit for sums in (self.memory.misfit, self.memory.change) for s in (sums.over, sums.under))
 
-    def _learn(self, load: Kind, residual: float, usual: float | None) -> None:
-        m = self.memory
-        own = m.usual.setdefault(name(load), Baseline())
+    def _learn(self, load: LoadKind, residual: float, usual: float | None) -> None:
+        state = self.memory
+        own = state.usual.setdefault(baseline_key(load), Baseline())
         if usual is not None:
-            if own.windows < LEARN and abs(residual - usual) > self.slack:
+            if own.windows < MIN_BASELINE_WINDOWS and abs(residual - usual) > self.slack:
                 return
             off = min(abs(residual - usual), MAX_RESIDUAL)
-            m.scatter += 0.02 * (NORMAL * off - m.scatter)
-        own.windows = min(own.windows + 1, BASELINE_WINDOWS)
+            state.scatter += 0.02 * (DEVIATION_PER_MEAN_DISTANCE * off - state.scatter)
+        own.windows = min(own.windows + 1, MAX_BASELINE_WINDOWS)
         own.mean += (residual - own.mean) / own.windows
-        while len(m.usual) > KINDS:
-            del m.usual[next(iter(m.usual))]
+        while len(state.usual) > MAX_LOAD_KINDS:
+            del state.usual[next(iter(state.usual))]
 
     def _judge(self) -> None:
-        m, limit = self.memory, CUSUM_LIMIT * self.slack
-        slower, faster = max(m.misfit.over, m.change.over), max(m.misfit.under, m.change.under)
-        if m.stale and min(m.misfit.calm, m.change.calm if m.change.over + m.change.under else CALM) >= CALM:
-            m.stale, m.misfit, m.change = "", Cusum(), Cusum()
-        elif not m.stale and max(slower, faster) > limit:
+        state, limit = self.memory, CUSUM_LIMIT * self.slack
+        slower, faster = max(state.misfit.over, state.change.over), max(state.misfit.under, state.change.under)
+        if (
+            state.stale
+            and min(
+                state.misfit.calm, state.change.calm if state.change.over + state.change.under else RECOVERY_WINDOWS
+            )
+            >= RECOVERY_WINDOWS
+        ):
+            state.stale, state.misfit, state.change = "", Cusum(), Cusum()
+        elif not state.stale and max(slower, faster) > limit:
             how = "longer" if slower >= faster else "shorter"
-            against = "than it used to" if max(m.change.over, m.change.under) > limit else "than its coefficients say"
-            m.stale = f"the engine takes {how} {against}"
+            against = (
+                "than it used to" if max(state.change.over, state.change.under) > limit else "than its coefficients say"
+            )
+            state.stale = f"the engine takes {how} {against}"
 
 
-def prediction(window: WorkWindow, co: Coefficients) -> tuple[float, float, float]:
+def predict_range(window: WorkWindow, co: Coefficients) -> tuple[float, float, float]:
     """Milliseconds of a window: least and most that d allows, and were all of it paid per step."""
-    work = dict(zip(TERMS, window.work, strict=True))
+    work = dict(zip(WINDOW_TERMS, window.work, strict=True))
     rest = sum(getattr(co, name) * work[name] for name in cost_model.TERMS if name != "d")
     per_token, per_step = co.d * work["d"], co.d * co.batch * work["step"]
     return rest + min(per_token, per_step), rest + max(per_token, per_step), rest + per_step
 
 
-def outside(ms: float, low: float, high: float) -> float:
+def log_excess(ms: float, low: float, high: float) -> float:
     """The log of how far a measurement lies outside of its range; 0 within it."""
     return math.log(ms / high) if ms > high else math.log(ms / low) if ms < low else 0.0
 
 
-def kind(window: WorkWindow, co: Coefficients) -> Kind:
+def load_kind(window: WorkWindow, co: Coefficients) -> LoadKind:
     """The kind of load."""
-    _, _, whole = prediction(window, co)
-    decode = co.d * co.batch * window.work[STEP] + co.f * window.work[TERMS.index("f")]
+    _, _, whole = predict_range(window, co)
+    decode = co.d * co.batch * window.work[STEP_INDEX] + co.f * window.work[WINDOW_TERMS.index("f")]
     return round(2 * math.log2(window.together)), min(2, int(3 * (1 - decode / whole)))
 
 
-def name(load: Kind) -> str:
+def baseline_key(load: LoadKind) -> str:
     """As it is kept."""
     return f"{load[0]}/{load[1]}"
 
 
-def expected(seen: Mapping[str, Baseline], load: Kind) -> float | None:
+def expected_residual(baselines: Mapping[str, Baseline], load: LoadKind) -> float | None:
     """The usual log residual under a load: its own, else that of a line through its neighbours; None where nothing near is known."""
-    own = seen.get(name(load))
-    if own is not None and own.windows >= LEARN:
+    own = baselines.get(baseline_key(load))
+    if own is not None and own.windows >= MIN_BASELINE_WINDOWS:
         return own.mean
     known = [
         (int(step), usual.mean)
-        for step, _, third in (key.partition("/") for key in seen)
-        if (usual := seen[f"{step}/{third}"]).windows >= LEARN and third == str(load[1])
+        for step, _, third in (key.partition("/") for key in baselines)
+        if (usual := baselines[f"{step}/{third}"]).windows >= MIN_BASELINE_WINDOWS and third == str(load[1])
     ]
     if not known:
         return None
@@ -187,25 +195,25 @@ def _slope(known: list[tuple[int, float]]) -> tuple[float, int]:
         return 0.0, 1
     middle, level = sum(steps) / len(known), sum(mean for _, mean in known) / len(known)
     slope = sum((s - middle) * (m - level) for s, m in known) / sum((s - middle) ** 2 for s in steps)
-    return max(0.0, min(STEEPEST, slope)), EXTRAPOLATION_STEPS
+    return max(0.0, min(MAX_SLOPE_PER_STEP, slope)), EXTRAPOLATION_STEPS
 
 
-def mismatch(co: Coefficients, seen: EngineIdentity) -> str:
+def find_mismatch(co: Coefficients, identity: EngineIdentity) -> str:
     """What of the coefficients' origin is another one now; "" where nothing is, or one of the two sides does not know."""
-    if co.model and seen.models and co.model not in seen.models:
-        return f"measured on the model {co.model}, the engine serves {seen.models[0]}"
-    if co.engine not in ("", "unknown") and seen.engine and co.engine != seen.engine:
-        return f"measured on version {co.engine} of the engine, it is {seen.engine}"
-    if co.gpu and seen.gpus and all(seen.gpus) and not any(same(co.gpu, gpu) for gpu in seen.gpus):
-        return f"measured on {co.gpu}, here is {seen.gpus[0]}"
-    now = dict(flag.split("=", 1) for flag in seen.flags)
+    if co.model and identity.models and co.model not in identity.models:
+        return f"measured on the model {co.model}, the engine serves {identity.models[0]}"
+    if co.engine not in ("", "unknown") and identity.engine and co.engine != identity.engine:
+        return f"measured on version {co.engine} of the engine, it is {identity.engine}"
+    if co.gpu and identity.gpus and all(identity.gpus) and not any(is_same_gpu(co.gpu, gpu) for gpu in identity.gpus):
+        return f"measured on {co.gpu}, here is {identity.gpus[0]}"
+    now = dict(flag.split("=", 1) for flag in identity.flags)
     for flag in filter(None, co.flags.split(",")):
         name, _, value = flag.partition("=")
-        if name not in CAPACITY and now.get(name, value) != value:
+        if name not in CAPACITY_FLAGS and now.get(name, value) != value:
             return f"measured with {flag}, the engine runs with {name}={now[name]}"
     return ""
 
 
-def same(a: str, b: str) -> bool:
+def is_same_gpu(a: str, b: str) -> bool:
     """Whether two names are of the same GPU: "H100" and "NVIDIA H100 80GB HBM3"."""
-    return a == b or (find(a) is not None and find(a) == find(b))
+    return a == b or (find_gpu(a) is not None and find_gpu(a) == find_gpu(b))

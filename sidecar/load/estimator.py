@@ -12,22 +12,22 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
-from sidecar.events import TAIL_AT, RequestSize, Usage
+from sidecar.events import TAIL_MULTIPLES, RequestSize, Usage
 from sidecar.load import cost_model
 from sidecar.load.output_length import OutputForecast, OutputLengths
 from sidecar.load.request_shape import RequestShape
 
 K = TypeVar("K")
 
-BYTES_PER_TOKEN: Final = 4.0  # English text in a 100k-150k vocabulary
-IMAGE_TOKENS: Final = 1000  # an image nobody measured: about 1 Mpx at 28x28 pixels per token (Qwen2-VL's kind)
-AUDIO_TOKENS: Final = (
+DEFAULT_BYTES_PER_TOKEN: Final = 4.0  # English text in a 100k-150k vocabulary
+DEFAULT_IMAGE_TOKENS: Final = 1000  # an image nobody measured: about 1 Mpx at 28x28 pixels per token (Qwen2-VL's kind)
+DEFAULT_AUDIO_TOKENS: Final = (
     250  # of one recording, which nobody decodes here: ten seconds at 25 a second (Qwen2-Audio's kind)
 )
-VIDEO_TOKENS: Final = 4096  # likewise of one video: 32 frames, two to a step, of 256 tokens
-_WEIGHT: Final = 0.05  # of one new observation
-_MODELS: Final = 256
-HIGH: Final = 0.9  # the share of answers that a reservation covers
+DEFAULT_VIDEO_TOKENS: Final = 4096  # likewise of one video: 32 frames, two to a step, of 256 tokens
+_OBSERVATION_WEIGHT: Final = 0.05  # of one new observation
+_MAX_MODELS: Final = 256
+RESERVED_QUANTILE: Final = 0.9  # the share of answers that a reservation covers
 
 
 class DecayedMeans(Generic[K]):
@@ -44,7 +44,7 @@ class DecayedMeans(Generic[K]):
 
     def add(self, key: K, value: float) -> None:
         """Move the mean of `key` toward `value`."""
-        self._means[key] = self.get(key) + _WEIGHT * (value - self.get(key))
+        self._means[key] = self.get(key) + _OBSERVATION_WEIGHT * (value - self.get(key))
         self._means.move_to_end(key)
         if len(self._means) > self._limit:
             self._means.popitem(last=False)
@@ -65,7 +65,7 @@ class ChatTemplateOverhead:
 
     def add(self, messages: int, tokens: float) -> None:
         """A prompt of so many messages had so many tokens more than its text."""
-        keep = 1 - _WEIGHT
+        keep = 1 - _OBSERVATION_WEIGHT
         self._n = keep * self._n + 1
         self._m = keep * self._m + messages
         self._mm = keep * self._mm + messages * messages
@@ -83,7 +83,7 @@ class ChatTemplateOverhead:
 class Estimate:
     """What a request is expected to be. `mu` is the price of `work`.
 
-    `tail`: output tokens still expected once `TAIL_AT` times the expected ones have come (facts.Admitted); of streams, as only they show how
+    `tail`: output tokens still expected once `TAIL_MULTIPLES` times the expected ones have come (facts.Admitted); of streams, as only they show how
     far they are.
     """
 
@@ -98,21 +98,21 @@ class Estimator:
     def __init__(self, coefficients: cost_model.Coefficients) -> None:
         self._coefficients = coefficients
         self._unit_ms = cost_model.unit_ms(coefficients)
-        self._ratios: DecayedMeans[tuple[str, int]] = DecayedMeans(BYTES_PER_TOKEN, _MODELS)
+        self._ratios: DecayedMeans[tuple[str, int]] = DecayedMeans(DEFAULT_BYTES_PER_TOKEN, _MAX_MODELS)
         self._templates: OrderedDict[str, ChatTemplateOverhead] = OrderedDict()
         self._outputs = OutputLengths()
 
     def estimate(
         self, tenant: str, shape: RequestShape, image_tokens: list[int], counted: int | None = None
     ) -> Estimate:
-        """`image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each. `counted`: the text's, by a tokenizer."""
+        """`image_tokens`: the known ones; images beyond them count DEFAULT_IMAGE_TOKENS each. `counted`: the text's, by a tokenizer."""
         images = max(shape.images, len(image_tokens))
-        each = image_tokens + [IMAGE_TOKENS] * (images - len(image_tokens))
+        each = image_tokens + [DEFAULT_IMAGE_TOKENS] * (images - len(image_tokens))
         encoder, squares = sum(each), sum(tokens * tokens for tokens in each)
         text = self.text_tokens(shape) if counted is None else counted + self.template_tokens(shape)
-        heard, shown = AUDIO_TOKENS * shape.audios, VIDEO_TOKENS * shape.videos
-        media = encoder, images, heard, shape.audios, shown, shape.videos, squares
-        prompt = max(1, text + shape.token_ids + encoder + heard + shown)
+        audio, video = DEFAULT_AUDIO_TOKENS * shape.audios, DEFAULT_VIDEO_TOKENS * shape.videos
+        media = encoder, images, audio, shape.audios, video, shape.videos, squares
+        prompt = max(1, text + shape.token_ids + encoder + audio + video)
         if not shape.generative:
             work = RequestSize(prompt, 0, 0, *media)
             return Estimate(work, self.mu(work))
@@ -140,16 +140,16 @@ class Estimator:
         """The price of `work` in model units."""
         return cost_model.gpu_ms(work, self._coefficients) / self._unit_ms
 
-    def high(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
+    def high_output(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
         """Output tokens that 9 of 10 such answers do not exceed; no less than the expected."""
         if not shape.generative:
             return 0
         forecast = self.forecast(tenant, shape, expected.uncached)
-        return max(round(forecast.quantile(HIGH) * shape.choices), expected.output)
+        return max(round(forecast.quantile(RESERVED_QUANTILE) * shape.choices), expected.output)
 
-    def reserved(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
+    def reserved_mu(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
         """The price of the expected work with its high output: what a limit keeps for it."""
-        return self.mu(replace(expected, output=self.high(tenant, shape, expected)))
+        return self.mu(replace(expected, output=self.high_output(tenant, shape, expected)))
 
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
         """Take in what a request of this shape really used; `counted` is its text's, all of it. Other media teach nothing about text."""
@@ -167,7 +167,7 @@ class Estimator:
     def _template(self, model: str) -> ChatTemplateOverhead:
         template = self._templates.setdefault(model, ChatTemplateOverhead())
         self._templates.move_to_end(model)
-        if len(self._templates) > _MODELS:
+        if len(self._templates) > _MAX_MODELS:
             self._templates.popitem(last=False)
         return template
 
@@ -177,5 +177,5 @@ _CHATML: Final = ChatTemplateOverhead()
 
 def tail_of(forecast: OutputForecast, expected: int, choices: int) -> tuple[int, ...]:
     """The tail of an estimate of `expected` output tokens over all choices."""
-    left = forecast.left([at * expected / choices for at in TAIL_AT])
+    left = forecast.remaining([at * expected / choices for at in TAIL_MULTIPLES])
     return tuple(round(tokens * choices) for tokens in left)

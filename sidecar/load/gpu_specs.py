@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-SLICES: Final = 7  # of a GPU under MIG
+MIG_SLICES: Final = 7  # of a GPU under MIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ GPUS: Final = (
 )  # fmt: skip
 
 
-def find(name: str) -> GpuSpec | None:
+def find_gpu(name: str) -> GpuSpec | None:
     """The row of a GPU's name, such as "NVIDIA H100 80GB HBM3" or "H100"; None where none fits. A MIG instance gets its share."""
     words = _words(name)
     fitting = [gpu for gpu in GPUS if _words(gpu.words) <= words]
@@ -70,7 +70,7 @@ def find(name: str) -> GpuSpec | None:
     share = re.search(r"\bmig\b.*?\b([1-7])g\.", name.lower())
     if share is None:
         return best
-    part = int(share[1]) / SLICES
+    part = int(share[1]) / MIG_SLICES
     return replace(best, bf16=best.bf16 * part, fp8=best.fp8 * part, bandwidth=best.bandwidth * part)
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Final
 
 from sidecar.events import (
-    TAIL_AT,
+    TAIL_MULTIPLES,
     Admitted,
     Delivered,
     Event,
@@ -40,7 +40,7 @@ SHORT_ROUTES = (
     "classify",
 )  # no tokens are asked for: like a stream of one event
 
-FAILED: Final[frozenset[Outcome]] = frozenset(
+FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(
     ("engine_error", "stalled", "lost")
 )  # the engine, or the sidecar, is at fault
 
@@ -67,8 +67,8 @@ class AdmissionHold:
     slowed: bool = False  # by its client, after the first token: its pace says nothing of the engine
     prefill: float = 0.0  # seconds before the first token, by the cost model
     whole: int = 0  # most tokens of an answer that comes in one piece; 0 for a stream, and for what asks for no tokens
-    remaining: float = 0.0  # MU that it still keeps
-    left: int = 0  # output tokens that it is still expected to bring
+    remaining_mu: float = 0.0  # MU that it still keeps
+    remaining_tokens: int = 0  # output tokens that it is still expected to bring
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,29 +146,29 @@ class Ledger:
         self._model_label = model_label
         self._holds: dict[Key, AdmissionHold] = {}
         self._unit_ms = cost_model.unit_ms(co)
-        self._token_mu = cost_model.generated_ms(0, 1, co) / self._unit_ms
+        self._token_mu = cost_model.decode_ms(0, 1, co) / self._unit_ms
         self._flow, self._recent = SlidingSum(FLOW_WINDOW_S), SlidingSum(RECENT_WINDOW_S)
         self._tokens = SlidingSum(TOKEN_WINDOW_S)
         self._finished = SlidingSum(FLOW_WINDOW_S)
         self._failed = SlidingSum(FLOW_WINDOW_S)
         self._delivered = 0  # as far as is known now: a settlement may correct it downwards
         self.delivered_total = 0  # the most that it has been: a counter that falls would read as one that began again
-        self.accounts: dict[str, TenantTotals] = {}
+        self.tenant_totals: dict[str, TenantTotals] = {}
         self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
 
-    def apply(self, relay: int, fact: Event) -> Settlement | None:
-        """Book one fact of one relay. Returns the settlement when it ended a request."""
-        match fact:
+    def apply(self, relay: int, event: Event) -> Settlement | None:
+        """Book one event of one relay. Returns the settlement when it ended a request."""
+        match event:
             case Admitted():
-                self._hold(relay, fact)
+                self._hold(relay, event)
             case FirstToken():
-                self._first(relay, fact)
+                self._first(relay, event)
             case Delivered():
-                self._accrue(relay, fact)
+                self._accrue(relay, event)
             case RequestBlocked():
-                self._block(relay, fact)
+                self._block(relay, event)
             case Settled():
-                return self._settle(relay, fact)
+                return self._settle(relay, event)
             case _:
                 pass
         return None
@@ -188,13 +188,13 @@ class Ledger:
         """One open hold."""
         return self._holds.get(key)
 
-    def stock(self) -> InFlight:
+    def in_flight(self) -> InFlight:
         """What is in flight: the sum over the open holds."""
         mu, prefill, decode, waiting = 0.0, 0, 0, 0
         for hold in self._holds.values():
             expected = hold.admitted.expected
-            mu += hold.remaining
-            decode += hold.left
+            mu += hold.remaining_mu
+            decode += hold.remaining_tokens
             if hold.first_at is None:
                 waiting += 1
                 prefill += expected.uncached
@@ -220,38 +220,44 @@ class Ledger:
         """Requests per second that the engine failed, over the last minute."""
         return self._failed.sum(now) / FLOW_WINDOW_S
 
-    def _hold(self, relay: int, fact: Admitted) -> None:
-        tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
+    def _hold(self, relay: int, event: Admitted) -> None:
+        tenant, model = self._tenant_label(event.tenant), self._model_label(event.model)
         hold = AdmissionHold(
-            fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu, left=fact.expected.output
+            event,
+            tenant,
+            model,
+            event.at,
+            last_at=event.at,
+            remaining_mu=event.mu,
+            remaining_tokens=event.expected.output,
         )
-        hold.prefill = cost_model.terms(fact.expected, self.co).before_first_token / 1000
-        if not fact.stream and fact.route not in SHORT_ROUTES:
-            hold.whole = fact.max_output or UNBOUNDED_OUTPUT_TOKENS
-        self._holds.setdefault((relay, fact.id), hold)
+        hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
+        if not event.stream and event.route not in SHORT_ROUTES:
+            hold.whole = event.max_output or UNBOUNDED_OUTPUT_TOKENS
+        self._holds.setdefault((relay, event.id), hold)
 
-    def _first(self, relay: int, fact: FirstToken) -> None:
-        hold = self._holds.get((relay, fact.id))
+    def _first(self, relay: int, event: FirstToken) -> None:
+        hold = self._holds.get((relay, event.id))
         if hold is not None and hold.first_at is None:
-            hold.first_at = hold.last_at = fact.at
-            self._book(hold, fact.at)
+            hold.first_at = hold.last_at = event.at
+            self._book(hold, event.at)
 
-    def _accrue(self, relay: int, fact: Delivered) -> None:
-        hold = self._holds.get((relay, fact.id))
+    def _accrue(self, relay: int, event: Delivered) -> None:
+        hold = self._holds.get((relay, event.id))
         if hold is None:
             return
-        hold.last_at = fact.at
-        self._deliver(hold, fact.tokens, fact.at)
-        self._book(hold, fact.at)
+        hold.last_at = event.at
+        self._deliver(hold, event.tokens, event.at)
+        self._book(hold, event.at)
 
-    def _block(self, relay: int, fact: RequestBlocked) -> None:
-        hold = self._holds.get((relay, fact.id))
+    def _block(self, relay: int, event: RequestBlocked) -> None:
+        hold = self._holds.get((relay, event.id))
         if hold is None:
             return
-        hold.blocked = fact.on
+        hold.blocked = event.on
         hold.slowed |= hold.first_at is not None
-        if not fact.on:
-            hold.since = hold.last_at = fact.at
+        if not event.on:
+            hold.since = hold.last_at = event.at
 
     def _deliver(self, hold: AdmissionHold, tokens: int, at: float) -> None:
         hold.delivered += tokens
@@ -262,42 +268,42 @@ class Ledger:
     def _book(self, hold: AdmissionHold, at: float) -> None:
         """Bring what a hold has accrued up to what was delivered so far."""
         done = self._price(hold, hold.delivered)
-        self._flowed(done - hold.accrued, at)
+        self._add_flow(done - hold.accrued, at)
         hold.accrued = done
-        hold.left = tokens_left(hold)
-        hold.remaining = max(self._price(hold, hold.delivered + hold.left) - done, self._token_mu)
+        hold.remaining_tokens = remaining_tokens(hold)
+        hold.remaining_mu = max(self._price(hold, hold.delivered + hold.remaining_tokens) - done, self._token_mu)
 
     def _price(self, hold: AdmissionHold, output: int) -> float:
         """MU of a hold with so much output: `units.mu`, less what is the same five times a second and stream."""
         e = hold.admitted.expected
-        return (hold.prefill * 1000 + cost_model.generated_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
+        return (hold.prefill * 1000 + cost_model.decode_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
 
-    def _flowed(self, mu: float, at: float) -> None:
+    def _add_flow(self, mu: float, at: float) -> None:
         self._flow.add(mu, at)
         self._recent.add(mu, at)
 
-    def _settle(self, relay: int, fact: Settled) -> Settlement | None:
-        hold = self._holds.pop((relay, fact.id), None)
+    def _settle(self, relay: int, event: Settled) -> Settlement | None:
+        hold = self._holds.pop((relay, event.id), None)
         if hold is None:
             return None
-        delivered = fact.usage.completion_tokens if fact.usage else max(fact.delivered_tokens, hold.delivered)
-        self._deliver(hold, delivered - hold.delivered, fact.at)
-        work = actual_work(hold.admitted.expected, fact, started=hold.first_at is not None, delivered=hold.delivered)
+        delivered = event.usage.completion_tokens if event.usage else max(event.delivered_tokens, hold.delivered)
+        self._deliver(hold, delivered - hold.delivered, event.at)
+        work = actual_work(hold.admitted.expected, event, started=hold.first_at is not None, delivered=hold.delivered)
         mu = cost_model.mu(work, self.co) if work is not None else 0.0
-        self._flowed(mu - hold.accrued, fact.at)
-        self._finished.add(1, fact.at)
-        if fact.outcome in FAILED:
-            self._failed.add(1, fact.at)
-        total = self.totals.setdefault((hold.tenant, hold.model, fact.outcome), [0.0, 0])
+        self._add_flow(mu - hold.accrued, event.at)
+        self._finished.add(1, event.at)
+        if event.outcome in FAILED_OUTCOMES:
+            self._failed.add(1, event.at)
+        total = self.totals.setdefault((hold.tenant, hold.model, event.outcome), [0.0, 0])
         total[0] += mu
         total[1] += 1
-        account = self.accounts.setdefault(hold.tenant, TenantTotals())
-        account.mu += mu
-        account.requests += 1
-        account.tokens += delivered
+        totals = self.tenant_totals.setdefault(hold.tenant, TenantTotals())
+        totals.mu += mu
+        totals.requests += 1
+        totals.tokens += delivered
         return Settlement(
             hold.admitted,
-            fact,
+            event,
             hold.tenant,
             hold.model,
             work or RequestSize(0),
@@ -308,22 +314,22 @@ class Ledger:
         )
 
 
-def actual_work(expected: RequestSize, fact: Settled, *, started: bool, delivered: int) -> RequestSize | None:
+def actual_work(expected: RequestSize, event: Settled, *, started: bool, delivered: int) -> RequestSize | None:
     """What a settled request really used; None for one that never cost the engine anything.
 
     Without `usage`, a request that ended before its first token is taken to have used its prefill only when the engine had
     it: a client that hangs up during prefill has spent it, a request that the engine refused has not.
     """
-    if fact.usage is not None:
-        return cost_model.settled_work(expected, fact.usage, 0)
-    if fact.sent_at is None or fact.outcome == "rejected":
+    if event.usage is not None:
+        return cost_model.settled_work(expected, event.usage, 0)
+    if event.sent_at is None or event.outcome == "rejected":
         return None
-    if not started and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
+    if not started and event.outcome in ("engine_error", "stalled") and event.delivered_bytes == 0:
         return None
-    return cost_model.settled_work(expected, None, max(fact.delivered_tokens, delivered))
+    return cost_model.settled_work(expected, None, max(event.delivered_tokens, delivered))
 
 
-def tokens_left(hold: AdmissionHold) -> int:
+def remaining_tokens(hold: AdmissionHold) -> int:
     """Output tokens still expected, given those that came: what outlasts its estimate is taken to go on, as such answers do.
 
     Between the points of the estimate's tail on a straight line, beyond them level; never over what the client allows.
@@ -331,7 +337,7 @@ def tokens_left(hold: AdmissionHold) -> int:
     expected, came, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
     if not tail or expected == 0:
         return max(expected - came, 0)
-    points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_AT, tail, strict=False))]
+    points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_MULTIPLES, tail, strict=False))]
     left = points[-1][1]
     for (x0, y0), (x1, y1) in pairwise(points):
         if came < x1:

@@ -2,7 +2,7 @@
 
     prior <- model <- (model, size class) <- (tenant, model, size class)
 
-Each level counts as much as it has seen lately: p = (n * own + BLEND * p of the level above) / (n + BLEND). Buckets are a quarter of an
+Each level counts as much as it has seen lately: p = (n * own + BLEND_ANSWERS * p of the level above) / (n + BLEND_ANSWERS). Buckets are a quarter of an
 octave wide; a size class is half an octave of prompt tokens, which tells agents from chat (benchmarks/estimates.py). An answer that its
 client's limit cut off says only that it would have been at least so long: it is counted above that, as the blend has it there, and not at
 all where that is true of almost every answer (as of `max_tokens=1`): it would only make the old ones fade. The table is
@@ -20,17 +20,19 @@ from math import ceil, exp, log
 from operator import mul
 from typing import Final, NamedTuple
 
-_MOST: Final = 1 << 17  # tokens of the last bucket's beginning
-STARTS: Final = tuple(sorted({ceil(2 ** (k / 4)) for k in range(4 * 17 + 1)}))  # bucket b >= 1 begins at STARTS[b - 1]
-BUCKETS: Final = len(STARTS) + 1  # bucket 0: no token at all
-_ENDS: Final = (0, *(start - 1 for start in STARTS[1:]), _MOST)
-_BEGINS: Final = (0, *STARTS)
+_MAX_TOKENS: Final = 1 << 17  # tokens of the last bucket's beginning
+BUCKET_STARTS: Final = tuple(
+    sorted({ceil(2 ** (k / 4)) for k in range(4 * 17 + 1)})
+)  # bucket b >= 1 begins at BUCKET_STARTS[b - 1]
+BUCKET_COUNT: Final = len(BUCKET_STARTS) + 1  # bucket 0: no token at all
+_ENDS: Final = (0, *(start - 1 for start in BUCKET_STARTS[1:]), _MAX_TOKENS)
+_BEGINS: Final = (0, *BUCKET_STARTS)
 MIDDLES: Final = tuple((a + b) / 2 for a, b in zip(_BEGINS, _ENDS, strict=True))
 
 DECAY: Final = 0.99  # of all weights per answer: about the last 100 count
-BLEND: Final = 4.0  # answers that the level above is worth
-TABLES: Final = 2048  # histograms kept, about 2 kB each
-NOTHING_NEW: Final = (
+BLEND_ANSWERS: Final = 4.0  # answers that the level above is worth
+MAX_TABLES: Final = 2048  # histograms kept, about 2 kB each
+MIN_INFORMATIVE_SHARE: Final = (
     0.001  # share of answers below a cut at which it tells nothing that was not known: almost all go beyond it
 )
 _RESCALE: Final = 1e12
@@ -68,7 +70,7 @@ class LengthHistogram:
     __slots__ = ("scale", "tokens", "total", "weights")
 
     def __init__(self) -> None:
-        self.weights = [0.0] * BUCKETS
+        self.weights = [0.0] * BUCKET_COUNT
         self.scale = 1.0  # what one answer weighs now: the newest grow, instead of all others shrinking
         self.total = self.tokens = 0.0
 
@@ -85,7 +87,7 @@ class LengthHistogram:
         self.tokens += self.scale * MIDDLES[bucket]
         self._rescale()
 
-    def spread(self, beyond: CensoredTail) -> None:
+    def add_censored(self, beyond: CensoredTail) -> None:
         """Count one answer that was cut off."""
         self.scale /= DECAY
         each, old = self.scale / beyond.whole, self.weights
@@ -105,7 +107,7 @@ class LengthHistogram:
 
 # times, weights, their sum, and the sum of them times their middles
 Level = tuple[float, Sequence[float], float, float]
-_NOTHING: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
+_EMPTY_LEVEL: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
 _PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
 
 
@@ -121,7 +123,7 @@ class OutputForecast:
 
     def shares(self, first: int = 0) -> list[float]:
         """The sum of the levels, by bucket, from bucket `first` on."""
-        (a, ws, *_), (b, xs, *_), (c, ys, *_), (d, zs, *_) = (*self.levels, *[_NOTHING] * (4 - len(self.levels)))
+        (a, ws, *_), (b, xs, *_), (c, ys, *_), (d, zs, *_) = (*self.levels, *[_EMPTY_LEVEL] * (4 - len(self.levels)))
         columns = zip(ws[first:], xs[first:], ys[first:], zs[first:], strict=True)
         return [a * w + b * x + c * y + d * z for w, x, y, z in columns]
 
@@ -146,29 +148,29 @@ class OutputForecast:
         """Tokens that a share `q` of such answers does not exceed."""
         shares = self.shares()
         sums = list(accumulate(shares))
-        bucket = min(bisect_left(sums, q * sums[-1]), BUCKETS - 1)
+        bucket = min(bisect_left(sums, q * sums[-1]), BUCKET_COUNT - 1)
         below = sums[bucket - 1] if bucket else 0.0
         within = (q * sums[-1] - below) / shares[bucket] if shares[bucket] > 0 else 1.0
         # the tokens of a bucket are whole: spread from just below its first to its last
         tokens = _BEGINS[bucket] - 0.5 + within * (_ENDS[bucket] - _BEGINS[bucket] + 1) if bucket else 0.0
         return tokens if self.limit is None else min(tokens, self.limit)
 
-    def left(self, delivered: Sequence[float]) -> list[float]:
+    def remaining(self, delivered: Sequence[float]) -> list[float]:
         """Expected tokens still to come once so many have come: E[min(X, limit) - d | X > d]; at least 1 below the limit."""
         most = float("inf") if self.limit is None else float(self.limit)
-        first = bisect_right(MIDDLES, min((d for d in delivered if d < most), default=_MOST))
-        under = max(first, BUCKETS if self.limit is None else bisect_right(MIDDLES, most))
+        first = bisect_right(MIDDLES, min((d for d in delivered if d < most), default=_MAX_TOKENS))
+        under = max(first, BUCKET_COUNT if self.limit is None else bisect_right(MIDDLES, most))
         shares = self.shares(first)[::-1]
-        tokens = (*(most,) * (BUCKETS - under), *MIDDLES[first:under][::-1])
+        tokens = (*(most,) * (BUCKET_COUNT - under), *MIDDLES[first:under][::-1])
         masses = list(accumulate(shares))  # of the last 1, 2, ... buckets
         sums = list(accumulate(map(mul, shares, tokens)))
-        return [_left(d, most - d, masses, sums) if d < most else 0.0 for d in delivered]
+        return [_remaining(d, most - d, masses, sums) if d < most else 0.0 for d in delivered]
 
 
 class OutputLengths:
     """What answers' lengths were lately."""
 
-    def __init__(self, limit: int = TABLES) -> None:
+    def __init__(self, limit: int = MAX_TABLES) -> None:
         self._limit = limit
         self._tables: OrderedDict[Key, LengthHistogram] = OrderedDict()
 
@@ -185,9 +187,9 @@ class OutputLengths:
         for key in keys:
             table = self._tables.get(key)
             if table is not None:
-                known = table.count + BLEND
+                known = table.count + BLEND_ANSWERS
                 levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
-                rest *= BLEND / known
+                rest *= BLEND_ANSWERS / known
         levels.append((rest, PRIOR, 1.0, _PRIOR_TOKENS))
         return OutputForecast(levels, limit)
 
@@ -197,7 +199,7 @@ class OutputLengths:
         beyond = None
         if cut:
             forecast = self._forecast(keys)
-            if forecast.below(bucket) <= NOTHING_NEW:
+            if forecast.below(bucket) <= MIN_INFORMATIVE_SHARE:
                 return
             beyond = forecast.beyond(bucket)
         for key in keys:
@@ -207,7 +209,7 @@ class OutputLengths:
             if beyond is None:
                 table.add(bucket)
             else:
-                table.spread(beyond)
+                table.add_censored(beyond)
             self._tables.move_to_end(key)
         while len(self._tables) > self._limit:
             self._tables.popitem(last=False)
@@ -215,7 +217,7 @@ class OutputLengths:
 
 def bucket_of(tokens: float) -> int:
     """The bucket of an answer."""
-    return min(bisect_right(STARTS, tokens), BUCKETS - 1)
+    return min(bisect_right(BUCKET_STARTS, tokens), BUCKET_COUNT - 1)
 
 
 def size_class(prompt: int) -> int:
@@ -232,16 +234,16 @@ def _keys(tenant: str, model: str, prompt: int) -> tuple[Key, Key, Key]:
 def _capped(level: Level, limit: int, under: int) -> float:
     """The sum of a level's weights times min(middle, limit); the first `under` middles are within it. Goes over the shorter side."""
     _, weights, total, tokens = level
-    if under <= BUCKETS // 2:
+    if under <= BUCKET_COUNT // 2:
         within = weights[:under]
         return float(sum(map(mul, within, MIDDLES)) + limit * (total - sum(within)))
     over = weights[under:]
     return float(tokens - sum(map(mul, over, MIDDLES[under:])) + limit * sum(over))
 
 
-def _left(delivered: float, most: float, masses: list[float], sums: list[float]) -> float:
+def _remaining(delivered: float, most: float, masses: list[float], sums: list[float]) -> float:
     """Tokens to come after `delivered`, at most `most`. `masses`, `sums`: of the last 1, 2, ... buckets."""
-    longer = BUCKETS - bisect_right(MIDDLES, delivered)
+    longer = BUCKET_COUNT - bisect_right(MIDDLES, delivered)
     if longer == 0 or masses[longer - 1] <= 1e-9:  # longer than any before: as long again
         return min(max(1.0, delivered), most)
     return min(max(1.0, sums[longer - 1] / masses[longer - 1] - delivered), most)

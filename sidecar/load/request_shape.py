@@ -30,8 +30,8 @@ _BINARY_KEYS: Final = frozenset(
     ("data", "file_data")
 )  # base64 in every API that has them: documents, files, embeddings
 _NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
-_ASKABLE: Final = frozenset(("chat", "completions"))  # routes that know stream_options
-MAX_NAME: Final = 128  # characters kept of a model's name
+_STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))  # routes that know stream_options
+MAX_MODEL_NAME_CHARS: Final = 128  # characters kept of a model's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def describe(
     text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload), read)
     messages = payload.get("messages")
     return RequestShape(
-        model=read(model)[:MAX_NAME] if isinstance(model, str) else "",
+        model=read(model)[:MAX_MODEL_NAME_CHARS] if isinstance(model, str) else "",
         stream=stream,
         generative=generative,
         max_output=None if limit is None else limit * choices,
@@ -84,7 +84,7 @@ def describe(
         images=images,
         audios=audios,
         videos=videos,
-        ask_usage=stream and route in _ASKABLE and _usage_is_ours_to_ask(payload.get("stream_options")),
+        ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _usage_is_ours_to_ask(payload.get("stream_options")),
     )
 
 

@@ -1,13 +1,13 @@
 """Pure: coefficients from a model's config.json and the name of its GPU, for a start without a measurement.
 
-A roofline: products run at REACHED of the GPU's peak, reading at READ of its memory's bandwidth, decoding in a batch of BATCH.
+A roofline: products run at COMPUTE_EFFICIENCY of the GPU's peak, reading at BANDWIDTH_EFFICIENCY of its memory's bandwidth, decoding in a batch of DECODE_BATCH.
     a  2 FLOPs per weight that a token passes through (of a mixture of experts those of its experts)
     b  4 FLOPs per query head, its dimension and layer, for each token that lies before
-    d  the weights that a step reads, shared by the batch (of a mixture: those that a batch of BATCH meets), or its FLOPs where they take longer
+    d  the weights that a step reads, shared by the batch (of a mixture: those that a batch of DECODE_BATCH meets), or its FLOPs where they take longer
     f  the bytes of keys and values of one token
     g  2 FLOPs per weight of the vision tower, for each patch that is merged into one token, and attention within a tile or a window
     q  4 FLOPs per dimension and layer of the tower, for each pair of patches that may lie anywhere in the image
-k and h, launch and glue, are the defaults'. Several GPUs share the work, SPLIT of it well.
+k and h, launch and glue, are the defaults'. Several GPUs share the work, PARALLEL_EFFICIENCY of it well.
 What is not known is said in `source`: of an unknown GPU an H100's numbers are taken, of an unknown model the documented default.
 """
 
@@ -19,16 +19,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sidecar.load.cost_model import TERMS, Coefficients
-from sidecar.load.gpu_specs import GpuSpec, find
+from sidecar.load.gpu_specs import GpuSpec, find_gpu
 
-REACHED: Final = 0.5  # of the peak: what vLLM's and FlashAttention's own benchmarks reach on long prompts
-READ: Final = 0.7
-SPLIT: Final = 0.85  # of each further GPU's share that all-reduce leaves
-BATCH: Final = 32
-ASSUMED: Final = "H100"
-MAX_CONFIG_NUMBER: Final = 1e9  # of a coefficient, as in a file
-MAX_ODD_RATIO: Final = "the model's config.json has other values than expected"
-FAMILIES_UNGATED: Final = frozenset(
+COMPUTE_EFFICIENCY: Final = 0.5  # of the peak: what vLLM's and FlashAttention's own benchmarks reach on long prompts
+BANDWIDTH_EFFICIENCY: Final = 0.7
+PARALLEL_EFFICIENCY: Final = 0.85  # of each further GPU's share that all-reduce leaves
+DECODE_BATCH: Final = 32
+FALLBACK_GPU: Final = "H100"
+MAX_COEFFICIENT: Final = 1e9  # of a coefficient, as in a file
+UNEXPECTED_CONFIG: Final = "the model's config.json has other values than expected"
+UNGATED_FAMILIES: Final = frozenset(
     (
         "gpt2",
         "gpt_neo",
@@ -44,7 +44,7 @@ FAMILIES_UNGATED: Final = frozenset(
         "nemotron",
     )
 )  # two matrices in a feed-forward block, not three
-BYTES: Final = {"float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
+DTYPE_BYTES: Final = {"float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
 
 Config = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ class ModelArchitecture:
     layers: float  # that look at the context
     prefill_weights: float  # that each prompt token passes through
     decode_weights: float  # likewise each generated one: with the output matrix
-    read_weights: float  # that a step of BATCH requests reads
+    read_weights: float  # that a step of DECODE_BATCH requests reads
     attention_flops: float  # per pair of tokens, over all layers
     kv_values: float  # kept per token, over all layers
     window: float
@@ -70,21 +70,21 @@ class ModelArchitecture:
 
 def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
     """Coefficients of a model (its config.json) on `count` GPUs of NVML's name `gpu`. Never raises."""
-    row = find(gpu)
+    row = find_gpu(gpu)
     assumed = "" if row else "assumed "
-    row = row or find(ASSUMED)
+    row = row or find_gpu(FALLBACK_GPU)
     assert row is not None
     try:
-        model = model_of(config)
-        bytes_each, compute = precision(config, row)
-        per_token, per_pair = vision(config)
+        model = parse_architecture(config)
+        bytes_each, compute = weight_precision(config, row)
+        per_token, per_pair = vision_flops(config)
     except (UnknownModel, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as e:
-        why = str(e) if isinstance(e, UnknownModel) else MAX_ODD_RATIO
+        why = str(e) if isinstance(e, UnknownModel) else UNEXPECTED_CONFIG
         return replace(Coefficients(), source=f"default: {why}", gpu=gpu)
-    share = 1 / (1 + SPLIT * (max(1, count) - 1))
-    flops = compute * 1e12 * REACHED / share / 1000  # per millisecond, as all below
-    plain = row.bf16 * 1e12 * REACHED / share / 1000
-    read = row.bandwidth * 1e9 * READ / share / 1000
+    share = 1 / (1 + PARALLEL_EFFICIENCY * (max(1, count) - 1))
+    flops = compute * 1e12 * COMPUTE_EFFICIENCY / share / 1000  # per millisecond, as all below
+    plain = row.bf16 * 1e12 * COMPUTE_EFFICIENCY / share / 1000
+    read = row.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY / share / 1000
     default = Coefficients()
     several = f"{count} x " if count > 1 else ""
     source = (
@@ -92,14 +92,14 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
     )
     co = Coefficients(
         k=default.k, a=2 * model.prefill_weights / flops, b=model.attention_flops / plain,
-        d=max(model.read_weights * bytes_each / read / BATCH, 2 * model.decode_weights / flops),
+        d=max(model.read_weights * bytes_each / read / DECODE_BATCH, 2 * model.decode_weights / flops),
         f=model.kv_values * kv_bytes(config) / read, g=per_token / plain if per_token else default.g, h=default.h,
         q=per_pair / plain if per_token else default.q,
-        window=model.window, windowed=model.windowed, batch=BATCH, source=source, gpu=gpu,
+        window=model.window, windowed=model.windowed, batch=DECODE_BATCH, source=source, gpu=gpu,
     )  # fmt: skip
     numbers = [getattr(co, name) for name in (*TERMS, "window", "windowed")]
-    if not all(0 <= number < MAX_CONFIG_NUMBER for number in numbers):
-        return replace(default, source=f"default: {MAX_ODD_RATIO}", gpu=gpu)
+    if not all(0 <= number < MAX_COEFFICIENT for number in numbers):
+        return replace(default, source=f"default: {UNEXPECTED_CONFIG}", gpu=gpu)
     text = repr((source, *numbers))
     return replace(co, fingerprint="roofline-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
 
@@ -107,7 +107,7 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
 # --- the language model ---
 
 
-def model_of(config: Config) -> ModelArchitecture:
+def parse_architecture(config: Config) -> ModelArchitecture:
     """Counts the weights. Raises Unknown."""
     text = _text(config)
     hidden = _need(text, "hidden_size", "n_embd", "d_model", "dim")
@@ -115,7 +115,7 @@ def model_of(config: Config) -> ModelArchitecture:
     heads = _need(text, "num_attention_heads", "n_head", "n_heads")
     vocabulary = _need(text, "vocab_size", "padded_vocab_size")
     attention, per_pair, kept = _attention(text, hidden, heads)
-    looking, window, windowed = windows(text, layers)
+    looking, window, windowed = attention_windows(text, layers)
     passed, met = _feed_forward(text, hidden, layers)
     head = vocabulary * hidden
     body = layers * attention + passed
@@ -145,8 +145,8 @@ def _attention(text: Config, hidden: float, heads: float) -> tuple[float, float,
 
 
 def _feed_forward(text: Config, hidden: float, layers: int) -> tuple[float, float]:
-    """Weights over all layers: that one token passes through, and that a batch of BATCH meets."""
-    matrices = 2 if text.get("model_type") in FAMILIES_UNGATED else 3
+    """Weights over all layers: that one token passes through, and that a batch of DECODE_BATCH meets."""
+    matrices = 2 if text.get("model_type") in UNGATED_FAMILIES else 3
     inner = _get(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
     experts = _get(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if not experts:
@@ -160,7 +160,7 @@ def _feed_forward(text: Config, hidden: float, layers: int) -> tuple[float, floa
     dense = _dense_layers(text, layers)
     plain = dense * matrices * hidden * inner
     router = hidden * experts
-    met = experts * (1 - (1 - min(1.0, chosen / experts)) ** BATCH)  # distinct ones, were they chosen evenly
+    met = experts * (1 - (1 - min(1.0, chosen / experts)) ** DECODE_BATCH)  # distinct ones, were they chosen evenly
     sparse = layers - dense
     return plain + sparse * (router + common + chosen * each), plain + sparse * (router + common + met * each)
 
@@ -176,7 +176,7 @@ def _dense_layers(text: Config, layers: int) -> int:
     return min(layers, first + (layers - first) - (layers - first) // max(1, step))
 
 
-def windows(text: Config, layers: int) -> tuple[int, float, float]:
+def attention_windows(text: Config, layers: int) -> tuple[int, float, float]:
     """(layers that look at the context at all, tokens of their sliding window, share of them that have it)."""
     window = _get(text, "sliding_window", "sliding_window_size", "attention_chunk_size")
     kinds = text.get("layer_types")
@@ -205,9 +205,9 @@ def _near(text: Config, layers: int) -> int:
 # --- numbers of bits ---
 
 
-def precision(config: Config, gpu: GpuSpec) -> tuple[float, float]:
+def weight_precision(config: Config, gpu: GpuSpec) -> tuple[float, float]:
     """(bytes of a weight, TFLOP/s of the products with it)."""
-    each = BYTES.get(_dtype(config), 2.0)
+    each = DTYPE_BYTES.get(_dtype(config), 2.0)
     quantised = config.get("quantization_config") or _text(config).get("quantization_config")
     if not isinstance(quantised, Mapping):
         return each, gpu.bf16 if each <= 2 else gpu.bf16 / 2
@@ -240,13 +240,13 @@ def kv_bytes(config: Config) -> float:
     narrow = isinstance(scheme, Mapping) or (
         isinstance(quantised, Mapping) and "fp8" in str(quantised.get("kv_cache_quant_algo") or "").lower()
     )
-    return 1.0 if narrow else min(4.0, BYTES.get(_dtype(config), 2.0))
+    return 1.0 if narrow else min(4.0, DTYPE_BYTES.get(_dtype(config), 2.0))
 
 
 # --- the vision tower ---
 
 
-def vision(config: Config) -> tuple[float, float]:
+def vision_flops(config: Config) -> tuple[float, float]:
     """FLOPs of one encoder token, and of each pair of tokens of an image. Zeros: not known."""
     tower = config.get("vision_config")
     if not isinstance(tower, Mapping):
@@ -257,14 +257,14 @@ def vision(config: Config) -> tuple[float, float]:
         return 0.0, 0.0
     inner = _get(tower, "intermediate_size") or width * (_get(tower, "mlp_ratio") or 4.0)
     matrices = 3 if str(tower.get("hidden_act", "")).startswith("silu") else 2
-    patches = merged(config, tower)
+    patches = patches_per_token(config, tower)
     products = 2 * depth * (4 * width * width + matrices * width * inner)
-    whole, seen = reach(config, tower, depth)
+    whole, seen = patch_attention(config, tower, depth)
     attention = 4 * width  # of two patches, in one layer
     return (products + (depth - whole) * attention * seen) * patches, whole * attention * patches * patches
 
 
-def reach(config: Config, tower: Config, depth: float) -> tuple[float, float]:
+def patch_attention(config: Config, tower: Config, depth: float) -> tuple[float, float]:
     """(layers in which a patch sees its whole image, however large; patches that it sees in the others: those of its tile or window)."""
     patch, size, window = _get(tower, "patch_size"), _get(tower, "image_size"), _get(tower, "window_size")
     full = tower.get("fullatt_block_indexes")
@@ -278,7 +278,7 @@ def reach(config: Config, tower: Config, depth: float) -> tuple[float, float]:
     return 0.0, (size // patch) ** 2
 
 
-def merged(config: Config, tower: Config) -> float:
+def patches_per_token(config: Config, tower: Config) -> float:
     """Patches per token."""
     side = _get(tower, "spatial_merge_size", "merge_kernel_size") or _get(config, "spatial_merge_size", "scale_factor")
     if side:

@@ -23,12 +23,12 @@ class ImageSums:
     bytes_out: int = 0
     label: BoundedLabels = field(default_factory=lambda: BoundedLabels(20))
 
-    def add(self, fact: ImagePrepared) -> None:
+    def add(self, event: ImagePrepared) -> None:
         """Count one image."""
-        self.outcomes[self.label(fact.outcome)] += 1
-        self.bytes_in += fact.bytes_in
-        self.bytes_out += fact.bytes_out
-        for stage, seconds in fact.stages:
+        self.outcomes[self.label(event.outcome)] += 1
+        self.bytes_in += event.bytes_in
+        self.bytes_out += event.bytes_out
+        for stage, seconds in event.stages:
             label = self.label(stage)
             count, total = self.stages.get(label, (0, 0.0))
             self.stages[label] = (count + 1, total + seconds)
@@ -43,19 +43,19 @@ def load_of(
     ledger: Ledger, co: cost_model.Coefficients, slo_seconds: float, kv: float | None, queue: float | None, now: float
 ) -> Load:
     """How loaded the engine is; `kv` and `queue` are shares 0..1, None where the engine does not tell."""
-    stock = ledger.stock()
+    in_flight = ledger.in_flight()
     per_minute = ledger.mu_per_minute(now)
     max_per_minute = cost_model.max_mu_per_minute(co)
     max_in_flight = cost_model.max_mu_in_flight(co, slo_seconds)
-    parts = {"stock": stock.mu / max_in_flight, "flow": per_minute / max_per_minute, "kv": kv, "queue": queue}
+    parts = {"stock": in_flight.mu / max_in_flight, "flow": per_minute / max_per_minute, "kv": kv, "queue": queue}
     shares = {name: share for name, share in parts.items() if share is not None}
     limited_by = max(shares, key=lambda name: shares[name])
     return Load(
-        mu_in_flight=stock.mu, mu_max_in_flight=max_in_flight, mu_per_minute=per_minute,
+        mu_in_flight=in_flight.mu, mu_max_in_flight=max_in_flight, mu_per_minute=per_minute,
         mu_max_per_minute=max_per_minute, utilization=shares[limited_by], limited_by=limited_by,
-        prefill_tokens_in_flight=stock.prefill_tokens, decode_tokens_in_flight=stock.decode_tokens,
+        prefill_tokens_in_flight=in_flight.prefill_tokens, decode_tokens_in_flight=in_flight.decode_tokens,
         tokens_delivered_total=ledger.delivered_total, tokens_per_second=ledger.tokens_per_second(now),
-        requests_in_flight=stock.requests, requests_waiting=stock.waiting,
+        requests_in_flight=in_flight.requests, requests_waiting=in_flight.waiting,
         requests_per_second=ledger.requests_per_second(now), coefficients_fingerprint=co.fingerprint,
         coefficients_source=co.source, coefficients_stale=False, errors_per_second=ledger.errors_per_second(now),
         recent_mu_per_second=ledger.recent_mu_per_second(now), pressure=max(shares["stock"], kv or 0.0, queue or 0.0),
@@ -71,18 +71,18 @@ def tenants_of(ledger: Ledger) -> tuple[TenantUse, ...]:
     outcomes: dict[str, Counter[str]] = {}
     for (tenant, _, outcome), (_, requests) in ledger.totals.items():
         outcomes.setdefault(tenant, Counter())[outcome] += int(requests)
-    accounts = ledger.accounts
+    totals = ledger.tenant_totals
     return tuple(
         TenantUse(
             tenant=t,
             requests_in_flight=len(open_.get(t, ())),
-            mu_in_flight=sum(h.remaining for h in open_.get(t, ())),
-            mu_total=accounts[t].mu if t in accounts else 0.0,
-            requests_total=accounts[t].requests if t in accounts else 0,
-            tokens_total=accounts[t].tokens if t in accounts else 0,
+            mu_in_flight=sum(h.remaining_mu for h in open_.get(t, ())),
+            mu_total=totals[t].mu if t in totals else 0.0,
+            requests_total=totals[t].requests if t in totals else 0,
+            tokens_total=totals[t].tokens if t in totals else 0,
             outcomes=tuple(sorted(outcomes.get(t, Counter()).items())),
         )
-        for t in sorted({*open_, *accounts})
+        for t in sorted({*open_, *totals})
     )
 
 

@@ -31,8 +31,8 @@ from sidecar.errors import UsageError
 
 MAX_LIMITS_FILE_BYTES: Final = 1 << 20  # of the file
 MAX_TENANT_NAME_CHARS: Final = 64  # characters of a tenant's name; longer ones are cut to that
-NEVER: Final = 3600.0  # seconds to wait for what a limit of 0 will never allow
-_MOST: Final = 1e9
+NEVER_RETRY_AFTER_S: Final = 3600.0  # seconds to wait for what a limit of 0 will never allow
+_MAX_MU: Final = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,25 +86,25 @@ class LimitExceeded:
     wait: float | None
 
 
-def refilled(bucket: TokenBucket, limit: TenantLimit, now: float) -> TokenBucket:
+def refill(bucket: TokenBucket, limit: TenantLimit, now: float) -> TokenBucket:
     """The bucket at `now`."""
     gained = limit.rate * max(0.0, now - bucket.at)
     return TokenBucket(min(limit.burst, bucket.level + gained), max(now, bucket.at))
 
 
-def refusal(limit: TenantLimit, bucket: TokenBucket, in_flight: float, mu: float, high: float) -> LimitExceeded | None:
+def check(limit: TenantLimit, bucket: TokenBucket, in_flight: float, mu: float, high: float) -> LimitExceeded | None:
     """None where a request of `mu` that reserves `high` is admitted. `bucket` is as of now, `in_flight` what others of it reserve."""
     if limit.mu_per_minute is not None:
         missing = min(mu, limit.burst) - bucket.level
         if missing > 0 or limit.mu_per_minute == 0:
-            return LimitExceeded("mu_per_minute", missing / limit.rate if limit.rate > 0 else NEVER)
+            return LimitExceeded("mu_per_minute", missing / limit.rate if limit.rate > 0 else NEVER_RETRY_AFTER_S)
     most = limit.mu_in_flight
     if most is not None and (most == 0 or 0 < in_flight > most - high):
-        return LimitExceeded("mu_in_flight", None if most > 0 else NEVER)
+        return LimitExceeded("mu_in_flight", None if most > 0 else NEVER_RETRY_AFTER_S)
     return None
 
 
-def charged(bucket: TokenBucket, limit: TenantLimit, mu: float) -> TokenBucket:
+def charge(bucket: TokenBucket, limit: TenantLimit, mu: float) -> TokenBucket:
     """The bucket after `mu` was taken out, or put back where it is negative."""
     if limit.mu_per_minute is None:
         return bucket
@@ -118,7 +118,7 @@ def parse(text: str, name: str) -> TenantLimits:
     """The limits of a file, TOML or JSON. Raises UsageError with one line that names the place."""
     raw = _read(text, name)
     for key in raw:
-        _known(key, ("default", "tenants", "spill_over_below"), name)
+        _check_key(key, ("default", "tenants", "spill_over_below"), name)
     tenants = raw.get("tenants", {})
     if not isinstance(tenants, dict):
         raise UsageError(f"{name}: tenants must be a table of tenants")
@@ -138,8 +138,8 @@ def parse(text: str, name: str) -> TenantLimits:
 def _read(text: str, name: str) -> dict[str, Any]:
     try:
         raw = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"{name}: neither TOML nor JSON: {str(e)[:100]}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name}: neither TOML nor JSON: {str(error)[:100]}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: expected tables `default` and `tenants`")
     return raw
@@ -150,7 +150,7 @@ def _limit(raw: Any, place: str, name: str) -> TenantLimit:
         raise UsageError(f"{name}: {place} must be a table of limits")
     known = tuple(f.name for f in fields(TenantLimit))
     for key in raw:
-        _known(key, known, f"{name}: {place}")
+        _check_key(key, known, f"{name}: {place}")
     spill_over = raw.get("spill_over", False)
     if not isinstance(spill_over, bool):
         raise UsageError(f"{name}: {place}.spill_over must be true or false")
@@ -160,7 +160,7 @@ def _limit(raw: Any, place: str, name: str) -> TenantLimit:
     return TenantLimit(**numbers, spill_over=spill_over)
 
 
-def _known(key: str, known: tuple[str, ...], place: str) -> None:
+def _check_key(key: str, known: tuple[str, ...], place: str) -> None:
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         raise UsageError(f"{place}: unknown key {key[:64]!r}; the nearest valid key is {near[0]}")
@@ -171,6 +171,6 @@ def _number(value: Any, place: str, name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"{name}: {place} must be a number of model units >= 0")
-    if not 0 <= value <= _MOST:
-        raise UsageError(f"{name}: {place} must be from 0 to {_MOST:.0f}, not {value:g}")
+    if not 0 <= value <= _MAX_MU:
+        raise UsageError(f"{name}: {place} must be from 0 to {_MAX_MU:.0f}, not {value:g}")
     return float(value)

@@ -24,14 +24,14 @@ SLOT_S: Final = 0.02  # seconds; the resolution of being busy
 LATE_EVENT_S: Final = 1.0  # seconds that facts may be under way
 WINDOW_CLOSE_WAIT_S: Final = 60.0  # seconds that a window waits for first tokens
 MIN_BUSY_SHARE: Final = 0.2  # share of a window; below, a slot's rounding and idle gaps between steps weigh too much
-TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])  # d apart: per step, and per token
-STEP: Final = TERMS.index("step")
-TOKEN: Final = STEP + 1
+WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])  # d apart: per step, and per token
+STEP_INDEX: Final = WINDOW_TERMS.index("step")
+TOKEN_INDEX: Final = STEP_INDEX + 1
 
 
 @dataclass(frozen=True, slots=True)
 class WorkWindow:
-    """`ms` that the engine was busy; `work` is what each coefficient of TERMS is multiplied by; `together` decoded at once."""
+    """`ms` that the engine was busy; `work` is what each coefficient of WINDOW_TERMS is multiplied by; `together` decoded at once."""
 
     at: float
     ms: float
@@ -68,16 +68,18 @@ class WorkWindows:
         self._next = int(now / WINDOW_S) + 1  # the window that is closed next; what came before is not seen whole
         self._open: dict[int, _OpenWindow] = {}
 
-    def settled(self, s: Settlement) -> None:
+    def settled(self, settlement: Settlement) -> None:
         """A request ended."""
-        e = s.settled
-        if e.sent_at is None or e.outcome == "rejected":
+        ended = settlement.settled
+        if ended.sent_at is None or ended.outcome == "rejected":
             return
-        if s.slowed or e.outcome in ("engine_error", "stalled", "lost"):
-            self._spoil(e.sent_at, e.at)
+        if settlement.slowed or ended.outcome in ("engine_error", "stalled", "lost"):
+            self._spoil(ended.sent_at, ended.at)
             return
-        cut = self._cut(s.work, e.sent_at, e.first_at, e.at, stream=s.admitted.stream)
-        self._add(_BusySpan(e.sent_at, cut, e.at, cost_model.features(s.work, self._co)))
+        cut = self._first_token_at(
+            settlement.work, ended.sent_at, ended.first_at, ended.at, stream=settlement.admitted.stream
+        )
+        self._add(_BusySpan(ended.sent_at, cut, ended.at, cost_model.features(settlement.work, self._co)))
 
     def spoil(self, now: float) -> None:
         """What is seen now must not be believed."""
@@ -94,7 +96,7 @@ class WorkWindows:
         closed = []
         while self._next < due:
             end = (self._next + 1) * WINDOW_S
-            late = [h for h in waiting if _awaited(h) and h.since < end]
+            late = [h for h in waiting if _is_awaited(h) and h.since < end]
             if late and now < end + WINDOW_CLOSE_WAIT_S:
                 break
             window = self._open.pop(self._next, None) or _OpenWindow()
@@ -110,9 +112,9 @@ class WorkWindows:
                 continue
             if hold.blocked or hold.slowed:
                 return []
-            e = hold.admitted.expected
-            work = cost_model.features(replace(e, output=hold.delivered), self._co)
-            self._into(
+            expected = hold.admitted.expected
+            work = cost_model.features(replace(expected, output=hold.delivered), self._co)
+            self._add_overlap(
                 window, index, _BusySpan(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
             )
         busy = window.busy.bit_count() * SLOT_S
@@ -121,9 +123,11 @@ class WorkWindows:
         together = max(1.0, window.decode_seconds / (window.decoding.bit_count() * SLOT_S or 1.0))
         x = window.work
         steps = x[cost_model.TERMS.index("d")] / together
-        return [WorkWindow((index + 1) * WINDOW_S, busy * 1000, (*x[:STEP], steps, *x[STEP:]), together)]
+        return [WorkWindow((index + 1) * WINDOW_S, busy * 1000, (*x[:STEP_INDEX], steps, *x[STEP_INDEX:]), together)]
 
-    def _cut(self, work: RequestSize, sent: float, first: float | None, end: float, *, stream: bool) -> float:
+    def _first_token_at(
+        self, work: RequestSize, sent: float, first: float | None, end: float, *, stream: bool
+    ) -> float:
         """When the prompt was done."""
         if stream and first is not None:
             return first
@@ -132,9 +136,9 @@ class WorkWindows:
 
     def _add(self, span: _BusySpan) -> None:
         for index in range(max(self._next, int(span.sent / WINDOW_S)), int(span.end / WINDOW_S) + 1):
-            self._into(self._open.setdefault(index, _OpenWindow()), index, span)
+            self._add_overlap(self._open.setdefault(index, _OpenWindow()), index, span)
 
-    def _into(self, window: _OpenWindow, index: int, span: _BusySpan) -> None:
+    def _add_overlap(self, window: _OpenWindow, index: int, span: _BusySpan) -> None:
         """What of a request lies in a window."""
         start = index * WINDOW_S
         window.busy |= _mask(span.sent - start, span.end - start)
@@ -151,7 +155,7 @@ class WorkWindows:
             self._open.setdefault(index, _OpenWindow()).spoiled = True
 
 
-def _awaited(hold: AdmissionHold) -> bool:
+def _is_awaited(hold: AdmissionHold) -> bool:
     """Whether what the engine does for a request is not known yet. One that waits in our own queue has not begun."""
     return (hold.first_at is None or hold.whole > 0) and not hold.blocked
 

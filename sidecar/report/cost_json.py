@@ -14,8 +14,8 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 
 MEDIA: Final = ("images", "image_tokens", "audios", "audio_tokens", "videos", "video_tokens")
-NAMES: Final = ("in", "cached", "out", *MEDIA)
-MAX_ROWS: Final = 10**9
+PARAMETERS: Final = ("in", "cached", "out", *MEDIA)
+MAX_COUNT: Final = 10**9
 
 
 def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
 
 
 def _count(name: str, value: str) -> int:
-    if name not in NAMES:
-        raise ValueError(f"unknown parameter {name[:40]!r}; there are: {', '.join(NAMES)}")
-    if not (value.isascii() and value.isdigit() and len(value) < 12 and int(value) <= MAX_ROWS):
-        raise ValueError(f"{name} must be a whole number from 0 to {MAX_ROWS}")
+    if name not in PARAMETERS:
+        raise ValueError(f"unknown parameter {name[:40]!r}; there are: {', '.join(PARAMETERS)}")
+    if not (value.isascii() and value.isdigit() and len(value) < 12 and int(value) <= MAX_COUNT):
+        raise ValueError(f"{name} must be a whole number from 0 to {MAX_COUNT}")
     return int(value)

@@ -34,10 +34,10 @@ HEADERS: Final = {
     "Vary": "Accept",
 }
 
-Parts = Mapping[str, Any]
+Bundle = Mapping[str, Any]
 
 
-def render(id: str, bundle: Parts) -> str:
+def render(id: str, bundle: Bundle) -> str:
     """The page of one bundle."""
     taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(bundle.get("at") or 0))
     state = "" if bundle.get("complete", True) else " · not complete: the second look was not written"

@@ -2,7 +2,7 @@
 
 Rules: a snapshot is rendered once for all readers, and not at all when nobody reads. Everything is bounded: readers,
 what waits for each of them, points of history, rows of a table. A reader that is slow skips snapshots, and one that
-takes nothing for `patience` seconds is cut off. Numbers only leave as finite JSON; what could not be read leaves with
+takes nothing for `write_timeout_s` seconds is cut off. Numbers only leave as finite JSON; what could not be read leaves with
 its reason.
 """
 
@@ -27,13 +27,15 @@ from sidecar.readings import Absent, Failed, Value
 from sidecar.snapshot import Snapshot
 
 MAX_READERS: Final = 32
-MAX_QUEUED: Final = 3  # snapshots that may wait for one reader
+MAX_QUEUED_EVENTS: Final = 3  # snapshots that may wait for one reader
 MAX_TENANTS: Final = 50  # rows; the largest users come first
-HISTORY_SECONDS: Final = 600
-MIN_STEP: Final = 0.5  # seconds between two points, so that the ring holds the window however often one publishes
+HISTORY_S: Final = 600
+MIN_POINT_INTERVAL_S: Final = (
+    0.5  # seconds between two points, so that the ring holds the window however often one publishes
+)
 
 # The columns of the history. `None` is "nothing to show at this moment", drawn as a gap.
-POINT: Final = (
+POINT_COLUMNS: Final = (
     "t", "state", "reason", "progress_age", "allowed", "mu_in_flight", "mu_per_minute", "utilization",
     "tokens_per_second", "in_flight", "waiting", "gpu",
 )  # fmt: skip
@@ -91,7 +93,7 @@ async def index(_request: web.Request) -> web.Response:
 def render(snapshot: Snapshot) -> dict[str, Any]:
     """The snapshot as plain JSON values, under its own field names, with readings as {"value"}, {"absent"} or {"failed"}.
 
-    `point` is this moment's row of the history (columns POINT); `tenants` holds the MAX_TENANTS largest of `tenants_known`,
+    `point` is this moment's row of the history (columns POINT_COLUMNS); `tenants` holds the MAX_TENANTS largest of `tenants_known`,
     which used `mu_total` MU together.
     """
     largest = sorted(snapshot.tenants, key=lambda use: (use.mu_in_flight, use.mu_total), reverse=True)
@@ -105,7 +107,7 @@ def render(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def point(snapshot: Snapshot) -> list[Any]:
-    """One row of the history: wall seconds, then what POINT names (seconds, MU, MU/min, shares of 1, tokens/s, requests)."""
+    """One row of the history: wall seconds, then what POINT_COLUMNS names (seconds, MU, MU/min, shares of 1, tokens/s, requests)."""
     load = snapshot.load
     row = [
         snapshot.at_wall, snapshot.verdict.state, snapshot.verdict.reason, snapshot.progress_age,
@@ -150,10 +152,10 @@ def _event(name: str, data: Any) -> bytes:
 class PageFeed:
     """Server-sent events: first `history` ({"columns", "points"}), then one `snapshot` for each `publish`."""
 
-    def __init__(self, patience: float = 20.0) -> None:
-        self._patience = patience
+    def __init__(self, write_timeout_s: float = 20.0) -> None:
+        self._write_timeout_s = write_timeout_s
         self._readers: set[asyncio.Queue[bytes | None]] = set()
-        self._points: deque[tuple[float, list[Any]]] = deque(maxlen=round(HISTORY_SECONDS / MIN_STEP))
+        self._points: deque[tuple[float, list[Any]]] = deque(maxlen=round(HISTORY_S / MIN_POINT_INTERVAL_S))
         self._last: Snapshot | None = None
         self._closed = False
 
@@ -199,17 +201,17 @@ class PageFeed:
         event: bytes | None = self._opening()
         await response.prepare(request)
         while event is not None:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._write_timeout_s):
                 await response.write(event)
             event = await reader.get()
 
     def _opening(self) -> bytes:
-        history = _event("history", {"columns": POINT, "points": [row for _, row in self._points]})
+        history = _event("history", {"columns": POINT_COLUMNS, "points": [row for _, row in self._points]})
         return history + (_event("snapshot", render(self._last)) if self._last else b"")
 
     @contextmanager
     def _reader(self) -> Iterator[asyncio.Queue[bytes | None]]:
-        reader: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED)
+        reader: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED_EVENTS)
         self._readers.add(reader)
         try:
             yield reader
@@ -219,10 +221,10 @@ class PageFeed:
     def _remember(self, snapshot: Snapshot) -> None:
         self._last = snapshot
         points = self._points
-        if points and snapshot.at - points[-1][0] < MIN_STEP:
+        if points and snapshot.at - points[-1][0] < MIN_POINT_INTERVAL_S:
             return
         points.append((snapshot.at, point(snapshot)))
-        while points[0][0] < snapshot.at - HISTORY_SECONDS:
+        while points[0][0] < snapshot.at - HISTORY_S:
             points.popleft()
 
 

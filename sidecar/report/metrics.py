@@ -40,11 +40,29 @@ class Metric:
 
 
 # Two to three bounds per decade: the error of a quantile stays below half its value, and a histogram below 20 series.
-_REQUEST = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
-_OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
-_IMAGE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-_CLIENT = ("tenant", "model", "outcome")
+_REQUEST_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+)
+_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
+_OVERHEAD_BUCKETS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+_IMAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_CLIENT_LABELS = ("tenant", "model", "outcome")
 
 METRICS: Final = (
     Metric("sidecar_mu_in_flight", "gauge", "Model units of the requests that are admitted and not settled."),
@@ -52,17 +70,17 @@ METRICS: Final = (
     Metric("sidecar_mu_per_minute", "gauge", "Model units done in the last minute."),
     Metric("sidecar_mu_max_per_minute", "gauge", "Model units that this model and hardware can do in a minute."),
     Metric("sidecar_mu_utilization_ratio", "gauge", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
-    Metric("sidecar_mu_total", "counter", "Model units of settled requests.", _CLIENT),
+    Metric("sidecar_mu_total", "counter", "Model units of settled requests.", _CLIENT_LABELS),
     Metric("sidecar_mu_coefficients_stale", "gauge", "1 where the coefficients no longer fit this model and hardware."),
     Metric("sidecar_prefill_tokens_in_flight", "gauge", "Input tokens whose first output token is awaited."),
     Metric("sidecar_decode_tokens_in_flight", "gauge", "Output tokens that are expected and not yet delivered."),
     Metric("sidecar_tokens_delivered_total", "counter", "Output tokens delivered to clients."),
     Metric("sidecar_requests_in_flight", "gauge", "Requests that are admitted and not settled."),
-    Metric("sidecar_requests_total", "counter", "Settled requests.", _CLIENT),
-    Metric("sidecar_time_to_first_token_seconds", "histogram", "From admission to the first token.", (), _REQUEST),
-    Metric("sidecar_time_per_output_token_seconds", "histogram", "Between the tokens after the first.", (), _TOKEN),
-    Metric("sidecar_request_seconds", "histogram", "From admission to settlement.", (), _REQUEST),
-    Metric("sidecar_relay_overhead_seconds", "histogram", "Time that the relay itself added, less image work.", (), _OVERHEAD),
+    Metric("sidecar_requests_total", "counter", "Settled requests.", _CLIENT_LABELS),
+    Metric("sidecar_time_to_first_token_seconds", "histogram", "From admission to the first token.", (), _REQUEST_BUCKETS),
+    Metric("sidecar_time_per_output_token_seconds", "histogram", "Between the tokens after the first.", (), _TOKEN_BUCKETS),
+    Metric("sidecar_request_seconds", "histogram", "From admission to settlement.", (), _REQUEST_BUCKETS),
+    Metric("sidecar_relay_overhead_seconds", "histogram", "Time that the relay itself added, less image work.", (), _OVERHEAD_BUCKETS),
     Metric("sidecar_verdict", "gauge", "1 for the verdict that holds, 0 for all others.", ("verdict",)),
     Metric("sidecar_verdict_changes_total", "counter", "Changes of the verdict.", ("to", "reason")),
     Metric("sidecar_kills_total", "counter", "Times that liveness was failed for a stall."),
@@ -70,13 +88,13 @@ METRICS: Final = (
     Metric("sidecar_progress_age_seconds", "gauge", "Since the last progress; no series while nothing is outstanding."),
     Metric("sidecar_silence_allowed_seconds", "gauge", "Silence that the outstanding work may keep without suspicion."),
     Metric("sidecar_streams_ended_total", "counter", "Requests that were ended because they alone could not go on.", ("reason",)),
-    Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST),
+    Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST_BUCKETS),
     Metric("sidecar_canaries_total", "counter", "Canaries that ended.", ("outcome",)),
     Metric("sidecar_canary_mu_total", "counter", "Model units of canaries that passed; of no tenant."),
     Metric("sidecar_canary_tokens_total", "counter", "Tokens of canaries that passed, prompts and outputs."),
     Metric("sidecar_garbage_output", "gauge", "1 while canaries are answered otherwise than they always were; restarts nothing."),
     Metric("sidecar_images_total", "counter", "Images of requests.", ("format", "outcome")),
-    Metric("sidecar_image_seconds", "histogram", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE),
+    Metric("sidecar_image_seconds", "histogram", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE_BUCKETS),
     Metric("sidecar_image_bytes_total", "counter", "Bytes of images, as received and as handed on.", ("direction",)),
     Metric("sidecar_gpu_utilization_ratio", "gauge", "Share of time in which a kernel ran; 1 is not proof of progress.", ("gpu",)),
     Metric("sidecar_gpu_memory_used_bytes", "gauge", "GPU memory in use.", ("gpu",)),
@@ -95,10 +113,10 @@ METRICS: Final = (
 )  # fmt: skip
 
 _TABLE: Final = {m.name: m for m in METRICS}
-PAIRS_PER_TENANT: Final = (
+MAX_PAIRS_PER_TENANT: Final = (
     2  # (tenant, model) pairs told apart, per tenant; 600 series a metric at most take 12 ms to render
 )
-REASONS: Final = 200  # far above the number of reason codes; a bound all the same
+MAX_REASONS: Final = 200  # far above the number of reason codes; a bound all the same
 
 
 @dataclass(slots=True)
@@ -145,13 +163,13 @@ class Metrics(Collector):
         self._tenants = BoundedLabels(max_tenants)
         self._models = BoundedLabels(max_tenants)
         self._pairs: set[tuple[str, str]] = set()
-        self._max_pairs = PAIRS_PER_TENANT * max_tenants
-        self._formats, self._stages, self._reasons = BoundedLabels(20), BoundedLabels(20), BoundedLabels(REASONS)
-        self._fed = _Series()
+        self._max_pairs = MAX_PAIRS_PER_TENANT * max_tenants
+        self._formats, self._stages, self._reasons = BoundedLabels(20), BoundedLabels(20), BoundedLabels(MAX_REASONS)
+        self._series = _Series()
         self._snapshot: Snapshot | None = None
         for metric in METRICS:  # a histogram without labels exists from the start, at 0
             if metric.buckets and not metric.labels:
-                self._fed.histograms[metric.name][()] = _Histogram([0] * (len(metric.buckets) + 1))
+                self._series.histograms[metric.name][()] = _Histogram([0] * (len(metric.buckets) + 1))
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -163,14 +181,14 @@ class Metrics(Collector):
         """Count an image, a canary that ended, a verdict that has just changed, or an order to end requests."""
         match record:
             case ImagePrepared():
-                self._imaged(record)
+                self._observe_image(record)
             case CanaryResult():
-                self._fed.count("sidecar_canaries_total", (record.outcome,))
-                self._fed.observe("sidecar_canary_seconds", record.ended - record.started)
+                self._series.count("sidecar_canaries_total", (record.outcome,))
+                self._series.observe("sidecar_canary_seconds", record.ended - record.started)
             case Verdict():
-                self._fed.count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
+                self._series.count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
             case AbortRequests():
-                self._fed.count("sidecar_streams_ended_total", (record.code,), len(record.ids))
+                self._series.count("sidecar_streams_ended_total", (record.code,), len(record.ids))
 
     def settled(
         self,
@@ -187,31 +205,31 @@ class Metrics(Collector):
     ) -> None:
         """Count one settled request. Times in seconds; None where there was none (no token came, nothing was relayed)."""
         client = self._client(tenant, model)
-        self._fed.count("sidecar_requests_total", (*client, outcome))
-        self._fed.count("sidecar_mu_total", (*client, outcome), mu)
+        self._series.count("sidecar_requests_total", (*client, outcome))
+        self._series.count("sidecar_mu_total", (*client, outcome), mu)
         if dollars > 0:
-            self._fed.count("sidecar_cost_dollars_total", client, dollars)
-        self._fed.observe("sidecar_request_seconds", seconds)
-        self._fed.observe("sidecar_time_to_first_token_seconds", ttft)
-        self._fed.observe("sidecar_time_per_output_token_seconds", tpot)
-        self._fed.observe("sidecar_relay_overhead_seconds", overhead)
+            self._series.count("sidecar_cost_dollars_total", client, dollars)
+        self._series.observe("sidecar_request_seconds", seconds)
+        self._series.observe("sidecar_time_to_first_token_seconds", ttft)
+        self._series.observe("sidecar_time_per_output_token_seconds", tpot)
+        self._series.observe("sidecar_relay_overhead_seconds", overhead)
 
     def collect(self) -> Iterator[Family]:
         """Every metric of the table, in its order, with the series it has now."""
         rows: dict[str, list[tuple[Labels, float]]] = defaultdict(list)
         for name, labels, value in gauges(self._snapshot) if self._snapshot else ():
             rows[name].append((labels, value))
-        for name, series in self._fed.counters.items():
+        for name, series in self._series.counters.items():
             rows[name].extend(series.items())
         for metric in METRICS:
-            yield _family(metric, rows[metric.name], self._fed.histograms.get(metric.name, {}))
+            yield _family(metric, rows[metric.name], self._series.histograms.get(metric.name, {}))
 
-    def _imaged(self, image: ImagePrepared) -> None:
-        self._fed.count("sidecar_images_total", (self._formats(image.format), image.outcome))
-        self._fed.count("sidecar_image_bytes_total", ("in",), image.bytes_in)
-        self._fed.count("sidecar_image_bytes_total", ("out",), image.bytes_out)
+    def _observe_image(self, image: ImagePrepared) -> None:
+        self._series.count("sidecar_images_total", (self._formats(image.format), image.outcome))
+        self._series.count("sidecar_image_bytes_total", ("in",), image.bytes_in)
+        self._series.count("sidecar_image_bytes_total", ("out",), image.bytes_out)
         for stage, seconds in (*image.stages, ("total", image.seconds)):
-            self._fed.observe("sidecar_image_seconds", seconds, (self._stages(stage),))
+            self._series.observe("sidecar_image_seconds", seconds, (self._stages(stage),))
 
     def _client(self, tenant: str, model: str) -> tuple[str, str]:
         pair = self._tenants(tenant), self._models(model)
@@ -223,9 +241,9 @@ class Metrics(Collector):
         return pair
 
 
-def gauges(s: Snapshot) -> Iterator[MetricRow]:
+def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
     """Everything that a Snapshot shows as a series."""
-    load = s.load
+    load = snapshot.load
     yield "sidecar_mu_in_flight", (), load.mu_in_flight
     yield "sidecar_mu_max_in_flight", (), load.mu_max_in_flight
     yield "sidecar_mu_per_minute", (), load.mu_per_minute
@@ -237,24 +255,24 @@ def gauges(s: Snapshot) -> Iterator[MetricRow]:
     yield "sidecar_tokens_delivered_total", (), load.tokens_delivered_total
     yield "sidecar_requests_in_flight", (), load.requests_in_flight
     for state in STATES:
-        yield "sidecar_verdict", (state,), s.verdict.state == state
-    yield "sidecar_kills_total", (), s.kills
+        yield "sidecar_verdict", (state,), snapshot.verdict.state == state
+    yield "sidecar_kills_total", (), snapshot.kills
     for reason in ESCALATIONS:
-        yield "sidecar_handover", (reason,), s.handover == reason
-    if s.progress_age is not None:
-        yield "sidecar_progress_age_seconds", (), s.progress_age
-    yield "sidecar_silence_allowed_seconds", (), s.silence_allowed
-    yield "sidecar_canary_mu_total", (), s.canaries.mu
-    yield "sidecar_canary_tokens_total", (), s.canaries.tokens
-    yield "sidecar_garbage_output", (), s.canaries.garbage
-    yield "sidecar_loop_lag_seconds", ("control",), s.own_lag
-    for relay in s.relays:
+        yield "sidecar_handover", (reason,), snapshot.handover == reason
+    if snapshot.progress_age is not None:
+        yield "sidecar_progress_age_seconds", (), snapshot.progress_age
+    yield "sidecar_silence_allowed_seconds", (), snapshot.silence_allowed
+    yield "sidecar_canary_mu_total", (), snapshot.canaries.mu
+    yield "sidecar_canary_tokens_total", (), snapshot.canaries.tokens
+    yield "sidecar_garbage_output", (), snapshot.canaries.garbage
+    yield "sidecar_loop_lag_seconds", ("control",), snapshot.own_lag
+    for relay in snapshot.relays:
         yield "sidecar_loop_lag_seconds", (f"relay-{relay.index}",), relay.lag
-    yield "sidecar_build_info", (s.version, s.engine_kind), 1
-    yield from _signal("scrape", s.engine)
-    yield from _signal("process", s.own)
-    yield from _signal("gpu", _answering(s.gpus))
-    for gpu in s.gpus.value if isinstance(s.gpus, Value) else ():
+    yield "sidecar_build_info", (snapshot.version, snapshot.engine_kind), 1
+    yield from _signal("scrape", snapshot.engine)
+    yield from _signal("process", snapshot.own)
+    yield from _signal("gpu", _gpus_signal(snapshot.gpus))
+    for gpu in snapshot.gpus.value if isinstance(snapshot.gpus, Value) else ():
         yield from _gpu(gpu)
 
 
@@ -266,7 +284,7 @@ def _signal(name: str, reading: Reading[Any]) -> Iterator[MetricRow]:
         yield "sidecar_signal_up", (name,), 0
 
 
-def _answering(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSample, ...]]:
+def _gpus_signal(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSample, ...]]:
     """GPUs that were counted, and none of which answers, are not a signal that is up."""
     if isinstance(reading, Value) and all(isinstance(gpu.memory_used, Failed) for gpu in reading.value):
         return Failed("no GPU answers")

@@ -22,9 +22,9 @@ from sidecar.readings import EngineSample, Reading, Value
 from sidecar.report import orca_proto
 from sidecar.snapshot import Load
 
-LEAST_UTILIZATION: Final = 0.001
-LEAST_RPS: Final = 1e-3  # where not even the capacity is known
-MILLI: Final = 1000.0
+MIN_UTILIZATION: Final = 0.001
+MIN_RPS: Final = 1e-3  # where not even the capacity is known
+MILLI_PER_MU: Final = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,15 @@ class OrcaReport:
 
     def binary(self) -> str:
         """The header's value as `BIN ` and base64."""
-        return BIN + base64.b64encode(orca_proto.encode(self.fields, self.named)).decode()
+        return BIN_PREFIX + base64.b64encode(orca_proto.encode(self.fields, self.named)).decode()
 
 
-BIN: Final = "BIN "
+BIN_PREFIX: Final = "BIN_PREFIX "
 
 
 def message(binary: str) -> bytes:
     """The message that a header in the BIN form carries. Raises ValueError."""
-    return base64.b64decode(binary.removeprefix(BIN), validate=True)
+    return base64.b64decode(binary.removeprefix(BIN_PREFIX), validate=True)
 
 
 class MovingMean:
@@ -75,7 +75,7 @@ def report(load: Load, engine: Reading[EngineSample], pressure: float) -> OrcaRe
     """The report of one moment; `pressure` is the mean of `load.pressure`."""
     sample = engine.value if isinstance(engine, Value) else EngineSample()
     flow = load.recent_mu_per_second * 60 / load.mu_max_per_minute if load.mu_max_per_minute > 0 else 0.0
-    used = round(max(pressure, flow, LEAST_UTILIZATION), 6)
+    used = round(max(pressure, flow, MIN_UTILIZATION), 6)
     return OrcaReport(_finite(_fields(load, sample, used)), _finite(_named(load, sample, used)))
 
 
@@ -104,8 +104,8 @@ def _named(load: Load, sample: EngineSample, used: float) -> dict[str, float | N
 
 def _rate(load: Load) -> float:
     """Milli-MU per second, never 0."""
-    idle = LEAST_UTILIZATION * load.mu_max_per_minute / 60
-    return max(max(load.recent_mu_per_second, idle) * MILLI, LEAST_RPS)
+    idle = MIN_UTILIZATION * load.mu_max_per_minute / 60
+    return max(max(load.recent_mu_per_second, idle) * MILLI_PER_MU, MIN_RPS)
 
 
 def _finite(numbers: dict[str, float | None]) -> dict[str, float]:

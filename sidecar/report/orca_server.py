@@ -2,7 +2,7 @@
 
 Rules: gRPC's threads live here and nowhere else, so that nothing that a client of the stream does can hold up the judge or a request;
 the control process sends the load once a second over the socket that relays use, and knows nothing of clients. Streams are bounded in
-number, a request in bytes. A client chooses its interval, not below LEAST_INTERVAL. A load that has grown old, because there is no
+number, a request in bytes. A client chooses its interval, not below MIN_INTERVAL_S. A load that has grown old, because there is no
 control process, is not sent: what is silent expires at the client. SIGTERM ends every stream with UNAVAILABLE.
 """
 
@@ -22,14 +22,14 @@ from sidecar.events import Command, Event, LoadReport, LoadSubscribed
 from sidecar.report import orca, orca_proto
 from sidecar.runtime.channel import Channel
 
-LEAST_INTERVAL: Final = (
+MIN_INTERVAL_S: Final = (
     0.1  # seconds; Envoy reconnects after three of its intervals without a report, so it gets what it asks for
 )
-INTERVAL: Final = 1.0  # where a request names none
-REPORT_STALE_S: Final = 10.0  # seconds after which a load is no longer sent
-MOST_STREAMS: Final = 256
-MOST_BYTES: Final = 4096  # of a request
-LEAVE: Final = 2.0  # seconds that streams have to end
+DEFAULT_INTERVAL_S: Final = 1.0  # where a request names none
+MAX_REPORT_AGE_S: Final = 10.0  # seconds after which a load is no longer sent
+MAX_STREAMS: Final = 256
+MAX_REQUEST_BYTES: Final = 4096  # of a request
+SHUTDOWN_GRACE_S: Final = 2.0  # seconds that streams have to end
 
 _log = logging.getLogger("sidecar")
 
@@ -57,7 +57,7 @@ class LatestReport:
 
     async def get(self) -> bytes:
         """The message of a fresh load; waits for one."""
-        while not self._message or time.monotonic() - self._at > REPORT_STALE_S:
+        while not self._message or time.monotonic() - self._at > MAX_REPORT_AGE_S:
             self._news.clear()
             await self._news.wait()
         return self._message
@@ -71,7 +71,7 @@ class LatestReport:
 def interval(request: bytes) -> float:
     """Seconds between the reports of one stream. Raises ValueError when the bytes are no request."""
     asked = orca_proto.interval(request)
-    return max(asked, LEAST_INTERVAL) if asked > 0 else INTERVAL
+    return max(asked, MIN_INTERVAL_S) if asked > 0 else DEFAULT_INTERVAL_S
 
 
 def main(address: tuple[str, int], path: str) -> int:
@@ -89,7 +89,7 @@ async def _serve(address: tuple[str, int], path: str) -> None:
     keeping = asyncio.create_task(latest.run())
     server = await start(address, latest, ended)
     await ended.wait()
-    await server.stop(LEAVE)
+    await server.stop(SHUTDOWN_GRACE_S)
     keeping.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await keeping
@@ -115,8 +115,8 @@ async def start(address: tuple[str, int], latest: LatestReport, ended: asyncio.E
         await context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
 
     server = aio.server(
-        options=(("grpc.max_receive_message_length", MOST_BYTES), ("grpc.so_reuseport", 1)),
-        maximum_concurrent_rpcs=MOST_STREAMS,
+        options=(("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 1)),
+        maximum_concurrent_rpcs=MAX_STREAMS,
     )
     method = grpc.unary_stream_rpc_method_handler(stream)  # bytes in, bytes out
     server.add_generic_rpc_handlers(

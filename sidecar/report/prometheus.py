@@ -14,8 +14,8 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 
-PLAIN: Final = CONTENT_TYPE_PLAIN_0_0_4
-FORMATS: Final = 4  # pages kept; the client names the version, so that the number of formats is not ours
+PLAIN_CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
+MAX_CACHED_FORMATS: Final = 4  # pages kept; the client names the version, so that the number of formats is not ours
 
 _OURS = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
 _EOF = re.compile(r"^# EOF *$\n?", re.MULTILINE)
@@ -37,23 +37,23 @@ class MetricsPages:
         try:
             encoder, content_type = choose_encoder(accept)
         except (TypeError, ValueError):  # a version that is no number
-            encoder, content_type = generate_latest, PLAIN
+            encoder, content_type = generate_latest, PLAIN_CONTENT_TYPE
         now = self._clock()
         kept = self._kept.get(content_type)
         if kept is not None and now - kept[0] < self._seconds:
             return kept[1], content_type
         page = encoder(self._registry)
-        if len(self._kept) >= FORMATS:
+        if len(self._kept) >= MAX_CACHED_FORMATS:
             self._kept.clear()
         self._kept[content_type] = now, page
         return page, content_type
 
     def text(self) -> str:
-        """The page as plain text, for `merged`."""
+        """The page as plain text, for `merge_pages`."""
         return self.render()[0].decode()
 
 
-def merged(engine_page: str | None, ours: str) -> str:
+def merge_pages(engine_page: str | None, ours: str) -> str:
     """One page of plain text: the engine's series, untouched, then ours.
 
     A family may stand on a page only once, so whatever an engine page has under our names gives way (an engine that is

@@ -27,11 +27,13 @@ Terms = Callable[
     [], Iterable[tuple[str, float]]
 ]  # called only where there is a span: (name, ms) of each term of a price
 
-MAX_OPEN: Final = 10_000  # requests whose span is being built
-MAX_IMAGES: Final = 64  # image spans of one request
-QUEUE: Final = 2048  # spans that wait for the collector
+MAX_OPEN_REQUESTS: Final = 10_000  # requests whose span is being built
+MAX_IMAGES_PER_REQUEST: Final = 64  # image spans of one request
+MAX_QUEUED_SPANS: Final = 2048  # spans that wait for the collector
 _OPERATIONS: Final = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
-_FAULTS: Final = frozenset({"engine_error", "stalled", "lost"})  # a client that went away is no error of a server
+_FAULT_OUTCOMES: Final = frozenset(
+    {"engine_error", "stalled", "lost"}
+)  # a client that went away is no error of a server
 
 
 @dataclass(slots=True)
@@ -65,34 +67,34 @@ class Tracing:
         )  # images come before the admission that they price
         self._exporter = _Exporter(endpoint, version) if endpoint else None
 
-    def admitted(self, fact: Admitted) -> None:
+    def admitted(self, event: Admitted) -> None:
         """Begin a span, where the request is traced and sampled."""
-        images = self._early.pop(fact.id, [])
-        if self._exporter is None or fact.trace is None or not fact.trace.sampled:
+        images = self._early.pop(event.id, [])
+        if self._exporter is None or event.trace is None or not event.trace.sampled:
             return
-        self._open[fact.id] = _OpenSpan(fact, fact.trace, images=images)
-        if len(self._open) > MAX_OPEN:
+        self._open[event.id] = _OpenSpan(event, event.trace, images=images)
+        if len(self._open) > MAX_OPEN_REQUESTS:
             self._open.popitem(last=False)
 
-    def first_token(self, fact: FirstToken) -> None:
+    def first_token(self, event: FirstToken) -> None:
         """Note when the first token came."""
-        if (request := self._open.get(fact.id)) is not None:
-            request.first_at = fact.at
+        if (request := self._open.get(event.id)) is not None:
+            request.first_at = event.at
 
-    def imaged(self, fact: ImagePrepared) -> None:
+    def imaged(self, event: ImagePrepared) -> None:
         """Note an image of a request, as a span under the request's."""
-        if self._exporter is None or not fact.id:
+        if self._exporter is None or not event.id:
             return
-        request = self._open.get(fact.id)
-        images = self._early.setdefault(fact.id, []) if request is None else request.images
-        if len(images) < MAX_IMAGES:
-            images.append(fact)
-        if len(self._early) > MAX_OPEN:
+        request = self._open.get(event.id)
+        images = self._early.setdefault(event.id, []) if request is None else request.images
+        if len(images) < MAX_IMAGES_PER_REQUEST:
+            images.append(event)
+        if len(self._early) > MAX_OPEN_REQUESTS:
             self._early.popitem(last=False)
 
-    def settled(self, fact: Settled, mu: float | None = None, terms: Terms = tuple) -> None:
+    def settled(self, event: Settled, mu: float | None = None, terms: Terms = tuple) -> None:
         """End the span and hand it, with those of its images, to the exporter. `terms` of its price, in ms. Never waits."""
-        request = self._open.pop(fact.id, None)
+        request = self._open.pop(event.id, None)
         if request is None or self._exporter is None:
             return
         offset = self._wall() - self._clock()  # taken anew each time: wall clocks are stepped
@@ -103,7 +105,10 @@ class Tracing:
         for image in request.images:
             self._exporter.image(child(request.trace), request.trace, image, ns)
         self._exporter.request(
-            request, fact, {**request_attributes(request.admitted, request.first_at, fact, mu), **priced(terms())}, ns
+            request,
+            event,
+            {**request_attributes(request.admitted, request.first_at, event, mu), **price_attributes(terms())},
+            ns,
         )
 
     async def close(self, seconds: float = 3.0) -> bool:
@@ -113,7 +118,7 @@ class Tracing:
         return await self._exporter.close(seconds) if self._exporter is not None else True
 
 
-def priced(terms: Iterable[tuple[str, float]]) -> Attributes:
+def price_attributes(terms: Iterable[tuple[str, float]]) -> Attributes:
     """Pure: the terms of a price as attributes; those that cost nothing are left out."""
     return {f"sidecar.gpu_ms.{name}": ms for name, ms in terms if ms}
 
@@ -169,7 +174,7 @@ class _Exporter:
         if str(self._resource.attributes.get("service.name", "")).startswith("unknown_service"):
             self._resource = self._resource.merge(Resource({"service.name": "inference-sidecar"}))
         self._scope = InstrumentationScope("sidecar", version)
-        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=5), max_queue_size=QUEUE)
+        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=5), max_queue_size=MAX_QUEUED_SPANS)
 
     def request(self, request: _OpenSpan, settled: Settled, attributes: Attributes, ns: Callable[[float], int]) -> None:
         """The SERVER span, from its first image or its admission to its settlement."""
@@ -220,7 +225,7 @@ class _Exporter:
 
 def _is_fault(settled: Settled) -> bool:
     """Whether it counts as an error of the server: not where the engine refused a bad request (4xx)."""
-    return settled.outcome in _FAULTS and not 400 <= settled.status < 500
+    return settled.outcome in _FAULT_OUTCOMES and not 400 <= settled.status < 500
 
 
 def _context(trace: Trace, span_id: str, *, remote: bool = False) -> SpanContext:

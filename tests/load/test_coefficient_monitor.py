@@ -16,10 +16,10 @@ from sidecar.events import Admitted, Event, FirstToken, RequestSize, Settled, Us
 from sidecar.load import cost_model
 from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.drift import Drift, mismatch
+from sidecar.load.drift import Drift, find_mismatch
 from sidecar.load.ledger import Ledger
-from sidecar.load.refit import MIN_SURE_WINDOWS, Refit
-from sidecar.load.work_windows import TERMS, WINDOW_CLOSE_WAIT_S, WINDOW_S, WorkWindow, WorkWindows
+from sidecar.load.refit import MIN_REFIT_WINDOWS, Refit
+from sidecar.load.work_windows import WINDOW_CLOSE_WAIT_S, WINDOW_S, WINDOW_TERMS, WorkWindow, WorkWindows
 from sidecar.readings import EngineIdentity
 
 from .work import found, history, slower, windows
@@ -46,10 +46,10 @@ def error(refit: Refit, seen: Iterable[WorkWindow]) -> float:
     """Mean log error on windows that were not learned."""
     shadow = refit.shadow()
     assert shadow
-    co, shared = shadow.co, refit.shared()
+    co, shared = shadow.co, refit.step_share()
     errors = []
     for window in seen:
-        x = dict(zip(TERMS, window.work, strict=True))
+        x = dict(zip(WINDOW_TERMS, window.work, strict=True))
         decode = co.d * ((1 - shared) * x["d"] + shared * co.batch * x["step"])
         said = decode + sum(getattr(co, name) * x[name] for name in cost_model.TERMS if name != "d")
         errors.append(abs(math.log(said / window.ms)))
@@ -81,7 +81,7 @@ numbers = st.floats(0, 1e12) | st.sampled_from([0.0, 1e-12, 1e300, math.inf, mat
 
 @settings(max_examples=50)
 @given(
-    garbage=st.lists(st.tuples(numbers, st.lists(numbers, min_size=len(TERMS), max_size=len(TERMS)), numbers), max_size=40)
+    garbage=st.lists(st.tuples(numbers, st.lists(numbers, min_size=len(WINDOW_TERMS), max_size=len(WINDOW_TERMS)), numbers), max_size=40)
 )  # fmt: skip
 def test_garbage_keeps_the_refit_bounded(garbage: list[tuple[float, list[float], float]]) -> None:
     """Whatever is measured: coefficients are at least 0 and finite, and the drift's sums are bounded."""
@@ -141,7 +141,7 @@ def test_coefficients_that_never_fitted_are_found() -> None:
     seen = (replace(w, together=8.0) for w in windows(TRUE, 40, 5))
     at_batch = (replace(w, work=(*w.work[:3], w.work[4] / 8, *w.work[4:])) for w in seen)
     priced = (
-        replace(w, ms=2 * sum(getattr(TRUE, n) * x for n, x in zip(TERMS, w.work, strict=True) if n != "step"))
+        replace(w, ms=2 * sum(getattr(TRUE, n) * x for n, x in zip(WINDOW_TERMS, w.work, strict=True) if n != "step"))
         for w in at_batch
     )
     assert (found(Drift(TRUE), priced) or 99) <= 10
@@ -189,10 +189,10 @@ def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
 )
 def test_another_origin_is_a_mismatch(seen: EngineIdentity, said: str) -> None:
     """Model, engine version and GPU, each only where both sides know it."""
-    told = mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100", flags=FLAGS), seen)
+    told = find_mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100", flags=FLAGS), seen)
     assert said in told
     assert bool(told) is bool(said)
-    assert mismatch(TRUE, seen) == ""
+    assert find_mismatch(TRUE, seen) == ""
 
 
 def test_the_name_of_an_engine_and_its_settings_are_read() -> None:
@@ -214,7 +214,7 @@ def test_a_history_of_the_scheduler_is_accounted_for() -> None:
     for rate in (1.0, 4.0, 8.0):
         seen = list(closed(SCRIPTED, history(SCRIPTED, 200.0, 3, rate=rate)))
         assert len(seen) > 15
-        work = [dict(zip(TERMS, w.work, strict=True)) for w in seen]
+        work = [dict(zip(WINDOW_TERMS, w.work, strict=True)) for w in seen]
         said = sum(0.05 * x["a"] + 10.0 * x["step"] for x in work)
         assert said == pytest.approx(sum(w.ms for w in seen), rel=0.05), rate
 
@@ -295,4 +295,4 @@ def test_what_is_not_trusted_teaches_nothing() -> None:
             upkeep.tick(ledger.holds(), at, EngineIdentity(("other",)), trusted=trusted)
         assert (upkeep.refit.windows > 0) is bool(seen)
         assert upkeep.stale == ""
-        assert upkeep.use().shadow is None or upkeep.refit.windows >= MIN_SURE_WINDOWS
+        assert upkeep.use().shadow is None or upkeep.refit.windows >= MIN_REFIT_WINDOWS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidecar.events import RequestSize, Usage
 from sidecar.load import cost_model
-from sidecar.load.estimator import IMAGE_TOKENS, DecayedMeans, Estimate, Estimator
+from sidecar.load.estimator import DEFAULT_IMAGE_TOKENS, DecayedMeans, Estimate, Estimator
 from sidecar.load.request_shape import RequestShape
 
 CO = cost_model.Coefficients()
@@ -18,8 +18,8 @@ def test_the_first_request_is_priced_by_the_documented_defaults() -> None:
     """Four bytes a token, the prior's mean of output tokens, and a documented size for an image nobody measured."""
     first = Estimator(CO).estimate("t", RequestShape("m", text_bytes=400, token_ids=5, images=2), [77]).work
     assert first == RequestSize(
-        100 + 5 + 77 + IMAGE_TOKENS, output=first.output, image_tokens=77 + IMAGE_TOKENS, images=2,
-        image_squares=77**2 + IMAGE_TOKENS**2,
+        100 + 5 + 77 + DEFAULT_IMAGE_TOKENS, output=first.output, image_tokens=77 + DEFAULT_IMAGE_TOKENS, images=2,
+        image_squares=77**2 + DEFAULT_IMAGE_TOKENS**2,
     )  # fmt: skip
     assert 200 < first.output < 280
 
@@ -35,7 +35,12 @@ def test_the_clients_limit_caps_and_choices_multiply() -> None:
     one, three = work(estimator, "t", RequestShape()).output, work(estimator, "t", RequestShape(choices=3)).output
     assert abs(three - 3 * one) <= 2
     capped = estimator.estimate("t", RequestShape(choices=3, max_output=30), [])
-    assert 25 <= capped.work.output <= estimator.high("t", RequestShape(choices=3, max_output=30), capped.work) <= 30
+    assert (
+        25
+        <= capped.work.output
+        <= estimator.high_output("t", RequestShape(choices=3, max_output=30), capped.work)
+        <= 30
+    )
 
 
 def test_embeddings_generate_nothing() -> None:
@@ -86,7 +91,7 @@ def test_a_price_is_the_units_price() -> None:
     assert abs(estimator.mu(whole) - cost_model.mu(whole, CO)) < 1e-12
     shape = RequestShape("m", text_bytes=100)
     estimate = estimator.estimate("t", shape, [])
-    assert estimate.mu == estimator.mu(estimate.work) < estimator.reserved("t", shape, estimate.work)
+    assert estimate.mu == estimator.mu(estimate.work) < estimator.reserved_mu("t", shape, estimate.work)
 
 
 def test_the_tables_are_bounded() -> None:

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.load.output_length import BUCKETS, MIDDLES, PRIOR, STARTS, OutputForecast, OutputLengths, bucket_of
+from sidecar.load.output_length import (
+    BUCKET_COUNT,
+    BUCKET_STARTS,
+    MIDDLES,
+    PRIOR,
+    OutputForecast,
+    OutputLengths,
+    bucket_of,
+)
 
 lengths = st.lists(st.integers(0, 200_000), min_size=1, max_size=60)
 
@@ -23,8 +31,8 @@ def taught(answers: list[int]) -> OutputLengths:
 
 def test_buckets_cover_every_length_once() -> None:
     """Each start begins its own bucket, and nothing is past the last."""
-    assert [bucket_of(start) for start in STARTS] == list(range(1, BUCKETS))
-    assert bucket_of(0) == 0 and bucket_of(1 << 30) == BUCKETS - 1
+    assert [bucket_of(start) for start in BUCKET_STARTS] == list(range(1, BUCKET_COUNT))
+    assert bucket_of(0) == 0 and bucket_of(1 << 30) == BUCKET_COUNT - 1
 
 
 @given(lengths, st.none() | st.integers(1, 5000))
@@ -53,7 +61,7 @@ def test_the_mean_and_what_is_left_are_those_of_the_shares(
     mass = sum(share for share, _ in beyond)
     if came < most and mass > 1e-6:
         plain = sum(share * tokens for share, tokens in beyond) / mass - came
-        assert forecast.left([came]) == pytest.approx([min(max(1.0, plain), most - came)])
+        assert forecast.remaining([came]) == pytest.approx([min(max(1.0, plain), most - came)])
 
 
 @given(lengths, st.integers(1, 5000), st.integers(0, 6000))
@@ -61,7 +69,7 @@ def test_what_is_left_never_passes_the_limit_and_is_never_nothing_before_it(
     answers: list[int], limit: int, came: int
 ) -> None:
     """At least one token is expected of an open answer, and no more than its client allows."""
-    [left] = taught(answers).forecast("t", "m", 100, limit).left([came])
+    [left] = taught(answers).forecast("t", "m", 100, limit).remaining([came])
     assert min(1, max(0, limit - came)) <= left <= max(0, limit - came)
 
 
@@ -69,7 +77,7 @@ def test_the_mean_residual_of_a_memoryless_length_is_level() -> None:
     """Geometric answers: whatever has come, as much is expected still, to within the width of a bucket."""
     rng = random.Random(1)
     outputs = taught([int(rng.expovariate(1 / 300)) for _ in range(3000)])
-    assert all(150 < left < 600 for left in outputs.forecast("t", "m", 100, None).left([1, 100, 300, 600]))
+    assert all(150 < left < 600 for left in outputs.forecast("t", "m", 100, None).remaining([1, 100, 300, 600]))
 
 
 def test_quantiles_cover_what_they_say() -> None:
@@ -134,5 +142,5 @@ def test_the_table_is_bounded() -> None:
 
 def test_a_length_beyond_all_seen_is_expected_to_double() -> None:
     """Where no answer was ever so long, as much again is expected."""
-    nothing_beyond = OutputForecast([(1.0, [1.0] + [0.0] * (BUCKETS - 1), 1.0, 0.0)])
-    assert nothing_beyond.left([500.0]) == [500.0]
+    nothing_beyond = OutputForecast([(1.0, [1.0] + [0.0] * (BUCKET_COUNT - 1), 1.0, 0.0)])
+    assert nothing_beyond.remaining([500.0]) == [500.0]

@@ -20,8 +20,8 @@ from sidecar.events import RequestSize
 from sidecar.launch.preflight import coefficients
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.gpu_specs import GPUS, find
-from sidecar.load.roofline import Config, model_of, roofline, vision, windows
+from sidecar.load.gpu_specs import GPUS, find_gpu
+from sidecar.load.roofline import Config, attention_windows, parse_architecture, roofline, vision_flops
 from sidecar.settings import Settings
 
 from ..nvml_stub.build import build
@@ -64,7 +64,7 @@ DEEPSEEK: Config = {
 )
 def test_the_weights_of_known_models_are_counted(config: Config, active: float, kept: int) -> None:
     """Active weights are those that the models' makers tell, within 2 %, and the KV cache's size is exact."""
-    model = model_of(config)
+    model = parse_architecture(config)
     assert model.decode_weights == pytest.approx(active, rel=0.02)
     assert model.kv_values == kept
 
@@ -88,7 +88,7 @@ def test_more_and_better_gpus_cost_less() -> None:
 
 def test_a_mixture_reads_more_than_it_computes() -> None:
     """Decoding in a batch reads nearly every expert, prefill computes with the chosen ones only."""
-    model = model_of(MIXTRAL)
+    model = parse_architecture(MIXTRAL)
     assert model.read_weights == pytest.approx(46.6e9, rel=0.02)
     assert roofline(MIXTRAL, H100).d > 3 * 2 * model.decode_weights / (989e12 * 0.5) * 1000
 
@@ -127,17 +127,17 @@ def test_quantised_weights_are_read_and_multiplied_as_what_they_are(
 )  # fmt: skip
 def test_sliding_windows_are_read_in_every_spelling(config: Config, expected: tuple[int, float, float]) -> None:
     """The layers that look at the context, the window, and the share of the layers that has it."""
-    assert windows(config, 32) == pytest.approx(expected)
+    assert attention_windows(config, 32) == pytest.approx(expected)
 
 
 def test_a_vision_tower_costs_its_patches() -> None:
     """Of width 1280 and 32 blocks, four patches to a token; of an unknown one the default's prices stay."""
     tower = {"hidden_size": 1280, "depth": 32, "intermediate_size": 3420, "hidden_act": "silu", "spatial_merge_size": 2}
-    per_token, per_pair = vision({**LLAMA, "vision_config": tower})
+    per_token, per_pair = vision_flops({**LLAMA, "vision_config": tower})
     assert per_token == pytest.approx(2 * 4 * 0.63e9, rel=0.02)
     assert per_pair == 4 * 1280 * 32 * 4**2
     assert (roofline(LLAMA, H100).g, roofline(LLAMA, H100).q) == (Coefficients().g, Coefficients().q)
-    assert vision({**LLAMA, "vision_config": {"depth": 3}}) == (0, 0)
+    assert vision_flops({**LLAMA, "vision_config": {"depth": 3}}) == (0, 0)
 
 
 QWEN2_5 = {"hidden_size": 1280, "depth": 32, "patch_size": 14, "window_size": 112, "spatial_merge_size": 2, "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
@@ -157,8 +157,10 @@ def test_attention_within_an_image_counts_where_it_grows(tower: dict[str, Any], 
     """Layers that see a whole image of any size cost its square; those that see a window or a tile cost so much for each token."""
     config, patches = {"vision_config": tower}, tower.get("spatial_merge_size", 1) ** 2
     layers = tower.get("depth", tower.get("num_hidden_layers"))
-    plain, _ = vision({"vision_config": {key: tower[key] for key in tower if key not in ("window_size", "image_size")}})
-    per_token, per_pair = vision(config)
+    plain, _ = vision_flops(
+        {"vision_config": {key: tower[key] for key in tower if key not in ("window_size", "image_size")}}
+    )
+    per_token, per_pair = vision_flops(config)
     width = tower["hidden_size"]
     assert per_pair == whole * 4 * width * patches**2
     assert per_token - plain == pytest.approx((layers - whole) * 4 * width * seen * patches)
@@ -184,14 +186,14 @@ def test_attention_within_an_image_counts_where_it_grows(tower: dict[str, Any], 
 )
 def test_nvmls_names_find_their_row(name: str, row: str | None) -> None:
     """The most exact row of the table; none for a GPU that is not in it."""
-    found = find(name)
+    found = find_gpu(name)
     assert (found and found.words) == row
     assert len({gpu.words for gpu in GPUS}) == len(GPUS)
 
 
 def test_an_instance_of_a_gpu_has_its_share() -> None:
     """Under MIG, 3g is three sevenths."""
-    whole, part = find("NVIDIA A100-SXM4-40GB"), find("NVIDIA A100-SXM4-40GB MIG 3g.20gb")
+    whole, part = find_gpu("NVIDIA A100-SXM4-40GB"), find_gpu("NVIDIA A100-SXM4-40GB MIG 3g.20gb")
     assert whole
     assert part
     assert part.bandwidth == pytest.approx(whole.bandwidth * 3 / 7)

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.errors import UsageError
-from sidecar.load.tenant_limits import NEVER, TenantLimit, TenantLimits, TokenBucket, charged, parse, refilled, refusal
+from sidecar.load.tenant_limits import (
+    NEVER_RETRY_AFTER_S,
+    TenantLimit,
+    TenantLimits,
+    TokenBucket,
+    charge,
+    check,
+    parse,
+    refill,
+)
 
 FILE = """
 spill_over_below = 0.5
@@ -78,13 +87,13 @@ def test_never_more_than_rate_times_time_and_burst(
     bucket, now, used = TokenBucket(limit.burst, 0.0), 0.0, 0.0
     for step, mu, actual, settles in requests:
         now += step
-        bucket = refilled(bucket, limit, now)
-        if refusal(limit, bucket, 0.0, mu, mu) is None:
-            bucket = charged(bucket, limit, mu)
+        bucket = refill(bucket, limit, now)
+        if check(limit, bucket, 0.0, mu, mu) is None:
+            bucket = charge(bucket, limit, mu)
             used += mu
             assert used <= burst + rate / 60 * now + max(0.0, mu - burst) + 1e-6
             if settles:
-                bucket = charged(bucket, limit, actual - mu)
+                bucket = charge(bucket, limit, actual - mu)
                 used += actual - mu
         assert bucket.level <= burst
 
@@ -93,13 +102,13 @@ def test_never_more_than_rate_times_time_and_burst(
 def test_the_wait_is_true(rate: float, burst: float, level: float, mu: float) -> None:
     """After the time that was told the same request is admitted, and a hundredth before it not."""
     limit, bucket = TenantLimit(rate, None, burst), TokenBucket(min(level, burst), 0.0)
-    refused = refusal(limit, bucket, 0.0, mu, mu)
+    refused = check(limit, bucket, 0.0, mu, mu)
     if refused is None:
         return
     assert refused.what == "mu_per_minute" and refused.wait is not None and refused.wait > 0
-    assert refusal(limit, refilled(bucket, limit, refused.wait * 1.0001 + 1e-6), 0.0, mu, mu) is None
+    assert check(limit, refill(bucket, limit, refused.wait * 1.0001 + 1e-6), 0.0, mu, mu) is None
     if refused.wait > 1e-3:
-        assert refusal(limit, refilled(bucket, limit, refused.wait * 0.99), 0.0, mu, mu) is not None
+        assert check(limit, refill(bucket, limit, refused.wait * 0.99), 0.0, mu, mu) is not None
 
 
 @given(st.floats(0.1, 20), st.lists(st.tuples(st.booleans(), sizes), max_size=60))
@@ -109,7 +118,7 @@ def test_reservations_in_flight_keep_to_their_limit(most: float, events: list[tu
     for ends, high in events:
         if ends and open_:
             open_.pop(0)
-        elif refusal(limit, TokenBucket(0.0, 0.0), sum(open_), 1.0, high) is None:
+        elif check(limit, TokenBucket(0.0, 0.0), sum(open_), 1.0, high) is None:
             open_.append(high)
         assert sum(open_) <= most + 1e-9 or len(open_) == 1
 
@@ -117,11 +126,11 @@ def test_reservations_in_flight_keep_to_their_limit(most: float, events: list[tu
 def test_a_limit_of_nothing_admits_nothing() -> None:
     """0 closes a tenant: no burst, no first request, and a wait that says so."""
     for limit in (TenantLimit(0.0), TenantLimit(0.0, None, 5.0), TenantLimit(None, 0.0)):
-        refused = refusal(limit, TokenBucket(limit.burst, 0.0), 0.0, 0.1, 0.1)
-        assert refused is not None and refused.wait == NEVER
+        refused = check(limit, TokenBucket(limit.burst, 0.0), 0.0, 0.1, 0.1)
+        assert refused is not None and refused.wait == NEVER_RETRY_AFTER_S
 
 
 def test_a_clock_that_stands_still_or_goes_back_gives_nothing() -> None:
     """Two processes may read the clock in another order than they write."""
     limit = TenantLimit(60.0)
-    assert refilled(TokenBucket(1.0, 10.0), limit, 9.0) == TokenBucket(1.0, 10.0)
+    assert refill(TokenBucket(1.0, 10.0), limit, 9.0) == TokenBucket(1.0, 10.0)

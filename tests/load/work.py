@@ -10,7 +10,7 @@ from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestSize, 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift
-from sidecar.load.work_windows import TERMS, WorkWindow
+from sidecar.load.work_windows import WINDOW_TERMS, WorkWindow
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 
@@ -31,7 +31,7 @@ def windows(
     rng = random.Random(seed)
     for at in range(count):
         requests, together = rng.randint(1, 8), rng.choice((1.0, 2.0, 6.5, 16.0, 40.0))
-        work = dict.fromkeys(TERMS, 0.0)
+        work = dict.fromkeys(WINDOW_TERMS, 0.0)
         for _ in range(requests):
             pictures = rng.randint(0, 2) if images else 0
             w = RequestSize(
@@ -46,7 +46,7 @@ def windows(
                 work[name] += value
         work["step"] = work["d"] / together
         took = ms(work, co, shared) * rng.lognormvariate(0, noise)
-        yield WorkWindow(10.0 * at, took, tuple(work[name] for name in TERMS), together)
+        yield WorkWindow(10.0 * at, took, tuple(work[name] for name in WINDOW_TERMS), together)
 
 
 def found(drift: Drift, seen: Iterable[WorkWindow]) -> int | None:

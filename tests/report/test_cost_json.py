@@ -24,7 +24,7 @@ def test_a_window_counts_what_each_token_sees(before: int, new: int, window: int
     co = replace(CO, window=window, windowed=windowed)
     middle = [before + i + 0.5 for i in range(new)]  # of the time in which a token's place is taken
     whole, seen = sum(middle), sum(min(x, window) for x in middle)
-    assert cost_model.context(before, new, co) == pytest.approx(
+    assert cost_model.attended_tokens(before, new, co) == pytest.approx(
         (1 - windowed) * whole + windowed * seen, abs=0.2 + 1e-6 * whole
     )
 
@@ -45,7 +45,7 @@ def test_output_alone_costs_what_is_left_of_the_whole(u: int, c: int, o: int, wi
     """The price before the first token and that of the output make the price of the request, as the ledger adds them up."""
     co = Coefficients(f=1e-3, window=window, windowed=0.5, g=0.1)
     work = RequestSize(u, c, o, image_tokens=u // 2, images=1)
-    parts = cost_model.terms(work, co).before_first_token + cost_model.generated_ms(u + c, o, co)
+    parts = cost_model.terms(work, co).before_first_token + cost_model.decode_ms(u + c, o, co)
     assert parts == pytest.approx(cost_model.gpu_ms(work, co))
 
 

@@ -60,11 +60,14 @@ def test_a_point_has_a_column_for_each_name(moment: Script) -> None:
     gpu = moment().gpus.value[0]  # type: ignore[union-attr]
     dark = replace(gpu, utilization=readings.Failed("GPU is lost"))
     both = readings.Value((gpu, replace(gpu, utilization=readings.Value(0.07, 0.0)), dark), 0.0)
-    row = dict(zip(live_page.POINT, live_page.point(moment(gpus=both)), strict=True))
+    row = dict(zip(live_page.POINT_COLUMNS, live_page.point(moment(gpus=both)), strict=True))
     assert row["gpu"] == 0.5
     assert row["t"] == moment().at_wall
     assert row["state"] == "progressing"
-    assert dict(zip(live_page.POINT, live_page.point(moment(gpus=readings.Absent("none"))), strict=True))["gpu"] is None
+    assert (
+        dict(zip(live_page.POINT_COLUMNS, live_page.point(moment(gpus=readings.Absent("none"))), strict=True))["gpu"]
+        is None
+    )
 
 
 def test_the_document_is_whole_and_self_contained() -> None:
@@ -115,7 +118,7 @@ async def test_history_comes_first_then_the_present_then_each_snapshot(moment: S
         assert response.content_type == "text/event-stream"
         name, history = await next_event(response)
         assert name == "history"
-        assert history["columns"] == list(live_page.POINT)
+        assert history["columns"] == list(live_page.POINT_COLUMNS)
         assert [row[0] for row in history["points"]] == [moment(at).at_wall for at in range(40)]
         assert (await next_event(response))[1]["at"] == 39.0
         feed.publish(moment(40.0))
@@ -129,9 +132,9 @@ async def test_history_is_bounded_in_time_and_number(moment: Script) -> None:
         feed.publish(moment(step * 0.3))
     async with served(feed) as client, client.get("/events") as response:
         points = (await next_event(response))[1]["points"]
-    assert len(points) <= live_page.HISTORY_SECONDS / live_page.MIN_STEP
-    assert points[0][0] >= points[-1][0] - live_page.HISTORY_SECONDS
-    assert points[-1][0] - points[0][0] > live_page.HISTORY_SECONDS - 1
+    assert len(points) <= live_page.HISTORY_S / live_page.MIN_POINT_INTERVAL_S
+    assert points[0][0] >= points[-1][0] - live_page.HISTORY_S
+    assert points[-1][0] - points[0][0] > live_page.HISTORY_S - 1
 
 
 async def test_nothing_is_rendered_while_nobody_listens(monkeypatch: pytest.MonkeyPatch, moment: Script) -> None:
@@ -175,13 +178,13 @@ async def test_a_slow_reader_skips_and_sees_the_present(moment: Script) -> None:
         await next_event(response)
         for step in range(100):  # in one go: the handler has no turn in between
             feed.publish(moment(float(step)))
-        seen = [(await next_event(response))[1]["at"] for _ in range(live_page.MAX_QUEUED)]
+        seen = [(await next_event(response))[1]["at"] for _ in range(live_page.MAX_QUEUED_EVENTS)]
     assert seen == [97.0, 98.0, 99.0]
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off(verdict: Script, moment: Script) -> None:
-    """A connection that is open but never read is aborted once it blocks for `patience`, and its place is free again."""
-    feed = live_page.PageFeed(patience=0.05)
+    """A connection that is open but never read is aborted once it blocks for `write_timeout_s`, and its place is free again."""
+    feed = live_page.PageFeed(write_timeout_s=0.05)
     heavy = moment(changes=tuple(verdict(detail="d" * 200, since=float(n)) for n in range(2000)))
     async with served(feed) as client:
         with socket.socket() as deaf:

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.events import OUTCOMES, CanaryResult, ImagePrepared, Verdict
 from sidecar.labels import NONE, OTHER, BoundedLabels, printable
-from sidecar.report.metrics import METRICS, PAIRS_PER_TENANT, Metrics
+from sidecar.report.metrics import MAX_PAIRS_PER_TENANT, METRICS, Metrics
 from sidecar.report.prometheus import MetricsPages
 
 # Users' dashboards and routers depend on these; a change here breaks them.
@@ -138,7 +138,7 @@ def test_clients_cannot_multiply_series() -> None:
         meters.settled(f"tenant {n}" * 20, f"model {n % 97}", OUTCOMES[n % 6], mu=1.0, seconds=1.0)
     requests = {labels: v for (name, labels), v in series(meters).items() if name == "sidecar_requests_total"}
     clients = {(dict(labels)["tenant"], dict(labels)["model"]) for labels in requests}
-    assert len(clients) <= limit * PAIRS_PER_TENANT + 1
+    assert len(clients) <= limit * MAX_PAIRS_PER_TENANT + 1
     assert max(len(tenant) for tenant, _ in clients) <= 64
     assert (OTHER, OTHER) in clients
     assert sum(requests.values()) == 1000

@@ -50,7 +50,7 @@ def read(header: str) -> dict[str, Any]:
     form, _, rest = header.partition(" ")
     if form == "TEXT":
         return {k: float(v) for k, v in (pair.split("=") for pair in rest.split(", "))}
-    if form == "BIN":
+    if form == "BIN_PREFIX":
         message = OrcaLoadReport.FromString(orca.message(header))
         fields = {f.name: value for f, value in message.ListFields()}
     else:
@@ -271,7 +271,7 @@ async def test_streams_are_bounded_and_bad_requests_refused(control: Control, st
         assert (await kept.read()).rps_fractional > 0
         big = stub[0].StreamCoreMetrics(big_request())
         assert await big.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        streams = [stub[0].StreamCoreMetrics(asked(3600)) for _ in range(orca_server.MOST_STREAMS + 4)]
+        streams = [stub[0].StreamCoreMetrics(asked(3600)) for _ in range(orca_server.MAX_STREAMS + 4)]
         codes = [asyncio.ensure_future(stream.code()) for stream in streams]
         refused = 0
         while refused < 5:  # the one above has a place, too
@@ -290,7 +290,7 @@ async def test_a_load_that_grew_old_is_not_sent(control: Control, monkeypatch: p
     control.publish(0.5)
     async with asyncio.timeout(PATIENCE):
         await latest.get()
-        monkeypatch.setattr(orca_server, "STALE", -1.0)
+        monkeypatch.setattr(orca_server, "MAX_REPORT_AGE_S", -1.0)
         getting = asyncio.create_task(latest.get())
         await asyncio.wait((getting,), timeout=0.1)
         assert not getting.done()

@@ -16,7 +16,7 @@ from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, V
 from sidecar.readings import Absent, EngineSample, Failed, GpuSample, ProcessSample, Value
 from sidecar.report import load_json, prometheus
 from sidecar.report.metrics import METRICS, Metrics
-from sidecar.report.prometheus import PLAIN, MetricsPages, merged
+from sidecar.report.prometheus import PLAIN_CONTENT_TYPE, MetricsPages, merge_pages
 from sidecar.snapshot import ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
 
 LOAD = Load(
@@ -139,7 +139,7 @@ def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Me
     """`promtool check metrics` accepts our page, also merged with an engine's, and warns of nothing."""
     for text in (
         MetricsPages(meters.registry).text(),
-        merged(ENGINE_PAGE.replace("vllm:", "vllm_"), MetricsPages(meters.registry).text()),
+        merge_pages(ENGINE_PAGE.replace("vllm:", "vllm_"), MetricsPages(meters.registry).text()),
     ):
         check = subprocess.run(
             [requires("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
@@ -150,10 +150,10 @@ def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Me
 @pytest.mark.parametrize(
     ("accept", "content_type"),
     [
-        ("", PLAIN),
-        ("*/*", PLAIN),
-        ("text/html", PLAIN),
-        ("application/openmetrics-text; version=abc", PLAIN),
+        ("", PLAIN_CONTENT_TYPE),
+        ("*/*", PLAIN_CONTENT_TYPE),
+        ("text/html", PLAIN_CONTENT_TYPE),
+        ("application/openmetrics-text; version=abc", PLAIN_CONTENT_TYPE),
         ("application/openmetrics-text; version=", openmetrics.exposition.CONTENT_TYPE_LATEST),
         (
             "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.3",
@@ -183,23 +183,23 @@ def test_a_page_is_rendered_once_a_second_however_often_it_is_asked_for() -> Non
     assert samples(pages.text())["sidecar_progress_age_seconds"] == 7.5
     for n in range(100):
         pages.render(f"application/openmetrics-text; version=1.{n}.0")
-    assert len(pages._kept) <= prometheus.FORMATS
+    assert len(pages._kept) <= prometheus.MAX_CACHED_FORMATS
 
 
 def test_a_merged_page_is_the_engines_then_ours() -> None:
     """The engine's text is kept byte for byte, the end marker of OpenMetrics goes, and the whole can be parsed."""
     ours = MetricsPages(full().registry).text()
-    assert merged(ENGINE_PAGE, ours) == ENGINE_PAGE + ours
-    assert merged(ENGINE_PAGE.rstrip() + "\n# EOF", ours) == ENGINE_PAGE + ours
-    assert merged(None, ours) == merged("", ours) == ours
-    names = {family.name for family in parser.text_string_to_metric_families(merged(ENGINE_PAGE, ours))}
+    assert merge_pages(ENGINE_PAGE, ours) == ENGINE_PAGE + ours
+    assert merge_pages(ENGINE_PAGE.rstrip() + "\n# EOF", ours) == ENGINE_PAGE + ours
+    assert merge_pages(None, ours) == merge_pages("", ours) == ours
+    names = {family.name for family in parser.text_string_to_metric_families(merge_pages(ENGINE_PAGE, ours))}
     assert {"vllm:num_requests_waiting", "sidecar_mu_utilization_ratio"} <= names
 
 
 def test_an_engine_behind_a_sidecar_does_not_double_our_families() -> None:
     """Series under our names on the engine's page give way, whatever else it has stays."""
     ours = MetricsPages(full().registry).text()
-    assert merged(ours + ENGINE_PAGE + ours.rstrip(), ours) == ENGINE_PAGE + ours
+    assert merge_pages(ours + ENGINE_PAGE + ours.rstrip(), ours) == ENGINE_PAGE + ours
 
 
 # --- GET /load ---

@@ -156,7 +156,7 @@ async def test_what_is_not_sampled_or_not_known_makes_no_span(collector: Collect
 
 async def test_open_spans_are_bounded(monkeypatch: pytest.MonkeyPatch, collector: Collector) -> None:
     """Past the bound the oldest open span gives way, and the newest is kept."""
-    monkeypatch.setattr(otel, "MAX_OPEN", 2)
+    monkeypatch.setattr(otel, "MAX_OPEN_REQUESTS", 2)
     traces = tracing(collector.url)
     for n in range(5):
         traces.admitted(admitted(f"r{n}", Trace(TRACE.trace_id, f"{n + 1:016x}", "", True)))
@@ -192,10 +192,10 @@ def test_off_imports_no_opentelemetry() -> None:
     """A process with tracing off has fed it facts and still not imported OpenTelemetry."""
     code = """
 import sys
-from sidecar.events import Admitted, Trace, Work
+from sidecar.events import Admitted, RequestSize, Trace
 from sidecar.report.tracing import Tracing
 t = Tracing("", "1")
-t.admitted(Admitted("r", 0, "t", "m", "chat", True, Work(1), None, 1, Trace("a" * 32, "b" * 16, "", True)))
+t.admitted(Admitted("r", 0, "t", "m", "chat", True, RequestSize(1), None, 1, Trace("a" * 32, "b" * 16, "", True)))
 print([m for m in sys.modules if m.startswith("opentelemetry")], len(t._open))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sidecar.events import Admitted, Outcome, RequestSize, Settled
 from sidecar.load.ledger import Settlement
 from sidecar.report import usage_store
-from sidecar.report.usage_store import DAY, HOUR, USAGE_FILE, PendingUsage, UsageStore, UsageSums, read
+from sidecar.report.usage_store import DAY_S, HOUR_S, USAGE_FILE, PendingUsage, UsageStore, UsageSums, read
 
 NOW = 1_800_000_000.0  # a full hour
 
@@ -77,8 +77,8 @@ def test_sums_are_conserved(tmp_path_factory: pytest.TempPathFactory, batches: l
     kept = fresh(folder)
     for i, batch in enumerate(batches):
         for tenant, mu in batch:
-            kept.add(settlement(tenant, mu=mu), NOW + 7 * HOUR * i)
-        kept.write(kept.take(), NOW + 7 * HOUR * i)
+            kept.add(settlement(tenant, mu=mu), NOW + 7 * HOUR_S * i)
+        kept.write(kept.take(), NOW + 7 * HOUR_S * i)
     wanted = [mu for batch in batches for _, mu in batch]
     if wanted:
         assert total(folder).requests == len(wanted)
@@ -91,12 +91,12 @@ def test_old_minutes_become_hours_and_old_days_go(tmp_path: Path) -> None:
     for minute in range(120):
         kept.add(settlement(), NOW + 60 * minute)
     kept.write(kept.take(), NOW)
-    kept.write(PendingUsage(), NOW + 1.5 * DAY)
+    kept.write(PendingUsage(), NOW + 1.5 * DAY_S)
     with sqlite3.connect(tmp_path / USAGE_FILE) as db:
         assert db.execute("SELECT count(*) FROM usage").fetchone() == (2,)
     db.close()
     assert total(tmp_path).requests == 120
-    kept.write(PendingUsage(), NOW + 4 * DAY)
+    kept.write(PendingUsage(), NOW + 4 * DAY_S)
     assert total(tmp_path).requests == 0
 
 
@@ -105,11 +105,11 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
     kept = fresh(tmp_path, most=200_000)
     for hour in range(10):
         for i in range(500):
-            kept.add(settlement(f"tenant-{i}"), NOW + HOUR * hour)
-        kept.write(kept.take(), NOW + HOUR * hour)
-    kept.write(PendingUsage(), NOW + 11 * HOUR)
+            kept.add(settlement(f"tenant-{i}"), NOW + HOUR_S * hour)
+        kept.write(kept.take(), NOW + HOUR_S * hour)
+    kept.write(PendingUsage(), NOW + 11 * HOUR_S)
     assert (tmp_path / USAGE_FILE).stat().st_size < 600_000
-    assert read(tmp_path / USAGE_FILE, NOW + 9 * HOUR, NOW + 10 * HOUR, ())[0][1].requests == 500
+    assert read(tmp_path / USAGE_FILE, NOW + 9 * HOUR_S, NOW + 10 * HOUR_S, ())[0][1].requests == 500
 
 
 def test_the_file_is_bounded_within_an_hour(tmp_path: Path) -> None:
@@ -155,27 +155,27 @@ def test_a_batch_whose_tidying_fails_is_counted_once(tmp_path: Path, caplog: pyt
     kept.write(kept.take(), NOW)
     with contextlib.closing(sqlite3.connect(tmp_path / USAGE_FILE)) as db:
         db.execute("CREATE TRIGGER full BEFORE DELETE ON usage BEGIN SELECT count(*) FROM nowhere; END")
-    kept.add(settlement(), NOW + 2 * DAY)
-    kept.write(kept.take(), NOW + 2 * DAY)
+    kept.add(settlement(), NOW + 2 * DAY_S)
+    kept.write(kept.take(), NOW + 2 * DAY_S)
     assert "could not be tidied" in caplog.text
     assert total(tmp_path).requests == 2
 
 
 def test_what_waits_for_a_full_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Settlements of three days that cannot be written: few rows and the last ids are kept, and the sums of the newest rows add up."""
-    monkeypatch.setattr(usage_store, "MOST_ROWS", 100)
+    monkeypatch.setattr(usage_store, "MAX_PENDING_ROWS", 100)
     kept = fresh(tmp_path)
-    for minute in range(3 * DAY // 60):
+    for minute in range(3 * DAY_S // 60):
         kept.add(settlement(), NOW + 60 * minute)
         kept.restore(kept.take())
     taken = kept.take()
     assert len(taken.sums) <= 100
     assert len(taken.ids) <= 3
-    assert sum(sums.requests for sums in taken.sums.values()) == 3 * DAY // 60
+    assert sum(sums.requests for sums in taken.sums.values()) == 3 * DAY_S // 60
     for hour in range(150):
-        kept.add(settlement(), NOW + HOUR * hour)
+        kept.add(settlement(), NOW + HOUR_S * hour)
         kept.restore(kept.take())
-    assert min(at for at, *_ in kept.take().sums) >= NOW + 50 * HOUR
+    assert min(at for at, *_ in kept.take().sums) >= NOW + 50 * HOUR_S
 
 
 def test_kill_9_amid_writing_loses_the_last_batch_at_most(tmp_path: Path) -> None:
@@ -237,9 +237,9 @@ def test_every_group_can_be_read(tmp_path: Path) -> None:
     """Each name of --by is a column; times are in order."""
     kept = fresh(tmp_path)
     for hour in (2, 0, 1):
-        kept.add(settlement(), NOW + HOUR * hour)
-    kept.write(kept.take(), NOW + 3 * HOUR)
-    for name in usage_store.GROUPS:
-        assert read(tmp_path / USAGE_FILE, NOW, NOW + DAY, (name,))
-    hours = [key[0] for key, _ in read(tmp_path / USAGE_FILE, NOW, NOW + DAY, ("hour",))]
+        kept.add(settlement(), NOW + HOUR_S * hour)
+    kept.write(kept.take(), NOW + 3 * HOUR_S)
+    for name in usage_store.GROUP_COLUMNS:
+        assert read(tmp_path / USAGE_FILE, NOW, NOW + DAY_S, (name,))
+    hours = [key[0] for key, _ in read(tmp_path / USAGE_FILE, NOW, NOW + DAY_S, ("hour",))]
     assert hours == sorted(hours) and len(hours) == 3
