@@ -1,7 +1,7 @@
-"""Pure: how far the coefficients in use can be trusted: the re-fit beside them, and whether they still hold.
+"""Pure: how far the coefficients in use can be trusted: whether they still hold, and what a re-fit yields.
 
-Coefficients that were not measured (a roofline, the default) are not called stale, because they never were fresh: `source` and a wide
-margin say what they are. The re-fit is told all the same: it is what they should be.
+Coefficients that were not measured (a roofline, the default) are never reported stale; `source` says they were not
+measured, and their margin is wide. The re-fit is reported all the same: it shows what they should be.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sidecar.load.work_windows import WorkWindows
 from sidecar.readings import EngineIdentity
 from sidecar.snapshot import PriceUse, ShadowUse
 
-UNMEASURED_MARGIN: Final = (
-    1.0  # margin of a roofline: REACHED and READ are half and 70 %, engines differ by a factor of two
-)
-DEFAULT_MEASURED_MARGIN: Final = 0.25  # of a file that does not say its P90 error: what calibration aims at
+# A roofline assumes 50 % of peak compute and 70 % of bandwidth; engines differ by a factor of two.
+UNMEASURED_MARGIN: Final = 1.0
+# For a file without its P90 error: the error that calibration aims at.
+DEFAULT_MEASURED_MARGIN: Final = 0.25
 MIN_MARGIN: Final = 0.1
-STALE_MARGIN_FACTOR: Final = 2.0  # times the margin
+STALE_MARGIN_FACTOR: Final = 2.0
 
 
 class CoefficientMonitor:
@@ -36,9 +36,8 @@ class CoefficientMonitor:
         self.co = co
         self.refit = Refit(co)
         self.drift = Drift(co)
-        self.stale = ""  # why; "" while they hold
+        self.stale = ""  # the reason; "" while they hold
         self._windows = WorkWindows(co, now)
-        self._prices = _prices(co)
 
     def settled(self, settlement: Settlement) -> None:
         """A request ended."""
@@ -46,7 +45,10 @@ class CoefficientMonitor:
         self._windows.settled(settlement)
 
     def tick(self, holds: Iterable[AdmissionHold], now: float, identity: EngineIdentity, *, trusted: bool) -> None:
-        """Judge what ended by now. `trusted`: the engine works as usual, for nobody but us, and we are well."""
+        """Evaluate the work done by now.
+
+        `trusted`: the engine works normally, serves only this sidecar, and the sidecar itself is healthy.
+        """
         if not trusted:
             self._windows.spoil(now)
         for window in self._windows.close(holds, now):
@@ -56,7 +58,7 @@ class CoefficientMonitor:
         self.stale = self._stale_reason(identity)
 
     def restore(self, state: DriftState) -> None:
-        """Know what an earlier process of ours knew."""
+        """Restore the state of an earlier process of the sidecar."""
         self.drift.memory = state
 
     @property
@@ -70,35 +72,36 @@ class CoefficientMonitor:
         return usual * (STALE_MARGIN_FACTOR if self.stale else 1.0)
 
     def shadow(self) -> Coefficients | None:
-        """The re-fit as coefficients of their own, for whoever wants to use them; None while there is too little work."""
+        """The re-fit as coefficients ready for use; None until there was enough work."""
         shadow = self.refit.shadow()
         if shadow is None:
             return None
         text = repr([(name, getattr(shadow.co, name)) for name in cost_model.TERMS])
         fingerprint = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-        error = round(math.expm1(shadow.error), 4)  # of windows, where a calibration has one of shapes
+        error = round(math.expm1(shadow.error), 4)  # over windows; a calibration's is over shapes
         return replace(
             shadow.co, fingerprint=fingerprint, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
         )
 
     def use(self) -> PriceUse:
-        """For reports."""
+        """The coefficients as reports show them."""
         return PriceUse(
-            source=self.co.source, stale=self.stale, margin=self.margin, windows=self.refit.windows,
-            shadow=_shadow(self.refit.shadow()), **self._prices,
-        )  # fmt: skip
+            source=self.co.source,
+            stale=self.stale,
+            margin=self.margin,
+            terms=cost_model.by_cause(cost_model.REFERENCE, self.co),
+            line=cost_model.line(self.co),
+            windows=self.refit.windows,
+            shadow=_shadow(self.refit.shadow()),
+        )
 
     def _stale_reason(self, identity: EngineIdentity) -> str:
         if not cost_model.is_measured(self.co):
             return ""
         slower = self.drift.memory.stale
         if slower and identity.slowdowns:
-            slower += f"; a GPU's clocks are held down ({', '.join(identity.slowdowns)})"
+            slower += f"; a GPU's clocks are reduced ({', '.join(identity.slowdowns)})"
         return find_mismatch(self.co, identity) or slower
-
-
-def _prices(co: Coefficients) -> dict[str, tuple[tuple[str, float], ...]]:
-    return {"terms": cost_model.by_cause(cost_model.REFERENCE, co), "line": cost_model.line(co)}
 
 
 def _shadow(shadow: RefitResult | None) -> ShadowUse | None:

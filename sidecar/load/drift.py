@@ -1,14 +1,16 @@
-"""Pure: whether an engine still takes the time that its coefficients say.
+"""Pure: whether an engine still takes as long as its coefficients predict.
 
-Two-sided CUSUM (Page 1954) on the log of measured over predicted time of a window of work, in two views:
-- misfit: against the coefficients as they stand. What a step's weights cost is shared by those that decode together, so that the
-  prediction is a range, from all of d being paid per token to all of it per step; only what lies outside of it counts.
-- change: against what this engine used to take under a load of the same kind (how many decode together, the share of prefill).
-Rules: what counts is what is over `slack`, the larger of SLACK, of the coefficients' own P90 error and of this engine's usual scatter.
-Unless the engine says what of a prompt it had cached, to be faster than the coefficients says nothing, and to be so no longer neither.
-While in doubt nothing is learned; what is stale is well
-again after RECOVERY_WINDOWS windows within the slack. A load of a new kind is judged by a line through those that are known, if it is near to them
-(a slower engine has more open, so that its load is soon of a new kind); else it is learned.
+A two-sided CUSUM (Page 1954) on the log of measured over predicted time, per window of work, in two views:
+- misfit: against the coefficients. Requests that decode together share the reading of the weights, so the prediction is
+  a range: d paid per token, to d paid per step. Only time outside the range counts.
+- change: against this engine's usual time under the same kind of load (requests decoding together, share of prefill).
+
+Rules:
+- Only deviations above `slack` count: the largest of CUSUM_SLACK, the coefficients' P90 error, and the usual scatter.
+- Unless the engine reports cached prompt tokens, being faster than predicted, or ceasing to be, is not evidence.
+- Nothing is learned while in doubt. Stale coefficients hold again after RECOVERY_WINDOWS windows within the slack.
+- A new kind of load is judged by a line through known kinds near it, else learned: a slower engine has more requests
+  open, so its load soon is of a new kind.
 """
 
 from __future__ import annotations
@@ -24,23 +26,30 @@ from sidecar.load.gpu_specs import find_gpu
 from sidecar.load.work_windows import STEP_INDEX, WINDOW_TERMS, WorkWindow
 from sidecar.readings import EngineIdentity
 
-CUSUM_SLACK: Final = 0.2  # of a log: 22 % slower or faster is nothing
-CUSUM_LIMIT: Final = 9.0  # times the slack: the sum at which it is an alarm
-MAX_RESIDUAL: Final = 1.0  # of a log; no single window is an alarm
-MIN_BASELINE_WINDOWS: Final = 8  # windows of a kind of load before a change can be told in it
-MAX_BASELINE_WINDOWS: Final = 200  # windows that a kind of load remembers
-MAX_WINDOW_MS: Final = 1e12  # milliseconds of a window, before it is no measurement
-DEVIATION_PER_MEAN_DISTANCE: Final = 1.25  # deviation of a normal distribution, in mean distances from its middle
+# Of log residuals: 22 % slower or faster does not count.
+CUSUM_SLACK: Final = 0.2
+# Multiple of the slack at which the sum raises an alarm.
+CUSUM_LIMIT: Final = 9.0
+# Of a log residual, so that no single window raises an alarm.
+MAX_RESIDUAL: Final = 1.0
+# Windows of a kind of load before a change in it can be detected.
+MIN_BASELINE_WINDOWS: Final = 8
+# Windows that the mean of a kind of load is over.
+MAX_BASELINE_WINDOWS: Final = 200
+MAX_WINDOW_MS: Final = 1e12
+# Standard deviation of a normal distribution over its mean absolute deviation.
+DEVIATION_PER_MEAN_DISTANCE: Final = 1.25
 RECOVERY_WINDOWS: Final = 20
-MAX_LOAD_KINDS: Final = 200  # kinds of load kept
-EXTRAPOLATION_STEPS: Final = (
-    2  # steps of `together` that the line is believed beyond what is known; one, where there is no line
-)
-MAX_SLOPE_PER_STEP: Final = math.log(2) / 2  # of that line, per step: were nothing of d paid per step
+MAX_LOAD_KINDS: Final = 200
+# How far beyond known kinds their line is extrapolated; one step if there is no line.
+EXTRAPOLATION_STEPS: Final = 2
+# Of that line, if nothing of d is paid per step.
+MAX_SLOPE_PER_STEP: Final = math.log(2) / 2
+# Engine settings that change how much fits, not what it costs.
+CAPACITY_FLAGS: Final = ("gpu_memory_utilization",)
 
-CAPACITY_FLAGS: Final = ("gpu_memory_utilization",)  # settings that change how much is held, not what it costs
-
-LoadKind = tuple[int, int]  # how many decode together, in steps of the square root of two; the third of prefill
+# Requests that decode together, in powers of the square root of two; the share of prefill, in thirds.
+LoadKind = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -53,23 +62,23 @@ class Baseline:
 
 @dataclass(slots=True)
 class Cusum:
-    """CUSUM: `over` of what was slower, `under` of what was faster; `calm` windows in a row within the slack."""
+    """Sums of slower (`over`) and faster (`under`) windows; `calm` counts windows in a row within the slack."""
 
     over: float = 0.0
     under: float = 0.0
     calm: int = 0
 
     def add(self, residual: float, slack: float) -> None:
-        """One more residual."""
-        r = max(-MAX_RESIDUAL, min(MAX_RESIDUAL, residual))
-        self.over = max(0.0, self.over + r - slack)
-        self.under = max(0.0, self.under - r - slack)
-        self.calm = self.calm + 1 if abs(r) <= slack else 0
+        """Add a residual."""
+        residual = max(-MAX_RESIDUAL, min(MAX_RESIDUAL, residual))
+        self.over = max(0.0, self.over + residual - slack)
+        self.under = max(0.0, self.under - residual - slack)
+        self.calm = self.calm + 1 if abs(residual) <= slack else 0
 
 
 @dataclass(slots=True)
 class DriftState:
-    """All that is known; plain numbers, so that they can be kept. `stale` is why, "" for fresh; `scatter` that of a log residual."""
+    """What was learned, in plain values that can be saved. `stale` is the reason, `scatter` that of residuals."""
 
     stale: str = ""
     scatter: float = 0.0
@@ -81,14 +90,14 @@ class DriftState:
 
 @dataclass(slots=True)
 class Drift:
-    """Judges windows. `caching`: this engine says what of its prompts it had cached."""
+    """Compares windows to predictions. `caching`: this engine reports cached prompt tokens."""
 
     co: Coefficients
     memory: DriftState = field(default_factory=DriftState)
     caching: bool = False
 
     def add(self, window: WorkWindow) -> None:
-        """Judge one window."""
+        """Evaluate one window."""
         low, high, middle = predict_range(window, self.co)
         if not (all(0 < ms < MAX_WINDOW_MS for ms in (low, high, window.ms)) and 1 <= window.together < MAX_WINDOW_MS):
             return
@@ -107,7 +116,7 @@ class Drift:
 
     @property
     def slack(self) -> float:
-        """Of a log residual: what says nothing."""
+        """Log residuals within this do not count."""
         return max(CUSUM_SLACK, math.log1p(self.co.p90), self.memory.scatter)
 
     def _is_doubtful(self) -> bool:
@@ -130,24 +139,19 @@ class Drift:
     def _judge(self) -> None:
         state, limit = self.memory, CUSUM_LIMIT * self.slack
         slower, faster = max(state.misfit.over, state.change.over), max(state.misfit.under, state.change.under)
-        if (
-            state.stale
-            and min(
-                state.misfit.calm, state.change.calm if state.change.over + state.change.under else RECOVERY_WINDOWS
-            )
-            >= RECOVERY_WINDOWS
-        ):
+        calm = state.misfit.calm
+        if state.change.over + state.change.under:
+            calm = min(calm, state.change.calm)
+        if state.stale and calm >= RECOVERY_WINDOWS:
             state.stale, state.misfit, state.change = "", Cusum(), Cusum()
         elif not state.stale and max(slower, faster) > limit:
-            how = "longer" if slower >= faster else "shorter"
-            against = (
-                "than it used to" if max(state.change.over, state.change.under) > limit else "than its coefficients say"
-            )
-            state.stale = f"the engine takes {how} {against}"
+            how = "slower" if slower >= faster else "faster"
+            has_changed = max(state.change.over, state.change.under) > limit
+            state.stale = f"the engine is {how} than {'it used to be' if has_changed else 'its coefficients predict'}"
 
 
 def predict_range(window: WorkWindow, co: Coefficients) -> tuple[float, float, float]:
-    """Milliseconds of a window: least and most that d allows, and were all of it paid per step."""
+    """Milliseconds of a window: the lowest and highest that d allows, and with all of d paid per step."""
     work = dict(zip(WINDOW_TERMS, window.work, strict=True))
     rest = sum(getattr(co, name) * work[name] for name in cost_model.TERMS if name != "d")
     per_token, per_step = co.d * work["d"], co.d * co.batch * work["step"]
@@ -155,24 +159,24 @@ def predict_range(window: WorkWindow, co: Coefficients) -> tuple[float, float, f
 
 
 def log_excess(ms: float, low: float, high: float) -> float:
-    """The log of how far a measurement lies outside of its range; 0 within it."""
+    """The log of a measurement over the bound of the range that it exceeds; 0 within the range."""
     return math.log(ms / high) if ms > high else math.log(ms / low) if ms < low else 0.0
 
 
 def load_kind(window: WorkWindow, co: Coefficients) -> LoadKind:
-    """The kind of load."""
+    """The kind of load of a window."""
     _, _, whole = predict_range(window, co)
     decode = co.d * co.batch * window.work[STEP_INDEX] + co.f * window.work[WINDOW_TERMS.index("f")]
     return round(2 * math.log2(window.together)), min(2, int(3 * (1 - decode / whole)))
 
 
 def baseline_key(load: LoadKind) -> str:
-    """As it is kept."""
+    """The key of its baseline."""
     return f"{load[0]}/{load[1]}"
 
 
 def expected_residual(baselines: Mapping[str, Baseline], load: LoadKind) -> float | None:
-    """The usual log residual under a load: its own, else that of a line through its neighbours; None where nothing near is known."""
+    """The usual log residual under a load: its own, else by a line through its neighbours; None if none is near."""
     own = baselines.get(baseline_key(load))
     if own is not None and own.windows >= MIN_BASELINE_WINDOWS:
         return own.mean
@@ -189,7 +193,7 @@ def expected_residual(baselines: Mapping[str, Baseline], load: LoadKind) -> floa
 
 
 def _slope(known: list[tuple[int, float]]) -> tuple[float, int]:
-    """Of the line through known loads, within what a batch can explain; and how far it is believed."""
+    """The slope of a line through known loads, within what batching can explain; and how far to extrapolate."""
     steps = [step for step, _ in known]
     if max(steps) - min(steps) < EXTRAPOLATION_STEPS:
         return 0.0, 1
@@ -199,21 +203,21 @@ def _slope(known: list[tuple[int, float]]) -> tuple[float, int]:
 
 
 def find_mismatch(co: Coefficients, identity: EngineIdentity) -> str:
-    """What of the coefficients' origin is another one now; "" where nothing is, or one of the two sides does not know."""
+    """How the engine differs from the one that was measured; "" if it does not, or either side is unknown."""
     if co.model and identity.models and co.model not in identity.models:
-        return f"measured on the model {co.model}, the engine serves {identity.models[0]}"
+        return f"measured on model {co.model}, but the engine serves {identity.models[0]}"
     if co.engine not in ("", "unknown") and identity.engine and co.engine != identity.engine:
-        return f"measured on version {co.engine} of the engine, it is {identity.engine}"
+        return f"measured on engine version {co.engine}, but it is {identity.engine}"
     if co.gpu and identity.gpus and all(identity.gpus) and not any(is_same_gpu(co.gpu, gpu) for gpu in identity.gpus):
-        return f"measured on {co.gpu}, here is {identity.gpus[0]}"
+        return f"measured on {co.gpu}, but this GPU is {identity.gpus[0]}"
     now = dict(flag.split("=", 1) for flag in identity.flags)
     for flag in filter(None, co.flags.split(",")):
         name, _, value = flag.partition("=")
         if name not in CAPACITY_FLAGS and now.get(name, value) != value:
-            return f"measured with {flag}, the engine runs with {name}={now[name]}"
+            return f"measured with {flag}, but the engine runs with {name}={now[name]}"
     return ""
 
 
 def is_same_gpu(a: str, b: str) -> bool:
-    """Whether two names are of the same GPU: "H100" and "NVIDIA H100 80GB HBM3"."""
+    """True if two names are of the same GPU: "H100" and "NVIDIA H100 80GB HBM3"."""
     return a == b or (find_gpu(a) is not None and find_gpu(a) == find_gpu(b))

@@ -2,9 +2,11 @@
 
     hold (Admitted) -> release of the prefill part (FirstToken) -> accrual per token (Delivered) -> settlement (Settled)
 
-Rules: what is in flight is the sum over the open holds, always; what a request accrued on the way is corrected to its true
-cost at settlement; a second Settled, or one for an unknown request, changes nothing. `now` is passed in; facts carry their
-own times.
+Rules:
+- The load in flight is always the sum over the open holds.
+- Settlement corrects what a request has accrued to its actual cost.
+- A second Settled, or one of an unknown request, changes nothing.
+- `now` is passed in; events carry their own times.
 """
 
 from __future__ import annotations
@@ -28,21 +30,16 @@ from sidecar.events import (
 )
 from sidecar.load import cost_model
 
-FLOW_WINDOW_S = 60.0  # seconds of the flow ("per minute")
-RECENT_WINDOW_S = 10.0  # seconds of the flow that routers weigh by
-TOKEN_WINDOW_S = 5.0  # seconds of tokens per second
-UNBOUNDED_OUTPUT_TOKENS = 4096  # tokens assumed for an answer in one piece without max_tokens
-SHORT_ROUTES = (
-    "embeddings",
-    "rerank",
-    "score",
-    "pooling",
-    "classify",
-)  # no tokens are asked for: like a stream of one event
-
-FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(
-    ("engine_error", "stalled", "lost")
-)  # the engine, or the sidecar, is at fault
+FLOW_WINDOW_S = 60.0
+# Of the flow that routers weigh engines by.
+RECENT_WINDOW_S = 10.0
+TOKEN_WINDOW_S = 5.0
+# Assumed for an answer that is not streamed and has no max_tokens.
+UNBOUNDED_OUTPUT_TOKENS = 4096
+# They request no tokens; their answer counts as a stream of one event.
+SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")
+# The engine or the sidecar is at fault.
+FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled", "lost"))
 
 Key = tuple[int, str]  # (relay index, request id)
 
@@ -51,8 +48,8 @@ Key = tuple[int, str]  # (relay index, request id)
 class AdmissionHold:
     """One open admission. `accrued` is the MU already counted in the flow.
 
-    `blocked`: it is not the engine that keeps it waiting, but its client, or our own queue. `since`: when its silence began to be
-    the engine's: its admission, or the end of the last block.
+    `blocked`: it waits for its client, or in the sidecar's own queue, not for the engine. `since`: when it began to
+    wait for the engine: its admission, or the end of the last block.
     """
 
     admitted: Admitted
@@ -64,16 +61,16 @@ class AdmissionHold:
     delivered: int = 0
     accrued: float = 0.0
     blocked: bool = False
-    slowed: bool = False  # by its client, after the first token: its pace says nothing of the engine
+    slowed: bool = False  # its client blocked it after the first token, so its pace is no evidence about the engine
     prefill: float = 0.0  # seconds before the first token, by the cost model
-    whole: int = 0  # most tokens of an answer that comes in one piece; 0 for a stream, and for what asks for no tokens
-    remaining_mu: float = 0.0  # MU that it still keeps
-    remaining_tokens: int = 0  # output tokens that it is still expected to bring
+    whole: int = 0  # maximum tokens of an answer that is not streamed; 0 for streams and SHORT_ROUTES
+    remaining_mu: float = 0.0
+    remaining_tokens: int = 0  # output tokens still expected
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One settled request: `mu` is its true cost, `held` what it was admitted with."""
+    """One settled request: `mu` is its actual cost, `held` what it was admitted with."""
 
     admitted: Admitted
     settled: Settled
@@ -83,7 +80,7 @@ class Settlement:
     held: float
     mu: float
     delivered: int
-    slowed: bool = False  # its client kept it waiting after the first token
+    slowed: bool = False  # its client blocked it after the first token
 
 
 @dataclass(slots=True)
@@ -97,7 +94,7 @@ class TenantTotals:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """What is in flight now."""
+    """The load in flight."""
 
     mu: float
     prefill_tokens: int
@@ -114,7 +111,7 @@ class SlidingSum:
         self._buckets: deque[list[float]] = deque()
 
     def add(self, amount: float, now: float) -> None:
-        """Count `amount` at `now`. Late facts count in the newest bucket."""
+        """Count `amount` at `now`. Late amounts count in the newest bucket."""
         second = int(now)
         if self._buckets and self._buckets[-1][0] >= second:
             self._buckets[-1][1] += amount
@@ -123,7 +120,7 @@ class SlidingSum:
         self._expire(now)
 
     def sum(self, now: float) -> float:
-        """The sum over the last window. Corrections can make a bucket negative; the sum is not shown below 0."""
+        """The sum over the last window, at least 0, as corrections can make a bucket negative."""
         self._expire(now)
         return max(0.0, sum(amount for _, amount in self._buckets))
 
@@ -133,7 +130,7 @@ class SlidingSum:
 
 
 class Ledger:
-    """Holds and sums. `label` bounds the tenants and models that come from clients."""
+    """Open holds, and sums of the settled ones. The labels bound the tenants and models that clients name."""
 
     def __init__(
         self,
@@ -151,13 +148,13 @@ class Ledger:
         self._tokens = SlidingSum(TOKEN_WINDOW_S)
         self._finished = SlidingSum(FLOW_WINDOW_S)
         self._failed = SlidingSum(FLOW_WINDOW_S)
-        self._delivered = 0  # as far as is known now: a settlement may correct it downwards
-        self.delivered_total = 0  # the most that it has been: a counter that falls would read as one that began again
+        self._delivered = 0  # a settlement may correct it downwards
+        self.delivered_total = 0  # its maximum so far: a counter that falls would read as a restart
         self.tenant_totals: dict[str, TenantTotals] = {}
         self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
 
     def apply(self, relay: int, event: Event) -> Settlement | None:
-        """Book one event of one relay. Returns the settlement when it ended a request."""
+        """Apply an event of a relay. Returns the settlement if it ended a request."""
         match event:
             case Admitted():
                 self._hold(relay, event)
@@ -174,11 +171,9 @@ class Ledger:
         return None
 
     def lose(self, relay: int, now: float) -> list[Settlement]:
-        """Settle all that a relay which died still held, as `lost`."""
-        keys = [key for key in self._holds if key[0] == relay]
-        return [
-            s for key in keys if (s := self._settle(relay, lost_settlement(self._holds[key], key[1], now))) is not None
-        ]
+        """Settle the open requests of a relay that died, as `lost`."""
+        lost = [lost_settlement(hold, key[1], now) for key, hold in self._holds.items() if key[0] == relay]
+        return [settlement for event in lost if (settlement := self._settle(relay, event)) is not None]
 
     def holds(self) -> Iterator[AdmissionHold]:
         """The open holds, oldest first."""
@@ -189,7 +184,7 @@ class Ledger:
         return self._holds.get(key)
 
     def in_flight(self) -> InFlight:
-        """What is in flight: the sum over the open holds."""
+        """The load in flight: the sum over the open holds."""
         mu, prefill, decode, waiting = 0.0, 0, 0, 0
         for hold in self._holds.values():
             expected = hold.admitted.expected
@@ -205,11 +200,11 @@ class Ledger:
         return self._flow.sum(now)
 
     def recent_mu_per_second(self, now: float) -> float:
-        """MU done per second, over the last 10 s."""
+        """MU done per second, over the last 10 seconds."""
         return self._recent.sum(now) / RECENT_WINDOW_S
 
     def tokens_per_second(self, now: float) -> float:
-        """Tokens delivered per second, over the last 5 s."""
+        """Tokens delivered per second, over the last 5 seconds."""
         return self._tokens.sum(now) / TOKEN_WINDOW_S
 
     def requests_per_second(self, now: float) -> float:
@@ -217,7 +212,7 @@ class Ledger:
         return self._finished.sum(now) / FLOW_WINDOW_S
 
     def errors_per_second(self, now: float) -> float:
-        """Requests per second that the engine failed, over the last minute."""
+        """Failed requests per second, over the last minute."""
         return self._failed.sum(now) / FLOW_WINDOW_S
 
     def _hold(self, relay: int, event: Admitted) -> None:
@@ -266,7 +261,7 @@ class Ledger:
         self._tokens.add(tokens, at)
 
     def _book(self, hold: AdmissionHold, at: float) -> None:
-        """Bring what a hold has accrued up to what was delivered so far."""
+        """Update what a hold has accrued to the tokens delivered so far."""
         done = self._price(hold, hold.delivered)
         self._add_flow(done - hold.accrued, at)
         hold.accrued = done
@@ -274,9 +269,9 @@ class Ledger:
         hold.remaining_mu = max(self._price(hold, hold.delivered + hold.remaining_tokens) - done, self._token_mu)
 
     def _price(self, hold: AdmissionHold, output: int) -> float:
-        """MU of a hold with so much output: `units.mu`, less what is the same five times a second and stream."""
-        e = hold.admitted.expected
-        return (hold.prefill * 1000 + cost_model.decode_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
+        """MU of a hold with `output` tokens: `cost_model.mu`, without repeating the prefill part at every Delivered."""
+        prompt = hold.admitted.expected.uncached + hold.admitted.expected.cached
+        return (hold.prefill * 1000 + cost_model.decode_ms(prompt, output, self.co)) / self._unit_ms
 
     def _add_flow(self, mu: float, at: float) -> None:
         self._flow.add(mu, at)
@@ -315,10 +310,10 @@ class Ledger:
 
 
 def actual_work(expected: RequestSize, event: Settled, *, started: bool, delivered: int) -> RequestSize | None:
-    """What a settled request really used; None for one that never cost the engine anything.
+    """The actual work of a settled request; None if it never cost the engine anything.
 
-    Without `usage`, a request that ended before its first token is taken to have used its prefill only when the engine had
-    it: a client that hangs up during prefill has spent it, a request that the engine refused has not.
+    Without `usage`, a request that ended before its first token has used its prefill only if the engine was working on
+    it: true if its client disconnected, false if the engine rejected it.
     """
     if event.usage is not None:
         return cost_model.settled_work(expected, event.usage, 0)
@@ -330,26 +325,35 @@ def actual_work(expected: RequestSize, event: Settled, *, started: bool, deliver
 
 
 def remaining_tokens(hold: AdmissionHold) -> int:
-    """Output tokens still expected, given those that came: what outlasts its estimate is taken to go on, as such answers do.
+    """Output tokens still expected, given those delivered, as answers often outlast their estimate.
 
-    Between the points of the estimate's tail on a straight line, beyond them level; never over what the client allows.
+    Linear between the points of the estimate's tail, constant beyond them, and never above the client's limit.
     """
-    expected, came, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
+    expected, delivered, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
     if not tail or expected == 0:
-        return max(expected - came, 0)
+        return max(expected - delivered, 0)
     points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_MULTIPLES, tail, strict=False))]
     left = points[-1][1]
     for (x0, y0), (x1, y1) in pairwise(points):
-        if came < x1:
-            left = round(y0 + (y1 - y0) * (came - x0) / (x1 - x0))
+        if delivered < x1:
+            left = round(y0 + (y1 - y0) * (delivered - x0) / (x1 - x0))
             break
-    most = hold.admitted.max_output
-    return left if most is None else max(0, min(left, most - came))
+    limit = hold.admitted.max_output
+    return left if limit is None else max(0, min(left, limit - delivered))
 
 
 def lost_settlement(hold: AdmissionHold, id: str, now: float) -> Settled:
     """The settlement of a request whose relay died."""
     return Settled(
-        id=id, at=now, outcome="lost", status=0, usage=None, delivered_tokens=hold.delivered, delivered_bytes=0,
-        first_at=hold.first_at, sent_at=hold.admitted.at, overhead=0.0, error="relay_died",
-    )  # fmt: skip
+        id=id,
+        at=now,
+        outcome="lost",
+        status=0,
+        usage=None,
+        delivered_tokens=hold.delivered,
+        delivered_bytes=0,
+        first_at=hold.first_at,
+        sent_at=hold.admitted.at,
+        overhead=0.0,
+        error="relay_died",
+    )

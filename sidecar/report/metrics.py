@@ -1,8 +1,10 @@
-"""The only file that names metrics: one table, what feeds it, and what a scrape sees.
+"""The only file that names metrics: their table, how they are updated, and how they are exposed.
 
-Rules: gauges are a pure rendering of the last Snapshot, so a series goes when its subject goes; a signal that is absent
-has no series and one that failed is `sidecar_signal_up 0`, never a bare 0; counters and histograms are fed by records as
-they arrive; labels that clients choose are bounded in number and length, singly and in pairs.
+Rules:
+- Gauges are a pure rendering of the last Snapshot, so a series disappears with its subject.
+- An absent signal has no series, a failed one is `sidecar_signal_up 0`. Neither is a bare 0.
+- Counters and histograms are updated by records as they arrive.
+- Labels that clients choose are bounded in number and length, and so are their pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ MetricRow = tuple[str, Labels, float]  # metric, label values in the table's ord
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric as it is exposed. `buckets` are upper bounds in seconds, without +Inf."""
+    """A metric as it is exposed. `buckets` are upper bounds in seconds, without +Inf."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
@@ -39,7 +41,7 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-# Two to three bounds per decade: the error of a quantile stays below half its value, and a histogram below 20 series.
+# Two to three bounds per decade: quantiles are off by less than half their value, with fewer than 20 series each.
 _REQUEST_BUCKETS = (
     0.001,
     0.005,
@@ -65,63 +67,108 @@ _IMAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 _CLIENT_LABELS = ("tenant", "model", "outcome")
 
 METRICS: Final = (
-    Metric("sidecar_mu_in_flight", "gauge", "Model units of the requests that are admitted and not settled."),
-    Metric("sidecar_mu_max_in_flight", "gauge", "Model units in flight at which requests still meet the time objective."),
+    Metric("sidecar_mu_in_flight", "gauge", "Model units of admitted requests that are not settled."),
+    Metric(
+        "sidecar_mu_max_in_flight", "gauge", "Model units in flight at which requests still meet the time objective."
+    ),
     Metric("sidecar_mu_per_minute", "gauge", "Model units done in the last minute."),
     Metric("sidecar_mu_max_per_minute", "gauge", "Model units that this model and hardware can do in a minute."),
-    Metric("sidecar_mu_utilization_ratio", "gauge", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
+    Metric(
+        "sidecar_mu_utilization_ratio", "gauge", "Largest of stock, flow, KV cache and queue, as a share of capacity."
+    ),
     Metric("sidecar_mu_total", "counter", "Model units of settled requests.", _CLIENT_LABELS),
-    Metric("sidecar_mu_coefficients_stale", "gauge", "1 where the coefficients no longer fit this model and hardware."),
-    Metric("sidecar_prefill_tokens_in_flight", "gauge", "Input tokens whose first output token is awaited."),
+    Metric("sidecar_mu_coefficients_stale", "gauge", "1 if the coefficients no longer fit this model and hardware."),
+    Metric("sidecar_prefill_tokens_in_flight", "gauge", "Input tokens of requests without a first token."),
     Metric("sidecar_decode_tokens_in_flight", "gauge", "Output tokens that are expected and not yet delivered."),
     Metric("sidecar_tokens_delivered_total", "counter", "Output tokens delivered to clients."),
-    Metric("sidecar_requests_in_flight", "gauge", "Requests that are admitted and not settled."),
+    Metric("sidecar_requests_in_flight", "gauge", "Admitted requests that are not settled."),
     Metric("sidecar_requests_total", "counter", "Settled requests.", _CLIENT_LABELS),
-    Metric("sidecar_time_to_first_token_seconds", "histogram", "From admission to the first token.", (), _REQUEST_BUCKETS),
-    Metric("sidecar_time_per_output_token_seconds", "histogram", "Between the tokens after the first.", (), _TOKEN_BUCKETS),
-    Metric("sidecar_request_seconds", "histogram", "From admission to settlement.", (), _REQUEST_BUCKETS),
-    Metric("sidecar_relay_overhead_seconds", "histogram", "Time that the relay itself added, less image work.", (), _OVERHEAD_BUCKETS),
-    Metric("sidecar_verdict", "gauge", "1 for the verdict that holds, 0 for all others.", ("verdict",)),
+    Metric(
+        "sidecar_time_to_first_token_seconds",
+        "histogram",
+        "Time from admission to the first token.",
+        (),
+        _REQUEST_BUCKETS,
+    ),
+    Metric("sidecar_time_per_output_token_seconds", "histogram", "Time per token after the first.", (), _TOKEN_BUCKETS),
+    Metric("sidecar_request_seconds", "histogram", "Time from admission to settlement.", (), _REQUEST_BUCKETS),
+    Metric(
+        "sidecar_relay_overhead_seconds",
+        "histogram",
+        "Time added by the relay itself, without image work.",
+        (),
+        _OVERHEAD_BUCKETS,
+    ),
+    Metric("sidecar_verdict", "gauge", "1 for the current verdict, 0 for all others.", ("verdict",)),
     Metric("sidecar_verdict_changes_total", "counter", "Changes of the verdict.", ("to", "reason")),
-    Metric("sidecar_kills_total", "counter", "Times that liveness was failed for a stall."),
-    Metric("sidecar_handover", "gauge", "1 while the engine is handed over: a restart does not help, an operator must act.", ("reason",)),
-    Metric("sidecar_progress_age_seconds", "gauge", "Since the last progress; no series while nothing is outstanding."),
-    Metric("sidecar_silence_allowed_seconds", "gauge", "Silence that the outstanding work may keep without suspicion."),
-    Metric("sidecar_streams_ended_total", "counter", "Requests that were ended because they alone could not go on.", ("reason",)),
+    Metric("sidecar_kills_total", "counter", "Times that liveness failed because of a stall."),
+    Metric("sidecar_handover", "gauge", "1 if a restart does not help and an operator must act.", ("reason",)),
+    Metric(
+        "sidecar_progress_age_seconds", "gauge", "Time since the last progress; no series while nothing is outstanding."
+    ),
+    Metric("sidecar_silence_allowed_seconds", "gauge", "Silence allowed for the outstanding work."),
+    Metric("sidecar_streams_ended_total", "counter", "Requests aborted because they alone were stuck.", ("reason",)),
     Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST_BUCKETS),
-    Metric("sidecar_canaries_total", "counter", "Canaries that ended.", ("outcome",)),
-    Metric("sidecar_canary_mu_total", "counter", "Model units of canaries that passed; of no tenant."),
-    Metric("sidecar_canary_tokens_total", "counter", "Tokens of canaries that passed, prompts and outputs."),
-    Metric("sidecar_garbage_output", "gauge", "1 while canaries are answered otherwise than they always were; restarts nothing."),
-    Metric("sidecar_images_total", "counter", "Images of requests.", ("format", "outcome")),
-    Metric("sidecar_image_seconds", "histogram", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE_BUCKETS),
-    Metric("sidecar_image_bytes_total", "counter", "Bytes of images, as received and as handed on.", ("direction",)),
-    Metric("sidecar_gpu_utilization_ratio", "gauge", "Share of time in which a kernel ran; 1 is not proof of progress.", ("gpu",)),
+    Metric("sidecar_canaries_total", "counter", "Canaries by outcome.", ("outcome",)),
+    Metric("sidecar_canary_mu_total", "counter", "Model units of passed canaries; they belong to no tenant."),
+    Metric("sidecar_canary_tokens_total", "counter", "Tokens of passed canaries, prompts and outputs."),
+    Metric(
+        "sidecar_garbage_output", "gauge", "1 while the canary's answer differs from its usual answer. Informational."
+    ),
+    Metric("sidecar_images_total", "counter", "Images by outcome.", ("format", "outcome")),
+    Metric(
+        "sidecar_image_seconds",
+        "histogram",
+        "Time of one image by stage; `total` includes queueing.",
+        ("stage",),
+        _IMAGE_BUCKETS,
+    ),
+    Metric("sidecar_image_bytes_total", "counter", "Bytes of images, received and passed on.", ("direction",)),
+    Metric(
+        "sidecar_gpu_utilization_ratio",
+        "gauge",
+        "Share of time in which a kernel ran; 1 is no proof of progress.",
+        ("gpu",),
+    ),
     Metric("sidecar_gpu_memory_used_bytes", "gauge", "GPU memory in use.", ("gpu",)),
-    Metric("sidecar_gpu_power_watts", "gauge", "Power drawn by the GPU.", ("gpu",)),
-    Metric("sidecar_gpu_energy_joules_total", "counter", "Energy that the GPU used since its driver was loaded.", ("gpu",)),
+    Metric("sidecar_gpu_power_watts", "gauge", "Power draw of the GPU.", ("gpu",)),
+    Metric(
+        "sidecar_gpu_energy_joules_total", "counter", "Energy used by the GPU since its driver was loaded.", ("gpu",)
+    ),
     Metric("sidecar_gpu_sm_clock_hertz", "gauge", "Clock of the GPU's multiprocessors.", ("gpu",)),
-    Metric("sidecar_gpu_slowdown", "gauge", "1 while this lowers the GPU's clocks, else 0.", ("gpu", "reason")),
-    Metric("sidecar_gpu_xid_errors_total", "counter", "XID errors that the driver reported; xid 0 counts the rarer rest.", ("gpu", "xid")),
-    Metric("sidecar_signal_up", "gauge", "1 where a signal was read, 0 where it failed; no series where it does not exist.", ("signal",)),
-    Metric("sidecar_signal_seconds", "gauge", "What the last reading of a signal cost.", ("signal",)),
-    Metric("sidecar_loop_lag_seconds", "gauge", "Lag of a process's event loop.", ("process",)),
-    Metric("sidecar_cost_dollars_total", "counter", "GPU dollars of settled requests; needs --dollars-per-gpu-hour.", ("tenant", "model")),
-    Metric("sidecar_build_info", "gauge", "Always 1; the labels tell what runs here.", ("version", "engine_kind")),
-    # Read by consumers of DCGM's exporter, in its unit.
+    Metric("sidecar_gpu_slowdown", "gauge", "1 while this reason reduces the GPU's clocks, else 0.", ("gpu", "reason")),
+    Metric(
+        "sidecar_gpu_xid_errors_total",
+        "counter",
+        "XID errors reported by the driver; xid 0 counts rare others.",
+        ("gpu", "xid"),
+    ),
+    Metric(
+        "sidecar_signal_up", "gauge", "1 if a signal was read, 0 if it failed; no series if it is absent.", ("signal",)
+    ),
+    Metric("sidecar_signal_seconds", "gauge", "Duration of the last reading of a signal.", ("signal",)),
+    Metric("sidecar_loop_lag_seconds", "gauge", "Event loop lag of a process.", ("process",)),
+    Metric(
+        "sidecar_cost_dollars_total",
+        "counter",
+        "GPU dollars of settled requests; needs --dollars-per-gpu-hour.",
+        ("tenant", "model"),
+    ),
+    Metric("sidecar_build_info", "gauge", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
+    # The name and unit of DCGM's exporter, for its consumers.
     Metric("DCGM_FI_DEV_GPU_UTIL", "gauge", "GPU utilization (in %).", ("gpu", "UUID")),
-)  # fmt: skip
+)
 
 _TABLE: Final = {m.name: m for m in METRICS}
-MAX_PAIRS_PER_TENANT: Final = (
-    2  # (tenant, model) pairs told apart, per tenant; 600 series a metric at most take 12 ms to render
-)
-MAX_REASONS: Final = 200  # far above the number of reason codes; a bound all the same
+# (tenant, model) pairs per tenant: at most 600 series per metric, which take 12 ms to render.
+MAX_PAIRS_PER_TENANT: Final = 2
+# Far above the number of reason codes; only a bound.
+MAX_REASONS: Final = 200
 
 
 @dataclass(slots=True)
 class _Histogram:
-    """Counts by bucket (the last one is +Inf) and the sum of what was observed."""
+    """Counts by bucket (the last one is +Inf) and the sum of the observed values."""
 
     counts: list[int]
     sum: float = 0.0
@@ -140,7 +187,7 @@ class _Histogram:
 
 @dataclass(slots=True)
 class _Series:
-    """What has been fed so far, by metric and label values."""
+    """Counters and histograms so far, by metric and label values."""
 
     counters: dict[str, dict[Labels, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     histograms: dict[str, dict[Labels, _Histogram]] = field(default_factory=lambda: defaultdict(dict))
@@ -174,11 +221,11 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def update(self, snapshot: Snapshot) -> None:
-        """The moment that gauges show from now on."""
+        """Set the snapshot that gauges show."""
         self._snapshot = snapshot
 
     def observe(self, record: ImagePrepared | CanaryResult | Verdict | AbortRequests) -> None:
-        """Count an image, a canary that ended, a verdict that has just changed, or an order to end requests."""
+        """Count an image, a canary result, a changed verdict, or a command to abort requests."""
         match record:
             case ImagePrepared():
                 self._observe_image(record)
@@ -203,7 +250,7 @@ class Metrics(Collector):
         overhead: float | None = None,
         dollars: float = 0.0,
     ) -> None:
-        """Count one settled request. Times in seconds; None where there was none (no token came, nothing was relayed)."""
+        """Count one settled request. Times are in seconds; None if there was none (no token, nothing relayed)."""
         client = self._client(tenant, model)
         self._series.count("sidecar_requests_total", (*client, outcome))
         self._series.count("sidecar_mu_total", (*client, outcome), mu)
@@ -215,7 +262,7 @@ class Metrics(Collector):
         self._series.observe("sidecar_relay_overhead_seconds", overhead)
 
     def collect(self) -> Iterator[Family]:
-        """Every metric of the table, in its order, with the series it has now."""
+        """All metrics of the table, in its order, with their current series."""
         rows: dict[str, list[tuple[Labels, float]]] = defaultdict(list)
         for name, labels, value in gauges(self._snapshot) if self._snapshot else ():
             rows[name].append((labels, value))
@@ -242,7 +289,7 @@ class Metrics(Collector):
 
 
 def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
-    """Everything that a Snapshot shows as a series."""
+    """All series that show a Snapshot."""
     load = snapshot.load
     yield "sidecar_mu_in_flight", (), load.mu_in_flight
     yield "sidecar_mu_max_in_flight", (), load.mu_max_in_flight
@@ -285,7 +332,7 @@ def _signal(name: str, reading: Reading[Any]) -> Iterator[MetricRow]:
 
 
 def _gpus_signal(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSample, ...]]:
-    """GPUs that were counted, and none of which answers, are not a signal that is up."""
+    """The reading of the GPUs, as failed if none of them answers."""
     if isinstance(reading, Value) and all(isinstance(gpu.memory_used, Failed) for gpu in reading.value):
         return Failed("no GPU answers")
     return reading

@@ -62,7 +62,7 @@ def test_a_file_gives_each_tenant_its_own_and_others_the_default() -> None:
         ("spill_over_below = 2", "spill_over_below"),
         ("tenants = 3", "tenants must be"),
         ("default = 3", "default must be"),
-        ("[tenants." + "x" * 65 + "]", "a tenant's name has 1 to 64 characters, not 65"),
+        ("[tenants." + "x" * 65 + "]", "a tenant's name must have 1 to 64 characters, not 65"),
         ('[tenants.""]', "a tenant's name"),
         ("[x", "neither TOML nor JSON"),
         ("{", "neither TOML nor JSON"),

@@ -51,7 +51,7 @@ def test_the_page_shows_every_part_with_units(
     }  # fmt: skip
     assert {selector: wanted for selector, wanted in shown.items() if wanted not in text_of(driver, selector)} == {}
     assert "absent: not supported under MIG" in text_of(driver, "#gpus")
-    assert "not offered" in text_of(driver, "#engine")
+    assert "not reported" in text_of(driver, "#engine")
     assert "XID 31 × 2" in text_of(driver, "#gpus")
     link = driver.find_element(By.CSS_SELECTOR, "#diagnoses a").get_attribute("href")
     assert link == site.url + "diagnoses/20251121-030522-stalled"
@@ -125,7 +125,7 @@ def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.C
     await_text(driver, "#gpus", "absent: no NVIDIA driver library")
     assert text_of(driver, "#engine") == "could not be read: connection refused"
     assert "off" in text_of(driver, "#images")
-    assert "none has ended yet" in text_of(driver, "#canary")
+    assert "no result yet" in text_of(driver, "#canary")
     assert "nothing outstanding" in text_of(driver, "#now-silence-of")
     assert "GPU busy not read" in text_of(driver, "#charts")
     assert text_of(driver, "#tenants") == "no request yet"

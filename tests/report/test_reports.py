@@ -229,7 +229,7 @@ def test_load_is_the_contracts_object() -> None:
                 "flow": 0.41,
                 "kv": 0.3,
                 "queue": None,
-                "queue_absent": "the engine does not tell it",
+                "queue_absent": "not reported by the engine",
             },
         },
         "tokens": {"prefill_in_flight": 5120, "decode_in_flight": 900, "delivered_total": 123456},
