@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.engines.registry import identity
@@ -18,7 +18,7 @@ from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift, find_mismatch
 from sidecar.load.ledger import Ledger
-from sidecar.load.refit import MIN_REFIT_WINDOWS, Refit
+from sidecar.load.refit import MIN_REFIT_WINDOWS, TERM_COUNT, Refit
 from sidecar.load.work_windows import WINDOW_CLOSE_WAIT_S, WINDOW_S, WINDOW_TERMS, WorkWindow, WorkWindows
 from sidecar.readings import EngineIdentity
 
@@ -81,8 +81,11 @@ numbers = st.floats(0, 1e12) | st.sampled_from([0.0, 1e-12, 1e300, math.inf, mat
 
 @settings(max_examples=50)
 @given(
-    garbage=st.lists(st.tuples(numbers, st.lists(numbers, min_size=len(WINDOW_TERMS), max_size=len(WINDOW_TERMS)), numbers), max_size=40)
-)  # fmt: skip
+    garbage=st.lists(
+        st.tuples(numbers, st.lists(numbers, min_size=TERM_COUNT, max_size=TERM_COUNT), numbers), max_size=40
+    )
+)
+@example(garbage=[(1.0, [math.nan if term == "step" else 1.0 for term in WINDOW_TERMS], 1.0)])
 def test_garbage_keeps_the_refit_bounded(garbage: list[tuple[float, list[float], float]]) -> None:
     """Whatever is measured: coefficients are at least 0 and finite, and the drift's sums are bounded."""
     refit, drift = Refit(TRUE), Drift(TRUE)
