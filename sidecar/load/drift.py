@@ -99,7 +99,8 @@ class Drift:
     def add(self, window: WorkWindow) -> None:
         """Evaluate one window."""
         low, high, middle = predict_range(window, self.co)
-        if not (all(0 < ms < MAX_WINDOW_MS for ms in (low, middle, high, window.ms)) and 1 <= window.together < MAX_WINDOW_MS):
+        numbers = low, middle, high, window.ms, window.together
+        if not all(0 < number < MAX_WINDOW_MS for number in numbers) or window.together < 1:
             return
         state, slack = self.memory, self.slack
         state.seen += 1

@@ -1,4 +1,4 @@
-"""The ledger: what is in flight is what is held, whatever happens in whatever order."""
+"""The ledger: the load in flight is the sum of the holds, whatever the order of events."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ def admitted(id: str, at: float = 0.0, work: RequestSize = WORK, tenant: str = "
 
 
 def settled(
-    id: str, at: float, outcome: Outcome = "ok", *, usage: Usage | None = None, tokens: int = 0, first: float | None = None,
-    sent: float | None = 0.0, size: int = 0,
-) -> Settled:  # fmt: skip
+    id: str,
+    at: float,
+    outcome: Outcome = "ok",
+    *,
+    usage: Usage | None = None,
+    tokens: int = 0,
+    first: float | None = None,
+    sent: float | None = 0.0,
+    size: int = 0,
+) -> Settled:
     return Settled(id, at, outcome, 200, usage, tokens, size, first, sent, 0.0)
 
 
 def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage() -> None:
-    """Hold, release, accrue, settle: the flow ends at the true cost."""
+    """Hold, release, accrue, settle: the flow ends at the actual cost."""
     ledger = Ledger(CO)
     hold = admitted("a")
     ledger.apply(0, hold)
@@ -48,7 +55,7 @@ def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage(
 
 
 def test_a_request_that_outlasts_its_estimate_keeps_a_hold() -> None:
-    """Past its estimate a hold follows the tail that was given along, and ends at what the client allows."""
+    """Beyond its estimate a hold follows the tail of the estimate, up to the client's limit."""
     ledger = Ledger(CO)
     ledger.apply(0, replace(admitted("a"), tail=(60, 200, 300, 300), max_output=1000))
     left = []
@@ -60,7 +67,7 @@ def test_a_request_that_outlasts_its_estimate_keeps_a_hold() -> None:
 
 
 def test_a_second_settlement_changes_nothing() -> None:
-    """Exactly one settlement per admission."""
+    """Each admission is settled exactly once."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a"))
     assert ledger.apply(0, settled("a", 1.0)) is not None
@@ -70,7 +77,7 @@ def test_a_second_settlement_changes_nothing() -> None:
 
 
 def test_a_blocked_request_is_held_and_its_silence_starts_anew_when_it_goes_on() -> None:
-    """A hold that waits for its client keeps its units, is marked, and from its unblocking on the engine answers for it."""
+    """A blocked hold keeps its units; the silence of the engine counts from its unblocking."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a", at=1.0))
     ledger.apply(0, RequestBlocked("a", 2.0, True))
@@ -83,7 +90,7 @@ def test_a_blocked_request_is_held_and_its_silence_starts_anew_when_it_goes_on()
 
 
 def test_what_a_dead_relay_held_is_lost_and_only_that() -> None:
-    """The other relay's holds stay."""
+    """A relay that dies loses only its own holds."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a"))
     ledger.apply(1, admitted("a"))
@@ -102,7 +109,7 @@ def test_what_a_dead_relay_held_is_lost_and_only_that() -> None:
     ],
 )
 def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None, free: bool) -> None:
-    """A request that the engine never had, or refused, costs nothing; one given up during prefill has cost its prefill."""
+    """A request that was never sent or was rejected costs nothing; one cancelled during prefill costs its prefill."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a"))
     done = ledger.apply(0, settled("a", 1.0, outcome, sent=sent))
@@ -110,7 +117,7 @@ def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None
 
 
 def test_labels_are_bounded() -> None:
-    """Tenants past the bound share one totals."""
+    """Tenants beyond the bound share one total."""
     from sidecar.labels import BoundedLabels
 
     ledger = Ledger(CO, BoundedLabels(2), BoundedLabels(2))
@@ -122,14 +129,17 @@ def test_labels_are_bounded() -> None:
 
 
 def test_a_count_that_was_too_high_is_made_up_for() -> None:
-    """What a settlement takes back is taken from what comes next: the counter stands still until it is true again."""
+    """A correction downward holds the counter until it is right again; it never falls."""
     ledger, shown = Ledger(CO), []
     for id in ("a", "b"):
         ledger.apply(0, admitted(id))
     for event in (
-        Delivered("a", 1.0, 100, 900), settled("a", 2.0, usage=Usage(1000, 80)), Delivered("b", 3.0, 15, 90),
-        Delivered("b", 4.0, 15, 90), settled("b", 5.0, "client_cancelled", tokens=30),
-    ):  # fmt: skip
+        Delivered("a", 1.0, 100, 900),
+        settled("a", 2.0, usage=Usage(1000, 80)),
+        Delivered("b", 3.0, 15, 90),
+        Delivered("b", 4.0, 15, 90),
+        settled("b", 5.0, "client_cancelled", tokens=30),
+    ):
         ledger.apply(0, event)
         shown.append(ledger.delivered_total)
     assert shown == [100, 100, 100, 110, 110]
@@ -137,7 +147,7 @@ def test_a_count_that_was_too_high_is_made_up_for() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 200)), max_size=50))
 def test_a_rate_is_the_sum_of_its_window(events: list[tuple[float, float]]) -> None:
-    """What is older than the window is gone, what is younger counts, to within a bucket of one second."""
+    """The sum covers the window, to within a bucket of one second."""
     rate, now = SlidingSum(60.0), 0.0
     for amount, step in events:
         now += step
@@ -152,7 +162,7 @@ def test_a_rate_is_the_sum_of_its_window(events: list[tuple[float, float]]) -> N
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Any interleaving of admissions, deliveries, ends and deaths over two relays."""
+    """Any interleaving of admissions, deliveries, settlements and relay deaths, over two relays."""
 
     open_requests = Bundle("open_requests")
 
