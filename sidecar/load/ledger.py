@@ -70,14 +70,13 @@ class AdmissionHold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One settled request: `mu` is its actual cost, `held` what it was admitted with."""
+    """One settled request; `mu` is its actual cost."""
 
     admitted: Admitted
     settled: Settled
     tenant: str
     model: str
     work: RequestSize
-    held: float
     mu: float
     delivered: int
     slowed: bool = False  # its client blocked it after the first token
@@ -158,14 +157,11 @@ class Ledger:
         match event:
             case Admitted():
                 self._hold(relay, event)
-            case FirstToken():
-                self._first(relay, event)
-            case Delivered():
-                self._accrue(relay, event)
-            case RequestBlocked():
-                self._block(relay, event)
             case Settled():
                 return self._settle(relay, event)
+            case FirstToken() | Delivered() | RequestBlocked():
+                if (hold := self._holds.get((relay, event.id))) is not None:
+                    self._update(hold, event)
             case _:
                 pass
         return None
@@ -217,42 +213,26 @@ class Ledger:
 
     def _hold(self, relay: int, event: Admitted) -> None:
         tenant, model = self._tenant_label(event.tenant), self._model_label(event.model)
-        hold = AdmissionHold(
-            event,
-            tenant,
-            model,
-            event.at,
-            last_at=event.at,
-            remaining_mu=event.mu,
-            remaining_tokens=event.expected.output,
-        )
+        hold = AdmissionHold(event, tenant, model, event.at, last_at=event.at, remaining_mu=event.mu)
+        hold.remaining_tokens = event.expected.output
         hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
         if not event.stream and event.route not in SHORT_ROUTES:
             hold.whole = event.max_output or UNBOUNDED_OUTPUT_TOKENS
         self._holds.setdefault((relay, event.id), hold)
 
-    def _first(self, relay: int, event: FirstToken) -> None:
-        hold = self._holds.get((relay, event.id))
-        if hold is not None and hold.first_at is None:
+    def _update(self, hold: AdmissionHold, event: FirstToken | Delivered | RequestBlocked) -> None:
+        if isinstance(event, RequestBlocked):
+            hold.blocked = event.on
+            hold.slowed |= hold.first_at is not None
+            if not event.on:
+                hold.since = hold.last_at = event.at
+        elif isinstance(event, Delivered):
+            hold.last_at = event.at
+            self._deliver(hold, event.tokens, event.at)
+            self._book(hold, event.at)
+        elif hold.first_at is None:
             hold.first_at = hold.last_at = event.at
             self._book(hold, event.at)
-
-    def _accrue(self, relay: int, event: Delivered) -> None:
-        hold = self._holds.get((relay, event.id))
-        if hold is None:
-            return
-        hold.last_at = event.at
-        self._deliver(hold, event.tokens, event.at)
-        self._book(hold, event.at)
-
-    def _block(self, relay: int, event: RequestBlocked) -> None:
-        hold = self._holds.get((relay, event.id))
-        if hold is None:
-            return
-        hold.blocked = event.on
-        hold.slowed |= hold.first_at is not None
-        if not event.on:
-            hold.since = hold.last_at = event.at
 
     def _deliver(self, hold: AdmissionHold, tokens: int, at: float) -> None:
         hold.delivered += tokens
@@ -296,17 +276,8 @@ class Ledger:
         totals.mu += mu
         totals.requests += 1
         totals.tokens += delivered
-        return Settlement(
-            hold.admitted,
-            event,
-            hold.tenant,
-            hold.model,
-            work or RequestSize(0),
-            hold.admitted.mu,
-            mu,
-            delivered,
-            hold.slowed,
-        )
+        work = work or RequestSize(0)
+        return Settlement(hold.admitted, event, hold.tenant, hold.model, work, mu, delivered, hold.slowed)
 
 
 def actual_work(expected: RequestSize, event: Settled, *, started: bool, delivered: int) -> RequestSize | None:

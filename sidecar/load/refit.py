@@ -17,7 +17,7 @@ from typing import Final
 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.work_windows import STEP_INDEX, TOKEN_INDEX, WINDOW_TERMS, WorkWindow
+from sidecar.load.work_windows import WINDOW_TERMS, WorkWindow
 
 # Per window: one from half an hour of work ago weighs a third of a new one.
 FORGETTING_FACTOR: Final = 0.995
@@ -90,11 +90,6 @@ class Refit:
         fitted["d"] = values["d"] + values["step"] / self.co.batch
         co = replace(self.co, **fitted, fingerprint="", source="refit", mu_in_flight=0.0)  # type: ignore[arg-type]
         return RefitResult(co, self.windows, self.error)
-
-    def step_share(self) -> float:
-        """The share of d that is paid per step."""
-        step, token = PRIOR_STEP_SHARE * self.times[STEP_INDEX], (1 - PRIOR_STEP_SHARE) * self.times[TOKEN_INDEX]
-        return step / (step + token) if step + token > 0 else PRIOR_STEP_SHARE
 
     def _prior(self) -> list[float]:
         d = self.co.d

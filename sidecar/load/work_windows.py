@@ -33,7 +33,6 @@ MIN_BUSY_SHARE: Final = 0.2
 # d is split: per step, and per token.
 WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])
 STEP_INDEX: Final = WINDOW_TERMS.index("step")
-TOKEN_INDEX: Final = STEP_INDEX + 1
 
 
 @dataclass(frozen=True, slots=True)

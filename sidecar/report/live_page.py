@@ -33,9 +33,8 @@ MAX_QUEUED_EVENTS: Final = 3
 # Rows of the table; the largest users come first.
 MAX_TENANTS: Final = 50
 HISTORY_S: Final = 600
-MIN_POINT_INTERVAL_S: Final = (
-    0.5  # seconds between two points, so that the ring holds the window however often one publishes
-)
+# So that the history covers its window, however often snapshots are published.
+MIN_POINT_INTERVAL_S: Final = 0.5
 
 # The columns of the history. A value of None is drawn as a gap.
 POINT_COLUMNS: Final = (

@@ -81,23 +81,17 @@ def report(load: Load, engine: Reading[EngineSample], pressure: float) -> OrcaRe
     sample = engine.value if isinstance(engine, Value) else EngineSample()
     flow = load.recent_mu_per_second * 60 / load.mu_max_per_minute if load.mu_max_per_minute > 0 else 0.0
     used = round(max(pressure, flow, MIN_UTILIZATION), 6)
-    return OrcaReport(_finite(_fields(load, sample, used)), _finite(_named(load, sample, used)))
-
-
-def _fields(load: Load, sample: EngineSample, used: float) -> dict[str, float | None]:
-    rate = _rate(load)
+    idle = MIN_UTILIZATION * load.mu_max_per_minute / 60
+    rate = max(max(load.recent_mu_per_second, idle) * MILLI_PER_MU, MIN_RPS)
     failed = load.errors_per_second / load.requests_per_second if load.requests_per_second > 0 else 0.0
-    return {
+    fields = {
         "rps_fractional": round(rate, 6),
         "application_utilization": used,
         "cpu_utilization": used,  # for clients without application_utilization
         "mem_utilization": None if sample.kv_usage is None else min(max(sample.kv_usage, 0.0), 1.0),
         "eps": round(rate * min(failed, 1.0), 6) or None,
     }
-
-
-def _named(load: Load, sample: EngineSample, used: float) -> dict[str, float | None]:
-    return {
+    named = {
         "mu_utilization": used,
         "mu_in_flight": round(load.mu_in_flight, 6),
         "requests_per_second": round(load.requests_per_second, 6),
@@ -105,12 +99,7 @@ def _named(load: Load, sample: EngineSample, used: float) -> dict[str, float | N
         "kv_cache_usage_perc": sample.kv_usage,
         "num_requests_waiting": sample.waiting if sample.waiting is not None else float(load.requests_waiting),
     }
-
-
-def _rate(load: Load) -> float:
-    """Milli-MU per second, never 0."""
-    idle = MIN_UTILIZATION * load.mu_max_per_minute / 60
-    return max(max(load.recent_mu_per_second, idle) * MILLI_PER_MU, MIN_RPS)
+    return OrcaReport(_finite(fields), _finite(named))
 
 
 def _finite(numbers: dict[str, float | None]) -> dict[str, float]:

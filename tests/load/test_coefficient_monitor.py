@@ -18,8 +18,8 @@ from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift, find_mismatch
 from sidecar.load.ledger import Ledger
-from sidecar.load.refit import MIN_REFIT_WINDOWS, TERM_COUNT, Refit
-from sidecar.load.work_windows import WINDOW_CLOSE_WAIT_S, WINDOW_S, WINDOW_TERMS, WorkWindow, WorkWindows
+from sidecar.load.refit import MIN_REFIT_WINDOWS, PRIOR_STEP_SHARE, TERM_COUNT, Refit
+from sidecar.load.work_windows import STEP_INDEX, WINDOW_CLOSE_WAIT_S, WINDOW_S, WINDOW_TERMS, WorkWindow, WorkWindows
 from sidecar.readings import EngineIdentity
 
 from .work import found, history, slower, windows
@@ -46,7 +46,8 @@ def error(refit: Refit, seen: Iterable[WorkWindow]) -> float:
     """Mean log error on windows that were not learned."""
     shadow = refit.shadow()
     assert shadow
-    co, shared = shadow.co, refit.step_share()
+    step, token = PRIOR_STEP_SHARE * refit.times[STEP_INDEX], (1 - PRIOR_STEP_SHARE) * refit.times[STEP_INDEX + 1]
+    co, shared = shadow.co, step / (step + token)
     errors = []
     for window in seen:
         x = dict(zip(WINDOW_TERMS, window.work, strict=True))

@@ -31,7 +31,7 @@ def settlement(tenant: str = "a", outcome: Outcome = "ok", mu: float = 2.0, id: 
         id or f"{os.getpid()}-{next(COUNTER)}", 10.0, tenant, "m", "chat", True, RequestSize(100, output=50), None, 3.0
     )
     settled = Settled("1", 14.0, outcome, 200, None, 40, 400, 11.0, 10.1, 0.001)
-    return Settlement(admitted, settled, tenant, "m", RequestSize(90, cached=10, output=40, images=1), 3.0, mu, 40)
+    return Settlement(admitted, settled, tenant, "m", RequestSize(90, cached=10, output=40, images=1), mu, 40)
 
 
 def fresh(folder: Path, days: int = 35, most: int = 64 << 20) -> UsageStore:
