@@ -40,7 +40,7 @@ class CoefficientMonitor:
         self._windows = WorkWindows(co, now)
 
     def settled(self, settlement: Settlement) -> None:
-        """A request ended."""
+        """Record a settled request."""
         self.drift.caching |= settlement.settled.usage is not None and settlement.settled.usage.cached_tokens > 0
         self._windows.settled(settlement)
 
@@ -64,12 +64,9 @@ class CoefficientMonitor:
     @property
     def margin(self) -> float:
         """How far off a price may be, as a share of it."""
-        usual = (
-            max(self.co.p90 or DEFAULT_MEASURED_MARGIN, MIN_MARGIN)
-            if cost_model.is_measured(self.co)
-            else UNMEASURED_MARGIN
-        )
-        return usual * (STALE_MARGIN_FACTOR if self.stale else 1.0)
+        if not cost_model.is_measured(self.co):
+            return UNMEASURED_MARGIN
+        return max(self.co.p90 or DEFAULT_MEASURED_MARGIN, MIN_MARGIN) * (STALE_MARGIN_FACTOR if self.stale else 1.0)
 
     def shadow(self) -> Coefficients | None:
         """The re-fit as coefficients ready for use; None until there was enough work."""

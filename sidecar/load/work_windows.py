@@ -15,10 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sidecar.events import RequestSize
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.ledger import AdmissionHold, Settlement
+from sidecar.load.ledger import FAILED_OUTCOMES, AdmissionHold, Settlement
 
 # Many steps, and short compared to the minutes in which load changes.
 WINDOW_S: Final = 10.0
@@ -75,21 +74,25 @@ class WorkWindows:
         self._open: dict[int, _OpenWindow] = {}
 
     def settled(self, settlement: Settlement) -> None:
-        """A request ended."""
+        """Record a settled request."""
         ended = settlement.settled
         if ended.sent_at is None or ended.outcome == "rejected":
             return
-        if settlement.slowed or ended.outcome in ("engine_error", "stalled", "lost"):
-            self._spoil(ended.sent_at, ended.at)
+        indices = range(max(self._next, int(ended.sent_at / WINDOW_S)), int(ended.at / WINDOW_S) + 1)
+        windows = {index: self._open.setdefault(index, _OpenWindow()) for index in indices}
+        if settlement.slowed or ended.outcome in FAILED_OUTCOMES:
+            for window in windows.values():
+                window.spoiled = True
             return
-        cut = self._first_token_at(
-            settlement.work, ended.sent_at, ended.first_at, ended.at, stream=settlement.admitted.stream
-        )
-        self._add(_BusySpan(ended.sent_at, cut, ended.at, cost_model.features(settlement.work, self._co)))
+        work = cost_model.features(settlement.work, self._co)
+        span = _BusySpan(ended.sent_at, self._first_token_at(settlement, ended.sent_at), ended.at, work)
+        for index, window in windows.items():
+            _add_overlap(window, index, span)
 
     def spoil(self, now: float) -> None:
         """Drop the window of `now`."""
-        self._spoil(now, now)
+        if (index := int(now / WINDOW_S)) >= self._next:
+            self._open.setdefault(index, _OpenWindow()).spoiled = True
 
     def close(self, holds: Iterable[AdmissionHold], now: float) -> list[WorkWindow]:
         """Close and return the windows complete by now; `holds` are the open requests."""
@@ -107,22 +110,20 @@ class WorkWindows:
                 break
             window = self._open.pop(self._next, None) or _OpenWindow()
             if not late and not window.spoiled:
-                closed += self._finish(window, waiting, self._next, now)
+                closed += self._finish(window, waiting, self._next)
             self._next += 1
         self._open = {index: w for index, w in self._open.items() if index >= self._next}
         return closed
 
-    def _finish(self, window: _OpenWindow, holds: list[AdmissionHold], index: int, now: float) -> list[WorkWindow]:
+    def _finish(self, window: _OpenWindow, holds: list[AdmissionHold], index: int) -> list[WorkWindow]:
         for hold in holds:
             if hold.first_at is None:
                 continue
             if hold.blocked or hold.slowed:
                 return []
-            expected = hold.admitted.expected
-            work = cost_model.features(replace(expected, output=hold.delivered), self._co)
-            self._add_overlap(
-                window, index, _BusySpan(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
-            )
+            work = cost_model.features(replace(hold.admitted.expected, output=hold.delivered), self._co)
+            span = _BusySpan(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
+            _add_overlap(window, index, span)
         busy = window.busy.bit_count() * SLOT_S
         if busy < MIN_BUSY_SHARE * WINDOW_S:
             return []
@@ -131,34 +132,25 @@ class WorkWindows:
         steps = x[cost_model.TERMS.index("d")] / together
         return [WorkWindow((index + 1) * WINDOW_S, busy * 1000, (*x[:STEP_INDEX], steps, *x[STEP_INDEX:]), together)]
 
-    def _first_token_at(
-        self, work: RequestSize, sent: float, first: float | None, end: float, *, stream: bool
-    ) -> float:
-        """When the prefill ended."""
-        if stream and first is not None:
-            return first
-        priced = cost_model.terms(work, self._co)
-        return sent + (end - sent) * (priced.before_first_token / priced.total if priced.total else 0.0)
+    def _first_token_at(self, settlement: Settlement, sent: float) -> float:
+        """When the prefill ended; estimated by the cost model if the answer was not streamed."""
+        ended = settlement.settled
+        if settlement.admitted.stream and ended.first_at is not None:
+            return ended.first_at
+        priced = cost_model.terms(settlement.work, self._co)
+        return sent + (ended.at - sent) * (priced.before_first_token / priced.total if priced.total else 0.0)
 
-    def _add(self, span: _BusySpan) -> None:
-        for index in range(max(self._next, int(span.sent / WINDOW_S)), int(span.end / WINDOW_S) + 1):
-            self._add_overlap(self._open.setdefault(index, _OpenWindow()), index, span)
 
-    def _add_overlap(self, window: _OpenWindow, index: int, span: _BusySpan) -> None:
-        """Add the part of a request that falls into a window."""
-        start = index * WINDOW_S
-        window.busy |= _mask(span.sent - start, span.end - start)
-        window.decoding |= _mask(span.first - start, span.end - start)
-        window.decode_seconds += _overlap(span.first, span.end, start)
-        began = max(span.sent, span.first - WINDOW_S)
-        prefill = _share(began, span.first, start)
-        decode = _share(span.first, span.end, start)
-        for i, name in enumerate(cost_model.TERMS):
-            window.work[i] += span.work[i] * (decode if name in ("d", "f") else prefill)
-
-    def _spoil(self, began: float, ended: float) -> None:
-        for index in range(max(self._next, int(began / WINDOW_S)), int(ended / WINDOW_S) + 1):
-            self._open.setdefault(index, _OpenWindow()).spoiled = True
+def _add_overlap(window: _OpenWindow, index: int, span: _BusySpan) -> None:
+    """Add the part of a request that falls into a window."""
+    start = index * WINDOW_S
+    window.busy |= _mask(span.sent - start, span.end - start)
+    window.decoding |= _mask(span.first - start, span.end - start)
+    window.decode_seconds += _overlap(span.first, span.end, start)
+    prefill = _share(max(span.sent, span.first - WINDOW_S), span.first, start)
+    decode = _share(span.first, span.end, start)
+    for i, name in enumerate(cost_model.TERMS):
+        window.work[i] += span.work[i] * (decode if name in ("d", "f") else prefill)
 
 
 def _is_awaited(hold: AdmissionHold) -> bool:

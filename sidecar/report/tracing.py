@@ -60,9 +60,8 @@ class Tracing:
     ) -> None:
         self._clock, self._wall = clock, wall
         self._open: OrderedDict[str, _OpenSpan] = OrderedDict()
-        self._early: OrderedDict[str, list[ImagePrepared]] = (
-            OrderedDict()
-        )  # images precede the admission of their request
+        # Images precede the admission of their request.
+        self._early: OrderedDict[str, list[ImagePrepared]] = OrderedDict()
         self._exporter = _Exporter(endpoint, version) if endpoint else None
 
     def admitted(self, event: Admitted) -> None:
