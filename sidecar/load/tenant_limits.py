@@ -131,9 +131,7 @@ def parse(text: str, name: str) -> TenantLimits:
         raise UsageError(f"{name}: tenants must be a table with one table per tenant")
     for tenant in tenants:
         if not 0 < len(tenant) <= MAX_TENANT_NAME_CHARS:
-            raise UsageError(
-                f"{name}: a tenant's name must have 1 to {MAX_TENANT_NAME_CHARS} characters, not {len(tenant)}"
-            )
+            raise UsageError(f"{name}: tenant names have 1 to {MAX_TENANT_NAME_CHARS} characters, not {len(tenant)}")
     below = _number(raw.get("spill_over_below", TenantLimits().spill_over_below), "spill_over_below", name)
     if below is None or below > 1:
         raise UsageError(f"{name}: spill_over_below must be a share from 0 to 1")

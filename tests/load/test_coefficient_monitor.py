@@ -25,9 +25,8 @@ from sidecar.readings import EngineIdentity
 from .work import found, history, slower, windows
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
-SCRIPTED = Coefficients(
-    k=1e-4, a=0.05, b=1e-9, d=10 / 8, f=1e-9, g=0, h=0, batch=8, source="file"
-)  # `sidecar engine`'s speeds
+# The speeds of `sidecar engine`.
+SCRIPTED = Coefficients(k=1e-4, a=0.05, b=1e-9, d=10 / 8, f=1e-9, g=0, h=0, batch=8, source="file")
 FLAGS = "cache_dtype=auto,gpu_memory_utilization=0.9"
 WITHIN = 30  # windows in which a slowdown to 1.5 times is found
 
