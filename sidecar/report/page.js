@@ -4,11 +4,11 @@
 // - Text is only set as textContent, as tenant names come from clients.
 // - URLs are relative, so that the page works behind a path prefix.
 // - A section is rebuilt only if its data changed, so that selected or expanded parts stay.
-// - Without data for LOST seconds, the page reports that above everything else.
+// - Without data for LOST_AFTER_S the page reports that above everything else.
 
-const LOST = 3.5; // seconds: three missed snapshots
-const DEAF = 15; // seconds without data after which an open connection is replaced
-const RETRY = 3; // seconds
+const LOST_AFTER_S = 3.5; // three missed snapshots
+const RECONNECT_AFTER_S = 15; // without data, also of a connection that looks open
+const RETRY_INTERVAL_S = 3;
 
 const STATES = {
   starting: ["◔", "The engine has not served its first token yet. Not ready."],
@@ -49,10 +49,10 @@ const CHARTS = [
     note: (s) => `load is limited by ${LIMITS[s.load.limited_by] ?? s.load.limited_by}` },
 ];
 
-const page = { rows: [], columns: [], snapshot: null, heard: 0, hover: null, source: null, drawn: {} };
+const page = { rows: [], columns: [], snapshot: null, receivedAt: 0, hover: null, source: null, drawn: {} };
 const $ = (id) => document.getElementById(id);
 const put = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
-const silence = () => (performance.now() - page.heard) / 1000;
+const silence = () => (performance.now() - page.receivedAt) / 1000;
 const wallNow = () => page.snapshot.at_wall + silence();
 
 // --- the feed ---
@@ -67,11 +67,11 @@ function connect() {
   });
   page.source.addEventListener("snapshot", (event) => {
     page.snapshot = JSON.parse(event.data);
-    page.heard = performance.now();
+    page.receivedAt = performance.now();
     remember(toRow(page.snapshot.point));
     show();
   });
-  page.source.onerror = () => { if (page.source.readyState === EventSource.CLOSED) setTimeout(connect, RETRY * 1000); };
+  page.source.onerror = () => { if (page.source.readyState === EventSource.CLOSED) setTimeout(connect, RETRY_INTERVAL_S * 1000); };
 }
 
 const toRow = (point) => Object.fromEntries(page.columns.map((column, index) => [column, point[index]]));
@@ -84,13 +84,13 @@ function remember(row) {
 
 function tick() {
   if (!page.snapshot) return;
-  const lost = silence() > LOST;
+  const lost = silence() > LOST_AFTER_S;
   document.body.classList.toggle("stale", lost);
   $("lost").hidden = !lost;
   $("link").dataset.link = lost ? "lost" : "live";
   put("link", lost ? "connection lost" : "live");
   if (lost) put("lost", `No data for ${span(Math.round(silence()))}. Below is the state at ${clock(page.snapshot.at_wall)}, not the current one. Reconnecting.`);
-  if (silence() > DEAF && page.source.readyState === EventSource.OPEN) connect();
+  if (silence() > RECONNECT_AFTER_S && page.source.readyState === EventSource.OPEN) connect();
   showTime(lost ? page.snapshot.at_wall : wallNow(), lost);
 }
 
