@@ -221,15 +221,15 @@ class Ledger:
         self._holds.setdefault((relay, event.id), hold)
 
     def _update(self, hold: AdmissionHold, event: FirstToken | Delivered | RequestBlocked) -> None:
-        if isinstance(event, RequestBlocked):
+        if isinstance(event, Delivered):
+            hold.last_at = event.at
+            self._deliver(hold, event.tokens, event.at)
+            self._book(hold, event.at)
+        elif isinstance(event, RequestBlocked):
             hold.blocked = event.on
             hold.slowed |= hold.first_at is not None
             if not event.on:
                 hold.since = hold.last_at = event.at
-        elif isinstance(event, Delivered):
-            hold.last_at = event.at
-            self._deliver(hold, event.tokens, event.at)
-            self._book(hold, event.at)
         elif hold.first_at is None:
             hold.first_at = hold.last_at = event.at
             self._book(hold, event.at)

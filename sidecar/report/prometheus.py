@@ -18,7 +18,7 @@ PLAIN_CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 # A client may name any version, so the number of formats has no other bound.
 MAX_CACHED_FORMATS: Final = 4
 
-_OURS = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
+_OWN_SERIES = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
 _EOF = re.compile(r"^# EOF *$\n?", re.MULTILINE)
 
 
@@ -54,15 +54,15 @@ class MetricsPages:
         return self.render()[0].decode()
 
 
-def merge_pages(engine_page: str | None, ours: str) -> str:
+def merge_pages(engine_page: str | None, own_page: str) -> str:
     """One page of plain text: the engine's series, unchanged, then the sidecar's.
 
     A family may appear on a page only once, so series of an engine page under the sidecar's names are dropped (an
     engine that is itself behind a sidecar). Without an engine page it has the sidecar's series only: no stale ones.
     """
     if not engine_page:
-        return ours
-    theirs = _EOF.sub("", engine_page)
-    if "sidecar_" in theirs or "DCGM_FI_" in theirs:
-        theirs = _OURS.sub("", theirs if theirs.endswith("\n") else theirs + "\n")
-    return theirs + ("" if theirs.endswith("\n") else "\n") + ours
+        return own_page
+    page = _EOF.sub("", engine_page)
+    if "sidecar_" in page or "DCGM_FI_" in page:
+        page = _OWN_SERIES.sub("", page if page.endswith("\n") else page + "\n")
+    return page + ("" if page.endswith("\n") else "\n") + own_page
