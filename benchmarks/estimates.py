@@ -24,7 +24,7 @@ from sim.traces import Trace, load
 from sidecar.events import Admitted, Usage
 from sidecar.load import cost_model
 from sidecar.load.estimator import Estimator
-from sidecar.load.ledger import AdmissionHold, tokens_left
+from sidecar.load.ledger import AdmissionHold, remaining_tokens
 from sidecar.load.request_shape import RequestShape
 
 FIRST_TOKEN, PER_TOKEN = 0.5, 0.03  # seconds
@@ -94,7 +94,7 @@ def score(trace: Trace) -> Score:
         result.high.append(forecast.quantile(0.9))
         result.before.append(mean)
         if output > expected:
-            result.tails.append(forecast.left([expected])[0] - (output - expected))
+            result.tails.append(forecast.remaining([expected])[0] - (output - expected))
     return result
 
 
@@ -119,7 +119,7 @@ class Open:
         """Tokens still to come: in truth, by the ledger, by the mean."""
         came = min(self.output, max(0, int((now - self.begin - FIRST_TOKEN) / PER_TOKEN)))
         self.hold.delivered = came
-        return self.output - came, tokens_left(self.hold), max(self.mean - came, 0)
+        return self.output - came, remaining_tokens(self.hold), max(self.mean - came, 0)
 
 
 def stock(name: str, trace: Trace) -> tuple[str, ...]:

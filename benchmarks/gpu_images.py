@@ -158,9 +158,9 @@ def measure(rounds: int) -> list[Row]:
 
 def peak(name: str) -> float | None:
     """The device's memory bandwidth by its data sheet."""
-    from sidecar.load.gpu_specs import find
+    from sidecar.load.gpu_specs import find_gpu
 
-    found = find(name)
+    found = find_gpu(name)
     return None if found is None else found.bandwidth * 1e9
 
 

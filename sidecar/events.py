@@ -1,32 +1,31 @@
 """Frozen records that cross process and module borders.
 
-Rules of this module: records only, no behaviour beyond arithmetic on their own fields; every time is seconds on the
-machine's monotonic clock (one clock for all processes of a machine), unless its name says `wall`; no prompt, no
-image, no header value of a user is ever a field.
+Rules:
+- Records only. No behaviour beyond arithmetic on their own fields.
+- Times are seconds on the machine's monotonic clock, which all its processes share, unless the name says `wall`.
+- No field holds a prompt, an image, or a header value of a user.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 Outcome = Literal["ok", "engine_error", "client_cancelled", "rejected", "stalled", "lost"]
-OUTCOMES: Final[tuple[Outcome, ...]] = ("ok", "engine_error", "client_cancelled", "rejected", "stalled", "lost")
+OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 
 State = Literal["starting", "idle", "progressing", "quiet", "suspect", "stalled", "dead", "exempt", "unknown"]
-STATES: Final[tuple[State, ...]] = (
-    "starting", "idle", "progressing", "quiet", "suspect", "stalled", "dead", "exempt", "unknown",
-)  # fmt: skip
+STATES: Final[tuple[State, ...]] = get_args(State)
 
 
-# --- what a request asks for and what it used, in numbers only ---
+# --- the size of a request, in numbers only ---
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSize:
     """One request's size in tokens. Tokens of images, audio and video are encoder outputs and also part of `uncached`.
 
-    `image_squares`: the square of each image's tokens, summed over the images.
+    `image_squares` is the sum, over the images, of the square of each image's tokens.
     """
 
     uncached: int
@@ -52,23 +51,24 @@ class Trace:
     state: str = ""
 
 
-# --- facts: relay -> control ---
+# --- events: relay -> control ---
 
-TAIL_AT: Final = (1, 2, 4, 8)  # times the expected output, at which an estimate says what is still to come
+# Multiples of the expected output for which an estimate gives the output that still remains.
+TAIL_MULTIPLES: Final = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request was admitted and holds `mu` until it is settled. `expected` is the estimate the hold was priced with.
+    """A request was admitted and holds `mu` until it is settled. `expected` is the estimate that `mu` is the price of.
 
-    `tail`: output tokens that are still to come once TAIL_AT times the expected ones have come; empty where nothing is known of that.
+    `tail` is the remaining output expected after TAIL_MULTIPLES times the expected output; empty if unknown.
     """
 
     id: str
     at: float
     tenant: str
     model: str
-    route: str  # "chat", "completions", "embeddings", ... one of bodies.ROUTES' values
+    route: str  # "chat", "completions", "embeddings", ...: a value of relay.request_body.ROUTES
     stream: bool
     expected: RequestSize
     max_output: int | None
@@ -87,7 +87,7 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """`tokens` more events and `bytes` more body bytes came from the engine since the request's last Delivered."""
+    """The engine sent `tokens` more stream events and `bytes` more body bytes since the request's last Delivered."""
 
     id: str
     at: float
@@ -97,7 +97,7 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the engine says a request used, from its `usage` object."""
+    """What a request used, from the engine's `usage` object."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -108,9 +108,9 @@ class Usage:
 class Settled:
     """A request ended, in exactly one way. `status` is the engine's HTTP status, 0 where there was none.
 
-    `first_at` is the time of its FirstToken (None where there was none, as of an answer in one piece).
-    `sent_at` is when the request had been written to the engine (None when it never was); `overhead` is the relay's own
-    time in seconds: everything between the client's last request byte and ours to the engine, less image work.
+    `first_at` is the time of its FirstToken, None if there was none, as for an answer in one piece.
+    `sent_at` is when the request had been written to the engine, None if it never was. `overhead` is the relay's own
+    time in seconds: from the client's last request byte to the relay's last byte to the engine, less image work.
     """
 
     id: str
@@ -128,7 +128,7 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class ImagePrepared:
-    """One image was prepared, passed, or refused, for request `id` (empty for /v1/preprocess)."""
+    """One image of request `id` (empty for /v1/preprocess) was prepared, passed through, or rejected."""
 
     id: str
     at: float  # when it ended
@@ -142,9 +142,9 @@ class ImagePrepared:
 
 @dataclass(frozen=True, slots=True)
 class RequestBlocked:
-    """An open request waits (`on`) for its client to read, or in the relay to be sent on; or it goes on again.
+    """An open request is blocked (`on`) by a client that does not read, or by the relay's own queue; or it resumed.
 
-    Its silence in between is not the engine's.
+    The engine is not to blame for the silence in between.
     """
 
     id: str
@@ -154,9 +154,9 @@ class RequestBlocked:
 
 @dataclass(frozen=True, slots=True)
 class EnginePauseChanged:
-    """The engine took an order that stops its work on purpose (`on`), or lets it go on: silence in between is no hang.
+    """The engine accepted a call that pauses its work on purpose (`on`), or that resumes it. A pause is not a hang.
 
-    `what` is the reason code of the exemption: "engine_sleeping", "engine_paused", "engine_profiling" or "weight_update".
+    `what` is the reason code: "engine_sleeping", "engine_paused", "engine_profiling" or "weight_update".
     """
 
     at: float
@@ -166,9 +166,9 @@ class EnginePauseChanged:
 
 @dataclass(frozen=True, slots=True)
 class Directing:
-    """A call that stops the engine, or ends a stop, is with it (`on`), or over; `taken`: the engine answered 2xx.
+    """A call that pauses or resumes the engine is in progress (`on`), or done; `taken`: the engine answered 2xx.
 
-    `id` is the relay's own; `what` as in Directed.
+    `id` is the relay's own; `what` is that of EnginePauseChanged.
     """
 
     at: float
@@ -189,7 +189,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RelayConnected:
-    """The first record of a connection: which relay this is. What follows tells again what was open before."""
+    """The first record of a connection: which relay this is. The relay then replays the events of its open requests."""
 
     at: float
     index: int
@@ -199,7 +199,7 @@ class RelayConnected:
 
 @dataclass(frozen=True, slots=True)
 class LoadSubscribed:
-    """The first and only record of a process that is no relay, and is to be sent the load that relays are sent."""
+    """The only record of a process that is not a relay and subscribes to the load reports that relays receive."""
 
     at: float
     pid: int
@@ -207,24 +207,27 @@ class LoadSubscribed:
 
 @dataclass(frozen=True, slots=True)
 class MetricsPageRequested:
-    """A relay was scraped and has no fresh merged metrics page."""
+    """A relay was scraped and needs a fresh merged metrics page."""
 
     at: float
 
 
-# --- orders: control -> relay ---
+# --- commands: control -> relay ---
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """The load as response headers, ready to send; replaced about once a second."""
+    """The load as response headers, ready to send; updated about once a second.
+
+    `utilization` is the headline one, and 1 at `mu_max_in_flight`: spill-over is decided by both.
+    """
 
     orca_json: str
     orca_text: str
     verdict: State
-    engine_kind: str = ""  # once it is recognised
+    engine_kind: str = ""  # "" until the engine is identified
     orca_bin: str = ""
-    utilization: float = 1.0  # the headline one, and MU in flight at which it is 1: what spill-over may use
+    utilization: float = 1.0
     mu_max_in_flight: float = 0.0
     prepared: bool = True  # whether the engine takes prepared images, as far as it says what it is
     process: int = 0  # grows with each process of the engine that was met
@@ -240,7 +243,7 @@ class MetricsPage:
 
 @dataclass(frozen=True, slots=True)
 class AbortRequests:
-    """End these open requests at once: their connection to the engine closes, their client gets an error of this code."""
+    """Abort open requests: close their connections to the engine, and send their clients an error of this code."""
 
     ids: tuple[str, ...]
     code: str
@@ -248,7 +251,7 @@ class AbortRequests:
 
 @dataclass(frozen=True, slots=True)
 class SettlementsAcked:
-    """The control process has booked the first `count` settlements of this connection."""
+    """The control process has recorded the first `count` settlements of this connection."""
 
     count: int
 
@@ -272,11 +275,12 @@ Command = LoadReport | MetricsPage | AbortRequests | SettlementsAcked
 
 @dataclass(frozen=True, slots=True)
 class CanaryResult:
-    """One canary, ended.
+    """The result of one canary.
 
-    "ok" a token came; "failed" the engine answered 500 or broke the answer off; "starved" no token within `allowed`; "moot" it
-    says nothing, as real work progressed meanwhile or the engine sleeps; "refused" no connection; "busy" 429 or 503;
-    "rejected" any other 4xx, or no model is known to be loaded: it cannot judge this engine.
+    "ok": a token came. "failed": the engine answered 500, or broke off. "starved": no token within `allowed`.
+    "moot": no evidence, because real work progressed meanwhile or the engine sleeps. "refused": no connection.
+    "busy": 429 or 503. "rejected": any other 4xx, or no model is known to be loaded; a canary
+    cannot test this engine.
     """
 
     outcome: Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
@@ -284,9 +288,9 @@ class CanaryResult:
     ended: float
     allowed: float
     detail: str = ""
-    prompt_tokens: int = 0  # of one that passed
-    digest: str = ""  # a short hash of its answer; "" where there is none to compare
-    model: str = ""  # that was asked
+    prompt_tokens: int = 0  # 0 unless it passed
+    digest: str = ""  # a short hash of the answer; "" if there is none
+    model: str = ""  # the model that was asked
 
 
 # --- verdicts ---
@@ -294,7 +298,7 @@ class CanaryResult:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What is held true of the engine since `since`, and why. `evidence` holds plain numbers and codes only."""
+    """The state of the engine since `since`, and why. `evidence` holds plain numbers and codes only."""
 
     state: State
     reason: str
@@ -305,13 +309,13 @@ class Verdict:
 
     @property
     def cause(self) -> str:
-        """The reason of the state itself, where `reason` says why its kill is held back."""
+        """The reason of the state itself; `reason` may instead be why a kill is held back."""
         return str(self.evidence.get("cause") or self.reason)
 
 
 @dataclass(frozen=True, slots=True)
 class DiagnosisSummary:
-    """A bundle that was taken: its id (also its file name), when, the verdict's reason, and what the engine's processes did."""
+    """A diagnosis bundle: its id (also its file name), when and why it was taken, what the engine's processes did."""
 
     id: str
     at_wall: float

@@ -1,7 +1,7 @@
-"""Pure: texts that clients choose, made safe as labels.
+"""Pure: labels from texts that clients choose.
 
-Rules: a label is printable, at most `max_length` characters, and one of at most `limit` values; later values are `other`.
-The first values win, because a label that changes its meaning later would break every rate over it.
+Rules: a label is printable and has at most `max_length` characters. There are at most `limit` labels; later ones become
+`other`. The first ones win, because a label that changes its meaning later would break every rate over it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import Final
 
 OTHER: Final = "other"
-NONE: Final = "none"  # an empty label would read as a missing one
+# An empty label would read as a missing one.
+NONE: Final = "none"
 
 
 def printable(text: str, max_length: int = 64) -> str:
-    """`text` with everything unprintable as `?`, cut to `max_length` characters; `none` where nothing is left."""
+    """`text` cut to `max_length` characters, with `?` for unprintable ones; `none` if it is empty."""
     cut = text.strip()[:max_length]
     return "".join(c if c.isprintable() else "?" for c in cut) or NONE
 
 
 class BoundedLabels:
-    """Maps each text to a label, and at most `limit` of them to labels of their own."""
+    """Maps texts to labels, at most `limit` of them to labels of their own."""
 
     def __init__(self, limit: int, max_length: int = 64) -> None:
         self._limit = limit

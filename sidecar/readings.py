@@ -1,6 +1,6 @@
-"""What was measured: a reading is a value, absent with a reason, or failed with an error; never a bare 0.
+"""Measurements: a reading is a value, absent with a reason, or failed with an error; never a bare 0.
 
-Rules: records only; times are seconds on the machine's monotonic clock; units stand beside each field.
+Rules: records only. Times are seconds on the machine's monotonic clock. Each field states its unit.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 
-# What makes a GPU slower than its load would have it; idleness and chosen clocks do not.
+# Reasons for clocks below what the load calls for; idleness and configured clocks are not among them.
 SLOWDOWNS: Final = ("power_cap", "hardware", "thermal_software", "thermal_hardware", "power_brake")
 
 
 @dataclass(frozen=True, slots=True)
 class Value(Generic[T]):
-    """A signal that was read at `at`; `seconds` is what the reading cost."""
+    """A signal that was read at `at`; reading it took `seconds`."""
 
     value: T
     at: float
@@ -32,7 +32,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A signal that should be there and could not be read. Differs from absent, and never counts as 0."""
+    """A signal that should exist and could not be read. Not the same as absent, and never counted as 0."""
 
     error: str
 
@@ -43,7 +43,7 @@ _NOT_READ: Final = Absent("not read")
 
 @dataclass(frozen=True, slots=True)
 class RankSample:
-    """One data-parallel rank's own numbers; None where they are not broken down by rank."""
+    """One data-parallel rank's numbers; None if the page does not break them down by rank."""
 
     rank: int
     running: float | None = None
@@ -53,7 +53,7 @@ class RankSample:
 
 @dataclass(frozen=True, slots=True)
 class EngineSample:
-    """The engine's own numbers from its metrics page; None where its page has no such series."""
+    """The engine's numbers from its metrics page; None if the page has no such series."""
 
     running: float | None = None
     waiting: float | None = None
@@ -64,8 +64,8 @@ class EngineSample:
     iterations: float | None = None
     started_wall: float | None = None  # process_start_time_seconds
     sleeping: bool | None = None
-    kv_capacity_tokens: float | None = None  # tokens that the KV cache of one rank holds
-    ranks: tuple[RankSample, ...] = ()  # by rank; empty where the page tells no ranks apart
+    kv_capacity_tokens: float | None = None  # of one rank
+    ranks: tuple[RankSample, ...] = ()  # by rank; empty if the page does not separate ranks
     tokens_at_end: bool = False  # generation_tokens moves only when a request ends
 
     @property
@@ -76,10 +76,10 @@ class EngineSample:
 
 @dataclass(frozen=True, slots=True)
 class EngineIdentity:
-    """What the engine says of itself: its model names, version and settings (`name=value`); and the GPUs that NVML sees, with the
-    reasons why any of them is slowed down. Empty where unknown.
+    """The engine's model names, version and settings (`name=value`), and the GPUs that NVML sees. Empty if unknown.
 
-    `prepared`: nothing that it says of itself speaks against sending it prepared images.
+    `slowdowns` are the reasons why any of the GPUs runs below its clocks.
+    `prepared` is False if the engine says that it does not take prepared images.
     """
 
     models: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class EngineIdentity:
 
 @dataclass(frozen=True, slots=True)
 class GpuSample:
-    """One GPU through NVML. Each number is a reading of its own: MIG and lost GPUs answer some and not others."""
+    """One GPU, read through NVML. Each number is its own reading, as MIG slices and lost GPUs provide only some."""
 
     index: int
     name: str
@@ -103,21 +103,21 @@ class GpuSample:
     power: Reading[float]  # watts
     temperature: Reading[float]  # degrees Celsius
     xid_errors: tuple[tuple[int, int], ...] = ()  # (xid, count) since start
-    mig: int | None = None  # the place of a MIG slice in its GPU
+    mig: int | None = None  # index of a MIG slice in its GPU
     energy: Reading[float] = _NOT_READ  # joules since the driver was loaded
     sm_clock: Reading[int] = _NOT_READ  # hertz
-    slowdowns: Reading[tuple[str, ...]] = _NOT_READ  # why its clocks are lower than they could be
-    processes: Reading[int] = _NOT_READ  # that compute on it
+    slowdowns: Reading[tuple[str, ...]] = _NOT_READ  # why its clocks are reduced
+    processes: Reading[int] = _NOT_READ  # compute processes
 
     @property
     def label(self) -> str:
-        """Tells it from its neighbours: 0, or 0:2 for the third slice of GPU 0."""
+        """The GPU's name in metrics: 0, or 0:2 for the third slice of GPU 0."""
         return str(self.index) if self.mig is None else f"{self.index}:{self.mig}"
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSample:
-    """One process through psutil: resident bytes, CPU seconds used so far, threads."""
+    """One process, read through psutil: resident bytes, CPU seconds used so far, threads."""
 
     pid: int
     rss: int

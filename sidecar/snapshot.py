@@ -1,4 +1,4 @@
-"""What the control process holds true at one moment, as frozen data. Every report is a pure rendering of a Snapshot.
+"""The state of the control process at one moment, as frozen data. Every report is a pure rendering of a Snapshot.
 
 Times are monotonic seconds (`at`) unless named `wall`.
 """
@@ -13,7 +13,7 @@ from sidecar.readings import EngineSample, GpuSample, ProcessSample, Reading
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How loaded the engine is. `limited_by` is "stock", "flow", "kv" or "queue": the term that `utilization` comes from."""
+    """How loaded the engine is. `limited_by` is the term that sets `utilization`: "stock", "flow", "kv" or "queue"."""
 
     mu_in_flight: float
     mu_max_in_flight: float
@@ -31,15 +31,15 @@ class Load:
     coefficients_fingerprint: str
     coefficients_source: str
     coefficients_stale: bool
-    errors_per_second: float = 0.0  # what the engine failed: engine_error, stalled, lost
+    errors_per_second: float = 0.0  # requests with the outcome engine_error, stalled or lost
     recent_mu_per_second: float = 0.0  # over the last 10 s
-    pressure: float = 0.0  # the largest share but the flow's: of stock, KV use and queue, at this moment
-    parts: tuple[tuple[str, float | None], ...] = ()  # those shares by name; None where the engine does not tell one
+    pressure: float = 0.0  # the largest of the shares of stock, KV cache and queue, now
+    parts: tuple[tuple[str, float | None], ...] = ()  # the shares by name; None if the engine does not report one
 
 
 @dataclass(frozen=True, slots=True)
 class ShadowUse:
-    """Coefficients as the engine's own work shows them; `error` is that of their predictions, as a share, over `windows`."""
+    """Coefficients fitted to the engine's own work; `error` is their mean prediction error, a share, over `windows`."""
 
     coefficients: tuple[tuple[str, float], ...]
     mu_max_per_minute: float
@@ -49,9 +49,10 @@ class ShadowUse:
 
 @dataclass(frozen=True, slots=True)
 class PriceUse:
-    """The coefficients in use. `stale` is why they no longer hold, "" while they do; `margin` how far a price may be off, as a share.
+    """The coefficients in use. `stale` is why they no longer hold, "" while they do.
 
-    `terms` are the GPU milliseconds of one MU by cause, `line` is gpu_ms projected to alpha, beta, gamma.
+    `margin` is how far off a price may be, as a share; `terms` the GPU milliseconds of one MU by cause; `line` is
+    gpu_ms projected to alpha, beta, gamma.
     """
 
     source: str = "default"
@@ -65,7 +66,7 @@ class PriceUse:
 
 @dataclass(frozen=True, slots=True)
 class TenantUse:
-    """One tenant now and since the start. `outcomes` maps outcome -> requests."""
+    """One tenant, now and since the start. `outcomes` maps outcome -> requests."""
 
     tenant: str
     requests_in_flight: int
@@ -78,7 +79,7 @@ class TenantUse:
 
 @dataclass(frozen=True, slots=True)
 class ImageUse:
-    """Images since the start. `stages` maps stage -> (count, seconds in all)."""
+    """Images since the start. `stages` are (stage, images, total seconds)."""
 
     outcomes: tuple[tuple[str, int], ...]  # outcome -> images
     stages: tuple[tuple[str, int, float], ...]
@@ -88,7 +89,7 @@ class ImageUse:
 
 @dataclass(frozen=True, slots=True)
 class CanaryUse:
-    """What the canaries that passed since the start have cost; `garbage`: their answers are no longer the usual ones."""
+    """The cost of the canaries that passed since the start; `garbage`: their answers differ from the usual ones."""
 
     passed: int = 0
     mu: float = 0.0
@@ -98,7 +99,7 @@ class CanaryUse:
 
 @dataclass(frozen=True, slots=True)
 class RelayUse:
-    """One relay process. `pulse_age` is seconds since its last Pulse; None before the first."""
+    """One relay process. `pulse_age` is seconds since its last Heartbeat; None before the first."""
 
     index: int
     pid: int
@@ -124,17 +125,17 @@ class Snapshot:
     load: Load
     tenants: tuple[TenantUse, ...]
     images: ImageUse
-    images_device: str  # "off", "auto", "cpu", "cuda": as chosen
+    images_device: str  # "off", "auto", "cpu", "cuda": as configured
     engine: Reading[EngineSample]
     gpus: Reading[tuple[GpuSample, ...]]
     own: Reading[ProcessSample]  # the control process
     own_lag: float  # event loop lag of the control process, seconds
     relays: tuple[RelayUse, ...]
-    canary: CanaryResult | None  # the last one that ended
+    canary: CanaryResult | None  # the last result
     canary_outstanding_since: float | None
     changes: tuple[Verdict, ...]  # newest first, bounded
     diagnoses: tuple[DiagnosisSummary, ...]  # newest first, bounded
-    kills: int = 0  # times that liveness was failed for a stall
-    handover: str = ""  # why an operator must act; empty while nobody must
+    kills: int = 0  # how often liveness failed because of a stall
+    handover: str = ""  # why an operator must act; "" while none must
     canaries: CanaryUse = CanaryUse()
     prices: PriceUse = PriceUse()

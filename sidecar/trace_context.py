@@ -1,6 +1,6 @@
-"""W3C trace context, level 1: the `traceparent` header as `facts.Trace` and back.
+"""W3C trace context, level 1: the `traceparent` header as `events.Trace` and back.
 
-Pure apart from random span ids. They come from the kernel, so that processes that share a start do not share ids.
+Pure except for random span ids. They come from the kernel, so that forked processes never share ids.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from sidecar.events import Trace
 
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
 _SAMPLED = 0x01
-MAX_STATE = 512  # characters of `tracestate` that a vendor must at least propagate
+# The standard demands that at least this much is propagated.
+MAX_TRACESTATE_CHARS = 512
 _KEY = r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
 _VALUE = r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 _MEMBER = re.compile(f"{_KEY}={_VALUE}", re.ASCII)
 
 
 def parse_traceparent(header: str, state: str = "") -> Trace | None:
-    """Our own span under the caller's: the caller's trace and sampling, the caller's span as parent, a new span id.
+    """A new span under the caller's span, with the caller's trace id and sampling flag.
 
-    None where the header is not a valid one; the caller then starts a new trace, as the standard demands. `state` is the
-    `tracestate` header; where it is invalid or longer than 512 characters it is dropped whole: a cut one would be wrong.
+    None if the header is invalid; a new trace is then to be started, as the standard demands. `state` is the
+    `tracestate` header; if it is invalid or longer than 512 characters it is dropped whole, as a cut one would be
+    wrong.
     """
     match = _TRACEPARENT.fullmatch(header.strip())
     if match is None:
@@ -39,18 +41,18 @@ def new_trace(sampled: bool = True) -> Trace:
 
 
 def child(trace: Trace) -> Trace:
-    """A span of our own under `trace`'s span."""
+    """A new span under `trace`'s span."""
     return Trace(trace.trace_id, _random_id(8), trace.span_id, trace.sampled, trace.state)
 
 
 def format_traceparent(trace: Trace) -> str:
-    """The header for whoever we call: our span becomes their parent."""
+    """The header for an outgoing request, whose parent is this span."""
     return f"00-{trace.trace_id}-{trace.span_id}-{_SAMPLED if trace.sampled else 0:02x}"
 
 
 def _valid_state(state: str) -> str:
-    """`state`, or "" where a library that reads it would complain, with the client's text in its log line."""
-    members = [member.strip(" \t") for member in state.split(",")] if len(state) <= MAX_STATE else [""]
+    """`state`, or "" if a tracing library would reject it and log the client's text."""
+    members = [member.strip(" \t") for member in state.split(",")] if len(state) <= MAX_TRACESTATE_CHARS else [""]
     return state if all(_MEMBER.fullmatch(member) for member in members) else ""
 
 

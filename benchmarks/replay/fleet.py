@@ -109,7 +109,7 @@ class Replica:
 
     def look(self, now: float, weights: bool) -> None:
         """The router reads the report; `weights`: also what Envoy makes of the ORCA report."""
-        stock = self.ledger.stock()
+        stock = self.ledger.in_flight()
         weight = 0.0
         if weights:
             load = self.load(now)

@@ -39,7 +39,7 @@ from sidecar.load.ledger import Settlement
 from sidecar.report import orca
 from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import Metrics
-from sidecar.report.prometheus import MetricsPages, merged
+from sidecar.report.prometheus import MetricsPages, merge_pages
 from sidecar.report.tracing import Tracing
 from sidecar.report.usage_store import UsageStore
 from sidecar.signals import own_process
@@ -158,7 +158,7 @@ class ControlLoop:
 
     def _send_page(self, relay: int) -> None:
         if self._pool is not None:
-            text = merged(self._signals.contact.page(), self.sinks.pages.text())
+            text = merge_pages(self._signals.contact.page(), self.sinks.pages.text())
             self._pool.order(MetricsPage(time.monotonic(), text), relay)
 
     # --- ticks ---

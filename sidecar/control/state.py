@@ -252,7 +252,7 @@ class ControlState:
         slow = tuple(sorted({why for gpu in gpus if isinstance(gpu.slowdowns, Value) for why in gpu.slowdowns.value}))
         seen = replace(r.identity, gpus=tuple(gpu.name for gpu in gpus), slowdowns=slow)
         self.upkeep.tick(self.ledger.holds(), now, seen, trusted=ours)
-        margin = PREDICTION_MARGIN * (coefficient_monitor.STALE_PATIENCE if self.upkeep.stale else 1.0)
+        margin = PREDICTION_MARGIN * (coefficient_monitor.STALE_MARGIN_FACTOR if self.upkeep.stale else 1.0)
         if margin != self.progress.limits.margin:
             self.progress.limits = replace(self.progress.limits, margin=margin)
 

@@ -1,7 +1,7 @@
-"""Pure: how far the coefficients in use can be trusted: the re-fit beside them, and whether they still hold.
+"""Pure: how far the coefficients in use can be trusted: whether they still hold, and what a re-fit yields.
 
-Coefficients that were not measured (a roofline, the default) are not called stale, because they never were fresh: `source` and a wide
-margin say what they are. The re-fit is told all the same: it is what they should be.
+Coefficients that were not measured (a roofline, the default) are never reported stale; `source` says they were not
+measured, and their margin is wide. The re-fit is reported all the same: it shows what they should be.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Final
 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.drift import Drift, DriftState, mismatch
+from sidecar.load.drift import Drift, DriftState, find_mismatch
 from sidecar.load.ledger import AdmissionHold, Settlement
 from sidecar.load.refit import Refit, RefitResult
 from sidecar.load.work_windows import WorkWindows
 from sidecar.readings import EngineIdentity
 from sidecar.snapshot import PriceUse, ShadowUse
 
-UNMEASURED: Final = 1.0  # margin of a roofline: REACHED and READ are half and 70 %, engines differ by a factor of two
-UNSAID: Final = 0.25  # of a file that does not say its P90 error: what calibration aims at
-MIN_JUDGED_WINDOWS: Final = 0.1
-STALE_PATIENCE: Final = 2.0  # times the margin
+# A roofline assumes 50 % of peak compute and 70 % of bandwidth; engines differ by a factor of two.
+UNMEASURED_MARGIN: Final = 1.0
+# For a file without its P90 error: the error that calibration aims at.
+DEFAULT_MEASURED_MARGIN: Final = 0.25
+MIN_MARGIN: Final = 0.1
+STALE_MARGIN_FACTOR: Final = 2.0
 
 
 class CoefficientMonitor:
@@ -34,65 +36,69 @@ class CoefficientMonitor:
         self.co = co
         self.refit = Refit(co)
         self.drift = Drift(co)
-        self.stale = ""  # why; "" while they hold
+        self.stale = ""  # the reason; "" while they hold
         self._windows = WorkWindows(co, now)
-        self._prices = _prices(co)
 
-    def settled(self, s: Settlement) -> None:
-        """A request ended."""
-        self.drift.caching |= s.settled.usage is not None and s.settled.usage.cached_tokens > 0
-        self._windows.settled(s)
+    def settled(self, settlement: Settlement) -> None:
+        """Record a settled request."""
+        self.drift.caching |= settlement.settled.usage is not None and settlement.settled.usage.cached_tokens > 0
+        self._windows.settled(settlement)
 
-    def tick(self, holds: Iterable[AdmissionHold], now: float, seen: EngineIdentity, *, trusted: bool) -> None:
-        """Judge what ended by now. `trusted`: the engine works as usual, for nobody but us, and we are well."""
+    def tick(self, holds: Iterable[AdmissionHold], now: float, identity: EngineIdentity, *, trusted: bool) -> None:
+        """Evaluate the work done by now.
+
+        `trusted`: the engine works normally, serves only this sidecar, and the sidecar itself is healthy.
+        """
         if not trusted:
             self._windows.spoil(now)
         for window in self._windows.close(holds, now):
             self.refit.add(window)
             if cost_model.is_measured(self.co):
                 self.drift.add(window)
-        self.stale = self._stale(seen)
+        self.stale = self._stale_reason(identity)
 
-    def restore(self, memory: DriftState) -> None:
-        """Know what an earlier process of ours knew."""
-        self.drift.memory = memory
+    def restore(self, state: DriftState) -> None:
+        """Restore the state of an earlier process of the sidecar."""
+        self.drift.memory = state
 
     @property
     def margin(self) -> float:
         """How far off a price may be, as a share of it."""
-        usual = max(self.co.p90 or UNSAID, MIN_JUDGED_WINDOWS) if cost_model.is_measured(self.co) else UNMEASURED
-        return usual * (STALE_PATIENCE if self.stale else 1.0)
+        if not cost_model.is_measured(self.co):
+            return UNMEASURED_MARGIN
+        return max(self.co.p90 or DEFAULT_MEASURED_MARGIN, MIN_MARGIN) * (STALE_MARGIN_FACTOR if self.stale else 1.0)
 
     def shadow(self) -> Coefficients | None:
-        """The re-fit as coefficients of their own, for whoever wants to use them; None while there is too little work."""
+        """The re-fit as coefficients ready for use; None until there was enough work."""
         shadow = self.refit.shadow()
         if shadow is None:
             return None
         text = repr([(name, getattr(shadow.co, name)) for name in cost_model.TERMS])
-        print_ = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-        error = round(math.expm1(shadow.error), 4)  # of windows, where a calibration has one of shapes
+        fingerprint = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        error = round(math.expm1(shadow.error), 4)  # over windows; a calibration's is over shapes
         return replace(
-            shadow.co, fingerprint=print_, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
+            shadow.co, fingerprint=fingerprint, source=f"refit of {self.co.fingerprint}", mape=error, p90=2 * error
         )
 
     def use(self) -> PriceUse:
-        """For reports."""
+        """The coefficients as reports show them."""
         return PriceUse(
-            source=self.co.source, stale=self.stale, margin=self.margin, windows=self.refit.windows,
-            shadow=_shadow(self.refit.shadow()), **self._prices,
-        )  # fmt: skip
+            source=self.co.source,
+            stale=self.stale,
+            margin=self.margin,
+            terms=cost_model.by_cause(cost_model.REFERENCE, self.co),
+            line=cost_model.line(self.co),
+            windows=self.refit.windows,
+            shadow=_shadow(self.refit.shadow()),
+        )
 
-    def _stale(self, seen: EngineIdentity) -> str:
+    def _stale_reason(self, identity: EngineIdentity) -> str:
         if not cost_model.is_measured(self.co):
             return ""
         slower = self.drift.memory.stale
-        if slower and seen.slowdowns:
-            slower += f"; a GPU's clocks are held down ({', '.join(seen.slowdowns)})"
-        return mismatch(self.co, seen) or slower
-
-
-def _prices(co: Coefficients) -> dict[str, tuple[tuple[str, float], ...]]:
-    return {"terms": cost_model.by_cause(cost_model.REFERENCE, co), "line": cost_model.line(co)}
+        if slower and identity.slowdowns:
+            slower += f"; a GPU's clocks are reduced ({', '.join(identity.slowdowns)})"
+        return find_mismatch(self.co, identity) or slower
 
 
 def _shadow(shadow: RefitResult | None) -> ShadowUse | None:

@@ -3,10 +3,15 @@
     gpu_ms = k + a*u + b*u*(c + u/2) + d*o + f*o*(n + o/2) + g*e + h*items + q*s        n = u + c
     MU     = gpu_ms / gpu_ms(3500 in, 300 out)
 
-u uncached and c cached input tokens, o output tokens, e encoder tokens of images, audio and video, each in those of images; s the square of each image's tokens, summed: in
-its encoder every token may see every other of the same image. u*(c + u/2) and o*(n + o/2) are the tokens that
-lie before each new one, summed; of a share `windowed` of the layers, each sees the last `window` of them at most. The coefficients
-belong to a (model, hardware) pair. Where they come from is `Coefficients.source`: the default, a roofline, or a measurement.
+u, c     uncached and cached input tokens
+o        output tokens
+e        encoder tokens of images, audio and video, in units of an image token
+items    images, recordings and videos
+s        the sum of the squares of each image's tokens, as in the encoder each token attends to its whole image
+
+u*(c + u/2) and o*(n + o/2) sum up the tokens before each new one. In a share `windowed` of the layers, a token attends
+to the last `window` tokens only. Coefficients belong to one model on one kind of hardware; `Coefficients.source` says
+whether they are the default, a roofline, or measured.
 """
 
 from __future__ import annotations
@@ -20,18 +25,19 @@ from sidecar.events import RequestSize, Usage
 
 REFERENCE = RequestSize(uncached=3500, output=300)
 TERMS: Final = ("k", "a", "b", "d", "f", "g", "h", "q")
-VERSION: Final = 2  # of a coefficients file. 1, which had no number, had no q: it was measured without
+# Of a coefficients file. Version 1 is not numbered, and was measured without q.
+FILE_VERSION: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
     """Milliseconds of GPU time per unit of each term.
 
-    Defaults: roofline of a dense 8B model in bf16 (32 layers, hidden 4096, 8 KV heads of 128) on an H100 SXM (990 TFLOP/s
-    dense, 3.35 TB/s, half and 70 % of them reached), decode in a batch of 32:
-    a = 2*8e9 / 495e12 s; b = 4*32*4096 / 495e12 s; d = 16e9 / 2.3e12 / 32 s; f = 131072 / 2.3e12 s (KV bytes per token);
-    g = 2*0.67e9*4 / 495e12 s (a 0.67B vision tower, 4 patches merge into one token); q = 16*4*32*1280 / 495e12 s (its 32 layers of
-    width 1280, 16 pairs of patches to one of tokens); k, h = launch and glue, in ms.
+    Defaults: roofline of a dense 8B model in bf16 (32 layers, hidden 4096, 8 KV heads of 128) on an H100 SXM (990
+    TFLOP/s dense, 3.35 TB/s, of which it achieves 50 % and 70 %), decode in a batch of 32:
+    a = 2*8e9 / 495e12 s; b = 4*32*4096 / 495e12 s; d = 16e9 / 2.3e12 / 32 s; f = 131072 / 2.3e12 s (KV bytes per
+    token); g = 2*0.67e9*4 / 495e12 s (a 0.67B vision tower, 4 patches per token); q = 16*4*32*1280 / 495e12 s
+    (its 32 layers of width 1280, 16 pairs of patches per pair of tokens); k, h = launch and glue, in ms.
     """
 
     k: float = 2.0
@@ -42,20 +48,18 @@ class Coefficients:
     g: float = 0.0108
     h: float = 1.0
     q: float = 5.3e-6
-    audio: float = (
-        0.5  # price of an encoder token of audio, in those of an image: Whisper's encoder, two frames to a token
-    )
-    video: float = 1.0  # likewise of video: the same tower
-    window: float = 0.0  # tokens that a layer with a sliding window sees; 0: there are none
-    windowed: float = 0.0  # share of the work with the context, that such layers do
-    batch: float = 32.0  # requests that decode together where d holds: they share the reading of the weights
+    audio: float = 0.5  # price of an audio encoder token, in image tokens: Whisper's encoder, two frames per token
+    video: float = 1.0  # likewise of a video token: the same tower
+    window: float = 0.0  # tokens that a layer with a sliding window attends to; 0: there are none
+    windowed: float = 0.0  # share of the attention work done by such layers
+    batch: float = 32.0  # batch size that d is for: its requests share the reading of the weights
     fingerprint: str = "default-8b-h100"
     source: str = "default"
     gpu: str = ""  # NVML's name
-    # What `sidecar calibrate` adds: what was measured, errors on held-out shapes, MU in flight that kept p95 within slo_seconds.
+    # Added by `sidecar calibrate`: what was measured, errors on held-out shapes, MU in flight with p95 in slo_seconds.
     model: str = ""
     engine: str = ""
-    flags: str = ""  # name=value, divided by commas
+    flags: str = ""  # name=value, comma-separated
     mape: float = 0.0
     p90: float = 0.0
     r2: float = 0.0
@@ -76,12 +80,12 @@ class CostTerms:
 
     @property
     def before_first_token(self) -> float:
-        """Milliseconds that must pass before the first token can: everything but decoding."""
+        """Milliseconds of everything but decoding."""
         return self.overhead + self.prefill + self.attention + self.images
 
     @property
     def total(self) -> float:
-        """Milliseconds in all."""
+        """Milliseconds of the whole request."""
         return self.before_first_token + self.decode + self.kv_read
 
 
@@ -99,26 +103,26 @@ def terms(work: RequestSize, co: Coefficients) -> CostTerms:
 
 
 def features(work: RequestSize, co: Coefficients) -> tuple[float, ...]:
-    """What each coefficient is multiplied by, in the order of TERMS. Of `co` only the sliding window counts."""
+    """The factor of each coefficient, in the order of TERMS. Uses only the prices of media and the window of `co`."""
     u, c, o = work.uncached, work.cached, work.output
     encoded = work.image_tokens + co.audio * work.audio_tokens + co.video * work.video_tokens
     items = work.images + work.audios + work.videos
-    return 1.0, u, context(c, u, co), o, context(u + c, o, co), encoded, items, work.image_squares
+    return 1.0, u, attended_tokens(c, u, co), o, attended_tokens(u + c, o, co), encoded, items, work.image_squares
 
 
-def context(before: float, tokens: float, co: Coefficients) -> float:
-    """Tokens that each of `tokens` new ones sees before it, summed; `before` lie before the first."""
+def attended_tokens(before: float, tokens: float, co: Coefficients) -> float:
+    """Tokens that `tokens` new tokens attend to, summed; `before` tokens precede the first."""
     whole = tokens * (before + tokens / 2)
     if co.windowed <= 0 or before + tokens <= co.window:
         return whole
-    growing = max(0.0, co.window - before)  # new tokens until the window is full
+    growing = max(0.0, co.window - before)  # new tokens before the window is full
     seen = growing * (before + growing / 2) + (tokens - growing) * co.window
     return (1 - co.windowed) * whole + co.windowed * seen
 
 
-def generated_ms(before: int, tokens: int, co: Coefficients) -> float:
-    """GPU milliseconds of `tokens` of output, of a prompt of `before` tokens."""
-    return co.d * tokens + co.f * context(before, tokens, co)
+def decode_ms(before: int, tokens: int, co: Coefficients) -> float:
+    """GPU milliseconds of `tokens` output tokens after a prompt of `before` tokens."""
+    return co.d * tokens + co.f * attended_tokens(before, tokens, co)
 
 
 def gpu_ms(work: RequestSize, co: Coefficients) -> float:
@@ -137,12 +141,12 @@ def mu(work: RequestSize, co: Coefficients) -> float:
 
 
 def by_cause(work: RequestSize, co: Coefficients) -> tuple[tuple[str, float], ...]:
-    """GPU milliseconds of one request by the names of Terms."""
+    """GPU milliseconds of one request, by the names of CostTerms."""
     return tuple(asdict(terms(work, co)).items())
 
 
 def line(co: Coefficients) -> tuple[tuple[str, float], ...]:
-    """gpu_ms as gamma + alpha * in + beta * out, for consumers that can multiply only: exact for one MU and for nothing."""
+    """gpu_ms as gamma + alpha * in + beta * out, for consumers that can only do that. Exact for REFERENCE alone."""
     one = terms(REFERENCE, co)
     return (
         ("alpha", (one.prefill + one.attention) / REFERENCE.uncached),
@@ -152,34 +156,34 @@ def line(co: Coefficients) -> tuple[tuple[str, float], ...]:
 
 
 def is_measured(co: Coefficients) -> bool:
-    """Whether somebody measured them, on what they are used for."""
+    """True if measured on this model and hardware."""
     return not co.source.startswith(("default", "roofline"))
 
 
 def max_mu_per_minute(co: Coefficients) -> float:
-    """MU that the hardware can do in a minute: 60 s of GPU time over the price of one MU."""
+    """MU per minute that the hardware can do: a minute of GPU time over the price of one MU."""
     return 60_000 / unit_ms(co)
 
 
 def max_mu_in_flight(co: Coefficients, slo_seconds: float) -> float:
-    """MU in flight at which a request takes `slo_seconds`: as measured at that SLO, else at full flow by Little's law."""
+    """MU in flight at which a request takes `slo_seconds`: measured at that SLO, else Little's law at full flow."""
     if co.mu_in_flight > 0 and co.slo_seconds == slo_seconds:
         return co.mu_in_flight
     return max_mu_per_minute(co) / 60 * slo_seconds
 
 
 def settled_work(expected: RequestSize, usage: Usage | None, delivered_tokens: int) -> RequestSize:
-    """What a request really was: the engine's `usage` where there is one, else the estimate with the delivered tokens."""
+    """The actual work of a request: from the engine's `usage`, else the estimate with the delivered tokens."""
     if usage is None:
         return replace(expected, output=delivered_tokens)
     cached = min(usage.cached_tokens, usage.prompt_tokens)
     uncached = usage.prompt_tokens - cached
     work = replace(expected, uncached=uncached, cached=cached, output=usage.completion_tokens)
-    return _encoded(work) if cached else work
+    return _without_cached_media(work) if cached else work
 
 
-def _encoded(work: RequestSize) -> RequestSize:
-    """Less what no encoder did: what it made is part of the prompt, and what is more than `uncached` was cached."""
+def _without_cached_media(work: RequestSize) -> RequestSize:
+    """Scale down encoder work: encoder tokens are part of the prompt, so those beyond `uncached` were cached."""
     tokens = work.image_tokens + work.audio_tokens + work.video_tokens
     if tokens <= work.uncached:
         return work
@@ -189,39 +193,39 @@ def _encoded(work: RequestSize) -> RequestSize:
 
 def to_json(co: Coefficients) -> str:
     """The coefficients as the text of a coefficients file."""
-    return json.dumps({"version": VERSION, **asdict(co)}, indent=1)
+    return json.dumps({"version": FILE_VERSION, **asdict(co)}, indent=1)
 
 
 def from_json(text: str, name: str = "coefficients") -> Coefficients:
-    """Read a coefficients file. Raises UsageError with one line when a key is unknown or a number is not one."""
+    """Read a coefficients file. Raises UsageError with one line if a key is unknown or a value is invalid."""
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UsageError(f"{name}: not JSON (line {e.lineno})") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{name}: not JSON (line {error.lineno})") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: expected a JSON object of coefficients")
-    raw, measured_without = _of_version(raw, name)
+    raw, measured_without = _migrate(raw, name)
     known = {f.name: f.type for f in fields(Coefficients)}
     for key, value in raw.items():
         if key not in known:
             raise UsageError(f"{name}: unknown key {key!r}; known: {', '.join(known)}")
         if known[key] == "str" and not isinstance(value, str):
-            raise UsageError(f"{name}: {key} must be a text")
+            raise UsageError(f"{name}: {key} must be a string")
         if known[key] == "float" and (
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9
         ):
             raise UsageError(f"{name}: {key} must be a number of milliseconds >= 0, not {value!r}")
     co = Coefficients(**{"source": "file", **measured_without, **raw})
     if co.windowed > 1:
-        raise UsageError(f"{name}: windowed is a share of the layers, from 0 to 1, not {co.windowed!r}")
+        raise UsageError(f"{name}: windowed must be a share of the layers from 0 to 1, not {co.windowed!r}")
     if unit_ms(co) <= 0:
         raise UsageError(f"{name}: all coefficients are 0")
     return co
 
 
-def _of_version(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """A file's keys but its version, and the terms that its version did not have. Raises UsageError."""
+def _migrate(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """The file's keys without its version, and values for terms that its version lacks. Raises UsageError."""
     version = raw.get("version", 1)
-    if version not in range(1, VERSION + 1) or isinstance(version, bool):
-        raise UsageError(f"{name}: version {version!r} is not known here, the latest is {VERSION}; calibrate again")
+    if version not in range(1, FILE_VERSION + 1) or isinstance(version, bool):
+        raise UsageError(f"{name}: unknown version {version!r} (latest: {FILE_VERSION}); run `sidecar calibrate` again")
     return {key: value for key, value in raw.items() if key != "version"}, {"q": 0.0} if version < 2 else {}

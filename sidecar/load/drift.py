@@ -1,14 +1,16 @@
-"""Pure: whether an engine still takes the time that its coefficients say.
+"""Pure: whether an engine still takes as long as its coefficients predict.
 
-Two-sided CUSUM (Page 1954) on the log of measured over predicted time of a window of work, in two views:
-- misfit: against the coefficients as they stand. What a step's weights cost is shared by those that decode together, so that the
-  prediction is a range, from all of d being paid per token to all of it per step; only what lies outside of it counts.
-- change: against what this engine used to take under a load of the same kind (how many decode together, the share of prefill).
-Rules: what counts is what is over `slack`, the larger of SLACK, of the coefficients' own P90 error and of this engine's usual scatter.
-Unless the engine says what of a prompt it had cached, to be faster than the coefficients says nothing, and to be so no longer neither.
-While in doubt nothing is learned; what is stale is well
-again after CALM windows within the slack. A load of a new kind is judged by a line through those that are known, if it is near to them
-(a slower engine has more open, so that its load is soon of a new kind); else it is learned.
+A two-sided CUSUM (Page 1954) on the log of measured over predicted time, per window of work, in two views:
+- misfit: against the coefficients. Requests that decode together share the reading of the weights, so the prediction is
+  a range: d paid per token, to d paid per step. Only time outside the range counts.
+- change: against this engine's usual time under the same kind of load (requests decoding together, share of prefill).
+
+Rules:
+- Only deviations above `slack` count: the largest of CUSUM_SLACK, the coefficients' P90 error, and the usual scatter.
+- Unless the engine reports cached prompt tokens, being faster than predicted, or ceasing to be, is not evidence.
+- Nothing is learned while in doubt. Stale coefficients hold again after RECOVERY_WINDOWS windows within the slack.
+- A new kind of load is judged by a line through known kinds near it, else learned: a slower engine has more requests
+  open, so its load soon is of a new kind.
 """
 
 from __future__ import annotations
@@ -20,27 +22,34 @@ from typing import Final
 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.gpu_specs import find
-from sidecar.load.work_windows import STEP, TERMS, WorkWindow
+from sidecar.load.gpu_specs import find_gpu
+from sidecar.load.work_windows import STEP_INDEX, WINDOW_TERMS, WorkWindow
 from sidecar.readings import EngineIdentity
 
-CUSUM_SLACK: Final = 0.2  # of a log: 22 % slower or faster is nothing
-CUSUM_LIMIT: Final = 9.0  # times the slack: the sum at which it is an alarm
-MAX_RESIDUAL: Final = 1.0  # of a log; no single window is an alarm
-LEARN: Final = 8  # windows of a kind of load before a change can be told in it
-BASELINE_WINDOWS: Final = 200  # windows that a kind of load remembers
-MAX_CUSUM: Final = 1e12  # milliseconds of a window, before it is no measurement
-NORMAL: Final = 1.25  # deviation of a normal distribution, in mean distances from its middle
-CALM: Final = 20
-KINDS: Final = 200  # kinds of load kept
-EXTRAPOLATION_STEPS: Final = (
-    2  # steps of `together` that the line is believed beyond what is known; one, where there is no line
-)
-STEEPEST: Final = math.log(2) / 2  # of that line, per step: were nothing of d paid per step
+# Of log residuals: 22 % slower or faster does not count.
+CUSUM_SLACK: Final = 0.2
+# Multiple of the slack at which the sum raises an alarm.
+CUSUM_LIMIT: Final = 9.0
+# Of a log residual, so that no single window raises an alarm.
+MAX_RESIDUAL: Final = 1.0
+# Windows of a kind of load before a change in it can be detected.
+MIN_BASELINE_WINDOWS: Final = 8
+# Windows that the mean of a kind of load is over.
+MAX_BASELINE_WINDOWS: Final = 200
+MAX_WINDOW_MS: Final = 1e12
+# Standard deviation of a normal distribution over its mean absolute deviation.
+DEVIATION_PER_MEAN_DISTANCE: Final = 1.25
+RECOVERY_WINDOWS: Final = 20
+MAX_LOAD_KINDS: Final = 200
+# How far beyond known kinds their line is extrapolated; one step if there is no line.
+EXTRAPOLATION_STEPS: Final = 2
+# Of that line, if nothing of d is paid per step.
+MAX_SLOPE_PER_STEP: Final = math.log(2) / 2
+# Engine settings that change how much fits, not what it costs.
+CAPACITY_FLAGS: Final = ("gpu_memory_utilization",)
 
-CAPACITY: Final = ("gpu_memory_utilization",)  # settings that change how much is held, not what it costs
-
-Kind = tuple[int, int]  # how many decode together, in steps of the square root of two; the third of prefill
+# Requests that decode together, in powers of the square root of two; the share of prefill, in thirds.
+LoadKind = tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -53,23 +62,23 @@ class Baseline:
 
 @dataclass(slots=True)
 class Cusum:
-    """CUSUM: `over` of what was slower, `under` of what was faster; `calm` windows in a row within the slack."""
+    """Sums of slower (`over`) and faster (`under`) windows; `calm` counts windows in a row within the slack."""
 
     over: float = 0.0
     under: float = 0.0
     calm: int = 0
 
     def add(self, residual: float, slack: float) -> None:
-        """One more residual."""
-        r = max(-MAX_RESIDUAL, min(MAX_RESIDUAL, residual))
-        self.over = max(0.0, self.over + r - slack)
-        self.under = max(0.0, self.under - r - slack)
-        self.calm = self.calm + 1 if abs(r) <= slack else 0
+        """Add a residual."""
+        residual = max(-MAX_RESIDUAL, min(MAX_RESIDUAL, residual))
+        self.over = max(0.0, self.over + residual - slack)
+        self.under = max(0.0, self.under - residual - slack)
+        self.calm = self.calm + 1 if abs(residual) <= slack else 0
 
 
 @dataclass(slots=True)
 class DriftState:
-    """All that is known; plain numbers, so that they can be kept. `stale` is why, "" for fresh; `scatter` that of a log residual."""
+    """What was learned, in plain values that can be saved. `stale` is the reason, `scatter` that of residuals."""
 
     stale: str = ""
     scatter: float = 0.0
@@ -81,97 +90,101 @@ class DriftState:
 
 @dataclass(slots=True)
 class Drift:
-    """Judges windows. `caching`: this engine says what of its prompts it had cached."""
+    """Compares windows to predictions. `caching`: this engine reports cached prompt tokens."""
 
     co: Coefficients
     memory: DriftState = field(default_factory=DriftState)
     caching: bool = False
 
     def add(self, window: WorkWindow) -> None:
-        """Judge one window."""
-        low, high, middle = prediction(window, self.co)
-        if not (all(0 < ms < MAX_CUSUM for ms in (low, high, window.ms)) and 1 <= window.together < MAX_CUSUM):
+        """Evaluate one window."""
+        low, high, middle = predict_range(window, self.co)
+        numbers = low, middle, high, window.ms, window.together
+        if not all(0 < number < MAX_WINDOW_MS for number in numbers) or window.together < 1:
             return
-        m, slack = self.memory, self.slack
-        m.seen += 1
-        m.misfit.add(outside(window.ms, low, high), slack)
-        load, residual = kind(window, self.co), math.log(window.ms / middle)
-        usual = expected(m.usual, load)
+        state, slack = self.memory, self.slack
+        state.seen += 1
+        state.misfit.add(log_excess(window.ms, low, high), slack)
+        load, residual = load_kind(window, self.co), math.log(window.ms / middle)
+        usual = expected_residual(state.usual, load)
         if usual is not None:
-            m.change.add(residual - (usual if self.caching else max(usual, 0.0)), slack)
+            state.change.add(residual - (usual if self.caching else max(usual, 0.0)), slack)
         if not self.caching:
-            m.misfit.under = m.change.under = 0.0
-        if not self._doubt() and not m.stale:
+            state.misfit.under = state.change.under = 0.0
+        if not self._is_doubtful() and not state.stale:
             self._learn(load, residual, usual)
         self._judge()
 
     @property
     def slack(self) -> float:
-        """Of a log residual: what says nothing."""
+        """Log residuals within this do not count."""
         return max(CUSUM_SLACK, math.log1p(self.co.p90), self.memory.scatter)
 
-    def _doubt(self) -> bool:
+    def _is_doubtful(self) -> bool:
         limit = CUSUM_LIMIT * self.slack / 2
         return any(s > limit for sums in (self.memory.misfit, self.memory.change) for s in (sums.over, sums.under))
 
-    def _learn(self, load: Kind, residual: float, usual: float | None) -> None:
-        m = self.memory
-        own = m.usual.setdefault(name(load), Baseline())
+    def _learn(self, load: LoadKind, residual: float, usual: float | None) -> None:
+        state = self.memory
+        own = state.usual.setdefault(baseline_key(load), Baseline())
         if usual is not None:
-            if own.windows < LEARN and abs(residual - usual) > self.slack:
+            if own.windows < MIN_BASELINE_WINDOWS and abs(residual - usual) > self.slack:
                 return
             off = min(abs(residual - usual), MAX_RESIDUAL)
-            m.scatter += 0.02 * (NORMAL * off - m.scatter)
-        own.windows = min(own.windows + 1, BASELINE_WINDOWS)
+            state.scatter += 0.02 * (DEVIATION_PER_MEAN_DISTANCE * off - state.scatter)
+        own.windows = min(own.windows + 1, MAX_BASELINE_WINDOWS)
         own.mean += (residual - own.mean) / own.windows
-        while len(m.usual) > KINDS:
-            del m.usual[next(iter(m.usual))]
+        while len(state.usual) > MAX_LOAD_KINDS:
+            del state.usual[next(iter(state.usual))]
 
     def _judge(self) -> None:
-        m, limit = self.memory, CUSUM_LIMIT * self.slack
-        slower, faster = max(m.misfit.over, m.change.over), max(m.misfit.under, m.change.under)
-        if m.stale and min(m.misfit.calm, m.change.calm if m.change.over + m.change.under else CALM) >= CALM:
-            m.stale, m.misfit, m.change = "", Cusum(), Cusum()
-        elif not m.stale and max(slower, faster) > limit:
-            how = "longer" if slower >= faster else "shorter"
-            against = "than it used to" if max(m.change.over, m.change.under) > limit else "than its coefficients say"
-            m.stale = f"the engine takes {how} {against}"
+        state, limit = self.memory, CUSUM_LIMIT * self.slack
+        slower, faster = max(state.misfit.over, state.change.over), max(state.misfit.under, state.change.under)
+        calm = state.misfit.calm
+        if state.change.over + state.change.under:
+            calm = min(calm, state.change.calm)
+        if state.stale and calm >= RECOVERY_WINDOWS:
+            state.stale, state.misfit, state.change = "", Cusum(), Cusum()
+        elif not state.stale and max(slower, faster) > limit:
+            how = "slower" if slower >= faster else "faster"
+            has_changed = max(state.change.over, state.change.under) > limit
+            state.stale = f"the engine is {how} than {'it used to be' if has_changed else 'its coefficients predict'}"
 
 
-def prediction(window: WorkWindow, co: Coefficients) -> tuple[float, float, float]:
-    """Milliseconds of a window: least and most that d allows, and were all of it paid per step."""
-    work = dict(zip(TERMS, window.work, strict=True))
+def predict_range(window: WorkWindow, co: Coefficients) -> tuple[float, float, float]:
+    """Milliseconds of a window: the lowest and highest that d allows, and with all of d paid per step."""
+    work = dict(zip(WINDOW_TERMS, window.work, strict=True))
     rest = sum(getattr(co, name) * work[name] for name in cost_model.TERMS if name != "d")
     per_token, per_step = co.d * work["d"], co.d * co.batch * work["step"]
     return rest + min(per_token, per_step), rest + max(per_token, per_step), rest + per_step
 
 
-def outside(ms: float, low: float, high: float) -> float:
-    """The log of how far a measurement lies outside of its range; 0 within it."""
+def log_excess(ms: float, low: float, high: float) -> float:
+    """The log of a measurement over the bound of the range that it exceeds; 0 within the range."""
     return math.log(ms / high) if ms > high else math.log(ms / low) if ms < low else 0.0
 
 
-def kind(window: WorkWindow, co: Coefficients) -> Kind:
-    """The kind of load."""
-    _, _, whole = prediction(window, co)
-    decode = co.d * co.batch * window.work[STEP] + co.f * window.work[TERMS.index("f")]
+def load_kind(window: WorkWindow, co: Coefficients) -> LoadKind:
+    """The kind of load of a window."""
+    _, _, whole = predict_range(window, co)
+    decode = co.d * co.batch * window.work[STEP_INDEX] + co.f * window.work[WINDOW_TERMS.index("f")]
     return round(2 * math.log2(window.together)), min(2, int(3 * (1 - decode / whole)))
 
 
-def name(load: Kind) -> str:
-    """As it is kept."""
+def baseline_key(load: LoadKind) -> str:
+    """The key of its baseline."""
     return f"{load[0]}/{load[1]}"
 
 
-def expected(seen: Mapping[str, Baseline], load: Kind) -> float | None:
-    """The usual log residual under a load: its own, else that of a line through its neighbours; None where nothing near is known."""
-    own = seen.get(name(load))
-    if own is not None and own.windows >= LEARN:
+def expected_residual(baselines: Mapping[str, Baseline], load: LoadKind) -> float | None:
+    """The usual log residual under a load: its own, else by a line through its neighbours; None if none is near."""
+    own = baselines.get(baseline_key(load))
+    if own is not None and own.windows >= MIN_BASELINE_WINDOWS:
         return own.mean
     known = [
         (int(step), usual.mean)
-        for step, _, third in (key.partition("/") for key in seen)
-        if (usual := seen[f"{step}/{third}"]).windows >= LEARN and third == str(load[1])
+        for step, _, third in (key.partition("/") for key in baselines)
+        if (usual := baselines[f"{step}/{third}"]).windows >= MIN_BASELINE_WINDOWS and third == str(load[1])
     ]
     if not known:
         return None
@@ -181,31 +194,31 @@ def expected(seen: Mapping[str, Baseline], load: Kind) -> float | None:
 
 
 def _slope(known: list[tuple[int, float]]) -> tuple[float, int]:
-    """Of the line through known loads, within what a batch can explain; and how far it is believed."""
+    """The slope of a line through known loads, within what batching can explain; and how far to extrapolate."""
     steps = [step for step, _ in known]
     if max(steps) - min(steps) < EXTRAPOLATION_STEPS:
         return 0.0, 1
     middle, level = sum(steps) / len(known), sum(mean for _, mean in known) / len(known)
     slope = sum((s - middle) * (m - level) for s, m in known) / sum((s - middle) ** 2 for s in steps)
-    return max(0.0, min(STEEPEST, slope)), EXTRAPOLATION_STEPS
+    return max(0.0, min(MAX_SLOPE_PER_STEP, slope)), EXTRAPOLATION_STEPS
 
 
-def mismatch(co: Coefficients, seen: EngineIdentity) -> str:
-    """What of the coefficients' origin is another one now; "" where nothing is, or one of the two sides does not know."""
-    if co.model and seen.models and co.model not in seen.models:
-        return f"measured on the model {co.model}, the engine serves {seen.models[0]}"
-    if co.engine not in ("", "unknown") and seen.engine and co.engine != seen.engine:
-        return f"measured on version {co.engine} of the engine, it is {seen.engine}"
-    if co.gpu and seen.gpus and all(seen.gpus) and not any(same(co.gpu, gpu) for gpu in seen.gpus):
-        return f"measured on {co.gpu}, here is {seen.gpus[0]}"
-    now = dict(flag.split("=", 1) for flag in seen.flags)
+def find_mismatch(co: Coefficients, identity: EngineIdentity) -> str:
+    """How the engine differs from the one that was measured; "" if it does not, or either side is unknown."""
+    if co.model and identity.models and co.model not in identity.models:
+        return f"measured on model {co.model}, but the engine serves {identity.models[0]}"
+    if co.engine not in ("", "unknown") and identity.engine and co.engine != identity.engine:
+        return f"measured on engine version {co.engine}, but it is {identity.engine}"
+    if co.gpu and identity.gpus and all(identity.gpus) and not any(is_same_gpu(co.gpu, gpu) for gpu in identity.gpus):
+        return f"measured on {co.gpu}, but this GPU is {identity.gpus[0]}"
+    now = dict(flag.split("=", 1) for flag in identity.flags)
     for flag in filter(None, co.flags.split(",")):
         name, _, value = flag.partition("=")
-        if name not in CAPACITY and now.get(name, value) != value:
-            return f"measured with {flag}, the engine runs with {name}={now[name]}"
+        if name not in CAPACITY_FLAGS and now.get(name, value) != value:
+            return f"measured with {flag}, but the engine runs with {name}={now[name]}"
     return ""
 
 
-def same(a: str, b: str) -> bool:
-    """Whether two names are of the same GPU: "H100" and "NVIDIA H100 80GB HBM3"."""
-    return a == b or (find(a) is not None and find(a) == find(b))
+def is_same_gpu(a: str, b: str) -> bool:
+    """True if two names are of the same GPU: "H100" and "NVIDIA H100 80GB HBM3"."""
+    return a == b or (find_gpu(a) is not None and find_gpu(a) == find_gpu(b))

@@ -1,9 +1,11 @@
-"""Pure: request shape -> expected work. What is not known before the engine answers is learned from what it answered.
+"""Pure: request shape -> expected work, learned from the engine's answers to earlier requests.
 
-Rules: prompt tokens are counted (see counting.py), or else text bytes over a ratio learned per model and script; output tokens come from
-decayed histograms (outputs.py), capped by what the client allows. The expected value prices the hold; the 90th percentile is what a limit
-reserves. All tables are bounded and forget what was used least recently. Each relay process learns alone: the histograms are good
-after some ten answers, and a second process would have to be told what this one forgets again.
+Rules:
+- Prompt tokens are counted by a tokenizer, else they are text bytes over a ratio learned per model and script.
+- Output tokens come from decayed histograms (output_length), capped by the client's limit.
+- A request is admitted at its expected price; tenant limits reserve the price of its 90th percentile.
+- All tables are bounded; the least recently used entry is evicted.
+- Each relay process learns alone: the histograms are good after some ten answers, and sharing would cost more.
 """
 
 from __future__ import annotations
@@ -12,22 +14,25 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Final, Generic, TypeVar
 
-from sidecar.events import TAIL_AT, RequestSize, Usage
+from sidecar.events import TAIL_MULTIPLES, RequestSize, Usage
 from sidecar.load import cost_model
 from sidecar.load.output_length import OutputForecast, OutputLengths
 from sidecar.load.request_shape import RequestShape
 
 K = TypeVar("K")
 
-BYTES_PER_TOKEN: Final = 4.0  # English text in a 100k-150k vocabulary
-IMAGE_TOKENS: Final = 1000  # an image nobody measured: about 1 Mpx at 28x28 pixels per token (Qwen2-VL's kind)
-AUDIO_TOKENS: Final = (
-    250  # of one recording, which nobody decodes here: ten seconds at 25 a second (Qwen2-Audio's kind)
-)
-VIDEO_TOKENS: Final = 4096  # likewise of one video: 32 frames, two to a step, of 256 tokens
-_WEIGHT: Final = 0.05  # of one new observation
-_MODELS: Final = 256
-HIGH: Final = 0.9  # the share of answers that a reservation covers
+# English text in a vocabulary of 100k to 150k.
+DEFAULT_BYTES_PER_TOKEN: Final = 4.0
+# An image of unknown size: about 1 Mpx at 28x28 pixels per token (Qwen2-VL).
+DEFAULT_IMAGE_TOKENS: Final = 1000
+# A recording, which is not decoded here: ten seconds at 25 tokens per second (Qwen2-Audio).
+DEFAULT_AUDIO_TOKENS: Final = 250
+# A video, likewise: 32 frames, two per step of 256 tokens.
+DEFAULT_VIDEO_TOKENS: Final = 4096
+_OBSERVATION_WEIGHT: Final = 0.05
+_MAX_MODELS: Final = 256
+# Share of answers that a reservation covers.
+RESERVED_QUANTILE: Final = 0.9
 
 
 class DecayedMeans(Generic[K]):
@@ -39,12 +44,12 @@ class DecayedMeans(Generic[K]):
         self._means: OrderedDict[K, float] = OrderedDict()
 
     def get(self, key: K) -> float:
-        """The mean of `key`; the start value when it was never seen."""
+        """The mean of `key`, or the start value."""
         return self._means.get(key, self._start)
 
     def add(self, key: K, value: float) -> None:
         """Move the mean of `key` toward `value`."""
-        self._means[key] = self.get(key) + _WEIGHT * (value - self.get(key))
+        self._means[key] = self.get(key) + _OBSERVATION_WEIGHT * (value - self.get(key))
         self._means.move_to_end(key)
         if len(self._means) > self._limit:
             self._means.popitem(last=False)
@@ -53,7 +58,7 @@ class DecayedMeans(Generic[K]):
 class ChatTemplateOverhead:
     """Tokens that a model's chat template adds, as a line over the number of messages: decayed least squares.
 
-    Begins as ChatML does: 4 a message and 3 that open the answer.
+    Starts as ChatML: 4 per message, and 3 that open the answer.
     """
 
     __slots__ = ("_m", "_mm", "_my", "_n", "_y")
@@ -64,8 +69,8 @@ class ChatTemplateOverhead:
             self.add(messages, 4 * messages + 3)
 
     def add(self, messages: int, tokens: float) -> None:
-        """A prompt of so many messages had so many tokens more than its text."""
-        keep = 1 - _WEIGHT
+        """Learn that a prompt of `messages` messages had `tokens` more tokens than its text."""
+        keep = 1 - _OBSERVATION_WEIGHT
         self._n = keep * self._n + 1
         self._m = keep * self._m + messages
         self._mm = keep * self._mm + messages * messages
@@ -73,7 +78,7 @@ class ChatTemplateOverhead:
         self._my = keep * self._my + messages * tokens
 
     def tokens(self, messages: int) -> float:
-        """What it adds to so many messages; where all had as many, as much as lately."""
+        """Tokens added to `messages` messages; the recent mean if all prompts had the same number."""
         spread = self._n * self._mm - self._m * self._m
         slope = (self._n * self._my - self._m * self._y) / spread if spread > 1e-3 * self._n * self._n else 0.0
         return max(0.0, (self._y - slope * self._m) / self._n + slope * messages)
@@ -81,10 +86,9 @@ class ChatTemplateOverhead:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a request is expected to be. `mu` is the price of `work`.
+    """The expected work of a request, and its price in MU.
 
-    `tail`: output tokens still expected once `TAIL_AT` times the expected ones have come (facts.Admitted); of streams, as only they show how
-    far they are.
+    `tail` is that of events.Admitted. Only streams have one, as only they show how far they are.
     """
 
     work: RequestSize
@@ -98,21 +102,21 @@ class Estimator:
     def __init__(self, coefficients: cost_model.Coefficients) -> None:
         self._coefficients = coefficients
         self._unit_ms = cost_model.unit_ms(coefficients)
-        self._ratios: DecayedMeans[tuple[str, int]] = DecayedMeans(BYTES_PER_TOKEN, _MODELS)
+        self._ratios: DecayedMeans[tuple[str, int]] = DecayedMeans(DEFAULT_BYTES_PER_TOKEN, _MAX_MODELS)
         self._templates: OrderedDict[str, ChatTemplateOverhead] = OrderedDict()
         self._outputs = OutputLengths()
 
     def estimate(
         self, tenant: str, shape: RequestShape, image_tokens: list[int], counted: int | None = None
     ) -> Estimate:
-        """`image_tokens`: the known ones; images beyond them count IMAGE_TOKENS each. `counted`: the text's, by a tokenizer."""
+        """Estimate a request. `image_tokens`: of images of known size; `counted`: of the text, by a tokenizer."""
         images = max(shape.images, len(image_tokens))
-        each = image_tokens + [IMAGE_TOKENS] * (images - len(image_tokens))
+        each = image_tokens + [DEFAULT_IMAGE_TOKENS] * (images - len(image_tokens))
         encoder, squares = sum(each), sum(tokens * tokens for tokens in each)
         text = self.text_tokens(shape) if counted is None else counted + self.template_tokens(shape)
-        heard, shown = AUDIO_TOKENS * shape.audios, VIDEO_TOKENS * shape.videos
-        media = encoder, images, heard, shape.audios, shown, shape.videos, squares
-        prompt = max(1, text + shape.token_ids + encoder + heard + shown)
+        audio, video = DEFAULT_AUDIO_TOKENS * shape.audios, DEFAULT_VIDEO_TOKENS * shape.videos
+        media = encoder, images, audio, shape.audios, video, shape.videos, squares
+        prompt = max(1, text + shape.token_ids + encoder + audio + video)
         if not shape.generative:
             work = RequestSize(prompt, 0, 0, *media)
             return Estimate(work, self.mu(work))
@@ -122,17 +126,17 @@ class Estimator:
         return Estimate(work, self.mu(work), tail)
 
     def text_tokens(self, shape: RequestShape) -> int:
-        """The tokens of a prompt's text, by what this model made of such text lately."""
+        """Tokens of a prompt's text, by the learned ratio of its model and script."""
         return round(shape.text_bytes / self._ratios.get((shape.model, shape.script)))
 
     def template_tokens(self, shape: RequestShape) -> int:
-        """What the model's chat template adds to a text that was counted."""
+        """Tokens that the model's chat template adds to a counted text."""
         if not shape.messages:
             return 0
         return round(self._templates.get(shape.model, _CHATML).tokens(shape.messages))
 
     def forecast(self, tenant: str, shape: RequestShape, prompt: int) -> OutputForecast:
-        """The tokens of one choice."""
+        """The forecast of one choice's tokens."""
         limit = None if shape.max_output is None else shape.max_output // shape.choices
         return self._outputs.forecast(tenant, shape.model, prompt, limit)
 
@@ -140,22 +144,22 @@ class Estimator:
         """The price of `work` in model units."""
         return cost_model.gpu_ms(work, self._coefficients) / self._unit_ms
 
-    def high(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
-        """Output tokens that 9 of 10 such answers do not exceed; no less than the expected."""
+    def high_output(self, tenant: str, shape: RequestShape, expected: RequestSize) -> int:
+        """The 90th percentile of output tokens; at least the expected ones."""
         if not shape.generative:
             return 0
         forecast = self.forecast(tenant, shape, expected.uncached)
-        return max(round(forecast.quantile(HIGH) * shape.choices), expected.output)
+        return max(round(forecast.quantile(RESERVED_QUANTILE) * shape.choices), expected.output)
 
-    def reserved(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
-        """The price of the expected work with its high output: what a limit keeps for it."""
-        return self.mu(replace(expected, output=self.high(tenant, shape, expected)))
+    def reserved_mu(self, tenant: str, shape: RequestShape, expected: RequestSize) -> float:
+        """The price with the high output, which a tenant limit reserves."""
+        return self.mu(replace(expected, output=self.high_output(tenant, shape, expected)))
 
     def learn(self, tenant: str, shape: RequestShape, usage: Usage, counted: int | None = None) -> None:
-        """Take in what a request of this shape really used; `counted` is its text's, all of it. Other media teach nothing about text."""
+        """Learn from the usage of a finished request. `counted`: tokens of its whole text, by a tokenizer."""
         text_tokens = usage.prompt_tokens - shape.token_ids
         if not (shape.images or shape.audios or shape.videos) and text_tokens > 0 and shape.text_bytes > 0:
-            # templates of short prompts weigh more than their text: 0.5 to 16 bytes a token is what a tokenizer can do
+            # The template of a short prompt outweighs its text; tokenizers yield 0.5 to 16 bytes per token.
             self._ratios.add((shape.model, shape.script), min(16.0, max(0.5, shape.text_bytes / text_tokens)))
             if counted is not None and shape.messages:
                 self._template(shape.model).add(shape.messages, text_tokens - counted)
@@ -167,7 +171,7 @@ class Estimator:
     def _template(self, model: str) -> ChatTemplateOverhead:
         template = self._templates.setdefault(model, ChatTemplateOverhead())
         self._templates.move_to_end(model)
-        if len(self._templates) > _MODELS:
+        if len(self._templates) > _MAX_MODELS:
             self._templates.popitem(last=False)
         return template
 
@@ -177,5 +181,5 @@ _CHATML: Final = ChatTemplateOverhead()
 
 def tail_of(forecast: OutputForecast, expected: int, choices: int) -> tuple[int, ...]:
     """The tail of an estimate of `expected` output tokens over all choices."""
-    left = forecast.left([at * expected / choices for at in TAIL_AT])
+    left = forecast.remaining([at * expected / choices for at in TAIL_MULTIPLES])
     return tuple(round(tokens * choices) for tokens in left)

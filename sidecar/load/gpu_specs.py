@@ -1,8 +1,8 @@
-"""Pure: what a GPU can do at most, by the name that NVML gives it. A literal table of vendors' datasheets.
+"""Pure: peak performance of GPUs by their NVML names. A literal table from the vendor's datasheets.
 
-Dense peaks, without sparsity: matrix products in bf16 (fp16 where a GPU has no bf16), and in fp8; bandwidth of the GPU's memory.
-Sources: NVIDIA's datasheets of these products; a row says where another was needed. A name matches the row whose words it all has;
-of several, the one with the most words.
+Dense peaks, without sparsity, of matrix products in bf16 (fp16 if a GPU has no bf16) and in fp8; memory bandwidth.
+Sources are NVIDIA's datasheets; a row names any other source. A name matches the row all of whose words it contains; if
+there are several, the one with the most words.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-SLICES: Final = 7  # of a GPU under MIG
+# Of one GPU.
+MIG_SLICES: Final = 7
 
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """Dense TFLOP/s in bf16 and in fp8 (0: it has none), and GB/s of memory."""
+    """Dense TFLOP/s in bf16 and in fp8 (0: not supported), and GB/s of memory."""
 
     words: str
     bf16: float
@@ -40,7 +41,7 @@ GPUS: Final = (
     GpuSpec("L40", 181, 362, 864),
     GpuSpec("L40S", 362, 733, 864),
     GpuSpec("RTX 6000 Ada", 364, 728, 960),
-    GpuSpec("RTX 3090", 71, 0, 936),  # these and the other GeForces: sums in fp32, from the architecture's white paper
+    GpuSpec("RTX 3090", 71, 0, 936),  # GeForce rows: fp32 accumulation, from the white papers
     GpuSpec("RTX 4090", 165, 330, 1008),
     GpuSpec("RTX 5090", 209, 419, 1792),
     GpuSpec("RTX PRO 6000 Blackwell", 504, 1007, 1792),
@@ -48,7 +49,7 @@ GPUS: Final = (
     GpuSpec("H100 PCIe", 756, 1513, 2000),
     GpuSpec("H100 NVL", 835, 1671, 3900),
     GpuSpec("H800", 989, 1979, 3350),
-    GpuSpec("H20", 148, 296, 4000),  # no public datasheet; as its sellers give it
+    GpuSpec("H20", 148, 296, 4000),  # no public datasheet; as sellers state it
     GpuSpec("H200", 989, 1979, 4800),
     GpuSpec("H200 NVL", 835, 1671, 4800),
     GpuSpec("GH200", 989, 1979, 4000),
@@ -57,20 +58,20 @@ GPUS: Final = (
     GpuSpec("GB200", 2500, 5000, 8000),
     GpuSpec("B300", 2250, 4500, 8000),
     GpuSpec("GB300", 2500, 5000, 8000),
-)  # fmt: skip
+)
 
 
-def find(name: str) -> GpuSpec | None:
-    """The row of a GPU's name, such as "NVIDIA H100 80GB HBM3" or "H100"; None where none fits. A MIG instance gets its share."""
+def find_gpu(name: str) -> GpuSpec | None:
+    """The spec of a GPU, such as "NVIDIA H100 80GB HBM3" or "H100"; None if unknown. A MIG slice gets its share."""
     words = _words(name)
-    fitting = [gpu for gpu in GPUS if _words(gpu.words) <= words]
-    if not fitting:
+    matching = [gpu for gpu in GPUS if _words(gpu.words) <= words]
+    if not matching:
         return None
-    best = max(fitting, key=lambda gpu: len(_words(gpu.words)))
+    best = max(matching, key=lambda gpu: len(_words(gpu.words)))
     share = re.search(r"\bmig\b.*?\b([1-7])g\.", name.lower())
     if share is None:
         return best
-    part = int(share[1]) / SLICES
+    part = int(share[1]) / MIG_SLICES
     return replace(best, bf16=best.bf16 * part, fp8=best.fp8 * part, bandwidth=best.bandwidth * part)
 
 

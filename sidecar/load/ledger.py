@@ -2,9 +2,11 @@
 
     hold (Admitted) -> release of the prefill part (FirstToken) -> accrual per token (Delivered) -> settlement (Settled)
 
-Rules: what is in flight is the sum over the open holds, always; what a request accrued on the way is corrected to its true
-cost at settlement; a second Settled, or one for an unknown request, changes nothing. `now` is passed in; facts carry their
-own times.
+Rules:
+- The load in flight is always the sum over the open holds.
+- Settlement corrects what a request has accrued to its actual cost.
+- A second Settled, or one of an unknown request, changes nothing.
+- `now` is passed in; events carry their own times.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from itertools import pairwise
 from typing import Final
 
 from sidecar.events import (
-    TAIL_AT,
+    TAIL_MULTIPLES,
     Admitted,
     Delivered,
     Event,
@@ -29,20 +31,14 @@ from sidecar.events import (
 from sidecar.health.latency_model import LONGEST_ANSWER
 from sidecar.load import cost_model
 
-FLOW_WINDOW_S = 60.0  # seconds of the flow ("per minute")
-RECENT_WINDOW_S = 10.0  # seconds of the flow that routers weigh by
-TOKEN_WINDOW_S = 5.0  # seconds of tokens per second
-SHORT_ROUTES = (
-    "embeddings",
-    "rerank",
-    "score",
-    "pooling",
-    "classify",
-)  # no tokens are asked for: like a stream of one event
-
-FAILED: Final[frozenset[Outcome]] = frozenset(
-    ("engine_error", "stalled", "lost")
-)  # the engine, or the sidecar, is at fault
+FLOW_WINDOW_S = 60.0
+# Of the flow that routers weigh engines by.
+RECENT_WINDOW_S = 10.0
+TOKEN_WINDOW_S = 5.0
+# They request no tokens; their answer counts as a stream of one event.
+SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")
+# The engine or the sidecar is at fault.
+FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled", "lost"))
 
 Key = tuple[int, str]  # (relay index, request id)
 
@@ -51,8 +47,8 @@ Key = tuple[int, str]  # (relay index, request id)
 class AdmissionHold:
     """One open admission. `accrued` is the MU already counted in the flow.
 
-    `blocked`: it is not the engine that keeps it waiting, but its client, or our own queue. `since`: when its silence began to be
-    the engine's: its admission, or the end of the last block.
+    `blocked`: it waits for its client, or in the sidecar's own queue, not for the engine. `since`: when it began to
+    wait for the engine: its admission, or the end of the last block.
     """
 
     admitted: Admitted
@@ -64,11 +60,11 @@ class AdmissionHold:
     delivered: int = 0
     accrued: float = 0.0
     blocked: bool = False
-    slowed: bool = False  # by its client, after the first token: its pace says nothing of the engine
+    slowed: bool = False  # its client blocked it after the first token, so its pace is no evidence about the engine
     prefill: float = 0.0  # seconds before the first token, by the cost model
-    whole: int = 0  # most tokens of an answer that comes in one piece; 0 for a stream, and for what asks for no tokens
-    remaining: float = 0.0  # MU that it still keeps
-    left: int = 0  # output tokens that it is still expected to bring
+    whole: int = 0  # maximum tokens of an answer that is not streamed; 0 for streams and SHORT_ROUTES
+    remaining_mu: float = 0.0
+    remaining_tokens: int = 0  # output tokens still expected
 
     @property
     def pace(self) -> float | None:
@@ -80,18 +76,17 @@ class AdmissionHold:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """One settled request: `mu` is its true cost, `held` what it was admitted with."""
+    """One settled request; `mu` is its actual cost."""
 
     admitted: Admitted
     settled: Settled
     tenant: str
     model: str
     work: RequestSize
-    held: float
     mu: float
     delivered: int
-    slowed: bool = False  # its client kept it waiting after the first token
-    pace: float | None = None  # seconds per output token, as they were seen to come
+    slowed: bool = False  # its client blocked it after the first token
+    pace: float | None = None  # seconds per output token, as the relay saw them come
 
 
 @dataclass(slots=True)
@@ -105,7 +100,7 @@ class TenantTotals:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """What is in flight now."""
+    """The load in flight."""
 
     mu: float
     prefill_tokens: int
@@ -122,7 +117,7 @@ class SlidingSum:
         self._buckets: deque[list[float]] = deque()
 
     def add(self, amount: float, now: float) -> None:
-        """Count `amount` at `now`. Late facts count in the newest bucket."""
+        """Count `amount` at `now`. Late amounts count in the newest bucket."""
         second = int(now)
         if self._buckets and self._buckets[-1][0] >= second:
             self._buckets[-1][1] += amount
@@ -131,7 +126,7 @@ class SlidingSum:
         self._expire(now)
 
     def sum(self, now: float) -> float:
-        """The sum over the last window. Corrections can make a bucket negative; the sum is not shown below 0."""
+        """The sum over the last window, at least 0, as corrections can make a bucket negative."""
         self._expire(now)
         return max(0.0, sum(amount for _, amount in self._buckets))
 
@@ -141,7 +136,7 @@ class SlidingSum:
 
 
 class Ledger:
-    """Holds and sums. `label` bounds the tenants and models that come from clients."""
+    """Open holds, and sums of the settled ones. The labels bound the tenants and models that clients name."""
 
     def __init__(
         self,
@@ -154,39 +149,34 @@ class Ledger:
         self._model_label = model_label
         self._holds: dict[Key, AdmissionHold] = {}
         self._unit_ms = cost_model.unit_ms(co)
-        self._token_mu = cost_model.generated_ms(0, 1, co) / self._unit_ms
+        self._token_mu = cost_model.decode_ms(0, 1, co) / self._unit_ms
         self._flow, self._recent = SlidingSum(FLOW_WINDOW_S), SlidingSum(RECENT_WINDOW_S)
         self._tokens = SlidingSum(TOKEN_WINDOW_S)
         self._finished = SlidingSum(FLOW_WINDOW_S)
         self._failed = SlidingSum(FLOW_WINDOW_S)
-        self._delivered = 0  # as far as is known now: a settlement may correct it downwards
-        self.delivered_total = 0  # the most that it has been: a counter that falls would read as one that began again
-        self.accounts: dict[str, TenantTotals] = {}
+        self._delivered = 0  # a settlement may correct it downwards
+        self.delivered_total = 0  # its maximum so far: a counter that falls would read as a restart
+        self.tenant_totals: dict[str, TenantTotals] = {}
         self.totals: dict[tuple[str, str, Outcome], list[float]] = {}  # (tenant, model, outcome) -> [MU, requests]
 
-    def apply(self, relay: int, fact: Event) -> Settlement | None:
-        """Book one fact of one relay. Returns the settlement when it ended a request."""
-        match fact:
+    def apply(self, relay: int, event: Event) -> Settlement | None:
+        """Apply an event of a relay. Returns the settlement if it ended a request."""
+        match event:
             case Admitted():
-                self._hold(relay, fact)
-            case FirstToken():
-                self._first(relay, fact)
-            case Delivered():
-                self._accrue(relay, fact)
-            case RequestBlocked():
-                self._block(relay, fact)
+                self._hold(relay, event)
             case Settled():
-                return self._settle(relay, fact)
+                return self._settle(relay, event)
+            case FirstToken() | Delivered() | RequestBlocked():
+                if (hold := self._holds.get((relay, event.id))) is not None:
+                    self._update(hold, event)
             case _:
                 pass
         return None
 
     def lose(self, relay: int, now: float) -> list[Settlement]:
-        """Settle all that a relay which died still held, as `lost`."""
-        keys = [key for key in self._holds if key[0] == relay]
-        return [
-            s for key in keys if (s := self._settle(relay, lost_settlement(self._holds[key], key[1], now))) is not None
-        ]
+        """Settle the open requests of a relay that died, as `lost`."""
+        lost = [lost_settlement(hold, key[1], now) for key, hold in self._holds.items() if key[0] == relay]
+        return [settlement for event in lost if (settlement := self._settle(relay, event)) is not None]
 
     def holds(self) -> Iterator[AdmissionHold]:
         """The open holds, oldest first."""
@@ -196,13 +186,13 @@ class Ledger:
         """One open hold."""
         return self._holds.get(key)
 
-    def stock(self) -> InFlight:
-        """What is in flight: the sum over the open holds."""
+    def in_flight(self) -> InFlight:
+        """The load in flight: the sum over the open holds."""
         mu, prefill, decode, waiting = 0.0, 0, 0, 0
         for hold in self._holds.values():
             expected = hold.admitted.expected
-            mu += hold.remaining
-            decode += hold.left
+            mu += hold.remaining_mu
+            decode += hold.remaining_tokens
             if hold.first_at is None:
                 waiting += 1
                 prefill += expected.uncached
@@ -213,11 +203,11 @@ class Ledger:
         return self._flow.sum(now)
 
     def recent_mu_per_second(self, now: float) -> float:
-        """MU done per second, over the last 10 s."""
+        """MU done per second, over the last 10 seconds."""
         return self._recent.sum(now) / RECENT_WINDOW_S
 
     def tokens_per_second(self, now: float) -> float:
-        """Tokens delivered per second, over the last 5 s."""
+        """Tokens delivered per second, over the last 5 seconds."""
         return self._tokens.sum(now) / TOKEN_WINDOW_S
 
     def requests_per_second(self, now: float) -> float:
@@ -225,41 +215,31 @@ class Ledger:
         return self._finished.sum(now) / FLOW_WINDOW_S
 
     def errors_per_second(self, now: float) -> float:
-        """Requests per second that the engine failed, over the last minute."""
+        """Failed requests per second, over the last minute."""
         return self._failed.sum(now) / FLOW_WINDOW_S
 
-    def _hold(self, relay: int, fact: Admitted) -> None:
-        tenant, model = self._tenant_label(fact.tenant), self._model_label(fact.model)
-        hold = AdmissionHold(
-            fact, tenant, model, fact.at, last_at=fact.at, remaining=fact.mu, left=fact.expected.output
-        )
-        hold.prefill = cost_model.terms(fact.expected, self.co).before_first_token / 1000
-        if not fact.stream and fact.route not in SHORT_ROUTES:
-            hold.whole = fact.max_output or LONGEST_ANSWER
-        self._holds.setdefault((relay, fact.id), hold)
+    def _hold(self, relay: int, event: Admitted) -> None:
+        tenant, model = self._tenant_label(event.tenant), self._model_label(event.model)
+        hold = AdmissionHold(event, tenant, model, event.at, last_at=event.at, remaining_mu=event.mu)
+        hold.remaining_tokens = event.expected.output
+        hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
+        if not event.stream and event.route not in SHORT_ROUTES:
+            hold.whole = event.max_output or LONGEST_ANSWER
+        self._holds.setdefault((relay, event.id), hold)
 
-    def _first(self, relay: int, fact: FirstToken) -> None:
-        hold = self._holds.get((relay, fact.id))
-        if hold is not None and hold.first_at is None:
-            hold.first_at = hold.last_at = fact.at
-            self._book(hold, fact.at)
-
-    def _accrue(self, relay: int, fact: Delivered) -> None:
-        hold = self._holds.get((relay, fact.id))
-        if hold is None:
-            return
-        hold.last_at = fact.at
-        self._deliver(hold, fact.tokens, fact.at)
-        self._book(hold, fact.at)
-
-    def _block(self, relay: int, fact: RequestBlocked) -> None:
-        hold = self._holds.get((relay, fact.id))
-        if hold is None:
-            return
-        hold.blocked = fact.on
-        hold.slowed |= hold.first_at is not None
-        if not fact.on:
-            hold.since = hold.last_at = fact.at
+    def _update(self, hold: AdmissionHold, event: FirstToken | Delivered | RequestBlocked) -> None:
+        if isinstance(event, Delivered):
+            hold.last_at = event.at
+            self._deliver(hold, event.tokens, event.at)
+            self._book(hold, event.at)
+        elif isinstance(event, RequestBlocked):
+            hold.blocked = event.on
+            hold.slowed |= hold.first_at is not None
+            if not event.on:
+                hold.since = hold.last_at = event.at
+        elif hold.first_at is None:
+            hold.first_at = hold.last_at = event.at
+            self._book(hold, event.at)
 
     def _deliver(self, hold: AdmissionHold, tokens: int, at: float) -> None:
         hold.delivered += tokens
@@ -268,92 +248,91 @@ class Ledger:
         self._tokens.add(tokens, at)
 
     def _book(self, hold: AdmissionHold, at: float) -> None:
-        """Bring what a hold has accrued up to what was delivered so far."""
+        """Update what a hold has accrued to the tokens delivered so far."""
         done = self._price(hold, hold.delivered)
-        self._flowed(done - hold.accrued, at)
+        self._add_flow(done - hold.accrued, at)
         hold.accrued = done
-        hold.left = tokens_left(hold)
-        hold.remaining = max(self._price(hold, hold.delivered + hold.left) - done, self._token_mu)
+        hold.remaining_tokens = remaining_tokens(hold)
+        hold.remaining_mu = max(self._price(hold, hold.delivered + hold.remaining_tokens) - done, self._token_mu)
 
     def _price(self, hold: AdmissionHold, output: int) -> float:
-        """MU of a hold with so much output: `units.mu`, less what is the same five times a second and stream."""
-        e = hold.admitted.expected
-        return (hold.prefill * 1000 + cost_model.generated_ms(e.uncached + e.cached, output, self.co)) / self._unit_ms
+        """MU of a hold with `output` tokens: `cost_model.mu`, without repeating the prefill part at every Delivered."""
+        prompt = hold.admitted.expected.uncached + hold.admitted.expected.cached
+        return (hold.prefill * 1000 + cost_model.decode_ms(prompt, output, self.co)) / self._unit_ms
 
-    def _flowed(self, mu: float, at: float) -> None:
+    def _add_flow(self, mu: float, at: float) -> None:
         self._flow.add(mu, at)
         self._recent.add(mu, at)
 
-    def _settle(self, relay: int, fact: Settled) -> Settlement | None:
-        hold = self._holds.pop((relay, fact.id), None)
+    def _settle(self, relay: int, event: Settled) -> Settlement | None:
+        hold = self._holds.pop((relay, event.id), None)
         if hold is None:
             return None
         pace = hold.pace
-        delivered = fact.usage.completion_tokens if fact.usage else max(fact.delivered_tokens, hold.delivered)
-        self._deliver(hold, delivered - hold.delivered, fact.at)
-        work = actual_work(hold.admitted.expected, fact, started=hold.first_at is not None, delivered=hold.delivered)
+        delivered = event.usage.completion_tokens if event.usage else max(event.delivered_tokens, hold.delivered)
+        self._deliver(hold, delivered - hold.delivered, event.at)
+        work = actual_work(hold.admitted.expected, event, started=hold.first_at is not None, delivered=hold.delivered)
         mu = cost_model.mu(work, self.co) if work is not None else 0.0
-        self._flowed(mu - hold.accrued, fact.at)
-        self._finished.add(1, fact.at)
-        if fact.outcome in FAILED:
-            self._failed.add(1, fact.at)
-        total = self.totals.setdefault((hold.tenant, hold.model, fact.outcome), [0.0, 0])
+        self._add_flow(mu - hold.accrued, event.at)
+        self._finished.add(1, event.at)
+        if event.outcome in FAILED_OUTCOMES:
+            self._failed.add(1, event.at)
+        total = self.totals.setdefault((hold.tenant, hold.model, event.outcome), [0.0, 0])
         total[0] += mu
         total[1] += 1
-        account = self.accounts.setdefault(hold.tenant, TenantTotals())
-        account.mu += mu
-        account.requests += 1
-        account.tokens += delivered
-        return Settlement(
-            hold.admitted,
-            fact,
-            hold.tenant,
-            hold.model,
-            work or RequestSize(0),
-            hold.admitted.mu,
-            mu,
-            delivered,
-            hold.slowed,
-            pace,
-        )
+        totals = self.tenant_totals.setdefault(hold.tenant, TenantTotals())
+        totals.mu += mu
+        totals.requests += 1
+        totals.tokens += delivered
+        work = work or RequestSize(0)
+        return Settlement(hold.admitted, event, hold.tenant, hold.model, work, mu, delivered, hold.slowed, pace)
 
 
-def actual_work(expected: RequestSize, fact: Settled, *, started: bool, delivered: int) -> RequestSize | None:
-    """What a settled request really used; None for one that never cost the engine anything.
+def actual_work(expected: RequestSize, event: Settled, *, started: bool, delivered: int) -> RequestSize | None:
+    """The actual work of a settled request; None if it never cost the engine anything.
 
-    Without `usage`, a request that ended before its first token is taken to have used its prefill only when the engine had
-    it: a client that hangs up during prefill has spent it, a request that the engine refused has not.
+    Without `usage`, a request that ended before its first token has used its prefill only if the engine was working on
+    it: true if its client disconnected, false if the engine rejected it.
     """
-    if fact.usage is not None:
-        return cost_model.settled_work(expected, fact.usage, 0)
-    if fact.sent_at is None or fact.outcome == "rejected":
+    if event.usage is not None:
+        return cost_model.settled_work(expected, event.usage, 0)
+    if event.sent_at is None or event.outcome == "rejected":
         return None
-    if not started and fact.outcome in ("engine_error", "stalled") and fact.delivered_bytes == 0:
+    if not started and event.outcome in ("engine_error", "stalled") and event.delivered_bytes == 0:
         return None
-    return cost_model.settled_work(expected, None, max(fact.delivered_tokens, delivered))
+    return cost_model.settled_work(expected, None, max(event.delivered_tokens, delivered))
 
 
-def tokens_left(hold: AdmissionHold) -> int:
-    """Output tokens still expected, given those that came: what outlasts its estimate is taken to go on, as such answers do.
+def remaining_tokens(hold: AdmissionHold) -> int:
+    """Output tokens still expected, given those delivered, as answers often outlast their estimate.
 
-    Between the points of the estimate's tail on a straight line, beyond them level; never over what the client allows.
+    Linear between the points of the estimate's tail, constant beyond them, and never above the client's limit.
     """
-    expected, came, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
+    expected, delivered, tail = hold.admitted.expected.output, hold.delivered, hold.admitted.tail
     if not tail or expected == 0:
-        return max(expected - came, 0)
-    points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_AT, tail, strict=False))]
+        return max(expected - delivered, 0)
+    points = [(0, expected), *((at * expected, left) for at, left in zip(TAIL_MULTIPLES, tail, strict=False))]
     left = points[-1][1]
     for (x0, y0), (x1, y1) in pairwise(points):
-        if came < x1:
-            left = round(y0 + (y1 - y0) * (came - x0) / (x1 - x0))
+        if delivered < x1:
+            left = round(y0 + (y1 - y0) * (delivered - x0) / (x1 - x0))
             break
-    most = hold.admitted.max_output
-    return left if most is None else max(0, min(left, most - came))
+    limit = hold.admitted.max_output
+    return left if limit is None else max(0, min(left, limit - delivered))
 
 
 def lost_settlement(hold: AdmissionHold, id: str, now: float) -> Settled:
     """The settlement of a request whose relay died."""
     return Settled(
-        id=id, at=now, outcome="lost", status=0, usage=None, delivered_tokens=hold.delivered, delivered_bytes=0,
-        first_at=hold.first_at, sent_at=hold.admitted.at, overhead=0.0, error="relay_died",
-    )  # fmt: skip
+        id=id,
+        at=now,
+        outcome="lost",
+        status=0,
+        usage=None,
+        delivered_tokens=hold.delivered,
+        delivered_bytes=0,
+        first_at=hold.first_at,
+        sent_at=hold.admitted.at,
+        overhead=0.0,
+        error="relay_died",
+    )

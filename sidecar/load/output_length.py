@@ -1,12 +1,14 @@
-"""Pure: how long answers will be. Decayed histograms of output tokens, blended from the particular to the general.
+"""Pure: how long answers will be. Decayed histograms of output tokens, blended from the specific to the general.
 
     prior <- model <- (model, size class) <- (tenant, model, size class)
 
-Each level counts as much as it has seen lately: p = (n * own + BLEND * p of the level above) / (n + BLEND). Buckets are a quarter of an
-octave wide; a size class is half an octave of prompt tokens, which tells agents from chat (benchmarks/estimates.py). An answer that its
-client's limit cut off says only that it would have been at least so long: it is counted above that, as the blend has it there, and not at
-all where that is true of almost every answer (as of `max_tokens=1`): it would only make the old ones fade. The table is
-bounded and forgets what was used least recently.
+Rules:
+- A level counts by its recent answers: p = (n * own + BLEND_ANSWERS * p of the level above) / (n + BLEND_ANSWERS).
+- Buckets are a quarter of an octave wide. A size class is half an octave of prompt tokens, which separates agents from
+  chat (benchmarks/estimates.py).
+- An answer cut off by its client's limit is only known to be at least that long. It is spread over the longer buckets
+  as the blend has them, and ignored if nearly all answers are that long (`max_tokens=1`).
+- The table is bounded; the least recently used histogram is evicted.
 """
 
 from __future__ import annotations
@@ -20,26 +22,29 @@ from math import ceil, exp, log
 from operator import mul
 from typing import Final, NamedTuple
 
-_MOST: Final = 1 << 17  # tokens of the last bucket's beginning
-STARTS: Final = tuple(sorted({ceil(2 ** (k / 4)) for k in range(4 * 17 + 1)}))  # bucket b >= 1 begins at STARTS[b - 1]
-BUCKETS: Final = len(STARTS) + 1  # bucket 0: no token at all
-_ENDS: Final = (0, *(start - 1 for start in STARTS[1:]), _MOST)
-_BEGINS: Final = (0, *STARTS)
+# Bucket 0 is an answer without tokens; bucket b >= 1 begins at BUCKET_STARTS[b - 1], the last one at _MAX_TOKENS.
+_MAX_TOKENS: Final = 1 << 17
+BUCKET_STARTS: Final = tuple(sorted({ceil(2 ** (k / 4)) for k in range(4 * 17 + 1)}))
+BUCKET_COUNT: Final = len(BUCKET_STARTS) + 1
+_ENDS: Final = (0, *(start - 1 for start in BUCKET_STARTS[1:]), _MAX_TOKENS)
+_BEGINS: Final = (0, *BUCKET_STARTS)
 MIDDLES: Final = tuple((a + b) / 2 for a, b in zip(_BEGINS, _ENDS, strict=True))
 
-DECAY: Final = 0.99  # of all weights per answer: about the last 100 count
-BLEND: Final = 4.0  # answers that the level above is worth
-TABLES: Final = 2048  # histograms kept, about 2 kB each
-NOTHING_NEW: Final = (
-    0.001  # share of answers below a cut at which it tells nothing that was not known: almost all go beyond it
-)
-_RESCALE: Final = 1e12
+# Of all weights per answer: about the last 100 count.
+DECAY: Final = 0.99
+# The number of answers that the level above counts as.
+BLEND_ANSWERS: Final = 4.0
+# About 2 kB each.
+MAX_TABLES: Final = 2048
+# If fewer answers than this share are shorter than a limit, an answer that reached the limit is no information.
+MIN_INFORMATIVE_SHARE: Final = 0.001
+_MAX_SCALE: Final = 1e12
 
 Key = tuple[str | int, ...]
 
 
 def _prior() -> tuple[float, ...]:
-    """Log-normal, as chat traces are: median 130 tokens (Azure 2023 conversation: 129), wider than any one service; mean 230."""
+    """Log-normal, as chat traces are: median 130 tokens (Azure 2023 conversation: 129), mean 230; a wide one."""
     weights = [0.0] + [
         exp(-0.5 * ((log(m) - log(130)) / 1.1) ** 2) * log((b + 1) / a)
         for a, b, m in zip(_BEGINS[1:], _ENDS[1:], MIDDLES[1:], strict=True)
@@ -52,8 +57,10 @@ PRIOR: Final = _prior()
 
 
 class CensoredTail(NamedTuple):
-    """Where an answer that was cut off in `bucket` would have ended: `shares` of that and all longer ones, which sum to `whole`, and to
-    `tokens` times their middles."""
+    """Where an answer cut off in `bucket` would have ended: `shares` of that bucket and all longer ones.
+
+    The shares sum to `whole`, and times the middles of their buckets to `tokens`.
+    """
 
     bucket: int
     shares: Sequence[float]
@@ -62,18 +69,21 @@ class CensoredTail(NamedTuple):
 
 
 class LengthHistogram:
-    """Weights by bucket; those of older answers fade. `count` is the effective number of answers, `tokens` the sum of all weights times the
-    middles of their buckets. A list of weights is not changed once it is made: forecasts hold it."""
+    """Decayed weights by bucket. `tokens` is the sum of the weights times the middles of their buckets.
+
+    A list of weights is never changed in place, as forecasts refer to it.
+    """
 
     __slots__ = ("scale", "tokens", "total", "weights")
 
     def __init__(self) -> None:
-        self.weights = [0.0] * BUCKETS
-        self.scale = 1.0  # what one answer weighs now: the newest grow, instead of all others shrinking
+        self.weights = [0.0] * BUCKET_COUNT
+        self.scale = 1.0  # weight of a new answer, which grows instead of all others shrinking
         self.total = self.tokens = 0.0
 
     @property
     def count(self) -> float:
+        """The effective number of answers."""
         return self.total / self.scale
 
     def add(self, bucket: int) -> None:
@@ -85,35 +95,35 @@ class LengthHistogram:
         self.tokens += self.scale * MIDDLES[bucket]
         self._rescale()
 
-    def spread(self, beyond: CensoredTail) -> None:
+    def add_censored(self, tail: CensoredTail) -> None:
         """Count one answer that was cut off."""
         self.scale /= DECAY
-        each, old = self.scale / beyond.whole, self.weights
-        fresh = [w + each * share for w, share in zip(old[beyond.bucket :], beyond.shares, strict=True)]
-        self.weights = [*old[: beyond.bucket], *fresh]
+        each, old = self.scale / tail.whole, self.weights
+        longer = [w + each * share for w, share in zip(old[tail.bucket :], tail.shares, strict=True)]
+        self.weights = [*old[: tail.bucket], *longer]
         self.total += self.scale
-        self.tokens += each * beyond.tokens
+        self.tokens += each * tail.tokens
         self._rescale()
 
     def _rescale(self) -> None:
-        if self.scale > _RESCALE:
+        if self.scale > _MAX_SCALE:
             self.weights = [w / self.scale for w in self.weights]
             self.total /= self.scale
             self.tokens /= self.scale
             self.scale = 1.0
 
 
-# times, weights, their sum, and the sum of them times their middles
+# Factor, weights, their sum, and the sum of the weights times their middles.
 Level = tuple[float, Sequence[float], float, float]
-_NOTHING: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
+_EMPTY_LEVEL: Final[Level] = (0.0, PRIOR, 0.0, 0.0)
 _PRIOR_TOKENS: Final = sum(map(mul, PRIOR, MIDDLES))
 
 
 @dataclass(frozen=True, slots=True)
 class OutputForecast:
-    """The distribution of one answer's tokens, and at most `limit`: up to four levels, each `times` its weights; they sum to 1.
+    """The distribution of one answer's tokens, capped at `limit`: the sum of up to four levels, factor times weights.
 
-    They are added up only where they are needed, because this is on the path of every request.
+    The levels are summed up only where needed, because every request computes a forecast.
     """
 
     levels: Sequence[Level]
@@ -121,7 +131,7 @@ class OutputForecast:
 
     def shares(self, first: int = 0) -> list[float]:
         """The sum of the levels, by bucket, from bucket `first` on."""
-        (a, ws, *_), (b, xs, *_), (c, ys, *_), (d, zs, *_) = (*self.levels, *[_NOTHING] * (4 - len(self.levels)))
+        (a, ws, *_), (b, xs, *_), (c, ys, *_), (d, zs, *_) = (*self.levels, *[_EMPTY_LEVEL] * (4 - len(self.levels)))
         columns = zip(ws[first:], xs[first:], ys[first:], zs[first:], strict=True)
         return [a * w + b * x + c * y + d * z for w, x, y, z in columns]
 
@@ -129,8 +139,8 @@ class OutputForecast:
         """The share of the buckets before `bucket`."""
         return sum(times * sum(weights[:bucket]) for times, weights, _, _ in self.levels)
 
-    def beyond(self, bucket: int) -> CensoredTail | None:
-        """Where an answer that was cut off in `bucket` would have ended; None where none was ever so long."""
+    def tail(self, bucket: int) -> CensoredTail | None:
+        """Where an answer cut off in `bucket` would have ended; None if none was ever that long."""
         shares = self.shares(bucket)
         whole = sum(shares)
         return CensoredTail(bucket, shares, whole, sum(map(mul, shares, MIDDLES[bucket:]))) if whole > 1e-9 else None
@@ -139,36 +149,36 @@ class OutputForecast:
         """Expected tokens: E[min(X, limit)]."""
         if self.limit is None:
             return sum(times * tokens for times, _, _, tokens in self.levels)
-        under = bisect_right(MIDDLES, self.limit)  # as many buckets are not cut
+        under = bisect_right(MIDDLES, self.limit)  # number of buckets within the limit
         return sum(level[0] * _capped(level, self.limit, under) for level in self.levels)
 
     def quantile(self, q: float) -> float:
-        """Tokens that a share `q` of such answers does not exceed."""
+        """Tokens that a share `q` of the answers does not exceed."""
         shares = self.shares()
         sums = list(accumulate(shares))
-        bucket = min(bisect_left(sums, q * sums[-1]), BUCKETS - 1)
+        bucket = min(bisect_left(sums, q * sums[-1]), BUCKET_COUNT - 1)
         below = sums[bucket - 1] if bucket else 0.0
         within = (q * sums[-1] - below) / shares[bucket] if shares[bucket] > 0 else 1.0
-        # the tokens of a bucket are whole: spread from just below its first to its last
+        # A bucket holds whole numbers: interpolate from half below its first to half above its last.
         tokens = _BEGINS[bucket] - 0.5 + within * (_ENDS[bucket] - _BEGINS[bucket] + 1) if bucket else 0.0
         return tokens if self.limit is None else min(tokens, self.limit)
 
-    def left(self, delivered: Sequence[float]) -> list[float]:
-        """Expected tokens still to come once so many have come: E[min(X, limit) - d | X > d]; at least 1 below the limit."""
+    def remaining(self, delivered: Sequence[float]) -> list[float]:
+        """Expected remaining tokens for each `d` delivered: E[min(X, limit) - d | X > d], at least 1 if d < limit."""
         most = float("inf") if self.limit is None else float(self.limit)
-        first = bisect_right(MIDDLES, min((d for d in delivered if d < most), default=_MOST))
-        under = max(first, BUCKETS if self.limit is None else bisect_right(MIDDLES, most))
+        first = bisect_right(MIDDLES, min((d for d in delivered if d < most), default=_MAX_TOKENS))
+        under = max(first, BUCKET_COUNT if self.limit is None else bisect_right(MIDDLES, most))
         shares = self.shares(first)[::-1]
-        tokens = (*(most,) * (BUCKETS - under), *MIDDLES[first:under][::-1])
-        masses = list(accumulate(shares))  # of the last 1, 2, ... buckets
+        tokens = (*(most,) * (BUCKET_COUNT - under), *MIDDLES[first:under][::-1])
+        masses = list(accumulate(shares))  # sums over the last 1, 2, ... buckets
         sums = list(accumulate(map(mul, shares, tokens)))
-        return [_left(d, most - d, masses, sums) if d < most else 0.0 for d in delivered]
+        return [_remaining(d, most - d, masses, sums) if d < most else 0.0 for d in delivered]
 
 
 class OutputLengths:
-    """What answers' lengths were lately."""
+    """The lengths of recent answers."""
 
-    def __init__(self, limit: int = TABLES) -> None:
+    def __init__(self, limit: int = MAX_TABLES) -> None:
         self._limit = limit
         self._tables: OrderedDict[Key, LengthHistogram] = OrderedDict()
 
@@ -176,7 +186,7 @@ class OutputLengths:
         return len(self._tables)
 
     def forecast(self, tenant: str, model: str, prompt: int, limit: int | None) -> OutputForecast:
-        """The next answer to a prompt of `prompt` tokens, of which the client allows `limit`."""
+        """Forecast the answer to a prompt of `prompt` tokens, of which the client allows `limit`."""
         return self._forecast(_keys(tenant, model, prompt), limit)
 
     def _forecast(self, keys: Sequence[Key], limit: int | None = None) -> OutputForecast:
@@ -185,37 +195,37 @@ class OutputLengths:
         for key in keys:
             table = self._tables.get(key)
             if table is not None:
-                known = table.count + BLEND
+                known = table.count + BLEND_ANSWERS
                 levels.append((rest / (table.scale * known), table.weights, table.total, table.tokens))
-                rest *= BLEND / known
+                rest *= BLEND_ANSWERS / known
         levels.append((rest, PRIOR, 1.0, _PRIOR_TOKENS))
         return OutputForecast(levels, limit)
 
     def learn(self, tenant: str, model: str, prompt: int, tokens: float, *, cut: bool = False) -> None:
-        """An answer had `tokens`; `cut`: because its client allowed no more."""
+        """Learn that an answer had `tokens`; `cut`: it reached its client's limit."""
         keys, bucket = _keys(tenant, model, prompt), bucket_of(tokens)
-        beyond = None
+        tail = None
         if cut:
             forecast = self._forecast(keys)
-            if forecast.below(bucket) <= NOTHING_NEW:
+            if forecast.below(bucket) <= MIN_INFORMATIVE_SHARE:
                 return
-            beyond = forecast.beyond(bucket)
+            tail = forecast.tail(bucket)
         for key in keys:
             table = self._tables.get(key)
             if table is None:
                 table = self._tables[key] = LengthHistogram()
-            if beyond is None:
+            if tail is None:
                 table.add(bucket)
             else:
-                table.spread(beyond)
+                table.add_censored(tail)
             self._tables.move_to_end(key)
         while len(self._tables) > self._limit:
             self._tables.popitem(last=False)
 
 
 def bucket_of(tokens: float) -> int:
-    """The bucket of an answer."""
-    return min(bisect_right(STARTS, tokens), BUCKETS - 1)
+    """The bucket of an answer of `tokens`."""
+    return min(bisect_right(BUCKET_STARTS, tokens), BUCKET_COUNT - 1)
 
 
 def size_class(prompt: int) -> int:
@@ -224,24 +234,24 @@ def size_class(prompt: int) -> int:
 
 
 def _keys(tenant: str, model: str, prompt: int) -> tuple[Key, Key, Key]:
-    """From the particular to the general."""
+    """The levels of a request, from the specific to the general."""
     size = size_class(prompt)
     return (tenant, model, size), (model, size), (model,)
 
 
 def _capped(level: Level, limit: int, under: int) -> float:
-    """The sum of a level's weights times min(middle, limit); the first `under` middles are within it. Goes over the shorter side."""
+    """The sum of weights times min(middle, limit), over the shorter side; the first `under` middles are within it."""
     _, weights, total, tokens = level
-    if under <= BUCKETS // 2:
+    if under <= BUCKET_COUNT // 2:
         within = weights[:under]
         return float(sum(map(mul, within, MIDDLES)) + limit * (total - sum(within)))
     over = weights[under:]
     return float(tokens - sum(map(mul, over, MIDDLES[under:])) + limit * sum(over))
 
 
-def _left(delivered: float, most: float, masses: list[float], sums: list[float]) -> float:
-    """Tokens to come after `delivered`, at most `most`. `masses`, `sums`: of the last 1, 2, ... buckets."""
-    longer = BUCKETS - bisect_right(MIDDLES, delivered)
-    if longer == 0 or masses[longer - 1] <= 1e-9:  # longer than any before: as long again
+def _remaining(delivered: float, most: float, masses: list[float], sums: list[float]) -> float:
+    """Tokens after `delivered`, at most `most`. `masses`, `sums`: over the last 1, 2, ... buckets."""
+    longer = BUCKET_COUNT - bisect_right(MIDDLES, delivered)
+    if longer == 0 or masses[longer - 1] <= 1e-9:  # longer than all before: expect as many more
         return min(max(1.0, delivered), most)
     return min(max(1.0, sums[longer - 1] / masses[longer - 1] - delivered), most)

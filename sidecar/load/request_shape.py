@@ -1,7 +1,7 @@
-"""Pure: the size and manner of a request, read from its parsed body. Numbers and the model's name only, no content.
+"""Pure: the shape of a request, read from its parsed body. Numbers and the model's name only, no content.
 
-Rules: whether a string is text or media follows from where it stands, as it does for engines, and never from what it
-says, so that no text can pass for something else.
+Rule: the place of a string in the body decides whether it is text or media, as in engines. Its content never does, so
+no text can pass for something else.
 """
 
 from __future__ import annotations
@@ -11,34 +11,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-# Where engines take prompts from. Everything below these keys counts as prompt text, token ids, or images.
+# Keys that engines read prompts from. Everything below them counts as prompt text, token ids, or media.
 _PROMPT_KEYS: Final = (
-    "messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content",
-    "input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items",
-    "input_prefix", "input_suffix",
-)  # fmt: skip
-# Most output tokens of one choice, in the order in which they count; nested ones are TGI's and SGLang's.
+    *("messages", "prompt", "input", "inputs", "text", "system", "instructions", "tools", "suffix", "content"),
+    *("input_ids", "token_ids", "prompt_token_ids", "query", "queries", "documents", "text_1", "text_2", "items"),
+    *("input_prefix", "input_suffix"),
+)
+# Limits of one choice's output tokens, by precedence; nested ones are TGI's and SGLang's.
 _OUTPUT_KEYS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens", "max_new_tokens", "n_predict")
 _OUTPUT_HOLDERS: Final = ("parameters", "sampling_params")
 _IMAGE_TYPES: Final = frozenset(("image_url", "input_image", "image", "image_pil", "image_embeds"))
 _AUDIO_TYPES: Final = frozenset(("input_audio", "audio_url", "audio"))
 _VIDEO_TYPES: Final = frozenset(("video_url", "input_video", "video"))
-_MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES  # of a part, or of its one member where it has no type
-_TEXT_KEYS: Final = ("text", "content")  # read by engines whatever type they stand next to
-_PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
-_BINARY_KEYS: Final = frozenset(
-    ("data", "file_data")
-)  # base64 in every API that has them: documents, files, embeddings
+# Of a part, or the name of its only member if it has no type.
+_MEDIA_TYPES: Final = _IMAGE_TYPES | _AUDIO_TYPES | _VIDEO_TYPES
+# Read by engines regardless of the part's type.
+_TEXT_KEYS: Final = ("text", "content")
+# JSON that engines print into the prompt.
+_PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))
+# Base64 in every API that has them: documents, files, embeddings.
+_BINARY_KEYS: Final = frozenset(("data", "file_data"))
 _NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
-_ASKABLE: Final = frozenset(("chat", "completions"))  # routes that know stream_options
-MAX_NAME: Final = 128  # characters kept of a model's name
+_STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
+MAX_MODEL_NAME_CHARS: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
 class RequestShape:
     """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices.
 
-    `script`: bytes per character, rounded: 1 for Latin letters, 2 for Greek, Cyrillic or Arabic, 3 for Chinese, Japanese or Korean.
+    `script` is the rounded number of bytes per character: 1 for Latin, 2 for Greek, Cyrillic or Arabic, 3 for Chinese,
+    Japanese or Korean.
     """
 
     model: str = ""
@@ -53,15 +56,15 @@ class RequestShape:
     images: int = 0
     audios: int = 0
     videos: int = 0
-    ask_usage: bool = False  # whether we have to ask for the usage of a stream, because the client did not
+    ask_usage: bool = False  # add the usage option to a stream, as the client did not
 
 
 def describe(
     payload: dict[str, Any] | None, route: str, body_bytes: int, read: Callable[[str], str] = str
 ) -> RequestShape:
-    """The shape of a request. `payload` is None where the body could not be parsed: its length stands for its text.
+    """The shape of a request. `payload` is None if the body could not be parsed; its length then counts as text.
 
-    `read`: a text of the payload -> what its client wrote there.
+    `read` maps a text of the payload to what its client wrote.
     """
     generative = route not in _NOT_GENERATIVE
     if payload is None:
@@ -72,7 +75,7 @@ def describe(
     text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload), read)
     messages = payload.get("messages")
     return RequestShape(
-        model=read(model)[:MAX_NAME] if isinstance(model, str) else "",
+        model=read(model)[:MAX_MODEL_NAME_CHARS] if isinstance(model, str) else "",
         stream=stream,
         generative=generative,
         max_output=None if limit is None else limit * choices,
@@ -84,12 +87,12 @@ def describe(
         images=images,
         audios=audios,
         videos=videos,
-        ask_usage=stream and route in _ASKABLE and _usage_is_ours_to_ask(payload.get("stream_options")),
+        ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
     )
 
 
-def _usage_is_ours_to_ask(options: Any) -> bool:
-    """Options of a wrong type are the engine's to refuse, so they stay as they are."""
+def _lacks_usage(options: Any) -> bool:
+    """True if the usage was not requested. Options of a wrong type stay as they are, for the engine to reject."""
     return options is None or (isinstance(options, dict) and not options.get("include_usage"))
 
 
@@ -100,17 +103,17 @@ def _max_output(payload: dict[str, Any]) -> int | None:
 
 
 def _count(value: Any) -> int | None:
-    """A plausible count, or None: 2^31 bounds what one request can do to our sums."""
+    """A plausible count, or None; 2^31 bounds the effect of one request on the sums."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else None
 
 
 def prompts(payload: dict[str, Any]) -> list[Any]:
-    """The members of a body that hold its prompt."""
+    """The members of a body that contain its prompt."""
     return [{key: payload[key] for key in _PROMPT_KEYS if key in payload}]
 
 
 def _measure(stack: list[Any], read: Callable[[str], str]) -> tuple[int, int, int, int, int, int]:
-    """(UTF-8 bytes of text, its characters, token ids, images, audio, videos) below the given values."""
+    """(UTF-8 bytes of text, characters, token ids, images, recordings, videos) below the given values."""
     size = characters = token_ids = images = audios = videos = 0
     for value in leaves(stack, read):
         if isinstance(value, str):
@@ -128,7 +131,7 @@ def _measure(stack: list[Any], read: Callable[[str], str]) -> tuple[int, int, in
 
 
 def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str | list[int] | dict[str, Any]]:
-    """The texts, lists of token ids, and parts of other media below the given values, which are used up; the last come first."""
+    """The texts, lists of token ids, and media parts below the values of `stack`, which is consumed from its end."""
     while stack:
         value = stack.pop()
         if isinstance(value, str):
@@ -139,7 +142,7 @@ def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str |
                 stack.extend(value)
             elif len(kinds) == 1:
                 yield value
-            else:  # llama.cpp takes texts among token ids
+            else:  # llama.cpp accepts texts among token ids
                 yield [item for item in value if type(item) is int]
                 stack.extend(item for item in value if type(item) is not int)
         elif isinstance(value, dict):
@@ -159,7 +162,7 @@ def leaves(stack: list[Any], read: Callable[[str], str] = str) -> Iterator[str |
 
 
 def _printed(value: Any) -> Iterator[str]:
-    """A JSON value as engines print it into a prompt, or its texts where it is nested too deep for that."""
+    """A JSON value as engines print it into a prompt, or its texts if it is nested too deeply."""
     if value is None or isinstance(value, str):
         yield value or ""
         return

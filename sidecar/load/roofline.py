@@ -1,14 +1,17 @@
-"""Pure: coefficients from a model's config.json and the name of its GPU, for a start without a measurement.
+"""Pure: coefficients from a model's config.json and the name of its GPU, to start without a measurement.
 
-A roofline: products run at REACHED of the GPU's peak, reading at READ of its memory's bandwidth, decoding in a batch of BATCH.
-    a  2 FLOPs per weight that a token passes through (of a mixture of experts those of its experts)
-    b  4 FLOPs per query head, its dimension and layer, for each token that lies before
-    d  the weights that a step reads, shared by the batch (of a mixture: those that a batch of BATCH meets), or its FLOPs where they take longer
+A roofline: products run at COMPUTE_EFFICIENCY of the GPU's peak, memory reads at BANDWIDTH_EFFICIENCY of its bandwidth.
+
+    a  2 FLOPs per weight that a token passes through (of a mixture of experts, only those of its experts)
+    b  4 FLOPs per query head, head dimension and layer, for each preceding token
+    d  reading the weights of a step, shared by DECODE_BATCH requests (of a mixture, the experts that a batch uses),
+       or the FLOPs if they take longer
     f  the bytes of keys and values of one token
-    g  2 FLOPs per weight of the vision tower, for each patch that is merged into one token, and attention within a tile or a window
-    q  4 FLOPs per dimension and layer of the tower, for each pair of patches that may lie anywhere in the image
-k and h, launch and glue, are the defaults'. Several GPUs share the work, SPLIT of it well.
-What is not known is said in `source`: of an unknown GPU an H100's numbers are taken, of an unknown model the documented default.
+    g  2 FLOPs per weight of the vision tower, for each patch merged into a token, and attention within a tile or window
+    q  4 FLOPs per dimension and layer of the tower, for each pair of patches that attend to each other across the image
+
+k and h, launch and glue, are the defaults. Of each further GPU, PARALLEL_EFFICIENCY adds to the speed. `source` names
+what is unknown: an unknown GPU counts as an H100, an unknown model as the default.
 """
 
 from __future__ import annotations
@@ -19,87 +22,83 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sidecar.load.cost_model import TERMS, Coefficients
-from sidecar.load.gpu_specs import GpuSpec, find
+from sidecar.load.gpu_specs import GpuSpec, find_gpu
 
-REACHED: Final = 0.5  # of the peak: what vLLM's and FlashAttention's own benchmarks reach on long prompts
-READ: Final = 0.7
-SPLIT: Final = 0.85  # of each further GPU's share that all-reduce leaves
-BATCH: Final = 32
-ASSUMED: Final = "H100"
-MAX_CONFIG_NUMBER: Final = 1e9  # of a coefficient, as in a file
-MAX_ODD_RATIO: Final = "the model's config.json has other values than expected"
-FAMILIES_UNGATED: Final = frozenset(
-    (
-        "gpt2",
-        "gpt_neo",
-        "gpt_neox",
-        "gptj",
-        "opt",
-        "bloom",
-        "falcon",
-        "mpt",
-        "phi",
-        "starcoder2",
-        "gpt_bigcode",
-        "nemotron",
-    )
-)  # two matrices in a feed-forward block, not three
-BYTES: Final = {"float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
+# Of the peak: what the benchmarks of vLLM and FlashAttention reach on long prompts.
+COMPUTE_EFFICIENCY: Final = 0.5
+BANDWIDTH_EFFICIENCY: Final = 0.7
+# Of each further GPU, after all-reduce.
+PARALLEL_EFFICIENCY: Final = 0.85
+DECODE_BATCH: Final = 32
+FALLBACK_GPU: Final = "H100"
+# The same bound as for a coefficients file.
+MAX_COEFFICIENT: Final = 1e9
+UNEXPECTED_CONFIG: Final = "the model's config.json has unexpected values"
+# Model types with two matrices in a feed-forward block, not three.
+UNGATED_FAMILIES: Final = {
+    *("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom"),
+    *("falcon", "mpt", "phi", "starcoder2", "gpt_bigcode", "nemotron"),
+}
+DTYPE_BYTES: Final = {"float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bfloat16": 2.0, "float8_e4m3fn": 1.0}
 
 Config = Mapping[str, Any]
 
 
 class UnknownModel(ValueError):
-    """The config lacks what a roofline needs; the text names it."""
+    """The config lacks a value that the roofline needs; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelArchitecture:
-    """What of a language model costs time. Weights are numbers, not bytes."""
+    """The parts of a language model that cost time. Weights are counts, not bytes."""
 
     kind: str
-    layers: float  # that look at the context
-    prefill_weights: float  # that each prompt token passes through
-    decode_weights: float  # likewise each generated one: with the output matrix
-    read_weights: float  # that a step of BATCH requests reads
+    layers: float  # layers with attention
+    prefill_weights: float  # weights that a prompt token passes through
+    decode_weights: float  # weights that a generated token passes through, with the output matrix
+    read_weights: float  # weights that a step of DECODE_BATCH requests reads
     attention_flops: float  # per pair of tokens, over all layers
-    kv_values: float  # kept per token, over all layers
+    kv_values: float  # stored per token, over all layers
     window: float
     windowed: float
 
 
 def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
-    """Coefficients of a model (its config.json) on `count` GPUs of NVML's name `gpu`. Never raises."""
-    row = find(gpu)
-    assumed = "" if row else "assumed "
-    row = row or find(ASSUMED)
-    assert row is not None
+    """Coefficients of a model (its config.json) on `count` GPUs with the NVML name `gpu`. Never raises."""
+    known = find_gpu(gpu)
+    spec = known or find_gpu(FALLBACK_GPU)
+    assert spec is not None
     try:
-        model = model_of(config)
-        bytes_each, compute = precision(config, row)
-        per_token, per_pair = vision(config)
-    except (UnknownModel, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as e:
-        why = str(e) if isinstance(e, UnknownModel) else MAX_ODD_RATIO
+        model = parse_architecture(config)
+        bytes_each, compute = weight_precision(config, spec)
+        per_token, per_pair = vision_flops(config)
+    except (UnknownModel, TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError) as error:
+        why = str(error) if isinstance(error, UnknownModel) else UNEXPECTED_CONFIG
         return replace(Coefficients(), source=f"default: {why}", gpu=gpu)
-    share = 1 / (1 + SPLIT * (max(1, count) - 1))
-    flops = compute * 1e12 * REACHED / share / 1000  # per millisecond, as all below
-    plain = row.bf16 * 1e12 * REACHED / share / 1000
-    read = row.bandwidth * 1e9 * READ / share / 1000
+    share = 1 / (1 + PARALLEL_EFFICIENCY * (max(1, count) - 1))
+    flops = compute * 1e12 * COMPUTE_EFFICIENCY / share / 1000  # per millisecond, as below
+    plain = spec.bf16 * 1e12 * COMPUTE_EFFICIENCY / share / 1000
+    read = spec.bandwidth * 1e9 * BANDWIDTH_EFFICIENCY / share / 1000
     default = Coefficients()
-    several = f"{count} x " if count > 1 else ""
-    source = (
-        f"roofline: {model.kind} of {model.decode_weights / 1e9:.2g}B active weights on {several}{assumed}{row.words}"
-    )
-    co = Coefficients(
-        k=default.k, a=2 * model.prefill_weights / flops, b=model.attention_flops / plain,
-        d=max(model.read_weights * bytes_each / read / BATCH, 2 * model.decode_weights / flops),
-        f=model.kv_values * kv_bytes(config) / read, g=per_token / plain if per_token else default.g, h=default.h,
+    hardware = f"{f'{count} x ' if count > 1 else ''}{'' if known else 'assumed '}{spec.words}"
+    source = f"roofline: {model.kind} of {model.decode_weights / 1e9:.2g}B active weights on {hardware}"
+    co = replace(
+        default,
+        a=2 * model.prefill_weights / flops,
+        b=model.attention_flops / plain,
+        d=max(model.read_weights * bytes_each / read / DECODE_BATCH, 2 * model.decode_weights / flops),
+        f=model.kv_values * kv_bytes(config) / read,
+        g=per_token / plain if per_token else default.g,
         q=per_pair / plain if per_token else default.q,
-        window=model.window, windowed=model.windowed, batch=BATCH, source=source, gpu=gpu,
-    )  # fmt: skip
+        window=model.window,
+        windowed=model.windowed,
+        batch=DECODE_BATCH,
+        source=source,
+        gpu=gpu,
+    )
     numbers = [getattr(co, name) for name in (*TERMS, "window", "windowed")]
-    if not all(0 <= number < MAX_CONFIG_NUMBER for number in numbers):
-        return replace(default, source=f"default: {MAX_ODD_RATIO}", gpu=gpu)
+    if not all(0 <= number < MAX_COEFFICIENT for number in numbers):
+        return replace(default, source=f"default: {UNEXPECTED_CONFIG}", gpu=gpu)
     text = repr((source, *numbers))
     return replace(co, fingerprint="roofline-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
 
@@ -107,30 +106,36 @@ def roofline(config: Config, gpu: str = "", count: int = 1) -> Coefficients:
 # --- the language model ---
 
 
-def model_of(config: Config) -> ModelArchitecture:
-    """Counts the weights. Raises Unknown."""
+def parse_architecture(config: Config) -> ModelArchitecture:
+    """Count the weights. Raises UnknownModel."""
     text = _text(config)
     hidden = _need(text, "hidden_size", "n_embd", "d_model", "dim")
     layers = int(_need(text, "num_hidden_layers", "n_layer", "n_layers", "num_layers"))
     heads = _need(text, "num_attention_heads", "n_head", "n_heads")
     vocabulary = _need(text, "vocab_size", "padded_vocab_size")
     attention, per_pair, kept = _attention(text, hidden, heads)
-    looking, window, windowed = windows(text, layers)
-    passed, met = _feed_forward(text, hidden, layers)
+    attending, window, windowed = attention_windows(text, layers)
+    passed, read = _feed_forward(text, hidden, layers)
     head = vocabulary * hidden
     body = layers * attention + passed
     kind = str(text.get("model_type") or config.get("model_type") or "model")[:40]
     return ModelArchitecture(
-        kind=kind, layers=looking, prefill_weights=body, decode_weights=body + head,
-        read_weights=layers * attention + met + head, attention_flops=per_pair * looking, kv_values=kept * looking,
-        window=window, windowed=windowed,
-    )  # fmt: skip
+        kind=kind,
+        layers=attending,
+        prefill_weights=body,
+        decode_weights=body + head,
+        read_weights=layers * attention + read + head,
+        attention_flops=per_pair * attending,
+        kv_values=kept * attending,
+        window=window,
+        windowed=windowed,
+    )
 
 
 def _attention(text: Config, hidden: float, heads: float) -> tuple[float, float, float]:
-    """Of one layer: weights, FLOPs per pair of tokens, values kept per token."""
+    """Of one layer: weights, FLOPs per pair of tokens, values stored per token."""
     rank = _get(text, "kv_lora_rank")
-    if rank:  # latent attention: queries meet the compressed keys, decompressed for the prompt
+    if rank:  # latent attention: queries meet compressed keys, decompressed for the prompt
         rope, nope = _need(text, "qk_rope_head_dim"), _need(text, "qk_nope_head_dim")
         value, query = _need(text, "v_head_dim"), _get(text, "q_lora_rank")
         q = query * (hidden + heads * (rope + nope)) if query else hidden * heads * (rope + nope)
@@ -145,8 +150,8 @@ def _attention(text: Config, hidden: float, heads: float) -> tuple[float, float,
 
 
 def _feed_forward(text: Config, hidden: float, layers: int) -> tuple[float, float]:
-    """Weights over all layers: that one token passes through, and that a batch of BATCH meets."""
-    matrices = 2 if text.get("model_type") in FAMILIES_UNGATED else 3
+    """Weights over all layers: those one token passes through, and those a batch of DECODE_BATCH uses."""
+    matrices = 2 if text.get("model_type") in UNGATED_FAMILIES else 3
     inner = _get(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden
     experts = _get(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     if not experts:
@@ -155,18 +160,18 @@ def _feed_forward(text: Config, hidden: float, layers: int) -> tuple[float, floa
     each = matrices * hidden * (_get(text, "moe_intermediate_size", "expert_hidden_size") or inner)
     common = _get(text, "n_shared_experts", "moe_num_shared_experts") * each
     common += matrices * hidden * _get(text, "shared_expert_intermediate_size", "shared_intermediate_size")
-    if text.get("model_type") in ("llama4_text", "llama4"):  # one expert of the same size is always chosen
+    if text.get("model_type") in ("llama4_text", "llama4"):  # one expert of the same size is always used
         common, inner = common + each, _get(text, "intermediate_size_mlp") or inner
     dense = _dense_layers(text, layers)
     plain = dense * matrices * hidden * inner
     router = hidden * experts
-    met = experts * (1 - (1 - min(1.0, chosen / experts)) ** BATCH)  # distinct ones, were they chosen evenly
+    distinct = experts * (1 - (1 - min(1.0, chosen / experts)) ** DECODE_BATCH)  # if they are chosen evenly
     sparse = layers - dense
-    return plain + sparse * (router + common + chosen * each), plain + sparse * (router + common + met * each)
+    return plain + sparse * (router + common + chosen * each), plain + sparse * (router + common + distinct * each)
 
 
 def _dense_layers(text: Config, layers: int) -> int:
-    """Layers of a mixture of experts that have none."""
+    """Layers without experts, in a mixture of experts."""
     if isinstance(text.get("mlp_only_layers"), list) and text["mlp_only_layers"]:
         return min(layers, len(text["mlp_only_layers"]))
     if isinstance(text.get("moe_layers"), list):
@@ -176,25 +181,24 @@ def _dense_layers(text: Config, layers: int) -> int:
     return min(layers, first + (layers - first) - (layers - first) // max(1, step))
 
 
-def windows(text: Config, layers: int) -> tuple[int, float, float]:
-    """(layers that look at the context at all, tokens of their sliding window, share of them that have it)."""
+def attention_windows(text: Config, layers: int) -> tuple[int, float, float]:
+    """(layers with attention, tokens of their sliding window, share of them that have one)."""
     window = _get(text, "sliding_window", "sliding_window_size", "attention_chunk_size")
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and kinds:
-        looking = [kind for kind in kinds if "attention" in str(kind) and "linear" not in str(kind)]
-        near = sum("sliding" in str(kind) or "chunked" in str(kind) for kind in looking)
+        attending = [kind for kind in kinds if "attention" in str(kind) and "linear" not in str(kind)]
+        count = len(attending) or 1
+        sliding = sum("sliding" in str(kind) or "chunked" in str(kind) for kind in attending)
     else:
-        looking = list(range(layers))
-        near = _near(text, layers)
-    count = len(looking) or 1
-    return (count, float(window), near / count) if window and near else (count, 0.0, 0.0)
+        count, sliding = layers or 1, _sliding_layers(text, layers)
+    return (count, float(window), sliding / count) if window and sliding else (count, 0.0, 0.0)
 
 
-def _near(text: Config, layers: int) -> int:
-    """Layers with a sliding window, where they are not listed one by one."""
+def _sliding_layers(text: Config, layers: int) -> int:
+    """The number of layers with a sliding window, if they are not listed one by one."""
     if text.get("use_sliding_window") is False:
         return 0
-    if text.get("use_sliding_window") is True:  # Qwen 2: the first ones see everything
+    if text.get("use_sliding_window") is True:  # Qwen 2: the first ones have no window
         return max(0, layers - int(_get(text, "max_window_layers")))
     pattern = int(_get(text, "sliding_window_pattern", "_sliding_window_pattern"))
     if pattern == 0 and text.get("model_type") == "gemma2":
@@ -205,9 +209,9 @@ def _near(text: Config, layers: int) -> int:
 # --- numbers of bits ---
 
 
-def precision(config: Config, gpu: GpuSpec) -> tuple[float, float]:
-    """(bytes of a weight, TFLOP/s of the products with it)."""
-    each = BYTES.get(_dtype(config), 2.0)
+def weight_precision(config: Config, gpu: GpuSpec) -> tuple[float, float]:
+    """(bytes of a weight, TFLOP/s of products with it)."""
+    each = DTYPE_BYTES.get(_dtype(config), 2.0)
     quantised = config.get("quantization_config") or _text(config).get("quantization_config")
     if not isinstance(quantised, Mapping):
         return each, gpu.bf16 if each <= 2 else gpu.bf16 / 2
@@ -216,7 +220,7 @@ def precision(config: Config, gpu: GpuSpec) -> tuple[float, float]:
 
 
 def _bits(quantised: Config) -> tuple[float, bool]:
-    """Bits of a weight with its scales, and whether the products are done in 8 bits, too."""
+    """Bits of a weight with its scales, and whether products run in 8 bits."""
     method = str(quantised.get("quant_method") or quantised.get("quant_algo") or "").lower()
     algorithm = str(quantised.get("quant_algo") or "").lower()
     if method == "compressed-tensors" and isinstance(quantised.get("config_groups"), Mapping):
@@ -234,20 +238,20 @@ def _bits(quantised: Config) -> tuple[float, bool]:
 
 
 def kv_bytes(config: Config) -> float:
-    """Bytes of one value in the KV cache: two, unless the checkpoint brings scales for a narrower one."""
+    """Bytes of one value in the KV cache: two, unless the checkpoint has scales for a narrower type."""
     quantised = config.get("quantization_config")
     scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, Mapping) else None
     narrow = isinstance(scheme, Mapping) or (
         isinstance(quantised, Mapping) and "fp8" in str(quantised.get("kv_cache_quant_algo") or "").lower()
     )
-    return 1.0 if narrow else min(4.0, BYTES.get(_dtype(config), 2.0))
+    return 1.0 if narrow else min(4.0, DTYPE_BYTES.get(_dtype(config), 2.0))
 
 
 # --- the vision tower ---
 
 
-def vision(config: Config) -> tuple[float, float]:
-    """FLOPs of one encoder token, and of each pair of tokens of an image. Zeros: not known."""
+def vision_flops(config: Config) -> tuple[float, float]:
+    """FLOPs of one encoder token, and of each pair of tokens of an image; zeros if unknown."""
     tower = config.get("vision_config")
     if not isinstance(tower, Mapping):
         return 0.0, 0.0
@@ -257,29 +261,27 @@ def vision(config: Config) -> tuple[float, float]:
         return 0.0, 0.0
     inner = _get(tower, "intermediate_size") or width * (_get(tower, "mlp_ratio") or 4.0)
     matrices = 3 if str(tower.get("hidden_act", "")).startswith("silu") else 2
-    patches = merged(config, tower)
+    patches = patches_per_token(config, tower)
     products = 2 * depth * (4 * width * width + matrices * width * inner)
-    whole, seen = reach(config, tower, depth)
+    whole, seen = patch_attention(config, tower, depth)
     attention = 4 * width  # of two patches, in one layer
     return (products + (depth - whole) * attention * seen) * patches, whole * attention * patches * patches
 
 
-def reach(config: Config, tower: Config, depth: float) -> tuple[float, float]:
-    """(layers in which a patch sees its whole image, however large; patches that it sees in the others: those of its tile or window)."""
+def patch_attention(config: Config, tower: Config, depth: float) -> tuple[float, float]:
+    """(layers in which a patch attends to its whole image, patches it attends to in the others: its tile or window)."""
     patch, size, window = _get(tower, "patch_size"), _get(tower, "image_size"), _get(tower, "window_size")
     full = tower.get("fullatt_block_indexes")
     if isinstance(full, Sequence) and not isinstance(full, str):  # Qwen2.5-VL
         return min(depth, len(full)), (window / patch) ** 2 if patch else 0.0
-    grows = _get(tower, "spatial_merge_size") or _get(
-        config, "spatial_merge_size"
-    )  # of the image's own size, within image_size
-    if grows or not size or not patch or tower.get("model_type") == "pixtral":
+    has_native_size = _get(tower, "spatial_merge_size") or _get(config, "spatial_merge_size")
+    if has_native_size or not size or not patch or tower.get("model_type") == "pixtral":
         return depth, 0.0
     return 0.0, (size // patch) ** 2
 
 
-def merged(config: Config, tower: Config) -> float:
-    """Patches per token."""
+def patches_per_token(config: Config, tower: Config) -> float:
+    """Patches that are merged into one token."""
     side = _get(tower, "spatial_merge_size", "merge_kernel_size") or _get(config, "spatial_merge_size", "scale_factor")
     if side:
         return side * side
@@ -308,10 +310,10 @@ def _dtype(config: Config) -> str:
 
 
 def _get(config: Config, *names: str) -> float:
-    """The first of these numbers that is there and not negative; 0 where there is none."""
+    """The first of these values that is a positive number, or 0."""
     for name in names:
         value = config.get(name)
-        if isinstance(value, Sequence) and not isinstance(value, str) and value:  # one per layer: their mean
+        if isinstance(value, Sequence) and not isinstance(value, str) and value:  # one per layer: use their mean
             numbers = [v for v in value if isinstance(v, int | float)]
             value = sum(numbers) / len(numbers) if numbers else None
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12:

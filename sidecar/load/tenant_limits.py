@@ -1,20 +1,22 @@
-"""Pure: what tenants may use. A file of limits -> Limits; (limit, bucket, request, now) -> admitted, or refused and until when.
+"""Pure: limits of tenants, their file, and whether a request is admitted.
 
-    spill_over_below = 0.7          # share of the engine's capacity; below it, tenants that may spill over get more than their own
+    spill_over_below = 0.7          # share of the engine's capacity below which tenants may exceed their limits
 
-    [default]                       # every tenant without a table of its own, each alone; without it they have no limit
+    [default]                       # each tenant without its own table; without it, they have no limits
     mu_per_minute = 60
     mu_in_flight = 4
 
-    [tenants.acme]                  # in place of the default, not on top of it
+    [tenants.acme]                  # replaces the default
     mu_per_minute = 600
-    burst_mu = 100                  # most that is saved up; default: a minute's worth
+    burst_mu = 100                  # size of the bucket; default: one minute's worth
     spill_over = true
 
-The flow is a token bucket: it refills steadily up to `burst`, a request takes its estimate out, and its settlement puts back or takes
-what the estimate was wrong by, which may leave a debt. So whenever a request is admitted, what was used so far is at most
-burst + rate * t. A request larger than the burst is admitted from a full bucket: else it never could be. The stock is a sum of
-reservations (90th percentile) of open requests; one request alone is always admitted, unless the limit is 0.
+Rules:
+- The flow is a token bucket, refilled steadily up to `burst`. A request takes its estimate, and its settlement corrects
+  it, which may leave a debt. So at every admission, the use so far is at most burst + rate * t.
+- A request larger than the burst is admitted from a full bucket; otherwise it never would be.
+- The stock is the sum of the reservations (90th percentile) of open requests. A single request is always admitted,
+  unless the limit is 0.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ from typing import Any, Final, Literal
 
 from sidecar.errors import UsageError
 
-MAX_LIMITS_FILE_BYTES: Final = 1 << 20  # of the file
-MAX_TENANT_NAME_CHARS: Final = 64  # characters of a tenant's name; longer ones are cut to that
-NEVER: Final = 3600.0  # seconds to wait for what a limit of 0 will never allow
-_MOST: Final = 1e9
+MAX_LIMITS_FILE_BYTES: Final = 1 << 20
+# Longer names are cut.
+MAX_TENANT_NAME_CHARS: Final = 64
+# For a limit of 0, which never allows a request.
+NEVER_RETRY_AFTER_S: Final = 3600.0
+_MAX_MU: Final = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class TenantLimit:
-    """One tenant's limits; None: none. `spill_over`: what others leave idle may be used on top."""
+    """One tenant's limits; None: no limit. `spill_over`: it may also use what others leave idle."""
 
     mu_per_minute: float | None = None
     mu_in_flight: float | None = None
@@ -51,7 +55,7 @@ class TenantLimit:
 
     @property
     def burst(self) -> float:
-        """MU that a full bucket holds; without end where nothing is taken from it, so that a limit that is set later finds it full."""
+        """MU of a full bucket; infinite without a limit, so that one set later starts with a full bucket."""
         if self.mu_per_minute is None:
             return math.inf
         return self.mu_per_minute if self.burst_mu is None else self.burst_mu
@@ -59,7 +63,7 @@ class TenantLimit:
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """All of a file."""
+    """The limits of all tenants."""
 
     default: TenantLimit = TenantLimit()
     tenants: Mapping[str, TenantLimit] = field(default_factory=dict)
@@ -80,32 +84,35 @@ class TokenBucket:
 
 @dataclass(frozen=True, slots=True)
 class LimitExceeded:
-    """Why a request is not admitted, and seconds until it would be; None where nobody can know."""
+    """Why a request is not admitted, and seconds until it would be; None if that is unknown."""
 
     what: Literal["mu_per_minute", "mu_in_flight"]
     wait: float | None
 
 
-def refilled(bucket: TokenBucket, limit: TenantLimit, now: float) -> TokenBucket:
+def refill(bucket: TokenBucket, limit: TenantLimit, now: float) -> TokenBucket:
     """The bucket at `now`."""
     gained = limit.rate * max(0.0, now - bucket.at)
     return TokenBucket(min(limit.burst, bucket.level + gained), max(now, bucket.at))
 
 
-def refusal(limit: TenantLimit, bucket: TokenBucket, in_flight: float, mu: float, high: float) -> LimitExceeded | None:
-    """None where a request of `mu` that reserves `high` is admitted. `bucket` is as of now, `in_flight` what others of it reserve."""
+def check(limit: TenantLimit, bucket: TokenBucket, in_flight: float, mu: float, high: float) -> LimitExceeded | None:
+    """None if a request of `mu` that reserves `high` is admitted.
+
+    `bucket` is refilled up to now; `in_flight` is what the tenant's open requests reserve.
+    """
     if limit.mu_per_minute is not None:
         missing = min(mu, limit.burst) - bucket.level
         if missing > 0 or limit.mu_per_minute == 0:
-            return LimitExceeded("mu_per_minute", missing / limit.rate if limit.rate > 0 else NEVER)
-    most = limit.mu_in_flight
-    if most is not None and (most == 0 or 0 < in_flight > most - high):
-        return LimitExceeded("mu_in_flight", None if most > 0 else NEVER)
+            return LimitExceeded("mu_per_minute", missing / limit.rate if limit.rate > 0 else NEVER_RETRY_AFTER_S)
+    stock = limit.mu_in_flight
+    if stock is not None and (stock == 0 or 0 < in_flight > stock - high):
+        return LimitExceeded("mu_in_flight", None if stock > 0 else NEVER_RETRY_AFTER_S)
     return None
 
 
-def charged(bucket: TokenBucket, limit: TenantLimit, mu: float) -> TokenBucket:
-    """The bucket after `mu` was taken out, or put back where it is negative."""
+def charge(bucket: TokenBucket, limit: TenantLimit, mu: float) -> TokenBucket:
+    """The bucket after taking out `mu`, or putting it back if negative."""
     if limit.mu_per_minute is None:
         return bucket
     return TokenBucket(min(limit.burst, bucket.level - mu), bucket.at)
@@ -115,16 +122,16 @@ def charged(bucket: TokenBucket, limit: TenantLimit, mu: float) -> TokenBucket:
 
 
 def parse(text: str, name: str) -> TenantLimits:
-    """The limits of a file, TOML or JSON. Raises UsageError with one line that names the place."""
+    """Parse a file of limits, TOML or JSON. Raises UsageError with one line that names the place."""
     raw = _read(text, name)
     for key in raw:
-        _known(key, ("default", "tenants", "spill_over_below"), name)
+        _check_key(key, ("default", "tenants", "spill_over_below"), name)
     tenants = raw.get("tenants", {})
     if not isinstance(tenants, dict):
-        raise UsageError(f"{name}: tenants must be a table of tenants")
+        raise UsageError(f"{name}: tenants must be a table with one table per tenant")
     for tenant in tenants:
         if not 0 < len(tenant) <= MAX_TENANT_NAME_CHARS:
-            raise UsageError(f"{name}: a tenant's name has 1 to {MAX_TENANT_NAME_CHARS} characters, not {len(tenant)}")
+            raise UsageError(f"{name}: tenant names have 1 to {MAX_TENANT_NAME_CHARS} characters, not {len(tenant)}")
     below = _number(raw.get("spill_over_below", TenantLimits().spill_over_below), "spill_over_below", name)
     if below is None or below > 1:
         raise UsageError(f"{name}: spill_over_below must be a share from 0 to 1")
@@ -138,8 +145,8 @@ def parse(text: str, name: str) -> TenantLimits:
 def _read(text: str, name: str) -> dict[str, Any]:
     try:
         raw = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"{name}: neither TOML nor JSON: {str(e)[:100]}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name}: neither TOML nor JSON: {str(error)[:100]}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: expected tables `default` and `tenants`")
     return raw
@@ -150,7 +157,7 @@ def _limit(raw: Any, place: str, name: str) -> TenantLimit:
         raise UsageError(f"{name}: {place} must be a table of limits")
     known = tuple(f.name for f in fields(TenantLimit))
     for key in raw:
-        _known(key, known, f"{name}: {place}")
+        _check_key(key, known, f"{name}: {place}")
     spill_over = raw.get("spill_over", False)
     if not isinstance(spill_over, bool):
         raise UsageError(f"{name}: {place}.spill_over must be true or false")
@@ -160,7 +167,7 @@ def _limit(raw: Any, place: str, name: str) -> TenantLimit:
     return TenantLimit(**numbers, spill_over=spill_over)
 
 
-def _known(key: str, known: tuple[str, ...], place: str) -> None:
+def _check_key(key: str, known: tuple[str, ...], place: str) -> None:
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         raise UsageError(f"{place}: unknown key {key[:64]!r}; the nearest valid key is {near[0]}")
@@ -171,6 +178,6 @@ def _number(value: Any, place: str, name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"{name}: {place} must be a number of model units >= 0")
-    if not 0 <= value <= _MOST:
-        raise UsageError(f"{name}: {place} must be from 0 to {_MOST:.0f}, not {value:g}")
+    if not 0 <= value <= _MAX_MU:
+        raise UsageError(f"{name}: {place} must be from 0 to {_MAX_MU:.0f}, not {value:g}")
     return float(value)

@@ -1,11 +1,12 @@
-"""Pure: what the engine did in each ten seconds: how long it was busy, and the work that was done meanwhile, by term of the cost model.
+"""Pure: for each ten seconds, how long the engine was busy, and the work it did, by term of the cost model.
 
 Rules:
-- The engine is busy while any request is with it. A request's prompt is worked on in the seconds before its first token, its output
-  evenly from there to its end; of an answer in one piece the cost model says where its first token was.
-- A window is closed when nothing that began before its end still awaits its first token; one that waits too long for that, that we
-  could not trust ourselves in, or in which a request failed or was kept waiting by its client, is thrown away.
-- What other requests a step serves is seen as the mean number that decoded together: steps = tokens / that number.
+- The engine is busy while it has any request. The work of a prompt is done in the seconds before its first token, that
+  of the output evenly from then to its end. Without a stream, the cost model estimates the time of the first token.
+- A window is closed once no request that began before its end awaits its first token.
+- A window is dropped if that takes too long, if the sidecar was unhealthy, or if a request failed or was blocked by its
+  client.
+- Steps are tokens over the mean number of requests that decoded together.
 """
 
 from __future__ import annotations
@@ -14,24 +15,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from sidecar.events import RequestSize
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.ledger import AdmissionHold, Settlement
+from sidecar.load.ledger import FAILED_OUTCOMES, AdmissionHold, Settlement
 
-WINDOW_S: Final = 10.0  # of a window: many steps, and short against the minutes in which load changes
-SLOT_S: Final = 0.02  # seconds; the resolution of being busy
-LATE_EVENT_S: Final = 1.0  # seconds that facts may be under way
-WINDOW_CLOSE_WAIT_S: Final = 60.0  # seconds that a window waits for first tokens
-MIN_BUSY_SHARE: Final = 0.2  # share of a window; below, a slot's rounding and idle gaps between steps weigh too much
-TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])  # d apart: per step, and per token
-STEP: Final = TERMS.index("step")
-TOKEN: Final = STEP + 1
+# Many steps, and short compared to the minutes in which load changes.
+WINDOW_S: Final = 10.0
+# Resolution of busy time.
+SLOT_S: Final = 0.02
+# Events may arrive this late.
+LATE_EVENT_S: Final = 1.0
+# How long a window waits for first tokens.
+WINDOW_CLOSE_WAIT_S: Final = 60.0
+# Below it, the rounding to slots and idle gaps between steps weigh too much.
+MIN_BUSY_SHARE: Final = 0.2
+# d is split: per step, and per token.
+WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])
+STEP_INDEX: Final = WINDOW_TERMS.index("step")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkWindow:
-    """`ms` that the engine was busy; `work` is what each coefficient of TERMS is multiplied by; `together` decoded at once."""
+    """`ms` of busy time, the `work` (the factor of each of WINDOW_TERMS), and requests that decoded `together`."""
 
     at: float
     ms: float
@@ -41,7 +46,7 @@ class WorkWindow:
 
 @dataclass(frozen=True, slots=True)
 class _BusySpan:
-    """One request with the engine: when it was sent, had its first token, ended; its work, by the coefficients' order."""
+    """When a request was sent to the engine, had its first token, and ended; its work, in the order of TERMS."""
 
     sent: float
     first: float
@@ -51,7 +56,7 @@ class _BusySpan:
 
 @dataclass(slots=True)
 class _OpenWindow:
-    """A window in the making. The masks have one bit per slot."""
+    """An open window. The masks have one bit per slot."""
 
     busy: int = 0
     decoding: int = 0
@@ -61,98 +66,95 @@ class _OpenWindow:
 
 
 class WorkWindows:
-    """Windows of one engine, from its settlements. Bounded: a window for every ten seconds of WAIT."""
+    """Windows of one engine, from its settlements. Only those of WINDOW_CLOSE_WAIT_S are open."""
 
     def __init__(self, co: Coefficients, now: float) -> None:
         self._co = co
-        self._next = int(now / WINDOW_S) + 1  # the window that is closed next; what came before is not seen whole
+        self._next = int(now / WINDOW_S) + 1  # the next window to close; earlier ones are incomplete
         self._open: dict[int, _OpenWindow] = {}
 
-    def settled(self, s: Settlement) -> None:
-        """A request ended."""
-        e = s.settled
-        if e.sent_at is None or e.outcome == "rejected":
+    def settled(self, settlement: Settlement) -> None:
+        """Record a settled request."""
+        ended = settlement.settled
+        if ended.sent_at is None or ended.outcome == "rejected":
             return
-        if s.slowed or e.outcome in ("engine_error", "stalled", "lost"):
-            self._spoil(e.sent_at, e.at)
+        indices = range(max(self._next, int(ended.sent_at / WINDOW_S)), int(ended.at / WINDOW_S) + 1)
+        windows = {index: self._open.setdefault(index, _OpenWindow()) for index in indices}
+        if settlement.slowed or ended.outcome in FAILED_OUTCOMES:
+            for window in windows.values():
+                window.spoiled = True
             return
-        cut = self._cut(s.work, e.sent_at, e.first_at, e.at, stream=s.admitted.stream)
-        self._add(_BusySpan(e.sent_at, cut, e.at, cost_model.features(s.work, self._co)))
+        work = cost_model.features(settlement.work, self._co)
+        span = _BusySpan(ended.sent_at, self._first_token_at(settlement, ended.sent_at), ended.at, work)
+        for index, window in windows.items():
+            _add_overlap(window, index, span)
 
     def spoil(self, now: float) -> None:
-        """What is seen now must not be believed."""
-        self._spoil(now, now)
+        """Drop the window of `now`."""
+        if (index := int(now / WINDOW_S)) >= self._next:
+            self._open.setdefault(index, _OpenWindow()).spoiled = True
 
     def close(self, holds: Iterable[AdmissionHold], now: float) -> list[WorkWindow]:
-        """The windows that are whole by now; `holds` are the requests still open."""
+        """Close and return the windows complete by now; `holds` are the open requests."""
         due = int((now - LATE_EVENT_S) / WINDOW_S)
         if due <= self._next:
             return []
         waiting = list(holds)
-        if due - self._next > 2 * WINDOW_CLOSE_WAIT_S / WINDOW_S:  # we slept
+        if due - self._next > 2 * WINDOW_CLOSE_WAIT_S / WINDOW_S:  # this process slept
             self._next = due
         closed = []
         while self._next < due:
             end = (self._next + 1) * WINDOW_S
-            late = [h for h in waiting if _awaited(h) and h.since < end]
+            late = [h for h in waiting if _is_awaited(h) and h.since < end]
             if late and now < end + WINDOW_CLOSE_WAIT_S:
                 break
             window = self._open.pop(self._next, None) or _OpenWindow()
             if not late and not window.spoiled:
-                closed += self._finish(window, waiting, self._next, now)
+                closed += self._finish(window, waiting, self._next)
             self._next += 1
         self._open = {index: w for index, w in self._open.items() if index >= self._next}
         return closed
 
-    def _finish(self, window: _OpenWindow, holds: list[AdmissionHold], index: int, now: float) -> list[WorkWindow]:
+    def _finish(self, window: _OpenWindow, holds: list[AdmissionHold], index: int) -> list[WorkWindow]:
         for hold in holds:
             if hold.first_at is None:
                 continue
             if hold.blocked or hold.slowed:
                 return []
-            e = hold.admitted.expected
-            work = cost_model.features(replace(e, output=hold.delivered), self._co)
-            self._into(
-                window, index, _BusySpan(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
-            )
+            work = cost_model.features(replace(hold.admitted.expected, output=hold.delivered), self._co)
+            span = _BusySpan(hold.admitted.at, hold.first_at, max(hold.last_at, hold.first_at), work)
+            _add_overlap(window, index, span)
         busy = window.busy.bit_count() * SLOT_S
         if busy < MIN_BUSY_SHARE * WINDOW_S:
             return []
         together = max(1.0, window.decode_seconds / (window.decoding.bit_count() * SLOT_S or 1.0))
         x = window.work
         steps = x[cost_model.TERMS.index("d")] / together
-        return [WorkWindow((index + 1) * WINDOW_S, busy * 1000, (*x[:STEP], steps, *x[STEP:]), together)]
+        return [WorkWindow((index + 1) * WINDOW_S, busy * 1000, (*x[:STEP_INDEX], steps, *x[STEP_INDEX:]), together)]
 
-    def _cut(self, work: RequestSize, sent: float, first: float | None, end: float, *, stream: bool) -> float:
-        """When the prompt was done."""
-        if stream and first is not None:
-            return first
-        priced = cost_model.terms(work, self._co)
-        return sent + (end - sent) * (priced.before_first_token / priced.total if priced.total else 0.0)
-
-    def _add(self, span: _BusySpan) -> None:
-        for index in range(max(self._next, int(span.sent / WINDOW_S)), int(span.end / WINDOW_S) + 1):
-            self._into(self._open.setdefault(index, _OpenWindow()), index, span)
-
-    def _into(self, window: _OpenWindow, index: int, span: _BusySpan) -> None:
-        """What of a request lies in a window."""
-        start = index * WINDOW_S
-        window.busy |= _mask(span.sent - start, span.end - start)
-        window.decoding |= _mask(span.first - start, span.end - start)
-        window.decode_seconds += _overlap(span.first, span.end, start)
-        began = max(span.sent, span.first - WINDOW_S)
-        prefill = _share(began, span.first, start)
-        decode = _share(span.first, span.end, start)
-        for i, name in enumerate(cost_model.TERMS):
-            window.work[i] += span.work[i] * (decode if name in ("d", "f") else prefill)
-
-    def _spoil(self, began: float, ended: float) -> None:
-        for index in range(max(self._next, int(began / WINDOW_S)), int(ended / WINDOW_S) + 1):
-            self._open.setdefault(index, _OpenWindow()).spoiled = True
+    def _first_token_at(self, settlement: Settlement, sent: float) -> float:
+        """When the prefill ended; estimated by the cost model if the answer was not streamed."""
+        ended = settlement.settled
+        if settlement.admitted.stream and ended.first_at is not None:
+            return ended.first_at
+        priced = cost_model.terms(settlement.work, self._co)
+        return sent + (ended.at - sent) * (priced.before_first_token / priced.total if priced.total else 0.0)
 
 
-def _awaited(hold: AdmissionHold) -> bool:
-    """Whether what the engine does for a request is not known yet. One that waits in our own queue has not begun."""
+def _add_overlap(window: _OpenWindow, index: int, span: _BusySpan) -> None:
+    """Add the part of a request that falls into a window."""
+    start = index * WINDOW_S
+    window.busy |= _mask(span.sent - start, span.end - start)
+    window.decoding |= _mask(span.first - start, span.end - start)
+    window.decode_seconds += _overlap(span.first, span.end, start)
+    prefill = _share(max(span.sent, span.first - WINDOW_S), span.first, start)
+    decode = _share(span.first, span.end, start)
+    for i, name in enumerate(cost_model.TERMS):
+        window.work[i] += span.work[i] * (decode if name in ("d", "f") else prefill)
+
+
+def _is_awaited(hold: AdmissionHold) -> bool:
+    """True if it is unknown what the engine does for a request; a blocked one has not begun."""
     return (hold.first_at is None or hold.whole > 0) and not hold.blocked
 
 
@@ -161,14 +163,14 @@ def _overlap(began: float, ended: float, start: float) -> float:
 
 
 def _share(began: float, ended: float, start: float) -> float:
-    """The share of a time that lies in the window; of a moment, all or nothing."""
+    """The share of an interval that falls into the window; all or nothing if it is empty."""
     if ended - began < 1e-6:
         return float(start <= ended < start + WINDOW_S)
     return _overlap(began, ended, start) / (ended - began)
 
 
 def _mask(began: float, ended: float) -> int:
-    """The slots that a time touches; seconds from the window's start."""
+    """The slots that an interval touches, in seconds from the window's start."""
     low = max(0, int(began / SLOT_S))
     high = min(round(WINDOW_S / SLOT_S), int(ended / SLOT_S) + 1)
     return ((1 << (high - low)) - 1) << low if high > low and ended >= 0 else 0

@@ -1,9 +1,9 @@
 
 "use strict";
-// Drawing: rows of history in, SVG out. Nothing here knows where rows come from. Text only ever enters as textContent.
+// Drawing: rows of history in, SVG out. Text is only ever set as textContent.
 
-const WINDOW = 600; // seconds kept
-// Seconds shown -> seconds between marks. A page that was opened on a young sidecar shows what there is, not an empty band.
+const WINDOW = 600; // seconds of history
+// Seconds shown -> seconds between marks. A young sidecar has a short history, which should fill the width.
 const SPANS = [[60, 10], [120, 30], [300, 60], [WINDOW, 120]];
 let shown = SPANS[0];
 
@@ -11,7 +11,7 @@ function fit(rows, now) {
   const age = rows.length ? now - rows[0].t : 0;
   shown = SPANS.find(([seconds]) => age <= seconds) ?? SPANS.at(-1);
 }
-const HOLE = 5; // seconds without a row that break a line: the sidecar was not there
+const HOLE = 5; // seconds without a row that interrupt a line: the sidecar was not running
 const PLOT = { height: 132, left: 66, right: 10, top: 8, bottom: 20 };
 const BAND = { height: 88, left: 10, right: 10, top: 4, bottom: 20 };
 const RANK = { stalled: 3, dead: 3, suspect: 2, unknown: 1, starting: 1, exempt: 1, quiet: 1, progressing: 0, idle: 0 };
@@ -111,14 +111,14 @@ function drawBand(host, rows, now, hover) {
   const bottom = BAND.height - BAND.bottom;
   const svg = shape("svg", { viewBox: `0 0 ${width} ${BAND.height}`, height: BAND.height, role: "img" });
   svg.setAttribute("aria-label", `Verdicts over the last ${span(shown[0])}`);
-  const named = [0, 0, 0, 0]; // how far names reach already, by rank: each rank has its own height
+  const named = [0, 0, 0, 0]; // right end of the last name, by rank; each rank has its own height
   for (const run of runs(rows)) {
     const rank = RANK[run.state];
     const tall = 8 + 13 * rank; // steps as high as a name, so that names of neighbours do not overlap
     const wide = Math.max(2, x(run.end) - x(run.start));
     const hot = hover !== null && run.start <= hover && hover < run.end ? " hot" : "";
     svg.append(shape("rect", { class: "run" + hot, "data-state": run.state, x: x(run.start), y: bottom - tall, width: wide, height: tall }));
-    // A bad verdict is named even where it was too short for its name; the name then ends where the verdict does.
+    // A bad verdict is named even if it was too short for its name; the name then ends with the verdict.
     const needed = 6 + 7 * run.state.length;
     const left = wide > needed ? x(run.start) : x(run.end) - needed;
     if ((wide > needed || rank > 1) && left >= named[rank]) {
@@ -131,7 +131,7 @@ function drawBand(host, rows, now, hover) {
   host.replaceChildren(svg);
 }
 
-// --- a chart: lines over the window, with the bad times shaded behind them ---
+// --- a chart: lines over the window, with bad verdicts shaded behind them ---
 
 function drawChart(chart, rows, now, hover, limit) {
   const width = chart.plot.clientWidth;

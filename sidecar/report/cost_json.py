@@ -1,6 +1,6 @@
-"""Pure: what a request of a given size costs, and why: `GET /cost?in=3500&cached=0&out=300&images=1&image_tokens=900`.
+"""Pure: the price of a request of a given size: `GET /cost?in=3500&cached=0&out=300&images=1&image_tokens=900`.
 
-`in` are all input tokens, cached ones and those of images, audio and video among them; what is not named is 0. Images are of one size.
+`in` counts all input tokens, including cached ones and those of media. Missing ones are 0. All images have one size.
 """
 
 from __future__ import annotations
@@ -14,29 +14,34 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 
 MEDIA: Final = ("images", "image_tokens", "audios", "audio_tokens", "videos", "video_tokens")
-NAMES: Final = ("in", "cached", "out", *MEDIA)
-MAX_ROWS: Final = 10**9
+PARAMETERS: Final = ("in", "cached", "out", *MEDIA)
+MAX_COUNT: Final = 10**9
 
 
 def render(asked: Mapping[str, str], co: Coefficients) -> dict[str, Any]:
-    """The price with its terms. Raises ValueError with one line for whoever asked."""
+    """The price with its terms. Raises ValueError with one line for the client."""
     numbers = {name: _count(name, value) for name, value in asked.items()}
     cached = numbers.get("cached", 0)
     if cached > numbers.get("in", 0):
-        raise ValueError("cached tokens are part of `in`, so there cannot be more of them")
+        raise ValueError("cached must not exceed in: cached tokens are input tokens")
     media = {name: numbers.get(name, 0) for name in MEDIA}
     squares = media["image_tokens"] ** 2 // max(1, media["images"])
     work = RequestSize(numbers.get("in", 0) - cached, cached, numbers.get("out", 0), **media, image_squares=squares)
     mu = cost_model.mu(work, co)
     return {
-        "mu": mu, "mu_milli": round(1000 * mu), "gpu_ms": cost_model.gpu_ms(work, co), "terms_ms": dict(cost_model.by_cause(work, co)),
-        "work": asdict(work), "fingerprint": co.fingerprint, "source": co.source,
-    }  # fmt: skip
+        "mu": mu,
+        "mu_milli": round(1000 * mu),
+        "gpu_ms": cost_model.gpu_ms(work, co),
+        "terms_ms": dict(cost_model.by_cause(work, co)),
+        "work": asdict(work),
+        "fingerprint": co.fingerprint,
+        "source": co.source,
+    }
 
 
 def _count(name: str, value: str) -> int:
-    if name not in NAMES:
-        raise ValueError(f"unknown parameter {name[:40]!r}; there are: {', '.join(NAMES)}")
-    if not (value.isascii() and value.isdigit() and len(value) < 12 and int(value) <= MAX_ROWS):
-        raise ValueError(f"{name} must be a whole number from 0 to {MAX_ROWS}")
+    if name not in PARAMETERS:
+        raise ValueError(f"unknown parameter {name[:40]!r}; valid: {', '.join(PARAMETERS)}")
+    if not (value.isascii() and value.isdigit() and len(value) < 12 and int(value) <= MAX_COUNT):
+        raise ValueError(f"{name} must be a whole number from 0 to {MAX_COUNT}")
     return int(value)

@@ -1,6 +1,6 @@
-"""One diagnosis as a page to read: what the engine's processes did, their stacks, and the rest of the bundle.
+"""A diagnosis as an HTML page: what the engine's processes did, their stacks, and the rest of the bundle.
 
-Rules: every text is escaped, nothing runs, nothing is loaded from elsewhere. A bundle of an older version may lack parts.
+Rules: every text is escaped. No scripts, nothing loaded from elsewhere. A bundle of an older version may lack parts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ STYLE: Final = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem 1.25rem 3rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
-pre { overflow: auto; max-height: 30rem; padding: .6rem .8rem; border: 1px solid #8886; border-radius: 6px; font-size: 13px; }
+pre { overflow: auto; max-height: 30rem; padding: .6rem .8rem; border: 1px solid #8886; border-radius: 6px;
+  font-size: 13px; }
 .summary { font-size: 1.15rem; font-weight: 600; }
 .soft { opacity: .75; }
 summary { cursor: pointer; }
@@ -34,13 +35,13 @@ HEADERS: Final = {
     "Vary": "Accept",
 }
 
-Parts = Mapping[str, Any]
+_SHOWN: Final = ("at", "verdict", "reason", "detail", "summary", "complete", "processes")
 
 
-def render(id: str, bundle: Parts) -> str:
+def render(id: str, bundle: Mapping[str, Any]) -> str:
     """The page of one bundle."""
     taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(bundle.get("at") or 0))
-    state = "" if bundle.get("complete", True) else " · not complete: the second look was not written"
+    state = "" if bundle.get("complete", True) else " · incomplete: the second sample was not written"
     head = f"{taken} · {bundle.get('verdict', '')} · {bundle.get('reason', '')}{state}"
     body = [
         f"<h1>Diagnosis {escape(id)}</h1><p class=soft>{escape(head)}</p>",
@@ -57,20 +58,18 @@ def render(id: str, bundle: Parts) -> str:
     )
 
 
-_SHOWN: Final = ("at", "verdict", "reason", "detail", "summary", "complete", "processes")
-
-
 def _processes(processes: Any) -> Iterable[str]:
-    if isinstance(processes, dict):  # a reading: there are none to show, and this is why
+    if isinstance(processes, dict):  # an absent or failed reading, with its reason
         yield f"<p>{escape(' '.join(map(str, processes.values())))}</p>"
         return
     for process in processes:
-        yield f"<h3>{escape(str(process['name']))} <span class=soft>pid {int(process['pid'])}, {escape(str(process['role']))}</span></h3>"
+        of = f"pid {int(process['pid'])}, {escape(str(process['role']))}"
+        yield f"<h3>{escape(str(process['name']))} <span class=soft>{of}</span></h3>"
         yield f"<p>{escape(str(process['symptom']))}</p>"
         for i, stack in enumerate(process["stacks"]):
             text = stack.get("text", "no stacks: " + str(stack.get("failed", "")))
             yield f"<p class=soft>{('first', 'second')[i > 0]} dump</p><pre>{escape(text)}</pre>"
-        yield _folded("seen by the kernel", _text(process["looks"]))
+        yield _folded("kernel view", _text(process["looks"]))
 
 
 def _folded(title: str, text: str) -> str:

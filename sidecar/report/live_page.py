@@ -1,9 +1,10 @@
 """The live page: one HTML document, and its feed of server-sent events.
 
-Rules: a snapshot is rendered once for all readers, and not at all when nobody reads. Everything is bounded: readers,
-what waits for each of them, points of history, rows of a table. A reader that is slow skips snapshots, and one that
-takes nothing for `patience` seconds is cut off. Numbers only leave as finite JSON; what could not be read leaves with
-its reason.
+Rules:
+- A snapshot is rendered once for all readers, and only if there are readers.
+- Everything is bounded: readers, events queued for each of them, points of history, rows of a table.
+- A slow reader skips snapshots. One that reads nothing for `write_timeout_s` is disconnected.
+- Numbers are finite JSON; a value that could not be read comes with its reason.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from sidecar.readings import Absent, Failed, Value
 from sidecar.snapshot import Snapshot
 
 MAX_READERS: Final = 32
-MAX_QUEUED: Final = 3  # snapshots that may wait for one reader
-MAX_TENANTS: Final = 50  # rows; the largest users come first
-HISTORY_SECONDS: Final = 600
-MIN_STEP: Final = 0.5  # seconds between two points, so that the ring holds the window however often one publishes
+# Per reader.
+MAX_QUEUED_EVENTS: Final = 3
+# Rows of the table; the largest users come first.
+MAX_TENANTS: Final = 50
+HISTORY_S: Final = 600
+# So that the history covers its window, however often snapshots are published.
+MIN_POINT_INTERVAL_S: Final = 0.5
 
-# The columns of the history. `None` is "nothing to show at this moment", drawn as a gap.
-POINT: Final = (
-    "t", "state", "reason", "progress_age", "allowed", "mu_in_flight", "mu_per_minute", "utilization",
-    "tokens_per_second", "in_flight", "waiting", "gpu",
-)  # fmt: skip
+# The columns of the history. A value of None is drawn as a gap.
+POINT_COLUMNS: Final = (
+    *("t", "state", "reason", "progress_age", "allowed", "mu_in_flight", "mu_per_minute", "utilization"),
+    *("tokens_per_second", "in_flight", "waiting", "gpu"),
+)
 
 
 # --- the document ---
@@ -44,19 +48,18 @@ POINT: Final = (
 
 @cache
 def html() -> bytes:
-    """The page in one piece: page.html with its style and scripts put in place of the `<!-- put NAME -->` marks."""
-    place = files("sidecar.report")
-    whole = re.sub(
+    """The whole page: page.html with its style and scripts inserted at the `<!-- put NAME -->` marks."""
+    folder = files("sidecar.report")
+    return re.sub(
         r"<!-- put (page\.css|charts\.js|sections\.js|page\.js) -->",
-        lambda mark: place.joinpath(mark[1]).read_text("utf-8"),
-        place.joinpath("page.html").read_text("utf-8"),
-    )
-    return whole.encode()
+        lambda mark: folder.joinpath(mark[1]).read_text("utf-8"),
+        folder.joinpath("page.html").read_text("utf-8"),
+    ).encode()
 
 
 @cache
 def headers() -> dict[str, str]:
-    """Response headers of the page. Only this very script and style may run: both are named by their hash."""
+    """Response headers of the page. Only its own scripts and style may run, by their hashes."""
     policy = {
         "default-src": "'none'",
         "script-src": _hashes("script"),
@@ -89,10 +92,10 @@ async def index(_request: web.Request) -> web.Response:
 
 
 def render(snapshot: Snapshot) -> dict[str, Any]:
-    """The snapshot as plain JSON values, under its own field names, with readings as {"value"}, {"absent"} or {"failed"}.
+    """The snapshot as plain JSON, under its field names, with readings as {"value"}, {"absent"} or {"failed"}.
 
-    `point` is this moment's row of the history (columns POINT); `tenants` holds the MAX_TENANTS largest of `tenants_known`,
-    which used `mu_total` MU together.
+    `point` is the row of the history (POINT_COLUMNS); `tenants` holds the MAX_TENANTS largest of `tenants_known`,
+    which used `mu_total` MU in all.
     """
     largest = sorted(snapshot.tenants, key=lambda use: (use.mu_in_flight, use.mu_total), reverse=True)
     data: dict[str, Any] = _plain(snapshot)
@@ -105,18 +108,19 @@ def render(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def point(snapshot: Snapshot) -> list[Any]:
-    """One row of the history: wall seconds, then what POINT names (seconds, MU, MU/min, shares of 1, tokens/s, requests)."""
+    """One row of the history, in the order of POINT_COLUMNS: wall seconds, MU, MU/min, shares of 1, tokens/s."""
     load = snapshot.load
-    row = [
-        snapshot.at_wall, snapshot.verdict.state, snapshot.verdict.reason, snapshot.progress_age,
-        snapshot.silence_allowed, load.mu_in_flight, load.mu_per_minute, load.utilization, load.tokens_per_second,
-        load.requests_in_flight, load.requests_waiting, _gpu_utilization(snapshot),
-    ]  # fmt: skip
+    row = (
+        *(snapshot.at_wall, snapshot.verdict.state, snapshot.verdict.reason),
+        *(snapshot.progress_age, snapshot.silence_allowed),
+        *(load.mu_in_flight, load.mu_per_minute, load.utilization, load.tokens_per_second),
+        *(load.requests_in_flight, load.requests_waiting, _gpu_utilization(snapshot)),
+    )
     return [_plain(item) for item in row]
 
 
 def _gpu_utilization(snapshot: Snapshot) -> float | None:
-    """Mean over the GPUs that could be read, 0..1."""
+    """Mean utilization of the GPUs that could be read, 0..1."""
     if not isinstance(snapshot.gpus, Value):
         return None
     read = [gpu.utilization.value for gpu in snapshot.gpus.value if isinstance(gpu.utilization, Value)]
@@ -150,20 +154,20 @@ def _event(name: str, data: Any) -> bytes:
 class PageFeed:
     """Server-sent events: first `history` ({"columns", "points"}), then one `snapshot` for each `publish`."""
 
-    def __init__(self, patience: float = 20.0) -> None:
-        self._patience = patience
+    def __init__(self, write_timeout_s: float = 20.0) -> None:
+        self._write_timeout_s = write_timeout_s
         self._readers: set[asyncio.Queue[bytes | None]] = set()
-        self._points: deque[tuple[float, list[Any]]] = deque(maxlen=round(HISTORY_SECONDS / MIN_STEP))
+        self._points: deque[tuple[float, list[Any]]] = deque(maxlen=round(HISTORY_S / MIN_POINT_INTERVAL_S))
         self._last: Snapshot | None = None
         self._closed = False
 
     @property
     def readers(self) -> int:
-        """How many pages are listening."""
+        """The number of connected pages."""
         return len(self._readers)
 
     def publish(self, snapshot: Snapshot) -> None:
-        """Remember this moment, and send it to whoever listens. Never waits."""
+        """Add the snapshot to the history, and send it to all readers. Never waits."""
         self._remember(snapshot)
         if self._readers:
             event = _event("snapshot", render(snapshot))
@@ -171,13 +175,13 @@ class PageFeed:
                 _offer(reader, event)
 
     def close(self) -> None:
-        """End all streams, now and for good. To be called before the server waits for its handlers."""
+        """End all streams, and accept no more. Call it before the server waits for its handlers."""
         self._closed = True
         for reader in self._readers:
             _offer(reader, None)
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """`GET /events`. 503 when MAX_READERS are listening already, or after `close`."""
+        """`GET /events`. 503 if there are MAX_READERS readers already, or after `close`."""
         if self._closed or self.readers >= MAX_READERS:
             text = "stopping\n" if self._closed else f"{MAX_READERS} pages are open already; close one\n"
             return web.Response(status=503, headers={"Retry-After": "5"}, text=text)
@@ -188,7 +192,7 @@ class PageFeed:
                 await self._send(request, response, reader)
             except TimeoutError:
                 if request.transport is not None:
-                    request.transport.abort()  # what is buffered for it would otherwise be kept until TCP gives up
+                    request.transport.abort()  # else its buffer is kept until TCP gives up
             except ConnectionError:
                 pass  # the page was closed
         return response
@@ -199,17 +203,17 @@ class PageFeed:
         event: bytes | None = self._opening()
         await response.prepare(request)
         while event is not None:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._write_timeout_s):
                 await response.write(event)
             event = await reader.get()
 
     def _opening(self) -> bytes:
-        history = _event("history", {"columns": POINT, "points": [row for _, row in self._points]})
+        history = _event("history", {"columns": POINT_COLUMNS, "points": [row for _, row in self._points]})
         return history + (_event("snapshot", render(self._last)) if self._last else b"")
 
     @contextmanager
     def _reader(self) -> Iterator[asyncio.Queue[bytes | None]]:
-        reader: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED)
+        reader: asyncio.Queue[bytes | None] = asyncio.Queue(MAX_QUEUED_EVENTS)
         self._readers.add(reader)
         try:
             yield reader
@@ -219,15 +223,15 @@ class PageFeed:
     def _remember(self, snapshot: Snapshot) -> None:
         self._last = snapshot
         points = self._points
-        if points and snapshot.at - points[-1][0] < MIN_STEP:
+        if points and snapshot.at - points[-1][0] < MIN_POINT_INTERVAL_S:
             return
         points.append((snapshot.at, point(snapshot)))
-        while points[0][0] < snapshot.at - HISTORY_SECONDS:
+        while points[0][0] < snapshot.at - HISTORY_S:
             points.popleft()
 
 
 def _offer(reader: asyncio.Queue[bytes | None], event: bytes | None) -> None:
-    """Queue an event; past the bound the oldest one is dropped, so that a slow page shows the present."""
+    """Queue an event; if the queue is full the oldest one is dropped, so that a slow page shows the present."""
     if reader.full():
         reader.get_nowait()
     reader.put_nowait(event)

@@ -1,6 +1,6 @@
 """Pure: a Snapshot as `GET /load`, for autoscalers and routers that read JSON.
 
-A value that could not be read is null, with its reason beside it under the same key + `_absent`.
+A value that could not be read is null, with its reason under the same key plus `_absent`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MU: Final = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
 
 
 def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
-    """The answer to `GET /load`, ready for json.dumps. `unit` "milli": MU as whole numbers of thousandths, for sharders that count so."""
+    """The body of `GET /load`. `unit` "milli": MU as integer thousandths, for consumers that count in integers."""
     load = snapshot.load
     mu: dict[str, Any] = {name: getattr(load, f"mu_{name}") for name in MU}
     if unit == "milli":
@@ -39,36 +39,38 @@ def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
 
 
 def _parts(snapshot: Snapshot) -> dict[str, Any]:
-    """The shares that utilisation is the largest of."""
+    """The shares whose maximum is the utilization."""
     parts: dict[str, Any] = {}
     for name, share in snapshot.load.parts:
         parts[name] = share
         if share is None:
             engine = snapshot.engine
-            parts |= _entry(name, Absent("the engine does not tell it") if isinstance(engine, Value) else engine)
+            parts |= _entry(name, Absent("not reported by the engine") if isinstance(engine, Value) else engine)
     return parts
 
 
 def _prices(prices: PriceUse) -> dict[str, Any]:
-    """Where the coefficients come from, how far they are off at most, what one MU is made of in ms, and what the re-fit says."""
+    """The coefficients: source, margin, the terms of one MU in ms, and the re-fit."""
     shadow = prices.shadow
+    if shadow is None:
+        refit: dict[str, Any] = {"shadow": None, "shadow_absent": f"{prices.windows} windows of work so far"}
+    else:
+        refit = {
+            "shadow": {
+                **dict(shadow.coefficients),
+                "max_per_minute": shadow.mu_max_per_minute,
+                "windows": shadow.windows,
+                "error": shadow.error,
+            }
+        }
     return {
         "source": prices.source,
         "margin": prices.margin,
         **({"stale_reason": prices.stale} if prices.stale else {}),
         "unit_ms": dict(prices.terms),
         "line_ms": dict(prices.line),
-        **(
-            {"shadow": None, "shadow_absent": f"{prices.windows} windows of work so far"}
-            if shadow is None
-            else {
-                "shadow": {
-                    **dict(shadow.coefficients), "max_per_minute": shadow.mu_max_per_minute, "windows": shadow.windows,
-                    "error": shadow.error,
-                }
-            }
-        ),
-    }  # fmt: skip
+        **refit,
+    }
 
 
 def _gpus(reading: Reading[tuple[GpuSample, ...]]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""The only file that names metrics: one table, what feeds it, and what a scrape sees.
+"""The only file that names metrics: their table, how they are updated, and how they are exposed.
 
-Rules: gauges are a pure rendering of the last Snapshot, so a series goes when its subject goes; a signal that is absent
-has no series and one that failed is `sidecar_signal_up 0`, never a bare 0; counters and histograms are fed by records as
-they arrive; labels that clients choose are bounded in number and length, singly and in pairs.
+Rules:
+- Gauges are a pure rendering of the last Snapshot, so a series disappears with its subject.
+- An absent signal has no series, a failed one is `sidecar_signal_up 0`. Neither is a bare 0.
+- Counters and histograms are updated by records as they arrive.
+- Labels that clients choose are bounded in number and length, and so are their pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ MetricRow = tuple[str, Labels, float]  # metric, label values in the table's ord
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric as it is exposed. `buckets` are upper bounds in seconds, without +Inf."""
+    """A metric as it is exposed. `buckets` are upper bounds in seconds, without +Inf."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
@@ -39,71 +41,86 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-# Two to three bounds per decade: the error of a quantile stays below half its value, and a histogram below 20 series.
-_REQUEST = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
-_OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
-_IMAGE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+# Two to three bounds per decade: quantiles are off by less than half their value, with fewer than 20 series each.
+_REQUEST_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
+_OVERHEAD_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
+_IMAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _CLIENT = ("tenant", "model", "outcome")
 
+
+def _gauge(name: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", help, labels)
+
+
+def _counter(name: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "counter", help, labels)
+
+
+def _histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Metric:
+    return Metric(name, "histogram", help, labels, buckets)
+
+
 METRICS: Final = (
-    Metric("sidecar_mu_in_flight", "gauge", "Model units of the requests that are admitted and not settled."),
-    Metric("sidecar_mu_max_in_flight", "gauge", "Model units in flight at which requests still meet the time objective."),
-    Metric("sidecar_mu_per_minute", "gauge", "Model units done in the last minute."),
-    Metric("sidecar_mu_max_per_minute", "gauge", "Model units that this model and hardware can do in a minute."),
-    Metric("sidecar_mu_utilization_ratio", "gauge", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
-    Metric("sidecar_mu_total", "counter", "Model units of settled requests.", _CLIENT),
-    Metric("sidecar_mu_coefficients_stale", "gauge", "1 where the coefficients no longer fit this model and hardware."),
-    Metric("sidecar_prefill_tokens_in_flight", "gauge", "Input tokens whose first output token is awaited."),
-    Metric("sidecar_decode_tokens_in_flight", "gauge", "Output tokens that are expected and not yet delivered."),
-    Metric("sidecar_tokens_delivered_total", "counter", "Output tokens delivered to clients."),
-    Metric("sidecar_requests_in_flight", "gauge", "Requests that are admitted and not settled."),
-    Metric("sidecar_requests_total", "counter", "Settled requests.", _CLIENT),
-    Metric("sidecar_time_to_first_token_seconds", "histogram", "From admission to a stream's first token.", (), _REQUEST),
-    Metric("sidecar_time_per_output_token_seconds", "histogram", "Between a stream's later tokens.", (), _TOKEN),
-    Metric("sidecar_request_seconds", "histogram", "From admission to settlement.", (), _REQUEST),
-    Metric("sidecar_relay_overhead_seconds", "histogram", "Time that the relay itself added, less image work.", (), _OVERHEAD),
-    Metric("sidecar_verdict", "gauge", "1 for the verdict that holds, 0 for all others.", ("verdict",)),
-    Metric("sidecar_verdict_changes_total", "counter", "Changes of the verdict.", ("to", "reason")),
-    Metric("sidecar_kills_total", "counter", "Times that liveness was failed for a stall."),
-    Metric("sidecar_handover", "gauge", "1 while the engine is handed over: a restart does not help, an operator must act.", ("reason",)),
-    Metric("sidecar_progress_age_seconds", "gauge", "Since the last progress; no series while nothing is outstanding."),
-    Metric("sidecar_silence_allowed_seconds", "gauge", "Silence that the outstanding work may keep without suspicion."),
-    Metric("sidecar_streams_ended_total", "counter", "Requests that were ended because they alone could not go on.", ("reason",)),
-    Metric("sidecar_canary_seconds", "histogram", "Duration of canaries.", (), _REQUEST),
-    Metric("sidecar_canaries_total", "counter", "Canaries that ended.", ("outcome",)),
-    Metric("sidecar_canary_mu_total", "counter", "Model units of canaries that passed; of no tenant."),
-    Metric("sidecar_canary_tokens_total", "counter", "Tokens of canaries that passed, prompts and outputs."),
-    Metric("sidecar_garbage_output", "gauge", "1 while canaries are answered otherwise than they always were; restarts nothing."),
-    Metric("sidecar_images_total", "counter", "Images of requests.", ("format", "outcome")),
-    Metric("sidecar_image_seconds", "histogram", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE),
-    Metric("sidecar_image_bytes_total", "counter", "Bytes of images, as received and as handed on.", ("direction",)),
-    Metric("sidecar_gpu_utilization_ratio", "gauge", "Share of time in which a kernel ran; 1 is not proof of progress.", ("gpu",)),
-    Metric("sidecar_gpu_memory_used_bytes", "gauge", "GPU memory in use.", ("gpu",)),
-    Metric("sidecar_gpu_power_watts", "gauge", "Power drawn by the GPU.", ("gpu",)),
-    Metric("sidecar_gpu_energy_joules_total", "counter", "Energy that the GPU used since its driver was loaded.", ("gpu",)),
-    Metric("sidecar_gpu_sm_clock_hertz", "gauge", "Clock of the GPU's multiprocessors.", ("gpu",)),
-    Metric("sidecar_gpu_slowdown", "gauge", "1 while this lowers the GPU's clocks, else 0.", ("gpu", "reason")),
-    Metric("sidecar_gpu_xid_errors_total", "counter", "XID errors that the driver reported; xid 0 counts the rarer rest.", ("gpu", "xid")),
-    Metric("sidecar_signal_up", "gauge", "1 where a signal was read, 0 where it failed; no series where it does not exist.", ("signal",)),
-    Metric("sidecar_signal_seconds", "gauge", "What the last reading of a signal cost.", ("signal",)),
-    Metric("sidecar_loop_lag_seconds", "gauge", "Lag of a process's event loop.", ("process",)),
-    Metric("sidecar_cost_dollars_total", "counter", "GPU dollars of settled requests; needs --dollars-per-gpu-hour.", ("tenant", "model")),
-    Metric("sidecar_build_info", "gauge", "Always 1; the labels tell what runs here.", ("version", "engine_kind")),
-    # Read by consumers of DCGM's exporter, in its unit.
-    Metric("DCGM_FI_DEV_GPU_UTIL", "gauge", "GPU utilization (in %).", ("gpu", "UUID")),
-)  # fmt: skip
+    _gauge("sidecar_mu_in_flight", "Model units of admitted requests that are not settled."),
+    _gauge("sidecar_mu_max_in_flight", "Model units in flight at which requests still meet the time objective."),
+    _gauge("sidecar_mu_per_minute", "Model units done in the last minute."),
+    _gauge("sidecar_mu_max_per_minute", "Model units that this model and hardware can do in a minute."),
+    _gauge("sidecar_mu_utilization_ratio", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
+    _counter("sidecar_mu_total", "Model units of settled requests.", *_CLIENT),
+    _gauge("sidecar_mu_coefficients_stale", "1 if the coefficients no longer fit this model and hardware."),
+    _gauge("sidecar_prefill_tokens_in_flight", "Input tokens of requests without a first token."),
+    _gauge("sidecar_decode_tokens_in_flight", "Output tokens that are expected and not yet delivered."),
+    _counter("sidecar_tokens_delivered_total", "Output tokens delivered to clients."),
+    _gauge("sidecar_requests_in_flight", "Admitted requests that are not settled."),
+    _counter("sidecar_requests_total", "Settled requests.", *_CLIENT),
+    _histogram("sidecar_time_to_first_token_seconds", "Time from admission to a stream's first token.", _REQUEST_S),
+    _histogram("sidecar_time_per_output_token_seconds", "Time per token of a stream after the first.", _TOKEN_S),
+    _histogram("sidecar_request_seconds", "Time from admission to settlement.", _REQUEST_S),
+    _histogram("sidecar_relay_overhead_seconds", "Time added by the relay itself, without image work.", _OVERHEAD_S),
+    _gauge("sidecar_verdict", "1 for the current verdict, 0 for all others.", "verdict"),
+    _counter("sidecar_verdict_changes_total", "Changes of the verdict.", "to", "reason"),
+    _counter("sidecar_kills_total", "Times that liveness failed because of a stall."),
+    _gauge("sidecar_handover", "1 if a restart does not help and an operator must act.", "reason"),
+    _gauge("sidecar_progress_age_seconds", "Time since the last progress; no series while nothing is outstanding."),
+    _gauge("sidecar_silence_allowed_seconds", "Silence allowed for the outstanding work."),
+    _counter("sidecar_streams_ended_total", "Requests aborted because they alone were stuck.", "reason"),
+    _histogram("sidecar_canary_seconds", "Duration of canaries.", _REQUEST_S),
+    _counter("sidecar_canaries_total", "Canaries by outcome.", "outcome"),
+    _counter("sidecar_canary_mu_total", "Model units of passed canaries; they belong to no tenant."),
+    _counter("sidecar_canary_tokens_total", "Tokens of passed canaries, prompts and outputs."),
+    _gauge("sidecar_garbage_output", "1 while the canary's answer differs from its usual answer. Informational."),
+    _counter("sidecar_images_total", "Images by outcome.", "format", "outcome"),
+    _histogram("sidecar_image_seconds", "Time of one image by stage; `total` includes queueing.", _IMAGE_S, "stage"),
+    _counter("sidecar_image_bytes_total", "Bytes of images, received and passed on.", "direction"),
+    _gauge("sidecar_gpu_utilization_ratio", "Share of time in which a kernel ran; 1 is no proof of progress.", "gpu"),
+    _gauge("sidecar_gpu_memory_used_bytes", "GPU memory in use.", "gpu"),
+    _gauge("sidecar_gpu_power_watts", "Power draw of the GPU.", "gpu"),
+    _counter("sidecar_gpu_energy_joules_total", "Energy used by the GPU since its driver was loaded.", "gpu"),
+    _gauge("sidecar_gpu_sm_clock_hertz", "Clock of the GPU's multiprocessors.", "gpu"),
+    _gauge("sidecar_gpu_slowdown", "1 while this reason reduces the GPU's clocks, else 0.", "gpu", "reason"),
+    _counter("sidecar_gpu_xid_errors_total", "XID errors from the driver; xid 0 counts rare others.", "gpu", "xid"),
+    _gauge("sidecar_signal_up", "1 if a signal was read, 0 if it failed; no series if it is absent.", "signal"),
+    _gauge("sidecar_signal_seconds", "Duration of the last reading of a signal.", "signal"),
+    _gauge("sidecar_loop_lag_seconds", "Event loop lag of a process.", "process"),
+    _counter(
+        "sidecar_cost_dollars_total", "Dollars of settled requests; needs --dollars-per-gpu-hour.", "tenant", "model"
+    ),
+    _gauge("sidecar_build_info", "Always 1; the labels name version and engine.", "version", "engine_kind"),
+    # The name and unit of DCGM's exporter, for its consumers.
+    _gauge("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", "gpu", "UUID"),
+)
 
 _TABLE: Final = {m.name: m for m in METRICS}
-PAIRS_PER_TENANT: Final = (
-    2  # (tenant, model) pairs told apart, per tenant; 600 series a metric at most take 12 ms to render
-)
-REASONS: Final = 200  # far above the number of reason codes; a bound all the same
+# (tenant, model) pairs per tenant: at most 600 series per metric, which take 12 ms to render.
+MAX_PAIRS_PER_TENANT: Final = 2
+# Far above the number of reason codes; only a bound.
+MAX_REASONS: Final = 200
 
 
 @dataclass(slots=True)
 class _Histogram:
-    """Counts by bucket (the last one is +Inf) and the sum of what was observed."""
+    """Counts by bucket (the last one is +Inf) and the sum of the observed values."""
 
     counts: list[int]
     sum: float = 0.0
@@ -122,7 +139,7 @@ class _Histogram:
 
 @dataclass(slots=True)
 class _Series:
-    """What has been fed so far, by metric and label values."""
+    """Counters and histograms so far, by metric and label values."""
 
     counters: dict[str, dict[Labels, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
     histograms: dict[str, dict[Labels, _Histogram]] = field(default_factory=lambda: defaultdict(dict))
@@ -145,32 +162,32 @@ class Metrics(Collector):
         self._tenants = BoundedLabels(max_tenants)
         self._models = BoundedLabels(max_tenants)
         self._pairs: set[tuple[str, str]] = set()
-        self._max_pairs = PAIRS_PER_TENANT * max_tenants
-        self._formats, self._stages, self._reasons = BoundedLabels(20), BoundedLabels(20), BoundedLabels(REASONS)
-        self._fed = _Series()
+        self._max_pairs = MAX_PAIRS_PER_TENANT * max_tenants
+        self._formats, self._stages, self._reasons = BoundedLabels(20), BoundedLabels(20), BoundedLabels(MAX_REASONS)
+        self._series = _Series()
         self._snapshot: Snapshot | None = None
         for metric in METRICS:  # a histogram without labels exists from the start, at 0
             if metric.buckets and not metric.labels:
-                self._fed.histograms[metric.name][()] = _Histogram([0] * (len(metric.buckets) + 1))
+                self._series.histograms[metric.name][()] = _Histogram([0] * (len(metric.buckets) + 1))
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
     def update(self, snapshot: Snapshot) -> None:
-        """The moment that gauges show from now on."""
+        """Set the snapshot that gauges show."""
         self._snapshot = snapshot
 
     def observe(self, record: ImagePrepared | CanaryResult | Verdict | AbortRequests) -> None:
-        """Count an image, a canary that ended, a verdict that has just changed, or an order to end requests."""
+        """Count an image, a canary result, a changed verdict, or a command to abort requests."""
         match record:
             case ImagePrepared():
-                self._imaged(record)
+                self._observe_image(record)
             case CanaryResult():
-                self._fed.count("sidecar_canaries_total", (record.outcome,))
-                self._fed.observe("sidecar_canary_seconds", record.ended - record.started)
+                self._series.count("sidecar_canaries_total", (record.outcome,))
+                self._series.observe("sidecar_canary_seconds", record.ended - record.started)
             case Verdict():
-                self._fed.count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
+                self._series.count("sidecar_verdict_changes_total", (record.state, self._reasons(record.reason)))
             case AbortRequests():
-                self._fed.count("sidecar_streams_ended_total", (record.code,), len(record.ids))
+                self._series.count("sidecar_streams_ended_total", (record.code,), len(record.ids))
 
     def settled(
         self,
@@ -185,33 +202,33 @@ class Metrics(Collector):
         overhead: float | None = None,
         dollars: float = 0.0,
     ) -> None:
-        """Count one settled request. Times in seconds; None where there was none (no token came, nothing was relayed)."""
+        """Count one settled request. Times are in seconds; None if there was none (no token, nothing relayed)."""
         client = self._client(tenant, model)
-        self._fed.count("sidecar_requests_total", (*client, outcome))
-        self._fed.count("sidecar_mu_total", (*client, outcome), mu)
+        self._series.count("sidecar_requests_total", (*client, outcome))
+        self._series.count("sidecar_mu_total", (*client, outcome), mu)
         if dollars > 0:
-            self._fed.count("sidecar_cost_dollars_total", client, dollars)
-        self._fed.observe("sidecar_request_seconds", seconds)
-        self._fed.observe("sidecar_time_to_first_token_seconds", ttft)
-        self._fed.observe("sidecar_time_per_output_token_seconds", tpot)
-        self._fed.observe("sidecar_relay_overhead_seconds", overhead)
+            self._series.count("sidecar_cost_dollars_total", client, dollars)
+        self._series.observe("sidecar_request_seconds", seconds)
+        self._series.observe("sidecar_time_to_first_token_seconds", ttft)
+        self._series.observe("sidecar_time_per_output_token_seconds", tpot)
+        self._series.observe("sidecar_relay_overhead_seconds", overhead)
 
     def collect(self) -> Iterator[Family]:
-        """Every metric of the table, in its order, with the series it has now."""
+        """All metrics of the table, in its order, with their current series."""
         rows: dict[str, list[tuple[Labels, float]]] = defaultdict(list)
         for name, labels, value in gauges(self._snapshot) if self._snapshot else ():
             rows[name].append((labels, value))
-        for name, series in self._fed.counters.items():
+        for name, series in self._series.counters.items():
             rows[name].extend(series.items())
         for metric in METRICS:
-            yield _family(metric, rows[metric.name], self._fed.histograms.get(metric.name, {}))
+            yield _family(metric, rows[metric.name], self._series.histograms.get(metric.name, {}))
 
-    def _imaged(self, image: ImagePrepared) -> None:
-        self._fed.count("sidecar_images_total", (self._formats(image.format), image.outcome))
-        self._fed.count("sidecar_image_bytes_total", ("in",), image.bytes_in)
-        self._fed.count("sidecar_image_bytes_total", ("out",), image.bytes_out)
+    def _observe_image(self, image: ImagePrepared) -> None:
+        self._series.count("sidecar_images_total", (self._formats(image.format), image.outcome))
+        self._series.count("sidecar_image_bytes_total", ("in",), image.bytes_in)
+        self._series.count("sidecar_image_bytes_total", ("out",), image.bytes_out)
         for stage, seconds in (*image.stages, ("total", image.seconds)):
-            self._fed.observe("sidecar_image_seconds", seconds, (self._stages(stage),))
+            self._series.observe("sidecar_image_seconds", seconds, (self._stages(stage),))
 
     def _client(self, tenant: str, model: str) -> tuple[str, str]:
         pair = self._tenants(tenant), self._models(model)
@@ -223,9 +240,9 @@ class Metrics(Collector):
         return pair
 
 
-def gauges(s: Snapshot) -> Iterator[MetricRow]:
-    """Everything that a Snapshot shows as a series."""
-    load = s.load
+def gauges(snapshot: Snapshot) -> Iterator[MetricRow]:
+    """All series that show a Snapshot."""
+    load = snapshot.load
     yield "sidecar_mu_in_flight", (), load.mu_in_flight
     yield "sidecar_mu_max_in_flight", (), load.mu_max_in_flight
     yield "sidecar_mu_per_minute", (), load.mu_per_minute
@@ -237,24 +254,24 @@ def gauges(s: Snapshot) -> Iterator[MetricRow]:
     yield "sidecar_tokens_delivered_total", (), load.tokens_delivered_total
     yield "sidecar_requests_in_flight", (), load.requests_in_flight
     for state in STATES:
-        yield "sidecar_verdict", (state,), s.verdict.state == state
-    yield "sidecar_kills_total", (), s.kills
+        yield "sidecar_verdict", (state,), snapshot.verdict.state == state
+    yield "sidecar_kills_total", (), snapshot.kills
     for reason in ESCALATIONS:
-        yield "sidecar_handover", (reason,), s.handover == reason
-    if s.progress_age is not None:
-        yield "sidecar_progress_age_seconds", (), s.progress_age
-    yield "sidecar_silence_allowed_seconds", (), s.silence_allowed
-    yield "sidecar_canary_mu_total", (), s.canaries.mu
-    yield "sidecar_canary_tokens_total", (), s.canaries.tokens
-    yield "sidecar_garbage_output", (), s.canaries.garbage
-    yield "sidecar_loop_lag_seconds", ("control",), s.own_lag
-    for relay in s.relays:
+        yield "sidecar_handover", (reason,), snapshot.handover == reason
+    if snapshot.progress_age is not None:
+        yield "sidecar_progress_age_seconds", (), snapshot.progress_age
+    yield "sidecar_silence_allowed_seconds", (), snapshot.silence_allowed
+    yield "sidecar_canary_mu_total", (), snapshot.canaries.mu
+    yield "sidecar_canary_tokens_total", (), snapshot.canaries.tokens
+    yield "sidecar_garbage_output", (), snapshot.canaries.garbage
+    yield "sidecar_loop_lag_seconds", ("control",), snapshot.own_lag
+    for relay in snapshot.relays:
         yield "sidecar_loop_lag_seconds", (f"relay-{relay.index}",), relay.lag
-    yield "sidecar_build_info", (s.version, s.engine_kind), 1
-    yield from _signal("scrape", s.engine)
-    yield from _signal("process", s.own)
-    yield from _signal("gpu", _answering(s.gpus))
-    for gpu in s.gpus.value if isinstance(s.gpus, Value) else ():
+    yield "sidecar_build_info", (snapshot.version, snapshot.engine_kind), 1
+    yield from _signal("scrape", snapshot.engine)
+    yield from _signal("process", snapshot.own)
+    yield from _signal("gpu", _gpus_signal(snapshot.gpus))
+    for gpu in snapshot.gpus.value if isinstance(snapshot.gpus, Value) else ():
         yield from _gpu(gpu)
 
 
@@ -266,8 +283,8 @@ def _signal(name: str, reading: Reading[Any]) -> Iterator[MetricRow]:
         yield "sidecar_signal_up", (name,), 0
 
 
-def _answering(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSample, ...]]:
-    """GPUs that were counted, and none of which answers, are not a signal that is up."""
+def _gpus_signal(reading: Reading[tuple[GpuSample, ...]]) -> Reading[tuple[GpuSample, ...]]:
+    """The reading of the GPUs, as failed if none of them answers."""
     if isinstance(reading, Value) and all(isinstance(gpu.memory_used, Failed) for gpu in reading.value):
         return Failed("no GPU answers")
     return reading

@@ -1,8 +1,8 @@
-"""The protobuf messages of ORCA, from a table of their fields: `xds.data.orca.v3.OrcaLoadReport` and the request for a stream of it.
+"""The protobuf messages of ORCA, from a table of fields: `xds.data.orca.v3.OrcaLoadReport` and its request.
 
-Rules: a pool of their own, so that generated classes of the same names may live in the same process; field numbers are those of
-cncf/xds (`xds/data/orca/v3/orca_load_report.proto`, `xds/service/orca/v3/orca.proto`). Only the fields that we write or read are
-here: the package xds-protos, which has all, owns the module name `envoy`, and takes it from others.
+Rules: they have their own pool, so that generated classes of the same names may exist in the process. Field numbers are
+those of cncf/xds (`xds/data/orca/v3/orca_load_report.proto`, `xds/service/orca/v3/orca.proto`). Only the fields in use
+are defined. The package xds-protos has all of them, but claims the module name `envoy`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, messa
 
 SERVICE: Final = "xds.service.orca.v3.OpenRcaService"
 METHOD: Final = "StreamCoreMetrics"
-FIELDS: Final = {  # name -> number; doubles all
+# Name -> number; all are doubles.
+FIELDS: Final = {
     "cpu_utilization": 1,
     "mem_utilization": 2,
     "rps_fractional": 6,
     "eps": 7,
     "application_utilization": 9,
 }
-NAMED_METRICS: Final = 8  # map<string, double>
-REPORT_INTERVAL: Final = 1  # google.protobuf.Duration
+# Field numbers of a map<string, double> and of a google.protobuf.Duration.
+NAMED_METRICS: Final = 8
+REPORT_INTERVAL: Final = 1
 
 _REPORT: Final = "xds.data.orca.v3.OrcaLoadReport"
 _REQUEST: Final = "xds.service.orca.v3.OrcaLoadReportRequest"
@@ -66,9 +68,9 @@ def encode(fields: dict[str, float], named: dict[str, float]) -> bytes:
 
 
 def interval(request: bytes) -> float:
-    """The `report_interval` of a request, in seconds; 0 where it names none. Raises ValueError when the bytes are no request."""
+    """The `report_interval` of a request in seconds, 0 if absent. Raises ValueError if the bytes are not a request."""
     try:
         asked = Request.FromString(request).report_interval
-    except Exception as e:  # noqa: BLE001  protobuf's DecodeError, whose class depends on how protobuf was built
-        raise ValueError(f"not an OrcaLoadReportRequest ({type(e).__name__})") from None
+    except Exception as error:  # noqa: BLE001  protobuf's DecodeError, whose class depends on how protobuf was built
+        raise ValueError(f"not an OrcaLoadReportRequest ({type(error).__name__})") from None
     return float(asked.seconds) + float(asked.nanos) / 1e9

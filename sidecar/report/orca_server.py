@@ -1,9 +1,11 @@
-"""The process that streams load reports: `xds.service.orca.v3.OpenRcaService/StreamCoreMetrics` on a port of its own.
+"""The process that streams load reports: `xds.service.orca.v3.OpenRcaService/StreamCoreMetrics` on its own port.
 
-Rules: gRPC's threads live here and nowhere else, so that nothing that a client of the stream does can hold up the judge or a request;
-the control process sends the load once a second over the socket that relays use, and knows nothing of clients. Streams are bounded in
-number, a request in bytes. A client chooses its interval, not below LEAST_INTERVAL. A load that has grown old, because there is no
-control process, is not sent: what is silent expires at the client. SIGTERM ends every stream with UNAVAILABLE.
+Rules:
+- gRPC's threads live in this process only, so that its clients can delay neither control nor relay.
+- The control process sends the load once a second over the socket of the relays, and knows nothing about clients.
+- Streams are bounded in number, requests in bytes. A client chooses its interval, at least MIN_INTERVAL_S.
+- A stale load is not sent, so that the last report expires at the client.
+- SIGTERM ends every stream with UNAVAILABLE.
 """
 
 from __future__ import annotations
@@ -22,20 +24,19 @@ from sidecar.events import Command, Event, LoadReport, LoadSubscribed
 from sidecar.report import orca, orca_proto
 from sidecar.runtime.channel import Channel
 
-LEAST_INTERVAL: Final = (
-    0.1  # seconds; Envoy reconnects after three of its intervals without a report, so it gets what it asks for
-)
-INTERVAL: Final = 1.0  # where a request names none
-REPORT_STALE_S: Final = 10.0  # seconds after which a load is no longer sent
-MOST_STREAMS: Final = 256
-MOST_BYTES: Final = 4096  # of a request
-LEAVE: Final = 2.0  # seconds that streams have to end
+# Envoy reconnects after three of its intervals without a report.
+MIN_INTERVAL_S: Final = 0.1
+DEFAULT_INTERVAL_S: Final = 1.0
+MAX_REPORT_AGE_S: Final = 10.0
+MAX_STREAMS: Final = 256
+MAX_REQUEST_BYTES: Final = 4096
+SHUTDOWN_GRACE_S: Final = 2.0
 
 _log = logging.getLogger("sidecar")
 
 
 class LatestReport:
-    """The last load that the control process sent, and the connection that it comes by."""
+    """The last load that the control process sent, and the connection to it."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -56,8 +57,8 @@ class LatestReport:
                 channel.close()
 
     async def get(self) -> bytes:
-        """The message of a fresh load; waits for one."""
-        while not self._message or time.monotonic() - self._at > REPORT_STALE_S:
+        """Wait for a fresh load, and return its message."""
+        while not self._message or time.monotonic() - self._at > MAX_REPORT_AGE_S:
             self._news.clear()
             await self._news.wait()
         return self._message
@@ -69,9 +70,9 @@ class LatestReport:
 
 
 def interval(request: bytes) -> float:
-    """Seconds between the reports of one stream. Raises ValueError when the bytes are no request."""
+    """Seconds between the reports of one stream. Raises ValueError if the bytes are not a request."""
     asked = orca_proto.interval(request)
-    return max(asked, LEAST_INTERVAL) if asked > 0 else INTERVAL
+    return max(asked, MIN_INTERVAL_S) if asked > 0 else DEFAULT_INTERVAL_S
 
 
 def main(address: tuple[str, int], path: str) -> int:
@@ -89,7 +90,7 @@ async def _serve(address: tuple[str, int], path: str) -> None:
     keeping = asyncio.create_task(latest.run())
     server = await start(address, latest, ended)
     await ended.wait()
-    await server.stop(LEAVE)
+    await server.stop(SHUTDOWN_GRACE_S)
     keeping.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await keeping
@@ -97,14 +98,14 @@ async def _serve(address: tuple[str, int], path: str) -> None:
 
 async def start(address: tuple[str, int], latest: LatestReport, ended: asyncio.Event) -> Any:
     """A running grpc.aio server, whose streams end when `ended` is set. Raises StartError that names the port."""
-    import grpc  # here: no other process of ours ever loads it
+    import grpc  # here, as no other process of the sidecar may load it
     from grpc import aio
 
     async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
         try:
             seconds = interval(request)
-        except ValueError as e:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         ending = asyncio.create_task(ended.wait())
         try:
             while (report := await _unless(ending, latest.get())) is not None:
@@ -115,8 +116,8 @@ async def start(address: tuple[str, int], latest: LatestReport, ended: asyncio.E
         await context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
 
     server = aio.server(
-        options=(("grpc.max_receive_message_length", MOST_BYTES), ("grpc.so_reuseport", 1)),
-        maximum_concurrent_rpcs=MOST_STREAMS,
+        options=(("grpc.max_receive_message_length", MAX_REQUEST_BYTES), ("grpc.so_reuseport", 1)),
+        maximum_concurrent_rpcs=MAX_STREAMS,
     )
     method = grpc.unary_stream_rpc_method_handler(stream)  # bytes in, bytes out
     server.add_generic_rpc_handlers(
@@ -126,13 +127,13 @@ async def start(address: tuple[str, int], latest: LatestReport, ended: asyncio.E
     try:
         server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     except RuntimeError:
-        raise StartError(f"--orca-grpc: port {port} on {host} cannot be used; free it or choose another") from None
+        raise StartError(f"--orca-grpc: cannot listen on port {port} of {host}; free it or choose another") from None
     await server.start()
     return server
 
 
 async def _unless(ending: asyncio.Task[Any], wanted: Any) -> bytes | None:
-    """What `wanted` gives; None where the end comes first."""
+    """The result of `wanted`; None if `ending` is done first."""
     getting = asyncio.ensure_future(wanted)
     try:
         await asyncio.wait((ending, getting), return_when=asyncio.FIRST_COMPLETED)

@@ -1,34 +1,36 @@
 
 "use strict";
-// The page: events in, document out. Rules: text enters as textContent only (tenant names come from clients); addresses are
-// relative, so that the page works behind a path prefix; a section is rebuilt only when its data changed, so that what one
-// has selected or unfolded stays; without data for LOST seconds the page says so before anything else.
+// The page: events in, document out. Rules:
+// - Text is only set as textContent, as tenant names come from clients.
+// - URLs are relative, so that the page works behind a path prefix.
+// - A section is rebuilt only if its data changed, so that selected or expanded parts stay.
+// - Without data for LOST_AFTER_S the page reports that above everything else.
 
-const LOST = 3.5; // seconds: three missed snapshots
-const DEAF = 15; // seconds after which a connection that looks open is replaced
-const RETRY = 3; // seconds
+const LOST_AFTER_S = 3.5; // three missed snapshots
+const RECONNECT_AFTER_S = 15; // without data, also of a connection that looks open
+const RETRY_INTERVAL_S = 3;
 
 const STATES = {
   starting: ["◔", "The engine has not served its first token yet. Not ready."],
-  idle: ["○", "No work is outstanding; the engine answers."],
-  progressing: ["●", "Work is outstanding and tokens move."],
-  quiet: ["◐", "Work is outstanding; the engine is silent no longer than this work may take."],
-  suspect: ["▲", "Silent for longer than allowed. Not ready; a canary is asked to confirm."],
+  idle: ["○", "No work is outstanding; the engine responds."],
+  progressing: ["●", "Work is outstanding, and tokens arrive."],
+  quiet: ["◐", "Work is outstanding; the engine is silent, within the time allowed."],
+  suspect: ["▲", "Silent for longer than allowed. Not ready; a canary is sent to confirm."],
   stalled: ["■", "No progress of any kind. Liveness fails: the engine will be restarted."],
   dead: ["✕", "The engine is gone. Liveness fails: it will be restarted."],
-  exempt: ["◇", "Sleep, pause, update or profiling: not judged, not ready."],
-  unknown: ["?", "It cannot be told at present. Nothing is failed on it."],
+  exempt: ["◇", "Sleep, pause, update or profiling: not evaluated, not ready."],
+  unknown: ["?", "The state is unknown at present. No probe fails because of it."],
 };
 const LIMITS = { stock: "MU in flight", flow: "MU per minute", kv: "the KV cache", queue: "the engine’s queue" };
 const RULES = {
-  floor: "the floor, the least ever allowed", predicted: "what this work is predicted to need",
-  learned: "gaps seen in good operation", cap: "the cap, the most ever allowed",
+  floor: "the minimum", predicted: "the time predicted for this work",
+  learned: "gaps during normal operation", cap: "the maximum",
 };
 const CHARTS = [
   { title: "Silence of the engine", time: true, tick: (v) => (v ? span(v) : "0\u00a0s"), lines: [
       { column: "progress_age", kind: "a", label: "silent for", show: span, none: "nothing outstanding" },
       { column: "allowed", kind: "limit", label: "allowed", show: span }],
-    note: (s) => `allowed is ruled by ${RULES[s.silence_ruled_by] ?? s.silence_ruled_by}` },
+    note: (s) => `allowed is set by ${RULES[s.silence_ruled_by] ?? s.silence_ruled_by}` },
   { title: "Requests", tick: (v) => amount(v), least: 2, lines: [
       { column: "in_flight", kind: "a", label: "in flight", show: (v) => amount(v) },
       { column: "waiting", kind: "b", label: "waiting", show: (v) => amount(v) }] },
@@ -41,16 +43,16 @@ const CHARTS = [
   { title: "Model units per minute", tick: (v) => amount(v, "MU"), limit: (s) => s.load.mu_max_per_minute, lines: [
       { column: "mu_per_minute", kind: "a", label: "settled", show: (v) => amount(v, "MU/min") }],
     capacity: (v) => amount(v, "MU/min"), note: (s) => `coefficients ${s.load.coefficients_fingerprint} (${s.load.coefficients_source}${s.load.coefficients_stale ? ", stale: recalibrate" : ""})` },
-  { title: "Utilisation", tick: share, least: 1, lines: [
+  { title: "Utilization", tick: share, least: 1, lines: [
       { column: "utilization", kind: "a", label: "load", show: share },
       { column: "gpu", kind: "b", label: "GPU busy", show: share, none: "not read" }],
     note: (s) => `load is limited by ${LIMITS[s.load.limited_by] ?? s.load.limited_by}` },
 ];
 
-const page = { rows: [], columns: [], snapshot: null, heard: 0, hover: null, source: null, drawn: {} };
+const page = { rows: [], columns: [], snapshot: null, receivedAt: 0, hover: null, source: null, drawn: {} };
 const $ = (id) => document.getElementById(id);
 const put = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
-const silence = () => (performance.now() - page.heard) / 1000;
+const silence = () => (performance.now() - page.receivedAt) / 1000;
 const wallNow = () => page.snapshot.at_wall + silence();
 
 // --- the feed ---
@@ -65,11 +67,11 @@ function connect() {
   });
   page.source.addEventListener("snapshot", (event) => {
     page.snapshot = JSON.parse(event.data);
-    page.heard = performance.now();
+    page.receivedAt = performance.now();
     remember(toRow(page.snapshot.point));
     show();
   });
-  page.source.onerror = () => { if (page.source.readyState === EventSource.CLOSED) setTimeout(connect, RETRY * 1000); };
+  page.source.onerror = () => { if (page.source.readyState === EventSource.CLOSED) setTimeout(connect, RETRY_INTERVAL_S * 1000); };
 }
 
 const toRow = (point) => Object.fromEntries(page.columns.map((column, index) => [column, point[index]]));
@@ -82,13 +84,13 @@ function remember(row) {
 
 function tick() {
   if (!page.snapshot) return;
-  const lost = silence() > LOST;
+  const lost = silence() > LOST_AFTER_S;
   document.body.classList.toggle("stale", lost);
   $("lost").hidden = !lost;
   $("link").dataset.link = lost ? "lost" : "live";
   put("link", lost ? "connection lost" : "live");
-  if (lost) put("lost", `No data for ${span(Math.round(silence()))}. What stands below is the state of ${clock(page.snapshot.at_wall)}, not the present. Trying again.`);
-  if (silence() > DEAF && page.source.readyState === EventSource.OPEN) connect();
+  if (lost) put("lost", `No data for ${span(Math.round(silence()))}. Below is the state at ${clock(page.snapshot.at_wall)}, not the current one. Reconnecting.`);
+  if (silence() > RECONNECT_AFTER_S && page.source.readyState === EventSource.OPEN) connect();
   showTime(lost ? page.snapshot.at_wall : wallNow(), lost);
 }
 

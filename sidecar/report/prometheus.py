@@ -1,7 +1,7 @@
-"""For Prometheus and for whoever scrapes the inference port: our series as text, and both engine's and ours as one page.
+"""Metrics pages: the sidecar's series as text, and one page of the engine's series and the sidecar's.
 
-Rules: a page is rendered at most once a second and format, however often it is asked for; the format is the client's
-choice among those the library knows; a header that no scraper sends gets plain text, never an error.
+Rules: a page is rendered at most once a second and format, however often it is scraped. The client chooses a format
+that the library knows; an invalid `Accept` header gets plain text, never an error.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 
-PLAIN: Final = CONTENT_TYPE_PLAIN_0_0_4
-FORMATS: Final = 4  # pages kept; the client names the version, so that the number of formats is not ours
+PLAIN_CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
+# A client may name any version, so the number of formats has no other bound.
+MAX_CACHED_FORMATS: Final = 4
 
-_OURS = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
+_OWN_SERIES = re.compile(r"^(# (HELP|TYPE|UNIT) )?(sidecar_|DCGM_FI_)[^\n]*\n", re.MULTILINE)
 _EOF = re.compile(r"^# EOF *$\n?", re.MULTILINE)
 
 
 class MetricsPages:
-    """The metrics of one registry as bytes, kept for `seconds`."""
+    """The metrics of one registry as bytes, cached for `seconds`."""
 
     def __init__(
         self, registry: CollectorRegistry, *, seconds: float = 1.0, clock: Callable[[], float] = time.monotonic
@@ -36,32 +37,32 @@ class MetricsPages:
         """The page and its Content-Type for an `Accept` header."""
         try:
             encoder, content_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # a version that is no number
-            encoder, content_type = generate_latest, PLAIN
+        except (TypeError, ValueError):  # a version that is not a number
+            encoder, content_type = generate_latest, PLAIN_CONTENT_TYPE
         now = self._clock()
         kept = self._kept.get(content_type)
         if kept is not None and now - kept[0] < self._seconds:
             return kept[1], content_type
         page = encoder(self._registry)
-        if len(self._kept) >= FORMATS:
+        if len(self._kept) >= MAX_CACHED_FORMATS:
             self._kept.clear()
         self._kept[content_type] = now, page
         return page, content_type
 
     def text(self) -> str:
-        """The page as plain text, for `merged`."""
+        """The page as plain text, for `merge_pages`."""
         return self.render()[0].decode()
 
 
-def merged(engine_page: str | None, ours: str) -> str:
-    """One page of plain text: the engine's series, untouched, then ours.
+def merge_pages(engine_page: str | None, own_page: str) -> str:
+    """One page of plain text: the engine's series, unchanged, then the sidecar's.
 
-    A family may stand on a page only once, so whatever an engine page has under our names gives way (an engine that is
-    itself behind a sidecar). Without an engine page it is ours alone: missing series are true, stale ones are not.
+    A family may appear on a page only once, so series of an engine page under the sidecar's names are dropped (an
+    engine that is itself behind a sidecar). Without an engine page it has the sidecar's series only: no stale ones.
     """
     if not engine_page:
-        return ours
-    theirs = _EOF.sub("", engine_page)
-    if "sidecar_" in theirs or "DCGM_FI_" in theirs:
-        theirs = _OURS.sub("", theirs if theirs.endswith("\n") else theirs + "\n")
-    return theirs + ("" if theirs.endswith("\n") else "\n") + ours
+        return own_page
+    page = _EOF.sub("", engine_page)
+    if "sidecar_" in page or "DCGM_FI_" in page:
+        page = _OWN_SERIES.sub("", page if page.endswith("\n") else page + "\n")
+    return page + ("" if page.endswith("\n") else "\n") + own_page

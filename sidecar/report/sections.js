@@ -14,7 +14,7 @@ function reading(read, view) {
   return view(read.value);
 }
 
-// columns: [heading, row -> text or node, "n" for numbers, "name" for names of others, "wide" for texts that wrap]
+// columns: [heading, row -> text or node, "n" for numbers, "name" for names, "wide" for texts that wrap]
 function table(columns, rows) {
   const head = columns.map(([heading, , kind]) => node("th", { textContent: heading, className: kind ?? "" }));
   const body = rows.map((item) => node("tr", {}, ...columns.map(([, cell, kind]) => node("td", { className: kind ?? "" }, cell(item)))));
@@ -58,11 +58,11 @@ function changes(list) {
 }
 
 function diagnoses(list) {
-  if (!list.length) return [soft("none: nothing had to be killed")];
+  if (!list.length) return [soft("none: the engine was never killed")];
   return [table([
     ["taken", (d) => node("a", { href: `diagnoses/${encodeURIComponent(d.id)}`, textContent: clock(d.at_wall), title: new Date(d.at_wall * 1000).toISOString() })],
     ["reason", (d) => node("code", { textContent: d.reason })],
-    ["what its processes did", (d) => d.summary || soft("not looked at"), "wide"],
+    ["engine processes", (d) => d.summary || soft("not examined"), "wide"],
     ["size", (d) => size(d.bytes), "n"],
   ], list)];
 }
@@ -70,13 +70,13 @@ function diagnoses(list) {
 // --- tenants and images ---
 
 function tenants({ list, known, total }) {
-  $("tenants-note").textContent = known > list.length ? `the ${list.length} largest of ${known}` : "";
+  $("tenants-note").textContent = known > list.length ? `${list.length} largest of ${known}` : "";
   if (!list.length) return [soft("no request yet")];
   return [table([
-    ["tenant", (t) => t.tenant || "(none named)", "name"],
+    ["tenant", (t) => t.tenant || "(no name)", "name"],
     ["in flight", (t) => amount(t.requests_in_flight), "n"],
     ["MU in flight", (t) => amount(t.mu_in_flight, "MU"), "n"],
-    ["MU in all", (t) => amount(t.mu_total, "MU"), "n"],
+    ["MU total", (t) => amount(t.mu_total, "MU"), "n"],
     ["share of MU", (t) => meter(total ? t.mu_total / total : 0)],
     ["tokens", (t) => amount(t.tokens_total, "tok"), "n"],
     ["requests", (t) => amount(t.requests_total), "n"],
@@ -84,11 +84,11 @@ function tenants({ list, known, total }) {
   ], list)];
 }
 
-const DEVICES = { auto: "prepared on a GPU if one is visible here, else on the CPU", cpu: "prepared on the CPU", cuda: "prepared on a GPU" };
+const DEVICES = { auto: "prepared on a GPU if one is visible, else on the CPU", cpu: "prepared on the CPU", cuda: "prepared on a GPU" };
 
 function images({ images: use, device }) {
   $("images-note").textContent = DEVICES[device] ?? "";
-  if (device === "off") return [soft("off: images pass through to the engine as they are")];
+  if (device === "off") return [soft("off: images pass through to the engine unchanged")];
   const counted = use.stages.filter(([, count]) => count);
   if (!counted.length && !use.outcomes.length) return [soft("no image yet")];
   const mean = ([, count, seconds]) => seconds / count;
@@ -100,7 +100,7 @@ function images({ images: use, device }) {
       ["mean time", (stage) => span(mean(stage)), "n"],
       ["", (stage) => meter(mean(stage) / slowest)],
       ["images", ([, count]) => amount(count), "n"],
-    ], counted) : soft("none of them was prepared"),
+    ], counted) : soft("none was prepared"),
   ];
 }
 
@@ -123,20 +123,20 @@ const ENGINE = [
   ["sleeping", "sleeping", (v) => (v ? "yes" : "no")], ["started", "started_wall", (v) => new Date(v * 1000).toISOString().slice(0, 19).replace("T", " ") + " UTC"],
 ];
 const engine = (read) => [reading(read, (sample) =>
-  facts(ENGINE.map(([label, name, view]) => [label, sample[name] === null ? soft("not offered") : view(sample[name])])))];
+  facts(ENGINE.map(([label, name, view]) => [label, sample[name] === null ? soft("not reported") : view(sample[name])])))];
 
-const CANARY = { ok: "a token came back", failed: "ended with an error", starved: "no token in the time allowed",
+const CANARY = { ok: "a token came back", failed: "ended with an error", starved: "no token within the time allowed",
   moot: "real work progressed meanwhile", refused: "no connection", busy: "the engine is full",
-  rejected: "the engine does not take it" };
+  rejected: "the engine does not accept it" };
 function canary({ last, ago, outstanding, use }) {
   const pairs = outstanding === null ? [] : [["outstanding", bad(`for ${span(Math.max(0.001, outstanding))}`)]];
-  if (!last) return [...(pairs.length ? [facts(pairs)] : []), soft("none has ended yet")];
+  if (!last) return [...(pairs.length ? [facts(pairs)] : []), soft("no result yet")];
   const outcome = `${last.outcome}: ${CANARY[last.outcome] ?? ""}`;
   pairs.push(["last", ["failed", "starved", "refused"].includes(last.outcome) ? bad(outcome) : outcome], ["ended", `${span(Math.max(1, ago))} ago`],
     ["took", `${span(last.ended - last.started)} of ${span(last.allowed)} allowed`]);
   if (last.detail) pairs.push(["detail", last.detail]);
   pairs.push(["cost so far", `${amount(use.passed)} passed, ${amount(use.mu)} MU, ${amount(use.tokens)} tokens`]);
-  if (use.garbage) pairs.push(["answers", bad("not the usual ones: the engine may compute garbage")]);
+  if (use.garbage) pairs.push(["answers", bad("unusual: the engine may compute garbage")]);
   return [facts(pairs)];
 }
 
@@ -148,7 +148,7 @@ const relays = (list) => [list.length ? table([
   ["relay", (r) => `${r.index}, pid ${r.pid}`],
   ["open", (r) => amount(r.open), "n"],
   ["loop lag", (r) => span(r.lag), "n"],
-  ["last pulse", (r) => (r.pulse_age === null ? "none yet" : r.pulse_age > 3 ? bad(`${span(r.pulse_age)} ago`) : `${span(r.pulse_age)} ago`), "n"],
+  ["last heartbeat", (r) => (r.pulse_age === null ? "none yet" : r.pulse_age > 3 ? bad(`${span(r.pulse_age)} ago`) : `${span(r.pulse_age)} ago`), "n"],
   ["restarts", (r) => (r.restarts ? bad(amount(r.restarts)) : "0"), "n"],
 ], list) : soft("no relay process yet")];
 

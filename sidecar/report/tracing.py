@@ -1,8 +1,9 @@
-"""One SERVER span per request, built in the control process from facts, so that the relay pays nothing for tracing.
+"""One SERVER span per request, built in the control process from events, so that tracing costs the relay nothing.
 
-Rules: OpenTelemetry is imported only where an endpoint is set; only traces that their caller sampled are kept; what is kept
-is bounded, and so is the wait at the end; a collector that is away costs its spans and nothing else. Names are those of
-the GenAI semantic conventions; no content ever goes into a span.
+Rules:
+- OpenTelemetry is imported only if an endpoint is set. Only traces that the caller sampled are recorded.
+- Open spans, queued spans and the wait at shutdown are bounded. If the collector is unreachable, only spans are lost.
+- Names are those of the GenAI semantic conventions. Spans never contain content.
 """
 
 from __future__ import annotations
@@ -17,26 +18,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sidecar.events import Admitted, FirstToken, ImagePrepared, Settled, Trace
 from sidecar.labels import printable
+from sidecar.load.ledger import FAILED_OUTCOMES
 from sidecar.trace_context import child
 
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
 Attributes = dict[str, str | int | float | bool]
-Terms = Callable[
-    [], Iterable[tuple[str, float]]
-]  # called only where there is a span: (name, ms) of each term of a price
+# Returns (name, ms) of each term of a price; called only if there is a span.
+Terms = Callable[[], Iterable[tuple[str, float]]]
 
-MAX_OPEN: Final = 10_000  # requests whose span is being built
-MAX_IMAGES: Final = 64  # image spans of one request
-QUEUE: Final = 2048  # spans that wait for the collector
+MAX_OPEN_REQUESTS: Final = 10_000
+MAX_IMAGES_PER_REQUEST: Final = 64
+MAX_QUEUED_SPANS: Final = 2048
 _OPERATIONS: Final = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
-_FAULTS: Final = frozenset({"engine_error", "stalled", "lost"})  # a client that went away is no error of a server
 
 
 @dataclass(slots=True)
 class _OpenSpan:
-    """A request that is not settled yet."""
+    """An open request."""
 
     admitted: Admitted
     trace: Trace
@@ -45,9 +45,9 @@ class _OpenSpan:
 
 
 class Tracing:
-    """Feed it the facts of requests in their order. With `endpoint` "" it does nothing, at no cost.
+    """Builds spans from the events of requests, in their order. With `endpoint` "" it does nothing.
 
-    `endpoint` is the base URL of an OTLP/HTTP collector, with or without /v1/traces. `mu` of `settled` is the actual price.
+    `endpoint` is the base URL of an OTLP/HTTP collector, with or without /v1/traces.
     """
 
     def __init__(
@@ -60,66 +60,64 @@ class Tracing:
     ) -> None:
         self._clock, self._wall = clock, wall
         self._open: OrderedDict[str, _OpenSpan] = OrderedDict()
-        self._early: OrderedDict[str, list[ImagePrepared]] = (
-            OrderedDict()
-        )  # images come before the admission that they price
+        # Images precede the admission of their request.
+        self._early: OrderedDict[str, list[ImagePrepared]] = OrderedDict()
         self._exporter = _Exporter(endpoint, version) if endpoint else None
 
-    def admitted(self, fact: Admitted) -> None:
-        """Begin a span, where the request is traced and sampled."""
-        images = self._early.pop(fact.id, [])
-        if self._exporter is None or fact.trace is None or not fact.trace.sampled:
+    def admitted(self, event: Admitted) -> None:
+        """Begin a span if the request is traced and sampled."""
+        images = self._early.pop(event.id, [])
+        if self._exporter is None or event.trace is None or not event.trace.sampled:
             return
-        self._open[fact.id] = _OpenSpan(fact, fact.trace, images=images)
-        if len(self._open) > MAX_OPEN:
+        self._open[event.id] = _OpenSpan(event, event.trace, images=images)
+        if len(self._open) > MAX_OPEN_REQUESTS:
             self._open.popitem(last=False)
 
-    def first_token(self, fact: FirstToken) -> None:
-        """Note when the first token came."""
-        if (request := self._open.get(fact.id)) is not None:
-            request.first_at = fact.at
+    def first_token(self, event: FirstToken) -> None:
+        """Record the time of the first token."""
+        if (request := self._open.get(event.id)) is not None:
+            request.first_at = event.at
 
-    def imaged(self, fact: ImagePrepared) -> None:
-        """Note an image of a request, as a span under the request's."""
-        if self._exporter is None or not fact.id:
+    def imaged(self, event: ImagePrepared) -> None:
+        """Record an image, as a span under the request's."""
+        if self._exporter is None or not event.id:
             return
-        request = self._open.get(fact.id)
-        images = self._early.setdefault(fact.id, []) if request is None else request.images
-        if len(images) < MAX_IMAGES:
-            images.append(fact)
-        if len(self._early) > MAX_OPEN:
+        request = self._open.get(event.id)
+        images = self._early.setdefault(event.id, []) if request is None else request.images
+        if len(images) < MAX_IMAGES_PER_REQUEST:
+            images.append(event)
+        if len(self._early) > MAX_OPEN_REQUESTS:
             self._early.popitem(last=False)
 
-    def settled(self, fact: Settled, mu: float | None = None, terms: Terms = tuple) -> None:
-        """End the span and hand it, with those of its images, to the exporter. `terms` of its price, in ms. Never waits."""
-        request = self._open.pop(fact.id, None)
+    def settled(self, event: Settled, mu: float | None = None, terms: Terms = tuple) -> None:
+        """End the span, and export it with those of its images. `mu` and `terms`: the actual price. Never waits."""
+        request = self._open.pop(event.id, None)
         if request is None or self._exporter is None:
             return
-        offset = self._wall() - self._clock()  # taken anew each time: wall clocks are stepped
+        offset = self._wall() - self._clock()  # computed each time, as wall clocks are stepped
 
         def ns(at: float) -> int:
             return int((at + offset) * 1e9)
 
         for image in request.images:
             self._exporter.image(child(request.trace), request.trace, image, ns)
-        self._exporter.request(
-            request, fact, {**request_attributes(request.admitted, request.first_at, fact, mu), **priced(terms())}, ns
-        )
+        attributes = request_attributes(request.admitted, request.first_at, event, mu) | price_attributes(terms())
+        self._exporter.request(request, event, attributes, ns)
 
     async def close(self, seconds: float = 3.0) -> bool:
-        """Send what is queued, within `seconds`. False where the collector did not take it in time."""
+        """Export queued spans within `seconds`. False if the collector did not accept them in time."""
         self._open.clear()
         self._early.clear()
         return await self._exporter.close(seconds) if self._exporter is not None else True
 
 
-def priced(terms: Iterable[tuple[str, float]]) -> Attributes:
-    """Pure: the terms of a price as attributes; those that cost nothing are left out."""
+def price_attributes(terms: Iterable[tuple[str, float]]) -> Attributes:
+    """Pure: the terms of a price as attributes, without those that are 0."""
     return {f"sidecar.gpu_ms.{name}": ms for name, ms in terms if ms}
 
 
 def request_attributes(admitted: Admitted, first_at: float | None, settled: Settled, mu: float | None) -> Attributes:
-    """Pure: the attributes of a request's span; what is not known is left out."""
+    """Pure: the attributes of a request's span, without unknown ones."""
     first = settled.first_at if settled.first_at is not None else first_at
     usage = settled.usage
     known: dict[str, str | int | float | bool | None] = {
@@ -143,7 +141,7 @@ def request_attributes(admitted: Admitted, first_at: float | None, settled: Sett
 
 
 def image_attributes(image: ImagePrepared) -> Attributes:
-    """Pure: the attributes of an image's span, seconds by stage among them."""
+    """Pure: the attributes of an image's span, including seconds by stage."""
     return {
         "sidecar.image.format": image.format,
         "sidecar.image.outcome": image.outcome,
@@ -154,8 +152,11 @@ def image_attributes(image: ImagePrepared) -> Attributes:
 
 
 class _Exporter:
-    """The only part that knows OpenTelemetry. Spans have the ids that travelled in `traceparent`, so they are built whole
-    and given to the batching processor as ended ones; a tracer would draw ids of its own."""
+    """The only part that uses OpenTelemetry.
+
+    Spans have the ids sent in `traceparent`. A tracer would generate its own, so ended spans are built and passed to
+    the batching processor.
+    """
 
     def __init__(self, endpoint: str, version: str) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -164,12 +165,12 @@ class _Exporter:
         from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
         url = endpoint if endpoint.endswith("/v1/traces") else endpoint + "/v1/traces"
-        # Resource.create also reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, which operators know.
+        # Resource.create also reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
         self._resource = Resource.create({"service.version": version})
         if str(self._resource.attributes.get("service.name", "")).startswith("unknown_service"):
             self._resource = self._resource.merge(Resource({"service.name": "inference-sidecar"}))
         self._scope = InstrumentationScope("sidecar", version)
-        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=5), max_queue_size=QUEUE)
+        self._processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=5), max_queue_size=MAX_QUEUED_SPANS)
 
     def request(self, request: _OpenSpan, settled: Settled, attributes: Attributes, ns: Callable[[float], int]) -> None:
         """The SERVER span, from its first image or its admission to its settlement."""
@@ -206,7 +207,7 @@ class _Exporter:
         )
 
     async def close(self, seconds: float) -> bool:
-        """Send what is queued. The thread is a daemon, so that a collector that hangs cannot hold the process."""
+        """Export queued spans. The thread is a daemon, so that a hung collector cannot block the exit."""
         thread = threading.Thread(target=self._processor.shutdown, name="otel-close", daemon=True)
         thread.start()
         await asyncio.to_thread(thread.join, seconds)
@@ -219,8 +220,8 @@ class _Exporter:
 
 
 def _is_fault(settled: Settled) -> bool:
-    """Whether it counts as an error of the server: not where the engine refused a bad request (4xx)."""
-    return settled.outcome in _FAULTS and not 400 <= settled.status < 500
+    """True if it is an error of the server, not a bad request that the engine rejected (4xx)."""
+    return settled.outcome in FAILED_OUTCOMES and not 400 <= settled.status < 500
 
 
 def _context(trace: Trace, span_id: str, *, remote: bool = False) -> SpanContext:

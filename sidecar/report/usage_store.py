@@ -1,13 +1,16 @@
-"""Who consumed what, on disk: sums per minute, tenant, model and outcome, in an SQLite file of the state directory.
+"""Usage on disk: sums per minute, tenant, model and outcome, in an SQLite file of the state directory.
 
     add (each settlement, in memory) -> take, about once a second -> write, one transaction -> rows
 
-Rules: a batch is written whole or not at all, and is forgotten only once it is written: what is lost by kill -9 is at most what
-was not written yet. Nothing is ever counted twice: the ids of the last minutes are written in the same transaction, because a relay
-tells a new control process again what the last one may not have booked. Minutes older than a day are summed up to hours; rows past the bounds of
-age or size go, oldest first, also of those that wait to be written. A damaged file is put aside, whenever that shows. No content, no
-names but labels.
-`write` touches the disk: call it off the event loop, one at a time.
+Rules:
+- A batch is written whole or not at all, and kept in memory until then. kill -9 loses at most the unwritten batch.
+- Nothing is counted twice. Recent request ids are written in the same transaction, because relays replay settlements
+  that the previous control process may not have recorded.
+- Minutes older than a day are summed up to hours. Rows beyond the bounds of age or size are dropped, oldest first,
+  pending ones too.
+- A damaged file is renamed, whenever the damage shows.
+- No content, and no names except labels.
+- `write` does disk I/O: call it off the event loop, one at a time.
 """
 
 from __future__ import annotations
@@ -23,20 +26,23 @@ from typing import Any, Final
 from sidecar.load.ledger import Settlement
 
 USAGE_FILE: Final = "usage.db"
-VERSION: Final = 1
-MINUTE, HOUR, DAY = 60, 3600, 86_400
-TIDY_EVERY: Final = HOUR  # seconds between two looks at what is old
-SEEN: Final = 120  # seconds for which ids are kept; a relay repeats what is a second old
-MOST_ROWS: Final = 20_000  # that wait to be written: about 6 MB
+SCHEMA_VERSION: Final = 1
+MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86_400
+TIDY_INTERVAL_S: Final = HOUR_S
+# How long ids are kept; relays replay settlements that are about a second old.
+SEEN_IDS_S: Final = 120
+# About 6 MB.
+MAX_PENDING_ROWS: Final = 20_000
 
 _log = logging.getLogger(__name__)
 
-Key = tuple[int, str, str, str]  # start of the minute (seconds since 1970), tenant, model, outcome
+# Start of the minute (seconds since 1970), tenant, model, outcome.
+Key = tuple[int, str, str, str]
 
 
 @dataclass(slots=True)
 class UsageSums:
-    """What was consumed. `gpu_seconds` is by the cost model; `seconds` is the requests' own time, waiting included."""
+    """Sums of usage. `gpu_seconds` is by the cost model; `seconds` is the time from admission to settlement."""
 
     requests: int = 0
     mu: float = 0.0
@@ -48,7 +54,7 @@ class UsageSums:
     seconds: float = 0.0
 
     def add(self, other: UsageSums) -> None:
-        """Add another's numbers to ours."""
+        """Add another's sums."""
         for name in NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -69,7 +75,7 @@ ON CONFLICT (at, tenant, model, outcome) DO UPDATE SET {_ADDED}"""
 
 @dataclass(slots=True)
 class PendingUsage:
-    """Settlements that are not on disk yet: their sums, and the ids of their requests with the times of their ends."""
+    """Settlements that are not on disk yet: their sums, and their request ids with the times of settlement."""
 
     sums: dict[Key, UsageSums] = field(default_factory=dict)
     ids: dict[str, int] = field(default_factory=dict)
@@ -78,60 +84,60 @@ class PendingUsage:
         return bool(self.ids)
 
     def add(self, other: PendingUsage) -> None:
-        """Take in another batch."""
+        """Add another batch."""
         for key, sums in other.sums.items():
             self.sums.setdefault(key, UsageSums()).add(sums)
         self.ids |= other.ids
 
 
 class UsageStore:
-    """The file of one sidecar. `unit_ms`: GPU milliseconds of a model unit; `days` and `most_bytes` bound what is kept."""
+    """The file of one sidecar. `unit_ms`: GPU milliseconds of one MU; `days` and `max_bytes` bound the file."""
 
-    def __init__(self, folder: Path, unit_ms: float, days: int, most_bytes: int) -> None:
+    def __init__(self, folder: Path, unit_ms: float, days: int, max_bytes: int) -> None:
         self.path = folder / USAGE_FILE
         self._unit_ms = unit_ms
         self._days = days
-        self._most = most_bytes
+        self._max_bytes = max_bytes
         self._pending = PendingUsage()
         self._tidied = 0.0
-        self._seen = _seen(self.path)  # by the process before us
+        self._seen = _seen(self.path)  # by the previous process
 
-    def add(self, s: Settlement, wall: float) -> None:
-        """Count one settlement at `wall`, seconds since 1970; one that is on disk already is not counted again."""
-        if s.admitted.id in self._seen:
+    def add(self, settlement: Settlement, wall: float) -> None:
+        """Count a settlement at `wall` (seconds since 1970), unless it is on disk already."""
+        if settlement.admitted.id in self._seen:
             return
-        key = int(wall) // MINUTE * MINUTE, s.tenant, s.model, s.settled.outcome
-        work, cost = s.work, s.mu * self._unit_ms / 1000
-        spent = UsageSums(
-            1,
-            s.mu,
-            cost,
-            work.uncached + work.cached,
-            work.cached,
-            s.delivered,
-            work.images,
-            s.settled.at - s.admitted.at,
+        key = int(wall) // MINUTE_S * MINUTE_S, settlement.tenant, settlement.model, settlement.settled.outcome
+        work = settlement.work
+        sums = UsageSums(
+            requests=1,
+            mu=settlement.mu,
+            gpu_seconds=settlement.mu * self._unit_ms / 1000,
+            input_tokens=work.uncached + work.cached,
+            cached_tokens=work.cached,
+            output_tokens=settlement.delivered,
+            images=work.images,
+            seconds=settlement.settled.at - settlement.admitted.at,
         )
-        self._pending.add(PendingUsage({key: spent}, {s.admitted.id: int(wall)}))
+        self._pending.add(PendingUsage({key: sums}, {settlement.admitted.id: int(wall)}))
 
     def take(self) -> PendingUsage:
-        """What was added since the last take. Give it to `write`, or back to `restore`."""
+        """Remove and return the pending batch. Pass it to `write`, or back to `restore`."""
         taken, self._pending = self._pending, PendingUsage()
         return taken
 
     def restore(self, taken: PendingUsage) -> None:
-        """A write failed: what was taken is pending again, in as much room as a disk that stays full may take."""
+        """Make a batch pending again after a failed write, bounded, as a disk may stay full."""
         taken.add(self._pending)
         newest = max(taken.ids.values(), default=0)
-        ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN}
-        self._pending = PendingUsage(_few(taken.sums), ids)
+        ids = {id: at for id, at in taken.ids.items() if at >= newest - SEEN_IDS_S}
+        self._pending = PendingUsage(_bound_rows(taken.sums), ids)
 
     def write(self, taken: PendingUsage, wall: float) -> None:
-        """Add a batch to the file, and tidy it from time to time. Raises OSError or sqlite3.Error; then nothing was written."""
+        """Add a batch to the file, and tidy it now and then. If this raises, nothing was written."""
         try:
             self._write(taken, wall)
-        except sqlite3.DatabaseError as e:
-            if type(e) is not sqlite3.DatabaseError:  # its kinds are a full or locked disk, and defects of ours
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # subclasses are full or locked disks, and bugs
                 raise
             self._put_aside()
             self._write(taken, wall)
@@ -141,44 +147,47 @@ class UsageStore:
             with _transaction(db):
                 db.executemany(_UPSERT, [(*key, *astuple(sums)) for key, sums in taken.sums.items()])
                 db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?)", taken.ids.items())
-                db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN,))
+                db.execute("DELETE FROM seen WHERE at < ?", (int(wall) - SEEN_IDS_S,))
             since = wall - self._tidied
-            if since >= TIDY_EVERY or (since >= MINUTE and _used(db) > self._most):  # clients may name tenants quickly
+            if since >= TIDY_INTERVAL_S or (
+                since >= MINUTE_S and _used_bytes(db) > self._max_bytes
+            ):  # clients can create tenants quickly
                 self._tidied = wall
                 try:
-                    tidy(db, wall, self._days, self._most)
-                except sqlite3.OperationalError as e:  # the batch is in: raised, it would be written once more
-                    _log.warning("the usage records could not be tidied (%s); tried again later", e)
+                    tidy(db, wall, self._days, self._max_bytes)
+                except sqlite3.OperationalError as error:  # not raised, or the batch would be written again
+                    _log.warning("cannot tidy usage records, retrying later: %s", error)
 
     def _put_aside(self) -> None:
-        _log.error("the usage records are damaged; they are put aside as %s.damaged", self.path.name)
+        _log.error("usage records are damaged, renaming the file to %s.damaged", self.path.name)
         for suffix in ("-wal", "-shm"):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self.path.replace(self.path.with_name(self.path.name + ".damaged"))
 
 
-def _few(sums: dict[Key, UsageSums]) -> dict[Key, UsageSums]:
-    """At most MOST_ROWS sums: of more, those of hours instead of minutes, and of still more the newest."""
-    if len(sums) <= MOST_ROWS:
+def _bound_rows(sums: dict[Key, UsageSums]) -> dict[Key, UsageSums]:
+    """At most MAX_PENDING_ROWS sums: if there are more, sum up to hours, then keep the newest."""
+    if len(sums) <= MAX_PENDING_ROWS:
         return sums
     hours = PendingUsage()
     for (at, tenant, model, outcome), one in sums.items():
-        hours.add(PendingUsage({(at // HOUR * HOUR, tenant, model, outcome): one}))
-    return dict(sorted(hours.sums.items(), key=lambda row: row[0])[-MOST_ROWS:])
+        hours.add(PendingUsage({(at // HOUR_S * HOUR_S, tenant, model, outcome): one}))
+    return dict(sorted(hours.sums.items(), key=lambda row: row[0])[-MAX_PENDING_ROWS:])
 
 
-def tidy(db: sqlite3.Connection, wall: float, days: int, most_bytes: int) -> None:
-    """Sum old minutes up to hours, drop what is too old, and the oldest tenth as long as the file is too large."""
-    aged = int(wall - DAY) // HOUR * HOUR
+def tidy(db: sqlite3.Connection, wall: float, days: int, max_bytes: int) -> None:
+    """Sum old minutes up to hours, drop rows that are too old, and the oldest tenth while the file is too large."""
+    aged = int(wall - DAY_S) // HOUR_S * HOUR_S
     with _transaction(db):
-        db.execute("DELETE FROM usage WHERE at < ?", (int(wall) - days * DAY,))
+        db.execute("DELETE FROM usage WHERE at < ?", (int(wall) - days * DAY_S,))
         old = db.execute(
-            f"SELECT at / {HOUR} * {HOUR}, tenant, model, outcome, {_SUMMED} FROM usage WHERE at < ? GROUP BY 1, 2, 3, 4",
+            f"SELECT at / {HOUR_S} * {HOUR_S}, tenant, model, outcome, {_SUMMED} FROM usage"
+            " WHERE at < ? GROUP BY 1, 2, 3, 4",
             (aged,),
         ).fetchall()
         db.execute("DELETE FROM usage WHERE at < ?", (aged,))
         db.executemany(_UPSERT, old)
-    while _used(db) > most_bytes and (count := db.execute("SELECT count(*) FROM usage").fetchone()[0]) > 1:
+    while _used_bytes(db) > max_bytes and (count := db.execute("SELECT count(*) FROM usage").fetchone()[0]) > 1:
         with _transaction(db):
             row = db.execute("SELECT at FROM usage ORDER BY at LIMIT 1 OFFSET ?", (count // 10,)).fetchone()
             db.execute("DELETE FROM usage WHERE at <= ?", row)
@@ -186,10 +195,10 @@ def tidy(db: sqlite3.Connection, wall: float, days: int, most_bytes: int) -> Non
 
 
 def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tuple[tuple[Any, ...], UsageSums]]:
-    """Sums of [since, until), grouped by columns of GROUPS, largest first. Raises OSError or sqlite3.Error."""
+    """Sums of [since, until), grouped by keys of GROUP_COLUMNS, largest first. Raises OSError or sqlite3.Error."""
     if not path.is_file():
         raise FileNotFoundError(path)
-    groups = ", ".join(GROUPS[name] for name in by) or "'all'"
+    groups = ", ".join(GROUP_COLUMNS[name] for name in by) or "'all'"
     numbers = ", ".join(str(i + 1) for i in range(max(len(by), 1)))
     query = f"SELECT {groups}, {_SUMMED} FROM usage WHERE at >= ? AND at < ? GROUP BY {numbers} ORDER BY {_order(by)}"
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)
@@ -202,7 +211,7 @@ def read(path: Path, since: float, until: float, by: tuple[str, ...]) -> list[tu
 
 
 def _seen(path: Path) -> frozenset[str]:
-    """Ids that an earlier process wrote; none where there is no file that can be read."""
+    """Ids that an earlier process wrote; none if there is no readable file."""
     if not path.is_file():
         return frozenset()
     try:
@@ -212,8 +221,8 @@ def _seen(path: Path) -> frozenset[str]:
         return frozenset()
 
 
-# What `sidecar usage --by` may name, and its SQL.
-GROUPS: Final[Mapping[str, str]] = {
+# The values of `sidecar usage --by`, and their SQL.
+GROUP_COLUMNS: Final[Mapping[str, str]] = {
     "tenant": "tenant",
     "model": "model",
     "outcome": "outcome",
@@ -234,11 +243,11 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
-            raise sqlite3.DatabaseError(f"usage records of version {version}")
+        if version not in (0, SCHEMA_VERSION):
+            raise sqlite3.DatabaseError(f"usage records of unknown version {version}")
         db.execute(_SCHEMA)
         db.execute(_SEEN)
-        db.execute(f"PRAGMA user_version = {VERSION}")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     except BaseException:
         db.close()
         raise
@@ -256,7 +265,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("COMMIT")
 
 
-def _used(db: sqlite3.Connection) -> int:
+def _used_bytes(db: sqlite3.Connection) -> int:
     pages, free, size = (
         db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
     )

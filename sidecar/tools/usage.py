@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from sidecar.errors import SidecarError
 from sidecar.flags import flag, number, one_of, text
-from sidecar.report.usage_store import GROUPS, USAGE_FILE, UsageSums, read
+from sidecar.report.usage_store import GROUP_COLUMNS, USAGE_FILE, UsageSums, read
 
 UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
 
@@ -43,7 +43,7 @@ def span(value: str) -> str:
 
 def groups(value: str) -> str:
     names = [name for name in value.split(",") if name]
-    if set(names) - set(GROUPS) or len(set(names)) != len(names):
+    if set(names) - set(GROUP_COLUMNS) or len(set(names)) != len(names):
         raise ValueError
     return ",".join(names)
 
@@ -54,7 +54,7 @@ class UsageSettings:
 
     state_dir: str = flag("/run/sidecar", text, "State directory of the sidecar", expected="a directory")
     since: str = flag("24h", span, "How far to look back", expected="a time such as 90m, 24h or 7d")
-    by: str = flag("tenant,model", groups, "What to sum by", expected="some of " + ",".join(GROUPS))
+    by: str = flag("tenant,model", groups, "What to sum by", expected="some of " + ",".join(GROUP_COLUMNS))
     format: str = flag(
         "table", one_of("table", "csv", "json"), "Form of the answer", expected="one of table, csv, json"
     )

@@ -55,7 +55,7 @@ def test_a_blocked_request_is_no_silence_and_its_end_begins_one(started: bool) -
         judge.tell(FirstToken("a", judge.now), Delivered("a", judge.now, 1, 1))
     judge.tell(RequestBlocked("a", judge.now, True))
     assert not judge.wait(100) & {"suspect", "stalled"}
-    assert judge.control.ledger.stock().requests == 1
+    assert judge.control.ledger.in_flight().requests == 1
     judge.tell(RequestBlocked("a", judge.now, False))
     assert not judge.wait(FLOOR - TICK_S) & {"suspect", "stalled"}
     assert "suspect" in judge.wait(2 * TICK_S + FLOOR)

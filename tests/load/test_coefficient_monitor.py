@@ -1,4 +1,4 @@
-"""Whether coefficients hold: the re-fit and the alarm, on synthetic engines whose costs are known. Simulated time."""
+"""Coefficient monitoring: the re-fit and the alarm, on synthetic engines of known cost, in simulated time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.engines.registry import identity
@@ -16,18 +16,17 @@ from sidecar.events import Admitted, Event, FirstToken, RequestSize, Settled, Us
 from sidecar.load import cost_model
 from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.drift import Drift, mismatch
+from sidecar.load.drift import Drift, find_mismatch
 from sidecar.load.ledger import Ledger
-from sidecar.load.refit import MIN_SURE_WINDOWS, Refit
-from sidecar.load.work_windows import TERMS, WINDOW_CLOSE_WAIT_S, WINDOW_S, WorkWindow, WorkWindows
+from sidecar.load.refit import MIN_REFIT_WINDOWS, PRIOR_STEP_SHARE, TERM_COUNT, Refit
+from sidecar.load.work_windows import STEP_INDEX, WINDOW_CLOSE_WAIT_S, WINDOW_S, WINDOW_TERMS, WorkWindow, WorkWindows
 from sidecar.readings import EngineIdentity
 
 from .work import found, history, slower, windows
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4, g=0.05, h=4.0, batch=8, source="calibrated")
-SCRIPTED = Coefficients(
-    k=1e-4, a=0.05, b=1e-9, d=10 / 8, f=1e-9, g=0, h=0, batch=8, source="file"
-)  # `sidecar engine`'s speeds
+# The speeds of `sidecar engine`.
+SCRIPTED = Coefficients(k=1e-4, a=0.05, b=1e-9, d=10 / 8, f=1e-9, g=0, h=0, batch=8, source="file")
 FLAGS = "cache_dtype=auto,gpu_memory_utilization=0.9"
 WITHIN = 30  # windows in which a slowdown to 1.5 times is found
 
@@ -46,10 +45,11 @@ def error(refit: Refit, seen: Iterable[WorkWindow]) -> float:
     """Mean log error on windows that were not learned."""
     shadow = refit.shadow()
     assert shadow
-    co, shared = shadow.co, refit.shared()
+    step, token = PRIOR_STEP_SHARE * refit.times[STEP_INDEX], (1 - PRIOR_STEP_SHARE) * refit.times[STEP_INDEX + 1]
+    co, shared = shadow.co, step / (step + token)
     errors = []
     for window in seen:
-        x = dict(zip(TERMS, window.work, strict=True))
+        x = dict(zip(WINDOW_TERMS, window.work, strict=True))
         decode = co.d * ((1 - shared) * x["d"] + shared * co.batch * x["step"])
         said = decode + sum(getattr(co, name) * x[name] for name in cost_model.TERMS if name != "d")
         errors.append(abs(math.log(said / window.ms)))
@@ -59,7 +59,7 @@ def error(refit: Refit, seen: Iterable[WorkWindow]) -> float:
 @pytest.mark.parametrize("shared", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("prior", [Coefficients(), Coefficients(batch=8), replace(TRUE, a=0.1, d=6.0)])
 def test_the_refit_converges_on_known_coefficients(prior: Coefficients, shared: float) -> None:
-    """From a prior that is 2 to 20 times off, under mixed load with 10 % noise: new windows within 5 %, one MU within 12 %."""
+    """From a prior off 2 to 20 times, mixed load with 10 % noise: new windows within 5 %, one MU within 12 %."""
     refit = fitted(prior, windows(TRUE, 300, seed=1, shared=shared))
     assert error(refit, windows(TRUE, 50, seed=2, shared=shared, noise=0.0)) < 0.05
     shadow = refit.shadow()
@@ -69,7 +69,7 @@ def test_the_refit_converges_on_known_coefficients(prior: Coefficients, shared: 
 
 
 def test_a_term_that_the_traffic_does_not_show_keeps_its_share() -> None:
-    """Without images their price follows the scale of the rest, and is not 0."""
+    """Without image traffic, the price of images follows the scale of the rest, and is not 0."""
     refit = fitted(replace(TRUE, g=0.025, h=2.0), windows(TRUE, 200, seed=3, images=False))
     shadow = refit.shadow()
     assert shadow
@@ -81,10 +81,13 @@ numbers = st.floats(0, 1e12) | st.sampled_from([0.0, 1e-12, 1e300, math.inf, mat
 
 @settings(max_examples=50)
 @given(
-    garbage=st.lists(st.tuples(numbers, st.lists(numbers, min_size=len(TERMS), max_size=len(TERMS)), numbers), max_size=40)
-)  # fmt: skip
+    garbage=st.lists(
+        st.tuples(numbers, st.lists(numbers, min_size=TERM_COUNT, max_size=TERM_COUNT), numbers), max_size=40
+    )
+)
+@example(garbage=[(1.0, [math.nan if term == "step" else 1.0 for term in WINDOW_TERMS], 1.0)])
 def test_garbage_keeps_the_refit_bounded(garbage: list[tuple[float, list[float], float]]) -> None:
-    """Whatever is measured: coefficients are at least 0 and finite, and the drift's sums are bounded."""
+    """Whatever is measured, coefficients are finite and at least 0, and the drift sums are bounded."""
     refit, drift = Refit(TRUE), Drift(TRUE)
     for at, (ms, work, together) in enumerate(garbage):
         window = WorkWindow(float(at), ms, tuple(work), max(1.0, together))
@@ -97,7 +100,7 @@ def test_garbage_keeps_the_refit_bounded(garbage: list[tuple[float, list[float],
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000), odd=st.floats(0.001, 1000))
 def test_one_odd_window_pulls_with_a_bounded_gain(seed: int, odd: float) -> None:
-    """A window that is any number of times off moves the price of one MU by at most a tenth."""
+    """A single window, however wrong, changes the price of one MU by at most a tenth."""
     refit = fitted(TRUE, windows(TRUE, 100, seed))
     before = refit.shadow()
     (window,) = windows(TRUE, 1, seed + 1)
@@ -126,7 +129,7 @@ def test_stationary_noise_is_no_alarm(noise: float, shared: float) -> None:
 @pytest.mark.parametrize("noise", [0.05, 0.15])
 @pytest.mark.parametrize("times", [1.5, 3.0])
 def test_a_slowdown_is_found(times: float, noise: float, shared: float) -> None:
-    """An engine that becomes 1.5 times slower or more is told within WITHIN windows, in 9 of 10 histories."""
+    """An engine that becomes 1.5 times slower or more is detected within WITHIN windows, in 9 of 10 histories."""
     late = 0
     for seed in range(10):
         drift = Drift(TRUE, caching=True)
@@ -137,18 +140,18 @@ def test_a_slowdown_is_found(times: float, noise: float, shared: float) -> None:
 
 
 def test_coefficients_that_never_fitted_are_found() -> None:
-    """From the first window on, without any history of this engine: twice as slow as measured, at the measured batch."""
+    """Without any history, an engine twice as slow as measured at the measured batch size is detected."""
     seen = (replace(w, together=8.0) for w in windows(TRUE, 40, 5))
     at_batch = (replace(w, work=(*w.work[:3], w.work[4] / 8, *w.work[4:])) for w in seen)
     priced = (
-        replace(w, ms=2 * sum(getattr(TRUE, n) * x for n, x in zip(TERMS, w.work, strict=True) if n != "step"))
+        replace(w, ms=2 * sum(getattr(TRUE, n) * x for n, x in zip(WINDOW_TERMS, w.work, strict=True) if n != "step"))
         for w in at_batch
     )
     assert (found(Drift(TRUE), priced) or 99) <= 10
 
 
 def test_a_faster_engine_counts_where_cached_prompts_are_told() -> None:
-    """What looks fast may only have been cached: it is told where the engine says what was."""
+    """A faster engine is detected only if it reports cached tokens; otherwise the prompts may have been cached."""
     for caching in (False, True):
         drift = Drift(TRUE, caching=caching)
         assert found(drift, windows(TRUE, 200, 1)) is None
@@ -156,7 +159,7 @@ def test_a_faster_engine_counts_where_cached_prompts_are_told() -> None:
 
 
 def test_unseen_caching_that_ends_is_no_slowdown() -> None:
-    """An engine that does not say what it had cached was fast, and is as its coefficients say: no alarm. One that says it: an alarm."""
+    """An engine that was fast and becomes as predicted raises an alarm only if it reports cached tokens."""
     for caching in (False, True):
         drift = Drift(TRUE, caching=False)
         assert found(drift, slower(windows(TRUE, 300, 3), 0.4)) is None
@@ -165,7 +168,7 @@ def test_unseen_caching_that_ends_is_no_slowdown() -> None:
 
 
 def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
-    """The alarm ends some windows after the slowdown does, and the next one is found again."""
+    """The alarm ends some windows after the slowdown, and the next slowdown is detected again."""
     drift = Drift(TRUE)
     for times, stale in ((1.0, False), (2.0, True), (1.0, False), (2.0, True)):
         for window in slower(windows(TRUE, 150, 7), times):
@@ -181,22 +184,22 @@ def test_an_engine_that_is_itself_again_is_no_longer_stale() -> None:
         (EngineIdentity(("c",), "1.0", ("H100",)), "model"),
         (EngineIdentity(("a",), "1.1", ("H100",)), "version"),
         (EngineIdentity(("a",), "1.0", ("NVIDIA L4",)), "L4"),
-        (EngineIdentity(("a",), "1.0", ("",)), ""),  # a GPU that was lost before it could say its name
+        (EngineIdentity(("a",), "1.0", ("",)), ""),  # a GPU that was lost before its name was read
         (EngineIdentity(("a",), "1.0", ("NVIDIA H100 80GB HBM3",)), ""),
         (EngineIdentity(("a",), "1.0", flags=("cache_dtype=auto", "gpu_memory_utilization=0.5")), ""),
         (EngineIdentity(("a",), "1.0", flags=("cache_dtype=fp8",)), "cache_dtype=fp8"),
     ],
 )
 def test_another_origin_is_a_mismatch(seen: EngineIdentity, said: str) -> None:
-    """Model, engine version and GPU, each only where both sides know it."""
-    told = mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100", flags=FLAGS), seen)
+    """A different model, engine version or GPU is a mismatch, if both sides are known."""
+    told = find_mismatch(replace(TRUE, model="a", engine="1.0", gpu="H100", flags=FLAGS), seen)
     assert said in told
     assert bool(told) is bool(said)
-    assert mismatch(TRUE, seen) == ""
+    assert find_mismatch(TRUE, seen) == ""
 
 
 def test_the_name_of_an_engine_and_its_settings_are_read() -> None:
-    """From a model list, a version and a metrics page; what is no such thing is unknown."""
+    """The identity comes from a model list, a version and a metrics page; anything else is unknown."""
     pages = {
         "/v1/models": b'{"data": [{"id": "a"}, {"id": 7}, 3]}',
         "/version": b'{"version": "1.0"}',
@@ -222,7 +225,7 @@ def test_a_front_end_that_reads_no_pnm_is_known(path: str, page: bytes, prepared
     assert identity({path: page}).prepared is prepared
 
 
-# --- windows, from facts ---
+# --- windows, from events ---
 
 
 def test_a_history_of_the_scheduler_is_accounted_for() -> None:
@@ -230,7 +233,7 @@ def test_a_history_of_the_scheduler_is_accounted_for() -> None:
     for rate in (1.0, 4.0, 8.0):
         seen = list(closed(SCRIPTED, history(SCRIPTED, 200.0, 3, rate=rate)))
         assert len(seen) > 15
-        work = [dict(zip(TERMS, w.work, strict=True)) for w in seen]
+        work = [dict(zip(WINDOW_TERMS, w.work, strict=True)) for w in seen]
         said = sum(0.05 * x["a"] + 10.0 * x["step"] for x in work)
         assert said == pytest.approx(sum(w.ms for w in seen), rel=0.05), rate
 
@@ -246,7 +249,7 @@ def closed(co: Coefficients, facts: Iterable[tuple[float, Event]]) -> Iterator[W
 
 @pytest.mark.parametrize("rate", [1.0, 3.0])
 def test_a_slower_scheduler_is_found(rate: float) -> None:
-    """The whole chain, facts to alarm: steps that take 1.5 times as long are told within WITHIN windows, and not before."""
+    """From events to alarm: steps that take 1.5 times as long are detected within WITHIN windows, and not before."""
     upkeep, ledger = CoefficientMonitor(SCRIPTED, 0.0), Ledger(SCRIPTED)
     stale_at = None
     facts = [*history(SCRIPTED, 600.0, 1, rate=rate), *history(SCRIPTED, 300.0, 2, rate=rate, slow=1.5, start=600.0)]
@@ -276,7 +279,7 @@ def ended(id: str, at: float, *, sent: float, first: float, outcome: str = "ok")
 
 
 def test_a_window_waits_for_first_tokens_and_not_for_ever() -> None:
-    """It is closed when what began in it is known, and thrown away when that takes longer than WAIT."""
+    """A window closes when all its requests have a first token, and is dropped after WINDOW_CLOSE_WAIT_S."""
     ledger, made = Ledger(TRUE), WorkWindows(TRUE, 0.0)
     ledger.apply(0, one("a", 12.0))
     assert made.close(ledger.holds(), 25.0) == []
@@ -290,7 +293,7 @@ def test_a_window_waits_for_first_tokens_and_not_for_ever() -> None:
 
 @pytest.mark.parametrize("outcome", ["engine_error", "stalled", "lost"])
 def test_failed_work_spoils_its_windows(outcome: str) -> None:
-    """What an engine did for a request that failed is not known."""
+    """A failed request spoils its windows, as the work done for it is unknown."""
     for how, expected in (("ok", 1), (outcome, 0)):
         ledger, made = Ledger(TRUE), WorkWindows(TRUE, 0.0)
         ledger.apply(0, one("a", 12.0))
@@ -301,7 +304,7 @@ def test_failed_work_spoils_its_windows(outcome: str) -> None:
 
 
 def test_what_is_not_trusted_teaches_nothing() -> None:
-    """While the verdict is in doubt, or others use the engine, no window counts; and a roofline is never stale."""
+    """No window counts while the verdict is in doubt or others use the engine; a roofline is never stale."""
     rng = random.Random(1)
     for co, trusted, seen in ((SCRIPTED, False, 0), (Coefficients(), True, 1)):
         upkeep, ledger = CoefficientMonitor(co, 0.0), Ledger(co)
@@ -311,4 +314,4 @@ def test_what_is_not_trusted_teaches_nothing() -> None:
             upkeep.tick(ledger.holds(), at, EngineIdentity(("other",)), trusted=trusted)
         assert (upkeep.refit.windows > 0) is bool(seen)
         assert upkeep.stale == ""
-        assert upkeep.use().shadow is None or upkeep.refit.windows >= MIN_SURE_WINDOWS
+        assert upkeep.use().shadow is None or upkeep.refit.windows >= MIN_REFIT_WINDOWS

@@ -1,10 +1,10 @@
-"""Estimates: what a request is expected to take, and how answers change that."""
+"""Estimates of requests, and how answers change them."""
 
 from __future__ import annotations
 
 from sidecar.events import RequestSize, Usage
 from sidecar.load import cost_model
-from sidecar.load.estimator import IMAGE_TOKENS, DecayedMeans, Estimate, Estimator
+from sidecar.load.estimator import DEFAULT_IMAGE_TOKENS, DecayedMeans, Estimate, Estimator
 from sidecar.load.request_shape import RequestShape
 
 CO = cost_model.Coefficients()
@@ -15,31 +15,39 @@ def work(estimator: Estimator, tenant: str, shape: RequestShape) -> RequestSize:
 
 
 def test_the_first_request_is_priced_by_the_documented_defaults() -> None:
-    """Four bytes a token, the prior's mean of output tokens, and a documented size for an image nobody measured."""
+    """Without history: four bytes per token, the prior's mean output, and the default size of an image."""
     first = Estimator(CO).estimate("t", RequestShape("m", text_bytes=400, token_ids=5, images=2), [77]).work
     assert first == RequestSize(
-        100 + 5 + 77 + IMAGE_TOKENS, output=first.output, image_tokens=77 + IMAGE_TOKENS, images=2,
-        image_squares=77**2 + IMAGE_TOKENS**2,
-    )  # fmt: skip
+        100 + 5 + 77 + DEFAULT_IMAGE_TOKENS,
+        output=first.output,
+        image_tokens=77 + DEFAULT_IMAGE_TOKENS,
+        images=2,
+        image_squares=77**2 + DEFAULT_IMAGE_TOKENS**2,
+    )
     assert 200 < first.output < 280
 
 
 def test_text_that_was_counted_needs_no_ratio() -> None:
-    """A tokenizer's count takes the place of bytes over a ratio."""
+    """A tokenizer's count replaces the ratio of bytes."""
     assert Estimator(CO).estimate("t", RequestShape("m", text_bytes=400, token_ids=5), [], 31).work.uncached == 36
 
 
 def test_the_clients_limit_caps_and_choices_multiply() -> None:
-    """`n` choices are n outputs, and neither estimate nor reservation exceeds what the client allows over all of them."""
+    """`n` choices are n outputs; neither estimate nor reservation exceeds the client's limit over all of them."""
     estimator = Estimator(CO)
     one, three = work(estimator, "t", RequestShape()).output, work(estimator, "t", RequestShape(choices=3)).output
     assert abs(three - 3 * one) <= 2
     capped = estimator.estimate("t", RequestShape(choices=3, max_output=30), [])
-    assert 25 <= capped.work.output <= estimator.high("t", RequestShape(choices=3, max_output=30), capped.work) <= 30
+    assert (
+        25
+        <= capped.work.output
+        <= estimator.high_output("t", RequestShape(choices=3, max_output=30), capped.work)
+        <= 30
+    )
 
 
 def test_embeddings_generate_nothing() -> None:
-    """A route that is not generative has no output, whatever it learned."""
+    """A route that is not generative has no output."""
     estimator = Estimator(CO)
     shape = RequestShape(generative=False, text_bytes=40)
     estimator.learn("t", shape, Usage(10, 0))
@@ -47,7 +55,7 @@ def test_embeddings_generate_nothing() -> None:
 
 
 def test_ratio_and_length_are_learned_where_they_belong() -> None:
-    """Bytes per token belong to model and script, output lengths to (tenant, model) first; a new tenant is taken to be like its model's others."""
+    """Bytes per token are learned per model and script, output lengths per tenant, then per model for new tenants."""
     estimator = Estimator(CO)
     shape = RequestShape("m", text_bytes=2000)
     for _ in range(300):
@@ -61,7 +69,7 @@ def test_ratio_and_length_are_learned_where_they_belong() -> None:
 
 
 def test_what_outlasts_its_estimate_is_expected_to_go_on() -> None:
-    """The tail is what such answers still bring: it grows where lengths are spread wide, and ends at the client's limit."""
+    """The tail is the remaining output: it grows if lengths vary widely, and ends at the client's limit."""
     estimator = Estimator(CO)
     shape = RequestShape("m", stream=True, text_bytes=400)
     for n in range(600):
@@ -73,24 +81,24 @@ def test_what_outlasts_its_estimate_is_expected_to_go_on() -> None:
 
 
 def test_images_teach_nothing_about_text() -> None:
-    """Prompt tokens of a request with images are mostly the images' and leave the ratio alone."""
+    """Requests with images do not change the ratio, as most of their prompt tokens are of images."""
     estimator = Estimator(CO)
     estimator.learn("t", RequestShape("m", text_bytes=40, images=1), Usage(3000, 5))
     assert work(estimator, "t", RequestShape("m", text_bytes=400)).uncached == 100
 
 
 def test_a_price_is_the_units_price() -> None:
-    """The estimator's price of a work is that of units.mu, and a reservation is no less than the expected value."""
+    """The estimator prices as cost_model.mu does, and a reservation is at least the expected value."""
     estimator = Estimator(CO)
     whole = RequestSize(3500, 10, 300, 20, 1)
     assert abs(estimator.mu(whole) - cost_model.mu(whole, CO)) < 1e-12
     shape = RequestShape("m", text_bytes=100)
     estimate = estimator.estimate("t", shape, [])
-    assert estimate.mu == estimator.mu(estimate.work) < estimator.reserved("t", shape, estimate.work)
+    assert estimate.mu == estimator.mu(estimate.work) < estimator.reserved_mu("t", shape, estimate.work)
 
 
 def test_the_tables_are_bounded() -> None:
-    """What was used least recently is forgotten first, and then has its start value again."""
+    """The least recently used mean is evicted first, and starts again from its start value."""
     means: DecayedMeans[int] = DecayedMeans(1.0, limit=2)
     for key in (1, 2, 1, 3):
         means.add(key, 100.0)

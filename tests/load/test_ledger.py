@@ -1,4 +1,4 @@
-"""The ledger: what is in flight is what is held, whatever happens in whatever order."""
+"""The ledger: the load in flight is the sum of the holds, whatever the order of events."""
 
 from __future__ import annotations
 
@@ -22,74 +22,81 @@ def admitted(id: str, at: float = 0.0, work: RequestSize = WORK, tenant: str = "
 
 
 def settled(
-    id: str, at: float, outcome: Outcome = "ok", *, usage: Usage | None = None, tokens: int = 0, first: float | None = None,
-    sent: float | None = 0.0, size: int = 0,
-) -> Settled:  # fmt: skip
+    id: str,
+    at: float,
+    outcome: Outcome = "ok",
+    *,
+    usage: Usage | None = None,
+    tokens: int = 0,
+    first: float | None = None,
+    sent: float | None = 0.0,
+    size: int = 0,
+) -> Settled:
     return Settled(id, at, outcome, 200, usage, tokens, size, first, sent, 0.0)
 
 
 def test_a_request_holds_its_estimate_releases_its_prefill_and_settles_on_usage() -> None:
-    """Hold, release, accrue, settle: the flow ends at the true cost."""
+    """Hold, release, accrue, settle: the flow ends at the actual cost."""
     ledger = Ledger(CO)
     hold = admitted("a")
     ledger.apply(0, hold)
-    assert ledger.stock().mu == hold.mu and ledger.stock().waiting == 1
+    assert ledger.in_flight().mu == hold.mu and ledger.in_flight().waiting == 1
     ledger.apply(0, FirstToken("a", 1.0))
-    stock = ledger.stock()
+    stock = ledger.in_flight()
     assert stock.mu < hold.mu and stock.prefill_tokens == 0 and stock.decode_tokens == 100
     ledger.apply(0, Delivered("a", 2.0, 40, 900))
-    assert ledger.stock().decode_tokens == 60
+    assert ledger.in_flight().decode_tokens == 60
     done = ledger.apply(0, settled("a", 3.0, usage=Usage(1000, 50, 400), first=1.0, tokens=50))
     assert done is not None and done.work == RequestSize(600, 400, 50)
     assert done.mu == cost_model.mu(RequestSize(600, 400, 50), CO)
-    assert ledger.stock() == type(ledger.stock())(0.0, 0, 0, 0, 0)
+    assert ledger.in_flight() == type(ledger.in_flight())(0.0, 0, 0, 0, 0)
     assert ledger.mu_per_minute(3.0) == pytest.approx(done.mu)
     assert ledger.delivered_total == 50
 
 
 def test_a_request_that_outlasts_its_estimate_keeps_a_hold() -> None:
-    """Past its estimate a hold follows the tail that was given along, and ends at what the client allows."""
+    """Beyond its estimate a hold follows the tail of the estimate, up to the client's limit."""
     ledger = Ledger(CO)
     ledger.apply(0, replace(admitted("a"), tail=(60, 200, 300, 300), max_output=1000))
     left = []
     for at, tokens in enumerate((50, 50, 50, 50, 200, 400, 190), 1):
         ledger.apply(0, Delivered("a", at, tokens, 900))
-        left.append(ledger.stock().decode_tokens)
-        assert ledger.stock().mu > cost_model.mu(RequestSize(0, output=left[-1]), CO) / 2
+        left.append(ledger.in_flight().decode_tokens)
+        assert ledger.in_flight().mu > cost_model.mu(RequestSize(0, output=left[-1]), CO) / 2
     assert left == [80, 60, 130, 200, 300, 200, 10]
 
 
 def test_a_second_settlement_changes_nothing() -> None:
-    """Exactly one settlement per admission."""
+    """Each admission is settled exactly once."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a"))
     assert ledger.apply(0, settled("a", 1.0)) is not None
     assert ledger.apply(0, settled("a", 1.0)) is None
     assert ledger.apply(0, settled("never", 1.0)) is None
-    assert ledger.accounts["acme"].requests == 1
+    assert ledger.tenant_totals["acme"].requests == 1
 
 
 def test_a_blocked_request_is_held_and_its_silence_starts_anew_when_it_goes_on() -> None:
-    """A hold that waits for its client keeps its units, is marked, and from its unblocking on the engine answers for it."""
+    """A blocked hold keeps its units; the silence of the engine counts from its unblocking."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a", at=1.0))
     ledger.apply(0, RequestBlocked("a", 2.0, True))
     ledger.apply(0, RequestBlocked("never", 2.0, True))
     [hold] = ledger.holds()
-    assert (hold.blocked, hold.since, ledger.stock().waiting) == (True, 1.0, 1)
+    assert (hold.blocked, hold.since, ledger.in_flight().waiting) == (True, 1.0, 1)
     ledger.apply(0, RequestBlocked("a", 9.0, False))
     [hold] = ledger.holds()
     assert (hold.blocked, hold.since, hold.last_at) == (False, 9.0, 9.0)
 
 
 def test_what_a_dead_relay_held_is_lost_and_only_that() -> None:
-    """The other relay's holds stay."""
+    """A relay that dies loses only its own holds."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a"))
     ledger.apply(1, admitted("a"))
     lost = ledger.lose(0, 5.0)
     assert [s.settled.outcome for s in lost] == ["lost"]
-    assert ledger.stock().requests == 1
+    assert ledger.in_flight().requests == 1
 
 
 @pytest.mark.parametrize(
@@ -102,7 +109,7 @@ def test_what_a_dead_relay_held_is_lost_and_only_that() -> None:
     ],
 )
 def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None, free: bool) -> None:
-    """A request that the engine never had, or refused, costs nothing; one given up during prefill has cost its prefill."""
+    """A request that was never sent or was rejected costs nothing; one cancelled during prefill costs its prefill."""
     ledger = Ledger(CO)
     ledger.apply(0, admitted("a"))
     done = ledger.apply(0, settled("a", 1.0, outcome, sent=sent))
@@ -110,34 +117,37 @@ def test_only_what_reached_the_engine_costs(outcome: Outcome, sent: float | None
 
 
 def test_labels_are_bounded() -> None:
-    """Tenants past the bound share one account."""
+    """Tenants beyond the bound share one total."""
     from sidecar.labels import BoundedLabels
 
     ledger = Ledger(CO, BoundedLabels(2), BoundedLabels(2))
     for n in range(10):
         ledger.apply(0, admitted(str(n), tenant=f"t{n}"))
         ledger.apply(0, settled(str(n), 1.0))
-    assert set(ledger.accounts) == {"t0", "t1", "other"}
-    assert ledger.accounts["other"].requests == 8
+    assert set(ledger.tenant_totals) == {"t0", "t1", "other"}
+    assert ledger.tenant_totals["other"].requests == 8
 
 
 def test_a_count_that_was_too_high_is_made_up_for() -> None:
-    """What a settlement takes back is taken from what comes next: the counter stands still until it is true again."""
+    """A correction downward holds the counter until it is right again; it never falls."""
     ledger, shown = Ledger(CO), []
     for id in ("a", "b"):
         ledger.apply(0, admitted(id))
-    for fact in (
-        Delivered("a", 1.0, 100, 900), settled("a", 2.0, usage=Usage(1000, 80)), Delivered("b", 3.0, 15, 90),
-        Delivered("b", 4.0, 15, 90), settled("b", 5.0, "client_cancelled", tokens=30),
-    ):  # fmt: skip
-        ledger.apply(0, fact)
+    for event in (
+        Delivered("a", 1.0, 100, 900),
+        settled("a", 2.0, usage=Usage(1000, 80)),
+        Delivered("b", 3.0, 15, 90),
+        Delivered("b", 4.0, 15, 90),
+        settled("b", 5.0, "client_cancelled", tokens=30),
+    ):
+        ledger.apply(0, event)
         shown.append(ledger.delivered_total)
     assert shown == [100, 100, 100, 110, 110]
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 200)), max_size=50))
 def test_a_rate_is_the_sum_of_its_window(events: list[tuple[float, float]]) -> None:
-    """What is older than the window is gone, what is younger counts, to within a bucket of one second."""
+    """The sum covers the window, to within a bucket of one second."""
     rate, now = SlidingSum(60.0), 0.0
     for amount, step in events:
         now += step
@@ -152,7 +162,7 @@ def test_a_rate_is_the_sum_of_its_window(events: list[tuple[float, float]]) -> N
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Any interleaving of admissions, deliveries, ends and deaths over two relays."""
+    """Any interleaving of admissions, deliveries, settlements and relay deaths, over two relays."""
 
     open_requests = Bundle("open_requests")
 
@@ -168,10 +178,10 @@ class Interleavings(RuleBasedStateMachine):
     @rule(target=open_requests, relay=st.integers(0, 1), u=st.integers(0, 5000), o=st.integers(0, 500))
     def admit(self, relay: int, u: int, o: int) -> tuple[int, str]:
         self.count += 1
-        fact = admitted(str(self.count), self.now, RequestSize(u, output=o))
-        self.ledger.apply(relay, fact)
-        self.open[relay, fact.id] = fact.mu
-        return relay, fact.id
+        event = admitted(str(self.count), self.now, RequestSize(u, output=o))
+        self.ledger.apply(relay, event)
+        self.open[relay, event.id] = event.mu
+        return relay, event.id
 
     @rule(key=open_requests, tokens=st.integers(1, 50))
     def deliver(self, key: tuple[int, str], tokens: int) -> None:
@@ -201,21 +211,21 @@ class Interleavings(RuleBasedStateMachine):
 
     @invariant()
     def outstanding_is_what_is_open(self) -> None:
-        stock = self.ledger.stock()
+        stock = self.ledger.in_flight()
         assert stock.requests == len(self.open)
         assert stock.mu >= 0 and (stock.mu == 0) == (not self.open)
         assert stock.mu <= sum(self.open.values()) + 1e-3 * len(self.open)
 
     @invariant()
     def counters_never_fall(self) -> None:
-        settled_tokens = sum(a.tokens for a in self.ledger.accounts.values())
+        settled_tokens = sum(a.tokens for a in self.ledger.tenant_totals.values())
         assert self.ledger.delivered_total >= max(self.shown, settled_tokens)
         self.shown = self.ledger.delivered_total
 
     @invariant()
     def accounts_add_up(self) -> None:
-        assert sum(a.mu for a in self.ledger.accounts.values()) == pytest.approx(self.done)
-        assert sum(a.requests for a in self.ledger.accounts.values()) == self.count - len(self.open)
+        assert sum(a.mu for a in self.ledger.tenant_totals.values()) == pytest.approx(self.done)
+        assert sum(a.requests for a in self.ledger.tenant_totals.values()) == self.count - len(self.open)
 
 
 TestInterleavings = Interleavings.TestCase

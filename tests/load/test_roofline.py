@@ -1,4 +1,4 @@
-"""Coefficients without a measurement: a model's config.json on a GPU of a known name."""
+"""Coefficients without a measurement: from a model's config.json and the name of a GPU."""
 
 from __future__ import annotations
 
@@ -20,17 +20,23 @@ from sidecar.events import RequestSize
 from sidecar.launch.preflight import coefficients
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.gpu_specs import GPUS, find
-from sidecar.load.roofline import Config, model_of, roofline, vision, windows
+from sidecar.load.gpu_specs import GPUS, find_gpu
+from sidecar.load.roofline import Config, attention_windows, parse_architecture, roofline, vision_flops
 from sidecar.settings import Settings
 
 from ..nvml_stub.build import build
 
 H100 = "NVIDIA H100 80GB HBM3"
 LLAMA: Config = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "torch_dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "torch_dtype": "bfloat16",
+}
 MIXTRAL: Config = {
     **LLAMA,
     "model_type": "mixtral",
@@ -39,18 +45,44 @@ MIXTRAL: Config = {
     "vocab_size": 32000,
 }
 QWEN3_30B: Config = {
-    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
-    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-    "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [], "vocab_size": 151936, "torch_dtype": "bfloat16",
-    "sliding_window": None, "use_sliding_window": False,
-}  # fmt: skip
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 151936,
+    "torch_dtype": "bfloat16",
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
 DEEPSEEK: Config = {
-    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280,
-    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "moe_layer_freq": 1,
-    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "vocab_size": 129280,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "moe_layer_freq": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
     "quantization_config": {"quant_method": "fp8"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -63,8 +95,8 @@ DEEPSEEK: Config = {
     ],
 )
 def test_the_weights_of_known_models_are_counted(config: Config, active: float, kept: int) -> None:
-    """Active weights are those that the models' makers tell, within 2 %, and the KV cache's size is exact."""
-    model = model_of(config)
+    """Active weights are those of the model cards, within 2 %, and the size of the KV cache is exact."""
+    model = parse_architecture(config)
     assert model.decode_weights == pytest.approx(active, rel=0.02)
     assert model.kv_values == kept
 
@@ -78,7 +110,7 @@ def test_the_documented_default_is_a_roofline() -> None:
 
 
 def test_more_and_better_gpus_cost_less() -> None:
-    """Each term falls with the number of GPUs and with their speed; k and h, which are launches, stay."""
+    """Each term falls with the number and speed of GPUs; k and h, which are launches, do not."""
     one, two, slow = roofline(LLAMA, H100), roofline(LLAMA, H100, 2), roofline(LLAMA, "NVIDIA L4")
     for name in ("a", "b", "d", "f"):
         assert getattr(one, name) / 2 < getattr(two, name) < getattr(one, name) < getattr(slow, name), name
@@ -88,7 +120,7 @@ def test_more_and_better_gpus_cost_less() -> None:
 
 def test_a_mixture_reads_more_than_it_computes() -> None:
     """Decoding in a batch reads nearly every expert, prefill computes with the chosen ones only."""
-    model = model_of(MIXTRAL)
+    model = parse_architecture(MIXTRAL)
     assert model.read_weights == pytest.approx(46.6e9, rel=0.02)
     assert roofline(MIXTRAL, H100).d > 3 * 2 * model.decode_weights / (989e12 * 0.5) * 1000
 
@@ -100,13 +132,21 @@ def test_a_mixture_reads_more_than_it_computes() -> None:
         ({"quant_method": "fp8"}, "NVIDIA A100-SXM4-80GB", 0.5, 1.0),  # which has no fp8
         ({"quant_method": "awq", "bits": 4}, H100, 4.5 / 16, 1.0),
         ({"quant_method": "mxfp4"}, H100, 4.5 / 16, 1.0),
-        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}}}, H100, 0.5, 989 / 1979),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
+            },
+            H100,
+            0.5,
+            989 / 1979,
+        ),
     ],
-)  # fmt: skip
+)
 def test_quantised_weights_are_read_and_multiplied_as_what_they_are(
     quantised: dict[str, Any], gpu: str, weights: float, products: float
 ) -> None:
-    """Reading shrinks with the bits of a weight; products are faster only where both sides and the GPU are narrow."""
+    """Reads shrink with the bits of a weight; products are faster only if weights, inputs and GPU are 8 bit."""
     plain, narrow = roofline(LLAMA, gpu), roofline({**LLAMA, "quantization_config": quantised}, gpu)
     assert narrow.d == pytest.approx(plain.d * weights)
     assert narrow.a == pytest.approx(plain.a * products)
@@ -122,26 +162,42 @@ def test_quantised_weights_are_read_and_multiplied_as_what_they_are(
         ({"sliding_window": 1024, "sliding_window_pattern": 6}, (32, 1024, 27 / 32)),  # Gemma 3: each sixth sees all
         ({"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 16}, (32, 128, 0.5)),
         ({"layer_types": ["linear_attention"] * 24 + ["full_attention"] * 8}, (8, 0, 0)),  # Qwen 3 Next
-        ({"attention_chunk_size": 8192, "layer_types": ["chunked_attention"] * 24 + ["full_attention"] * 8}, (32, 8192, 0.75)),
+        (
+            {"attention_chunk_size": 8192, "layer_types": ["chunked_attention"] * 24 + ["full_attention"] * 8},
+            (32, 8192, 0.75),
+        ),
     ],
-)  # fmt: skip
+)
 def test_sliding_windows_are_read_in_every_spelling(config: Config, expected: tuple[int, float, float]) -> None:
-    """The layers that look at the context, the window, and the share of the layers that has it."""
-    assert windows(config, 32) == pytest.approx(expected)
+    """The layers with attention, the window, and the share of layers that have it."""
+    assert attention_windows(config, 32) == pytest.approx(expected)
 
 
 def test_a_vision_tower_costs_its_patches() -> None:
-    """Of width 1280 and 32 blocks, four patches to a token; of an unknown one the default's prices stay."""
+    """A tower of width 1280 and 32 blocks, four patches per token; an unknown one keeps the default prices."""
     tower = {"hidden_size": 1280, "depth": 32, "intermediate_size": 3420, "hidden_act": "silu", "spatial_merge_size": 2}
-    per_token, per_pair = vision({**LLAMA, "vision_config": tower})
+    per_token, per_pair = vision_flops({**LLAMA, "vision_config": tower})
     assert per_token == pytest.approx(2 * 4 * 0.63e9, rel=0.02)
     assert per_pair == 4 * 1280 * 32 * 4**2
     assert (roofline(LLAMA, H100).g, roofline(LLAMA, H100).q) == (Coefficients().g, Coefficients().q)
-    assert vision({**LLAMA, "vision_config": {"depth": 3}}) == (0, 0)
+    assert vision_flops({**LLAMA, "vision_config": {"depth": 3}}) == (0, 0)
 
 
-QWEN2_5 = {"hidden_size": 1280, "depth": 32, "patch_size": 14, "window_size": 112, "spatial_merge_size": 2, "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
-CLIP = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14, "model_type": "clip_vision_model"}  # fmt: skip
+QWEN2_5 = {
+    "hidden_size": 1280,
+    "depth": 32,
+    "patch_size": 14,
+    "window_size": 112,
+    "spatial_merge_size": 2,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+CLIP = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "image_size": 336,
+    "patch_size": 14,
+    "model_type": "clip_vision_model",
+}
 
 
 @pytest.mark.parametrize(
@@ -149,16 +205,18 @@ CLIP = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_
     [
         (QWEN2_5, 4, 64),
         (CLIP, 0, 576),
-        ({**CLIP, "model_type": "pixtral"}, 24, 0),  # its image_size is the most
+        ({**CLIP, "model_type": "pixtral"}, 24, 0),  # its image_size is the maximum
         ({"hidden_size": 1280, "depth": 27, "image_size": 336, "patch_size": 14, "spatial_merge_size": 2}, 27, 0),
     ],
 )
 def test_attention_within_an_image_counts_where_it_grows(tower: dict[str, Any], whole: int, seen: int) -> None:
-    """Layers that see a whole image of any size cost its square; those that see a window or a tile cost so much for each token."""
+    """Layers that attend to the whole image cost the square of its tokens, others a constant per token."""
     config, patches = {"vision_config": tower}, tower.get("spatial_merge_size", 1) ** 2
     layers = tower.get("depth", tower.get("num_hidden_layers"))
-    plain, _ = vision({"vision_config": {key: tower[key] for key in tower if key not in ("window_size", "image_size")}})
-    per_token, per_pair = vision(config)
+    plain, _ = vision_flops(
+        {"vision_config": {key: tower[key] for key in tower if key not in ("window_size", "image_size")}}
+    )
+    per_token, per_pair = vision_flops(config)
     width = tower["hidden_size"]
     assert per_pair == whole * 4 * width * patches**2
     assert per_token - plain == pytest.approx((layers - whole) * 4 * width * seen * patches)
@@ -183,22 +241,22 @@ def test_attention_within_an_image_counts_where_it_grows(tower: dict[str, Any], 
     ],
 )
 def test_nvmls_names_find_their_row(name: str, row: str | None) -> None:
-    """The most exact row of the table; none for a GPU that is not in it."""
-    found = find(name)
+    """The most specific row of the table matches; an unknown GPU has none."""
+    found = find_gpu(name)
     assert (found and found.words) == row
     assert len({gpu.words for gpu in GPUS}) == len(GPUS)
 
 
 def test_an_instance_of_a_gpu_has_its_share() -> None:
     """Under MIG, 3g is three sevenths."""
-    whole, part = find("NVIDIA A100-SXM4-40GB"), find("NVIDIA A100-SXM4-40GB MIG 3g.20gb")
+    whole, part = find_gpu("NVIDIA A100-SXM4-40GB"), find_gpu("NVIDIA A100-SXM4-40GB MIG 3g.20gb")
     assert whole
     assert part
     assert part.bandwidth == pytest.approx(whole.bandwidth * 3 / 7)
 
 
 def test_what_is_unknown_is_said() -> None:
-    """An unknown GPU is taken for an H100, an unknown model for the documented default; `source` says so."""
+    """An unknown GPU counts as an H100, an unknown model as the default; `source` says so."""
     assert roofline(LLAMA, "Tesla K80").source == "roofline: llama of 7.5B active weights on assumed H100"
     lacking = roofline({"hidden_size": 4096}, H100)
     assert lacking.source == "default: the model's config.json has no num_hidden_layers"
@@ -210,20 +268,22 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-KEYS = sorted({*QWEN3_30B, *DEEPSEEK, "vision_config", "text_config", "layer_types", "quantization_config", "num_local_experts"})  # fmt: skip
+KEYS = sorted(
+    {*QWEN3_30B, *DEEPSEEK, "vision_config", "text_config", "layer_types", "quantization_config", "num_local_experts"}
+)
 
 
 @settings(max_examples=300)
 @given(changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=4), gpu=st.sampled_from([H100, "x"]))
 def test_no_config_breaks_the_start(changes: dict[str, Any], gpu: str) -> None:
-    """Whatever a config.json holds, coefficients come out that price work above 0 and can be written and read again."""
+    """Whatever a config.json contains, the coefficients price work above 0, and can be written and read back."""
     co = roofline({**LLAMA, **changes}, gpu)
     assert 0 < cost_model.gpu_ms(RequestSize(100, output=10), co) < float("inf")
     assert cost_model.from_json(cost_model.to_json(co)) == co
 
 
 def test_the_command_takes_the_models_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--model and --gpu give a roofline, --coefficients comes first, and a nonsensical GPU is a usage error."""
+    """--model and --gpu give a roofline, --coefficients has precedence, and an invalid GPU is a usage error."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     found = coefficients(Settings(model=str(tmp_path), gpu="2xL40S"))
     assert found == roofline(LLAMA, "L40S", 2)
@@ -246,14 +306,19 @@ def test_the_command_takes_the_models_roofline(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("script", "names"),
-    [("count 2", ["Stub GPU", "Stub GPU"]), ("mig 3", ["Stub GPU MIG 1g.10gb"]), ("hang nvmlInitWithFlags", []), ("nvmlInitWithFlags 999", [])],
-)  # fmt: skip
+    [
+        ("count 2", ["Stub GPU", "Stub GPU"]),
+        ("mig 3", ["Stub GPU MIG 1g.10gb"]),
+        ("hang nvmlInitWithFlags", []),
+        ("nvmlInitWithFlags 999", []),
+    ],
+)
 def test_the_name_comes_from_nvml(
     script: str, names: list[str], tmp_path: Path, requires: Callable[[str], Path]
 ) -> None:
-    """Without --gpu the driver library is asked, in a process of its own: one that hangs or fails holds no start up.
+    """Without --gpu a process asks the driver library, so that one that hangs or fails cannot block the start.
 
-    A slice is named as the signal names it: else its roofline would be that of the whole GPU, and its calibration stale at once.
+    A slice is named as the signal names it; otherwise it would get the roofline of the whole GPU.
     """
     library = build(requires("gcc"), tmp_path / "lib")
     (tmp_path / "script").write_text(script)

@@ -1,4 +1,4 @@
-"""A synthetic engine whose costs are known: windows of its work, and whole histories of requests on the scripted engine's scheduler."""
+"""A synthetic engine of known cost: windows of its work, and request histories on the scripted engine's scheduler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestSize, 
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.drift import Drift
-from sidecar.load.work_windows import TERMS, WorkWindow
+from sidecar.load.work_windows import WINDOW_TERMS, WorkWindow
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.scheduler import ScheduledSequence, Scheduler, SchedulerLimits
 
@@ -19,7 +19,7 @@ ENGINE = SchedulerLimits(20_000.0, 0.010, 64, 2048, 131_072, 2048)  # the defaul
 
 
 def ms(window: dict[str, float], co: Coefficients, shared: float) -> float:
-    """What a window's work takes on an engine of which `shared` of d is paid per step."""
+    """The time that a window's work takes on an engine that pays a share `shared` of d per step."""
     decode = co.d * ((1 - shared) * window["d"] + shared * co.batch * window["step"])
     return decode + sum(getattr(co, name) * window[name] for name in cost_model.TERMS if name != "d")
 
@@ -27,11 +27,11 @@ def ms(window: dict[str, float], co: Coefficients, shared: float) -> float:
 def windows(
     co: Coefficients, count: int, seed: int, *, shared: float = 0.8, noise: float = 0.1, images: bool = True
 ) -> Iterator[WorkWindow]:
-    """Windows of mixed load on it, with the noise of a log-normal."""
+    """Windows of mixed load on it, with log-normal noise."""
     rng = random.Random(seed)
     for at in range(count):
         requests, together = rng.randint(1, 8), rng.choice((1.0, 2.0, 6.5, 16.0, 40.0))
-        work = dict.fromkeys(TERMS, 0.0)
+        work = dict.fromkeys(WINDOW_TERMS, 0.0)
         for _ in range(requests):
             pictures = rng.randint(0, 2) if images else 0
             w = RequestSize(
@@ -46,11 +46,11 @@ def windows(
                 work[name] += value
         work["step"] = work["d"] / together
         took = ms(work, co, shared) * rng.lognormvariate(0, noise)
-        yield WorkWindow(10.0 * at, took, tuple(work[name] for name in TERMS), together)
+        yield WorkWindow(10.0 * at, took, tuple(work[name] for name in WINDOW_TERMS), together)
 
 
 def found(drift: Drift, seen: Iterable[WorkWindow]) -> int | None:
-    """After how many windows the coefficients were stale."""
+    """The number of windows until the coefficients were stale."""
     for number, window in enumerate(seen, 1):
         drift.add(window)
         if drift.memory.stale:
@@ -59,7 +59,7 @@ def found(drift: Drift, seen: Iterable[WorkWindow]) -> int | None:
 
 
 def slower(seen: Iterator[WorkWindow], times: float) -> Iterator[WorkWindow]:
-    """The same windows of an engine that takes so many times as long."""
+    """The same windows on an engine that takes `times` as long."""
     return (replace(window, ms=window.ms * times) for window in seen)
 
 
@@ -75,7 +75,7 @@ class _Request:
 def history(
     co: Coefficients, seconds: float, seed: int, *, rate: float, slow: float = 1.0, start: float = 0.0
 ) -> Iterator[tuple[float, Event]]:
-    """Facts of users of the scripted engine's scheduler, in simulated time; every step takes `slow` times as long."""
+    """Events of users of the scripted engine's scheduler, in simulated time; every step takes `slow` times as long."""
     rng = random.Random(seed)
     scheduler, how = Scheduler(ENGINE), Behaviour(step_factor=slow)
     now, due, number = start, start + rng.expovariate(rate), 0

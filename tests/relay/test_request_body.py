@@ -317,7 +317,7 @@ def test_cutting_changes_no_shape(extra: Any, content: list[Any], slashes: bool)
 
 def test_a_model_is_named_as_its_client_names_it() -> None:
     """A data URL for a name is that name, shortened; nothing of ours stands in its place."""
-    assert shape_of({"model": URL}).model == URL[: request_shape.MAX_NAME]
+    assert shape_of({"model": URL}).model == URL[: request_shape.MAX_MODEL_NAME_CHARS]
 
 
 def test_usage_is_asked_by_a_splice() -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the live page share: scripted snapshots, the site in a thread, and a browser."""
+"""Shared by the tests of the live page: scripted snapshots, the site in a thread, and a browser."""
 
 from __future__ import annotations
 
@@ -34,37 +34,73 @@ def verdict(
 
 
 def moment(at: float = 600.0, **changed: Any) -> snapshot.Snapshot:
-    """A snapshot of a busy engine at `at`, with whatever is named put otherwise."""
+    """A snapshot of a busy engine at `at`, with the given fields replaced."""
     load = snapshot.Load(
-        mu_in_flight=3.21, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,
-        limited_by="flow", prefill_tokens_in_flight=5120, decode_tokens_in_flight=900, tokens_delivered_total=1_234_567,
-        tokens_per_second=812.0, requests_in_flight=7, requests_waiting=2, requests_per_second=2.5,
-        coefficients_fingerprint="default-8b-h100", coefficients_source="default", coefficients_stale=False,
-    )  # fmt: skip
+        mu_in_flight=3.21,
+        mu_max_in_flight=12.0,
+        mu_per_minute=41.0,
+        mu_max_per_minute=100.0,
+        utilization=0.41,
+        limited_by="flow",
+        prefill_tokens_in_flight=5120,
+        decode_tokens_in_flight=900,
+        tokens_delivered_total=1_234_567,
+        tokens_per_second=812.0,
+        requests_in_flight=7,
+        requests_waiting=2,
+        requests_per_second=2.5,
+        coefficients_fingerprint="default-8b-h100",
+        coefficients_source="default",
+        coefficients_stale=False,
+    )
     gpu = readings.GpuSample(
-        0, "NVIDIA H200", "GPU-1", readings.Value(0.93, at), readings.Value(121 * GIB, at), readings.Value(141 * GIB, at),
-        readings.Value(640.0, at), readings.Absent("not supported under MIG"), ((31, 2),),
-    )  # fmt: skip
+        0,
+        "NVIDIA H200",
+        "GPU-1",
+        readings.Value(0.93, at),
+        readings.Value(121 * GIB, at),
+        readings.Value(141 * GIB, at),
+        readings.Value(640.0, at),
+        readings.Absent("not supported under MIG"),
+        ((31, 2),),
+    )
     whole = snapshot.Snapshot(
-        at=at, at_wall=WALL + at, version="0.1.0", engine_kind="vllm", draining=False, verdict=verdict(),
-        progress_age=0.12, silence_allowed=20.0, silence_ruled_by="predicted", load=load,
+        at=at,
+        at_wall=WALL + at,
+        version="0.1.0",
+        engine_kind="vllm",
+        draining=False,
+        verdict=verdict(),
+        progress_age=0.12,
+        silence_allowed=20.0,
+        silence_ruled_by="predicted",
+        load=load,
         tenants=(
-            snapshot.TenantUse("acme", 4, 2.2, 812.5, 1900, 820_000, (("ok", 1880), ("client_cancelled", 14), ("stalled", 6))),
+            snapshot.TenantUse(
+                "acme", 4, 2.2, 812.5, 1900, 820_000, (("ok", 1880), ("client_cancelled", 14), ("stalled", 6))
+            ),
             snapshot.TenantUse("globex", 2, 0.9, 240.0, 700, 310_000, (("ok", 700),)),
             snapshot.TenantUse("", 1, 0.11, 31.0, 96, 41_000, (("ok", 95), ("rejected", 1))),
         ),
         images=snapshot.ImageUse(
             (("ok", 412), ("passed", 9), ("rejected", 3)),
             (("decode", 412, 2.48), ("resize", 412, 1.61), ("normalise", 412, 0.33), ("encode", 412, 0.9)),
-            188_000_000, 402_000_000,
+            188_000_000,
+            402_000_000,
         ),
         images_device="cpu",
-        engine=readings.Value(readings.EngineSample(7.0, 2.0, 0.46, 9.1e6, 1.2e6, 2690.0, None, WALL - 86400, False), at, 0.012),
-        gpus=readings.Value((gpu,), at), own=readings.Value(readings.ProcessSample(17, 48 << 20, 21.5, 5), at), own_lag=0.0011,
+        engine=readings.Value(
+            readings.EngineSample(7.0, 2.0, 0.46, 9.1e6, 1.2e6, 2690.0, None, WALL - 86400, False), at, 0.012
+        ),
+        gpus=readings.Value((gpu,), at),
+        own=readings.Value(readings.ProcessSample(17, 48 << 20, 21.5, 5), at),
+        own_lag=0.0011,
         relays=(snapshot.RelayUse(0, 21, 0, 5, 0.0009, 0.4), snapshot.RelayUse(1, 22, 1, 4, 0.0013, 0.7)),
-        canary=events.CanaryResult("ok", at - 61.0, at - 60.8, 8.0), canary_outstanding_since=None,
-        changes=(verdict(), verdict("idle", "no_work", since=-30.0)), diagnoses=(),
-    )  # fmt: skip
+        canary=events.CanaryResult("ok", at - 61.0, at - 60.8, 8.0),
+        canary_outstanding_since=None,
+        changes=(verdict(), verdict("idle", "no_work", since=-30.0)),
+        diagnoses=(),
+    )
     return replace(whole, **changed)
 
 
@@ -116,22 +152,42 @@ def story(until: int) -> Iterator[snapshot.Snapshot]:
         total += round(rate)
         base = moment(float(at))
         load = replace(
-            base.load, tokens_per_second=rate, requests_in_flight=flying, mu_in_flight=flying * 0.48, tokens_delivered_total=total,
-            requests_waiting=3 if 298 <= at < 362 else max(0, flying - 7), mu_per_minute=rate * 0.05,
-            utilization=max(rate * 0.05 / 100, flying * 0.48 / 12), limited_by="stock" if not live else "flow",
-        )  # fmt: skip
+            base.load,
+            tokens_per_second=rate,
+            requests_in_flight=flying,
+            mu_in_flight=flying * 0.48,
+            tokens_delivered_total=total,
+            requests_waiting=3 if 298 <= at < 362 else max(0, flying - 7),
+            mu_per_minute=rate * 0.05,
+            utilization=max(rate * 0.05 / 100, flying * 0.48 / 12),
+            limited_by="stock" if not live else "flow",
+        )
         gpu = base.gpus.value[0]  # type: ignore[union-attr]
         busy = 0.0 if 362 <= at < 410 else 1.0 if 298 <= at < 362 else noise.uniform(0.86, 0.97) if flying else 0.02
         yield replace(
-            base, verdict=changes[0], changes=tuple(changes), load=load,
-            progress_age=None if flying == 0 else age, silence_allowed=42.0 if 190 <= at < 214 else 8.0,
+            base,
+            verdict=changes[0],
+            changes=tuple(changes),
+            load=load,
+            progress_age=None if flying == 0 else age,
+            silence_allowed=42.0 if 190 <= at < 214 else 8.0,
             silence_ruled_by="predicted" if 190 <= at < 214 else "floor",
             gpus=readings.Value((replace(gpu, utilization=readings.Value(busy, float(at))),), float(at)),
             canary_outstanding_since=float(at - 3) if state == "suspect" else None,
             canary=events.CanaryResult("starved", 307.0, 315.0, 8.0, "no token") if at >= 315 else base.canary,
-            diagnoses=(events.DiagnosisSummary("20251121-030522-stalled", WALL + 322, "no_progress", 182_044, "VLLM::EngineCore (pid 12): stopped (T)"),) if at > 325 else (),
+            diagnoses=(
+                events.DiagnosisSummary(
+                    "20251121-030522-stalled",
+                    WALL + 322,
+                    "no_progress",
+                    182_044,
+                    "VLLM::EngineCore (pid 12): stopped (T)",
+                ),
+            )
+            if at > 325
+            else (),
             engine=readings.Failed("no answer from /metrics within 2 s") if down else base.engine,
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture(name="verdict")
@@ -153,7 +209,7 @@ def _story() -> Script:
 
 
 class Site:
-    """The real feed and page on a port of their own, in a thread with its own loop, because Selenium blocks."""
+    """The real feed and page on their own port, in a thread with its own loop, because Selenium blocks."""
 
     def __init__(self) -> None:
         self.feed = live_page.PageFeed()
@@ -234,7 +290,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def open_page(chromium: webdriver.Chrome, site: Site) -> Iterator[Callable[..., webdriver.Chrome]]:
-    """Opens the page at a width and in a colour scheme; afterwards the browser must have had nothing to complain about."""
+    """Opens the page at a width and in a color scheme; afterwards the browser must have logged no errors."""
 
     def opened(width: int = 1280, height: int = 1500, scheme: str = "light") -> webdriver.Chrome:
         chromium.execute_cdp_cmd(

@@ -39,19 +39,32 @@ def requested(driver: webdriver.Chrome) -> set[str]:
 def test_the_page_shows_every_part_with_units(
     site: Any, open_page: Callable[..., webdriver.Chrome], story: Script
 ) -> None:
-    """Verdict, load, tenants, images, GPU, engine, relays, canary and changes all appear, numbers with their units."""
+    """Verdict, load, tenants, images, GPU, engine, relays, canary and changes all appear, numbers with units."""
     site.publish(*story(600))
     driver = open_page()
     await_text(driver, "#state", "progressing")
     shown = {
-        "#for": "for 2 min 4", "#detail": "Tokens are delivered.", "#reason": "progress", "#now-silence-of": "of 8 s allowed",
-        "#now-utilization-of": "limited by MU per minute", "#engine-kind": "vllm", "#charts": "capacity 12 MU",
-        "#tenants": "client_cancelled 14", "#images": "6.02 ms", "#gpus": "640 W", "#engine": "46 %", "#own": "48 MiB",
-        "#relays": "1, pid 22", "#canary": "starved", "#changes": "no_progress", "#diagnoses": "EngineCore (pid 12): stopped (T)178 KiB", "#version": "0.1.0",
-    }  # fmt: skip
+        "#for": "for 2 min 4",
+        "#detail": "Tokens are delivered.",
+        "#reason": "progress",
+        "#now-silence-of": "of 8 s allowed",
+        "#now-utilization-of": "limited by MU per minute",
+        "#engine-kind": "vllm",
+        "#charts": "capacity 12 MU",
+        "#tenants": "client_cancelled 14",
+        "#images": "6.02 ms",
+        "#gpus": "640 W",
+        "#engine": "46 %",
+        "#own": "48 MiB",
+        "#relays": "1, pid 22",
+        "#canary": "starved",
+        "#changes": "no_progress",
+        "#diagnoses": "EngineCore (pid 12): stopped (T)178 KiB",
+        "#version": "0.1.0",
+    }
     assert {selector: wanted for selector, wanted in shown.items() if wanted not in text_of(driver, selector)} == {}
     assert "absent: not supported under MIG" in text_of(driver, "#gpus")
-    assert "not offered" in text_of(driver, "#engine")
+    assert "not reported" in text_of(driver, "#engine")
     assert "XID 31 × 2" in text_of(driver, "#gpus")
     link = driver.find_element(By.CSS_SELECTOR, "#diagnoses a").get_attribute("href")
     assert link == site.url + "diagnoses/20251121-030522-stalled"
@@ -59,7 +72,7 @@ def test_the_page_shows_every_part_with_units(
 
 
 def test_a_stall_turns_the_headline(site: Any, open_page: Callable[..., webdriver.Chrome], story: Script) -> None:
-    """While one looks, a stall changes the word, the colour, the reason, the title and the icon, and recovery turns them back."""
+    """A stall changes word, color, reason, title and icon of an open page, and recovery changes them back."""
     site.publish(*story(310))
     driver = open_page()
     await_text(driver, "#state", "suspect")
@@ -103,7 +116,7 @@ def test_the_band_tells_each_change_and_its_reason(
 def test_evidence_unfolds_and_stays_unfolded(
     site: Any, open_page: Callable[..., webdriver.Chrome], story: Script
 ) -> None:
-    """The evidence of a change can be read, and the next change does not fold it again."""
+    """The evidence of a change can be expanded, and stays expanded after the next change."""
     past = list(story(500))
     site.publish(*past[:340])
     driver = open_page()
@@ -116,16 +129,24 @@ def test_evidence_unfolds_and_stays_unfolded(
 
 
 def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script) -> None:
-    """No GPU, no engine metrics, no image worker and no canary are told with their reasons, never as zeros."""
+    """Missing GPU, engine metrics, image worker and canary are shown with their reasons, never as zeros."""
     site.publish(
-        moment(gpus=readings.Absent("no NVIDIA driver library"), engine=readings.Failed("connection refused"), images_device="off",
-               canary=None, progress_age=None, relays=(), tenants=(), changes=())
-    )  # fmt: skip
+        moment(
+            gpus=readings.Absent("no NVIDIA driver library"),
+            engine=readings.Failed("connection refused"),
+            images_device="off",
+            canary=None,
+            progress_age=None,
+            relays=(),
+            tenants=(),
+            changes=(),
+        )
+    )
     driver = open_page()
     await_text(driver, "#gpus", "absent: no NVIDIA driver library")
     assert text_of(driver, "#engine") == "could not be read: connection refused"
     assert "off" in text_of(driver, "#images")
-    assert "none has ended yet" in text_of(driver, "#canary")
+    assert "no result yet" in text_of(driver, "#canary")
     assert "nothing outstanding" in text_of(driver, "#now-silence-of")
     assert "GPU busy not read" in text_of(driver, "#charts")
     assert text_of(driver, "#tenants") == "no request yet"
@@ -137,16 +158,20 @@ def test_what_is_absent_says_why(site: Any, open_page: Callable[..., webdriver.C
 def test_hostile_names_stay_text(
     site: Any, open_page: Callable[..., webdriver.Chrome], verdict: Script, moment: Script
 ) -> None:
-    """Whatever a client calls itself, and whatever an engine answers, is shown as text and runs nothing."""
+    """Names from clients and texts from engines are shown as text; nothing in them runs."""
     evil = "<img src=x onerror=\"document.title='owned'\"><script>window.owned=1</script>"
     site.publish(
         moment(
             tenants=(snapshot.TenantUse(evil, 1, 0.1, 1.0, 1, 1, ((evil, 1),)),),
-            verdict=verdict("suspect", evil, evil, evil=evil), changes=(verdict("suspect", evil, evil, evil=evil),),
-            engine=readings.Failed(evil), gpus=readings.Absent(evil), engine_kind=evil, version=evil,
+            verdict=verdict("suspect", evil, evil, evil=evil),
+            changes=(verdict("suspect", evil, evil, evil=evil),),
+            engine=readings.Failed(evil),
+            gpus=readings.Absent(evil),
+            engine_kind=evil,
+            version=evil,
             diagnoses=(events.DiagnosisSummary("../../x?" + evil, 1.0, evil, 1, evil),),
         )
-    )  # fmt: skip
+    )
     driver = open_page()
     await_text(driver, "#tenants", evil)
     for selector in ("#detail", "#changes", "#engine", "#gpus", "#diagnoses"):
@@ -161,7 +186,7 @@ def test_hostile_names_stay_text(
 def test_nothing_is_loaded_from_elsewhere(
     site: Any, open_page: Callable[..., webdriver.Chrome], moment: Script
 ) -> None:
-    """The page asks for itself and its events, and for nothing else anywhere."""
+    """The page requests itself and its events, and nothing else."""
     site.publish(moment())
     driver = open_page()
     await_text(driver, "#state", "progressing")
@@ -189,14 +214,14 @@ def test_text_is_readable_in_light_and_dark(
     verdict: Script,
     moment: Script,
 ) -> None:
-    """In both colour schemes and every verdict the page follows the scheme and its text has a contrast of at least 4.5."""
+    """In both color schemes, for every verdict, text has a contrast of at least 4.5."""
     site.publish(moment(verdict=verdict(state)))
     driver = open_page(scheme=scheme)
     await_text(driver, "#state", state)
     colour = driver.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
     assert (luminance(colour) > 0.5) == (scheme == "light")
     hero = driver.find_element(By.ID, "verdict").value_of_css_property("background-color")
-    if hero.startswith("color("):  # mixed colours come as shares of 1
+    if hero.startswith("color("):  # mixed colors are shares of 1
         hero = " ".join(str(float(part) * 255) for part in re.findall(r"[\d.]+", hero.removeprefix("color(srgb"))[:3])
     for selector in ("#state", "#detail", "#reason", "#since", "#now-silence-of"):
         ink = driver.find_element(By.CSS_SELECTOR, selector).value_of_css_property("color")
@@ -210,7 +235,7 @@ def test_text_is_readable_in_light_and_dark(
 def test_a_narrow_window_needs_no_sideways_scrolling(
     width: int, site: Any, open_page: Callable[..., webdriver.Chrome], verdict: Script, moment: Script, story: Script
 ) -> None:
-    """On a phone's width nothing is cut off or pushed out sideways, even with long names and texts."""
+    """On a phone's width nothing is cut off or overflows, even with long names and texts."""
     long = snapshot.TenantUse("t" * 64, 1, 0.1, 1.0, 1, 1, (("ok", 1),))
     site.publish(*story(340), moment(tenants=(long,), verdict=verdict("stalled", "r" * 60, "d" * 200)))
     driver = open_page(width=width)
@@ -222,7 +247,7 @@ def test_a_narrow_window_needs_no_sideways_scrolling(
 def test_lost_connection_is_said_and_healed(
     site: Any, open_page: Callable[..., webdriver.Chrome], verdict: Script, moment: Script
 ) -> None:
-    """Without data the page says for how long and stops claiming the present; refused at first, it returns by itself."""
+    """Without data the page reports for how long and marks itself stale; it reconnects by itself."""
     site.publish(moment())
     driver = open_page()
     await_text(driver, "#state", "progressing")

@@ -26,7 +26,7 @@ Script = Callable[..., Any]
 
 
 def test_readings_keep_their_three_kinds(moment: Script) -> None:
-    """A value, an absence and a failure leave as three different things, and an absence carries its reason."""
+    """A value, an absence and a failure are rendered differently, with their reasons."""
     data = live_page.render(
         moment(gpus=readings.Absent("no NVIDIA driver library"), engine=readings.Failed("timed out"))
     )
@@ -39,7 +39,7 @@ def test_readings_keep_their_three_kinds(moment: Script) -> None:
 
 
 def test_numbers_that_json_lacks_become_null(verdict: Script, moment: Script) -> None:
-    """Infinite and undefined numbers become null, for a browser refuses a whole document with NaN in it."""
+    """Infinite and undefined numbers become null, as browsers reject JSON with NaN."""
     odd = moment(silence_allowed=math.inf, own_lag=math.nan, verdict=verdict(evidence_of=-math.inf))
     text = json.dumps(live_page.render(odd), allow_nan=False)
     assert json.loads(text)["silence_allowed"] is None
@@ -47,7 +47,7 @@ def test_numbers_that_json_lacks_become_null(verdict: Script, moment: Script) ->
 
 
 def test_only_the_largest_tenants_are_sent(moment: Script) -> None:
-    """Rows are bounded, the largest users stay, and the page is told how many there are."""
+    """Rows are bounded, the largest users are kept, and the total number is reported."""
     many = tuple(snapshot.TenantUse(f"t{n}", 0, 0.0, float(n), n, n, ()) for n in range(200))
     data = live_page.render(moment(tenants=many))
     assert [row["tenant"] for row in data["tenants"]] == [f"t{n}" for n in range(199, 199 - live_page.MAX_TENANTS, -1)]
@@ -60,15 +60,18 @@ def test_a_point_has_a_column_for_each_name(moment: Script) -> None:
     gpu = moment().gpus.value[0]  # type: ignore[union-attr]
     dark = replace(gpu, utilization=readings.Failed("GPU is lost"))
     both = readings.Value((gpu, replace(gpu, utilization=readings.Value(0.07, 0.0)), dark), 0.0)
-    row = dict(zip(live_page.POINT, live_page.point(moment(gpus=both)), strict=True))
+    row = dict(zip(live_page.POINT_COLUMNS, live_page.point(moment(gpus=both)), strict=True))
     assert row["gpu"] == 0.5
     assert row["t"] == moment().at_wall
     assert row["state"] == "progressing"
-    assert dict(zip(live_page.POINT, live_page.point(moment(gpus=readings.Absent("none"))), strict=True))["gpu"] is None
+    assert (
+        dict(zip(live_page.POINT_COLUMNS, live_page.point(moment(gpus=readings.Absent("none"))), strict=True))["gpu"]
+        is None
+    )
 
 
 def test_the_document_is_whole_and_self_contained() -> None:
-    """All parts are in place, nothing refers to another origin, and every handler the policy would block is absent."""
+    """All parts are inserted, nothing refers to another origin, and there are no inline handlers."""
     text = live_page.html().decode()
     assert "<!-- put" not in text
     assert not re.search(r"""(src|href)=["'](https?:)?//""", text)
@@ -77,7 +80,7 @@ def test_the_document_is_whole_and_self_contained() -> None:
 
 
 def test_every_state_has_a_word_a_glyph_and_a_colour() -> None:
-    """No verdict of the program is unknown to the page."""
+    """The page knows all verdicts."""
     text = live_page.html().decode()
     for state in events.STATES:
         assert re.search(rf'^  {state}: \["."', text, re.MULTILINE), f"{state} has no glyph"
@@ -107,7 +110,7 @@ async def next_event(response: aiohttp.ClientResponse) -> tuple[str, Any]:
 
 
 async def test_history_comes_first_then_the_present_then_each_snapshot(moment: Script, story: Script) -> None:
-    """A page that opens late has the past at once, the last snapshot without waiting, and the next ones as they come."""
+    """A page that opens late gets the history and the last snapshot at once, and then the next ones."""
     feed = live_page.PageFeed()
     for one in story(40):
         feed.publish(one)
@@ -115,7 +118,7 @@ async def test_history_comes_first_then_the_present_then_each_snapshot(moment: S
         assert response.content_type == "text/event-stream"
         name, history = await next_event(response)
         assert name == "history"
-        assert history["columns"] == list(live_page.POINT)
+        assert history["columns"] == list(live_page.POINT_COLUMNS)
         assert [row[0] for row in history["points"]] == [moment(at).at_wall for at in range(40)]
         assert (await next_event(response))[1]["at"] == 39.0
         feed.publish(moment(40.0))
@@ -123,15 +126,15 @@ async def test_history_comes_first_then_the_present_then_each_snapshot(moment: S
 
 
 async def test_history_is_bounded_in_time_and_number(moment: Script) -> None:
-    """The ring holds the last ten minutes however long and however often one publishes."""
+    """The history holds the last ten minutes, however long and often snapshots are published."""
     feed = live_page.PageFeed()
     for step in range(4000):
         feed.publish(moment(step * 0.3))
     async with served(feed) as client, client.get("/events") as response:
         points = (await next_event(response))[1]["points"]
-    assert len(points) <= live_page.HISTORY_SECONDS / live_page.MIN_STEP
-    assert points[0][0] >= points[-1][0] - live_page.HISTORY_SECONDS
-    assert points[-1][0] - points[0][0] > live_page.HISTORY_SECONDS - 1
+    assert len(points) <= live_page.HISTORY_S / live_page.MIN_POINT_INTERVAL_S
+    assert points[0][0] >= points[-1][0] - live_page.HISTORY_S
+    assert points[-1][0] - points[0][0] > live_page.HISTORY_S - 1
 
 
 async def test_nothing_is_rendered_while_nobody_listens(monkeypatch: pytest.MonkeyPatch, moment: Script) -> None:
@@ -152,7 +155,7 @@ async def test_nothing_is_rendered_while_nobody_listens(monkeypatch: pytest.Monk
 
 
 async def test_readers_are_bounded(moment: Script) -> None:
-    """Past the bound one more page gets 503 and is told when to come back; a page that leaves makes room."""
+    """Beyond the bound a page gets 503 and Retry-After; a page that leaves makes room."""
     feed = live_page.PageFeed()
     async with served(feed) as client:
         readers = [await client.get("/events") for _ in range(live_page.MAX_READERS)]
@@ -169,19 +172,19 @@ async def test_readers_are_bounded(moment: Script) -> None:
 
 
 async def test_a_slow_reader_skips_and_sees_the_present(moment: Script) -> None:
-    """What waits for one reader is bounded: the oldest snapshots are dropped, the newest arrives."""
+    """The queue of a reader is bounded: the oldest snapshots are dropped, the newest arrives."""
     feed = live_page.PageFeed()
     async with served(feed) as client, client.get("/events") as response:
         await next_event(response)
-        for step in range(100):  # in one go: the handler has no turn in between
+        for step in range(100):  # at once: the handler does not run in between
             feed.publish(moment(float(step)))
-        seen = [(await next_event(response))[1]["at"] for _ in range(live_page.MAX_QUEUED)]
+        seen = [(await next_event(response))[1]["at"] for _ in range(live_page.MAX_QUEUED_EVENTS)]
     assert seen == [97.0, 98.0, 99.0]
 
 
 async def test_a_reader_that_takes_nothing_is_cut_off(verdict: Script, moment: Script) -> None:
-    """A connection that is open but never read is aborted once it blocks for `patience`, and its place is free again."""
-    feed = live_page.PageFeed(patience=0.05)
+    """A connection that is never read is aborted once it blocks for `write_timeout_s`, which makes room."""
+    feed = live_page.PageFeed(write_timeout_s=0.05)
     heavy = moment(changes=tuple(verdict(detail="d" * 200, since=float(n)) for n in range(2000)))
     async with served(feed) as client:
         with socket.socket() as deaf:
@@ -198,7 +201,7 @@ async def test_a_reader_that_takes_nothing_is_cut_off(verdict: Script, moment: S
 
 
 async def test_close_ends_all_streams() -> None:
-    """After `close` every stream ends as a stream should, and a new one is refused: the server need not wait."""
+    """After `close` every stream ends cleanly, and new ones are rejected, so the server need not wait."""
     feed = live_page.PageFeed()
     async with served(feed) as client, client.get("/events") as response:
         await next_event(response)
@@ -209,7 +212,7 @@ async def test_close_ends_all_streams() -> None:
 
 
 async def test_the_policy_names_exactly_what_the_page_runs() -> None:
-    """The page is sent with a policy that allows its own script and style by hash, its own origin, and nothing else."""
+    """The policy of the page allows its own script and style by hash, its own origin, and nothing else."""
     async with served(live_page.PageFeed()) as client, client.get("/") as response:
         policy = response.headers["Content-Security-Policy"]
         assert response.content_type == "text/html"

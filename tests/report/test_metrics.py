@@ -1,4 +1,4 @@
-"""Metrics that are fed: names of the contract, counters, histograms, and labels that clients cannot multiply."""
+"""Metrics: names of the contract, counters, histograms, and bounded labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.events import OUTCOMES, CanaryResult, ImagePrepared, Verdict
 from sidecar.labels import NONE, OTHER, BoundedLabels, printable
-from sidecar.report.metrics import METRICS, PAIRS_PER_TENANT, Metrics
+from sidecar.report.metrics import MAX_PAIRS_PER_TENANT, METRICS, Metrics
 from sidecar.report.prometheus import MetricsPages
 
 # Users' dashboards and routers depend on these; a change here breaks them.
@@ -94,7 +94,7 @@ def test_a_settled_request_is_counted_by_tenant_model_and_outcome() -> None:
 
 
 def test_without_a_price_there_is_no_cost_series() -> None:
-    """Cost 0 is not shown as 0 dollars: there is no series."""
+    """A cost of 0 has no series of dollars."""
     meters = Metrics(max_tenants=5)
     settle(meters)
     assert not [name for name, _ in series(meters) if name.startswith("sidecar_cost")]
@@ -102,7 +102,7 @@ def test_without_a_price_there_is_no_cost_series() -> None:
 
 @given(st.lists(st.floats(0, 1e5), max_size=50))
 def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
-    """Each bucket counts exactly the values up to its bound, +Inf counts all, and the sum is theirs."""
+    """Each bucket counts the values up to its bound, +Inf counts all, and the sum is right."""
     meters = Metrics(max_tenants=5)
     for value in values:
         settle(meters, seconds=value)
@@ -114,7 +114,7 @@ def test_a_histogram_is_cumulative_and_complete(values: list[float]) -> None:
 
 
 def test_images_canaries_and_verdict_changes_are_counted() -> None:
-    """Each record goes into its counter and, where it has a duration, its histogram."""
+    """Each record counts in its counter and, if it has a duration, in its histogram."""
     meters = Metrics(max_tenants=5)
     meters.observe(ImagePrepared("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006), ("resize", 0.004)), 1000, 3000))
     meters.observe(CanaryResult("starved", 10.0, 18.0, 8.0))
@@ -131,21 +131,21 @@ def test_images_canaries_and_verdict_changes_are_counted() -> None:
 
 
 def test_clients_cannot_multiply_series() -> None:
-    """Any number of made-up tenants and models yields a bounded page, and no request is lost from the sums."""
+    """Any number of tenants and models yields a bounded page, and the sums miss no request."""
     limit = 5
     meters = Metrics(max_tenants=limit)
     for n in range(1000):
         meters.settled(f"tenant {n}" * 20, f"model {n % 97}", OUTCOMES[n % 6], mu=1.0, seconds=1.0)
     requests = {labels: v for (name, labels), v in series(meters).items() if name == "sidecar_requests_total"}
     clients = {(dict(labels)["tenant"], dict(labels)["model"]) for labels in requests}
-    assert len(clients) <= limit * PAIRS_PER_TENANT + 1
+    assert len(clients) <= limit * MAX_PAIRS_PER_TENANT + 1
     assert max(len(tenant) for tenant, _ in clients) <= 64
     assert (OTHER, OTHER) in clients
     assert sum(requests.values()) == 1000
 
 
 def test_a_hostile_label_cannot_break_the_page() -> None:
-    """Quotes, backslashes and line ends in a tenant's name come out escaped or replaced, in one parseable sample."""
+    """Quotes, backslashes and line ends in a tenant's name are escaped or replaced, in one parseable sample."""
     meters = Metrics(max_tenants=5)
     settle(meters, tenant='a"} 1\nsidecar_verdict{verdict="dead\\', model="\x00\u202e")
     (labels,) = [dict(labels) for name, labels in series(meters) if name == "sidecar_requests_total"]
@@ -154,7 +154,7 @@ def test_a_hostile_label_cannot_break_the_page() -> None:
 
 @given(st.lists(st.text(max_size=100), max_size=60), st.integers(1, 10))
 def test_bounded_is_stable_and_bounded(texts: list[str], limit: int) -> None:
-    """At most `limit` labels besides `other`; a text that had a label keeps it; labels are printable, short, not empty."""
+    """There are at most `limit` labels and `other`; a text keeps its label; labels are printable, short, not empty."""
     bounded = BoundedLabels(limit, max_length=20)
     first = [bounded(text) for text in texts]
     assert len({label for label in first if label != OTHER}) <= limit

@@ -33,11 +33,24 @@ from sidecar.snapshot import Load
 from ..waiting import PATIENCE
 
 LOAD = Load(
-    mu_in_flight=3.2, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,
-    limited_by="flow", prefill_tokens_in_flight=5120, decode_tokens_in_flight=900, tokens_delivered_total=123456,
-    tokens_per_second=500.0, requests_in_flight=7, requests_waiting=2, requests_per_second=0.7,
-    coefficients_fingerprint="llama-h100", coefficients_source="file", coefficients_stale=False, recent_mu_per_second=0.5,
-)  # fmt: skip
+    mu_in_flight=3.2,
+    mu_max_in_flight=12.0,
+    mu_per_minute=41.0,
+    mu_max_per_minute=100.0,
+    utilization=0.41,
+    limited_by="flow",
+    prefill_tokens_in_flight=5120,
+    decode_tokens_in_flight=900,
+    tokens_delivered_total=123456,
+    tokens_per_second=500.0,
+    requests_in_flight=7,
+    requests_waiting=2,
+    requests_per_second=0.7,
+    coefficients_fingerprint="llama-h100",
+    coefficients_source="file",
+    coefficients_stale=False,
+    recent_mu_per_second=0.5,
+)
 ENGINE: Reading[EngineSample] = Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004)
 FORMS = pytest.mark.parametrize(
     "form", [orca.OrcaReport.json, orca.OrcaReport.text, orca.OrcaReport.binary], ids=lambda f: f.__name__
@@ -50,7 +63,7 @@ def read(header: str) -> dict[str, Any]:
     form, _, rest = header.partition(" ")
     if form == "TEXT":
         return {k: float(v) for k, v in (pair.split("=") for pair in rest.split(", "))}
-    if form == "BIN":
+    if form == "BIN_PREFIX":
         message = OrcaLoadReport.FromString(orca.message(header))
         fields = {f.name: value for f, value in message.ListFields()}
     else:
@@ -61,14 +74,14 @@ def read(header: str) -> dict[str, Any]:
 
 
 def weight(report: dict[str, Any]) -> int:
-    """What Envoy makes of a report: a whole number."""
+    """The integer weight that Envoy computes from a report."""
     utilization = report["application_utilization"] + report.get("eps", 0.0) / report["rps_fractional"]
     return int(report["rps_fractional"] / utilization)
 
 
 @FORMS
 def test_a_report_carries_utilisation_thrice_and_vllms_own_two(form: Form) -> None:
-    """All utilisations are alike, the rate is in milli-MU per second, and what vLLM itself reports is not lost."""
+    """All utilizations are equal, the rate is in milli-MU per second, and vLLM's own values are kept."""
     assert read(form(orca.report(LOAD, ENGINE, 0.41))) == {
         "rps_fractional": pytest.approx(500),
         "application_utilization": 0.41,
@@ -85,7 +98,7 @@ def test_a_report_carries_utilisation_thrice_and_vllms_own_two(form: Form) -> No
 @FORMS
 @pytest.mark.parametrize("capacity", [0.0, 100.0])
 def test_an_idle_engine_still_sends_a_report_that_envoy_takes(form: Form, capacity: float) -> None:
-    """With nothing in flight, rate and utilisation are above 0; their ratio, Envoy's weight, is the capacity."""
+    """With nothing in flight, rate and utilization are above 0; their ratio, Envoy's weight, is the capacity."""
     idle = replace(LOAD, requests_per_second=0.0, recent_mu_per_second=0.0, mu_max_per_minute=capacity)
     got = read(form(orca.report(idle, Failed("refused"), 0.0)))
     assert got["rps_fractional"] > 0 and got["application_utilization"] > 0
@@ -93,16 +106,24 @@ def test_an_idle_engine_still_sends_a_report_that_envoy_takes(form: Form, capaci
 
 
 @given(
-    st.floats(0, 1e4), st.floats(0, 50), st.floats(1e-3, 1e6), st.floats(0, 1e3), st.floats(0, 1), st.sampled_from([0, 0.3, math.nan])
-)  # fmt: skip
+    st.floats(0, 1e4),
+    st.floats(0, 50),
+    st.floats(1e-3, 1e6),
+    st.floats(0, 1e3),
+    st.floats(0, 1),
+    st.sampled_from([0, 0.3, math.nan]),
+)
 def test_no_load_makes_a_report_that_is_rejected(
     flow: float, utilization: float, capacity: float, rps: float, failed: float, kv: float
 ) -> None:
-    """Whatever the load, rate and utilisation are above 0, every number is finite, and memory is a share."""
+    """Whatever the load, rate and utilization are above 0, every number is finite, and memory is a share."""
     load = replace(
-        LOAD, recent_mu_per_second=flow, mu_max_per_minute=capacity, requests_per_second=rps,
+        LOAD,
+        recent_mu_per_second=flow,
+        mu_max_per_minute=capacity,
+        requests_per_second=rps,
         errors_per_second=rps * failed,
-    )  # fmt: skip
+    )
     got = read(orca.report(load, Value(EngineSample(kv_usage=kv), 1.0), utilization).binary())
     assert all(math.isfinite(value) for value in got.values())
     assert got["rps_fractional"] > 0 and got["application_utilization"] > 0
@@ -111,7 +132,7 @@ def test_no_load_makes_a_report_that_is_rejected(
 
 
 def test_the_weight_is_the_capacity_and_does_not_vanish_in_rounding() -> None:
-    """Engines of 1.9 and 0.6 MU per second, both half loaded, weigh as they can, although Envoy cuts to whole numbers."""
+    """Engines of 1.9 and 0.6 MU per second, both half loaded, are weighed by capacity, although Envoy truncates."""
     reports = [
         read(orca.report(replace(LOAD, mu_max_per_minute=60 * most, recent_mu_per_second=most / 2), ENGINE, 0.0).json())
         for most in (1.9, 0.6)
@@ -120,23 +141,23 @@ def test_the_weight_is_the_capacity_and_does_not_vanish_in_rounding() -> None:
 
 
 def test_pressure_is_the_mean_of_the_rates_seconds() -> None:
-    """A moment's queue hardly moves it, a lasting one does within ten seconds, and the time before the start counts as idle."""
+    """A short queue hardly changes the mean, a lasting one does within ten seconds; time before the start is idle."""
     recently = orca.MovingMean()
     means = [recently.mean(0.5, at) for at in range(100, 140)]
     assert means[0] == 0.0 and means[5] == pytest.approx(0.25) and means[-1] == pytest.approx(0.5)
     assert recently.mean(1.0, 140) == pytest.approx(0.55)
-    assert recently.mean(0.5, 1000) == pytest.approx(0.5)  # nothing was read for a while
+    assert recently.mean(0.5, 1000) == pytest.approx(0.5)  # no reading for a while
 
 
 def test_requests_that_the_engine_fails_lower_its_weight() -> None:
-    """eps stands to the rate as the failed requests to all."""
+    """eps over the rate is the share of failed requests."""
     got = read(orca.report(replace(LOAD, errors_per_second=0.35), ENGINE, 0.41).json())
     assert got["eps"] / got["rps_fractional"] == pytest.approx(0.5)
 
 
 @FORMS
 def test_a_report_is_one_header_value_and_leaves_out_what_was_not_read(form: Form) -> None:
-    """Printable ASCII on one line, short enough for any proxy; without the engine's page there is no KV use in it."""
+    """The header is one line of printable ASCII, short enough for any proxy; without an engine page it lacks KV use."""
     header = form(orca.report(LOAD, ENGINE, 0.41))
     assert header.isascii() and header.isprintable() and len(header) < 1024
     got = read(form(orca.report(LOAD, Failed("refused"), 0.41)))
@@ -145,7 +166,7 @@ def test_a_report_is_one_header_value_and_leaves_out_what_was_not_read(form: For
 
 
 def test_the_messages_are_those_of_others() -> None:
-    """The bytes of a report and of a request are those that Envoy 1.40 and grpc-java write, field by field."""
+    """The bytes of a report and a request are those that Envoy 1.40 and grpc-java write, field by field."""
     theirs = "CQAAAAAAAOA/MQAAAAAAAFlAOQAAAAAAAABAQg4KA3JpZhEAAAAAAAAQQA=="  # of Envoy's own test of its parser
     numbers = {"cpu_utilization": 0.5, "rps_fractional": 100.0, "eps": 2.0}
     assert base64.b64encode(orca_proto.encode(numbers, {"rif": 4.0})).decode() == theirs
@@ -158,7 +179,7 @@ def test_the_messages_are_those_of_others() -> None:
     ("asked", "seconds"), [(0.0, 1.0), (-3.0, 1.0), (0.001, 0.1), (0.1, 0.1), (10.0, 10.0), (3600.0, 3600.0)]
 )
 def test_the_interval_is_the_clients_but_not_below_a_tenth(asked: float, seconds: float) -> None:
-    """A stream without an interval gets a report a second, a hasty one ten."""
+    """A stream without an interval gets a report per second, at most ten."""
     request = OrcaLoadReportRequest()
     request.report_interval.FromNanoseconds(int(asked * 1e9))
     assert orca_server.interval(request.SerializeToString()) == pytest.approx(seconds)
@@ -170,7 +191,7 @@ def test_the_interval_is_the_clients_but_not_below_a_tenth(asked: float, seconds
 
 
 class Control:
-    """A control process's side: real relays' socket, real pool; `publish` sends a load."""
+    """The control side: a real relay socket and pool; `publish` sends a load."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -209,7 +230,7 @@ class Client:
 
 @pytest.fixture
 async def stub(control: Control) -> AsyncIterator[tuple[Client, asyncio.Event]]:
-    """A client of the stream, and what ends it."""
+    """A client of the stream, and the event that ends it."""
     latest, ended = orca_server.LatestReport(control.path), asyncio.Event()
     keeping = asyncio.create_task(latest.run())
     with reserve("orca-grpc", ("127.0.0.1", 0), "grpc", "orca") as reserved:
@@ -229,7 +250,7 @@ def asked(seconds: float) -> Any:
 
 
 async def test_a_stream_carries_the_load_as_it_changes(control: Control, stub: Any) -> None:
-    """Reports come at the interval, without a request of the client, and a new load is in a later one."""
+    """Reports come at the interval without further requests, and a later one has the new load."""
     control.publish(0.25)
     stream = stub[0].StreamCoreMetrics(asked(0.1))
     async with asyncio.timeout(PATIENCE):
@@ -241,7 +262,7 @@ async def test_a_stream_carries_the_load_as_it_changes(control: Control, stub: A
 
 
 async def test_a_stream_ends_when_the_sidecar_drains(control: Control, stub: Any) -> None:
-    """The end is UNAVAILABLE, also for one that asked for a report an hour, and for one that waits for its first."""
+    """At the end all streams get UNAVAILABLE, also slow ones and those without a first report."""
     client, ended = stub
     waiting = client.StreamCoreMetrics(asked(1))
     first = asyncio.create_task(waiting.read())
@@ -258,20 +279,20 @@ async def test_a_stream_ends_when_the_sidecar_drains(control: Control, stub: Any
 
 
 def big_request() -> Any:
-    """A request with names of costs, which we do not know, and too many of them."""
+    """A request with many names of request costs, an unknown field."""
     name = b"\x12\xe8\x07" + b"x" * 1000
     return OrcaLoadReportRequest.FromString(name * 5)
 
 
 async def test_streams_are_bounded_and_bad_requests_refused(control: Control, stub: Any) -> None:
-    """Bytes that are no request, or too many, end their stream alone; past the bound a stream is refused."""
+    """An invalid or too long request ends only its stream; beyond the bound a stream is rejected."""
     control.publish(0.5)
     kept = stub[0].StreamCoreMetrics(asked(0.1))
     async with asyncio.timeout(PATIENCE):
         assert (await kept.read()).rps_fractional > 0
         big = stub[0].StreamCoreMetrics(big_request())
         assert await big.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        streams = [stub[0].StreamCoreMetrics(asked(3600)) for _ in range(orca_server.MOST_STREAMS + 4)]
+        streams = [stub[0].StreamCoreMetrics(asked(3600)) for _ in range(orca_server.MAX_STREAMS + 4)]
         codes = [asyncio.ensure_future(stream.code()) for stream in streams]
         refused = 0
         while refused < 5:  # the one above has a place, too
@@ -284,13 +305,13 @@ async def test_streams_are_bounded_and_bad_requests_refused(control: Control, st
 
 
 async def test_a_load_that_grew_old_is_not_sent(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a control process for some seconds, nothing is said; with the next load it goes on."""
+    """A stale load is not sent; the stream resumes with the next load."""
     latest = orca_server.LatestReport(control.path)
     keeping = asyncio.create_task(latest.run())
     control.publish(0.5)
     async with asyncio.timeout(PATIENCE):
         await latest.get()
-        monkeypatch.setattr(orca_server, "REPORT_STALE_S", -1.0)
+        monkeypatch.setattr(orca_server, "MAX_REPORT_AGE_S", -1.0)
         getting = asyncio.create_task(latest.get())
         await asyncio.wait((getting,), timeout=0.1)
         assert not getting.done()
@@ -302,7 +323,7 @@ async def test_a_load_that_grew_old_is_not_sent(control: Control, monkeypatch: p
 
 
 async def test_a_listener_is_no_relay(control: Control) -> None:
-    """The pool sends it the load alone, counts it among no relays, and its end loses nothing."""
+    """The pool sends a subscriber only the load, does not count it as a relay, and its end loses nothing."""
     lost: list[int] = []
     control.pool._on_lost = lost.append
     got: list[Any] = []
@@ -325,7 +346,7 @@ async def test_a_listener_is_no_relay(control: Control) -> None:
 
 
 async def test_a_port_that_is_taken_is_found_before_anything_runs() -> None:
-    """One line names the port; the extra's absence, too."""
+    """One line names a port in use, and so does one for the missing extra."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(StartError, match="--orca-grpc: port"):
             reserve("orca-grpc", taken.getsockname(), "grpc", "orca")

@@ -1,4 +1,4 @@
-"""What Prometheus, autoscalers and Envoy are told, rendered from one Snapshot."""
+"""Reports for Prometheus and autoscalers, rendered from one Snapshot."""
 
 from __future__ import annotations
 
@@ -16,30 +16,69 @@ from sidecar.events import STATES, AbortRequests, CanaryResult, ImagePrepared, V
 from sidecar.readings import Absent, EngineSample, Failed, GpuSample, ProcessSample, Value
 from sidecar.report import load_json, prometheus
 from sidecar.report.metrics import METRICS, Metrics
-from sidecar.report.prometheus import PLAIN, MetricsPages, merged
+from sidecar.report.prometheus import PLAIN_CONTENT_TYPE, MetricsPages, merge_pages
 from sidecar.snapshot import ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
 
 LOAD = Load(
-    mu_in_flight=3.2, mu_max_in_flight=12.0, mu_per_minute=41.0, mu_max_per_minute=100.0, utilization=0.41,
-    limited_by="flow", prefill_tokens_in_flight=5120, decode_tokens_in_flight=900, tokens_delivered_total=123456,
-    tokens_per_second=500.0, requests_in_flight=7, requests_waiting=2, requests_per_second=0.7,
-    coefficients_fingerprint="llama-h100", coefficients_source="file", coefficients_stale=False,
+    mu_in_flight=3.2,
+    mu_max_in_flight=12.0,
+    mu_per_minute=41.0,
+    mu_max_per_minute=100.0,
+    utilization=0.41,
+    limited_by="flow",
+    prefill_tokens_in_flight=5120,
+    decode_tokens_in_flight=900,
+    tokens_delivered_total=123456,
+    tokens_per_second=500.0,
+    requests_in_flight=7,
+    requests_waiting=2,
+    requests_per_second=0.7,
+    coefficients_fingerprint="llama-h100",
+    coefficients_source="file",
+    coefficients_stale=False,
     parts=(("stock", 0.27), ("flow", 0.41), ("kv", 0.3), ("queue", None)),
-)  # fmt: skip
+)
 GPU = GpuSample(
-    0, "H100", "GPU-0", Value(0.93, 99.0), Value(1 << 30, 99.0), Value(80 << 30, 99.0), Value(640.5, 99.0),
-    Value(61.0, 99.0), ((79, 2),), None, Value(9.5e6, 99.0), Value(1_980_000_000, 99.0), Value(("power_cap",), 99.0), Value(2, 99.0),
-)  # fmt: skip
+    0,
+    "H100",
+    "GPU-0",
+    Value(0.93, 99.0),
+    Value(1 << 30, 99.0),
+    Value(80 << 30, 99.0),
+    Value(640.5, 99.0),
+    Value(61.0, 99.0),
+    ((79, 2),),
+    None,
+    Value(9.5e6, 99.0),
+    Value(1_980_000_000, 99.0),
+    Value(("power_cap",), 99.0),
+    Value(2, 99.0),
+)
 SNAPSHOT = Snapshot(
-    at=100.0, at_wall=1_700_000_000.0, version="1.2.3", engine_kind="vllm", draining=False,
-    verdict=Verdict("progressing", "bytes_delivered", "", 90.0, 1_699_999_990.0), progress_age=0.25,
-    silence_allowed=8.0, silence_ruled_by="floor", load=LOAD, tenants=(), images=ImageUse((), (), 0, 0),
-    images_device="off", engine=Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004),
-    gpus=Value((GPU,), 99.0, 0.002), own=Value(ProcessSample(1, 50_000_000, 3.0, 4), 99.0, 0.0001), own_lag=0.001,
-    relays=(RelayUse(0, 10, 0, 7, 0.002, 0.5), RelayUse(1, 11, 0, 0, 0.003, 0.5)), canary=None,
-    canary_outstanding_since=None, changes=(), diagnoses=(),
+    at=100.0,
+    at_wall=1_700_000_000.0,
+    version="1.2.3",
+    engine_kind="vllm",
+    draining=False,
+    verdict=Verdict("progressing", "bytes_delivered", "", 90.0, 1_699_999_990.0),
+    progress_age=0.25,
+    silence_allowed=8.0,
+    silence_ruled_by="floor",
+    load=LOAD,
+    tenants=(),
+    images=ImageUse((), (), 0, 0),
+    images_device="off",
+    engine=Value(EngineSample(running=5, waiting=3, kv_usage=0.3), 99.0, 0.004),
+    gpus=Value((GPU,), 99.0, 0.002),
+    own=Value(ProcessSample(1, 50_000_000, 3.0, 4), 99.0, 0.0001),
+    own_lag=0.001,
+    relays=(RelayUse(0, 10, 0, 7, 0.002, 0.5), RelayUse(1, 11, 0, 0, 0.003, 0.5)),
+    canary=None,
+    canary_outstanding_since=None,
+    changes=(),
+    diagnoses=(),
     prices=PriceUse("calibrated", margin=0.2, terms=(("decode", 60.0),), line=(("alpha", 0.1),), windows=3),
-)  # fmt: skip
+)
 ENGINE_PAGE = """# HELP vllm:num_requests_waiting Waiting.
 # TYPE vllm:num_requests_waiting gauge
 vllm:num_requests_waiting{model_name="llama"} 3.0
@@ -47,7 +86,7 @@ vllm:num_requests_waiting{model_name="llama"} 3.0
 
 
 def full() -> Metrics:
-    """Meters in which every metric has at least one series."""
+    """Metrics with at least one series each."""
     meters = Metrics(max_tenants=5)
     meters.update(SNAPSHOT)
     meters.settled("acme", "llama", "ok", mu=0.5, seconds=2.0, ttft=0.2, tpot=0.01, overhead=0.0003, dollars=0.01)
@@ -73,7 +112,7 @@ def page(snapshot: Snapshot) -> dict[str, float]:
 
 
 def test_a_snapshot_is_shown_whole() -> None:
-    """Gauges carry the snapshot's numbers, the verdict is one series per state, and relays are told apart."""
+    """Gauges show the snapshot's numbers, with one series per verdict and per relay."""
     got = page(SNAPSHOT)
     assert got["sidecar_mu_in_flight"] == 3.2
     assert got["sidecar_mu_utilization_ratio"] == 0.41
@@ -96,14 +135,14 @@ def test_a_snapshot_is_shown_whole() -> None:
 
 
 def test_every_metric_has_a_series_once_everything_has_happened() -> None:
-    """No declared metric is one that nothing feeds."""
+    """Every declared metric has a series."""
     got = samples(MetricsPages(full().registry).text())
     for metric in METRICS:
         assert [n for n in got if n.partition("{")[0] in (metric.name, metric.name + "_bucket")], metric.name
 
 
 def test_what_was_not_read_is_never_a_zero() -> None:
-    """Absent has no series at all, failed is `up 0` without values, and a GPU's failed number is left out alone."""
+    """Absent has no series, failed is `up 0` without values, and a failed number of a GPU is omitted alone."""
     gpu = replace(GPU, power=Failed("x"), utilization=Absent("MIG"))
     got = page(replace(SNAPSHOT, engine=Absent("no page"), own=Failed("x"), gpus=Value((gpu,), 1.0), progress_age=None))
     assert not [n for n in got if 'signal="scrape"' in n or n.startswith(("sidecar_progress_age", "sidecar_gpu_power"))]
@@ -115,7 +154,7 @@ def test_what_was_not_read_is_never_a_zero() -> None:
 
 
 def test_the_slices_of_a_gpu_are_told_apart() -> None:
-    """Two MIG slices of GPU 0 are two series of each number, named by their places."""
+    """Two MIG slices of GPU 0 are two series of each number, labeled by index."""
     slices = tuple(replace(GPU, mig=place, uuid=f"MIG-{place}", utilization=Absent("MIG")) for place in (0, 2))
     got = page(replace(SNAPSHOT, gpus=Value(slices, 1.0)))
     assert [n for n in got if n.startswith("sidecar_gpu_memory_used")] == [
@@ -126,7 +165,7 @@ def test_the_slices_of_a_gpu_are_told_apart() -> None:
 
 
 def test_gpus_that_all_fail_are_a_signal_that_is_down_and_keep_their_xids() -> None:
-    """GPUs that were counted and do not answer read as `up 0`; the XID that explains it stays."""
+    """GPUs that do not answer are `up 0`; their XID errors stay."""
     why = Failed("lost")
     lost = replace(GPU, utilization=why, memory_used=why, memory_total=why, power=why, temperature=why)
     got = page(replace(SNAPSHOT, gpus=Value((lost,), 1.0)))
@@ -136,10 +175,10 @@ def test_gpus_that_all_fail_are_a_signal_that_is_down_and_keep_their_xids() -> N
 
 @pytest.mark.parametrize("meters", [full(), Metrics(max_tenants=5)], ids=["full", "empty"])
 def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Metrics) -> None:
-    """`promtool check metrics` accepts our page, also merged with an engine's, and warns of nothing."""
+    """`promtool check metrics` accepts the page, alone and merged with an engine's, without warnings."""
     for text in (
         MetricsPages(meters.registry).text(),
-        merged(ENGINE_PAGE.replace("vllm:", "vllm_"), MetricsPages(meters.registry).text()),
+        merge_pages(ENGINE_PAGE.replace("vllm:", "vllm_"), MetricsPages(meters.registry).text()),
     ):
         check = subprocess.run(
             [requires("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
@@ -150,10 +189,10 @@ def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Me
 @pytest.mark.parametrize(
     ("accept", "content_type"),
     [
-        ("", PLAIN),
-        ("*/*", PLAIN),
-        ("text/html", PLAIN),
-        ("application/openmetrics-text; version=abc", PLAIN),
+        ("", PLAIN_CONTENT_TYPE),
+        ("*/*", PLAIN_CONTENT_TYPE),
+        ("text/html", PLAIN_CONTENT_TYPE),
+        ("application/openmetrics-text; version=abc", PLAIN_CONTENT_TYPE),
         ("application/openmetrics-text; version=", openmetrics.exposition.CONTENT_TYPE_LATEST),
         (
             "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.3",
@@ -162,7 +201,7 @@ def test_promtool_has_nothing_to_say(requires: Callable[[str], Path], meters: Me
     ],
 )
 def test_the_format_is_the_clients_choice(accept: str, content_type: str) -> None:
-    """Each Accept header gets a page that the parser of its Content-Type reads; nonsense gets plain text."""
+    """Each Accept header gets a page that the parser of its Content-Type reads; an invalid one gets plain text."""
     body, got = MetricsPages(full().registry).render(accept)
     assert got == content_type
     parse = openmetrics_parser if "openmetrics" in got else parser
@@ -171,7 +210,7 @@ def test_the_format_is_the_clients_choice(accept: str, content_type: str) -> Non
 
 
 def test_a_page_is_rendered_once_a_second_however_often_it_is_asked_for() -> None:
-    """Within the second the same bytes come back, after it the new numbers; and formats kept are bounded."""
+    """A page is cached for a second, and the number of cached formats is bounded."""
     now = 0.0
     meters = full()
     pages = MetricsPages(meters.registry, clock=lambda: now)
@@ -183,30 +222,30 @@ def test_a_page_is_rendered_once_a_second_however_often_it_is_asked_for() -> Non
     assert samples(pages.text())["sidecar_progress_age_seconds"] == 7.5
     for n in range(100):
         pages.render(f"application/openmetrics-text; version=1.{n}.0")
-    assert len(pages._kept) <= prometheus.FORMATS
+    assert len(pages._kept) <= prometheus.MAX_CACHED_FORMATS
 
 
 def test_a_merged_page_is_the_engines_then_ours() -> None:
-    """The engine's text is kept byte for byte, the end marker of OpenMetrics goes, and the whole can be parsed."""
+    """The engine's text is kept byte for byte except for the EOF marker, and the whole page can be parsed."""
     ours = MetricsPages(full().registry).text()
-    assert merged(ENGINE_PAGE, ours) == ENGINE_PAGE + ours
-    assert merged(ENGINE_PAGE.rstrip() + "\n# EOF", ours) == ENGINE_PAGE + ours
-    assert merged(None, ours) == merged("", ours) == ours
-    names = {family.name for family in parser.text_string_to_metric_families(merged(ENGINE_PAGE, ours))}
+    assert merge_pages(ENGINE_PAGE, ours) == ENGINE_PAGE + ours
+    assert merge_pages(ENGINE_PAGE.rstrip() + "\n# EOF", ours) == ENGINE_PAGE + ours
+    assert merge_pages(None, ours) == merge_pages("", ours) == ours
+    names = {family.name for family in parser.text_string_to_metric_families(merge_pages(ENGINE_PAGE, ours))}
     assert {"vllm:num_requests_waiting", "sidecar_mu_utilization_ratio"} <= names
 
 
 def test_an_engine_behind_a_sidecar_does_not_double_our_families() -> None:
-    """Series under our names on the engine's page give way, whatever else it has stays."""
+    """Series under the sidecar's names on the engine's page are dropped, all others stay."""
     ours = MetricsPages(full().registry).text()
-    assert merged(ours + ENGINE_PAGE + ours.rstrip(), ours) == ENGINE_PAGE + ours
+    assert merge_pages(ours + ENGINE_PAGE + ours.rstrip(), ours) == ENGINE_PAGE + ours
 
 
 # --- GET /load ---
 
 
 def test_load_in_thousandths_for_sharders_that_count_in_whole_numbers() -> None:
-    """With `unit=milli` MU are integers, and the hint is what the engine can hold; all else is as without."""
+    """With `unit=milli` MU are integers, and the hint is the maximum in flight; all else is unchanged."""
     plain, milli = load_json.render(SNAPSHOT), load_json.render(SNAPSHOT, "milli")
     names = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
     assert all(milli["mu"][n] == round(1000 * plain["mu"][n]) and isinstance(milli["mu"][n], int) for n in names)
@@ -215,7 +254,7 @@ def test_load_in_thousandths_for_sharders_that_count_in_whole_numbers() -> None:
 
 
 def test_load_is_the_contracts_object() -> None:
-    """Keys and values are those of the contract, and of each GPU what else NVML gives."""
+    """Keys and values are those of the contract, plus further readings of each GPU."""
     assert load_json.render(SNAPSHOT) == {
         "mu": {
             "in_flight": 3.2,
@@ -229,7 +268,7 @@ def test_load_is_the_contracts_object() -> None:
                 "flow": 0.41,
                 "kv": 0.3,
                 "queue": None,
-                "queue_absent": "the engine does not tell it",
+                "queue_absent": "not reported by the engine",
             },
         },
         "tokens": {"prefill_in_flight": 5120, "decode_in_flight": 900, "delivered_total": 123456},
@@ -265,7 +304,7 @@ def test_load_is_the_contracts_object() -> None:
 
 
 def test_load_says_why_a_value_is_missing() -> None:
-    """What was not read is null with its reason beside it: for all GPUs, and for one number of one."""
+    """A value that was not read is null with its reason, for all GPUs and for one number of one GPU."""
     none = load_json.render(replace(SNAPSHOT, gpus=Absent("no driver")))
     assert (none["gpu"], none["gpu_absent"]) == (None, "no driver")
     failed = load_json.render(replace(SNAPSHOT, gpus=Failed("NVML hangs")))
@@ -276,7 +315,7 @@ def test_load_says_why_a_value_is_missing() -> None:
 
 
 def test_load_tells_of_stale_coefficients_what_they_should_be() -> None:
-    """The reason, and the re-fit with its error."""
+    """Stale coefficients come with the reason, and the re-fit with its error."""
     shadow = ShadowUse((("a", 0.3), ("d", 5.0)), 66.0, 40, 0.05)
     told = load_json.render(replace(SNAPSHOT, prices=replace(SNAPSHOT.prices, stale="slower", shadow=shadow)))
     assert told["coefficients"]["stale_reason"] == "slower"

@@ -1,4 +1,4 @@
-"""Spans, as a real OTLP/HTTP collector receives them; and the trace context they are hung into."""
+"""Spans, as a real OTLP/HTTP collector receives them, and trace contexts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def settled(id: str = "r", outcome: Any = "ok", status: int = 200, **more: Any) 
 
 
 class Collector:
-    """What an OTLP/HTTP collector got."""
+    """The spans that an OTLP/HTTP collector received."""
 
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
@@ -76,7 +76,7 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 async def test_a_request_arrives_as_a_server_span_with_its_images_under_it(collector: Collector) -> None:
-    """The span has the ids of the traceparent, wall times, GenAI names, our MU, and an INTERNAL child per image."""
+    """The span has the ids of the traceparent, wall times, GenAI names, MU, and an INTERNAL child per image."""
     traces = tracing(collector.url)
     traces.admitted(admitted())
     traces.imaged(IMAGE)
@@ -130,7 +130,7 @@ async def test_a_request_arrives_as_a_server_span_with_its_images_under_it(colle
     ],
 )
 async def test_only_faults_of_the_server_are_errors(collector: Collector, outcome: str, status: int, code: int) -> None:
-    """A client that left or sent nonsense is no error of the server; every outcome but ok names its error.type."""
+    """Disconnects and bad requests are no server errors; every outcome but ok names its error.type."""
     traces = tracing(collector.url)
     traces.admitted(admitted())
     traces.settled(settled(outcome=outcome, status=status))
@@ -142,7 +142,7 @@ async def test_only_faults_of_the_server_are_errors(collector: Collector, outcom
 
 
 async def test_what_is_not_sampled_or_not_known_makes_no_span(collector: Collector) -> None:
-    """An unsampled trace, a request without one, and facts of unknown requests leave nothing behind."""
+    """An unsampled trace, a request without one, and events of unknown requests leave nothing behind."""
     traces = tracing(collector.url)
     traces.admitted(admitted("a", None))
     traces.admitted(admitted("b", Trace(TRACE.trace_id, TRACE.span_id, "", False)))
@@ -155,8 +155,8 @@ async def test_what_is_not_sampled_or_not_known_makes_no_span(collector: Collect
 
 
 async def test_open_spans_are_bounded(monkeypatch: pytest.MonkeyPatch, collector: Collector) -> None:
-    """Past the bound the oldest open span gives way, and the newest is kept."""
-    monkeypatch.setattr(otel, "MAX_OPEN", 2)
+    """Beyond the bound the oldest open span is dropped, and the newest is kept."""
+    monkeypatch.setattr(otel, "MAX_OPEN_REQUESTS", 2)
     traces = tracing(collector.url)
     for n in range(5):
         traces.admitted(admitted(f"r{n}", Trace(TRACE.trace_id, f"{n + 1:016x}", "", True)))
@@ -168,7 +168,7 @@ async def test_open_spans_are_bounded(monkeypatch: pytest.MonkeyPatch, collector
 
 
 async def test_a_collector_that_hangs_does_not_hold_the_end() -> None:
-    """Close comes back with False within its bound when the collector never answers."""
+    """Close returns False within its bound if the collector never answers."""
     asked, release = asyncio.Event(), asyncio.Event()
 
     async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -189,13 +189,13 @@ async def test_a_collector_that_hangs_does_not_hold_the_end() -> None:
 
 
 def test_off_imports_no_opentelemetry() -> None:
-    """A process with tracing off has fed it facts and still not imported OpenTelemetry."""
+    """With tracing off, events do not import OpenTelemetry."""
     code = """
 import sys
-from sidecar.events import Admitted, Trace, Work
+from sidecar.events import Admitted, RequestSize, Trace
 from sidecar.report.tracing import Tracing
 t = Tracing("", "1")
-t.admitted(Admitted("r", 0, "t", "m", "chat", True, Work(1), None, 1, Trace("a" * 32, "b" * 16, "", True)))
+t.admitted(Admitted("r", 0, "t", "m", "chat", True, RequestSize(1), None, 1, Trace("a" * 32, "b" * 16, "", True)))
 print([m for m in sys.modules if m.startswith("opentelemetry")], len(t._open))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -208,7 +208,7 @@ VALID = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_a_valid_traceparent_becomes_our_span_under_the_callers() -> None:
-    """Trace id and sampling are kept, the caller's span is the parent, our span id is new, the state travels along."""
+    """Trace id, sampling and state are kept, the caller's span is the parent, and the span id is new."""
     trace = trace_context.parse_traceparent(VALID, "congo=t61rcWkgMzE")
     assert trace is not None
     assert (trace.trace_id, trace.parent_id) == ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
@@ -244,13 +244,13 @@ def test_flags_and_later_versions_are_read(header: str, sampled: bool) -> None:
     ],
 )
 def test_an_invalid_traceparent_is_none(header: str) -> None:
-    """Wrong version, length, case, separator or all-zero ids: the caller starts a new trace."""
+    """Wrong version, length, case or separator, and all-zero ids, start a new trace."""
     assert trace_context.parse_traceparent(header) is None
 
 
 @given(st.text(max_size=80))
 def test_no_header_breaks_the_parser(header: str) -> None:
-    """Whatever a client sends, the answer is a trace or None, and a trace is formatted as a valid header."""
+    """Whatever a client sends, the result is a trace or None, and a trace formats as a valid header."""
     trace = trace_context.parse_traceparent(header)
     assert trace is None or trace_context.parse_traceparent(trace_context.format_traceparent(trace)) is not None
 
@@ -281,7 +281,7 @@ def test_a_new_trace_is_a_root_and_a_child_is_not() -> None:
     ],
 )
 def test_a_tracestate_passes_whole_or_not_at_all(state: str, kept: bool) -> None:
-    """A valid one of at most 512 characters is kept as it is; nothing is ever cut or mended."""
+    """A valid state of at most 512 characters is kept as it is; it is never cut or repaired."""
     trace = trace_context.parse_traceparent(VALID, state)
     assert trace is not None
     assert trace.state == (state if kept else "")
@@ -290,7 +290,7 @@ def test_a_tracestate_passes_whole_or_not_at_all(state: str, kept: bool) -> None
 async def test_a_clients_tracestate_never_reaches_our_log(
     collector: Collector, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever state a client sends with a valid traceparent, exporting its span logs nothing; a valid one is exported."""
+    """Whatever state a client sends, exporting its span logs nothing; a valid one is exported."""
     traces = tracing(collector.url)
     for n, state in enumerate(("secret text", "A=1", "k=v,k=w", "a=1,b=2", "a@" + "b" * 15 + "=1")):
         traces.admitted(admitted(f"r{n}", trace_context.parse_traceparent(VALID, state)))

@@ -42,7 +42,7 @@ class Pricing:
             admission.image_tokens = tokens_of(body.images, self._spec)
         if self._quota is not None:
             estimate = self._estimate(admission, admission.image_tokens)
-            reserved = self._estimator.reserved(admission.tenant, admission.shape, estimate.work)
+            reserved = self._estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
             admission.lease = self._quota.take(admission.tenant, estimate.mu, reserved)
 
     def admit(self, admission: Admission, image_tokens: list[int]) -> None:

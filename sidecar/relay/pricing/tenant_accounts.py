@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charged, refilled, refusal
+from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charge, check, refill
 
 ROWS: Final = 4096
 PROBES: Final = 16  # rows that a tenant may come to lie in
@@ -72,11 +72,11 @@ class TenantAccounts:
         """Charge a request, or say why not."""
         with self._locked():
             row = self._row(tenant, limit, now)
-            bucket = refilled(self._bucket(row), limit, now)
-            refused = refusal(limit, bucket, self._stock(row), mu, high)
+            bucket = refill(self._bucket(row), limit, now)
+            refused = check(limit, bucket, self._stock(row), mu, high)
             if refused is not None:
                 return refused
-            self._put(row, charged(bucket, limit, mu), limit)
+            self._put(row, charge(bucket, limit, mu), limit)
             self._put_stock(row, self._own(row) + high)
             return TenantCharge(row, limit, mu, high)
 
@@ -90,9 +90,9 @@ class TenantAccounts:
     def settle(self, lease: TenantCharge, mu: float, now: float) -> None:
         """A request is over; it has used `mu`."""
         with self._locked():
-            bucket = refilled(self._bucket(lease.row), lease.limit, now)
+            bucket = refill(self._bucket(lease.row), lease.limit, now)
             if lease.limit.mu_per_minute is not None:
-                self._put(lease.row, charged(bucket, lease.limit, mu - lease.mu), lease.limit)
+                self._put(lease.row, charge(bucket, lease.limit, mu - lease.mu), lease.limit)
             self._put_stock(lease.row, self._own(lease.row) - lease.high)
 
     # --- rows ---

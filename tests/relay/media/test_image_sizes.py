@@ -14,7 +14,7 @@ from sidecar.events import Admitted
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import Coefficients
-from sidecar.load.estimator import IMAGE_TOKENS, Estimator
+from sidecar.load.estimator import DEFAULT_IMAGE_TOKENS, Estimator
 from sidecar.relay.media.image_sizes import tokens_of
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.request_body import ImagePart
@@ -72,4 +72,4 @@ async def test_images_that_pass_are_held_by_their_size(rig: Any, spec: Processor
         async with r.client.post(r.url + "/v1/chat/completions", json=body) as got:
             await got.read()
     [admitted] = r.facts.of(Admitted)
-    assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 200 + IMAGE_TOKENS)
+    assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 200 + DEFAULT_IMAGE_TOKENS)

@@ -36,7 +36,7 @@ async def test_the_price_is_that_of_the_settlement(rig: Any, stream: bool) -> No
     assert (length is None) is stream
     settled = (await r.facts.settled()).usage
     assert settled is not None
-    work = cost_model.settled_work(cost_model.Work(0), settled, 0)
+    work = cost_model.settled_work(cost_model.RequestSize(0), settled, 0)
     assert usage["mu_milli"] == round(1000 * cost_model.mu(work, Coefficients())) > 0
     assert all(end.outcome == "ok" for end in r.facts.of(Settled))
 

@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
 
-from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charged, refilled, refusal
+from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charge, check, refill
 from sidecar.relay.pricing import tenant_accounts
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
@@ -28,13 +28,13 @@ Open = Callable[[int], TenantAccounts]
 
 SPEND = """
 import sys
-from sidecar.load.tenant_limits import Limit
-from sidecar.relay.pricing.tenant_accounts import Accounts, Lease
+from sidecar.load.tenant_limits import TenantLimit
+from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 path, index = sys.argv[1], int(sys.argv[2])
-own = Accounts(path, 2, index)
+own = TenantAccounts(path, 2, index)
 print("ready", flush=True)
 sys.stdin.readline()
-taken = sum(isinstance(own.take("acme", Limit(60.0, None, 500.0), 1.0, 1.0, 0.0), Lease) for _ in range(600))
+taken = sum(isinstance(own.take("acme", TenantLimit(60.0, None, 500.0), 1.0, 1.0, 0.0), TenantCharge) for _ in range(600))
 print(taken)
 """
 
@@ -203,15 +203,15 @@ class Interleavings(RuleBasedStateMachine):
         more=st.floats(0, 3),
     )
     def ask(self, relay: int, tenant: str, mu: float, more: float) -> object:
-        bucket = refilled(self.buckets.get(tenant, TokenBucket(10.0, self.now)), self.limits, self.now)
+        bucket = refill(self.buckets.get(tenant, TokenBucket(10.0, self.now)), self.limits, self.now)
         in_flight = self.open.setdefault(tenant, {})
-        expected = refusal(self.limits, bucket, sum(held for _, held in in_flight.values()), mu, mu + more)
+        expected = check(self.limits, bucket, sum(held for _, held in in_flight.values()), mu, mu + more)
         found = self.relays[relay].take(tenant, self.limits, mu, mu + more, self.now)
         if expected is not None:
             assert isinstance(found, LimitExceeded) and found.what == expected.what
             return None
         assert isinstance(found, TenantCharge)
-        self.buckets[tenant] = charged(bucket, self.limits, mu)
+        self.buckets[tenant] = charge(bucket, self.limits, mu)
         self.count += 1
         in_flight[self.count] = relay, mu + more
         return self.count, relay, tenant, found
@@ -222,8 +222,8 @@ class Interleavings(RuleBasedStateMachine):
             return  # refused, or it died with its process
         number, relay, tenant, found = lease
         self.relays[relay].settle(found, actual, self.now)
-        bucket = refilled(self.buckets[tenant], self.limits, self.now)
-        self.buckets[tenant] = charged(bucket, self.limits, actual - found.mu)
+        bucket = refill(self.buckets[tenant], self.limits, self.now)
+        self.buckets[tenant] = charge(bucket, self.limits, actual - found.mu)
         del self.open[tenant][number]
 
     @rule(relay=st.integers(0, 1))
