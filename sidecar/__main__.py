@@ -14,7 +14,7 @@ import click
 from sidecar import __version__, settings
 from sidecar.control import state_dir as statefile
 from sidecar.errors import SidecarError, UsageError
-from sidecar.flags import described
+from sidecar.flags import Parser
 from sidecar.health import probes
 from sidecar.runtime import logs
 from sidecar.settings import Settings
@@ -97,9 +97,12 @@ def options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(fields(cls)):
-            value, choices = described(field.metadata["expected"])
+            parser: Parser = field.metadata["parser"]
+            choices = f"; {parser.expected}" if parser.metavar in ("NAME", "NAMES") else ""
             text = f"{field.metadata['help']}{choices} [{settings.shown(field)}]"
-            f = click.option(settings.spelled(field.name), field.name, default=None, metavar=value, help=text)(f)
+            f = click.option(settings.spelled(field.name), field.name, default=None, metavar=parser.metavar, help=text)(
+                f
+            )
         return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(f)
 
     return wrap

@@ -23,6 +23,7 @@ from sidecar.errors import UsageError
 from sidecar.flags import (
     ENGINE_KINDS,
     address,
+    directory,
     domains,
     existing_dir,
     existing_file,
@@ -48,161 +49,96 @@ _SERVICE_LINK = re.compile(r"^SIDECAR_(SERVICE_(HOST|PORT.*)|PORT(_.*)?)$")
 class Settings:
     """Settings of `sidecar run`. Seconds, bytes and tokens unless the help says otherwise."""
 
-    engine: str = flag("", url, "Base URL of the engine, e.g. http://127.0.0.1:8000", expected="an http(s) URL")
-    engine_kind: str = flag(
-        "auto", one_of(*ENGINE_KINDS), "Which engine it is", expected="one of " + ", ".join(ENGINE_KINDS)
-    )
-    listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Where the relay listens", expected="HOST:PORT")
-    admin: tuple[str, int] = flag(
-        ("0.0.0.0", 9400), address, "Where probes, load, metrics and the page are", expected="HOST:PORT"
-    )
-    workers: int = flag(1, integer(1, 64), "Relay processes", expected="a whole number from 1 to 64")
-    model: str = flag(
-        "",
-        existing_dir,
-        "The model's directory (config.json, preprocessor_config.json, tokenizer.json)",
-        expected="an existing directory",
-    )
+    engine: str = flag("", url, "Base URL of the engine, e.g. http://127.0.0.1:8000")
+    engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Which engine it is")
+    listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Where the relay listens")
+    admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Where probes, load, metrics and the page are")
+    workers: int = flag(1, integer(1, 64), "Relay processes")
+    model: str = flag("", existing_dir, "The model's directory (config.json, preprocessor_config.json, tokenizer.json)")
     coefficients: str = flag(
-        "",
-        existing_file,
-        "Coefficients file of this model and hardware; default: a roofline of --model on its GPU",
-        expected="an existing file",
+        "", existing_file, "Coefficients file of this model and hardware; default: a roofline of --model on its GPU"
     )
     gpu: str = flag(
-        "",
-        gpu,
-        "The engine's GPUs, such as H100 or 2xL40S, for that roofline; default: what NVML sees, else an H100",
-        expected="a name such as H100 or 2xH100",
+        "", gpu, "The engine's GPUs, such as H100 or 2xL40S, for that roofline; default: what NVML sees, else an H100"
     )
-    state_dir: str = flag("/run/sidecar", text, "Directory shared with the engine's container", expected="a directory")
-    tenant_header: str = flag(
-        "x-tenant-id", header_name, "Request header that names the tenant", expected="a header name"
-    )
+    state_dir: str = flag("/run/sidecar", directory, "Directory shared with the engine's container")
+    tenant_header: str = flag("x-tenant-id", header_name, "Request header that names the tenant")
     tenant_limits: str = flag(
         "",
         existing_file,
         "TOML or JSON file of limits per tenant: model units per minute and in flight; read again when it changes",
-        expected="an existing file",
     )
-    max_tenants: int = flag(
-        50,
-        integer(1, 10_000),
-        "Tenants and models told apart in metrics; more are `other`",
-        expected="a whole number from 1 to 10000",
-    )
+    max_tenants: int = flag(50, integer(1, 10_000), "Tenants and models told apart in metrics; more are `other`")
     images: str = flag(
         "auto",
         one_of("auto", "off", "inline", "shm"),
         "Image hand-off; auto: inline where the model's processor is known, else off",
-        expected="one of auto, off, inline, shm",
     )
     images_device: str = flag(
         "auto",
         one_of("auto", "cpu", "cuda"),
         "Where images are resized; auto: on a GPU that is visible here, else on the CPU",
-        expected="one of auto, cpu, cuda",
     )
-    gpu_memory_budget: int = flag(
-        1 << 30, size, "GPU memory that image work may use (bytes, or 1G)", expected="a size such as 1G"
-    )
-    image_workers: int = flag(
-        0,
-        integer(0, 64),
-        "Image worker processes; 0: one per core of the CPU quota",
-        expected="a whole number from 0 to 64",
-    )
-    image_max_bytes: int = flag(20 << 20, size, "Largest encoded image", expected="a size such as 20M")
-    image_max_pixels: int = flag(
-        50_000_000,
-        integer(1, 1_000_000_000),
-        "Most pixels of one image",
-        expected="a whole number from 1 to 1000000000",
-    )
+    gpu_memory_budget: int = flag(1 << 30, size, "GPU memory that image work may use (bytes, or 1G)")
+    image_workers: int = flag(0, integer(0, 64), "Image worker processes; 0: one per core of the CPU quota")
+    image_max_bytes: int = flag(20 << 20, size, "Largest encoded image")
+    image_max_pixels: int = flag(50_000_000, integer(1, 1_000_000_000), "Most pixels of one image")
     image_urls: str = flag(
         "off",
         domains,
         "Domains that images behind links are fetched from, such as img.example.com,*.example.org; off: links are the engine's",
-        expected="off, or domains divided by commas",
     )
-    image_cache_bytes: int = flag(
-        256 << 20, size, "Prepared images kept in shared memory; 0 keeps none", expected="a size such as 256M, or 0"
-    )
-    max_body_bytes: int = flag(256 << 20, size, "Largest request body", expected="a size such as 256M")
+    image_cache_bytes: int = flag(256 << 20, size, "Prepared images kept in shared memory; 0 keeps none")
+    max_body_bytes: int = flag(256 << 20, size, "Largest request body")
     max_concurrent: int = flag(
         0,
         integer(0, 1_000_000),
         "Requests that the engine runs at once (vLLM: max_num_seqs); past it less one, which the canary finds free, requests wait "
         "in the relay; 0: no limit",
-        expected="a whole number from 0 to 1000000",
     )
     retry_stalled: float = flag(
         0.0,
-        number(0, 3600),
+        number(0, 3600, "seconds"),
         "How long a request of which nothing was answered when the engine stalled waits for its recovery, to be sent once more; "
         "0: it ends at once",
-        expected="seconds from 0 to 3600",
     )
     silence_floor: float = flag(
         12.0,
-        number(0.5, 600),
+        number(0.5, 600, "seconds"),
         "Shortest silence that can raise suspicion; 60 s until ten first tokens were seen",
-        expected="seconds from 0.5 to 600",
     )
     silence_cap: float = flag(
         900.0,
-        number(1, 86_400),
+        number(1, 86_400, "seconds"),
         "Longest silence that is ever allowed; an API that answers nothing has 90 s more",
-        expected="seconds from 1 to 86400",
     )
     kill_interval: float = flag(
         300.0,
-        number(0, 86_400),
+        number(0, 86_400, "seconds"),
         "Shortest time between two kills; it doubles from kill to kill, up to an hour",
-        expected="seconds from 0 to 86400",
     )
     useless_restarts: int = flag(
         2,
         integer(0, 100),
         "Restarts in a row that did not help, before the engine is handed over to an operator; 0: never",
-        expected="a whole number from 0 to 100",
     )
-    canary_interval: float = flag(
-        7.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"
-    )
-    canary_model: str = flag(
-        "", text, "Model name for the canary; default: the first of /v1/models", expected="a model name"
-    )
-    engine_key: str = flag("", text, "API key for our own requests to the engine", expected="a key", secret=True)
-    slo_seconds: float = flag(
-        10.0, number(0.1, 3600), "Request time that max_in_flight is derived from", expected="seconds from 0.1 to 3600"
-    )
-    usage_days: int = flag(35, integer(1, 3660), "Days of usage records kept", expected="a whole number from 1 to 3660")
-    usage_bytes: int = flag(
-        64 << 20, size, "Largest size of the usage records; 0 keeps none", expected="a size such as 64M, or 0"
-    )
+    canary_interval: float = flag(7.0, number(0.5, 3600, "seconds"), "Time between canaries of an idle engine")
+    canary_model: str = flag("", text, "Model name for the canary; default: the first of /v1/models")
+    engine_key: str = flag("", text, "API key for our own requests to the engine", secret=True)
+    slo_seconds: float = flag(10.0, number(0.1, 3600, "seconds"), "Request time that max_in_flight is derived from")
+    usage_days: int = flag(35, integer(1, 3660), "Days of usage records kept")
+    usage_bytes: int = flag(64 << 20, size, "Largest size of the usage records; 0 keeps none")
     dollars_per_gpu_hour: float = flag(
-        0.0,
-        number(0, 10_000),
-        "Price for sidecar_cost_dollars_total; 0: no such series",
-        expected="dollars from 0 to 10000",
+        0.0, number(0, 10_000, "dollars"), "Price for sidecar_cost_dollars_total; 0: no such series"
     )
     orca_grpc: tuple[str, int] | Literal[""] = flag(
         "",
         address,
         "Where load reports are streamed over gRPC, for ORCA out of band; none: nowhere; needs the extra `orca`",
-        expected="HOST:PORT",
     )
-    otlp_endpoint: str = flag("", url, "OTLP/HTTP collector for spans; empty: tracing off", expected="an http(s) URL")
-    drain_seconds: float = flag(
-        30.0, number(0, 3600), "Longest wait for open streams after SIGTERM", expected="seconds from 0 to 3600"
-    )
-    log_level: str = flag(
-        "info",
-        one_of("debug", "info", "warning", "error"),
-        "Least severe log line",
-        expected="one of debug, info, warning, error",
-    )
+    otlp_endpoint: str = flag("", url, "OTLP/HTTP collector for spans; empty: tracing off")
+    drain_seconds: float = flag(30.0, number(0, 3600, "seconds"), "Longest wait for open streams after SIGTERM")
+    log_level: str = flag("info", one_of("debug", "info", "warning", "error"), "Least severe log line")
 
 
 # What became of settings that once existed, of any command; the error names it and adds this sentence.
@@ -335,7 +271,7 @@ def _unknown(source: str, key: str, known: list[str]) -> str:
 
 def _parse(f: Field[Any], value: str, source: str) -> Any:
     try:
-        return f.metadata["parse"](value)
-    except (ValueError, KeyError):
+        return f.metadata["parser"].parse(value)
+    except ValueError:
         shown = "a value" if f.metadata["secret"] else repr(value[:80])
-        raise UsageError(f"{spelled(f.name, source)}: {shown} is not {f.metadata['expected']}") from None
+        raise UsageError(f"{spelled(f.name, source)}: {shown} is not {f.metadata['parser'].expected}") from None

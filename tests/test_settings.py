@@ -120,7 +120,7 @@ def test_every_default_is_a_valid_value() -> None:
         default = settings.default_of(f)
         if default == "" or isinstance(default, tuple):
             continue
-        assert f.metadata["parse"](str(default)) == default, f.name
+        assert f.metadata["parser"].parse(str(default)) == default, f.name
 
 
 def test_a_file_of_settings_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sidecar.errors import StartError, UsageError
-from sidecar.flags import gpu_of
+from sidecar.flags import parse_gpu
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.kernels import families
 from sidecar.load import cost_model
@@ -53,7 +53,7 @@ def _roofline(chosen: Settings) -> cost_model.Coefficients:
     except (OSError, ValueError) as e:
         why = f"default: config.json of --model cannot be read ({type(e).__name__})"
         return replace(cost_model.Coefficients(), source=why)
-    count, name = gpu_of(chosen.gpu) if chosen.gpu else _seen()
+    count, name = parse_gpu(chosen.gpu) if chosen.gpu else _seen()
     return roofline(config if isinstance(config, dict) else {}, name, count)
 
 
