@@ -25,7 +25,7 @@ from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.report.metrics import METRICS
-from sidecar.settings import Settings, spelled
+from sidecar.settings import Settings, format_key
 from sidecar.tools import cel
 from sidecar.tools.manifests.render import render
 from sidecar.tools.manifests.settings import ManifestSettings
@@ -64,13 +64,13 @@ def settings_table() -> str:
     """Every setting of `sidecar run`."""
     return table(
         ("flag", "default", "meaning"),
-        ((f"`{spelled(f.name)}`", shown(f), f.metadata["help"]) for f in fields(Settings)),
+        ((f"`{format_key(f.name)}`", shown(f), f.metadata["help"]) for f in fields(Settings)),
     )
 
 
 def shown(f: Any) -> str:
     """A setting's default, as `--help` shows it."""
-    text = settings.shown(f)
+    text = settings.format_default(f)
     return text if text == "none" else f"`{text}`"
 
 

@@ -1,7 +1,6 @@
 """Flags of settings classes, and the parsers of their texts.
 
-A parser knows three things: how to turn text into a value, what completes "expected ..." in an error, and what `--help` shows in the
-value's place.
+A parser turns text into a value. It also names what it expects, for errors, and the placeholder that `--help` shows.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from sidecar.health.kill_policy import ESCALATIONS
 from sidecar.report import load_json
 from sidecar.report.metrics import METRICS
 from sidecar.report.prometheus import MetricsPages
-from sidecar.settings import Settings, spelled
+from sidecar.settings import Settings, format_key
 from sidecar.tools.cel import CelSettings
 from sidecar.tools.manifests.settings import ManifestSettings
 
@@ -108,9 +108,9 @@ def test_every_label_that_is_named_exists(file: Path) -> None:
 def test_every_flag_and_variable_that_is_named_exists(file: Path) -> None:
     """A comment tells of no flag, and no manifest sets a variable, that no command of ours takes."""
     text = file.read_text()
-    flags = {spelled(f.name) for cls in (Settings, ManifestSettings, CelSettings) for f in fields(cls)}
+    flags = {format_key(f.name) for cls in (Settings, ManifestSettings, CelSettings) for f in fields(cls)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ENGINE_FLAGS <= flags
-    variables = {spelled(f.name, "environment") for f in fields(Settings)}
+    variables = {format_key(f.name, "environment") for f in fields(Settings)}
     assert set(re.findall(r"\bSIDECAR_[A-Z_]+", text)) <= variables
 
 

@@ -117,7 +117,7 @@ def test_settings_survive_the_trip_to_a_relay_process() -> None:
 def test_every_default_is_a_valid_value() -> None:
     """A default that its own parser refuses could never be written down by a user."""
     for f in fields(Settings):
-        default = settings.default_of(f)
+        default = f.default
         if default == "" or isinstance(default, tuple):
             continue
         assert f.metadata["parser"].parse(str(default)) == default, f.name
@@ -152,11 +152,11 @@ def test_a_sidecar_that_is_told_nothing_lists_its_commands(capsys: pytest.Captur
 def test_what_cannot_be_written_is_told_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report of minutes that has no place is refused at once, with the flag that names the place; a file that is there is written anew."""
     (tmp_path / "there").touch()
-    settings.writable("plot", str(tmp_path / "there"))
-    settings.writable("plot", str(tmp_path / "new"))
+    settings.require_writable("plot", str(tmp_path / "there"))
+    settings.require_writable("plot", str(tmp_path / "new"))
     for place, words in ((tmp_path, "is a directory"), (tmp_path / "no" / "file", "does not exist")):
         with pytest.raises(UsageError, match=f"--plot.*{words}"):
-            settings.writable("plot", str(place))
+            settings.require_writable("plot", str(place))
     monkeypatch.setattr(os, "access", lambda *_: False)  # for root, everything may be written
-    with pytest.raises(UsageError, match="may not be written"):
-        settings.writable("plot", str(tmp_path / "new"))
+    with pytest.raises(UsageError, match="no permission"):
+        settings.require_writable("plot", str(tmp_path / "new"))

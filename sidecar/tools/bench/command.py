@@ -21,7 +21,7 @@ import aiohttp
 
 from sidecar.errors import UsageError
 from sidecar.flags import file_path, flag, integer, number, one_of, parser, text, url
-from sidecar.settings import writable
+from sidecar.settings import require_writable
 from sidecar.tools.bench import report
 from sidecar.tools.bench.arrivals import NAMES, PROFILES, Profile, rate_for, times
 from sidecar.tools.bench.tally import BenchRow, row
@@ -72,7 +72,7 @@ def main(chosen: BenchSettings) -> int:
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     if chosen.plot:
-        writable("plot", chosen.plot)
+        require_writable("plot", chosen.plot)
     rows: list[BenchRow] = []
     ended = 0
     try:

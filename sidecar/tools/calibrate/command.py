@@ -26,7 +26,7 @@ from sidecar.errors import UsageError
 from sidecar.flags import ENGINE_KINDS, existing_dir, file_path, flag, gpu, integer, number, one_of, text, url
 from sidecar.load import cost_model
 from sidecar.load.roofline import roofline
-from sidecar.settings import writable
+from sidecar.settings import require_writable
 from sidecar.tools.calibrate import capacity_search, contention, fit, hardware, report
 from sidecar.tools.calibrate.capabilities import EngineCapabilities, meet
 from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done, GridPlan
@@ -65,7 +65,7 @@ def main(chosen: CalibrateSettings) -> int:
     out, kept = Path(chosen.out), Path(chosen.measurements) if chosen.measurements else None
     for name, path in (("out", out), ("measurements", kept)):
         if path is not None:
-            writable(name, str(path))
+            require_writable(name, str(path))
     try:
         found, journal = asyncio.run(calibrate(chosen, out))
     except KeyboardInterrupt:
