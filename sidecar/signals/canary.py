@@ -18,7 +18,7 @@ from sidecar.engines import canary_request
 from sidecar.engines.canary_request import CanaryAnswer, CanaryForm, CanaryForms
 from sidecar.engines.engine_type import EngineKind
 from sidecar.events import CanaryResult
-from sidecar.signals.http_body import whole
+from sidecar.signals.http_body import read_body
 
 MAX_ANSWER: Final = 1 << 20  # bytes read of a canary's answer
 UNBOUNDED: Final = aiohttp.ClientTimeout(
@@ -105,7 +105,7 @@ class CanarySignal:
         async with self._session.post(url, json=body, headers=self._headers, timeout=UNBOUNDED) as response:
             if response.status != 200:
                 return response.status, CanaryAnswer()
-            answer = canary_request.read(await whole(response, MAX_ANSWER), form.path)
+            answer = canary_request.read(await read_body(response, MAX_ANSWER), form.path)
         return answer.error or 200, answer
 
     async def _discover(self) -> tuple[str, str, None] | None:
@@ -113,7 +113,7 @@ class CanarySignal:
         async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
             if response.status != 200:
                 return *_refusal(response.status, f"HTTP {response.status} on /v1/models"), None
-            raw = json.loads(await whole(response, MAX_ANSWER))
+            raw = json.loads(await read_body(response, MAX_ANSWER))
         models = raw.get("data") if isinstance(raw, dict) else None
         if isinstance(models, list) and models and isinstance(models[0], dict):
             self._model = str(models[0].get("id", ""))

@@ -25,7 +25,7 @@ from sidecar.readings import Failed
 from sidecar.report import diagnosis_page
 from sidecar.settings import Settings, load
 from sidecar.signals import stack_dump
-from sidecar.signals.process_examiner import HangProofThread, ProcessExaminer, dumps
+from sidecar.signals.process_examiner import HangProofThread, ProcessExaminer, dump_all
 from sidecar.signals.process_state import EngineProcess
 
 from ..waiting import PATIENCE
@@ -67,7 +67,7 @@ async def test_a_stopped_engine_is_seen_stopped_with_its_stacks(py_spy: str) -> 
     """SIGSTOP: the summary says so at the first look already; after the second there are two dumps that name the place."""
     with victim("spin_here") as engine:
         os.kill(engine.pid, signal.SIGSTOP)
-        first, second = await steps(ProcessExaminer(engine.url, gap=0.5))
+        first, second = await steps(ProcessExaminer(engine.url, interval_s=0.5))
     assert not first["complete"] and second["complete"]
     assert "stopped (T)" in first["summary"] and "stopped (T)" in second["summary"]
     (process,) = second["processes"]
@@ -78,12 +78,12 @@ async def test_a_stopped_engine_is_seen_stopped_with_its_stacks(py_spy: str) -> 
 async def test_a_spinning_and_a_sleeping_engine_are_told_apart(py_spy: str) -> None:
     """CPU over the two looks, and the frame of the thread that used it."""
     with victim("spin_here") as engine:
-        summary = (await steps(ProcessExaminer(engine.url, gap=2)))[-1]["summary"]
+        summary = (await steps(ProcessExaminer(engine.url, interval_s=2)))[-1]["summary"]
     assert (
         "spinning at" in summary or "working at" in summary
     ) and "in spin_here (" in summary  # a starved machine gives less
     with victim("sleep_here") as engine:
-        summary = (await steps(ProcessExaminer(engine.url, gap=1)))[-1]["summary"]
+        summary = (await steps(ProcessExaminer(engine.url, interval_s=1)))[-1]["summary"]
     assert "asleep" in summary and "in sleep_here (" in summary
 
 
@@ -102,20 +102,20 @@ async def test_a_py_spy_that_hangs_costs_a_bounded_time(tmp_path: Path) -> None:
     stuck.chmod(0o755)
     processes = tuple(EngineProcess(pid, "engine", "other", 0) for pid in range(1, 8))
     async with asyncio.timeout(PATIENCE):
-        given = await dumps(processes, str(stuck), 0.5)
+        given = await dump_all(processes, str(stuck), 0.5)
     reasons = [text.error for text in given.values() if isinstance(text, Failed)]
     assert len(reasons) == 7 and "was killed" in reasons[0] and "dumps before it" in reasons[-1]
 
 
 async def test_a_look_that_hangs_is_left_behind() -> None:
     """A kernel that does not answer costs a bounded time; no second thread starts while the first hangs, and then all is well."""
-    aside, release = HangProofThread(0.1), threading.Event()
-    for words in ("did not answer", "has not answered since an earlier look"):
-        failed = await aside.ask(lambda: release.wait(60))
+    thread, release = HangProofThread(0.1), threading.Event()
+    for words in ("/proc hangs for", "still hangs since an earlier look"):
+        failed = await thread.run(lambda: release.wait(60))
         assert isinstance(failed, Failed) and words in failed.error
     release.set()
     async with asyncio.timeout(PATIENCE):
-        while await aside.ask(lambda: "answer") != "answer":  # noqa: ASYNC110  a thread that is left behind has no event
+        while await thread.run(lambda: "answer") != "answer":  # noqa: ASYNC110  a thread that is left behind has no event
             await asyncio.sleep(0.01)
 
 

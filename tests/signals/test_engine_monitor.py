@@ -43,7 +43,7 @@ async def meet() -> AsyncIterator[Callable[..., Any]]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rests between attempts."""
-    monkeypatch.setattr(engine_monitor, "RETRY", 0.01)
+    monkeypatch.setattr(engine_monitor, "PROBE_RETRY_INTERVAL_S", 0.01)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -76,7 +76,7 @@ async def test_a_loading_engine_is_waited_for(meet: Callable[..., Any]) -> None:
     """An engine that answers 503 while it loads is no `openai`: it is asked until it can say."""
     async with Shown({"/v1/models": (503, "")}) as engine:
         task = asyncio.create_task(meet(engine))
-        await until(lambda: engine.asked["/v1/models"] > 2 * engine_monitor.MAX_SILENT_ANSWERS)
+        await until(lambda: engine.asked["/v1/models"] > 2 * engine_monitor.MAX_INCONCLUSIVE_ATTEMPTS)
         engine.answers |= {"/v1/models": models("vllm")}
         assert (await task).kind_name == "vllm"
 

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
 from sidecar.signals import own_process
-from sidecar.signals.metrics_scrape import PAGE_PERIODS, ScrapeSignal
+from sidecar.signals.metrics_scrape import MAX_PAGE_AGE_PERIODS, ScrapeSignal
 
 PAGE = b"running 3\n"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -127,9 +127,9 @@ async def test_a_page_that_hangs_alone_is_no_blocked_api(
 async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp.ClientSession) -> None:
     """While the engine sleeps its page is not asked for, and the reading says why there is none."""
     resting = "engine_sleeping"
-    signal = ScrapeSignal(await serve(answering()), parse, rests=lambda: resting)
+    signal = ScrapeSignal(await serve(answering()), parse, sleep_state=lambda: resting)
     reading = await signal.poll(session)
-    assert isinstance(reading, Absent) and "sleeps" in reading.reason
+    assert isinstance(reading, Absent) and "asleep" in reading.reason
     resting = ""
     assert isinstance(await signal.poll(session), Value)
 
@@ -224,7 +224,7 @@ async def test_a_failure_keeps_the_last_page_until_it_is_too_old(serve: Serve, s
 
     signal = ScrapeSignal(await serve(flaky), parse, period=1.0, clock=lambda: now)
     await signal.poll(session)
-    up, now = False, float(PAGE_PERIODS)
+    up, now = False, float(MAX_PAGE_AGE_PERIODS)
     error(await signal.poll(session))
     assert signal.page() == PAGE.decode()
     now += 0.1

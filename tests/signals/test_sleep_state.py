@@ -87,7 +87,7 @@ async def test_an_engine_that_answers_nothing_ends_no_polling(
     rest: Callable[..., SleepSignal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sign that hangs with the core costs its timeout, and is unknown."""
-    monkeypatch.setattr(sleep_state, "TIMEOUT", 0.05)
+    monkeypatch.setattr(sleep_state, "SLEEP_POLL_TIMEOUT_S", 0.05)
 
     async def never(_: Any) -> Any:
         await asyncio.Event().wait()

@@ -124,4 +124,4 @@ async def test_without_the_capability_another_users_process_is_refused(
     with victim(**stranger) as engine:
         command = [*powerless, py_spy, "dump", "--nonblocking", "--pid", str(engine.pid)]
         run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
-        assert stack_dump.reason(run.stderr) == stack_dump.REFUSED
+        assert stack_dump.explain_failure(run.stderr) == stack_dump.REFUSED
