@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import pynvml
 
-from sidecar.signals.gpu.sample import BATCH, SM_CLOCK, GpuDevice, GpuSampler, found
+from sidecar.signals.gpu.sample import BATCH_FIELDS, SM_CLOCK, GpuDevice, GpuSampler, find_devices
 
 STUB: Final = "Stub GPU"
 SECOND: Final = 1.0  # between two rounds of the signal, which its share of a core is taken over
@@ -35,7 +35,7 @@ def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
         "nvmlDeviceGetMemoryInfo": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle),
         "nvmlDeviceGetPowerUsage": lambda: pynvml.nvmlDeviceGetPowerUsage(handle),
         "nvmlDeviceGetTotalEnergyConsumption": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle),
-        f"batch of {len(BATCH)} fields": lambda: pynvml.nvmlDeviceGetFieldValues(handle, BATCH),
+        f"batch of {len(BATCH_FIELDS)} fields": lambda: pynvml.nvmlDeviceGetFieldValues(handle, BATCH_FIELDS),
         "nvmlDeviceGetTemperature": lambda: pynvml.nvmlDeviceGetTemperature(whole, pynvml.NVML_TEMPERATURE_GPU),
         "nvmlDeviceGetClockInfo": lambda: pynvml.nvmlDeviceGetClockInfo(whole, SM_CLOCK),
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(whole),
@@ -99,7 +99,8 @@ def main() -> int:
         print(f"NVML does not start: {e}. This needs an NVIDIA GPU and its driver.", file=sys.stderr)
         return 1
     init = time.perf_counter() - began
-    every = [d for i in range(pynvml.nvmlDeviceGetCount()) for d in found(pynvml, lambda call, *args: call(*args), i)]
+    indexes = range(pynvml.nvmlDeviceGetCount())
+    every = [d for i in indexes for d in find_devices(pynvml, lambda call, *args: call(*args), i)]
     if not every or all(device.error for device in every):
         print("NVML starts and no GPU answers.", file=sys.stderr)
         return 1
