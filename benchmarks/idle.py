@@ -2,9 +2,9 @@
 
     python benchmarks/idle.py [--seconds 60] [--write]
 
-CPU is user + system time of the process over wall time, as a share of one core. RSS is resident memory, PSS counts shared
-pages once. The engine is the scripted one, with vLLM's metric names; the real vLLM's page is larger (about 100 KB), so its size
-is printed.
+CPU is user + system time of the process over wall time, as a share of one core. RSS is resident memory, PSS counts
+shared pages once. The engine is the scripted one, with vLLM's metric names; the real vLLM's page is larger (about 100
+KB), so its size is printed.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python benchmarks/probes.py [--seconds 30] [--rounds 10] [--write]
 
-A probe is what kubelet's is: a new connection, GET, an answer of 200 to 399 within 1 s. Latency: /livez ten times a second, idle and
-under load: 64 streams of the scripted engine, and eight clients with 1080p photographs; prober, clients, engine and sidecar share the
-cores. After kill -9: probes one after the other until one passes; the time runs from the signal. For comparison, the
-time that a fresh interpreter needs from its start to its first /livez: what a restart without fork would take.
+A probe is what kubelet's is: a new connection, GET, an answer of 200 to 399 within 1 s. Latency: /livez ten times a
+second, idle and under load: 64 streams of the scripted engine, and eight clients with 1080p photographs; prober,
+clients, engine and sidecar share the cores. After kill -9: probes one after the other until one passes; the time runs
+from the signal. For comparison, the time that a fresh interpreter needs from its start to its first /livez: what a
+restart without fork would take.
 """
 
 from __future__ import annotations

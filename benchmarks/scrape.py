@@ -2,8 +2,9 @@
 
     python benchmarks/scrape.py [--seconds 20] [--rounds 3] [--write]
 
-Quiet and scraped spans alternate; what the scrapers cost is the difference, in percent of one core. Scrapers keep their connections. The engine is
-the scripted one, in this process, which counts what it is asked; it is busy with a few streams, so that its page and ours are not empty.
+Quiet and scraped spans alternate; what the scrapers cost is the difference, in percent of one core. Scrapers keep their
+connections. The engine is the scripted one, in this process, which counts what it is asked; it is busy with a few
+streams, so that its page and ours are not empty.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What every test may need and no test may quietly miss.
 
-`requires("gcc")` is the one way to ask for something outside the package: it returns where the thing is, and where it is
-absent it skips with a reason. With TEST_REQUIRE=1 (continuous integration) an absent tool or module fails the
-test instead: a skip there would look like a pass. Material beside the repository (`../...`) is optional everywhere.
+`requires("gcc")` is the one way to ask for something outside the package: it returns where the thing is, and where it
+is absent it skips with a reason. With TEST_REQUIRE=1 (continuous integration) an absent tool or module fails the test
+instead: a skip there would look like a pass. Material beside the repository (`../...`) is optional everywhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# On a machine that is busy with other work, an example that takes long is no failure of the code. Continuous integration tries the
-# same examples each time, so that what it says is about the change; new ones are searched for everywhere else.
+# On a machine that is busy with other work, an example that takes long is no failure of the code. Continuous
+# integration tries the same examples each time, so that what it says is about the change; new ones are searched for
+# everywhere else.
 settings.register_profile(
     "ours",
     deadline=None,

@@ -1,7 +1,8 @@
-"""One token from the engine, read to the end of its stream: the canary.
+"""The canary: a request for one token, read to the end of its stream.
 
-One at a time; its cost is one token; of its answer a short hash is kept, never the text. It goes straight to the engine, past the
-relay, so that a relay in trouble does not look like an engine in trouble. It is never counted as a tenant's work.
+- One at a time, at the cost of one token. A short hash of the response is kept, never the text.
+- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble.
+- It is never counted as a tenant's work.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from sidecar.engines.engine_type import EngineKind
 from sidecar.events import CanaryResult
 from sidecar.signals.http_body import read_body
 
-MAX_ANSWER: Final = 1 << 20  # bytes read of a canary's answer
-UNBOUNDED: Final = aiohttp.ClientTimeout(
-    total=None
-)  # `send` bounds it; aiohttp's 5 minutes may be less than is allowed
+MAX_ANSWER_BYTES: Final = 1 << 20
+# `send` has its own timeout; aiohttp's default of 5 minutes may be shorter.
+NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
 Clock = Callable[[], float]
 Asleep = Callable[[], Awaitable[bool]]
 
 
 class CanarySignal:
-    """Sends canaries. `send` never raises; the caller sees to it that only one is under way.
+    """Sends canaries. `send` never raises; the caller sends one at a time.
 
-    `asleep` is asked first where a request would wake the engine. `priority` is what puts a request before all others.
+    `asleep` is awaited first, for engines that a request would wake. `priority` puts a request before all others.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CanarySignal:
         self._clock = clock
 
     async def send(self, allowed: float) -> CanaryResult:
-        """Send one; it is starved when its stream has not ended after `allowed` seconds."""
+        """Send one canary; it is starved if its stream has not ended after `allowed` seconds."""
         started = self._clock()
 
         def ended(outcome: str, detail: str = "", answer: CanaryAnswer | None = None) -> CanaryResult:
@@ -67,17 +67,17 @@ class CanarySignal:
         try:
             async with asyncio.timeout(allowed):
                 if self._asleep is not None and await self._asleep():
-                    return ended("moot", "the engine sleeps, and a request would wake it")
+                    return ended("moot", "the engine is asleep; a request would wake it")
                 return ended(*await self._attempt())
         except TimeoutError:
             return ended("starved", f"no token within {allowed:.1f} s")
         except aiohttp.ClientConnectorError:
-            return ended("refused", "the engine takes no connection")
+            return ended("refused", "the engine refuses connections")
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as e:
-            return ended("failed", f"the answer broke off ({type(e).__name__})")
+            return ended("failed", f"the response broke off ({type(e).__name__})")
 
     async def _attempt(self) -> tuple[str, str, CanaryAnswer | None]:
-        """Outcome, detail, and the answer of the form that passed."""
+        """Outcome, detail, and the response to the form that passed."""
         if not self._model and (refusal := await self._discover()):
             return refusal
         refusals = []
@@ -85,7 +85,7 @@ class CanarySignal:
         for form in self._forms.forms():
             status, answer = await self._ask(form, model)
             if status == 200 and not answer.token:
-                # From an engine that is known to serve tokens this is a failure; from another one it may be its way.
+                # A failure of an engine that has served tokens; another engine may always respond so.
                 return "failed" if self._forms.known else "rejected", f"no token in the answer of {form.path}", None
             if status == 200:
                 self._forms.passed(form)
@@ -93,34 +93,34 @@ class CanarySignal:
                 return "ok", form.path, answer
             refusals.append(f"HTTP {status} on {form.path}")
             if status in canary_request.OTHER_FORM:
-                self.forget_model()  # it may be the name that is refused; the next canary asks for it anew
+                self.forget_model()  # the name may be rejected: the next canary looks it up again
             if not self._forms.goes_on(form, status):
                 return *_refusal(status, refusals[-1]), None
         return *_refusal(status, ", ".join(dict.fromkeys(refusals))), None
 
     async def _ask(self, form: CanaryForm, model: str) -> tuple[int, CanaryAnswer]:
-        """One request; an error inside an answer of status 200 counts as that status."""
+        """Send one request; an error inside a response of status 200 counts as its status."""
         body = canary_request.body(self._kind, form, model)
         url = self._engine + form.path
-        async with self._session.post(url, json=body, headers=self._headers, timeout=UNBOUNDED) as response:
+        async with self._session.post(url, json=body, headers=self._headers, timeout=NO_TIMEOUT) as response:
             if response.status != 200:
                 return response.status, CanaryAnswer()
-            answer = canary_request.read(await read_body(response, MAX_ANSWER), form.path)
+            answer = canary_request.read(await read_body(response, MAX_ANSWER_BYTES), form.path)
         return answer.error or 200, answer
 
     async def _discover(self) -> tuple[str, str, None] | None:
-        """Learn the first name of /v1/models. Returns the outcome when there is none."""
+        """Look up the first name of /v1/models. Returns the outcome if there is none."""
         async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
             if response.status != 200:
                 return *_refusal(response.status, f"HTTP {response.status} on /v1/models"), None
-            raw = json.loads(await read_body(response, MAX_ANSWER))
+            raw = json.loads(await read_body(response, MAX_ANSWER_BYTES))
         models = raw.get("data") if isinstance(raw, dict) else None
         if isinstance(models, list) and models and isinstance(models[0], dict):
             self._model = str(models[0].get("id", ""))
         return None if self._model else ("rejected", "the engine names no model; set --canary-model", None)
 
     def forget_model(self) -> None:
-        """The engine may serve another model now."""
+        """Look the model up again: the engine may serve another one now."""
         self._model = self._chosen
 
 
@@ -128,5 +128,5 @@ def _refusal(status: int, detail: str) -> tuple[str, str]:
     if status in (429, 503):
         return "busy", detail
     if status in (401, 403):
-        return "rejected", f"{detail}; give the engine's key with --engine-key"
+        return "rejected", f"{detail}; set --engine-key"
     return ("failed" if status >= 500 else "rejected"), detail

@@ -1,7 +1,7 @@
 """The sidecar's own contact with the engine: its kind, metrics, canary, and whether it sleeps.
 
-- The kind is recognised when the engine first responds, and again after each restart of its process. Until then there is
-  nothing to read and nothing to send.
+- The kind is recognised when the engine first responds, and again after each restart of its process. Until then there
+  is nothing to read and nothing to send.
 - An engine that cannot be recognised is `openai`, the kind that assumes nothing.
 """
 

@@ -31,9 +31,9 @@ async def probe_engine(
 ) -> ProbeAnswers:
     """Request what identifies the common kinds, and more if that is inconclusive. `seconds` is the timeout of each request."""
     answers = ProbeAnswers()
-    await request_pages(answers, session, engine, registry.FIRST_LOOK, headers, seconds)
+    await request_pages(answers, session, engine, registry.FIRST_PATHS, headers, seconds)
     if answers.status["/v1/models"] not in LOADING_STATUSES and registry.recognise(answers.pages) == "openai":
-        await request_pages(answers, session, engine, registry.CLOSER_LOOK, headers, seconds)
+        await request_pages(answers, session, engine, registry.FURTHER_PATHS, headers, seconds)
     return answers
 
 

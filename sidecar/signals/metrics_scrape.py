@@ -25,8 +25,8 @@ PageParser = Callable[[bytes, float], EngineSample]
 MAX_PAGE_AGE_PERIODS: Final = 5
 
 _REMEDIES: Final = {
-    401: "; give the engine's key with --engine-key",
-    403: "; give the engine's key with --engine-key",
+    401: "; set --engine-key",
+    403: "; set --engine-key",
     404: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
     501: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
 }
@@ -45,10 +45,10 @@ class _BadStatus(Exception):
 class ScrapeSignal:
     """Scrapes `url`, the metrics page, once per `period` seconds while `run` runs.
 
-    `parse(page, at)` returns the sample and raises ValueError on garbage. It is None for an engine kind without metrics:
-    then any response from `url` will do. If the page can hang together with the engine, `contact` is a second URL: the
-    API counts as blocked only if that does not respond either. `headers` are sent with each scrape (API keys). The engine
-    is not scraped while `sleep_state()` is not "".
+    `parse(page, at)` returns the sample and raises ValueError on garbage. It is None for an engine kind without
+    metrics: then any response from `url` will do. If the page can hang together with the engine, `contact` is a second
+    URL: the API counts as blocked only if that does not respond either. `headers` are sent with each scrape (API keys).
+    The engine is not scraped while `sleep_state()` is not "".
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Pure: what a process does, as records and as one line of text.
 
-- Two looks a few seconds apart distinguish stopped, spinning and asleep, without any permission over the process. A stack
-  dump (py-spy's text) adds the place.
+- Two looks a few seconds apart distinguish stopped, spinning and asleep, without any permission over the process. A
+  stack dump (py-spy's text) adds the place.
 - Nothing here contains values of variables: only names of functions, files, threads and kernel waits.
 """
 

@@ -1,8 +1,8 @@
 """Stack dumps of Python processes, by py-spy.
 
-- py-spy reads the memory of the running process (`--nonblocking`) and never stops it. So a wrong verdict does not pause a
-  healthy engine, a process that is already stopped can be dumped, and a dump that dies half-way leaves nothing attached.
-  The price: no native frames, and an occasional retry.
+- py-spy reads the memory of the running process (`--nonblocking`) and never stops it. So a wrong verdict does not pause
+  a healthy engine, a process that is already stopped can be dumped, and a dump that dies half-way leaves nothing
+  attached. The price: no native frames, and an occasional retry.
 - Never `--locals`: values of variables are prompts.
 - Time and bytes are bounded; a dump that hangs is killed.
 """

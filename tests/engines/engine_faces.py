@@ -1,6 +1,7 @@
 """Servers that show the face of each engine: its model list, its metrics page, its marks, its keys. Real HTTP on port 0.
 
-What they say is written after the engines' published sources (see sidecar/engines/*.py); pages are those of tests/engines/pages.
+What they say is written after the engines' published sources (see sidecar/engines/*.py); pages are those of
+tests/engines/pages.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ async def test_an_answer_without_end_is_bounded(
     canary: Callable[..., CanarySignal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An endless answer is given up at the bound."""
-    monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER", 1000)
+    monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER_BYTES", 1000)
     async with engine(**{COMPLETIONS: (200, TOKEN * 100)}) as shown:
         assert (await canary(shown).send(PATIENCE)).outcome == "failed"
 

@@ -173,7 +173,7 @@ async def test_sglangs_own_flags_choose_the_priority(meet: Callable[..., Any]) -
     async with shown("sglang") as engine:
         contact = await meet(engine)
         assert (await contact.canary.send(PATIENCE)).outcome == "ok"
-        assert engine.bodies["/v1/completions"][0]["priority"] == sglang.FIRST
+        assert engine.bodies["/v1/completions"][0]["priority"] == sglang.FIRST_PRIORITY
 
 
 async def test_contact_survives_an_engine_that_goes_away(meet: Callable[..., Any]) -> None:

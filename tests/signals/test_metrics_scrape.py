@@ -138,7 +138,7 @@ async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp
     ("status", "body", "why"),
     [
         (404, PAGE, "answered 404; start the engine with its metrics on"),
-        (401, PAGE, "answered 401; give the engine's key"),
+        (401, PAGE, "answered 401; set --engine-key"),
         (500, PAGE, "answered 500"),
         (302, PAGE, "answered 302"),
         (200, b"<html>", "not Prometheus text"),

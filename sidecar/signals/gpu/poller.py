@@ -2,8 +2,8 @@
 
 - NVML has hung in the field. So it is called on threads of its own, and `read` returns the last reading at once: a call
   that hangs makes the reading fail, not the reader wait.
-- A number that a GPU does not have (MIG, an old driver) is absent; one that could not be read is failed. Neither affects
-  the others.
+- A number that a GPU does not have (MIG, an old driver) is absent; one that could not be read is failed. Neither
+  affects the others.
 - A lost GPU keeps its place with failed numbers, so that the XID errors that explain it stay visible.
 - Without a driver library the thread ends.
 """

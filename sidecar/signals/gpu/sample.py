@@ -1,7 +1,7 @@
 """The numbers of one GPU: the NVML calls, their units, and what a slice of a GPU does not have.
 
-- Fields that NVML gives in a batch are read in one call, and each field's own return code is checked. Fields that the batch
-  lacks (an old driver, an unknown field) are read by single calls.
+- Fields that NVML gives in a batch are read in one call, and each field's own return code is checked. Fields that the
+  batch lacks (an old driver, an unknown field) are read by single calls.
 - A list of processes takes milliseconds and a lock of the whole driver: once per PROCESS_LIST_INTERVAL_S.
 - A MIG slice has no utilisation. Its power and energy are those of the whole GPU, which others share: absent, never 0.
 """
