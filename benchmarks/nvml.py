@@ -1,8 +1,8 @@
-"""What each NVML call costs on this machine, and what a round of the sidecar's GPU signal costs: median and 99th percentile.
+"""What each NVML call and a round of the sidecar's GPU signal cost on this machine: median and 99th percentile.
 
     python benchmarks/nvml.py [--rounds 300] [--lists 10] [--write]
 
-Calls are taken in turn within each round, for each GPU. `batch` is one nvmlDeviceGetFieldValues of the fields that the
+Calls alternate within each round, for each GPU. `batch` is one nvmlDeviceGetFieldValues of the fields that the
 signal asks for; beside it stand the single calls that it replaces. Lists of processes lock the driver, so they are
 asked `--lists` times only, a tenth of a second apart. Figures of a scripted driver library are printed, and never
 written.
@@ -23,12 +23,13 @@ import pynvml
 
 from sidecar.signals.gpu.sample import BATCH_FIELDS, SM_CLOCK, GpuDevice, GpuSampler, find_devices
 
-STUB: Final = "Stub GPU"
-SECOND: Final = 1.0  # between two rounds of the signal, which its share of a core is taken over
+STUB_GPU_NAME: Final = "Stub GPU"
+# Between two rounds of the signal.
+SIGNAL_INTERVAL_S: Final = 1.0
 
 
 def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """The timed calls by name."""
     sampler = GpuSampler(pynvml, lambda call, *args: call(*args), lambda _: ())
     handle, whole = device.handle, device.whole
     return {
@@ -45,7 +46,7 @@ def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
 
 
 def timed(call: Callable[[], Any]) -> float | None:
-    """Microseconds of one call; None where this GPU does not have it."""
+    """Microseconds of one call; None if this GPU does not have it."""
     began = time.perf_counter()
     try:
         call()
@@ -83,7 +84,7 @@ def table(device: GpuDevice, took: dict[str, list[float]]) -> str:
         p99 = statistics.quantiles(values, n=100, method="inclusive")[98]
         lines.append(f"| {name} | {statistics.median(values):.1f} | {p99:.1f} | {len(values)} |")
     whole = statistics.median(took["one whole sample"]) / 1e6
-    lines += ["", f"One sample a second: {whole / SECOND:.4%} of a core.", ""]
+    lines += ["", f"One sample a second: {whole / SIGNAL_INTERVAL_S:.4%} of a core.", ""]
     return "\n".join(lines)
 
 
@@ -103,13 +104,13 @@ def main() -> int:
     indexes = range(pynvml.nvmlDeviceGetCount())
     every = [d for i in indexes for d in find_devices(pynvml, lambda call, *args: call(*args), i)]
     if not every or all(device.error for device in every):
-        print("NVML starts and no GPU answers.", file=sys.stderr)
+        print("NVML starts, but no GPU responds.", file=sys.stderr)
         return 1
     head = f"NVML {time.strftime('%Y-%m-%d')}, driver {driver()}; nvmlInit {init * 1e3:.1f} ms"
     text = "\n".join([f"# {head}", "", f"`benchmarks/nvml.py --rounds {chosen.rounds}`", ""])
     text += "\n".join(table(d, measure(d, chosen.rounds, chosen.lists)) for d in every if d.error is None)
     print(text)
-    if chosen.write and any(device.name.startswith(STUB) for device in every):
+    if chosen.write and any(device.name.startswith(STUB_GPU_NAME) for device in every):
         print("a scripted driver library: nothing is written", file=sys.stderr)
         return 1
     if chosen.write:

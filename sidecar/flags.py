@@ -31,12 +31,12 @@ def flag(default: Any, parser: Parser, help: str, *, expected: str = "", secret:
 
 
 def parser(expected: str, metavar: str) -> Callable[[Callable[[str], Any]], Parser]:
-    """Decorate a function of text to be a Parser."""
+    """Decorator: make a function of text a Parser."""
     return lambda parse: Parser(expected, metavar, parse)
 
 
 def matching(pattern: str, expected: str, metavar: str = "TEXT") -> Parser:
-    """A parser of texts that match a pattern as a whole, in upper or lower case as it says."""
+    """A parser of texts that match a whole pattern."""
 
     def parse(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -47,7 +47,7 @@ def matching(pattern: str, expected: str, metavar: str = "TEXT") -> Parser:
 
 
 def one_of(*options: str) -> Parser:
-    """A parser of some words; help lists them in the value's place where they are few."""
+    """A parser of fixed words; a short list of them is the metavar."""
 
     def parse(text: str) -> str:
         if text not in options:

@@ -52,7 +52,7 @@ class Settings:
     """Settings of `sidecar run`. Seconds, bytes and tokens unless the help says otherwise."""
 
     engine: str = flag("", url, "Base URL of the engine, e.g. http://127.0.0.1:8000")
-    engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Kind of the engine; auto: recognised by its answers")
+    engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Kind of the engine; auto: recognised by its responses")
     listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Address of the relay")
     admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Address of probes, load, metrics and the status page")
     workers: int = flag(1, integer(1, 64), "Number of relay processes")

@@ -81,8 +81,7 @@ def test_readme_names_every_setting_and_metric() -> None:
 
 
 def test_every_flag_in_a_document_exists() -> None:
-    """No document tells of a flag that no command of ours takes, but the changelog and the decisions of one that was removed; flags of
-    other programs are listed here."""
+    """Every flag in a document exists, except in changelog and decisions; flags of other programs are listed."""
     others = {
         "--host",
         "--port",
@@ -99,9 +98,9 @@ def test_every_flag_in_a_document_exists() -> None:
     known = {o for c in commands if c for p in c.params for o in p.opts} | {"--help", "--version"} | others
     for program in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").glob("*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', program.read_text()))
-    ours = [d for d in DOCUMENTS if "engines" not in d.parts]
+    documents = [d for d in DOCUMENTS if "engines" not in d.parts]
     removed = {f"--{name}" for name in REMOVED}
-    for document in ours:
+    for document in documents:
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document.read_text()))
         history = document.name == "CHANGELOG.md" or document.parent.name == "decisions"
         assert used - known - (removed if history else set()) == set(), document.name

@@ -66,7 +66,7 @@ class CanaryForms:
         self._left, self.known = (form,), True
 
     def goes_on(self, form: CanaryForm, status: int) -> bool:
-        """Whether to try the next form after this status. A known form that fails makes all be tried again next time."""
+        """Whether to try the next form after this status. If a known form fails, all are tried again next time."""
         if status not in (OTHER_FORM if form.priority is None else OTHER_PRIORITY):
             return False
         if self.known:
@@ -82,14 +82,14 @@ def body(kind: EngineKind, form: CanaryForm, model: str) -> dict[str, Any]:
     """The JSON body of the request for one token."""
     if form.path == EMBEDDINGS:
         return {"model": model, "input": PROMPT}
-    asked: dict[str, Any] = {"model": model, "max_tokens": 1, "temperature": 0, "stream": True}
+    request: dict[str, Any] = {"model": model, "max_tokens": 1, "temperature": 0, "stream": True}
     if kind.tells_usage:
-        asked["stream_options"] = {"include_usage": True}
+        request["stream_options"] = {"include_usage": True}
     if form.priority is not None:
-        asked["priority"] = form.priority
+        request["priority"] = form.priority
     if form.path == CHAT:
-        return {**asked, "messages": [{"role": "user", "content": PROMPT}]}
-    return {**asked, "prompt": PROMPT}
+        return {**request, "messages": [{"role": "user", "content": PROMPT}]}
+    return {**request, "prompt": PROMPT}
 
 
 def read(raw: bytes, path: str) -> CanaryAnswer:

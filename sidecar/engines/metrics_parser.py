@@ -22,7 +22,8 @@ from sidecar.readings import EngineSample, RankSample
 # After the name: labels (quoted values may hold braces, commas and escaped quotes), value, and what may follow it: a
 # timestamp, an OpenMetrics exemplar. Possessive, so that no page can make it backtrack.
 _REST: Final = re.compile(
-    rb'(\{(?:[^"}\n]++|"(?:[^"\\\n]++|\\[^\n])*+")*+\})?+[ \t]*+([^ \t\r\n]++)(?:[ \t]++-?[0-9.]++)?+[ \t]*+(?:#[^\n]*+)?+\r?(?:\n|\Z)'
+    rb'(\{(?:[^"}\n]++|"(?:[^"\\\n]++|\\[^\n])*+")*+\})?+[ \t]*+([^ \t\r\n]++)'
+    rb"(?:[ \t]++-?[0-9.]++)?+[ \t]*+(?:#[^\n]*+)?+\r?(?:\n|\Z)"
 )
 _NUMBER: Final = re.compile(rb"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _LINE: Final = re.compile(rb"\s*(#|[a-zA-Z_:][a-zA-Z0-9_:]*[ \t{])")

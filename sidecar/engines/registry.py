@@ -48,7 +48,7 @@ def recognise(pages: Mapping[str, bytes]) -> str:
 
 
 def identity(pages: Mapping[str, bytes]) -> EngineIdentity:
-    """The engine's models, version and settings, from the bodies of /v1/models, /version and /metrics; empty if unknown."""
+    """The engine's models, version and settings, from /v1/models, /version and /metrics; empty if unknown."""
     cards = _object(pages.get("/v1/models", b"")).get("data")
     names = [card.get("id") for card in cards if isinstance(card, dict)] if isinstance(cards, list) else []
     version = _object(pages.get("/version", b"")).get("version")
@@ -73,7 +73,7 @@ def _owners(body: bytes) -> set[str]:
 
 
 def _has_series(page: bytes, prefix: bytes) -> bool:
-    """Whether a line of the page begins with the prefix (its colon may be `_`); a mention inside a line does not count."""
+    """Whether a line of the page begins with the prefix (its colon may be `_`)."""
     return any(page.startswith(p) or b"\n" + p in page for p in (prefix, prefix.replace(b":", b"_")))
 
 

@@ -85,13 +85,13 @@ class EngineMonitor:
         return self._scrape.last_page(max_bytes) if self._scrape else None
 
     def engine_restarted(self) -> None:
-        """Recognise the engine again: a new process may be of another kind, serve another model, take other canaries."""
+        """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
         if self.canary is not None:
             self.canary.forget_model()
         self._restarted.set()
 
     async def run(self, opened: asyncio.Event) -> None:
-        """Wait for the engine's port; then recognise the engine and read from it, for each engine process until cancelled."""
+        """Wait for the engine's port; then recognise each engine process and read from it, until cancelled."""
         try:
             await asyncio.wait_for(opened.wait(), FIRST_CONNECT_TIMEOUT_S)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""The first requests to an engine, whose responses tell its kind (engines/registry.py)."""
+"""The first requests to an engine, whose responses identify its kind (engines/registry.py)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class ProbeAnswers:
 
 
 async def probe_engine(
-    session: aiohttp.ClientSession, engine: str, headers: Mapping[str, str], seconds: float
+    session: aiohttp.ClientSession, engine: str, headers: Mapping[str, str], timeout_s: float
 ) -> ProbeAnswers:
-    """Request what identifies the common kinds, and more if that is inconclusive. `seconds` is the timeout of each request."""
+    """Request what identifies the common kinds, and more if that is inconclusive."""
     answers = ProbeAnswers()
-    await request_pages(answers, session, engine, registry.FIRST_PATHS, headers, seconds)
+    await request_pages(answers, session, engine, registry.FIRST_PATHS, headers, timeout_s)
     if answers.status["/v1/models"] not in LOADING_STATUSES and registry.recognise(answers.pages) == "openai":
-        await request_pages(answers, session, engine, registry.FURTHER_PATHS, headers, seconds)
+        await request_pages(answers, session, engine, registry.FURTHER_PATHS, headers, timeout_s)
     return answers
 
 
@@ -43,10 +43,10 @@ async def request_pages(
     engine: str,
     paths: Iterable[str],
     headers: Mapping[str, str],
-    seconds: float,
+    timeout_s: float,
 ) -> None:
     """Request these paths and add the responses to `answers`."""
-    timeout = aiohttp.ClientTimeout(total=seconds)
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     for path in paths:
         try:
             async with session.get(engine + path, headers=headers, timeout=timeout) as response:
@@ -55,6 +55,6 @@ async def request_pages(
                 if response.status == 200:
                     answers.pages[path] = body
         except TimeoutError:
-            answers.status[path], answers.error = 0, f"no answer in {seconds:.0f} s"
+            answers.status[path], answers.error = 0, f"no answer in {timeout_s:.0f} s"
         except (aiohttp.ClientError, OSError, ValueError) as e:
             answers.status[path], answers.error = 0, f"no connection ({type(e).__name__})"

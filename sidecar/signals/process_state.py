@@ -175,7 +175,7 @@ def _format_place(evidence: ProcessEvidence, tid: int) -> str:
 
 
 def innermost_frame(dump: str, tid: int) -> str:
-    """The innermost frame of a thread in py-spy's text, such as `recv (zmq/sugar/socket.py:12)`; "" if there is none."""
+    """The innermost frame of a thread in py-spy's text, as `recv (zmq/sugar/socket.py:12)`; "" if there is none."""
     in_thread = False
     for line in dump.splitlines():
         heading = _THREAD.match(line)

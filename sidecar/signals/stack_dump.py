@@ -75,9 +75,8 @@ async def dump(pid: int, py_spy: str, timeout_s: float = DUMP_TIMEOUT_S) -> str 
 
 async def _attempt(command: list[str]) -> str | Failed:
     env = {"PATH": os.environ.get("PATH", ""), "RUST_BACKTRACE": "0"}
-    child = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env
-    )  # fmt: skip
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    child = await asyncio.create_subprocess_exec(*command, stdin=null, stdout=pipe, stderr=pipe, env=env)
     try:
         assert child.stdout is not None and child.stderr is not None
         out, err = await asyncio.gather(

@@ -62,13 +62,13 @@ VLLM_LINE = b'vllm:num_requests_running{engine="0"} 1\n'
     ],
 )
 def test_recognise(pages: dict[str, bytes], kind: str) -> None:
-    """The owner of the models decides, then the series of the page, then marks; a mere mention of an engine does not."""
+    """The owner of the models decides, then the series of the page, then marks; a mention of an engine does not."""
     assert recognise(pages) == kind
 
 
 @given(st.binary(max_size=100))
 def test_recognise_takes_any_bytes(noise: bytes) -> None:
-    """Whatever an engine answers, recognition gives a row of the table."""
+    """Any responses are recognised as a row of the table."""
     assert recognise(dict.fromkeys(("/v1/models", "/metrics", *FURTHER_PATHS), noise)) in KINDS
 
 
@@ -76,7 +76,7 @@ def test_recognise_takes_any_bytes(noise: bytes) -> None:
     "body", [b'{"data": 3}', b'{"data": [{"owned_by": []}]}', b"[[[", b'{"data": {"a": 1}}', b"[" * 5000, b"3"]
 )
 def test_recognise_takes_odd_json(body: bytes) -> None:
-    """JSON of another shape than expected says nothing."""
+    """JSON of an unexpected shape is ignored."""
     assert recognise(dict.fromkeys(("/v1/models", *FURTHER_PATHS), body)) == "openai"
 
 
@@ -92,6 +92,6 @@ def test_recognise_takes_odd_json(body: bytes) -> None:
     ],
 )
 def test_sglang_says_which_way_its_priorities_go(flags: object, priority: int | None) -> None:
-    """The canary's priority follows the server's own flags; none is set where it takes none or does not say."""
+    """The canary's priority follows the server's flags; there is none if priorities are off or unknown."""
     assert sglang.priority(json.dumps(flags).encode()) == priority
     assert sglang.priority(b"no JSON") is None

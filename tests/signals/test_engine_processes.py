@@ -1,4 +1,4 @@
-"""The engine's processes are found by its port, looked at without touching them, and why there are none is said."""
+"""The engine's processes are found by its port and examined without touching them, or there is a reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pathlib.Path("/proc/self/comm").write_text("VLLM::EngineCor")
 print(listener.getsockname()[1], flush=True)
 time.sleep(1000)
 """
-LOOK = """
+PROGRAM = """
 import sys
 from sidecar.signals.engine_processes import find, look
 processes = find(sys.argv[1])
@@ -111,11 +111,10 @@ def test_a_look_at_a_stopped_process_and_at_one_that_ended(until: Callable[..., 
 def test_without_capabilities_another_users_engine_is_known_by_its_name(
     powerless: list[str], stranger: dict[str, Any]
 ) -> None:
-    """In a pod with a shared PID namespace only, ports have no owner, but vLLM's processes are found by their name; for one
-    with an unknown name there is the reason and the remedy."""
+    """In a pod with a shared PID namespace, vLLM's processes are found by name; others give reason and remedy."""
 
     def asked(url: str) -> str:
-        command = [*powerless, sys.executable, "-c", LOOK, url]
+        command = [*powerless, sys.executable, "-c", PROGRAM, url]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT).stdout
 
     with victim(**stranger) as engine:

@@ -1,4 +1,4 @@
-"""The GPU signal against a scripted driver library, in a process of its own (the library is loaded once per process)."""
+"""The GPU signal against a scripted driver library, which is loaded once per process."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_sleeping_process_is_named_with_what_it_waits_for(wchan: str, words: s
 
 
 def test_a_sleeping_process_shows_its_main_threads_frame() -> None:
-    """The main thread's innermost frame says where it hangs."""
+    """The main thread's innermost frame is where it hangs."""
     one = seen(look(0, wchan="futex_do_wait"), look(5, wchan="futex_do_wait"), stacks=(DUMP, DUMP))
     assert find_symptom(one)[1].endswith(", in recv (zmq/sugar/socket.py:12)")
 
@@ -89,7 +89,7 @@ def test_one_look_claims_no_cpu_use() -> None:
 
 
 def test_the_summary_names_the_worst_processes_first() -> None:
-    """A stopped worker comes before a sleeping core; of sleeping processes only the core is named; the rest is counted."""
+    """A stopped worker precedes a sleeping core; of sleeping processes only the core is named; others are counted."""
     asleep = look(0), look(5)
     core, api = seen(*asleep), seen(*asleep, name="vllm", role="api")
     worker = seen(look(0, "T"), look(5, "T"), name="VLLM::Worker_TP1", role="worker")
@@ -105,10 +105,15 @@ def test_the_summary_names_the_worst_processes_first() -> None:
 @pytest.mark.parametrize(
     ("name", "listens", "role"),
     [
-        ("VLLM::EngineCor", False, "core"), ("VLLM::EngineCore_DP1", False, "core"), ("VLLM::Worker_TP0", False, "worker"),
-        ("sglang::scheduler_TP0", False, "core"), ("vllm", True, "api"), ("python3", False, "other"), ("llama-server", True, "api"),
+        ("VLLM::EngineCor", False, "core"),
+        ("VLLM::EngineCore_DP1", False, "core"),
+        ("VLLM::Worker_TP0", False, "worker"),
+        ("sglang::scheduler_TP0", False, "core"),
+        ("vllm", True, "api"),
+        ("python3", False, "other"),
+        ("llama-server", True, "api"),
     ],
-)  # fmt: skip
+)
 def test_roles_follow_from_the_names_of_processes(name: str, listens: bool, role: Role) -> None:
     """vLLM and SGLang name their processes; one with an unknown name is the API if it listens."""
     assert classify_role(name, listens) == role

@@ -29,8 +29,8 @@ UNSUPPORTED_CODES: Final = frozenset({3, 13})
 LOST_CODES: Final = frozenset({1, 15, 16, 18})
 REMEDIES: Final = {
     1: "NVML is not initialised; it is being restarted",
-    4: "no permission for the GPU's device files; if it worked before, a systemd daemon-reload on the node removed them:"
-    " restart the pod",
+    4: "no permission for the GPU's device files; if it worked before, a systemd daemon-reload on the node removed"
+    " them: restart the pod",
     9: "the NVIDIA driver is not loaded on this node",
     13: "the driver library lacks a required function; update the driver",
     15: "the GPU is lost (XID 79); the node needs a reboot",
