@@ -83,7 +83,8 @@ def _import_command(name: str, module: str, settings_class: str) -> click.Comman
     def command(config: str | None, **flags: str | None) -> int:
         return int(code.main(settings.load(cls, flags, os.environ, config, also=(Settings,))))
 
-    return click.command(name, help=_summary(code))(add_options(cls)(command))
+    summary = str(code.__doc__).strip().splitlines()[0]
+    return click.command(name, help=summary)(add_options(cls)(command))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -105,11 +106,6 @@ def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(command)
 
     return wrap
-
-
-def _summary(module: Any) -> str:
-    """A module's first docstring line, as a command's help."""
-    return str(module.__doc__).strip().splitlines()[0]
 
 
 @cli.command("run")
@@ -163,17 +159,15 @@ def _unwrap_group(job: Callable[[], int]) -> int:
         errors = group.subgroup(SidecarError)
         if errors is None:
             raise
-        raise _first(errors) from None
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _one_line(e: click.ClickException) -> str:
+def _one_line(error: click.ClickException) -> str:
     """Click's message, which names the flag and the nearest one, as one line."""
-    return " ".join(e.format_message().split())
+    return " ".join(error.format_message().split())
 
 
 def _fail(text: str, code: int) -> int:

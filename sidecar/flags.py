@@ -35,28 +35,28 @@ def parser(expected: str, metavar: str) -> Callable[[Callable[[str], Any]], Pars
     return lambda parse: Parser(expected, metavar, parse)
 
 
-def matching(pattern: str, expected: str, metavar: str = "TEXT") -> Parser:
-    """A parser of texts that match a whole pattern."""
+def checked(accepts: Callable[[str], object], expected: str, metavar: str = "TEXT") -> Parser:
+    """A parser that returns the texts it accepts unchanged."""
 
     def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
+        if not accepts(text):
             raise ValueError
         return text
 
     return Parser(expected, metavar, parse)
 
 
+def matching(pattern: str, expected: str) -> Parser:
+    """A parser of texts that match a whole pattern."""
+    return checked(re.compile(pattern).fullmatch, expected)
+
+
 def one_of(*options: str) -> Parser:
     """A parser of fixed words; a short list of them is the metavar."""
-
-    def parse(text: str) -> str:
-        if text not in options:
-            raise ValueError
-        return text
-
-    choices = "|".join(filter(None, options))
+    words = [option for option in options if option]
+    choices = "|".join(words)
     metavar = choices if len(choices) <= MAX_SHOWN_CHOICES_CHARS else "NAME"
-    return Parser(f"one of {', '.join(filter(None, options))}", metavar, parse)
+    return checked(options.__contains__, f"one of {', '.join(words)}", metavar)
 
 
 _METAVARS: Final = {"seconds": "SECONDS", "milliseconds": "MS", "dollars": "DOLLARS"}
@@ -83,6 +83,8 @@ def integer(low: int, high: int, unit: str = "a whole number") -> Parser:
 text: Final = Parser("text", "TEXT", str)
 file_path: Final = Parser("a path", "FILE", str)
 directory: Final = Parser("a directory", "DIR", str)
+existing_dir: Final = checked(lambda text: Path(text).is_dir(), "an existing directory", "DIR")
+existing_file: Final = checked(lambda text: Path(text).is_file(), "an existing file", "FILE")
 
 
 @parser("an http(s) URL such as http://127.0.0.1:8000", "URL")
@@ -107,20 +109,6 @@ def size(text: str) -> int:
     if not match:
         raise ValueError
     return int(match[1]) << 10 * " kmgt".index(match[2].lower() or " ")
-
-
-@parser("an existing directory", "DIR")
-def existing_dir(text: str) -> str:
-    if not Path(text).is_dir():
-        raise ValueError
-    return text
-
-
-@parser("an existing file", "FILE")
-def existing_file(text: str) -> str:
-    if not Path(text).is_file():
-        raise ValueError
-    return text
 
 
 @parser("a header name", "TEXT")

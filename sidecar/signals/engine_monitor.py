@@ -138,13 +138,9 @@ class EngineMonitor:
     async def _identify(self) -> None:
         """Request models and version until the models are known; not every engine has a version."""
         while True:
-            answers = ProbeAnswers()
-            await request_pages(
-                answers, self._session, self._settings.engine, IDENTITY_PATHS, self._headers, REQUEST_TIMEOUT_S
-            )
-            found = registry.identity(answers.pages)
-            if found.models:
-                self.identity = found
+            identity = registry.identity(await self._request(*IDENTITY_PATHS))
+            if identity.models:
+                self.identity = identity
                 return
             await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
 
@@ -169,14 +165,15 @@ class EngineMonitor:
         """The priority of canaries; requested from the engine if its settings decide it."""
         if kind.read_priority is None:
             return kind.priority
-        answers = ProbeAnswers()
         for path in kind.info_paths:
-            await request_pages(
-                answers, self._session, self._settings.engine, (path,), self._headers, REQUEST_TIMEOUT_S
-            )
-            if path in answers.pages:
-                return kind.read_priority(answers.pages[path])
+            if (page := (await self._request(path)).get(path)) is not None:
+                return kind.read_priority(page)
         return kind.priority
+
+    async def _request(self, *paths: str) -> dict[str, bytes]:
+        answers = ProbeAnswers()
+        await request_pages(answers, self._session, self._settings.engine, paths, self._headers, REQUEST_TIMEOUT_S)
+        return answers.pages
 
 
 async def _is_asleep(sleep: SleepSignal) -> bool:

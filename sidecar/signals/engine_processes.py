@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 import psutil
 
 from sidecar.labels import printable
 from sidecar.readings import Absent, Failed
+from sidecar.signals.listening_socket import host_and_port, listening_rows
 from sidecar.signals.process_state import ROLES, EngineProcess, ProcessLook, ThreadState, classify_role
 from sidecar.signals.stack_dump import PERMISSION_HINT
 
@@ -31,16 +31,13 @@ MAX_THREADS: Final = 64
 PROC: Final = Path("/proc")
 SHARE_HINT: Final = "set shareProcessNamespace: true on the pod (sidecar manifests --stack-dumps on)"
 _ENGINES: Final = re.compile(r"VLLM::|vllm|sglang|text-generation|llama-server", re.IGNORECASE)
-# A state in /proc/net/tcp.
-_LISTEN: Final = "0A"
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def find(engine: str) -> tuple[EngineProcess, ...] | Absent:
     """The processes behind this URL in the order of ROLES, or why none can be named."""
-    parts = urlsplit(engine)
-    host, port = parts.hostname or "127.0.0.1", parts.port or (443 if parts.scheme == "https" else 80)
+    host, port = host_and_port(engine)
     if not _is_local(host):
         return Absent(f"the engine is not on this machine ({printable(host)}): its processes cannot be seen from here")
     listeners, is_open = find_listeners(port)
@@ -55,7 +52,7 @@ def find(engine: str) -> tuple[EngineProcess, ...] | Absent:
     # With two engines of one user, a guess could blame the wrong one.
     if not trees or (len(trees) > 1 and not listeners):
         return Absent(_explain_hidden(port))
-    found = (process for tree in trees for p in tree if (process := _identify(p, p.pid in listeners)) is not None)
+    found = (process for tree in trees for p in tree if (process := _identify(p, p.pid in listeners)))
     return tuple(sorted(found, key=lambda p: (ROLES.index(p.role), p.pid))[:MAX_PROCESSES])
 
 
@@ -121,22 +118,9 @@ def _find_root(process: psutil.Process, own: set[int]) -> psutil.Process:
 
 def _find_named(port: int) -> list[int]:
     """Processes with an engine's name that belong to the listening user: both are public."""
-    users = _listening_users(port)
+    users = {int(row[7]) for row in listening_rows(port)}
     named = (p for p in psutil.process_iter(["name", "uids"]) if _ENGINES.search(p.info["name"] or ""))
     return [p.pid for p in named if p.info["uids"] and p.info["uids"].effective in users]
-
-
-def _listening_users(port: int) -> set[int]:
-    """Ids of the users that listen on a TCP port."""
-    lines = [line.split() for name in ("tcp", "tcp6") for line in _read_rows(PROC / "net" / name)]
-    return {int(line[7]) for line in lines if line[3] == _LISTEN and int(line[1].rpartition(":")[2], 16) == port}
-
-
-def _read_rows(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()[1:]
-    except OSError:
-        return []
 
 
 def _explain_hidden(port: int) -> str:
@@ -151,11 +135,11 @@ def _explain_hidden(port: int) -> str:
     return f"the process on port {port} is in another PID namespace: {SHARE_HINT}"
 
 
-def _identify(p: psutil.Process, listens: bool) -> EngineProcess | None:
+def _identify(process: psutil.Process, listens: bool) -> EngineProcess | None:
     try:
-        name = printable(p.name())
-        started = int(_read_stat(PROC / str(p.pid) / "stat")[1][19])
-        return EngineProcess(p.pid, name, classify_role(name, listens), started)
+        name = printable(process.name())
+        started = int(_read_stat(PROC / str(process.pid) / "stat")[1][19])
+        return EngineProcess(process.pid, name, classify_role(name, listens), started)
     except (psutil.Error, OSError, ValueError, IndexError):
         return None
 

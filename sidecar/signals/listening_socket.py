@@ -13,16 +13,28 @@ from urllib.parse import urlsplit
 # A state in /proc/net/tcp.
 _LISTEN: Final = "0A"
 _TABLES: Final = ("/proc/net/tcp", "/proc/net/tcp6")
-_BOOT_ID_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID_FILE: Final = "/proc/sys/kernel/random/boot_id"
+
+
+def host_and_port(url: str) -> tuple[str, int]:
+    """The address behind a base URL."""
+    parts = urlsplit(url)
+    return parts.hostname or "127.0.0.1", parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def listening_inodes(engine: str) -> tuple[int, ...]:
     """Inodes of the sockets that listen on the engine's local port, sorted; empty if unknown."""
-    url = urlsplit(engine)
-    if url.hostname not in ("127.0.0.1", "localhost", "::1"):
+    host, port = host_and_port(engine)
+    if host not in ("127.0.0.1", "localhost", "::1"):
         return ()
-    port = url.port or (443 if url.scheme == "https" else 80)
-    return tuple(sorted({inode for table in _TABLES for inode in _parse(_read(Path(table)), port)}))
+    return tuple(sorted({int(row[9]) for row in listening_rows(port)}))
+
+
+def listening_rows(port: int) -> list[list[str]]:
+    """Rows of /proc/net/tcp that listen on a port: `sl local_address rem_address st ... uid timeout inode`."""
+    # Addresses are hexadecimal, with their port after a colon.
+    rows = (line.split() for table in _TABLES for line in _read(table).splitlines()[1:])
+    return [row for row in rows if len(row) > 9 and row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port]
 
 
 def read_boot_id() -> str:
@@ -30,16 +42,8 @@ def read_boot_id() -> str:
     return _read(_BOOT_ID_FILE).strip()
 
 
-def _parse(table: str, port: int) -> list[int]:
-    """Rows are `sl local_address rem_address st ... inode`; addresses are hexadecimal with their port after a colon."""
-    rows = (line.split() for line in table.splitlines()[1:])
-    return [
-        int(row[9]) for row in rows if len(row) > 9 and row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port
-    ]
-
-
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text()
+        return Path(path).read_text()
     except OSError:
         return ""

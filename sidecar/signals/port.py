@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
+
+from sidecar.signals.listening_socket import host_and_port
 
 
 class PortSignal:
@@ -19,9 +20,7 @@ class PortSignal:
     def __init__(
         self, engine: str, *, period: float = 1.0, timeout: float = 5.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        parts = urlsplit(engine)
-        self._host = parts.hostname or "127.0.0.1"
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        self._host, self._port = host_and_port(engine)
         self.period = period  # the caller may change it
         self._timeout = timeout
         self._clock = clock
