@@ -3,7 +3,7 @@
     python benchmarks/nvml.py [--rounds 300] [--lists 10] [--write]
 
 Calls alternate within each round, for each GPU. `batch` is one nvmlDeviceGetFieldValues of the fields that the
-signal asks for; beside it stand the single calls that it replaces. Lists of processes lock the driver, so they are
+signal reads, next to the single calls that it replaces. Lists of processes lock the driver, so they are
 asked `--lists` times only, a tenth of a second apart. Figures of a scripted driver library are printed, and never
 written.
 """

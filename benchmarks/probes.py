@@ -161,7 +161,7 @@ def run(engine: int, model: str, state: str) -> Sidecar:
 
 @contextlib.contextmanager
 def house() -> Iterator[tuple[Sidecar, Callable[[], Sidecar]]]:
-    """A sidecar that serves, and a function that starts another one beside the same engine."""
+    """A sidecar that serves, and a function that starts another one next to the same engine."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))

@@ -4,7 +4,7 @@
   `its-name` (or `its_name`) of the TOML file that `--config` names. Precedence: flag, environment, file, default.
 - An unknown key or an invalid value raises UsageError: one line with the key, what was expected, and the nearest
   valid key.
-- The error for a key that no longer exists says what replaced it.
+- The error for a key that no longer exists contains what replaced it.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def body(kind: EngineKind, form: CanaryForm, model: str) -> dict[str, Any]:
     if form.path == EMBEDDINGS:
         return {"model": model, "input": PROMPT}
     request: dict[str, Any] = {"model": model, "max_tokens": 1, "temperature": 0, "stream": True}
-    if kind.tells_usage:
+    if kind.reports_usage:
         request["stream_options"] = {"include_usage": True}
     if form.priority is not None:
         request["priority"] = form.priority

@@ -72,7 +72,7 @@ class EngineKind:
     wakes: bool = False  # a request wakes it, so its sleep state is polled before each canary
     canary_model: str = ""  # a name that it always accepts; else the first of its model list
     canary_paths: tuple[str, ...] = (COMPLETIONS, CHAT, EMBEDDINGS)
-    tells_usage: bool = True  # accepts stream_options.include_usage
+    reports_usage: bool = True  # accepts stream_options.include_usage
     priority: int | None = None
     info_paths: tuple[str, ...] = ()
     read_priority: Callable[[bytes], int | None] | None = None

@@ -9,4 +9,4 @@ from typing import Final
 
 from sidecar.engines.engine_type import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 
-OPENAI: Final = EngineKind("openai", canary_paths=(CHAT, COMPLETIONS, EMBEDDINGS), tells_usage=False)
+OPENAI: Final = EngineKind("openai", canary_paths=(CHAT, COMPLETIONS, EMBEDDINGS), reports_usage=False)

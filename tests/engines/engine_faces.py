@@ -1,6 +1,6 @@
 """Real HTTP servers that respond like each engine: its model list, metrics page, marks and keys.
 
-What they say is written after the engines' published sources (see sidecar/engines/*.py); pages are those of
+Their responses are written after the engines' published sources (see sidecar/engines/*.py); pages are those of
 tests/engines/pages.
 """
 
