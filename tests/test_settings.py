@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from dataclasses import fields
@@ -114,9 +115,13 @@ def test_settings_survive_the_trip_to_a_relay_process() -> None:
     assert chosen.engine == "http://e:8000" and chosen.image_max_bytes == 5 << 20
 
 
-def test_every_default_is_a_valid_value() -> None:
-    """A default that its own parser refuses could never be written down by a user."""
-    for f in fields(Settings):
+@pytest.mark.parametrize(
+    "cls", [Settings, *(getattr(importlib.import_module(m), name) for m, name in __main__.LAZY_COMMANDS.values())]
+)
+def test_every_default_is_a_valid_value(cls: type) -> None:
+    """Each default passes its own parser, which has an expectation and a metavar."""
+    for f in fields(cls):
+        assert f.metadata["parser"].expected and f.metadata["parser"].metavar, f.name
         default = f.default
         if default == "" or isinstance(default, tuple):
             continue
