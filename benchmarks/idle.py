@@ -1,10 +1,10 @@
-"""What an idle sidecar costs: CPU share and memory of each of its processes, beside an idle engine.
+"""What an idle sidecar costs: CPU share and memory of each of its processes, next to an idle engine.
 
     python benchmarks/idle.py [--seconds 60] [--write]
 
-CPU is user + system time of the process over wall time, as a share of one core. RSS is resident memory, PSS counts shared
-pages once. The engine is the scripted one, with vLLM's metric names; the real vLLM's page is larger (about 100 KB), so its size
-is printed.
+CPU is user + system time of the process over wall time, as a share of one core. RSS is resident memory, PSS counts
+shared pages once. The engine is the scripted one, with vLLM's metric names; the real vLLM's page is larger (about 100
+KB), so its size is printed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,20 @@ def main() -> None:
     engine = start("engine", "--listen", f"127.0.0.1:{engine_port}")
     with tempfile.TemporaryDirectory() as state:
         sidecar = start(
-            "run", "--engine", f"http://127.0.0.1:{engine_port}", "--listen", f"127.0.0.1:{relay_port}",
-            "--admin", f"127.0.0.1:{admin_port}", "--state-dir", state, "--images", "off", "--log-level", "error",
-        )  # fmt: skip
+            "run",
+            "--engine",
+            f"http://127.0.0.1:{engine_port}",
+            "--listen",
+            f"127.0.0.1:{relay_port}",
+            "--admin",
+            f"127.0.0.1:{admin_port}",
+            "--state-dir",
+            state,
+            "--images",
+            "off",
+            "--log-level",
+            "error",
+        )
         try:
             wait_for(f"http://127.0.0.1:{admin_port}/startupz")
             size = len(urllib.request.urlopen(f"http://127.0.0.1:{engine_port}/metrics").read())
@@ -54,8 +65,8 @@ def main() -> None:
 
 
 def measure(supervisor: int, health: Any, seconds: float) -> list[tuple[str, float, float, float]]:
-    """(name, share of a core, RSS MB, PSS MB) of each process of a sidecar. `health`: what /healthz says."""
-    time.sleep(5)  # past start-up
+    """(name, share of a core, RSS MB, PSS MB) of each process of a sidecar. `health` is the body of /healthz."""
+    time.sleep(5)  # past startup
     pids = {"supervisor": supervisor, "control": health["pid"]}
     pids |= {f"relay {relay['index']}": relay["pid"] for relay in health["relays"]}
     processes = {name: psutil.Process(pid) for name, pid in pids.items()}
@@ -75,7 +86,8 @@ def report(rows: list[tuple[str, float, float, float]], seconds: float, page: in
     lines = [
         f"# Idle, {time.strftime('%Y-%m-%d')}",
         "",
-        f"{cpu_name()}; `python benchmarks/idle.py --seconds {seconds:.0f}`; engine metrics page {page / 1000:.1f} KB, load {os.getloadavg()[0]:.1f}.",
+        f"{cpu_name()}; `python benchmarks/idle.py --seconds {seconds:.0f}`; "
+        f"engine metrics page {page / 1000:.1f} KB, load {os.getloadavg()[0]:.1f}.",
         "",
         "| process | CPU (share of a core) | RSS MB | PSS MB |",
         "|---|---|---|---|",
@@ -100,7 +112,7 @@ def wait_for(url: str) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise SystemExit(f"{url} never answered")
+    raise SystemExit(f"{url} did not respond")
 
 
 def free_port() -> int:

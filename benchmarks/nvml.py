@@ -1,10 +1,11 @@
-"""What each NVML call costs on this machine, and what a round of the sidecar's GPU signal costs: median and 99th percentile.
+"""What each NVML call and a round of the sidecar's GPU signal cost on this machine: median and 99th percentile.
 
     python benchmarks/nvml.py [--rounds 300] [--lists 10] [--write]
 
-Calls are taken in turn within each round, for each GPU. `batch` is one nvmlDeviceGetFieldValues of the fields that the signal asks
-for; beside it stand the single calls that it replaces. Lists of processes lock the driver, so they are asked `--lists` times only,
-a tenth of a second apart. Figures of a scripted driver library are printed, and never written.
+Calls alternate within each round, for each GPU. `batch` is one nvmlDeviceGetFieldValues of the fields that the
+signal reads, next to the single calls that it replaces. Lists of processes lock the driver, so they are
+asked `--lists` times only, a tenth of a second apart. Figures of a scripted driver library are printed, and never
+written.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from typing import Any, Final
 
 import pynvml
 
-from sidecar.signals.gpu.sample import BATCH, SM_CLOCK, GpuDevice, GpuSampler, found
+from sidecar.signals.gpu.sample import BATCH_FIELDS, SM_CLOCK, GpuDevice, GpuSampler, find_devices
 
-STUB: Final = "Stub GPU"
-SECOND: Final = 1.0  # between two rounds of the signal, which its share of a core is taken over
+STUB_GPU_NAME: Final = "Stub GPU"
+# Between two rounds of the signal.
+SIGNAL_INTERVAL_S: Final = 1.0
 
 
 def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+    """The timed calls by name."""
     sampler = GpuSampler(pynvml, lambda call, *args: call(*args), lambda _: ())
     handle, whole = device.handle, device.whole
     return {
@@ -35,7 +37,7 @@ def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
         "nvmlDeviceGetMemoryInfo": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle),
         "nvmlDeviceGetPowerUsage": lambda: pynvml.nvmlDeviceGetPowerUsage(handle),
         "nvmlDeviceGetTotalEnergyConsumption": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle),
-        f"batch of {len(BATCH)} fields": lambda: pynvml.nvmlDeviceGetFieldValues(handle, BATCH),
+        f"batch of {len(BATCH_FIELDS)} fields": lambda: pynvml.nvmlDeviceGetFieldValues(handle, BATCH_FIELDS),
         "nvmlDeviceGetTemperature": lambda: pynvml.nvmlDeviceGetTemperature(whole, pynvml.NVML_TEMPERATURE_GPU),
         "nvmlDeviceGetClockInfo": lambda: pynvml.nvmlDeviceGetClockInfo(whole, SM_CLOCK),
         "nvmlDeviceGetCurrentClocksThrottleReasons": lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(whole),
@@ -44,7 +46,7 @@ def calls(device: GpuDevice) -> dict[str, Callable[[], Any]]:
 
 
 def timed(call: Callable[[], Any]) -> float | None:
-    """Microseconds of one call; None where this GPU does not have it."""
+    """Microseconds of one call; None if this GPU does not have it."""
     began = time.perf_counter()
     try:
         call()
@@ -82,7 +84,7 @@ def table(device: GpuDevice, took: dict[str, list[float]]) -> str:
         p99 = statistics.quantiles(values, n=100, method="inclusive")[98]
         lines.append(f"| {name} | {statistics.median(values):.1f} | {p99:.1f} | {len(values)} |")
     whole = statistics.median(took["one whole sample"]) / 1e6
-    lines += ["", f"One sample a second: {whole / SECOND:.4%} of a core.", ""]
+    lines += ["", f"One sample a second: {whole / SIGNAL_INTERVAL_S:.4%} of a core.", ""]
     return "\n".join(lines)
 
 
@@ -99,15 +101,16 @@ def main() -> int:
         print(f"NVML does not start: {e}. This needs an NVIDIA GPU and its driver.", file=sys.stderr)
         return 1
     init = time.perf_counter() - began
-    every = [d for i in range(pynvml.nvmlDeviceGetCount()) for d in found(pynvml, lambda call, *args: call(*args), i)]
+    indexes = range(pynvml.nvmlDeviceGetCount())
+    every = [d for i in indexes for d in find_devices(pynvml, lambda call, *args: call(*args), i)]
     if not every or all(device.error for device in every):
-        print("NVML starts and no GPU answers.", file=sys.stderr)
+        print("NVML starts, but no GPU responds.", file=sys.stderr)
         return 1
     head = f"NVML {time.strftime('%Y-%m-%d')}, driver {driver()}; nvmlInit {init * 1e3:.1f} ms"
     text = "\n".join([f"# {head}", "", f"`benchmarks/nvml.py --rounds {chosen.rounds}`", ""])
     text += "\n".join(table(d, measure(d, chosen.rounds, chosen.lists)) for d in every if d.error is None)
     print(text)
-    if chosen.write and any(device.name.startswith(STUB) for device in every):
+    if chosen.write and any(device.name.startswith(STUB_GPU_NAME) for device in every):
         print("a scripted driver library: nothing is written", file=sys.stderr)
         return 1
     if chosen.write:

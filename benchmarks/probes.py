@@ -1,11 +1,12 @@
-"""How soon probes are answered: while relay and image workers are saturated, and after a kill -9 of the sidecar's processes.
+"""Response time of probes: while relay and image workers are saturated, and after a kill -9 of a sidecar process.
 
     python benchmarks/probes.py [--seconds 30] [--rounds 10] [--write]
 
-A probe is what kubelet's is: a new connection, GET, an answer of 200 to 399 within 1 s. Latency: /livez ten times a second, idle and
-under load: 64 streams of the scripted engine, and eight clients with 1080p photographs; prober, clients, engine and sidecar share the
-cores. After kill -9: probes one after the other until one passes; the time runs from the signal. For comparison, the
-time that a fresh interpreter needs from its start to its first /livez: what a restart without fork would take.
+A probe is the same as kubelet's: a new connection, GET, an answer of 200 to 399 within 1 s. Latency: /livez ten times a
+second, idle and under load: 64 streams of the scripted engine, and eight clients with 1080p photographs; prober,
+clients, engine and sidecar share the cores. After kill -9: probes one after the other until one passes; the time runs
+from the signal. For comparison, the time that a fresh interpreter needs from its start to its first /livez: what a
+restart without fork would take.
 """
 
 from __future__ import annotations
@@ -35,19 +36,25 @@ import aiohttp
 
 from sidecar.tools.synthetic_photos import photo
 
-TIMEOUT = 1.0  # seconds; kubelet's default
+# Kubelet's default.
+PROBE_TIMEOUT_S = 1.0
 STREAMS, PHOTOGRAPHERS = 64, 8
-STEADY = 10.5  # seconds between kills: past the supervisor's measure of a crash loop
+# Between kills: longer than the supervisor's limit for a crash loop.
+KILL_INTERVAL_S = 10.5
 PROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_003_520, "patch_size": 14, "merge_size": 2,
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 1_003_520,
+    "patch_size": 14,
+    "merge_size": 2,
     "temporal_patch_size": 2,
-}  # fmt: skip
-QUIET = {"images": "inline", "log-level": "error", "canary-interval": "10"}
+}
+SIDECAR_FLAGS = {"images": "inline", "log-level": "error", "canary-interval": "10"}
 
 
 @dataclass
 class Sidecar:
-    """A running sidecar beside a scripted engine."""
+    """A running sidecar next to a scripted engine."""
 
     process: subprocess.Popen[bytes]
     relay: int
@@ -65,17 +72,17 @@ class Sidecar:
 
 
 def probe(port: int, path: str = "/livez") -> float | None:
-    """Seconds until a probe passed; None where it failed."""
+    """Seconds until a probe passed; None if it failed."""
     began = time.perf_counter()
     try:
-        with socket.create_connection(("127.0.0.1", port), TIMEOUT) as sock:
-            sock.settimeout(TIMEOUT)
+        with socket.create_connection(("127.0.0.1", port), PROBE_TIMEOUT_S) as sock:
+            sock.settimeout(PROBE_TIMEOUT_S)
             sock.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
             passed = sock.recv(64).startswith((b"HTTP/1.1 2", b"HTTP/1.1 3"))
     except OSError:
         return None
     took = time.perf_counter() - began
-    return took if passed and took <= TIMEOUT else None
+    return took if passed and took <= PROBE_TIMEOUT_S else None
 
 
 def latencies(port: int, seconds: float) -> tuple[list[float], int]:
@@ -155,13 +162,13 @@ def start(*args: str) -> subprocess.Popen[bytes]:
 def run(engine: int, model: str, state: str) -> Sidecar:
     relay, admin = free_port(), free_port()
     flags = {"engine": f"http://127.0.0.1:{engine}", "listen": f"127.0.0.1:{relay}", "admin": f"127.0.0.1:{admin}"}
-    flags |= QUIET | {"model": model, "state-dir": state}
+    flags |= SIDECAR_FLAGS | {"model": model, "state-dir": state}
     return Sidecar(start("run", *(x for k, v in flags.items() for x in (f"--{k}", v))), relay, admin)
 
 
 @contextlib.contextmanager
 def house() -> Iterator[tuple[Sidecar, Callable[[], Sidecar]]]:
-    """A sidecar that serves, and a function that starts another one beside the same engine."""
+    """A sidecar that serves, and a function that starts another one next to the same engine."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
@@ -225,7 +232,7 @@ def kills(sidecar: Sidecar, rounds: int, when: str) -> list[str]:
         results = []
         for n in range(rounds):
             print(f"kill {name}, {when}: {n + 1} of {rounds}", file=sys.stderr)
-            time.sleep(STEADY)
+            time.sleep(KILL_INTERVAL_S)
             until(lambda: probe(sidecar.admin, "/healthz") is not None)
             results.append(after_kill(sidecar, who, getattr(sidecar, door), path))
         seconds = [s * 1e3 for s, _ in results]
@@ -261,22 +268,26 @@ def measure(seconds: float, rounds: int) -> tuple[list[str], list[str]]:
 
 def report(latency: list[str], restart: list[str], args: argparse.Namespace, others: float) -> str:
     names = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-    return "\n".join([
-        f"# Probes, {time.strftime('%Y-%m-%d')}",
-        "",
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; load before: "
-        f"{others:.1f}. `python benchmarks/probes.py --seconds {args.seconds:.0f} --rounds {args.rounds}`.",
-        f"Loaded: {STREAMS} streams, {PHOTOGRAPHERS} clients with 1080p photographs; they, the engine and the prober share the cores.",
-        "",
-        "| probe | p50 ms | p99 ms (target < 50) | max ms | passed | failed |",
-        "|---|---|---|---|---|---|",
-        *latency,
-        "",
-        "| until a probe passes again | median ms | worst ms (target < 2000) | most 1 s probes failed |",
-        "|---|---|---|---|",
-        *restart,
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"# Probes, {time.strftime('%Y-%m-%d')}",
+            "",
+            f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
+            f"load before: {others:.1f}. "
+            f"`python benchmarks/probes.py --seconds {args.seconds:.0f} --rounds {args.rounds}`.",
+            f"Loaded: {STREAMS} streams, {PHOTOGRAPHERS} clients with 1080p photographs; "
+            "they, the engine and the prober share the cores.",
+            "",
+            "| probe | p50 ms | p99 ms (target < 50) | max ms | passed | failed |",
+            "|---|---|---|---|---|---|",
+            *latency,
+            "",
+            "| until a probe passes again | median ms | worst ms (target < 2000) | most 1 s probes failed |",
+            "|---|---|---|---|",
+            *restart,
+            "",
+        ]
+    )
 
 
 def main() -> None:

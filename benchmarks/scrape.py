@@ -1,9 +1,10 @@
-"""What scrapers cost: four of them ask the relay's merged page every 50 ms, as llm-d's router does; CPU time of the sidecar, scrapes of the engine.
+"""What scrapers cost: four request the relay's merged page every 50 ms, as llm-d's router does.
 
     python benchmarks/scrape.py [--seconds 20] [--rounds 3] [--write]
 
-Quiet and scraped spans alternate; what the scrapers cost is the difference, in percent of one core. Scrapers keep their connections. The engine is
-the scripted one, in this process, which counts what it is asked; it is busy with a few streams, so that its page and ours are not empty.
+Quiet and scraped spans alternate; what the scrapers cost is the difference, in percent of one core. Scrapers keep their
+connections. The engine is the scripted one, in this process, which counts what it is asked; it is busy with a few
+streams, so that its page and ours are not empty.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ import aiohttp
 
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
-SCRAPERS, EVERY = 4, 0.05
+SCRAPERS, SCRAPE_INTERVAL_S = 4, 0.05
 STREAMS, TOKENS = 4, 200
-TARGET = 2.0  # percent of a core
+TARGET_CORE_PERCENT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span: CPU percent of control and relay, scrapes of the engine per second, pages per second, their median and largest time in ms."""
+    """CPU percent of control and relay, scrapes and pages per second, median and maximum time of a page in ms."""
 
     control: float
     relay: float
@@ -58,7 +59,7 @@ async def scrape(session: aiohttp.ClientSession, url: str, until: float, times: 
             await answer.read()
             assert answer.status == 200
         times.append(time.perf_counter() - began)
-        due = max(due + EVERY, time.perf_counter())
+        due = max(due + SCRAPE_INTERVAL_S, time.perf_counter())
         await asyncio.sleep(due - time.perf_counter())
 
 
@@ -147,17 +148,29 @@ def report(quiet: list[Span], scraped: list[Span], page: int, command: str) -> s
     """The result as Markdown."""
     costs = [s.control + s.relay - q.control - q.relay for q, s in zip(quiet, scraped, strict=True)]
     lines = [
-        f"# Scrapers, {time.strftime('%Y-%m-%d')}", "",
-        f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}; load before: {os.getloadavg()[0]:.1f}. `{command}`.",
-        f"{SCRAPERS} scrapers, each every {EVERY * 1000:.0f} ms; a page of {page:,} bytes; {STREAMS} streams throughout.", "",
-        "| | control, % of a core | relay, % of a core | pages a second | p50 ms | max ms | scrapes of the engine a second |",
+        f"# Scrapers, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
+        f"load before: {os.getloadavg()[0]:.1f}. `{command}`.",
+        f"{SCRAPERS} scrapers, each every {SCRAPE_INTERVAL_S * 1000:.0f} ms; a page of {page:,} bytes; "
+        f"{STREAMS} streams throughout.",
+        "",
+        "| | control, % of a core | relay, % of a core | pages a second | p50 ms | max ms "
+        "| scrapes of the engine a second |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, spans in (("quiet", quiet), ("scraped", scraped)):
-        cells = [statistics.median(getattr(s, f) for s in spans) for f in ("control", "relay", "pages", "p50", "most", "engine")]  # fmt: skip
+        cells = [
+            statistics.median(getattr(s, f) for s in spans)
+            for f in ("control", "relay", "pages", "p50", "most", "engine")
+        ]
         lines.append(f"| {name} | {' | '.join(f'{c:.2f}' for c in cells)} |")
     rows = ", ".join(f"{cost:.2f}" for cost in costs)
-    lines += ["", f"Cost of the scrapers: {statistics.median(costs):.2f} % of a core (rounds: {rows}); target: < {TARGET:g} %."]  # fmt: skip
+    lines += [
+        "",
+        f"Cost of the scrapers: {statistics.median(costs):.2f} % of a core (rounds: {rows}); "
+        f"target: < {TARGET_CORE_PERCENT:g} %.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,7 @@ from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import METRICS
-from sidecar.settings import Settings, spelled
+from sidecar.settings import Settings, format_key
 from sidecar.tools import cel
 from sidecar.tools.manifests.render import render
 from sidecar.tools.manifests.settings import ManifestSettings
@@ -87,7 +87,7 @@ def settings_table(cls: type = Settings) -> str:
     """Every setting of a command; by default those of `sidecar run`."""
     return table(
         ("flag", "default", "meaning"),
-        ((f"`{spelled(f.name)}`", shown(f), f.metadata["help"]) for f in fields(cls)),
+        ((f"`{format_key(f.name)}`", shown(f), f.metadata["help"]) for f in fields(cls)),
     )
 
 
@@ -142,7 +142,7 @@ def first_line(thing: Any) -> str:
 
 def shown(f: Any) -> str:
     """A setting's default, as `--help` shows it."""
-    text = settings.shown(f)
+    text = settings.format_default(f)
     return text if text == "none" else f"`{text}`"
 
 

@@ -1,4 +1,4 @@
-"""argv, environment and file -> settings -> command. The only place with exit codes: 0 done, 1 failed, 2 usage."""
+"""The commands: argv, environment and file to settings. Only this module sets exit codes: 0 done, 1 failed, 2 usage."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from sidecar import __version__, settings
 from sidecar.control import state_dir as statefile
 from sidecar.errors import SidecarError, UsageError
-from sidecar.flags import described
+from sidecar.flags import Parser
 from sidecar.health import probes
 from sidecar.runtime import logs
 from sidecar.settings import Settings
@@ -27,20 +27,20 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    return coded(lambda: int(cli.main(argv, prog_name="sidecar", standalone_mode=False) or 0))
+    return run_to_exit_code(lambda: int(cli.main(argv, prog_name="sidecar", standalone_mode=False) or 0))
 
 
-def coded(life: Callable[[], int]) -> int:
-    """Run a command, or the life of a process; returns its exit code. Errors of ours are one line on stderr."""
+def run_to_exit_code(job: Callable[[], int]) -> int:
+    """Run a command or a whole process; returns its exit code. Each SidecarError becomes one line on stderr."""
     try:
-        return _ungrouped(life)
+        return _unwrap_group(job)
     except click.exceptions.Exit as e:
         return e.exit_code
     except click.exceptions.NoArgsIsHelpError as e:
         print(e.format_message(), file=sys.stderr)
         return 2
     except click.NoSuchOption as e:
-        return _fail(settings.removal(e.option_name) or _one_line(e), 2)
+        return _fail(settings.explain_removed(e.option_name) or _one_line(e), 2)
     except click.ClickException as e:
         return _fail(_one_line(e), 2)
     except UsageError as e:
@@ -51,9 +51,9 @@ def coded(life: Callable[[], int]) -> int:
         return 130
 
 
-# Commands whose modules are heavy: they are imported only when asked for, because kubelet starts `sidecar probe` every few
-# seconds. name -> (module, settings class)
-HEAVY = {
+# Commands that are imported on use, because kubelet starts `sidecar probe` every few seconds.
+# name -> (module, settings class)
+LAZY_COMMANDS: Final = {
     "engine": ("sidecar.tools.scripted_engine.server", "EngineSettings"),
     "demo": ("sidecar.tools.demo.command", "DemoSettings"),
     "manifests": ("sidecar.tools.manifests.render", "ManifestSettings"),
@@ -65,25 +65,26 @@ HEAVY = {
 
 
 class Commands(click.Group):
-    """The commands, with those of HEAVY made on demand."""
+    """The commands; those of LAZY_COMMANDS are imported on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *HEAVY})
+        return sorted({*super().list_commands(ctx), *LAZY_COMMANDS})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in HEAVY:
-            return _heavy(cmd_name, *HEAVY[cmd_name])
+        if cmd_name in LAZY_COMMANDS:
+            return _import_command(cmd_name, *LAZY_COMMANDS[cmd_name])
         return super().get_command(ctx, cmd_name)
 
 
-def _heavy(name: str, module: str, settings_class: str) -> click.Command:
+def _import_command(name: str, module: str, settings_class: str) -> click.Command:
     code = importlib.import_module(module)
     cls = getattr(code, settings_class)
 
     def command(config: str | None, **flags: str | None) -> int:
         return int(code.main(settings.load(cls, flags, os.environ, config, also=(Settings,))))
 
-    return click.command(name, help=_summary(code))(options(cls)(command))
+    summary = str(code.__doc__).strip().splitlines()[0]
+    return click.command(name, help=summary)(add_options(cls)(command))
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -92,42 +93,39 @@ def cli() -> None:
     """A sidecar for one LLM inference engine: progress verdicts, load in model units, images off the hot path."""
 
 
-def options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one option per field of a settings class; the values stay text until settings.load parses them."""
+def add_options(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add one option per field of a settings class. The values stay text until settings.load parses them."""
 
-    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(command: Callable[..., Any]) -> Callable[..., Any]:
         for field in reversed(fields(cls)):
-            value, choices = described(field.metadata["expected"])
-            text = f"{field.metadata['help']}{choices} [{settings.shown(field)}]"
-            f = click.option(settings.spelled(field.name), field.name, default=None, metavar=value, help=text)(f)
-        return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(f)
+            parser: Parser = field.metadata["parser"]
+            choices = f"; {parser.expected}" if parser.metavar in ("NAME", "NAMES") else ""
+            text = f"{field.metadata['help']}{choices} [{settings.format_default(field)}]"
+            name = settings.format_key(field.name)
+            command = click.option(name, field.name, default=None, metavar=parser.metavar, help=text)(command)
+        return click.option("--config", default=None, metavar="FILE", help="TOML file of settings [none]")(command)
 
     return wrap
 
 
-def _summary(module: Any) -> str:
-    """A module's first docstring line, as a command's help."""
-    return str(module.__doc__).strip().splitlines()[0]
-
-
 @cli.command("run")
-@options(Settings)
+@add_options(Settings)
 def run_command(config: str | None, **flags: str | None) -> int:
-    """The main job beside a real engine."""
+    """Run the sidecar next to an engine."""
     chosen = settings.load(Settings, flags, os.environ, config)
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     logs.setup(chosen.log_level)
     from sidecar.launch import process_tree  # here, so that `sidecar probe` starts quickly
 
-    return process_tree.main(chosen, coded)
+    return process_tree.main(chosen, run_to_exit_code)
 
 
 @cli.command("probe")
 @click.argument("kind", type=click.Choice(probes.KINDS))
 @click.option("--state-dir", default=None, metavar="DIR", help="Directory shared with the sidecar [/run/sidecar]")
 def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
-    """Exec probe: judges by the verdict file, without network. Passes when the file is missing or stale."""
+    """Exec probe: reads the verdict file, needs no network. Passes if the file is missing or stale."""
     path = state_dir or os.environ.get("SIDECAR_STATE_DIR") or str(Settings().state_dir)
     passed, text = probes.exec_answer(kind, *statefile.read(path))
     click.echo(text)
@@ -135,10 +133,10 @@ def probe_command(kind: probes.Kind, state_dir: str | None) -> int:
 
 
 @cli.command("doctor")
-@options(Settings)
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON")
+@add_options(Settings)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON")
 def doctor_command(as_json: bool, config: str | None, **flags: str | None) -> int:
-    """Check settings, engine, GPU, shared memory, CPU quota; say what is missing and how to mend it."""
+    """Check settings, engine, GPU, shared memory and CPU quota; report what is missing and how to fix it."""
     from sidecar.tools.doctor import report
 
     return report.main(settings.load(Settings, flags, os.environ, config), as_json)
@@ -153,25 +151,23 @@ def image_command(listen_fd: int) -> int:
     return fork_server.main(listen_fd, sys.stdin.readline())
 
 
-def _ungrouped(life: Callable[[], int]) -> int:
-    """An error of ours that ended a task group is raised alone."""
+def _unwrap_group(job: Callable[[], int]) -> int:
+    """Run `job`. A SidecarError inside an exception group is raised alone."""
     try:
-        return life()
+        return job()
     except BaseExceptionGroup as group:
-        ours = group.subgroup(SidecarError)
-        if ours is None:
+        errors = group.subgroup(SidecarError)
+        if errors is None:
             raise
-        raise _first(ours) from None
+        error: BaseException = errors
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _one_line(e: click.ClickException) -> str:
-    """Click's own messages name the flag and the nearest one; keep them to one line."""
-    return " ".join(e.format_message().split())
+def _one_line(error: click.ClickException) -> str:
+    """Click's message, which names the flag and the nearest one, as one line."""
+    return " ".join(error.format_message().split())
 
 
 def _fail(text: str, code: int) -> int:

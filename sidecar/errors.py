@@ -1,8 +1,8 @@
-"""The error tree. Every error of ours has a reason code and, where a client sees it, an HTTP status.
+"""The error tree. Each error has a reason code and, if clients see it, an HTTP status.
 
     SidecarError
     ├── UsageError            exit 2   a setting is wrong; the message is one line that says what to do
-    ├── StartError            exit 1   something the start needs is taken or missing (a port, a directory)
+    ├── StartError            exit 1   something needed at startup is taken or missing (a port)
     └── RequestError          status   shown to the client in OpenAI's error shape
         ├── BodyTooLarge      413      body_too_large
         ├── EngineUnreachable 502      engine_unreachable
@@ -18,7 +18,7 @@
         ├── Internal          500      internal_error
         └── BadImage          400      image_* (names the part and the limit)
 
-Messages carry no stack trace, no address, and nothing of a user's content.
+Messages contain no stack trace, no address, and no user content.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import ClassVar
 
 
 class SidecarError(Exception):
-    """Base of all errors that we raise on purpose."""
+    """Base of all errors that the sidecar raises on purpose."""
 
     code: ClassVar[str] = "sidecar_error"
 
@@ -39,13 +39,13 @@ class UsageError(SidecarError):
 
 
 class StartError(SidecarError):
-    """The start cannot go on; ends the process with exit code 1 and this one line."""
+    """Startup failed; ends the process with exit code 1 and this one line."""
 
     code = "start"
 
 
 class RequestError(SidecarError):
-    """Ends one request. `status` goes to the client with `body()`."""
+    """Ends one request: the client receives `status` and `body()`."""
 
     code = "request_error"
     status: ClassVar[int] = 400
@@ -53,7 +53,7 @@ class RequestError(SidecarError):
     retry_after: float | None = None  # seconds
 
     def body(self) -> dict[str, dict[str, str]]:
-        """OpenAI's error shape."""
+        """The response body, in OpenAI's error shape."""
         return {"error": {"message": str(self), "type": self.type, "code": self.code}}
 
 
@@ -65,7 +65,7 @@ class BodyTooLarge(RequestError):
 
 
 class EngineUnreachable(RequestError):
-    """The engine did not take the connection, or broke it before it answered."""
+    """The engine refused the connection, or closed it before it responded."""
 
     code = "engine_unreachable"
     status = 502
@@ -74,7 +74,7 @@ class EngineUnreachable(RequestError):
 
 
 class EngineStalled(RequestError):
-    """The engine was found stalled while this request was waiting."""
+    """The engine stalled while this request was waiting."""
 
     code = "engine_stalled"
     status = 503
@@ -83,7 +83,7 @@ class EngineStalled(RequestError):
 
 
 class StreamStuck(RequestError):
-    """The engine stopped work on this one request while others went on."""
+    """The engine stopped working on this request only."""
 
     code = "stream_stuck"
     status = 503
@@ -92,13 +92,13 @@ class StreamStuck(RequestError):
 
 
 class PromptTooLarge(RequestError):
-    """The prompt can never fit into the engine's KV cache, and would block its queue for ever."""
+    """The prompt can never fit into the engine's KV cache, and would block its queue forever."""
 
     code = "prompt_exceeds_kv_cache"
 
 
 class QueueFull(RequestError):
-    """As many requests as may wait for the engine's capacity (--max-concurrent) wait already."""
+    """The queue for the engine's capacity (--max-concurrent) is full."""
 
     code = "queue_full"
     status = 429
@@ -107,7 +107,7 @@ class QueueFull(RequestError):
 
 
 class TenantLimited(RequestError):
-    """The tenant has used what --tenant-limits gives it. `type` is OpenAI's: "tokens" for the flow, "requests" for what is in flight."""
+    """The tenant is over its --tenant-limits. OpenAI's `type`: "tokens" for the rate, "requests" for work in flight."""
 
     code = "rate_limit_exceeded"
     status = 429
@@ -119,7 +119,7 @@ class TenantLimited(RequestError):
 
 
 class Draining(RequestError):
-    """The sidecar is shutting down and takes no new requests."""
+    """The sidecar is shutting down and accepts no new requests."""
 
     code = "draining"
     status = 503
@@ -137,20 +137,20 @@ class ImagesBusy(RequestError):
 
 
 class ImagesOff(RequestError):
-    """An image endpoint is asked for and images are off."""
+    """An image endpoint was called while images are off."""
 
     code = "images_off"
     status = 404
 
 
 class BadTarget(RequestError):
-    """The request target is no path that could be asked of the engine."""
+    """The request target is not a path that may be forwarded to the engine."""
 
     code = "bad_request_target"
 
 
 class Internal(RequestError):
-    """A defect of ours. It costs one request."""
+    """A bug in the sidecar. It costs one request."""
 
     code = "internal_error"
     status = 500
@@ -168,5 +168,5 @@ class BadImage(RequestError):
         self.reason = reason
 
     def body(self) -> dict[str, dict[str, str]]:
-        """OpenAI's error shape, with the particular reason as code."""
+        """The response body, with the particular reason as code."""
         return {"error": {"message": str(self), "type": self.type, "code": self.reason}}

@@ -1,56 +1,100 @@
-"""One setting as a dataclass field, and the parsers of its text: text -> value, ValueError when it is none."""
+"""Flags of settings classes, and the parsers of their texts.
+
+A parser turns text into a value. It also names what it expects, for errors, and the placeholder that `--help` shows.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-Parse = Callable[[str], Any]
-
-
-def flag(default: Any, parse: Parse, help: str, *, expected: str, secret: bool = False) -> Any:
-    """One setting. `parse` turns text into the value or raises ValueError; `expected` completes "expected ..."."""
-    return field(default=default, metadata={"parse": parse, "help": help, "expected": expected, "secret": secret})
+ENGINE_KINDS: Final = ("auto", "vllm", "sglang", "tgi", "llamacpp", "openai", "scripted")
+MAX_SHOWN_CHOICES_CHARS: Final = 60
 
 
-# A word of `expected` -> what `--help` writes in the value's place.
-_KINDS = {
-    "HOST:PORT": "HOST:PORT",
-    "URL": "URL",
-    "directory": "DIR",
-    "dollars": "DOLLARS",
-    "file": "FILE",
-    "milliseconds": "MS",
-    "number": "N",
-    "path": "FILE",
-    "quantity": "SIZE",
-    "seconds": "SECONDS",
-    "size": "SIZE",
-    "time": "TIME",
-    "tokens": "N",
-}
+@dataclass(frozen=True, slots=True)
+class Parser:
+    """`parse` raises ValueError for any text that is not `expected`."""
+
+    expected: str
+    metavar: str
+    parse: Callable[[str], Any]
 
 
-def described(expected: str) -> tuple[str, str]:
-    """What `--help` writes in a value's place, and what its text must add to that: the choices, where they are many."""
-    if expected.startswith("one of "):
-        choices = "|".join(expected.removeprefix("one of ").split(" (")[0].split(", "))
-        return (choices, "") if len(choices) <= 60 else ("NAME", f"; {expected}")
-    if expected.startswith("some of "):
-        return "NAMES", f"; {expected}"
-    words = expected.split(" such as ")[0].split()
-    return next((_KINDS[word] for word in words if word in _KINDS), "TEXT"), ""
+def flag(default: Any, parser: Parser, help: str, *, expected: str = "", secret: bool = False) -> Any:
+    """One setting as a dataclass field. `expected` replaces that of the parser."""
+    parser = replace(parser, expected=expected) if expected else parser
+    return field(default=default, metadata={"parser": parser, "help": help, "secret": secret})
 
 
+def parser(expected: str, metavar: str) -> Callable[[Callable[[str], Any]], Parser]:
+    """Decorator: make a function of text a Parser."""
+    return lambda parse: Parser(expected, metavar, parse)
+
+
+def checked(accepts: Callable[[str], object], expected: str, metavar: str = "TEXT") -> Parser:
+    """A parser that returns the texts it accepts unchanged."""
+
+    def parse(text: str) -> str:
+        if not accepts(text):
+            raise ValueError
+        return text
+
+    return Parser(expected, metavar, parse)
+
+
+def matching(pattern: str, expected: str) -> Parser:
+    """A parser of texts that match a whole pattern."""
+    return checked(re.compile(pattern).fullmatch, expected)
+
+
+def one_of(*options: str) -> Parser:
+    """A parser of fixed words; a short list of them is the metavar."""
+    words = [option for option in options if option]
+    choices = "|".join(words)
+    metavar = choices if len(choices) <= MAX_SHOWN_CHOICES_CHARS else "NAME"
+    return checked(options.__contains__, f"one of {', '.join(words)}", metavar)
+
+
+_METAVARS: Final = {"seconds": "SECONDS", "milliseconds": "MS", "dollars": "DOLLARS"}
+
+
+def _ranged(convert: Callable[[str], float], low: float, high: float, unit: str) -> Parser:
+    def parse(text: str) -> float:
+        value = convert(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    return Parser(f"{unit} from {low} to {high}", _METAVARS.get(unit, "N"), parse)
+
+
+def number(low: float, high: float, unit: str = "a number") -> Parser:
+    return _ranged(float, low, high, unit)
+
+
+def integer(low: int, high: int, unit: str = "a whole number") -> Parser:
+    return _ranged(int, low, high, unit)
+
+
+text: Final = Parser("text", "TEXT", str)
+file_path: Final = Parser("a path", "FILE", str)
+directory: Final = Parser("a directory", "DIR", str)
+existing_dir: Final = checked(lambda text: Path(text).is_dir(), "an existing directory", "DIR")
+existing_file: Final = checked(lambda text: Path(text).is_file(), "an existing file", "FILE")
+
+
+@parser("an http(s) URL such as http://127.0.0.1:8000", "URL")
 def url(text: str) -> str:
     if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", text):
         raise ValueError
     return text.rstrip("/")
 
 
+@parser("HOST:PORT", "HOST:PORT")
 def address(text: str) -> tuple[str, int]:
     host, sep, port = text.rpartition(":")
     host = host.strip("[]")
@@ -59,94 +103,40 @@ def address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def one_of(*options: str) -> Parse:
-    def parse(text: str) -> str:
-        if text not in options:
-            raise ValueError
-        return text
-
-    return parse
-
-
-def number(low: float, high: float) -> Parse:
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return parse
-
-
-def integer(low: int, high: int) -> Parse:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-
-    return parse
-
-
-_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
-
-
+@parser("a size such as 256M or 1G", "SIZE")
 def size(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError
     return int(match[1]) << 10 * " kmgt".index(match[2].lower() or " ")
 
 
-def existing_dir(text: str) -> str:
-    if not Path(text).is_dir():
+@parser("a header name", "TEXT")
+def header_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", text):
         raise ValueError
-    return text
+    return text.lower()
 
 
-def existing_file(text: str) -> str:
-    if not Path(text).is_file():
+_DOMAIN: Final = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
+
+
+@parser("off, or domains divided by commas", "TEXT")
+def domains(text: str) -> str:
+    if not re.fullmatch(rf"off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", text, re.IGNORECASE):
         raise ValueError
-    return text
+    return text.lower()
 
 
-def text(value: str) -> str:
-    return value
-
-
-def header_name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", value):
-        raise ValueError
-    return value.lower()
-
-
-_DOMAIN = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
-_DOMAINS = re.compile(rf"off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", re.IGNORECASE)
-
-
-def domains(value: str) -> str:
-    if not _DOMAINS.fullmatch(value):
-        raise ValueError
-    return value.lower()
-
-
-def gpu(value: str) -> str:
-    gpu_of(value)
-    return value
-
-
-def gpu_of(value: str) -> tuple[int, str]:
+def parse_gpu(text: str) -> tuple[int, str]:
     """How many GPUs of which name: "2xH100" is (2, "H100"). Raises ValueError."""
-    match = re.fullmatch(r"(?:([1-9][0-9]?)\s*x\s*)?([A-Za-z][\w .-]{1,60})", value)
+    match = re.fullmatch(r"(?:([1-9][0-9]?)\s*x\s*)?([A-Za-z][\w .-]{1,60})", text)
     if not match:
         raise ValueError
     return int(match[1] or 1), match[2]
 
 
-def switch(value: str) -> bool:
-    return {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}[
-        value.lower()
-    ]
-
-
-ENGINE_KINDS = ("auto", "vllm", "sglang", "tgi", "llamacpp", "openai", "scripted")
+@parser("a name such as H100 or 2xH100", "TEXT")
+def gpu(text: str) -> str:
+    parse_gpu(text)
+    return text

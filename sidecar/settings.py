@@ -1,9 +1,10 @@
-"""Settings: frozen data, and the one table of flags.
+"""The settings of `sidecar run`, and how settings are read.
 
-Each field of a settings class is a flag `--its-name`, an environment variable `SIDECAR_ITS_NAME` and a key `its-name` (or
-`its_name`) of the TOML file given by `--config`. Precedence: flag, environment, file, default. Whatever is unknown or
-invalid raises UsageError with one line that names the key, what was expected, and the nearest valid key; of a key that once
-existed the line says what became of it.
+- Each field of a settings class is a flag `--its-name`, an environment variable `SIDECAR_ITS_NAME`, and a key
+  `its-name` (or `its_name`) of the TOML file that `--config` names. Precedence: flag, environment, file, default.
+- An unknown key or an invalid value raises UsageError: one line with the key, what was expected, and the nearest
+  valid key.
+- The error for a key that no longer exists contains what replaced it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -22,7 +23,9 @@ import msgspec
 from sidecar.errors import UsageError
 from sidecar.flags import (
     ENGINE_KINDS,
+    Parser,
     address,
+    directory,
     domains,
     existing_dir,
     existing_file,
@@ -39,197 +42,132 @@ from sidecar.flags import (
 
 S = TypeVar("S")
 
-ENV_PREFIX = "SIDECAR_"
-# Kubernetes injects these for a Service that happens to be named `sidecar`; they are nobody's settings.
-_SERVICE_LINK = re.compile(r"^SIDECAR_(SERVICE_(HOST|PORT.*)|PORT(_.*)?)$")
+ENV_PREFIX: Final = "SIDECAR_"
+# Kubernetes injects these variables for a Service named `sidecar`. They are not settings.
+_SERVICE_LINK: Final = re.compile(r"^SIDECAR_(SERVICE_(HOST|PORT.*)|PORT(_.*)?)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Settings of `sidecar run`. Seconds, bytes and tokens unless the help says otherwise."""
 
-    engine: str = flag("", url, "Base URL of the engine, e.g. http://127.0.0.1:8000", expected="an http(s) URL")
-    engine_kind: str = flag(
-        "auto", one_of(*ENGINE_KINDS), "Which engine it is", expected="one of " + ", ".join(ENGINE_KINDS)
-    )
-    listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Where the relay listens", expected="HOST:PORT")
-    admin: tuple[str, int] = flag(
-        ("0.0.0.0", 9400), address, "Where probes, load, metrics and the page are", expected="HOST:PORT"
-    )
-    workers: int = flag(1, integer(1, 64), "Relay processes", expected="a whole number from 1 to 64")
-    model: str = flag(
-        "",
-        existing_dir,
-        "The model's directory (config.json, preprocessor_config.json, tokenizer.json)",
-        expected="an existing directory",
-    )
+    engine: str = flag("", url, "Base URL of the engine, e.g. http://127.0.0.1:8000")
+    engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Kind of the engine; auto: recognised by its responses")
+    listen: tuple[str, int] = flag(("0.0.0.0", 8080), address, "Address of the relay")
+    admin: tuple[str, int] = flag(("0.0.0.0", 9400), address, "Address of probes, load, metrics and the status page")
+    workers: int = flag(1, integer(1, 64), "Number of relay processes")
+    model: str = flag("", existing_dir, "Model directory (config.json, preprocessor_config.json, tokenizer.json)")
     coefficients: str = flag(
-        "",
-        existing_file,
-        "Coefficients file of this model and hardware; default: a roofline of --model on its GPU",
-        expected="an existing file",
+        "", existing_file, "Coefficients file for this model and hardware; default: a roofline of --model on its GPU"
     )
     gpu: str = flag(
         "",
         gpu,
-        "The engine's GPUs, such as H100 or 2xL40S, for that roofline; default: what NVML sees, else an H100",
-        expected="a name such as H100 or 2xH100",
+        "GPUs of the engine for that roofline, such as H100 or 2xL40S; default: what NVML reports, else an H100",
     )
-    state_dir: str = flag("/run/sidecar", text, "Directory shared with the engine's container", expected="a directory")
-    tenant_header: str = flag(
-        "x-tenant-id", header_name, "Request header that names the tenant", expected="a header name"
-    )
+    state_dir: str = flag("/run/sidecar", directory, "Directory shared with the engine's container")
+    tenant_header: str = flag("x-tenant-id", header_name, "Request header that names the tenant")
     tenant_limits: str = flag(
         "",
         existing_file,
-        "TOML or JSON file of limits per tenant: model units per minute and in flight; read again when it changes",
-        expected="an existing file",
+        "TOML or JSON file of limits per tenant: model units per minute and in flight; reloaded when it changes",
     )
     max_tenants: int = flag(
-        50,
-        integer(1, 10_000),
-        "Tenants and models told apart in metrics; more are `other`",
-        expected="a whole number from 1 to 10000",
+        50, integer(1, 10_000), "Tenants and models with labels of their own in metrics; all others are `other`"
     )
     images: str = flag(
         "auto",
         one_of("auto", "off", "inline", "shm"),
-        "Image hand-off; auto: inline where the model's processor is known, else off",
-        expected="one of auto, off, inline, shm",
+        "How prepared images reach the engine; auto: inline if the model's processor is known, else off",
     )
     images_device: str = flag(
-        "auto",
-        one_of("auto", "cpu", "cuda"),
-        "Where images are resized; auto: on a GPU that is visible here, else on the CPU",
-        expected="one of auto, cpu, cuda",
+        "auto", one_of("auto", "cpu", "cuda"), "Where images are resized; auto: on a visible GPU, else on the CPU"
     )
-    gpu_memory_budget: int = flag(
-        1 << 30, size, "GPU memory that image work may use (bytes, or 1G)", expected="a size such as 1G"
-    )
-    image_workers: int = flag(
-        0,
-        integer(0, 64),
-        "Image worker processes; 0: one per core of the CPU quota",
-        expected="a whole number from 0 to 64",
-    )
-    image_max_bytes: int = flag(20 << 20, size, "Largest encoded image", expected="a size such as 20M")
-    image_max_pixels: int = flag(
-        50_000_000,
-        integer(1, 1_000_000_000),
-        "Most pixels of one image",
-        expected="a whole number from 1 to 1000000000",
-    )
+    gpu_memory_budget: int = flag(1 << 30, size, "GPU memory limit for image work (bytes, or 1G)")
+    image_workers: int = flag(0, integer(0, 64), "Number of image worker processes; 0: one per core of the CPU quota")
+    image_max_bytes: int = flag(20 << 20, size, "Maximum size of an encoded image")
+    image_max_pixels: int = flag(50_000_000, integer(1, 1_000_000_000), "Maximum number of pixels of an image")
     image_urls: str = flag(
         "off",
         domains,
-        "Domains that images behind links are fetched from, such as img.example.com,*.example.org; off: links are the engine's",
-        expected="off, or domains divided by commas",
+        "Domains from which linked images are fetched, such as img.example.com,*.example.org; "
+        "off: the engine fetches them",
     )
-    image_cache_bytes: int = flag(
-        256 << 20, size, "Prepared images kept in shared memory; 0 keeps none", expected="a size such as 256M, or 0"
-    )
-    max_body_bytes: int = flag(256 << 20, size, "Largest request body", expected="a size such as 256M")
+    image_cache_bytes: int = flag(256 << 20, size, "Size of the cache of prepared images in shared memory; 0: no cache")
+    max_body_bytes: int = flag(256 << 20, size, "Maximum size of a request body")
     max_concurrent: int = flag(
         0,
         integer(0, 1_000_000),
-        "Requests that the engine runs at once (vLLM: max_num_seqs); past it less one, which the canary finds free, requests wait "
-        "in the relay; 0: no limit",
-        expected="a whole number from 0 to 1000000",
+        "Requests that the engine runs at once (vLLM: max_num_seqs); the relay sends one fewer, to keep a place for "
+        "the canary, and queues the rest; 0: no limit",
     )
     retry_stalled: float = flag(
         0.0,
-        number(0, 3600),
-        "How long a request of which nothing was answered when the engine stalled waits for its recovery, to be sent once more; "
-        "0: it ends at once",
-        expected="seconds from 0 to 3600",
+        number(0, 3600, "seconds"),
+        "If the engine stalls before the first byte of a response, wait this long for its recovery and send the "
+        "request again; 0: fail it at once",
     )
     silence_floor: float = flag(
         12.0,
-        number(0.5, 600),
-        "Shortest silence that can raise suspicion; 60 s until ten first tokens were seen",
-        expected="seconds from 0.5 to 600",
+        number(0.5, 600, "seconds"),
+        "Minimum silence before the engine is suspect; 60 s until ten first tokens have been observed",
     )
     silence_cap: float = flag(
         900.0,
-        number(1, 86_400),
-        "Longest silence that is ever allowed; an API that answers nothing has 90 s more",
-        expected="seconds from 1 to 86400",
+        number(1, 86_400, "seconds"),
+        "Maximum silence that is allowed; 90 s more while the engine's API does not respond",
     )
     kill_interval: float = flag(
         300.0,
-        number(0, 86_400),
-        "Shortest time between two kills; it doubles from kill to kill, up to an hour",
-        expected="seconds from 0 to 86400",
+        number(0, 86_400, "seconds"),
+        "Minimum time between two kills; doubles with each kill, up to an hour",
     )
     useless_restarts: int = flag(
         2,
         integer(0, 100),
-        "Restarts in a row that did not help, before the engine is handed over to an operator; 0: never",
-        expected="a whole number from 0 to 100",
+        "Consecutive restarts without recovery, after which the engine is escalated to an operator; 0: never",
     )
-    canary_interval: float = flag(
-        7.0, number(0.5, 3600), "Time between canaries of an idle engine", expected="seconds from 0.5 to 3600"
-    )
-    canary_model: str = flag(
-        "",
-        text,
-        "Model name for the canary; default: one that is loaded, or that users used last",
-        expected="a model name",
-    )
-    engine_key: str = flag("", text, "API key for our own requests to the engine", expected="a key", secret=True)
+    canary_interval: float = flag(7.0, number(0.5, 3600, "seconds"), "Time between canaries while the engine is idle")
+    canary_model: str = flag("", text, "Model name in canaries; default: one that is loaded, or that users used last")
+    engine_key: str = flag("", text, "API key for the sidecar's own requests to the engine", secret=True)
     slo_seconds: float = flag(
-        10.0, number(0.1, 3600), "Request time that max_in_flight is derived from", expected="seconds from 0.1 to 3600"
+        10.0, number(0.1, 3600, "seconds"), "Target request time, from which max_in_flight is derived"
     )
-    usage_days: int = flag(35, integer(1, 3660), "Days of usage records kept", expected="a whole number from 1 to 3660")
-    usage_bytes: int = flag(
-        64 << 20, size, "Largest size of the usage records; 0 keeps none", expected="a size such as 64M, or 0"
-    )
+    usage_days: int = flag(35, integer(1, 3660), "Days to keep usage records")
+    usage_bytes: int = flag(64 << 20, size, "Maximum size of the usage records; 0: keep none")
     dollars_per_gpu_hour: float = flag(
-        0.0,
-        number(0, 10_000),
-        "Price for sidecar_cost_dollars_total; 0: no such series",
-        expected="dollars from 0 to 10000",
+        0.0, number(0, 10_000, "dollars"), "Price of a GPU hour for sidecar_cost_dollars_total; 0: no such series"
     )
     orca_grpc: tuple[str, int] | Literal[""] = flag(
-        "",
-        address,
-        "Where load reports are streamed over gRPC, for ORCA out of band; none: nowhere; needs the extra `orca`",
-        expected="HOST:PORT",
+        "", address, "Address of the gRPC stream of load reports (ORCA, out of band); none: off; needs the extra `orca`"
     )
-    otlp_endpoint: str = flag("", url, "OTLP/HTTP collector for spans; empty: tracing off", expected="an http(s) URL")
-    drain_seconds: float = flag(
-        30.0, number(0, 3600), "Longest wait for open streams after SIGTERM", expected="seconds from 0 to 3600"
-    )
-    log_level: str = flag(
-        "info",
-        one_of("debug", "info", "warning", "error"),
-        "Least severe log line",
-        expected="one of debug, info, warning, error",
-    )
+    otlp_endpoint: str = flag("", url, "OTLP/HTTP collector for spans; none: tracing is off")
+    drain_seconds: float = flag(30.0, number(0, 3600, "seconds"), "Maximum wait for open streams after SIGTERM")
+    log_level: str = flag("info", one_of("debug", "info", "warning", "error"), "Minimum level of log lines")
 
 
-# What became of settings that once existed, of any command; the error names it and adds this sentence.
+# Settings that no longer exist, of any command. The error names the setting and appends this sentence.
 REMOVED: Final = {
     "client-stall-seconds": "it is fixed at 600",
-    "images-decode": "JPEGs are always decoded at their full size, because only that is exact",
-    "image-max-count": "it is fixed at 16 images of one request",
-    "image-queue": "it is fixed at 64 images that wait for a worker, per relay process",
+    "images-decode": "JPEGs are always decoded at full size, because only that is exact",
+    "image-max-count": "it is fixed at 16 images per request",
+    "image-queue": "it is fixed at 64 queued images per relay process",
     "image-seconds": "it is fixed at 10",
-    "kill-healthy": "kills and a hand-over are forgotten after an hour of health",
-    "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval where that is longer",
-    "kill-jitter": "replicas that stall at once are killed within 10 s, each at its own time",
-    "kill-recovery": "a restart was useless where the engine stalls again within 10 minutes of its first token",
-    "log-format": "log lines are text on a terminal, and JSON anywhere else",
-    "max-queued": "it is fixed at 1000 requests that wait, per relay process",
-    "orca": "an answer has the header where its request has endpoint-load-metrics-format: JSON, TEXT or BIN",
+    "kill-healthy": "kills and an escalation are forgotten after an hour of health",
+    "kill-interval-cap": "the time between two kills grows up to an hour, or to --kill-interval if that is longer",
+    "kill-jitter": "replicas that stall at the same time are killed within 10 s, each at its own time",
+    "kill-recovery": "a restart did not help if the engine stalls again within 10 minutes of its first token",
+    "log-format": "log lines are text on a terminal, and JSON elsewhere",
+    "max-queued": "it is fixed at 1000 queued requests per relay process",
+    "orca": "a response has the header if its request has endpoint-load-metrics-format: JSON, TEXT or BIN",
     "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",
     "restart-budget-wait": "there is no restart budget to wait for",
     "restarts-at-once": "each pod decides alone when to restart its engine, within --kill-interval",
     "shm-dir": "it is /dev/shm, for vLLM's plugin too",
-    "silence-blocked": "it is 90 s, and a third of --silence-cap at most",
+    "silence-blocked": "it is 90 s, and at most a third of --silence-cap",
     "silence-margin": "it is fixed at 3",
-    "silence-unlearned": "it is 60 s, and a fifth of --silence-cap at most",
-    "tokenizer": "prompt tokens are counted where --model has a tokenizer.json and the extra `tokenizer` is installed",
+    "silence-unlearned": "it is 60 s, and at most a fifth of --silence-cap",
+    "tokenizer": "prompt tokens are counted if --model has a tokenizer.json and the extra `tokenizer` is installed",
 }
 
 
@@ -243,66 +181,62 @@ def load(
 ) -> S:
     """Merge flags (field name -> text), environment and TOML file into `cls`. Raises UsageError.
 
-    `also` names settings classes of other commands whose keys are accepted in the environment and the file unused, so that
-    one file can serve several commands.
+    Keys of the settings classes in `also`, those of other commands, are ignored: one file can serve several commands.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     others = {f.name for other in also for f in fields(other)}
     config = config or env.get(ENV_PREFIX + "CONFIG")
     merged: dict[str, Any] = {}
-    for source, values in (("file", _from_file(config)), ("environment", _from_env(env)), ("flag", flags)):
+    for source, values in (("file", _read_file(config)), ("environment", _read_env(env)), ("flag", flags)):
         for key, value in values.items():
             name = key.replace("-", "_")
             if value is None or (name not in known and name in others):
                 continue
             if name not in known:
-                raise UsageError(removal(key, source) or _unknown(source, key, [*known, *others]))
+                raise UsageError(explain_removed(key, source) or _explain_unknown(source, key, [*known, *others]))
             merged[name] = _parse(known[name], str(value), source)
     return cls(**merged)
 
 
 def to_json(settings: Settings) -> str:
-    """The settings as JSON, to hand to another process over a private pipe (it carries secrets)."""
+    """Encode settings for another process. The JSON holds secrets: send it through a private pipe only."""
     return msgspec.json.encode(settings).decode()
 
 
 def from_json(text: str) -> Settings:
-    """Inverse of to_json."""
+    """Decode what to_json encoded."""
     return msgspec.json.decode(text, type=Settings)
 
 
-def spelled(name: str, source: str = "flag") -> str:
-    """How a setting is written in a source."""
+def format_key(name: str, source: str = "flag") -> str:
+    """How a setting is written in a source: flag, environment or file."""
     if source == "environment":
         return ENV_PREFIX + name.upper().replace("-", "_")
     return "--" + name.replace("_", "-") if source == "flag" else name.replace("_", "-")
 
 
-def removal(name: str, source: str = "flag") -> str | None:
-    """What became of a setting that once existed, as one line; None for any other name."""
-    sentence = REMOVED.get(name.lstrip("-").replace("_", "-"))
-    return sentence and f"{spelled(name.lstrip('-'), source)} no longer exists: {sentence}; see docs/reference.md"
+def explain_removed(name: str, source: str = "flag") -> str | None:
+    """The error for a setting that no longer exists; None for any other name."""
+    explanation = REMOVED.get(name.lstrip("-").replace("_", "-"))
+    return (
+        explanation and f"{format_key(name.lstrip('-'), source)} no longer exists: {explanation}; see docs/reference.md"
+    )
 
 
-def default_of(f: Field[Any]) -> Any:
-    """A field's default, or None where it has none."""
-    return None if f.default is MISSING else f.default
-
-
-def writable(name: str, path: str) -> None:
-    """See that a file can be written, before minutes are spent on what it is to hold. Raises UsageError that names the flag."""
+def require_writable(name: str, path: str) -> None:
+    """Check that a file can be written, before its content is measured for minutes. Raises UsageError."""
     file = Path(path)
     if file.is_dir():
         raise UsageError(f"--{name}: {path} is a directory; name a file")
     if not file.parent.is_dir():
         raise UsageError(f"--{name}: the directory of {path} does not exist")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise UsageError(f"--{name}: {path} may not be written; name another file")
+        raise UsageError(f"--{name}: no permission to write {path}; name another file")
 
 
-def shown(f: Field[Any]) -> str:
-    """A field's default for people, in its unit: sizes in M, "none" where there is none."""
-    value = default_of(f)
+def format_default(setting: Field[Any]) -> str:
+    """A field's default for users: sizes in M, "none" for an empty one."""
+    value = setting.default
     if isinstance(value, tuple):
         return f"{value[0]}:{value[1]}"
     if isinstance(value, int) and value >= 1 << 20 and value % (1 << 20) == 0:
@@ -310,7 +244,7 @@ def shown(f: Field[Any]) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) if value != "" else "none"
 
 
-def _from_file(path: str | None) -> dict[str, Any]:
+def _read_file(path: str | None) -> dict[str, Any]:
     if not path:
         return {}
     try:
@@ -318,12 +252,12 @@ def _from_file(path: str | None) -> dict[str, Any]:
             raw = tomllib.load(f)
     except OSError as e:
         raise UsageError(f"--config: cannot read {path}: {e.strerror}") from None
-    except ValueError as e:  # a TOMLDecodeError, or bytes that are no UTF-8
+    except ValueError as e:  # a TOMLDecodeError, or bytes that are not UTF-8
         raise UsageError(f"--config: {path} is not TOML: {e}") from None
     return {k: str(v).lower() if isinstance(v, bool) else v for k, v in raw.items()}
 
 
-def _from_env(env: Mapping[str, str]) -> dict[str, str]:
+def _read_env(env: Mapping[str, str]) -> dict[str, str]:
     return {
         key[len(ENV_PREFIX) :].lower(): value
         for key, value in env.items()
@@ -331,14 +265,15 @@ def _from_env(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _unknown(source: str, key: str, known: list[str]) -> str:
+def _explain_unknown(source: str, key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.0)
-    return f"unknown {source} key {spelled(key, source)}; the nearest valid key is {spelled(near[0], source)}"
+    return f"unknown {source} key {format_key(key, source)}; the nearest valid key is {format_key(near[0], source)}"
 
 
-def _parse(f: Field[Any], value: str, source: str) -> Any:
+def _parse(setting: Field[Any], value: str, source: str) -> Any:
+    parser: Parser = setting.metadata["parser"]
     try:
-        return f.metadata["parse"](value)
-    except (ValueError, KeyError):
-        shown = "a value" if f.metadata["secret"] else repr(value[:80])
-        raise UsageError(f"{spelled(f.name, source)}: {shown} is not {f.metadata['expected']}") from None
+        return parser.parse(value)
+    except ValueError:
+        shown = "a value" if setting.metadata["secret"] else repr(value[:80])
+        raise UsageError(f"{format_key(setting.name, source)}: {shown} is not {parser.expected}") from None

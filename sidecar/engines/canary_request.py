@@ -1,8 +1,8 @@
-"""Pure: the request for one token, in the forms that engines take, and what its answer says.
+"""Pure: the canary request for one token, in the forms that engines accept, and its response.
 
-A canary is one greedy token of the smallest prompt there is, as a stream. Which form passes is learned once for each engine
-process: base models have no chat, some servers have nothing but chat, embedding models have neither, and a priority may be
-refused. What was refused is not asked again until the engine is another one.
+A canary is one greedy token for the smallest prompt, as a stream. The form that passes is learned once per engine
+process: base models have no chat, some servers have only chat, embedding models have neither, and a priority may be
+rejected. A rejected form is not tried again until the engine restarts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from typing import Any, Final
 from sidecar.engines.engine_type import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 
 PROMPT: Final = "1"
-PROMPT_TOKENS: Final = {COMPLETIONS: 1, CHAT: 16, EMBEDDINGS: 1}  # where the answer does not say; a template adds some
-OTHER_FORM: Final = (400, 404, 405, 415, 422, 501)  # refusals that another form of the request may not meet
-OTHER_PRIORITY: Final = (*OTHER_FORM, 500, 503)  # SGLang answers 503 to a priority that it does not take
-BROKEN: Final = ("abort", "error")  # finish reasons of a token that was not generated
-ANSWER_BYTES: Final = 8  # of the hash that stands for an answer
+# Used if the response does not report them; a chat template adds some.
+PROMPT_TOKENS: Final = {COMPLETIONS: 1, CHAT: 16, EMBEDDINGS: 1}
+# Rejections that another form of the request may avoid.
+OTHER_FORM: Final = (400, 404, 405, 415, 422, 501)
+# SGLang responds 503 to a priority that it does not accept.
+OTHER_PRIORITY: Final = (*OTHER_FORM, 500, 503)
+# Finish reasons of a token that was not generated.
+FAILED_FINISH_REASONS: Final = ("abort", "error")
+DIGEST_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class CanaryForm:
-    """One way to ask: the route, and the priority or None."""
+    """One form of the request: the route, and the priority or None."""
 
     path: str
     priority: int | None = None
@@ -33,9 +37,9 @@ class CanaryForm:
 
 @dataclass(frozen=True, slots=True)
 class CanaryAnswer:
-    """What came with status 200. `error` is the status that an error inside it names (500 where it names none), else 0.
+    """A response of status 200. `error` is the status of an error inside it (500 if it has none), else 0.
 
-    `digest` stands for the text; it is empty where there is none to compare (an embedding).
+    `digest` is a hash of the text; empty if there is none to compare (an embedding).
     """
 
     token: bool = False
@@ -45,7 +49,7 @@ class CanaryAnswer:
 
 
 class CanaryForms:
-    """The forms that are left to try, the likeliest first."""
+    """The forms that are left to try, the most likely first."""
 
     def __init__(self, kind: EngineKind, priority: int | None) -> None:
         self._kind = kind
@@ -54,15 +58,15 @@ class CanaryForms:
         self.known = False  # one has passed
 
     def forms(self) -> tuple[CanaryForm, ...]:
-        """What to try now, in this order."""
+        """The forms to try now, in this order."""
         return self._left
 
     def passed(self, form: CanaryForm) -> None:
-        """This one is taken: nothing else is asked from now on."""
+        """Keep this form: only it is used from now on."""
         self._left, self.known = (form,), True
 
     def goes_on(self, form: CanaryForm, status: int) -> bool:
-        """Whether the next form may fare better than this one did. Where none is left, all are tried again next time."""
+        """Whether to try the next form after this status. If a known form fails, all are tried again next time."""
         if status not in (OTHER_FORM if form.priority is None else OTHER_PRIORITY):
             return False
         if self.known:
@@ -78,35 +82,35 @@ def body(kind: EngineKind, form: CanaryForm, model: str) -> dict[str, Any]:
     """The JSON body of the request for one token."""
     if form.path == EMBEDDINGS:
         return {"model": model, "input": PROMPT}
-    asked: dict[str, Any] = {"model": model, "max_tokens": 1, "temperature": 0, "stream": True}
-    if kind.tells_usage:
-        asked["stream_options"] = {"include_usage": True}
+    request: dict[str, Any] = {"model": model, "max_tokens": 1, "temperature": 0, "stream": True}
+    if kind.reports_usage:
+        request["stream_options"] = {"include_usage": True}
     if form.priority is not None:
-        asked["priority"] = form.priority
+        request["priority"] = form.priority
     if form.path == CHAT:
-        return {**asked, "messages": [{"role": "user", "content": PROMPT}]}
-    return {**asked, "prompt": PROMPT}
+        return {**request, "messages": [{"role": "user", "content": PROMPT}]}
+    return {**request, "prompt": PROMPT}
 
 
 def read(raw: bytes, path: str) -> CanaryAnswer:
-    """What an answer says, whether it came as events or as one JSON object. Anything else holds no token."""
+    """Parse a response, a stream of events or one JSON object. Anything else has no token."""
     token, error, prompt_tokens, text = False, 0, 0, ""
     for event in _events(raw):
         error = error or _error(event)
         prompt_tokens = _count(event.get("usage")) or prompt_tokens
         token = token or bool(event.get("data"))
         for choice in _choices(event):
-            said, reason = _said(choice), choice.get("finish_reason")
-            text += said
-            token = token or bool(said or reason)
-            error = error or (500 if reason in BROKEN else 0)
-    digest = blake2b(text.encode("utf-8", "replace"), digest_size=ANSWER_BYTES).hexdigest()
+            text_part, reason = _text(choice), choice.get("finish_reason")
+            text += text_part
+            token = token or bool(text_part or reason)
+            error = error or (500 if reason in FAILED_FINISH_REASONS else 0)
+    digest = blake2b(text.encode("utf-8", "replace"), digest_size=DIGEST_BYTES).hexdigest()
     comparable = token and path != EMBEDDINGS
     return CanaryAnswer(token, error, prompt_tokens or PROMPT_TOKENS[path], digest if comparable else "")
 
 
 def _events(raw: bytes) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a stream of events, or the one that the whole answer is."""
+    """The JSON objects of a stream of events, or the one object of the whole response."""
     lines = [line[5:] for line in raw.splitlines() if line.startswith(b"data:")]
     for text in lines or [raw]:
         try:
@@ -130,8 +134,8 @@ def _error(event: dict[str, Any]) -> int:
     return code if isinstance(code, int) and 400 <= code < 600 else 500
 
 
-def _said(choice: dict[str, Any]) -> str:
-    """The text of a choice, thoughts included."""
+def _text(choice: dict[str, Any]) -> str:
+    """The text of a choice, including reasoning."""
     parts = [choice.get("text")]
     for where in (choice.get("delta"), choice.get("message")):
         if isinstance(where, dict):

@@ -1,4 +1,4 @@
-"""The records that describe one engine: what its metrics are called, how it takes a canary, where it says that it rests."""
+"""The records that describe an engine: its metrics, its canaries, its signs of sleep."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ EMBEDDINGS: Final = "/v1/embeddings"
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Sample lines of a metrics page: those of `name`, with the label pair `label` where one is given.
+    """Sample lines of a metrics page: those of `name`, with the label pair `label` if one is given.
 
-    Instead, `parts` may name a label whose non-empty values break a total down: such lines are left out, the total stays.
+    Alternatively, `parts` names a label that breaks a total down: only lines without it or with an empty value count.
     `at_end`: a counter that moves only when a request ends.
     """
 
@@ -27,9 +27,9 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class KvCapacity:
-    """Where the tokens of a rank's KV cache stand: the value of `name`, or a product of labels, the first of `products` that is there.
+    """Source of the KV cache size of a rank in tokens: the value of `name`, or the first product of labels that exists.
 
-    Of ranks that differ the largest counts: a request is ended that exceeds it, and one that might fit must not be.
+    The largest rank counts: a larger request is rejected, and one that might fit must not be.
     """
 
     name: str
@@ -38,7 +38,7 @@ class KvCapacity:
 
 @dataclass(frozen=True, slots=True)
 class KindSign:
-    """A JSON object at `path` whose `key` is true while the engine rests on purpose; `means` is the reason code."""
+    """A JSON object at `path` whose `key` is true while the engine sleeps or is paused; `means` is the reason code."""
 
     path: str
     key: str
@@ -47,7 +47,7 @@ class KindSign:
 
 @dataclass(frozen=True, slots=True)
 class KindMark:
-    """A JSON object at `path` by which an engine is known: it has all of `keys`, with the value that is given, or any (None)."""
+    """A JSON object at `path` that identifies an engine: it has all `keys`, with the given value or any (None)."""
 
     path: str
     keys: Mapping[str, str | None]
@@ -55,26 +55,26 @@ class KindMark:
 
 @dataclass(frozen=True, slots=True)
 class EngineKind:
-    """One engine. `series` maps a field of EngineSample to what it is read from: the first that the page has.
+    """One engine. `series` maps a field of EngineSample to its sources; the first on the page counts.
 
-    The engine sleeps while `awake` is 0. Any of `signs` may be missing (404) on a given engine; the first that is true counts.
-    `canary_paths` are tried in this order until one passes. `priority` puts a canary before all other requests; where the
-    engine's own settings decide that, `read_priority` makes it of the JSON at the first of `info_paths` that answers.
+    The engine sleeps while `awake` is 0. Any of `signs` may be missing (404); the first that is true counts.
+    `canary_paths` are tried in this order until one passes. `priority` puts a canary before all other requests; if the
+    engine's settings decide that, `read_priority` derives it from the first of `info_paths` that responds.
     """
 
     name: str
     series: Mapping[str, tuple[Series, ...]] = field(default_factory=dict)
     metrics_path: str = "/metrics"
-    contact_path: str = "/v1/models"  # asked where there is no page: answered by the API process alone, and cheap
-    page_hangs: bool = False  # the page can hang with the engine while the API answers
+    contact_path: str = "/v1/models"  # requested if there is no page: cheap, and needs the API process only
+    page_hangs: bool = False  # the page can hang with the engine while the API responds
     awake: Series | None = None
     capacity: KvCapacity | None = None
     rank: str = ""  # the label that numbers data-parallel ranks
     signs: tuple[KindSign, ...] = ()
-    wakes: bool = False  # a request wakes it from its sleep, so it is looked at before each canary
-    canary_model: str = ""  # a name that it always takes; else models.py chooses of its model list
+    wakes: bool = False  # a request wakes it, so its sleep state is polled before each canary
+    canary_model: str = ""  # a name that it always accepts; else model_list.py chooses from its model list
     canary_paths: tuple[str, ...] = (COMPLETIONS, CHAT, EMBEDDINGS)
-    tells_usage: bool = True  # takes stream_options.include_usage
+    reports_usage: bool = True  # accepts stream_options.include_usage
     priority: int | None = None
     info_paths: tuple[str, ...] = ()
     read_priority: Callable[[bytes], int | None] | None = None
@@ -85,5 +85,5 @@ class EngineKind:
 
 
 def plain(**names: str) -> dict[str, tuple[Series, ...]]:
-    """Fields that are read from one series each."""
+    """Fields with one series each."""
     return {field_: (Series(name),) for field_, name in names.items()}

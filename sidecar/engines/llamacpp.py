@@ -1,11 +1,11 @@
 """llama.cpp's server: tools/server/README.md and server.cpp, 2026.
 
-- Series: with --metrics only (501 without). Its KV gauge was removed in 2025, and is read where an older one has it.
+- Series: with --metrics only (501 without). Its KV gauge was removed in 2025, and is read from older versions.
   tokens_predicted_total moves when a request ends, n_decode_total with each batch that was computed (seen).
-  The page can be made by the loop that decodes: then it waits for a batch, and hangs with it; /health is answered beside it.
-- Sleep: with --sleep-idle-seconds the model is unloaded after that time, /props says so, and any request wakes it. /health,
-  /props and /models do not, nor does /metrics in newer versions; as it did in older ones, a sleeping server is not scraped.
-  A canary is a request: with --canary-interval below its idle time the server never gets to sleep.
+  The page can be rendered by the decoding loop: then it waits for a batch and hangs with it; /health does not.
+- Sleep: with --sleep-idle-seconds the model is unloaded after that time, /props reports it, and any request wakes it.
+  /health, /props and /models do not, nor does /metrics in newer versions. It did in older ones, so a sleeping server is
+  not scraped. A canary is a request: with --canary-interval below its idle time the server never sleeps.
 - --api-key leaves /health and /v1/models open. It has no priorities.
 - Router mode (no model given): /v1/models lists all models with their `status`, and a POST loads the one that it names.
   GETs without a model load none (seen): /metrics is 400, /props the router's own.

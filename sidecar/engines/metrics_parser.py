@@ -1,10 +1,11 @@
-"""Pure: an engine's metrics page -> EngineSample, reading only the lines that are wanted.
+"""Pure: parses an engine's metrics page into an EngineSample. Reads Prometheus text and OpenMetrics.
 
-A vLLM page is 100 KB and more, and it is read every second: so one search finds the lines that begin with a wanted name, and
-only those are parsed (Prometheus text and OpenMetrics alike). Counters, running and waiting are summed over label sets
-(data-parallel ranks, finish reasons); KV use and start time are the largest; ranks stand beside the sums, too. A series that is
-not on the page is None; a value that is not a finite number >= 0, a wanted line that cannot be read, and a page that is no
-metrics page are Garbage.
+- A vLLM page of 100 KB and more is parsed every second. So one search finds the lines of the required series, and only
+  those are parsed.
+- Counters, running and waiting are summed over label sets (data-parallel ranks, finish reasons). KV use and start time
+  are the maximum. Each rank also has its own numbers.
+- A series that is not on the page is None. Garbage is raised for a value that is not a finite number >= 0, for a
+  required line that cannot be parsed, and for a page that is not a metrics page.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from sidecar.readings import EngineSample, RankSample
 # After the name: labels (quoted values may hold braces, commas and escaped quotes), value, and what may follow it: a
 # timestamp, an OpenMetrics exemplar. Possessive, so that no page can make it backtrack.
 _REST: Final = re.compile(
-    rb'(\{(?:[^"}\n]++|"(?:[^"\\\n]++|\\[^\n])*+")*+\})?+[ \t]*+([^ \t\r\n]++)(?:[ \t]++-?[0-9.]++)?+[ \t]*+(?:#[^\n]*+)?+\r?(?:\n|\Z)'
+    rb'(\{(?:[^"}\n]++|"(?:[^"\\\n]++|\\[^\n])*+")*+\})?+[ \t]*+([^ \t\r\n]++)'
+    rb"(?:[ \t]++-?[0-9.]++)?+[ \t]*+(?:#[^\n]*+)?+\r?(?:\n|\Z)"
 )
 _NUMBER: Final = re.compile(rb"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _LINE: Final = re.compile(rb"\s*(#|[a-zA-Z_:][a-zA-Z0-9_:]*[ \t{])")
 
 _LARGEST: Final = frozenset({"kv_usage", "started_wall"})
-RANKED: Final = ("running", "waiting", "generation_tokens")  # fields of EngineSample that RankSample has, too
+# Fields of EngineSample that RankSample has, too.
+RANKED: Final = ("running", "waiting", "generation_tokens")
 MAX_RANK_DIGITS: Final = 4
 
 Samples = Mapping[str, list[tuple[bytes, float]]]  # stem of a series name -> its (labels, value)
 
 
 class Garbage(ValueError):
-    """A page that answers 200 and cannot be believed. The message is short and holds nothing of the page."""
+    """A page of status 200 that is not valid. The message is short and contains nothing of the page."""
 
 
 def parse(page: bytes, kind: EngineKind) -> EngineSample:
@@ -57,9 +60,9 @@ def parse(page: bytes, kind: EngineKind) -> EngineSample:
 
 
 def _samples(page: bytes, kind: EngineKind) -> Samples:
-    """All samples of the kind's series. Formats differ in a counter's `_total`: both spellings are taken."""
+    """All samples of the kind's series. Formats differ in a counter's `_total`: both spellings are accepted."""
     names = [s.name for options in kind.series.values() for s in options]
-    names += [one.name for one in (kind.awake, kind.capacity) if one]
+    names += [source.name for source in (kind.awake, kind.capacity) if source]
     samples: dict[str, list[tuple[bytes, float]]] = {}
     page = b"\n" + page
     for match in _pattern(tuple(dict.fromkeys(map(_stem, names)))).finditer(page) if names else ():
@@ -70,16 +73,17 @@ def _samples(page: bytes, kind: EngineKind) -> Samples:
 
 @cache
 def _pattern(stems: tuple[str, ...]) -> re.Pattern[bytes]:
-    """Finds lines that begin with one of the names; the newline in front lets the search skip along.
+    """Finds lines that begin with one of the names; the newline in front makes the search fast.
 
-    A colon may be written as `_`: prometheus_client 0.26 does so in OpenMetrics 1.0.0 unless the scraper asks otherwise.
+    A colon may be written as `_`: prometheus_client 0.26 does so in OpenMetrics 1.0.0 unless the scraper asks
+    otherwise.
     """
     names = b"|".join(re.escape(stem).replace("_", "[_:]").encode() for stem in stems)
     return re.compile(rb"\n(" + names + rb")(?:_total)?(?=[{ \t])")
 
 
 def _stem(name: str) -> str:
-    """What the spellings of one name have in common."""
+    """The common part of the spellings of a name."""
     return name.removesuffix("_total").replace(":", "_")
 
 
@@ -95,7 +99,7 @@ def _value(samples: Samples, field: str, series: Series) -> float:
 
 
 def _lines(samples: Samples, series: Series) -> list[tuple[bytes, float]]:
-    return [line for line in samples.get(_stem(series.name), ()) if _wanted(line[0], series)]
+    return [line for line in samples.get(_stem(series.name), ()) if _matches(line[0], series)]
 
 
 def _ranks(samples: Samples, kind: EngineKind) -> tuple[RankSample, ...]:
@@ -112,14 +116,14 @@ def _ranks(samples: Samples, kind: EngineKind) -> tuple[RankSample, ...]:
 
 
 def _capacity(samples: Samples, capacity: KvCapacity) -> float | None:
-    """Tokens that the largest rank's KV cache holds; None where the page does not say, or not in numbers."""
+    """Tokens in the largest rank's KV cache; None if the page has no such number."""
     lines = samples.get(_stem(capacity.name), ())
     sizes = [_product(labels, capacity.products) if capacity.products else value for labels, value in lines]
     return max((size for size in sizes if 0 < size < math.inf), default=None)
 
 
 def _product(labels: bytes, products: Iterable[tuple[str, ...]]) -> float:
-    """The first product whose labels are all numbers; 0 where there is none."""
+    """The first product whose labels are all numbers, else 0."""
     for names in products:
         parts = [_label(labels, name) for name in names]
         if all(_NUMBER.fullmatch(part.encode()) for part in parts):
@@ -128,12 +132,12 @@ def _product(labels: bytes, products: Iterable[tuple[str, ...]]) -> float:
 
 
 def _label(labels: bytes, name: str) -> str:
-    """A label's value as it stands; empty where there is none, or one with escapes."""
+    """A label's value; empty if it is missing or contains escapes."""
     match = re.search(rb"[{,]" + name.encode() + rb'="([^"\\]*)"', labels)
     return match[1].decode("ascii", "replace") if match else ""
 
 
-def _wanted(labels: bytes, series: Series) -> bool:
+def _matches(labels: bytes, series: Series) -> bool:
     if series.label:
         return _has(labels, series.label.encode())
     if series.parts:
@@ -143,7 +147,7 @@ def _wanted(labels: bytes, series: Series) -> bool:
 
 
 def _has(labels: bytes, start: bytes) -> bool:
-    """Whether a label pair begins so; the character before it tells `priority=` from `no_priority=`."""
+    """Whether a label pair begins so; the character before it excludes `no_priority=` for `priority=`."""
     return b"{" + start in labels or b"," + start in labels
 
 

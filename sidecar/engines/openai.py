@@ -1,6 +1,6 @@
-"""Any OpenAI-compatible server: nothing is assumed but the API itself. Silence is judged by its answers alone.
+"""Any OpenAI-compatible server: only the API itself is assumed. Silence is judged by its responses alone.
 
-Its /health might generate a token, as SGLang's does; the model list never does, and a refusal of it is an answer too.
+Its /health might generate a token, as SGLang's does. The model list never does, and its rejection is a response, too.
 """
 
 from __future__ import annotations
@@ -9,4 +9,4 @@ from typing import Final
 
 from sidecar.engines.engine_type import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 
-OPENAI: Final = EngineKind("openai", canary_paths=(CHAT, COMPLETIONS, EMBEDDINGS), tells_usage=False)
+OPENAI: Final = EngineKind("openai", canary_paths=(CHAT, COMPLETIONS, EMBEDDINGS), reports_usage=False)

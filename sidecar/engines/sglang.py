@@ -1,14 +1,14 @@
 """SGLang 0.5: srt/observability/metrics_collector.py, srt/entrypoints/http_server.py, srt/managers/scheduler.py.
 
-- Series: with --enable-metrics only. Its prompt and generation totals move when a request ends; realtime_tokens moves while it
-  runs. With priority scheduling the queue gauges are broken down by `priority`, the total is at "". Each rank is a `dp_rank`.
-  Its multi-process registry has no process_start_time_seconds.
+- Series: with --enable-metrics only. Its prompt and generation totals move when a request ends; realtime_tokens moves
+  while it runs. With priority scheduling the queue gauges are broken down by `priority`, the total is at "". Each rank
+  is a `dp_rank`. Its multi-process registry has no process_start_time_seconds.
 - Priority: the highest value goes first with --enable-priority-scheduling, the lowest with
-  --schedule-low-priority-values-first; with neither, one can be refused. /server_info says which. It can take the place of a
-  running request (--priority-scheduling-preemption-threshold), which is then computed anew.
-- /health makes the engine generate and sleeps a second: it is never asked.
-- Pause: nothing published tells it. /ready is 503 while paused, and just so after its own health check failed; so an order that
-  passes the relay is the only sign. Memory released by /release_memory_occupation likewise.
+  --schedule-low-priority-values-first; with neither, a priority can be rejected. /server_info reports the flags. It can
+  take the place of a running request (--priority-scheduling-preemption-threshold), which is then computed again.
+- /health makes the engine generate a token and sleeps a second: it is never requested.
+- Pause: it is not published. /ready is 503 while paused, but also after a failed health check of its own. So a pause
+  call that passes the relay is the only sign. The same holds for memory released by /release_memory_occupation.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Final
 
 from sidecar.engines.engine_type import EngineKind, KindMark, KvCapacity, Series, plain
 
-FIRST: Final = 1 << 30
+FIRST_PRIORITY: Final = 1 << 30
 
 
 def priority(server_info: bytes) -> int | None:
-    """What puts a canary first, from the JSON of /server_info; None where priorities are off, or it does not say."""
+    """The priority that puts a canary first, from the JSON of /server_info; None if priorities are off or unknown."""
     try:
         flags = json.loads(server_info)
         if flags["enable_priority_scheduling"] is not True:
             return None
-        return -FIRST if flags.get("schedule_low_priority_values_first") is True else FIRST
+        return -FIRST_PRIORITY if flags.get("schedule_low_priority_values_first") is True else FIRST_PRIORITY
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -1,10 +1,10 @@
 """Text Generation Inference 3.3: router/src/server.rs, backends/v3/src/backend.rs and queue.rs.
 
-- Series: token counts are sums of per-request histograms: they move when a request ends. Only tgi_batch_inference_count moves
-  with each forward pass. It has no KV gauge, no start time and no ranks.
-- /v1/models names the model itself as its owner, so /info tells what it is; both are open where an API key guards the rest.
-- /health may ask the shards, so it can hang with them: /info is answered by the router alone.
-- `model` names a LoRA adapter, whatever it is, but for "tgi" (router/src/server.rs): that is the canary's.
+- Series: token counts are sums of per-request histograms: they move when a request ends. Only tgi_batch_inference_count
+  moves with each forward pass. It has no KV gauge, no start time and no ranks.
+- /v1/models names the model itself as its owner, so /info identifies the engine. Both are open even with an API key.
+- /health may query the shards, so it can hang with them; /info needs the router only.
+- `model` names a LoRA adapter, except "tgi" (router/src/server.rs), which canaries use.
 - It has no priorities, no sleep and no pause.
 """
 

@@ -1,13 +1,13 @@
-"""vLLM 0.32, and the scripted engine that behaves as it does.
+"""vLLM 0.32, and the scripted engine, which behaves like it.
 
-- Series: vllm/v1/metrics/loggers.py. Counters appear as NAME_total, and `iteration_tokens_total` is a histogram. Each rank is an
-  `engine`. kv_cache_size_tokens is what one rank holds; num_gpu_blocks is the sum of all ranks (seen), and stands in, too large,
-  where a version lacks the former.
-- Priority: the lowest value goes first with --scheduling-policy priority. 0.32 takes and ignores one under fcfs (seen); versions
-  that refuse it are asked again without.
-- Sleep: the gauge is on every page. /is_sleeping and /is_paused exist only with VLLM_SERVER_DEV_MODE=1, both ask the core, and
-  both are true whether it sleeps or is paused (seen): only the gauge tells the two apart.
-- /version is open where an API key guards /v1/models, and says nothing but a version.
+- Series: vllm/v1/metrics/loggers.py. Counters appear as NAME_total, and `iteration_tokens_total` is a histogram. Each
+  rank is an `engine`. kv_cache_size_tokens is the size of one rank. num_gpu_blocks is the sum of all ranks (observed),
+  so it is too large; it is used for versions without the former.
+- Priority: the lowest value goes first with --scheduling-policy priority. 0.32 accepts and ignores one under fcfs
+  (observed); for versions that reject it the canary is sent again without.
+- Sleep: the gauge is on every page. /is_sleeping and /is_paused exist only with VLLM_SERVER_DEV_MODE=1, both query the
+  core, and both are true whether it sleeps or is paused (observed): only the gauge distinguishes the two.
+- /version is open even if /v1/models requires an API key, and contains only a version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 from sidecar.engines.engine_type import EngineKind, KindMark, KindSign, KvCapacity, Series, plain
 
-FIRST: Final = -(1 << 30)
+FIRST_PRIORITY: Final = -(1 << 30)
 
 VLLM: Final = EngineKind(
     "vllm",
@@ -39,7 +39,7 @@ VLLM: Final = EngineKind(
         KindSign("/is_paused", "is_paused", "engine_paused"),
         KindSign("/is_sleeping", "is_sleeping", "engine_sleeping"),
     ),
-    priority=FIRST,
+    priority=FIRST_PRIORITY,
     honours_uuid=True,
     owner="vllm",
     prefix="vllm:",

@@ -1,11 +1,13 @@
-"""The tree of processes of one sidecar: what it needs before any of them starts, and what each of them is.
+"""The process tree of one sidecar: all startup checks, then the role of each process.
 
     supervisor ── control, relay 0 .. N-1, image server, load reports
 
-Rules: whatever can be found wrong before the first process starts ends the start here. The sockets, and the directory that
-the Unix sockets lie in, belong to the supervisor and outlive every other process: a relay that lost its control process finds
-the next one behind the same socket, a kubelet that asks meanwhile waits in the kernel's queue. Control and relays are forked
-from what is imported here, once; the image server is a fresh interpreter, because what it imports is nobody else's.
+- A fault that can be found before the first process starts ends the startup.
+- The sockets and the directory of the Unix sockets belong to the supervisor and outlive every other process. A relay
+  that lost its control process reconnects to the next one through the same socket; meanwhile, probes wait in the
+  kernel's queue.
+- Control and relays are forked, so they share what is imported here. The image server is a fresh interpreter, because
+  no other process needs what it imports.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import uvloop
 
 from sidecar import settings
-from sidecar.control import process as app
+from sidecar.control import process as control_process
 from sidecar.images.shm_cache import SHM_DIR, CacheFolder
-from sidecar.launch.preflight import bind, coefficients, image_mode, reserve, unix
+from sidecar.launch.preflight import bind, bind_unix, choose_coefficients, choose_image_mode, reserve
 from sidecar.load import cost_model
-from sidecar.relay import process
+from sidecar.relay import process as relay_process
 from sidecar.relay.pricing import quota, tenant_accounts
 from sidecar.report import orca_server
 from sidecar.runtime.supervisor import Role, Supervisor
@@ -39,89 +42,90 @@ from sidecar.settings import Settings
 
 _log = logging.getLogger("sidecar")
 
-NICE = 5  # image work is the longest and the least urgent: where cores are short, probes and streams go first
-MARGIN = 10.0  # seconds beyond the drain in which everything must have ended
+# Image work is the longest and least urgent: where cores are scarce, probes and streams go first.
+IMAGE_SERVER_NICE: Final = 5
+# Time beyond the drain in which every process must have ended.
+STOP_MARGIN_S: Final = 10.0
 
-Border = Callable[
-    [Callable[[], int]], int
-]  # runs the life of a process; errors of ours become one line and an exit code
+# Runs a process; a SidecarError becomes one line and an exit code.
+ExitCodeRunner = Callable[[Callable[[], int]], int]
 
 
-def main(chosen: Settings, border: Border) -> int:
-    """Serve until SIGTERM or SIGINT; then drain and return the exit code. Raises UsageError and StartError before that."""
-    prices = coefficients(chosen)
-    chosen = replace(chosen, images=image_mode(chosen))
+def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
+    """Serve until SIGTERM or SIGINT, drain, return the exit code. Raises UsageError and StartError at startup."""
+    coefficients = choose_coefficients(chosen)
+    chosen = replace(chosen, images=choose_image_mode(chosen))
+
+    def guarded(run: Callable[[int], int]) -> Callable[[int], int]:
+        return lambda restarts: run_to_exit_code(partial(run, restarts))
+
     with ExitStack() as stack:
         listener = stack.enter_context(bind("listen", chosen.listen))
         admin = stack.enter_context(bind("admin", chosen.admin))
-        # what port 0 became
+        # Port 0 has become a real one.
         chosen = replace(chosen, listen=listener.getsockname()[:2], admin=admin.getsockname()[:2])
         folder = Path(tempfile.mkdtemp(prefix="sidecar-"))  # mode 0700
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        joining = stack.enter_context(unix(folder / "control"))
-        roles = [
-            Role(
-                "control",
-                "control",
-                _guarded(border, partial(_control, chosen, prices, admin, joining)),
-                (admin, joining),
-            )
-        ]
-        place = process.RelayContext(chosen, prices, str(folder / "control"), secrets.token_bytes(32))
+        control = stack.enter_context(bind_unix(folder / "control"))
+        run = guarded(partial(_run_control, chosen, coefficients, admin, control))
+        roles = [Role("control", "control", run, (admin, control))]
+        context = relay_process.RelayContext(chosen, coefficients, str(folder / "control"), secrets.token_bytes(32))
         if chosen.tenant_limits:
             limits = quota.read(chosen.tenant_limits)
             (folder / "accounts").write_bytes(b"")
             os.truncate(folder / "accounts", tenant_accounts.size(chosen.workers))
-            place = replace(place, accounts=str(folder / "accounts"), limits=limits)
+            context = replace(context, accounts=str(folder / "accounts"), limits=limits)
         if chosen.images != "off":
-            kept = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images == "shm")
-            stack.callback(kept.close)
-            if kept.why:
-                _log.warning("%s: prepared images are not kept, nor handed over there: %s", SHM_DIR, kept.why)
-            place = replace(
-                place, image_socket=str(folder / "images"), image_cache=kept.path, image_cache_bytes=kept.bytes
+            cache = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images == "shm")
+            stack.callback(cache.close)
+            if cache.why:
+                _log.warning("%s: prepared images are neither cached nor handed over there: %s", SHM_DIR, cache.why)
+            context = replace(
+                context, image_socket=str(folder / "images"), image_cache=cache.path, image_cache_bytes=cache.bytes
             )
-            jobs = stack.enter_context(unix(folder / "images"))
-            roles.append(Role("images", "image server", partial(_image_server, chosen, jobs), (jobs,)))
+            jobs = stack.enter_context(bind_unix(folder / "images"))
+            roles.append(Role("images", "image server", partial(_exec_image_server, chosen, jobs), (jobs,)))
         if chosen.orca_grpc:
             reserved = stack.enter_context(reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca"))
-            run = _guarded(border, partial(_reports, reserved.getsockname()[:2], place.control))
+            run = guarded(partial(_run_load_reports, reserved.getsockname()[:2], context.control))
             roles.append(Role("reports", "load reports", run, (reserved,)))
         for index in range(chosen.workers):
-            run = _guarded(border, partial(_relay, replace(place, index=index), listener))
+            run = guarded(partial(_run_relay, replace(context, index=index), listener))
             roles.append(Role("relay", f"relay {index}", run, (listener,)))
-        return Supervisor(roles, chosen.drain_seconds + MARGIN).run()
+        return Supervisor(roles, chosen.drain_seconds + STOP_MARGIN_S).run()
 
 
-# --- what each process does; each gets how often it was started again ---
+# --- the body of each process; `restarts` counts its earlier starts ---
 
 
-def _guarded(border: Border, run: Callable[[int], int]) -> Callable[[int], int]:
-    return lambda restarts: border(partial(run, restarts))
-
-
-def _control(
-    chosen: Settings, prices: cost_model.Coefficients, admin: socket.socket, joining: socket.socket, restarts: int
+def _run_control(
+    chosen: Settings,
+    coefficients: cost_model.Coefficients,
+    admin: socket.socket,
+    control: socket.socket,
+    restarts: int,
 ) -> int:
-    serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
-    uvloop.run(app.run(chosen, prices, app.ListeningSockets(admin, joining), serving))
+    report_serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
+    uvloop.run(
+        control_process.run(chosen, coefficients, control_process.ListeningSockets(admin, control), report_serving)
+    )
     return 0
 
 
-def _relay(place: process.RelayContext, listener: socket.socket, restarts: int) -> int:
-    return process.main(replace(place, restarts=restarts), listener)
+def _run_relay(context: relay_process.RelayContext, listener: socket.socket, restarts: int) -> int:
+    return relay_process.main(replace(context, restarts=restarts), listener)
 
 
-def _reports(address: tuple[str, int], control: str, restarts: int) -> int:
+def _run_load_reports(address: tuple[str, int], control: str, restarts: int) -> int:
     return orca_server.main(address, control)
 
 
-def _image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:
-    """Becomes the image server, with the settings on its standard input: they hold a key, so no argument may."""
+def _exec_image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:
+    """Become the image server. It reads the settings from stdin: they contain a key, and arguments are public."""
     reading, writing = os.pipe()
-    os.write(writing, settings.to_json(chosen).encode() + b"\n")  # far less than a pipe takes at once
+    os.write(writing, settings.to_json(chosen).encode() + b"\n")  # far less than the capacity of a pipe
     os.close(writing)
     os.dup2(reading, 0)
     jobs.set_inheritable(True)
-    os.nice(NICE)
+    os.nice(IMAGE_SERVER_NICE)
     os.execv(sys.executable, [sys.executable, "-m", "sidecar", "image-server", "--listen-fd", str(jobs.fileno())])

@@ -1,8 +1,9 @@
-"""One token from the engine, read to the end of its stream: the canary.
+"""The canary: a request for one token, read to the end of its stream.
 
-One at a time; its cost is one token; of its answer a short hash is kept, never the text. It goes straight to the engine, past the
-relay, so that a relay in trouble does not look like an engine in trouble. It is never counted as a tenant's work.
-It has no engine load a model: where none is known to be loaded, none is asked.
+- One at a time, at the cost of one token. A short hash of the response is kept, never the text.
+- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble.
+- It is never counted as a tenant's work.
+- It makes no engine load a model: if none is known to be loaded, none is asked.
 """
 
 from __future__ import annotations
@@ -19,20 +20,19 @@ from sidecar.engines.canary_request import CanaryAnswer, CanaryForm, CanaryForms
 from sidecar.engines.engine_type import EngineKind
 from sidecar.engines.model_list import Choice, choose
 from sidecar.events import CanaryResult
-from sidecar.signals.http_body import whole
+from sidecar.signals.http_body import read_body
 
-MAX_ANSWER: Final = 1 << 20  # bytes read of a canary's answer
-UNBOUNDED: Final = aiohttp.ClientTimeout(
-    total=None
-)  # `send` bounds it; aiohttp's 5 minutes may be less than is allowed
+MAX_ANSWER_BYTES: Final = 1 << 20
+# `send` has its own timeout; aiohttp's default of 5 minutes may be shorter.
+NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
 Clock = Callable[[], float]
 Asleep = Callable[[], Awaitable[bool]]
 
 
 class CanarySignal:
-    """Sends canaries. `send` never raises; the caller sees to it that only one is under way.
+    """Sends canaries. `send` never raises; the caller sends one at a time.
 
-    `asleep` is asked first where a request would wake the engine. `priority` is what puts a request before all others.
+    `asleep` is awaited first, for engines that a request would wake. `priority` puts a request before all others.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class CanarySignal:
         self._clock = clock
 
     async def send(self, allowed: float, used: str = "") -> CanaryResult:
-        """Send one; it is starved when its stream has not ended after `allowed` seconds.
+        """Send one canary; it is starved if its stream has not ended after `allowed` seconds.
 
-        `used`: the model that users were served with last.
+        `used`: the model of the last request of a user that was answered.
         """
         started = self._clock()
 
@@ -74,24 +74,24 @@ class CanarySignal:
         try:
             async with asyncio.timeout(allowed):
                 if self._asleep is not None and await self._asleep():
-                    return ended("moot", "the engine sleeps, and a request would wake it")
+                    return ended("moot", "the engine is asleep; a request would wake it")
                 if refusal := await self._choose(used):
                     return ended(*refusal)
                 return ended(*await self._attempt(self._choice))
         except TimeoutError:
             return ended("starved", f"no token within {allowed:.1f} s")
         except aiohttp.ClientConnectorError:
-            return ended("refused", "the engine takes no connection")
+            return ended("refused", "the engine refuses connections")
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as e:
-            return ended("failed", f"the answer broke off ({type(e).__name__})")
+            return ended("failed", f"the response broke off ({type(e).__name__})")
 
     async def _attempt(self, choice: Choice) -> tuple[str, str, CanaryAnswer | None]:
-        """Outcome, detail, and the answer of the form that passed."""
+        """Outcome, detail, and the response to the form that passed."""
         refusals = []
         for form in self._forms.forms():
             status, answer = await self._ask(form, choice.model)
             if status == 200 and not answer.token:
-                # From an engine that is known to serve tokens this is a failure; from another one it may be its way.
+                # A failure of an engine that has served tokens; another engine may always respond so.
                 return "failed" if self._forms.known else "rejected", f"no token in the answer of {form.path}", None
             if status == 200:
                 self._forms.passed(form)
@@ -99,19 +99,19 @@ class CanarySignal:
                 return "ok", form.path, answer
             refusals.append(f"HTTP {status} on {form.path}")
             if status in canary_request.OTHER_FORM:
-                self.forget_model()  # it may be the name that is refused; the next canary asks for it anew
+                self.forget_model()  # the name may be rejected: the next canary looks it up again
             if not self._forms.goes_on(form, status):
                 return *_refusal(status, refusals[-1]), None
         return *_refusal(status, ", ".join(dict.fromkeys(refusals))), None
 
     async def _ask(self, form: CanaryForm, model: str) -> tuple[int, CanaryAnswer]:
-        """One request; an error inside an answer of status 200 counts as that status."""
+        """Send one request; an error inside a response of status 200 counts as its status."""
         body = canary_request.body(self._kind, form, model)
         url = self._engine + form.path
-        async with self._session.post(url, json=body, headers=self._headers, timeout=UNBOUNDED) as response:
+        async with self._session.post(url, json=body, headers=self._headers, timeout=NO_TIMEOUT) as response:
             if response.status != 200:
                 return response.status, CanaryAnswer()
-            answer = canary_request.read(await whole(response, MAX_ANSWER), form.path)
+            answer = canary_request.read(await read_body(response, MAX_ANSWER_BYTES), form.path)
         return answer.error or 200, answer
 
     async def _choose(self, used: str) -> tuple[str, str] | None:
@@ -120,13 +120,13 @@ class CanarySignal:
             return None
         async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
             if response.status == 200:
-                self._choice = choose(await whole(response, MAX_ANSWER), self._chosen, used)
+                self._choice = choose(await read_body(response, MAX_ANSWER_BYTES), self._chosen, used)
                 return None if self._choice.model else ("rejected", self._choice.why)
         self._choice = Choice(self._chosen)
         return None if self._chosen else _refusal(response.status, f"HTTP {response.status} on /v1/models")
 
     def forget_model(self) -> None:
-        """The engine may serve another model now."""
+        """Choose again: the engine may serve another model now."""
         self._choice = self._known
 
 
@@ -134,5 +134,5 @@ def _refusal(status: int, detail: str) -> tuple[str, str]:
     if status in (429, 503):
         return "busy", detail
     if status in (401, 403):
-        return "rejected", f"{detail}; give the engine's key with --engine-key"
+        return "rejected", f"{detail}; set --engine-key"
     return ("failed" if status >= 500 else "rejected"), detail

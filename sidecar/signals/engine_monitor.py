@@ -1,7 +1,8 @@
-"""Our own contact with the engine: which kind it is, its metrics, its canary, whether it rests.
+"""The sidecar's own contact with the engine: its kind, metrics, canary, and whether it sleeps.
 
-The kind is found when the engine first answers, and anew when its process is another one; until then there is nothing to read
-and nothing to send. What the engine refuses to say leaves it `openai`, the kind of which nothing is assumed.
+- The kind is recognised when the engine first responds, and again after each restart of its process. Until then there
+  is nothing to read and nothing to send.
+- An engine that cannot be recognised is `openai`, the kind that assumes nothing.
 """
 
 from __future__ import annotations
@@ -19,34 +20,36 @@ from sidecar.engines.registry import KINDS
 from sidecar.readings import Absent, EngineIdentity, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
-from sidecar.signals.identify import LOADING_STATUS, ProbeAnswers, ask, probe_engine
+from sidecar.signals.identify import LOADING_STATUSES, ProbeAnswers, probe_engine, request_pages
 from sidecar.signals.metrics_scrape import ScrapeSignal
 from sidecar.signals.sleep_state import SleepSignal
 
-FIRST_LOOK_S: Final = 0.5  # seconds in which the port of an engine that is there opens; the second look comes after one
-PROBE_RETRY_S: Final = 1.0  # seconds between attempts to meet the engine
-QUESTION_TIMEOUT_S: Final = 5.0  # seconds for the answer to one
+# A running engine accepts a connection within this time; the second attempt comes after a second.
+FIRST_CONNECT_TIMEOUT_S: Final = 0.5
+PROBE_RETRY_INTERVAL_S: Final = 1.0
+REQUEST_TIMEOUT_S: Final = 5.0
 IDENTITY_PATHS: Final = ("/v1/models", "/version", "/metrics")
-MAX_SILENT_ANSWERS: Final = 3  # answers that say nothing, before the kind is `openai`
+# Responses that identify nothing, after which the kind is `openai`.
+MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
 
 _log = logging.getLogger(__name__)
 
 
 def open_session() -> aiohttp.ClientSession:
-    """For Contact. No connection is used twice: a canary on one that the engine is closing would look like a hang."""
+    """A session that never reuses a connection: a canary on one that the engine is closing would look like a hang."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True), cookie_jar=aiohttp.DummyCookieJar())
 
 
 class EngineMonitor:
-    """One engine. `canary` is None until its kind is known."""
+    """Watches one engine. `canary` is None until its kind is known."""
 
     def __init__(self, session: aiohttp.ClientSession, chosen: Settings) -> None:
         self._session = session
         self._settings = chosen
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
         self._scrape: ScrapeSignal | None = None
-        self._rest: SleepSignal | None = None
-        self._another = asyncio.Event()
+        self._sleep: SleepSignal | None = None
+        self._restarted = asyncio.Event()
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
         self.identity = EngineIdentity()
@@ -58,56 +61,56 @@ class EngineMonitor:
         return self.kind.name if self.kind else "auto"
 
     def read(self) -> Reading[EngineSample]:
-        """The last reading of the engine's metrics."""
+        """The last reading of the engine's metrics, without waiting."""
         return self._scrape.read() if self._scrape else Absent("the engine has not answered yet")
 
     @property
     def resting(self) -> str:
-        """The reason code of the engine's rest, "engine_sleeping" or "engine_paused"; "" where it is awake or does not say."""
+        """The reason code "engine_sleeping" or "engine_paused"; "" if the engine is awake or does not report it."""
         reading = self.read()
         if isinstance(reading, Value) and reading.value.sleeping:
             return "engine_sleeping"
-        return self._rest.read() if self._rest else ""
+        return self._sleep.read() if self._sleep else ""
 
     @property
     def unanswered(self) -> bool:
-        """Whether the engine takes connections and answers nothing on them: its API's loop is blocked, or all of it hangs."""
+        """Whether the engine accepts connections and does not respond: its API or all of it hangs."""
         return self._scrape is not None and self._scrape.unanswered
 
     def page(self) -> str | None:
-        """The engine's own metrics page, if a fresh one was read."""
+        """The engine's metrics page; None if there is none or it is stale."""
         return self._scrape.page() if self._scrape else None
 
-    def last_page(self, most: int) -> tuple[float, str] | None:
-        """(age in seconds, first `most` bytes) of the last metrics page of the engine, however old."""
-        return self._scrape.last_page(most) if self._scrape else None
+    def last_page(self, max_bytes: int) -> tuple[float, str] | None:
+        """(age in seconds, first `max_bytes`) of the engine's last metrics page, however old."""
+        return self._scrape.last_page(max_bytes) if self._scrape else None
 
     def engine_restarted(self) -> None:
-        """The engine is another process now: it may be of another kind, serve another model, take other canaries."""
+        """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
         if self.canary is not None:
             self.canary.forget_model()
         self.processes += 1
-        self._another.set()
+        self._restarted.set()
 
     async def run(self, opened: asyncio.Event) -> None:
-        """Wait until the engine's port is open; then meet it and read from it until cancelled, once for each engine process."""
+        """Wait for the engine's port; then recognise each engine process and read from it, until cancelled."""
         try:
-            await asyncio.wait_for(opened.wait(), FIRST_LOOK_S)
+            await asyncio.wait_for(opened.wait(), FIRST_CONNECT_TIMEOUT_S)
         except TimeoutError:
-            _log.info("engine %s: not there yet; trying again every second", self._settings.engine)
+            _log.info("engine %s: not reachable yet; retrying every second", self._settings.engine)
         await opened.wait()
         while True:
-            self._another.clear()
-            await self._meet()
+            self._restarted.clear()
+            await self._set_up()
             async with asyncio.TaskGroup() as group:
-                readers = [group.create_task(signal.run()) for signal in (self._scrape, self._rest) if signal]
+                readers = [group.create_task(signal.run()) for signal in (self._scrape, self._sleep) if signal]
                 readers.append(group.create_task(self._identify()))
-                await self._another.wait()
+                await self._restarted.wait()
                 for reader in readers:
                     reader.cancel()
 
-    async def _meet(self) -> None:
-        """Learn what there is to learn of this engine process, and begin anew with it."""
+    async def _set_up(self) -> None:
+        """Recognise this engine process and create its signals."""
         if self._settings.engine_kind == "auto":
             name = await self._recognise()
             if name != self.kind_name:
@@ -115,57 +118,70 @@ class EngineMonitor:
             self.kind = KINDS[name]
         assert self.kind is not None
         kind, url = self.kind, self._settings.engine
-        rest = self._rest = SleepSignal(self._session, url, kind.signs, self._headers)
+        sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers)
         self.canary = CanarySignal(
-            self._session, url, kind, self._headers, model=self._settings.canary_model,
-            priority=await self._priority(kind), asleep=partial(_asleep, rest) if kind.wakes else None,
-        )  # fmt: skip
+            self._session,
+            url,
+            kind,
+            self._headers,
+            model=self._settings.canary_model,
+            priority=await self._priority(kind),
+            asleep=partial(_is_asleep, sleep) if kind.wakes else None,
+        )
         page = kind.metrics_path if kind.series else ""
         self._scrape = ScrapeSignal(
-            url + (page or kind.contact_path), partial(_parse, kind) if page else None, headers=self._headers,
-            contact=url + kind.contact_path if kind.page_hangs else "", rests=rest.read if kind.wakes else None,
-        )  # fmt: skip
+            url + (page or kind.contact_path),
+            partial(_parse, kind) if page else None,
+            headers=self._headers,
+            contact=url + kind.contact_path if kind.page_hangs else "",
+            sleep_state=sleep.read if kind.wakes else None,
+        )
 
     async def _identify(self) -> None:
-        """Ask for its models and version, until it tells the models; not every engine tells a version."""
+        """Request models and version until the models are known; not every engine has a version."""
         while True:
-            met = ProbeAnswers()
-            await ask(met, self._session, self._settings.engine, IDENTITY_PATHS, self._headers, QUESTION_TIMEOUT_S)
-            found = registry.identity(met.pages)
-            if found.models:
-                if not found.prepared and self._settings.images != "off":
+            identity = registry.identity(await self._request(*IDENTITY_PATHS))
+            if identity.models:
+                if not identity.prepared and self._settings.images != "off":
                     _log.info("engine %s: %s", self._settings.engine, registry.NO_PNM)
-                self.identity = found
+                self.identity = identity
                 return
-            await asyncio.sleep(PROBE_RETRY_S)
+            await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
 
     async def _recognise(self) -> str:
-        """Ask until it says what it is; an engine that answers and says nothing is taken for `openai`."""
-        silent = 0
+        """The engine's kind; `openai` after MAX_INCONCLUSIVE_ATTEMPTS."""
+        attempts = 0
         while True:
-            met = await probe_engine(self._session, self._settings.engine, self._headers, QUESTION_TIMEOUT_S)
-            name = registry.recognise(met.pages)
-            silent += met.status["/v1/models"] not in LOADING_STATUS
-            if name == "openai" and silent >= MAX_SILENT_ANSWERS and met.status["/v1/models"] in (401, 403):
-                _log.warning("engine %s: it wants a key; give it with --engine-key", self._settings.engine)
-            if name != "openai" or silent >= MAX_SILENT_ANSWERS:
+            answers = await probe_engine(self._session, self._settings.engine, self._headers, REQUEST_TIMEOUT_S)
+            name = registry.recognise(answers.pages)
+            attempts += answers.status["/v1/models"] not in LOADING_STATUSES
+            if (
+                name == "openai"
+                and attempts >= MAX_INCONCLUSIVE_ATTEMPTS
+                and answers.status["/v1/models"] in (401, 403)
+            ):
+                _log.warning("engine %s requires an API key; set --engine-key", self._settings.engine)
+            if name != "openai" or attempts >= MAX_INCONCLUSIVE_ATTEMPTS:
                 return name
-            await asyncio.sleep(PROBE_RETRY_S)
+            await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
 
     async def _priority(self, kind: EngineKind) -> int | None:
-        """What puts a canary first; asked of the engine where its settings decide."""
+        """The priority of canaries; requested from the engine if its settings decide it."""
         if kind.read_priority is None:
             return kind.priority
-        met = ProbeAnswers()
         for path in kind.info_paths:
-            await ask(met, self._session, self._settings.engine, (path,), self._headers, QUESTION_TIMEOUT_S)
-            if path in met.pages:
-                return kind.read_priority(met.pages[path])
+            if (page := (await self._request(path)).get(path)) is not None:
+                return kind.read_priority(page)
         return kind.priority
 
+    async def _request(self, *paths: str) -> dict[str, bytes]:
+        answers = ProbeAnswers()
+        await request_pages(answers, self._session, self._settings.engine, paths, self._headers, REQUEST_TIMEOUT_S)
+        return answers.pages
 
-async def _asleep(rest: SleepSignal) -> bool:
-    return bool(await rest.poll())
+
+async def _is_asleep(sleep: SleepSignal) -> bool:
+    return bool(await sleep.poll())
 
 
 def _parse(kind: EngineKind, page: bytes, at: float) -> EngineSample:

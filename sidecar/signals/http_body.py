@@ -1,20 +1,20 @@
-"""The body of an HTTP answer, whole and bounded."""
+"""Reads the body of an HTTP response, up to a limit."""
 
 from __future__ import annotations
 
 import aiohttp
 
 
-class TooLong(ValueError):
-    """A body that is over its bound."""
+class BodyTooLong(ValueError):
+    """The body is over its limit."""
 
 
-async def whole(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """All of a body. Raises TooLong past `limit` bytes; what is left of it is not read."""
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Read a whole body. Raises BodyTooLong past `max_bytes`, and closes the connection."""
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
-        if len(body) > limit:
+        if len(body) > max_bytes:
             response.close()
-            raise TooLong(f"over {limit} bytes")
+            raise BodyTooLong(f"over {max_bytes} bytes")
     return bytes(body)

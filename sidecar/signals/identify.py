@@ -1,4 +1,4 @@
-"""The first questions to an engine, from whose answers its kind is told (engines/registry.py)."""
+"""The first requests to an engine, whose responses identify its kind (engines/registry.py)."""
 
 from __future__ import annotations
 
@@ -9,50 +9,52 @@ from typing import Final
 import aiohttp
 
 from sidecar.engines import registry
-from sidecar.signals.http_body import whole
+from sidecar.signals.http_body import read_body
 
-LOADING_STATUS: Final = (0, 500, 502, 503, 504)  # of the model list: not there yet
-MAX_PAGE: Final = 16 << 20  # a large vLLM page is 1-2 MiB
+# Statuses of the model list while the engine is loading.
+LOADING_STATUSES: Final = (0, 500, 502, 503, 504)
+# A large vLLM metrics page is 1-2 MiB.
+MAX_PAGE_BYTES: Final = 16 << 20
 
 
 @dataclass(slots=True)
 class ProbeAnswers:
-    """What an engine answered, by path: HTTP status, or 0 with the reason in `why`; and the bodies of status 200."""
+    """Responses by path: the HTTP status, or 0 with the last reason in `error`; and the bodies of status 200."""
 
     pages: dict[str, bytes] = field(default_factory=dict)
     status: dict[str, int] = field(default_factory=dict)
-    why: str = ""
+    error: str = ""
 
 
 async def probe_engine(
-    session: aiohttp.ClientSession, engine: str, headers: Mapping[str, str], seconds: float
+    session: aiohttp.ClientSession, engine: str, headers: Mapping[str, str], timeout_s: float
 ) -> ProbeAnswers:
-    """Ask what tells the common cases apart, and look closer where that says nothing. Each question has `seconds`."""
-    met = ProbeAnswers()
-    await ask(met, session, engine, registry.FIRST_LOOK, headers, seconds)
-    if met.status["/v1/models"] not in LOADING_STATUS and registry.recognise(met.pages) == "openai":
-        await ask(met, session, engine, registry.CLOSER_LOOK, headers, seconds)
-    return met
+    """Request what identifies the common kinds, and more if that is inconclusive."""
+    answers = ProbeAnswers()
+    await request_pages(answers, session, engine, registry.FIRST_PATHS, headers, timeout_s)
+    if answers.status["/v1/models"] not in LOADING_STATUSES and registry.recognise(answers.pages) == "openai":
+        await request_pages(answers, session, engine, registry.FURTHER_PATHS, headers, timeout_s)
+    return answers
 
 
-async def ask(
-    met: ProbeAnswers,
+async def request_pages(
+    answers: ProbeAnswers,
     session: aiohttp.ClientSession,
     engine: str,
     paths: Iterable[str],
     headers: Mapping[str, str],
-    seconds: float,
+    timeout_s: float,
 ) -> None:
-    """Add the answers of these paths."""
-    timeout = aiohttp.ClientTimeout(total=seconds)
+    """Request these paths and add the responses to `answers`."""
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     for path in paths:
         try:
-            async with session.get(engine + path, headers=headers, timeout=timeout) as answer:
-                body = await whole(answer, MAX_PAGE) if answer.status == 200 else b""
-                met.status[path] = answer.status
-                if answer.status == 200:
-                    met.pages[path] = body
+            async with session.get(engine + path, headers=headers, timeout=timeout) as response:
+                body = await read_body(response, MAX_PAGE_BYTES) if response.status == 200 else b""
+                answers.status[path] = response.status
+                if response.status == 200:
+                    answers.pages[path] = body
         except TimeoutError:
-            met.status[path], met.why = 0, f"no answer in {seconds:.0f} s"
+            answers.status[path], answers.error = 0, f"no answer in {timeout_s:.0f} s"
         except (aiohttp.ClientError, OSError, ValueError) as e:
-            met.status[path], met.why = 0, f"no connection ({type(e).__name__})"
+            answers.status[path], answers.error = 0, f"no connection ({type(e).__name__})"

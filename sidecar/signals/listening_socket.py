@@ -1,7 +1,7 @@
-"""Which process it is that listens on the engine's port: the inodes of its listening sockets, which no two processes share.
+"""Identifies the process that listens on the engine's port by the inodes of its sockets, which are unique to it.
 
-Containers of a pod share their network and not their processes, so the engine's process id cannot be had; its sockets can be seen by
-everybody, and every engine has one. An engine on another machine has none here: then nothing is known.
+Containers of a pod share their network but not their processes: the engine's process id is hidden, its sockets are not.
+An engine on another machine has no sockets here, so nothing is known of it.
 """
 
 from __future__ import annotations
@@ -10,33 +10,40 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+# A state in /proc/net/tcp.
 _LISTEN: Final = "0A"
 _TABLES: Final = ("/proc/net/tcp", "/proc/net/tcp6")
-_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
+_BOOT_ID_FILE: Final = "/proc/sys/kernel/random/boot_id"
 
 
-def listeners(engine: str) -> tuple[int, ...]:
-    """Inodes of the sockets that listen on the engine's port of this machine, in order; empty where that is not known."""
-    url = urlsplit(engine)
-    if url.hostname not in ("127.0.0.1", "localhost", "::1"):
+def host_and_port(url: str) -> tuple[str, int]:
+    """The address behind a base URL."""
+    parts = urlsplit(url)
+    return parts.hostname or "127.0.0.1", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def listening_inodes(engine: str) -> tuple[int, ...]:
+    """Inodes of the sockets that listen on the engine's local port, sorted; empty if unknown."""
+    host, port = host_and_port(engine)
+    if host not in ("127.0.0.1", "localhost", "::1"):
         return ()
-    port = url.port or (443 if url.scheme == "https" else 80)
-    return tuple(sorted({inode for table in _TABLES for inode in _parse(_read(Path(table)), port)}))
+    return tuple(sorted({int(row[9]) for row in listening_rows(port)}))
 
 
-def boot() -> str:
-    """This boot of this machine; empty where the kernel does not say."""
-    return _read(_BOOT).strip()
+def listening_rows(port: int) -> list[list[str]]:
+    """Rows of /proc/net/tcp that listen on a port: `sl local_address rem_address st ... uid timeout inode`."""
+    # Addresses are hexadecimal, with their port after a colon.
+    rows = (line.split() for table in _TABLES for line in _read(table).splitlines()[1:])
+    return [row for row in rows if len(row) > 9 and row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port]
 
 
-def _parse(table: str, port: int) -> list[int]:
-    """Rows are `sl local_address rem_address st ... inode`; addresses are hexadecimal with their port after a colon."""
-    rows = (line.split() for line in table.splitlines()[1:])
-    return [int(r[9]) for r in rows if len(r) > 9 and r[3] == _LISTEN and int(r[1].rpartition(":")[2], 16) == port]
+def read_boot_id() -> str:
+    """The kernel's id of this boot; empty if unknown."""
+    return _read(_BOOT_ID_FILE).strip()
 
 
-def _read(path: Path) -> str:
+def _read(path: str) -> str:
     try:
-        return path.read_text()
+        return Path(path).read_text()
     except OSError:
         return ""

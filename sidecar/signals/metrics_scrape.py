@@ -1,8 +1,8 @@
-"""The engine's own metrics page, read over HTTP; or where it has none, whether its API answers at all.
+"""Scrapes the engine's metrics page; for an engine without one, checks whether its API responds.
 
-Rules: one scrape at a time and at most one per period, whoever reads us and however often; the body is bounded; no error
-ever leaves `poll`, it becomes a reading that failed. An old page is not shown as a fresh one: gauges of a frozen engine
-are a lie that a router would believe.
+- One scrape at a time and at most one per period, independent of the number of readers. The body is bounded.
+- `poll` never raises: an error becomes a failed reading.
+- A stale page is never passed on: a router would believe the gauges of a frozen engine.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Final
 import aiohttp
 
 from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
-from sidecar.signals.http_body import TooLong, whole
+from sidecar.signals.http_body import BodyTooLong, read_body
+from sidecar.signals.identify import MAX_PAGE_BYTES
 
-Parse = Callable[[bytes, float], EngineSample]
+PageParser = Callable[[bytes, float], EngineSample]
 
-MAX_PAGE_BYTES: Final = 16 * 1024 * 1024  # a large vLLM page is 1-2 MiB
-PAGE_PERIODS: Final = 5  # a page older than this many periods is no longer merged into ours
+# A page older than this many periods is no longer merged into the relay's page.
+MAX_PAGE_AGE_PERIODS: Final = 5
 
 _REMEDIES: Final = {
-    401: "; give the engine's key with --engine-key",
-    403: "; give the engine's key with --engine-key",
+    401: "; set --engine-key",
+    403: "; set --engine-key",
     404: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
     501: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
 }
@@ -33,8 +34,8 @@ _REMEDIES: Final = {
 _log = logging.getLogger(__name__)
 
 
-class _Status(Exception):
-    """The engine answered, but not with its page."""
+class _BadStatus(Exception):
+    """The engine responded with another status than 200."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -42,56 +43,56 @@ class _Status(Exception):
 
 
 class ScrapeSignal:
-    """Reads `url` (the whole URL of the metrics page) once per `period` seconds while `run` runs.
+    """Scrapes `url`, the metrics page, once per `period` seconds while `run` runs.
 
-    `parse(page, at)` makes the sample and raises ValueError on garbage. It is None for an engine kind without metrics: `url` is
-    then only asked whether it is answered, with whatever status. Where a page can hang with the engine itself, `contact` is another
-    URL of which that is asked: the API is blocked only where that is not answered either. `headers` go with each scrape, for engines that ask for a key.
-    While `rests()` is not "", the engine is left alone.
+    `parse(page, at)` returns the sample and raises ValueError on garbage. It is None for an engine kind without
+    metrics: then any response from `url` will do. If the page can hang together with the engine, `contact` is a second
+    URL: the API counts as blocked only if that does not respond either. `headers` are sent with each scrape (API keys).
+    The engine is not scraped while `sleep_state()` is not "".
     """
 
     def __init__(
         self,
         url: str,
-        parse: Parse | None,
+        parse: PageParser | None,
         *,
         contact: str = "",
         headers: Mapping[str, str] | None = None,
         period: float = 1.0,
         timeout: float = 2.0,
         max_bytes: int = MAX_PAGE_BYTES,
-        rests: Callable[[], str] | None = None,
+        sleep_state: Callable[[], str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
         self._parse = parse
         self._contact = contact
-        # identity: compression on loopback costs both sides more than it saves.
+        # Compression on loopback costs both sides more than it saves.
         self._headers = {"Accept": "text/plain;version=0.0.4", "Accept-Encoding": "identity", **(headers or {})}
         self._period = period
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._max_bytes = max_bytes
-        self._rests = rests
+        self._sleep_state = sleep_state
         self._clock = clock
         self._reading: Reading[EngineSample] = Absent("not read yet" if parse else "this engine has no metrics page")
         self._page: tuple[float, bytes] | None = None
-        self.unanswered = False  # the last scrape had no answer in time, though the port took its connection
+        self.unanswered = False  # the last scrape timed out although the port accepted its connection
 
     def read(self) -> Reading[EngineSample]:
-        """The last reading, at once. `seconds` of a value is what its scrape took, parsing included."""
+        """The last reading, without waiting. Its `seconds` are those of the scrape and of parsing."""
         return self._reading
 
     def page(self) -> str | None:
-        """The text of the last page that could be read; None when there is none or it is too old to be true."""
-        if self._page is None or self._clock() - self._page[0] > PAGE_PERIODS * self._period:
+        """The last good page as text; None if there is none or it is stale."""
+        if self._page is None or self._clock() - self._page[0] > MAX_PAGE_AGE_PERIODS * self._period:
             return None
         return self._page[1].decode("utf-8", "replace")
 
-    def last_page(self, most: int) -> tuple[float, str] | None:
-        """(its age in seconds, its first `most` bytes as text) of the last page that could be read, however old."""
+    def last_page(self, max_bytes: int) -> tuple[float, str] | None:
+        """(age in seconds, first `max_bytes` as text) of the last good page, however old."""
         if self._page is None:
             return None
-        return self._clock() - self._page[0], self._page[1][:most].decode("utf-8", "replace")
+        return self._clock() - self._page[0], self._page[1][:max_bytes].decode("utf-8", "replace")
 
     async def run(self) -> None:
         """Poll until cancelled."""
@@ -99,31 +100,30 @@ class ScrapeSignal:
             while True:
                 started = self._clock()
                 await self.poll(session)
-                # A slow engine is not scraped back to back: it rests for at least half a period.
+                # A slow engine is not scraped back to back.
                 await asyncio.sleep(max(self._period / 2, started + self._period - self._clock()))
 
     async def poll(self, session: aiohttp.ClientSession) -> Reading[EngineSample]:
-        """One scrape. The reading is kept, and returned."""
-        if self._rests is not None and self._rests():
+        """Scrape once; store and return the reading."""
+        if self._sleep_state is not None and self._sleep_state():
             self.unanswered = False
-            self._keep(Absent("the engine sleeps, and is not woken to be read"))
+            self._store(Absent("the engine is asleep; a scrape would wake it"))
             return self._reading
         started = self._clock()
         try:
             page = await self._fetch(session)
             if self._parse is not None:
-                read = self._parse(page, started)
-                self._page = (self._clock(), page)  # only once it parsed: garbage would break the merged page as well
-                self._keep(Value(read, at=started, seconds=self._clock() - started))
+                sample = self._parse(page, started)
+                self._page = (self._clock(), page)  # after parsing: garbage would break the merged page
+                self._store(Value(sample, at=started, seconds=self._clock() - started))
             self.unanswered = False
-        except Exception as e:  # noqa: BLE001 - whatever a page or its parser does, the control process lives on
-            self.unanswered = isinstance(e, TimeoutError) and not await self._answers(session)
+        except Exception as e:  # noqa: BLE001 - no page and no parser may end the control process
+            self.unanswered = isinstance(e, TimeoutError) and not await self._contact_responds(session)
             if self._parse is not None:
-                self._keep(Failed(self._reason(e)))
+                self._store(Failed(self._explain(e)))
         return self._reading
 
-    async def _answers(self, session: aiohttp.ClientSession) -> bool:
-        """Whether the API answers elsewhere."""
+    async def _contact_responds(self, session: aiohttp.ClientSession) -> bool:
         if not self._contact:
             return False
         try:
@@ -138,19 +138,19 @@ class ScrapeSignal:
         ) as response:
             if response.status != 200:
                 response.close()
-                raise _Status(response.status)
-            return await whole(response, self._max_bytes)
+                raise _BadStatus(response.status)
+            return await read_body(response, self._max_bytes)
 
-    def _keep(self, reading: Reading[EngineSample]) -> None:
+    def _store(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Failed) and reading != self._reading:
             _log.warning("engine metrics: %s", reading.error)
         self._reading = reading
 
-    def _reason(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> str:
         match error:
-            case _Status(status=status):
+            case _BadStatus(status=status):
                 return f"the metrics page answered {status}" + _REMEDIES.get(status, "")
-            case TooLong():
+            case BodyTooLong():
                 return f"the metrics page is over {self._max_bytes} bytes"
             case TimeoutError():
                 return f"the metrics page did not answer in {self._timeout.total:g} s"

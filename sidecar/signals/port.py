@@ -1,7 +1,7 @@
-"""Whether the engine's port takes connections at all.
+"""Whether the engine's port accepts connections.
 
-Only a refusal counts against the engine: a connection that is slow to open is a busy machine, and an engine whose kernel
-backlog is full still lives.
+Only a refusal counts against the engine. A connection that is slow to open means a busy machine, and an engine with a
+full backlog is alive.
 """
 
 from __future__ import annotations
@@ -10,32 +10,31 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
+
+from sidecar.signals.listening_socket import host_and_port
 
 
 class PortSignal:
-    """Connects once per `period` and hangs up. `refused_since` is None while connections are taken."""
+    """Connects once per `period` and disconnects. `refused_since` is None while connections are accepted."""
 
     def __init__(
         self, engine: str, *, period: float = 1.0, timeout: float = 5.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        parts = urlsplit(engine)
-        self._host = parts.hostname or "127.0.0.1"
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.period = period  # may be changed while it runs
+        self._host, self._port = host_and_port(engine)
+        self.period = period  # the caller may change it
         self._timeout = timeout
         self._clock = clock
         self.refused_since: float | None = None
-        self.opened = asyncio.Event()  # set once a connection was taken
+        self.opened = asyncio.Event()  # set by the first accepted connection
 
     async def run(self) -> None:
-        """Probe for ever."""
+        """Probe until cancelled."""
         while True:
             await self.poll()
             await asyncio.sleep(self.period)
 
     async def poll(self) -> None:
-        """One connection."""
+        """Connect once."""
         try:
             async with asyncio.timeout(self._timeout):
                 _, writer = await asyncio.open_connection(self._host, self._port)

@@ -1,8 +1,8 @@
-"""An engine that was found stalled, examined before anybody kills it: two looks and two stack dumps of its processes, 5 s apart.
+"""Examines a stalled engine before it is killed: two rounds, 5 s apart, of a look and a stack dump of each process.
 
-Rules: at most one at a time, all of it within 10 s, and what is known after each step is handed over at once, because the kill
-may come in between. /proc is read on a thread that is left behind when it hangs (a process that the kernel holds can block even
-`ps`); nothing here waits without a bound, and nothing touches the engine's processes.
+- One examination at a time, within 10 s. The evidence is stored after each round, because the kill may come in between.
+- /proc is read on a thread that is abandoned when it hangs: a process blocked in the kernel can block even `ps`.
+- Nothing waits without a timeout, and nothing touches the engine's processes.
 """
 
 from __future__ import annotations
@@ -16,128 +16,131 @@ from typing import Any, Final, TypeVar
 
 from sidecar.readings import Absent, Failed
 from sidecar.signals import engine_processes, stack_dump
-from sidecar.signals.process_state import EngineProcess, ProcessEvidence, ProcessLook, summary, symptom
+from sidecar.signals.process_state import EngineProcess, ProcessEvidence, ProcessLook, find_symptom, summarize
 
-GAP: Final = 5.0  # seconds between the two rounds
-ROUND: Final = 4.0  # most seconds that the dumps of a round may take together
-LOOKING: Final = 2.0  # most seconds that /proc may take to answer
-MAX_DUMPED: Final = 12  # processes: the core and eight workers, an API, and some
-AT_ONCE: Final = 2  # dumps at once: the sidecar has few cores, and the engine's must not be taken from it
-
+ROUND_INTERVAL_S: Final = 5.0
+# For all dumps of a round together.
+DUMPS_TIMEOUT_S: Final = 4.0
+PROC_TIMEOUT_S: Final = 2.0
+# The core, eight workers, an API, and some more.
+MAX_DUMPED_PROCESSES: Final = 12
+# The sidecar has few cores, and must not take those of the engine.
+MAX_CONCURRENT_DUMPS: Final = 2
 
 T = TypeVar("T")
-Keep = Callable[[dict[str, Any]], Awaitable[None]]  # takes what is known so far
+Store = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class HangProofThread:
-    """Asks the machine what may never be answered, on a thread that is then left behind; while one is held, no other starts."""
+    """Runs calls that may hang on a thread that is then abandoned. While one hangs, no other starts."""
 
-    def __init__(self, seconds: float = LOOKING) -> None:
-        self._seconds = seconds
-        self._held = False
+    def __init__(self, timeout_s: float = PROC_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._busy = False
 
-    async def ask(self, call: Callable[[], T]) -> T | Failed:
-        """What `call` returns, within `seconds`; why there is no answer."""
-        if self._held:
-            return Failed(
-                "/proc has not answered since an earlier look: the kernel holds one of the engine's processes"
-            )
+    async def run(self, call: Callable[[], T]) -> T | Failed:
+        """The result of `call`, or why there is none in time."""
+        if self._busy:
+            return Failed("/proc still hangs since an earlier look: a process of the engine is blocked in the kernel")
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T | Failed] = loop.create_future()
+        done: asyncio.Future[T | Failed] = loop.create_future()
 
-        def tell(result: T | Failed) -> None:
-            self._held = False
-            if not answer.done():
-                answer.set_result(result)
+        def finish(result: T | Failed) -> None:
+            self._busy = False
+            if not done.done():
+                done.set_result(result)
 
         def work() -> None:
             try:
                 result: T | Failed = call()
-            except Exception as e:  # noqa: BLE001 - whatever the machine does, the bundle says it and goes on
-                result = Failed(f"the engine's processes could not be looked at ({type(e).__name__})")
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(tell, result)
+            except Exception as e:  # noqa: BLE001 - any error becomes part of the evidence
+                result = Failed(f"the engine's processes could not be examined ({type(e).__name__})")
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(finish, result)
 
-        self._held = True
+        self._busy = True
         threading.Thread(target=work, name="engine-processes", daemon=True).start()
         try:
-            async with asyncio.timeout(self._seconds):
-                return await answer
+            async with asyncio.timeout(self._timeout_s):
+                return await done
         except TimeoutError:
-            return Failed(
-                f"/proc did not answer in {self._seconds:.0f} s: the kernel holds one of the engine's processes"
-            )
+            return Failed(f"/proc hangs for {self._timeout_s:.0f} s: a process of the engine is blocked in the kernel")
 
 
 class ProcessExaminer:
-    """Examines the processes behind one engine's URL. `py_spy` finds the tool, or None."""
+    """Examines the processes behind an engine's URL. `locate_py_spy` returns its path or None."""
 
-    def __init__(self, engine: str, gap: float = GAP, py_spy: Callable[[], str | None] = stack_dump.locate) -> None:
+    def __init__(
+        self,
+        engine: str,
+        interval_s: float = ROUND_INTERVAL_S,
+        locate_py_spy: Callable[[], str | None] = stack_dump.locate,
+    ) -> None:
         self._engine = engine
-        self._gap = gap
-        self._py_spy = py_spy
-        self._aside = HangProofThread()
+        self._interval_s = interval_s
+        self._locate_py_spy = locate_py_spy
+        self._thread = HangProofThread()
 
-    async def examine(self, keep: Keep) -> None:
-        """Both rounds; `keep` gets what is known after each. Raises nothing of its own, only what `keep` raises."""
+    async def examine(self, store: Store) -> None:
+        """Do both rounds and store the evidence after each. Raises only what `store` raises."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        found = await self._aside.ask(lambda: engine_processes.find(self._engine))
+        found = await self._thread.run(lambda: engine_processes.find(self._engine))
         if not isinstance(found, tuple):
-            why = found.reason if isinstance(found, Absent) else found.error
-            await keep({"summary": why, "processes": _reading(found), "complete": True})
+            reason = found.reason if isinstance(found, Absent) else found.error
+            await store({"summary": reason, "processes": _format_missing(found), "complete": True})
             return
-        seen = await self._round(tuple(ProcessEvidence(process) for process in found))
-        await keep(_known(seen, complete=False))
-        await asyncio.sleep(max(0.0, began + self._gap - loop.time()))
-        await keep(_known(await self._round(seen), complete=True))
+        evidence = await self._round(tuple(ProcessEvidence(process) for process in found))
+        await store(_format_bundle(evidence, complete=False))
+        await asyncio.sleep(max(0.0, began + self._interval_s - loop.time()))
+        await store(_format_bundle(await self._round(evidence), complete=True))
 
-    async def _round(self, seen: tuple[ProcessEvidence, ...]) -> tuple[ProcessEvidence, ...]:
-        """One look and one dump more of each process."""
-        processes = tuple(one.process for one in seen)
-        looks = await self._aside.ask(lambda: tuple(engine_processes.look(process) for process in processes))
-        dumped = await dumps(processes[:MAX_DUMPED], self._py_spy())
+    async def _round(self, evidence: tuple[ProcessEvidence, ...]) -> tuple[ProcessEvidence, ...]:
+        """Add a look and a dump of each process."""
+        processes = tuple(item.process for item in evidence)
+        looks = await self._thread.run(lambda: tuple(engine_processes.look(process) for process in processes))
+        dumps = await dump_all(processes[:MAX_DUMPED_PROCESSES], self._locate_py_spy())
         return tuple(
-            one.more(looks if isinstance(looks, Failed) else looks[i], dumped.get(one.process.pid))
-            for i, one in enumerate(seen)
+            item.with_round(looks if isinstance(looks, Failed) else looks[i], dumps.get(item.process.pid))
+            for i, item in enumerate(evidence)
         )
 
 
-async def dumps(
-    processes: tuple[EngineProcess, ...], py_spy: str | None, seconds: float = ROUND
+async def dump_all(
+    processes: tuple[EngineProcess, ...], py_spy: str | None, timeout_s: float = DUMPS_TIMEOUT_S
 ) -> dict[int, str | Failed]:
-    """pid -> its stacks, or why there are none; all of them within `seconds`."""
+    """pid -> its stacks, or why there are none; all within `timeout_s`."""
     if py_spy is None:
         return {process.pid: Failed(stack_dump.INSTALL) for process in processes}
-    turns, loop = asyncio.Semaphore(AT_ONCE), asyncio.get_running_loop()
-    until = loop.time() + seconds
+    turns, loop = asyncio.Semaphore(MAX_CONCURRENT_DUMPS), asyncio.get_running_loop()
+    until = loop.time() + timeout_s
 
-    async def one(process: EngineProcess) -> str | Failed:
+    async def dump(process: EngineProcess) -> str | Failed:
         async with turns:
             left = min(stack_dump.DUMP_TIMEOUT_S, until - loop.time())
             if left <= 0:
-                return Failed(f"the dumps before it took {seconds:.0f} s already")
+                return Failed(f"the dumps before it took {timeout_s:.0f} s")
             return await stack_dump.dump(process.pid, py_spy, left)
 
-    texts = await asyncio.gather(*(one(process) for process in processes))
+    texts = await asyncio.gather(*(dump(process) for process in processes))
     return {process.pid: text for process, text in zip(processes, texts, strict=True)}
 
 
-def _known(seen: tuple[ProcessEvidence, ...], *, complete: bool) -> dict[str, Any]:
-    """What a bundle holds of the processes."""
-    return {"summary": summary(seen), "processes": [_shown(one) for one in seen], "complete": complete}
+def _format_bundle(evidence: tuple[ProcessEvidence, ...], *, complete: bool) -> dict[str, Any]:
+    """The part of a diagnosis bundle about the processes."""
+    return {"summary": summarize(evidence), "processes": list(map(_format_evidence, evidence)), "complete": complete}
 
 
-def _shown(seen: ProcessEvidence) -> dict[str, Any]:
+def _format_evidence(evidence: ProcessEvidence) -> dict[str, Any]:
     return {
-        "pid": seen.process.pid,
-        "name": seen.process.name,
-        "role": seen.process.role,
-        "symptom": symptom(seen)[1],
-        "looks": [asdict(look) if isinstance(look, ProcessLook) else _reading(look) for look in seen.looks],
-        "stacks": [{"text": text} if isinstance(text, str) else _reading(text) for text in seen.stacks],
+        "pid": evidence.process.pid,
+        "name": evidence.process.name,
+        "role": evidence.process.role,
+        "symptom": find_symptom(evidence)[1],
+        "looks": [asdict(look) if isinstance(look, ProcessLook) else _format_missing(look) for look in evidence.looks],
+        "stacks": [{"text": text} if isinstance(text, str) else _format_missing(text) for text in evidence.stacks],
     }
 
 
-def _reading(nothing: Absent | Failed) -> dict[str, str]:
-    return {"absent": nothing.reason} if isinstance(nothing, Absent) else {"failed": nothing.error}
+def _format_missing(reading: Absent | Failed) -> dict[str, str]:
+    return {"absent": reading.reason} if isinstance(reading, Absent) else {"failed": reading.error}

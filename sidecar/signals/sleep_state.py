@@ -1,7 +1,8 @@
-"""Whether the engine says that it rests on purpose: asleep, or paused.
+"""Whether the engine reports that it sleeps or is paused.
 
-Rules: asked gently, never more than once in `period`; a path that the engine does not have is not asked again; what is not
-answered is unknown after a while, and unknown is not rest. No error leaves `poll`.
+- It is polled at most once per `period`. A path that the engine does not have is not requested again.
+- Without a response for SLEEP_STATE_STALE_S the state is unknown, and unknown is not asleep.
+- `poll` never raises.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from typing import Final
 import aiohttp
 
 from sidecar.engines.engine_type import KindSign
-from sidecar.signals.http_body import whole
+from sidecar.signals.http_body import read_body
 
 SLEEP_POLL_INTERVAL_S: Final = 2.0
 SLEEP_POLL_TIMEOUT_S: Final = 2.0
-SLEEP_STATE_STALE_S: Final = (
-    10.0  # seconds without an answer, after which a rest that was read is not believed any more
-)
-MAX_SLEEP_ANSWER_BYTES: Final = 1 << 20  # llama.cpp's /props holds a chat template
-MISSING: Final = (401, 403, 404, 405, 501)
+# Without a response for this long, the last state is dropped.
+SLEEP_STATE_STALE_S: Final = 10.0
+# llama.cpp's /props contains a chat template.
+MAX_SLEEP_ANSWER_BYTES: Final = 1 << 20
+MISSING_STATUSES: Final = (401, 403, 404, 405, 501)
 
 
 class SleepSignal:
-    """Reads `signs` of the engine at base URL `engine`."""
+    """Polls the `signs` of the engine at base URL `engine`."""
 
     def __init__(
         self,
@@ -48,38 +49,38 @@ class SleepSignal:
         self._state, self._at = "", 0.0
 
     def read(self) -> str:
-        """The reason code of the rest, or "" where the engine is awake, does not say, or no longer answers."""
+        """The reason code of the sleep or pause; "" if the engine is awake, has no such sign, or no longer responds."""
         return self._state if self._clock() - self._at <= SLEEP_STATE_STALE_S else ""
 
     async def run(self) -> None:
-        """Poll until cancelled, or until the engine has none of the signs."""
+        """Poll until cancelled, or until no sign is left."""
         while self._signs:
             await self.poll()
             await asyncio.sleep(self._period)
 
     async def poll(self) -> str:
-        """Ask once."""
+        """Poll each sign once."""
         for sign in self._signs:
-            resting = await self._ask(sign)
-            if resting is None:
+            asleep = await self._request(sign)
+            if asleep is None:
                 return self.read()
-            if resting:
+            if asleep:
                 self._state, self._at = sign.means, self._clock()
                 return self._state
         self._state = ""
         return ""
 
-    async def _ask(self, sign: KindSign) -> bool | None:
-        """What one sign says; None where it was not answered."""
+    async def _request(self, sign: KindSign) -> bool | None:
+        """Whether one sign is set; None without a usable response."""
         timeout = aiohttp.ClientTimeout(total=SLEEP_POLL_TIMEOUT_S)
         try:
             async with self._session.get(self._engine + sign.path, headers=self._headers, timeout=timeout) as response:
-                if response.status in MISSING:
-                    self._signs = tuple(one for one in self._signs if one != sign)
+                if response.status in MISSING_STATUSES:
+                    self._signs = tuple(other for other in self._signs if other != sign)
                     return False
                 if response.status != 200:
                     return None
-                said = json.loads(await whole(response, MAX_SLEEP_ANSWER_BYTES))
+                state = json.loads(await read_body(response, MAX_SLEEP_ANSWER_BYTES))
         except (aiohttp.ClientError, OSError, ValueError, RecursionError):
             return None
-        return isinstance(said, dict) and said.get(sign.key) is True
+        return isinstance(state, dict) and state.get(sign.key) is True

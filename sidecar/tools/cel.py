@@ -23,9 +23,7 @@ CACHED = "double(cached_input_tokens < input_tokens ? cached_input_tokens : inpu
 class CelSettings:
     """What `sidecar cel` may be told."""
 
-    coefficients: str = flag(
-        "", existing_file, "Coefficients file; default: a documented roofline", expected="an existing file"
-    )
+    coefficients: str = flag("", existing_file, "Coefficients file; default: a documented roofline")
 
 
 def main(chosen: CelSettings) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.errors import SidecarError
-from sidecar.flags import flag, number, one_of, text
+from sidecar.flags import directory, flag, number, one_of, parser
 from sidecar.report.usage_store import GROUP_COLUMNS, USAGE_FILE, UsageSums, read
 
 UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
@@ -36,11 +36,13 @@ def seconds(span: str) -> int:
     return int(match[1]) * UNITS[match[2]]
 
 
+@parser("a time such as 90m, 24h or 7d", "TIME")
 def span(value: str) -> str:
     seconds(value)
     return value
 
 
+@parser("some of " + ",".join(GROUP_COLUMNS), "NAMES")
 def groups(value: str) -> str:
     names = [name for name in value.split(",") if name]
     if set(names) - set(GROUP_COLUMNS) or len(set(names)) != len(names):
@@ -52,15 +54,11 @@ def groups(value: str) -> str:
 class UsageSettings:
     """What `sidecar usage` may be asked."""
 
-    state_dir: str = flag("/run/sidecar", text, "State directory of the sidecar", expected="a directory")
-    since: str = flag("24h", span, "How far to look back", expected="a time such as 90m, 24h or 7d")
-    by: str = flag("tenant,model", groups, "What to sum by", expected="some of " + ",".join(GROUP_COLUMNS))
-    format: str = flag(
-        "table", one_of("table", "csv", "json"), "Form of the answer", expected="one of table, csv, json"
-    )
-    dollars_per_gpu_hour: float = flag(
-        0.0, number(0, 10_000), "Price of a GPU hour", expected="dollars from 0 to 10000"
-    )
+    state_dir: str = flag("/run/sidecar", directory, "State directory of the sidecar")
+    since: str = flag("24h", span, "How far to look back")
+    by: str = flag("tenant,model", groups, "What to sum by")
+    format: str = flag("table", one_of("table", "csv", "json"), "Form of the answer")
+    dollars_per_gpu_hour: float = flag(0.0, number(0, 10_000, "dollars"), "Price of a GPU hour")
 
 
 class NoUsageRecords(SidecarError):

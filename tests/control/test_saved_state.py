@@ -27,7 +27,7 @@ from sidecar.health.probes import ProbeState, passes
 from sidecar.load import cost_model, drift
 from sidecar.readings import Absent
 from sidecar.settings import Settings
-from sidecar.signals.listening_socket import boot, listeners
+from sidecar.signals.listening_socket import listening_inodes, read_boot_id
 
 HERE = StateOrigin("boot-1", "http://127.0.0.1:8000", "default", (4711,))
 
@@ -267,13 +267,13 @@ def test_listening_sockets_tell_processes_apart() -> None:
     """The inode of a socket that listens on the port, also by IPv6; nothing for another machine, or a port that is closed."""
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]
-        assert listeners(f"http://127.0.0.1:{port}") == (os.fstat(one.fileno()).st_ino,)
-        assert listeners(f"http://192.0.2.1:{port}") == ()
-    assert listeners(f"http://127.0.0.1:{port}") == ()
+        assert listening_inodes(f"http://127.0.0.1:{port}") == (os.fstat(one.fileno()).st_ino,)
+        assert listening_inodes(f"http://192.0.2.1:{port}") == ()
+    assert listening_inodes(f"http://127.0.0.1:{port}") == ()
     if socket.has_dualstack_ipv6():
         with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as both:
-            assert listeners(f"http://localhost:{both.getsockname()[1]}") == (os.fstat(both.fileno()).st_ino,)
-    assert boot() == boot() != ""
+            assert listening_inodes(f"http://localhost:{both.getsockname()[1]}") == (os.fstat(both.fileno()).st_ino,)
+    assert read_boot_id() == read_boot_id() != ""
 
 
 def test_an_operators_word_is_heard_once(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ async def test_an_engine_that_is_not_there_yet_is_starting(start: Any) -> None:
     async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", port))):
         await sidecar.until_verdict("idle")
         assert (await sidecar.get("/startupz"))[0] == 200
-    assert any("not there yet" in line for line in sidecar.log)
+    assert any("not reachable yet" in line for line in sidecar.log)
 
 
 async def test_a_relay_that_dies_is_restarted_and_what_it_held_is_lost(engine: ScriptedEngine, start: Any) -> None:

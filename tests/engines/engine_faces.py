@@ -1,6 +1,7 @@
-"""Servers that show the face of each engine: its model list, its metrics page, its marks, its keys. Real HTTP on port 0.
+"""Real HTTP servers that respond like each engine: its model list, metrics page, marks and keys.
 
-What they say is written after the engines' published sources (see sidecar/engines/*.py); pages are those of tests/engines/pages.
+Their responses are written after the engines' published sources (see sidecar/engines/*.py); pages are those of
+tests/engines/pages.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ FACES: dict[str, Face] = {
 
 @dataclass
 class Shown:
-    """A server with a face that can change. `asked` counts requests by path; `bodies` are the JSON bodies of posts, by path."""
+    """A server with a face that can change. `asked` counts requests, `bodies` has the JSON bodies of posts, by path."""
 
     answers: dict[str, Answer]
     guarded: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The canary as data: the forms that are tried, what they ask, and what an answer says."""
+"""The canary as data: the forms that are tried, their bodies, and the parsed responses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_each_route_is_tried_with_the_priority_first() -> None:
 
 
 def test_what_passed_is_remembered_until_it_is_refused() -> None:
-    """Once a form passed nothing else is asked; a later refusal of it opens all forms again, for the next canary."""
+    """A form that passed is the only one sent; a later rejection of it opens all forms again."""
     forms = CanaryForms(KINDS["vllm"], None)
     assert forms.goes_on(CanaryForm(COMPLETIONS), 404)
     forms.passed(CanaryForm(CHAT))
@@ -45,11 +45,20 @@ def test_what_passed_is_remembered_until_it_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("status", "priority", "goes_on"),
-    [(400, None, True), (501, None, True), (401, None, False), (429, None, False), (500, None, False),
-     (503, None, False), (503, 9, True), (500, 9, True), (401, 9, False)],
-)  # fmt: skip
+    [
+        (400, None, True),
+        (501, None, True),
+        (401, None, False),
+        (429, None, False),
+        (500, None, False),
+        (503, None, False),
+        (503, 9, True),
+        (500, 9, True),
+        (401, 9, False),
+    ],
+)
 def test_which_refusals_are_of_the_form(status: int, priority: int | None, goes_on: bool) -> None:
-    """A missing route or a bad field may do better in another form; a missing key, a full or a broken engine does not."""
+    """Another form may help against a missing route or a bad field, not against a missing key or a full engine."""
     assert CanaryForms(KINDS["vllm"], 9).goes_on(CanaryForm(COMPLETIONS, priority), status) is goes_on
 
 
@@ -80,7 +89,7 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
     ],
 )
 def test_a_token_is_told_from_mere_bytes(raw: bytes, token: bool) -> None:
-    """Text, thoughts, a finish reason or an embedding prove that the engine computed; roles, comments and pages do not."""
+    """Text, reasoning, a finish reason or an embedding proves work; roles, comments and pages do not."""
     assert read(raw, CHAT).token is token
 
 
@@ -96,12 +105,12 @@ def test_a_token_is_told_from_mere_bytes(raw: bytes, token: bool) -> None:
     ],
 )
 def test_an_error_inside_an_answer_counts(event: Any, error: int) -> None:
-    """A stream of status 200 that tells of an error, or of a token that was aborted, is no pass."""
+    """A stream of status 200 with an error or an aborted token is no pass."""
     assert read(events(event), COMPLETIONS).error == error
 
 
 def test_an_answer_is_counted_and_hashed_never_kept() -> None:
-    """The prompt's tokens come from the usage, or are estimated; of the text a short hash is left, the same for the same text."""
+    """Prompt tokens come from the usage or are estimated; the text becomes a short hash."""
     said = read(events({"choices": [{"text": "secret", "finish_reason": "length"}]}, USAGE), COMPLETIONS)
     assert said.prompt_tokens == 3 and "secret" not in repr(said)
     whole = read(json.dumps({"choices": [{"message": {"content": "secret"}}]}).encode(), CHAT)
@@ -111,13 +120,22 @@ def test_an_answer_is_counted_and_hashed_never_kept() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_answer(noise: bytes) -> None:
-    """Whatever comes back is read without an error of ours."""
+    """Any bytes are parsed without an exception."""
     for raw in (noise, b"data: " + noise, b'{"choices": [{"text": ' + noise):
         assert isinstance(read(raw, COMPLETIONS), CanaryAnswer)
 
 
-@given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(
-    st.sampled_from(["choices", "error", "usage", "delta", "text", "code", "data", "finish_reason"]), x)))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda x: (
+            st.lists(x)
+            | st.dictionaries(
+                st.sampled_from(["choices", "error", "usage", "delta", "text", "code", "data", "finish_reason"]), x
+            )
+        ),
+    )
+)
 def test_any_json_is_an_answer(value: Any) -> None:
-    """JSON of any shape is read without an error of ours."""
+    """JSON of any shape is parsed without an exception."""
     assert isinstance(read(json.dumps(value).encode(), CHAT), CanaryAnswer)

@@ -1,4 +1,4 @@
-"""Each engine's metrics page as that engine writes it: vLLM's recorded from the real one, the others' from their published names."""
+"""Metrics pages: vLLM's are recorded from the real engine, the others' are written after published names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,16 @@ READ = [
         "vllm-0.32-two-ranks-busy.txt",
         "vllm",
         EngineSample(
-            4, 0, 0.001220852154804053, 25, 2402, 3, 1203, 1795256507.5, False, 1048576,
+            4,
+            0,
+            0.001220852154804053,
+            25,
+            2402,
+            3,
+            1203,
+            1795256507.5,
+            False,
+            1048576,
             (RankSample(0, 2, 0, 1142), RankSample(1, 2, 0, 1260)),
         ),
     ),
@@ -48,13 +57,11 @@ READ = [
     (
         "sglang-0.5.23-two-ranks.txt",
         "sglang",
-        EngineSample(
-            7, 2, 0.9, 60, 90, 8, None, None, None, 4096, (RankSample(0, 3, 0, 40), RankSample(1, 4, 2, 50))
-        ),
+        EngineSample(7, 2, 0.9, 60, 90, 8, None, None, None, 4096, (RankSample(0, 3, 0, 40), RankSample(1, 4, 2, 50))),
     ),
     ("tgi-3.3.7.txt", "tgi", EngineSample(6, 3, None, 1400, 700, 7, 42, tokens_at_end=True)),
     ("llamacpp.txt", "llamacpp", EngineSample(1, 2, None, 512, 64, None, 70, tokens_at_end=True)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("page", "kind", "sample"), READ, ids=[page for page, _, _ in READ])
@@ -77,7 +84,7 @@ def test_every_series_of_the_table_is_on_a_page(kind: str) -> None:
 
 @pytest.mark.parametrize("page", sorted(path.name for path in PAGES.glob("*.txt")))
 def test_every_page_says_where_it_comes_from(page: str) -> None:
-    """The first line of a page says whether it was recorded or written, and after which version; and each page is read above."""
+    """The first line of a page has its origin and version, and each page is read above."""
     first = (PAGES / page).read_text().splitlines()[0]
     assert first.startswith(("# Recorded", "# Written after"))
     assert page in {name for name, _, _ in READ}
@@ -85,7 +92,7 @@ def test_every_page_says_where_it_comes_from(page: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_no_kind_reads_another_kinds_page(kind: object) -> None:
-    """A page of another engine gives nothing but what all processes publish: an engine is never judged by foreign numbers."""
+    """A page of another engine gives only what all processes publish: no foreign numbers are used."""
     for name, of, _ in READ:
         if of != kind.name and (of, kind.name) != ("vllm", "scripted"):  # type: ignore[attr-defined]
             read = parse((PAGES / name).read_bytes(), kind)  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_ranks_are_summed() -> None:
     ],
 )
 def test_the_forms_of_a_line(line: bytes) -> None:
-    """Labels with braces and escaped quotes, timestamps, exemplars, tabs and CR read alike, also without a last newline."""
+    """Braces and escaped quotes in labels, timestamps, exemplars, tabs, CR and a missing last newline are accepted."""
     assert parse(line, VLLM).running == 4
     assert parse(b"# EOF\n" + line + b"\n", VLLM).running == 4
 
@@ -85,20 +85,20 @@ def test_a_value_that_cannot_be_believed(value: bytes) -> None:
     "page", [b"<html>busy</html>", b'{"error": 1}', GARBAGE, b"vllm:num_requests_running{engine=\n"]
 )
 def test_a_page_that_is_no_metrics_page(page: bytes) -> None:
-    """HTML, JSON and a torn line are Garbage, and the reason says nothing of the page's content."""
+    """HTML, JSON and a truncated line are Garbage, and the reason contains nothing of the page."""
     with pytest.raises(Garbage) as e:
         parse(page, VLLM)
     assert len(str(e.value)) < 80 and "busy" not in str(e.value)
 
 
 def test_a_page_without_our_series_is_absent() -> None:
-    """An engine that does not publish (an empty page, other series only) gives None everywhere, not zeros and no error."""
+    """A page without known series gives None everywhere, not zeros and no error."""
     assert parse(b"", VLLM) == EngineSample()
     assert parse(b"# HELP python_info x\npython_info 1\n", VLLM) == EngineSample()
 
 
 def test_a_sleeping_engine_is_read_from_its_page() -> None:
-    """vLLM's sleep-state gauge tells sleep without the development endpoints."""
+    """vLLM's sleep-state gauge reports sleep without the development endpoints."""
     page = b'vllm:engine_sleep_state{engine="0",sleep_state="awake"} 0.0\n'
     assert parse(page, VLLM).sleeping is True
 
@@ -115,7 +115,7 @@ def test_a_sleeping_engine_is_read_from_its_page() -> None:
     ],
 )
 def test_the_capacity_is_read_from_labels(page: bytes, tokens: float | None) -> None:
-    """The KV cache's tokens come from vLLM's info gauge, one rank's where it tells; what is no number is absent."""
+    """The KV cache size comes from vLLM's info gauge, that of one rank if present; what is no number is absent."""
     assert parse(page, VLLM).kv_capacity_tokens == tokens
     assert parse(b"sglang:max_total_num_tokens 4096\n", KINDS["sglang"]).kv_capacity_tokens == 4096
 
@@ -137,7 +137,7 @@ def test_what_moves_while_an_engine_generates(kind: str, page: bytes, working: f
 
 
 def test_ranks_are_told_apart() -> None:
-    """Each rank's running, waiting and generated tokens stand beside their sums; a label that is no number is no rank."""
+    """Each rank has its own running, waiting and generated tokens; a label that is no number is no rank."""
     page = b"".join(
         b'vllm:generation_tokens_total{engine="%s",model_name="a,engine=\\"9\\""} %d\n' % (rank, tokens)
         for rank, tokens in ((b"0", 5), (b"1", 7), (b"10", 1), (b"x", 2), (b"9" * 5000, 3))

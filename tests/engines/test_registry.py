@@ -1,4 +1,4 @@
-"""The table of engines: complete, and each told from the others by what it answers."""
+"""The table of engines: complete, and each engine is recognised by its responses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sidecar.engines import sglang
 from sidecar.engines.engine_type import EngineKind
-from sidecar.engines.registry import CLOSER_LOOK, KINDS, recognise
+from sidecar.engines.registry import FURTHER_PATHS, KINDS, recognise
 from sidecar.flags import ENGINE_KINDS
 from sidecar.readings import EngineSample
 
@@ -62,36 +62,36 @@ VLLM_LINE = b'vllm:num_requests_running{engine="0"} 1\n'
     ],
 )
 def test_recognise(pages: dict[str, bytes], kind: str) -> None:
-    """The owner of the models decides, then the series of the page, then marks; a mere mention of an engine does not."""
+    """The owner of the models decides, then the series of the page, then marks; a mention of an engine does not."""
     assert recognise(pages) == kind
 
 
 @given(st.binary(max_size=100))
 def test_recognise_takes_any_bytes(noise: bytes) -> None:
-    """Whatever an engine answers, recognition gives a row of the table."""
-    assert recognise(dict.fromkeys(("/v1/models", "/metrics", *CLOSER_LOOK), noise)) in KINDS
+    """Any responses are recognised as a row of the table."""
+    assert recognise(dict.fromkeys(("/v1/models", "/metrics", *FURTHER_PATHS), noise)) in KINDS
 
 
 @pytest.mark.parametrize(
     "body", [b'{"data": 3}', b'{"data": [{"owned_by": []}]}', b"[[[", b'{"data": {"a": 1}}', b"[" * 5000, b"3"]
 )
 def test_recognise_takes_odd_json(body: bytes) -> None:
-    """JSON of another shape than expected says nothing."""
-    assert recognise(dict.fromkeys(("/v1/models", *CLOSER_LOOK), body)) == "openai"
+    """JSON of an unexpected shape is ignored."""
+    assert recognise(dict.fromkeys(("/v1/models", *FURTHER_PATHS), body)) == "openai"
 
 
 @pytest.mark.parametrize(
     ("flags", "priority"),
     [
-        ({"enable_priority_scheduling": True}, sglang.FIRST),
-        ({"enable_priority_scheduling": True, "schedule_low_priority_values_first": False}, sglang.FIRST),
-        ({"enable_priority_scheduling": True, "schedule_low_priority_values_first": True}, -sglang.FIRST),
+        ({"enable_priority_scheduling": True}, sglang.FIRST_PRIORITY),
+        ({"enable_priority_scheduling": True, "schedule_low_priority_values_first": False}, sglang.FIRST_PRIORITY),
+        ({"enable_priority_scheduling": True, "schedule_low_priority_values_first": True}, -sglang.FIRST_PRIORITY),
         ({"enable_priority_scheduling": False}, None),
         ({}, None),
         ([1], None),
     ],
 )
 def test_sglang_says_which_way_its_priorities_go(flags: object, priority: int | None) -> None:
-    """The canary's priority follows the server's own flags; none is set where it takes none or does not say."""
+    """The canary's priority follows the server's flags; there is none if priorities are off or unknown."""
     assert sglang.priority(json.dumps(flags).encode()) == priority
     assert sglang.priority(b"no JSON") is None

@@ -22,7 +22,7 @@ from sidecar.images.protocol import PIXELS, TENSORS, ImageDone
 from sidecar.images.service import ImageService
 from sidecar.images.shm_cache import CacheFolder, ImageCache, sweep
 from sidecar.images.shm_handoff import ShmHandoff
-from sidecar.launch.preflight import image_mode
+from sidecar.launch.preflight import choose_image_mode
 from sidecar.settings import Settings
 from sidecar.tools import synthetic_photos
 
@@ -153,9 +153,9 @@ def test_a_hand_off_folder_that_is_not_there_ends_the_start(tmp_path: Path) -> N
     """Missing shared memory is reported at once, not by every image that goes inline."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN2_VL))
     chosen = Settings(images="shm", model=str(tmp_path))
-    assert image_mode(chosen, str(tmp_path)) == "shm"
-    with pytest.raises(StartError, match="absent is no directory"):
-        image_mode(chosen, str(tmp_path / "absent"))
+    assert choose_image_mode(chosen, str(tmp_path)) == "shm"
+    with pytest.raises(StartError, match="absent is not a directory"):
+        choose_image_mode(chosen, str(tmp_path / "absent"))
 
 
 def test_what_is_handed_over_is_read_once_and_never_evicted(cache: ImageCache, tmp_path: Path) -> None:

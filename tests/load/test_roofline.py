@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sidecar.__main__ import run
 from sidecar.errors import UsageError
 from sidecar.events import RequestSize
-from sidecar.launch.preflight import coefficients
+from sidecar.launch.preflight import choose_coefficients
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.gpu_specs import GPUS, find_gpu
@@ -285,21 +285,21 @@ def test_no_config_breaks_the_start(changes: dict[str, Any], gpu: str) -> None:
 def test_the_command_takes_the_models_roofline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--model and --gpu give a roofline, --coefficients has precedence, and an invalid GPU is a usage error."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    found = coefficients(Settings(model=str(tmp_path), gpu="2xL40S"))
+    found = choose_coefficients(Settings(model=str(tmp_path), gpu="2xL40S"))
     assert found == roofline(LLAMA, "L40S", 2)
     kept = tmp_path / "co.json"
     kept.write_text(cost_model.to_json(Coefficients(a=7.0)))
-    assert coefficients(Settings(model=str(tmp_path), coefficients=str(kept))).a == 7.0
-    assert coefficients(Settings()) == Coefficients()
+    assert choose_coefficients(Settings(model=str(tmp_path), coefficients=str(kept))).a == 7.0
+    assert choose_coefficients(Settings()) == Coefficients()
     (tmp_path / "config.json").write_text("[")
-    assert coefficients(Settings(model=str(tmp_path))).source.startswith(
+    assert choose_coefficients(Settings(model=str(tmp_path))).source.startswith(
         "default: config.json of --model cannot be read"
     )
     (tmp_path / "config.json").unlink()
-    assert coefficients(Settings(model=str(tmp_path))).source == "default: no config.json in --model"
+    assert choose_coefficients(Settings(model=str(tmp_path))).source == "default: no config.json in --model"
     kept.write_bytes(b"\xff")
-    with pytest.raises(UsageError, match="no UTF-8"):
-        coefficients(Settings(coefficients=str(kept)))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        choose_coefficients(Settings(coefficients=str(kept)))
     assert run(["run", "--gpu", "0x???"]) == 2
     assert "--gpu" in capsys.readouterr().err
 

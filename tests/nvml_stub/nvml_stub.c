@@ -1,13 +1,13 @@
-/* A libnvidia-ml.so.1 that does what a script says.
+/* A libnvidia-ml.so.1 that follows a script.
  *
- * The script is the file named by NVML_STUB_SCRIPT, read anew at each call: lines of `name value`.
+ * The script is the file named by NVML_STUB_SCRIPT, read again at each call: lines of `name value`.
  *   FUNCTION code      the function returns this NVML code instead of doing its work
  *   hang FUNCTION      calls of the function do not return while the line is there
  *   count N            GPUs (default 1)
  *   lost I             GPU I answers "GPU is lost" to everything
  *   field CODE         each field of a batch has this code of its own
  *   mig N              GPU 0 is sliced, and slice N alone can be seen from here
- *   processes N        processes that compute on each GPU (default 2); each list that is asked for is told on stderr
+ *   processes N        processes that compute on each GPU (default 2); each request for a list is reported on stderr
  *   xid N              one event with this XID for GPU 0; delivered once for each new N
  * Compiled with -DOLD it lacks nvmlDeviceGetFieldValues and nvmlDeviceGetTotalEnergyConsumption, as an old driver lacks newer functions.
  */
@@ -97,7 +97,7 @@ int nvmlDeviceGetPowerUsage(Device *d, unsigned int *milliwatts) { ENTER(d); *mi
 #ifndef OLD
 int nvmlDeviceGetTotalEnergyConsumption(Device *d, unsigned long long *millijoules) { ENTER(d); *millijoules = 7000; return OK; }
 
-/* Average power in milliwatts, energy in millijoules: other figures than the single calls give, to tell the two apart. */
+/* Average power in milliwatts, energy in millijoules: other figures than the single calls give, to distinguish the two. */
 int nvmlDeviceGetFieldValues(Device *d, int count, Field *fields) {
     ENTER(d);
     for (int i = 0; i < count; i++) {

@@ -1,6 +1,6 @@
 """Runs GpuSignal and prints each reading that differs from the one before as one line of JSON; ends when stdin does.
 
-Arguments: period and patience in seconds. The last line is `{"stopped": ...}`.
+Arguments: period and timeout in seconds. The last line is `{"stopped": ...}`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def shown(field: object) -> object:
 
 
 async def main() -> None:
-    signal = GpuSignal(period=float(sys.argv[1]), patience=float(sys.argv[2]))
+    signal = GpuSignal(period=float(sys.argv[1]), timeout_s=float(sys.argv[2]))
     signal.start()
     loop = asyncio.get_running_loop()
     closed = loop.run_in_executor(None, sys.stdin.read)

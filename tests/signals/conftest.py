@@ -1,4 +1,4 @@
-"""What the tests of diagnoses share: py-spy where it may read another process, another user, and waiting."""
+"""Shared by the tests of diagnoses: a usable py-spy, another user, and waiting."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from .victims import victim
 
 @pytest.fixture(scope="session")
 def py_spy() -> str:
-    """py-spy's place. Skips where it is absent, or where this machine lets nobody read another process (CI without ptrace)."""
-    place = stack_dump.locate()
-    if place is None:
+    """Path of py-spy. Skips if it is absent, or if no process here may read another one (CI without ptrace)."""
+    path = stack_dump.locate()
+    if path is None:
         if os.environ.get("TEST_REQUIRE") == "1":
-            pytest.fail("py-spy is not installed, and TEST_REQUIRE=1 asks that nothing is skipped for that")
+            pytest.fail("py-spy is not installed, and TEST_REQUIRE=1 forbids skipping it")
         pytest.skip("py-spy is not installed")
     with victim() as target:
-        if asyncio.run(stack_dump.dump(target.pid, place, 30)) == Failed(stack_dump.REFUSED):
+        if asyncio.run(stack_dump.dump(target.pid, path, 30)) == Failed(stack_dump.REFUSED):
             pytest.skip("this machine does not let one process read another (Yama, seccomp or capabilities)")
-    return place
+    return path
 
 
 @pytest.fixture(scope="session")
 def powerless() -> list[str]:
-    """The words before a command that run it without any capability; with `stranger`, what a pod looks like by default."""
+    """A command prefix that drops all capabilities; with `stranger`, this is a pod by default."""
     place = shutil.which("setpriv")
     if place is None or os.geteuid() != 0:
-        pytest.skip("to drop capabilities needs root and setpriv")
+        pytest.skip("dropping capabilities needs root and setpriv")
     return [place, "--inh-caps=-all", "--bounding-set=-all"]
 
 
 @pytest.fixture(scope="session")
 def stranger() -> dict[str, Any]:
-    """Arguments of `victim` that make it another user's: one who has no engine on this machine, with an interpreter for all."""
+    """Arguments of `victim` for another user, one without an engine on this machine."""
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin")
     if python is None or os.geteuid() != 0:
-        pytest.skip("another user's process needs root, and a python3 that everybody may run")
+        pytest.skip("another user's process needs root, and a python3 that every user may run")
     return {"python": python, "user": 65533}
 
 
 @pytest.fixture
 def until() -> Callable[..., None]:
-    """Waits until what a function says is true; the kernel has no event for it."""
+    """Wait until a function returns True, for conditions without an event."""
 
     def wait(holds: Callable[[], bool], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < end, "it never came true"
+            assert time.monotonic() < end, "the condition never became true"
             time.sleep(0.02)
 
     return wait

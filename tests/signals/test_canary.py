@@ -1,4 +1,4 @@
-"""Canaries against real servers: the form that passes is found once and remembered, and a refusal is told from a hang."""
+"""Canaries against real servers: the form that passes is remembered, and a rejection is not a hang."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_the_form_that_passes_is_found_once(
 
 
 async def test_a_canary_meets_no_connection_that_the_engine_is_closing() -> None:
-    """An engine that closes a kept connection as soon as it is used again, as llama.cpp may, answers every canary."""
+    """Every canary succeeds against an engine that closes a reused connection, as llama.cpp may."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
@@ -77,7 +77,7 @@ async def test_a_canary_meets_no_connection_that_the_engine_is_closing() -> None
 
 
 async def test_a_priority_that_is_refused_is_left_out(canary: Callable[..., CanarySignal]) -> None:
-    """An engine that refuses a priority, with 400 or inside a stream, is asked without, and without only from then on."""
+    """After an engine rejected a priority, with 400 or inside a stream, canaries are sent without one."""
 
     async def picky(request: web.Request) -> web.Response:
         if "priority" in await request.json():
@@ -116,14 +116,14 @@ async def test_a_priority_that_is_taken_is_kept(canary: Callable[..., CanarySign
 async def test_an_answer_without_a_token_never_passes(
     canary: Callable[..., CanarySignal], answer: tuple[int, str], outcome: str
 ) -> None:
-    """Refusals, empty streams, pages and errors inside a stream are each told, and none of them is a pass."""
+    """Rejections, empty streams, pages and errors inside a stream have outcomes of their own, and none is a pass."""
     async with engine(**{COMPLETIONS: answer}) as shown:
         result = await canary(shown).send(PATIENCE)
         assert result.outcome == outcome and result.detail and not result.digest
 
 
 async def test_an_engine_that_served_tokens_fails_without_them(canary: Callable[..., CanarySignal]) -> None:
-    """An answer without a token is a failure of an engine that gave one before; of another it proves nothing."""
+    """A response without a token is a failure only if the engine has returned tokens before."""
     async with engine(**{COMPLETIONS: (200, TOKEN)}) as shown:
         signal = canary(shown)
         assert (await signal.send(PATIENCE)).outcome == "ok"
@@ -132,7 +132,7 @@ async def test_an_engine_that_served_tokens_fails_without_them(canary: Callable[
 
 
 async def test_a_renamed_model_is_learned_again(canary: Callable[..., CanarySignal]) -> None:
-    """A name that the engine does not know any more is asked for anew."""
+    """A model name that the engine no longer knows is looked up again."""
 
     async def by_name(request: web.Request) -> web.Response:
         known = (await request.json())["model"] == name
@@ -178,8 +178,8 @@ async def test_the_answer_of_a_healthy_engine_is_always_the_same(canary: Callabl
 async def test_an_answer_without_end_is_bounded(
     canary: Callable[..., CanarySignal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An endless answer is given up at the bound."""
-    monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER", 1000)
+    """An endless response is abandoned at the limit."""
+    monkeypatch.setattr("sidecar.signals.canary.MAX_ANSWER_BYTES", 1000)
     async with engine(**{COMPLETIONS: (200, TOKEN * 100)}) as shown:
         assert (await canary(shown).send(PATIENCE)).outcome == "failed"
 

@@ -25,7 +25,7 @@ from sidecar.readings import Failed
 from sidecar.report import diagnosis_page
 from sidecar.settings import Settings, load
 from sidecar.signals import stack_dump
-from sidecar.signals.process_examiner import HangProofThread, ProcessExaminer, dumps
+from sidecar.signals.process_examiner import HangProofThread, ProcessExaminer, dump_all
 from sidecar.signals.process_state import EngineProcess
 
 from ..waiting import PATIENCE
@@ -64,10 +64,10 @@ async def steps(examiner: ProcessExaminer) -> list[dict[str, Any]]:
 
 
 async def test_a_stopped_engine_is_seen_stopped_with_its_stacks(py_spy: str) -> None:
-    """SIGSTOP: the summary says so at the first look already; after the second there are two dumps that name the place."""
+    """SIGSTOP: the summary has it after the first round; after the second there are two dumps that name the place."""
     with victim("spin_here") as engine:
         os.kill(engine.pid, signal.SIGSTOP)
-        first, second = await steps(ProcessExaminer(engine.url, gap=0.5))
+        first, second = await steps(ProcessExaminer(engine.url, interval_s=0.5))
     assert not first["complete"] and second["complete"]
     assert "stopped (T)" in first["summary"] and "stopped (T)" in second["summary"]
     (process,) = second["processes"]
@@ -78,12 +78,12 @@ async def test_a_stopped_engine_is_seen_stopped_with_its_stacks(py_spy: str) -> 
 async def test_a_spinning_and_a_sleeping_engine_are_told_apart(py_spy: str) -> None:
     """CPU over the two looks, and the frame of the thread that used it."""
     with victim("spin_here") as engine:
-        summary = (await steps(ProcessExaminer(engine.url, gap=2)))[-1]["summary"]
+        summary = (await steps(ProcessExaminer(engine.url, interval_s=2)))[-1]["summary"]
     assert (
         "spinning at" in summary or "working at" in summary
     ) and "in spin_here (" in summary  # a starved machine gives less
     with victim("sleep_here") as engine:
-        summary = (await steps(ProcessExaminer(engine.url, gap=1)))[-1]["summary"]
+        summary = (await steps(ProcessExaminer(engine.url, interval_s=1)))[-1]["summary"]
     assert "asleep" in summary and "in sleep_here (" in summary
 
 
@@ -96,31 +96,31 @@ async def test_without_py_spy_the_rest_is_known_and_the_remedy_is_named() -> Non
 
 
 async def test_a_py_spy_that_hangs_costs_a_bounded_time(tmp_path: Path) -> None:
-    """A round ends by itself, however many processes there are, and each says why it has no stacks."""
+    """A round ends in time for any number of processes, and each has a reason for its missing stacks."""
     stuck = tmp_path / "py-spy"
     stuck.write_text("#!/bin/sh\nexec sleep 1000\n")
     stuck.chmod(0o755)
     processes = tuple(EngineProcess(pid, "engine", "other", 0) for pid in range(1, 8))
     async with asyncio.timeout(PATIENCE):
-        given = await dumps(processes, str(stuck), 0.5)
+        given = await dump_all(processes, str(stuck), 0.5)
     reasons = [text.error for text in given.values() if isinstance(text, Failed)]
     assert len(reasons) == 7 and "was killed" in reasons[0] and "dumps before it" in reasons[-1]
 
 
 async def test_a_look_that_hangs_is_left_behind() -> None:
-    """A kernel that does not answer costs a bounded time; no second thread starts while the first hangs, and then all is well."""
-    aside, release = HangProofThread(0.1), threading.Event()
-    for words in ("did not answer", "has not answered since an earlier look"):
-        failed = await aside.ask(lambda: release.wait(60))
+    """A hanging kernel costs bounded time; no second thread starts meanwhile, and afterwards calls work again."""
+    thread, release = HangProofThread(0.1), threading.Event()
+    for words in ("/proc hangs for", "still hangs since an earlier look"):
+        failed = await thread.run(lambda: release.wait(60))
         assert isinstance(failed, Failed) and words in failed.error
     release.set()
     async with asyncio.timeout(PATIENCE):
-        while await aside.ask(lambda: "answer") != "answer":  # noqa: ASYNC110  a thread that is left behind has no event
+        while await thread.run(lambda: "answer") != "answer":  # noqa: ASYNC110  an abandoned thread has no event
             await asyncio.sleep(0.01)
 
 
 async def test_a_remote_engine_is_said_to_be_remote(ticker: ControlLoop, tmp_path: Path) -> None:
-    """The bundle is taken all the same, and says why nobody could be looked at."""
+    """The bundle is still written, with the reason why no process was examined."""
     await diagnose(ticker.sinks.diagnoses, ProcessExaminer("http://192.0.2.1:8000"), content(ticker), ID)
     read = kept(tmp_path)
     assert read["complete"] and "not on this machine" in read["summary"] and "absent" in read["processes"]
@@ -128,7 +128,7 @@ async def test_a_remote_engine_is_said_to_be_remote(ticker: ControlLoop, tmp_pat
 
 
 async def test_a_kill_after_the_first_step_loses_little(ticker: ControlLoop, tmp_path: Path, py_spy: str) -> None:
-    """Whatever ends the examination, what was known before it lies on the disk, and a later run reads it."""
+    """If the examination is cancelled, the earlier evidence is on disk, and a later run reads it."""
     with victim() as engine:
         task = asyncio.create_task(
             diagnose(ticker.sinks.diagnoses, ProcessExaminer(engine.url, 600), content(ticker), ID)
@@ -154,7 +154,7 @@ async def test_a_disk_that_cannot_be_written_is_logged(
 
 
 def test_a_bundle_is_bounded() -> None:
-    """The page goes before the stacks, and both say that they are missing."""
+    """The page is dropped before the stacks, and both are marked as missing."""
     small: dict[str, Any] = {"reason": "no_progress", "engine_metrics": "x", "processes": []}
     assert fitting(small) == small
     cut = fitting(small | {"engine_metrics": "x" * MAX_BUNDLE_BYTES})
@@ -196,7 +196,7 @@ async def test_no_word_of_a_request_is_in_a_bundle(ticker: ControlLoop, py_spy: 
     """Outstanding requests appear by shape; a prompt in the memory of the engine's process does not leave it."""
     ticker.control.on_event(
         0, Admitted("id-of-a-user", 1.0, "acme-tenant", "m", "chat", True, RequestSize(10, 0, 5), 0.1, None)
-    )  # fmt: skip
+    )
     with victim("spin_here") as engine:
         await diagnose(ticker.sinks.diagnoses, ProcessExaminer(engine.url, 0.2), content(ticker), ID)
     text = json.dumps(kept(tmp_path))
@@ -206,7 +206,7 @@ async def test_no_word_of_a_request_is_in_a_bundle(ticker: ControlLoop, py_spy: 
 
 
 async def test_failed_looks_are_shown_as_failed(ticker: ControlLoop) -> None:
-    """A process that ends between the rounds is said to have ended."""
+    """A process that ends between the rounds is reported as ended."""
     with victim() as engine:
         examiner, given = ProcessExaminer(engine.url, 0.2), list[dict[str, Any]]()
 

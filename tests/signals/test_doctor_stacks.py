@@ -1,4 +1,4 @@
-"""`sidecar doctor` says before the hang whether there will be stacks, and how to get them."""
+"""`sidecar doctor` reports in advance whether a hang will have stacks, and how to get them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our contact with each engine, over real HTTP: which kind it is, with and without keys and metrics, and after a restart."""
+"""The contact with each engine over real HTTP: its kind, with and without keys and metrics, and after a restart."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ async def meet() -> AsyncIterator[Callable[..., Any]]:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rests between attempts."""
-    monkeypatch.setattr(engine_monitor, "PROBE_RETRY_S", 0.01)
+    monkeypatch.setattr(engine_monitor, "PROBE_RETRY_INTERVAL_S", 0.01)
 
 
 async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE):
-        while not holds():  # noqa: ASYNC110 - a state of another task, of which nothing tells
+        while not holds():  # noqa: ASYNC110 - a state of another task without an event
             await asyncio.sleep(0.005)
 
 
@@ -67,7 +67,7 @@ async def test_no_model_is_loaded_to_recognise_a_server(meet: Callable[..., Any]
 @pytest.mark.parametrize("key", ["none", "ours", "missing"])
 @pytest.mark.parametrize("name", FACES)
 async def test_each_engine_is_recognised(meet: Callable[..., Any], name: str, key: str, metrics: bool) -> None:
-    """Each engine is told whatever it calls its model, with metrics on or off, with its key, and where it can be, without."""
+    """Each engine is recognised under any model name, with metrics on or off, with its key and if possible without."""
     hidden = name == "sglang" and key == "missing" and not metrics  # nothing but /health and /ready is open then
     async with shown(name, metrics=metrics, key=key != "none") as engine:
         contact = await meet(engine, **({"engine_key": "secret"} if key == "ours" else {}))
@@ -77,23 +77,23 @@ async def test_each_engine_is_recognised(meet: Callable[..., Any], name: str, ke
 async def test_an_engine_that_wants_a_key_is_not_waited_for_for_ever(
     meet: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where all is refused the kind is `openai`, and the log says what to give."""
+    """If everything is rejected the kind is `openai`, and the log has the remedy."""
     async with Shown({}, guarded=("/",)) as engine:
         assert (await meet(engine)).kind_name == "openai"
     assert "--engine-key" in caplog.text
 
 
 async def test_a_loading_engine_is_waited_for(meet: Callable[..., Any]) -> None:
-    """An engine that answers 503 while it loads is no `openai`: it is asked until it can say."""
+    """An engine that responds 503 while it loads is not `openai`: requests are repeated until it is ready."""
     async with Shown({"/v1/models": (503, "")}) as engine:
         task = asyncio.create_task(meet(engine))
-        await until(lambda: engine.asked["/v1/models"] > 2 * engine_monitor.MAX_SILENT_ANSWERS)
+        await until(lambda: engine.asked["/v1/models"] > 2 * engine_monitor.MAX_INCONCLUSIVE_ATTEMPTS)
         engine.answers |= {"/v1/models": models("vllm")}
         assert (await task).kind_name == "vllm"
 
 
 async def test_an_engine_is_recognised_anew_after_a_restart(meet: Callable[..., Any]) -> None:
-    """Another engine on the same port is told from the one before it: kind, page and canary are its own."""
+    """Another engine on the same port is recognised: kind, page and canary are its own."""
     async with shown("vllm") as engine:
         contact = await meet(engine)
         await until(lambda: isinstance(contact.read(), Value))
@@ -131,7 +131,7 @@ async def test_a_chosen_kind_is_kept(meet: Callable[..., Any]) -> None:
 async def test_an_engine_without_a_page_shows_a_blocked_api(
     meet: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kind of which no metrics are read is asked something cheap, so that an API that answers nothing is seen there, too."""
+    """A kind without metrics gets a cheap request, so that a blocked API is noticed there, too."""
     monkeypatch.setattr(
         engine_monitor, "ScrapeSignal", lambda *a, **k: real(*a, **{**k, "timeout": 0.5, "period": 0.02})
     )
@@ -172,7 +172,7 @@ real = engine_monitor.ScrapeSignal
 async def test_a_rest_has_its_reason(
     meet: Callable[..., Any], name: str, changes: dict[str, Any], resting: str
 ) -> None:
-    """Sleep and pause are read where the engine says them, and told apart: what is exempt has its reason code."""
+    """Sleep and pause are read from the engine and have reason codes of their own."""
     async with shown(name) as engine:
         engine.answers |= changes
         contact = await meet(engine)
@@ -197,11 +197,11 @@ async def test_sglangs_own_flags_choose_the_priority(meet: Callable[..., Any]) -
     async with shown("sglang") as engine:
         contact = await meet(engine)
         assert (await contact.canary.send(PATIENCE)).outcome == "ok"
-        assert engine.bodies["/v1/completions"][0]["priority"] == sglang.FIRST
+        assert engine.bodies["/v1/completions"][0]["priority"] == sglang.FIRST_PRIORITY
 
 
 async def test_contact_survives_an_engine_that_goes_away(meet: Callable[..., Any]) -> None:
-    """A restart amid a meeting, and a port that closes, end nothing of ours."""
+    """A restart during recognition and a closing port do not end the monitor."""
     async with shown("vllm") as engine:
         contact = await meet(engine)
     contact.engine_restarted()

@@ -1,4 +1,4 @@
-"""The engine's processes are found by its port, looked at without touching them, and why there are none is said."""
+"""The engine's processes are found by its port and examined without touching them, or there is a reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pathlib.Path("/proc/self/comm").write_text("VLLM::EngineCor")
 print(listener.getsockname()[1], flush=True)
 time.sleep(1000)
 """
-LOOK = """
+PROGRAM = """
 import sys
 from sidecar.signals.engine_processes import find, look
 processes = find(sys.argv[1])
@@ -52,8 +52,8 @@ def found(url: str) -> tuple[EngineProcess, ...]:
     return processes
 
 
-def test_the_process_that_listens_is_found_and_not_ourselves() -> None:
-    """By its port, under each of its names; neither this process nor those it descends from are taken for the engine."""
+def test_the_listening_process_is_found_and_never_the_sidecar() -> None:
+    """By its port, under each host name; neither this process nor its ancestors are taken for the engine."""
     with victim() as engine:
         for host in ("127.0.0.1", "localhost"):
             (process,) = found(f"http://{host}:{engine.port}")
@@ -69,25 +69,25 @@ def test_its_children_are_found_too() -> None:
         os.kill(processes[1].pid, signal.SIGKILL)
 
 
-def test_an_engine_elsewhere_and_a_port_of_nobody_are_said_in_plain_words() -> None:
-    """A remote engine has no processes here; a port that nobody holds has none either."""
+def test_a_remote_engine_and_a_closed_port_have_reasons() -> None:
+    """A remote engine has no processes here, and neither has a port without a listener."""
     remote = find("http://192.0.2.1:8000")
     assert isinstance(remote, Absent) and "not on this machine (192.0.2.1)" in remote.reason
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    nobody = find(f"http://127.0.0.1:{port}")
-    assert isinstance(nobody, Absent) and f"nothing listens on port {port}" in nobody.reason
+    closed = find(f"http://127.0.0.1:{port}")
+    assert isinstance(closed, Absent) and f"nothing listens on port {port}" in closed.reason
 
 
-def test_a_port_that_only_we_hold_is_no_engine() -> None:
-    """Our own process is never examined."""
+def test_a_port_of_the_sidecar_is_no_engine() -> None:
+    """The sidecar's own process is never examined."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         own = find(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    assert isinstance(own, Absent) and "our own" in own.reason
+    assert isinstance(own, Absent) and "is the sidecar" in own.reason
 
 
 @pytest.mark.parametrize(("does", "states"), [("spin_here", "R"), ("sleep_here", "S")])
-def test_a_look_tells_running_from_sleeping(does: str, states: str, until: Callable[..., None]) -> None:
+def test_a_look_distinguishes_running_from_sleeping(does: str, states: str, until: Callable[..., None]) -> None:
     """State, threads, CPU time and memory come from the kernel."""
     with victim(does) as engine:
         (process,) = found(engine.url)
@@ -98,33 +98,32 @@ def test_a_look_tells_running_from_sleeping(does: str, states: str, until: Calla
 
 
 def test_a_look_at_a_stopped_process_and_at_one_that_ended(until: Callable[..., None]) -> None:
-    """T is seen as T; a process that is gone is said to have ended, and a later one of its pid is not mistaken for it."""
+    """T is reported as T, a process that ended as ended; a later process of its pid is not mistaken for it."""
     with victim() as engine:
         (process,) = found(engine.url)
         os.kill(engine.pid, signal.SIGSTOP)
         until(lambda: isinstance(seen := look(process), ProcessLook) and seen.state == "T")
         other = look(EngineProcess(process.pid, process.name, process.role, process.started + 1))
-        assert other == Failed("it ended; its pid belongs to another process now")
+        assert other == Failed("it has ended; its pid belongs to another process now")
     assert look(process) == Failed("it has ended")
 
 
 def test_without_capabilities_another_users_engine_is_known_by_its_name(
     powerless: list[str], stranger: dict[str, Any]
 ) -> None:
-    """A pod with a shared PID namespace and nothing more: ports have no owner, but vLLM's processes bear its name and can be
-    looked at; of one without a telling name there is the reason and the remedy."""
+    """In a pod with a shared PID namespace, vLLM's processes are found by name; others give reason and remedy."""
 
     def asked(url: str) -> str:
-        command = [*powerless, sys.executable, "-c", LOOK, url]
+        command = [*powerless, sys.executable, "-c", PROGRAM, url]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT).stdout
 
     with victim(**stranger) as engine:
-        assert "may not be looked at" in (said := asked(engine.url)) and "SYS_PTRACE" in said
+        assert "no permission to examine" in (said := asked(engine.url)) and "SYS_PTRACE" in said
     with victim(program=NAMED, **stranger) as engine:
         said = asked(engine.url)
         assert f"pid={engine.pid}, name='VLLM::EngineCor', role='core'" in said and "state='S'" in said
 
 
 def test_names_are_made_safe() -> None:
-    """A process chooses its name: what cannot be printed is not passed on."""
+    """A process chooses its name: unprintable characters are replaced."""
     assert printable("evil\x1b[31m") == "evil?[31m"

@@ -1,4 +1,4 @@
-"""The GPU signal against a scripted driver library, in a process of its own (the library is loaded once per process)."""
+"""The GPU signal against a scripted driver library, which is loaded once per process."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ def stub(tmp_path_factory: pytest.TempPathFactory, requires: Callable[[str], Pat
 
 
 class Watched:
-    """A process that prints the GPU signal's readings, and the script of the driver under it."""
+    """A process that prints the GPU signal's readings, and the script of its driver."""
 
-    def __init__(self, library: Path | None, script: Path, text: str, *, patience: float = PATIENCE) -> None:
+    def __init__(self, library: Path | None, script: Path, text: str, *, timeout_s: float = PATIENCE) -> None:
         self._script = script
-        self.say(text)
+        self.rewrite(text)
         path = {"LD_LIBRARY_PATH": str(library)} if library else {}
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", HERE / "watch.py", "0.02", str(patience)],
+            [sys.executable, "-W", "error", HERE / "watch.py", "0.02", str(timeout_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "NVML_STUB_SCRIPT": str(script), **path},
         )
 
-    def say(self, text: str) -> None:
+    def rewrite(self, text: str) -> None:
         """Replace the script in one step."""
         new = self._script.with_suffix(".new")
         new.write_text(text)
         new.replace(self._script)
 
     def until(self, wanted: Callable[[Any], bool]) -> Any:
-        """The first reading from here on that is wanted."""
+        """The next reading that is wanted."""
         assert self._process.stdout is not None
         seen = []
         for line in self._process.stdout:
@@ -67,7 +67,7 @@ class Watched:
         raise AssertionError(f"ended before it came; seen: {seen}")
 
     def stop(self) -> tuple[bool, bool]:
-        """End it: whether all threads ended in time, and whether NVML's bindings had been imported."""
+        """Stop it. Returns whether all threads stopped in time, and whether NVML's bindings were imported."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         stopped = self.until(lambda r: "stopped" in r)["stopped"]
@@ -105,8 +105,8 @@ def failed(reading: Any) -> bool:
     return isinstance(reading, dict) and "Failed" in reading
 
 
-def test_a_healthy_gpu_gives_numbers_in_our_units(stub: Path, watch: Watch) -> None:
-    """Shares, bytes, watts and degrees come out of NVML's percent, bytes, milliwatts and degrees, and the threads end."""
+def test_a_healthy_gpu_gives_numbers_in_base_units(stub: Path, watch: Watch) -> None:
+    """NVML's percent, bytes, milliwatts and degrees become shares, bytes, watts and degrees, and the threads end."""
     watched = watch(stub)
     assert watched.until(values) == [
         {
@@ -141,7 +141,7 @@ def test_no_driver_library_is_absent_and_costs_no_bindings(watch: Watch) -> None
 
 
 def test_no_gpu_is_absent(stub: Path, watch: Watch) -> None:
-    """A driver that counts no GPUs is a signal that does not exist here."""
+    """Where the driver counts no GPUs, the signal is absent."""
     assert watch(stub, "count 0").until(lambda r: "visible" in str(r)) == {"Absent": "no NVIDIA GPU is visible here"}
 
 
@@ -149,19 +149,19 @@ def test_no_gpu_is_absent(stub: Path, watch: Watch) -> None:
     ("code", "remedy"),
     [(1, "not initialised"), (9, "not loaded"), (18, "reboot"), (999, "daemon-reload"), (13, "update the driver")],
 )
-def test_a_failed_init_says_what_to_do_and_is_tried_again(stub: Path, watch: Watch, code: int, remedy: str) -> None:
-    """Init that fails is a failed reading with a remedy; once it works, numbers come without a restart."""
+def test_a_failed_init_has_a_remedy_and_is_retried(stub: Path, watch: Watch, code: int, remedy: str) -> None:
+    """A failed init is a failed reading with a remedy; once it succeeds, numbers come without a restart."""
     watched = watch(stub, f"nvmlInitWithFlags {code}")
     assert remedy in watched.until(failed)["Failed"]
-    watched.say("")
+    watched.rewrite("")
     assert watched.until(values)[0]["utilization"] == 0.93
 
 
 def test_a_lost_gpu_keeps_its_place_and_the_other_its_numbers(stub: Path, watch: Watch) -> None:
-    """Of two GPUs the lost one has only failed numbers, under its own name, and the other one goes on."""
+    """Of two GPUs the lost one has only failed numbers, under its own name; the other is unaffected."""
     watched = watch(stub, "count 2")
     watched.until(values)
-    watched.say("count 2\nlost 1")
+    watched.rewrite("count 2\nlost 1")
     first, second = watched.until(lambda r: values(r) and "Failed" in str(r[1]["power"]))
     assert first["power"] == 640.5
     assert second["uuid"] == "GPU-1"
@@ -169,15 +169,15 @@ def test_a_lost_gpu_keeps_its_place_and_the_other_its_numbers(stub: Path, watch:
 
 
 def test_an_xid_stays_visible_when_its_gpu_is_lost(stub: Path, watch: Watch) -> None:
-    """XID 79 is counted when it comes and is still there once the only GPU answers nothing; and the GPU may come back."""
+    """XID 79 is counted and stays after the only GPU stops responding; the GPU may come back."""
     watched = watch(stub)
     watched.until(values)
-    watched.say("xid 79")
+    watched.rewrite("xid 79")
     watched.until(lambda r: values(r) and r[0]["xid_errors"] == [[79, 1]])
-    watched.say("xid 79\nlost 0")
+    watched.rewrite("xid 79\nlost 0")
     lost = watched.until(lambda r: values(r) and "Failed" in str(r[0]["power"]))[0]
     assert lost["xid_errors"] == [[79, 1]]
-    watched.say("xid 79")
+    watched.rewrite("xid 79")
     assert watched.until(lambda r: values(r) and r[0]["power"] == 640.5)[0]["xid_errors"] == [[79, 1]]
 
 
@@ -190,10 +190,10 @@ def test_a_number_that_the_gpu_lacks_is_absent_and_one_that_failed_is_failed(stu
     assert (gpu["memory_used"], gpu["power"]) == (60 << 30, 640.5)
 
 
-def test_what_an_old_driver_lacks_is_asked_otherwise_or_absent(
+def test_what_an_old_driver_lacks_is_read_otherwise_or_absent(
     tmp_path: Path, requires: Callable[[str], Path], watch: Watch
 ) -> None:
-    """Without batches of fields power comes by its own call; energy, which has no other, is absent; the rest has values."""
+    """Without batches, power is read by its own call; energy, which has none, is absent; the rest has values."""
     gpu = watch(build(requires("gcc"), tmp_path / "old", "-DOLD")).until(values)[0]
     assert gpu["power"] == 640.0
     assert "Absent" in gpu["energy"]
@@ -201,13 +201,13 @@ def test_what_an_old_driver_lacks_is_asked_otherwise_or_absent(
 
 
 def test_each_field_of_a_batch_has_a_code_of_its_own(stub: Path, watch: Watch) -> None:
-    """A batch that succeeds with fields that do not gives no number of theirs: the single calls are asked, never 0 taken."""
+    """A field that failed in a successful batch is read by its single call, never taken for 0."""
     gpu = watch(stub, "field 2").until(values)[0]
     assert (gpu["power"], gpu["energy"]) == (640.0, 7.0)
 
 
-def test_a_slice_of_a_gpu_has_its_own_memory_and_nothing_of_its_neighbours(stub: Path, watch: Watch) -> None:
-    """Of a sliced GPU only the slices that can be seen are told; what NVML has of the whole GPU only is absent, not theirs."""
+def test_a_slice_has_its_own_memory_and_nothing_of_its_neighbours(stub: Path, watch: Watch) -> None:
+    """Of a sliced GPU only visible slices are reported; numbers of the whole GPU are absent from them."""
     first, second = watch(stub, "count 2\nmig 3").until(values)
     assert (first["index"], first["mig"], first["uuid"]) == (0, 3, "MIG-0-3")
     assert (first["memory_used"], first["temperature"]) == (7 << 30, 61.0)
@@ -221,28 +221,28 @@ def test_an_xid_of_a_sliced_gpu_is_counted_once(stub: Path, watch: Watch) -> Non
     assert watched.until(lambda r: values(r) and r[0]["xid_errors"])[0]["xid_errors"] == [[31, 1]]
 
 
-def test_process_lists_are_asked_for_rarely(stub: Path, watch: Watch) -> None:
-    """Lists of processes lock the driver: of many rounds only the first asks."""
+def test_process_lists_are_read_rarely(stub: Path, watch: Watch) -> None:
+    """A list of processes locks the driver: only the first of many rounds reads it."""
     watched = watch(stub)
     watched.until(values)
-    watched.say("processes 5\nnvmlDeviceGetTemperature 4")
+    watched.rewrite("processes 5\nnvmlDeviceGetTemperature 4")
     again = watched.until(lambda r: values(r) and "Failed" in str(r[0]["temperature"]))
     assert again[0]["processes"] == 2
 
 
 @pytest.mark.parametrize("function", ["nvmlInitWithFlags", "nvmlDeviceGetMemoryInfo"])
 def test_a_call_that_hangs_fails_the_reading_and_recovers(stub: Path, watch: Watch, function: str) -> None:
-    """While NVML hangs, readers get a failure with its age instead of waiting; when it comes back, so do the numbers."""
-    watched = watch(stub, f"hang {function}", patience=0.1)
+    """While NVML hangs, readers get a failure with its age instead of waiting; afterwards the numbers are back."""
+    watched = watch(stub, f"hang {function}", timeout_s=0.1)
     assert re.match(r"NVML did not answer for \d+ s", watched.until(failed)["Failed"])
-    watched.say("")
+    watched.rewrite("")
     assert watched.until(values)[0]["power"] == 640.5
     assert watched.stop() == (True, True)
 
 
 def test_stop_does_not_wait_for_a_call_that_hangs(stub: Path, watch: Watch) -> None:
-    """Stop comes back with False while NVML holds the thread, and the process can still end."""
-    watched = watch(stub, "hang nvmlDeviceGetName", patience=0.1)
+    """`stop` returns False while the thread hangs in NVML, and the process can still end."""
+    watched = watch(stub, "hang nvmlDeviceGetName", timeout_s=0.1)
     watched.until(failed)
     assert watched.stop() == (False, True)
 

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
 from sidecar.signals import own_process
-from sidecar.signals.metrics_scrape import PAGE_PERIODS, ScrapeSignal
+from sidecar.signals.metrics_scrape import MAX_PAGE_AGE_PERIODS, ScrapeSignal
 
 PAGE = b"running 3\n"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -82,14 +82,14 @@ async def test_a_page_becomes_a_sample_with_its_cost(serve: Serve, session: aioh
 async def test_an_engine_without_a_page_is_asked_whether_it_answers(
     serve: Serve, session: aiohttp.ClientSession, status: int
 ) -> None:
-    """Where there is nothing to parse the reading stays absent, and any answer shows that the API's loop runs."""
+    """Without metrics the reading stays absent, and any response proves that the API runs."""
     signal = ScrapeSignal(await serve(answering(status, b"{}")), None)
     assert isinstance(await signal.poll(session), Absent)
     assert signal.page() is None and not signal.unanswered
 
 
 async def test_an_api_without_a_page_that_answers_nothing_is_seen(serve: Serve, session: aiohttp.ClientSession) -> None:
-    """A blocked API is told from one that answers, also where the engine has no metrics page."""
+    """A blocked API is distinguished from a responding one, even if the engine has no metrics page."""
     free = asyncio.Event()
 
     async def blocked(_: web.Request) -> web.Response:
@@ -109,7 +109,7 @@ async def test_an_api_without_a_page_that_answers_nothing_is_seen(serve: Serve, 
 async def test_a_page_that_hangs_alone_is_no_blocked_api(
     serve: Serve, session: aiohttp.ClientSession, status: int
 ) -> None:
-    """llama.cpp makes its page in the loop that decodes: where the API answers elsewhere, it is the engine that hangs."""
+    """llama.cpp renders its page in the decoding loop: if the API responds elsewhere, the engine hangs."""
 
     async def hangs(_: web.Request) -> web.Response:
         await asyncio.Event().wait()
@@ -125,11 +125,11 @@ async def test_a_page_that_hangs_alone_is_no_blocked_api(
 
 
 async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp.ClientSession) -> None:
-    """While the engine sleeps its page is not asked for, and the reading says why there is none."""
+    """A sleeping engine is not scraped, and the reading has that reason."""
     resting = "engine_sleeping"
-    signal = ScrapeSignal(await serve(answering()), parse, rests=lambda: resting)
+    signal = ScrapeSignal(await serve(answering()), parse, sleep_state=lambda: resting)
     reading = await signal.poll(session)
-    assert isinstance(reading, Absent) and "sleeps" in reading.reason
+    assert isinstance(reading, Absent) and "asleep" in reading.reason
     resting = ""
     assert isinstance(await signal.poll(session), Value)
 
@@ -138,7 +138,7 @@ async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp
     ("status", "body", "why"),
     [
         (404, PAGE, "answered 404; start the engine with its metrics on"),
-        (401, PAGE, "answered 401; give the engine's key"),
+        (401, PAGE, "answered 401; set --engine-key"),
         (500, PAGE, "answered 500"),
         (302, PAGE, "answered 302"),
         (200, b"<html>", "not Prometheus text"),
@@ -149,7 +149,7 @@ async def test_an_engine_that_rests_is_left_alone(serve: Serve, session: aiohttp
 async def test_a_bad_answer_is_failed_with_a_reason(
     serve: Serve, session: aiohttp.ClientSession, status: int, body: bytes, why: str
 ) -> None:
-    """Status, garbage and size are each told apart, and none of them becomes a page to merge."""
+    """Status, garbage and size have reasons of their own, and none becomes a page to merge."""
     signal = ScrapeSignal(await serve(answering(status, body)), parse, max_bytes=100)
     assert why in error(await signal.poll(session))
     assert signal.page() is None
@@ -188,7 +188,7 @@ async def test_an_engine_that_does_not_answer_is_failed_after_the_timeout(
 
 
 async def test_a_closed_port_and_a_broken_answer_are_failed(session: aiohttp.ClientSession) -> None:
-    """Nobody listening, and a peer that hangs up, are failures with reasons that name no address."""
+    """A closed port and a peer that disconnects are failures with reasons that contain no address."""
 
     async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
@@ -224,12 +224,12 @@ async def test_a_failure_keeps_the_last_page_until_it_is_too_old(serve: Serve, s
 
     signal = ScrapeSignal(await serve(flaky), parse, period=1.0, clock=lambda: now)
     await signal.poll(session)
-    up, now = False, float(PAGE_PERIODS)
+    up, now = False, float(MAX_PAGE_AGE_PERIODS)
     error(await signal.poll(session))
     assert signal.page() == PAGE.decode()
     now += 0.1
     assert signal.page() is None
-    assert signal.last_page(5) == (now, PAGE.decode()[:5]), "however old, for whoever looks at a hang afterwards"
+    assert signal.last_page(5) == (now, PAGE.decode()[:5]), "however old, for a later diagnosis"
 
 
 async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve) -> None:
@@ -257,7 +257,7 @@ async def test_run_polls_again_and_again_until_it_is_cancelled(serve: Serve) -> 
 # --- process ---
 
 
-def test_our_own_process_is_sampled() -> None:
+def test_the_own_process_is_sampled() -> None:
     """Resident bytes, CPU seconds and threads of a live process are positive numbers, with their cost."""
     reading = own_process.sample(os.getpid())
     assert isinstance(reading, Value)

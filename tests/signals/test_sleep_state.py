@@ -43,7 +43,7 @@ async def rest() -> AsyncIterator[Callable[..., SleepSignal]]:
 async def test_the_first_sign_that_is_true_counts(
     rest: Callable[..., SleepSignal], paused: bool | None, sleeping: bool, reason: str
 ) -> None:
-    """A paused vLLM says that it sleeps, too: the pause is asked first, and a sign that the engine lacks is no hindrance."""
+    """A paused vLLM also reports sleep, so the pause is polled first; a missing sign does not matter."""
     answers = {"/is_sleeping": said(is_sleeping=sleeping)} | (
         {} if paused is None else {"/is_paused": said(is_paused=paused)}
     )
@@ -52,7 +52,7 @@ async def test_the_first_sign_that_is_true_counts(
 
 
 async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[..., SleepSignal]) -> None:
-    """404 is remembered: without its development mode vLLM is asked once, and then left alone."""
+    """404 is remembered: without its development mode vLLM is polled only once."""
     async with Shown({}) as engine:
         signal = rest(engine, period=0.0)
         async with asyncio.timeout(PATIENCE):
@@ -64,7 +64,7 @@ async def test_a_sign_that_does_not_exist_is_not_asked_again(rest: Callable[...,
 async def test_what_is_not_answered_is_unknown_after_a_while(
     rest: Callable[..., SleepSignal], answer: tuple[int, str]
 ) -> None:
-    """A rest outlives a lost answer, and is not believed for ever: unknown is no exemption."""
+    """A sleep survives a lost response, but expires: unknown is no exemption."""
     clock = Clock()
     async with Shown({"/props": said(is_sleeping=True)}) as engine:
         signal = rest(engine, "llamacpp", clock=clock)
@@ -78,7 +78,7 @@ async def test_what_is_not_answered_is_unknown_after_a_while(
 
 @pytest.mark.parametrize("body", ["[]", "3", '{"is_sleeping": "yes"}', '{"is_sleeping": 1}', "{}"])
 async def test_only_a_plain_true_is_rest(rest: Callable[..., SleepSignal], body: str) -> None:
-    """Other JSON than the one that is published says nothing."""
+    """JSON other than the published one is ignored."""
     async with Shown({"/props": (200, body)}) as engine:
         assert await rest(engine, "llamacpp").poll() == ""
 

@@ -1,4 +1,4 @@
-"""Stack dumps by py-spy: what they say, what they must not say, and what happens where there are none."""
+"""Stack dumps by py-spy: what they contain, what they must not contain, and why there may be none."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def test_a_dump_names_the_functions_and_no_values(py_spy: str) -> None:
 
 
 async def test_a_dump_leaves_its_process_as_it_was(py_spy: str) -> None:
-    """A stopped process stays stopped, and goes on when it is told to: a dump attaches to nothing."""
+    """A stopped process stays stopped, and SIGCONT resumes it: a dump does not attach."""
     with victim("spin_here") as engine:
         os.kill(engine.pid, signal.SIGSTOP)
         process = psutil.Process(engine.pid)
@@ -47,13 +47,13 @@ async def test_a_dump_leaves_its_process_as_it_was(py_spy: str) -> None:
         assert process.status() != psutil.STATUS_TRACING_STOP
 
 
-async def test_a_process_without_python_says_so(py_spy: str) -> None:
+async def test_a_process_without_python_has_that_reason(py_spy: str) -> None:
     """An engine in another language has no Python stacks."""
     with victim(command=("sh", "-c", "echo 0; exec sleep 1000")) as engine:
         assert await stack_dump.dump(engine.pid, py_spy) == Failed(stack_dump.FOREIGN)
 
 
-async def test_a_process_that_ended_says_so(py_spy: str) -> None:
+async def test_a_process_that_ended_has_that_reason(py_spy: str) -> None:
     """Between the finding and the dump a process may end."""
     with victim() as engine:
         pid = engine.pid
@@ -80,7 +80,7 @@ async def test_a_dump_that_is_cancelled_leaves_no_process(tmp_path: Path) -> Non
 
 
 async def test_a_dump_is_bounded(tmp_path: Path) -> None:
-    """However much is printed, a bounded text is kept, and it says that it was cut."""
+    """Any amount of output becomes a bounded text that is marked as cut."""
     loud = script(tmp_path, "yes 'Thread 1 (idle)' | head -c 3000000\n")
     text = await stack_dump.dump(1, loud, 30)
     assert isinstance(text, str) and len(text) <= stack_dump.MAX_DUMP_BYTES + 10 and text.endswith("(cut)")
@@ -111,7 +111,7 @@ async def test_what_py_spy_prints_becomes_plain_words(printed: str, words: str, 
     assert await stack_dump.dump(1, refusing, 30) == Failed(words)
 
 
-async def test_a_py_spy_that_cannot_be_started_says_so(tmp_path: Path) -> None:
+async def test_a_py_spy_that_cannot_be_started_is_a_reason(tmp_path: Path) -> None:
     """A broken installation is a reason, not an error."""
     failed = await stack_dump.dump(1, str(tmp_path / "absent"))
     assert isinstance(failed, Failed) and "cannot be started" in failed.error
@@ -120,8 +120,8 @@ async def test_a_py_spy_that_cannot_be_started_says_so(tmp_path: Path) -> None:
 async def test_without_the_capability_another_users_process_is_refused(
     py_spy: str, powerless: list[str], stranger: dict[str, Any]
 ) -> None:
-    """What a pod looks like by default: the process is there, its stacks are not ours to read."""
+    """As in a pod by default: the process is visible, reading its stacks is not permitted."""
     with victim(**stranger) as engine:
         command = [*powerless, py_spy, "dump", "--nonblocking", "--pid", str(engine.pid)]
         run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
-        assert stack_dump.reason(run.stderr) == stack_dump.REFUSED
+        assert stack_dump.explain_failure(run.stderr) == stack_dump.REFUSED

@@ -24,7 +24,7 @@ globals()[sys.argv[1]](SECRET)
 
 @dataclass
 class Victim:
-    """One of them."""
+    """One such process."""
 
     process: subprocess.Popen[str]
     port: int

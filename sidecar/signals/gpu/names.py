@@ -1,7 +1,7 @@
-"""The names of the GPUs that are visible here, or of their MIG slices, as signals/gpu/poller.py tells them; asked once at the start.
+"""The names of the visible GPUs, or of their MIG slices, read once at startup.
 
-NVML has hung, and does not outlive a fork, so it is asked in a process of its own, which is killed when it takes too long. Where there
-is no driver library, nothing is started.
+NVML can hang, and does not survive a fork. So it runs in a process of its own, which is killed after a timeout. Without
+a driver library no process is started.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Final
 
 from sidecar.signals.gpu.poller import LIBRARY
 
-NAMES_TIMEOUT_S: Final = 10.0  # seconds; NVML's first call wakes the GPUs up
-MAX_GPUS: Final = 64  # GPUs
-ASK: Final = """
+# NVML's first call wakes the GPUs up.
+NAMES_TIMEOUT_S: Final = 10.0
+MAX_GPUS: Final = 64
+PROGRAM: Final = """
 import pynvml
-from sidecar.signals.gpu.sample import found
+from sidecar.signals.gpu.sample import find_devices
 pynvml.nvmlInit()
 for index in range(pynvml.nvmlDeviceGetCount()):
-    for device in found(pynvml, lambda call, *args: call(*args), index):
+    for device in find_devices(pynvml, lambda call, *args: call(*args), index):
         if device.error:
             raise device.error
         print(device.name)
@@ -30,14 +31,15 @@ for index in range(pynvml.nvmlDeviceGetCount()):
 _log = logging.getLogger(__name__)
 
 
-def read(patience: float = NAMES_TIMEOUT_S) -> list[str]:
-    """NVML's names, one per GPU, or per slice of it that is ours; empty where none can be read."""
+def read(timeout_s: float = NAMES_TIMEOUT_S) -> list[str]:
+    """One name per GPU, or per slice that this container was given; empty if NVML cannot be read."""
     try:
         ctypes.CDLL(LIBRARY)
-        done = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, timeout=patience, check=True)
+        command = [sys.executable, "-c", PROGRAM]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
     except OSError:
         return []
     except subprocess.SubprocessError as e:
-        _log.warning("the GPU's name cannot be read (NVML: %s); --gpu names it", type(e).__name__)
+        _log.warning("cannot read the GPU names from NVML (%s); set --gpu", type(e).__name__)
         return []
     return done.stdout.splitlines()[:MAX_GPUS]

@@ -1,9 +1,9 @@
-"""The numbers of one GPU, asked of NVML: which calls, in which units, and what a slice of a GPU does not have.
+"""The numbers of one GPU: the NVML calls, their units, and what a slice of a GPU does not have.
 
-Rules: what NVML gives in one batch of fields is asked in one call, and each field's own return code is looked at; what the batch
-does not give (an old driver, an unknown field) is asked by the call of its own. Lists of processes take a lock of the whole driver
-and milliseconds: once in PROCESS_PERIOD. Of a MIG slice NVML has no utilisation, and its power and energy are those of the whole
-GPU, which others share: absent, never 0.
+- Fields that NVML gives in a batch are read in one call, and each field's own return code is checked. Fields that the
+  batch lacks (an old driver, an unknown field) are read by single calls.
+- A list of processes takes milliseconds and a lock of the whole driver: once per PROCESS_LIST_INTERVAL_S.
+- A MIG slice has no utilisation. Its power and energy are those of the whole GPU, which others share: absent, never 0.
 """
 
 from __future__ import annotations
@@ -15,48 +15,54 @@ from typing import Any, Final, TypeVar
 from sidecar.readings import SLOWDOWNS, Absent, Failed, GpuSample, Reading, Value
 
 T = TypeVar("T")
-Ask = Callable[..., Any]  # one NVML call, watched
+# Makes one NVML call.
+NvmlCall = Callable[..., Any]
 
-PROCESS_PERIOD: Final = 30.0  # seconds
-MAX_SLICES: Final = 16  # of one GPU; NVIDIA's have 7 at most
+PROCESS_LIST_INTERVAL_S: Final = 30.0
+# Per GPU; NVIDIA's have at most 7.
+MAX_SLICES: Final = 16
 
-# NVML's codes, as numbers because the module that names them is imported only where there is a driver.
-INVALID: Final = 2  # how an older driver refuses a field that it does not know
-NOT_FOUND: Final = 6
-NOT_HERE: Final = frozenset({3, 13})  # not supported, function not found
-GONE: Final = frozenset({1, 15, 16, 18})  # uninitialised, lost, reset required, driver mismatch: ask nothing more
-REMEDY: Final = {
-    1: "NVML is not initialised any more; it is being restarted",
-    4: "the GPU's device files may not be opened; if it worked before, a systemd daemon-reload on the node took them"
-    " away: restart the pod",
+# NVML's codes as numbers, because pynvml is imported only if there is a driver.
+# Not supported, function not found.
+UNSUPPORTED_CODES: Final = frozenset({3, 13})
+# Uninitialised, lost, reset required, driver mismatch: every further call would fail.
+LOST_CODES: Final = frozenset({1, 15, 16, 18})
+REMEDIES: Final = {
+    1: "NVML is not initialised; it is being restarted",
+    4: "no permission for the GPU's device files; if it worked before, a systemd daemon-reload on the node removed"
+    " them: restart the pod",
     9: "the NVIDIA driver is not loaded on this node",
-    13: "the driver library lacks a function that we need; update the driver",
+    13: "the driver library lacks a required function; update the driver",
     15: "the GPU is lost (XID 79); the node needs a reboot",
     16: "the GPU needs a reset; drain the node",
     18: "driver library and kernel module differ in version; the node needs a reboot, the pod a restart",
-    999: "the driver does not say why; if it worked before, a systemd daemon-reload on the node took the devices away:"
+    999: "the driver gives no reason; if it worked before, a systemd daemon-reload on the node removed the devices:"
     " restart the pod",
 }
 
-POWER: Final = 185  # NVML_FI_DEV_POWER_AVERAGE, milliwatts over a second
-ENERGY: Final = 83  # NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, millijoules since the driver was loaded
-BATCH: Final = (POWER, ENERGY)
-# nvmlValueType_t -> the member of nvmlValue_t that holds it.
-MEMBERS: Final = {0: "dVal", 1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal", 6: "usVal"}
+# NVML_FI_DEV_POWER_AVERAGE, milliwatts over a second.
+POWER_FIELD: Final = 185
+# NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION, millijoules since the driver was loaded.
+ENERGY_FIELD: Final = 83
+BATCH_FIELDS: Final = (POWER_FIELD, ENERGY_FIELD)
+# nvmlValueType_t -> member of nvmlValue_t.
+VALUE_MEMBERS: Final = {0: "dVal", 1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal", 6: "usVal"}
 
-SM_CLOCK: Final = 1  # nvmlClockType_t
+# nvmlClockType_t.
+SM_CLOCK: Final = 1
 # Bits of nvmlClocksEventReasons, in the order of SLOWDOWNS.
 REASON_BITS: Final = dict(zip((0x04, 0x08, 0x20, 0x40, 0x80), SLOWDOWNS, strict=True))
 
-_OF_THE_WHOLE: Final = Absent("MIG: NVML has this number of the whole GPU only, which other slices share")
-_NO_UTILIZATION: Final = Absent("MIG: NVML has no utilisation of a slice")
+_OF_THE_WHOLE: Final = Absent("MIG: NVML has this number only for the whole GPU, which other slices share")
+_NO_UTILIZATION: Final = Absent("MIG: NVML has no utilisation for a slice")
 
 
 @dataclass(frozen=True, slots=True)
 class GpuDevice:
-    """One GPU, or one MIG slice of it, in one NVML session. `handle` is NVML's own; where it could not be had, `error` says why.
+    """One GPU, or one MIG slice of it, in one NVML session.
 
-    `whole` is the handle of the GPU that a slice belongs to; the same as `handle` for a GPU that is not sliced.
+    `handle` is NVML's; `error` is set if there is none. `whole` is the handle of the GPU that a slice belongs to, or
+    `handle` for a GPU without slices.
     """
 
     index: int
@@ -69,137 +75,150 @@ class GpuDevice:
 
 
 class GpuSampler:
-    """Samples of one NVML session's devices. `ask` makes one call of the module `nvml`."""
+    """Samples the devices of one NVML session. `call` makes one call of the module `nvml`."""
 
-    def __init__(self, nvml: Any, ask: Ask, xids: Callable[[int], tuple[tuple[int, int], ...]]) -> None:
+    def __init__(self, nvml: Any, call: NvmlCall, xids: Callable[[int], tuple[tuple[int, int], ...]]) -> None:
         self._nvml = nvml
-        self._ask = ask
+        self._call = call
         self._xids = xids
-        self._processes: dict[str, tuple[float, Reading[int]]] = {}  # by UUID: when asked, what came
+        self._process_counts: dict[str, tuple[float, Reading[int]]] = {}  # UUID -> time and result of the last list
 
     def sample(self, device: GpuDevice, now: float) -> GpuSample:
-        """Each number of one device. Raises NVMLError when it will answer nothing more."""
+        """All numbers of one device. Raises NVMLError if it no longer responds."""
         if device.error is not None:
             raise device.error
         nvml, handle = self._nvml, device.handle
-        sliced = device.mig is not None
-        memory = self._number(now, nvml.nvmlDeviceGetMemoryInfo, lambda m: (int(m.used), int(m.total)), handle)
-        batch = {} if sliced else self._batch(handle, now)
+        is_slice = device.mig is not None
+        memory = self._read(now, nvml.nvmlDeviceGetMemoryInfo, lambda m: (int(m.used), int(m.total)), handle)
+        batch = {} if is_slice else self._read_batch(handle, now)
         return GpuSample(
             index=device.index,
             name=device.name,
             uuid=device.uuid,
-            utilization=_NO_UTILIZATION if sliced else self._utilization(handle, now),
-            memory_used=_part(memory, 0),
-            memory_total=_part(memory, 1),
-            power=_OF_THE_WHOLE if sliced else _thousandth(batch.get(POWER) or self._power(handle, now)),
-            temperature=self._number(
-                now, nvml.nvmlDeviceGetTemperature, float, device.whole, nvml.NVML_TEMPERATURE_GPU
-            ),
+            utilization=_NO_UTILIZATION if is_slice else self._read_utilization(handle, now),
+            memory_used=_pick(memory, 0),
+            memory_total=_pick(memory, 1),
+            power=_OF_THE_WHOLE if is_slice else _from_milli(batch.get(POWER_FIELD) or self._read_power(handle, now)),
+            temperature=self._read(now, nvml.nvmlDeviceGetTemperature, float, device.whole, nvml.NVML_TEMPERATURE_GPU),
             xid_errors=self._xids(device.index),
             mig=device.mig,
-            energy=_OF_THE_WHOLE if sliced else _thousandth(batch.get(ENERGY) or self._energy(handle, now)),
-            sm_clock=self._number(now, nvml.nvmlDeviceGetClockInfo, _hertz, device.whole, SM_CLOCK),
-            slowdowns=self._slowdowns(device.whole, now),
-            processes=self._process_count(device, now),
+            energy=_OF_THE_WHOLE
+            if is_slice
+            else _from_milli(batch.get(ENERGY_FIELD) or self._read_energy(handle, now)),
+            sm_clock=self._read(now, nvml.nvmlDeviceGetClockInfo, _to_hertz, device.whole, SM_CLOCK),
+            slowdowns=self._read_slowdowns(device.whole, now),
+            processes=self._read_process_count(device, now),
         )
 
-    def lost(self, device: GpuDevice, error: Any) -> GpuSample:
-        """A device that answers nothing: every number failed, its XID errors kept."""
-        why = failed(error)
+    def sample_lost(self, device: GpuDevice, error: Any) -> GpuSample:
+        """The sample of a device that does not respond: every number failed, its XID errors kept."""
+        reason = to_failed(error)
         return GpuSample(
-            device.index, device.name, device.uuid, why, why, why, why, why, self._xids(device.index), device.mig, why, why, why, why,
-        )  # fmt: skip
+            index=device.index,
+            name=device.name,
+            uuid=device.uuid,
+            utilization=reason,
+            memory_used=reason,
+            memory_total=reason,
+            power=reason,
+            temperature=reason,
+            xid_errors=self._xids(device.index),
+            mig=device.mig,
+            energy=reason,
+            sm_clock=reason,
+            slowdowns=reason,
+            processes=reason,
+        )
 
-    def _number(self, now: float, call: Callable[..., Any], convert: Callable[[Any], T], *args: Any) -> Reading[T]:
+    def _read(self, now: float, function: Callable[..., Any], convert: Callable[[Any], T], *args: Any) -> Reading[T]:
         try:
-            return Value(convert(self._ask(call, *args)), at=now)
+            return Value(convert(self._call(function, *args)), at=now)
         except self._nvml.NVMLError as e:
-            if e.value in GONE:
+            if e.value in LOST_CODES:
                 raise
-            return Absent(f"NVML: {e}") if e.value in NOT_HERE else failed(e)
+            return Absent(f"NVML: {e}") if e.value in UNSUPPORTED_CODES else to_failed(e)
 
-    def _batch(self, handle: Any, now: float) -> dict[int, Value[float]]:
-        """The fields of BATCH that this driver gives, in NVML's units."""
+    def _read_batch(self, handle: Any, now: float) -> dict[int, Value[float]]:
+        """The fields of the batch that this driver has, in NVML's units."""
         try:
-            fields = self._ask(self._nvml.nvmlDeviceGetFieldValues, handle, BATCH)
+            fields = self._call(self._nvml.nvmlDeviceGetFieldValues, handle, BATCH_FIELDS)
         except self._nvml.NVMLError as e:
-            if e.value in GONE:
+            if e.value in LOST_CODES:
                 raise
             return {}
         return {
-            int(field.fieldId): Value(float(getattr(field.value, MEMBERS[field.valueType])), at=now)
+            int(field.fieldId): Value(float(getattr(field.value, VALUE_MEMBERS[field.valueType])), at=now)
             for field in fields
-            if field.nvmlReturn == 0 and field.valueType in MEMBERS
+            if field.nvmlReturn == 0 and field.valueType in VALUE_MEMBERS
         }
 
-    def _utilization(self, handle: Any, now: float) -> Reading[float]:
-        return self._number(now, self._nvml.nvmlDeviceGetUtilizationRates, lambda rates: rates.gpu / 100, handle)
+    def _read_utilization(self, handle: Any, now: float) -> Reading[float]:
+        return self._read(now, self._nvml.nvmlDeviceGetUtilizationRates, lambda rates: rates.gpu / 100, handle)
 
-    def _power(self, handle: Any, now: float) -> Reading[float]:
-        return self._number(now, self._nvml.nvmlDeviceGetPowerUsage, float, handle)
+    def _read_power(self, handle: Any, now: float) -> Reading[float]:
+        return self._read(now, self._nvml.nvmlDeviceGetPowerUsage, float, handle)
 
-    def _energy(self, handle: Any, now: float) -> Reading[float]:
-        return self._number(now, self._nvml.nvmlDeviceGetTotalEnergyConsumption, float, handle)
+    def _read_energy(self, handle: Any, now: float) -> Reading[float]:
+        return self._read(now, self._nvml.nvmlDeviceGetTotalEnergyConsumption, float, handle)
 
-    def _slowdowns(self, handle: Any, now: float) -> Reading[tuple[str, ...]]:
-        # The older of the function's two names: every driver has it.
-        return self._number(now, self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons, slowdowns, handle)
+    def _read_slowdowns(self, handle: Any, now: float) -> Reading[tuple[str, ...]]:
+        # The older of the function's two names, which every driver has.
+        return self._read(now, self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons, decode_slowdowns, handle)
 
-    def _process_count(self, device: GpuDevice, now: float) -> Reading[int]:
-        asked, reading = self._processes.get(device.uuid, (float("-inf"), Absent("not read yet")))
-        if now - asked >= PROCESS_PERIOD:
-            reading = self._number(now, self._nvml.nvmlDeviceGetComputeRunningProcesses, len, device.handle)
-            self._processes[device.uuid] = (now, reading)
+    def _read_process_count(self, device: GpuDevice, now: float) -> Reading[int]:
+        read_at, reading = self._process_counts.get(device.uuid, (float("-inf"), Absent("not read yet")))
+        if now - read_at >= PROCESS_LIST_INTERVAL_S:
+            reading = self._read(now, self._nvml.nvmlDeviceGetComputeRunningProcesses, len, device.handle)
+            self._process_counts[device.uuid] = (now, reading)
         return reading
 
 
-def found(nvml: Any, ask: Ask, index: int, name: str = "", uuid: str = "") -> list[GpuDevice]:
-    """GPU `index`, or the slices of it that can be seen from here. A GPU without a handle keeps the `name` and `uuid` it had."""
+def find_devices(nvml: Any, call: NvmlCall, index: int, name: str = "", uuid: str = "") -> list[GpuDevice]:
+    """GPU `index`, or its visible slices. Without a handle it gets the given `name` and `uuid`."""
     try:
-        whole = ask(nvml.nvmlDeviceGetHandleByIndex, index)
-        name, uuid = ask(nvml.nvmlDeviceGetName, whole), ask(nvml.nvmlDeviceGetUUID, whole)
+        whole = call(nvml.nvmlDeviceGetHandleByIndex, index)
+        name, uuid = call(nvml.nvmlDeviceGetName, whole), call(nvml.nvmlDeviceGetUUID, whole)
     except nvml.NVMLError as e:
         return [GpuDevice(index, name, uuid, None, None, error=e)]
-    return _slices(nvml, ask, index, whole) or [GpuDevice(index, name, uuid, whole, whole)]
+    return _find_slices(nvml, call, index, whole) or [GpuDevice(index, name, uuid, whole, whole)]
 
 
-def _slices(nvml: Any, ask: Ask, index: int, whole: Any) -> list[GpuDevice]:
-    """The MIG slices that this container was given; none where the GPU is not sliced."""
+def _find_slices(nvml: Any, call: NvmlCall, index: int, whole: Any) -> list[GpuDevice]:
+    """The MIG slices that this container was given; none if the GPU is not sliced."""
     try:
-        current, _ = ask(nvml.nvmlDeviceGetMigMode, whole)
-        most = ask(nvml.nvmlDeviceGetMaxMigDeviceCount, whole) if current else 0
+        current, _ = call(nvml.nvmlDeviceGetMigMode, whole)
+        count = call(nvml.nvmlDeviceGetMaxMigDeviceCount, whole) if current else 0
     except nvml.NVMLError:
         return []
     slices = []
-    for place in range(min(most, MAX_SLICES)):
+    for slot in range(min(count, MAX_SLICES)):
         try:
-            handle = ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, whole, place)
-            name, uuid = ask(nvml.nvmlDeviceGetName, handle), ask(nvml.nvmlDeviceGetUUID, handle)
-        except nvml.NVMLError:  # not found: an empty place, or the slice of another container
+            handle = call(nvml.nvmlDeviceGetMigDeviceHandleByIndex, whole, slot)
+            name, uuid = call(nvml.nvmlDeviceGetName, handle), call(nvml.nvmlDeviceGetUUID, handle)
+        except nvml.NVMLError:  # an empty slot, or the slice of another container
             continue
-        slices.append(GpuDevice(index, name, uuid, handle, whole, mig=place))
+        slices.append(GpuDevice(index, name, uuid, handle, whole, mig=slot))
     return slices
 
 
-def slowdowns(bits: int) -> tuple[str, ...]:
-    """The reasons in NVML's bits why the clocks are lower than they could be."""
+def decode_slowdowns(bits: int) -> tuple[str, ...]:
+    """NVML's reasons for lowered clocks, by name."""
     return tuple(name for bit, name in REASON_BITS.items() if bits & bit)
 
 
-def failed(error: Any) -> Failed:
-    """An NVML error as a reading, with what to do about it."""
-    remedy = REMEDY.get(error.value)
+def to_failed(error: Any) -> Failed:
+    """An NVML error as a reading, with its remedy."""
+    remedy = REMEDIES.get(error.value)
     return Failed(f"NVML: {error}" + (f": {remedy}" if remedy else ""))
 
 
-def _hertz(megahertz: int) -> int:
+def _to_hertz(megahertz: int) -> int:
     return int(megahertz) * 1_000_000
 
 
-def _thousandth(reading: Reading[float]) -> Reading[float]:
+def _from_milli(reading: Reading[float]) -> Reading[float]:
     return Value(reading.value / 1000, at=reading.at) if isinstance(reading, Value) else reading
 
 
-def _part(pair: Reading[tuple[int, int]], place: int) -> Reading[int]:
-    return Value(pair.value[place], at=pair.at) if isinstance(pair, Value) else pair
+def _pick(pair: Reading[tuple[int, int]], index: int) -> Reading[int]:
+    return Value(pair.value[index], at=pair.at) if isinstance(pair, Value) else pair

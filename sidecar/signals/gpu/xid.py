@@ -1,7 +1,7 @@
-"""XID errors, which the driver reports as events: counted per GPU and number on a thread of their own.
+"""XID errors: events of the driver, counted per GPU and number on a thread of their own.
 
-Rules: counts last over NVML sessions; the numbers told apart are bounded, rarer ones count as 0; where the driver has no
-such events (WSL, some virtual GPUs) there are no counts, and nothing else suffers.
+- Counts survive NVML sessions. At most MAX_XIDS_PER_GPU numbers have counts of their own; later ones count as number 0.
+- A driver without such events (WSL, some virtual GPUs) gives no counts; nothing else is affected.
 """
 
 from __future__ import annotations
@@ -10,22 +10,16 @@ import ctypes
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-MAX_XIDS: Final = 32  # XID numbers told apart per GPU
-WAIT_MS: Final = 1000  # longest wait inside NVML, and so the longest that an end has to wait
-_TIMEOUT: Final = 10  # NVML's code for "no event"
+from sidecar.signals.gpu.sample import GpuDevice
+
+MAX_XIDS_PER_GPU: Final = 32
+# Maximum wait inside NVML, and so the time that `end` may need.
+EVENT_WAIT_MS: Final = 1000
+_NO_EVENT_CODE: Final = 10
 
 _log = logging.getLogger(__name__)
-
-
-class HasHandle(Protocol):
-    """A GPU of the session; `whole` is its handle, None where NVML gave none; slices share one."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def whole(self) -> Any: ...
 
 
 class XidWatch:
@@ -39,11 +33,11 @@ class XidWatch:
         self._thread: threading.Thread | None = None
 
     def counts(self, index: int) -> tuple[tuple[int, int], ...]:
-        """(xid, count) of one GPU since the start, by xid."""
+        """(xid, count) of one GPU since the start, sorted by xid."""
         with self._lock:
             return tuple(sorted(self._counts.get(index, {}).items()))
 
-    def begin(self, nvml: Any, devices: Sequence[HasHandle]) -> None:
+    def begin(self, nvml: Any, devices: Sequence[GpuDevice]) -> None:
         """Watch these GPUs until `end`. Returns at once."""
         self._ended = threading.Event()
         self._thread = threading.Thread(
@@ -51,15 +45,15 @@ class XidWatch:
         )
         self._thread.start()
 
-    def end(self, seconds: float = 2 * WAIT_MS / 1000) -> bool:
-        """Stop to watch, within `seconds`. False where NVML holds the thread."""
+    def end(self, timeout_s: float = 2 * EVENT_WAIT_MS / 1000) -> bool:
+        """Stop watching. False if the thread hangs in NVML."""
         self._ended.set()
         if self._thread is None:
             return True
-        self._thread.join(seconds)
+        self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _watch(self, nvml: Any, devices: Sequence[HasHandle], ended: threading.Event) -> None:
+    def _watch(self, nvml: Any, devices: Sequence[GpuDevice], ended: threading.Event) -> None:
         try:
             events = nvml.nvmlEventSetCreate()
             by_address = _register(nvml, devices, events)
@@ -71,10 +65,10 @@ class XidWatch:
 
     def _wait(self, nvml: Any, events: Any, by_address: dict[int | None, int]) -> None:
         try:
-            event = nvml.nvmlEventSetWait_v2(events, WAIT_MS)
+            event = nvml.nvmlEventSetWait_v2(events, EVENT_WAIT_MS)
         except nvml.NVMLError as e:
-            if e.value != _TIMEOUT:  # one GPU of several is lost; the others still have events
-                self._stopping.wait(WAIT_MS / 1000)
+            if e.value != _NO_EVENT_CODE:  # one of several GPUs is lost; the others still have events
+                self._stopping.wait(EVENT_WAIT_MS / 1000)
             return
         if event.eventType & nvml.nvmlEventTypeXidCriticalError:
             self._count(by_address.get(_address(event.device), -1), int(event.eventData))
@@ -83,12 +77,12 @@ class XidWatch:
         _log.warning("GPU %d reported XID %d", index, xid)
         with self._lock:
             counts = self._counts.setdefault(index, {})
-            known = xid in counts or len(counts) < MAX_XIDS
+            known = xid in counts or len(counts) < MAX_XIDS_PER_GPU
             counts[xid if known else 0] = counts.get(xid if known else 0, 0) + 1
 
 
-def _register(nvml: Any, devices: Sequence[HasHandle], events: Any) -> dict[int | None, int]:
-    """Subscribe to each GPU that can; GPU index by the address of its handle, which is what an event carries."""
+def _register(nvml: Any, devices: Sequence[GpuDevice], events: Any) -> dict[int | None, int]:
+    """Subscribe to each GPU that supports events. Returns GPU index by the address of its handle, as events have it."""
     registered: dict[int | None, int] = {}
     for device in devices:
         if device.whole is None or _address(device.whole) in registered:

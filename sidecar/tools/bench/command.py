@@ -20,8 +20,8 @@ from typing import Final
 import aiohttp
 
 from sidecar.errors import UsageError
-from sidecar.flags import flag, integer, number, one_of, text, url
-from sidecar.settings import writable
+from sidecar.flags import file_path, flag, integer, number, one_of, parser, text, url
+from sidecar.settings import require_writable
 from sidecar.tools.bench import report
 from sidecar.tools.bench.arrivals import NAMES, PROFILES, Profile, rate_for, times
 from sidecar.tools.bench.tally import BenchRow, row
@@ -36,6 +36,7 @@ from sidecar.tools.calibrate.traffic import EngineRefused
 SHOW: Final = (10.0, 1.0)  # seconds between lines of progress: in a log, on a terminal
 
 
+@parser("some of " + ",".join(NAMES), "NAMES")
 def profiles(value: str) -> str:
     names = [name for name in value.split(",") if name]
     if not names or set(names) - set(NAMES):
@@ -47,34 +48,23 @@ def profiles(value: str) -> str:
 class BenchSettings:
     """What `sidecar bench` may be told."""
 
-    engine: str = flag("", url, "Base URL of the engine, or of a relay", expected="a URL such as http://127.0.0.1:8000")
-    engine_key: str = flag("", text, "Bearer key for the engine", expected="a key", secret=True)
-    profiles: str = flag(",".join(NAMES), profiles, "Runs, in order", expected="some of " + ",".join(NAMES))
+    engine: str = flag("", url, "Base URL of the engine, or of a relay")
+    engine_key: str = flag("", text, "Bearer key for the engine", secret=True)
+    profiles: str = flag(",".join(NAMES), profiles, "Runs, in order")
     rate: float = flag(
-        0.0,
-        number(0, 10_000),
-        "Requests per second on average; 0: 6.4 for each that the engine answers one at a time",
-        expected="a number from 0 to 10000",
+        0.0, number(0, 10_000), "Requests per second on average; 0: 6.4 for each that the engine answers one at a time"
     )
-    seconds: float = flag(60.0, number(1, 36_000), "Time in which requests come", expected="seconds from 1 to 36000")
-    input_tokens: int = flag(512, integer(1, 1 << 20), "Prompt of each request", expected="tokens from 1 to 1048576")
-    output_tokens: int = flag(128, integer(1, 1 << 20), "Answer to each request", expected="tokens from 1 to 1048576")
-    max_open: int = flag(
-        64, integer(1, 10_000), "Requests open at a time; more are dropped", expected="a whole number from 1 to 10000"
-    )
-    timeout: float = flag(
-        60.0, number(0.1, 36_000), "Time after which a request is stalled", expected="seconds from 0.1 to 36000"
-    )
-    slo_seconds: float = flag(
-        10.0, number(0.05, 3600), "Latency that p95 is to keep", expected="seconds from 0.05 to 3600"
-    )
-    dollars_per_gpu_hour: float = flag(
-        0.0, number(0, 10_000), "Price of a GPU hour", expected="dollars from 0 to 10000"
-    )
-    gpus: int = flag(1, integer(1, 1024), "GPUs of the engine", expected="a whole number from 1 to 1024")
-    seed: int = flag(0, integer(0, 2**63), "Seed of arrivals and prompts", expected="a whole number from 0")
-    format: str = flag("table", one_of("table", "json"), "Form of the report", expected="one of table, json")
-    plot: str = flag("", text, "SVG file to write", expected="a path")
+    seconds: float = flag(60.0, number(1, 36_000, "seconds"), "Time in which requests come")
+    input_tokens: int = flag(512, integer(1, 1 << 20, "tokens"), "Prompt of each request")
+    output_tokens: int = flag(128, integer(1, 1 << 20, "tokens"), "Answer to each request")
+    max_open: int = flag(64, integer(1, 10_000), "Requests open at a time; more are dropped")
+    timeout: float = flag(60.0, number(0.1, 36_000, "seconds"), "Time after which a request is stalled")
+    slo_seconds: float = flag(10.0, number(0.05, 3600, "seconds"), "Latency that p95 is to keep")
+    dollars_per_gpu_hour: float = flag(0.0, number(0, 10_000, "dollars"), "Price of a GPU hour")
+    gpus: int = flag(1, integer(1, 1024), "GPUs of the engine")
+    seed: int = flag(0, integer(0, 2**63), "Seed of arrivals and prompts")
+    format: str = flag("table", one_of("table", "json"), "Form of the report")
+    plot: str = flag("", file_path, "SVG file to write")
 
 
 def main(chosen: BenchSettings) -> int:
@@ -82,7 +72,7 @@ def main(chosen: BenchSettings) -> int:
     if not chosen.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     if chosen.plot:
-        writable("plot", chosen.plot)
+        require_writable("plot", chosen.plot)
     rows: list[BenchRow] = []
     ended = 0
     try:

@@ -44,7 +44,7 @@ async def meet(
 ) -> EngineCapabilities:
     """Ask what it serves, and try what it can do. `kind` may be "auto"; `model` is its directory or "". Raises EngineRefused."""
     target = PromptTarget(url, "", key)
-    pages = {path: await _page(session, target, path) for path in ("/v1/models", "/metrics", *registry.CLOSER_LOOK)}
+    pages = {path: await _page(session, target, path) for path in ("/v1/models", "/metrics", *registry.FURTHER_PATHS)}
     card = _card(pages["/v1/models"], url)
     known = registry.KINDS[registry.recognise({k: v for k, v in pages.items() if v}) if kind == "auto" else kind]
     target = replace(target, model=card["id"])

@@ -23,10 +23,10 @@ from typing import Any, Final
 import aiohttp
 
 from sidecar.errors import UsageError
-from sidecar.flags import ENGINE_KINDS, existing_dir, flag, gpu, integer, number, one_of, text, url
+from sidecar.flags import ENGINE_KINDS, existing_dir, file_path, flag, gpu, integer, number, one_of, text, url
 from sidecar.load import cost_model
 from sidecar.load.roofline import roofline
-from sidecar.settings import writable
+from sidecar.settings import require_writable
 from sidecar.tools.calibrate import capacity_search, contention, fit, hardware, report
 from sidecar.tools.calibrate.capabilities import EngineCapabilities, meet
 from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done, GridPlan
@@ -45,28 +45,17 @@ LOOK: Final = 2.0
 class CalibrateSettings:
     """What `sidecar calibrate` may be told."""
 
-    engine: str = flag("", url, "Base URL of the engine", expected="a URL such as http://127.0.0.1:8000")
-    engine_key: str = flag("", text, "Bearer key for the engine", expected="a key", secret=True)
-    engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Engine", expected="one of " + ", ".join(ENGINE_KINDS))
-    model: str = flag(
-        "", existing_dir, "The model's directory, for exact image tokens", expected="an existing directory"
-    )
-    gpu: str = flag(
-        "", gpu, "The engine's GPUs; default: those of this machine", expected="a name such as H100 or 2xH100"
-    )
-    out: str = flag("coefficients.json", text, "File to write", expected="a path")
-    measurements: str = flag("", text, "File to keep every single measurement in", expected="a path")
-    seconds: float = flag(480.0, number(5, 36_000), "Time to take", expected="seconds from 5 to 36000")
-    concurrency: int = flag(
-        0,
-        integer(0, 1024),
-        "Requests open at all times; 0: as fill the engine",
-        expected="a whole number from 0 to 1024",
-    )
-    slo_seconds: float = flag(
-        10.0, number(0.05, 3600), "Latency that p95 is to keep", expected="seconds from 0.05 to 3600"
-    )
-    context: int = flag(0, integer(0, 1 << 20), "Context length; 0: ask the engine", expected="tokens")
+    engine: str = flag("", url, "Base URL of the engine")
+    engine_key: str = flag("", text, "Bearer key for the engine", secret=True)
+    engine_kind: str = flag("auto", one_of(*ENGINE_KINDS), "Engine")
+    model: str = flag("", existing_dir, "The model's directory, for exact image tokens")
+    gpu: str = flag("", gpu, "The engine's GPUs; default: those of this machine")
+    out: str = flag("coefficients.json", file_path, "File to write")
+    measurements: str = flag("", file_path, "File to keep every single measurement in")
+    seconds: float = flag(480.0, number(5, 36_000, "seconds"), "Time to take")
+    concurrency: int = flag(0, integer(0, 1024), "Requests open at all times; 0: as fill the engine")
+    slo_seconds: float = flag(10.0, number(0.05, 3600, "seconds"), "Latency that p95 is to keep")
+    context: int = flag(0, integer(0, 1 << 20, "tokens"), "Context length; 0: ask the engine")
 
 
 def main(chosen: CalibrateSettings) -> int:
@@ -76,7 +65,7 @@ def main(chosen: CalibrateSettings) -> int:
     out, kept = Path(chosen.out), Path(chosen.measurements) if chosen.measurements else None
     for name, path in (("out", out), ("measurements", kept)):
         if path is not None:
-            writable(name, str(path))
+            require_writable(name, str(path))
     try:
         found, journal = asyncio.run(calibrate(chosen, out))
     except KeyboardInterrupt:

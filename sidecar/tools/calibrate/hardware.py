@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from sidecar.flags import gpu_of
+from sidecar.flags import parse_gpu
 from sidecar.signals.gpu import names as gpu_names
 
 LOCAL: Final = ("127.0.0.1", "localhost", "::1")
@@ -16,7 +16,7 @@ LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 def gpus_of(engine: str, chosen: str) -> tuple[int, str]:
     """How many GPUs of which name: those of --gpu, else those that NVML shows; (0, "") where there are none to be seen."""
     if chosen:
-        return gpu_of(chosen)
+        return parse_gpu(chosen)
     names = gpu_names.read() if urlsplit(engine).hostname in LOCAL else []
     return len(names), names[0] if names else ""
 

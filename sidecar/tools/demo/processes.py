@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.errors import StartError
-from sidecar.settings import ENV_PREFIX, Settings, default_of, spelled
+from sidecar.settings import ENV_PREFIX, Settings, format_key
 from sidecar.tools.demo.kubelet import Container
 from sidecar.tools.demo.probe_policy import HttpGet, ProbeSpec
 
@@ -126,7 +126,7 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
         chosen[name] = free(wanted)
         if wanted[1] and chosen[name] != wanted:
             notes.append(
-                f"{spelled_address(wanted)} is taken; {spelled(name)} is {spelled_address(chosen[name])} instead"
+                f"{spelled_address(wanted)} is taken; {format_key(name)} is {spelled_address(chosen[name])} instead"
             )
     missing = [module for module in IMAGE_MODULES if importlib.util.find_spec(module) is None]
     if missing:
@@ -172,8 +172,8 @@ def spelled_address(address: Address) -> str:
 
 def quick_settings() -> str:
     """What the demo sets differently from `sidecar run`, in words."""
-    usual = {f.name: default_of(f) for f in fields(Settings)}
-    flags = ", ".join(f"{spelled(name)} {value} (default {usual[name]:g})" for name, value in QUICK.items())
+    usual = {f.name: f.default for f in fields(Settings)}
+    flags = ", ".join(f"{format_key(name)} {value} (default {usual[name]:g})" for name, value in QUICK.items())
     return (
         f"{flags}; probes every {PROBE_PERIOD:g} s (Kubernetes: 10 s), time-out {PROBE_TIMEOUT:g} s (1 s), "
         f"grace {GRACE:g} s (30 s), crash back-off from {BACKOFF:g} s (10 s)"
@@ -185,7 +185,7 @@ def _python(*args: str) -> tuple[str, ...]:
 
 
 def _flags(values: Mapping[str, str]) -> list[str]:
-    return [text for name, value in values.items() for text in (spelled(name), value)]
+    return [text for name, value in values.items() for text in (format_key(name), value)]
 
 
 def _environment(ours: Mapping[str, str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
-from sidecar.signals.identify import ProbeAnswers, ask, probe_engine
+from sidecar.signals.identify import ProbeAnswers, probe_engine, request_pages
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
 ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
@@ -43,7 +43,7 @@ async def check(chosen: Settings) -> list[DoctorFinding]:
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
         found.append(await _rest(session, chosen, kind))
         found.append(shared_memory(chosen, name))
-        await ask(met, session, chosen.engine, ("/version",), headers, ANSWER)
+        await request_pages(met, session, chosen.engine, ("/version",), headers, ANSWER)
         found.append(prepared(chosen, met))
     return [*found, threads(chosen.engine)]
 
@@ -51,7 +51,7 @@ async def check(chosen: Settings) -> list[DoctorFinding]:
 def _reached(met: ProbeAnswers) -> DoctorFinding:
     status = met.status["/v1/models"]
     if status == 0:
-        return DoctorFinding("engine", "fail", met.why, "start the engine, or correct --engine")
+        return DoctorFinding("engine", "fail", met.error, "start the engine, or correct --engine")
     if status in (401, 403):
         return DoctorFinding("engine", "fail", f"/v1/models answers {status}", "give the engine's key: --engine-key")
     if status != 200:
@@ -93,7 +93,7 @@ def _metrics(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
     page = met.pages.get(kind.metrics_path)
     if page is None:
         status = met.status.get(kind.metrics_path, 0)
-        return DoctorFinding("engine-metrics", "warn", f"{kind.metrics_path} answers {status or met.why}", remedy)
+        return DoctorFinding("engine-metrics", "warn", f"{kind.metrics_path} answers {status or met.error}", remedy)
     try:
         read = metrics_parser.parse(page, kind)
     except ValueError:
@@ -133,7 +133,7 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
 async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
     """Where the engine's sleep and pause can be read; what cannot be read is only known when the relay passes the order."""
     met = ProbeAnswers()
-    await ask(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, ANSWER)
+    await request_pages(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, ANSWER)
     read = [*(["its metrics page"] if kind.awake else []), *met.pages]
     if read:
         return DoctorFinding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
@@ -170,7 +170,7 @@ def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
 def threads(engine: str) -> DoctorFinding:
     """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
     url = urlsplit(engine)
-    pids = engine_processes.listening(url.port or 80)[0] if url.hostname in LOCAL else set()
+    pids = engine_processes.find_listeners(url.port or 80)[0] if url.hostname in LOCAL else set()
     if not pids:
         return DoctorFinding("engine-threads", "absent", "the engine's process cannot be seen from here")
     try:

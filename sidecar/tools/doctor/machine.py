@@ -45,7 +45,7 @@ _IMPORT: Final = (
 def coefficients(chosen: Settings) -> DoctorFinding:
     """The coefficients file, or that there is none."""
     try:
-        co = preflight.coefficients(chosen)
+        co = preflight.choose_coefficients(chosen)
     except (SidecarError, OSError) as e:
         return DoctorFinding("coefficients", "fail", str(e), "correct the file, or leave --coefficients away")
     if not chosen.coefficients:
@@ -133,7 +133,7 @@ def model(chosen: Settings) -> DoctorFinding:
 
 def images(chosen: Settings) -> DoctorFinding:
     """Whether images can be prepared: the extra is there and loads."""
-    why = preflight.no_images(chosen)
+    why = preflight.explain_images_off(chosen)
     if why:
         asked = chosen.images in ("inline", "shm")
         return DoctorFinding(

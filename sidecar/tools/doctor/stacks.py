@@ -7,7 +7,7 @@ import asyncio
 from sidecar.readings import Absent, Failed
 from sidecar.settings import Settings
 from sidecar.signals import engine_processes, stack_dump
-from sidecar.signals.process_examiner import MAX_DUMPED, HangProofThread, dumps
+from sidecar.signals.process_examiner import MAX_DUMPED_PROCESSES, HangProofThread, dump_all
 from sidecar.signals.process_state import EngineProcess
 from sidecar.tools.doctor.finding import DoctorFinding
 
@@ -20,14 +20,14 @@ def check(chosen: Settings) -> DoctorFinding:
 async def _check(engine: str) -> DoctorFinding:
     if not engine:
         return DoctorFinding("stack-dumps", "absent", "no engine to look at")
-    found = await HangProofThread().ask(lambda: engine_processes.find(engine))
+    found = await HangProofThread().run(lambda: engine_processes.find(engine))
     if not isinstance(found, tuple):
         return DoctorFinding("stack-dumps", "absent", found.reason if isinstance(found, Absent) else found.error)
     place = stack_dump.locate()
     if place is None:
         what, _, remedy = stack_dump.INSTALL.partition(": ")
         return DoctorFinding("stack-dumps", "absent", what, remedy)
-    return judged(found[:MAX_DUMPED], await dumps(found[:MAX_DUMPED], place))
+    return judged(found[:MAX_DUMPED_PROCESSES], await dump_all(found[:MAX_DUMPED_PROCESSES], place))
 
 
 def judged(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> DoctorFinding:

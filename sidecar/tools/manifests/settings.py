@@ -10,33 +10,20 @@ from typing import Final
 
 from sidecar import __version__
 from sidecar.errors import UsageError
-from sidecar.flags import Parse, flag, integer, one_of, text
+from sidecar.flags import Parser, flag, integer, matching, one_of, parser, text
 
 ENGINE_PORT: Final = 8000
 SIDECAR_MEMORY: Final = "512Mi"  # what the sidecar asks for; a limit below it is refused
 
 
-def label(value: str) -> str:
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?", value):
-        raise ValueError
-    return value
+_LABEL: Final = r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?"
+label = matching(_LABEL, "a lower-case DNS label")
+optional_label = matching(f"({_LABEL})?", "a lower-case DNS label")
+reference = matching(r"\S+", "an image")
+optional_reference = matching(r"\S*", "an image")
 
 
-def optional_label(value: str) -> str:
-    return label(value) if value else ""
-
-
-def reference(value: str) -> str:
-    if not re.fullmatch(r"\S+", value):
-        raise ValueError
-    return value
-
-
-def optional_reference(value: str) -> str:
-    return reference(value) if value else ""
-
-
-def quantity(least: str = "1") -> Parse:
+def quantity(least: str = "1") -> Parser:
     """A parser of Kubernetes' quantities, in one spelling each: 1k is 1000, 1Ki is 1024, and there is no 1K."""
 
     def parse(value: str) -> str:
@@ -44,7 +31,8 @@ def quantity(least: str = "1") -> Parse:
             raise ValueError
         return value
 
-    return parse
+    bound = f" of {least} or more" if least != "1" else ""
+    return Parser(f"a quantity{bound}, such as 64Gi", "SIZE", parse)
 
 
 def amount(value: str) -> int:
@@ -55,6 +43,7 @@ def amount(value: str) -> int:
     return int(match[1]) * unit
 
 
+@parser("closed quotes", "TEXT")
 def arguments(value: str) -> str:
     shlex.split(value)  # raises ValueError on a quote that is never closed
     return value
@@ -112,79 +101,52 @@ KINDS: Final[dict[str, EngineCommand]] = {
 class ManifestSettings:
     """Settings of `sidecar manifests`."""
 
-    name: str = flag("llm", label, "Name of the Deployment and its Service", expected="a lower-case DNS label")
-    namespace: str = flag("", optional_label, "Namespace; default: kubectl's own", expected="a lower-case DNS label")
+    name: str = flag("llm", label, "Name of the Deployment and its Service")
+    namespace: str = flag("", optional_label, "Namespace; default: kubectl's own")
     engine_kind: str = flag(
         "vllm",
         one_of(*KINDS),
         "Which engine it is",
         expected="one of " + ", ".join(KINDS) + " (auto cannot be rendered)",
     )
-    model: str = flag(
-        "Qwen/Qwen2.5-VL-7B-Instruct", text, "The model: a hub's name, or a directory below /models", expected="a name"
-    )
-    image: str = flag(
-        "", optional_reference, "The engine's image; default: the tested one, if any", expected="an image"
-    )
-    sidecar_image: str = flag(f"inference-sidecar:{__version__}", reference, "The sidecar's image", expected="an image")
-    engine_args: str = flag("", arguments, "More arguments of the engine, as in a shell", expected="closed quotes")
-    gpus: int = flag(1, integer(0, 64), "GPUs of the engine", expected="a whole number from 0 to 64")
-    cpus: int = flag(8, integer(1, 512), "CPUs of the engine", expected="a whole number from 1 to 512")
-    memory: str = flag("64Gi", quantity(), "Memory of the engine", expected="a quantity such as 64Gi")
-    sidecar_cpus: int = flag(
-        2,
-        integer(1, 128),
-        "CPUs of the sidecar; it prepares that many images at once",
-        expected="a whole number from 1",
-    )
-    sidecar_memory: str = flag(
-        "4Gi",
-        quantity(SIDECAR_MEMORY),
-        f"Memory of the sidecar, at least {SIDECAR_MEMORY}",
-        expected=f"a quantity of {SIDECAR_MEMORY} or more, such as 4Gi",
-    )
-    replicas: int = flag(1, integer(0, 10_000), "Pods", expected="a whole number from 0 to 10000")
+    model: str = flag("Qwen/Qwen2.5-VL-7B-Instruct", text, "The model: a hub's name, or a directory below /models")
+    image: str = flag("", optional_reference, "The engine's image; default: the tested one, if any")
+    sidecar_image: str = flag(f"inference-sidecar:{__version__}", reference, "The sidecar's image")
+    engine_args: str = flag("", arguments, "More arguments of the engine, as in a shell")
+    gpus: int = flag(1, integer(0, 64), "GPUs of the engine")
+    cpus: int = flag(8, integer(1, 512), "CPUs of the engine")
+    memory: str = flag("64Gi", quantity(), "Memory of the engine")
+    sidecar_cpus: int = flag(2, integer(1, 128), "CPUs of the sidecar; it prepares that many images at once")
+    sidecar_memory: str = flag("4Gi", quantity(SIDECAR_MEMORY), f"Memory of the sidecar, at least {SIDECAR_MEMORY}")
+    replicas: int = flag(1, integer(0, 10_000), "Pods")
     max_surge: int = flag(
         0,
         integer(0, 10_000),
         "Pods that a rollout may add, each with GPUs of its own; 0: it replaces one pod after the other",
-        expected="a whole number from 0 to 10000",
     )
     startup_seconds: int = flag(
         3600,  # a cold start compiles for 10-20 minutes
-        integer(60, 86_400),
+        integer(60, 86_400, "seconds"),
         "Longest time until the engine serves its first token",
-        expected="seconds from 60 to 86400",
     )
     claim: str = flag(
-        "",
-        optional_label,
-        "PersistentVolumeClaim with the models, mounted at /models; needed to prepare images",
-        expected="a lower-case DNS label",
+        "", optional_label, "PersistentVolumeClaim with the models, mounted at /models; needed to prepare images"
     )
     images: str = flag(
         "auto",
         one_of("auto", "shm"),
         "How the engine gets prepared images; shm: through shared memory, by the plugin in vLLM's image; needs --claim",
-        expected="one of auto, shm",
     )
     probe: str = flag(
         "safe",
         one_of("safe", "http"),
         "The engine's livenessProbe: safe cannot kill a healthy engine, http fails closed",
-        expected="one of safe, http",
     )
-    monitor: str = flag(
-        "annotations",
-        one_of("annotations", "podmonitor", "none"),
-        "How Prometheus finds the pods",
-        expected="one of annotations, podmonitor, none",
-    )
+    monitor: str = flag("annotations", one_of("annotations", "podmonitor", "none"), "How Prometheus finds the pods")
     stack_dumps: str = flag(
         "off",
         one_of("off", "on"),
         "Whether the sidecar may read the engine's stacks when it hangs: it then runs as root with SYS_PTRACE",
-        expected="one of off, on",
     )
 
 

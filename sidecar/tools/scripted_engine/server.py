@@ -36,47 +36,24 @@ STOP_SECONDS = 0.05  # open streams are cut at the end, as a killed engine cuts 
 class EngineSettings:
     """Settings of `sidecar engine`. The default speeds are those of an 8B model on one H100, rounded."""
 
-    listen: tuple[str, int] = flag(("127.0.0.1", 8000), address, "Where the engine listens", expected="HOST:PORT")
-    served_model: str = flag("scripted", text, "Name of the model it serves", expected="a name")
-    prefill_tokens_per_second: float = flag(
-        20_000.0, number(1, 1e9), "Speed of prefill", expected="tokens per second from 1 to 1e9"
-    )
-    decode_step_ms: float = flag(
-        10.0, number(0, 60_000), "Time of one decode step", expected="milliseconds from 0 to 60000"
-    )
-    max_batch: int = flag(64, integer(1, 4096), "Most running sequences", expected="a whole number from 1 to 4096")
-    max_waiting: int = flag(
-        2048, integer(1, 100_000), "Most waiting sequences before 503", expected="a whole number from 1 to 100000"
-    )
-    kv_tokens: int = flag(
-        131_072,
-        integer(64, 100_000_000),
-        "Tokens that the KV cache holds",
-        expected="a whole number from 64 to 100000000",
-    )
-    chunked_prefill_tokens: int = flag(
-        2048, integer(1, 1_000_000), "Token budget of one step", expected="a whole number from 1 to 1000000"
-    )
-    data_parallel: int = flag(
-        1, integer(1, 64), "Ranks, each with a core of its own", expected="a whole number from 1 to 64"
-    )
+    listen: tuple[str, int] = flag(("127.0.0.1", 8000), address, "Where the engine listens")
+    served_model: str = flag("scripted", text, "Name of the model it serves")
+    prefill_tokens_per_second: float = flag(20_000.0, number(1, 1_000_000_000, "tokens per second"), "Speed of prefill")
+    decode_step_ms: float = flag(10.0, number(0, 60_000, "milliseconds"), "Time of one decode step")
+    max_batch: int = flag(64, integer(1, 4096), "Most running sequences")
+    max_waiting: int = flag(2048, integer(1, 100_000), "Most waiting sequences before 503")
+    kv_tokens: int = flag(131_072, integer(64, 100_000_000), "Tokens that the KV cache holds")
+    chunked_prefill_tokens: int = flag(2048, integer(1, 1_000_000), "Token budget of one step")
+    data_parallel: int = flag(1, integer(1, 64), "Ranks, each with a core of its own")
     image_ms: float = flag(
         15.0,
-        number(0, 10_000),
+        number(0, 10_000, "milliseconds"),
         "Own preprocessing of an image that is no BMP, per megapixel, on one thread",
-        expected="milliseconds from 0 to 10000",
     )
-    load_seconds: float = flag(0.0, number(0, 86_400), "Length of start-up", expected="seconds from 0 to 86400")
-    load_port: str = flag(
-        "open",
-        one_of("open", "refused"),
-        "The port during start-up: open with 503, or refused",
-        expected="one of open, refused",
-    )
-    seed: int = flag(0, integer(0, 2**63), "Seed of lengths and texts", expected="a whole number from 0")
-    fault: str = flag(
-        "", one_of("", *FAULTS), "A fault that is active from the start", expected="one of " + ", ".join(FAULTS)
-    )
+    load_seconds: float = flag(0.0, number(0, 86_400, "seconds"), "Length of start-up")
+    load_port: str = flag("open", one_of("open", "refused"), "The port during start-up: open with 503, or refused")
+    seed: int = flag(0, integer(0, 2**63), "Seed of lengths and texts")
+    fault: str = flag("", one_of("", *FAULTS), "A fault that is active from the start")
 
     def limits(self) -> SchedulerLimits:
         """The sizes and speeds of one rank."""
@@ -185,7 +162,14 @@ class ScriptedEngine:
     def _parts(self, meters: EngineMetrics) -> EngineParts:
         s = self.settings
         return EngineParts(
-            s.served_model, s.seed, s.kv_tokens, s.image_ms / 1e9, self.cores, self.faults, meters, self._preprocessor
+            s.served_model,
+            s.seed,
+            s.kv_tokens,
+            s.image_ms / 1_000_000_000,
+            self.cores,
+            self.faults,
+            meters,
+            self._preprocessor,
         )
 
     async def _obey(self) -> None:
