@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp import web
@@ -42,12 +42,14 @@ from sidecar.relay import (
 from sidecar.relay import response as answering
 from sidecar.relay.admission import Admission
 from sidecar.relay.media import image_refusals, inline
-from sidecar.relay.media.inline import ImageWork
 from sidecar.relay.metrics_page import MergedMetricsPage
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.settings import Settings
 from sidecar.trace_context import new_trace, parse_traceparent
+
+if TYPE_CHECKING:  # a relay without images does not load them
+    from sidecar.images.service import ImageService, PreparedImage
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Relay:
         index: int = 0,
         engine_kind: str = "openai",
         image_key: bytes = b"",
-        images: ImageWork | None = None,
+        images: ImageService | None = None,
         preprocess: Handler | None = None,
         fetch: inline.Fetch | None = None,
         shm: Callable[[], bool] | None = None,
@@ -253,7 +255,7 @@ class Relay:
         return self._pieces(skeleton, prepared, admission)
 
     def _pieces(
-        self, skeleton: request_body.ParsedBody, prepared: list[inline.Prepared], admission: Admission
+        self, skeleton: request_body.ParsedBody, prepared: list[PreparedImage], admission: Admission
     ) -> engine_io.BodyPayload:
         """The body to send; with the one as it came, where the engine may refuse what was prepared."""
         parts = skeleton.images
@@ -311,7 +313,7 @@ class Relay:
             self._refusals.ended(status, answer)
             return await self._answer(request, answer, admission, id)
 
-    async def _prepare(self, skeleton: request_body.ParsedBody, admission: Admission) -> list[inline.Prepared]:
+    async def _prepare(self, skeleton: request_body.ParsedBody, admission: Admission) -> list[PreparedImage]:
         """What became of each image; nothing where images are off."""
         parts = skeleton.images
         if self._images is None or not parts:

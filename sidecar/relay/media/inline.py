@@ -8,41 +8,17 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import Data
 from sidecar.relay.request_body import ImagePart
 
+if TYPE_CHECKING:  # a relay without images does not load them
+    from sidecar.images.service import ImageService, PreparedImage
+
 Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it -> the image
-
-
-class Prepared(Protocol):
-    """What image work returns; `base64` is None where the image passes untouched."""
-
-    @property
-    def media_type(self) -> str: ...
-    @property
-    def base64(self) -> Data | None: ...
-    @property
-    def url(self) -> str: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def content_hash(self) -> str: ...
-    @property
-    def format(self) -> str: ...
-    @property
-    def outcome(self) -> str: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def stages(self) -> tuple[tuple[str, float], ...]: ...
-    @property
-    def bytes_in(self) -> int: ...
-    @property
-    def bytes_out(self) -> int: ...
 
 
 # Images of one request. All of them are prepared at once, and four such requests fill the queue of the workers.
@@ -56,26 +32,8 @@ INLINE: Final = "inline"
 SHM: Final = "shm"
 
 
-class ImageWork(Protocol):
-    """The image workers, as a relay sees them."""
-
-    gpu: bool  # whether a GPU that is there may be used now
-
-    async def inline(self, data: Data, where: str, tenant: str, hand_over: str, is_base64: bool = True) -> Prepared:
-        """Prepare one image from its base64 text, or from its bytes. Raises BadImage or ImagesBusy."""
-
-    def passed(self, data: Data, where: str, is_base64: bool = True) -> Prepared:
-        """An image that goes on as it came, by its header. Raises BadImage where its bytes are no known image."""
-
-    def relink(self, request: str) -> bool:
-        """Hand over once more what an engine may have read already. False where that cannot be."""
-
-    def release(self, request: str) -> None:
-        """Nobody reads any more what was handed over for a request."""
-
-
 async def prepare(
-    images: ImageWork,
+    images: ImageService,
     parts: list[ImagePart],
     emit: Callable[[Event], None],
     id: str,
@@ -85,7 +43,7 @@ async def prepare(
     fetch: Fetch | None = None,
     passing: bool = False,
     keep: bool = False,
-) -> list[Prepared]:
+) -> list[PreparedImage]:
     """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy; the others are then given up.
 
     `shm`: handed over in shared memory; `fetch`: for those behind links; `passing`: none is prepared, they are only
@@ -111,7 +69,7 @@ def check_count(count: int) -> None:
 
 
 def replacements(
-    parts: list[ImagePart], prepared: list[Prepared], name: Callable[[str], str] | None
+    parts: list[ImagePart], prepared: list[PreparedImage], name: Callable[[str], str] | None
 ) -> dict[int, tuple[str, Data]]:
     """What to put in the place of which original, for bodies.join. `name`: content hash -> `uuid`, where vLLM caches by it."""
     replaced: dict[int, tuple[str, Data]] = {}
@@ -130,14 +88,14 @@ def replacements(
     return replaced
 
 
-def form_of(prepared: list[Prepared]) -> str:
+def form_of(prepared: list[PreparedImage]) -> str:
     """In which form the images of a request were prepared: INLINE or SHM; "" where all pass."""
     if any(image.url for image in prepared):
         return SHM
     return INLINE if any(image.base64 is not None for image in prepared) else ""
 
 
-def originals(parts: list[ImagePart], prepared: list[Prepared]) -> dict[int, tuple[str, Data]]:
+def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int, tuple[str, Data]]:
     """What takes the place of which original so that all images are as they came: those behind links, as kept.
 
     The names that `replacements` gave are taken back.
@@ -157,7 +115,7 @@ def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
 
 
 async def _one(
-    images: ImageWork,
+    images: ImageService,
     emit: Callable[[Event], None],
     id: str,
     tenant: str,
@@ -166,7 +124,7 @@ async def _one(
     passing: bool,
     keep: bool,
     part: ImagePart,
-) -> Prepared:
+) -> PreparedImage:
     started = time.monotonic()
     fetched: tuple[tuple[str, float], ...] = ()
     try:
