@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import socket
 import struct
 import sys
@@ -19,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families as prometheu
 from sidecar.engines import canary_request
 from sidecar.engines.registry import KINDS, recognise
 from sidecar.errors import StartError
-from sidecar.tools.scripted_engine.image_size import size_of
+from sidecar.tools.scripted_engine.requests import UNREAD_IMAGE_TOKENS, read
 from sidecar.tools.scripted_engine.server import ScriptedEngine, bound
 
 from .engine_client import events, quick, running_engine, text
@@ -28,16 +29,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bmp(width: int, height: int) -> bytes:
-    return b"BM" + b"\0" * 16 + struct.pack("<ii", width, height) + b"\0" * 28
+    return b"BM" + b"\0" * 12 + struct.pack("<Iii", 40, width, height) + b"\0" * 28
 
 
 def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height) + b"\x08\x02\0\0\0"
 
 
-def jpeg(width: int, height: int) -> bytes:
-    exif = b"\xff\xe1" + struct.pack(">H", 2 + 30_000) + b"e" * 30_000
+def jpeg(width: int, height: int, fill: bytes = b"") -> bytes:
+    exif = fill + b"\xff\xe1" + struct.pack(">H", 2 + 30_000) + b"e" * 30_000
     return b"\xff\xd8" + exif + b"\xff\xc2\0\x11\x08" + struct.pack(">HH", height, width) + b"\0" * 9
+
+
+def webp(width: int, height: int) -> bytes:
+    sides = b"".join((side - 1).to_bytes(3, "little") for side in (width, height))
+    return b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + sides
 
 
 def image_part(data: bytes) -> dict[str, Any]:
@@ -120,10 +126,11 @@ async def test_embeddings() -> None:
     assert sample.generation_tokens == 0 and sample.finished == 2 and sample.prompt_tokens == 2
 
 
-@pytest.mark.parametrize("data", [bmp(280, 560), bmp(280, -560), png(280, 560), jpeg(280, 560)])
+@pytest.mark.parametrize(
+    "data", [bmp(280, 560), bmp(280, -560), png(280, 560), jpeg(280, 560), jpeg(280, 560, b"\xff\xff"), webp(280, 560)]
+)
 async def test_an_image_counts_by_its_header(data: bytes) -> None:
-    """BMP (either row order), PNG and JPEG behind a long EXIF block count width/28 x height/28 tokens."""
-    assert size_of(data) == (280, 560)
+    """BMP (either row order), PNG, WebP, and JPEG behind fill bytes and a long EXIF block count width/28 x height/28 tokens."""
     async with running_engine() as client:
         message = {"role": "user", "content": [{"type": "text", "text": ""}, image_part(data)]}
         _, whole = await client.json("/v1/chat/completions", {"messages": [message], "max_tokens": 1})
@@ -133,9 +140,11 @@ async def test_an_image_counts_by_its_header(data: bytes) -> None:
 @pytest.mark.parametrize(
     "head", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n\0\0", b"\xff\xd8\xff\xe1\0\1", b"\xff\xd8" * 50, bmp(0, 5)]
 )
-def test_an_unreadable_header_has_no_size(head: bytes) -> None:
-    """Other formats, torn headers and empty pictures give None, and the scan of markers ends."""
-    assert size_of(head) is None
+def test_an_unreadable_header_counts_as_an_image_of_unknown_size(head: bytes) -> None:
+    """Torn headers and empty pictures count 256 tokens and no preprocessing, and the scan of markers ends."""
+    body = {"messages": [{"role": "user", "content": [image_part(head)]}]}
+    asked = read("chat", json.dumps(body).encode(), "scripted", 0, None)
+    assert (asked.prompt, asked.pixels) == (UNREAD_IMAGE_TOKENS + 3, 0)  # and the role, 9 bytes
 
 
 async def test_own_preprocessing_delays_photographs_but_not_bitmaps() -> None:

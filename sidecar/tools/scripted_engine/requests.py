@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.tools.scripted_engine.image_size import is_resized, size_of
+from sidecar.images import file_headers
 from sidecar.tools.scripted_engine.scheduler import BLOCK
 
 BYTES_PER_TOKEN = 4
@@ -22,6 +22,7 @@ PATCH = 28  # pixels of an image token's side: patches of 14, merged 2 x 2, as Q
 UNREAD_IMAGE_TOKENS = 256
 HEAD_CHARACTERS = 1 << 18  # base64 characters decoded to find a size; EXIF blocks are at most 64 KiB each
 MAX_HASHED_BLOCKS = 2048
+FINAL_FORMAT = "bmp"  # needs no preprocessing worth counting
 
 
 class RequestRefused(Exception):
@@ -180,12 +181,11 @@ def _image(payload: bytes) -> tuple[int, int]:
         head = base64.b64decode(payload[:HEAD_CHARACTERS])
     except binascii.Error:
         raise bad("an image is not valid base64") from None
-    size = size_of(head)
-    if size is None:
+    header = file_headers.read(head)
+    if header is None or not header.width or not header.height:
         return UNREAD_IMAGE_TOKENS, 0
-    width, height = size
-    tokens = max(1, round(width / PATCH)) * max(1, round(height / PATCH))
-    return tokens, 0 if is_resized(head) else width * height
+    tokens = max(1, round(header.width / PATCH)) * max(1, round(header.height / PATCH))
+    return tokens, 0 if header.format == FINAL_FORMAT else header.width * header.height
 
 
 def _block_hashes(text: bytes, prompt: int) -> tuple[int, ...]:
