@@ -14,7 +14,6 @@ has said what they mean to it.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
@@ -27,11 +26,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from sidecar.runtime.prctl import SET_CHILD_SUBREAPER, SET_NAME, die_with, prctl
+
 WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
 STEADY: Final = 10.0  # seconds of life after which a death is no sign of a crash loop
 PAUSE_FIRST, PAUSE_MOST = 0.1, 5.0  # seconds; the first restart comes without a pause
 LEAVE: Final = 5.0  # seconds that control and the image server have to end once they are told to
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Supervisor:
     def run(self) -> int:
         """Supervise until SIGTERM has ended everything, or until the first start failed. Returns the container's exit code."""
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        prctl(SET_CHILD_SUBREAPER, 1)
         gc.collect()
         gc.freeze()  # children share the memory of what was imported here; their collectors leave it alone
         self._control.due = 0.0
@@ -190,10 +190,8 @@ class Supervisor:
             return pid
         status = 1
         try:
-            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it died before that
-                os._exit(status)
-            _prctl(PR_SET_NAME, f"sidecar {child.role.name}".encode()[:15])
+            die_with(parent)
+            prctl(SET_NAME, f"sidecar {child.role.name}".encode()[:15])
             self._close_but(child.role.sockets)
             status = child.role.run(child.restarts)
         except BaseException:  # noqa: BLE001  the border of the process
@@ -238,11 +236,6 @@ def _wait(until: float | None, now: float) -> signal.struct_siginfo | None:
 def _kill(child: _Child, number: signal.Signals) -> None:
     if child.pid:  # not reaped yet, so the number is still its own
         os.kill(child.pid, number)
-
-
-def _prctl(option: int, value: int | bytes) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def _how(code: int) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 from typing import Final
 
-PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, PR_CAP_AMBIENT = 38, 24, 47
+from sidecar.runtime.prctl import CAP_AMBIENT, CAPBSET_DROP, SET_NO_NEW_PRIVS, prctl
+
 AMBIENT_CLEAR_ALL: Final = 4
 VERSION_3: Final = 0x20080522  # of capset: two words of 32 capabilities
 MOST: Final = 64  # capabilities that a kernel can have; the first that it has not ends the loop
@@ -30,12 +31,10 @@ def give_up() -> None:
     Raises OSError where it has some and cannot give them up.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    _prctl(libc, PR_SET_NO_NEW_PRIVS, 1)
-    _prctl(libc, PR_CAP_AMBIENT, AMBIENT_CLEAR_ALL)  # kernels before 4.3 have none
+    prctl(SET_NO_NEW_PRIVS, 1)
+    prctl(CAP_AMBIENT, AMBIENT_CLEAR_ALL)  # kernels before 4.3 have none
     for capability in range(MOST):
-        if not _prctl(
-            libc, PR_CAPBSET_DROP, capability
-        ):  # no such one, or we lack SETPCAP: NO_NEW_PRIVS holds all the same
+        if not prctl(CAPBSET_DROP, capability):  # no such one, or we lack SETPCAP: NO_NEW_PRIVS holds all the same
             break
     if any(held(libc)) and libc.capset(ctypes.byref(_Header(VERSION_3, 0)), (_Words * 2)()):
         raise OSError(ctypes.get_errno(), "capset")
@@ -47,8 +46,3 @@ def held(libc: ctypes.CDLL) -> list[int]:
     if libc.capget(ctypes.byref(_Header(VERSION_3, 0)), words):
         raise OSError(ctypes.get_errno(), "capget")
     return [n for word in words for n in (word.effective, word.permitted, word.inheritable)]
-
-
-def _prctl(libc: ctypes.CDLL, option: int, value: int) -> bool:
-    numbers = (ctypes.c_ulong(n) for n in (value, 0, 0, 0))
-    return bool(libc.prctl(ctypes.c_int(option), *numbers) == 0)

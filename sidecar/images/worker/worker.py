@@ -31,6 +31,7 @@ from sidecar.images.protocol import (
     parse,
 )
 from sidecar.images.worker import sandbox
+from sidecar.runtime.prctl import die_with
 
 Payload = bytes | bytearray | memoryview
 Do = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
@@ -39,7 +40,6 @@ CLIENT_TIMEOUT_S = 10.0  # seconds in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # then a fresh process takes over, so that no leak of a codec grows for ever
 MAX_FILES = 64
 BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours, and fp32 patches of it
-PR_SET_PDEATHSIG = 1
 KEPT = 128 << 20  # bytes of freed memory that stay with the process: 12 megapixels are 36 MB, their patches up to 23 MB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -112,10 +112,8 @@ def bind_to(server: int) -> None:
     """Die with the server, leave Ctrl-C to it, keep no privileges and gain none, and let a deadline's signal end this process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(server)
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != server:  # it died before that, and nobody else ends us
-            os._exit(1)
         sandbox.give_up()
 
 
