@@ -23,6 +23,8 @@ Messages contain no stack trace, no address, and no user content.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -170,3 +172,9 @@ class BadImage(RequestError):
     def body(self) -> dict[str, dict[str, str]]:
         """The response body, with the particular reason as code."""
         return {"error": {"message": str(self), "type": self.type, "code": self.reason}}
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised, innermost, as file and line: for logs, as its text could hold what a user sent."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"

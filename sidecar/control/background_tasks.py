@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any, Final
+
+from sidecar.errors import place_of
 
 MAX_TASKS: Final = 50  # different errors that are logged
 
@@ -58,7 +58,7 @@ class BackgroundTasks:
             if not self._closing:
                 self._report(name, "cancelled", "nowhere", broken)
         elif (error := task.exception()) is not None:
-            self._report(name, type(error).__name__, _place(error), broken)
+            self._report(name, type(error).__name__, place_of(error), broken)
 
     def _report(self, name: str, what: str, place: str, broken: Broken | None) -> None:
         line = f"{name} broke unexpectedly: {what} at {place}"
@@ -67,9 +67,3 @@ class BackgroundTasks:
             _log.error("%s (logged once)", line)
         if broken is not None:
             broken(what)
-
-
-def _place(error: BaseException) -> str:
-    """Where it was raised: file and line, innermost."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "nowhere"

@@ -13,7 +13,6 @@ import logging
 import math
 import secrets
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from functools import partial
@@ -22,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 from aiohttp import web
 
-from sidecar.errors import BodyTooLarge, Draining, EngineStalled, EngineUnreachable, ImagesOff, Internal, RequestError
+from sidecar.errors import (
+    BodyTooLarge,
+    Draining,
+    EngineStalled,
+    EngineUnreachable,
+    ImagesOff,
+    Internal,
+    RequestError,
+    place_of,
+)
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage, Trace
 from sidecar.load import request_shape
 from sidecar.load.cost_model import Coefficients
@@ -161,7 +169,7 @@ class Relay:
         except (outcomes.ClientGone, outcomes.EngineBroke):
             return client_io.hang_up(request)
         except Exception as e:  # noqa: BLE001  # the border: a defect of ours costs one request, and says where it is
-            _log.error("request failed: %s at %s", type(e).__name__, _place(e))
+            _log.error("request failed: %s at %s", type(e).__name__, place_of(e))
             if request.writer.output_size:
                 return client_io.hang_up(request)
             return _refusal(Internal("internal error of the sidecar"), id)
@@ -401,9 +409,3 @@ def _refusal(error: RequestError, id: str) -> web.Response:
     if isinstance(error, BodyTooLarge):
         response.force_close()  # the rest of the body is not worth reading
     return response
-
-
-def _place(error: Exception) -> str:
-    """Where an error was raised; its text may hold content."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].name}:{frames[-1].lineno}" if frames else "unknown place"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import uvloop
 from aiohttp import web
 
+from sidecar.errors import place_of
 from sidecar.events import Event, Heartbeat, RelayConnected
 from sidecar.images.vllm_plugin import PluginWatch
 from sidecar.kernels import families
@@ -215,16 +216,8 @@ async def _lasting(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             return await duty()
         except Exception as e:  # noqa: BLE001  whatever it was: streams must go on
-            _log.error("a duty of the relay broke: %s at line %d", type(e).__name__, _line(e))
+            _log.error("a duty of the relay broke: %s at %s", type(e).__name__, place_of(e))
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-
-
-def _line(e: BaseException) -> int:
-    """Where an error was raised; its text could hold what a user sent."""
-    trace = e.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_lineno if trace is not None else 0
 
 
 async def _pulse(link: ControlLink, relay: Relay) -> None:
