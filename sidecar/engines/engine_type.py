@@ -78,7 +78,6 @@ class EngineKind:
     priority: int | None = None
     info_paths: tuple[str, ...] = ()
     read_priority: Callable[[bytes], int | None] | None = None
-    honours_uuid: bool = False  # an image part's `uuid` is its cache key
     owner: str = ""  # `owned_by` in /v1/models
     prefix: str = ""  # of its series' names
     marks: tuple[KindMark, ...] = ()

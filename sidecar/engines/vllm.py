@@ -40,7 +40,6 @@ VLLM: Final = EngineKind(
         KindSign("/is_sleeping", "is_sleeping", "engine_sleeping"),
     ),
     priority=FIRST_PRIORITY,
-    honours_uuid=True,
     owner="vllm",
     prefix="vllm:",
     marks=(KindMark("/version", {"version": None}),),

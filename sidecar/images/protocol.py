@@ -26,9 +26,6 @@ RAW: Final = "raw"  # the resized image's RGB bytes
 INLINE: Final = (PIXELS, RAW)  # what takes the image's place in a request
 TENSORS: Final = "tensors"  # the processor's output
 LAYOUT: Final = "layout"  # no payload: sizes only, of an image that does decode
-GPU_SOCKET_SUFFIX: Final = (
-    ".gpu"  # behind the name of the image server's own socket: that of the process that owns the GPU
-)
 
 
 Data = bytes | bytearray | memoryview

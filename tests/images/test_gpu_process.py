@@ -85,7 +85,7 @@ def gpu(start_server: Callable[..., Server], requires: Any) -> Iterator[str]:
     """Where a server's GPU process listens."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1)
-    path = server.path + gpu_channel.NAME
+    path = server.path + gpu_channel.GPU_SOCKET_SUFFIX
     connected(path).close()
     yield path
     server.stop()
@@ -173,8 +173,8 @@ def test_a_full_budget_leaves_the_image_to_the_cpu(
     """What does not fit into --gpu-memory-budget is refused, and the process goes on."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="cuda", image_workers=1, gpu_memory_budget=120_000)
-    connected(server.path + gpu_channel.NAME).close()
-    one = enter(server.path + gpu_channel.NAME, LONG)
+    connected(server.path + gpu_channel.GPU_SOCKET_SUFFIX).close()
+    one = enter(server.path + gpu_channel.GPU_SOCKET_SUFFIX, LONG)
     large = png(240, 240)
     answer = pipeline.prepare_image(job(PIXELS), large, one)
     assert "resize" in stages(answer) and bytes(answer[1]) == bytes(pipeline.prepare_image(job(PIXELS), large)[1])
@@ -255,7 +255,7 @@ async def test_a_lost_gpu_costs_nothing(start_server: Callable[..., Server], req
     """The process is killed: images go on through the server's workers, on the CPU."""
     requires("python:triton")
     server = start_server({"TRITON_INTERPRET": "1"}, images_device="auto", image_workers=1)
-    with connected(server.path + gpu_channel.NAME) as connection:
+    with connected(server.path + gpu_channel.GPU_SOCKET_SUFFIX) as connection:
         os.kill(peer(connection), signal.SIGKILL)
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b""

@@ -23,7 +23,7 @@ from typing import Final
 from sidecar.errors import StartError
 from sidecar.images.protocol import ImageLimits
 from sidecar.images.worker import worker
-from sidecar.images.worker.gpu_channel import NAME
+from sidecar.images.worker.gpu_channel import GPU_SOCKET_SUFFIX
 from sidecar.runtime import cpu_quota, logs
 from sidecar.settings import Settings, from_json
 
@@ -72,7 +72,7 @@ def main(listen_fd: int, settings_json: str) -> int:
     _log.info("image workers: %d, ready after %.1f s of loading", wanted.workers, time.monotonic() - began)
     listening = socket.socket(fileno=listen_fd)
     listening.setblocking(True)
-    door = f"{listening.getsockname()}{NAME}" if wanted.device != "cpu" else ""
+    door = f"{listening.getsockname()}{GPU_SOCKET_SUFFIX}" if wanted.device != "cpu" else ""
     workers: dict[int, float] = {}
     gpu = GpuProcess(wanted)
     try:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from sidecar.images.protocol import GPU_SOCKET_SUFFIX, FrameError
+from sidecar.images.protocol import FrameError
 
 ARENA: Final = 64 << 20  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
 GPU_TIMEOUT_S: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
@@ -27,7 +27,9 @@ GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a vain ask, 
 MAX_ASK: Final = 8192  # bytes
 OK, FULL = b"ok", b"full"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-NAME: Final = GPU_SOCKET_SUFFIX
+GPU_SOCKET_SUFFIX: Final = (
+    ".gpu"  # behind the name of the image server's own socket: that of the process that owns the GPU
+)
 
 
 @dataclass(frozen=True, slots=True)
