@@ -1,4 +1,4 @@
-# docker build -t inference-sidecar:0.1.0 .
+# docker build -t inference-sidecar:0.2.0 .
 #   --build-arg EXTRAS=diagnose      without torch: no image preparation, a far smaller image; EXTRAS= leaves py-spy away, too
 #   --build-arg PILLOW=pillow-simd   see docs/images.md, "Pillow-SIMD"
 #   --build-arg PYTHON=3.13

@@ -1,3 +1,3 @@
 """A sidecar for one LLM inference engine: progress verdicts, load in model units, images off the hot path."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

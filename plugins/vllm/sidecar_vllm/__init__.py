@@ -18,7 +18,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 FOLDER = Path("/dev/shm")  # which both containers mount; the sidecar looks nowhere else
 SCHEME = "sidecar-shm://"
