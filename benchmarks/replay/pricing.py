@@ -17,7 +17,7 @@ from sidecar.load import cost_model
 from sidecar.tools.calibrate import capacity_search, fit
 from sidecar.tools.calibrate.checkpoint import SearchStep
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.shapes import MOST, GridShape, plan, reference
+from sidecar.tools.calibrate.shapes import MAX_LENGTH_TOKENS, GridShape, plan, reference
 
 SLO = 10.0  # seconds, as --slo-seconds
 ROUNDS = 6
@@ -29,7 +29,7 @@ def calibrated(hardware: Hardware) -> tuple[cost_model.Coefficients, fit.Accurac
     """The coefficients, and their errors on the shapes that were held out."""
     steps = _search(hardware)
     open_ = capacity_search.full(steps)
-    measured = [(shape.held_out, _measured(hardware, shape, open_)) for shape in plan(MOST, cached=True)]
+    measured = [(shape.held_out, _measured(hardware, shape, open_)) for shape in plan(MAX_LENGTH_TOKENS, cached=True)]
     co = fit.fit([m for held_out, m in measured if not held_out])
     held = capacity_search.held(steps, SLO) * cost_model.mu(steps[0].work, co)
     co = replace(co, source="simulated", slo_seconds=SLO, mu_in_flight=held)
@@ -44,7 +44,7 @@ def _measured(hardware: Hardware, shape: GridShape, open_: int) -> Measured:
 
 def _search(hardware: Hardware) -> tuple[SearchStep, ...]:
     """More and more open requests of the reference's shape, as far as their p95 is within the SLO, and one step beyond."""
-    shape, steps, count = reference(MOST), [], 1
+    shape, steps, count = reference(MAX_LENGTH_TOKENS), [], 1
     while count <= MOST_OPEN and (not steps or steps[-1].p95 <= SLO):
         latencies, _ = closed_loop(hardware, shape, count)
         rate = count / statistics.mean(latencies)

@@ -14,9 +14,9 @@ from sidecar.flags import existing_file, flag
 from sidecar.launch import preflight
 from sidecar.load import cost_model
 
-INPUT, OUTPUT = "double(input_tokens)", "double(output_tokens)"
+INPUT_TOKENS, OUTPUT_TOKENS = "double(input_tokens)", "double(output_tokens)"
 # More cached than read would be an error of the upstream's; a CEL error would make the request free.
-CACHED = "double(cached_input_tokens < input_tokens ? cached_input_tokens : input_tokens)"
+CACHED_TOKENS = "double(cached_input_tokens < input_tokens ? cached_input_tokens : input_tokens)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,39 +28,51 @@ class CelSettings:
     )
 
 
-def main(chosen: CelSettings) -> int:
+def main(settings: CelSettings) -> int:
     """Print the expression. Returns 0. Raises UsageError."""
-    co = preflight.load_coefficients(chosen.coefficients) if chosen.coefficients else cost_model.Coefficients()
-    print(expression(co))
+    coefficients = (
+        preflight.load_coefficients(settings.coefficients) if settings.coefficients else cost_model.Coefficients()
+    )
+    print(expression(coefficients))
     return 0
 
 
-def expression(co: cost_model.Coefficients) -> str:
+def expression(coefficients: cost_model.Coefficients) -> str:
     """Milli-MU as an unsigned integer, rounded; `units.mu` of the same tokens, but for images."""
-    scale = 1000 / cost_model.unit_ms(co)
-    both = f"({INPUT} + {OUTPUT})"
+    scale = 1000 / cost_model.unit_ms(coefficients)
+    both = f"({INPUT_TOKENS} + {OUTPUT_TOKENS})"
     terms = (
-        (co.k, ""),
-        (co.a, f"({INPUT} - {CACHED})"),
-        (co.b, f"({_before(INPUT, co)} - {_before(CACHED, co)})"),
-        (co.d, OUTPUT),
-        (co.f, f"({_before(both, co)} - {_before(INPUT, co)})"),
+        (coefficients.k, ""),
+        (coefficients.a, f"({INPUT_TOKENS} - {CACHED_TOKENS})"),
+        (
+            coefficients.b,
+            f"({_preceding_tokens(INPUT_TOKENS, coefficients)} - {_preceding_tokens(CACHED_TOKENS, coefficients)})",
+        ),
+        (coefficients.d, OUTPUT_TOKENS),
+        (
+            coefficients.f,
+            f"({_preceding_tokens(both, coefficients)} - {_preceding_tokens(INPUT_TOKENS, coefficients)})",
+        ),
     )
-    parts = [f"{_number(value * scale)} * {what}" if what else _number(value * scale) for value, what in terms if value]
+    parts = [
+        f"{_format_double(value * scale)} * {what}" if what else _format_double(value * scale)
+        for value, what in terms
+        if value
+    ]
     return f"uint({' + '.join(parts)} + 0.5)"
 
 
-def _before(tokens: str, co: cost_model.Coefficients) -> str:
+def _preceding_tokens(tokens: str, coefficients: cost_model.Coefficients) -> str:
     """Tokens that lie before each of the first `tokens`, summed, as `units.context` counts them from 0."""
     whole = f"{tokens} * {tokens} / 2.0"
-    if co.windowed <= 0:
+    if coefficients.windowed <= 0:
         return f"({whole})"
-    window, share = _number(co.window), _number(co.windowed)
+    window, share = _format_double(coefficients.window), _format_double(coefficients.windowed)
     seen = f"({tokens} < {window} ? {whole} : {window} * ({tokens} - {window} / 2.0))"
-    return f"({_number(1 - co.windowed)} * {whole} + {share} * {seen})"
+    return f"({_format_double(1 - coefficients.windowed)} * {whole} + {share} * {seen})"
 
 
-def _number(value: float) -> str:
+def _format_double(value: float) -> str:
     """A CEL double: it has a point or an exponent, or it would be an integer."""
     text = f"{value:.9g}"
     return text if "." in text or "e" in text else text + ".0"

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
     Plane = NDArray[np.float32]
 
-OCTAVES = ((6, 60.0), (24, 26.0), (96, 9.0), (300, 5.0))  # (cells along the longer side, amplitude in grey levels)
-SENSOR_NOISE = 3.0  # standard deviation in grey levels
-SHAPES = 24
+NOISE_OCTAVES = (
+    (6, 60.0),
+    (24, 26.0),
+    (96, 9.0),
+    (300, 5.0),
+)  # (cells along the longer side, amplitude in grey levels)
+SENSOR_NOISE_LEVELS = 3.0  # standard deviation in grey levels
+OBJECT_COUNT = 24
 
 
 def photo(width: int, height: int, seed: int = 0, *, quality: int = 90, exif_orientation: int = 0) -> bytes:
@@ -41,8 +46,8 @@ def pixels(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    light = 118 + sum((_octave(rng, width, height, cells, amp) for cells, amp in OCTAVES), np.float32(0))
-    light += rng.standard_normal((height, width), dtype=np.float32) * np.float32(SENSOR_NOISE)
+    light = 118 + sum((_octave(rng, width, height, cells, amp) for cells, amp in NOISE_OCTAVES), np.float32(0))
+    light += rng.standard_normal((height, width), dtype=np.float32) * np.float32(SENSOR_NOISE_LEVELS)
     tint = [_octave(rng, width, height, 4, 28.0) for _ in range(3)]
     _objects(rng, light, tint)
     return np.stack([np.clip(light + t, 0, 255).astype(np.uint8) for t in tint], axis=2)
@@ -64,7 +69,7 @@ def _objects(rng: np.random.Generator, light: Plane, tint: list[Plane]) -> None:
     import numpy as np
 
     height, width = light.shape
-    for i in range(SHAPES):
+    for i in range(OBJECT_COUNT):
         h, w = (max(1, int(side * rng.uniform(0.03, 0.25))) for side in (height, width))
         y, x = (int(rng.integers(0, max(1, side - length))) for side, length in ((height, h), (width, w)))
         part = np.s_[y : y + h, x : x + w]

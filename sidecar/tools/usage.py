@@ -23,7 +23,7 @@ from sidecar.errors import SidecarError
 from sidecar.flags import flag, number, one_of, text
 from sidecar.report.usage_store import GROUPS, USAGE_FILE, UsageSums, read
 
-UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
+SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
 
 Row = tuple[tuple[Any, ...], UsageSums]
 
@@ -33,7 +33,7 @@ def seconds(span: str) -> int:
     match = re.fullmatch(r"(\d{1,6})([mhd])", span)
     if not match:
         raise ValueError
-    return int(match[1]) * UNITS[match[2]]
+    return int(match[1]) * SECONDS_PER_UNIT[match[2]]
 
 
 def span(value: str) -> str:
@@ -69,22 +69,22 @@ class NoUsageRecords(SidecarError):
     code = "no_records"
 
 
-def main(chosen: UsageSettings) -> int:
+def main(settings: UsageSettings) -> int:
     """Print the answer. Returns 0. Raises NoRecords."""
-    path, until = Path(chosen.state_dir) / USAGE_FILE, time.time() + 60
-    since, by = until - 60 - seconds(chosen.since), tuple(filter(None, chosen.by.split(",")))
+    path, until = Path(settings.state_dir) / USAGE_FILE, time.time() + 60
+    since, by = until - 60 - seconds(settings.since), tuple(filter(None, settings.by.split(",")))
     try:
         found = read(path, since, until, by)
         outcomes = read(path, since, until, ("outcome",))
     except FileNotFoundError:
         raise NoUsageRecords(
-            f"--state-dir: no usage records in {chosen.state_dir}; name the state directory of a sidecar"
+            f"--state-dir: no usage records in {settings.state_dir}; name the state directory of a sidecar"
         ) from None
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
     wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
-    rows = [line(by, key, sums, chosen.dollars_per_gpu_hour) for key, sums in found]
-    FORMATS[chosen.format](rows, summary(found, wasted, chosen.dollars_per_gpu_hour))
+    rows = [line(by, key, sums, settings.dollars_per_gpu_hour) for key, sums in found]
+    FORMATS[settings.format](rows, summary(found, wasted, settings.dollars_per_gpu_hour))
     return 0
 
 
@@ -107,7 +107,7 @@ def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
     return f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}; {share:.1%} of it wasted (not ok)"
 
 
-def as_table(rows: Sequence[dict[str, Any]], last: str) -> None:
+def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
     """Columns for people."""
     if rows:
         texts = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
@@ -115,10 +115,10 @@ def as_table(rows: Sequence[dict[str, Any]], last: str) -> None:
         sides = [str.ljust if isinstance(value, str) else str.rjust for value in rows[0].values()]
         for cells in texts:
             print("  ".join(side(cell, w) for side, cell, w in zip(sides, cells, widths, strict=True)))
-    print(last)
+    print(total)
 
 
-def as_csv(rows: Sequence[dict[str, Any]], last: str) -> None:
+def as_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
     """For a spreadsheet. A name that begins like a formula is made text."""
     writer = csv.writer(sys.stdout)
     if rows:
@@ -126,7 +126,7 @@ def as_csv(rows: Sequence[dict[str, Any]], last: str) -> None:
         writer.writerows([_text(value) for value in row.values()] for row in rows)
 
 
-def as_json(rows: Sequence[dict[str, Any]], last: str) -> None:
+def as_json(rows: Sequence[dict[str, Any]], total: str) -> None:
     """For programs."""
     print(json.dumps(rows, indent=1))
 

@@ -26,12 +26,20 @@ from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Grid
 from sidecar.tools.calibrate.command import CalibrateSettings, calibrate
 from sidecar.tools.calibrate.fit import Measured
 from sidecar.tools.calibrate.prompts import PromptTarget
-from sidecar.tools.calibrate.shapes import LEAST, SIDES, GridShape, least, ordered, plan, reference
+from sidecar.tools.calibrate.shapes import (
+    MIN_LENGTH_TOKENS,
+    PHOTO_SIDES_PX,
+    GridShape,
+    min_length,
+    plan,
+    reference,
+    shuffle_turn,
+)
 from sidecar.tools.calibrate.traffic import EngineRefused
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
-TOKENS = {side: (side // 28) ** 2 * 3 // 4 for side in SIDES}
+TOKENS = {side: (side // 28) ** 2 * 3 // 4 for side in PHOTO_SIDES_PX}
 
 
 def measured(shapes: list[GridShape], noise: float = 0.0, seed: int = 1) -> list[Measured]:
@@ -114,7 +122,7 @@ def test_prices_of_images_are_found(length: int) -> None:
     shapes = plan(length, cached=True, tokens=TOKENS)
     co = fit.fit([Measured(work(s), cost_model.gpu_ms(work(s), TOWER)) for s in shapes if not s.held_out])
     assert (co.g, co.q) == pytest.approx((TOWER.g, TOWER.q), rel=0.15)
-    assert {s.side for s in shapes if s.held_out} == {0, *SIDES}
+    assert {s.side for s in shapes if s.held_out} == {0, *PHOTO_SIDES_PX}
 
 
 @pytest.mark.parametrize("q", [0.0, TOWER.q])
@@ -136,7 +144,7 @@ def test_what_others_took_is_left_out() -> None:
     assert row.measured.ms == 10 and row.spread == 0
 
 
-@pytest.mark.parametrize("length", [LEAST, 512, 4096, 16_384])
+@pytest.mark.parametrize("length", [MIN_LENGTH_TOKENS, 512, 4096, 16_384])
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_plan_fits_the_length(length: int, cached: bool) -> None:
     """Every request fits; shapes differ; some are held out; each turn is another order of the same."""
@@ -144,23 +152,23 @@ def test_a_plan_fits_the_length(length: int, cached: bool) -> None:
     assert all(s.uncached + s.cached + s.images * TOKENS.get(s.side, 0) + s.output <= length for s in shapes)
     assert any(s.held_out for s in shapes) and sum(not s.held_out for s in shapes) >= 8
     assert any(s.cached for s in shapes) is cached and len(set(shapes)) == len(shapes)
-    assert sorted(map(repr, shapes)) == sorted(map(repr, ordered(shapes, 1))) and ordered(shapes, 1) != ordered(
-        shapes, 2
-    )
+    assert sorted(map(repr, shapes)) == sorted(map(repr, shuffle_turn(shapes, 1))) and shuffle_turn(
+        shapes, 1
+    ) != shuffle_turn(shapes, 2)
     assert reference(length).uncached + reference(length).output <= length
 
 
 def test_a_short_plan_has_photos() -> None:
     """However little time there is, photos of each size are fitted and some held out, unless the context is shorter."""
-    shapes = plan(least(8192, TOKENS), cached=True, tokens=TOKENS)
-    assert {s.side for s in shapes if s.images and not s.held_out} == set(SIDES)
+    shapes = plan(min_length(8192, TOKENS), cached=True, tokens=TOKENS)
+    assert {s.side for s in shapes if s.images and not s.held_out} == set(PHOTO_SIDES_PX)
     assert any(s.held_out and s.images for s in shapes)
-    assert least(300, TOKENS) == 300 and least(8192, {}) == LEAST
+    assert min_length(300, TOKENS) == 300 and min_length(8192, {}) == MIN_LENGTH_TOKENS
 
 
 def test_one_image_at_most_is_kept_to() -> None:
     """An engine that takes one image for each request is not asked for two."""
-    assert {s.images for s in plan(4096, cached=True, tokens=TOKENS, most_images=1)} == {0, 1}
+    assert {s.images for s in plan(4096, cached=True, tokens=TOKENS, max_images=1)} == {0, 1}
 
 
 def test_open_requests_at_the_slo() -> None:
@@ -179,7 +187,7 @@ def test_the_engine_is_full_where_more_requests_gain_little() -> None:
 def test_a_context_that_is_too_short_is_refused() -> None:
     """Prompt and output could not be told apart."""
     with pytest.raises(ValueError, match="256"):
-        plan(LEAST - 1, cached=False)
+        plan(MIN_LENGTH_TOKENS - 1, cached=False)
 
 
 def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
@@ -275,8 +283,8 @@ async def test_killed_in_between_it_goes_on(tmp_path: Path) -> None:
 
 async def test_an_engine_that_serves_others_is_not_measured(tmp_path: Path, monkeypatch: Any) -> None:
     """Requests of others are said, waited for, and end the calibration where they stay."""
-    monkeypatch.setattr(command, "QUIET", 0.5)
-    monkeypatch.setattr(command, "LOOK", 0.1)
+    monkeypatch.setattr(command, "IDLE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(command, "IDLE_CHECK_INTERVAL_S", 0.1)
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
         body = {"model": "scripted", "prompt": "x", "max_tokens": 100_000, "stream": True}
         async with session.post(f"{running.url}/v1/completions", json=body) as answer:
@@ -288,14 +296,14 @@ async def test_an_engine_that_serves_others_is_not_measured(tmp_path: Path, monk
 
 async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> None:
     """A sample during which the engine had more requests than ours says how many."""
-    monkeypatch.setattr(traffic, "LOOK", 0.01)
+    monkeypatch.setattr(traffic, "LOAD_CHECK_INTERVAL_S", 0.01)
 
     async def load() -> float:
         return 5.0
 
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
         target = PromptTarget(running.url, "scripted", ids=False)
-        sample = await traffic.CalibrationTraffic(session, target, beside=traffic.BackgroundLoad(load)).run(
+        sample = await traffic.CalibrationTraffic(session, target, background=traffic.BackgroundLoad(load)).run(
             GridShape(16, 0, 8), 2, 0.2
         )
     assert sample.others == 3
@@ -325,7 +333,7 @@ def test_waiting_for_a_core_is_seen() -> None:
         time.sleep(0.2)
         cores.mark()
         time.sleep(1.0)
-        assert 0.2 < cores.waited() <= contention.MOST
+        assert 0.2 < cores.waited() <= contention.MAX_WAITED_SHARE
     finally:
         for process in processes:
             process.kill()

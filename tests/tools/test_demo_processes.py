@@ -12,7 +12,7 @@ import pytest
 from sidecar.errors import StartError
 from sidecar.settings import Settings
 from sidecar.tools.demo import processes
-from sidecar.tools.demo.processes import QUICK, DemoProcesses
+from sidecar.tools.demo.processes import QUICK_SETTINGS, DemoProcesses
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_taken_port_is_replaced_and_told() -> None:
 def test_a_host_that_is_not_ours_is_an_error() -> None:
     """An address that cannot be bound at all ends the start with a line that names the flags."""
     with pytest.raises(StartError, match=r"192\.0\.2\.1; choose another with --listen and --admin"):
-        processes.free(("192.0.2.1", 80))
+        processes.find_free_address(("192.0.2.1", 80))
 
 
 def test_a_free_port_is_kept(unused_tcp_port: int) -> None:
@@ -64,7 +64,7 @@ def test_containers_keep_our_environment_out(stage: DemoProcesses, monkeypatch: 
         assert container.env["HOME"] == "/somewhere"
         assert not [key for key in container.env if key.startswith("SIDECAR_")]
     command = stage.sidecar().command
-    assert command[command.index("--silence-floor") + 1] == QUICK["silence_floor"]
+    assert command[command.index("--silence-floor") + 1] == QUICK_SETTINGS["silence_floor"]
     assert command[command.index("--engine") + 1] == processes.url(stage.engine)
 
 
@@ -80,7 +80,7 @@ def test_the_engine_is_probed_through_the_sidecar(stage: DemoProcesses) -> None:
 
 def test_quick_settings_are_told_with_the_defaults() -> None:
     """What the demo sets differently is said together with what it is by default."""
-    said = processes.quick_settings()
+    said = processes.describe_quick_settings()
     assert "--silence-floor 3 (default 12)" in said
     assert f"--canary-interval 3 (default {Settings().canary_interval:g})" in said
 

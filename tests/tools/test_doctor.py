@@ -107,7 +107,7 @@ async def test_a_broken_engine_is_named(engine: ScriptedEngine, fault: str, name
 
 async def test_a_frozen_engine_fails_the_canary(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that answers HTTP and serves no token is found."""
-    monkeypatch.setattr(engine_checks, "TOKEN", 0.3)
+    monkeypatch.setattr(engine_checks, "TOKEN_TIMEOUT_S", 0.3)
     engine.faults.start("freeze")
     found = await of_engine(engine.url)
     assert found["canary"].level == "fail" and "starved" in found["canary"].what
@@ -271,9 +271,9 @@ def test_images_that_cannot_be_had(mode: str, level: str) -> None:
 
 def test_a_small_shared_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Less than an engine with several GPUs needs is a warning, no /dev/shm is absent."""
-    monkeypatch.setattr(machine, "SHM_SMALL", 1 << 62)
+    monkeypatch.setattr(machine, "MIN_SHM_BYTES", 1 << 62)
     assert machine.shm(Settings()).level == "warn"
-    monkeypatch.setattr(machine, "SHM", tmp_path / "none")
+    monkeypatch.setattr(machine, "SHM_DIR", tmp_path / "none")
     assert machine.shm(Settings()).level == "absent"
 
 

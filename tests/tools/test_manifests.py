@@ -27,7 +27,7 @@ from sidecar.events import Verdict
 from sidecar.health.probes import VERDICT_STALE_S, ProbeState
 from sidecar.settings import Settings, load
 from sidecar.tools.manifests import shell
-from sidecar.tools.manifests.render import ADMIN, DRAIN, ENDPOINTS, RELAY, STATE, render
+from sidecar.tools.manifests.render import ADMIN_PORT, DRAIN_S, ENDPOINT_REMOVAL_S, RELAY_PORT, STATE_DIR, render
 from sidecar.tools.manifests.settings import KINDS, ManifestSettings
 
 from ..waiting import PATIENCE
@@ -77,8 +77,8 @@ MATRIX = [
         ("safe",),
         ("annotations",),
         (
-            ["--restarts-at-once", "16", "--replicas", "0", "--namespace", "n" * 53, "--name", "l" * 53],
-            ["--restarts-at-once", "1", "--stack-dumps", "on", "--gpus", "64", *MODELS],
+            ["--replicas", "0", "--namespace", "n" * 53, "--name", "l" * 53],
+            ["--stack-dumps", "on", "--gpus", "64", *MODELS],
             ["--images", "shm", "--stack-dumps", "on", "--gpus", "0", *MODELS],
             ["--cpus", "1", "--sidecar-cpus", "128", "--memory", "1", "--sidecar-memory", "1T", "--replicas", "10000"],
             ["--memory", "64000000Ki", "--sidecar-memory", "512Mi"],
@@ -105,7 +105,10 @@ def test_an_api_server_takes_whatever_is_printed(
 
 def test_prometheus_finds_the_pods_by_annotations() -> None:
     """The pods say where their page is in annotations, not in labels; with another way to find them they say nothing."""
-    for monitor, said in (("annotations", {"scrape": "true", "port": str(RELAY), "path": "/metrics"}), ("none", None)):
+    for monitor, said in (
+        ("annotations", {"scrape": "true", "port": str(RELAY_PORT), "path": "/metrics"}),
+        ("none", None),
+    ):
         deployment, *_ = yaml.safe_load_all(render(replace(ManifestSettings(), monitor=monitor)))
         pods = deployment["spec"]["template"]["metadata"]
         assert pods["labels"] == {"app.kubernetes.io/name": "llm"}
@@ -134,7 +137,7 @@ def test_the_sidecars_environment_is_valid_settings(tmp_path: Path) -> None:
     env = {e["name"]: e["value"] for e in sidecar["env"] if "value" in e}
     assert env["SIDECAR_MODEL"] == "/models/qwen"
     settings = load(Settings, {}, {**env, "SIDECAR_MODEL": str(tmp_path)})
-    assert (settings.listen[1], settings.admin[1], settings.state_dir) == (RELAY, ADMIN, STATE)
+    assert (settings.listen[1], settings.admin[1], settings.state_dir) == (RELAY_PORT, ADMIN_PORT, STATE_DIR)
     assert sidecar["restartPolicy"] == "Always" and sidecar["readinessProbe"]["httpGet"]["path"] == "/readyz"
 
 
@@ -163,10 +166,10 @@ def test_the_engines_probes_use_numeric_ports() -> None:
     """A probe of the engine's container reaches the sidecar's port by number: a name would mean its own container."""
     for probe in ("safe", "http"):
         _, engine = containers(probe=probe)
-        assert engine["startupProbe"]["httpGet"] == {"path": "/startupz", "port": ADMIN}
+        assert engine["startupProbe"]["httpGet"] == {"path": "/startupz", "port": ADMIN_PORT}
         assert not engine.get("ports")
         assert engine["livenessProbe"].get("httpGet") == (
-            {"path": "/livez", "port": ADMIN} if probe == "http" else None
+            {"path": "/livez", "port": ADMIN_PORT} if probe == "http" else None
         )
 
 
@@ -184,7 +187,7 @@ def test_services_reach_the_sidecar_by_number() -> None:
 def test_a_deleted_pod_has_time_to_drain() -> None:
     """The pod's grace period covers the preStop's waiting and the sidecar's own draining after it."""
     spec = made()
-    assert spec["terminationGracePeriodSeconds"] >= ENDPOINTS + DRAIN + Settings().drain_seconds
+    assert spec["terminationGracePeriodSeconds"] >= ENDPOINT_REMOVAL_S + DRAIN_S + Settings().drain_seconds
 
 
 @pytest.mark.parametrize("chosen", [3600, 61, 86_400])
@@ -227,7 +230,7 @@ def test_users_text_stays_text_in_any_script(text: str) -> None:
 @pytest.mark.parametrize("word", ["true", "null", "no", "on", "y", "n"])
 def test_a_name_may_be_a_word_of_yaml(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Names that YAML reads as true, false or nothing when they stand bare stay names, wherever they are printed."""
-    argv = ["--name", word, "--namespace", word, *MODELS, "--claim", word, "--restarts-at-once", "1"]
+    argv = ["--name", word, "--namespace", word, *MODELS, "--claim", word]
     for monitor in ("annotations", "podmonitor"):
         assert __main__.run(["manifests", *argv, "--monitor", monitor]) == 0
         printed = api_server_rules.objects(capsys.readouterr().out)

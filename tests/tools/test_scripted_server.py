@@ -20,7 +20,7 @@ from sidecar.engines import canary_request
 from sidecar.engines.registry import KINDS, recognise
 from sidecar.errors import StartError
 from sidecar.tools.scripted_engine.image_size import size_of
-from sidecar.tools.scripted_engine.server import ScriptedEngine, bound
+from sidecar.tools.scripted_engine.server import ScriptedEngine, bind_socket
 
 from .engine_client import events, quick, running_engine, text
 
@@ -308,7 +308,7 @@ def test_a_taken_port_is_one_clear_error() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(StartError, match=f"--listen: cannot listen on 127.0.0.1:{taken.getsockname()[1]}"):
-            bound(("127.0.0.1", taken.getsockname()[1]))
+            bind_socket(("127.0.0.1", taken.getsockname()[1]))
 
 
 async def test_leaving_ends_open_streams() -> None:

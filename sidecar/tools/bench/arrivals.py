@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-BURSTS: Final = 4  # in a run
-WITHIN: Final = 0.1  # of the time between two bursts, all requests of a burst come
-PRESSURE: Final = (
+BURSTS_PER_RUN: Final = 4  # in a run
+BURST_SHARE: Final = 0.1  # of the time between two bursts, all requests of a burst come
+ARRIVALS_PER_LATENCY: Final = (
     6.4  # requests that come while one is answered alone, unless a rate is named: that of the reference matrix
 )
 
@@ -39,15 +39,15 @@ PROFILES: Final = (
 NAMES: Final = tuple(profile.name for profile in PROFILES)
 
 
-def times(profile: Profile, rate: float, seconds: float, seed: int) -> Iterator[float]:
+def arrival_times(profile: Profile, rate: float, seconds: float, seed: int) -> Iterator[float]:
     """Seconds since the beginning at which a request comes: a Poisson process, for bursts pressed into a tenth of the time."""
     rng = random.Random(f"{seed}:{profile.arrivals}")
-    at, every = rng.expovariate(rate), seconds / BURSTS
+    at, every = rng.expovariate(rate), seconds / BURSTS_PER_RUN
     while at < seconds:
-        yield at if profile.arrivals == "steady" else at // every * every + at % every * WITHIN
+        yield at if profile.arrivals == "steady" else at // every * every + at % every * BURST_SHARE
         at += rng.expovariate(rate)
 
 
 def rate_for(alone: float) -> float:
     """Requests per second for an engine that answers one alone in `alone` seconds."""
-    return PRESSURE / max(alone, 1e-3)
+    return ARRIVALS_PER_LATENCY / max(alone, 1e-3)

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Ended = Literal["completed", "dropped", "stalled", "cancelled", "failed"]
-ENDS: Final[tuple[Ended, ...]] = ("completed", "dropped", "stalled", "cancelled", "failed")
-DROPS: Final = (429, 503)  # statuses of an engine that takes no more
-LOST: Final = 0.01  # of the requests: more that are not completed miss the SLO
+Outcome = Literal["completed", "dropped", "stalled", "cancelled", "failed"]
+OUTCOMES: Final[tuple[Outcome, ...]] = ("completed", "dropped", "stalled", "cancelled", "failed")
+DROP_STATUSES: Final = (429, 503)  # statuses of an engine that takes no more
+MAX_LOST_SHARE: Final = 0.01  # of the requests: more that are not completed miss the SLO
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRecord:
     """One request: how it ended, seconds from its arrival to its end and to its first token (None where none came), its tokens."""
 
-    ended: Ended
+    ended: Outcome
     seconds: float
     first: float | None = None
     tokens: int = 0
@@ -53,7 +53,7 @@ class BenchRow:
     whole: bool = True
 
 
-def row(
+def sum_up(
     profile: str, rate: float, elapsed: float, records: Sequence[BenchRecord], slo: float, price: float, *, whole: bool = True
 ) -> BenchRow:  # fmt: skip
     """The sums of one run. `slo`: seconds that the completed requests' p95 keeps; `price`: dollars per hour of all GPUs."""
@@ -67,10 +67,10 @@ def row(
     spent = price * elapsed / 3600
     return BenchRow(
         profile=profile, rate=rate, elapsed=elapsed, requests=len(records),
-        **{ended: ends[ended] for ended in ENDS}, tokens=tokens,
+        **{ended: ends[ended] for ended in OUTCOMES}, tokens=tokens,
         p50=quantile(seconds, 0.5), p95=p95, p99=quantile(seconds, 0.99),
         first_p50=quantile(firsts, 0.5), first_p95=quantile(firsts, 0.95),
-        slo_kept=p95 is not None and p95 <= slo and lost <= LOST * len(records),
+        slo_kept=p95 is not None and p95 <= slo and lost <= MAX_LOST_SHARE * len(records),
         dollars_per_1k_completed=spent / len(good) * 1e3 if price and good else None,
         dollars_per_1m_tokens=spent / tokens * 1e6 if price and tokens else None, whole=whole,
     )  # fmt: skip

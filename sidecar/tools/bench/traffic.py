@@ -17,11 +17,11 @@ from typing import Final
 import aiohttp
 
 from sidecar.relay.sse import SSE
-from sidecar.tools.bench.tally import DROPS, BenchRecord, Ended
+from sidecar.tools.bench.tally import DROP_STATUSES, BenchRecord, Outcome
 from sidecar.tools.calibrate.prompts import Prompts, PromptTarget
 from sidecar.tools.calibrate.shapes import GridShape
 
-STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
+STREAM_OPTIONS: Final = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class BenchPlan:
     """`at_once`: requests that the engine is given at a time; 0: all that are open."""
 
     shape: GridShape
-    most_open: int
+    max_open: int
     at_once: int
     timeout: float
     seed: int
@@ -55,22 +55,22 @@ class BenchRun:
         async with asyncio.TaskGroup() as group:
             for at in due:
                 await asyncio.sleep(began + at - time.monotonic())
-                if self.open >= self._plan.most_open:
+                if self.open >= self._plan.max_open:
                     self.records.append(BenchRecord("dropped", 0.0))
                     continue
                 self.open += 1
-                group.create_task(self.one())
+                group.create_task(self._send())
 
-    async def alone(self) -> BenchRecord:
+    async def send_one(self) -> BenchRecord:
         """One request, now."""
         self.open += 1
-        await self.one()
+        await self._send()
         return self.records[-1]
 
-    async def one(self) -> None:
+    async def _send(self) -> None:
         """One request, counted in `open` already."""
         answer = _Answer(time.monotonic())
-        ended: Ended = "cancelled"
+        ended: Outcome = "cancelled"
         try:
             async with asyncio.timeout(self._plan.timeout), self._gate:
                 ended = await self._ask(answer)
@@ -82,13 +82,13 @@ class BenchRun:
             self.open -= 1
             self.records.append(BenchRecord(ended, time.monotonic() - answer.began, answer.first, answer.tokens))
 
-    async def _ask(self, answer: _Answer) -> Ended:
+    async def _ask(self, answer: _Answer) -> Outcome:
         prompt = self._prompts.next(self._plan.shape)
-        body = {**prompt.body, **STREAMED}
+        body = {**prompt.body, **STREAM_OPTIONS}
         async with self._session.post(
-            self._target.url + prompt.path, json=body, headers=self._target.headers, timeout=NO_LIMIT
+            self._target.url + prompt.path, json=body, headers=self._target.headers, timeout=NO_TIMEOUT
         ) as response:
-            if response.status in DROPS:
+            if response.status in DROP_STATUSES:
                 return "dropped"
             if response.status != 200:
                 return "failed"
@@ -117,9 +117,9 @@ class _Answer:
         return usage.completion_tokens if usage else self._stream.tokens
 
     @property
-    def ended(self) -> Ended:
+    def ended(self) -> Outcome:
         """Whether it came to its proper end."""
         return "completed" if self._stream.done and self.first is not None else "failed"
 
 
-NO_LIMIT: Final = aiohttp.ClientTimeout(total=None)  # the plan's own limit counts from the arrival
+NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)  # the plan's own limit counts from the arrival

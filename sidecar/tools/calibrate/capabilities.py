@@ -14,14 +14,14 @@ import aiohttp
 
 from sidecar.engines import metrics_parser, registry
 from sidecar.kernels import families
-from sidecar.tools.calibrate.prompts import PromptTarget, photos_can_be_made
-from sidecar.tools.calibrate.shapes import SIDES, WORDS, GridShape
+from sidecar.tools.calibrate.prompts import PromptTarget, can_make_photos
+from sidecar.tools.calibrate.shapes import PHOTO_SIDES_PX, PHOTO_TEXT_TOKENS, GridShape
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, Load
 
-CONTEXT: Final = 4096  # tokens, where the engine does not say
-WARM: Final = 256  # tokens of the first requests
-ANSWER: Final = 10.0  # seconds for a page
-MOST_IMAGES: Final = 4
+DEFAULT_CONTEXT_TOKENS: Final = 4096  # tokens, where the engine does not say
+WARM_UP_TOKENS: Final = 256  # tokens of the first requests
+PAGE_TIMEOUT_S: Final = 10.0  # seconds for a page
+MAX_IMAGES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class EngineCapabilities:
     version: str
     kind: str
     load: Load
-    most_images: int = 0
+    max_images: int = 0
     flags: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-async def meet(
+async def probe_capabilities(
     session: aiohttp.ClientSession, url: str, key: str, kind: str, model: str, context: int
 ) -> EngineCapabilities:
     """Ask what it serves, and try what it can do. `kind` may be "auto"; `model` is its directory or "". Raises EngineRefused."""
@@ -56,12 +56,12 @@ async def meet(
             return None
         return None if read.running is None else read.running + (read.waiting or 0)
 
-    target = await _asked(session, target)
-    cached = await _cached(session, target)
-    target, most_images, why = await _photos(session, target, model)
+    target = await _warm_up(session, target)
+    cached = await _reports_cache(session, target)
+    target, max_images, why = await _measure_photos(session, target, model)
     return EngineCapabilities(
-        target, context or int(card.get("max_model_len") or CONTEXT), cached, await _version(session, target), known.name, load,
-        most_images, registry.flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE) if note),
+        target, context or int(card.get("max_model_len") or DEFAULT_CONTEXT_TOKENS), cached, await _version(session, target), known.name, load,
+        max_images, registry.flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE_NOTE) if note),
     )  # fmt: skip
 
 
@@ -69,57 +69,61 @@ async def text_target(session: aiohttp.ClientSession, url: str, key: str) -> Pro
     """The first model that it serves, asked as it can be, and warm. Raises EngineRefused."""
     target = PromptTarget(url, "", key)
     card = _card(await _page(session, target, "/v1/models"), url)
-    return await _asked(session, replace(target, model=card["id"]))
+    return await _warm_up(session, replace(target, model=card["id"]))
 
 
-NO_CACHE: Final = (
+NO_CACHE_NOTE: Final = (
     "cached prompts are not measured: the engine does not say what it had cached (vLLM: --enable-prompt-tokens-details)"
 )
 
 
-async def _asked(session: aiohttp.ClientSession, target: PromptTarget) -> PromptTarget:
+async def _warm_up(session: aiohttp.ClientSession, target: PromptTarget) -> PromptTarget:
     """By token ids where the engine takes them, else by words; and warm."""
     try:
         await CalibrationTraffic(session, target).once(GridShape(16, 0, 1))
     except EngineRefused:
         target = replace(target, ids=False)
         await CalibrationTraffic(session, target).once(GridShape(16, 0, 1))
-    await CalibrationTraffic(session, target, seed=1).burst(GridShape(WARM // 2, 0, 8), 2)
+    await CalibrationTraffic(session, target, seed=1).burst(GridShape(WARM_UP_TOKENS // 2, 0, 8), 2)
     return target
 
 
-async def _cached(session: aiohttp.ClientSession, target: PromptTarget) -> bool:
+async def _reports_cache(session: aiohttp.ClientSession, target: PromptTarget) -> bool:
     """Whether it says that it had cached what it was sent before."""
-    work = await CalibrationTraffic(session, target, seed=2).once(GridShape(8, WARM - 64, 1))
-    return work.cached > WARM // 4
+    work = await CalibrationTraffic(session, target, seed=2).once(GridShape(8, WARM_UP_TOKENS - 64, 1))
+    return work.cached > WARM_UP_TOKENS // 4
 
 
-async def _photos(session: aiohttp.ClientSession, target: PromptTarget, model: str) -> tuple[PromptTarget, int, str]:
+async def _measure_photos(
+    session: aiohttp.ClientSession, target: PromptTarget, model: str
+) -> tuple[PromptTarget, int, str]:
     """(with the encoder tokens of photos, most photos of one request, why there are none)."""
-    if not photos_can_be_made():
+    if not can_make_photos():
         return (
             target,
             0,
             "images are not measured: numpy and Pillow are missing; pip install 'inference-sidecar[images]'",
         )
     try:
-        prompt = [await _prompt_tokens(session, target, images=1, side=side) for side in SIDES]
+        prompt = [await _prompt_tokens(session, target, images=1, side=side) for side in PHOTO_SIDES_PX]
     except EngineRefused as e:
         return target, 0, f"images are not measured: {e}"
     try:
-        await _prompt_tokens(session, target, images=MOST_IMAGES, side=SIDES[0])
-        most = MOST_IMAGES
+        await _prompt_tokens(session, target, images=MAX_IMAGES, side=PHOTO_SIDES_PX[0])
+        most = MAX_IMAGES
     except EngineRefused:
         most = 1
-    text = await _prompt_tokens(session, target, images=0, side=SIDES[0])
-    told = {side: count - text for side, count in zip(SIDES, prompt, strict=True)}
-    tokens = {side: _by_processor(model, side) or max(1, told[side]) for side in SIDES}
+    text = await _prompt_tokens(session, target, images=0, side=PHOTO_SIDES_PX[0])
+    counted = {side: count - text for side, count in zip(PHOTO_SIDES_PX, prompt, strict=True)}
+    tokens = {side: _by_processor(model, side) or max(1, counted[side]) for side in PHOTO_SIDES_PX}
     return replace(target, tokens=tokens), most, ""
 
 
 async def _prompt_tokens(session: aiohttp.ClientSession, target: PromptTarget, *, images: int, side: int) -> int:
     """What `usage` counts of a chat that says the same each time."""
-    work = await CalibrationTraffic(session, target, seed=3).once(GridShape(WORDS, 0, 1, images=images, side=side))
+    work = await CalibrationTraffic(session, target, seed=3).once(
+        GridShape(PHOTO_TEXT_TOKENS, 0, 1, images=images, side=side)
+    )
     return work.uncached + work.cached
 
 
@@ -153,7 +157,7 @@ async def _page(session: aiohttp.ClientSession, target: PromptTarget, path: str)
     """The body of a page that answers 200, else empty."""
     try:
         async with session.get(
-            target.url + path, headers=target.headers, timeout=aiohttp.ClientTimeout(total=ANSWER)
+            target.url + path, headers=target.headers, timeout=aiohttp.ClientTimeout(total=PAGE_TIMEOUT_S)
         ) as answer:
             return await answer.read() if answer.status == 200 else b""
     except (aiohttp.ClientError, OSError, TimeoutError):

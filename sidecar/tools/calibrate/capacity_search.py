@@ -12,34 +12,36 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.tools.calibrate.checkpoint import GridPlan, SearchStep
-from sidecar.tools.calibrate.shapes import MOST, GridShape, generating, largest, reference
+from sidecar.tools.calibrate.shapes import MAX_LENGTH_TOKENS, GridShape, generating, largest, reference
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, LatencySample
 
-MOST_OPEN: Final = 1024  # requests
-FULL: Final = 0.9  # of the highest rate
-AHEAD: Final = 4  # latencies that the next step may take: two rounds, of requests that take up to twice as long
-ALONE: Final = 20  # latencies of a request alone that the whole search takes, about
-LEAST_SCALE: Final = 1 / 16  # of the reference, where the time is short
+MAX_OPEN_REQUESTS: Final = 1024  # requests
+FULL_RATE_SHARE: Final = 0.9  # of the highest rate
+NEXT_STEP_LATENCIES: Final = (
+    4  # latencies that the next step may take: two rounds, of requests that take up to twice as long
+)
+SEARCH_LATENCIES: Final = 20  # latencies of a request alone that the whole search takes, about
+MIN_SCALE: Final = 1 / 16  # of the reference, where the time is short
 GRID_COST: Final = 6.0  # the whole grid in costs of its largest shape: measured on an engine with a steep attention
-TURNS: Final = 4  # at least as many are to fit
+MIN_TURNS: Final = 4  # at least as many are to fit
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 async def search(
-    traffic: CalibrationTraffic, context: int, slo: float, seconds: float, most: int, say: Say
+    traffic: CalibrationTraffic, context: int, slo: float, seconds: float, limit: int, progress: Progress
 ) -> tuple[SearchStep, ...]:
     """The steps, until p95 is over the SLO, or `most` requests are open, or the time is up. At least one."""
     steps: list[SearchStep] = []
     started = time.monotonic()
-    shape, number = await _shape(traffic, context, seconds), 1
-    while number <= most:
-        say(f"{number} of {shape.name} open at all times")
-        sample = await traffic.run(shape, number, seconds / 12)
+    shape, count = await _shape(traffic, context, seconds), 1
+    while count <= limit:
+        progress(f"{count} of {shape.name} open at all times")
+        sample = await traffic.run(shape, count, seconds / 12)
         steps.append(step(sample))
-        if sample.p95() > slo or time.monotonic() - started + AHEAD * sample.p95() > seconds:
+        if sample.p95() > slo or time.monotonic() - started + NEXT_STEP_LATENCIES * sample.p95() > seconds:
             break
-        number *= 2
+        count *= 2
     return tuple(steps)
 
 
@@ -48,7 +50,7 @@ async def _shape(traffic: CalibrationTraffic, context: int, seconds: float) -> G
     scale = 1.0
     while True:
         shape = reference(context, scale)
-        if ALONE * await traffic.burst(shape, 1) <= seconds or scale <= LEAST_SCALE:
+        if SEARCH_LATENCIES * await traffic.burst(shape, 1) <= seconds or scale <= MIN_SCALE:
             return shape
         scale /= 2
 
@@ -66,7 +68,7 @@ def step(sample: LatencySample) -> SearchStep:
 def full(steps: tuple[SearchStep, ...]) -> int:
     """The least number of open requests that fills the engine, near enough."""
     highest = max(one.rate for one in steps)
-    return min(one.open for one in steps if one.rate >= FULL * highest)
+    return min(one.open for one in steps if one.rate >= FULL_RATE_SHARE * highest)
 
 
 def held(steps: tuple[SearchStep, ...], slo: float) -> float:
@@ -80,27 +82,31 @@ def held(steps: tuple[SearchStep, ...], slo: float) -> float:
     return 0.0
 
 
-async def length(traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, say: Say) -> int:
+async def length(
+    traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, progress: Progress
+) -> int:
     """Tokens of the longest shapes, in a span: doubled while turns of the grid still fit into `seconds`."""
-    found, most = span[0], min(span[1], MOST)
-    while found < most:
-        tried = min(2 * found, most)
-        say(f"{concurrency} of {largest(tried).name} at once")
+    longest, limit = span[0], min(span[1], MAX_LENGTH_TOKENS)
+    while longest < limit:
+        tried = min(2 * longest, limit)
+        progress(f"{concurrency} of {largest(tried).name} at once")
         took = await traffic.burst(largest(tried), concurrency)
         # A turn keeps each shape's requests open for two rounds: one that does not count, and one that does.
-        if 2 * GRID_COST * took * TURNS > seconds:
+        if 2 * GRID_COST * took * MIN_TURNS > seconds:
             break
-        found = tried
-    return found
+        longest = tried
+    return longest
 
 
-async def decode(traffic: CalibrationTraffic, length: int, concurrency: int, say: Say) -> tuple[SearchStep, ...]:
+async def decode(
+    traffic: CalibrationTraffic, length: int, concurrency: int, progress: Progress
+) -> tuple[SearchStep, ...]:
     """Steps of requests that only generate, up to the concurrency of the grid."""
-    shape, steps, number = generating(length), [], 1
-    while number <= concurrency:
-        say(f"{number} of {shape.name} open at all times")
-        steps.append(step(await traffic.run(shape, number, 0.0)))
-        number *= 2
+    shape, steps, count = generating(length), [], 1
+    while count <= concurrency:
+        progress(f"{count} of {shape.name} open at all times")
+        steps.append(step(await traffic.run(shape, count, 0.0)))
+        count *= 2
     return tuple(steps)
 
 
@@ -110,13 +116,13 @@ async def plan(
     slo: float,
     seconds: tuple[float, float],
     concurrency: int,
-    say: Say,
+    progress: Progress,
 ) -> GridPlan:
     """Search and length. `span`: tokens that the longest shapes have at least, and the context. `seconds`: for the search, and for the grid.
 
     `concurrency` 0: where the engine is full.
     """
-    steps = await search(traffic, span[1], slo, seconds[0], MOST_OPEN, say)
-    chosen = concurrency or full(steps)
-    found = await length(traffic, span, chosen, seconds[1], say)
-    return GridPlan(found, chosen, steps, await decode(traffic, found, chosen, say))
+    steps = await search(traffic, span[1], slo, seconds[0], MAX_OPEN_REQUESTS, progress)
+    at_once = concurrency or full(steps)
+    longest = await length(traffic, span, at_once, seconds[1], progress)
+    return GridPlan(longest, at_once, steps, await decode(traffic, longest, at_once, progress))

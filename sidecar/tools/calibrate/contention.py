@@ -17,7 +17,7 @@ from sidecar.readings import Absent
 from sidecar.signals import engine_processes
 
 PROC: Final = Path("/proc")
-MOST: Final = 0.95  # of the time: what is left is no measurement
+MAX_WAITED_SHARE: Final = 0.95  # of the time: what is left is no measurement
 
 Times = Mapping[str, tuple[float, float]]  # thread -> seconds that it ran, and that it waited
 
@@ -61,4 +61,4 @@ def share(before: Times, after: Times, seconds: float) -> float:
         if thread in before
     ]
     _, waited = max(differences, default=(0.0, 0.0))
-    return min(MOST, max(0.0, waited / seconds)) if seconds > 0 else 0.0
+    return min(MAX_WAITED_SHARE, max(0.0, waited / seconds)) if seconds > 0 else 0.0

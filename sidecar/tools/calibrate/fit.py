@@ -18,10 +18,10 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import TERMS, Coefficients
 from sidecar.tools.calibrate.shapes import GridShape
 
-RIDGE: Final = 0.0003  # weight of the prior, per measurement
-ROUNDS: Final = 4000
-AGAIN: Final = 20  # times that the pull is weighed by where the last one led
-ENOUGH: Final = 1e-12
+RIDGE_PER_MEASUREMENT: Final = 0.0003  # weight of the prior, per measurement
+MAX_ROUNDS: Final = 4000
+REWEIGHTINGS: Final = 20  # times that the pull is weighed by where the last one led
+TOLERANCE: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coef
     shown = [any(r[j] for r in rows) for j in range(len(TERMS))]
     scale = _scale(measured, prior)
     start = [getattr(prior, name) * scale for name in TERMS]
-    solved = solve(rows, [m.ms for m in measured], start, RIDGE * len(measured))
+    solved = solve(rows, [m.ms for m in measured], start, RIDGE_PER_MEASUREMENT * len(measured))
     values = {name: solved[j] if shown[j] else start[j] for j, name in enumerate(TERMS)}
     return replace(prior, **values)  # type: ignore[arg-type]
 
@@ -88,7 +88,7 @@ def solve(rows: Sequence[Sequence[float]], costs: Sequence[float], prior: Sequen
     gram = [[sum(r[i] * r[j] for r in relative) for j in count] for i in count]
     target = [sum(r[i] for r in relative) for i in count]
     x = _descend(gram, target, prior, [0.0] * len(prior), list(prior))  # near a prior that is far off the pull is steep
-    for _ in range(AGAIN if ridge else 0):
+    for _ in range(REWEIGHTINGS if ridge else 0):
         pull = [ridge / max(x[i], prior[i]) ** 2 if prior[i] > 0 else 0.0 for i in count]
         x = _descend(gram, target, prior, pull, x)
     return x
@@ -99,7 +99,7 @@ def _descend(
 ) -> list[float]:  # fmt: skip
     """Coordinate descent on the quadratic form, each coordinate held at 0 or above."""
     x, count = list(start), range(len(start))
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ROUNDS):
         moved = 0.0
         for i in count:
             weight = gram[i][i] + pull[i]
@@ -109,7 +109,7 @@ def _descend(
             new = max(0.0, (target[i] + pull[i] * prior[i] - rest) / weight)
             moved += weight * (new - x[i]) ** 2
             x[i] = new
-        if moved < ENOUGH:
+        if moved < TOLERANCE:
             break
     return x
 

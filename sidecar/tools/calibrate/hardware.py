@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 from sidecar.flags import gpu_of
 from sidecar.signals.gpu import names as gpu_names
 
-LOCAL: Final = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 
 
 def gpus_of(engine: str, chosen: str) -> tuple[int, str]:
     """How many GPUs of which name: those of --gpu, else those that NVML shows; (0, "") where there are none to be seen."""
     if chosen:
         return gpu_of(chosen)
-    names = gpu_names.read() if urlsplit(engine).hostname in LOCAL else []
+    names = gpu_names.read() if urlsplit(engine).hostname in LOCAL_HOSTS else []
     return len(names), names[0] if names else ""
 
 
@@ -25,7 +25,7 @@ def text(engine: str, gpus: tuple[int, str]) -> str:
     """A name such as "NVIDIA H100 80GB HBM3" or "2 x AMD EPYC"; empty where the engine is on another machine."""
     count, name = gpus
     if not name:
-        if urlsplit(engine).hostname not in LOCAL:
+        if urlsplit(engine).hostname not in LOCAL_HOSTS:
             return ""
         count, name = os.cpu_count() or 1, processor(_cpuinfo())
     return name if count == 1 else f"{count} x {name}"

@@ -108,7 +108,7 @@ class Prompts:
         return " ".join(VOCABULARY[token % len(VOCABULARY)] for token in tokens)
 
 
-def photos_can_be_made() -> bool:
+def can_make_photos() -> bool:
     """Whether the libraries are there."""
     return all(importlib.util.find_spec(name) for name in ("numpy", "PIL"))
 
@@ -131,7 +131,7 @@ def _picture(side: int) -> Any:
     return pixels(side, side * 3 // 4, seed=side)
 
 
-def used(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
+def read_usage(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
     """What an answer says that it used. Raises ValueError."""
     try:
         usage = answer["usage"]
@@ -143,7 +143,7 @@ def used(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
         raise ValueError("no usage") from None
 
 
-def words(text: str) -> str:
+def shorten_error(text: str) -> str:
     """An engine's error in one short line."""
     try:
         error = json.loads(text)

@@ -12,8 +12,8 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.tools.calibrate.checkpoint import GridPlan
 from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, line, line_accuracy, variation
 
-BAR: Final = 24
-NOISY: Final = 0.15  # spread of the turns, from which on the machine is said to be busy with other things
+BAR_CHARACTERS: Final = 24
+NOISY_SHARE: Final = 0.15  # spread of the turns, from which on the machine is said to be busy with other things
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def text(found: CalibrationReport, slo: float) -> str:
             f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
             f"coefficient of variation over the shapes {found.variation:.1%}",
             f"turns of one shape lie {found.spread:.1%} apart; the engine had no core in {found.waited:.1%} of the time, which is taken out"
-            + (noisy if max(found.spread, found.waited) > NOISY else ""),
+            + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
             f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
             "a generated token: "
             + ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode),
@@ -121,5 +121,5 @@ def _steps(found: CalibrationReport) -> str:
 def bar(done: float, of: float, what: str) -> str:
     """One line of progress; more than all is all."""
     share = min(1.0, done / max(of, 1e-9))
-    full = int(BAR * share)
-    return f"[{'#' * full}{'.' * (BAR - full)}] {share:.0%} {what}"
+    full = int(BAR_CHARACTERS * share)
+    return f"[{'#' * full}{'.' * (BAR_CHARACTERS - full)}] {share:.0%} {what}"

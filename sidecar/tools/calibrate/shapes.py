@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-MOST: Final = 16_384  # tokens; longer prompts take minutes to measure, and the square term shows well before
-LEAST: Final = 256
-SIDES: Final = (
+MAX_LENGTH_TOKENS: Final = (
+    16_384  # tokens; longer prompts take minutes to measure, and the square term shows well before
+)
+MIN_LENGTH_TOKENS: Final = 256
+PHOTO_SIDES_PX: Final = (
     448,
     672,
     896,
 )  # pixels of a photo's longer side, 4:3; three tell what a photo costs, its tokens, and their square
-WORDS: Final = 32  # tokens of text beside images, about
+PHOTO_TEXT_TOKENS: Final = 32  # tokens of text beside images, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ GENERATING: Final = (1 / 128, 0, 1 / 16)  # little but generating
 LARGEST: Final = (3 / 4, 0, 1 / 8)  # what takes longest of the grid
 
 # (images, which of SIDES, output as a share of the length), and whether the shape is held out.
-PHOTOS: Final[tuple[tuple[int, int, float, bool], ...]] = (
+PHOTO_GRID: Final[tuple[tuple[int, int, float, bool], ...]] = (
     (1, 0, 1 / 1024, False),
     (4, 0, 1 / 1024, False),
     (1, 1, 1 / 1024, False),
@@ -83,20 +85,23 @@ PHOTOS: Final[tuple[tuple[int, int, float, bool], ...]] = (
 )
 
 
-def plan(
-    length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, most_images: int = 4
-) -> list[GridShape]:
+def plan(length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, max_images: int = 4) -> list[GridShape]:
     """The shapes of up to `length` tokens. Raises ValueError where that is too short.
 
     `cached`: whether the engine says how much of a prompt it had cached. `tokens`: of one photo, by its side, where it takes photos.
     """
-    if length < LEAST:
-        raise ValueError(f"a context of {length} tokens is too short to tell prompt from output; {LEAST} are needed")
+    if length < MIN_LENGTH_TOKENS:
+        raise ValueError(
+            f"a context of {length} tokens is too short to tell prompt from output; {MIN_LENGTH_TOKENS} are needed"
+        )
     shapes = [_shape(length, *row) for row in GRID if cached or not row[1]]
-    for images, which, output, held_out in PHOTOS if tokens else ():
-        side = SIDES[which]
-        shape = GridShape(WORDS, 0, max(1, int(output * length)), held_out, images, side)
-        if images <= most_images and images * (tokens or {}).get(side, length) + 4 * WORDS + shape.output <= length:
+    for images, side_index, output, held_out in PHOTO_GRID if tokens else ():
+        side = PHOTO_SIDES_PX[side_index]
+        shape = GridShape(PHOTO_TEXT_TOKENS, 0, max(1, int(output * length)), held_out, images, side)
+        if (
+            images <= max_images
+            and images * (tokens or {}).get(side, length) + 4 * PHOTO_TEXT_TOKENS + shape.output <= length
+        ):
             shapes.append(shape)
     return shapes
 
@@ -105,10 +110,10 @@ def _shape(length: int, uncached: float, cached: float, output: float, held_out:
     return GridShape(max(8, int(uncached * length)), int(cached * length), max(1, int(output * length)), held_out)
 
 
-def least(context: int, tokens: Mapping[int, int]) -> int:
+def min_length(context: int, tokens: Mapping[int, int]) -> int:
     """The shortest length that is worth it: a photo of each size fits and two of the smallest, where there are photos."""
-    photos = max(2 * tokens[SIDES[0]], *tokens.values()) + 5 * WORDS if tokens else 0
-    return min(context, max(LEAST, photos))
+    photos = max(2 * tokens[PHOTO_SIDES_PX[0]], *tokens.values()) + 5 * PHOTO_TEXT_TOKENS if tokens else 0
+    return min(context, max(MIN_LENGTH_TOKENS, photos))
 
 
 def largest(length: int) -> GridShape:
@@ -121,7 +126,7 @@ def generating(length: int) -> GridShape:
     return _shape(length, *GENERATING)
 
 
-def ordered(shapes: list[GridShape], turn: int) -> list[GridShape]:
+def shuffle_turn(shapes: list[GridShape], turn: int) -> list[GridShape]:
     """The shapes in the order of this turn."""
     return random.Random(turn).sample(shapes, len(shapes))
 

@@ -24,12 +24,14 @@ from sidecar.errors import SidecarError
 from sidecar.events import RequestSize
 from sidecar.tools.calibrate.contention import Cores
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.prompts import Prompt, Prompts, PromptTarget, used, words
+from sidecar.tools.calibrate.prompts import Prompt, Prompts, PromptTarget, read_usage, shorten_error
 from sidecar.tools.calibrate.shapes import GridShape
 
-SECONDS: Final = 300.0  # deadline of one request
-LOOK: Final = 1.0  # seconds between looks at what else the engine serves: its page costs it milliseconds
-STRANGE: Final = (
+REQUEST_TIMEOUT_S: Final = 300.0  # deadline of one request
+LOAD_CHECK_INTERVAL_S: Final = (
+    1.0  # seconds between looks at what else the engine serves: its page costs it milliseconds
+)
+FOREIGN_CHECKS: Final = (
     3  # looks in a row with requests of others: one alone may show requests of ours that were just broken off
 )
 
@@ -79,12 +81,16 @@ class CalibrationTraffic:
     """Sends requests of given shapes."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, target: PromptTarget, seed: int = 0, beside: BackgroundLoad | None = None
+        self,
+        session: aiohttp.ClientSession,
+        target: PromptTarget,
+        seed: int = 0,
+        background: BackgroundLoad | None = None,
     ) -> None:
         self._session = session
         self._target = target
         self._prompts = Prompts(target, seed)
-        self._beside = beside or BackgroundLoad()
+        self._background = background or BackgroundLoad()
 
     async def once(self, shape: GridShape) -> RequestSize:
         """One request alone. Raises EngineRefused."""
@@ -113,8 +119,8 @@ class CalibrationTraffic:
                 started, counts = time.monotonic(), warm <= 0
                 work = await self._ask(prompt, shape)
                 warm -= 1
-                if warm == 0 and self._beside.cores is not None:
-                    self._beside.cores.mark()
+                if warm == 0 and self._background.cores is not None:
+                    self._background.cores.mark()
                 if counts:
                     sample.latencies.append(time.monotonic() - started)
                     sample.works[work] += 1
@@ -122,28 +128,28 @@ class CalibrationTraffic:
                     enough.set()
 
         workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
-        looking, ended = asyncio.create_task(self._look(sample)), asyncio.create_task(enough.wait())
+        watching, ended = asyncio.create_task(self._watch_background(sample)), asyncio.create_task(enough.wait())
         try:
             done, _ = await asyncio.wait([ended, *workers], return_when=asyncio.FIRST_COMPLETED)
             for task in done:  # a worker ends by itself only when it failed
                 task.result()
-            if self._beside.cores is not None:
-                sample.waited = self._beside.cores.waited()
+            if self._background.cores is not None:
+                sample.waited = self._background.cores.waited()
         finally:
-            for task in (*workers, looking, ended):
+            for task in (*workers, watching, ended):
                 task.cancel()
-            await asyncio.gather(*workers, looking, ended, return_exceptions=True)
+            await asyncio.gather(*workers, watching, ended, return_exceptions=True)
         return sample
 
-    async def _look(self, sample: LatencySample) -> None:
+    async def _watch_background(self, sample: LatencySample) -> None:
         """Take down what the engine serves beside us. Ends with the run."""
         seen = 0
-        while self._beside.load is not None:
-            await asyncio.sleep(LOOK)
-            load = await self._beside.load()
+        while self._background.load is not None:
+            await asyncio.sleep(LOAD_CHECK_INTERVAL_S)
+            load = await self._background.load()
             more = int((load or 0) - sample.concurrency)
             seen = seen + 1 if more > 0 else 0
-            if seen >= STRANGE:
+            if seen >= FOREIGN_CHECKS:
                 sample.others = max(sample.others, more)
 
     async def _next(self, shape: GridShape) -> Prompt:
@@ -155,12 +161,12 @@ class CalibrationTraffic:
         try:
             async with self._session.post(
                 self._target.url + prompt.path, json=prompt.body, headers=self._target.headers,
-                timeout=aiohttp.ClientTimeout(total=SECONDS),
+                timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
             ) as answer:  # fmt: skip
                 text = await answer.text()
                 if answer.status != 200:
-                    raise EngineRefused(f"the engine answered {answer.status}: {words(text)}")
-                return used(json.loads(text), shape, self._target)
+                    raise EngineRefused(f"the engine answered {answer.status}: {shorten_error(text)}")
+                return read_usage(json.loads(text), shape, self._target)
         except (aiohttp.ClientError, OSError, TimeoutError) as e:
             raise EngineRefused(f"the engine broke off ({type(e).__name__}); is it still running?") from None
         except ValueError:

@@ -11,8 +11,8 @@ from typing import Any, Final, Self
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
-ERRORS: Final = (aiohttp.ClientError, TimeoutError, ValueError)
+REQUEST_TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
+CLIENT_ERRORS: Final = (aiohttp.ClientError, TimeoutError, ValueError)
 
 
 class AdminClient:
@@ -23,7 +23,7 @@ class AdminClient:
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._http = aiohttp.ClientSession(self._url, timeout=TIMEOUT)
+        self._http = aiohttp.ClientSession(self._url, timeout=REQUEST_TIMEOUT)
         return self
 
     async def __aexit__(
@@ -51,7 +51,7 @@ class AdminClient:
         try:
             async with self._http.get(path) as response:
                 answer = await response.json()
-        except ERRORS:
+        except CLIENT_ERRORS:
             return None
         return answer if isinstance(answer, dict) else None
 
@@ -60,7 +60,7 @@ class AdminClient:
         try:
             async with self._http.get(path, headers={"Accept": "text/plain"}) as response:
                 return await response.text() if response.status == 200 else None
-        except ERRORS:
+        except CLIENT_ERRORS:
             return None
 
 

@@ -24,12 +24,17 @@ from sidecar.tools.demo.admin_client import AdminClient
 from sidecar.tools.demo.kubelet import Happening, Kubelet, KubeletEvent
 from sidecar.tools.demo.processes import MODEL, DemoProcesses, url
 from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
-from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, found_pictures, made_pictures
+from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, load_pictures, make_pictures
 
-WATCH: Final = 0.25  # seconds between looks at the verdicts
-PROGRESS: Final = 5.0  # seconds between progress lines
-ROOM: Final = 20.0  # seconds that must be left for a stall to be found, killed and recovered from
-STALLS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")  # faults of the engine that stop all its tokens
+WATCH_INTERVAL_S: Final = 0.25  # seconds between looks at the verdicts
+PROGRESS_INTERVAL_S: Final = 5.0  # seconds between progress lines
+RECOVERY_ROOM_S: Final = 20.0  # seconds that must be left for a stall to be found, killed and recovered from
+STALL_FAULTS: Final = (
+    "freeze",
+    "freeze_busy",
+    "kv_deadlock",
+    "livelock",
+)  # faults of the engine that stop all its tokens
 
 
 def pictures_dir(value: str) -> str:
@@ -62,7 +67,7 @@ class DemoSettings:
         expected="seconds from 0 to 86400",
     )
     fault: str = flag(
-        "freeze", one_of(*STALLS), "How the engine is made to stall", expected="one of " + ", ".join(STALLS)
+        "freeze", one_of(*STALL_FAULTS), "How the engine is made to stall", expected="one of " + ", ".join(STALL_FAULTS)
     )
     rate: float = flag(4.0, number(0.1, 1000), "Requests per second, on average", expected="a number from 0.1 to 1000")
     in_flight: int = flag(32, integer(1, 10_000), "Most requests under way", expected="a whole number from 1 to 10000")
@@ -75,7 +80,7 @@ def main(settings: DemoSettings) -> int:
 
 
 async def _main(settings: DemoSettings) -> int:
-    found = await asyncio.to_thread(found_pictures, Path(settings.images)) if settings.images else []
+    found = await asyncio.to_thread(load_pictures, Path(settings.images)) if settings.images else []
     stage = await asyncio.to_thread(processes.make, settings.listen, settings.admin)
     demo = Demo(settings, stage, found)
     failures = ["the demo itself failed"]
@@ -92,14 +97,14 @@ async def _main(settings: DemoSettings) -> int:
 
 # What to say of the engine's events; None: nothing. Failed start-up and readiness probes are the rule while it loads.
 ENGINE_LINES: Final[dict[Happening, str | None]] = {
-    "started": "engine started (pid {e.pid}, restarts: {e.restarts})",
-    "probe_failed": "{e.probe} probe failed {e.run}/{e.threshold}: {e.detail}",
+    "started": "engine started (pid {event.pid}, restarts: {event.restarts})",
+    "probe_failed": "{event.probe} probe failed {event.run}/{event.threshold}: {event.detail}",
     "probe_passed": None,
     "ready": "engine ready: it has served a token, and its probes pass",
     "unready": "engine not ready: it would get no more traffic",
-    "killing": "engine killed by the kubelet: its {e.probe} probe failed too often",
-    "exited": "engine ended: {e.detail}",
-    "backing_off": "engine is started again in {e.seconds:.0f} s (crash back-off)",
+    "killing": "engine killed by the kubelet: its {event.probe} probe failed too often",
+    "exited": "engine ended: {event.detail}",
+    "backing_off": "engine is started again in {event.seconds:.0f} s (crash back-off)",
 }
 
 
@@ -110,7 +115,7 @@ class Demo:
         self.settings: Final = settings
         self.stage: Final = stage
         self.card: Final = Scorecard()
-        self._found = found
+        self._pictures_found = found
         self._began = time.monotonic()
         self._stop = asyncio.Event()
         self._sidecar_up = asyncio.Event()
@@ -120,21 +125,28 @@ class Demo:
         self._broken: list[str] = []
         self._traffic: DemoTraffic | None = None
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """One line, with the seconds since the start."""
         print(f"[{time.monotonic() - self._began:6.1f} s] {line}", flush=True)
 
     def introduce(self) -> None:
         """The page's URL, and what the user should know before it starts."""
-        stage, s = self.stage, self.settings
+        stage, settings = self.stage, self.settings
         print(f"page:   {url(stage.admin)}/", flush=True)
         print(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
-        stall = f"; it is made to stall ({s.fault}) after each {s.stall_after:g} s of service" if s.stall_after else ""
+        stall = (
+            f"; it is made to stall ({settings.fault}) after each {settings.stall_after:g} s of service"
+            if settings.stall_after
+            else ""
+        )
         print(f"engine: scripted, behind the relay{stall}")
-        print(f"quick settings, to keep this short: {processes.quick_settings()}")
+        print(f"quick settings, to keep this short: {processes.describe_quick_settings()}")
         for note in stage.notes:
             print(f"note:   {note}")
-        print("Ctrl-C ends it." if not s.seconds else f"It ends by itself after {s.seconds:g} s.", flush=True)
+        print(
+            "Ctrl-C ends it." if not settings.seconds else f"It ends by itself after {settings.seconds:g} s.",
+            flush=True,
+        )
 
     async def run(self) -> list[str]:
         """To the end; prints the summary. Returns what went wrong, a line each."""
@@ -143,14 +155,14 @@ class Demo:
                 AdminClient(url(self.stage.admin)) as admin,
                 Kubelet(self.stage.sidecar(), self._on_sidecar) as pod,
             ):
-                await self._until_stopped(pod, self._story(admin))
+                await self._until_stopped(pod, self._run_scene(admin))
                 self._ending = True
-                return self._sum_up(await admin.model_units())
+                return self._print_summary(await admin.model_units())
 
-    async def _until_stopped(self, pod: Kubelet, story: Coroutine[Any, Any, None]) -> None:
+    async def _until_stopped(self, pod: Kubelet, scene: Coroutine[Any, Any, None]) -> None:
         """Run the story until it is time, someone stops us, or something breaks."""
         tasks = [
-            asyncio.create_task(story, name="story"),
+            asyncio.create_task(scene, name="story"),
             asyncio.create_task(pod.failed(), name="kubelet"),
             asyncio.create_task(self._stop.wait(), name="stop"),
         ]
@@ -169,19 +181,19 @@ class Demo:
         """Seconds until the end; None without one."""
         return max(0.0, self._began + self.settings.seconds - time.monotonic()) if self.settings.seconds else None
 
-    async def _story(self, admin: AdminClient) -> None:
+    async def _run_scene(self, admin: AdminClient) -> None:
         """What happens side by side, once the sidecar is up. Never returns."""
         pictures = await self._pictures()
         await self._sidecar_up.wait()
         async with Kubelet(self.stage.engine_container(), self._on_engine) as kubelet, asyncio.TaskGroup() as group:
             group.create_task(kubelet.failed())
-            group.create_task(self._watch(admin))
+            group.create_task(self._watch_verdicts(admin))
             await self._ready.wait()
-            s = self.settings
+            settings = self.settings
             self._traffic = DemoTraffic(
-                TrafficPlan(url(self.stage.relay), s.rate, s.in_flight, s.seed, MODEL, pictures)
+                TrafficPlan(url(self.stage.relay), settings.rate, settings.in_flight, settings.seed, MODEL, pictures)
             )
-            self.say(f"traffic: {s.rate:g} requests/s on average, {len(pictures)} photographs at hand")
+            self.log(f"traffic: {settings.rate:g} requests/s on average, {len(pictures)} photographs at hand")
             group.create_task(self._traffic.run())
             group.create_task(self._progress(admin))
             group.create_task(self._stalls())
@@ -189,7 +201,7 @@ class Demo:
     async def _pictures(self) -> list[str]:
         if not self.stage.images:
             return []
-        return self._found or await asyncio.to_thread(made_pictures, self.settings.seed)
+        return self._pictures_found or await asyncio.to_thread(make_pictures, self.settings.seed)
 
     # --- what the kubelets report ---
 
@@ -197,7 +209,7 @@ class Demo:
         if self._ending:
             return
         if event.kind == "ready":
-            self.say("sidecar up")
+            self.log("sidecar up")
             self._sidecar_up.set()
         elif event.kind == "exited":
             self._broken.append(f"the sidecar ended ({event.detail})")
@@ -208,7 +220,7 @@ class Demo:
             return
         line = ENGINE_LINES[event.kind]
         if line and not (event.kind == "probe_failed" and event.probe != "liveness"):
-            self.say(line.format(e=event))
+            self.log(line.format(event=event))
         if event.kind == "killing":
             self.card.killed(event.probe or "", event.at)
         elif event.kind == "exited":
@@ -219,27 +231,27 @@ class Demo:
 
     # --- what happens side by side ---
 
-    async def _watch(self, admin: AdminClient) -> None:
+    async def _watch_verdicts(self, admin: AdminClient) -> None:
         """Tell verdict changes as they come, and see when a stall was detected and when it was over."""
         seen = time.time()
         while True:
             for change in await admin.changes(seen):
                 seen = change["since"]
-                self._tell(change)
+                self._log_change(change)
             if self._traffic and self.card.served(self._traffic.tally.last_ok):
                 stall = self.card.stalls[-1]
-                self.say(
+                self.log(
                     f"RECOVERED: requests are served again, {_after(stall.injected, stall.recovered)} after the stall"
                 )
                 self._recovered.set()
-            await asyncio.sleep(WATCH)
+            await asyncio.sleep(WATCH_INTERVAL_S)
 
-    def _tell(self, change: dict[str, Any]) -> None:
+    def _log_change(self, change: dict[str, Any]) -> None:
         at = time.monotonic() - (time.time() - change["since"])
         detected = self.card.verdict(change["verdict"], change["reason"], at)
-        self.say(f"verdict: {change['verdict']} ({change['reason']}) {change['detail']}".rstrip())
+        self.log(f"verdict: {change['verdict']} ({change['reason']}) {change['detail']}".rstrip())
         if detected:
-            self.say(f"DETECTED: {_after(self.card.stalls[-1].injected, at)} after the stall was injected")
+            self.log(f"DETECTED: {_after(self.card.stalls[-1].injected, at)} after the stall was injected")
 
     async def _stalls(self) -> None:
         """Make the engine stall after so long a service, again and again, while there is room for a recovery."""
@@ -247,9 +259,9 @@ class Demo:
             self._recovered.clear()
             await asyncio.sleep(self.settings.stall_after)
             left = self._left()
-            if left is not None and left < ROOM:
+            if left is not None and left < RECOVERY_ROOM_S:
                 return
-            self.say(f"STALL injected ({self.settings.fault}): the engine's port answers, no token moves")
+            self.log(f"STALL injected ({self.settings.fault}): the engine's port answers, no token moves")
             self.card.injected(time.monotonic())
             await self._inject()
             await self._recovered.wait()
@@ -265,7 +277,7 @@ class Demo:
 
     async def _progress(self, admin: AdminClient) -> None:
         while True:
-            await asyncio.sleep(PROGRESS)
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
             load = await admin.load()
             assert self._traffic
             tally = self._traffic.tally
@@ -275,11 +287,11 @@ class Demo:
                 if load
                 else "no /load"
             )
-            self.say(f"{ok} requests ok, {others} not, {tally.open} under way, {tally.pictures} images; {mu}")
+            self.log(f"{ok} requests ok, {others} not, {tally.open} under way, {tally.pictures} images; {mu}")
 
     # --- the end ---
 
-    def _sum_up(self, mu: dict[str, float] | None) -> list[str]:
+    def _print_summary(self, mu: dict[str, float] | None) -> list[str]:
         tally = self._traffic.tally if self._traffic else None
         counts = {name: tally.outcomes[name] for name in OUTCOMES} if tally else {}
         figures = Figures(counts, tally.pictures if tally else 0, mu, time.monotonic() - self._began)
@@ -289,7 +301,7 @@ class Demo:
         print("summary")
         print("\n".join(summary(self.card, figures)))
         if self.settings.stall_after and not self.card.stalls:
-            print(f"  no stall was injected: that takes {self.settings.stall_after + ROOM:g} s of service")
+            print(f"  no stall was injected: that takes {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
         for line in failures:
             print(f"FAILED: {line}")
         print(
@@ -304,13 +316,13 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
     """Ctrl-C, SIGTERM and a closed terminal stop the demo in order."""
     loop = asyncio.get_running_loop()
     which = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for s in which:
-        loop.add_signal_handler(s, stop.set)
+    for settings in which:
+        loop.add_signal_handler(settings, stop.set)
     try:
         yield
     finally:
-        for s in which:
-            loop.remove_signal_handler(s)
+        for settings in which:
+            loop.remove_signal_handler(settings)
 
 
 def _after(start: float, end: float | None) -> str:

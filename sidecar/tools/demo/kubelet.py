@@ -28,8 +28,8 @@ from sidecar.tools.demo.probe_policy import Backoff, Decision, HttpGet, Kind, Pr
 
 Happening = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
 
-TRIES: Final = 3  # kubelet's maxProbeRetries: an errored probe (not a failed one) is tried again at once
-BODY_LIMIT: Final = 10 << 10  # bytes of an HTTP probe's answer that are read
+MAX_PROBE_ATTEMPTS: Final = 3  # kubelet's maxProbeRetries: an errored probe (not a failed one) is tried again at once
+MAX_BODY_BYTES: Final = 10 << 10  # bytes of an HTTP probe's answer that are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Kubelet:
         self.container: Final = container
         self.restarts = 0
         self.pid = 0  # 0 while no container runs
-        self._tell = on_event
+        self._on_event = on_event
         specs: dict[Kind, ProbeSpec | None] = {
             "startup": container.startup, "readiness": container.readiness, "liveness": container.liveness,
         }  # fmt: skip
@@ -97,18 +97,18 @@ class Kubelet:
     @property
     def started(self) -> bool:
         """The container runs and has passed its startup probe, or has none."""
-        return bool(self.pid) and self._passed("startup")
+        return bool(self.pid) and self._has_passed("startup")
 
     @property
     def ready(self) -> bool:
         """The container would get traffic."""
-        return self.started and self._passed("readiness")
+        return self.started and self._has_passed("readiness")
 
-    def _passed(self, kind: Kind) -> bool:
+    def _has_passed(self, kind: Kind) -> bool:
         return kind not in self._probes or self._probes[kind].value == "success"
 
     def _report(self, kind: Happening, **more: object) -> None:
-        self._tell(replace(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
+        self._on_event(replace(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
 
     def _report_readiness(self) -> None:
         if self.ready != self._was_ready:
@@ -120,7 +120,7 @@ class Kubelet:
         connector = aiohttp.TCPConnector(force_close=True)
         async with aiohttp.ClientSession(connector=connector, headers={"User-Agent": "kube-probe/1.33"}) as http:
             while True:
-                await self._live(http)
+                await self._run_once(http)
                 now = time.monotonic()
                 wait = backoff.restart_at(now) - now
                 if wait:
@@ -128,7 +128,7 @@ class Kubelet:
                 await asyncio.sleep(wait)
                 self.restarts += 1
 
-    async def _live(self, http: aiohttp.ClientSession) -> None:
+    async def _run_once(self, http: aiohttp.ClientSession) -> None:
         """One life of the container, to its end."""
         try:
             process = await self._start()
@@ -150,11 +150,16 @@ class Kubelet:
             self._ended(process.returncode)
 
     async def _start(self) -> Process:
-        c = self.container
+        container = self.container
         with contextlib.ExitStack() as stack:
-            output = stack.enter_context(c.log.open("ab")) if c.log else DEVNULL
+            output = stack.enter_context(container.log.open("ab")) if container.log else DEVNULL
             process = await asyncio.create_subprocess_exec(
-                *c.command, stdin=DEVNULL, stdout=output, stderr=STDOUT, env=c.env, start_new_session=True
+                *container.command,
+                stdin=DEVNULL,
+                stdout=output,
+                stderr=STDOUT,
+                env=container.env,
+                start_new_session=True,
             )
         self.pid = process.pid
         for probe in self._probes.values():
@@ -187,7 +192,7 @@ class Kubelet:
         """Probe at each tick; returns when the container must die."""
         tick = time.monotonic()
         while True:
-            if probe.due(time.monotonic(), self._passed("startup")):
+            if probe.due(time.monotonic(), self._has_passed("startup")):
                 result, detail = await _attempt(http, probe.spec)
                 decision = probe.observe(result, time.monotonic())
                 self._report_result(probe, result, decision, detail)
@@ -208,7 +213,7 @@ class Kubelet:
 
 async def _attempt(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[Result, str]:
     """One probe: its result and a few words on it."""
-    for _ in range(TRIES):
+    for _ in range(MAX_PROBE_ATTEMPTS):
         if isinstance(spec.action, HttpGet):
             result, detail = await _http_get(http, spec.action.url, spec.timeout)
         else:
@@ -221,7 +226,7 @@ async def _attempt(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[Result
 async def _http_get(http: aiohttp.ClientSession, url: str, seconds: float) -> tuple[Result, str]:
     try:
         async with http.get(url, timeout=aiohttp.ClientTimeout(total=seconds), allow_redirects=False) as response:
-            await response.content.read(BODY_LIMIT)
+            await response.content.read(MAX_BODY_BYTES)
     except TimeoutError:
         return "failure", f"no answer within {seconds:g} s"
     except aiohttp.ClientError as e:

@@ -27,21 +27,21 @@ from sidecar.tools.demo.probe_policy import HttpGet, ProbeSpec
 Address = tuple[str, int]
 
 MODEL: Final = "scripted"
-ANY_PORT: Final = (20_000, 32_000)  # Linux gives ports from 32768 on to outgoing connections
-PORTS_TRIED: Final = 100
+PORT_RANGE: Final = (20_000, 32_000)  # Linux gives ports from 32768 on to outgoing connections
+MAX_PORTS_TRIED: Final = 100
 IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` extra
 
 # Shorter than the defaults of `sidecar run`, so that a stall is found within seconds and not within half a minute.
 # It stalls on purpose every minute, so nothing holds back a kill.
-QUICK: Final[dict[str, str]] = {
+QUICK_SETTINGS: Final[dict[str, str]] = {
     "silence_floor": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0",
 }  # fmt: skip
-PROBE_PERIOD: Final = 1.0  # seconds; Kubernetes' default is 10
-PROBE_TIMEOUT: Final = 2.0  # seconds; Kubernetes' default is 1, which a laptop that is busy with the demo may miss
-GRACE: Final = 5.0  # seconds from SIGTERM to SIGKILL; Kubernetes' default is 30
-BACKOFF: Final = 2.0  # seconds before the second restart; Kubernetes' default is 10
-STARTUP_TRIES: Final = 120
-LOAD_SECONDS: Final = "2"  # of the scripted engine: long enough to see that start-up is told from a stall
+PROBE_PERIOD_S: Final = 1.0  # seconds; Kubernetes' default is 10
+PROBE_TIMEOUT_S: Final = 2.0  # seconds; Kubernetes' default is 1, which a laptop that is busy with the demo may miss
+GRACE_S: Final = 5.0  # seconds from SIGTERM to SIGKILL; Kubernetes' default is 30
+BACKOFF_S: Final = 2.0  # seconds before the second restart; Kubernetes' default is 10
+STARTUP_FAILURE_THRESHOLD: Final = 120
+ENGINE_LOAD_S: Final = "2"  # of the scripted engine: long enough to see that start-up is told from a stall
 
 # The processor of a Qwen2-VL: its numbers are public, and they are all that image preparation needs of a model.
 PREPROCESSOR: Final[dict[str, object]] = {
@@ -82,19 +82,21 @@ class DemoProcesses:
         flags = {
             "engine": url(self.engine),
             "engine_kind": "scripted",
-            "listen": spelled_address(self.relay),
-            "admin": spelled_address(self.admin),
+            "listen": format_address(self.relay),
+            "admin": format_address(self.admin),
             "state_dir": str(self.directory / "state"),
             "model": str(self.directory / "model"),
             "images": "auto" if self.images else "off",
             "drain_seconds": "1",
-            **QUICK,
+            **QUICK_SETTINGS,
         }
         health = HttpGet(f"{url(self.admin)}/healthz")
         return Container(
             command=_python("run", *_flags(flags)),
-            startup=ProbeSpec(health, period=0.25, timeout=PROBE_TIMEOUT, failure_threshold=4 * STARTUP_TRIES),
-            grace=2 * GRACE,
+            startup=ProbeSpec(
+                health, period=0.25, timeout=PROBE_TIMEOUT_S, failure_threshold=4 * STARTUP_FAILURE_THRESHOLD
+            ),
+            grace=2 * GRACE_S,
             env=_environment(os.environ),
             log=self.sidecar_log,
         )
@@ -104,15 +106,15 @@ class DemoProcesses:
 
         def probe(path: str, failures: int) -> ProbeSpec:
             action = HttpGet(f"{url(self.admin)}{path}")
-            return ProbeSpec(action, period=PROBE_PERIOD, timeout=PROBE_TIMEOUT, failure_threshold=failures)
+            return ProbeSpec(action, period=PROBE_PERIOD_S, timeout=PROBE_TIMEOUT_S, failure_threshold=failures)
 
         return Container(
-            command=_python("engine", *_flags({"listen": spelled_address(self.engine), "load_seconds": LOAD_SECONDS})),
-            startup=probe("/startupz", STARTUP_TRIES),
+            command=_python("engine", *_flags({"listen": format_address(self.engine), "load_seconds": ENGINE_LOAD_S})),
+            startup=probe("/startupz", STARTUP_FAILURE_THRESHOLD),
             readiness=probe("/readyz", 1),
             liveness=probe("/livez", 3),
-            grace=GRACE,
-            backoff=BACKOFF,
+            grace=GRACE_S,
+            backoff=BACKOFF_S,
             env=_environment(os.environ),
             log=self.engine_log,
         )
@@ -122,10 +124,10 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
     """Choose the addresses and write the files. The caller removes `directory`."""
     chosen, notes = {}, []
     for name, wanted in (("listen", listen), ("admin", admin)):
-        chosen[name] = free(wanted)
+        chosen[name] = find_free_address(wanted)
         if wanted[1] and chosen[name] != wanted:
             notes.append(
-                f"{spelled_address(wanted)} is taken; {spelled(name)} is {spelled_address(chosen[name])} instead"
+                f"{format_address(wanted)} is taken; {spelled(name)} is {format_address(chosen[name])} instead"
             )
     missing = [module for module in IMAGE_MODULES if importlib.util.find_spec(module) is None]
     if missing:
@@ -137,18 +139,18 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
         (directory / name).mkdir()
     (directory / "model" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     (directory / "model" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
-    engine = free(("127.0.0.1", 0))
+    engine = find_free_address(("127.0.0.1", 0))
     return DemoProcesses(directory, engine, chosen["listen"], chosen["admin"], not missing, tuple(notes))
 
 
-def free(wanted: Address) -> Address:
+def find_free_address(wanted: Address) -> Address:
     """The wanted address where it can be bound, else the next free port of that host. Raises StartError.
 
     Port 0 is any port below those that the kernel gives to outgoing connections: one of those could be taken again before
     its server binds it.
     """
-    host, first = wanted[0], wanted[1] or random.randrange(*ANY_PORT)
-    for port in range(first, min(first + PORTS_TRIED, 65536)):
+    host, first = wanted[0], wanted[1] or random.randrange(*PORT_RANGE)
+    for port in range(first, min(first + MAX_PORTS_TRIED, 65536)):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
@@ -160,22 +162,22 @@ def free(wanted: Address) -> Address:
 def url(address: Address) -> str:
     """An address as a base URL that a client on this machine can use."""
     host, port = address
-    return f"http://{spelled_address(({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port))}"
+    return f"http://{format_address(({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port))}"
 
 
-def spelled_address(address: Address) -> str:
+def format_address(address: Address) -> str:
     """HOST:PORT, with brackets where the host is an IPv6 address."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def quick_settings() -> str:
+def describe_quick_settings() -> str:
     """What the demo sets differently from `sidecar run`, in words."""
     usual = {f.name: default_of(f) for f in fields(Settings)}
-    flags = ", ".join(f"{spelled(name)} {value} (default {usual[name]:g})" for name, value in QUICK.items())
+    flags = ", ".join(f"{spelled(name)} {value} (default {usual[name]:g})" for name, value in QUICK_SETTINGS.items())
     return (
-        f"{flags}; probes every {PROBE_PERIOD:g} s (Kubernetes: 10 s), time-out {PROBE_TIMEOUT:g} s (1 s), "
-        f"grace {GRACE:g} s (30 s), crash back-off from {BACKOFF:g} s (10 s)"
+        f"{flags}; probes every {PROBE_PERIOD_S:g} s (Kubernetes: 10 s), time-out {PROBE_TIMEOUT_S:g} s (1 s), "
+        f"grace {GRACE_S:g} s (30 s), crash back-off from {BACKOFF_S:g} s (10 s)"
     )
 
 

@@ -103,14 +103,14 @@ class Scorecard:
 
     def failures(self) -> list[str]:
         """What went wrong, a line each; none when all went well."""
-        said = [f"false alarm: {what}" for what in self.false_alarms]
+        lines = [f"false alarm: {what}" for what in self.false_alarms]
         if self.crashes:
-            said.append(f"the engine ended by itself {self.crashes} time(s)")
+            lines.append(f"the engine ended by itself {self.crashes} time(s)")
         if any(stall.detected is None for stall in self.stalls):
-            said.append("a stall was not detected")
+            lines.append("a stall was not detected")
         elif self.open_stall:
-            said.append("the engine had not recovered from the last stall at the end")
-        return said
+            lines.append("the engine had not recovered from the last stall at the end")
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,33 +127,33 @@ def summary(card: Scorecard, figures: Figures) -> list[str]:
     """The lines that a demo ends with."""
     rows = [
         ("ran for", f"{figures.seconds:.0f} s"),
-        ("requests", _counts(figures.requests)),
+        ("requests", _format_counts(figures.requests)),
         ("images", f"{figures.pictures} in requests that ended well"),
-        ("model units", _units(figures.mu)),
+        ("model units", _format_units(figures.mu)),
         ("stalls injected", str(len(card.stalls))),
-        ("time to detect", _durations(card, lambda s: s.detected, "not detected")),
-        ("time to recover", _durations(card, lambda s: s.recovered, "not recovered")),
+        ("time to detect", _format_durations(card, lambda s: s.detected, "not detected")),
+        ("time to recover", _format_durations(card, lambda s: s.recovered, "not recovered")),
         ("false alarms", str(len(card.false_alarms))),
     ]
     return [f"  {name:<16} {value}" for name, value in rows]
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     parts = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     return f"{total}: {parts}" if total else "0"
 
 
-def _units(mu: Mapping[str, float] | None) -> str:
+def _format_units(mu: Mapping[str, float] | None) -> str:
     if mu is None:
         return "not read: the sidecar's metrics page did not answer"
     parts = ", ".join(f"{n:.2f} {name}" for name, n in sorted(mu.items(), key=lambda item: -item[1]) if n)
     return f"{sum(mu.values()):.2f} MU" + (f": {parts}" if parts else "")
 
 
-def _durations(card: Scorecard, end: Callable[[Stall], float | None], missing: str) -> str:
-    said = []
+def _format_durations(card: Scorecard, end: Callable[[Stall], float | None], missing: str) -> str:
+    lines = []
     for stall in card.stalls:
         at = end(stall)
-        said.append(missing if at is None else f"{at - stall.injected:.1f} s")
-    return ", ".join(said) or "-"
+        lines.append(missing if at is None else f"{at - stall.injected:.1f} s")
+    return ", ".join(lines) or "-"

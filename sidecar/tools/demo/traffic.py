@@ -29,13 +29,20 @@ Route = Literal["chat/completions", "completions"]
 
 # What became of a request, as its client sees it. "open" are those that were under way when the traffic ended.
 OUTCOMES: Final = ("ok", "rejected", "unavailable", "engine_error", "broken", "timed_out", "open", "skipped")
-UNAVAILABLE: Final = (502, 503, 504)
-PATIENCE: Final = 120.0  # seconds that a client waits for the end of its answer
+UNAVAILABLE_STATUSES: Final = (502, 503, 504)
+RESPONSE_TIMEOUT_S: Final = 120.0  # seconds that a client waits for the end of its answer
 
 MEDIA_TYPES: Final = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
-SIZES: Final = ((1280, 720), (1920, 1080), (768, 1024), (1600, 1200), (640, 480), (1080, 1440))  # of made pictures
-MOST_FILES: Final = 32
-MOST_BYTES: Final = 20 << 20  # of one picture; the relay's own default limit
+PICTURE_SIZES: Final = (
+    (1280, 720),
+    (1920, 1080),
+    (768, 1024),
+    (1600, 1200),
+    (640, 480),
+    (1080, 1440),
+)  # of made pictures
+MAX_PICTURES: Final = 32
+MAX_PICTURE_BYTES: Final = 20 << 20  # of one picture; the relay's own default limit
 WORDS: Final = [
     "what",
     "does",
@@ -119,7 +126,7 @@ class TrafficPlan:
     tenant_header: str = "x-tenant-id"
 
 
-def asks(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
+def plan_requests(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
     """Requests without end: arrivals as a Poisson process; no shape with pictures where there are none."""
     rng = random.Random(seed)
     shapes = [shape for shape in SHAPES if pictures or not shape.pictures]
@@ -135,14 +142,14 @@ def asks(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
         )
 
 
-def body(ask: PlannedRequest, model: str, pictures: Sequence[str]) -> dict[str, Any]:
+def body(request: PlannedRequest, model: str, pictures: Sequence[str]) -> dict[str, Any]:
     """The request's JSON body."""
-    common = {"model": model, "max_tokens": ask.max_tokens, "stream": True}
-    if ask.shape.route == "completions":
-        return {**common, "prompt": ask.prompt}
-    parts: list[dict[str, Any]] = [{"type": "text", "text": ask.prompt}]
-    parts += [{"type": "image_url", "image_url": {"url": pictures[i]}} for i in ask.pictures]
-    return {**common, "messages": [{"role": "user", "content": parts if ask.pictures else ask.prompt}]}
+    common = {"model": model, "max_tokens": request.max_tokens, "stream": True}
+    if request.shape.route == "completions":
+        return {**common, "prompt": request.prompt}
+    parts: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
+    parts += [{"type": "image_url", "image_url": {"url": pictures[i]}} for i in request.pictures]
+    return {**common, "messages": [{"role": "user", "content": parts if request.pictures else request.prompt}]}
 
 
 def outcome(status: int, complete: bool) -> str:
@@ -151,7 +158,7 @@ def outcome(status: int, complete: bool) -> str:
         return "ok" if complete else "broken"
     if status < 500:
         return "rejected"
-    return "unavailable" if status in UNAVAILABLE else "engine_error"
+    return "unavailable" if status in UNAVAILABLE_STATUSES else "engine_error"
 
 
 class DemoTraffic:
@@ -161,46 +168,46 @@ class DemoTraffic:
         self.plan: Final = plan
         self.tally: Final = TrafficTally()
 
-    async def run(self, most: int | None = None) -> None:
+    async def run(self, limit: int | None = None) -> None:
         """Send without end, or `most` requests and return when the last has ended."""
         plan = self.plan
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=plan.in_flight)
         async with (
             aiohttp.ClientSession(plan.url, timeout=timeout, connector=connector) as http,
             asyncio.TaskGroup() as group,
         ):
             due = time.monotonic()
-            for ask in islice(asks(plan.seed, plan.rate, len(plan.pictures)), most):
-                due += ask.gap
+            for request in islice(plan_requests(plan.seed, plan.rate, len(plan.pictures)), limit):
+                due += request.gap
                 await asyncio.sleep(due - time.monotonic())
                 if self.tally.open >= plan.in_flight:
                     self.tally.outcomes["skipped"] += 1
                     continue
                 self.tally.open += 1
-                group.create_task(self._send(http, ask))
+                group.create_task(self._send(http, request))
 
-    async def _send(self, http: aiohttp.ClientSession, ask: PlannedRequest) -> None:
-        ended = "open"
+    async def _send(self, http: aiohttp.ClientSession, request: PlannedRequest) -> None:
+        result = "open"
         try:
-            ended = await self._answer(http, ask)
+            result = await self._answer(http, request)
         except TimeoutError:
-            ended = "timed_out"
+            result = "timed_out"
         except aiohttp.ClientConnectorError:
-            ended = "unavailable"
+            result = "unavailable"
         except (aiohttp.ClientError, ValueError):  # ValueError: a line without end
-            ended = "broken"
+            result = "broken"
         finally:
             self.tally.open -= 1
-            self.tally.outcomes[ended] += 1
-        if ended == "ok":
-            self.tally.pictures += len(ask.pictures)
+            self.tally.outcomes[result] += 1
+        if result == "ok":
+            self.tally.pictures += len(request.pictures)
             self.tally.last_ok = time.monotonic()
 
-    async def _answer(self, http: aiohttp.ClientSession, ask: PlannedRequest) -> str:
-        data = json.dumps(body(ask, self.plan.model, self.plan.pictures)).encode()
-        headers = {"Content-Type": "application/json", self.plan.tenant_header: ask.shape.tenant}
-        async with http.post(f"/v1/{ask.shape.route}", data=data, headers=headers) as response:
+    async def _answer(self, http: aiohttp.ClientSession, request: PlannedRequest) -> str:
+        data = json.dumps(body(request, self.plan.model, self.plan.pictures)).encode()
+        headers = {"Content-Type": "application/json", self.plan.tenant_header: request.shape.tenant}
+        async with http.post(f"/v1/{request.shape.route}", data=data, headers=headers) as response:
             done = failed = False
             async for line in response.content:
                 failed = failed or line.startswith(b'data: {"error"')
@@ -208,20 +215,20 @@ class DemoTraffic:
             return outcome(response.status, done and not failed)
 
 
-def made_pictures(seed: int) -> list[str]:
+def make_pictures(seed: int) -> list[str]:
     """A handful of photograph-like JPEGs as data URLs. Takes a second or two of CPU time; needs the `images` extra."""
     from sidecar.tools.synthetic_photos import photo
 
-    return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(SIZES)]
+    return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(PICTURE_SIZES)]
 
 
-def found_pictures(directory: Path) -> list[str]:
+def load_pictures(directory: Path) -> list[str]:
     """The first pictures of a directory by name, as data URLs. Raises UsageError where it holds none."""
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
-    files = [path for path in files if 0 < path.stat().st_size <= MOST_BYTES][:MOST_FILES]
+    files = [path for path in files if 0 < path.stat().st_size <= MAX_PICTURE_BYTES][:MAX_PICTURES]
     if not files:
         raise UsageError(
-            f"--images: {directory} holds no {', '.join(MEDIA_TYPES)} file of up to {MOST_BYTES >> 20} MiB"
+            f"--images: {directory} holds no {', '.join(MEDIA_TYPES)} file of up to {MAX_PICTURE_BYTES >> 20} MiB"
         )
     return [_data_url(MEDIA_TYPES[path.suffix.lower()], path.read_bytes()) for path in files]
 

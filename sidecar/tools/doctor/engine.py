@@ -25,16 +25,16 @@ from sidecar.signals.canary import CanarySignal
 from sidecar.signals.identify import ProbeAnswers, ask, probe_engine
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
-ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
-TOKEN: Final = 60.0  # seconds for one token
-LOCAL: Final = ("127.0.0.1", "localhost", "::1")
+PAGE_TIMEOUT_S: Final = 10.0  # seconds for /v1/models and the metrics page
+TOKEN_TIMEOUT_S: Final = 60.0  # seconds for one token
+LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 
 
 async def check(chosen: Settings) -> list[DoctorFinding]:
     """All findings about the engine. Where it is not there, the rest is left out."""
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
-        met = await probe_engine(session, chosen.engine, headers, ANSWER)
+        met = await probe_engine(session, chosen.engine, headers, PAGE_TIMEOUT_S)
         found = [_reached(met)]
         if found[0].level == "fail":
             return found
@@ -118,7 +118,7 @@ _CANARY: Final[dict[str, tuple[Level, str]]] = {
 
 async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
     signal = CanarySignal(session, chosen.engine, kind, {}, model=chosen.canary_model)
-    result = await signal.send(TOKEN)
+    result = await signal.send(TOKEN_TIMEOUT_S)
     if result.outcome == "ok":
         return DoctorFinding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
@@ -128,7 +128,7 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
 async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
     """Where the engine's sleep and pause can be read; what cannot be read is only known when the relay passes the order."""
     met = ProbeAnswers()
-    await ask(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, ANSWER)
+    await ask(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, PAGE_TIMEOUT_S)
     read = [*(["its metrics page"] if kind.awake else []), *met.pages]
     if read:
         return DoctorFinding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
@@ -153,7 +153,7 @@ def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
 def threads(engine: str) -> DoctorFinding:
     """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
     url = urlsplit(engine)
-    pids = engine_processes.listening(url.port or 80)[0] if url.hostname in LOCAL else set()
+    pids = engine_processes.listening(url.port or 80)[0] if url.hostname in LOCAL_HOSTS else set()
     if not pids:
         return DoctorFinding("engine-threads", "absent", "the engine's process cannot be seen from here")
     try:

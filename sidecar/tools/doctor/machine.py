@@ -32,11 +32,11 @@ from sidecar.settings import Settings
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.tools.doctor.finding import DoctorFinding
 
-SHM: Final = Path("/dev/shm")
-SHM_SMALL: Final = 1 << 30  # bytes; a container's default is 64 MiB
-LOADING: Final = 120.0  # seconds that torch may take to be imported from a cold disk
-NVML: Final = 6.0
-_IMPORT: Final = (
+SHM_DIR: Final = Path("/dev/shm")
+MIN_SHM_BYTES: Final = 1 << 30  # bytes; a container's default is 64 MiB
+TORCH_IMPORT_TIMEOUT_S: Final = 120.0  # seconds that torch may take to be imported from a cold disk
+NVML_TIMEOUT_S: Final = 6.0
+_IMPORT_CODE: Final = (
     "import torch, torchvision; from torchvision.io import decode_jpeg; from sidecar.kernels import fused; "
     "print(torch.__version__, torchvision.__version__, fused.level(), fused.refused() or '-')"
 )
@@ -142,12 +142,14 @@ def images(chosen: Settings) -> DoctorFinding:
             f"off: {why}",
             f"or --images off, instead of {chosen.images}" if asked else "",
         )
-    command = (sys.executable, "-W", "ignore", "-c", _IMPORT)
+    command = (sys.executable, "-W", "ignore", "-c", _IMPORT_CODE)
     try:
-        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LOADING)
+        child = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TORCH_IMPORT_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return DoctorFinding(
-            "images", "fail", f"torch does not load within {LOADING:.0f} s", "check disk and CPU limits"
+            "images", "fail", f"torch does not load within {TORCH_IMPORT_TIMEOUT_S:.0f} s", "check disk and CPU limits"
         )
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
@@ -168,7 +170,7 @@ def gpu(chosen: Settings) -> DoctorFinding:
     """What NVML says."""
     signal = GpuSignal()
     signal.start()
-    until = time.monotonic() + NVML
+    until = time.monotonic() + NVML_TIMEOUT_S
     while (reading := signal.read()) == Absent("not read yet") and time.monotonic() < until:
         time.sleep(0.05)
     asyncio.run(signal.stop())
@@ -195,11 +197,11 @@ def cpu(chosen: Settings) -> DoctorFinding:
 def shm(chosen: Settings) -> DoctorFinding:
     """The size of /dev/shm, which engines with several GPUs need."""
     try:
-        total = shutil.disk_usage(SHM).total
+        total = shutil.disk_usage(SHM_DIR).total
     except OSError:
-        return DoctorFinding("shm", "absent", f"no {SHM}")
-    text = f"{SHM} has {total >> 20} MiB"
-    if total < SHM_SMALL:
+        return DoctorFinding("shm", "absent", f"no {SHM_DIR}")
+    text = f"{SHM_DIR} has {total >> 20} MiB"
+    if total < MIN_SHM_BYTES:
         return DoctorFinding(
             "shm",
             "warn",

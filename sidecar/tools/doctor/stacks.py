@@ -23,14 +23,14 @@ async def _check(engine: str) -> DoctorFinding:
     found = await HangProofThread().ask(lambda: engine_processes.find(engine))
     if not isinstance(found, tuple):
         return DoctorFinding("stack-dumps", "absent", found.reason if isinstance(found, Absent) else found.error)
-    place = stack_dump.locate()
-    if place is None:
+    py_spy = stack_dump.locate()
+    if py_spy is None:
         what, _, remedy = stack_dump.INSTALL.partition(": ")
         return DoctorFinding("stack-dumps", "absent", what, remedy)
-    return judged(found[:MAX_DUMPED], await dumps(found[:MAX_DUMPED], place))
+    return judge_dumps(found[:MAX_DUMPED], await dumps(found[:MAX_DUMPED], py_spy))
 
 
-def judged(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> DoctorFinding:
+def judge_dumps(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> DoctorFinding:
     """What the dumps say of those to come."""
     names = [p.name for p in processes if isinstance(dumped[p.pid], str)]
     if names:

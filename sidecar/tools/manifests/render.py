@@ -12,14 +12,14 @@ from typing import Final
 
 from sidecar.health.probes import VERDICT_STALE_S
 from sidecar.tools.manifests import shell
-from sidecar.tools.manifests.settings import ENGINE_PORT, SIDECAR_MEMORY, ManifestSettings, quoted, start
+from sidecar.tools.manifests.settings import ENGINE_PORT, SIDECAR_MEMORY, ManifestSettings, quote, start
 
-RELAY, ADMIN = 8080, 9400  # ports
-STATE: Final = "/run/sidecar"
-BEFORE: Final = 600  # seconds that a rollout may take in which the engine does not start yet
-STARTUP_PERIOD: Final = 5  # seconds
-DRAIN: Final = 120  # seconds that open requests may take to end when a pod is deleted
-ENDPOINTS: Final = 10  # seconds until no client sends to a deleted pod any more
+RELAY_PORT, ADMIN_PORT = 8080, 9400  # ports
+STATE_DIR: Final = "/run/sidecar"
+ROLLOUT_MARGIN_S: Final = 600  # seconds that a rollout may take in which the engine does not start yet
+STARTUP_PERIOD_S: Final = 5  # seconds
+DRAIN_S: Final = 120  # seconds that open requests may take to end when a pod is deleted
+ENDPOINT_REMOVAL_S: Final = 10  # seconds until no client sends to a deleted pod any more
 
 
 def main(settings: ManifestSettings) -> int:
@@ -28,85 +28,85 @@ def main(settings: ManifestSettings) -> int:
     return 0
 
 
-def render(s: ManifestSettings) -> str:
+def render(settings: ManifestSettings) -> str:
     """The YAML documents as text. Raises UsageError where two settings do not fit together."""
-    documents = [_deployment(s), _service(s)]
-    if s.monitor == "podmonitor":
-        documents.append(_pod_monitor(s))
+    documents = [_deployment(settings), _service(settings)]
+    if settings.monitor == "podmonitor":
+        documents.append(_pod_monitor(settings))
     return "---\n".join(documents)
 
 
-def _deployment(s: ManifestSettings) -> str:
+def _deployment(settings: ManifestSettings) -> str:
     return f"""\
 apiVersion: apps/v1
 kind: Deployment
 metadata:
-{_metadata(s)}
+{_metadata(settings)}
 spec:
-  replicas: {s.replicas}
-{_lines(2, _strategy(s))}  # More than a start may take: the engine's startupProbe has {s.startup_seconds} s, and before it an old pod ends and images
+  replicas: {settings.replicas}
+{_lines(2, _strategy(settings))}  # More than a start may take: the engine's startupProbe has {settings.startup_seconds} s, and before it an old pod ends and images
   # are pulled. The default, 600 s, reports every slow start as a failed rollout.
-  progressDeadlineSeconds: {s.startup_seconds + BEFORE}
+  progressDeadlineSeconds: {settings.startup_seconds + ROLLOUT_MARGIN_S}
   selector:
     matchLabels:
-      {_label(s)}
+      {_label(settings)}
   template:
     metadata:
       labels:
-        {_label(s)}
-{_lines(6, _annotations(s))}    spec:
-      # {ENDPOINTS} s until no client sends here any more, at most {DRAIN} s for open requests, then the sidecar's own end.
-      terminationGracePeriodSeconds: {ENDPOINTS + DRAIN + 40}
+        {_label(settings)}
+{_lines(6, _annotations(settings))}    spec:
+      # {ENDPOINT_REMOVAL_S} s until no client sends here any more, at most {DRAIN_S} s for open requests, then the sidecar's own end.
+      terminationGracePeriodSeconds: {ENDPOINT_REMOVAL_S + DRAIN_S + 40}
       enableServiceLinks: false
       automountServiceAccountToken: false
-{_lines(6, _shared_processes(s))}      securityContext:
+{_lines(6, _shared_processes(settings))}      securityContext:
         seccompProfile:
           type: RuntimeDefault
       initContainers:
-{_lines(8, _sidecar(s))}      containers:
-{_lines(8, _engine(s))}      volumes:
-{_lines(8, _volumes(s))}"""
+{_lines(8, _sidecar(settings))}      containers:
+{_lines(8, _engine(settings))}      volumes:
+{_lines(8, _volumes(settings))}"""
 
 
-def _strategy(s: ManifestSettings) -> str:
+def _strategy(settings: ManifestSettings) -> str:
     """How a rollout replaces pods."""
     note = """\
 # A spare GPU is rare, and without one a pod on top of the others waits forever. So an old pod is deleted first: with one
 # replica, nothing serves until the new one is ready. Where GPUs are to spare: --max-surge 1.
 """
-    if s.max_surge:
+    if settings.max_surge:
         note = "# Asked for with --max-surge: new pods need GPUs of their own, and an old one is deleted when a new one is ready.\n"
-    rolling = f"{{maxSurge: {s.max_surge}, maxUnavailable: {0 if s.max_surge else 1}}}"
+    rolling = f"{{maxSurge: {settings.max_surge}, maxUnavailable: {0 if settings.max_surge else 1}}}"
     return f"{note}strategy:\n  type: RollingUpdate\n  rollingUpdate: {rolling}\n"
 
 
-def _service(s: ManifestSettings) -> str:
+def _service(settings: ManifestSettings) -> str:
     return f"""\
 apiVersion: v1
 kind: Service
 metadata:
-{_metadata(s)}
+{_metadata(settings)}
 spec:
   selector:
-    {_label(s)}
+    {_label(settings)}
   ports:
     - name: http
       port: 80
       # A number: before Kubernetes 1.33, the name of a native sidecar's port leads to no endpoint.
-      targetPort: {RELAY}
+      targetPort: {RELAY_PORT}
 """
 
 
-def _pod_monitor(s: ManifestSettings) -> str:
+def _pod_monitor(settings: ManifestSettings) -> str:
     return f"""\
 apiVersion: monitoring.coreos.com/v1
 kind: PodMonitor
 metadata:
-{_metadata(s)}
+{_metadata(settings)}
 spec:
   selector:
     matchLabels:
-      {_label(s)}
+      {_label(settings)}
   podMetricsEndpoints:
     # The relay's page holds the engine's series and the sidecar's.
     - port: relay
@@ -114,33 +114,33 @@ spec:
 """
 
 
-def _metadata(s: ManifestSettings) -> str:
-    namespace = [f"namespace: {quoted(s.namespace)}"] if s.namespace else []
-    return indent("\n".join([f"name: {quoted(s.name)}", *namespace, "labels:", f"  {_label(s)}"]), "  ")
+def _metadata(settings: ManifestSettings) -> str:
+    namespace = [f"namespace: {quote(settings.namespace)}"] if settings.namespace else []
+    return indent("\n".join([f"name: {quote(settings.name)}", *namespace, "labels:", f"  {_label(settings)}"]), "  ")
 
 
-def _label(s: ManifestSettings) -> str:
+def _label(settings: ManifestSettings) -> str:
     """What objects are selected by."""
-    return f"app.kubernetes.io/name: {quoted(s.name)}"
+    return f"app.kubernetes.io/name: {quote(settings.name)}"
 
 
-def _annotations(s: ManifestSettings) -> str:
-    if s.monitor != "annotations":
+def _annotations(settings: ManifestSettings) -> str:
+    if settings.monitor != "annotations":
         return ""
     return f"""\
 annotations:
   # The relay's page holds the engine's series and the sidecar's.
   prometheus.io/scrape: "true"
-  prometheus.io/port: "{RELAY}"
+  prometheus.io/port: "{RELAY_PORT}"
   prometheus.io/path: /metrics
 """
 
 
-def _sidecar(s: ManifestSettings) -> str:
+def _sidecar(settings: ManifestSettings) -> str:
     head = f"""\
 # A native sidecar (Kubernetes 1.29 or later): it starts before the engine, is restarted on its own, and ends after it.
 - name: sidecar
-  image: {quoted(s.sidecar_image)}
+  image: {quote(settings.sidecar_image)}
   restartPolicy: Always
   args: ["run"]
   env:
@@ -148,47 +148,52 @@ def _sidecar(s: ManifestSettings) -> str:
     tail = f"""\
   ports:
     - name: relay
-      containerPort: {RELAY}
+      containerPort: {RELAY_PORT}
     - name: admin
-      containerPort: {ADMIN}
+      containerPort: {ADMIN_PORT}
   # The engine's container is started once this passed. /healthz speaks of the sidecar only.
   startupProbe:
-    httpGet: {{path: /healthz, port: {ADMIN}}}
+    httpGet: {{path: /healthz, port: {ADMIN_PORT}}}
     periodSeconds: 1
     failureThreshold: 60
   livenessProbe:
-    httpGet: {{path: /healthz, port: {ADMIN}}}
+    httpGet: {{path: /healthz, port: {ADMIN_PORT}}}
     periodSeconds: 10
     timeoutSeconds: 5
     failureThreshold: 6
   # The pod is ready when the engine is fit to serve. Load alone never makes it unready.
   readinessProbe:
-    httpGet: {{path: /readyz, port: {ADMIN}}}
+    httpGet: {{path: /readyz, port: {ADMIN_PORT}}}
     periodSeconds: 2
     timeoutSeconds: 2
     failureThreshold: 1
   resources:
     # The CPU limit is how many images are prepared at once.
-    requests: {{cpu: "{s.sidecar_cpus}", memory: {SIDECAR_MEMORY}}}
-    limits: {{cpu: "{s.sidecar_cpus}", memory: {s.sidecar_memory}}}
+    requests: {{cpu: "{settings.sidecar_cpus}", memory: {SIDECAR_MEMORY}}}
+    limits: {{cpu: "{settings.sidecar_cpus}", memory: {settings.sidecar_memory}}}
   securityContext:
-{_lines(4, _sidecar_user(s))}    readOnlyRootFilesystem: true
+{_lines(4, _sidecar_user(settings))}    readOnlyRootFilesystem: true
     allowPrivilegeEscalation: false
-    capabilities: {{drop: ["ALL"]{', add: ["SYS_PTRACE"]' if s.stack_dumps == "on" else ""}}}
+    capabilities: {{drop: ["ALL"]{', add: ["SYS_PTRACE"]' if settings.stack_dumps == "on" else ""}}}
   volumeMounts:
-    - {{name: sidecar-state, mountPath: {STATE}}}
+    - {{name: sidecar-state, mountPath: {STATE_DIR}}}
     - {{name: sidecar-tmp, mountPath: /tmp}}
 """
-    return head + _lines(4, _sidecar_env(s)) + tail + _lines(4, _image_mount(s) + _model_mount(s, read_only=True))
+    return (
+        head
+        + _lines(4, _sidecar_env(settings))
+        + tail
+        + _lines(4, _image_mount(settings) + _model_mount(settings, read_only=True))
+    )
 
 
-def _image_mount(s: ManifestSettings) -> str:
+def _image_mount(settings: ManifestSettings) -> str:
     """Where prepared images are kept: without it, /dev/shm is 64 MiB. The engine's, so that it can be handed images there."""
-    return "- {name: engine-shm, mountPath: /dev/shm}\n" if s.claim else ""
+    return "- {name: engine-shm, mountPath: /dev/shm}\n" if settings.claim else ""
 
 
-def _shared_processes(s: ManifestSettings) -> str:
-    if s.stack_dumps == "off":
+def _shared_processes(settings: ManifestSettings) -> str:
+    if settings.stack_dumps == "off":
         return ""
     return """\
 # The sidecar sees the engine's processes, which py-spy needs.
@@ -196,8 +201,8 @@ shareProcessNamespace: true
 """
 
 
-def _sidecar_user(s: ManifestSettings) -> str:
-    if s.stack_dumps == "off":
+def _sidecar_user(settings: ManifestSettings) -> str:
+    if settings.stack_dumps == "off":
         return """\
 runAsNonRoot: true
 runAsUser: 65532
@@ -210,18 +215,18 @@ runAsUser: 0
 """
 
 
-def _sidecar_env(s: ManifestSettings) -> str:
+def _sidecar_env(settings: ManifestSettings) -> str:
     values = {
         "SIDECAR_ENGINE": f"http://127.0.0.1:{ENGINE_PORT}",
-        "SIDECAR_ENGINE_KIND": s.engine_kind,
-        "SIDECAR_LISTEN": f"0.0.0.0:{RELAY}",
-        "SIDECAR_ADMIN": f"0.0.0.0:{ADMIN}",
-        "SIDECAR_STATE_DIR": STATE,
+        "SIDECAR_ENGINE_KIND": settings.engine_kind,
+        "SIDECAR_LISTEN": f"0.0.0.0:{RELAY_PORT}",
+        "SIDECAR_ADMIN": f"0.0.0.0:{ADMIN_PORT}",
+        "SIDECAR_STATE_DIR": STATE_DIR,
     }
     note = "# No SIDECAR_MODEL, so images pass through untouched: their preparation needs the model's directory (--claim).\n"
-    if s.claim:
-        values["SIDECAR_MODEL"], note = s.model, ""
-    if s.images == "shm":
+    if settings.claim:
+        values["SIDECAR_MODEL"], note = settings.model, ""
+    if settings.images == "shm":
         values["SIDECAR_IMAGES"] = "shm"
     fields = {
         "POD_NAME": "metadata.name",
@@ -234,9 +239,9 @@ def _sidecar_env(s: ManifestSettings) -> str:
     return _env(values.items()) + note + own + _env([("OTEL_RESOURCE_ATTRIBUTES", attributes)])
 
 
-def _engine(s: ManifestSettings) -> str:
-    image, command, args = start(s)
-    gpu = f', nvidia.com/gpu: "{s.gpus}"' if s.gpus else ""
+def _engine(settings: ManifestSettings) -> str:
+    image, command, args = start(settings)
+    gpu = f', nvidia.com/gpu: "{settings.gpus}"' if settings.gpus else ""
     return f"""\
 - name: engine
   image: {image}
@@ -247,14 +252,14 @@ def _engine(s: ManifestSettings) -> str:
     # Libraries start one thread per core of the whole node unless told; this is the container's own CPU limit.
     - name: OMP_NUM_THREADS
       valueFrom: {{resourceFieldRef: {{containerName: engine, resource: limits.cpu, divisor: "1"}}}}
-{_lines(4, _connector(s))}  # Until the first token was served, liveness does not count. This one fails closed, as it may: without the sidecar
-  # nothing serves either, and it takes {s.startup_seconds} s. The port is a number because a name reaches only one's own container.
+{_lines(4, _connector(settings))}  # Until the first token was served, liveness does not count. This one fails closed, as it may: without the sidecar
+  # nothing serves either, and it takes {settings.startup_seconds} s. The port is a number because a name reaches only one's own container.
   startupProbe:
-    httpGet: {{path: /startupz, port: {ADMIN}}}
-    periodSeconds: {STARTUP_PERIOD}
+    httpGet: {{path: /startupz, port: {ADMIN_PORT}}}
+    periodSeconds: {STARTUP_PERIOD_S}
     timeoutSeconds: 5
-    failureThreshold: {-(-s.startup_seconds // STARTUP_PERIOD)}
-{_lines(2, LIVENESS[s.probe]())}  lifecycle:
+    failureThreshold: {-(-settings.startup_seconds // STARTUP_PERIOD_S)}
+{_lines(2, LIVENESS_PROBES[settings.probe]())}  lifecycle:
     # Deletion: first no new requests, then the open ones end, while engine and sidecar still serve. A stalled engine is not
     # waited for.
     preStop:
@@ -262,22 +267,22 @@ def _engine(s: ManifestSettings) -> str:
         command:
           - sh
           - -c
-          - {quoted(shell.drain(STATE, ENDPOINTS, DRAIN))}
+          - {quote(shell.drain(STATE_DIR, ENDPOINT_REMOVAL_S, DRAIN_S))}
   resources:
-    requests: {{cpu: "{s.cpus}", memory: {s.memory}{gpu}}}
-    limits: {{cpu: "{s.cpus}", memory: {s.memory}{gpu}}}
+    requests: {{cpu: "{settings.cpus}", memory: {settings.memory}{gpu}}}
+    limits: {{cpu: "{settings.cpus}", memory: {settings.memory}{gpu}}}
   # The engines' own images run as root and write to their home; where yours does not, add runAsNonRoot: true.
   securityContext:
     allowPrivilegeEscalation: false
     capabilities: {{drop: ["ALL"]}}
   volumeMounts:
-    - {{name: sidecar-state, mountPath: {STATE}, readOnly: true}}
+    - {{name: sidecar-state, mountPath: {STATE_DIR}, readOnly: true}}
     - {{name: engine-shm, mountPath: /dev/shm}}
-{_lines(4, _model_mount(s, read_only=False))}"""
+{_lines(4, _model_mount(settings, read_only=False))}"""
 
 
-def _connector(s: ManifestSettings) -> str:
-    if s.images != "shm":
+def _connector(settings: ManifestSettings) -> str:
+    if settings.images != "shm":
         return ""
     return """\
 # The image must have the plugin (plugins/vllm of the sidecar's source), and the engine must be root or the sidecar's user, who
@@ -296,7 +301,7 @@ livenessProbe:
     command:
       - sh
       - -c
-      - {quoted(shell.safe_liveness(STATE))}
+      - {quote(shell.safe_liveness(STATE_DIR))}
   periodSeconds: 5
   timeoutSeconds: 10
   failureThreshold: 3
@@ -311,7 +316,7 @@ def _http_probe() -> str:
 # Choose it only where the engine's image has no shell, and leave the threshold high enough for a restart of the sidecar.
 # The port is a number because a name reaches only one's own container.
 livenessProbe:
-  httpGet: {{path: /livez, port: {ADMIN}}}
+  httpGet: {{path: /livez, port: {ADMIN_PORT}}}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 6
@@ -320,19 +325,19 @@ livenessProbe:
 """
 
 
-LIVENESS: Final[dict[str, Callable[[], str]]] = {"safe": _safe_probe, "http": _http_probe}
+LIVENESS_PROBES: Final[dict[str, Callable[[], str]]] = {"safe": _safe_probe, "http": _http_probe}
 
 
-def _model_mount(s: ManifestSettings, *, read_only: bool) -> str:
-    if s.claim:
+def _model_mount(settings: ManifestSettings, *, read_only: bool) -> str:
+    if settings.claim:
         return "- {name: models, mountPath: /models, readOnly: true}\n"
     return "" if read_only else "- {name: models, mountPath: /root/.cache/huggingface}\n"
 
 
-def _volumes(s: ManifestSettings) -> str:
+def _volumes(settings: ManifestSettings) -> str:
     models = (
-        f"- name: models\n  persistentVolumeClaim: {{claimName: {quoted(s.claim)}, readOnly: true}}\n"
-        if s.claim
+        f"- name: models\n  persistentVolumeClaim: {{claimName: {quote(settings.claim)}, readOnly: true}}\n"
+        if settings.claim
         else "# Downloaded anew by each pod; with --claim the models come from a volume.\n- name: models\n  emptyDir: {}\n"
     )
     memory = dedent("""\
@@ -350,7 +355,7 @@ def _volumes(s: ManifestSettings) -> str:
 
 
 def _env(values: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"- {{name: {name}, value: {quoted(value)}}}\n" for name, value in values)
+    return "".join(f"- {{name: {name}, value: {quote(value)}}}\n" for name, value in values)
 
 
 def _lines(spaces: int, block: str) -> str:

@@ -60,7 +60,7 @@ def arguments(value: str) -> str:
     return value
 
 
-def quoted(value: str) -> str:
+def quote(value: str) -> str:
     """Text in quotes, as YAML reads it: JSON, but beyond ASCII by YAML's own escape, as YAML has no surrogate pairs."""
     return re.sub(r"[^ -~]", lambda m: f"\\U{ord(m[0]):08x}", json.dumps(value, ensure_ascii=False))
 
@@ -188,16 +188,20 @@ class ManifestSettings:
     )
 
 
-def start(s: ManifestSettings) -> tuple[str, str, str]:
+def start(settings: ManifestSettings) -> tuple[str, str, str]:
     """The engine's image, command and arguments, as YAML. Raises UsageError."""
-    kind = KINDS[s.engine_kind]
-    image = s.image or kind.image
+    kind = KINDS[settings.engine_kind]
+    image = settings.image or kind.image
     if not image:
-        raise UsageError(f"--image is missing; no image of {s.engine_kind} is tested here, so name the one you use")
-    if s.model.startswith("/models/") != bool(s.claim) or (s.model.startswith("/") and not s.claim):
+        raise UsageError(
+            f"--image is missing; no image of {settings.engine_kind} is tested here, so name the one you use"
+        )
+    if settings.model.startswith("/models/") != bool(settings.claim) or (
+        settings.model.startswith("/") and not settings.claim
+    ):
         raise UsageError("--claim and a --model below /models, where that claim is mounted, go together")
-    if s.images == "shm" and not (s.claim and s.engine_kind == "vllm"):
+    if settings.images == "shm" and not (settings.claim and settings.engine_kind == "vllm"):
         raise UsageError("--images shm is for vLLM, with the model's directory: --claim and a --model below /models")
-    flags = (*kind.flags, *(kind.many_gpus if s.gpus > 1 else ()))
-    args = [f.format(model=s.model, gpus=s.gpus) for f in flags] + shlex.split(s.engine_args)
-    return quoted(image), json.dumps(kind.command), "".join(f"- {quoted(arg)}\n" for arg in args)
+    flags = (*kind.flags, *(kind.many_gpus if settings.gpus > 1 else ()))
+    args = [f.format(model=settings.model, gpus=settings.gpus) for f in flags] + shlex.split(settings.engine_args)
+    return quote(image), json.dumps(kind.command), "".join(f"- {quote(arg)}\n" for arg in args)

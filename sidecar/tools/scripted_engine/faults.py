@@ -37,20 +37,20 @@ class Fault:
     parameter: FaultParameter | None = None
 
 
-def _frozen(**more: Any) -> dict[str, Any]:
+def _stopped(**more: Any) -> dict[str, Any]:
     return {"stepping": False, **more}
 
 
 FAULTS: Final[Mapping[str, Fault]] = {
     "freeze": Fault(
         "the core stops; HTTP answers, /health says 200, the gauges read running 0 and waiting 0",
-        _frozen(gauges_zeroed=True), modes=(1,),
+        _stopped(gauges_zeroed=True), modes=(1,),
     ),
     "freeze_busy": Fault(
         "the core stops inside a step; HTTP answers, the gauges keep their last values (running N at 0 tokens/s)",
-        _frozen(), modes=(6, 8),
+        _stopped(), modes=(6, 8),
     ),
-    "gpu_fault": Fault("a GPU fault: as freeze_busy; the XID is the driver's to tell", _frozen(), modes=(18,)),
+    "gpu_fault": Fault("a GPU fault: as freeze_busy; the XID is the driver's to tell", _stopped(), modes=(18,)),
     "freeze_admission": Fault("nothing waiting is admitted: running falls to 0, waiting grows", {"admitting": False}, modes=(2,)),
     "oversized_head": Fault("a prompt larger than the KV cache waits at the head of the queue and blocks it until aborted",
                             {"oversized": True}, modes=(3,)),
@@ -67,7 +67,7 @@ FAULTS: Final[Mapping[str, Fault]] = {
                               parameter=FaultParameter("short", 0, 0, 1e9, lambda v: {"last_token": False, "short": int(v)}), modes=(22,)),
     "start_hang": Fault("start-up never ends: /health and completions say 503", {"loading": True}, modes=(10, 19)),
     "core_dead": Fault("the core died, the API process stays: completions say 500, /health 503",
-                       _frozen(error=500, health_status=503), modes=(11,)),
+                       _stopped(error=500, health_status=503), modes=(11,)),
     "api_block": Fault("the API's event loop is blocked: no HTTP answer and no chunk, the core goes on",
                        {"answering": False}, modes=(12,), alarms=(2, 15)),
     "first_chunk_then_silence": Fault("each stream gets one piece, then silence; the core goes on",
@@ -86,10 +86,10 @@ FAULTS: Final[Mapping[str, Fault]] = {
     "jit": Fault("the next step takes `duration` seconds longer, once (a cold kernel is compiled)",
                  parameter=FaultParameter("duration", 60, 0, 3600, lambda v: {"first_step_seconds": v}), alarms=(8,)),
     "serial_http": Fault("one HTTP request at a time: health and metrics wait behind inference", {"serial": True}, alarms=(14,)),
-    "sleep": Fault("the engine sleeps (POST /sleep, /wake_up): /is_sleeping says so, requests wait", _frozen(sleeping=True), alarms=(16,)),
-    "pause": Fault("the engine is paused (POST /pause, /resume): /is_paused says so, requests wait", _frozen(paused=True), alarms=(16,)),
-    "weight_update": Fault("weights are being replaced (POST /update_weights): the core waits for it", _frozen(), alarms=(16,)),
-    "profile": Fault("a profiler stops the world (POST /start_profile, /stop_profile)", _frozen(), alarms=(10,)),
+    "sleep": Fault("the engine sleeps (POST /sleep, /wake_up): /is_sleeping says so, requests wait", _stopped(sleeping=True), alarms=(16,)),
+    "pause": Fault("the engine is paused (POST /pause, /resume): /is_paused says so, requests wait", _stopped(paused=True), alarms=(16,)),
+    "weight_update": Fault("weights are being replaced (POST /update_weights): the core waits for it", _stopped(), alarms=(16,)),
+    "profile": Fault("a profiler stops the world (POST /start_profile, /stop_profile)", _stopped(), alarms=(10,)),
     "error_500": Fault("every completion fails with 500", {"error": 500}),
     "garbage_metrics": Fault("/metrics answers 200 with garbage", {"metrics": "garbage"}),
     "no_metrics": Fault("/metrics answers 404", {"metrics": "none"}),
@@ -122,7 +122,7 @@ class Faults:
         changes = changes_of(kind, parameters)
         if seconds is not None and not 0 < seconds <= 86_400:
             raise FaultError("seconds must be over 0 and at most 86400")
-        self._forget(kind)
+        self._remove(kind)
         self._active[kind] = changes
         if seconds is not None:
             self._timers[kind] = asyncio.get_running_loop().call_later(seconds, self.clear, kind)
@@ -131,7 +131,7 @@ class Faults:
     def clear(self, kind: str | None = None) -> None:
         """End one fault, or all of them. One that is not active is no error."""
         for each in (kind,) if kind else self.active:
-            self._forget(each)
+            self._remove(each)
         self._apply()
 
     def rebase(self, baseline: Behaviour) -> None:
@@ -147,7 +147,7 @@ class Faults:
         """Wait for the next change of behaviour."""
         await self._changes.next()
 
-    def _forget(self, kind: str) -> None:
+    def _remove(self, kind: str) -> None:
         self._active.pop(kind, None)
         timer = self._timers.pop(kind, None)
         if timer:
@@ -158,7 +158,7 @@ class Faults:
         for changes in self._active.values():
             behaviour = replace(behaviour, **changes)
         self.behaviour = behaviour
-        self._changes.ring()
+        self._changes.notify()
 
 
 def changes_of(kind: str, parameters: Mapping[str, float]) -> Mapping[str, Any]:
@@ -166,13 +166,17 @@ def changes_of(kind: str, parameters: Mapping[str, float]) -> Mapping[str, Any]:
     fault = FAULTS.get(kind)
     if fault is None:
         raise FaultError(f"no fault {kind[:40]!r}; there are: {', '.join(FAULTS)}")
-    takes = fault.parameter
+    parameter = fault.parameter
     for name, value in parameters.items():
-        if takes is None or name != takes.name:
-            valid = f"seconds and {takes.name}" if takes else "seconds"
+        if parameter is None or name != parameter.name:
+            valid = f"seconds and {parameter.name}" if parameter else "seconds"
             raise FaultError(f"{kind} does not take {name[:40]!r}; it takes {valid}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not takes.low <= value <= takes.high:
-            raise FaultError(f"{kind}: {name} must be a number from {takes.low:g} to {takes.high:g}")
-    if takes is None:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not parameter.low <= value <= parameter.high
+        ):
+            raise FaultError(f"{kind}: {name} must be a number from {parameter.low:g} to {parameter.high:g}")
+    if parameter is None:
         return fault.changes
-    return {**fault.changes, **takes.make(parameters.get(takes.name, takes.default))}
+    return {**fault.changes, **parameter.make(parameters.get(parameter.name, parameter.default))}

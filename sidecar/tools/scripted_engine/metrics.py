@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.scheduler import BLOCK, Scheduler, StepOutput
+from sidecar.tools.scripted_engine.scheduler import BLOCK_TOKENS, Scheduler, StepOutput
 
 LABELS = ("model_name", "engine")
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -30,7 +30,9 @@ REQUEST_BUCKETS = (
 )  # fmt: skip
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
-GARBAGE = b'vllm:num_requests_running{engine="0",model_name="\xff\xfe" NaN\x00\n<html>\nvllm:kv_cache_usage_perc NaN\n'
+GARBAGE_PAGE = (
+    b'vllm:num_requests_running{engine="0",model_name="\xff\xfe" NaN\x00\n<html>\nvllm:kv_cache_usage_perc NaN\n'
+)
 
 
 class EngineMetrics:
@@ -46,7 +48,7 @@ class EngineMetrics:
             "vllm:engine_sleep_state", "Engine sleep state; awake = 0 means engine is sleeping.",
             (*LABELS, "sleep_state"), registry=self.registry,
         )  # fmt: skip
-        self._cache_config(kv_tokens // BLOCK)
+        self._cache_config(kv_tokens // BLOCK_TOKENS)
         self._queries = self._counter("vllm:prefix_cache_queries", "Prefix cache queries, in number of queried tokens.")
         self._hits = self._counter("vllm:prefix_cache_hits", "Prefix cache hits, in number of cached tokens.")
         self._preemptions = self._counter("vllm:num_preemptions", "Cumulative number of preemption from the engine.")
@@ -108,22 +110,24 @@ class EngineMetrics:
         self._preemptions.labels(*labels).inc(scheduler.preemptions - self._published_preemptions[rank])
         self._published_preemptions[rank] = scheduler.preemptions
 
-    def page(self, how: Behaviour, accept: str) -> tuple[bytes, str]:
+    def page(self, behaviour: Behaviour, accept: str) -> tuple[bytes, str]:
         """The page and its content type, as the scraper's Accept header wants it."""
         self.scrapes += 1
-        self._distort(how)
+        self._distort(behaviour)
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
-    def _distort(self, how: Behaviour) -> None:
+    def _distort(self, behaviour: Behaviour) -> None:
         for labels in self._labels:
             for state in SLEEP_STATES:
-                self._sleep.labels(*labels, state).set((state == "awake") != how.sleeping and state != "discard_all")
-            if how.gauges_zeroed:
+                self._sleep.labels(*labels, state).set(
+                    (state == "awake") != behaviour.sleeping and state != "discard_all"
+                )
+            if behaviour.gauges_zeroed:
                 self._running.labels(*labels).set(0)
                 self._waiting.labels(*labels).set(0)
-            if how.kv_usage is not None:
-                self._kv_usage.labels(*labels).set(how.kv_usage)
+            if behaviour.kv_usage is not None:
+                self._kv_usage.labels(*labels).set(behaviour.kv_usage)
 
     def _touch(self) -> None:
         """Make every series exist from the start, as vLLM does."""
@@ -137,7 +141,11 @@ class EngineMetrics:
 
     def _cache_config(self, blocks: int) -> None:
         """vLLM's series of the cache's shape: numbers as labels, of which these are the ones that say its size."""
-        sizes = {"num_gpu_blocks": str(blocks), "block_size": str(BLOCK), "kv_cache_size_tokens": str(blocks * BLOCK)}
+        sizes = {
+            "num_gpu_blocks": str(blocks),
+            "block_size": str(BLOCK_TOKENS),
+            "kv_cache_size_tokens": str(blocks * BLOCK_TOKENS),
+        }
         config = Gauge("vllm:cache_config_info", "Information of the LLMEngine CacheConfig",
                        ("engine", *sizes), registry=self.registry)  # fmt: skip
         for _, rank in self._labels:

@@ -46,15 +46,15 @@ COMPLETION: Final = AnswerForm(
 )
 
 
-def words(ask: CompletionRequest, seed: int, only: str = "") -> Callable[[int], str]:
+def words(completion: CompletionRequest, seed: int, word: str = "") -> Callable[[int], str]:
     """A function that makes the next n tokens' text."""
-    rng = random.Random(f"{seed}:{ask.digest}:text")
-    return lambda n: only * n if only else "".join(rng.choices(WORDS, k=n))
+    rng = random.Random(f"{seed}:{completion.digest}:text")
+    return lambda n: word * n if word else "".join(rng.choices(WORDS, k=n))
 
 
-def usage(ask: CompletionRequest, generated: int, cached: int) -> dict[str, Any]:
+def usage(completion: CompletionRequest, generated: int, cached: int) -> dict[str, Any]:
     return {
-        "prompt_tokens": ask.prompt, "total_tokens": ask.prompt + generated, "completion_tokens": generated,
+        "prompt_tokens": completion.prompt, "total_tokens": completion.prompt + generated, "completion_tokens": generated,
         "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
 
@@ -67,41 +67,41 @@ def event(payload: dict[str, Any]) -> bytes:
 DONE: Final = b"data: [DONE]\n\n"
 
 
-def chunk(shape: AnswerForm, id: str, created: int, model: str, choices: list[dict[str, Any]], **more: Any) -> bytes:
-    return event({"id": id, "object": shape.chunk, "created": created, "model": model, "choices": choices, **more})
+def chunk(form: AnswerForm, id: str, created: int, model: str, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    return event({"id": id, "object": form.chunk, "created": created, "model": model, "choices": choices, **more})
 
 
-def opening(shape: AnswerForm) -> dict[str, Any]:
+def opening(form: AnswerForm) -> dict[str, Any]:
     """The choice of the first chunk of a chat stream."""
     return {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
 
-def choice(shape: AnswerForm, text: str, finish: str | None) -> dict[str, Any]:
+def choice(form: AnswerForm, text: str, finish: str | None) -> dict[str, Any]:
     """The choice of a later chunk; `finish` is its finish_reason."""
-    made = {"index": 0, **shape.piece(text), "logprobs": None, "finish_reason": finish}
-    if finish or not shape.opens:
+    made = {"index": 0, **form.piece(text), "logprobs": None, "finish_reason": finish}
+    if finish or not form.opens:
         made["stop_reason"] = None
-    if not shape.opens:
+    if not form.opens:
         made["prompt_token_ids"] = None
     return {**made, "token_ids": None}
 
 
 def whole(
-    shape: AnswerForm, id: str, created: int, ask: CompletionRequest, text: str, used: dict[str, Any]
+    form: AnswerForm, id: str, created: int, completion: CompletionRequest, text: str, used: dict[str, Any]
 ) -> dict[str, Any]:
     """The answer of a request that does not stream."""
-    made = {"index": 0, **shape.message(text), "logprobs": None, "finish_reason": ask.finish, "stop_reason": None,
+    made = {"index": 0, **form.message(text), "logprobs": None, "finish_reason": completion.finish, "stop_reason": None,
             "token_ids": None}  # fmt: skip
-    return {"id": id, "object": shape.whole, "created": created, "model": ask.model, "choices": [made],
+    return {"id": id, "object": form.whole, "created": created, "model": completion.model, "choices": [made],
             "system_fingerprint": None, "usage": used, "prompt_logprobs": None, "kv_transfer_params": None}  # fmt: skip
 
 
-def embedding(id: str, created: int, ask: CompletionRequest) -> dict[str, Any]:
+def embedding(id: str, created: int, completion: CompletionRequest) -> dict[str, Any]:
     """The answer of an embeddings request: one unit-range vector made from the input's hash."""
-    rng = random.Random(ask.digest)
+    rng = random.Random(completion.digest)
     vector = [rng.uniform(-1, 1) for _ in range(EMBEDDING_SIZE)]
     packed = base64.b64encode(struct.pack(f"<{EMBEDDING_SIZE}f", *vector)).decode()
-    data = {"index": 0, "object": "embedding", "embedding": packed if ask.base64_floats else vector}
-    return {"id": id, "object": "list", "created": created, "model": ask.model, "data": [data],
-            "usage": {"prompt_tokens": ask.prompt, "total_tokens": ask.prompt, "completion_tokens": 0,
+    data = {"index": 0, "object": "embedding", "embedding": packed if completion.base64_floats else vector}
+    return {"id": id, "object": "list", "created": created, "model": completion.model, "data": [data],
+            "usage": {"prompt_tokens": completion.prompt, "total_tokens": completion.prompt, "completion_tokens": 0,
                       "prompt_tokens_details": None}}  # fmt: skip

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 
-BLOCK = 16  # tokens per KV block, as vLLM's default
-IDLE_STEP = 0.005  # seconds of a step that can do nothing: bounds the rate of an engine that is stuck
+BLOCK_TOKENS = 16  # tokens per KV block, as vLLM's default
+IDLE_STEP_S = 0.005  # seconds of a step that can do nothing: bounds the rate of an engine that is stuck
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Scheduler:
     victim: ScheduledSequence | None = None  # the one stuck stream, while that fault is on
     _cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
-    def room(self) -> bool:
+    def has_room(self) -> bool:
         """Whether one more sequence may wait."""
         return len(self.waiting) < self.limits.max_waiting
 
@@ -99,24 +99,24 @@ class Scheduler:
                 return True
         return False
 
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         return bool(self.running or self.waiting)
 
     def kv_usage(self) -> float:
         """Share of the KV blocks that running sequences hold, 0..1."""
         return min(1.0, sum(_blocks(s.computed) for s in self.running) / self._capacity())
 
-    def plan(self, how: Behaviour) -> ScheduledStep:
+    def plan(self, behaviour: Behaviour) -> ScheduledStep:
         """Admit what fits, then choose the tokens of the next step."""
-        if how.admitting:
+        if behaviour.admitting:
             self._admit()
-        movable = self._movable(how)
-        decodes = [s for s in movable if s.prefilled and how.decoding and not _at_limit(s, how)]
-        decodes = self._with_room(decodes)
-        held = [s for s in movable if not s.prefilled and s in self.running]
-        budget = self.limits.step_tokens - len(decodes) if how.prefilling else 0
-        chunks = _chunks(held, budget, spare=0 if how.first_token else 1)
-        return ScheduledStep(self._seconds(chunks, decodes, how), tuple(chunks), tuple(decodes))
+        movable = self._movable(behaviour)
+        decodes = [s for s in movable if s.prefilled and behaviour.decoding and not _at_limit(s, behaviour)]
+        decodes = self._preempt_for_room(decodes)
+        prefills = [s for s in movable if not s.prefilled and s in self.running]
+        budget = self.limits.step_tokens - len(decodes) if behaviour.prefilling else 0
+        chunks = _chunks(prefills, budget, spare=0 if behaviour.first_token else 1)
+        return ScheduledStep(self._seconds(chunks, decodes, behaviour), tuple(chunks), tuple(decodes))
 
     def apply(self, step: ScheduledStep) -> list[StepOutput]:
         """Do the step's work for the sequences that are still there."""
@@ -138,11 +138,11 @@ class Scheduler:
             if _blocks(head.target + 1) > free:
                 return
             self.waiting.popleft()
-            head.computed = self._hit(head)
+            head.computed = self._cached_tokens(head)
             head.cached = head.cached if head.restart else head.computed
             self.running.append(head)
 
-    def _hit(self, sequence: ScheduledSequence) -> int:
+    def _cached_tokens(self, sequence: ScheduledSequence) -> int:
         """Leading prompt tokens that the prefix cache holds; at least one is always computed."""
         hits = 0
         for block in sequence.blocks:
@@ -150,18 +150,18 @@ class Scheduler:
                 break
             self._cache.move_to_end(block)
             hits += 1
-        return min(hits, (sequence.prompt - 1) // BLOCK) * BLOCK
+        return min(hits, (sequence.prompt - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
 
-    def _movable(self, how: Behaviour) -> list[ScheduledSequence]:
-        if not how.stuck_one:
+    def _movable(self, behaviour: Behaviour) -> list[ScheduledSequence]:
+        if not behaviour.stuck_one:
             self.victim = None
         elif self.victim is None and self.running:
             self.victim = self.running[0]
         return [s for s in self.running if s is not self.victim]
 
-    def _with_room(self, decodes: list[ScheduledSequence]) -> list[ScheduledSequence]:
+    def _preempt_for_room(self, decodes: list[ScheduledSequence]) -> list[ScheduledSequence]:
         """Preempt the youngest until each decode has a block for its next token."""
-        while decodes and self._held(decodes) > self._capacity() and len(self.running) > 1:
+        while decodes and self._needed_blocks(decodes) > self._capacity() and len(self.running) > 1:
             youngest = self.running.pop()
             youngest.computed, youngest.restart = 0, youngest.generated
             self.waiting.appendleft(youngest)
@@ -169,19 +169,19 @@ class Scheduler:
             decodes = [s for s in decodes if s is not youngest]
         return decodes
 
-    def _held(self, decodes: list[ScheduledSequence]) -> int:
-        return sum(_blocks(s.computed) for s in self.running) + sum(s.computed % BLOCK == 0 for s in decodes)
+    def _needed_blocks(self, decodes: list[ScheduledSequence]) -> int:
+        return sum(_blocks(s.computed) for s in self.running) + sum(s.computed % BLOCK_TOKENS == 0 for s in decodes)
 
     def _seconds(
-        self, chunks: list[tuple[ScheduledSequence, int]], decodes: list[ScheduledSequence], how: Behaviour
+        self, chunks: list[tuple[ScheduledSequence, int]], decodes: list[ScheduledSequence], behaviour: Behaviour
     ) -> float:
         if not chunks and not decodes:
-            return max(IDLE_STEP, self.limits.decode_step) * how.step_factor
-        if how.prefill_seconds is None:
+            return max(IDLE_STEP_S, self.limits.decode_step) * behaviour.step_factor
+        if behaviour.prefill_seconds is None:
             prefill = sum(n for _, n in chunks) / self.limits.prefill_tokens_per_second
         else:
-            prefill = sum(how.prefill_seconds * n / max(1, s.target - s.cached) for s, n in chunks)
-        return (prefill + self.limits.decode_step) * how.step_factor
+            prefill = sum(behaviour.prefill_seconds * n / max(1, s.target - s.cached) for s, n in chunks)
+        return (prefill + self.limits.decode_step) * behaviour.step_factor
 
     def _end_prefill(self, sequence: ScheduledSequence) -> StepOutput:
         for block in sequence.blocks:
@@ -202,12 +202,12 @@ class Scheduler:
         return StepOutput(sequence, tokens, prompt, sequence.generated >= sequence.limit)
 
     def _capacity(self) -> int:
-        return max(1, self.limits.kv_tokens // BLOCK)
+        return max(1, self.limits.kv_tokens // BLOCK_TOKENS)
 
 
-def _at_limit(s: ScheduledSequence, how: Behaviour) -> bool:
+def _at_limit(s: ScheduledSequence, behaviour: Behaviour) -> bool:
     """Whether a sequence is kept from its last token."""
-    return not how.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > how.short
+    return not behaviour.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > behaviour.short
 
 
 def _chunks(prefills: list[ScheduledSequence], budget: int, spare: int) -> list[tuple[ScheduledSequence, int]]:
@@ -222,4 +222,4 @@ def _chunks(prefills: list[ScheduledSequence], budget: int, spare: int) -> list[
 
 
 def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+    return -(-tokens // BLOCK_TOKENS)

@@ -29,7 +29,7 @@ from sidecar.tools.scripted_engine.metrics import EngineMetrics
 from sidecar.tools.scripted_engine.scheduler import SchedulerLimits
 
 BACKLOG = 2048  # as vLLM's API server
-STOP_SECONDS = 0.05  # open streams are cut at the end, as a killed engine cuts them
+SHUTDOWN_TIMEOUT_S = 0.05  # open streams are cut at the end, as a killed engine cuts them
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,13 @@ class ScriptedEngine:
         on_exit: Callable[[int], object] | None = None,
     ) -> None:
         self.settings = settings or EngineSettings(listen=("127.0.0.1", 0))
-        self.faults = Faults(self._at_start())
+        self.faults = Faults(self._initial_behaviour())
         self.cores: tuple[EngineCore, ...] = ()
         self.exit_code: int | None = None
         self._activity = EngineCondition()
         self._sock = sock
         self._on_exit = on_exit
-        self._meters: EngineMetrics | None = None
+        self._metrics: EngineMetrics | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._site: web.SockSite | None = None
         self._preprocessor = ThreadPoolExecutor(1, "preprocess")
@@ -131,16 +131,21 @@ class ScriptedEngine:
         await self._activity.until(ready)
 
     async def __aenter__(self) -> ScriptedEngine:
-        self._sock = self._sock or bound(self.settings.listen)
+        self._sock = self._sock or bind_socket(self.settings.listen)
         self._address = self._sock.getsockname()
         if self.settings.fault:
             self.faults.start(self.settings.fault)
-        s = self.settings
-        meters = self._meters = EngineMetrics(s.served_model, s.data_parallel, s.kv_tokens)
-        limits = s.limits()
-        self.cores = tuple(EngineCore(i, limits, self.faults, meters, self._activity) for i in range(s.data_parallel))
+        settings = self.settings
+        metrics = self._metrics = EngineMetrics(settings.served_model, settings.data_parallel, settings.kv_tokens)
+        limits = settings.limits()
+        self.cores = tuple(
+            EngineCore(i, limits, self.faults, metrics, self._activity) for i in range(settings.data_parallel)
+        )
         self._runner = web.AppRunner(
-            application(self._parts(meters)), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS
+            application(self._parts(metrics)),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
         await self._runner.setup()
         if self.faults.behaviour.port_open:
@@ -148,7 +153,9 @@ class ScriptedEngine:
         if self.settings.load_seconds:
             loop = asyncio.get_running_loop()
             self._loaded = loop.call_later(self.settings.load_seconds, self.faults.rebase, Behaviour())
-        self._tasks = [asyncio.create_task(job) for job in (*(c.run() for c in self.cores), self._obey())]
+        self._tasks = [
+            asyncio.create_task(job) for job in (*(c.run() for c in self.cores), self._apply_process_faults())
+        ]
         return self
 
     async def __aexit__(
@@ -172,7 +179,7 @@ class ScriptedEngine:
         """Until one of its own tasks fails; raises what it raised."""
         await asyncio.gather(*self._tasks)
 
-    def _at_start(self) -> Behaviour:
+    def _initial_behaviour(self) -> Behaviour:
         if not self.settings.load_seconds:
             return Behaviour()
         return Behaviour(loading=True, port_open=self.settings.load_port == "open")
@@ -180,22 +187,31 @@ class ScriptedEngine:
     @property
     def scrapes(self) -> int:
         """How often its metrics page was asked for."""
-        return self._meters.scrapes if self._meters else 0
+        return self._metrics.scrapes if self._metrics else 0
 
-    def _parts(self, meters: EngineMetrics) -> EngineParts:
-        s = self.settings
+    def _parts(self, metrics: EngineMetrics) -> EngineParts:
+        settings = self.settings
         return EngineParts(
-            s.served_model, s.seed, s.kv_tokens, s.image_ms / 1e9, self.cores, self.faults, meters, self._preprocessor
+            settings.served_model,
+            settings.seed,
+            settings.kv_tokens,
+            settings.image_ms / 1e9,
+            self.cores,
+            self.faults,
+            metrics,
+            self._preprocessor,
         )
 
-    async def _obey(self) -> None:
+    async def _apply_process_faults(self) -> None:
         """Open and close the port, and end, as the faults say."""
         while self.exit_code is None:
-            await self.faults.until(lambda how: how.exit_code is not None or how.port_open != bool(self._site))
-            how = self.faults.behaviour
-            if how.exit_code is not None:
-                await self._exit(how.exit_code)
-            elif how.port_open:
+            await self.faults.until(
+                lambda behaviour: behaviour.exit_code is not None or behaviour.port_open != bool(self._site)
+            )
+            behaviour = self.faults.behaviour
+            if behaviour.exit_code is not None:
+                await self._exit(behaviour.exit_code)
+            elif behaviour.port_open:
                 await self._open()
             else:
                 await self._close()
@@ -207,11 +223,11 @@ class ScriptedEngine:
         await self._close()
 
     async def _open(self) -> None:
-        sock = self._sock or bound(self._address[:2])
+        sock = self._sock or bind_socket(self._address[:2])
         self._sock = None  # the site closes it
         self._site = web.SockSite(self._runner, sock, backlog=BACKLOG)
         await self._site.start()
-        self._activity.ring()
+        self._activity.notify()
 
     async def _close(self) -> None:
         if self._site:
@@ -219,10 +235,10 @@ class ScriptedEngine:
         self._site = None
         for connection in list(self._runner.server.connections if self._runner.server else ()):
             connection.force_close()
-        self._activity.ring()
+        self._activity.notify()
 
 
-def bound(where: tuple[str, int]) -> socket.socket:
+def bind_socket(where: tuple[str, int]) -> socket.socket:
     """A TCP socket bound to `where`, not yet listening: connections are refused. Raises StartError."""
     host, port = where
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
