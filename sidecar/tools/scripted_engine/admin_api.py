@@ -1,6 +1,6 @@
-"""The orders that stop the scripted engine on purpose and let it go on: vLLM's paths, as a literal table over its faults.
+"""vLLM's admin endpoints that pause the engine on purpose, as a literal table over the faults.
 
-What vLLM has in development mode only (sleep, pause, weights) or with a profiler only is always there: it does no harm here.
+Sleep, pause and weight updates need vLLM's development mode, profiling needs a profiler; here all are always on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.faults import Faults
 from sidecar.tools.scripted_engine.requests import bad_request
 
-DEFAULT_UPDATE_S: Final = 1.0  # of /update_weights; `?seconds=N` asks for another time
+# Duration of /update_weights, unless `?seconds=N` sets another.
+DEFAULT_UPDATE_S: Final = 1.0
 MAX_UPDATE_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class AdminRoute:
-    """A POST to `path` begins the fault, or ends it; `answer` is vLLM's body, None where it has none."""
+    """A POST to `path` starts or clears the fault; `answer` is vLLM's body, None if it has none."""
 
     path: str
     fault: str
@@ -47,7 +48,7 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 def routes(faults: Faults) -> list[web.RouteDef]:
-    """The routes of all orders and of what they leave to be read."""
+    """The routes of all commands and state queries."""
     commands = [web.post(route.path, _fault_handler(route, faults)) for route in ADMIN_ROUTES]
     states = [web.get(path, _state_handler(key, read, faults)) for path, key, read in STATE_ROUTES]
     return [*commands, *states, web.post("/update_weights", _update_handler(faults))]
@@ -73,7 +74,7 @@ def _state_handler(key: str, read: Callable[[Behaviour], bool], faults: Faults) 
 
 def _update_handler(faults: Faults) -> Handler:
     async def update(request: web.Request) -> web.Response:
-        """The core stands still while the call is under way, and its answer ends it."""
+        """Stop the core for the duration of the call."""
         seconds = _seconds(request.query.get("seconds"))
         faults.start("weight_update")
         try:

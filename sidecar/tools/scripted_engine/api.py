@@ -1,7 +1,7 @@
-"""The scripted engine's HTTP surface: vLLM's paths, and `/faults`.
+"""The scripted engine's HTTP API: vLLM's paths, and `/faults`.
 
-A handler leaves its stream's block when its client goes away, and that aborts the sequence. Every answer and every chunk
-passes the gate of the active faults; `/faults` itself never does.
+A client that disconnects ends its handler's stream block, which aborts the sequence. Every response and every chunk
+waits for the active faults; `/faults` itself never does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from sidecar.tools.scripted_engine.scheduler import ScheduledSequence
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 VERSION = "0.32.0+scripted"
 MAX_BODY_BYTES = 256 << 20
-MAX_IMAGE_S = 60.0  # bound of the imitated preprocessing of one request
+# Bound on the simulated preprocessing of one request.
+MAX_IMAGE_S = 60.0
 CORE_DEAD = RequestRefused(500, "InternalServerError", "EngineCore encountered an issue.")
 ENGINE_LOADING = RequestRefused(503, "ServiceUnavailableError", "The engine is starting.")
 QUEUE_FULL = RequestRefused(503, "ServiceUnavailableError", "The waiting queue is full.")
@@ -37,7 +38,7 @@ QUEUE_FULL = RequestRefused(503, "ServiceUnavailableError", "The waiting queue i
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What the handlers work on."""
+    """Everything the handlers use."""
 
     model: str
     seed: int
@@ -50,22 +51,29 @@ class EngineParts:
 
 
 def application(parts: EngineParts) -> web.Application:
-    """All routes behind the gate."""
+    """All routes, behind the gate of the faults."""
     api = EngineApi(parts)
     app = web.Application(middlewares=[api.gate], client_max_size=MAX_BODY_BYTES)
-    app.add_routes([
-        web.get("/health", api.health), web.get("/version", api.version), web.get("/v1/models", api.models),
-        web.get("/metrics", api.metrics), *admin_api.routes(parts.faults),
-        web.post("/v1/chat/completions", api.complete("chat", CHAT)),
-        web.post("/v1/completions", api.complete("completions", COMPLETION)),
-        web.post("/v1/embeddings", api.embeddings),
-        web.get("/faults", api.list_faults), web.post("/faults", api.start_fault), web.delete("/faults", api.clear_faults),
-    ])  # fmt: skip
+    app.add_routes(
+        [
+            web.get("/health", api.health),
+            web.get("/version", api.version),
+            web.get("/v1/models", api.models),
+            web.get("/metrics", api.metrics),
+            *admin_api.routes(parts.faults),
+            web.post("/v1/chat/completions", api.complete("chat", CHAT)),
+            web.post("/v1/completions", api.complete("completions", COMPLETION)),
+            web.post("/v1/embeddings", api.embeddings),
+            web.get("/faults", api.list_faults),
+            web.post("/faults", api.start_fault),
+            web.delete("/faults", api.clear_faults),
+        ]
+    )
     return app
 
 
 class EngineApi:
-    """The handlers. State: the faults, the cores and the lock of the `serial_http` fault."""
+    """The handlers. State: the faults, the cores, and the lock of the `serial_http` fault."""
 
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
@@ -74,7 +82,7 @@ class EngineApi:
 
     @web.middleware
     async def gate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Faults of the whole API, before and after the handler; refusals become vLLM's error bodies."""
+        """Apply the faults of the whole API before and after the handler; turn refusals into vLLM's error bodies."""
         if request.path == "/faults":
             return await handler(request)
         await self._wait_until_answering()
@@ -107,8 +115,15 @@ class EngineApi:
         return web.json_response({"version": VERSION})
 
     async def models(self, _: web.Request) -> web.Response:
-        card = {"id": self._parts.model, "object": "model", "created": int(time.time()), "owned_by": "scripted",
-                "root": self._parts.model, "parent": None, "max_model_len": self._parts.capacity}  # fmt: skip
+        card = {
+            "id": self._parts.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "scripted",
+            "root": self._parts.model,
+            "parent": None,
+            "max_model_len": self._parts.capacity,
+        }
         return web.json_response({"object": "list", "data": [card]})
 
     async def metrics(self, request: web.Request) -> web.Response:
@@ -156,7 +171,7 @@ class EngineApi:
         return completion
 
     def _core(self) -> EngineCore:
-        """The core with the fewest open requests that still takes one."""
+        """The core with the fewest open requests among those with room in the queue."""
         free = [core for core in self._parts.cores if core.scheduler.has_room()]
         if not free:
             raise QUEUE_FULL
@@ -165,9 +180,16 @@ class EngineApi:
     # --- faults ---
 
     async def list_faults(self, _: web.Request) -> web.Response:
-        rows = [{"kind": kind, "text": row.text, "modes": row.modes, "alarms": row.alarms,
-                 "parameter": row.parameter and {"name": row.parameter.name, "default": row.parameter.default}}
-                for kind, row in FAULTS.items()]  # fmt: skip
+        rows = [
+            {
+                "kind": kind,
+                "text": row.text,
+                "modes": row.modes,
+                "alarms": row.alarms,
+                "parameter": row.parameter and {"name": row.parameter.name, "default": row.parameter.default},
+            }
+            for kind, row in FAULTS.items()
+        ]
         return web.json_response({"active": self._faults.active, "faults": rows})
 
     async def start_fault(self, request: web.Request) -> web.Response:
@@ -188,7 +210,7 @@ class EngineApi:
 
 
 class CompletionAnswer:
-    """One completion on its way to its client."""
+    """One completion being delivered to its client."""
 
     def __init__(
         self, form: AnswerForm, id: str, completion: CompletionRequest, stream: TokenStream, parts: EngineParts
@@ -200,7 +222,7 @@ class CompletionAnswer:
         self._opened = not form.opens
 
     async def whole(self) -> web.Response:
-        """All tokens at once, in JSON."""
+        """Respond with all tokens at once, in JSON."""
         seen = 0
         while not self._stream.done:
             seen = await self._stream.more(seen)
@@ -213,7 +235,7 @@ class CompletionAnswer:
         )
 
     async def stream_to(self, request: web.Request) -> web.StreamResponse:
-        """Tokens as server-sent events, each as it comes."""
+        """Send tokens as server-sent events as they are generated."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         seen = pieces = 0
@@ -232,7 +254,7 @@ class CompletionAnswer:
         )
 
     def _events(self, seen: int, ready: int) -> bytes:
-        """The events of the tokens from `seen` to `ready`; a chat begins with its role."""
+        """The events of the tokens from `seen` to `ready`; a chat starts with its role."""
         first = b"" if self._opened else self._chunk([responses.opening(self._form)], 0)
         self._opened = True
         finish = self._completion.finish if ready >= self._completion.limit else None

@@ -1,7 +1,7 @@
 """The engine core: one asyncio task per data-parallel rank that runs the scheduler's steps in simulated time.
 
-The core and the API share a process but nothing else: the API sees a `Stream` per request, the metrics page sees what the
-core last published. A core that stops publishes nothing more, so its gauges go stale, as a real engine's do.
+The core and the API share a process and nothing else: the API has one `TokenStream` per request, the metrics page shows
+what the core last published. A stopped core publishes nothing, so its gauges go stale, as in a real engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sidecar.tools.scripted_engine.scheduler import (
 
 
 class TokenStream:
-    """One request as its API handler sees it: tokens that are ready, and whether that is all."""
+    """One request as its API handler sees it: the number of ready tokens, and whether it is complete."""
 
     def __init__(self, sequence: ScheduledSequence, arrived: float) -> None:
         self.sequence = sequence
@@ -36,7 +36,7 @@ class TokenStream:
         self._changed = asyncio.Event()
 
     async def more(self, seen: int) -> int:
-        """Wait for tokens beyond `seen`, or the end; the number of tokens ready. Tokens that queue up come as one piece."""
+        """Wait for tokens beyond `seen`, or the end. Returns the tokens ready: those that queue up form one piece."""
         while self.ready <= seen and not self.done:
             self._changed.clear()
             await self._changed.wait()
@@ -51,7 +51,7 @@ class TokenStream:
 
 
 class EngineCore:
-    """One rank: its scheduler, its open streams, and the loop that steps it. It rings `activity` at each change."""
+    """One rank: its scheduler, its open streams, and the loop that steps it. Every change notifies `activity`."""
 
     def __init__(
         self, rank: int, limits: SchedulerLimits, faults: Faults, metrics: EngineMetrics, activity: EngineCondition
@@ -73,7 +73,7 @@ class EngineCore:
 
     @contextmanager
     def admit(self, sequence: ScheduledSequence) -> Iterator[TokenStream]:
-        """Queue a request; leaving the block before its end aborts it, as a client that goes away does."""
+        """Queue a request; leaving the block early aborts it, as a disconnecting client does."""
         now = asyncio.get_running_loop().time()
         self._start_idle_fault(now)
         stream = self._streams[sequence] = TokenStream(sequence, now)
@@ -86,7 +86,7 @@ class EngineCore:
                 self._abort(sequence)
 
     async def run(self) -> None:
-        """Step for ever; the caller cancels."""
+        """Step until cancelled."""
         while True:
             await self._faults.until(self._is_stepping)
             if not self.scheduler.is_busy():
@@ -101,7 +101,7 @@ class EngineCore:
         return behaviour.stepping and not behaviour.sleeping and behaviour.dead_rank != self._rank
 
     async def _step_time_passed(self, seconds: float) -> bool:
-        """Let the step's time pass; False when the behaviour changed meanwhile and the step must be planned anew."""
+        """Wait for the step's duration. False if the behaviour changed and the step must be planned again."""
         if seconds <= 0:
             await asyncio.sleep(0)
             return self._is_stepping(self._faults.behaviour)
@@ -113,7 +113,7 @@ class EngineCore:
         return False
 
     def _compile_seconds(self, behaviour: Behaviour) -> float:
-        """Extra seconds of the first step under a fault that asks for them."""
+        """Extra seconds of the first step under the `jit` fault."""
         first = not self._compiled
         self._compiled = behaviour.first_step_seconds > 0
         return behaviour.first_step_seconds if first else 0.0

@@ -1,6 +1,6 @@
-"""Pure: an image's size from its first bytes (BMP, PNG, JPEG), as the scripted engine counts it. Never decodes pixels.
+"""Pure: an image's size from its first bytes (BMP, PNG, JPEG). Decodes no pixels and needs no imaging library.
 
-A scripted engine must cost next to nothing and need no imaging library; a size that cannot be read is None.
+A size that cannot be read is None.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import struct
 
 Size = tuple[int, int]  # width, height in pixels
 
-# JPEG's frame headers: all of SOF0..SOF15 but DHT, JPG and DAC, which share the range.
+# JPEG frame headers: SOF0..SOF15 without DHT, JPG and DAC, which share the range.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def size_of(head: bytes) -> Size | None:
-    """Width and height, or None where the format or the header is not known."""
+    """Width and height, or None for an unknown format or header."""
     try:
         if head.startswith(b"\x89PNG\r\n\x1a\n"):
             width, height = struct.unpack_from(">II", head, 16)
@@ -30,7 +30,7 @@ def size_of(head: bytes) -> Size | None:
 
 
 def is_resized(head: bytes) -> bool:
-    """Whether it is in the form that needs no preprocessing worth counting: BMP."""
+    """True for BMP, whose preprocessing is too cheap to count."""
     return head.startswith(b"BM")
 
 

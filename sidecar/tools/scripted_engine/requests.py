@@ -1,6 +1,6 @@
-"""Pure: what a completion request asks, in numbers.
+"""Pure: a completion request reduced to numbers.
 
-Tokens are bytes / 4; an image is width/28 x height/28 tokens. Nothing of a request is kept but a hash of its prompt.
+Tokens are bytes / 4; an image is width/28 x height/28 tokens. Of the prompt, only a hash is kept.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from sidecar.tools.scripted_engine.image_size import is_resized, size_of
 from sidecar.tools.scripted_engine.scheduler import BLOCK_TOKENS
 
 BYTES_PER_TOKEN = 4
-PATCH_PIXELS = 28  # pixels of an image token's side: patches of 14, merged 2 x 2, as Qwen2-VL
+# Side of an image token: patches of 14, merged 2 x 2, as in Qwen2-VL.
+PATCH_PIXELS = 28
 UNKNOWN_IMAGE_TOKENS = 256
-MAX_HEAD_CHARACTERS = 1 << 18  # base64 characters decoded to find a size; EXIF blocks are at most 64 KiB each
+# Base64 characters decoded to find a size; EXIF blocks are at most 64 KiB each.
+MAX_HEAD_CHARACTERS = 1 << 18
 MAX_HASHED_BLOCKS = 2048
 
 
 class RequestRefused(Exception):
-    """A request that is answered with an error. `kind` is vLLM's error type."""
+    """A request that gets an error response. `kind` is vLLM's error type."""
 
     def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(message)
@@ -42,7 +44,7 @@ def bad_request(message: str) -> RequestRefused:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A completion request in numbers. `limit` is the tokens to generate; `pixels` need preprocessing."""
+    """A completion request in numbers. `limit`: tokens to generate; `pixels`: those that need preprocessing."""
 
     model: str
     stream: bool
@@ -50,7 +52,7 @@ class CompletionRequest:
     continuous_usage: bool
     prompt: int
     limit: int
-    finish: str  # "length" where the client set the limit, else "stop"
+    finish: str  # "length" if the client set the limit, else "stop"
     pixels: int
     blocks: tuple[int, ...]
     digest: str
@@ -58,9 +60,9 @@ class CompletionRequest:
 
 
 def parse_request(route: str, body: bytes, served_model: str, seed: int, capacity: int | None) -> CompletionRequest:
-    """What a body asks of `route` ("chat", "completions", "embeddings"). Raises Refusal.
+    """Parse a body sent to `route` ("chat", "completions", "embeddings"). Raises RequestRefused.
 
-    `capacity` is the most prompt and output tokens together; None admits any.
+    `capacity` limits prompt and output tokens together; None is unlimited.
     """
     payload = _payload(body, served_model)
     parts = _PROMPTS[route](payload)
@@ -68,8 +70,10 @@ def parse_request(route: str, body: bytes, served_model: str, seed: int, capacit
     digest = hashlib.blake2b(text, digest_size=16).hexdigest()
     limit, finish = _limit(route, payload, random.Random(f"{seed}:{digest}:length"))
     if capacity is not None and prompt + limit > capacity:
-        raise bad_request(f"This model's maximum context length is {capacity} tokens. However, you requested {limit} output "
-                  f"tokens and your prompt contains {prompt} input tokens.")  # fmt: skip
+        raise bad_request(
+            f"This model's maximum context length is {capacity} tokens. However, you requested {limit} output "
+            f"tokens and your prompt contains {prompt} input tokens."
+        )
     options = payload.get("stream_options") or {}
     if not isinstance(options, dict):
         raise bad_request("stream_options must be an object")
@@ -79,13 +83,17 @@ def parse_request(route: str, body: bytes, served_model: str, seed: int, capacit
         stream=bool(payload.get("stream")),
         include_usage=include,
         continuous_usage=include and bool(options.get("continuous_usage_stats")),
-        prompt=prompt, limit=limit, finish=finish, pixels=pixels,
-        blocks=_block_hashes(text, prompt), digest=digest,
+        prompt=prompt,
+        limit=limit,
+        finish=finish,
+        pixels=pixels,
+        blocks=_block_hashes(text, prompt),
+        digest=digest,
         base64_floats=payload.get("encoding_format") == "base64",
-    )  # fmt: skip
+    )
 
 
-Part = str | bytes  # text, or the start of an image's data URL payload (with its hash in front)
+Part = str | bytes  # text, or an image's base64 payload
 
 
 def _payload(body: bytes, served_model: str) -> dict[str, Any]:
@@ -157,12 +165,14 @@ def _text_parts(field: str) -> Callable[[dict[str, Any]], list[Part]]:
 
 
 _PROMPTS: Final[dict[str, Callable[[dict[str, Any]], list[Part]]]] = {
-    "chat": _chat_parts, "completions": _text_parts("prompt"), "embeddings": _text_parts("input"),
-}  # fmt: skip
+    "chat": _chat_parts,
+    "completions": _text_parts("prompt"),
+    "embeddings": _text_parts("input"),
+}
 
 
 def _measure(parts: list[Part]) -> tuple[bytes, int, int]:
-    """The prompt as bytes (an image as its hash, once per token), its tokens, and the pixels that need preprocessing."""
+    """The prompt as bytes (an image as its hash, once per token), its tokens, and the pixels to preprocess."""
     text, pixels = bytearray(), 0
     for part in parts:
         if isinstance(part, str):
@@ -175,7 +185,7 @@ def _measure(parts: list[Part]) -> tuple[bytes, int, int]:
 
 
 def _image(payload: bytes) -> tuple[int, int]:
-    """Tokens of an image, and its pixels unless it is already in its final form."""
+    """Tokens of an image, and its pixels unless it needs no preprocessing."""
     try:
         head = base64.b64decode(payload[:MAX_HEAD_CHARACTERS])
     except binascii.Error:
@@ -189,7 +199,7 @@ def _image(payload: bytes) -> tuple[int, int]:
 
 
 def _block_hashes(text: bytes, prompt: int) -> tuple[int, ...]:
-    """A hash per whole block of the prompt, each over everything before it."""
+    """A hash for each whole block of the prompt, over everything up to its end."""
     width = BLOCK_TOKENS * BYTES_PER_TOKEN
     state, hashes = hashlib.blake2b(digest_size=8), []
     for at in range(0, min(prompt // BLOCK_TOKENS, MAX_HASHED_BLOCKS) * width, width):

@@ -1,11 +1,11 @@
-"""Pure: a continuous-batching scheduler over simulated steps. No clock, no I/O: `plan` says how long a step takes,
-`apply` does it.
+"""Pure: a continuous-batching scheduler over simulated steps: `plan` returns a step with its duration, `apply` runs it.
 
-Rules, after vLLM's scheduler: a step has a budget of tokens; running sequences decode one token each, what is left goes to
-prefills, so a long prompt takes several steps (chunked prefill). A chunk that does not end its prompt gives no output and
-moves no counter; only KV use moves. Waiting sequences are admitted in order of arrival while the batch and the KV cache have
-room; when a decode finds no room, the youngest sequence is preempted and computed anew. Prompt blocks that ended are kept in
-a bounded prefix cache.
+The rules follow vLLM's scheduler:
+- a step has a token budget; running sequences decode one token each, prefills share the rest (chunked prefill);
+- a chunk that does not finish its prompt yields no output and advances no counter, only KV use grows;
+- waiting sequences are admitted in order of arrival while the batch and the KV cache have room;
+- when a decode finds no room, the youngest sequence is preempted and recomputed;
+- blocks of finished prompts stay in a bounded prefix cache.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 
-BLOCK_TOKENS = 16  # tokens per KV block, as vLLM's default
-IDLE_STEP_S = 0.005  # seconds of a step that can do nothing: bounds the rate of an engine that is stuck
+# Tokens per KV block: vLLM's default.
+BLOCK_TOKENS = 16
+# A step without work takes at least this long, which bounds the step rate of a stuck engine.
+IDLE_STEP_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,11 @@ class ScheduledSequence:
     prompt: int
     limit: int
     blocks: tuple[int, ...] = ()  # hashes of the prompt's whole blocks
-    finish: str = "stop"  # why it ends when it does
+    finish: str = "stop"  # its finish_reason
     cached: int = 0
     computed: int = 0
     generated: int = 0
-    restart: int = 0  # generated tokens to compute anew after a preemption
+    restart: int = 0  # generated tokens to recompute after a preemption
 
     @property
     def target(self) -> int:
@@ -56,7 +58,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """What one step will do: prefill chunks and decodes, and how many seconds it takes."""
+    """What one step will do: prefill chunks and decodes, and its duration."""
 
     seconds: float
     chunks: tuple[tuple[ScheduledSequence, int], ...] = ()
@@ -65,7 +67,7 @@ class ScheduledStep:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step gave one sequence. `prompt` > 0 when its prefill ended in this step."""
+    """What one step yielded for one sequence. `prompt` > 0 if its prefill finished in this step."""
 
     sequence: ScheduledSequence
     tokens: int
@@ -81,18 +83,18 @@ class Scheduler:
     waiting: deque[ScheduledSequence] = field(default_factory=deque)
     running: list[ScheduledSequence] = field(default_factory=list)
     preemptions: int = 0
-    victim: ScheduledSequence | None = None  # the one stuck stream, while that fault is on
+    victim: ScheduledSequence | None = None  # the stuck sequence of the `one_stream` fault
     _cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     def has_room(self) -> bool:
-        """Whether one more sequence may wait."""
+        """Whether the queue takes one more sequence."""
         return len(self.waiting) < self.limits.max_waiting
 
     def add(self, sequence: ScheduledSequence) -> None:
         self.waiting.append(sequence)
 
     def remove(self, sequence: ScheduledSequence) -> bool:
-        """Take a sequence out wherever it is; False when it is gone already."""
+        """Remove a sequence, running or waiting. False if it is already gone."""
         for place in (self.running, self.waiting):
             if sequence in place:
                 place.remove(sequence)
@@ -103,7 +105,7 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def kv_usage(self) -> float:
-        """Share of the KV blocks that running sequences hold, 0..1."""
+        """Share of the KV blocks held by running sequences, 0..1."""
         return min(1.0, sum(_blocks(s.computed) for s in self.running) / self._capacity())
 
     def plan(self, behaviour: Behaviour) -> ScheduledStep:
@@ -119,7 +121,7 @@ class Scheduler:
         return ScheduledStep(self._seconds(chunks, decodes, behaviour), tuple(chunks), tuple(decodes))
 
     def apply(self, step: ScheduledStep) -> list[StepOutput]:
-        """Do the step's work for the sequences that are still there."""
+        """Execute the step for the sequences that have not been removed."""
         outputs = [self._decode(s) for s in step.decodes if s in self.running]
         for sequence, tokens in step.chunks:
             if sequence in self.running:
@@ -143,7 +145,7 @@ class Scheduler:
             self.running.append(head)
 
     def _cached_tokens(self, sequence: ScheduledSequence) -> int:
-        """Leading prompt tokens that the prefix cache holds; at least one is always computed."""
+        """Leading prompt tokens in the prefix cache; at least one is always computed."""
         hits = 0
         for block in sequence.blocks:
             if block not in self._cache:
@@ -160,7 +162,7 @@ class Scheduler:
         return [s for s in self.running if s is not self.victim]
 
     def _preempt_for_room(self, decodes: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """Preempt the youngest until each decode has a block for its next token."""
+        """Preempt the youngest sequence until each decode has a block for its next token."""
         while decodes and self._needed_blocks(decodes) > self._capacity() and len(self.running) > 1:
             youngest = self.running.pop()
             youngest.computed, youngest.restart = 0, youngest.generated
@@ -193,7 +195,7 @@ class Scheduler:
         return self._decode(sequence, prompt, new_kv=False)
 
     def _decode(self, sequence: ScheduledSequence, prompt: int = 0, *, new_kv: bool = True) -> StepOutput:
-        """One more token; a prefill's own first token takes its KV place only in the step after."""
+        """Generate one token; the first token after a prefill takes its KV slot in the next step."""
         sequence.computed += new_kv
         if sequence.limit:
             sequence.generated += 1
@@ -206,12 +208,12 @@ class Scheduler:
 
 
 def _at_limit(s: ScheduledSequence, behaviour: Behaviour) -> bool:
-    """Whether a sequence is kept from its last token."""
+    """Whether the `stuck_near_limit` fault holds back this sequence's last token."""
     return not behaviour.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > behaviour.short
 
 
 def _chunks(prefills: list[ScheduledSequence], budget: int, spare: int) -> list[tuple[ScheduledSequence, int]]:
-    """Share the budget over prefills in order of admission, leaving `spare` tokens of each for never."""
+    """Share the budget among prefills in order of admission, never computing the last `spare` tokens of each."""
     chunks = []
     for sequence in prefills:
         tokens = min(budget, sequence.target - sequence.computed - spare)

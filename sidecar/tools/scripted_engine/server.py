@@ -1,7 +1,7 @@
-"""The scripted engine: an OpenAI-compatible server that behaves as vLLM does, in simulated time, with faults on command.
+"""The scripted engine: an OpenAI-compatible server that behaves like vLLM, in simulated time, with faults on command.
 
-It is what `sidecar engine` runs, what the demo restarts, and what the tests stand beside. One process, one event loop: a
-task per data-parallel rank, one that obeys the faults of the process itself (a closed port, a crash), and the HTTP server.
+It runs in `sidecar engine`, in the demo and in the tests. One process, one event loop: a task per data-parallel rank,
+one for the faults of the process itself (a closed port, a crash), and the HTTP server.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from sidecar.tools.scripted_engine.faults import FAULTS, Faults
 from sidecar.tools.scripted_engine.metrics import EngineMetrics
 from sidecar.tools.scripted_engine.scheduler import SchedulerLimits
 
-BACKLOG = 2048  # as vLLM's API server
-SHUTDOWN_TIMEOUT_S = 0.05  # open streams are cut at the end, as a killed engine cuts them
+# As in vLLM's API server.
+BACKLOG = 2048
+# Open streams are cut at the end, as by a killed engine.
+SHUTDOWN_TIMEOUT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +83,20 @@ class EngineSettings:
     def limits(self) -> SchedulerLimits:
         """The sizes and speeds of one rank."""
         return SchedulerLimits(
-            self.prefill_tokens_per_second, self.decode_step_ms / 1000, self.max_batch, self.max_waiting, self.kv_tokens,
+            self.prefill_tokens_per_second,
+            self.decode_step_ms / 1000,
+            self.max_batch,
+            self.max_waiting,
+            self.kv_tokens,
             self.chunked_prefill_tokens,
-        )  # fmt: skip
+        )
 
 
 class ScriptedEngine:
-    """The engine as an async context manager: it listens once entered, and is gone once left.
+    """The engine as an async context manager: it listens from entry to exit.
 
-    `url` is its base URL, `faults` its faults (also at /faults), `cores` its ranks. `on_exit` is called by the `crash` fault
-    with the exit code; by default the port closes, all connections break and `exit_code` is set.
+    `faults` are also at /faults, `cores` are its ranks. The `crash` fault calls `on_exit` with the exit code; by
+    default the port closes, all connections break and `exit_code` is set.
     """
 
     def __init__(
@@ -123,11 +129,11 @@ class ScriptedEngine:
 
     @property
     def listening(self) -> bool:
-        """Whether the port takes connections."""
+        """Whether the port accepts connections."""
         return self._site is not None
 
     async def until(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready()` holds; it is asked again after each step, admission, abort, and change of the port."""
+        """Wait until `ready()` is true; checked after each step, admission, abort and change of the port."""
         await self._activity.until(ready)
 
     async def __aenter__(self) -> ScriptedEngine:
@@ -176,7 +182,7 @@ class ScriptedEngine:
                 raise end
 
     async def wait(self) -> None:
-        """Until one of its own tasks fails; raises what it raised."""
+        """Run until one of the engine's tasks fails, and raise its exception."""
         await asyncio.gather(*self._tasks)
 
     def _initial_behaviour(self) -> Behaviour:
@@ -186,7 +192,7 @@ class ScriptedEngine:
 
     @property
     def scrapes(self) -> int:
-        """How often its metrics page was asked for."""
+        """Number of metrics pages served."""
         return self._metrics.scrapes if self._metrics else 0
 
     def _parts(self, metrics: EngineMetrics) -> EngineParts:
@@ -203,7 +209,7 @@ class ScriptedEngine:
         )
 
     async def _apply_process_faults(self) -> None:
-        """Open and close the port, and end, as the faults say."""
+        """Open or close the port, or exit, as the faults demand."""
         while self.exit_code is None:
             await self.faults.until(
                 lambda behaviour: behaviour.exit_code is not None or behaviour.port_open != bool(self._site)
@@ -267,14 +273,14 @@ async def _until_signalled(settings: EngineSettings) -> None:
 
 
 def main(settings: EngineSettings) -> int:
-    """Run `sidecar engine`; the exit code. Raises StartError where the port is taken."""
+    """Run `sidecar engine`. Returns the exit code. Raises StartError if the port is taken."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_until_signalled(settings))
     return 0
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where it is installed: it is for CPython only."""
+    """uvloop if it is installed: it supports CPython only."""
     try:
         import uvloop
     except ImportError:
