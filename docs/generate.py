@@ -144,7 +144,7 @@ def calibration_tables() -> str:
             shapes = f"{kind} model" if name == "held out" else f"its {name.removeprefix('of these ')} alone"
             row = (shapes, f"{mape} % / {p90} %", f"{line} % / {line_p90} %", met if name == "held out" else "")
             errors.append(row)
-        varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|core in) ([\d.]+)%", told))
+        varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|differ by|core in) ([\d.]+)%", told))
         seconds, date, took = re.findall(r"--seconds (\S+)`, (\S+); (\d+) s", told)[0]
         (unit,) = re.findall(r"1 MU = ([\d.]+)", told)
         met = "met" if varies <= 10 else "missed"

@@ -2,8 +2,9 @@
 
     sidecar cel --coefficients coefficients.json
 
-Envoy AI Gateway evaluates it over a response's `usage` (`llmRequestCosts`, type CEL): unsigned `input_tokens`, `cached_input_tokens` and
-`output_tokens`. A usage does not say how many of the input tokens are of images: they are priced as input, what their encoder did (g, h, q) is not.
+Envoy AI Gateway evaluates it over a response's `usage` (`llmRequestCosts`, type CEL): unsigned `input_tokens`,
+`cached_input_tokens` and `output_tokens`. A usage does not count image tokens separately: they are priced as input,
+without the work of their encoder (g, h, q).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from sidecar.launch import preflight
 from sidecar.load import cost_model
 
 INPUT_TOKENS, OUTPUT_TOKENS = "double(input_tokens)", "double(output_tokens)"
-# More cached than read would be an error of the upstream's; a CEL error would make the request free.
+# Guards against an upstream that reports more cached than input tokens: a CEL error would make the request free.
 CACHED_TOKENS = "double(cached_input_tokens < input_tokens ? cached_input_tokens : input_tokens)"
 
 
 @dataclass(frozen=True, slots=True)
 class CelSettings:
-    """What `sidecar cel` may be told."""
+    """Settings of `sidecar cel`."""
 
     coefficients: str = flag(
         "", existing_file, "Coefficients file; default: a documented roofline", expected="an existing file"
@@ -38,7 +39,7 @@ def main(settings: CelSettings) -> int:
 
 
 def expression(coefficients: cost_model.Coefficients) -> str:
-    """Milli-MU as an unsigned integer, rounded; `units.mu` of the same tokens, but for images."""
+    """Milli-MU as a rounded unsigned integer: `cost_model.mu` of the same tokens, except for images."""
     scale = 1000 / cost_model.unit_ms(coefficients)
     both = f"({INPUT_TOKENS} + {OUTPUT_TOKENS})"
     terms = (
@@ -63,7 +64,7 @@ def expression(coefficients: cost_model.Coefficients) -> str:
 
 
 def _preceding_tokens(tokens: str, coefficients: cost_model.Coefficients) -> str:
-    """Tokens that lie before each of the first `tokens`, summed, as `units.context` counts them from 0."""
+    """The sum, over the first `tokens`, of the tokens before each, as `cost_model.context` counts from 0."""
     whole = f"{tokens} * {tokens} / 2.0"
     if coefficients.windowed <= 0:
         return f"({whole})"
@@ -73,6 +74,6 @@ def _preceding_tokens(tokens: str, coefficients: cost_model.Coefficients) -> str
 
 
 def _format_double(value: float) -> str:
-    """A CEL double: it has a point or an exponent, or it would be an integer."""
+    """A CEL double: without a point or an exponent it would be an integer."""
     text = f"{value:.9g}"
     return text if "." in text or "e" in text else text + ".0"

@@ -1,8 +1,8 @@
-"""Pictures with the size and the entropy of photographs, made from a seed: for the demo, the tests and the benchmarks.
+"""Synthetic pictures with the size and the entropy of photographs, for the demo, the tests and the benchmarks.
 
-Rules: numpy and Pillow only, imported where a picture is made; the same arguments give the same pixels (the JPEG bytes
-may differ between versions of libjpeg). A photograph's spectrum falls with frequency, so a picture is a sum of noise
-octaves (light, texture), a few hard edges (objects) and sensor noise; at quality 90 that is 0.15-0.35 bytes per pixel.
+Equal arguments give equal pixels; the JPEG bytes may differ between versions of libjpeg. The spectrum of a photograph
+falls with frequency, so a picture is a sum of noise octaves (light, texture), a few hard edges (objects) and sensor
+noise: 0.15-0.35 bytes per pixel at quality 90. Needs numpy and Pillow, which are imported on use.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 
     Plane = NDArray[np.float32]
 
-NOISE_OCTAVES = (
-    (6, 60.0),
-    (24, 26.0),
-    (96, 9.0),
-    (300, 5.0),
-)  # (cells along the longer side, amplitude in grey levels)
-SENSOR_NOISE_LEVELS = 3.0  # standard deviation in grey levels
+# (cells along the longer side, amplitude in grey levels)
+NOISE_OCTAVES = ((6, 60.0), (24, 26.0), (96, 9.0), (300, 5.0))
+# Standard deviation in grey levels.
+SENSOR_NOISE_LEVELS = 3.0
 OBJECT_COUNT = 24
 
 
@@ -65,7 +62,7 @@ def _octave(rng: np.random.Generator, width: int, height: int, cells: int, ampli
 
 
 def _objects(rng: np.random.Generator, light: Plane, tint: list[Plane]) -> None:
-    """Ellipses and boxes with hard edges, each lighter or darker than what is behind it."""
+    """Draw ellipses and boxes with hard edges, each lighter or darker than its background."""
     import numpy as np
 
     height, width = light.shape

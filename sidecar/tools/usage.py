@@ -1,9 +1,9 @@
-"""Say who consumed what: requests, model units, tokens and dollars per tenant, model and outcome.
+"""Show usage: requests, model units, tokens and dollars per tenant, model and outcome.
 
     sidecar usage --since 24h --by tenant,outcome --dollars-per-gpu-hour 2.50
 
-The records are those of a sidecar's state directory; it may be running. What was not `ok` is shown as wasted: the GPU worked for it,
-and nobody had its answer.
+The records are read from a sidecar's state directory, while it may be running. Requests that were not `ok` count as
+wasted: the GPU worked on them, and no one got the response.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Row = tuple[tuple[Any, ...], UsageSums]
 
 
 def seconds(span: str) -> int:
-    """Seconds of a time such as 90m, 24h, 7d. Raises ValueError."""
+    """Parse a time such as 90m, 24h, 7d into seconds. Raises ValueError."""
     match = re.fullmatch(r"(\d{1,6})([mhd])", span)
     if not match:
         raise ValueError
@@ -50,7 +50,7 @@ def groups(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class UsageSettings:
-    """What `sidecar usage` may be asked."""
+    """Settings of `sidecar usage`."""
 
     state_dir: str = flag("/run/sidecar", text, "State directory of the sidecar", expected="a directory")
     since: str = flag("24h", span, "How far to look back", expected="a time such as 90m, 24h or 7d")
@@ -64,13 +64,13 @@ class UsageSettings:
 
 
 class NoUsageRecords(SidecarError):
-    """There is nothing to read."""
+    """There are no usage records to read."""
 
     code = "no_records"
 
 
 def main(settings: UsageSettings) -> int:
-    """Print the answer. Returns 0. Raises NoRecords."""
+    """Print the report. Returns 0. Raises NoUsageRecords."""
     path, until = Path(settings.state_dir) / USAGE_FILE, time.time() + 60
     since, by = until - 60 - seconds(settings.since), tuple(filter(None, settings.by.split(",")))
     try:
@@ -89,14 +89,14 @@ def main(settings: UsageSettings) -> int:
 
 
 def line(by: tuple[str, ...], key: tuple[Any, ...], sums: UsageSums, price: float) -> dict[str, Any]:
-    """One row of the answer."""
+    """One row of the report."""
     numbers = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(sums).items()}
     dollars = {"dollars": round(sums.gpu_seconds / 3600 * price, 6)} if price else {}
     return dict(zip(by, key, strict=False)) | numbers | dollars
 
 
 def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
-    """The last line: the total, and what of it was wasted."""
+    """The last line: the total and its wasted share."""
     total = UsageSums()
     for _, sums in rows:
         total.add(sums)
@@ -104,11 +104,12 @@ def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
         return "no requests in this time"
     share = wasted / total.gpu_seconds if total.gpu_seconds else 0.0
     cost = f", ${total.gpu_seconds / 3600 * price:.2f}" if price else ""
-    return f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}; {share:.1%} of it wasted (not ok)"
+    used = f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}"
+    return f"{used}; {share:.1%} wasted (not ok)"
 
 
 def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
-    """Columns for people."""
+    """Print aligned columns."""
     if rows:
         texts = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
         widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
@@ -119,7 +120,7 @@ def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
 
 
 def as_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
-    """For a spreadsheet. A name that begins like a formula is made text."""
+    """Print CSV. A name that starts like a spreadsheet formula is quoted as text."""
     writer = csv.writer(sys.stdout)
     if rows:
         writer.writerow(rows[0])
@@ -127,7 +128,7 @@ def as_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
 
 
 def as_json(rows: Sequence[dict[str, Any]], total: str) -> None:
-    """For programs."""
+    """Print JSON."""
     print(json.dumps(rows, indent=1))
 
 

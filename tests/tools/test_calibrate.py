@@ -290,7 +290,7 @@ async def test_an_engine_that_serves_others_is_not_measured(tmp_path: Path, monk
         async with session.post(f"{running.url}/v1/completions", json=body) as answer:
             await answer.content.readline()
             chosen = CalibrateSettings(engine=running.url, out=str(tmp_path / "co.json"), seconds=5, context=512)
-            with pytest.raises(EngineRefused, match="1 requests that are not ours"):
+            with pytest.raises(EngineRefused, match="1 requests of other clients"):
                 await calibrate(chosen, tmp_path / "co.json")
 
 
@@ -353,4 +353,4 @@ def test_no_engine_and_no_folder_are_said(tmp_path: Path, capsys: Any) -> None:
     assert run(["calibrate", "--engine", "http://127.0.0.1:9", "--out", str(tmp_path / "no" / "co.json")]) == 2
     assert run(["calibrate", "--engine", "http://127.0.0.1:9", "--out", str(tmp_path / "co.json")]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert "--engine" in errors[0] and "--out" in errors[1] and "no engine answers" in errors[2]
+    assert "--engine" in errors[0] and "--out" in errors[1] and "does not answer" in errors[2]

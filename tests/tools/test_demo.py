@@ -139,7 +139,7 @@ def test_a_sidecar_that_dies_fails_the_demo(scratch: Path, start: Start) -> None
     (pod,) = [p for p in psutil.Process(process.pid).children() if "run" in p.cmdline()]
     pod.kill()
     assert finish(process, said) == 1
-    assert "FAILED: the sidecar ended (signal SIGKILL)\n" in said
+    assert "FAILED: the sidecar exited (signal SIGKILL)\n" in said
     (log,) = scratch.glob("sidecar-demo-*/sidecar.log")
     assert str(log) in said[-1]
     assert nothing_left(scratch)
@@ -151,4 +151,4 @@ def test_images_directory_without_images(scratch: Path, start: Start) -> None:
     assert finish(start("--images", str(scratch)), said) == 2
     assert len(said) == 1
     assert "--images:" in said[0]
-    assert "holds no .jpg" in said[0]
+    assert "contains no .jpg" in said[0]

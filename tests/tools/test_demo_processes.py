@@ -29,8 +29,8 @@ def test_a_taken_port_is_replaced_and_told() -> None:
         made = processes.make(("127.0.0.1", 0), ("127.0.0.1", port))
     shutil.rmtree(made.directory)
     assert made.admin[1] > port
-    assert [n for n in made.notes if "taken" in n] == [
-        f"127.0.0.1:{port} is taken; --admin is 127.0.0.1:{made.admin[1]} instead"
+    assert [n for n in made.notes if "in use" in n] == [
+        f"127.0.0.1:{port} is in use; --admin is 127.0.0.1:{made.admin[1]} instead"
     ]
 
 
@@ -45,7 +45,7 @@ def test_a_free_port_is_kept(unused_tcp_port: int) -> None:
     made = processes.make(("127.0.0.1", unused_tcp_port), ("127.0.0.1", 0))
     shutil.rmtree(made.directory)
     assert made.relay == ("127.0.0.1", unused_tcp_port)
-    assert not [n for n in made.notes if "taken" in n]
+    assert not [n for n in made.notes if "in use" in n]
 
 
 def test_the_model_directory_is_one(stage: DemoProcesses) -> None:

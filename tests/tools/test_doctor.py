@@ -290,7 +290,7 @@ def test_text_is_aligned_and_remedies_follow() -> None:
         "ok      a       well",
         "fail    longer  broken",
         "                -> mend it",
-        "1 to mend",
+        "1 to fix",
     ]
 
 

@@ -196,7 +196,7 @@ async def test_a_stuck_server_bounds_the_requests_under_way() -> None:
 
 def test_pictures_of_a_directory(tmp_path: Path) -> None:
     """Only pictures are taken, by name, as data URLs of their type; a directory without any is a usage error."""
-    with pytest.raises(UsageError, match=r"--images: .* holds no \.jpg"):
+    with pytest.raises(UsageError, match=r"--images: .* contains no \.jpg"):
         load_pictures(tmp_path)
     for name, data in (("b.PNG", b"png"), ("a.jpg", b"jpg"), ("notes.txt", b"no"), ("empty.jpg", b"")):
         (tmp_path / name).write_bytes(data)

@@ -40,7 +40,7 @@ def test_a_table_for_people(capsys: Any, folder: Path) -> None:
     lines = out.splitlines()
     assert lines[0].split()[:3] == ["tenant", "model", "requests"] and lines[1].startswith("shop")
     assert lines[1].split()[-1] == "2.50", "4500 GPU seconds at $2 an hour"
-    assert lines[-1] == "11 requests, 20.5 MU, 4600 GPU seconds, $2.56; 19.6% of it wasted (not ok)"
+    assert lines[-1] == "11 requests, 20.5 MU, 4600 GPU seconds, $2.56; 19.6% wasted (not ok)"
     assert "\x1b" not in out
 
 

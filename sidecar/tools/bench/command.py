@@ -1,8 +1,9 @@
-"""Measure useful work: what an engine completes, steady and in bursts, one request at a time and batched, and what that costs.
+"""Measure useful work: what an engine completes, steady and in bursts, one at a time and batched, and what it costs.
 
     sidecar bench --engine http://127.0.0.1:8000 --dollars-per-gpu-hour 2.50 --plot useful.svg
 
-Four runs against one live engine, each of --seconds. It sends as much as an engine that is used badly cannot do: idle engines only.
+Four runs against one live engine, each of --seconds. The load overwhelms an engine that serves one request at a time,
+so use only an idle engine.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from sidecar.tools.calibrate.report import bar
 from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.calibrate.traffic import EngineRefused
 
-PROGRESS_INTERVALS_S: Final = (10.0, 1.0)  # seconds between lines of progress: in a log, on a terminal
+# Between progress lines in a log and on a terminal.
+PROGRESS_INTERVALS_S: Final = (10.0, 1.0)
 
 
 def profiles(value: str) -> str:
@@ -45,7 +47,7 @@ def profiles(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """What `sidecar bench` may be told."""
+    """Settings of `sidecar bench`."""
 
     engine: str = flag("", url, "Base URL of the engine, or of a relay", expected="a URL such as http://127.0.0.1:8000")
     engine_key: str = flag("", text, "Bearer key for the engine", expected="a key", secret=True)
@@ -63,7 +65,7 @@ class BenchSettings:
         64, integer(1, 10_000), "Requests open at a time; more are dropped", expected="a whole number from 1 to 10000"
     )
     timeout: float = flag(
-        60.0, number(0.1, 36_000), "Time after which a request is stalled", expected="seconds from 0.1 to 36000"
+        60.0, number(0.1, 36_000), "Time after which a request counts as stalled", expected="seconds from 0.1 to 36000"
     )
     slo_seconds: float = flag(
         10.0, number(0.05, 3600), "Latency that p95 is to keep", expected="seconds from 0.05 to 3600"
@@ -78,7 +80,7 @@ class BenchSettings:
 
 
 def main(settings: BenchSettings) -> int:
-    """Run, report. 0, or 1 where it was ended early. Raises UsageError and EngineRefused."""
+    """Run and report. Returns 0, or 1 if interrupted. Raises UsageError and EngineRefused."""
     if not settings.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     if settings.plot:
@@ -89,7 +91,7 @@ def main(settings: BenchSettings) -> int:
         asyncio.run(bench(settings, rows))
     except KeyboardInterrupt:
         show_progress("")
-        print("ended early; this is what there was until then", file=sys.stderr)
+        print("interrupted; these are the results so far", file=sys.stderr)
         exit_code = 1
     print(json.dumps([asdict(r) for r in rows], indent=1) if settings.format == "json" else report.table(rows))
     if settings.plot:
@@ -102,7 +104,7 @@ def main(settings: BenchSettings) -> int:
 
 
 async def bench(settings: BenchSettings, rows: list[BenchRow]) -> None:
-    """All runs; `rows` grows with each, and with the one under way when this is cancelled. Raises EngineRefused."""
+    """All runs; each appends to `rows`, also one that is cancelled. Raises EngineRefused."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         target = await text_target(session, settings.engine, settings.engine_key)
         rate = settings.rate or rate_for(await measure_alone(session, target, settings))
@@ -122,33 +124,33 @@ async def bench(settings: BenchSettings, rows: list[BenchRow]) -> None:
 
 
 def plan_run(settings: BenchSettings, profile: Profile) -> BenchPlan:
-    """How one profile is run."""
+    """The plan of one profile's run."""
     shape = GridShape(settings.input_tokens, 0, settings.output_tokens)
     return BenchPlan(shape, settings.max_open, 1 if profile.serving == "naive" else 0, settings.timeout, settings.seed)
 
 
 async def measure_alone(session: aiohttp.ClientSession, target: PromptTarget, settings: BenchSettings) -> float:
-    """Seconds of one request, the better of two. Raises EngineRefused."""
+    """Seconds of a single request, the better of two. Raises EngineRefused."""
     run = BenchRun(session, target, plan_run(settings, PROFILES[0]))
     records = [await run.send_one(), await run.send_one()]
     good = [record.seconds for record in records if record.ended == "completed"]
     if not good:
         raise EngineRefused(
-            f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {records[-1].ended} on the idle engine; "
-            "see its log, and --input-tokens, --output-tokens, --timeout"
+            f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {records[-1].ended} "
+            "on the idle engine; see its log, and --input-tokens, --output-tokens, --timeout"
         )
     return min(good)
 
 
 @asynccontextmanager
 async def show_progress_of(run: BenchRun, name: str, settings: BenchSettings) -> AsyncIterator[None]:
-    """Lines of progress."""
+    """Print progress lines while the block runs."""
     began = time.monotonic()
 
     async def show() -> None:
         while True:
             done = sum(record.ended == "completed" for record in run.records)
-            counts = f"{name}: {done} completed, {len(run.records) - done} not, {run.open} open"
+            counts = f"{name}: {done} completed, {len(run.records) - done} not completed, {run.open} open"
             show_progress(bar(time.monotonic() - began, settings.seconds, counts))
             await asyncio.sleep(PROGRESS_INTERVALS_S[sys.stderr.isatty()])
 

@@ -1,8 +1,9 @@
-"""One run: requests that come when they are due, and what became of each, as its client sees it.
+"""One run: send requests when they are due, and record each outcome as the client sees it.
 
-Rules: a request that finds `most_open` others open is dropped here, unsent, so that nothing piles up; one that has no end within `timeout`
-seconds of its arrival is stalled, and its connection is closed; 429 and 503 are drops of the engine's. What is under way when the
-run is cancelled ends as cancelled. No content is kept.
+- A request that finds `max_open` others open is dropped without being sent, so that nothing piles up.
+- A request that does not end within `timeout` seconds of its arrival is stalled; its connection is closed.
+- 429 and 503 count as dropped by the engine. Requests open when the run is cancelled are cancelled.
+- No content is kept.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from sidecar.tools.bench.tally import DROP_STATUSES, BenchRecord, Outcome
 from sidecar.tools.calibrate.prompts import Prompts, PromptTarget
 from sidecar.tools.calibrate.shapes import GridShape
 
+# The plan's own timeout counts from the arrival.
+NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
 STREAM_OPTIONS: Final = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """`at_once`: requests that the engine is given at a time; 0: all that are open."""
+    """`at_once`: requests sent to the engine at a time; 0: all that are open."""
 
     shape: GridShape
     max_open: int
@@ -36,7 +39,7 @@ class BenchPlan:
 
 
 class BenchRun:
-    """Sends one run's requests. `records` grows with each that ended; `open` is how many have not."""
+    """Sends one run's requests. `records` holds those that ended; `open` counts the others."""
 
     def __init__(self, session: aiohttp.ClientSession, target: PromptTarget, plan: BenchPlan) -> None:
         self.records: list[BenchRecord] = []
@@ -50,7 +53,7 @@ class BenchRun:
         )
 
     async def run(self, due: Iterable[float]) -> None:
-        """Send a request at each time (seconds from now), and wait until the last has ended."""
+        """Send a request at each time (seconds from now), and wait until all have ended."""
         began = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for at in due:
@@ -62,13 +65,13 @@ class BenchRun:
                 group.create_task(self._send())
 
     async def send_one(self) -> BenchRecord:
-        """One request, now."""
+        """Send one request now."""
         self.open += 1
         await self._send()
         return self.records[-1]
 
     async def _send(self) -> None:
-        """One request, counted in `open` already."""
+        """Send one request, already counted in `open`."""
         answer = _Answer(time.monotonic())
         ended: Outcome = "cancelled"
         try:
@@ -98,7 +101,7 @@ class BenchRun:
 
 
 class _Answer:
-    """What has come of an answer."""
+    """The part of a response received so far."""
 
     def __init__(self, began: float) -> None:
         self.began = began
@@ -112,14 +115,11 @@ class _Answer:
 
     @property
     def tokens(self) -> int:
-        """By the engine's usage, else one per event."""
+        """From the engine's usage, otherwise one per event."""
         usage = self._stream.usage
         return usage.completion_tokens if usage else self._stream.tokens
 
     @property
     def ended(self) -> Outcome:
-        """Whether it came to its proper end."""
+        """`completed` if the stream ended properly, otherwise `failed`."""
         return "completed" if self._stream.done and self.first is not None else "failed"
-
-
-NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)  # the plan's own limit counts from the arrival

@@ -1,7 +1,7 @@
-"""What is found out before the grid: how many requests to keep open, the capacity at the SLO, and how long the longest shape may be.
+"""The search before the grid: how many requests to keep open, the capacity at the SLO, the longest shape.
 
-Open more and more requests of the reference's shape: their p95 grows, and their rate does until the engine is full. The shapes are
-measured where it is full: there a request costs what it takes from others. The length is what the time allows.
+Open more and more requests of the reference shape: their p95 grows, and their rate until the engine is full. Shapes are
+measured on a full engine, where a request costs what it takes from others. The length is limited by the time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,19 @@ from sidecar.tools.calibrate.checkpoint import GridPlan, SearchStep
 from sidecar.tools.calibrate.shapes import MAX_LENGTH_TOKENS, GridShape, generating, largest, reference
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, LatencySample
 
-MAX_OPEN_REQUESTS: Final = 1024  # requests
-FULL_RATE_SHARE: Final = 0.9  # of the highest rate
-NEXT_STEP_LATENCIES: Final = (
-    4  # latencies that the next step may take: two rounds, of requests that take up to twice as long
-)
-SEARCH_LATENCIES: Final = 20  # latencies of a request alone that the whole search takes, about
-MIN_SCALE: Final = 1 / 16  # of the reference, where the time is short
-GRID_COST: Final = 6.0  # the whole grid in costs of its largest shape: measured on an engine with a steep attention
-MIN_TURNS: Final = 4  # at least as many are to fit
+MAX_OPEN_REQUESTS: Final = 1024
+# Share of the highest rate at which the engine counts as full.
+FULL_RATE_SHARE: Final = 0.9
+# Latencies that the next step may take: two rounds, of requests that take up to twice as long.
+NEXT_STEP_LATENCIES: Final = 4
+# Approximate length of the whole search, in latencies of a single request.
+SEARCH_LATENCIES: Final = 20
+# Share of the reference shape, if time is short.
+MIN_SCALE: Final = 1 / 16
+# The whole grid in costs of its largest shape, measured on an engine with steep attention.
+GRID_COST: Final = 6.0
+# Turns of the grid that must fit into the time.
+MIN_TURNS: Final = 4
 
 Progress = Callable[[str], None]
 
@@ -31,7 +35,7 @@ Progress = Callable[[str], None]
 async def search(
     traffic: CalibrationTraffic, context: int, slo: float, seconds: float, limit: int, progress: Progress
 ) -> tuple[SearchStep, ...]:
-    """The steps, until p95 is over the SLO, or `most` requests are open, or the time is up. At least one."""
+    """At least one step, until p95 exceeds the SLO, `limit` requests are open, or the time is up."""
     steps: list[SearchStep] = []
     started = time.monotonic()
     shape, count = await _shape(traffic, context, seconds), 1
@@ -46,7 +50,7 @@ async def search(
 
 
 async def _shape(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
-    """The reference's, or a part of it that leaves time for some steps."""
+    """The reference shape, scaled down until there is time for some steps."""
     scale = 1.0
     while True:
         shape = reference(context, scale)
@@ -56,25 +60,25 @@ async def _shape(traffic: CalibrationTraffic, context: int, seconds: float) -> G
 
 
 def step(sample: LatencySample) -> SearchStep:
-    """What a run says of its concurrency. Raises EngineRefused where the engine served others meanwhile."""
+    """The step of a run. Raises EngineRefused if the engine also served other clients."""
     if sample.others:
         raise EngineRefused(
-            f"{sample.others} requests of others came meanwhile; take the engine out of traffic and begin again"
+            f"the engine also served {sample.others} requests of other clients; take it out of traffic and start again"
         )
     cost = sample.cost()
     return SearchStep(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
 
 
 def full(steps: tuple[SearchStep, ...]) -> int:
-    """The least number of open requests that fills the engine, near enough."""
+    """The smallest number of open requests that nearly fills the engine."""
     highest = max(one.rate for one in steps)
     return min(one.open for one in steps if one.rate >= FULL_RATE_SHARE * highest)
 
 
 def held(steps: tuple[SearchStep, ...], slo: float) -> float:
-    """Open requests at which p95 is the SLO, between the last step that kept it and the first that did not.
+    """Open requests at which p95 reaches the SLO, interpolated between the steps below and above it.
 
-    0 where no step was over it, or the first one was.
+    0 if no step exceeded it, or the first one did.
     """
     for below, over in itertools.pairwise(steps):
         if below.p95 <= slo < over.p95:
@@ -85,13 +89,13 @@ def held(steps: tuple[SearchStep, ...], slo: float) -> float:
 async def length(
     traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, progress: Progress
 ) -> int:
-    """Tokens of the longest shapes, in a span: doubled while turns of the grid still fit into `seconds`."""
+    """Tokens of the longest shapes within `span`: doubled while the turns of the grid fit into `seconds`."""
     longest, limit = span[0], min(span[1], MAX_LENGTH_TOKENS)
     while longest < limit:
         tried = min(2 * longest, limit)
         progress(f"{concurrency} of {largest(tried).name} at once")
         took = await traffic.burst(largest(tried), concurrency)
-        # A turn keeps each shape's requests open for two rounds: one that does not count, and one that does.
+        # A turn keeps each shape's requests open for two rounds, of which the first does not count.
         if 2 * GRID_COST * took * MIN_TURNS > seconds:
             break
         longest = tried
@@ -118,9 +122,9 @@ async def plan(
     concurrency: int,
     progress: Progress,
 ) -> GridPlan:
-    """Search and length. `span`: tokens that the longest shapes have at least, and the context. `seconds`: for the search, and for the grid.
+    """Search, then find the length. `span`: shortest and longest allowed length; `seconds`: for search and for grid.
 
-    `concurrency` 0: where the engine is full.
+    `concurrency` 0: as many requests as fill the engine.
     """
     steps = await search(traffic, span[1], slo, seconds[0], MAX_OPEN_REQUESTS, progress)
     at_once = concurrency or full(steps)

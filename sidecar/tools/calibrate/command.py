@@ -1,9 +1,10 @@
-"""Measure the coefficients and the capacity of this (model, hardware): requests of many shapes against an idle engine.
+"""Measure coefficients and capacity of this (model, hardware) with requests of many shapes against an idle engine.
 
     sidecar calibrate --engine http://127.0.0.1:8000 --out coefficients.json
 
-Each shape is run in several turns, each in an order of its own, with as many requests open as fill the engine; some shapes are held
-out of the fit and say what it is worth. Ended in between, it goes on where it was. The file is for `sidecar run --coefficients`.
+The shapes run in several turns, each in a different order, with as many requests open as fill the engine. Some shapes
+are held out of the fit and show its accuracy. An interrupted calibration resumes. The file is for `sidecar run
+--coefficients`.
 """
 
 from __future__ import annotations
@@ -33,17 +34,19 @@ from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done
 from sidecar.tools.calibrate.shapes import GridShape, min_length, plan, shuffle_turn
 from sidecar.tools.calibrate.traffic import BackgroundLoad, CalibrationTraffic, EngineRefused
 
-SEARCH_SHARE: Final = 0.2  # of the time, for the search at the SLO
-MIN_GRID_SHARE: Final = 0.5  # of the time, for the grid, however long the search took
+# Shares of the time: for the search at the SLO, and at least for the grid, however long the search took.
+SEARCH_SHARE: Final = 0.2
+MIN_GRID_SHARE: Final = 0.5
 MIN_TURNS: Final = 2
 MAX_TURNS: Final = 8
-IDLE_TIMEOUT_S: Final = 60.0  # seconds to wait until an engine that serves others is idle again
+# How long to wait for an engine that serves other clients to become idle.
+IDLE_TIMEOUT_S: Final = 60.0
 IDLE_CHECK_INTERVAL_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateSettings:
-    """What `sidecar calibrate` may be told."""
+    """Settings of `sidecar calibrate`."""
 
     engine: str = flag("", url, "Base URL of the engine", expected="a URL such as http://127.0.0.1:8000")
     engine_key: str = flag("", text, "Bearer key for the engine", expected="a key", secret=True)
@@ -55,7 +58,7 @@ class CalibrateSettings:
         "", gpu, "The engine's GPUs; default: those of this machine", expected="a name such as H100 or 2xH100"
     )
     out: str = flag("coefficients.json", text, "File to write", expected="a path")
-    measurements: str = flag("", text, "File to keep every single measurement in", expected="a path")
+    measurements: str = flag("", text, "File for all single measurements", expected="a path")
     seconds: float = flag(480.0, number(5, 36_000), "Time to take", expected="seconds from 5 to 36000")
     concurrency: int = flag(
         0,
@@ -70,7 +73,7 @@ class CalibrateSettings:
 
 
 def main(settings: CalibrateSettings) -> int:
-    """Measure, report, write. Returns 0. Raises UsageError and EngineRefused."""
+    """Measure, report, write. Returns 0, or 1 if interrupted. Raises UsageError and EngineRefused."""
     if not settings.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
     out, kept = Path(settings.out), Path(settings.measurements) if settings.measurements else None
@@ -81,7 +84,7 @@ def main(settings: CalibrateSettings) -> int:
         found, journal = asyncio.run(calibrate(settings, out))
     except KeyboardInterrupt:
         show_progress("")
-        print("ended; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 1
     print(report.text(found, settings.slo_seconds))
     out.write_text(cost_model.to_json(found.co) + "\n")
@@ -92,14 +95,14 @@ def main(settings: CalibrateSettings) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """What measuring needs."""
+    """Everything that a measurement needs."""
 
     session: aiohttp.ClientSession
     engine: EngineCapabilities
     background: BackgroundLoad
 
     def traffic(self, seed: int) -> CalibrationTraffic:
-        """Requests that are new with the seed."""
+        """Traffic whose prompts are new for each seed."""
         return CalibrationTraffic(self.session, self.engine.target, seed, self.background)
 
 
@@ -129,7 +132,7 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
 
 
 async def make_plan(rig: Rig, settings: CalibrateSettings) -> GridPlan:
-    """The plan. Raises UsageError where the context is too short for one."""
+    """Search for a plan. Raises UsageError if the context is too short."""
     seconds = settings.seconds * SEARCH_SHARE, settings.seconds * (1 - SEARCH_SHARE)
     try:
         span = min_length(rig.engine.context, rig.engine.target.tokens), rig.engine.context
@@ -148,7 +151,7 @@ def shapes_of(grid_plan: GridPlan, engine: EngineCapabilities) -> list[GridShape
 
 
 async def grid(rig: Rig, grid_plan: GridPlan, journal: Checkpoint, done: Done, seconds: float) -> None:
-    """Turns of all shapes, at least two, and more while another fits into the time. Fills `done`."""
+    """Measure all shapes in at least two turns, and more while there is time. Fills `done`."""
     shapes = shapes_of(grid_plan, rig.engine)
     each = seconds / (MAX_TURNS * len(shapes))
     turn, turns = 0, MIN_TURNS
@@ -165,8 +168,8 @@ async def grid(rig: Rig, grid_plan: GridPlan, journal: Checkpoint, done: Done, s
 
 
 async def measure(rig: Rig, shape: GridShape, concurrency: int, seconds: float, turn: int) -> CheckpointEntry:
-    """One shape's cost; again where the engine served others meanwhile. Raises EngineRefused where it goes on doing so."""
-    seed = zlib.crc32(f"{shape} {turn} {time.time_ns()}".encode())  # new prompts also when it is done again
+    """One shape's cost; repeated if the engine served others too. Raises EngineRefused if it keeps doing so."""
+    seed = zlib.crc32(f"{shape} {turn} {time.time_ns()}".encode())  # new prompts also when repeated
     while True:
         started = time.monotonic()
         sample = await rig.traffic(seed).run(shape, concurrency, seconds)
@@ -177,14 +180,14 @@ async def measure(rig: Rig, shape: GridShape, concurrency: int, seconds: float, 
 
 
 async def wait_until_idle(engine: EngineCapabilities) -> None:
-    """Wait until the engine has no requests. Raises EngineRefused where that does not come."""
+    """Wait until the engine has no requests. Raises EngineRefused after a timeout."""
     until = time.monotonic() + IDLE_TIMEOUT_S
     while load := await engine.load():
-        show_progress(f"the engine has {load:.0f} requests of others; waiting until it is idle")
+        show_progress(f"the engine has {load:.0f} requests of other clients; waiting until it is idle")
         if time.monotonic() > until:
             raise EngineRefused(
-                f"the engine serves {load:.0f} requests that are not ours, which would be measured, too; take it out of traffic, "
-                "then run the same command again: it goes on from here"
+                f"the engine serves {load:.0f} requests of other clients, which would distort the measurement; take it "
+                "out of traffic, then run the same command again to resume"
             )
         await asyncio.sleep(IDLE_CHECK_INTERVAL_S)
 
@@ -192,7 +195,7 @@ async def wait_until_idle(engine: EngineCapabilities) -> None:
 def findings(
     grid_plan: GridPlan, done: Done, settings: CalibrateSettings, engine: EngineCapabilities
 ) -> report.CalibrationReport:
-    """Fit, and say what the fit is worth."""
+    """Fit the coefficients and measure the accuracy of the fit."""
     rows = fit.merged([(shape, entry.measured) for (shape, _), entry in done.items()])
     fitted, held_out = [r for r in rows if not r.shape.held_out], [r for r in rows if r.shape.held_out]
     gpus = hardware.gpus_of(settings.engine, settings.gpu)
@@ -200,11 +203,19 @@ def findings(
     worth = fit.accuracy([r.measured for r in held_out], co)
     in_flight = capacity_search.held(grid_plan.steps, settings.slo_seconds) * cost_model.mu(grid_plan.steps[0].work, co)
     co = replace(
-        co, source=describe_origin(hardware.text(settings.engine, gpus)), model=engine.target.model, engine=engine.version, gpu=gpus[1],
+        co,
+        source=describe_origin(hardware.text(settings.engine, gpus)),
+        model=engine.target.model,
+        engine=engine.version,
+        gpu=gpus[1],
         flags=",".join(f"{name}={value}" for name, value in sorted(engine.flags.items())),
-        batch=float(grid_plan.concurrency), mape=round(worth.mape, 4), p90=round(worth.p90, 4), r2=round(worth.r2, 4),
-        mu_in_flight=round(in_flight, 4), slo_seconds=settings.slo_seconds,
-    )  # fmt: skip
+        batch=float(grid_plan.concurrency),
+        mape=round(worth.mape, 4),
+        p90=round(worth.p90, 4),
+        r2=round(worth.r2, 4),
+        mu_in_flight=round(in_flight, 4),
+        slo_seconds=settings.slo_seconds,
+    )
     named = json.dumps([identity(settings, engine), co.source, *(getattr(co, name) for name in cost_model.TERMS)])
     co = replace(co, fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest())
     waited = statistics.median(entry.waited for entry in done.values())
@@ -212,19 +223,19 @@ def findings(
 
 
 def describe_origin(machine: str) -> str:
-    """Where the coefficients come from, and since when."""
+    """Origin and date of the coefficients."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"calibrated {today} on {machine}" if machine else f"calibrated {today}"
 
 
 def prior(settings: CalibrateSettings, gpus: tuple[int, str]) -> cost_model.Coefficients:
-    """A roofline of the model where its directory was given, else the documented default."""
+    """A roofline of the model if its directory is given, otherwise the documented default."""
     config = read_config(settings.model)
     return roofline(config, gpus[1], gpus[0]) if config else cost_model.Coefficients()
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The model's config.json; empty where there is none."""
+    """The model's config.json; empty if there is none."""
     try:
         config = json.loads((Path(model) / "config.json").read_text()) if model else {}
         return config if isinstance(config, dict) else {}
@@ -233,18 +244,24 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def identity(settings: CalibrateSettings, engine: EngineCapabilities) -> dict[str, Any]:
-    """What a measurement depends on."""
+    """Everything that a measurement depends on."""
     config = read_config(settings.model)
     return {
-        "model": engine.target.model, "engine": f"{engine.kind} {engine.version}", "flags": dict(engine.flags), "context": engine.context,
-        "dtype": str(config.get("dtype") or config.get("torch_dtype") or ""), "cached": engine.cached,
-        "tokens": {str(side): count for side, count in engine.target.tokens.items()}, "concurrency": settings.concurrency,
-        "seconds": settings.seconds, "slo_seconds": settings.slo_seconds,
-    }  # fmt: skip
+        "model": engine.target.model,
+        "engine": f"{engine.kind} {engine.version}",
+        "flags": dict(engine.flags),
+        "context": engine.context,
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or ""),
+        "cached": engine.cached,
+        "tokens": {str(side): count for side, count in engine.target.tokens.items()},
+        "concurrency": settings.concurrency,
+        "seconds": settings.seconds,
+        "slo_seconds": settings.slo_seconds,
+    }
 
 
 def show_progress(line: str, *, lasting: bool = False) -> None:
-    """Progress for people: one line that is written over where a terminal reads."""
+    """Print progress; on a terminal, each line overwrites the last."""
     if sys.stderr.isatty():
         print("\r\x1b[K" + line, end="\n" if lasting else "", file=sys.stderr, flush=True)
     elif line:

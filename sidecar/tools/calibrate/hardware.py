@@ -1,4 +1,4 @@
-"""What the engine runs on, where it runs on this machine: the GPUs that NVML names, else the processor."""
+"""The hardware of an engine on this machine: the GPUs that NVML reports, otherwise the processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 
 
 def gpus_of(engine: str, chosen: str) -> tuple[int, str]:
-    """How many GPUs of which name: those of --gpu, else those that NVML shows; (0, "") where there are none to be seen."""
+    """Number and name of the GPUs: from --gpu, otherwise from NVML; (0, "") if none are visible."""
     if chosen:
         return gpu_of(chosen)
     names = gpu_names.read() if urlsplit(engine).hostname in LOCAL_HOSTS else []
@@ -22,7 +22,7 @@ def gpus_of(engine: str, chosen: str) -> tuple[int, str]:
 
 
 def text(engine: str, gpus: tuple[int, str]) -> str:
-    """A name such as "NVIDIA H100 80GB HBM3" or "2 x AMD EPYC"; empty where the engine is on another machine."""
+    """A name such as "NVIDIA H100 80GB HBM3" or "2 x AMD EPYC"; empty if the engine is on another machine."""
     count, name = gpus
     if not name:
         if urlsplit(engine).hostname not in LOCAL_HOSTS:
@@ -32,7 +32,7 @@ def text(engine: str, gpus: tuple[int, str]) -> str:
 
 
 def processor(cpuinfo: str) -> str:
-    """The processor's name, of /proc/cpuinfo."""
+    """The processor's name in /proc/cpuinfo."""
     names = (line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
     return next(names, "processor")
 

@@ -1,7 +1,7 @@
-"""The whole story on one machine: an engine serves, stalls, is found, killed and started again, and serves.
+"""A stall and its recovery on one machine: an engine serves, stalls, is killed and restarted, and serves again.
 
-Rules of this module: the page's URL comes first; one line per event, in plain words, with the seconds since the start; what
-is started here is ended here, whatever ends the demo; the children's own output is in files, named where something failed.
+The URL of the live page is printed first, then one line per event with the seconds since the start. Whatever ends the
+demo, the processes it started end with it. Their output goes to files, which are named on failure.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ from sidecar.tools.demo.processes import MODEL, DemoProcesses, url
 from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
 from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, load_pictures, make_pictures
 
-WATCH_INTERVAL_S: Final = 0.25  # seconds between looks at the verdicts
-PROGRESS_INTERVAL_S: Final = 5.0  # seconds between progress lines
-RECOVERY_ROOM_S: Final = 20.0  # seconds that must be left for a stall to be found, killed and recovered from
-STALL_FAULTS: Final = (
-    "freeze",
-    "freeze_busy",
-    "kv_deadlock",
-    "livelock",
-)  # faults of the engine that stop all its tokens
+WATCH_INTERVAL_S: Final = 0.25
+PROGRESS_INTERVAL_S: Final = 5.0
+# No stall is injected when less time than this remains to detect it, kill the engine and recover.
+RECOVERY_ROOM_S: Final = 20.0
+# Faults of the engine that stop all its tokens.
+STALL_FAULTS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")
 
 
 def pictures_dir(value: str) -> str:
@@ -45,16 +42,16 @@ def pictures_dir(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """Settings of `sidecar demo`. Seconds unless the help says otherwise."""
+    """Settings of `sidecar demo`. Times are in seconds."""
 
     seconds: float = flag(
         0.0,
         number(0, 86_400),
-        "End after so many seconds, with a summary; 0: at Ctrl-C",
+        "End after this many seconds, with a summary; 0: on Ctrl-C",
         expected="seconds from 0 to 86400",
     )
     images: str = flag(
-        "", pictures_dir, "Directory of photographs to send; default: made ones", expected="an existing directory"
+        "", pictures_dir, "Directory of photographs to send; default: synthetic ones", expected="an existing directory"
     )
     listen: tuple[str, int] = flag(("127.0.0.1", 8080), address, "Where the relay listens", expected="HOST:PORT")
     admin: tuple[str, int] = flag(
@@ -63,19 +60,21 @@ class DemoSettings:
     stall_after: float = flag(
         15.0,
         number(0, 86_400),
-        "Seconds of service before the engine is made to stall, each time; 0: never",
+        "Seconds of service before each injected stall; 0: no stalls",
         expected="seconds from 0 to 86400",
     )
     fault: str = flag(
-        "freeze", one_of(*STALL_FAULTS), "How the engine is made to stall", expected="one of " + ", ".join(STALL_FAULTS)
+        "freeze", one_of(*STALL_FAULTS), "Fault that stalls the engine", expected="one of " + ", ".join(STALL_FAULTS)
     )
     rate: float = flag(4.0, number(0.1, 1000), "Requests per second, on average", expected="a number from 0.1 to 1000")
-    in_flight: int = flag(32, integer(1, 10_000), "Most requests under way", expected="a whole number from 1 to 10000")
+    in_flight: int = flag(
+        32, integer(1, 10_000), "Maximum concurrent requests", expected="a whole number from 1 to 10000"
+    )
     seed: int = flag(1, integer(0, 2**31), "Seed of the traffic", expected="a whole number from 0 to 2147483648")
 
 
 def main(settings: DemoSettings) -> int:
-    """Run the demo to its end. 0: every stall was detected and nothing was alarmed for nothing; 1 otherwise."""
+    """Run the demo to its end. Returns 0 if every stall was detected without a false alarm, otherwise 1."""
     return asyncio.run(_main(settings))
 
 
@@ -95,21 +94,21 @@ async def _main(settings: DemoSettings) -> int:
     return 1 if failures else 0
 
 
-# What to say of the engine's events; None: nothing. Failed start-up and readiness probes are the rule while it loads.
+# The log line of each engine event; None: not logged. Start-up and readiness probes fail normally while it loads.
 ENGINE_LINES: Final[dict[Happening, str | None]] = {
     "started": "engine started (pid {event.pid}, restarts: {event.restarts})",
     "probe_failed": "{event.probe} probe failed {event.run}/{event.threshold}: {event.detail}",
     "probe_passed": None,
-    "ready": "engine ready: it has served a token, and its probes pass",
-    "unready": "engine not ready: it would get no more traffic",
+    "ready": "engine ready: it has served a token and its probes pass",
+    "unready": "engine not ready: it would receive no traffic",
     "killing": "engine killed by the kubelet: its {event.probe} probe failed too often",
-    "exited": "engine ended: {event.detail}",
-    "backing_off": "engine is started again in {event.seconds:.0f} s (crash back-off)",
+    "exited": "engine exited: {event.detail}",
+    "backing_off": "engine restarts in {event.seconds:.0f} s (crash back-off)",
 }
 
 
 class Demo:
-    """One run: the pod's two containers, the traffic, the stalls, and the account of them."""
+    """One run: the pod's two containers, the traffic, the stalls, and their scorecard."""
 
     def __init__(self, settings: DemoSettings, stage: DemoProcesses, found: list[str]) -> None:
         self.settings: Final = settings
@@ -126,30 +125,30 @@ class Demo:
         self._traffic: DemoTraffic | None = None
 
     def log(self, line: str) -> None:
-        """One line, with the seconds since the start."""
+        """Print one line, with the seconds since the start."""
         print(f"[{time.monotonic() - self._began:6.1f} s] {line}", flush=True)
 
     def introduce(self) -> None:
-        """The page's URL, and what the user should know before it starts."""
+        """Print the page's URL, and what the user should know before the start."""
         stage, settings = self.stage, self.settings
         print(f"page:   {url(stage.admin)}/", flush=True)
         print(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
         stall = (
-            f"; it is made to stall ({settings.fault}) after each {settings.stall_after:g} s of service"
+            f"; stalls ({settings.fault}) injected) after every {settings.stall_after:g} s of service"
             if settings.stall_after
             else ""
         )
         print(f"engine: scripted, behind the relay{stall}")
-        print(f"quick settings, to keep this short: {processes.describe_quick_settings()}")
+        print(f"shortened settings: {processes.describe_quick_settings()}")
         for note in stage.notes:
             print(f"note:   {note}")
         print(
-            "Ctrl-C ends it." if not settings.seconds else f"It ends by itself after {settings.seconds:g} s.",
+            f"The demo ends after {settings.seconds:g} s." if settings.seconds else "Press Ctrl-C to end.",
             flush=True,
         )
 
     async def run(self) -> list[str]:
-        """To the end; prints the summary. Returns what went wrong, a line each."""
+        """Run to the end and print the summary. Returns the failures, a line each."""
         with _signals(self._stop):
             async with (
                 AdminClient(url(self.stage.admin)) as admin,
@@ -160,7 +159,7 @@ class Demo:
                 return self._print_summary(await admin.model_units())
 
     async def _until_stopped(self, pod: Kubelet, scene: Coroutine[Any, Any, None]) -> None:
-        """Run the story until it is time, someone stops us, or something breaks."""
+        """Run the scene until the time is up, a signal arrives, or something fails."""
         tasks = [
             asyncio.create_task(scene, name="story"),
             asyncio.create_task(pod.failed(), name="kubelet"),
@@ -178,11 +177,11 @@ class Demo:
             task.result()
 
     def _left(self) -> float | None:
-        """Seconds until the end; None without one."""
+        """Seconds until the end; None without a time limit."""
         return max(0.0, self._began + self.settings.seconds - time.monotonic()) if self.settings.seconds else None
 
     async def _run_scene(self, admin: AdminClient) -> None:
-        """What happens side by side, once the sidecar is up. Never returns."""
+        """Run engine, traffic and stalls concurrently once the sidecar is up. Never returns."""
         pictures = await self._pictures()
         await self._sidecar_up.wait()
         async with Kubelet(self.stage.engine_container(), self._on_engine) as kubelet, asyncio.TaskGroup() as group:
@@ -193,7 +192,7 @@ class Demo:
             self._traffic = DemoTraffic(
                 TrafficPlan(url(self.stage.relay), settings.rate, settings.in_flight, settings.seed, MODEL, pictures)
             )
-            self.log(f"traffic: {settings.rate:g} requests/s on average, {len(pictures)} photographs at hand")
+            self.log(f"traffic: {settings.rate:g} requests/s on average, {len(pictures)} photographs available")
             group.create_task(self._traffic.run())
             group.create_task(self._progress(admin))
             group.create_task(self._stalls())
@@ -203,7 +202,7 @@ class Demo:
             return []
         return self._pictures_found or await asyncio.to_thread(make_pictures, self.settings.seed)
 
-    # --- what the kubelets report ---
+    # --- events of the kubelets ---
 
     def _on_sidecar(self, event: KubeletEvent) -> None:
         if self._ending:
@@ -212,7 +211,7 @@ class Demo:
             self.log("sidecar up")
             self._sidecar_up.set()
         elif event.kind == "exited":
-            self._broken.append(f"the sidecar ended ({event.detail})")
+            self._broken.append(f"the sidecar exited ({event.detail})")
             self._stop.set()
 
     def _on_engine(self, event: KubeletEvent) -> None:
@@ -229,10 +228,10 @@ class Demo:
             self.card.ready(event.at)
             self._ready.set()
 
-    # --- what happens side by side ---
+    # --- concurrent tasks ---
 
     async def _watch_verdicts(self, admin: AdminClient) -> None:
-        """Tell verdict changes as they come, and see when a stall was detected and when it was over."""
+        """Log verdict changes as they happen, and notice when a stall is detected and when it is over."""
         seen = time.time()
         while True:
             for change in await admin.changes(seen):
@@ -254,14 +253,14 @@ class Demo:
             self.log(f"DETECTED: {_after(self.card.stalls[-1].injected, at)} after the stall was injected")
 
     async def _stalls(self) -> None:
-        """Make the engine stall after so long a service, again and again, while there is room for a recovery."""
+        """Inject a stall after each `stall_after` seconds of service, while enough time remains to recover."""
         while self.settings.stall_after:
             self._recovered.clear()
             await asyncio.sleep(self.settings.stall_after)
             left = self._left()
             if left is not None and left < RECOVERY_ROOM_S:
                 return
-            self.log(f"STALL injected ({self.settings.fault}): the engine's port answers, no token moves")
+            self.log(f"STALL injected ({self.settings.fault}): the engine's port answers, but no tokens are generated")
             self.card.injected(time.monotonic())
             await self._inject()
             await self._recovered.wait()
@@ -272,7 +271,7 @@ class Demo:
             async with aiohttp.ClientSession(url(self.stage.engine), timeout=timeout, raise_for_status=True) as engine:
                 await engine.post("/faults", json={"kind": self.settings.fault})
         except (aiohttp.ClientError, TimeoutError) as e:
-            self._broken.append(f"the engine did not take the fault ({type(e).__name__})")
+            self._broken.append(f"the engine did not accept the fault ({type(e).__name__})")
             self._stop.set()
 
     async def _progress(self, admin: AdminClient) -> None:
@@ -287,7 +286,7 @@ class Demo:
                 if load
                 else "no /load"
             )
-            self.log(f"{ok} requests ok, {others} not, {tally.open} under way, {tally.pictures} images; {mu}")
+            self.log(f"{ok} requests ok, {others} not, {tally.open} in progress, {tally.pictures} images; {mu}")
 
     # --- the end ---
 
@@ -301,7 +300,7 @@ class Demo:
         print("summary")
         print("\n".join(summary(self.card, figures)))
         if self.settings.stall_after and not self.card.stalls:
-            print(f"  no stall was injected: that takes {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
+            print(f"  no stall was injected: one needs {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
         for line in failures:
             print(f"FAILED: {line}")
         print(
@@ -313,7 +312,7 @@ class Demo:
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal stop the demo in order."""
+    """Stop the demo cleanly on Ctrl-C, SIGTERM and a closed terminal."""
     loop = asyncio.get_running_loop()
     which = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for settings in which:

@@ -1,11 +1,11 @@
-"""A kubelet for one container, which here is a child process: runs it, probes it, kills it, starts it again.
+"""A kubelet for one container, here a child process: run, probe, kill and restart it. probe_policy.py decides.
 
-Rules of this module (what a result leads to is decided in prober.py):
-- HTTP: 200 <= code < 400 is success, on a new connection each time; exec: exit code 0; a timeout is a failure;
-- a kill is SIGTERM to the first process, and SIGKILL to all of them when it has ended or the grace period is over;
-- whatever happens, the container's processes do not outlive the `async with`.
+- HTTP: 200 <= code < 400 is success, on a new connection each time; exec: exit code 0; a timeout is a failure.
+- A kill is SIGTERM to the first process, then SIGKILL to all when it has exited or the grace period is over.
+- The container's processes never outlive the `async with`.
 
-Left out of the real one: the random delay after kubelet's own start, and following redirects (a 3xx is success as it is).
+Missing compared to the real kubelet: the random delay after its own start, and following redirects (any 3xx is
+success).
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from sidecar.tools.demo.probe_policy import Backoff, Decision, HttpGet, Kind, Pr
 
 Happening = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
 
-MAX_PROBE_ATTEMPTS: Final = 3  # kubelet's maxProbeRetries: an errored probe (not a failed one) is tried again at once
-MAX_BODY_BYTES: Final = 10 << 10  # bytes of an HTTP probe's answer that are read
+# kubelet's maxProbeRetries: an errored probe (not a failed one) is retried at once.
+MAX_PROBE_ATTEMPTS: Final = 3
+# Bytes read of the response to an HTTP probe.
+MAX_BODY_BYTES: Final = 10 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What to run and how to probe it. `log` takes its stdout and stderr; None: they are dropped."""
+    """What to run and how to probe it. `log` receives stdout and stderr; None discards them."""
 
     command: tuple[str, ...]
     startup: ProbeSpec | None = None
@@ -49,7 +51,7 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class KubeletEvent:
-    """Something that kubelet would report. `run` of `threshold` for a probe; `pid` and `restarts` of the container."""
+    """An event as kubelet reports it. `run` of `threshold` results in a row for a probe."""
 
     kind: Happening
     at: float
@@ -63,7 +65,7 @@ class KubeletEvent:
 
 
 class Kubelet:
-    """Runs one container, probes it and restarts it, from `async with` until its end, which ends the container too."""
+    """Runs, probes and restarts one container inside `async with`."""
 
     def __init__(self, container: Container, on_event: Callable[[KubeletEvent], None]) -> None:
         self.container: Final = container
@@ -71,8 +73,10 @@ class Kubelet:
         self.pid = 0  # 0 while no container runs
         self._on_event = on_event
         specs: dict[Kind, ProbeSpec | None] = {
-            "startup": container.startup, "readiness": container.readiness, "liveness": container.liveness,
-        }  # fmt: skip
+            "startup": container.startup,
+            "readiness": container.readiness,
+            "liveness": container.liveness,
+        }
         self._probes: dict[Kind, Probe] = {kind: Probe(kind, spec) for kind, spec in specs.items() if spec}
         self._was_ready = False
         self._task: asyncio.Task[None] | None = None
@@ -90,18 +94,18 @@ class Kubelet:
             await self._task
 
     async def failed(self) -> None:
-        """Wait for the loop's own failure, and raise it. There is none in good health."""
+        """Wait until the kubelet itself fails, and raise its exception."""
         assert self._task
         await asyncio.shield(self._task)
 
     @property
     def started(self) -> bool:
-        """The container runs and has passed its startup probe, or has none."""
+        """The container runs and has passed its startup probe, if it has one."""
         return bool(self.pid) and self._has_passed("startup")
 
     @property
     def ready(self) -> bool:
-        """The container would get traffic."""
+        """The container would receive traffic."""
         return self.started and self._has_passed("readiness")
 
     def _has_passed(self, kind: Kind) -> bool:
@@ -129,10 +133,10 @@ class Kubelet:
                 self.restarts += 1
 
     async def _run_once(self, http: aiohttp.ClientSession) -> None:
-        """One life of the container, to its end."""
+        """Run the container once, to its end."""
         try:
             process = await self._start()
-        except OSError as e:  # no such command: kubelet tries again, later and later
+        except OSError as e:  # no such command: kubelet retries with growing back-off
             self._report("exited", detail=f"could not start: {e.strerror}")
             return
         exited = asyncio.create_task(process.wait(), name="container")
@@ -169,7 +173,7 @@ class Kubelet:
         return process
 
     async def _end(self, process: Process) -> None:
-        """SIGTERM, the grace period, SIGKILL; the container's other processes die with its first, as in a container."""
+        """SIGTERM, the grace period, SIGKILL; all processes die with the first, as in a container."""
         try:
             if process.returncode is None:
                 process.terminate()
@@ -189,7 +193,7 @@ class Kubelet:
         self._report_readiness()
 
     async def _probe(self, http: aiohttp.ClientSession, probe: Probe) -> Kind:
-        """Probe at each tick; returns when the container must die."""
+        """Probe at each tick. Returns when the container must be killed."""
         tick = time.monotonic()
         while True:
             if probe.due(time.monotonic(), self._has_passed("startup")):
@@ -199,7 +203,9 @@ class Kubelet:
                 if decision.kill:
                     return probe.kind
             period = probe.spec.period
-            tick += period * max(1, (time.monotonic() - tick) // period)  # a late tick comes at once, missed ones not
+            tick += period * max(
+                1, (time.monotonic() - tick) // period
+            )  # a late tick runs at once, missed ones are skipped
             await asyncio.sleep(tick - time.monotonic())
 
     def _report_result(self, probe: Probe, result: Result, decision: Decision, detail: str) -> None:
@@ -212,7 +218,7 @@ class Kubelet:
 
 
 async def _attempt(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[Result, str]:
-    """One probe: its result and a few words on it."""
+    """One probe: its result and a short explanation."""
     for _ in range(MAX_PROBE_ATTEMPTS):
         if isinstance(spec.action, HttpGet):
             result, detail = await _http_get(http, spec.action.url, spec.timeout)

@@ -1,7 +1,7 @@
-"""What a demo stands on: its addresses, its temporary directory, and the two containers of its pod.
+"""The demo's addresses, its temporary directory, and the two containers of its pod. Nothing is started here.
 
-Rules of this module: nothing runs yet; a port that is taken is replaced by a free one, with a line that says so; the
-containers get none of our caller's SIDECAR_* variables, which are meant for other commands.
+A port in use is replaced by a free one, with a note to the user. The containers inherit no SIDECAR_* variables, which
+are meant for other commands.
 """
 
 from __future__ import annotations
@@ -27,23 +27,30 @@ from sidecar.tools.demo.probe_policy import HttpGet, ProbeSpec
 Address = tuple[str, int]
 
 MODEL: Final = "scripted"
-PORT_RANGE: Final = (20_000, 32_000)  # Linux gives ports from 32768 on to outgoing connections
+# Below 32768, from where Linux takes ports for outgoing connections.
+PORT_RANGE: Final = (20_000, 32_000)
 MAX_PORTS_TRIED: Final = 100
-IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` extra
+# The `images` extra.
+IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")
 
-# Shorter than the defaults of `sidecar run`, so that a stall is found within seconds and not within half a minute.
-# It stalls on purpose every minute, so nothing holds back a kill.
+# Shorter than the defaults of `sidecar run`, so that a stall is found within seconds instead of half a minute. The
+# engine stalls on purpose every minute, so nothing holds back a kill.
 QUICK_SETTINGS: Final[dict[str, str]] = {
-    "silence_floor": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0",
-}  # fmt: skip
-PROBE_PERIOD_S: Final = 1.0  # seconds; Kubernetes' default is 10
-PROBE_TIMEOUT_S: Final = 2.0  # seconds; Kubernetes' default is 1, which a laptop that is busy with the demo may miss
-GRACE_S: Final = 5.0  # seconds from SIGTERM to SIGKILL; Kubernetes' default is 30
-BACKOFF_S: Final = 2.0  # seconds before the second restart; Kubernetes' default is 10
+    "silence_floor": "3",
+    "canary_interval": "3",
+    "kill_interval": "0",
+    "useless_restarts": "0",
+}
+# Kubernetes' defaults: 10 s, 1 s (which a laptop busy with the demo may miss), 30 s, 10 s before the second restart.
+PROBE_PERIOD_S: Final = 1.0
+PROBE_TIMEOUT_S: Final = 2.0
+GRACE_S: Final = 5.0
+BACKOFF_S: Final = 2.0
 STARTUP_FAILURE_THRESHOLD: Final = 120
-ENGINE_LOAD_S: Final = "2"  # of the scripted engine: long enough to see that start-up is told from a stall
+# Start-up of the scripted engine: long enough to show that it is not mistaken for a stall.
+ENGINE_LOAD_S: Final = "2"
 
-# The processor of a Qwen2-VL: its numbers are public, and they are all that image preparation needs of a model.
+# The image processor of a Qwen2-VL: public numbers, and all that image preparation needs of a model.
 PREPROCESSOR: Final[dict[str, object]] = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "min_pixels": 3136,
@@ -58,7 +65,7 @@ PREPROCESSOR: Final[dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class DemoProcesses:
-    """Addresses and files of one demo. `directory` is temporary and ours alone; `notes` are lines for the user."""
+    """Addresses and files of one demo. `directory` is temporary; `notes` are lines for the user."""
 
     directory: Path
     engine: Address
@@ -78,7 +85,7 @@ class DemoProcesses:
         return self.directory / "engine.log"
 
     def sidecar(self) -> Container:
-        """The sidecar's container, as the pod would have it."""
+        """The sidecar's container."""
         flags = {
             "engine": url(self.engine),
             "engine_kind": "scripted",
@@ -127,7 +134,7 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
         chosen[name] = find_free_address(wanted)
         if wanted[1] and chosen[name] != wanted:
             notes.append(
-                f"{format_address(wanted)} is taken; {spelled(name)} is {format_address(chosen[name])} instead"
+                f"{format_address(wanted)} is in use; {spelled(name)} is {format_address(chosen[name])} instead"
             )
     missing = [module for module in IMAGE_MODULES if importlib.util.find_spec(module) is None]
     if missing:
@@ -144,10 +151,9 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
 
 
 def find_free_address(wanted: Address) -> Address:
-    """The wanted address where it can be bound, else the next free port of that host. Raises StartError.
+    """The wanted address if it can be bound, otherwise the next free port of that host. Raises StartError.
 
-    Port 0 is any port below those that the kernel gives to outgoing connections: one of those could be taken again before
-    its server binds it.
+    Port 0 picks a port below those for outgoing connections, which the kernel could reuse before the server binds it.
     """
     host, first = wanted[0], wanted[1] or random.randrange(*PORT_RANGE)
     for port in range(first, min(first + MAX_PORTS_TRIED, 65536)):
@@ -172,11 +178,11 @@ def format_address(address: Address) -> str:
 
 
 def describe_quick_settings() -> str:
-    """What the demo sets differently from `sidecar run`, in words."""
+    """The settings in which the demo differs from `sidecar run`, as text."""
     usual = {f.name: default_of(f) for f in fields(Settings)}
     flags = ", ".join(f"{spelled(name)} {value} (default {usual[name]:g})" for name, value in QUICK_SETTINGS.items())
     return (
-        f"{flags}; probes every {PROBE_PERIOD_S:g} s (Kubernetes: 10 s), time-out {PROBE_TIMEOUT_S:g} s (1 s), "
+        f"{flags}; probes every {PROBE_PERIOD_S:g} s (Kubernetes: 10 s), timeout {PROBE_TIMEOUT_S:g} s (1 s), "
         f"grace {GRACE_S:g} s (30 s), crash back-off from {BACKOFF_S:g} s (10 s)"
     )
 

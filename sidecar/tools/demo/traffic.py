@@ -1,10 +1,9 @@
-"""Sample traffic: several tenants, text streams and chats with photographs, sent to a relay as real clients would.
+"""Sample traffic: several tenants, text streams and chats with photographs, sent to a relay like real clients.
 
-Rules of this module:
-- the same seed asks for the same things at the same distances; what is asked is pure data, made by `asks`;
-- open loop: the next request comes when it is due, whatever became of the last ones. Past `in_flight` open requests one
-  is skipped and counted as such, so that a stalled engine does not pile up work here;
-- each request that was sent ends in exactly one outcome, as the client sees it; no content is kept or printed.
+- `plan_requests` makes the requests as pure data: equal seeds give equal requests at equal intervals.
+- Open loop: requests are sent when due, independent of earlier ones. Above `in_flight` open requests, one is skipped
+  and counted as such, so that a stalled engine does not pile up work here.
+- Each request that was sent has exactly one outcome, as the client sees it. No content is kept or printed.
 """
 
 from __future__ import annotations
@@ -27,48 +26,24 @@ from sidecar.errors import UsageError
 
 Route = Literal["chat/completions", "completions"]
 
-# What became of a request, as its client sees it. "open" are those that were under way when the traffic ended.
+# The outcome of a request as its client sees it. "open": still in progress when the traffic ended.
 OUTCOMES: Final = ("ok", "rejected", "unavailable", "engine_error", "broken", "timed_out", "open", "skipped")
 UNAVAILABLE_STATUSES: Final = (502, 503, 504)
-RESPONSE_TIMEOUT_S: Final = 120.0  # seconds that a client waits for the end of its answer
+# Until the end of the response.
+RESPONSE_TIMEOUT_S: Final = 120.0
 
 MEDIA_TYPES: Final = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
-PICTURE_SIZES: Final = (
-    (1280, 720),
-    (1920, 1080),
-    (768, 1024),
-    (1600, 1200),
-    (640, 480),
-    (1080, 1440),
-)  # of made pictures
+# Of synthetic pictures.
+PICTURE_SIZES: Final = ((1280, 720), (1920, 1080), (768, 1024), (1600, 1200), (640, 480), (1080, 1440))
 MAX_PICTURES: Final = 32
-MAX_PICTURE_BYTES: Final = 20 << 20  # of one picture; the relay's own default limit
-WORDS: Final = [
-    "what",
-    "does",
-    "this",
-    "say",
-    "about",
-    "the",
-    "weather",
-    "on",
-    "that",
-    "day",
-    "and",
-    "how",
-    "would",
-    "you",
-    "put",
-    "it",
-    "in",
-    "other",
-    "words",
-]
+# The default limit of the relay.
+MAX_PICTURE_BYTES: Final = 20 << 20
+SAMPLE_TEXT: Final = "what does this say about the weather on that day and how would you put it in other words"
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficShape:
-    """A kind of request. `words` and `output` (tokens) are the least and the most; `weight` its share of the traffic."""
+    """A kind of request. `words` and `output` (tokens) are ranges; `weight` is its share of the traffic."""
 
     weight: int
     tenant: str
@@ -89,7 +64,7 @@ SHAPES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request, `gap` seconds after the one before. `pictures` are indices into the pictures at hand."""
+    """One request, `gap` seconds after the previous one. `pictures` are indices into the plan's pictures."""
 
     gap: float
     shape: TrafficShape
@@ -100,22 +75,22 @@ class PlannedRequest:
 
 @dataclass(slots=True)
 class TrafficTally:
-    """What has come of the traffic so far. `pictures` counts those of requests that ended well."""
+    """The traffic so far. `pictures` counts those of successful requests."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     pictures: int = 0
     open: int = 0
-    last_ok: float = 0.0  # monotonic time of the last request that ended well; 0 before the first
+    last_ok: float = 0.0  # monotonic time of the last successful request; 0 before the first
 
     @property
     def sent(self) -> int:
-        """Requests sent, those under way included."""
+        """Requests sent, including those in progress."""
         return self.open + sum(n for outcome, n in self.outcomes.items() if outcome != "skipped")
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficPlan:
-    """Where to, how much, with what. `rate` is requests per second on average; `pictures` are data URLs."""
+    """Destination, amount and content. `rate`: mean requests per second; `pictures`: data URLs."""
 
     url: str
     rate: float
@@ -127,16 +102,16 @@ class TrafficPlan:
 
 
 def plan_requests(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
-    """Requests without end: arrivals as a Poisson process; no shape with pictures where there are none."""
+    """An endless stream of requests: a Poisson process; without pictures only text."""
     rng = random.Random(seed)
     shapes = [shape for shape in SHAPES if pictures or not shape.pictures]
-    weights = [shape.weight for shape in shapes]
+    weights, words = [shape.weight for shape in shapes], SAMPLE_TEXT.split()
     while True:
         shape = rng.choices(shapes, weights)[0]
         yield PlannedRequest(
             gap=rng.expovariate(rate),
             shape=shape,
-            prompt=" ".join(rng.choices(WORDS, k=rng.randint(*shape.words))),
+            prompt=" ".join(rng.choices(words, k=rng.randint(*shape.words))),
             max_tokens=rng.randint(*shape.output),
             pictures=tuple(rng.randrange(pictures) for _ in range(shape.pictures)),
         )
@@ -153,7 +128,7 @@ def body(request: PlannedRequest, model: str, pictures: Sequence[str]) -> dict[s
 
 
 def outcome(status: int, complete: bool) -> str:
-    """What an answer was: its HTTP status, and whether its stream came to its proper end without an error in it."""
+    """The outcome of a response. `complete`: its stream ended properly and without an error."""
     if status < 400:
         return "ok" if complete else "broken"
     if status < 500:
@@ -162,14 +137,14 @@ def outcome(status: int, complete: bool) -> str:
 
 
 class DemoTraffic:
-    """Sends a plan's requests until it is cancelled; then each one that is still under way counts as "open"."""
+    """Sends a plan's requests until cancelled; requests then in progress count as "open"."""
 
     def __init__(self, plan: TrafficPlan) -> None:
         self.plan: Final = plan
         self.tally: Final = TrafficTally()
 
     async def run(self, limit: int | None = None) -> None:
-        """Send without end, or `most` requests and return when the last has ended."""
+        """Send without end, or send `limit` requests and return when all have ended."""
         plan = self.plan
         timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=plan.in_flight)
@@ -195,7 +170,7 @@ class DemoTraffic:
             result = "timed_out"
         except aiohttp.ClientConnectorError:
             result = "unavailable"
-        except (aiohttp.ClientError, ValueError):  # ValueError: a line without end
+        except (aiohttp.ClientError, ValueError):  # ValueError: a line that is too long
             result = "broken"
         finally:
             self.tally.open -= 1
@@ -216,19 +191,19 @@ class DemoTraffic:
 
 
 def make_pictures(seed: int) -> list[str]:
-    """A handful of photograph-like JPEGs as data URLs. Takes a second or two of CPU time; needs the `images` extra."""
+    """Some synthetic JPEGs as data URLs. Takes a second or two of CPU time; needs the `images` extra."""
     from sidecar.tools.synthetic_photos import photo
 
     return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(PICTURE_SIZES)]
 
 
 def load_pictures(directory: Path) -> list[str]:
-    """The first pictures of a directory by name, as data URLs. Raises UsageError where it holds none."""
+    """The first pictures of a directory by name, as data URLs. Raises UsageError if it has none."""
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
     files = [path for path in files if 0 < path.stat().st_size <= MAX_PICTURE_BYTES][:MAX_PICTURES]
     if not files:
         raise UsageError(
-            f"--images: {directory} holds no {', '.join(MEDIA_TYPES)} file of up to {MAX_PICTURE_BYTES >> 20} MiB"
+            f"--images: {directory} contains no {', '.join(MEDIA_TYPES)} file of up to {MAX_PICTURE_BYTES >> 20} MiB"
         )
     return [_data_url(MEDIA_TYPES[path.suffix.lower()], path.read_bytes()) for path in files]
 

@@ -1,6 +1,6 @@
-"""What can be asked of the engine: is it there, which kind is it, do its metrics read, does it serve one token.
+"""Checks of the engine: is it reachable, which kind is it, can its metrics be read, does it serve one token.
 
-Everything is asked once, bounded in time, with the very code that `sidecar run` asks it with.
+Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from sidecar.signals.canary import CanarySignal
 from sidecar.signals.identify import ProbeAnswers, ask, probe_engine
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
-PAGE_TIMEOUT_S: Final = 10.0  # seconds for /v1/models and the metrics page
-TOKEN_TIMEOUT_S: Final = 60.0  # seconds for one token
+# Of /v1/models and the metrics page.
+PAGE_TIMEOUT_S: Final = 10.0
+TOKEN_TIMEOUT_S: Final = 60.0
 LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 
 
 async def check(chosen: Settings) -> list[DoctorFinding]:
-    """All findings about the engine. Where it is not there, the rest is left out."""
+    """All findings about the engine. If it is unreachable, the others are omitted."""
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
         met = await probe_engine(session, chosen.engine, headers, PAGE_TIMEOUT_S)
@@ -126,18 +127,18 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
 
 
 async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
-    """Where the engine's sleep and pause can be read; what cannot be read is only known when the relay passes the order."""
+    """Where the engine's sleep and pause can be read. Without that, the sidecar sees only what passes the relay."""
     met = ProbeAnswers()
     await ask(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, PAGE_TIMEOUT_S)
     read = [*(["its metrics page"] if kind.awake else []), *met.pages]
     if read:
         return DoctorFinding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
-    text = "it publishes no sleep or pause: orders of that kind must pass the relay, or their silence looks like a hang"
+    text = "it does not publish sleep or pause: send such calls through the relay, or their silence looks like a hang"
     return DoctorFinding("engine-rest", "absent", text)
 
 
 def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
-    """Whether images can go to this engine through shared memory, where that was chosen."""
+    """Whether this engine can receive images through shared memory, if that is configured."""
     if chosen.images != "shm":
         return DoctorFinding("images-shm", "absent", f"not used with --images {chosen.images}")
     if kind != "vllm":
@@ -151,7 +152,7 @@ def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
 
 
 def threads(engine: str) -> DoctorFinding:
-    """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
+    """OMP_NUM_THREADS of the engine's process, if it is visible on this machine."""
     url = urlsplit(engine)
     pids = engine_processes.listening(url.port or 80)[0] if url.hostname in LOCAL_HOSTS else set()
     if not pids:

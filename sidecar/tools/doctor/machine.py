@@ -1,7 +1,6 @@
-"""What can be asked of this machine and of the files that were named. Each check is a function of the settings; they run on
-threads.
+"""Checks of this machine and of the configured files. Each check is a function of the settings and runs on a thread.
 
-Rules: nothing is left behind; whatever may hang or is heavy (NVML, torch) is bounded, torch in a process of its own.
+Checks leave nothing behind. What may hang or is heavy (NVML, torch) has a timeout; torch runs in its own process.
 """
 
 from __future__ import annotations
@@ -33,8 +32,10 @@ from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.tools.doctor.finding import DoctorFinding
 
 SHM_DIR: Final = Path("/dev/shm")
-MIN_SHM_BYTES: Final = 1 << 30  # bytes; a container's default is 64 MiB
-TORCH_IMPORT_TIMEOUT_S: Final = 120.0  # seconds that torch may take to be imported from a cold disk
+# A container's default is 64 MiB.
+MIN_SHM_BYTES: Final = 1 << 30
+# From a cold disk.
+TORCH_IMPORT_TIMEOUT_S: Final = 120.0
 NVML_TIMEOUT_S: Final = 6.0
 _IMPORT_CODE: Final = (
     "import torch, torchvision; from torchvision.io import decode_jpeg; from sidecar.kernels import fused; "
@@ -158,8 +159,10 @@ def images(chosen: Settings) -> DoctorFinding:
     torch, torchvision, kernel, refused = child.stdout.split()
     text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
     if kernel == "none":
-        remedy = "install a C++ compiler, then the package from source; torchvision does the work meanwhile, 2-3 times slower"
-        return DoctorFinding("images", "warn", f"{text}: our own was not built", remedy)
+        remedy = (
+            "install a C++ compiler, then the package from source; until then torchvision is used, 2-3 times slower"
+        )
+        return DoctorFinding("images", "warn", f"{text}: the compiled kernel was not built", remedy)
     if refused != "-":
         text += f": its {refused} form gives other bits on this CPU and is not used"
         return DoctorFinding("images", "warn", text, "please report the CPU's name; results are right, only slower")
