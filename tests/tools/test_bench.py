@@ -112,5 +112,5 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: Any) -> None:
     assert run(["bench", "--engine", "http://127.0.0.1:9"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert (
-        "--engine" in errors[0] and "--plot" in errors[1] and "steady-naive" in errors[2] and "no engine" in errors[3]
+        "--engine" in errors[0] and "--plot" in errors[1] and "steady-naive" in errors[2] and "not answer" in errors[3]
     )

@@ -56,8 +56,8 @@ def text(found: CalibrationReport, slo: float) -> str:
             *held_out(found),
             f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
             f"coefficient of variation over the shapes {found.variation:.1%}",
-            f"turns of one shape differ by {found.spread:.1%}; the engine waited for a core in {found.waited:.1%} of the "
-            "time, which is subtracted" + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
+            f"turns of one shape differ by {found.spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
+            "the time, which is subtracted" + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
             f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
             "a generated token: "
             + ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode),

@@ -1,4 +1,4 @@
-"""What the manifests may be asked for, and how each engine is started. Every value is checked here, before it is rendered."""
+"""Settings of the manifests, and how each engine is started. Every value is validated before it is rendered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sidecar.errors import UsageError
 from sidecar.flags import Parse, flag, integer, one_of, text
 
 ENGINE_PORT: Final = 8000
-SIDECAR_MEMORY: Final = "512Mi"  # what the sidecar asks for; a limit below it is refused
+# The memory request of the sidecar; a lower limit is rejected.
+SIDECAR_MEMORY: Final = "512Mi"
 
 
 def label(value: str) -> str:
@@ -37,7 +38,7 @@ def optional_reference(value: str) -> str:
 
 
 def quantity(least: str = "1") -> Parse:
-    """A parser of Kubernetes' quantities, in one spelling each: 1k is 1000, 1Ki is 1024, and there is no 1K."""
+    """A parser of Kubernetes quantities: 1k is 1000, 1Ki is 1024, 1K is invalid."""
 
     def parse(value: str) -> str:
         if amount(value) < amount(least):
@@ -61,13 +62,13 @@ def arguments(value: str) -> str:
 
 
 def quote(value: str) -> str:
-    """Text in quotes, as YAML reads it: JSON, but beyond ASCII by YAML's own escape, as YAML has no surrogate pairs."""
+    """A quoted YAML string: JSON, but with YAML's escapes beyond ASCII, as YAML has no surrogate pairs."""
     return re.sub(r"[^ -~]", lambda m: f"\\U{ord(m[0]):08x}", json.dumps(value, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """How an engine is started so that only this pod reaches it. `flags` may use {model} and {gpus}."""
+    """How to start an engine that only this pod can reach. `flags` may use {model} and {gpus}."""
 
     image: str
     command: tuple[str, ...]
@@ -75,7 +76,7 @@ class EngineCommand:
     many_gpus: tuple[str, ...] = ()
 
 
-# An image is named only where this project is tested with it; the others ask for --image.
+# Only images that this project is tested with are named; the other engines need --image.
 KINDS: Final[dict[str, EngineCommand]] = {
     "vllm": EngineCommand(
         "vllm/vllm-openai:v0.32.0",
@@ -193,15 +194,13 @@ def start(settings: ManifestSettings) -> tuple[str, str, str]:
     kind = KINDS[settings.engine_kind]
     image = settings.image or kind.image
     if not image:
-        raise UsageError(
-            f"--image is missing; no image of {settings.engine_kind} is tested here, so name the one you use"
-        )
+        raise UsageError(f"--image is missing; no image of {settings.engine_kind} is tested, so name the one you use")
     if settings.model.startswith("/models/") != bool(settings.claim) or (
         settings.model.startswith("/") and not settings.claim
     ):
         raise UsageError("--claim and a --model below /models, where that claim is mounted, go together")
     if settings.images == "shm" and not (settings.claim and settings.engine_kind == "vllm"):
-        raise UsageError("--images shm is for vLLM, with the model's directory: --claim and a --model below /models")
+        raise UsageError("--images shm needs vLLM and the model's directory: --claim and a --model below /models")
     flags = (*kind.flags, *(kind.many_gpus if settings.gpus > 1 else ()))
     args = [f.format(model=settings.model, gpus=settings.gpus) for f in flags] + shlex.split(settings.engine_args)
     return quote(image), json.dumps(kind.command), "".join(f"- {quote(arg)}\n" for arg in args)
