@@ -47,8 +47,8 @@ metadata:
 {_metadata(settings)}
 spec:
   replicas: {settings.replicas}
-{_lines(2, _strategy(settings))}  # Longer than a start: {settings.startup_seconds} s of the engine's startupProbe, after the old pod's end and the
-  # pulling of images. The default, 600 s, reports every slow start as failed.
+{_lines(2, _strategy(settings))}  # Longer than a start: {settings.startup_seconds} s of the startupProbe, after the
+  # old pod's end and the pulling of images. The default, 600 s, reports every slow start as failed.
   progressDeadlineSeconds: {settings.startup_seconds + ROLLOUT_MARGIN_S}
   selector:
     matchLabels:
@@ -58,7 +58,7 @@ spec:
       labels:
         {_label(settings)}
 {_lines(6, _annotations(settings))}    spec:
-      # {ENDPOINT_REMOVAL_S} s until clients stop sending, up to {DRAIN_S} s for open requests, then the sidecar's shutdown.
+      # {ENDPOINT_REMOVAL_S} s until clients stop sending, {DRAIN_S} s for open requests, then the sidecar's shutdown.
       terminationGracePeriodSeconds: {ENDPOINT_REMOVAL_S + DRAIN_S + 40}
       enableServiceLinks: false
       automountServiceAccountToken: false
