@@ -1,4 +1,4 @@
-"""The fleet replay itself: its engine and its books are whole, whatever the policy, and a seed decides everything."""
+"""The fleet replay: engine and ledger are consistent under every policy, and a seed determines everything."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = Hardware(kv_tokens=24_000)
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
 def test_every_request_is_served_once_and_the_books_agree(policy: Policy) -> None:
-    """One settlement each, at the price of what it really was; nothing is held at the end; a full KV cache loses nobody."""
+    """One settlement per request, at its actual price; nothing is held at the end; a full KV cache loses no request."""
     fleet = Fleet([FAST, SMALL, SLOW], policy, "1")
     outcome = fleet.run(TRACE)
     assert Counter(s.request for s in outcome.served) == Counter(TRACE)
@@ -47,13 +47,13 @@ def test_every_request_is_served_once_and_the_books_agree(policy: Policy) -> Non
 
 
 def test_what_is_outstanding_is_the_sum_of_the_open_holds() -> None:
-    """At every look of the router the ledger holds as many requests as its engine has open, and as much as they still keep."""
+    """At every read of the router, the ledger's stock matches the engine's open requests."""
     seen = 0
 
     class Watched(Replica):
-        def look(self, now: float, weights: bool) -> None:
+        def refresh_report(self, now: float, weights: bool) -> None:
             nonlocal seen
-            super().look(now, weights)
+            super().refresh_report(now, weights)
             stock = self.ledger.stock()
             assert stock.requests == self.open
             assert stock.mu == pytest.approx(sum(hold.remaining for hold in self.ledger.holds()))
