@@ -81,7 +81,8 @@ def ours(r: BenchRow) -> str:
     return (
         f"| {r.profile} | {r.requests} | {r.completed} | {r.dropped} | {r.stalled} "
         f"| {of(r.p50, 2)} | {of(r.p95, 2)} | {of(r.p99, 2)} | {of(r.first_p95, 2)} "
-        f"| {'pass' if r.slo_kept else 'miss'} | {of(r.dollars_per_1k_completed, 4)} | {of(r.dollars_per_1m_tokens, 3)} |"
+        f"| {'pass' if r.slo_kept else 'miss'} "
+        f"| {of(r.dollars_per_1k_completed, 4)} | {of(r.dollars_per_1m_tokens, 3)} |"
     )
 
 

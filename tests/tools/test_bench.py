@@ -25,7 +25,7 @@ CHOSEN = BenchSettings(
 
 
 def test_arrivals_are_as_many_steady_as_in_bursts() -> None:
-    """One seed, one sequence: a burst's requests come within a tenth of its time, and none comes after the end."""
+    """Equal seeds give equal times; a burst's requests arrive within a tenth of its time, none after the end."""
     steady, burst = (list(arrival_times(p, 50.0, 40.0, seed=3)) for p in (PROFILES[0], PROFILES[2]))
     assert steady == list(arrival_times(PROFILES[0], 50.0, 40.0, seed=3)) and steady != list(
         arrival_times(PROFILES[0], 50.0, 40.0, 4)
@@ -36,7 +36,7 @@ def test_arrivals_are_as_many_steady_as_in_bursts() -> None:
 
 
 def test_sums_count_each_request_once() -> None:
-    """Quantiles, tokens and money are those of the completed ones; a hundredth of others is too many for the SLO."""
+    """Quantiles, tokens and cost are of completed requests; over 1 % of others misses the SLO."""
     good = [BenchRecord("completed", 1.0 + n / 100, 0.1, 10) for n in range(100)]
     bad = [BenchRecord("dropped", 0.0), BenchRecord("stalled", 60.0, 0.2, 5)]
     found = sum_up("x", 1.0, 3600.0, [*good, *bad], slo=2.0, price=3.0)
@@ -48,7 +48,7 @@ def test_sums_count_each_request_once() -> None:
 
 
 def test_nothing_completed_is_no_number() -> None:
-    """No request is no latency of 0 and no price of 0."""
+    """Without requests there is no latency and no price, not 0."""
     found = sum_up("x", 1.0, 1.0, [BenchRecord("dropped", 0.0)], slo=2.0, price=3.0)
     assert found.p95 is None and found.dollars_per_1k_completed is None and not found.slo_kept
     assert report.cells(found)[8] == "-" and "0 ok, p95 - s" in report.plot([found], "t")
@@ -56,7 +56,7 @@ def test_nothing_completed_is_no_number() -> None:
 
 @pytest.mark.slow
 async def test_the_shape_of_the_reference_matrix() -> None:
-    """One at a time completes a part, too late; batched completes all that is steady, in time; in bursts it is far ahead, too."""
+    """One at a time completes only a part, too late; batched completes all steady requests in time."""
     rows: list[BenchRow] = []
     async with ScriptedEngine(replace(ENGINE, decode_step_ms=40.0)) as engine:
         await bench(replace(CHOSEN, engine=engine.url, max_open=24, timeout=2.5), rows)
@@ -73,7 +73,7 @@ async def test_the_shape_of_the_reference_matrix() -> None:
 
 
 async def test_what_the_engine_refuses_is_dropped_and_what_hangs_is_stalled() -> None:
-    """503 of a full engine, and a timeout of a silent one, are told apart; both are counted."""
+    """503 of a full engine and a timeout of a silent one are counted separately."""
     chosen = replace(CHOSEN, seconds=1, rate=40, profiles="steady-batched", timeout=0.6)
     full: list[BenchRow] = []
     silent: list[BenchRow] = []
@@ -91,7 +91,7 @@ async def test_what_the_engine_refuses_is_dropped_and_what_hangs_is_stalled() ->
 
 
 async def test_a_run_that_is_ended_reports_what_there_was() -> None:
-    """Open requests are cancelled, and say so; the engine has none of them left."""
+    """Open requests count as cancelled; the engine has none of them left."""
     rows: list[BenchRow] = []
     async with ScriptedEngine(replace(ENGINE, decode_step_ms=200.0)) as engine:
         chosen = replace(CHOSEN, engine=engine.url, seconds=60, rate=20, profiles="steady-batched")
@@ -105,7 +105,7 @@ async def test_a_run_that_is_ended_reports_what_there_was() -> None:
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys: Any) -> None:
-    """One line each, with what to do."""
+    """Each error is one line that says what to do."""
     assert run(["bench"]) == 2
     assert run(["bench", "--engine", "http://127.0.0.1:9", "--plot", str(tmp_path / "no" / "x.svg")]) == 2
     assert run(["bench", "--engine", "http://127.0.0.1:9", "--profiles", "naive"]) == 2

@@ -1,4 +1,4 @@
-"""What the demo stands on: ports, files, containers."""
+"""The demo's ports, files and containers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def stage() -> Iterator[DemoProcesses]:
 
 
 def test_a_taken_port_is_replaced_and_told() -> None:
-    """Where the wanted port is taken, another one is chosen, and one line names both."""
+    """If the wanted port is in use, another is chosen, and one line names both."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         made = processes.make(("127.0.0.1", 0), ("127.0.0.1", port))
@@ -41,7 +41,7 @@ def test_a_host_that_is_not_ours_is_an_error() -> None:
 
 
 def test_a_free_port_is_kept(unused_tcp_port: int) -> None:
-    """A wanted port that is free is used as it is, without a word."""
+    """A free wanted port is used without a note."""
     made = processes.make(("127.0.0.1", unused_tcp_port), ("127.0.0.1", 0))
     shutil.rmtree(made.directory)
     assert made.relay == ("127.0.0.1", unused_tcp_port)
@@ -56,7 +56,7 @@ def test_the_model_directory_is_one(stage: DemoProcesses) -> None:
 
 
 def test_containers_keep_our_environment_out(stage: DemoProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIDECAR_* variables of the caller reach neither container; the quick settings reach the sidecar as flags."""
+    """SIDECAR_* variables of the caller reach neither container; the shortened settings reach the sidecar as flags."""
     monkeypatch.setenv("SIDECAR_ENGINE", "http://elsewhere:1")
     monkeypatch.setenv("HOME", "/somewhere")
     for container in (stage.sidecar(), stage.engine_container()):
@@ -79,7 +79,7 @@ def test_the_engine_is_probed_through_the_sidecar(stage: DemoProcesses) -> None:
 
 
 def test_quick_settings_are_told_with_the_defaults() -> None:
-    """What the demo sets differently is said together with what it is by default."""
+    """Shortened settings are printed together with their defaults."""
     said = processes.describe_quick_settings()
     assert "--silence-floor 3 (default 12)" in said
     assert f"--canary-interval 3 (default {Settings().canary_interval:g})" in said
@@ -94,5 +94,5 @@ def test_quick_settings_are_told_with_the_defaults() -> None:
     ],
 )
 def test_url(address: tuple[str, int], expected: str) -> None:
-    """A URL that a client on this machine can use, whatever the address listens on."""
+    """A URL that a client on this machine can use, for any listening address."""
     assert processes.url(address) == expected

@@ -1,4 +1,4 @@
-"""The demo's account: what counts as detected, as recovered, and as a false alarm."""
+"""The demo's scorecard: what counts as detected, as recovered, and as a false alarm."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ CASES: list[tuple[str, list[Step], list[str]]] = [
 
 @pytest.mark.parametrize(("name", "steps", "failures"), CASES, ids=[c[0] for c in CASES])
 def test_failures(name: str, steps: list[Step], failures: list[str]) -> None:
-    """Each way to fail is told in one line, and nothing else is."""
+    """Each failure is one line, and there are no others."""
     assert play(steps).failures() == failures
 
 
@@ -102,7 +102,7 @@ def test_summary_lines() -> None:
 
 
 def test_summary_of_nothing() -> None:
-    """A run without requests, stalls or a metrics page says so, instead of showing a 0 that it did not measure."""
+    """Without requests, stalls or a metrics page, the summary shows no unmeasured 0."""
     lines = "\n".join(summary(Scorecard(), Figures({}, 0, None, 3.0)))
     assert "unknown" in lines
     assert "-" in lines

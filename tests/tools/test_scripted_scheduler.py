@@ -1,4 +1,4 @@
-"""The scheduler of the scripted engine as a pure object: batching, chunked prefill, KV limits, preemption, prefix cache."""
+"""The scripted engine's scheduler: batching, chunked prefill, KV limits, preemption, prefix cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_two_sequences_take_the_steps_of_one() -> None:
 
 
 def test_a_chunked_prefill_gives_no_output_until_it_ends() -> None:
-    """A prompt of three chunks: two silent steps in which only KV use grows, then the first token with the whole prompt."""
+    """A prompt of three chunks has two steps in which only KV use grows, then its first token."""
     scheduler = Scheduler(LIMITS)
     scheduler.add(ScheduledSequence(250, 5))
     usage = [scheduler.kv_usage()]
@@ -84,7 +84,7 @@ def test_the_head_of_the_queue_that_does_not_fit_blocks_those_behind() -> None:
 
 
 def test_preemption_when_the_cache_is_full() -> None:
-    """Sequences that outgrow the KV cache together are preempted, computed anew, and still end with all their tokens."""
+    """Sequences that outgrow the KV cache are preempted, recomputed, and still end with all their tokens."""
     scheduler = Scheduler(SchedulerLimits(1000.0, 0.01, 8, 100, kv_tokens=8 * BLOCK_TOKENS, step_tokens=100))
     sequences = [ScheduledSequence(2 * BLOCK_TOKENS - 1, 3 * BLOCK_TOKENS) for _ in range(3)]
     for sequence in sequences:
@@ -117,7 +117,7 @@ def test_the_prefix_cache_is_bounded() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 700), st.integers(0, 60)), max_size=20))
 def test_every_sequence_ends_with_its_tokens(sizes: list[tuple[int, int]]) -> None:
-    """Any mix that fits the cache ends: each sequence gets its tokens, its prompt is counted once, nothing is left over."""
+    """Any mix that fits the cache ends with all tokens, each prompt counted once, and nothing left."""
     scheduler = Scheduler(LIMITS)
     sequences = [ScheduledSequence(prompt, limit) for prompt, limit in sizes]
     outputs = []

@@ -1,4 +1,4 @@
-"""The demo's traffic: what it asks for, how it counts, and real requests to a real server."""
+"""The demo's traffic: its requests, its counts, and real requests to a real server."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PICTURES = ("data:image/jpeg;base64,AAAA", "data:image/png;base64,BBBB")
 
 
 def test_the_same_seed_asks_the_same() -> None:
-    """What is asked depends on the seed alone, and another seed asks for something else."""
+    """The requests depend on the seed alone, and another seed gives others."""
     first, again, other = (list(islice(plan_requests(seed, 4.0, 2), 200)) for seed in (7, 7, 8))
     assert first == again
     assert first != other
 
 
 def test_the_mix_is_as_the_table_says() -> None:
-    """Arrivals keep the rate, every shape comes in about its share, and sizes stay within the shape's bounds."""
+    """Arrivals keep the rate, every shape has about its share, and sizes stay within its bounds."""
     some = list(islice(plan_requests(1, 5.0, 2), 6000))
     assert sum(a.gap for a in some) / len(some) == pytest.approx(1 / 5.0, rel=0.1)
     count, weights = Counter(a.shape.tenant for a in some), sum(s.weight for s in SHAPES)
@@ -51,7 +51,7 @@ def test_the_mix_is_as_the_table_says() -> None:
 
 
 def test_text_only_without_pictures() -> None:
-    """Without pictures at hand no request asks about one."""
+    """Without pictures, no request has one."""
     assert not any(a.pictures or a.shape.pictures for a in islice(plan_requests(1, 5.0, 0), 500))
 
 
@@ -81,7 +81,7 @@ def test_bodies_are_those_of_the_api() -> None:
     ],
 )
 def test_outcome(status: int, complete: bool, expected: str) -> None:
-    """Each kind of answer has one name."""
+    """Each kind of response has one outcome."""
     assert outcome(status, complete) == expected
 
 
@@ -107,7 +107,7 @@ async def sse(request: web.Request, *events: str) -> web.StreamResponse:
 
 
 async def test_requests_reach_the_relay() -> None:
-    """Requests come with their tenant and their body, and each that ends properly counts as ok with its pictures."""
+    """Requests have a tenant and a body, and each that ends properly counts as ok with its pictures."""
     got: list[tuple[str, str, dict[str, Any]]] = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -127,7 +127,7 @@ async def test_requests_reach_the_relay() -> None:
 
 
 async def test_bad_endings_are_told_apart() -> None:
-    """A stream without its end, one with an error in it, a cut connection and each error status count under their names."""
+    """Incomplete streams, errors in a stream, broken connections and error statuses each have an outcome."""
 
     async def cut(request: web.Request) -> web.StreamResponse:
         response = await sse(request, '{"choices":[]}')
@@ -159,7 +159,7 @@ async def test_bad_endings_are_told_apart() -> None:
 
 
 async def test_closed_port_is_unavailable(unused_tcp_port: int) -> None:
-    """Requests to a port that nobody serves end as unavailable and do not stop the traffic."""
+    """Requests to a closed port end as unavailable and do not stop the traffic."""
     traffic = DemoTraffic(TrafficPlan(f"http://127.0.0.1:{unused_tcp_port}", rate=500, in_flight=8, seed=1, model="m"))
     await traffic.run(5)
     assert sum(traffic.tally.outcomes.values()) == 5
@@ -167,7 +167,7 @@ async def test_closed_port_is_unavailable(unused_tcp_port: int) -> None:
 
 
 async def test_a_stuck_server_bounds_the_requests_under_way() -> None:
-    """Past the bound requests are skipped, not queued; cancelled, those under way count as open, and nothing is left."""
+    """Above the limit, requests are skipped, not queued; after cancellation the others count as open."""
     stuck, three = asyncio.Event(), asyncio.Event()
     waiting: list[int] = []
 
@@ -208,7 +208,7 @@ def test_pictures_of_a_directory(tmp_path: Path) -> None:
 
 
 def test_made_pictures_are_photographs(requires: Callable[[str], Path]) -> None:
-    """Made pictures are JPEGs of their sizes with the entropy of photographs, the same for the same seed."""
+    """Synthetic pictures are JPEGs with the entropy of photographs, equal for equal seeds."""
     requires("python:PIL")
     made = make_pictures(3)
     assert made == make_pictures(3)

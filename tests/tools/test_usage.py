@@ -1,4 +1,4 @@
-"""`sidecar usage`: who consumed what, for people, spreadsheets and programs."""
+"""`sidecar usage`: usage as a table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ def test_csv_for_spreadsheets(capsys: Any, folder: Path) -> None:
     """A name that looks like a formula is text."""
     rows = list(csv.DictReader(io.StringIO(ask(capsys, folder, "--format", "csv", "--by", "tenant,outcome"))))
     assert [(r["tenant"][:5], r["outcome"], r["requests"]) for r in rows] == [
-        ("shop", "ok", "8"), ("shop", "stalled", "2"), ("'=cmd", "ok", "1"),
-    ]  # fmt: skip
+        ("shop", "ok", "8"),
+        ("shop", "stalled", "2"),
+        ("'=cmd", "ok", "1"),
+    ]
 
 
 def test_json_for_programs(capsys: Any, folder: Path) -> None:
@@ -59,7 +61,7 @@ def test_json_for_programs(capsys: Any, folder: Path) -> None:
 
 
 def test_another_time_is_empty(capsys: Any, folder: Path) -> None:
-    """Only what is asked for is counted."""
+    """Only what is selected is counted."""
     assert ask(capsys, folder, "--since", "1m") == "no requests in this time\n"
 
 
