@@ -17,7 +17,7 @@ from sidecar.load import cost_model
 from sidecar.tools.calibrate import capacity_search, fit
 from sidecar.tools.calibrate.checkpoint import SearchStep
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.shapes import MAX_LENGTH_TOKENS, GridShape, plan, reference
+from sidecar.tools.calibrate.shapes import MAX_LENGTH_TOKENS, GridShape, plan_shapes, reference_shape
 
 # As --slo-seconds.
 SLO_S = 10.0
@@ -29,10 +29,12 @@ MAX_OPEN = 256
 def calibrated(hardware: Hardware) -> tuple[cost_model.Coefficients, fit.Accuracy]:
     """The coefficients, and their errors on the shapes that were held out."""
     steps = _search(hardware)
-    open_ = capacity_search.full(steps)
-    measured = [(shape.held_out, _measured(hardware, shape, open_)) for shape in plan(MAX_LENGTH_TOKENS, cached=True)]
+    open_ = capacity_search.find_full_concurrency(steps)
+    measured = [
+        (shape.held_out, _measured(hardware, shape, open_)) for shape in plan_shapes(MAX_LENGTH_TOKENS, cached=True)
+    ]
     co = fit.fit([m for held_out, m in measured if not held_out])
-    held = capacity_search.held(steps, SLO_S) * cost_model.mu(steps[0].work, co)
+    held = capacity_search.find_concurrency_at_slo(steps, SLO_S) * cost_model.mu(steps[0].work, co)
     co = replace(co, source="simulated", slo_seconds=SLO_S, mu_in_flight=held)
     return co, fit.accuracy([m for held_out, m in measured if held_out], co)
 
@@ -45,7 +47,7 @@ def _measured(hardware: Hardware, shape: GridShape, open_: int) -> Measured:
 
 def _search(hardware: Hardware) -> tuple[SearchStep, ...]:
     """Open more and more requests of the reference shape until their p95 exceeds the SLO."""
-    shape, steps, count = reference(MAX_LENGTH_TOKENS), [], 1
+    shape, steps, count = reference_shape(MAX_LENGTH_TOKENS), [], 1
     while count <= MAX_OPEN and (not steps or steps[-1].p95 <= SLO_S):
         latencies, _ = closed_loop(hardware, shape, count)
         rate = count / statistics.mean(latencies)

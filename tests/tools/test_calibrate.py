@@ -31,8 +31,8 @@ from sidecar.tools.calibrate.shapes import (
     PHOTO_SIDES_PX,
     GridShape,
     min_length,
-    plan,
-    reference,
+    plan_shapes,
+    reference_shape,
     shuffle_turn,
 )
 from sidecar.tools.calibrate.traffic import EngineRefused
@@ -56,7 +56,7 @@ def work(s: GridShape) -> RequestSize:
 
 
 def split(noise: float = 0.0) -> tuple[list[Measured], list[Measured]]:
-    shapes = plan(8192, cached=True)
+    shapes = plan_shapes(8192, cached=True)
     return measured([s for s in shapes if not s.held_out], noise), measured([s for s in shapes if s.held_out], noise, 2)
 
 
@@ -65,7 +65,7 @@ def test_known_coefficients_are_found_again() -> None:
     fitted, held_out = split()
     co = fit.fit(fitted)
     assert fit.accuracy(held_out, co).mape < 0.01
-    assert fit.line_accuracy(held_out, fit.line(fitted)).mape > 5 * fit.accuracy(held_out, co).mape
+    assert fit.line_accuracy(held_out, fit.fit_line(fitted)).mape > 5 * fit.accuracy(held_out, co).mape
     assert fit.variation([*fitted, *held_out], co) < 0.05
 
 
@@ -73,7 +73,7 @@ def test_known_coefficients_are_found_again() -> None:
 @given(seed=st.integers(0, 10_000), noise=st.floats(0, 0.3))
 def test_noise_gives_no_negative_and_no_wild_coefficient(seed: int, noise: float) -> None:
     """With any noise, coefficients are finite and at least 0, with errors of about its size."""
-    shapes = plan(4096, cached=False)
+    shapes = plan_shapes(4096, cached=False)
     fitted = measured([s for s in shapes if not s.held_out], noise, seed)
     co = fit.fit(fitted)
     assert all(0 <= getattr(co, name) < 1e6 for name in cost_model.TERMS)
@@ -97,7 +97,7 @@ def test_too_few_measurements_are_said() -> None:
 def test_a_term_that_is_many_times_the_priors_is_found() -> None:
     """A prior from another machine pulls within bounds: attention of a hundred times its share is predicted."""
     steep = Coefficients(k=5.0, a=0.03, b=4e-5, d=0.4, f=1.5e-4)
-    shapes = [s for s in plan(8192, cached=True) if not s.held_out]
+    shapes = [s for s in plan_shapes(8192, cached=True) if not s.held_out]
     works = [RequestSize(s.uncached, s.cached, s.output) for s in shapes]
     co = fit.fit([Measured(w, cost_model.gpu_ms(w, steep)) for w in works])
     assert co.b == pytest.approx(steep.b, rel=0.1)
@@ -106,7 +106,7 @@ def test_a_term_that_is_many_times_the_priors_is_found() -> None:
 def test_a_sliding_window_is_the_priors() -> None:
     """With the window from config.json, the same coefficients explain the costs of a model with sliding windows."""
     true = replace(TRUE, window=1024.0, windowed=0.75)
-    works = [m.work for m in measured([s for s in plan(8192, cached=True) if not s.held_out])]
+    works = [m.work for m in measured([s for s in plan_shapes(8192, cached=True) if not s.held_out])]
     costs = [Measured(w, cost_model.gpu_ms(w, true)) for w in works]
     co = fit.fit(costs, Coefficients(window=1024.0, windowed=0.75))
     assert (co.window, co.windowed) == (1024.0, 0.75) and co.f == pytest.approx(true.f, rel=0.1)
@@ -119,7 +119,7 @@ TOWER = Coefficients(k=3.0, a=0.013, b=4e-5, d=0.8, f=2e-4, g=0.06, h=3.0, q=2e-
 @pytest.mark.parametrize("length", [2048, 8192])
 def test_prices_of_images_are_found(length: int) -> None:
     """Photos of three sizes separate the costs of encoder tokens, their square, and prompt tokens."""
-    shapes = plan(length, cached=True, tokens=TOKENS)
+    shapes = plan_shapes(length, cached=True, tokens=TOKENS)
     co = fit.fit([Measured(work(s), cost_model.gpu_ms(work(s), TOWER)) for s in shapes if not s.held_out])
     assert (co.g, co.q) == pytest.approx((TOWER.g, TOWER.q), rel=0.15)
     assert {s.side for s in shapes if s.held_out} == {0, *PHOTO_SIDES_PX}
@@ -129,7 +129,7 @@ def test_prices_of_images_are_found(length: int) -> None:
 def test_images_are_predicted_whether_or_not_their_cost_grows_with_the_square(q: float) -> None:
     """Despite noise, held-out photos are within 10 %; with attention, coefficients linear in tokens are far off."""
     true, rng = replace(TOWER, q=q), random.Random(5)
-    shapes = plan(2048, cached=True, tokens=TOKENS)
+    shapes = plan_shapes(2048, cached=True, tokens=TOKENS)
     rows = [(s, Measured(work(s), cost_model.gpu_ms(work(s), true) * rng.lognormvariate(0, 0.05))) for s in shapes]
     photos, fitted = [m for s, m in rows if s.held_out and s.images], [m for s, m in rows if not s.held_out]
     flat = fit.fit([replace(m, work=replace(m.work, image_squares=0)) for m in fitted])
@@ -140,7 +140,7 @@ def test_images_are_predicted_whether_or_not_their_cost_grows_with_the_square(q:
 def test_what_others_took_is_left_out() -> None:
     """The lower quartile of a shape's turns counts: one disturbed turn of five changes nothing."""
     shape = GridShape(8, 0, 1)
-    (row,) = fit.merged((shape, Measured(RequestSize(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
+    (row,) = fit.merge_turns((shape, Measured(RequestSize(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
     assert row.measured.ms == 10 and row.spread == 0
 
 
@@ -148,19 +148,19 @@ def test_what_others_took_is_left_out() -> None:
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_plan_fits_the_length(length: int, cached: bool) -> None:
     """Every request fits; shapes differ; some are held out; each turn is another order of the same."""
-    shapes = plan(length, cached=cached, tokens=TOKENS)
+    shapes = plan_shapes(length, cached=cached, tokens=TOKENS)
     assert all(s.uncached + s.cached + s.images * TOKENS.get(s.side, 0) + s.output <= length for s in shapes)
     assert any(s.held_out for s in shapes) and sum(not s.held_out for s in shapes) >= 8
     assert any(s.cached for s in shapes) is cached and len(set(shapes)) == len(shapes)
     assert sorted(map(repr, shapes)) == sorted(map(repr, shuffle_turn(shapes, 1))) and shuffle_turn(
         shapes, 1
     ) != shuffle_turn(shapes, 2)
-    assert reference(length).uncached + reference(length).output <= length
+    assert reference_shape(length).uncached + reference_shape(length).output <= length
 
 
 def test_a_short_plan_has_photos() -> None:
     """Even with little time, photos of each size are fitted and some held out, unless the context is too short."""
-    shapes = plan(min_length(8192, TOKENS), cached=True, tokens=TOKENS)
+    shapes = plan_shapes(min_length(8192, TOKENS), cached=True, tokens=TOKENS)
     assert {s.side for s in shapes if s.images and not s.held_out} == set(PHOTO_SIDES_PX)
     assert any(s.held_out and s.images for s in shapes)
     assert min_length(300, TOKENS) == 300 and min_length(8192, {}) == MIN_LENGTH_TOKENS
@@ -168,26 +168,34 @@ def test_a_short_plan_has_photos() -> None:
 
 def test_one_image_at_most_is_kept_to() -> None:
     """An engine that accepts one image per request gets no second one."""
-    assert {s.images for s in plan(4096, cached=True, tokens=TOKENS, max_images=1)} == {0, 1}
+    assert {s.images for s in plan_shapes(4096, cached=True, tokens=TOKENS, max_images=1)} == {0, 1}
 
 
 def test_open_requests_at_the_slo() -> None:
     """Interpolated between the steps below and above the SLO; none if it was never exceeded."""
     steps = tuple(SearchStep(n, p95, 1.0, RequestSize(8, output=1)) for n, p95 in ((1, 1.0), (2, 2.0), (4, 6.0)))
-    assert capacity_search.held(steps, 4.0) == 3
-    assert capacity_search.held(steps, 7.0) == 0 and capacity_search.held(steps, 0.5) == 0
+    assert capacity_search.find_concurrency_at_slo(steps, 4.0) == 3
+    assert (
+        capacity_search.find_concurrency_at_slo(steps, 7.0) == 0
+        and capacity_search.find_concurrency_at_slo(steps, 0.5) == 0
+    )
 
 
 def test_the_engine_is_full_where_more_requests_gain_little() -> None:
     """The fewest open requests that reach nine tenths of the highest rate."""
     rates = ((1, 1.0), (2, 1.9), (4, 3.0), (8, 3.2), (16, 3.1))
-    assert capacity_search.full(tuple(SearchStep(n, 1.0, rate, RequestSize(8, output=1)) for n, rate in rates)) == 4
+    assert (
+        capacity_search.find_full_concurrency(
+            tuple(SearchStep(n, 1.0, rate, RequestSize(8, output=1)) for n, rate in rates)
+        )
+        == 4
+    )
 
 
 def test_a_context_that_is_too_short_is_refused() -> None:
     """Too short a context is rejected."""
     with pytest.raises(ValueError, match="256"):
-        plan(MIN_LENGTH_TOKENS - 1, cached=False)
+        plan_shapes(MIN_LENGTH_TOKENS - 1, cached=False)
 
 
 def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:

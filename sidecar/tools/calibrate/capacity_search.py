@@ -12,7 +12,13 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.tools.calibrate.checkpoint import GridPlan, SearchStep
-from sidecar.tools.calibrate.shapes import MAX_LENGTH_TOKENS, GridShape, generating, largest, reference
+from sidecar.tools.calibrate.shapes import (
+    MAX_LENGTH_TOKENS,
+    GridShape,
+    generating_shape,
+    largest_shape,
+    reference_shape,
+)
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, LatencySample
 
 MAX_OPEN_REQUESTS: Final = 1024
@@ -38,28 +44,28 @@ async def search(
     """At least one step, until p95 exceeds the SLO, `limit` requests are open, or the time is up."""
     steps: list[SearchStep] = []
     started = time.monotonic()
-    shape, count = await _shape(traffic, context, seconds), 1
+    shape, count = await _fit_reference(traffic, context, seconds), 1
     while count <= limit:
         progress(f"{count} of {shape.name} open at all times")
         sample = await traffic.run(shape, count, seconds / 12)
-        steps.append(step(sample))
+        steps.append(summarise(sample))
         if sample.p95() > slo or time.monotonic() - started + NEXT_STEP_LATENCIES * sample.p95() > seconds:
             break
         count *= 2
     return tuple(steps)
 
 
-async def _shape(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
+async def _fit_reference(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
     """The reference shape, scaled down until there is time for some steps."""
     scale = 1.0
     while True:
-        shape = reference(context, scale)
+        shape = reference_shape(context, scale)
         if SEARCH_LATENCIES * await traffic.burst(shape, 1) <= seconds or scale <= MIN_SCALE:
             return shape
         scale /= 2
 
 
-def step(sample: LatencySample) -> SearchStep:
+def summarise(sample: LatencySample) -> SearchStep:
     """The step of a run. Raises EngineRefused if the engine also served other clients."""
     if sample.others:
         raise EngineRefused(
@@ -69,13 +75,13 @@ def step(sample: LatencySample) -> SearchStep:
     return SearchStep(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
 
 
-def full(steps: tuple[SearchStep, ...]) -> int:
+def find_full_concurrency(steps: tuple[SearchStep, ...]) -> int:
     """The smallest number of open requests that nearly fills the engine."""
     highest = max(one.rate for one in steps)
     return min(one.open for one in steps if one.rate >= FULL_RATE_SHARE * highest)
 
 
-def held(steps: tuple[SearchStep, ...], slo: float) -> float:
+def find_concurrency_at_slo(steps: tuple[SearchStep, ...], slo: float) -> float:
     """Open requests at which p95 reaches the SLO, interpolated between the steps below and above it.
 
     0 if no step exceeded it, or the first one did.
@@ -86,15 +92,15 @@ def held(steps: tuple[SearchStep, ...], slo: float) -> float:
     return 0.0
 
 
-async def length(
+async def find_length(
     traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, progress: Progress
 ) -> int:
     """Tokens of the longest shapes within `span`: doubled while the turns of the grid fit into `seconds`."""
     longest, limit = span[0], min(span[1], MAX_LENGTH_TOKENS)
     while longest < limit:
         tried = min(2 * longest, limit)
-        progress(f"{concurrency} of {largest(tried).name} at once")
-        took = await traffic.burst(largest(tried), concurrency)
+        progress(f"{concurrency} of {largest_shape(tried).name} at once")
+        took = await traffic.burst(largest_shape(tried), concurrency)
         # A turn keeps each shape's requests open for two rounds, of which the first does not count.
         if 2 * GRID_COST * took * MIN_TURNS > seconds:
             break
@@ -102,19 +108,19 @@ async def length(
     return longest
 
 
-async def decode(
+async def measure_decode(
     traffic: CalibrationTraffic, length: int, concurrency: int, progress: Progress
 ) -> tuple[SearchStep, ...]:
     """Steps of requests that only generate, up to the concurrency of the grid."""
-    shape, steps, count = generating(length), [], 1
+    shape, steps, count = generating_shape(length), [], 1
     while count <= concurrency:
         progress(f"{count} of {shape.name} open at all times")
-        steps.append(step(await traffic.run(shape, count, 0.0)))
+        steps.append(summarise(await traffic.run(shape, count, 0.0)))
         count *= 2
     return tuple(steps)
 
 
-async def plan(
+async def make_plan(
     traffic: CalibrationTraffic,
     span: tuple[int, int],
     slo: float,
@@ -127,6 +133,6 @@ async def plan(
     `concurrency` 0: as many requests as fill the engine.
     """
     steps = await search(traffic, span[1], slo, seconds[0], MAX_OPEN_REQUESTS, progress)
-    at_once = concurrency or full(steps)
-    longest = await length(traffic, span, at_once, seconds[1], progress)
-    return GridPlan(longest, at_once, steps, await decode(traffic, longest, at_once, progress))
+    at_once = concurrency or find_full_concurrency(steps)
+    longest = await find_length(traffic, span, at_once, seconds[1], progress)
+    return GridPlan(longest, at_once, steps, await measure_decode(traffic, longest, at_once, progress))

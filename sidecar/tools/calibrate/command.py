@@ -31,7 +31,7 @@ from sidecar.settings import writable
 from sidecar.tools.calibrate import capacity_search, contention, fit, hardware, report
 from sidecar.tools.calibrate.capabilities import EngineCapabilities, probe_capabilities
 from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done, GridPlan
-from sidecar.tools.calibrate.shapes import GridShape, min_length, plan, shuffle_turn
+from sidecar.tools.calibrate.shapes import GridShape, min_length, plan_shapes, shuffle_turn
 from sidecar.tools.calibrate.traffic import BackgroundLoad, CalibrationTraffic, EngineRefused
 
 # Shares of the time: for the search at the SLO, and at least for the grid, however long the search took.
@@ -126,9 +126,9 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
             grid_plan = await make_plan(rig, settings)
             journal.begin(grid_plan)
             seconds = max(MIN_GRID_SHARE * settings.seconds, settings.seconds - (time.monotonic() - started))
-        await grid(rig, grid_plan, journal, done, seconds)
+        await measure_grid(rig, grid_plan, journal, done, seconds)
         show_progress("")
-        return findings(grid_plan, done, settings, engine), journal
+        return build_report(grid_plan, done, settings, engine), journal
 
 
 async def make_plan(rig: Rig, settings: CalibrateSettings) -> GridPlan:
@@ -136,7 +136,7 @@ async def make_plan(rig: Rig, settings: CalibrateSettings) -> GridPlan:
     seconds = settings.seconds * SEARCH_SHARE, settings.seconds * (1 - SEARCH_SHARE)
     try:
         span = min_length(rig.engine.context, rig.engine.target.tokens), rig.engine.context
-        found = await capacity_search.plan(
+        found = await capacity_search.make_plan(
             rig.traffic(4), span, settings.slo_seconds, seconds, settings.concurrency, show_progress
         )
         shapes_of(found, rig.engine)
@@ -147,10 +147,12 @@ async def make_plan(rig: Rig, settings: CalibrateSettings) -> GridPlan:
 
 def shapes_of(grid_plan: GridPlan, engine: EngineCapabilities) -> list[GridShape]:
     """The shapes of a plan."""
-    return plan(grid_plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images)
+    return plan_shapes(
+        grid_plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images
+    )
 
 
-async def grid(rig: Rig, grid_plan: GridPlan, journal: Checkpoint, done: Done, seconds: float) -> None:
+async def measure_grid(rig: Rig, grid_plan: GridPlan, journal: Checkpoint, done: Done, seconds: float) -> None:
     """Measure all shapes in at least two turns, and more while there is time. Fills `done`."""
     shapes = shapes_of(grid_plan, rig.engine)
     each = seconds / (MAX_TURNS * len(shapes))
@@ -192,16 +194,18 @@ async def wait_until_idle(engine: EngineCapabilities) -> None:
         await asyncio.sleep(IDLE_CHECK_INTERVAL_S)
 
 
-def findings(
+def build_report(
     grid_plan: GridPlan, done: Done, settings: CalibrateSettings, engine: EngineCapabilities
 ) -> report.CalibrationReport:
     """Fit the coefficients and measure the accuracy of the fit."""
-    rows = fit.merged([(shape, entry.measured) for (shape, _), entry in done.items()])
+    rows = fit.merge_turns([(shape, entry.measured) for (shape, _), entry in done.items()])
     fitted, held_out = [r for r in rows if not r.shape.held_out], [r for r in rows if r.shape.held_out]
     gpus = hardware.gpus_of(settings.engine, settings.gpu)
-    co = fit.fit([r.measured for r in fitted], prior(settings, gpus))
+    co = fit.fit([r.measured for r in fitted], choose_prior(settings, gpus))
     worth = fit.accuracy([r.measured for r in held_out], co)
-    in_flight = capacity_search.held(grid_plan.steps, settings.slo_seconds) * cost_model.mu(grid_plan.steps[0].work, co)
+    in_flight = capacity_search.find_concurrency_at_slo(grid_plan.steps, settings.slo_seconds) * cost_model.mu(
+        grid_plan.steps[0].work, co
+    )
     co = replace(
         co,
         source=describe_origin(hardware.text(settings.engine, gpus)),
@@ -228,7 +232,7 @@ def describe_origin(machine: str) -> str:
     return f"calibrated {today} on {machine}" if machine else f"calibrated {today}"
 
 
-def prior(settings: CalibrateSettings, gpus: tuple[int, str]) -> cost_model.Coefficients:
+def choose_prior(settings: CalibrateSettings, gpus: tuple[int, str]) -> cost_model.Coefficients:
     """A roofline of the model if its directory is given, otherwise the documented default."""
     config = read_config(settings.model)
     return roofline(config, gpus[1], gpus[0]) if config else cost_model.Coefficients()

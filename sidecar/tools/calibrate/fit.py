@@ -53,7 +53,7 @@ class Accuracy:
     r2: float
 
 
-def merged(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
+def merge_turns(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
     """The lower quartile of each shape's turns, because other work on the machine only ever adds to a cost."""
     shapes: dict[GridShape, list[Measured]] = {}
     for shape, measured in turns:
@@ -123,7 +123,7 @@ def _descend(
     return x
 
 
-def line(measured: Sequence[Measured]) -> list[float]:
+def fit_line(measured: Sequence[Measured]) -> list[float]:
     """The usual alpha-beta line on the same measurements: [per request, per input token, per output token]."""
     rows = [[1.0, m.work.uncached + m.work.cached, m.work.output] for m in measured]
     return solve(rows, [m.ms for m in measured], [1.0, 1.0, 1.0], 0.0)

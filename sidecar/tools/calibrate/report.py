@@ -10,7 +10,7 @@ from typing import Final
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.calibrate.checkpoint import GridPlan
-from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, line, line_accuracy, variation
+from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, fit_line, line_accuracy, variation
 
 BAR_CHARACTERS: Final = 24
 # Spread of the turns above which the machine is reported as busy with other work.
@@ -69,7 +69,7 @@ def text(found: CalibrationReport, slo: float) -> str:
 
 def held_out(found: CalibrationReport) -> list[str]:
     """The errors on the held-out shapes; if photos were measured, also without and with them."""
-    fitted = line(_of(found.fitted))
+    fitted = fit_line(_of(found.fitted))
     kinds = [("held out", found.held_out)]
     if any(row.shape.images for row in found.held_out):
         kinds += [("of these text", [r for r in found.held_out if not r.shape.images])]

@@ -84,7 +84,9 @@ PHOTO_GRID: Final[tuple[tuple[int, int, float, bool], ...]] = (
 )
 
 
-def plan(length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, max_images: int = 4) -> list[GridShape]:
+def plan_shapes(
+    length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, max_images: int = 4
+) -> list[GridShape]:
     """The shapes of up to `length` tokens. Raises ValueError if that is too short.
 
     `cached`: the engine reports cached tokens. `tokens`: of one photo, by its side, if the engine accepts photos.
@@ -115,12 +117,12 @@ def min_length(context: int, tokens: Mapping[int, int]) -> int:
     return min(context, max(MIN_LENGTH_TOKENS, photos))
 
 
-def largest(length: int) -> GridShape:
+def largest_shape(length: int) -> GridShape:
     """The slowest shape of a plan."""
     return _shape(length, *LARGEST)
 
 
-def generating(length: int) -> GridShape:
+def generating_shape(length: int) -> GridShape:
     """A shape that generates and has almost no prompt."""
     return _shape(length, *GENERATING)
 
@@ -130,7 +132,7 @@ def shuffle_turn(shapes: list[GridShape], turn: int) -> list[GridShape]:
     return random.Random(turn).sample(shapes, len(shapes))
 
 
-def reference(context: int, part: float = 1.0) -> GridShape:
+def reference_shape(context: int, part: float = 1.0) -> GridShape:
     """The reference shape of one model unit, 3500 in and 300 out, or a part of it, limited to the context."""
     scale = part * min(1.0, 0.9 * context / 3800)
     return GridShape(max(1, int(3500 * scale)), 0, max(1, int(300 * scale)))
