@@ -105,11 +105,8 @@ async def _measure_photos(
 ) -> tuple[PromptTarget, int, str]:
     """(target with the encoder tokens of photos, maximum photos per request, why there are none)."""
     if not can_make_photos():
-        return (
-            target,
-            0,
-            "images are not measured: numpy and Pillow are missing; pip install 'inference-sidecar[images]'",
-        )
+        why = "numpy and Pillow are missing; pip install 'inference-sidecar[images]'"
+        return target, 0, f"images are not measured: {why}"
     try:
         prompt = [await _prompt_tokens(session, target, images=1, side=side) for side in PHOTO_SIDES_PX]
     except EngineRefused as e:

@@ -203,9 +203,7 @@ def build_report(
     gpus = hardware.gpus_of(settings.engine, settings.gpu)
     co = fit.fit([r.measured for r in fitted], choose_prior(settings, gpus))
     worth = fit.accuracy([r.measured for r in held_out], co)
-    in_flight = capacity_search.find_concurrency_at_slo(grid_plan.steps, settings.slo_seconds) * cost_model.mu(
-        grid_plan.steps[0].work, co
-    )
+    concurrency = capacity_search.find_concurrency_at_slo(grid_plan.steps, settings.slo_seconds)
     co = replace(
         co,
         source=describe_origin(hardware.text(settings.engine, gpus)),
@@ -217,7 +215,7 @@ def build_report(
         mape=round(worth.mape, 4),
         p90=round(worth.p90, 4),
         r2=round(worth.r2, 4),
-        mu_in_flight=round(in_flight, 4),
+        mu_in_flight=round(concurrency * cost_model.mu(grid_plan.steps[0].work, co), 4),
         slo_seconds=settings.slo_seconds,
     )
     named = json.dumps([identity(settings, engine), co.source, *(getattr(co, name) for name in cost_model.TERMS)])

@@ -49,22 +49,21 @@ def text(found: CalibrationReport, slo: float) -> str:
     """The report."""
     co = found.co
     noisy = "; the machine is busy with other work: measure again when it is idle"
-    return "\n".join(
-        [
-            *table(found),
-            "",
-            *held_out(found),
-            f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
-            f"coefficient of variation over the shapes {found.variation:.1%}",
-            f"turns of one shape differ by {found.spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
-            "the time, which is subtracted" + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
-            f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
-            "a generated token: "
-            + ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode),
-            f"1 MU = {cost_model.unit_ms(co):.1f} ms; "
-            + ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS),
-        ]
-    )
+    decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
+    terms = ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS)
+    lines = [
+        *table(found),
+        "",
+        *held_out(found),
+        f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
+        f"coefficient of variation over the shapes {found.variation:.1%}",
+        f"turns of one shape differ by {found.spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
+        "the time, which is subtracted" + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
+        f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
+        f"a generated token: {decode}",
+        f"1 MU = {cost_model.unit_ms(co):.1f} ms; {terms}",
+    ]
+    return "\n".join(lines)
 
 
 def held_out(found: CalibrationReport) -> list[str]:
@@ -90,17 +89,9 @@ def table(found: CalibrationReport) -> list[str]:
     for kept, group in (("", found.fitted), ("held out", found.held_out)):
         for row in sorted(group, key=lambda row: row.measured.ms):
             ms, predicted = row.measured.ms, cost_model.gpu_ms(row.measured.work, found.co)
-            rows.append(
-                (
-                    row.shape.name,
-                    f"{ms:.1f}",
-                    f"{predicted:.1f}",
-                    f"{predicted / ms - 1:+.0%}",
-                    f"±{row.spread / 2:.0%}",
-                    kept,
-                )
-            )
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+            error, spread = f"{predicted / ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
+            rows.append((row.shape.name, f"{ms:.1f}", f"{predicted:.1f}", error, spread, kept))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 

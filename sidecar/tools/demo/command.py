@@ -133,19 +133,13 @@ class Demo:
         stage, settings = self.stage, self.settings
         print(f"page:   {url(stage.admin)}/", flush=True)
         print(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
-        stall = (
-            f"; stalls ({settings.fault}) injected) after every {settings.stall_after:g} s of service"
-            if settings.stall_after
-            else ""
-        )
-        print(f"engine: scripted, behind the relay{stall}")
+        stall = f"; stalls ({settings.fault}) after every {settings.stall_after:g} s of service"
+        print(f"engine: scripted, behind the relay{stall if settings.stall_after else ''}")
         print(f"shortened settings: {processes.describe_quick_settings()}")
         for note in stage.notes:
             print(f"note:   {note}")
-        print(
-            f"The demo ends after {settings.seconds:g} s." if settings.seconds else "Press Ctrl-C to end.",
-            flush=True,
-        )
+        end = f"The demo ends after {settings.seconds:g} s." if settings.seconds else "Press Ctrl-C to end."
+        print(end, flush=True)
 
     async def run(self) -> list[str]:
         """Run to the end and print the summary. Returns the failures, a line each."""
@@ -281,11 +275,9 @@ class Demo:
             assert self._traffic
             tally = self._traffic.tally
             ok, others = tally.outcomes["ok"], sum(tally.outcomes.values()) - tally.outcomes["ok"]
-            mu = (
-                f"{load['mu']['in_flight']:.2f} MU in flight, {load['mu']['per_minute']:.0f} MU/min"
-                if load
-                else "no /load"
-            )
+            mu = "no /load"
+            if load:
+                mu = f"{load['mu']['in_flight']:.2f} MU in flight, {load['mu']['per_minute']:.0f} MU/min"
             self.log(f"{ok} requests ok, {others} not, {tally.open} in progress, {tally.pictures} images; {mu}")
 
     # --- the end ---
@@ -303,10 +295,8 @@ class Demo:
             print(f"  no stall was injected: one needs {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
         for line in failures:
             print(f"FAILED: {line}")
-        print(
-            "end" if failures else "all stalls detected, no false alarm" if self.card.stalls else "no false alarm",
-            flush=True,
-        )
+        praise = "all stalls detected, no false alarm" if self.card.stalls else "no false alarm"
+        print("end" if failures else praise, flush=True)
         return failures
 
 
@@ -315,13 +305,13 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
     """Stop the demo cleanly on Ctrl-C, SIGTERM and a closed terminal."""
     loop = asyncio.get_running_loop()
     which = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for settings in which:
-        loop.add_signal_handler(settings, stop.set)
+    for signal_number in which:
+        loop.add_signal_handler(signal_number, stop.set)
     try:
         yield
     finally:
-        for settings in which:
-            loop.remove_signal_handler(settings)
+        for signal_number in which:
+            loop.remove_signal_handler(signal_number)
 
 
 def _after(start: float, end: float | None) -> str:

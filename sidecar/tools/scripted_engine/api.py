@@ -115,15 +115,9 @@ class EngineApi:
         return web.json_response({"version": VERSION})
 
     async def models(self, _: web.Request) -> web.Response:
-        card = {
-            "id": self._parts.model,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "scripted",
-            "root": self._parts.model,
-            "parent": None,
-            "max_model_len": self._parts.capacity,
-        }
+        model = self._parts.model
+        card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "scripted", "root": model}
+        card |= {"parent": None, "max_model_len": self._parts.capacity}
         return web.json_response({"object": "list", "data": [card]})
 
     async def metrics(self, request: web.Request) -> web.Response:
@@ -255,7 +249,7 @@ class CompletionAnswer:
 
     def _events(self, seen: int, ready: int) -> bytes:
         """The events of the tokens from `seen` to `ready`; a chat starts with its role."""
-        first = b"" if self._opened else self._chunk([responses.opening(self._form)], 0)
+        first = b"" if self._opened else self._chunk([responses.opening()], 0)
         self._opened = True
         finish = self._completion.finish if ready >= self._completion.limit else None
         return first + self._chunk([responses.choice(self._form, self._words(ready - seen), finish)], ready)

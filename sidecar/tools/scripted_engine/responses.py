@@ -36,24 +36,15 @@ class AnswerForm:
     message: Callable[[str], dict[str, Any]]
 
 
+# Fields of a chat message that the scripted engine never sets.
+UNSET: Final = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning"))
 CHAT: Final = AnswerForm(
     "chatcmpl-",
     "chat.completion",
     "chat.completion.chunk",
     True,
     lambda text: {"delta": {"content": text}},
-    lambda text: {
-        "message": {
-            "role": "assistant",
-            "content": text,
-            "refusal": None,
-            "annotations": None,
-            "audio": None,
-            "function_call": None,
-            "tool_calls": [],
-            "reasoning": None,
-        }
-    },
+    lambda text: {"message": {"role": "assistant", "content": text, "tool_calls": [], **UNSET}},
 )
 COMPLETION: Final = AnswerForm(
     "cmpl-", "text_completion", "text_completion", False, lambda text: {"text": text}, lambda text: {"text": text}
@@ -87,7 +78,7 @@ def chunk(form: AnswerForm, id: str, created: int, model: str, choices: list[dic
     return event({"id": id, "object": form.chunk, "created": created, "model": model, "choices": choices, **more})
 
 
-def opening(form: AnswerForm) -> dict[str, Any]:
+def opening() -> dict[str, Any]:
     """The choice of the first chunk of a chat stream."""
     return {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
@@ -106,25 +97,10 @@ def whole(
     form: AnswerForm, id: str, created: int, completion: CompletionRequest, text: str, used: dict[str, Any]
 ) -> dict[str, Any]:
     """The response to a request that does not stream."""
-    made = {
-        "index": 0,
-        **form.message(text),
-        "logprobs": None,
-        "finish_reason": completion.finish,
-        "stop_reason": None,
-        "token_ids": None,
-    }
-    return {
-        "id": id,
-        "object": form.whole,
-        "created": created,
-        "model": completion.model,
-        "choices": [made],
-        "system_fingerprint": None,
-        "usage": used,
-        "prompt_logprobs": None,
-        "kv_transfer_params": None,
-    }
+    made = {"index": 0, **form.message(text), "logprobs": None, "finish_reason": completion.finish}
+    made |= {"stop_reason": None, "token_ids": None}
+    head = {"id": id, "object": form.whole, "created": created, "model": completion.model, "choices": [made]}
+    return head | {"system_fingerprint": None, "usage": used, "prompt_logprobs": None, "kv_transfer_params": None}
 
 
 def embedding(id: str, created: int, completion: CompletionRequest) -> dict[str, Any]:
@@ -133,16 +109,5 @@ def embedding(id: str, created: int, completion: CompletionRequest) -> dict[str,
     vector = [rng.uniform(-1, 1) for _ in range(EMBEDDING_SIZE)]
     packed = base64.b64encode(struct.pack(f"<{EMBEDDING_SIZE}f", *vector)).decode()
     data = {"index": 0, "object": "embedding", "embedding": packed if completion.base64_floats else vector}
-    return {
-        "id": id,
-        "object": "list",
-        "created": created,
-        "model": completion.model,
-        "data": [data],
-        "usage": {
-            "prompt_tokens": completion.prompt,
-            "total_tokens": completion.prompt,
-            "completion_tokens": 0,
-            "prompt_tokens_details": None,
-        },
-    }
+    used = usage(completion, 0, 0) | {"prompt_tokens_details": None}
+    return {"id": id, "object": "list", "created": created, "model": completion.model, "data": [data], "usage": used}

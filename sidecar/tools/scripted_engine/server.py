@@ -141,12 +141,10 @@ class ScriptedEngine:
         self._address = self._sock.getsockname()
         if self.settings.fault:
             self.faults.start(self.settings.fault)
-        settings = self.settings
+        settings, limits = self.settings, self.settings.limits()
         metrics = self._metrics = EngineMetrics(settings.served_model, settings.data_parallel, settings.kv_tokens)
-        limits = settings.limits()
-        self.cores = tuple(
-            EngineCore(i, limits, self.faults, metrics, self._activity) for i in range(settings.data_parallel)
-        )
+        ranks = range(settings.data_parallel)
+        self.cores = tuple(EngineCore(rank, limits, self.faults, metrics, self._activity) for rank in ranks)
         self._runner = web.AppRunner(
             application(self._parts(metrics)),
             handler_cancellation=True,
@@ -159,9 +157,8 @@ class ScriptedEngine:
         if self.settings.load_seconds:
             loop = asyncio.get_running_loop()
             self._loaded = loop.call_later(self.settings.load_seconds, self.faults.rebase, Behaviour())
-        self._tasks = [
-            asyncio.create_task(job) for job in (*(c.run() for c in self.cores), self._apply_process_faults())
-        ]
+        jobs = (*(core.run() for core in self.cores), self._apply_process_faults())
+        self._tasks = [asyncio.create_task(job) for job in jobs]
         return self
 
     async def __aexit__(
