@@ -28,7 +28,7 @@ SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
 Row = tuple[tuple[Any, ...], UsageSums]
 
 
-def seconds(span: str) -> int:
+def parse_span(span: str) -> int:
     """Parse a time such as 90m, 24h, 7d into seconds. Raises ValueError."""
     match = re.fullmatch(r"(\d{1,6})([mhd])", span)
     if not match:
@@ -37,7 +37,7 @@ def seconds(span: str) -> int:
 
 
 def span(value: str) -> str:
-    seconds(value)
+    parse_span(value)
     return value
 
 
@@ -72,7 +72,7 @@ class NoUsageRecords(SidecarError):
 def main(settings: UsageSettings) -> int:
     """Print the report. Returns 0. Raises NoUsageRecords."""
     path, until = Path(settings.state_dir) / USAGE_FILE, time.time() + 60
-    since, by = until - 60 - seconds(settings.since), tuple(filter(None, settings.by.split(",")))
+    since, by = until - 60 - parse_span(settings.since), tuple(filter(None, settings.by.split(",")))
     try:
         found = read(path, since, until, by)
         outcomes = read(path, since, until, ("outcome",))

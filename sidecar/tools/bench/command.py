@@ -65,7 +65,7 @@ class BenchSettings:
         64, integer(1, 10_000), "Requests open at a time; more are dropped", expected="a whole number from 1 to 10000"
     )
     timeout: float = flag(
-        60.0, number(0.1, 36_000), "Time after which a request counts as stalled", expected="seconds from 0.1 to 36000"
+        60.0, number(0.1, 36_000), "Time after which a request is stalled", expected="seconds from 0.1 to 36000"
     )
     slo_seconds: float = flag(
         10.0, number(0.05, 3600), "Latency that p95 is to keep", expected="seconds from 0.05 to 3600"

@@ -58,7 +58,7 @@ class CalibrateSettings:
         "", gpu, "The engine's GPUs; default: those of this machine", expected="a name such as H100 or 2xH100"
     )
     out: str = flag("coefficients.json", text, "File to write", expected="a path")
-    measurements: str = flag("", text, "File for all single measurements", expected="a path")
+    measurements: str = flag("", text, "File to keep every single measurement in", expected="a path")
     seconds: float = flag(480.0, number(5, 36_000), "Time to take", expected="seconds from 5 to 36000")
     concurrency: int = flag(
         0,

@@ -21,7 +21,7 @@ import aiohttp
 from sidecar.flags import address, flag, integer, number, one_of
 from sidecar.tools.demo import processes
 from sidecar.tools.demo.admin_client import AdminClient
-from sidecar.tools.demo.kubelet import Happening, Kubelet, KubeletEvent
+from sidecar.tools.demo.kubelet import EventKind, Kubelet, KubeletEvent
 from sidecar.tools.demo.processes import MODEL, DemoProcesses, url
 from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
 from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, load_pictures, make_pictures
@@ -31,7 +31,7 @@ PROGRESS_INTERVAL_S: Final = 5.0
 # No stall is injected when less time than this remains to detect it, kill the engine and recover.
 RECOVERY_ROOM_S: Final = 20.0
 # Faults of the engine that stop all its tokens.
-STALL_FAULTS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")
+STALLS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")
 
 
 def pictures_dir(value: str) -> str:
@@ -51,7 +51,7 @@ class DemoSettings:
         expected="seconds from 0 to 86400",
     )
     images: str = flag(
-        "", pictures_dir, "Directory of photographs to send; default: synthetic ones", expected="an existing directory"
+        "", pictures_dir, "Directory of photographs to send; default: made ones", expected="an existing directory"
     )
     listen: tuple[str, int] = flag(("127.0.0.1", 8080), address, "Where the relay listens", expected="HOST:PORT")
     admin: tuple[str, int] = flag(
@@ -64,12 +64,10 @@ class DemoSettings:
         expected="seconds from 0 to 86400",
     )
     fault: str = flag(
-        "freeze", one_of(*STALL_FAULTS), "Fault that stalls the engine", expected="one of " + ", ".join(STALL_FAULTS)
+        "freeze", one_of(*STALLS), "How the engine is made to stall", expected="one of " + ", ".join(STALLS)
     )
     rate: float = flag(4.0, number(0.1, 1000), "Requests per second, on average", expected="a number from 0.1 to 1000")
-    in_flight: int = flag(
-        32, integer(1, 10_000), "Maximum concurrent requests", expected="a whole number from 1 to 10000"
-    )
+    in_flight: int = flag(32, integer(1, 10_000), "Most requests under way", expected="a whole number from 1 to 10000")
     seed: int = flag(1, integer(0, 2**31), "Seed of the traffic", expected="a whole number from 0 to 2147483648")
 
 
@@ -95,7 +93,7 @@ async def _main(settings: DemoSettings) -> int:
 
 
 # The log line of each engine event; None: not logged. Start-up and readiness probes fail normally while it loads.
-ENGINE_LINES: Final[dict[Happening, str | None]] = {
+ENGINE_LINES: Final[dict[EventKind, str | None]] = {
     "started": "engine started (pid {event.pid}, restarts: {event.restarts})",
     "probe_failed": "{event.probe} probe failed {event.run}/{event.threshold}: {event.detail}",
     "probe_passed": None,

@@ -26,7 +26,7 @@ import aiohttp
 
 from sidecar.tools.demo.probe_policy import Backoff, Decision, HttpGet, Kind, Probe, ProbeSpec, Result
 
-Happening = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
+EventKind = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
 
 # kubelet's maxProbeRetries: an errored probe (not a failed one) is retried at once.
 MAX_PROBE_ATTEMPTS: Final = 3
@@ -53,7 +53,7 @@ class Container:
 class KubeletEvent:
     """An event as kubelet reports it. `run` of `threshold` results in a row for a probe."""
 
-    kind: Happening
+    kind: EventKind
     at: float
     pid: int
     restarts: int
@@ -111,7 +111,7 @@ class Kubelet:
     def _has_passed(self, kind: Kind) -> bool:
         return kind not in self._probes or self._probes[kind].value == "success"
 
-    def _report(self, kind: Happening, **more: object) -> None:
+    def _report(self, kind: EventKind, **more: object) -> None:
         self._on_event(replace(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
 
     def _report_readiness(self) -> None:

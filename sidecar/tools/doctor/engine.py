@@ -80,7 +80,7 @@ def _kind(met: ProbeAnswers, name: str, chosen: str) -> DoctorFinding:
             "engine-kind", "warn", f"chosen {chosen}, but it looks like {seen}", "leave --engine-kind at auto"
         )
     if name == "openai" and chosen == "auto":
-        text = "not recognised: its metrics are not read, silence is judged by its answers alone"
+        text = "not recognised: its metrics are not read, silence is judged by its responses alone"
         return DoctorFinding("engine-kind", "warn", text, "name it with --engine-kind, if it is one of those")
     return DoctorFinding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
 

@@ -44,7 +44,7 @@ _IMPORT_CODE: Final = (
 
 
 def coefficients(chosen: Settings) -> DoctorFinding:
-    """The coefficients file, or that there is none."""
+    """The coefficients file, if there is one."""
     try:
         co = preflight.coefficients(chosen)
     except (SidecarError, OSError) as e:
@@ -58,7 +58,7 @@ def coefficients(chosen: Settings) -> DoctorFinding:
 
 
 def state_dir(chosen: Settings) -> DoctorFinding:
-    """Whether the directory can be written, and whether its clock is ours: probes judge by the files' age."""
+    """Whether the directory is writable and its clock right: probes depend on the files' age."""
     new = not Path(chosen.state_dir).exists()
     try:
         state = StateDir(chosen.state_dir)
@@ -70,9 +70,9 @@ def state_dir(chosen: Settings) -> DoctorFinding:
         with contextlib.suppress(OSError):
             state.path.rmdir()
     if abs(skew) > VERDICT_STALE_S / 2:
-        text = f"file times there are {skew:+.0f} s off the clock, so probes by file age cannot work"
+        text = f"file times there are off by {skew:+.0f} s, so probes by file age cannot work"
         return DoctorFinding("state-dir", "fail", text, "use an emptyDir, not a network volume")
-    return DoctorFinding("state-dir", "ok", f"{chosen.state_dir} can be written")
+    return DoctorFinding("state-dir", "ok", f"{chosen.state_dir} is writable")
 
 
 def ports(chosen: Settings) -> DoctorFinding:
@@ -83,14 +83,14 @@ def ports(chosen: Settings) -> DoctorFinding:
         if chosen.orca_grpc:
             preflight.reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca").close()
     except SidecarError as e:
-        return DoctorFinding("ports", "fail", str(e), "or is the sidecar running already?")
+        return DoctorFinding("ports", "fail", str(e), "or is a sidecar already running?")
     return DoctorFinding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
 
 
 def limits(chosen: Settings) -> DoctorFinding:
-    """The file of the tenants' limits, or that there is none."""
+    """The file of tenant limits, if there is one."""
     if not chosen.tenant_limits:
-        return DoctorFinding("tenant-limits", "absent", "no --tenant-limits: any tenant may use all")
+        return DoctorFinding("tenant-limits", "absent", "no --tenant-limits: tenants are not limited")
     try:
         found = quota.read(chosen.tenant_limits)
     except SidecarError as e:
@@ -100,7 +100,7 @@ def limits(chosen: Settings) -> DoctorFinding:
 
 
 def tokenizer(chosen: Settings) -> DoctorFinding:
-    """Whether prompt tokens are counted, or estimated by a ratio."""
+    """Whether prompt tokens are counted or estimated."""
     if not chosen.model or not (Path(chosen.model) / counting.TOKENIZER_FILE).is_file():
         text = f"prompt tokens are estimated: no --model directory with a {counting.TOKENIZER_FILE}"
         return DoctorFinding("tokenizer", "absent", text)
@@ -133,7 +133,7 @@ def model(chosen: Settings) -> DoctorFinding:
 
 
 def images(chosen: Settings) -> DoctorFinding:
-    """Whether images can be prepared: the extra is there and loads."""
+    """Whether images can be prepared: the extra is installed and loads."""
     why = preflight.no_images(chosen)
     if why:
         asked = chosen.images in ("inline", "shm")
@@ -170,7 +170,7 @@ def images(chosen: Settings) -> DoctorFinding:
 
 
 def gpu(chosen: Settings) -> DoctorFinding:
-    """What NVML says."""
+    """The GPUs that NVML reports."""
     signal = GpuSignal()
     signal.start()
     until = time.monotonic() + NVML_TIMEOUT_S
@@ -180,12 +180,12 @@ def gpu(chosen: Settings) -> DoctorFinding:
     if isinstance(reading, Absent):
         return DoctorFinding("gpu", "absent", reading.reason)
     if isinstance(reading, Failed):
-        return DoctorFinding("gpu", "warn", reading.error, "the verdict does not need it; see the message")
+        return DoctorFinding("gpu", "warn", reading.error, "see the message; the verdict works without it")
     return DoctorFinding("gpu", "ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
 
 
 def cpu(chosen: Settings) -> DoctorFinding:
-    """The CPUs that we may use, and whether our own settings fit."""
+    """The usable CPUs, and whether the settings fit them."""
     usable, wanted = cpu_quota.quota(), max(chosen.workers, chosen.image_workers if chosen.images != "off" else 0)
     if wanted > usable:
         return DoctorFinding(
