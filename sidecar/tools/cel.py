@@ -31,46 +31,35 @@ class CelSettings:
 
 def main(settings: CelSettings) -> int:
     """Print the expression. Returns 0. Raises UsageError."""
-    coefficients = (
-        preflight.load_coefficients(settings.coefficients) if settings.coefficients else cost_model.Coefficients()
-    )
-    print(expression(coefficients))
+    file = settings.coefficients
+    print(expression(preflight.load_coefficients(file) if file else cost_model.Coefficients()))
     return 0
 
 
-def expression(coefficients: cost_model.Coefficients) -> str:
+def expression(co: cost_model.Coefficients) -> str:
     """Milli-MU as a rounded unsigned integer: `cost_model.mu` of the same tokens, except for images."""
-    scale = 1000 / cost_model.unit_ms(coefficients)
-    both = f"({INPUT_TOKENS} + {OUTPUT_TOKENS})"
+    scale = 1000 / cost_model.unit_ms(co)
+    before_input, before_cached = _preceding_tokens(INPUT_TOKENS, co), _preceding_tokens(CACHED_TOKENS, co)
+    before_end = _preceding_tokens(f"({INPUT_TOKENS} + {OUTPUT_TOKENS})", co)
     terms = (
-        (coefficients.k, ""),
-        (coefficients.a, f"({INPUT_TOKENS} - {CACHED_TOKENS})"),
-        (
-            coefficients.b,
-            f"({_preceding_tokens(INPUT_TOKENS, coefficients)} - {_preceding_tokens(CACHED_TOKENS, coefficients)})",
-        ),
-        (coefficients.d, OUTPUT_TOKENS),
-        (
-            coefficients.f,
-            f"({_preceding_tokens(both, coefficients)} - {_preceding_tokens(INPUT_TOKENS, coefficients)})",
-        ),
+        (co.a, f"({INPUT_TOKENS} - {CACHED_TOKENS})"),
+        (co.b, f"({before_input} - {before_cached})"),
+        (co.d, OUTPUT_TOKENS),
+        (co.f, f"({before_end} - {before_input})"),
     )
-    parts = [
-        f"{_format_double(value * scale)} * {what}" if what else _format_double(value * scale)
-        for value, what in terms
-        if value
-    ]
+    parts = [_format_double(co.k * scale)] if co.k else []
+    parts += [f"{_format_double(value * scale)} * {tokens}" for value, tokens in terms if value]
     return f"uint({' + '.join(parts)} + 0.5)"
 
 
-def _preceding_tokens(tokens: str, coefficients: cost_model.Coefficients) -> str:
+def _preceding_tokens(tokens: str, co: cost_model.Coefficients) -> str:
     """The sum, over the first `tokens`, of the tokens before each, as `cost_model.context` counts from 0."""
     whole = f"{tokens} * {tokens} / 2.0"
-    if coefficients.windowed <= 0:
+    if co.windowed <= 0:
         return f"({whole})"
-    window, share = _format_double(coefficients.window), _format_double(coefficients.windowed)
+    window, share = _format_double(co.window), _format_double(co.windowed)
     seen = f"({tokens} < {window} ? {whole} : {window} * ({tokens} - {window} / 2.0))"
-    return f"({_format_double(1 - coefficients.windowed)} * {whole} + {share} * {seen})"
+    return f"({_format_double(1 - co.windowed)} * {whole} + {share} * {seen})"
 
 
 def _format_double(value: float) -> str:
