@@ -1,5 +1,5 @@
 # docker build -t inference-sidecar:0.2.0 .
-#   --build-arg EXTRAS=diagnose      without torch: no image preparation, a far smaller image; EXTRAS= leaves py-spy away, too
+#   --build-arg EXTRAS=diagnose      without torch: no image preparation, a much smaller image; EXTRAS= also omits py-spy
 #   --build-arg PILLOW=pillow-simd   see docs/images.md, "Pillow-SIMD"
 #   --build-arg PYTHON=3.13
 ARG PYTHON=3.11
@@ -7,7 +7,7 @@ ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm AS build
 ARG EXTRAS=images,diagnose,orca,tokenizer
 ARG PILLOW=pillow
-# The compiler builds our kernel and, where it is chosen, Pillow-SIMD; it stays in this stage.
+# The compiler builds the kernel and, if selected, Pillow-SIMD; it stays in this stage.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libc6-dev libjpeg62-turbo-dev zlib1g-dev libwebp-dev libtiff-dev \
@@ -19,7 +19,7 @@ ENV VIRTUAL_ENV=/opt/sidecar UV_LINK_MODE=copy UV_NO_CACHE=1 PATH=/opt/sidecar/b
 COPY kernels kernels
 COPY sidecar sidecar
 RUN uv pip install --compile-bytecode -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
-# It is a drop-in for Pillow under another name, so it takes Pillow's place once everything else is there.
+# Pillow-SIMD is a drop-in for Pillow under another name, so it replaces Pillow once everything else is installed.
 RUN if [ "$PILLOW" != pillow ]; then \
       uv pip uninstall pillow && CC="gcc -mavx2" uv pip install --compile-bytecode --no-binary "$PILLOW" "$PILLOW"; \
     fi

@@ -1,7 +1,7 @@
 # make run | test | test-slow | check | matrix | test-vllm | sanitize | fuzz | bench | docs | clean
 #
-# Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else goes into .venv, pinned by
-# constraints.txt. An installation is repeated only when pyproject.toml or constraints.txt changes.
+# Needs GNU make, Python 3.11-3.13 with pip and venv, and C and C++ compilers for the kernel and a test. Everything else
+# is installed into .venv, pinned by constraints.txt, again only when pyproject.toml or constraints.txt changes.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -12,18 +12,18 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 PINS := pyproject.toml constraints.txt
-# Without bytecode on disk, each start of a test or a worker would compile torch's thousands of modules again.
+# Without bytecode on disk, every start of a test or a worker would compile torch's thousands of modules again.
 INSTALL := env -u PYTHONDONTWRITEBYTECODE $(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt
 
 .PHONY: help run test test-slow check matrix test-vllm sanitize fuzz bench docs constraints clean
 
-help: ## Say what there is
+help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-run: .venv/.installed ## The demo: scripted engine, traffic, a stall found and mended; ARGS="--seconds 60" ends it by itself
+run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its recovery; ARGS="--seconds 60" limits its duration
 	@exec $(BIN)/sidecar demo $(ARGS)
 
-test: check ## All checks, and all tests but those of the three targets below; ARGS go to pytest
+test: check ## All checks, and all tests except those of the next three targets; ARGS go to pytest
 	$(BIN)/pytest -m "not vllm and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types
@@ -32,42 +32,42 @@ check: .venv/.installed-test ## Format, lint, layers, types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test-slow: .venv/.installed-test ## Tests whose real time cannot be made shorter
+test-slow: .venv/.installed-test ## Tests that need minutes of real time
 	$(BIN)/pytest -m slow $(ARGS)
 
-matrix: .venv/.installed-test ## Every hang mode and every alarm beside the scripted engine; ends with what was found, as a table
+matrix: .venv/.installed-test ## Every hang mode and every alarm against the scripted engine; prints a table of the results
 	$(BIN)/pytest -v -m matrix tests/e2e/test_matrix.py $(ARGS)
 
-test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; makes its environment first (12 GB of disk, once)
+test-vllm: .venv/.installed-test ## Tests against a real vLLM on the CPU; installs it first (12 GB of disk, once)
 	$(BIN)/python tests/vllm/environment.py
 	$(BIN)/pytest tests/vllm -m vllm $(ARGS)
 
 sanitize: ## The compiled kernel under AddressSanitizer and UBSan over random sizes; ARGS="SECONDS SEED"
 	mkdir -p build
-	for level in -O1 -O3; do # -O3 is how it is shipped: some faults are the optimiser's to bring out
+	for level in -O1 -O3; do # -O3 is how it is shipped: some faults appear only when optimised
 		$(CXX) -std=c++17 $$level -g -Wall -Wextra -ffp-contract=off -fno-sanitize-recover=all \
 			-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero -DSIDECAR_LARGE=20000 \
 			-DSIDECAR_INSTEAD_OF_AVX512='"halves.hpp"' -Itests/images -Ikernels/csrc tests/images/sanitize.cpp -o build/sanitize
 		build/sanitize $(or $(ARGS),20)
 	done
 
-fuzz: .venv/.installed-test ## Search for bytes that headers, bodies and links do not withstand; ARGS=SECONDS for each, 60 if none
+fuzz: .venv/.installed-test ## Fuzz the parsers of headers, bodies and links; ARGS=SECONDS for each, default 60
 	$(INSTALL) -e ".[fuzz]"
 	for target in header body link; do
 		$(BIN)/python -m tests.fuzz $$target $(or $(ARGS),60)
 	done
 
 bench: .venv/.installed-test ## Every benchmark; ARGS="--write" keeps the results
-	for file in $$(grep -l __main__ benchmarks/*.py); do # the others are parts of these
+	for file in $$(grep -l __main__ benchmarks/*.py); do # the others are imported by these
 		[[ ! $$file =~ gpu|nvml ]] || command -v nvidia-smi > /dev/null || continue
 		echo "== $$file"
 		$(BIN)/python "$$file" $(ARGS)
 	done
 
-docs: .venv/.installed-test ## Write what is generated: tables of the documents, docs/verdict.md, deploy/kubernetes
+docs: .venv/.installed-test ## Regenerate the tables of the documents, docs/verdict.md, deploy/kubernetes
 	$(BIN)/python docs/generate.py
 
-constraints: .venv/.installed-test ## Upgrade everything and pin it in constraints.txt
+constraints: .venv/.installed-test ## Upgrade all packages and pin them in constraints.txt
 	$(BIN)/uv pip install --upgrade --python $(BIN)/python --compile-bytecode -e ".[images,diagnose,orca,tokenizer,test,fuzz,lint]"
 	{
 		grep '^#' constraints.txt

@@ -1,10 +1,11 @@
-"""`sidecar calibrate` against a real vLLM on this machine's CPU: what its coefficients are worth on shapes that were held out.
+"""`sidecar calibrate` against a real vLLM on this machine's CPU: the accuracy of its coefficients on held-out shapes.
 
-    python benchmarks/calibration.py [--kind text|vision] [--seconds N] [--write]       (the environment: `make test-vllm`)
+    python benchmarks/calibration.py [--kind text|vision] [--seconds N] [--write]    (environment: `make test-vllm`)
 
-A tiny model of random weights with 8192 tokens of context, the prefix cache on and reported. The worker runs in the core's process, as
-on one GPU (the CPU's default, a worker of its own, polls and takes a core from everybody). `--write` puts what calibrate printed, and a
-plot of predicted against measured costs of the held-out shapes, into benchmarks/results/. Run it on a machine that does nothing else.
+A tiny model of random weights with 8192 tokens of context, the prefix cache on and reported. The worker runs in the
+core's process, as on one GPU; the CPU's default, a separate worker, polls and occupies a core. `--write` puts the
+output of calibrate, and a plot of predicted against measured costs of the held-out shapes, into benchmarks/results/.
+Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ from tests.vllm import environment, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = (
-    "--max-model-len", "8192", "--enable-prefix-caching", "--enable-prompt-tokens-details",
-    "--distributed-executor-backend", "uni",
-)  # fmt: skip
-ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # vLLM refuses "uni" on a CPU unless this is said
+    "--max-model-len",
+    "8192",
+    "--enable-prefix-caching",
+    "--enable-prompt-tokens-details",
+    "--distributed-executor-backend",
+    "uni",
+)
+ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # without this, vLLM refuses "uni" on a CPU
 RESULTS = Path(__file__).parent / "results"
 SIDE, EDGE = 420, 60  # of the plot, pixels
 
@@ -66,30 +71,42 @@ def main() -> None:
 
 
 def calibrated(kind: str, seconds: float, folder: Path) -> tuple[str, float]:
-    """What `sidecar calibrate` printed beside a vLLM of its own, and the seconds that it took. Its files are in `folder`."""
+    """Run `sidecar calibrate` against a new vLLM. Returns its output and duration; its files are in `folder`."""
     model = folder / "model"
     make = [str(environment.python()), str(ROOT / "tests/vllm/tiny_models.py"), kind, str(model)]
     subprocess.run(make, check=True, env=os.environ | processes.ENGINE_ENV, timeout=120)
     with processes.engine(model, folder / "engine.log", environ=ENVIRON, more=FLAGS) as engine:
         command = [
-            sys.executable, "-m", "sidecar", "calibrate", "--engine", engine.url, "--model", str(model), "--out",
-            str(folder / "co.json"), "--measurements", str(folder / "all.jsonl"), "--seconds", str(seconds),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "sidecar",
+            "calibrate",
+            "--engine",
+            engine.url,
+            "--model",
+            str(model),
+            "--out",
+            str(folder / "co.json"),
+            "--measurements",
+            str(folder / "all.jsonl"),
+            "--seconds",
+            str(seconds),
+        ]
         started = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.rpartition("written: ")[0], time.monotonic() - started
 
 
 def measured(path: Path) -> list[FitRow]:
-    """The shapes of a file of measurements, each over all turns."""
+    """The shapes in a file of measurements, each over all turns."""
     _, done = read(path.read_text())
-    return fit.merged((shape, entry.measured) for (shape, _), entry in done.items())
+    return fit.merge_turns((shape, entry.measured) for (shape, _), entry in done.items())
 
 
 def plot(rows: Sequence[FitRow], co: cost_model.Coefficients, title: str) -> str:
-    """An SVG: measured cost across, predicted cost up, both logarithmic; dots are held-out shapes, crosses an alpha-beta line's."""
+    """An SVG of measured (x) against predicted (y) costs of held-out shapes: dots; crosses for an alpha-beta line."""
     held = [row.measured for row in rows if row.shape.held_out]
-    line = fit.line([row.measured for row in rows if not row.shape.held_out])
+    line = fit.fit_line([row.measured for row in rows if not row.shape.held_out])
     low, high = min(m.ms for m in held) / 2, max(m.ms for m in held) * 2
 
     def at(ms: float) -> float:
@@ -102,7 +119,8 @@ def plot(rows: Sequence[FitRow], co: cost_model.Coefficients, title: str) -> str
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIDE + 2 * EDGE + 20}" height="{SIDE + 2 * EDGE}" '
         'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>',
         f'<text x="{EDGE}" y="20" font-weight="bold">{escape(title)}</text>',
-        f'<text x="{EDGE}" y="36" fill="#555">held-out shapes: dots the cost model, crosses an alpha-beta line (outside: on the edge); band 25 %</text>',
+        f'<text x="{EDGE}" y="36" fill="#555">held-out shapes: dots the cost model, crosses an alpha-beta line '
+        "(outside: on the edge); band 25 %</text>",
         f'<clipPath id="frame"><path d="M0 0H{SIDE}V{SIDE}H0Z"/></clipPath>',
         f'<g transform="translate({EDGE},{EDGE + SIDE}) scale(1,-1)">',
         f'<polygon points="{_band(at, low, high)}" fill="#1b6ca8" fill-opacity="0.12" clip-path="url(#frame)"/>',

@@ -1,9 +1,9 @@
-"""How soon coefficients that no longer hold are told, how often ones that do are doubted, and what the re-fit is worth: simulated.
+"""Drift detection, simulated: time to detection, rate of false alarms, and the accuracy of the re-fit.
 
     python benchmarks/drift.py [--histories 40] [--windows 3000] [--write]
 
-The engine is synthetic, with costs that are known: mixed load (1 to 40 decoding together, images, cached prompts), log-normal noise of a
-window, a part of d per step and the rest per token. The production windows' judge and re-fit are inside.
+The engine is synthetic with known costs: mixed load (1 to 40 decoding together, images, cached prompts), log-normal
+noise per window, a part of d per step and the rest per token. Detector and re-fit are production code.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def alarms(histories: int, length: int) -> Iterator[str]:
-    """False alarms of `length` windows, and when a slowdown is found; a line for each noise."""
+    """False alarms in `length` windows, and the time to detect a slowdown; a line for each noise level."""
     yield "noise  false alarms/100 h of work   found after, windows of 10 s: median / 90th / missed in 60"
     for noise in (0.05, 0.15, 0.3):
         false = [
@@ -72,7 +72,7 @@ def alarms(histories: int, length: int) -> Iterator[str]:
 
 
 def refits(histories: int) -> Iterator[str]:
-    """What the re-fit is worth after 300 windows, by where it began."""
+    """The error of the re-fit after 300 windows, by its prior."""
     yield "re-fit after 300 windows at 10 % noise: price of one MU against the true one, by where it began"
     for name, prior in (("default", Coefficients(batch=8)), ("a half, d double", replace(TRUE, a=0.1, d=6.0))):
         off = []

@@ -1,12 +1,13 @@
-"""How well output lengths are foretold on real traces: the estimator of the relay against the decayed mean that it had before.
+"""Prediction of output lengths on real traces: the relay's estimator against the decayed mean that it replaced.
 
     .venv/bin/python benchmarks/estimates.py [--traces DIR] [--write]
 
-Each request of a trace is estimated when it arrives and taught when it ends (half a second and 30 ms a token later). Printed are the
-mean absolute error and the mean error of the expected output tokens, the share of answers within the 90th percentile (what a limit
-reserves) and within the 80 % interval, and the pinball loss of that percentile (less is better; a percentile can be covered by being
-useless). A second table is of the stock: every 10 s, the output tokens that the open requests are still to bring, summed, as the ledger
-has them and as they then came; beside it the same by the decayed mean less what was delivered, as it was before.
+Each request is estimated on arrival and learned when it ends (half a second and 30 ms per token later). The first table
+has mean absolute error and mean error of the expected output tokens, the share of answers within the 90th percentile
+(what a limit reserves) and within the 80 % interval, and the pinball loss of that percentile (lower is better; a
+useless percentile can still be covered). The second table is about the requests in flight: every 10 s, the sum of their
+remaining output tokens, as the ledger estimates it and as it turned out, and the same for the decayed mean minus
+delivered tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Score:
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     before: list[float] = field(default_factory=list)
-    tails: list[float] = field(default_factory=list)  # what was still to come at the estimate, less what was said
+    tails: list[float] = field(default_factory=list)  # remaining tokens beyond the estimate: estimated less actual
 
     def row(self, name: str) -> tuple[str, ...]:
         """One line of the table."""
@@ -60,15 +61,21 @@ class Score:
         within = [low <= a <= high for a, low, high in zip(self.actual, self.low, self.high, strict=True)]
         over = [a - high for a, high in zip(self.actual, self.high, strict=True)]
         return (
-            name, str(len(pairs)), f"{fmean(self.actual):.0f}", f"{fmean(abs(a - e) for a, e in pairs):.1f}",
+            name,
+            str(len(pairs)),
+            f"{fmean(self.actual):.0f}",
+            f"{fmean(abs(a - e) for a, e in pairs):.1f}",
             f"{fmean(abs(a - b) for a, b in zip(self.actual, self.before, strict=True)):.1f}",
-            f"{fmean(e - a for a, e in pairs):+.1f}", f"{fmean(x <= 0 for x in over):.1%}", f"{fmean(within):.1%}",
-            f"{fmean(max(0.9 * x, -0.1 * x) for x in over):.1f}", f"{fmean(self.tails):+.1f}",
-        )  # fmt: skip
+            f"{fmean(e - a for a, e in pairs):+.1f}",
+            f"{fmean(x <= 0 for x in over):.1%}",
+            f"{fmean(within):.1%}",
+            f"{fmean(max(0.9 * x, -0.1 * x) for x in over):.1f}",
+            f"{fmean(self.tails):+.1f}",
+        )
 
 
 def arrivals(trace: Trace) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Each arrival's (prompt, output), and the same of what ended since the last one."""
+    """Each arrival's (prompt, output), and the same of the requests that ended since the last one."""
     open_: list[tuple[float, int, int]] = []
     for request in trace:
         ended = []
@@ -80,7 +87,7 @@ def arrivals(trace: Trace) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
 
 
 def score(trace: Trace) -> Score:
-    """The estimator through one trace."""
+    """Run the estimator on one trace."""
     estimator, mean, result = Estimator(cost_model.Coefficients()), MEAN_START, Score()
     for prompt, output, ended in arrivals(trace):
         for p, o in ended:
@@ -98,13 +105,13 @@ def score(trace: Trace) -> Score:
     return result
 
 
-EVERY = 10.0  # seconds between looks at the stock
+STOCK_INTERVAL_S = 10.0
 STOCK = ("trace", "open", "tokens to come", "error", "error of mean", "absolute error", "absolute error of mean")
 
 
 @dataclass
 class Open:
-    """One request under way; `mean` is what the decayed mean said of it."""
+    """One open request; `mean` is its estimate by the decayed mean."""
 
     begin: float
     output: int
@@ -116,7 +123,7 @@ class Open:
         return self.begin + FIRST_TOKEN + PER_TOKEN * self.output
 
     def left(self, now: float) -> tuple[float, float, float]:
-        """Tokens still to come: in truth, by the ledger, by the mean."""
+        """Remaining tokens: actual, by the ledger, by the mean."""
         came = min(self.output, max(0, int((now - self.begin - FIRST_TOKEN) / PER_TOKEN)))
         self.hold.delivered = came
         return self.output - came, remaining_tokens(self.hold), max(self.mean - came, 0)
@@ -124,7 +131,7 @@ class Open:
 
 def stock(name: str, trace: Trace) -> tuple[str, ...]:
     """One line of the second table."""
-    estimator, mean, due = Estimator(cost_model.Coefficients()), MEAN_START, EVERY
+    estimator, mean, due = Estimator(cost_model.Coefficients()), MEAN_START, STOCK_INTERVAL_S
     open_: list[Open] = []
     counts, sums = [], []
     for number, request in enumerate(trace):
@@ -133,17 +140,17 @@ def stock(name: str, trace: Trace) -> tuple[str, ...]:
             if there:
                 counts.append(len(there))
                 sums.append([sum(column) for column in zip(*there, strict=True)])
-            due += EVERY
+            due += STOCK_INTERVAL_S
         for one in sorted((one for one in open_ if one.end <= request.at), key=lambda one: one.end):
             prompt = one.hold.admitted.expected.uncached
             estimator.learn("t", RequestShape("m", token_ids=prompt), Usage(prompt, one.output))
             mean += MEAN_WEIGHT * (one.output - mean)
         open_ = [one for one in open_ if one.end > request.at]
         estimate = estimator.estimate("t", RequestShape("m", stream=True, token_ids=request.prompt), [])
-        fact = Admitted(
+        event = Admitted(
             str(number), request.at, "t", "m", "chat", True, estimate.work, None, estimate.mu, None, estimate.tail
         )
-        open_.append(Open(request.at, request.output, AdmissionHold(fact, "t", "m", request.at), mean))
+        open_.append(Open(request.at, request.output, AdmissionHold(event, "t", "m", request.at), mean))
     true = fmean(row[0] for row in sums)
     off = [[row[n] - row[0] for row in sums] for n in (1, 2)]
     mean_errors = (f"{fmean(column) / true:+.1%}" for column in off)
@@ -154,14 +161,16 @@ def stock(name: str, trace: Trace) -> tuple[str, ...]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traces", type=Path, help="folder of real traces; without it a synthetic one")
+    parser.add_argument("--traces", type=Path, help="folder of real traces; default: a synthetic one")
     parser.add_argument("--write", action="store_true")
     chosen = parser.parse_args()
     traces = load(chosen.traces)
-    text = "\n\n".join((
-        _table(COLUMNS, [score(trace).row(name) for name, trace in traces.items()]),
-        _table(STOCK, [stock(name, trace) for name, trace in traces.items()]),
-    ))  # fmt: skip
+    text = "\n\n".join(
+        (
+            _table(COLUMNS, [score(trace).row(name) for name, trace in traces.items()]),
+            _table(STOCK, [stock(name, trace) for name, trace in traces.items()]),
+        )
+    )
     print(text)
     if chosen.write:
         folder = Path(__file__).parent / "results"

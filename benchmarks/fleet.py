@@ -1,10 +1,12 @@
-"""Fleet replay: real traces over simulated replicas; routing and autoscaling with the production ledger, estimator and prices.
+"""Fleet replay: real traces on simulated replicas; routing and autoscaling with the production ledger and prices.
 
-    python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--only HALF] [--traces DIR] [--processes N] [--quick] [--write]
+    python benchmarks/fleet.py [--replicas N] [--seed N] [--seeds N] [--trace NAME] [--only HALF] [--traces DIR]
+                               [--processes N] [--quick] [--write]
 
-Simulated, not measured. The engines are benchmarks/replay/engine.py, which the cost model does not know; its coefficients come from
-`sidecar.tools.calibrate`'s fit. Prints p99 of the time to first token, SLO attainment and GPU hours; `--write` puts the tables and two plots into
-benchmarks/results/. Progress goes to stderr. Without the traces it says so and ends with 0.
+Simulated, not measured. The cost model does not know the formulas of the engines (benchmarks/replay/engine.py); its
+coefficients come from the fit of `sidecar.tools.calibrate`. Prints p99 of the time to first token, SLO attainment and
+GPU hours; `--write` puts the tables and two plots into benchmarks/results/. Progress goes to stderr. Without the traces
+it is skipped.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def parsed() -> argparse.Namespace:
 
 
 def results(args: argparse.Namespace, work: list[jobs.Job]) -> Iterator[Routed | Scaled]:
-    """All jobs' results, in order."""
+    """All results, in the order of the jobs."""
     if args.processes == 1:
         found: Iterator[Routed | Scaled] = (jobs.run(job, args.traces) for job in work)
         yield from shown(found, len(work))
@@ -76,7 +78,7 @@ def results(args: argparse.Namespace, work: list[jobs.Job]) -> Iterator[Routed |
 
 
 def shown(found: Iterator[Routed | Scaled], count: int) -> Iterator[Routed | Scaled]:
-    """The results, with a line of progress each tenth."""
+    """The results, with a line of progress every tenth."""
     for done, result in enumerate(found, 1):
         if done % max(1, count // 10) == 0:
             print(f"{done}/{count} runs", file=sys.stderr)

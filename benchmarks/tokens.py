@@ -1,11 +1,11 @@
-"""What counting a prompt's tokens costs and gains: the relay's counter against the ratio that it learns, on real texts.
+"""Cost and benefit of counting prompt tokens: the relay's counter against its learned ratio, on real texts.
 
     .venv/bin/python benchmarks/tokens.py --tokenizer DIR --texts DIR [--texts DIR ...] [--longest 60000]
 
-DIR of the tokenizer holds a tokenizer.json. Every file of 200 characters and more below the folders of texts (.md .txt .py .js .json .html)
-is a prompt, in an order that a fixed seed gives. Printed are, by length: the median and 90th percentile of the wait for a count (milliseconds;
-the deadline is lifted, so that all are seen, and the share that would have been late is given), and the error of the count and of the
-learned ratio against the number of tokens that there are.
+The tokenizer's DIR contains a tokenizer.json. Every file of at least 200 characters below the folders of texts (.md
+.txt .py .js .json .html) is a prompt, in an order from a fixed seed. By length, it prints median and 90th percentile of
+the wait for a count in milliseconds (without the timeout, plus the share that would have missed it), and the errors of
+the count and of the learned ratio.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from sidecar.relay.pricing import tokenizer
 
 KINDS = (".md", ".txt", ".py", ".js", ".json", ".html")
 LENGTHS = ((200, 1000), (1000, 4096), (4096, 16_000), (16_000, 1 << 30))  # characters
-Row = tuple[
-    int, float, float, float, float
-]  # characters, milliseconds, those of CPU, error of the count, error of the ratio
+# Characters, milliseconds, CPU milliseconds, error of the count, error of the ratio.
+Row = tuple[int, float, float, float, float]
 
 
 def texts(folders: list[Path], most: int, longest: int) -> list[str]:
@@ -68,7 +67,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=2000)
     parser.add_argument("--longest", type=int, default=60_000)
     parser.add_argument(
-        "--write", action="store_true", help="taken by all benchmarks; here nothing is kept, as it depends on the texts"
+        "--write",
+        action="store_true",
+        help="accepted by all benchmarks; here nothing is written, because the results depend on the texts",
     )
     chosen = parser.parse_args()
     if not chosen.tokenizer or not chosen.texts:

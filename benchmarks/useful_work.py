@@ -1,10 +1,10 @@
-"""The useful-work matrix on the scripted engine, beside the reference: `sidecar bench` with 512 tokens in and 128 out.
+"""The useful-work matrix on the scripted engine next to the reference: `sidecar bench` with 512 tokens in, 128 out.
 
     python benchmarks/useful_work.py [--seconds N] [--dollars N] [--write]
 
-The engine is simulated (20,000 prefill tokens a second, 10 ms a decode step, 64 sequences), its time is real: about five minutes in all.
-Compare the shape, not the seconds: the reference ran on other hardware, for six minutes a row. `--write` puts the table and a plot into
-benchmarks/results/.
+The engine is simulated (20,000 prefill tokens per second, 10 ms per decode step, 64 sequences) in real time: about five
+minutes in total. Compare ratios, not seconds: the reference ran on other hardware, for six minutes per row. `--write`
+puts the table and a plot into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -52,18 +52,19 @@ def main() -> None:
 
 
 async def measure(seconds: float, dollars: float, rows: list[BenchRow]) -> None:
-    """All four runs against an engine of our own."""
+    """All four runs against a scripted engine."""
     chosen = BenchSettings(seconds=seconds, dollars_per_gpu_hour=dollars)
     async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0))) as engine:
         await bench(replace(chosen, engine=engine.url), rows)
 
 
 def page(rows: list[BenchRow], seconds: float, dollars: float) -> str:
-    """The matrix beside the reference."""
+    """The matrix next to the reference."""
     lines = [
         f"# Useful work on the scripted engine: 512 in, 128 out, {seconds:g} s a run, ${dollars:g} per GPU hour",
         "",
-        "| profile | asked | completed | dropped | stalled | p50, s | p95, s | p99, s | first token p95, s | SLO | $ / 1k completed | $ / 1M tokens |",
+        "| profile | asked | completed | dropped | stalled | p50, s | p95, s | p99, s "
+        "| first token p95, s | SLO | $ / 1k completed | $ / 1M tokens |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(ours(r) for r in rows),
         "",
@@ -78,13 +79,15 @@ def ours(r: BenchRow) -> str:
     """One row of this run."""
     of = report.number
     return (
-        f"| {r.profile} | {r.requests} | {r.completed} | {r.dropped} | {r.stalled} | {of(r.p50, 2)} | {of(r.p95, 2)} | {of(r.p99, 2)} "
-        f"| {of(r.first_p95, 2)} | {'pass' if r.slo_kept else 'miss'} | {of(r.dollars_per_1k_completed, 4)} | {of(r.dollars_per_1m_tokens, 3)} |"
+        f"| {r.profile} | {r.requests} | {r.completed} | {r.dropped} | {r.stalled} "
+        f"| {of(r.p50, 2)} | {of(r.p95, 2)} | {of(r.p99, 2)} | {of(r.first_p95, 2)} "
+        f"| {'pass' if r.slo_kept else 'miss'} "
+        f"| {of(r.dollars_per_1k_completed, 4)} | {of(r.dollars_per_1m_tokens, 3)} |"
     )
 
 
 def theirs(r: BenchRow) -> str:
-    """One row of the reference, with our share of completed requests beside its own."""
+    """One row of the reference, with both shares of completed requests."""
     completed, dropped, p95, dollars, slo = REFERENCE[r.profile]
     share, here = completed / (completed + dropped), r.completed / r.requests
     return f"| {r.profile} | {completed} | {share:.0%} | {here:.0%} | {dropped} | {p95:g} | {slo} | {dollars:.4f} |"

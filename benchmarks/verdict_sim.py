@@ -1,13 +1,13 @@
-"""The verdict simulator: the production progress and verdict code against hangs and alarms, beside the field's detectors.
+"""The verdict simulator: production progress and verdict code, and the field's detectors, against hangs and alarms.
 
-    python benchmarks/verdict_sim.py [--weeks N] [--trials N] [--seed N] [--processes N] [--traces DIR] [--quick] [--write]
-    python benchmarks/verdict_sim.py --weeks 10000 --keep FILE   # what is done is kept in FILE; the same command goes on there
-    python benchmarks/verdict_sim.py --only-week SEED:NUMBER     # one week again, with all that it found
+    python benchmarks/verdict_sim.py [--weeks N] [--trials N] [--seed N] [--processes N] [--traces DIR] [--quick]
+    [--write] python benchmarks/verdict_sim.py --weeks 10000 --keep FILE   # keeps results in FILE; the same command
+    resumes there python benchmarks/verdict_sim.py --only-week SEED:NUMBER     # one week again, with all its findings
 
-Simulated, not measured: an engine model under a simulated clock (benchmarks/sim/engine.py) drives `sidecar.control.state.ControlState` itself.
-Prints how many hangs each detector finds and when (p50 / p99 seconds), with which reason, and how many healthy engines each would
-have killed. What an engine-week contains stands in benchmarks/sim/weeks.py. `--write` puts the tables and a plot into
-benchmarks/results/. Progress and the time that is left go to stderr.
+Simulated, not measured: an engine model under a simulated clock (benchmarks/sim/engine.py) drives
+`sidecar.control.state.ControlState`. Prints how many hangs each detector finds, when (p50 / p99 seconds) and with which
+reason, and how many healthy engines each would have killed. benchmarks/sim/weeks.py describes an engine-week. `--write`
+puts the tables and a plot into benchmarks/results/. Progress and remaining time go to stderr.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ HERE = Path(__file__).resolve().parent
 TRACES = HERE.parent.parent / "shared" / "traces"
 CO = Coefficients()
 BATCH = 10  # weeks of one job
-Result = tuple[Tally, list[modes.Trial], list[modes.Trial], float]  # trials, those at sites that tell less, CPU seconds
+Result = tuple[
+    Tally, list[modes.Trial], list[modes.Trial], float
+]  # trials, those at sites with less telemetry, CPU seconds
 
 
 def main() -> None:
@@ -80,9 +82,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument(
-        "--keep", type=Path, default=None, metavar="FILE", help="go on from, and add to, what is kept there"
-    )
+    parser.add_argument("--keep", type=Path, default=None, metavar="FILE", help="resume from this file, and add to it")
     parser.add_argument("--only-week", default="", metavar="SEED:NUMBER")
     args = parser.parse_args()
     if args.quick:
@@ -109,7 +109,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
 
 
 def results(args: argparse.Namespace, work: list[Job]) -> Iterator[Result]:
-    """All jobs' results: first what is kept, then the rest as it comes, in order."""
+    """All results: first those in the file, then the rest in order."""
     kept = Kept(args.keep, HERE)
     yield from (kept.done[each] for each in work if each in kept.done)
     rest = [each for each in work if each not in kept.done]
@@ -124,8 +124,10 @@ def results(args: argparse.Namespace, work: list[Job]) -> Iterator[Result]:
 
 
 def job(kind: str, seed: str, first: int, count: int, folder: Path) -> Result:
-    """Some weeks, or one trial of each mode under each of its loads: at sites that tell all, and while decoding at sites that do
-    not. Deterministic in its arguments but for the CPU seconds."""
+    """Some weeks, or one trial of each mode under each of its loads, plus decoding at sites with less telemetry.
+
+    Deterministic in its arguments, except for the CPU seconds.
+    """
     tally, began = Tally(), time.process_time()
     if kind == "week":
         for n in range(first, first + count):
@@ -152,22 +154,30 @@ def page(
 ) -> str:
     """All tables."""
     names = ", ".join(sorted(loaded(args.traces)))
-    alarms = "Kills of a healthy engine. Ours count from the first tick of a failing liveness, theirs from the last of their failing probes."
-    return "\n\n".join((
-        f"# Progress verdicts, simulated, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
-        f"Simulated, not measured. Seed {args.seed}, traces: {names}; {spent[0]:.0f} s ({spent[1]:.0f} s of CPU) on {args.processes} process(es).",
-        report.coverage(tally),
-        "## Both axes, in the terms of Chen, Toueg and Aguilera (2002)\n\n" + report.quality(tally, trials),
-        "## Whole-engine hangs: found/all, then p50 / p99 seconds to the first failing check\n\n"
-        + report.summary(trials) + "\n\n" + report.right(trials),
-        "## Long prefills: detection against the prefill that was outstanding\n\n" + report.long_prefills(trials),
-        "## Hangs of a part, of one request, of a start-up\n\n" + report.parts(trials),
-        "## The whole engine again, decoding, at sites without a metrics page and with half the answers in one piece\n\n"
-        + report.summary(poor),
-        "## Healthy engines: what each alarm did\n\n" + alarms + "\n\n" + report.alarms(tally),
-        "## Every hang mode: found/all, then p50 / p99 seconds\n\n" + report.detection(trials),
-        "## The first false kills of each alarm\n\n" + report.findings(tally),
-    ))  # fmt: skip
+    alarms = (
+        "Kills of a healthy engine. Ours count from the first tick of a failing liveness, theirs from the last of "
+        "their failing probes."
+    )
+    return "\n\n".join(
+        (
+            f"# Progress verdicts, simulated, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+            f"Simulated, not measured. Seed {args.seed}, traces: {names}; {spent[0]:.0f} s ({spent[1]:.0f} s of CPU) "
+            f"on {args.processes} process(es).",
+            report.coverage(tally),
+            "## Both axes, in the terms of Chen, Toueg and Aguilera (2002)\n\n" + report.quality(tally, trials),
+            "## Whole-engine hangs: found/all, then p50 / p99 seconds to the first failing check\n\n"
+            + report.summary(trials)
+            + "\n\n"
+            + report.right(trials),
+            "## Long prefills: detection against the prefill that was outstanding\n\n" + report.long_prefills(trials),
+            "## Hangs of a part, of one request, of a start-up\n\n" + report.parts(trials),
+            "## The whole engine again, decoding, without a metrics page and with half the answers in one piece\n\n"
+            + report.summary(poor),
+            "## Healthy engines: what each alarm did\n\n" + alarms + "\n\n" + report.alarms(tally),
+            "## Every hang mode: found/all, then p50 / p99 seconds\n\n" + report.detection(trials),
+            "## The first false kills of each alarm\n\n" + report.findings(tally),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def calibration_tables() -> str:
             shapes = f"{kind} model" if name == "held out" else f"its {name.removeprefix('of these ')} alone"
             row = (shapes, f"{mape} % / {p90} %", f"{line} % / {line_p90} %", met if name == "held out" else "")
             errors.append(row)
-        varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|core in) ([\d.]+)%", text))
+        varies, apart, waited = (float(n) for n in re.findall(r"(?:shapes|lie|differ by|core in) ([\d.]+)%", text))
         seconds, date, took = re.findall(r"--seconds (\S+)`, (\S+); (\d+) s", text)[0]
         (unit,) = re.findall(r"1 MU = ([\d.]+)", text)
         met = "met" if varies <= 10 else "missed"

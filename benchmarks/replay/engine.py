@@ -1,12 +1,14 @@
-"""The truth that the routers do not see: a continuous-batching engine, step by step, on hardware with a roofline.
+"""The ground truth hidden from the routers: a continuous-batching engine, step by step, on hardware with a roofline.
 
-It is not the cost model under another name. A step lasts as long as the slower of its arithmetic and its memory traffic: the weights are
-read once for the whole batch, so that a token costs less in a large batch, and a chunk of prefill hides the decoding beside it; each
-sequence costs the host some time; steps are noisy, and some are held up. Prompts are prefilled in chunks that share a budget with the
-decoding; prefixes that are in the cache cost nothing; when the KV cache is full the youngest sequence is preempted and computed anew.
-A price per token, per pair of tokens and per request, as in `sidecar.load.cost_model`, knows none of that.
+It is not the cost model under another name, whose prices per token, per pair of tokens and per request know none of
+this:
+- A step lasts as long as the slower of arithmetic and memory traffic. The weights are read once per batch, so a token
+  costs less in a large batch, and a prefill chunk hides the decoding in the same step.
+- Each sequence costs the host some time. Steps are noisy, and some are delayed.
+- Prompts are prefilled in chunks that share a budget with decoding. Cached prefixes cost nothing.
+- When the KV cache is full, the youngest sequence is preempted and recomputed.
 
-Steps that only decode are taken together until the next end, arrival or lack of room: their lengths form an arithmetic series.
+Consecutive steps that only decode are computed together: their durations form an arithmetic series.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ MAX_RUNNING = 256
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Seconds, per token or byte as named. Defaults: an 8B model in bf16 on an H100 (990 TFLOP/s, half of them reached; 3.35 TB/s, 70 %)."""
+    """Seconds. Defaults: an 8B model in bf16 on an H100 (50 % of 990 TFLOP/s; 70 % of 3.35 TB/s)."""
 
     weights: float = 16e9 / 2.3e12  # reading all weights once
     token: float = 16e9 / 495e12  # arithmetic of one token
@@ -35,7 +37,7 @@ class Hardware:
     host: float = 0.00002  # a running sequence's share of scheduling and sampling
     kv_tokens: int = 440_000  # 58 GB
     noise: float = 0.08  # of one step: spread of its logarithm
-    hiccup: tuple[float, float, float] = (1 / 2000, 0.05, 0.3)  # how often a step is held up, and for how long
+    hiccup: tuple[float, float, float] = (1 / 2000, 0.05, 0.3)  # how often a step is delayed, and for how long
 
     def slower(self, factor: float) -> Hardware:
         """The same with all times longer."""
@@ -58,12 +60,12 @@ class Sequence:
     ends: int = 0  # that count at its end
     first_at: float = -1.0
     expected_mu: float = 0.0
-    told: int = 0  # tokens reported to the ledger
+    reported: int = 0  # tokens reported to the ledger
     preempted: int = 0
 
 
 class Engine:
-    """One replica's engine. `next_at` is when its present steps end; `step` must be called then, and says who had a first token or ended."""
+    """One replica's engine. `step` must be called at `next_at`, when the current steps end."""
 
     def __init__(self, hardware: Hardware, rng: random.Random) -> None:
         self.hardware = hardware
@@ -79,9 +81,8 @@ class Engine:
         self._ends: list[tuple[int, str]] = []
         self._cache: OrderedDict[object, None] = OrderedDict()
         self._began = 0.0
-        self._first = self._growth = (
-            0.0  # length of the first of the present steps, and what each is longer than the one before
-        )
+        # Duration of the first of the current steps, and the growth from each to the next.
+        self._first = self._growth = 0.0
         self._count = 0
         self._chunks: list[tuple[Sequence, int]] = []
 
@@ -95,7 +96,7 @@ class Engine:
         return s.base if s.joined < 0 else s.base + self._steps + self._done(now) - s.joined
 
     def arrive(self, s: Sequence, now: float) -> None:
-        """A request comes; steps that only decode are cut at the end of the one under way."""
+        """A request arrives; a series of decode steps is cut at the end of the current one."""
         s.target = s.request.prompt
         self.waiting.append(s)
         if self._count == 0:
@@ -105,7 +106,7 @@ class Engine:
             self.next_at = self._began + self._length(self._count)
 
     def step(self, now: float) -> tuple[list[Sequence], list[Sequence]]:
-        """The present steps end: (those with their first token, those that ended)."""
+        """End the current steps. Returns (sequences with their first token, sequences that ended)."""
         self.busy_seconds += now - self._began
         self._steps += self._count
         self._context += self._count * len(self.decoding)
@@ -128,13 +129,13 @@ class Engine:
         self._plan(now)
         return first, ended
 
-    # --- the present steps ---
+    # --- the current steps ---
 
     def _length(self, count: int) -> float:
         return count * self._first + self._growth * count * (count - 1) / 2
 
     def _done(self, now: float) -> int:
-        """Whole steps of the present ones by `now`."""
+        """Completed steps of the current series by `now`."""
         if self._count <= 1 or now >= self.next_at:
             return self._count if self._count and now >= self.next_at else 0
         past, g = now - self._began, self._growth
@@ -169,7 +170,7 @@ class Engine:
 
     @property
     def room(self) -> int:
-        """Tokens of the KV cache that nobody holds or is sure to need."""
+        """Tokens of the KV cache that no sequence holds or certainly needs."""
         return self.hardware.kv_tokens - self._context - sum(s.target for s in self.prefilling)
 
     def _admit(self) -> None:
@@ -230,14 +231,14 @@ class Engine:
             heapq.heappop(self._ends)
 
     def _valid(self, at: int, id: str) -> bool:
-        """Whether an end still stands: a sequence that was preempted ends later."""
+        """Whether an end is still valid: a preempted sequence ends later."""
         s = self.decoding.get(id)
         return s is not None and s.ends == at
 
     # --- prefix cache ---
 
     def _hit(self, s: Sequence) -> int:
-        """Leading prompt tokens that are in the cache; at least one is always computed."""
+        """Leading prompt tokens in the cache; at least one is always computed."""
         hits = 0
         for block in s.request.blocks:
             if block not in self._cache:

@@ -1,7 +1,8 @@
-"""A fleet under a trace: replicas, each an engine with its sidecar's ledger and estimator, a router, and perhaps an autoscaler.
+"""A fleet under a trace: replicas, each an engine with its sidecar's ledger and estimator, a router, an autoscaler.
 
-The sidecar's part is production code: `Estimator` prices a request before it is answered, `Ledger` holds and settles, `load_of` makes the
-utilisation. Facts reach the ledger as the relay sends them: admissions, first tokens and ends at once, deliveries every FLUSH seconds.
+The sidecar's part is production code: `Estimator` prices a request on arrival, `Ledger` holds and settles, `load_of`
+computes the utilisation. Events reach the ledger as from the relay: admissions, first tokens and ends at once,
+deliveries at the relay's flush interval.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from replay.engine import Engine, Hardware, Sequence
-from replay.pricing import SLO, calibrated
+from replay.pricing import SLO_S, calibrated
 from replay.requests import Request
 from replay.routing import Policy, Report, Router
 from replay.scaling import Scaler, Scaling, Signal
@@ -34,7 +35,7 @@ MODEL = "model"
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request that was served: seconds to its first token and per token after it, its tokens, its replica, MU held and true."""
+    """One served request: seconds to the first token and per further token, replica, MU held and settled."""
 
     first: float
     per_token: float
@@ -46,7 +47,7 @@ class Served:
 
 @dataclass(slots=True)
 class Outcome:
-    """A whole run. `gpu_seconds` counts each replica from the order to start it until it is gone."""
+    """A whole run. `gpu_seconds` counts each replica from its start command until it is gone."""
 
     served: list[Served] = field(default_factory=list)
     gpu_seconds: float = 0.0
@@ -71,7 +72,7 @@ class Replica:
         self.began, self.serves_at, self.gone_at = began, serves_at, math.inf
         self.draining = False
         self.flushing = False
-        self.most = cost_model.max_mu_in_flight(self.co, SLO)
+        self.most = cost_model.max_mu_in_flight(self.co, SLO_S)
         self._shapes: dict[str, RequestShape] = {}
 
     @property
@@ -80,7 +81,7 @@ class Replica:
         return self.engine.open
 
     def admit(self, s: Sequence, now: float) -> RequestSize:
-        """A request comes through the relay. Returns what it is expected to need."""
+        """A request arrives through the relay. Returns its expected size."""
         shape = RequestShape(model=MODEL, stream=True, text_bytes=s.request.text_bytes)
         estimate = self.estimator.estimate("", shape, [])
         work, s.expected_mu = estimate.work, estimate.mu
@@ -93,39 +94,39 @@ class Replica:
         return work
 
     def step(self, now: float) -> list[tuple[Sequence, float]]:
-        """The engine's steps end: (who ended, its true MU)."""
+        """The engine's steps end: (sequence that ended, settled MU)."""
         first, ended = self.engine.step(now)
         for s in first:
             self.ledger.apply(0, FirstToken(s.id, now))
         return [(s, self._settle(s, now)) for s in ended]
 
     def flush(self, now: float) -> None:
-        """The relay tells the ledger what was delivered since the last time."""
+        """Report the tokens delivered since the last flush to the ledger."""
         for s in self.engine.decoding.values():
             given = self.engine.generated(s, now)
-            if given > s.told:
-                self.ledger.apply(0, Delivered(s.id, now, given - s.told, 0))
-                s.told = given
+            if given > s.reported:
+                self.ledger.apply(0, Delivered(s.id, now, given - s.reported, 0))
+                s.reported = given
 
-    def look(self, now: float, weights: bool) -> None:
-        """The router reads the report; `weights`: also what Envoy makes of the ORCA report."""
+    def refresh_report(self, now: float, weights: bool) -> None:
+        """The router reads the report; `weights`: also Envoy's weight from the ORCA report."""
         stock = self.ledger.in_flight()
         weight = 0.0
         if weights:
             load = self.load(now)
-            told = orca.report(load, Absent("simulated"), self._recently.mean(load.pressure, now)).fields
-            weight = told["rps_fractional"] / told["application_utilization"]
+            fields = orca.report(load, Absent("simulated"), self._recently.mean(load.pressure, now)).fields
+            weight = fields["rps_fractional"] / fields["application_utilization"]
         self.report = Report(stock.prefill_tokens + stock.decode_tokens, stock.mu / self.most, weight)
 
     def load(self, now: float) -> Load:
-        """What /load would say."""
+        """The content of /load."""
         engine = self.engine
         kv = 1 - max(0, engine.room) / engine.hardware.kv_tokens
         waiting = len(engine.waiting)
-        return load_of(self.ledger, self.co, SLO, kv, waiting / engine.open if waiting else 0.0, now)
+        return load_of(self.ledger, self.co, SLO_S, kv, waiting / engine.open if waiting else 0.0, now)
 
     def true_work(self, now: float) -> float:
-        """Milliseconds that are left to do, with all lengths known."""
+        """Remaining milliseconds of work, with all lengths known."""
         e, co = self.engine, self.co
         waiting = itertools.chain(e.waiting, e.prefilling)
         prefill = sum(co.a * (s.request.prompt - s.computed) + co.d * s.request.output for s in waiting)
@@ -142,7 +143,7 @@ class Replica:
 
 
 class Fleet:
-    """Discrete events: arrivals, ends of steps, deliveries, looks of the router, decisions of the autoscaler."""
+    """Discrete events: arrivals, ends of steps, deliveries, the router's reads, the autoscaler's decisions."""
 
     def __init__(
         self,
@@ -190,7 +191,7 @@ class Fleet:
             self._scale(now)
         elif kind == "look":
             for each in self._serving(now):
-                each.look(now, self._policy.signal == "weights")
+                each.refresh_report(now, self._policy.signal == "weights")
         elif replica is not None and kind == "flush":
             replica.flush(now)
             replica.flushing = bool(replica.engine.decoding)
@@ -200,7 +201,7 @@ class Fleet:
             self._step(replica, now)
 
     def _will_look(self, request: Request | None) -> None:
-        """The router looks every period; only its last look before an arrival matters."""
+        """Schedule the router's read; of its periodic reads only the last before an arrival matters."""
         if request is None or not self._policy.reads:
             return
         at = math.floor(request.at / self._policy.period) * self._policy.period
@@ -214,7 +215,7 @@ class Fleet:
         replica = serving[self._router.choose(serving, now)]
         s = Sequence(f"{next(self._ids)}", request, now)
         work = replica.admit(s, now)
-        self._router.told(s.expected_mu / replica.most, work.uncached + work.output)
+        self._router.learn_price(s.expected_mu / replica.most, work.uncached + work.output)
         self._push(replica.engine.next_at, "step", replica)
 
     def _serving(self, now: float) -> list[Replica]:
@@ -270,7 +271,7 @@ class Fleet:
 
 
 def signal_of(replica: Replica, signal: Signal, now: float) -> float:
-    """One replica's part of what the autoscaler reads."""
+    """One replica's part of the autoscaler's signal."""
     if signal == "requests":
         return float(replica.open)
     load = replica.load(now)

@@ -1,8 +1,9 @@
-"""Which fleets are simulated under which traffic, and what is kept of each run.
+"""Which fleets are simulated under which traffic, and the results of each run.
 
-Load: the mean work of the trace over what the fleet can do when it is never idle, both of the simulated engine, so that no policy's price
-decides how hard the test is. For routing the trace is compressed in time to that load; each seed replays up to MOST_REQUESTS of another third of it. For
-autoscaling time stays as it was, and each request comes several times (as from more users), so that one to a few dozen replicas are needed.
+Load is the mean work of the trace over the capacity of a fleet that is never idle, both of the simulated engine, so
+that no policy's price decides how hard the test is. For routing, the trace is compressed in time to that load; each
+seed replays up to MAX_REQUESTS of another third of it. For autoscaling the time is unchanged, and each request arrives
+several times (as from more users), so that one to a few dozen replicas are needed.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ from replay.scaling import Scaling, Signal
 
 FAST = Hardware()
 SLOW = FAST.slower(2.0)
-PER_TOKEN = 0.1  # seconds, at most
-ENOUGH = 0.99  # of the requests within the SLO
-OPEN = 256
+MAX_PER_TOKEN_S = 0.1
+# Share of the requests within the SLO.
+MIN_KEPT_SHARE = 0.99
+SATURATING_REQUESTS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """How a trace is used. `first`: seconds to the first token that are promised; `copies` of each request for autoscaling."""
+    """How a trace is used. `first`: SLO in seconds to the first token; `copies` of each request for autoscaling."""
 
     first: float
     copies: int
 
 
-# 2 s and 0.1 s a token: MLPerf Inference's server scenario for an 8B model. 30 s: what the Mooncake paper promises for its long prompts.
+# 2 s and 0.1 s a token: MLPerf Inference's server scenario for an 8B model. 30 s: the SLO of the Mooncake paper for its
+# long prompts.
 SERVICES = {
     "azure-2023-code": Service(2.0, 4),
     "azure-2023-conversation": Service(2.0, 2),
@@ -49,14 +52,15 @@ TARGETS: dict[Signal, tuple[float, ...]] = {
     "stock and flow": (0.1, 0.2, 0.4),
     "requests": (4.0, 8.0, 16.0),
 }
-MOST = 64
-MOST_REQUESTS = 3000
-SECONDS = 1200.0  # of the trace, for autoscaling
+MAX_REPLICAS = 64
+MAX_REQUESTS = 3000
+# Part of the trace that is used for autoscaling.
+SCALING_TRACE_S = 1200.0
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run, or for `signal` "static" the search for the smallest fleet that keeps the SLO."""
+    """One run; with `signal` "static", the search for the smallest fleet that meets the SLO."""
 
     trace: str
     seed: int
@@ -71,7 +75,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What a policy made of one trace at one load. Seconds, shares."""
+    """The result of a policy on one trace at one load. Seconds, shares."""
 
     job: Job
     p50: float
@@ -83,7 +87,7 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """What a fleet of changing size made of one trace."""
+    """The result of a fleet of changing size on one trace."""
 
     job: Job
     kept: float
@@ -119,12 +123,12 @@ def scaling(seed: int, trace: str = "", *, quick: bool = False) -> list[Job]:
 
 
 def run(job: Job, folder: Path) -> Routed | Scaled:
-    """Do one job. Deterministic in its arguments."""
+    """Run one job. Deterministic in its arguments."""
     trace = loaded(folder)[job.trace]
     if not job.signal:
         return _route(job, trace, saturated(folder, job.trace))
     service = SERVICES[job.trace]
-    more = requests.multiplied([r for r in trace if r.at < SECONDS], service.copies, job.seed)
+    more = requests.multiplied([r for r in trace if r.at < SCALING_TRACE_S], service.copies, job.seed)
     return _smallest(job, more) if job.signal == "static" else _scale(job, more)
 
 
@@ -136,7 +140,7 @@ def loaded(folder: Path) -> dict[str, list[Request]]:
 
 @lru_cache
 def saturated(folder: Path, name: str) -> float:
-    """Seconds that one fast engine takes for a whole trace when requests always wait."""
+    """Seconds that one fast engine needs for a whole trace when requests always wait."""
     engine, now = Engine(FAST, random.Random(0)), 0.0
     coming = enumerate(loaded(folder)[name])
 
@@ -145,7 +149,7 @@ def saturated(folder: Path, name: str) -> float:
             engine.arrive(Sequence(str(n), request, now), now)
             return
 
-    for _ in range(OPEN):
+    for _ in range(SATURATING_REQUESTS):
         start()
     while engine.next_at < math.inf:
         now = engine.next_at
@@ -159,7 +163,7 @@ def _route(job: Job, trace: list[Request], work: float) -> Routed:
     factor = job.load * capacity / (work / trace[-1].at)
     length = len(trace) // 3
     first = (job.seed - 1) % 3 * length
-    part = requests.compressed(trace[first : first + min(length, MOST_REQUESTS)], factor)
+    part = requests.compressed(trace[first : first + min(length, MAX_REQUESTS)], factor)
     part = [Request(r.at - part[0].at, r.prompt, r.output, r.text_bytes, r.blocks) for r in part]
     hardware = [FAST] * (job.replicas - job.slow) + [SLOW] * job.slow
     outcome = Fleet(hardware, POLICIES[job.policy], str(job.seed)).run(part)
@@ -171,22 +175,22 @@ def _route(job: Job, trace: list[Request], work: float) -> Routed:
 def _scale(job: Job, trace: list[Request]) -> Scaled:
     startup, calm = job.pace
     signal = next(signal for signal in TARGETS if signal == job.signal)
-    policy = Scaling(signal, job.target, calm=calm, startup=startup, most=MOST)
+    policy = Scaling(signal, job.target, calm=calm, startup=startup, most=MAX_REPLICAS)
     return _scaled(job, Fleet([FAST], OURS, str(job.seed), policy, flush=1.0).run(trace))
 
 
 def _smallest(job: Job, trace: list[Request]) -> Scaled:
-    """The smallest fleet of one size that keeps the SLO, by bisection; the largest allowed where none does."""
-    low, high = 0, MOST
+    """The smallest static fleet that meets the SLO, by bisection; the largest allowed if none does."""
+    low, high = 0, MAX_REPLICAS
     best: Scaled | None = None
     while high - low > 1:
         middle = (low + high) // 2 if low else min(8, high - 1)
         found = _scaled(job, Fleet([FAST] * middle, OURS, str(job.seed), flush=1.0).run(trace))
-        if found.kept >= ENOUGH:
+        if found.kept >= MIN_KEPT_SHARE:
             high, best = middle, found
         else:
             low = middle
-    return best or _scaled(job, Fleet([FAST] * MOST, OURS, str(job.seed), flush=1.0).run(trace))
+    return best or _scaled(job, Fleet([FAST] * MAX_REPLICAS, OURS, str(job.seed), flush=1.0).run(trace))
 
 
 def _scaled(job: Job, outcome: Outcome) -> Scaled:
@@ -199,7 +203,7 @@ def _scaled(job: Job, outcome: Outcome) -> Scaled:
 def kept(outcome: Outcome, trace: str) -> float:
     """The share of requests within the SLO."""
     most = SERVICES[trace].first
-    return sum(s.first <= most and s.per_token <= PER_TOKEN for s in outcome.served) / len(outcome.served)
+    return sum(s.first <= most and s.per_token <= MAX_PER_TOKEN_S for s in outcome.served) / len(outcome.served)
 
 
 def firsts(outcome: Outcome) -> list[float]:

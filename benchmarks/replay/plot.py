@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import log10
 from xml.sax.saxutils import escape
 
-from replay.jobs import ENOUGH, Routed, Scaled
+from replay.jobs import MIN_KEPT_SHARE, Routed, Scaled
 from replay.report import groups, title
 from replay.routing import OURS, POLICIES
 
@@ -64,9 +64,8 @@ def scaling(scaled: Sequence[Scaled]) -> str:
         parts.append(_text(10, y + 10, trace, bold=True))
         for miss in (0.001, 0.01, 0.1, 1.0):
             at = y + 20 + _height(miss)
-            parts.append(
-                f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{at:.1f}" y2="{at:.1f}" stroke="{STATIC if miss == 1 - ENOUGH else "#e4e4e4"}"/>'
-            )
+            stroke = STATIC if miss == 1 - MIN_KEPT_SHARE else "#e4e4e4"
+            parts.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{at:.1f}" y2="{at:.1f}" stroke="{stroke}"/>')
             parts.append(_text(LEFT - 8, at + 4, f"{miss:.1%}", anchor="end"))
         parts += [_point(s, LEFT + s.gpu_hours / most * WIDTH, y + 20 + _height(1 - s.kept)) for s in runs]
         y += 160
@@ -80,14 +79,15 @@ def scaling(scaled: Sequence[Scaled]) -> str:
         _text(
             10,
             y + 8,
-            "blue: on the headline utilisation; green: on stock and flow in MU; grey: on open requests; red square: smallest static fleet that keeps the SLO",
+            "blue: on the headline utilisation; green: on stock and flow in MU; grey: on open requests; "
+            "red square: smallest static fleet that keeps the SLO",
         )
     )
     return _svg(parts, LEFT + WIDTH + 80, y + 20)
 
 
 def _height(miss: float) -> float:
-    """Pixels from the panel's top: a share of 1 lies there, 0.1 % and less at its foot."""
+    """Pixels from the panel's top: 0 for a share of 1, the full height for 0.1 % and less."""
     return -log10(min(1.0, max(miss, 0.001))) / 3 * 120
 
 

@@ -1,4 +1,4 @@
-"""Coefficients of a simulated engine, as `sidecar calibrate` would find them: its shapes, its fit, its search at the SLO.
+"""Coefficients of a simulated engine, found like in `sidecar calibrate`: its shapes, fit, and search at the SLO.
 
 The engine is measured from outside, with a fixed number of requests open; the fit never sees its formulas.
 """
@@ -17,22 +17,25 @@ from sidecar.load import cost_model
 from sidecar.tools.calibrate import capacity_search, fit
 from sidecar.tools.calibrate.checkpoint import SearchStep
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.shapes import MOST, GridShape, plan, reference
+from sidecar.tools.calibrate.shapes import MAX_LENGTH_TOKENS, GridShape, plan_shapes, reference_shape
 
-SLO = 10.0  # seconds, as --slo-seconds
+# As --slo-seconds.
+SLO_S = 10.0
 ROUNDS = 6
-MOST_OPEN = 256
+MAX_OPEN = 256
 
 
 @lru_cache
 def calibrated(hardware: Hardware) -> tuple[cost_model.Coefficients, fit.Accuracy]:
     """The coefficients, and their errors on the shapes that were held out."""
     steps = _search(hardware)
-    open_ = capacity_search.full(steps)
-    measured = [(shape.held_out, _measured(hardware, shape, open_)) for shape in plan(MOST, cached=True)]
+    open_ = capacity_search.find_full_concurrency(steps)
+    measured = [
+        (shape.held_out, _measured(hardware, shape, open_)) for shape in plan_shapes(MAX_LENGTH_TOKENS, cached=True)
+    ]
     co = fit.fit([m for held_out, m in measured if not held_out])
-    held = capacity_search.held(steps, SLO) * cost_model.mu(steps[0].work, co)
-    co = replace(co, source="simulated", slo_seconds=SLO, mu_in_flight=held)
+    held = capacity_search.find_concurrency_at_slo(steps, SLO_S) * cost_model.mu(steps[0].work, co)
+    co = replace(co, source="simulated", slo_seconds=SLO_S, mu_in_flight=held)
     return co, fit.accuracy([m for held_out, m in measured if held_out], co)
 
 
@@ -43,9 +46,9 @@ def _measured(hardware: Hardware, shape: GridShape, open_: int) -> Measured:
 
 
 def _search(hardware: Hardware) -> tuple[SearchStep, ...]:
-    """More and more open requests of the reference's shape, as far as their p95 is within the SLO, and one step beyond."""
-    shape, steps, count = reference(MOST), [], 1
-    while count <= MOST_OPEN and (not steps or steps[-1].p95 <= SLO):
+    """Open more and more requests of the reference shape until their p95 exceeds the SLO."""
+    shape, steps, count = reference_shape(MAX_LENGTH_TOKENS), [], 1
+    while count <= MAX_OPEN and (not steps or steps[-1].p95 <= SLO_S):
         latencies, _ = closed_loop(hardware, shape, count)
         rate = count / statistics.mean(latencies)
         steps.append(
@@ -58,7 +61,7 @@ def _search(hardware: Hardware) -> tuple[SearchStep, ...]:
 
 
 def closed_loop(hardware: Hardware, shape: GridShape, open_: int) -> tuple[list[float], int]:
-    """Seconds of requests of one shape while `open_` of them are open at all times, and the cached tokens of the last."""
+    """Latencies of one shape with `open_` requests open at all times, and the cached tokens of the last."""
     engine = Engine(hardware, random.Random(f"{shape}:{open_}"))
     latencies: list[float] = []
     started, now, cached = 0, 0.0, 0

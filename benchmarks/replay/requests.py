@@ -1,7 +1,7 @@
-"""Requests of a trace, as many times as fast or as often as asked.
+"""The requests of a trace, accelerated or multiplied.
 
-Rules: numbers only; what the trace does not say (tenants, max_tokens, the text) is not invented, except the bytes of the text, which the
-estimator divides by a learned ratio.
+Numbers only. What the trace does not contain (tenants, max_tokens, the text) is not invented, except the number of text
+bytes, which the estimator divides by a learned ratio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Request:
 
 
 def load(folder: Path) -> dict[str, list[Request]]:
-    """The traces of `folder` by name. Raises ValueError where it holds none."""
+    """The traces of `folder` by name. Raises ValueError if it contains none."""
     found = {
         name: [_request(a.at, a.prompt, a.output, ()) for a in trace] for name, trace in traces.load(folder).items()
     }
@@ -61,13 +61,19 @@ def compressed(requests: Iterable[Request], factor: float) -> list[Request]:
 
 
 def multiplied(requests: Iterable[Request], copies: int, seed: int, spread: float = 1.0) -> list[Request]:
-    """Each request `copies` times within `spread` seconds: more users with the same habits. Copies share no prefix with each other."""
+    """Each request `copies` times within `spread` seconds: more similar users. Copies share no prefixes."""
     rng = random.Random(seed)
     all_ = [
-        Request(r.at + (rng.random() * spread if n else 0.0), r.prompt, r.output, r.text_bytes, tuple((b, n) for b in r.blocks))  # type: ignore[misc]
+        Request(
+            r.at + (rng.random() * spread if n else 0.0),
+            r.prompt,
+            r.output,
+            r.text_bytes,
+            tuple((b, n) for b in r.blocks),
+        )  # type: ignore[misc]
         for r in requests
         for n in range(copies)
-    ]  # fmt: skip
+    ]
     return sorted(all_, key=lambda r: r.at)
 
 
@@ -76,9 +82,11 @@ def _blocked(path: Path) -> list[Request]:
         rows = [json.loads(line) for line in file]
     rows.sort(key=lambda row: row["timestamp"])
     return [
-        _request(row["timestamp"] / 1000, max(1, row["input_length"]), max(1, row["output_length"]), tuple(row["hash_ids"]))
+        _request(
+            row["timestamp"] / 1000, max(1, row["input_length"]), max(1, row["output_length"]), tuple(row["hash_ids"])
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _request(at: float, prompt: int, output: int, blocks: tuple[int, ...]) -> Request:

@@ -1,7 +1,7 @@
-"""Pure: whom a router sends a request to. One router sees the whole fleet, as a gateway does.
+"""Pure: where a router sends a request. One router sees the whole fleet, like a gateway.
 
-Counts of open requests are the router's own and always right. What a sidecar reports is as old as the policy says: `period` is the time
-between two looks of the router at the same report. `own`: it adds what it has sent there since, at the mean price that it was told.
+The router's counts of open requests are always right. A sidecar's report is up to `period` old, the interval between
+two reads of a policy. `own`: the router adds what it has sent there since, at the mean price it has learned.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ Signal = Literal["turns", "requests", "two", "tokens", "mu", "weights", "true"]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A way to route. `signal`: in turns, fewest open requests, the fewer of two by lot, fewest tokens or MU in flight, by lot with the
-    weights that Envoy makes of ORCA reports (rate over utilisation), least true work."""
+    """A way to route.
+
+    `signal`: in turn, fewest open requests, the fewer of two random ones, fewest tokens or MU in flight, random with
+    Envoy's weights from ORCA reports (rate over utilisation), least true work.
+    """
 
     name: str
     signal: Signal
@@ -43,12 +46,12 @@ POLICIES = (
     Policy("ORCA weights, 1 s", "weights", 1.0),
     Policy("true work, at once", "true"),
 )
-OURS = POLICIES[4]  # what production can do today: the sidecar's own numbers are renewed every 0.5 s
+OURS = POLICIES[4]  # possible in production: the sidecar's numbers are updated every 0.5 s
 
 
 @dataclass(slots=True)
 class Report:
-    """What the router last saw of a replica, and what it has sent there since."""
+    """The router's last report of a replica, and the requests sent there since."""
 
     tokens: float = 0.0
     mu: float = 0.0  # share of what is held at the SLO
@@ -57,7 +60,7 @@ class Report:
 
 
 class Replica(Protocol):
-    """What a router knows of a replica."""
+    """A replica as a router sees it."""
 
     open: int
     report: Report
@@ -74,13 +77,13 @@ class Router:
         self._turn = 0
         self._each = {"mu": 0.0, "tokens": 0.0}
 
-    def told(self, share: float, tokens: float) -> None:
-        """What a request was priced at when it was sent (`x-sidecar-mu`), as a share of what its replica holds at the SLO, and in tokens."""
+    def learn_price(self, share: float, tokens: float) -> None:
+        """Learn a request's price (`x-sidecar-mu`), as a share of its replica's capacity at the SLO, and in tokens."""
         for name, value in (("mu", share), ("tokens", tokens)):
             self._each[name] += (value - self._each[name]) * 0.05
 
     def choose(self, replicas: Sequence[Replica], now: float) -> int:
-        """An index into `replicas`; equals are told apart by lot."""
+        """An index into `replicas`; ties are broken at random."""
         if self.policy.signal == "turns":
             self._turn += 1
             return self._turn % len(replicas)

@@ -1,7 +1,7 @@
-"""Pure: how many replicas there should be. Fast up, slow down, as deploy/keda/prometheus.yaml asks of Kubernetes.
+"""Pure: the desired number of replicas. Fast up, slow down, as in deploy/keda/prometheus.yaml.
 
-Wanted are the sum of the signal over the replicas that serve, over the target. More are started at once, but at most twice as many
-within `doubling` seconds; fewer are kept only when nothing more was wanted for `calm` seconds.
+Desired is the sum of the signal over serving replicas, divided by the target. Scaling up is immediate, but at most
+doubles within `doubling` seconds; scaling down needs `calm` seconds in which no more replicas were desired.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIGNALS: tuple[Signal, ...] = ("utilization", "stock and flow", "requests")
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """A policy. `signal`: the headline utilisation; its two terms in MU alone; open requests. `target` is in the same unit, per replica."""
+    """A policy. `signal`: the headline utilisation; its two terms in MU; open requests. `target`: per replica."""
 
     signal: Signal
     target: float
@@ -30,7 +30,7 @@ class Scaling:
 
 
 class Scaler:
-    """Remembers what was wanted, and how many there were."""
+    """Keeps the recent desired and actual numbers."""
 
     def __init__(self, policy: Scaling) -> None:
         self.policy = policy
@@ -38,7 +38,7 @@ class Scaler:
         self._there: deque[tuple[float, int]] = deque()
 
     def wanted(self, there: int, sum_: float, now: float) -> int:
-        """Replicas that there should be. `there`: those that serve or start; `sum_`: of the signal over those that serve."""
+        """The desired replicas. `there`: serving or starting; `sum_`: of the signal over those that serve."""
         p = self.policy
         self._wanted.append((now, max(p.least, math.ceil(sum_ / p.target - 1e-9))))
         while self._wanted[0][0] < now - p.calm:

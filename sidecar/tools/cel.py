@@ -2,8 +2,9 @@
 
     sidecar cel --coefficients coefficients.json
 
-Envoy AI Gateway evaluates it over a response's `usage` (`llmRequestCosts`, type CEL): unsigned `input_tokens`, `cached_input_tokens` and
-`output_tokens`. A usage does not say how many of the input tokens are of images: they are priced as input, what their encoder did (g, h, q) is not.
+Envoy AI Gateway evaluates it over a response's `usage` (`llmRequestCosts`, type CEL): unsigned `input_tokens`,
+`cached_input_tokens` and `output_tokens`. A usage does not count image tokens separately: they are priced as input,
+without the work of their encoder (g, h, q).
 """
 
 from __future__ import annotations
@@ -14,51 +15,52 @@ from sidecar.flags import existing_file, flag
 from sidecar.launch import preflight
 from sidecar.load import cost_model
 
-INPUT, OUTPUT = "double(input_tokens)", "double(output_tokens)"
-# More cached than read would be an error of the upstream's; a CEL error would make the request free.
-CACHED = "double(cached_input_tokens < input_tokens ? cached_input_tokens : input_tokens)"
+INPUT_TOKENS, OUTPUT_TOKENS = "double(input_tokens)", "double(output_tokens)"
+# Guards against an upstream that reports more cached than input tokens: a CEL error would make the request free.
+CACHED_TOKENS = "double(cached_input_tokens < input_tokens ? cached_input_tokens : input_tokens)"
 
 
 @dataclass(frozen=True, slots=True)
 class CelSettings:
-    """What `sidecar cel` may be told."""
+    """Settings of `sidecar cel`."""
 
     coefficients: str = flag("", existing_file, "Coefficients file; default: a documented roofline")
 
 
-def main(chosen: CelSettings) -> int:
+def main(settings: CelSettings) -> int:
     """Print the expression. Returns 0. Raises UsageError."""
-    co = preflight.load_coefficients(chosen.coefficients) if chosen.coefficients else cost_model.Coefficients()
-    print(expression(co))
+    file = settings.coefficients
+    print(expression(preflight.load_coefficients(file) if file else cost_model.Coefficients()))
     return 0
 
 
 def expression(co: cost_model.Coefficients) -> str:
-    """Milli-MU as an unsigned integer, rounded; `units.mu` of the same tokens, but for images."""
+    """Milli-MU as a rounded unsigned integer: `cost_model.mu` of the same tokens, except for images."""
     scale = 1000 / cost_model.unit_ms(co)
-    both = f"({INPUT} + {OUTPUT})"
+    before_input, before_cached = _preceding_tokens(INPUT_TOKENS, co), _preceding_tokens(CACHED_TOKENS, co)
+    before_end = _preceding_tokens(f"({INPUT_TOKENS} + {OUTPUT_TOKENS})", co)
     terms = (
-        (co.k, ""),
-        (co.a, f"({INPUT} - {CACHED})"),
-        (co.b, f"({_before(INPUT, co)} - {_before(CACHED, co)})"),
-        (co.d, OUTPUT),
-        (co.f, f"({_before(both, co)} - {_before(INPUT, co)})"),
+        (co.a, f"({INPUT_TOKENS} - {CACHED_TOKENS})"),
+        (co.b, f"({before_input} - {before_cached})"),
+        (co.d, OUTPUT_TOKENS),
+        (co.f, f"({before_end} - {before_input})"),
     )
-    parts = [f"{_number(value * scale)} * {what}" if what else _number(value * scale) for value, what in terms if value]
+    parts = [_format_double(co.k * scale)] if co.k else []
+    parts += [f"{_format_double(value * scale)} * {tokens}" for value, tokens in terms if value]
     return f"uint({' + '.join(parts)} + 0.5)"
 
 
-def _before(tokens: str, co: cost_model.Coefficients) -> str:
-    """Tokens that lie before each of the first `tokens`, summed, as `units.context` counts them from 0."""
+def _preceding_tokens(tokens: str, co: cost_model.Coefficients) -> str:
+    """The sum, over the first `tokens`, of the tokens before each, as `cost_model.context` counts from 0."""
     whole = f"{tokens} * {tokens} / 2.0"
     if co.windowed <= 0:
         return f"({whole})"
-    window, share = _number(co.window), _number(co.windowed)
+    window, share = _format_double(co.window), _format_double(co.windowed)
     seen = f"({tokens} < {window} ? {whole} : {window} * ({tokens} - {window} / 2.0))"
-    return f"({_number(1 - co.windowed)} * {whole} + {share} * {seen})"
+    return f"({_format_double(1 - co.windowed)} * {whole} + {share} * {seen})"
 
 
-def _number(value: float) -> str:
-    """A CEL double: it has a point or an exponent, or it would be an integer."""
+def _format_double(value: float) -> str:
+    """A CEL double: without a point or an exponent it would be an integer."""
     text = f"{value:.9g}"
     return text if "." in text or "e" in text else text + ".0"

@@ -1,8 +1,8 @@
-"""Pictures with the size and the entropy of photographs, made from a seed: for the demo, the tests and the benchmarks.
+"""Synthetic pictures with the size and the entropy of photographs, for the demo, the tests and the benchmarks.
 
-Rules: numpy and Pillow only, imported where a picture is made; the same arguments give the same pixels (the JPEG bytes
-may differ between versions of libjpeg). A photograph's spectrum falls with frequency, so a picture is a sum of noise
-octaves (light, texture), a few hard edges (objects) and sensor noise; at quality 90 that is 0.15-0.35 bytes per pixel.
+Equal arguments give equal pixels; the JPEG bytes may differ between versions of libjpeg. The spectrum of a photograph
+falls with frequency, so a picture is a sum of noise octaves (light, texture), a few hard edges (objects) and sensor
+noise: 0.15-0.35 bytes per pixel at quality 90. Needs numpy and Pillow, which are imported on use.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
     Plane = NDArray[np.float32]
 
-OCTAVES = ((6, 60.0), (24, 26.0), (96, 9.0), (300, 5.0))  # (cells along the longer side, amplitude in grey levels)
-SENSOR_NOISE = 3.0  # standard deviation in grey levels
-SHAPES = 24
+# (cells along the longer side, amplitude in grey levels)
+NOISE_OCTAVES = ((6, 60.0), (24, 26.0), (96, 9.0), (300, 5.0))
+# Standard deviation in grey levels.
+SENSOR_NOISE_LEVELS = 3.0
+OBJECT_COUNT = 24
 
 
 def photo(width: int, height: int, seed: int = 0, *, quality: int = 90, exif_orientation: int = 0) -> bytes:
@@ -41,8 +43,8 @@ def pixels(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    light = 118 + sum((_octave(rng, width, height, cells, amp) for cells, amp in OCTAVES), np.float32(0))
-    light += rng.standard_normal((height, width), dtype=np.float32) * np.float32(SENSOR_NOISE)
+    light = 118 + sum((_octave(rng, width, height, cells, amp) for cells, amp in NOISE_OCTAVES), np.float32(0))
+    light += rng.standard_normal((height, width), dtype=np.float32) * np.float32(SENSOR_NOISE_LEVELS)
     tint = [_octave(rng, width, height, 4, 28.0) for _ in range(3)]
     _objects(rng, light, tint)
     return np.stack([np.clip(light + t, 0, 255).astype(np.uint8) for t in tint], axis=2)
@@ -60,11 +62,11 @@ def _octave(rng: np.random.Generator, width: int, height: int, cells: int, ampli
 
 
 def _objects(rng: np.random.Generator, light: Plane, tint: list[Plane]) -> None:
-    """Ellipses and boxes with hard edges, each lighter or darker than what is behind it."""
+    """Draw ellipses and boxes with hard edges, each lighter or darker than its background."""
     import numpy as np
 
     height, width = light.shape
-    for i in range(SHAPES):
+    for i in range(OBJECT_COUNT):
         h, w = (max(1, int(side * rng.uniform(0.03, 0.25))) for side in (height, width))
         y, x = (int(rng.integers(0, max(1, side - length))) for side, length in ((height, h), (width, w)))
         part = np.s_[y : y + h, x : x + w]

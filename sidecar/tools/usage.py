@@ -1,9 +1,9 @@
-"""Say who consumed what: requests, model units, tokens and dollars per tenant, model and outcome.
+"""Show usage: requests, model units, tokens and dollars per tenant, model and outcome.
 
     sidecar usage --since 24h --by tenant,outcome --dollars-per-gpu-hour 2.50
 
-The records are those of a sidecar's state directory; it may be running. What was not `ok` is shown as wasted: the GPU worked for it,
-and nobody had its answer.
+The records are read from a sidecar's state directory, while it may be running. Requests that were not `ok` count as
+wasted: the GPU worked on them, and no one got the response.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from sidecar.errors import SidecarError
 from sidecar.flags import directory, flag, number, one_of, parser
 from sidecar.report.usage_store import GROUP_COLUMNS, USAGE_FILE, UsageSums, read
 
-UNITS: Final = {"m": 60, "h": 3600, "d": 86_400}
+SECONDS_PER_UNIT: Final = {"m": 60, "h": 3600, "d": 86_400}
 
 Row = tuple[tuple[Any, ...], UsageSums]
 
 
-def seconds(span: str) -> int:
-    """Seconds of a time such as 90m, 24h, 7d. Raises ValueError."""
+def parse_span(span: str) -> int:
+    """Parse a time such as 90m, 24h, 7d into seconds. Raises ValueError."""
     match = re.fullmatch(r"(\d{1,6})([mhd])", span)
     if not match:
         raise ValueError
-    return int(match[1]) * UNITS[match[2]]
+    return int(match[1]) * SECONDS_PER_UNIT[match[2]]
 
 
 @parser("a time such as 90m, 24h or 7d", "TIME")
 def span(value: str) -> str:
-    seconds(value)
+    parse_span(value)
     return value
 
 
@@ -52,7 +52,7 @@ def groups(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class UsageSettings:
-    """What `sidecar usage` may be asked."""
+    """Settings of `sidecar usage`."""
 
     state_dir: str = flag("/run/sidecar", directory, "State directory of the sidecar")
     since: str = flag("24h", span, "How far to look back")
@@ -62,39 +62,39 @@ class UsageSettings:
 
 
 class NoUsageRecords(SidecarError):
-    """There is nothing to read."""
+    """There are no usage records to read."""
 
     code = "no_records"
 
 
-def main(chosen: UsageSettings) -> int:
-    """Print the answer. Returns 0. Raises NoRecords."""
-    path, until = Path(chosen.state_dir) / USAGE_FILE, time.time() + 60
-    since, by = until - 60 - seconds(chosen.since), tuple(filter(None, chosen.by.split(",")))
+def main(settings: UsageSettings) -> int:
+    """Print the report. Returns 0. Raises NoUsageRecords."""
+    path, until = Path(settings.state_dir) / USAGE_FILE, time.time() + 60
+    since, by = until - 60 - parse_span(settings.since), tuple(filter(None, settings.by.split(",")))
     try:
         found = read(path, since, until, by)
         outcomes = read(path, since, until, ("outcome",))
     except FileNotFoundError:
         raise NoUsageRecords(
-            f"--state-dir: no usage records in {chosen.state_dir}; name the state directory of a sidecar"
+            f"--state-dir: no usage records in {settings.state_dir}; name the state directory of a sidecar"
         ) from None
     except (OSError, sqlite3.Error) as e:
         raise NoUsageRecords(f"--state-dir: the usage records {path} cannot be read: {e}") from None
     wasted = sum(sums.gpu_seconds for (outcome,), sums in outcomes if outcome != "ok")
-    rows = [line(by, key, sums, chosen.dollars_per_gpu_hour) for key, sums in found]
-    FORMATS[chosen.format](rows, summary(found, wasted, chosen.dollars_per_gpu_hour))
+    rows = [line(by, key, sums, settings.dollars_per_gpu_hour) for key, sums in found]
+    FORMATS[settings.format](rows, summary(found, wasted, settings.dollars_per_gpu_hour))
     return 0
 
 
 def line(by: tuple[str, ...], key: tuple[Any, ...], sums: UsageSums, price: float) -> dict[str, Any]:
-    """One row of the answer."""
+    """One row of the report."""
     numbers = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(sums).items()}
     dollars = {"dollars": round(sums.gpu_seconds / 3600 * price, 6)} if price else {}
     return dict(zip(by, key, strict=False)) | numbers | dollars
 
 
 def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
-    """The last line: the total, and what of it was wasted."""
+    """The last line: the total and its wasted share."""
     total = UsageSums()
     for _, sums in rows:
         total.add(sums)
@@ -102,30 +102,31 @@ def summary(rows: Sequence[Row], wasted: float, price: float) -> str:
         return "no requests in this time"
     share = wasted / total.gpu_seconds if total.gpu_seconds else 0.0
     cost = f", ${total.gpu_seconds / 3600 * price:.2f}" if price else ""
-    return f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}; {share:.1%} of it wasted (not ok)"
+    used = f"{total.requests} requests, {total.mu:.1f} MU, {total.gpu_seconds:.0f} GPU seconds{cost}"
+    return f"{used}; {share:.1%} wasted (not ok)"
 
 
-def as_table(rows: Sequence[dict[str, Any]], last: str) -> None:
-    """Columns for people."""
+def as_table(rows: Sequence[dict[str, Any]], total: str) -> None:
+    """Print aligned columns."""
     if rows:
         texts = [list(rows[0]), *([_short(value) for value in row.values()] for row in rows)]
         widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
         sides = [str.ljust if isinstance(value, str) else str.rjust for value in rows[0].values()]
         for cells in texts:
             print("  ".join(side(cell, w) for side, cell, w in zip(sides, cells, widths, strict=True)))
-    print(last)
+    print(total)
 
 
-def as_csv(rows: Sequence[dict[str, Any]], last: str) -> None:
-    """For a spreadsheet. A name that begins like a formula is made text."""
+def as_csv(rows: Sequence[dict[str, Any]], total: str) -> None:
+    """Print CSV. A name that starts like a spreadsheet formula is quoted as text."""
     writer = csv.writer(sys.stdout)
     if rows:
         writer.writerow(rows[0])
         writer.writerows([_text(value) for value in row.values()] for row in rows)
 
 
-def as_json(rows: Sequence[dict[str, Any]], last: str) -> None:
-    """For programs."""
+def as_json(rows: Sequence[dict[str, Any]], total: str) -> None:
+    """Print JSON."""
     print(json.dumps(rows, indent=1))
 
 

@@ -1,4 +1,4 @@
-"""The real thing: `sidecar run` as a process beside a scripted engine, observed as kubelet and a page observe it."""
+"""`sidecar run` as a process next to a scripted engine, observed like kubelet and a page do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..waiting import PATIENCE
 
 QUICK = {
     "silence-floor": "1.5",
-    "silence-cap": "12",  # so 2.4 s before anything is learned, and 4 s more for an API that answers nothing
+    "silence-cap": "12",  # so 2.4 s before anything is learned, and 4 s more for an unresponsive API
     "canary-interval": "1",
     "kill-interval": "0",  # some see more than one hang
     "drain-seconds": "10",
@@ -31,11 +31,11 @@ QUICK = {
 }
 
 
-TABLE = pytest.StashKey[list[str]]()  # lines of the matrix of hangs and alarms, once it was played
+TABLE = pytest.StashKey[list[str]]()  # lines of the matrix of hangs and alarms, once it has run
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """End with the matrix, where tests are named one by one (`-v`)."""
+    """Print the matrix at the end of a verbose run (`-v`)."""
     if config.get_verbosity() > 0 and TABLE in config.stash:
         terminalreporter.section("hang modes and alarms")
         terminalreporter.write_line("\n".join(config.stash[TABLE]))
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @dataclass
 class Sidecar:
-    """A running sidecar: its ports, its state directory, what it logged."""
+    """A running sidecar: its ports, its state directory, its log."""
 
     relay: str
     admin: str
@@ -62,7 +62,7 @@ class Sidecar:
         return int((await self.get("/healthz"))[1]["pid"])
 
     async def until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first snapshot of the live feed for which `holds`."""
+        """The first snapshot of the live feed for which `holds` is true."""
         async with asyncio.timeout(PATIENCE), self.session.get(self.admin + "/events") as feed:
             event = ""
             async for line in feed.content:
@@ -81,7 +81,7 @@ class Sidecar:
             raise AssertionError(f"never {states}; log: {''.join(self.log[-20:])}") from None
 
     async def until_changed(self, state: str) -> None:
-        """Wait until the verdict has been this, however shortly."""
+        """Wait until the verdict has been this, however briefly."""
         async with asyncio.timeout(PATIENCE):
             while all(v["verdict"] != state for v in (await self.get("/verdicts"))[1]["verdicts"]):  # noqa: ASYNC110  a page has no event
                 await asyncio.sleep(0.1)
@@ -96,13 +96,13 @@ class Sidecar:
                 await asyncio.sleep(0.2)
 
     async def until_file(self, name: str, *, there: bool = True) -> None:
-        """Wait until a file of the state directory is there, or gone; a thread writes them."""
+        """Wait until a file of the state directory exists, or is gone; a thread writes them."""
         async with asyncio.timeout(PATIENCE):
             while (self.state / name).exists() is not there:  # noqa: ASYNC110  a file has no event
                 await asyncio.sleep(0.1)
 
     async def until_remembered(self, holds: Callable[[dict[str, Any]], bool], patience: float = PATIENCE) -> None:
-        """Wait until the memory file says so; it is written every ten seconds and when the verdict changes."""
+        """Wait for content of the saved state, written every ten seconds and on a change of the verdict."""
         async with asyncio.timeout(patience):
             while True:
                 with contextlib.suppress(FileNotFoundError):
@@ -122,8 +122,11 @@ class Sidecar:
 
     def chat(self, *, stream: bool = True, tokens: int = 5, text: str = "hello", **headers: str) -> Any:
         body = {
-            "model": "scripted", "stream": stream, "max_tokens": tokens, "messages": [{"role": "user", "content": text}],
-        }  # fmt: skip
+            "model": "scripted",
+            "stream": stream,
+            "max_tokens": tokens,
+            "messages": [{"role": "user", "content": text}],
+        }
         return self.session.post(self.relay + "/v1/chat/completions", json=body, headers=headers)
 
     async def stop(self) -> int:
@@ -145,7 +148,7 @@ async def engine() -> AsyncIterator[ScriptedEngine]:
 
 @contextlib.asynccontextmanager
 async def starter(folder: Path) -> AsyncIterator[Start]:
-    """A function that starts `sidecar run` beside an engine URL, with settings; all are ended with the block."""
+    """A function that starts `sidecar run` for an engine URL with settings; all end with the block."""
     async with contextlib.AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         count = 0

@@ -1,4 +1,4 @@
-"""One engine, one sidecar and its users, watched as kubelet watches: what the stories of the matrix are played on."""
+"""One engine, one sidecar and its users, probed as by kubelet: the scene of the matrix's stories."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from ..waiting import PATIENCE
 from .conftest import Sidecar, starter
 
-PERIOD = 0.2  # seconds between probes
-PAUSE = 0.1  # seconds that a client waits before its next request
+# Between probes.
+PERIOD_S = 0.2
+# Between the requests of a client.
+PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One look at both probes: HTTP statuses, and the verdict that /readyz told."""
+    """One check of both probes: HTTP statuses, and the verdict in /readyz."""
 
     at: float
     live: int
@@ -34,7 +36,7 @@ class Seen:
 
 
 class Scene:
-    """What a story acts on. Times are monotonic seconds."""
+    """Everything a story acts on. Times are monotonic seconds."""
 
     def __init__(self, engine: ScriptedEngine, sidecar: Sidecar, session: aiohttp.ClientSession, driver: Path) -> None:
         self.engine = engine
@@ -50,7 +52,7 @@ class Scene:
     # --- what a story does ---
 
     def fault(self, kind: str, seconds: float | None = None, **parameters: float) -> None:
-        """Begin a fault; what is found is timed from here."""
+        """Start a fault; detection is timed from here."""
         self.began = time.monotonic()
         self.engine.faults.start(kind, seconds, **parameters)
 
@@ -61,20 +63,20 @@ class Scene:
         written.replace(self._driver)
 
     def open(self, tokens: int = 100_000, prompt: int = 4, *, stream: bool = True) -> asyncio.Task[str]:
-        """One request as a task, whose result is how it ended."""
+        """One request as a task; its result is how it ended."""
         return self._task(self.ask(tokens, prompt, stream=stream))
 
     def crowd(self, clients: int, tokens: int = 5, prompt: int = 4, *, stream: bool = True) -> None:
-        """So many clients, each with one request after the other."""
+        """Some clients, each with one request after the other."""
         for _ in range(clients):
             self._task(self._again_and_again(tokens, prompt, stream))
 
     def arrivals(self, every: float, tokens: int = 5) -> None:
-        """A new client each `every` seconds, whatever became of those before."""
+        """A new client every `every` seconds, independent of earlier ones."""
         self._task(self._arrive(every, tokens))
 
     async def ask(self, tokens: int, prompt: int = 4, *, stream: bool = True) -> str:
-        """One request of `prompt` and `tokens` tokens, read to its end; how it ended."""
+        """One request of `prompt` and `tokens` tokens, read to its end. Returns how it ended."""
         body = {
             "model": "scripted",
             "stream": stream,
@@ -92,7 +94,7 @@ class Scene:
         return end
 
     async def post(self, path: str) -> int:
-        """An order through the relay; its status."""
+        """A call through the relay. Returns its status."""
         async with self._session.post(self.sidecar.relay + path) as answer:
             await answer.read()
             return answer.status
@@ -104,7 +106,7 @@ class Scene:
     # --- what a test waits for ---
 
     async def until(self, holds: Callable[[], object], what: str) -> None:
-        """Wait until `holds()`; it is asked again after each look at the probes and each request's end."""
+        """Wait until `holds()` is true; checked after each probe and each request's end."""
         try:
             async with asyncio.timeout(PATIENCE), self._news:
                 await self._news.wait_for(lambda: bool(holds()))
@@ -112,7 +114,7 @@ class Scene:
             raise AssertionError(f"never {what}; {self.story()}") from None
 
     def story(self) -> str:
-        """What was seen and how requests ended, in one line, for a test that fails."""
+        """The checks and outcomes in one line, for a failing test."""
         changes = (
             [self.seen[0], *(b for a, b in zip(self.seen, self.seen[1:], strict=False) if _differ(a, b))]
             if self.seen
@@ -122,22 +124,22 @@ class Scene:
         return f"seen: {told}; requests ended: {sorted(set(self.ended))}; log: {''.join(self.sidecar.log[-6:])}"
 
     def since(self) -> list[Seen]:
-        """The looks since the fault."""
+        """The checks since the fault."""
         return [s for s in self.seen if s.at >= self.began]
 
     async def watch(self) -> None:
-        """Probe as kubelet does, without end. A sidecar that does not answer (stopped, restarting) is no answer of a probe."""
+        """Probe like kubelet until cancelled. No answer (sidecar stopped, restarting) is not a result."""
         while True:
             try:
                 live, _ = await self._probe("/livez")
                 ready, body = await self._probe("/readyz")
             except (aiohttp.ClientError, ConnectionError, TimeoutError):
-                await asyncio.sleep(PERIOD)
+                await asyncio.sleep(PERIOD_S)
                 continue
             async with self._news:
                 self.seen.append(Seen(time.monotonic(), live, ready, body["verdict"], body["reason"]))
                 self._news.notify_all()
-            await asyncio.sleep(PERIOD)
+            await asyncio.sleep(PERIOD_S)
 
     async def _probe(self, path: str) -> tuple[int, Any]:
         async with self._session.get(self.sidecar.admin + path, timeout=aiohttp.ClientTimeout(total=2)) as answer:
@@ -146,7 +148,7 @@ class Scene:
     async def _again_and_again(self, tokens: int, prompt: int, stream: bool) -> None:
         while True:
             await self.ask(tokens, prompt, stream=stream)
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(PAUSE_S)
 
     async def _arrive(self, every: float, tokens: int) -> None:
         while True:
@@ -159,7 +161,7 @@ class Scene:
         return task
 
     async def close(self) -> None:
-        """End all tasks. A time-out in the moment of its cancellation can swallow it, and the task goes on: then it is told again."""
+        """Cancel all tasks, repeatedly: a timeout at the same moment can swallow a cancellation."""
         while under_way := [task for task in self._tasks if not task.done()]:
             for task in under_way:
                 task.cancel()
@@ -172,7 +174,7 @@ def _differ(a: Seen, b: Seen) -> bool:
 
 
 async def _end_of(answer: aiohttp.ClientResponse) -> str:
-    """How an answer ended: its error's code, in whatever form it came, or "done"."""
+    """How a response ended: its error's code, in any form, or "done"."""
     if answer.status != 200:
         return _code(await answer.read()) or str(answer.status)
     end = "broken"
@@ -185,7 +187,7 @@ async def _end_of(answer: aiohttp.ClientResponse) -> str:
 
 
 def _code(body: bytes) -> str:
-    """The code of an OpenAI error; "" where there is none."""
+    """The code of an OpenAI error; "" if there is none."""
     try:
         error = json.loads(body)["error"]
         return str(error.get("code") or error.get("type"))
@@ -195,7 +197,7 @@ def _code(body: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a story's engine and sidecar are started. `before` is done to the engine before the sidecar is there."""
+    """How a story's engine and sidecar are started. `before` runs on the engine before the sidecar starts."""
 
     engine: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=dict)
@@ -206,7 +208,7 @@ class Setting:
 
 @contextlib.asynccontextmanager
 async def scene(setting: Setting, relays: int, folder: Path, library: Path | None) -> AsyncIterator[Scene]:
-    """An engine, a sidecar with so many relays, and a watch over its probes. `library`: the folder of a GPU driver's stub."""
+    """An engine, a sidecar with some relays, and its prober. `library`: the folder of a GPU driver's stub."""
     driver = folder / "driver"
     driver.touch()
     environ = {"LD_LIBRARY_PATH": str(library), "NVML_STUB_SCRIPT": str(driver)} if library else {}

@@ -1,7 +1,7 @@
-"""How each row of the catalogue is played: the load, the fault, what sets it off. One function a story, from a served engine on.
+"""How each row of the catalogue is played: load, fault, trigger. One function per story, starting with a served engine.
 
-A story of a hang ends with the trouble under way; a story of an alarm is over when the trouble is. Times are shortened to the
-quick settings of these tests (a floor of 1.5 s where the product has 12); the simulator plays the same rows in full length.
+A story of a hang ends while the engine hangs; a story of an alarm ends with its cause. Times are shortened to the quick
+settings of these tests (a floor of 1.5 s instead of 12); the simulator plays the same rows in full length.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine
 from .scene import Scene, Setting
 
 Play = Callable[[Scene], Awaitable[None]]
-PATIENT: Final = {"silence_cap": "45"}  # so 15 s for an API that answers nothing
+PATIENT: Final = {"silence_cap": "45"}  # so 15 s for an unresponsive API
 
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """One way to play a row. `alone`: it needs the whole machine, so that it disturbs no other."""
+    """One way to play a row. `alone`: it needs the whole machine, to disturb no other."""
 
     play: Play
     setting: Setting = field(default_factory=Setting)
-    name: str = ""  # where a row has several stories
+    name: str = ""  # if a row has several stories
     alone: bool = False
 
 
@@ -38,7 +38,7 @@ class Story:
 
 
 async def amid_a_stream(s: Scene, fault: str) -> None:
-    """A long stream is under way when the fault begins."""
+    """A long stream is open when the fault starts."""
     s.open()
     await s.served()
     s.fault(fault)
@@ -54,7 +54,7 @@ async def amid_short_requests(
 
 
 async def amid_arrivals(s: Scene, fault: str) -> None:
-    """New users come all the time and are prefilled; it is the rest of their answers that does not come."""
+    """New users keep arriving and are prefilled; the rest of their responses never arrives."""
     s.arrivals(every=0.4)
     await s.served()
     s.fault(fault)
@@ -65,7 +65,7 @@ async def gpu_fault(s: Scene) -> None:
     s.open()
     await s.served()
     s.fault("gpu_fault")
-    s.xid(31)  # a memory page fault, which a restart mends
+    s.xid(31)  # a memory page fault, which a restart repairs
 
 
 async def oversized(s: Scene) -> None:
@@ -77,11 +77,11 @@ async def oversized(s: Scene) -> None:
 
 
 async def one_of_two_ranks(s: Scene) -> None:
-    """Long streams on both ranks, short requests beside them."""
+    """Long streams and short requests on both ranks."""
     for _ in range(4):
         s.open()
     s.crowd(2)
-    await s.engine.until(lambda: all(core.steps > 100 for core in s.engine.cores))  # each has published what it does
+    await s.engine.until(lambda: all(core.steps > 100 for core in s.engine.cores))  # each has published metrics
     s.fault("one_rank", rank=0)
 
 
@@ -97,7 +97,7 @@ async def started_anew(s: Scene) -> None:
 
 
 async def one_stream(s: Scene) -> None:
-    """One stream stops, all others go on."""
+    """One stream stops, all others continue."""
     s.open(tokens=300)
     await s.served()
     s.fault("one_stream")
@@ -113,7 +113,7 @@ async def near_the_limit(s: Scene) -> None:
 
 
 async def abort(s: Scene) -> None:
-    """A client hangs up, and the others' streams stop."""
+    """A client disconnects, and the others' streams stop."""
     s.open()
     leaver = s.open()
     await s.engine.until(lambda: s.engine.open == 2)
@@ -123,7 +123,7 @@ async def abort(s: Scene) -> None:
 
 
 async def after_idle(s: Scene) -> None:
-    """Nobody asked for a while; then somebody does."""
+    """The first request after an idle time."""
     s.fault("hang_after_idle", idle=0.5)
     await asyncio.sleep(1.0)  # the idle time itself
     s.open()
@@ -165,7 +165,7 @@ async def burst(s: Scene) -> None:
 
 
 async def full(s: Scene) -> None:
-    """Every place of the batch is taken for long, and many wait; /health is slow, too."""
+    """The batch is full for long, and many requests wait; /health is slow, too."""
     s.fault("slow_health", delay=5)
     ends = await asyncio.gather(*(s.ask(150, prompt=50) for _ in range(10)))
     assert set(ends) == {"done"}
@@ -199,18 +199,18 @@ async def compiling(s: Scene) -> None:
 
 
 async def before_ready(s: Scene) -> None:
-    """Users ask while the engine still loads."""
+    """Requests arrive while the engine still loads."""
     s.crowd(2)
     await s.served()
 
 
 async def profiled(s: Scene) -> None:
-    """A profiler is started and stopped through the relay; the world stands still in between."""
+    """A profiler is started and stopped through the relay; the engine stands still in between."""
     await ordered(s, "/start_profile", "/stop_profile")
 
 
 async def ordered(s: Scene, stop: str, go: str) -> None:
-    """A stop that was ordered through the relay, for several times the floor, with a stream under way."""
+    """A pause through the relay, for several times the floor, with an open stream."""
     s.open()
     await s.served()
     assert await s.post(stop) == 200
@@ -220,7 +220,7 @@ async def ordered(s: Scene, stop: str, go: str) -> None:
 
 
 async def weights(s: Scene) -> None:
-    """The core waits for new weights while a stream is under way."""
+    """The core waits for new weights while a stream is open."""
     s.open()
     await s.served()
     assert await s.post("/update_weights?seconds=6") == 200
@@ -241,14 +241,14 @@ async def stopped(s: Scene) -> None:
 
 
 async def starved(s: Scene) -> None:
-    """All processes of the sidecar get one part in four of the time."""
+    """All processes of the sidecar run a quarter of the time."""
     s.open()
     await s.served()
     processes = [s.sidecar.process.pid, await s.sidecar.control(), *await relays_of(s)]
     for _ in range(8):
         for pid in processes:
             os.kill(pid, signal.SIGSTOP)
-        await asyncio.sleep(0.6)  # the time that they do not get
+        await asyncio.sleep(0.6)  # the time without CPU
         for pid in processes:
             os.kill(pid, signal.SIGCONT)
         await asyncio.sleep(0.2)
@@ -256,7 +256,7 @@ async def starved(s: Scene) -> None:
 
 
 async def forgetful(s: Scene) -> None:
-    """The judging process is killed twice while a long prefill starves all streams: its successors know nothing of before."""
+    """The control process is killed twice while a long prefill starves all streams; its successors know nothing."""
     s.open()
     await s.served()
     s.fault("long_prefill", duration=6.0)
@@ -274,7 +274,7 @@ async def relays_of(s: Scene) -> list[int]:
 
 
 async def blind(s: Scene) -> None:
-    """The relays are stopped for several times the floor: their facts come late, all at once."""
+    """The relays are stopped for several times the floor: their events arrive late and all at once."""
     s.open()
     await s.served()
     relays = await relays_of(s)
@@ -287,7 +287,7 @@ async def blind(s: Scene) -> None:
 
 
 async def overload(s: Scene) -> None:
-    """Far more work than places, for a while."""
+    """Far more work than capacity, for a while."""
     s.crowd(60, tokens=20, prompt=200)
     await s.served()
     s.began = time.monotonic()

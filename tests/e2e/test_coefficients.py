@@ -1,4 +1,4 @@
-"""Coefficients of a running sidecar: where they come from, what they price, and whether they hold."""
+"""Coefficients of a running sidecar: their origin, their prices, and whether they still match."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 STALE = "\nsidecar_mu_coefficients_stale 1.0"
 FRESH = "\nsidecar_mu_coefficients_stale 0.0"
 TOGETHER = 8  # requests open at all times
-STEP = 50.0  # milliseconds: what a busy machine adds to a sleep is small against it
+STEP = 50.0  # milliseconds, large compared to what a busy machine adds to a sleep
 CO = Coefficients(k=0.001, a=0.05, b=1e-9, d=STEP / TOGETHER, f=1e-9, batch=TOGETHER, source="calibrated")
 
 
@@ -51,7 +51,7 @@ async def test_coefficients_of_another_model_are_stale_at_once(
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 async def test_an_engine_that_slows_down_makes_its_coefficients_stale(start: Any, tmp_path: Path) -> None:
-    """Fresh while the engine keeps the speed that was measured; stale some windows after it takes four times as long."""
+    """Fresh while the engine keeps its measured speed; stale some windows after it becomes four times slower."""
     async with ScriptedEngine(EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=STEP)) as engine:
         sidecar = await start(engine.url, coefficients=file_of(tmp_path, CO), silence_floor="12")
         await sidecar.until_verdict("idle")

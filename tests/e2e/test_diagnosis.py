@@ -1,4 +1,4 @@
-"""The whole way: an engine process that hangs, a verdict, and a bundle that says what its process did and nothing of a user's."""
+"""End to end: a hung engine process, a verdict, and a bundle about the process without any user's data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = "the marked words of a user"
 
 @pytest.fixture
 async def engine_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """`sidecar engine` as a process of its own, and its URL."""
+    """`sidecar engine` as a separate process, and its URL."""
     port = free_port()
     command = [sys.executable, "-m", "sidecar", "engine", "--listen", f"127.0.0.1:{port}"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("SIDECAR_")}
@@ -34,7 +34,7 @@ async def engine_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, st
 
 @pytest.mark.slow
 async def test_a_stopped_engine_process_is_named_before_it_is_killed(engine_process: Any, start: Any) -> None:
-    """The list, the log, the page and the bundle all say `stopped (T)`, and the engine is as stopped afterwards as before."""
+    """The list, the log, the page and the bundle all report `stopped (T)`, and the engine stays stopped."""
     process, url = engine_process
     sidecar = await start(url)
     await sidecar.until_verdict("idle")
@@ -59,7 +59,7 @@ async def test_a_stopped_engine_process_is_named_before_it_is_killed(engine_proc
 
 
 async def _complete(sidecar: Any) -> dict[str, Any]:
-    """The newest bundle, once both looks are in it, which the log tells."""
+    """The newest bundle, once the log reports that both rounds are in it."""
     async with asyncio.timeout(PATIENCE):
         while not any("taken" in line and "stopped (T)" in line for line in sidecar.log):  # noqa: ASYNC110  a log has no event
             await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A real Envoy in front of two sidecars, one engine three times slower: client-side weighted round robin by our ORCA reports."""
+"""A real Envoy in front of two sidecars, one engine three times slower: weighted round robin by ORCA reports."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .conftest import Sidecar
 from .test_neighbours import answering, running
 
 SLOWER = 3.0
-REQUESTS = 400  # of which round robin would give half to each
+REQUESTS = 400  # round robin would send half to each
 HOSTS = ("127.0.0.1", "127.0.0.2")  # Envoy knows one port of the stream for all endpoints
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
 
 
 def slowed(co: Coefficients) -> str:
-    """The coefficients file that `calibrate` would write of the slow engine."""
+    """The coefficients file that `calibrate` would write for the slow engine."""
     prices = {k: v * SLOWER if isinstance(v, float) and k in "kabdfgh" else v for k, v in asdict(co).items()}
     return to_json(replace(co, **prices))
 
 
 def bootstrap(by: str, ports: tuple[int, int], endpoints: list[tuple[str, int]], oob: int) -> str:
-    """A file of deploy/envoy with the addresses and the haste of a test. `ports`: of the listener and of the admin interface."""
+    """A file of deploy/envoy with a test's addresses and intervals. `ports`: listener and admin interface."""
     config = yaml.safe_load((DEPLOY / ("stream.yaml" if by == "stream" else "header.yaml")).read_text())
 
     def at(host: str, port: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def bootstrap(by: str, ports: tuple[int, int], endpoints: list[tuple[str, int]],
 
 
 class Front:
-    """A running Envoy: where it listens, and what it counts."""
+    """A running Envoy: its address and its counters."""
 
     def __init__(self, url: str, admin: str, session: aiohttp.ClientSession) -> None:
         self.url, self.admin, self.session = url, admin, session
@@ -89,7 +89,7 @@ class Front:
 
 @pytest.fixture
 async def pair(start: Any, tmp_path: Path) -> AsyncIterator[tuple[list[Sidecar], int]]:
-    """Two sidecars beside a fast and a slow engine, and the port of their streams."""
+    """Two sidecars next to a fast and a slow engine, and the port of their streams."""
     oob, sidecars = free_port(), []
     fast = EngineSettings(listen=("127.0.0.1", 0), decode_step_ms=4.0)
     slow = replace(fast, decode_step_ms=4.0 * SLOWER, prefill_tokens_per_second=20_000 / SLOWER)
@@ -111,7 +111,7 @@ async def pair(start: Any, tmp_path: Path) -> AsyncIterator[tuple[list[Sidecar],
 async def test_envoy_takes_every_report_and_traffic_follows_capacity(
     by: str, pair: tuple[list[Sidecar], int], requires: Any, tmp_path: Path
 ) -> None:
-    """By header, in each form, and by the stream: the fast engine gets three of four requests, and no report is rejected.
+    """By header in each format and by stream: the fast engine gets three of four requests, no report is rejected.
 
     With even chances, 280 of 400 come about once in 10^15 runs.
     """

@@ -1,4 +1,4 @@
-"""Kills end where they do not help, and a restart of the sidecar forgets nothing that matters."""
+"""Kills stop if they do not help, and a restart of the sidecar loses nothing that matters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def serving(stack: AsyncExitStack, port: int) -> ScriptedEngine:
 
 
 async def test_two_restarts_that_do_not_help_hand_the_engine_over(start: Any) -> None:
-    """Stalled a third time: unready, not killed, and the verdict, the files, the metric and the log say what an operator must do."""
+    """Stalled a third time: unready, not killed; verdict, files, metric and log tell the operator what to do."""
     port = free_port()
     async with AsyncExitStack() as first:
         engine = await serving(first, port)
@@ -66,7 +66,7 @@ async def test_two_restarts_that_do_not_help_hand_the_engine_over(start: Any) ->
 async def test_a_restarted_sidecar_knows_what_it_had_learned(
     engine: ScriptedEngine, start: Any, tmp_path: Path
 ) -> None:
-    """kill -9 of the sidecar beside an engine that works: start-up stays done, and the engine's gaps stay known."""
+    """kill -9 of the sidecar of a working engine: start-up stays done, and the engine's gaps stay known."""
     sidecar = await start(engine.url, state="kept")
     await sidecar.until_verdict("idle")
     for _ in range(20):
@@ -86,7 +86,7 @@ async def test_a_restarted_sidecar_knows_what_it_had_learned(
 
 
 async def test_a_control_process_that_dies_is_followed_by_one_that_knows(engine: ScriptedEngine, start: Any) -> None:
-    """kill -9 of the control process alone, amid a stream: its successor never takes the engine for one that starts."""
+    """kill -9 of the control process alone during a stream: its successor never reports the engine as starting."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     await sidecar.until_remembered(lambda kept: kept["served"])
@@ -107,7 +107,7 @@ async def test_a_control_process_that_dies_is_followed_by_one_that_knows(engine:
 
 
 async def test_a_stall_outlives_the_sidecar_only_once_it_is_found_anew(engine: ScriptedEngine, start: Any) -> None:
-    """kill -9 of the sidecar beside an engine that hangs: alive and unready at first, stalled after a canary of its own."""
+    """kill -9 of the sidecar of a hung engine: alive and unready at first, stalled after a new canary."""
     sidecar = await start(engine.url, state="kept")
     await sidecar.until_verdict("idle")
     engine.faults.start("freeze")

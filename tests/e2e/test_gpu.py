@@ -1,4 +1,4 @@
-"""A driver of the GPU that hangs takes nothing else with it."""
+"""A hung GPU driver affects nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..nvml_stub.build import build
 async def test_a_driver_that_hangs_costs_its_own_numbers_only(
     function: str, engine: ScriptedEngine, start: Any, tmp_path: Path, requires: Callable[[str], Path]
 ) -> None:
-    """NVML hangs in its init, or in the middle of a round: probes pass, requests are served, the load says that NVML does not answer, and why."""
+    """NVML hangs in its init or later: probes pass, requests are served, the load reports why NVML is missing."""
     library, script = build(requires("gcc"), tmp_path / "lib"), tmp_path / "script"
     script.write_text(f"hang {function}")
     sidecar = await start(engine.url, environ={"LD_LIBRARY_PATH": str(library), "NVML_STUB_SCRIPT": str(script)})

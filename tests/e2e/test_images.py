@@ -1,4 +1,4 @@
-"""Images through the whole sidecar: what the engine sees, what /v1/preprocess says, what hostile bytes get."""
+"""Images through the whole sidecar: the engine's input, /v1/preprocess, hostile bytes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONFIG = {
 
 
 class Recorder:
-    """An engine that keeps what it was asked."""
+    """An engine that records its requests."""
 
     def __init__(self, owner: str = "vllm") -> None:
         self.owner = owner
@@ -105,15 +105,20 @@ async def recorder() -> AsyncIterator[Recorder]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sidecar(recorder: Recorder, sidecars: Any, tmp_path_factory: Any, requires: Any) -> AsyncIterator[Any]:
-    """One for all tests here: its image workers load torch for seconds. The engine is its OTLP collector, too."""
+    """One for all tests: its image workers load torch for seconds. The engine is also its OTLP collector."""
     requires("python:torchvision")
     folder = tmp_path_factory.mktemp("images")
     (folder / "preprocessor_config.json").write_text(json.dumps(CONFIG))
     async with sidecars(folder) as start:
         sidecar = await start(
-            recorder.url, images="inline", model=str(folder), image_workers="1", canary_interval="60",
-            otlp_endpoint=recorder.url, image_urls=recorder.url.removeprefix("http://"),
-        )  # fmt: skip
+            recorder.url,
+            images="inline",
+            model=str(folder),
+            image_workers="1",
+            canary_interval="60",
+            otlp_endpoint=recorder.url,
+            image_urls=recorder.url.removeprefix("http://"),
+        )
         await sidecar.until_verdict("idle")
         yield sidecar
 
@@ -156,7 +161,7 @@ async def ask(sidecar: Any, body: Any, **headers: str) -> tuple[int, Any, Any]:
 
 
 async def test_the_engine_sees_a_lossless_image_of_the_final_size(recorder: Recorder, sidecar: Any) -> None:
-    """1080p JPEG in, an uncompressed image out, its pixels those that the processor itself would have made; content hash as uuid."""
+    """1080p JPEG in, an uncompressed image with the processor's own pixels out; content hash as uuid."""
     jpeg = photo(1920, 1080, 7)
     status, _, _ = await ask(sidecar, chat(data_url(jpeg)))
     assert status == 200
@@ -172,7 +177,7 @@ async def test_the_engine_sees_a_lossless_image_of_the_final_size(recorder: Reco
 
 
 async def test_a_link_into_the_pod_is_refused(recorder: Recorder, sidecar: Any) -> None:
-    """A listed host is still not fetched from at an address that is not public, nor one that is not listed; the engine is not asked."""
+    """Unlisted hosts, and listed ones at private addresses, are not fetched from; the engine gets no request."""
     for link, code in (
         (recorder.url + "/v1/models", "image_url_failed"),
         ("http://169.254.169.254/latest/meta-data", "image_url"),
@@ -240,11 +245,11 @@ async def test_preprocess_returns_what_the_hugging_face_processor_returns(sideca
 
 
 async def test_an_image_server_that_dies_is_replaced(recorder: Recorder, sidecar: Any) -> None:
-    """kill -9 of the image server, whose workers die with it: the next image waits for the next one; control and relay live on."""
+    """kill -9 of the image server and its workers: the next image waits for a new one; control and relay survive."""
     assert (await ask(sidecar, chat(data_url(photo(640, 480, 3)))))[0] == 200
     control = await sidecar.control()
     supervisor = psutil.Process(sidecar.process.pid)
-    assert supervisor.num_threads() == 1  # it forks: with images, too, nothing that it imports may start a thread
+    assert supervisor.num_threads() == 1  # it forks: nothing that it imports may start a thread
     (server,) = [p for p in supervisor.children() if "image-server" in p.cmdline()]
     server.kill()
     await asyncio.to_thread(psutil.wait_procs, [server], 30)
@@ -267,7 +272,7 @@ async def test_one_trace_spans_client_sidecar_and_engine(recorder: Recorder, sid
 
 
 async def test_an_image_of_an_earlier_turn_comes_from_the_cache(sidecar: Any, recorder: Recorder) -> None:
-    """The same photograph twice, as in a chat of several turns: the engine sees the same bytes, the workers work once."""
+    """The same photograph twice, as in a long chat: the engine sees equal bytes, the workers work once."""
 
     async def cached() -> float:
         async with sidecar.session.get(sidecar.admin + "/metrics") as answer:
@@ -333,7 +338,7 @@ async def test_an_engine_that_says_that_it_reads_no_pnm_gets_none(
 
 @pytest.mark.parametrize("shm", [False, True], ids=["body", "shm"])
 async def test_the_client_gives_what_the_hugging_face_processor_gives(sidecar: Any, tmp_path: Path, shm: bool) -> None:
-    """Bytes and paths in; the processor's tensors out, as floats and as bytes, and what each image became; no file is left."""
+    """Bytes and paths in; the processor's tensors out, as floats and as bytes; no file is left."""
     jpegs = [photo(640, 480, 31), photo(300, 900, 32)]
     (tmp_path / "a.jpg").write_bytes(jpegs[0])
     images = [Image.open(io.BytesIO(j)).convert("RGB") for j in jpegs]
@@ -356,7 +361,7 @@ async def test_the_client_gives_what_the_hugging_face_processor_gives(sidecar: A
 
 
 def handed_over(sidecar: Any) -> list[str]:
-    """Files that wait for a reader in this sidecar's folder of shared memory: its supervisor holds the folder's lock open."""
+    """Files waiting for a reader in this sidecar's shared memory, whose lock its supervisor holds."""
     opened = [fd.readlink() for fd in Path(f"/proc/{sidecar.process.pid}/fd").iterdir()]
     (folder,) = {path.parent for path in opened if path.parent.name.startswith(PREFIXED)}
     return [p.name for p in folder.glob(f"{OUT}*")]

@@ -1,7 +1,7 @@
-"""Every hang mode is found with the right reason and every alarm stays silent: real processes, real clock, one and two relays.
+"""Every hang mode is found with the right reason and every alarm stays silent: real processes, one and two relays.
 
-All selected stories are played at once, a few beside each other, before the first test looks at what came of its own; `-v` ends
-with the matrix as a table. What is owed stands in sidecar/tools/scripted_engine/hang_catalogue.py, how a row is played in stories.py.
+All selected stories are played first, some of them concurrently; then each test checks its own. `-v` ends with the
+matrix as a table. sidecar/tools/scripted_engine/hang_catalogue.py has the expected results, stories.py plays the rows.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from .stories import Story
 
 pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1800)]
 
-BESIDE = 10  # stories at a time
+# Stories at a time.
+CONCURRENT_STORIES = 10
 RELAYS = (1, 2)
 
 
 class Row(NamedTuple):
-    """One test: a row of the catalogue, the story that plays it, and with how many relays."""
+    """One test: a row of the catalogue, its story, and the number of relays."""
 
     kind: str
     case: HangCase
@@ -47,7 +48,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What came of a story: seconds from the fault to what was owed (None where silence was), or why not."""
+    """The result of a story: seconds from the fault to the reaction (None for silence), or what was wrong."""
 
     seconds: float | None = None
     seen: str = ""
@@ -92,12 +93,12 @@ def test_every_mode_and_alarm_is_played() -> None:
 async def found(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, requires: Callable[[str], Path]
 ) -> dict[str, Found]:
-    """What came of each selected row."""
+    """The result of each selected row."""
     parameters = [getattr(item, "callspec", Nothing).params for item in request.session.items]
     wanted = [each["row"] for each in parameters if "row" in each]
     folder = tmp_path_factory.mktemp("matrix")
     driver = build(requires("gcc"), folder / "lib") if any(row.story.setting.gpu for row in wanted) else None
-    gate = asyncio.Semaphore(BESIDE)
+    gate = asyncio.Semaphore(CONCURRENT_STORIES)
     results: dict[str, Found] = {}
 
     async def play(row: Row) -> None:
@@ -122,13 +123,16 @@ class Nothing:
 
 def lines(results: dict[str, Found]) -> list[str]:
     """The matrix as Markdown."""
-    rows = [f"| `{name}` | {'-' if f.seconds is None else f'{f.seconds:.1f} s'} | {f.seen or 'silent'} | {'wrong' if f.wrong else 'ok'} |"
-            for name, f in results.items()]  # fmt: skip
+    rows = [
+        f"| `{name}` | {'-' if f.seconds is None else f'{f.seconds:.1f} s'} | {f.seen or 'silent'} "
+        f"| {'wrong' if f.wrong else 'ok'} |"
+        for name, f in results.items()
+    ]
     return ["| case | found after | seen | |", "|---|---|---|---|", *sorted(rows)]
 
 
 async def _played(row: Row, folder: Path, driver: Path | None) -> Found:
-    """Play one row; whatever goes wrong is told by its test alone."""
+    """Play one row; failures are reported by its own test."""
     try:
         async with scene(row.story.setting, row.relays, folder, driver) as s:
             await row.story.play(s)
@@ -188,8 +192,13 @@ async def _silence(s: Scene, case: HangCase) -> Found:
 
 
 CHECKS = {
-    "liveness": _liveness, "readiness": _readiness, "startup": _startup, "request": _request, "report": _report, "silence": _silence,
-}  # fmt: skip
+    "liveness": _liveness,
+    "readiness": _readiness,
+    "startup": _startup,
+    "request": _request,
+    "report": _report,
+    "silence": _silence,
+}
 
 
 def _dead(s: Scene) -> list[Seen]:

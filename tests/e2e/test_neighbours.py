@@ -24,7 +24,10 @@ events {{ worker_connections 64; }}
 http {{
   access_log off; client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
   uwsgi_temp_path {folder}; scgi_temp_path {folder};
-  server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {relay}; proxy_http_version 1.1; proxy_buffering off; }} }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass {relay}; proxy_http_version 1.1; proxy_buffering off; }}
+  }}
 }}
 """
 PROMETHEUS = """
@@ -62,7 +65,7 @@ async def answering(session: aiohttp.ClientSession, url: str) -> None:
 async def test_streams_pass_nginx_event_by_event_and_its_client_can_leave(
     engine: ScriptedEngine, start: Any, requires: Any, tmp_path: Path
 ) -> None:
-    """Behind an ingress: the first event comes before the last is made, and a client that leaves frees the engine."""
+    """Behind an ingress, events are streamed, and a disconnecting client frees the engine."""
     nginx = str(requires("nginx"))
     sidecar = await start(engine.url)
     port = free_port()
@@ -87,7 +90,7 @@ async def test_streams_pass_nginx_event_by_event_and_its_client_can_leave(
 
 
 async def test_prometheus_scrapes_both_ports(engine: ScriptedEngine, start: Any, requires: Any, tmp_path: Path) -> None:
-    """A real Prometheus finds both targets up, ours on the admin port, ours and the engine's on the relay port; it records by our rules."""
+    """A real Prometheus scrapes both ports, with the engine's series on the relay's, and evaluates the rules."""
     prometheus = str(requires("prometheus"))
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
@@ -126,7 +129,7 @@ async def queried(session: aiohttp.ClientSession, api: str, query: str, expected
 
 
 async def test_scrapers_do_not_reach_the_engine(engine: ScriptedEngine, start: Any) -> None:
-    """Four scrapers of the relay and two of the admin port, as fast as they can: the engine is scraped once a second, by us alone."""
+    """Despite six scrapers of both ports at full speed, the engine is scraped once a second."""
     sidecar = await start(engine.url)
     await sidecar.until_merged("vllm:num_requests_running", "sidecar_mu_utilization_ratio")
     loop = asyncio.get_running_loop()

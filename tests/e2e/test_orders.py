@@ -1,4 +1,4 @@
-"""Calls that stop an engine on purpose, with whole processes: what an engine did not take hides no hang."""
+"""Calls that pause an engine, end to end: a call that the engine did not accept hides no hang."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def hang_up(sidecar: Any, path: str, announced: str) -> None:
 
 
 async def test_orders_that_the_engine_does_not_know_hide_no_hang(engine: ScriptedEngine, start: Any) -> None:
-    """Clients that hang up on one, and a 404, leave the pod ready; the hang that follows is found, never exempt."""
+    """Aborted calls and a 404 leave the pod ready; the hang that follows is found, never exempt."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     for path in (*UNKNOWN, "/sleep", "/pause", "/start_profile"):
@@ -44,7 +44,7 @@ async def test_orders_that_the_engine_does_not_know_hide_no_hang(engine: Scripte
 
 
 async def test_a_weight_update_is_exempt_until_its_client_leaves(engine: ScriptedEngine, start: Any) -> None:
-    """While the call is with the engine its silence is no hang; when the client is gone, the engine is judged again."""
+    """During the call the engine's silence is no hang; when the client is gone, the engine is judged again."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     asked = asyncio.create_task(sidecar.session.post(sidecar.relay + "/update_weights?seconds=3000"))

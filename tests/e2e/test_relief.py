@@ -1,4 +1,4 @@
-"""Client relief through the whole sidecar: a verdict's order to two relay processes, and back."""
+"""Client relief through the whole sidecar: a verdict's command to two relay processes, and recovery."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 @pytest.mark.slow
 async def test_requests_outlive_a_stall_where_that_is_asked_for(engine: ScriptedEngine, start: Any) -> None:
-    """With --retry-stalled, requests of which nothing was answered wait while the engine is given up, and end well after it."""
+    """With --retry-stalled, requests without any response wait during the stall and succeed after it."""
     sidecar = await start(engine.url, workers="2", retry_stalled="120")
     await sidecar.until_verdict("idle")
     engine.faults.start("freeze")

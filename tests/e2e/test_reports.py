@@ -22,7 +22,7 @@ from ..waiting import PATIENCE
 
 @asynccontextmanager
 async def streaming(port: int) -> AsyncIterator[Any]:
-    """A call of the stream, ten reports a second, on a connection of its own."""
+    """A call of the stream, ten reports a second, on its own connection."""
     request = Request()
     request.report_interval.FromMilliseconds(100)
     # else a connection of the channel before is taken again, though its server died
@@ -37,7 +37,7 @@ async def streaming(port: int) -> AsyncIterator[Any]:
 
 
 async def test_reports_outlive_control_and_come_back_after_their_own_death(engine: ScriptedEngine, start: Any) -> None:
-    """A stream goes on over a kill -9 of control and tells of new work; its process, killed, is replaced; SIGTERM ends it as UNAVAILABLE."""
+    """A stream survives a kill -9 of control; its own process is replaced; SIGTERM ends it as UNAVAILABLE."""
     port = free_port()
     sidecar = await start(engine.url, orca_grpc=f"127.0.0.1:{port}")
     await sidecar.until_verdict("idle")

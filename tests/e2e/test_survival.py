@@ -1,4 +1,4 @@
-"""kill -9 of any process of the sidecar while the engine works: no liveness probe fails it, and what can go on goes on."""
+"""kill -9 of any process of the sidecar while the engine works: no liveness probe fails, service continues."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from ..waiting import PATIENCE
 
-EVERY = 0.2  # seconds between checks; kubelet's are 10 s apart
+# kubelet's checks are 10 s apart.
+CHECK_INTERVAL_S = 0.2
 
 
 class Checks:
-    """What kubelet would ask of the engine's container, all the time: our exec probe, and the manifests' shell line."""
+    """Kubelet's checks of the engine's container, continuously: the exec probe and the manifests' shell line."""
 
     def __init__(self, state: Path) -> None:
         self.commands = {
@@ -42,7 +43,7 @@ class Checks:
                 if process.returncode:
                     self.failed.append(f"{name}: {said.decode()}")
                 self.passed[name] += process.returncode == 0
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
 
 @contextlib.asynccontextmanager
@@ -55,7 +56,7 @@ async def checked(state: Path) -> AsyncIterator[None]:
         before = dict(checks.passed)
         async with asyncio.timeout(PATIENCE):
             while not checks.failed and any(checks.passed[name] < before[name] + 2 for name in before):  # noqa: ASYNC110
-                await asyncio.sleep(EVERY)
+                await asyncio.sleep(CHECK_INTERVAL_S)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -63,7 +64,7 @@ async def checked(state: Path) -> AsyncIterator[None]:
 
 
 async def live_again(sidecar: Any, before: int) -> None:
-    """Wait until a control process other than `before` answers /livez with 200; until then kubelet's next try waits or fails."""
+    """Wait until a control process other than `before` answers /livez with 200."""
     async with asyncio.timeout(PATIENCE):
         while True:
             with contextlib.suppress(aiohttp.ClientError):
@@ -78,7 +79,7 @@ async def relays(sidecar: Any) -> list[int]:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_streams_and_counts_outlive_the_control_process(engine: ScriptedEngine, start: Any, workers: str) -> None:
-    """kill -9 of control: open streams end whole, new requests are served, and the next control counts each of them once."""
+    """kill -9 of control: streams end completely, new requests are served, and each is counted once."""
     sidecar = await start(engine.url, workers=workers)
     await sidecar.until_verdict("idle")
     old, before = await relays(sidecar), await sidecar.control()
@@ -132,7 +133,7 @@ async def test_a_relay_that_dies_takes_its_streams_and_nothing_else(
 
 
 async def test_no_connection_is_refused_while_processes_are_replaced(engine: ScriptedEngine, start: Any) -> None:
-    """Ports stay open when both die: who connects meanwhile waits for the next process."""
+    """Ports stay open when both die: new connections wait for the next process."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     (relay,), control = await relays(sidecar), await sidecar.control()
@@ -148,7 +149,7 @@ async def test_no_connection_is_refused_while_processes_are_replaced(engine: Scr
 
 
 async def test_sigterm_between_two_control_processes_still_drains(engine: ScriptedEngine, start: Any) -> None:
-    """Control is killed and SIGTERM comes at once: the stream ends whole, and the exit code is 0."""
+    """Control is killed and SIGTERM arrives at once: the stream ends completely, and the exit code is 0."""
     sidecar = await start(engine.url, drain_seconds="60")
     await sidecar.until_verdict("idle")
     async with sidecar.chat(tokens=400) as stream:

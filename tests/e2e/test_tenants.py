@@ -17,7 +17,7 @@ ASK = {"model": "scripted", "prompt": "Say something.", "max_tokens": 8}
 
 
 async def test_a_limit_is_one_for_all_relays_and_follows_its_file(start: Any, engine: Any, tmp_path: Path) -> None:
-    """Of 60 requests over 60 connections to two relays, some ten requests' worth are admitted; a new file admits again."""
+    """Of 60 requests over 60 connections to two relays, about ten are admitted; a new file admits more."""
     cost = cost_model.mu(RequestSize(4, output=8), cost_model.Coefficients())
     file = tmp_path / "limits.toml"
     file.write_text(f"default = {{mu_per_minute = 0.000001, burst_mu = {10 * cost}}}")

@@ -1,4 +1,4 @@
-"""Consumption records of a whole sidecar: they add up, whatever is killed."""
+"""Usage records of a whole sidecar: they add up, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recorded(state: Path) -> int:
 
 
 async def test_a_clean_end_leaves_every_request_on_disk(engine: ScriptedEngine, start: Any) -> None:
-    """Whoever bought what: tenants, tokens and outcomes are those of the requests; canaries are nobody's."""
+    """Tenants, tokens and outcomes match the requests; canaries belong to no tenant."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     for tenant in ("a", "a", "b"):
@@ -37,7 +37,7 @@ async def test_a_clean_end_leaves_every_request_on_disk(engine: ScriptedEngine, 
 
 
 async def test_kill_9_during_a_thousand_requests(engine: ScriptedEngine, start: Any) -> None:
-    """Control is killed twice amid the load: no request is counted twice, and what was on disk or settled afterwards is there."""
+    """Control is killed twice under load: no request is counted twice, and none on disk or settled later is lost."""
     sidecar = await start(engine.url, workers="2")
     await sidecar.until_verdict("idle")
     ended, open_ = 0, 24

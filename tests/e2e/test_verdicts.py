@@ -1,4 +1,4 @@
-"""A hang is found, a busy engine is not, and our own troubles are nobody's."""
+"""A hang is found, a busy engine is healthy, and the sidecar's own faults blame no engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..waiting import PATIENCE
 
 
 async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine: ScriptedEngine, start: Any) -> None:
-    """Requests outstanding, /health 200, no token: /livez turns 503, the client is told, and all is well once the engine moves."""
+    """Open requests, /health 200, no token: /livez turns 503, clients get errors, until the engine moves again."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     assert (await sidecar.get("/startupz"))[0] == 200
@@ -55,7 +55,7 @@ async def test_a_silent_hang_fails_liveness_leaves_a_diagnosis_and_heals(engine:
 
 
 async def test_an_idle_hang_is_found_by_canaries(engine: ScriptedEngine, start: Any) -> None:
-    """Nobody asks anything, and the hang is found all the same."""
+    """A hang of an idle engine is found."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     engine.faults.start("freeze")
@@ -106,7 +106,7 @@ async def test_a_long_prefill_and_a_slow_health_page_are_no_hang(engine: Scripte
 
 @pytest.mark.slow
 async def test_an_api_that_is_blocked_for_a_while_is_no_hang(engine: ScriptedEngine, start: Any) -> None:
-    """Tokenizing or decoding images can block every HTTP answer for long: the silence gets a third of --silence-cap on top."""
+    """Image work can block every HTTP response for long: the allowed silence grows by a third of --silence-cap."""
     sidecar = await start(engine.url, silence_cap="60")
     await sidecar.until_verdict("idle")
     async with sidecar.chat(tokens=100_000) as stream:
@@ -120,7 +120,7 @@ async def test_an_api_that_is_blocked_for_a_while_is_no_hang(engine: ScriptedEng
 
 
 async def test_an_api_that_stays_blocked_is_a_hang(engine: ScriptedEngine, start: Any) -> None:
-    """The engine computes, and nobody ever hears of it again: found once the longer patience is over."""
+    """The engine computes, but its API stays blocked: found after the longer window."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     async with sidecar.chat(tokens=100_000) as stream:
@@ -131,7 +131,7 @@ async def test_an_api_that_stays_blocked_is_a_hang(engine: ScriptedEngine, start
 
 
 async def test_garbage_metrics_are_a_failed_reading_and_change_no_verdict(engine: ScriptedEngine, start: Any) -> None:
-    """What cannot be read is failed, never 0, and nobody is killed for it."""
+    """A signal that cannot be read is failed, never 0, and kills nothing."""
     sidecar = await start(engine.url)
     await sidecar.until_verdict("idle")
     engine.faults.start("garbage_metrics")

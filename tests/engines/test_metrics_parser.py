@@ -12,7 +12,7 @@ from sidecar.engines.metrics_parser import Garbage, parse
 from sidecar.engines.registry import KINDS
 from sidecar.readings import EngineSample, RankSample
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.metrics import GARBAGE, EngineMetrics
+from sidecar.tools.scripted_engine.metrics import GARBAGE_PAGE, EngineMetrics
 
 VLLM = KINDS["vllm"]
 
@@ -82,7 +82,7 @@ def test_a_value_that_cannot_be_believed(value: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [b"<html>busy</html>", b'{"error": 1}', GARBAGE, b"vllm:num_requests_running{engine=\n"]
+    "page", [b"<html>busy</html>", b'{"error": 1}', GARBAGE_PAGE, b"vllm:num_requests_running{engine=\n"]
 )
 def test_a_page_that_is_no_metrics_page(page: bytes) -> None:
     """HTML, JSON and a truncated line are Garbage, and the reason contains nothing of the page."""

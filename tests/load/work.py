@@ -90,7 +90,7 @@ def history(
             work = RequestSize(prompt, output=100)
             yield due, Admitted(request.id, due, "t", "m", "chat", True, work, limit, cost_model.mu(work, co))
             due += rng.expovariate(rate)
-        if not scheduler.busy():
+        if not scheduler.is_busy():
             now = due
             continue
         step = scheduler.plan(how)

@@ -25,10 +25,10 @@ async def test_dumps_that_work_are_ok(py_spy: str) -> None:
 
 def test_a_refusal_names_the_capability() -> None:
     """Seen and not readable is a warning with its remedy; one process that can be read is enough for ok."""
-    refused = doctor.judged((CORE, API), {1: Failed(stack_dump.REFUSED), 2: Failed(stack_dump.FOREIGN)})
+    refused = doctor.judge_dumps((CORE, API), {1: Failed(stack_dump.REFUSED), 2: Failed(stack_dump.FOREIGN)})
     assert refused.level == "warn" and "SYS_PTRACE" in refused.remedy and "no permission" in refused.what
-    assert doctor.judged((CORE, API), {1: "Thread 1", 2: Failed(stack_dump.FOREIGN)}).level == "ok"
-    assert doctor.judged((API,), {2: Failed(stack_dump.FOREIGN)}).level == "absent"
+    assert doctor.judge_dumps((CORE, API), {1: "Thread 1", 2: Failed(stack_dump.FOREIGN)}).level == "ok"
+    assert doctor.judge_dumps((API,), {2: Failed(stack_dump.FOREIGN)}).level == "absent"
 
 
 async def test_no_engine_and_a_remote_one_have_none() -> None:

@@ -43,7 +43,7 @@ def dns_1035_label(text: Any) -> bool:
 
 
 def path_segment(text: Any) -> bool:
-    """IsValidPathSegmentName: what Roles and RoleBindings may be called."""
+    """IsValidPathSegmentName: names of Roles and RoleBindings."""
     return isinstance(text, str) and text not in ("", ".", "..") and not set("/%") & set(text)
 
 
@@ -90,7 +90,7 @@ def env_name(text: Any) -> bool:
 
 
 def quantity(value: Any) -> Decimal | None:
-    """ParseQuantity: the number, or None where the text is none."""
+    """ParseQuantity: the number, or None for an invalid text."""
     number = re.fullmatch(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))(.*)", str(value), re.ASCII)
     if type(value) not in (int, float, str) or not number:
         return None
@@ -108,7 +108,7 @@ def quantity(value: Any) -> Decimal | None:
 
 
 def refusals(document: Any) -> list[str]:
-    """Why an API server refuses an object, as "field: reason"; empty where it takes it."""
+    """Why an API server rejects an object, as "field: reason"; empty if it accepts it."""
     if not isinstance(document, dict) or not all(isinstance(document.get(k), str) for k in ("apiVersion", "kind")):
         return ["an object needs apiVersion and kind"]
     name, rules = KINDS.get(document["kind"], (dns_subdomain, custom))
@@ -149,7 +149,7 @@ def annotations(given: Any, at: str) -> Refusals:
 
 
 def custom(document: dict[str, Any]) -> Refusals:
-    """Of kinds that are not Kubernetes' own, only the labels that they select by are looked at."""
+    """For other kinds than Kubernetes' own, only label selectors are checked."""
     yield from selected(document.get("spec"), "spec")
 
 
@@ -197,7 +197,7 @@ def strategy(given: dict[str, Any]) -> Refusals:
 
 
 def pod(spec: dict[str, Any], at: str) -> Refusals:
-    """ValidatePodTemplateSpec, and what is refused of the pods that are made of it."""
+    """ValidatePodTemplateSpec, and the validation of its pods."""
     volumes = spec.get("volumes", [])
     yield from unique(volumes, f"{at}.volumes", "name")
     for n, volume in enumerate(volumes):
@@ -222,7 +222,7 @@ def pod(spec: dict[str, Any], at: str) -> Refusals:
 
 
 def source(volume: dict[str, Any], at: str, *, account: bool) -> Refusals:
-    """ValidateVolumes: one source each, and what each kind of source asks for."""
+    """ValidateVolumes: one source each, with its own rules."""
     if not dns_label(volume.get("name")):
         yield f"{at}.name: {volume.get('name')!r}"
     kinds = set(volume) - {"name"}
@@ -314,7 +314,7 @@ def environment(given: list[dict[str, Any]], at: str) -> Refusals:
 
 
 def probe(given: dict[str, Any], at: str, kind: str) -> Refusals:
-    """validateProbe, and of each kind of probe its own."""
+    """validateProbe, and the rules of each kind of probe."""
     yield from handler({k: v for k, v in given.items() if k in HANDLERS}, at)
     for key in ("initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"):
         if given.get(key, 1) < 0:
@@ -444,7 +444,7 @@ def autoscaler(document: dict[str, Any]) -> Refusals:
 
 
 def unique(items: Iterable[dict[str, Any]], at: str, *keys: str) -> Refusals:
-    """No two items of a list have the same key; `protocol` is TCP where it is not given."""
+    """No two items of a list have the same key; `protocol` defaults to TCP."""
     seen: set[Hashable] = set()
     for item in items:
         key = tuple(item.get(k, "TCP" if k == "protocol" else None) for k in keys)
@@ -458,9 +458,16 @@ HANDLERS: Final = {"exec", "httpGet", "tcpSocket", "grpc", "sleep"}
 STANDARD: Final = {"cpu", "memory", "ephemeral-storage"}
 DIVISORS: Final = ("1", *(f"1{unit}{end}" for unit in "KMGTPE" for end in ("", "i") if unit + end != "K"), "1k")
 FIELDS: Final = {
-    "metadata.name", "metadata.namespace", "metadata.uid", "spec.nodeName", "spec.serviceAccountName",
-    "status.hostIP", "status.hostIPs", "status.podIP", "status.podIPs",
-}  # fmt: skip
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+    "spec.nodeName",
+    "spec.serviceAccountName",
+    "status.hostIP",
+    "status.hostIPs",
+    "status.podIP",
+    "status.podIPs",
+}
 KINDS: Final[dict[str, tuple[Callable[[Any], bool], Callable[[dict[str, Any]], Refusals]]]] = {
     "Deployment": (dns_subdomain, deployment),
     "Service": (dns_1035_label, service),
@@ -475,7 +482,7 @@ KINDS: Final[dict[str, tuple[Callable[[Any], bool], Callable[[dict[str, Any]], R
 
 
 class _Strict(yaml.SafeLoader):
-    """YAML as kubectl and the API server decode it: a key that stands twice is an error, a lone y or n is a bool."""
+    """YAML as decoded by kubectl and the API server: a duplicate key is an error, a bare y or n is a bool."""
 
     bool_values = yaml.SafeLoader.bool_values | {"y": True, "n": False}
 
@@ -490,5 +497,5 @@ _Strict.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("[yYnN]$"), l
 
 
 def objects(text: str) -> list[Any]:
-    """The objects of a text; what is empty is none."""
+    """The objects of a text, without empty documents."""
     return [document for document in yaml.load_all(text, _Strict) if document is not None]

@@ -1,4 +1,4 @@
-"""What each fault of the scripted engine must show from outside; one function a row."""
+"""The visible signs of each fault of the scripted engine, one function per row."""
 
 from __future__ import annotations
 
@@ -351,10 +351,40 @@ async def refuse(client: Client) -> None:
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
-        freeze, freeze_busy, gpu_fault, freeze_admission, oversized_head, kv_deadlock, livelock, one_rank, freeze_decode, transfer_stuck,
-        stuck_near_limit, start_hang, core_dead, api_block, first_chunk_then_silence, one_stream, wedge_on_abort,
-        hang_after_idle, slow, gibberish, slow_health, long_prefill, jit, serial_http, sleep, pause, weight_update, profile, error_500,
-        no_pnm, garbage_metrics, no_metrics, crash, refuse,
+        freeze,
+        freeze_busy,
+        gpu_fault,
+        freeze_admission,
+        oversized_head,
+        kv_deadlock,
+        livelock,
+        one_rank,
+        freeze_decode,
+        transfer_stuck,
+        stuck_near_limit,
+        start_hang,
+        core_dead,
+        api_block,
+        first_chunk_then_silence,
+        one_stream,
+        wedge_on_abort,
+        hang_after_idle,
+        slow,
+        gibberish,
+        slow_health,
+        long_prefill,
+        jit,
+        serial_http,
+        sleep,
+        pause,
+        weight_update,
+        profile,
+        error_500,
+        no_pnm,
+        garbage_metrics,
+        no_metrics,
+        crash,
+        refuse,
     )
-}  # fmt: skip
+}
 OPTIONS = {"one_rank": {"data_parallel": 2}}

@@ -1,4 +1,4 @@
-"""A small client of the scripted engine for its tests: requests as tasks, server-sent events as they come."""
+"""A small client of the scripted engine for its tests: requests as tasks, server-sent events as they arrive."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Client:
             yield events(response)
 
     async def json(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Status and JSON of a GET, or of a POST where there is a body."""
+        """Status and JSON of a GET, or of a POST if there is a body."""
         async with self.session.request("POST" if body is not None else "GET", path, json=body) as response:
             return response.status, json.loads(await response.read() or b"null")
 
@@ -63,16 +63,16 @@ class Client:
             return parse(await response.read(), KINDS["scripted"])
 
     async def silent(self, *tasks: asyncio.Task[Any]) -> bool:
-        """Whether none of the tasks ends within a quiet while."""
+        """Whether none of the tasks ends within a short time."""
         done, _ = await asyncio.wait(tasks, timeout=QUIET)
         return not done
 
     async def running(self, count: int = 1) -> None:
-        """Until so many sequences run in all."""
+        """Wait until so many sequences run in total."""
         await self.engine.until(lambda: sum(len(c.scheduler.running) for c in self.engine.cores) >= count)
 
     async def steps(self, count: int, rank: int = 0) -> None:
-        """Until the core of a rank has made so many more steps."""
+        """Wait until the core of a rank has made some more steps."""
         core = self.engine.cores[rank]
         goal = core.steps + count
         await self.engine.until(lambda: core.steps >= goal)

@@ -1,4 +1,4 @@
-"""Reading an admin port from beside: what it says, and None where it says nothing."""
+"""Reading an admin port from another process; None if it does not answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def test_changes_since_come_oldest_first() -> None:
 
 
 async def test_load_and_units() -> None:
-    """/load comes as it is, and model units are summed by outcome."""
+    """/load is returned unchanged, and model units are summed by outcome."""
     pages = {"/load": web.json_response({"verdict": "idle"}), "/metrics": web.Response(text=PAGE)}
     async with answering(pages) as client:
         assert await client.load() == {"verdict": "idle"}
@@ -57,7 +57,7 @@ async def test_load_and_units() -> None:
 
 
 async def test_no_answer_is_none(unused_tcp_port: int) -> None:
-    """A closed port, an error page and an answer that is no JSON are no answer, not an error."""
+    """A closed port, an error page and a response that is not JSON return None and raise nothing."""
     async with AdminClient(f"http://127.0.0.1:{unused_tcp_port}") as client:
         assert await client.load() is None
         assert await client.changes(0.0) == []
@@ -75,5 +75,5 @@ async def test_no_answer_is_none(unused_tcp_port: int) -> None:
 
 @pytest.mark.parametrize("page", ["sidecar_mu_total{outcome=", 'sidecar_mu_total{tenant="a"} 1\n'])
 def test_a_page_that_is_none(page: str) -> None:
-    """A page that cannot be read is not taken for one that counts nothing."""
+    """An unreadable page is not mistaken for one without requests."""
     assert units_by_outcome(page) is None

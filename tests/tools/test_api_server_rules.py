@@ -1,4 +1,4 @@
-"""The rules of tests/tools/api_server_rules.py refuse what they are for, and nothing else."""
+"""The rules of tests/tools/api_server_rules.py reject what they are for, and nothing else."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ REFUSED: list[tuple[dict[str, Any], str, Any]] = [
 
 @pytest.mark.parametrize("document", GOOD, ids=lambda d: d["kind"])
 def test_what_is_right_is_taken(document: dict[str, Any]) -> None:
-    """Each kind of object passes with the unusual that is allowed: dots, underscores, upper case, empty values."""
+    """Each kind of object passes with unusual but valid values: dots, underscores, upper case, empty values."""
     assert rules.refusals(document) == []
 
 
@@ -222,7 +222,7 @@ def test_what_is_right_is_taken(document: dict[str, Any]) -> None:
     ("document", "path", "value"), REFUSED, ids=lambda v: v if isinstance(v, str) and len(v) < 99 else ""
 )
 def test_each_fault_is_refused(document: dict[str, Any], path: str, value: Any) -> None:
-    """One changed field of an object that passes is refused."""
+    """One invalid field of a valid object is rejected."""
     changed = deepcopy(document)
     *way, last = path.split(".")
     place: Any = changed
@@ -246,24 +246,36 @@ def test_each_fault_is_refused(document: dict[str, Any], path: str, value: Any) 
     ids=["key", "value", "port"],
 )
 def test_names_as_in_the_sources_own_tests(check: Callable[[Any], bool], yes: list[str], no: list[str]) -> None:
-    """Names that validation_test.go of Kubernetes has pass or fail here as there."""
+    """Names from Kubernetes' validation_test.go pass or fail here as there."""
     assert [name for name in yes if not check(name)] == [] and [name for name in no if check(name)] == []
 
 
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("64Gi", 64 << 30), ("1k", 1000), ("100m", Decimal("0.1")), ("1e3", 1000), ("1E", 10**18),
-        (".5", Decimal("0.5")), (2, 2), ("64ki", None), ("1K", None), ("1GB", None), ("", None), ("1 Gi", None), ("١", None), (True, None),
+        ("64Gi", 64 << 30),
+        ("1k", 1000),
+        ("100m", Decimal("0.1")),
+        ("1e3", 1000),
+        ("1E", 10**18),
+        (".5", Decimal("0.5")),
+        (2, 2),
+        ("64ki", None),
+        ("1K", None),
+        ("1GB", None),
+        ("", None),
+        ("1 Gi", None),
+        ("١", None),
+        (True, None),
     ],
-)  # fmt: skip
+)
 def test_quantities_are_read_as_kubernetes_does(text: Any, number: Any) -> None:
     """Suffixes have one spelling, numbers have Western digits."""
     assert rules.quantity(text) == number
 
 
 def test_a_key_that_stands_twice_and_a_lone_y_are_seen() -> None:
-    """YAML is read as kubectl does: strictly, and y and n are no texts."""
+    """YAML is parsed like in kubectl: strictly, and y and n are no strings."""
     with pytest.raises(yaml.YAMLError, match="twice"):
         rules.objects("a: 1\nb: {c: 1, c: 2}\n")
     assert rules.objects("a: y\n---\n---\nb: [n, 'y']\n") == [{"a": True}, {"b": [False, "y"]}]

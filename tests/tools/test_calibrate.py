@@ -1,4 +1,4 @@
-"""Calibration: what is fitted, what it is worth, and the whole of it against a real scripted engine."""
+"""Calibration: the fit, its accuracy, and the whole command against a real scripted engine."""
 
 from __future__ import annotations
 
@@ -26,14 +26,22 @@ from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Grid
 from sidecar.tools.calibrate.command import CalibrateSettings, calibrate
 from sidecar.tools.calibrate.fit import Measured
 from sidecar.tools.calibrate.prompts import PromptTarget
-from sidecar.tools.calibrate.shapes import LEAST, SIDES, GridShape, least, ordered, plan, reference
+from sidecar.tools.calibrate.shapes import (
+    MIN_LENGTH_TOKENS,
+    PHOTO_SIDES_PX,
+    GridShape,
+    min_length,
+    plan_shapes,
+    reference_shape,
+    shuffle_turn,
+)
 from sidecar.tools.calibrate.traffic import EngineRefused
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..engines.engine_faces import OnDemand
 
 TRUE = Coefficients(k=5.0, a=0.2, b=2e-5, d=3.0, f=4e-4)
-TOKENS = {side: (side // 28) ** 2 * 3 // 4 for side in SIDES}
+TOKENS = {side: (side // 28) ** 2 * 3 // 4 for side in PHOTO_SIDES_PX}
 
 
 def measured(shapes: list[GridShape], noise: float = 0.0, seed: int = 1) -> list[Measured]:
@@ -50,24 +58,24 @@ def work(s: GridShape) -> RequestSize:
 
 
 def split(noise: float = 0.0) -> tuple[list[Measured], list[Measured]]:
-    shapes = plan(8192, cached=True)
+    shapes = plan_shapes(8192, cached=True)
     return measured([s for s in shapes if not s.held_out], noise), measured([s for s in shapes if s.held_out], noise, 2)
 
 
 def test_known_coefficients_are_found_again() -> None:
-    """From costs without noise, held-out shapes are predicted within a hundredth, and far better than by a line."""
+    """From costs without noise, held-out shapes are predicted within 1 %, and far better than by a line."""
     fitted, held_out = split()
     co = fit.fit(fitted)
     assert fit.accuracy(held_out, co).mape < 0.01
-    assert fit.line_accuracy(held_out, fit.line(fitted)).mape > 5 * fit.accuracy(held_out, co).mape
+    assert fit.line_accuracy(held_out, fit.fit_line(fitted)).mape > 5 * fit.accuracy(held_out, co).mape
     assert fit.variation([*fitted, *held_out], co) < 0.05
 
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), noise=st.floats(0, 0.3))
 def test_noise_gives_no_negative_and_no_wild_coefficient(seed: int, noise: float) -> None:
-    """Whatever the noise: all at least 0, finite, and errors of about its size."""
-    shapes = plan(4096, cached=False)
+    """With any noise, coefficients are finite and at least 0, with errors of about its size."""
+    shapes = plan_shapes(4096, cached=False)
     fitted = measured([s for s in shapes if not s.held_out], noise, seed)
     co = fit.fit(fitted)
     assert all(0 <= getattr(co, name) < 1e6 for name in cost_model.TERMS)
@@ -83,24 +91,24 @@ def test_a_term_that_no_shape_shows_keeps_the_priors_share() -> None:
 
 
 def test_too_few_measurements_are_said() -> None:
-    """Three costs cannot tell seven prices."""
+    """Three costs cannot determine seven coefficients."""
     with pytest.raises(ValueError, match="at least four"):
         fit.fit(split()[0][:3])
 
 
 def test_a_term_that_is_many_times_the_priors_is_found() -> None:
-    """The pull of a prior from another machine is bounded: attention that costs a hundred times its share is predicted."""
+    """A prior from another machine pulls within bounds: attention of a hundred times its share is predicted."""
     steep = Coefficients(k=5.0, a=0.03, b=4e-5, d=0.4, f=1.5e-4)
-    shapes = [s for s in plan(8192, cached=True) if not s.held_out]
+    shapes = [s for s in plan_shapes(8192, cached=True) if not s.held_out]
     works = [RequestSize(s.uncached, s.cached, s.output) for s in shapes]
     co = fit.fit([Measured(w, cost_model.gpu_ms(w, steep)) for w in works])
     assert co.b == pytest.approx(steep.b, rel=0.1)
 
 
 def test_a_sliding_window_is_the_priors() -> None:
-    """With the window that the roofline read from config.json, costs of a model with one are explained by the same prices."""
+    """With the window from config.json, the same coefficients explain the costs of a model with sliding windows."""
     true = replace(TRUE, window=1024.0, windowed=0.75)
-    works = [m.work for m in measured([s for s in plan(8192, cached=True) if not s.held_out])]
+    works = [m.work for m in measured([s for s in plan_shapes(8192, cached=True) if not s.held_out])]
     costs = [Measured(w, cost_model.gpu_ms(w, true)) for w in works]
     co = fit.fit(costs, Coefficients(window=1024.0, windowed=0.75))
     assert (co.window, co.windowed) == (1024.0, 0.75) and co.f == pytest.approx(true.f, rel=0.1)
@@ -112,18 +120,18 @@ TOWER = Coefficients(k=3.0, a=0.013, b=4e-5, d=0.8, f=2e-4, g=0.06, h=3.0, q=2e-
 
 @pytest.mark.parametrize("length", [2048, 8192])
 def test_prices_of_images_are_found(length: int) -> None:
-    """Photos of three sizes tell the price of an encoder token from that of its square within an image, and both from the prompt's."""
-    shapes = plan(length, cached=True, tokens=TOKENS)
+    """Photos of three sizes separate the costs of encoder tokens, their square, and prompt tokens."""
+    shapes = plan_shapes(length, cached=True, tokens=TOKENS)
     co = fit.fit([Measured(work(s), cost_model.gpu_ms(work(s), TOWER)) for s in shapes if not s.held_out])
     assert (co.g, co.q) == pytest.approx((TOWER.g, TOWER.q), rel=0.15)
-    assert {s.side for s in shapes if s.held_out} == {0, *SIDES}
+    assert {s.side for s in shapes if s.held_out} == {0, *PHOTO_SIDES_PX}
 
 
 @pytest.mark.parametrize("q", [0.0, TOWER.q])
 def test_images_are_predicted_whether_or_not_their_cost_grows_with_the_square(q: float) -> None:
-    """Beside noise, held-out photos are within a tenth; where attention counts, prices that are linear in tokens miss them by far more."""
+    """Despite noise, held-out photos are within 10 %; with attention, coefficients linear in tokens are far off."""
     true, rng = replace(TOWER, q=q), random.Random(5)
-    shapes = plan(2048, cached=True, tokens=TOKENS)
+    shapes = plan_shapes(2048, cached=True, tokens=TOKENS)
     rows = [(s, Measured(work(s), cost_model.gpu_ms(work(s), true) * rng.lognormvariate(0, 0.05))) for s in shapes]
     photos, fitted = [m for s, m in rows if s.held_out and s.images], [m for s, m in rows if not s.held_out]
     flat = fit.fit([replace(m, work=replace(m.work, image_squares=0)) for m in fitted])
@@ -132,60 +140,68 @@ def test_images_are_predicted_whether_or_not_their_cost_grows_with_the_square(q:
 
 
 def test_what_others_took_is_left_out() -> None:
-    """Of the turns of a shape the lower quartile counts: one of five that was disturbed changes nothing."""
+    """The lower quartile of a shape's turns counts: one disturbed turn of five changes nothing."""
     shape = GridShape(8, 0, 1)
-    (row,) = fit.merged((shape, Measured(RequestSize(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
+    (row,) = fit.merge_turns((shape, Measured(RequestSize(8, output=1), ms)) for ms in (10.0, 10.0, 10.0, 10.0, 90.0))
     assert row.measured.ms == 10 and row.spread == 0
 
 
-@pytest.mark.parametrize("length", [LEAST, 512, 4096, 16_384])
+@pytest.mark.parametrize("length", [MIN_LENGTH_TOKENS, 512, 4096, 16_384])
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_plan_fits_the_length(length: int, cached: bool) -> None:
     """Every request fits; shapes differ; some are held out; each turn is another order of the same."""
-    shapes = plan(length, cached=cached, tokens=TOKENS)
+    shapes = plan_shapes(length, cached=cached, tokens=TOKENS)
     assert all(s.uncached + s.cached + s.images * TOKENS.get(s.side, 0) + s.output <= length for s in shapes)
     assert any(s.held_out for s in shapes) and sum(not s.held_out for s in shapes) >= 8
     assert any(s.cached for s in shapes) is cached and len(set(shapes)) == len(shapes)
-    assert sorted(map(repr, shapes)) == sorted(map(repr, ordered(shapes, 1))) and ordered(shapes, 1) != ordered(
-        shapes, 2
-    )
-    assert reference(length).uncached + reference(length).output <= length
+    assert sorted(map(repr, shapes)) == sorted(map(repr, shuffle_turn(shapes, 1))) and shuffle_turn(
+        shapes, 1
+    ) != shuffle_turn(shapes, 2)
+    assert reference_shape(length).uncached + reference_shape(length).output <= length
 
 
 def test_a_short_plan_has_photos() -> None:
-    """However little time there is, photos of each size are fitted and some held out, unless the context is shorter."""
-    shapes = plan(least(8192, TOKENS), cached=True, tokens=TOKENS)
-    assert {s.side for s in shapes if s.images and not s.held_out} == set(SIDES)
+    """Even with little time, photos of each size are fitted and some held out, unless the context is too short."""
+    shapes = plan_shapes(min_length(8192, TOKENS), cached=True, tokens=TOKENS)
+    assert {s.side for s in shapes if s.images and not s.held_out} == set(PHOTO_SIDES_PX)
     assert any(s.held_out and s.images for s in shapes)
-    assert least(300, TOKENS) == 300 and least(8192, {}) == LEAST
+    assert min_length(300, TOKENS) == 300 and min_length(8192, {}) == MIN_LENGTH_TOKENS
 
 
 def test_one_image_at_most_is_kept_to() -> None:
-    """An engine that takes one image for each request is not asked for two."""
-    assert {s.images for s in plan(4096, cached=True, tokens=TOKENS, most_images=1)} == {0, 1}
+    """An engine that accepts one image per request gets no second one."""
+    assert {s.images for s in plan_shapes(4096, cached=True, tokens=TOKENS, max_images=1)} == {0, 1}
 
 
 def test_open_requests_at_the_slo() -> None:
-    """Between the last step that kept it and the first that did not; none where it was never passed."""
+    """Interpolated between the steps below and above the SLO; none if it was never exceeded."""
     steps = tuple(SearchStep(n, p95, 1.0, RequestSize(8, output=1)) for n, p95 in ((1, 1.0), (2, 2.0), (4, 6.0)))
-    assert capacity_search.held(steps, 4.0) == 3
-    assert capacity_search.held(steps, 7.0) == 0 and capacity_search.held(steps, 0.5) == 0
+    assert capacity_search.find_concurrency_at_slo(steps, 4.0) == 3
+    assert (
+        capacity_search.find_concurrency_at_slo(steps, 7.0) == 0
+        and capacity_search.find_concurrency_at_slo(steps, 0.5) == 0
+    )
 
 
 def test_the_engine_is_full_where_more_requests_gain_little() -> None:
     """The fewest open requests that reach nine tenths of the highest rate."""
     rates = ((1, 1.0), (2, 1.9), (4, 3.0), (8, 3.2), (16, 3.1))
-    assert capacity_search.full(tuple(SearchStep(n, 1.0, rate, RequestSize(8, output=1)) for n, rate in rates)) == 4
+    assert (
+        capacity_search.find_full_concurrency(
+            tuple(SearchStep(n, 1.0, rate, RequestSize(8, output=1)) for n, rate in rates)
+        )
+        == 4
+    )
 
 
 def test_a_context_that_is_too_short_is_refused() -> None:
-    """Prompt and output could not be told apart."""
+    """Too short a context is rejected."""
     with pytest.raises(ValueError, match="256"):
-        plan(LEAST - 1, cached=False)
+        plan_shapes(MIN_LENGTH_TOKENS - 1, cached=False)
 
 
 def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
-    """What was measured is read back, a half-written line is left out, another identity begins anew."""
+    """Measurements are read back, a truncated line is ignored, another identity starts again."""
     out, shape, planned = (
         tmp_path / "co.json",
         GridShape(8, 0, 1),
@@ -218,7 +234,7 @@ def quick(**more: Any) -> EngineSettings:
 
 @pytest.mark.slow
 async def test_a_scripted_engine_is_calibrated(tmp_path: Path) -> None:
-    """A generated token costs no less than the engine's own step; the file is read by `sidecar run`; the report names errors."""
+    """A generated token costs at least the engine's step; `sidecar run` reads the file; the report has the errors."""
     out = tmp_path / "co.json"
     async with ScriptedEngine(quick(image_ms=50.0)) as running:
         chosen = CalibrateSettings(
@@ -251,9 +267,21 @@ async def test_killed_in_between_it_goes_on(tmp_path: Path) -> None:
     out, partial = tmp_path / "co.json", tmp_path / "co.json.partial"
     async with ScriptedEngine(quick()) as running:
         command = [
-            sys.executable, "-m", "sidecar", "calibrate", "--engine", running.url, "--out", str(out), "--seconds", "5",
-            "--concurrency", "2", "--context", "512",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "sidecar",
+            "calibrate",
+            "--engine",
+            running.url,
+            "--out",
+            str(out),
+            "--seconds",
+            "5",
+            "--concurrency",
+            "2",
+            "--context",
+            "512",
+        ]
         process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
         assert process.stderr is not None
         while b"turn 2" not in await process.stderr.readline():
@@ -276,35 +304,35 @@ async def test_killed_in_between_it_goes_on(tmp_path: Path) -> None:
 
 
 async def test_an_engine_that_serves_others_is_not_measured(tmp_path: Path, monkeypatch: Any) -> None:
-    """Requests of others are said, waited for, and end the calibration where they stay."""
-    monkeypatch.setattr(command, "QUIET", 0.5)
-    monkeypatch.setattr(command, "LOOK", 0.1)
+    """Requests of other clients are reported and waited for, and end the calibration if they stay."""
+    monkeypatch.setattr(command, "IDLE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(command, "IDLE_CHECK_INTERVAL_S", 0.1)
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
         body = {"model": "scripted", "prompt": "x", "max_tokens": 100_000, "stream": True}
         async with session.post(f"{running.url}/v1/completions", json=body) as answer:
             await answer.content.readline()
             chosen = CalibrateSettings(engine=running.url, out=str(tmp_path / "co.json"), seconds=5, context=512)
-            with pytest.raises(EngineRefused, match="1 requests that are not ours"):
+            with pytest.raises(EngineRefused, match="1 requests of other clients"):
                 await calibrate(chosen, tmp_path / "co.json")
 
 
 async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> None:
-    """A sample during which the engine had more requests than ours says how many."""
-    monkeypatch.setattr(traffic, "LOOK", 0.01)
+    """A sample reports the requests of other clients."""
+    monkeypatch.setattr(traffic, "LOAD_CHECK_INTERVAL_S", 0.01)
 
     async def load() -> float:
         return 5.0
 
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
         target = PromptTarget(running.url, "scripted", ids=False)
-        sample = await traffic.CalibrationTraffic(session, target, beside=traffic.BackgroundLoad(load)).run(
+        sample = await traffic.CalibrationTraffic(session, target, background=traffic.BackgroundLoad(load)).run(
             GridShape(16, 0, 8), 2, 0.2
         )
     assert sample.others == 3
 
 
 def test_the_wait_of_the_busiest_thread_counts() -> None:
-    """A thread that waits and does little, or came meanwhile, says nothing of the engine; without any, nothing was waited."""
+    """Only the busiest thread counts, not idle or new ones; without threads the wait is 0."""
     before, after = {"a": (1.0, 0.0), "b": (5.0, 5.0)}, {"a": (4.0, 1.0), "b": (5.1, 9.0), "new": (9.0, 9.0)}
     assert contention.share(before, after, 4.0) == 0.25
     assert contention.share({}, {}, 4.0) == 0.0
@@ -327,7 +355,7 @@ def test_waiting_for_a_core_is_seen() -> None:
         time.sleep(0.2)
         cores.mark()
         time.sleep(1.0)
-        assert 0.2 < cores.waited() <= contention.MOST
+        assert 0.2 < cores.waited() <= contention.MAX_WAITED_SHARE
     finally:
         for process in processes:
             process.kill()
@@ -335,19 +363,19 @@ def test_waiting_for_a_core_is_seen() -> None:
 
 
 def test_mu_in_flight_is_the_measured_one_at_its_slo() -> None:
-    """At another SLO Little's law stands in."""
+    """At another SLO, Little's law is used."""
     co = Coefficients(mu_in_flight=7.0, slo_seconds=10.0)
     assert cost_model.max_mu_in_flight(co, 10.0) == 7.0
     assert cost_model.max_mu_in_flight(co, 5.0) == cost_model.max_mu_in_flight(Coefficients(), 5.0)
 
 
 def test_no_engine_and_no_folder_are_said(tmp_path: Path, capsys: Any) -> None:
-    """One line each, with what to do."""
+    """Each error is one line that says what to do."""
     assert run(["calibrate"]) == 2
     assert run(["calibrate", "--engine", "http://127.0.0.1:9", "--out", str(tmp_path / "no" / "co.json")]) == 2
     assert run(["calibrate", "--engine", "http://127.0.0.1:9", "--out", str(tmp_path / "co.json")]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert "--engine" in errors[0] and "--out" in errors[1] and "no engine answers" in errors[2]
+    assert "--engine" in errors[0] and "--out" in errors[1] and "does not answer" in errors[2]
 
 
 async def test_of_several_models_one_that_is_loaded_is_measured() -> None:

@@ -30,7 +30,7 @@ CASES = {
 
 
 def program(text: str) -> Callable[[int, int, int], Any]:
-    """A CEL expression compiled by cel-python, with the gateway's variables as it has them: unsigned."""
+    """A CEL expression compiled by cel-python, with the gateway's unsigned variables."""
     environment = celpy.Environment()
     compiled = environment.program(environment.compile(text))
 
@@ -52,7 +52,7 @@ PROGRAMS = {name: program(expression(co)) for name, co in CASES.items()}
 @given(st.sampled_from(sorted(CASES)), st.integers(0, 200_000), st.floats(0, 1), st.integers(0, 32_000))
 @settings(max_examples=150)
 def test_the_expression_is_the_cost_model(name: str, read: int, share: float, output: int) -> None:
-    """Whatever the tokens, also with sliding windows: it gives what `units.mu` says, to one milli-MU or a millionth."""
+    """For any tokens and sliding windows, it equals `cost_model.mu` to one milli-MU or a millionth."""
     cached = int(read * share)
     mine = cost_model.mu(RequestSize(read - cached, cached, output), CASES[name]) * 1000
     assert float(PROGRAMS[name](read, cached, output)) == pytest.approx(mine, rel=1e-6, abs=0.51)
@@ -60,7 +60,7 @@ def test_the_expression_is_the_cost_model(name: str, read: int, share: float, ou
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_gateway_takes_it(name: str) -> None:
-    """The result is an unsigned integer, also of no tokens at all, with which Envoy AI Gateway tries every expression first."""
+    """The result is an unsigned integer, even of 0 tokens, with which Envoy AI Gateway validates expressions."""
     assert isinstance(PROGRAMS[name](0, 0, 0), celtypes.UintType)
     assert PROGRAMS[name](3500, 0, 300) == 1000
     assert PROGRAMS[name](10, 20, 1) == PROGRAMS[name](10, 10, 1)  # more cached than read
@@ -68,7 +68,7 @@ def test_a_gateway_takes_it(name: str) -> None:
 
 
 def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a coefficients file, or of the default."""
+    """From a coefficients file, or from the default."""
     file = tmp_path / "coefficients.json"
     file.write_text(cost_model.to_json(CASES["sliding"]))
     assert __main__.run(["cel", "--coefficients", str(file)]) == 0

@@ -1,4 +1,4 @@
-"""The demo, run as a user runs it: the command itself, with real children, to its end."""
+"""The demo as a user runs it: the command with real child processes, to its end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def finish(process: subprocess.Popen[str], said: list[str]) -> int:
 
 
 def nothing_left(scratch: Path) -> bool:
-    """Whether no process works in the scratch directory any more; those that die with a killed parent take a moment."""
+    """Whether no process uses the scratch directory; children of a killed parent need a moment to die."""
     found = [p for p in psutil.process_iter(["cmdline"]) if any(str(scratch) in arg for arg in p.info["cmdline"] or ())]
     return not psutil.wait_procs(found, PATIENCE)[1]
 
@@ -82,7 +82,7 @@ def read_until(process: subprocess.Popen[str], words: str, said: list[str]) -> N
 
 @pytest.mark.slow
 def test_the_story_of_a_stall(scratch: Path, start: Start) -> None:
-    """The URL first; a stall is detected, killed and recovered from; Ctrl-C sums it up with exit code 0, nothing is left."""
+    """A stall is detected, killed and recovered from; Ctrl-C prints the summary with exit code 0."""
     said: list[str] = []
     process = start("--stall-after", "3", "--seconds", "240")
     read_until(process, "RECOVERED", said)
@@ -105,7 +105,7 @@ def test_the_story_of_a_stall(scratch: Path, start: Start) -> None:
 
 
 def test_it_ends_by_itself(scratch: Path, start: Start) -> None:
-    """With --seconds it ends by itself, wherever it is then; an engine that was not ready by then is a failure, and said."""
+    """With --seconds it ends by itself at any stage; an engine that is not ready by then is a reported failure."""
     said: list[str] = []
     assert finish(start("--seconds", "0.5", "--stall-after", "0"), said) == 1
     assert PAGE.match(said[0])
@@ -115,7 +115,7 @@ def test_it_ends_by_itself(scratch: Path, start: Start) -> None:
 
 
 def test_it_sums_up_what_was_served(scratch: Path, start: Start) -> None:
-    """It is stopped once a progress line tells of requests and images: the summary tells of them, and of MU."""
+    """The summary includes the requests, images and MU of the run."""
     said: list[str] = []
     process = start("--stall-after", "0")
     read_until(process, r"[1-9]\d* requests ok.* [1-9]\d* images", said)
@@ -132,14 +132,14 @@ def test_it_sums_up_what_was_served(scratch: Path, start: Start) -> None:
 
 
 def test_a_sidecar_that_dies_fails_the_demo(scratch: Path, start: Start) -> None:
-    """When the sidecar dies the demo ends with exit code 1, says so, keeps and names the logs, and leaves no process."""
+    """When the sidecar dies, the demo reports it, exits with 1, keeps and names the logs, and leaves no process."""
     said: list[str] = []
     process = start("--stall-after", "0")
     read_until(process, "sidecar up", said)
     (pod,) = [p for p in psutil.Process(process.pid).children() if "run" in p.cmdline()]
     pod.kill()
     assert finish(process, said) == 1
-    assert "FAILED: the sidecar ended (signal SIGKILL)\n" in said
+    assert "FAILED: the sidecar exited (signal SIGKILL)\n" in said
     (log,) = scratch.glob("sidecar-demo-*/sidecar.log")
     assert str(log) in said[-1]
     assert nothing_left(scratch)
@@ -151,4 +151,4 @@ def test_images_directory_without_images(scratch: Path, start: Start) -> None:
     assert finish(start("--images", str(scratch)), said) == 2
     assert len(said) == 1
     assert "--images:" in said[0]
-    assert "holds no .jpg" in said[0]
+    assert "contains no .jpg" in said[0]

@@ -1,4 +1,4 @@
-"""What the demo stands on: ports, files, containers."""
+"""The demo's ports, files and containers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from sidecar.errors import StartError
 from sidecar.settings import Settings
 from sidecar.tools.demo import processes
-from sidecar.tools.demo.processes import QUICK, DemoProcesses
+from sidecar.tools.demo.processes import QUICK_SETTINGS, DemoProcesses
 
 
 @pytest.fixture
@@ -23,29 +23,29 @@ def stage() -> Iterator[DemoProcesses]:
 
 
 def test_a_taken_port_is_replaced_and_told() -> None:
-    """Where the wanted port is taken, another one is chosen, and one line names both."""
+    """If the wanted port is in use, another is chosen, and one line names both."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         made = processes.make(("127.0.0.1", 0), ("127.0.0.1", port))
     shutil.rmtree(made.directory)
     assert made.admin[1] > port
-    assert [n for n in made.notes if "taken" in n] == [
-        f"127.0.0.1:{port} is taken; --admin is 127.0.0.1:{made.admin[1]} instead"
+    assert [n for n in made.notes if "in use" in n] == [
+        f"127.0.0.1:{port} is in use; --admin is 127.0.0.1:{made.admin[1]} instead"
     ]
 
 
 def test_a_host_that_is_not_ours_is_an_error() -> None:
     """An address that cannot be bound at all ends the start with a line that names the flags."""
     with pytest.raises(StartError, match=r"192\.0\.2\.1; choose another with --listen and --admin"):
-        processes.free(("192.0.2.1", 80))
+        processes.find_free_address(("192.0.2.1", 80))
 
 
 def test_a_free_port_is_kept(unused_tcp_port: int) -> None:
-    """A wanted port that is free is used as it is, without a word."""
+    """A free wanted port is used without a note."""
     made = processes.make(("127.0.0.1", unused_tcp_port), ("127.0.0.1", 0))
     shutil.rmtree(made.directory)
     assert made.relay == ("127.0.0.1", unused_tcp_port)
-    assert not [n for n in made.notes if "taken" in n]
+    assert not [n for n in made.notes if "in use" in n]
 
 
 def test_the_model_directory_is_one(stage: DemoProcesses) -> None:
@@ -56,7 +56,7 @@ def test_the_model_directory_is_one(stage: DemoProcesses) -> None:
 
 
 def test_containers_keep_our_environment_out(stage: DemoProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIDECAR_* variables of the caller reach neither container; the quick settings reach the sidecar as flags."""
+    """SIDECAR_* variables of the caller reach neither container; the shortened settings reach the sidecar as flags."""
     monkeypatch.setenv("SIDECAR_ENGINE", "http://elsewhere:1")
     monkeypatch.setenv("HOME", "/somewhere")
     for container in (stage.sidecar(), stage.engine_container()):
@@ -64,7 +64,7 @@ def test_containers_keep_our_environment_out(stage: DemoProcesses, monkeypatch: 
         assert container.env["HOME"] == "/somewhere"
         assert not [key for key in container.env if key.startswith("SIDECAR_")]
     command = stage.sidecar().command
-    assert command[command.index("--silence-floor") + 1] == QUICK["silence_floor"]
+    assert command[command.index("--silence-floor") + 1] == QUICK_SETTINGS["silence_floor"]
     assert command[command.index("--engine") + 1] == processes.url(stage.engine)
 
 
@@ -79,8 +79,8 @@ def test_the_engine_is_probed_through_the_sidecar(stage: DemoProcesses) -> None:
 
 
 def test_quick_settings_are_told_with_the_defaults() -> None:
-    """What the demo sets differently is said together with what it is by default."""
-    said = processes.quick_settings()
+    """Shortened settings are printed together with their defaults."""
+    said = processes.describe_quick_settings()
     assert "--silence-floor 3 (default 12)" in said
     assert f"--canary-interval 3 (default {Settings().canary_interval:g})" in said
 
@@ -94,5 +94,5 @@ def test_quick_settings_are_told_with_the_defaults() -> None:
     ],
 )
 def test_url(address: tuple[str, int], expected: str) -> None:
-    """A URL that a client on this machine can use, whatever the address listens on."""
+    """A URL that a client on this machine can use, for any listening address."""
     assert processes.url(address) == expected

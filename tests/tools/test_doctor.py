@@ -1,4 +1,4 @@
-"""`sidecar doctor`: what it finds in a whole world and in broken ones."""
+"""`sidecar doctor`: its findings on a sound installation and on broken ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def of_engine(url: str, **chosen: Any) -> dict[str, DoctorFinding]:
 
 
 async def serve(stack: list[web.AppRunner], **answers: tuple[int, str]) -> str:
-    """A server whose answers are fixed: path (without slashes, `_` for them) -> (status, body). Returns its URL."""
+    """A server with fixed responses: path (`_` for slashes) -> (status, body). Returns its URL."""
     app = web.Application()
 
     def fixed(status: int, body: str) -> Any:
@@ -85,15 +85,22 @@ def test_an_engine_that_takes_no_prepared_images_is_said(chosen: str, page: dict
 
 
 async def test_a_whole_world_has_nothing_to_mend(engine: ScriptedEngine, tmp_path: Path) -> None:
-    """Beside a serving engine, with a writable directory and free ports, no finding is a `fail`, and all are there."""
+    """With a serving engine, a writable directory and free ports, no finding is a `fail`."""
     any_port = ("127.0.0.1", 0)
     chosen = Settings(engine=engine.url, state_dir=str(tmp_path / "state"), listen=any_port, admin=any_port)
     findings = await examine(chosen)
     assert [f for f in findings if f.level == "fail"] == []
     assert {f.name for f in findings} == {
-        "engine", "engine-kind", "engine-metrics", "canary", "engine-rest", "images-shm", "images-engine",
-        "engine-threads", *CHECKS,
-    }  # fmt: skip
+        "engine",
+        "engine-kind",
+        "engine-metrics",
+        "canary",
+        "engine-rest",
+        "images-shm",
+        "images-engine",
+        "engine-threads",
+        *CHECKS,
+    }
     assert not (tmp_path / "state").exists(), "a check leaves nothing behind"
 
 
@@ -105,7 +112,7 @@ async def test_the_engine_is_recognised_and_serves(engine: ScriptedEngine) -> No
 
 
 async def test_an_engine_that_is_not_there_is_one_failure(unused_tcp_port: int) -> None:
-    """No connection: one finding with a remedy, and nothing more is asked."""
+    """Without a connection there is one finding with a remedy, and no further request."""
     found = await of_engine(f"http://127.0.0.1:{unused_tcp_port}")
     assert list(found) == ["engine"] and found["engine"].level == "fail" and found["engine"].remedy
 
@@ -127,7 +134,7 @@ async def test_a_broken_engine_is_named(engine: ScriptedEngine, fault: str, name
 
 async def test_a_frozen_engine_fails_the_canary(engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that answers HTTP and serves no token is found."""
-    monkeypatch.setattr(engine_checks, "TOKEN", 0.3)
+    monkeypatch.setattr(engine_checks, "TOKEN_TIMEOUT_S", 0.3)
     engine.faults.start("freeze")
     found = await of_engine(engine.url)
     assert found["canary"].level == "fail" and "starved" in found["canary"].what
@@ -135,13 +142,13 @@ async def test_a_frozen_engine_fails_the_canary(engine: ScriptedEngine, monkeypa
 
 @pytest.mark.parametrize(("status", "level", "words"), [(401, "fail", "--engine-key"), (404, "warn", "--canary-model")])
 async def test_refusals_say_what_to_do(servers: list[web.AppRunner], status: int, level: str, words: str) -> None:
-    """A key that is missing, or no list of models: the flag that mends it is named."""
+    """For a missing key or list of models, the remedy names the flag."""
     found = await of_engine(await serve(servers, v1_models=(status, "")))
     assert found["engine"].level == level and words in found["engine"].remedy
 
 
 async def test_an_unknown_engine_is_taken_as_openai(servers: list[web.AppRunner]) -> None:
-    """A server that does not say what it is gets a warning, and its metrics are not missed."""
+    """An unrecognised server gets a warning, and its metrics are not missed."""
     models = json.dumps({"data": [{"id": "m"}]})
     answers = {"v1_models": (200, models), "v1_chat_completions": (200, TOKEN)}
     found = await of_engine(await serve(servers, **answers))
@@ -169,7 +176,7 @@ async def test_the_model_that_is_loaded_answers_the_canary() -> None:
 
 
 async def test_what_tells_a_rest_is_named(engine: ScriptedEngine, servers: list[web.AppRunner]) -> None:
-    """Where sleep and pause are read is told, and where nothing tells them, what to do about it."""
+    """Sources of sleep and pause are listed; without one, the remedy says what to do."""
     assert "/is_sleeping" in (await of_engine(engine.url))["engine-rest"].what
     unknown = await serve(servers, v1_models=(200, json.dumps({"data": [{"id": "m"}]})))
     found = (await of_engine(unknown))["engine-rest"]
@@ -177,14 +184,14 @@ async def test_what_tells_a_rest_is_named(engine: ScriptedEngine, servers: list[
 
 
 async def test_a_wrong_engine_kind_is_noticed(engine: ScriptedEngine) -> None:
-    """A kind that was chosen and is not what answers is a warning that names both."""
+    """A configured kind that differs from the recognised one is a warning that names both."""
     found = await of_engine(engine.url, engine_kind="tgi")
     assert found["engine-kind"].level == "warn" and "tgi" in found["engine-kind"].what
 
 
 @pytest.mark.parametrize(("wanted", "level"), [(None, "warn"), ("4096", "warn"), ("1", "ok")])
 def test_the_engines_threads(wanted: str | None, level: str) -> None:
-    """OMP_NUM_THREADS of the process that listens on the engine's port is held against the usable CPUs."""
+    """OMP_NUM_THREADS of the process on the engine's port is compared with the usable CPUs."""
     import subprocess
 
     code = (
@@ -241,7 +248,7 @@ def test_a_coefficients_file_is_read(tmp_path: Path, content: str, level: str) -
     ("content", "level"), [("[tenants.acme]\nmu_in_flight = 3", "ok"), ("[tenants.acme]\nmu = 3", "fail")]
 )
 def test_a_file_of_limits_is_read(tmp_path: Path, content: str, level: str) -> None:
-    """A good file is ok, a wrong one fails as it would fail the start, and none is nothing to mend."""
+    """A good file is ok, a wrong one fails as it would fail the start, and none is absent."""
     file = tmp_path / "limits.toml"
     file.write_text(content)
     assert CHECKS["tenant-limits"](Settings(tenant_limits=str(file))).level == level
@@ -249,7 +256,7 @@ def test_a_file_of_limits_is_read(tmp_path: Path, content: str, level: str) -> N
 
 
 def test_default_coefficients_are_a_warning() -> None:
-    """The roofline of another model is worth a word."""
+    """The roofline of another model is a warning."""
     assert machine.coefficients(Settings()).level == "warn"
 
 
@@ -299,7 +306,7 @@ def test_the_image_extra_loads(tmp_path: Path, requires: Callable[[str], Path]) 
 def test_an_image_extra_that_does_not_load_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requires: Callable[[str], Path]
 ) -> None:
-    """A torch that breaks at import is told, with its last line and a remedy."""
+    """A torch that fails at import is reported with its last line and a remedy."""
     requires("python:torchvision")
     (tmp_path / "torch.py").write_text("raise OSError('libtorch is broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -311,20 +318,20 @@ def test_an_image_extra_that_does_not_load_is_a_failure(
     ("mode", "level"), [("auto", "absent"), ("off", "absent"), ("inline", "fail"), ("shm", "fail")]
 )
 def test_images_that_cannot_be_had(mode: str, level: str) -> None:
-    """Without a model, images are off; that fails only where they were asked for, as it fails the start."""
+    """Without a model, images are off; this fails only if they are configured, as it fails the start."""
     assert machine.images(Settings(images=mode)).level == level
 
 
 def test_a_small_shared_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Less than an engine with several GPUs needs is a warning, no /dev/shm is absent."""
-    monkeypatch.setattr(machine, "SHM_SMALL", 1 << 62)
+    monkeypatch.setattr(machine, "MIN_SHM_BYTES", 1 << 62)
     assert machine.shm(Settings()).level == "warn"
-    monkeypatch.setattr(machine, "SHM", tmp_path / "none")
+    monkeypatch.setattr(machine, "SHM_DIR", tmp_path / "none")
     assert machine.shm(Settings()).level == "absent"
 
 
 def test_more_processes_than_cpus_is_a_warning() -> None:
-    """Settings that ask for more processes than there are CPUs are told."""
+    """More configured processes than CPUs are a warning."""
     assert machine.cpu(Settings(workers=64)).level == "warn"
     assert machine.cpu(Settings()).level == "ok"
 
@@ -336,7 +343,7 @@ def test_text_is_aligned_and_remedies_follow() -> None:
         "ok      a       well",
         "fail    longer  broken",
         "                -> mend it",
-        "1 to mend",
+        "1 to fix",
     ]
 
 

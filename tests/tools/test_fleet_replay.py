@@ -1,4 +1,4 @@
-"""The fleet replay itself: its engine and its books are whole, whatever the policy, and a seed decides everything."""
+"""The fleet replay: engine and ledger are consistent under every policy, and a seed determines everything."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ SMALL = Hardware(kv_tokens=24_000)
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: p.name)
 def test_every_request_is_served_once_and_the_books_agree(policy: Policy) -> None:
-    """One settlement each, at the price of what it really was; nothing is held at the end; a full KV cache loses nobody."""
+    """One settlement per request, at its actual price; nothing is held at the end; a full KV cache loses no request."""
     fleet = Fleet([FAST, SMALL, SLOW], policy, "1")
     outcome = fleet.run(TRACE)
     assert Counter(s.request for s in outcome.served) == Counter(TRACE)
     assert all(s.first > 0 and s.per_token >= 0 for s in outcome.served)
     for replica in fleet.replicas:
-        stock = replica.ledger.stock()
+        stock = replica.ledger.in_flight()
         assert (stock.mu, stock.requests, replica.open) == (0, 0, 0)
         mine = [s for s in outcome.served if s.replica == replica.index]
         (total, count) = replica.ledger.totals.get(("", "model", "ok"), [0.0, 0])
@@ -47,14 +47,14 @@ def test_every_request_is_served_once_and_the_books_agree(policy: Policy) -> Non
 
 
 def test_what_is_outstanding_is_the_sum_of_the_open_holds() -> None:
-    """At every look of the router the ledger holds as many requests as its engine has open, and as much as they still keep."""
+    """At every read of the router, the ledger's stock matches the engine's open requests."""
     seen = 0
 
     class Watched(Replica):
-        def look(self, now: float, weights: bool) -> None:
+        def refresh_report(self, now: float, weights: bool) -> None:
             nonlocal seen
-            super().look(now, weights)
-            stock = self.ledger.stock()
+            super().refresh_report(now, weights)
+            stock = self.ledger.in_flight()
             assert stock.requests == self.open
             assert stock.mu == pytest.approx(sum(hold.remaining for hold in self.ledger.holds()))
             seen += stock.requests
@@ -74,7 +74,7 @@ def test_a_seed_decides_everything() -> None:
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), cuts=st.lists(st.floats(0, 0.2), max_size=30))
 def test_steps_taken_together_are_the_same_steps(seed: int, cuts: list[float]) -> None:
-    """Looking at an engine, and arrivals that cut its steps, create and lose no token; it never computes more than it has room for."""
+    """Reads and arrivals in the middle of steps create and lose no token; the KV cache never overflows."""
     rng = random.Random(seed)
     engine, now = Engine(SMALL, rng), 0.0
     sent = [requests.Request(0.0, rng.randint(1, 9000), rng.randint(1, 300), 1) for _ in range(len(cuts) + 1)]
@@ -102,7 +102,7 @@ def test_steps_taken_together_are_the_same_steps(seed: int, cuts: list[float]) -
 
 
 def test_the_engine_is_not_the_cost_model() -> None:
-    """A batch shares what is read, a cached prefix is free, noise differs from run to run: prices are near, and never right."""
+    """Batches share weights, cached prefixes are free, noise varies: prices are close but never exact."""
     co, worth = calibrated(FAST)
     assert 0.01 < worth.mape < 0.5
     alone = cost_model.gpu_ms(RequestSize(3500, output=300), co) / 1000
@@ -115,7 +115,7 @@ def test_the_engine_is_not_the_cost_model() -> None:
 
 
 def test_fast_up_and_slow_down() -> None:
-    """Up at once, but no more than doubled in half a minute; down only when nothing more was wanted for as long as is set."""
+    """Up at once, but at most doubled in 30 s; down only after the calm period."""
     scaler = Scaler(Scaling("utilization", target=0.5, calm=60.0, most=10))
     assert [scaler.wanted(1, 0.5, 0.0), scaler.wanted(1, 4.0, 15.0), scaler.wanted(2, 4.0, 30.0)] == [1, 2, 2]
     assert scaler.wanted(2, 4.0, 50.0) == 4 and scaler.wanted(4, 9.0, 90.0) == 8 and scaler.wanted(8, 90.0, 130.0) == 10
@@ -123,7 +123,7 @@ def test_fast_up_and_slow_down() -> None:
 
 
 def test_an_autoscaled_fleet_serves_all_and_counts_its_hours() -> None:
-    """Replicas come and go under load; each request is served once; hours are those from a replica's start to its end."""
+    """Replicas come and go under load; each request is served once; hours count from a replica's start to its end."""
     scaling = Scaling("stock and flow", target=0.05, every=1.0, calm=3.0, startup=1.0, doubling=1.0, most=6)
     fleet = Fleet([FAST], OURS, "1", scaling)
     outcome = fleet.run(requests.multiplied(TRACE, 3, seed=1))

@@ -53,7 +53,7 @@ def _probe(kind: Kind, **spec: float) -> Probe:
 
 @pytest.mark.parametrize(("kind", "failures", "successes", "results", "values", "kill"), TABLE)
 def test_thresholds(kind: Kind, failures: int, successes: int, results: str, values: str, kill: int | None) -> None:
-    """A value changes after so many alike results in a row, errored probes do not count, and only some kinds kill."""
+    """A value changes after enough equal results in a row, errored probes do not count, and only some kinds kill."""
     probe = _probe(kind, failure_threshold=failures, success_threshold=successes)
     seen = [probe.observe(RESULTS[r], float(i)) for i, r in enumerate(results)]  # type: ignore[arg-type]
     assert [d.value for d in seen] == [RESULTS[v] for v in values]
@@ -61,7 +61,7 @@ def test_thresholds(kind: Kind, failures: int, successes: int, results: str, val
 
 
 def test_since_is_when_the_value_changed() -> None:
-    """A decision says since when its value holds, not when it was last confirmed."""
+    """A decision has the time since when its value holds, not of its last confirmation."""
     probe = _probe("readiness", failure_threshold=2)
     assert [probe.observe(r, at).since for r, at in (("success", 5.0), ("success", 6.0), ("failure", 7.0))] == [5, 5, 5]
     assert probe.observe("failure", 8.0).since == 8.0
@@ -80,12 +80,12 @@ def test_since_is_when_the_value_changed() -> None:
     ],
 )
 def test_due(kind: Kind, delay: float, now: float, started: bool, due: bool) -> None:
-    """Start-up gates the other probes and then rests; none runs within its initial delay."""
+    """Start-up gates the other probes and then stops; none runs within its initial delay."""
     assert _probe(kind, initial_delay=delay).due(now, started) is due
 
 
 def test_hold_after_a_kill_until_the_next_container() -> None:
-    """After a kill nothing is probed until there is a new container, which starts from the initial value and a count of 0."""
+    """After a kill nothing is probed until a new container, which starts with the initial value and count 0."""
     probe = _probe("liveness")
     assert [probe.observe("failure", 1.0).kill for _ in range(3)] == [False, False, True]
     assert not probe.due(2.0, True)
@@ -98,7 +98,7 @@ def test_hold_after_a_kill_until_the_next_container() -> None:
 
 
 def test_a_crash_keeps_the_count() -> None:
-    """As in kubelet, a container that ends by itself leaves the count: two failures before and one after make three."""
+    """As in kubelet, a container that exits by itself keeps the count: two failures before and one after make three."""
     probe = _probe("liveness")
     probe.observe("failure", 1.0)
     probe.observe("failure", 2.0)
@@ -126,7 +126,7 @@ def test_backoff(lives: list[float], waits: list[float]) -> None:
 
 
 class Seen:
-    """Events as they come, to wait for."""
+    """Events to wait for."""
 
     def __init__(self) -> None:
         self.all: list[KubeletEvent] = []
@@ -146,7 +146,7 @@ class Seen:
 
 
 async def test_liveness_kills_and_restarts() -> None:
-    """A container whose HTTP liveness probe fails so often in a row is ended by SIGTERM and started again with a new pid."""
+    """Enough liveness failures in a row end the container by SIGTERM and restart it with a new pid."""
     codes = iter([200, 302, 503, 200, 503, 503, 503])
 
     async def live(_: web.Request) -> web.Response:
@@ -178,7 +178,7 @@ async def test_liveness_kills_and_restarts() -> None:
 
 
 async def test_startup_gates_readiness(tmp_path: Path) -> None:
-    """Readiness is not probed before the startup probe has passed; then the container becomes ready, and unready again."""
+    """Readiness is probed only after the startup probe passed; the container becomes ready, and unready again."""
     up, ready = tmp_path / "up", tmp_path / "ready"
     ready.touch()
     seen = Seen()
@@ -202,7 +202,7 @@ async def test_startup_gates_readiness(tmp_path: Path) -> None:
 
 
 async def test_failed_startup_kills() -> None:
-    """A container that fails its startup probe so often is killed."""
+    """A container that fails its startup probe too often is killed."""
     seen = Seen()
     spec = quick(Exec(("/bin/false",)), 2)
     async with Kubelet(Container(SLEEP, startup=spec), seen):
@@ -260,7 +260,7 @@ async def test_command_that_does_not_exist() -> None:
 
 
 async def test_exec_probe_outcomes(tmp_path: Path) -> None:
-    """A probe command that hangs has failed at its timeout; one that cannot run is thrown away and never kills."""
+    """A hung probe command fails at its timeout; one that cannot run is discarded and never kills."""
     seen = Seen()
     hanging = ProbeSpec(Exec(("/bin/sleep", "600")), failure_threshold=1, period=0.02, timeout=0.05)
     async with Kubelet(Container(SLEEP, liveness=hanging), seen):
@@ -276,7 +276,7 @@ async def test_exec_probe_outcomes(tmp_path: Path) -> None:
 
 
 async def test_refused_connection_is_a_failure(unused_tcp_port: int) -> None:
-    """An HTTP probe of a closed port fails; it is not an error that is thrown away."""
+    """An HTTP probe of a closed port is a failure, not a discarded error."""
     seen = Seen()
     spec = quick(HttpGet(f"http://127.0.0.1:{unused_tcp_port}/"), 1)
     async with Kubelet(Container(SLEEP, liveness=spec), seen):

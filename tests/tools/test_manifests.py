@@ -1,4 +1,4 @@
-"""The printed manifests: valid, safe, and true about the sidecar."""
+"""The printed manifests: valid, safe, and consistent with the sidecar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sidecar.events import Verdict
 from sidecar.health.probes import VERDICT_STALE_S, ProbeState
 from sidecar.settings import Settings, load
 from sidecar.tools.manifests import shell
-from sidecar.tools.manifests.render import ADMIN, DRAIN, ENDPOINTS, RELAY, STATE, render
+from sidecar.tools.manifests.render import ADMIN_PORT, DRAIN_S, ENDPOINT_REMOVAL_S, RELAY_PORT, STATE_DIR, render
 from sidecar.tools.manifests.settings import KINDS, ManifestSettings
 
 from ..waiting import PATIENCE
@@ -60,7 +60,7 @@ def containers(**chosen: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     ],
 )
 def test_kubernetes_takes_every_document(kind: str, probe: str, monitor: str, more: dict[str, Any]) -> None:
-    """Each document passes Kubernetes' own schema, strictly; a PodMonitor is not of Kubernetes and is only looked at."""
+    """Each document passes Kubernetes' schema, strictly; of a PodMonitor, only some fields are checked."""
     chosen = replace(ManifestSettings(), engine_kind=kind, probe=probe, monitor=monitor, image="engine:1", **more)
     for document in yaml.safe_load_all(render(chosen)):
         if document["kind"] == "PodMonitor":
@@ -77,8 +77,8 @@ MATRIX = [
         ("safe",),
         ("annotations",),
         (
-            ["--restarts-at-once", "16", "--replicas", "0", "--namespace", "n" * 53, "--name", "l" * 53],
-            ["--restarts-at-once", "1", "--stack-dumps", "on", "--gpus", "64", *MODELS],
+            ["--replicas", "0", "--namespace", "n" * 53, "--name", "l" * 53],
+            ["--stack-dumps", "on", "--gpus", "64", *MODELS],
             ["--images", "shm", "--stack-dumps", "on", "--gpus", "0", *MODELS],
             ["--cpus", "1", "--sidecar-cpus", "128", "--memory", "1", "--sidecar-memory", "1T", "--replicas", "10000"],
             ["--memory", "64000000Ki", "--sidecar-memory", "512Mi"],
@@ -104,8 +104,11 @@ def test_an_api_server_takes_whatever_is_printed(
 
 
 def test_prometheus_finds_the_pods_by_annotations() -> None:
-    """The pods say where their page is in annotations, not in labels; with another way to find them they say nothing."""
-    for monitor, said in (("annotations", {"scrape": "true", "port": str(RELAY), "path": "/metrics"}), ("none", None)):
+    """Pods have scrape annotations, not labels; with another kind of discovery they have none."""
+    for monitor, said in (
+        ("annotations", {"scrape": "true", "port": str(RELAY_PORT), "path": "/metrics"}),
+        ("none", None),
+    ):
         deployment, *_ = yaml.safe_load_all(render(replace(ManifestSettings(), monitor=monitor)))
         pods = deployment["spec"]["template"]["metadata"]
         assert pods["labels"] == {"app.kubernetes.io/name": "llm"}
@@ -129,17 +132,17 @@ def test_what_lies_in_deploy_is_what_the_command_prints(
 
 
 def test_the_sidecars_environment_is_valid_settings(tmp_path: Path) -> None:
-    """What the manifests set for the sidecar are settings that it takes, with the ports that the probes ask."""
+    """The sidecar accepts the settings in the manifests, and its ports are those of the probes."""
     sidecar, _ = containers(**CLAIM)
     env = {e["name"]: e["value"] for e in sidecar["env"] if "value" in e}
     assert env["SIDECAR_MODEL"] == "/models/qwen"
     settings = load(Settings, {}, {**env, "SIDECAR_MODEL": str(tmp_path)})
-    assert (settings.listen[1], settings.admin[1], settings.state_dir) == (RELAY, ADMIN, STATE)
+    assert (settings.listen[1], settings.admin[1], settings.state_dir) == (RELAY_PORT, ADMIN_PORT, STATE_DIR)
     assert sidecar["restartPolicy"] == "Always" and sidecar["readinessProbe"]["httpGet"]["path"] == "/readyz"
 
 
 def test_images_in_shared_memory_have_one_folder_for_both() -> None:
-    """Sidecar and engine mount the same memory at /dev/shm, one is told to hand images over there and the other to take them."""
+    """Sidecar and engine share /dev/shm; one is configured to export images there, the other to read them."""
     sidecar, engine = containers(**CLAIM, images="shm")
     shared = {"name": "engine-shm", "mountPath": "/dev/shm"}
     assert shared in sidecar["volumeMounts"] and shared in engine["volumeMounts"]
@@ -149,7 +152,7 @@ def test_images_in_shared_memory_have_one_folder_for_both() -> None:
 
 
 def test_stack_dumps_are_asked_for() -> None:
-    """By default the sidecar sees no process but its own and has no capability; with --stack-dumps it has what py-spy needs."""
+    """By default the sidecar is isolated and has no capability; with --stack-dumps it has what py-spy needs."""
     assert "shareProcessNamespace" not in made()
     assert containers()[0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert made(stack_dumps="on")["shareProcessNamespace"] is True
@@ -160,18 +163,18 @@ def test_stack_dumps_are_asked_for() -> None:
 
 
 def test_the_engines_probes_use_numeric_ports() -> None:
-    """A probe of the engine's container reaches the sidecar's port by number: a name would mean its own container."""
+    """The engine's probes use the sidecar's port number: a name would refer to the engine's container."""
     for probe in ("safe", "http"):
         _, engine = containers(probe=probe)
-        assert engine["startupProbe"]["httpGet"] == {"path": "/startupz", "port": ADMIN}
+        assert engine["startupProbe"]["httpGet"] == {"path": "/startupz", "port": ADMIN_PORT}
         assert not engine.get("ports")
         assert engine["livenessProbe"].get("httpGet") == (
-            {"path": "/livez", "port": ADMIN} if probe == "http" else None
+            {"path": "/livez", "port": ADMIN_PORT} if probe == "http" else None
         )
 
 
 def test_services_reach_the_sidecar_by_number() -> None:
-    """A Service's target is a number: before Kubernetes 1.33 the name of a native sidecar's port leads to no endpoint."""
+    """A Service's target is a number: before Kubernetes 1.33, a native sidecar's port name has no endpoint."""
     printed = list(yaml.safe_load_all(render(ManifestSettings())))
     kept = yaml.safe_load_all(
         (Path(__file__).resolve().parents[2] / "deploy" / "keda" / "metrics-api.yaml").read_text()
@@ -184,7 +187,7 @@ def test_services_reach_the_sidecar_by_number() -> None:
 def test_a_deleted_pod_has_time_to_drain() -> None:
     """The pod's grace period covers the preStop's waiting and the sidecar's own draining after it."""
     spec = made()
-    assert spec["terminationGracePeriodSeconds"] >= ENDPOINTS + DRAIN + Settings().drain_seconds
+    assert spec["terminationGracePeriodSeconds"] >= ENDPOINT_REMOVAL_S + DRAIN_S + Settings().drain_seconds
 
 
 @pytest.mark.parametrize("chosen", [3600, 61, 86_400])
@@ -219,15 +222,15 @@ def test_users_text_stays_text() -> None:
     "text", ["\U0001f600", "\u2028", "\x85", "\x7f", "\t", "\\ud83d\\ude00", "\u6a21\u578b", "null", "# no"]
 )
 def test_users_text_stays_text_in_any_script(text: str) -> None:
-    """Characters beyond 16 bits, which JSON writes as two that YAML has not, YAML's own line ends and YAML's words."""
+    """Characters beyond 16 bits, YAML's line ends and YAML's keywords survive quoting."""
     _, engine = containers(model=text, engine_args=shlex.quote(text))
     assert engine["args"][0] == engine["args"][-1] == text
 
 
 @pytest.mark.parametrize("word", ["true", "null", "no", "on", "y", "n"])
 def test_a_name_may_be_a_word_of_yaml(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names that YAML reads as true, false or nothing when they stand bare stay names, wherever they are printed."""
-    argv = ["--name", word, "--namespace", word, *MODELS, "--claim", word, "--restarts-at-once", "1"]
+    """Names that YAML would read as true, false or null stay names."""
+    argv = ["--name", word, "--namespace", word, *MODELS, "--claim", word]
     for monitor in ("annotations", "podmonitor"):
         assert __main__.run(["manifests", *argv, "--monitor", monitor]) == 0
         printed = api_server_rules.objects(capsys.readouterr().out)
@@ -236,7 +239,7 @@ def test_a_name_may_be_a_word_of_yaml(word: str, capsys: pytest.CaptureFixture[s
 
 
 def test_images_need_the_models_directory() -> None:
-    """With a claim both containers see the models, read-only, and the sidecar is told; without one it is not."""
+    """With a claim, both containers mount the models read-only, and the sidecar has SIDECAR_MODEL."""
     for container in containers(**CLAIM):
         assert {"name": "models", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
     sidecar, _ = containers()
@@ -321,7 +324,7 @@ AGES = [(None, 0), (0.0, 1), (VERDICT_STALE_S / 2, 1), (VERDICT_STALE_S + 3, 0),
 def test_the_safe_probe_fails_only_on_a_fresh_file(
     interpreter: list[str], tmp_path: Path, age: float | None, code: int
 ) -> None:
-    """No file passes, a fresh one fails, one that nobody touches any more, or from the future, passes."""
+    """No file passes, a fresh one fails, a stale one or one from the future passes."""
     if age is not None:
         (tmp_path / "stalled").touch()
         os.utime(tmp_path / "stalled", (time.time() - age,) * 2)
@@ -332,7 +335,7 @@ def test_the_safe_probe_fails_only_on_a_fresh_file(
 def test_the_safe_probe_works_with_busyboxs_tools(
     tmp_path: Path, busybox_tools: str, age: float | None, code: int
 ) -> None:
-    """The same in an image where shell, stat and date are busybox's."""
+    """The same in an image with busybox's shell, stat and date."""
     if age is not None:
         (tmp_path / "stalled").touch()
         os.utime(tmp_path / "stalled", (time.time() - age,) * 2)
@@ -344,7 +347,7 @@ def test_the_safe_probe_works_with_busyboxs_tools(
 def test_the_safe_probe_passes_where_tools_are_missing(
     name: str, tmp_path: Path, present: tuple[str, ...], requires: Requires
 ) -> None:
-    """In an image without stat or date, even a fresh file passes: it fails open. (busybox's shell has its own tools.)"""
+    """Without stat or date, even a fresh file passes: it fails open. (busybox's shell has its own tools.)"""
     requires(name)
     for tool in present:
         (tmp_path / tool).symlink_to(shutil.which(tool) or "")
@@ -359,7 +362,7 @@ def stand(state: Any, outstanding: int) -> ProbeState:
 
 
 def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_path: Path) -> None:
-    """The lines read what StateDir writes: liveness fails while stalled, draining waits only for outstanding requests."""
+    """The lines read StateDir's files: liveness fails while stalled, draining waits for outstanding requests."""
     state = StateDir(str(tmp_path))
     liveness = shell.safe_liveness(str(tmp_path))
     # Bounded to one round; `sleep` is replaced by a mark, so that waiting can be told from not waiting.
@@ -384,7 +387,7 @@ def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_pat
 
 
 def test_a_full_disk_does_not_silence_a_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no content can be written any more, the engine's liveness still fails while it is stalled, and no longer."""
+    """On a full disk, the engine's liveness still fails exactly while it is stalled."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -398,14 +401,14 @@ def test_a_full_disk_does_not_silence_a_stall(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_state_volume_holds_what_is_written_to_it() -> None:
-    """The usage records at their bound, as much again while they are tidied, and all diagnoses: kubelet evicts a pod whose volume is over its size."""
+    """The volume fits the usage records, twice during compaction, and all diagnoses, so the pod is not evicted."""
     volumes = {v["name"]: v for v in made()["volumes"]}
     size = int(volumes["sidecar-state"]["emptyDir"]["sizeLimit"].removesuffix("Mi")) << 20
     assert size >= 2 * Settings().usage_bytes + (MAX_BUNDLES + 1) * MAX_BUNDLE_BYTES + (8 << 20)
 
 
 def test_the_verdict_file_names_what_draining_waits_for(tmp_path: Path) -> None:
-    """`outstanding` is a key of the real evidence, so that the preStop does not wait for a name that nobody writes."""
+    """The preStop reads a key that the sidecar writes: `outstanding`."""
     from sidecar.control.state import ControlState, TickReadings
     from sidecar.load import cost_model
     from sidecar.readings import Absent

@@ -1,4 +1,4 @@
-"""The demo's account: what counts as detected, as recovered, and as a false alarm."""
+"""The demo's scorecard: what counts as detected, as recovered, and as a false alarm."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CASES: list[tuple[str, list[Step], list[str]]] = [
     (
         "a crash makes the verdict right",
         [("ready", 1.0), ("exited",), ("verdict", "dead", "engine_gone", 3.0), ("ready", 5.0)],
-        ["the engine ended by itself 1 time(s)"],
+        ["the engine exited by itself 1 time(s)"],
     ),
     ("never detected", GOOD[:5], ["a stall was not detected"]),
     ("not recovered", GOOD[:12], ["the engine had not recovered from the last stall at the end"]),
@@ -80,7 +80,7 @@ CASES: list[tuple[str, list[Step], list[str]]] = [
 
 @pytest.mark.parametrize(("name", "steps", "failures"), CASES, ids=[c[0] for c in CASES])
 def test_failures(name: str, steps: list[Step], failures: list[str]) -> None:
-    """Each way to fail is told in one line, and nothing else is."""
+    """Each failure is one line, and there are no others."""
     assert play(steps).failures() == failures
 
 
@@ -92,7 +92,7 @@ def test_summary_lines() -> None:
     assert {k: v.strip() for k, v in lines.items()} == {
         "ran for": "60 s",
         "requests": "92: 90 ok, 2 broken",
-        "images": "31 in requests that ended well",
+        "images": "31 in successful requests",
         "model units": "12.75 MU: 12.50 ok, 0.25 stalled",
         "stalls injected": "2",
         "time to detect": "5.0 s, 6.5 s",
@@ -102,7 +102,7 @@ def test_summary_lines() -> None:
 
 
 def test_summary_of_nothing() -> None:
-    """A run without requests, stalls or a metrics page says so, instead of showing a 0 that it did not measure."""
+    """Without requests, stalls or a metrics page, the summary shows no unmeasured 0."""
     lines = "\n".join(summary(Scorecard(), Figures({}, 0, None, 3.0)))
-    assert "not read" in lines
+    assert "unknown" in lines
     assert "-" in lines

@@ -1,4 +1,4 @@
-"""The scheduler of the scripted engine as a pure object: batching, chunked prefill, KV limits, preemption, prefix cache."""
+"""The scripted engine's scheduler: batching, chunked prefill, KV limits, preemption, prefix cache."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.scheduler import BLOCK, ScheduledSequence, Scheduler, SchedulerLimits, StepOutput
+from sidecar.tools.scripted_engine.scheduler import (
+    BLOCK_TOKENS,
+    ScheduledSequence,
+    Scheduler,
+    SchedulerLimits,
+    StepOutput,
+)
 
 HEALTH = Behaviour()
-LIMITS = SchedulerLimits(1000.0, 0.01, max_batch=8, max_waiting=100, kv_tokens=64 * BLOCK, step_tokens=100)
+LIMITS = SchedulerLimits(1000.0, 0.01, max_batch=8, max_waiting=100, kv_tokens=64 * BLOCK_TOKENS, step_tokens=100)
 
 
 def step(scheduler: Scheduler, how: Behaviour = HEALTH) -> list[StepOutput]:
@@ -19,7 +25,7 @@ def step(scheduler: Scheduler, how: Behaviour = HEALTH) -> list[StepOutput]:
 def run(scheduler: Scheduler) -> int:
     """Steps until nothing is left."""
     steps = 0
-    while scheduler.busy():
+    while scheduler.is_busy():
         step(scheduler)
         steps += 1
         assert steps < 100_000, "no progress"
@@ -36,7 +42,7 @@ def test_two_sequences_take_the_steps_of_one() -> None:
 
 
 def test_a_chunked_prefill_gives_no_output_until_it_ends() -> None:
-    """A prompt of three chunks: two silent steps in which only KV use grows, then the first token with the whole prompt."""
+    """A prompt of three chunks has two steps in which only KV use grows, then its first token."""
     scheduler = Scheduler(LIMITS)
     scheduler.add(ScheduledSequence(250, 5))
     usage = [scheduler.kv_usage()]
@@ -78,50 +84,50 @@ def test_the_head_of_the_queue_that_does_not_fit_blocks_those_behind() -> None:
 
 
 def test_preemption_when_the_cache_is_full() -> None:
-    """Sequences that outgrow the KV cache together are preempted, computed anew, and still end with all their tokens."""
-    scheduler = Scheduler(SchedulerLimits(1000.0, 0.01, 8, 100, kv_tokens=8 * BLOCK, step_tokens=100))
-    sequences = [ScheduledSequence(2 * BLOCK - 1, 3 * BLOCK) for _ in range(3)]
+    """Sequences that outgrow the KV cache are preempted, recomputed, and still end with all their tokens."""
+    scheduler = Scheduler(SchedulerLimits(1000.0, 0.01, 8, 100, kv_tokens=8 * BLOCK_TOKENS, step_tokens=100))
+    sequences = [ScheduledSequence(2 * BLOCK_TOKENS - 1, 3 * BLOCK_TOKENS) for _ in range(3)]
     for sequence in sequences:
         scheduler.add(sequence)
     run(scheduler)
     assert scheduler.preemptions > 0
-    assert [s.generated for s in sequences] == [3 * BLOCK] * 3
+    assert [s.generated for s in sequences] == [3 * BLOCK_TOKENS] * 3
 
 
 def test_a_repeated_prompt_is_cached_in_whole_blocks() -> None:
     """The second of two equal prompts finds its blocks, but always computes at least one token."""
     scheduler = Scheduler(LIMITS)
-    first = ScheduledSequence(4 * BLOCK, 1, blocks=(1, 2, 3, 4))
-    again = ScheduledSequence(4 * BLOCK, 1, blocks=(1, 2, 3, 4))
-    other = ScheduledSequence(4 * BLOCK, 1, blocks=(1, 9, 3, 4))
+    first = ScheduledSequence(4 * BLOCK_TOKENS, 1, blocks=(1, 2, 3, 4))
+    again = ScheduledSequence(4 * BLOCK_TOKENS, 1, blocks=(1, 2, 3, 4))
+    other = ScheduledSequence(4 * BLOCK_TOKENS, 1, blocks=(1, 9, 3, 4))
     for sequence in (first, again, other):
         scheduler.add(sequence)
         run(scheduler)
-    assert (first.cached, again.cached, other.cached) == (0, 3 * BLOCK, BLOCK)
+    assert (first.cached, again.cached, other.cached) == (0, 3 * BLOCK_TOKENS, BLOCK_TOKENS)
 
 
 def test_the_prefix_cache_is_bounded() -> None:
     """The cache never holds more blocks than the KV cache has."""
     scheduler = Scheduler(LIMITS)
     for i in range(50):
-        scheduler.add(ScheduledSequence(4 * BLOCK, 1, blocks=tuple(range(i * 4, i * 4 + 4))))
+        scheduler.add(ScheduledSequence(4 * BLOCK_TOKENS, 1, blocks=tuple(range(i * 4, i * 4 + 4))))
         run(scheduler)
     assert len(scheduler._cache) <= 64
 
 
 @given(st.lists(st.tuples(st.integers(1, 700), st.integers(0, 60)), max_size=20))
 def test_every_sequence_ends_with_its_tokens(sizes: list[tuple[int, int]]) -> None:
-    """Any mix that fits the cache ends: each sequence gets its tokens, its prompt is counted once, nothing is left over."""
+    """Any mix that fits the cache ends with all tokens, each prompt counted once, and nothing left."""
     scheduler = Scheduler(LIMITS)
     sequences = [ScheduledSequence(prompt, limit) for prompt, limit in sizes]
     outputs = []
     for sequence in sequences:
         scheduler.add(sequence)
     for _ in range(100_000):
-        if not scheduler.busy():
+        if not scheduler.is_busy():
             break
         outputs += step(scheduler)
         assert scheduler.kv_usage() <= 1
     assert [s.generated for s in sequences] == [limit for _, limit in sizes]
     assert sum(o.prompt for o in outputs) == sum(prompt for prompt, _ in sizes)
-    assert scheduler.kv_usage() == 0 and not scheduler.busy()
+    assert scheduler.kv_usage() == 0 and not scheduler.is_busy()

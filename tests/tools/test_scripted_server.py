@@ -20,8 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families as prometheu
 from sidecar.engines import canary_request
 from sidecar.engines.registry import KINDS, recognise
 from sidecar.errors import StartError
-from sidecar.tools.scripted_engine.requests import UNREAD_IMAGE_TOKENS, read
-from sidecar.tools.scripted_engine.server import ScriptedEngine, bound
+from sidecar.tools.scripted_engine.requests import UNKNOWN_IMAGE_TOKENS, parse_request
+from sidecar.tools.scripted_engine.server import ScriptedEngine, bind_socket
 
 from .engine_client import events, quick, running_engine, text
 
@@ -88,7 +88,7 @@ async def test_whole_answers_equal_streamed_ones() -> None:
 
 
 async def test_continuous_usage() -> None:
-    """With continuous_usage_stats every chunk says how many tokens there were so far."""
+    """With continuous_usage_stats every chunk has the number of tokens so far."""
     async with running_engine() as client:
         chunks = await client.chat(3, stream_options={"include_usage": True, "continuous_usage_stats": True})
     counts = [c["usage"]["completion_tokens"] for c in chunks]
@@ -143,12 +143,12 @@ async def test_an_image_counts_by_its_header(data: bytes) -> None:
 def test_an_unreadable_header_counts_as_an_image_of_unknown_size(head: bytes) -> None:
     """Torn headers and empty pictures count 256 tokens and no preprocessing, and the scan of markers ends."""
     body = {"messages": [{"role": "user", "content": [image_part(head)]}]}
-    asked = read("chat", json.dumps(body).encode(), "scripted", 0, None)
-    assert (asked.prompt, asked.pixels) == (UNREAD_IMAGE_TOKENS + 3, 0)  # and the role, 9 bytes
+    asked = parse_request("chat", json.dumps(body).encode(), "scripted", 0, None)
+    assert (asked.prompt, asked.pixels) == (UNKNOWN_IMAGE_TOKENS + 3, 0)  # and the role, 9 bytes
 
 
 async def test_own_preprocessing_delays_photographs_but_not_bitmaps() -> None:
-    """A picture that is no BMP costs image_ms per megapixel before it is queued; a BMP goes past it."""
+    """A picture costs image_ms per megapixel before it is queued, except a BMP."""
     async with running_engine(image_ms=500.0) as client:
 
         def ask(data: bytes) -> asyncio.Task[Any]:
@@ -173,17 +173,28 @@ async def test_own_preprocessing_delays_photographs_but_not_bitmaps() -> None:
         ({"prompt": "x", "stream_options": 3}, 400, "BadRequestError"),
         ({}, 400, "BadRequestError"),
     ],
-)  # fmt: skip
+)
 async def test_bad_requests_get_openai_errors(body: dict[str, Any], status: int, kind: str) -> None:
-    """A request that cannot be served is answered in OpenAI's error shape."""
+    """A request that cannot be served gets an error in OpenAI's format."""
     async with running_engine() as client:
         answered, error = await client.json("/v1/completions", body)
     assert (answered, error["error"]["type"], error["error"]["code"]) == (status, kind, status)
 
 
-@pytest.mark.parametrize("body", [b"", b"[", b"[]", b"\xff", b'{"messages": [1]}', b'{"messages": []}', b"[" * 100_000,
-                                  b'{"messages":[{"role":"u","content":[{"type":"image_url","image_url":"http://x"}]}]}',
-                                  b'{"messages":[{"role":"u","content":[{"type":"image_url","image_url":"data:,a"}]}]}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[",
+        b"[]",
+        b"\xff",
+        b'{"messages": [1]}',
+        b'{"messages": []}',
+        b"[" * 100_000,
+        b'{"messages":[{"role":"u","content":[{"type":"image_url","image_url":"http://x"}]}]}',
+        b'{"messages":[{"role":"u","content":[{"type":"image_url","image_url":"data:,a"}]}]}',
+    ],
+)
 async def test_bytes_that_are_no_request(body: bytes) -> None:
     """Broken JSON, other JSON, remote images and broken base64 are 400, never 500."""
     async with running_engine() as client, client.session.post("/v1/chat/completions", data=body) as response:
@@ -238,7 +249,7 @@ async def test_a_partial_prefill_moves_no_counter() -> None:
 
 
 async def test_a_full_queue_refuses() -> None:
-    """Beyond max_waiting a request is 503 in OpenAI's shape, and those inside go on."""
+    """Beyond max_waiting a request gets 503 in OpenAI's format, and the others continue."""
     async with running_engine(max_batch=1, max_waiting=1) as client:
         inside = [client.start(100_000)]
         await client.running()
@@ -279,7 +290,7 @@ async def test_the_metrics_page_is_valid(accept: str, parser: Any) -> None:
 
 
 async def test_it_is_recognised_and_takes_its_canary() -> None:
-    """What it says of itself makes it the kind `scripted`, whose canary ends with one token."""
+    """Its pages identify it as the kind `scripted`, whose canary ends with one token."""
     async with running_engine() as client:
         pages = {}
         for path in ("/v1/models", "/version", "/metrics"):
@@ -294,7 +305,7 @@ async def test_it_is_recognised_and_takes_its_canary() -> None:
 
 
 async def test_start_up_with_an_open_port() -> None:
-    """While it loads, /health, the models and completions say 503; then it serves."""
+    """While it loads, /health, the models and completions return 503; then it serves."""
     async with running_engine(load_seconds=0.2) as client:
         early = [await client.json("/v1/completions", {"prompt": "x", "max_tokens": 1}), await client.json("/health")]
         assert [status for status, _ in early] == [503, 503]
@@ -317,7 +328,7 @@ def test_a_taken_port_is_one_clear_error() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(StartError, match=f"--listen: cannot listen on 127.0.0.1:{taken.getsockname()[1]}"):
-            bound(("127.0.0.1", taken.getsockname()[1]))
+            bind_socket(("127.0.0.1", taken.getsockname()[1]))
 
 
 async def test_leaving_ends_open_streams() -> None:
@@ -338,9 +349,15 @@ async def test_the_command_serves_crashes_and_stops() -> None:
     """`sidecar engine` prints its URL, serves, exits 1 on the crash fault, and exits 0 on SIGTERM."""
     for crash in (True, False):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "engine", "--listen", "127.0.0.1:0",
-            stdout=asyncio.subprocess.PIPE, cwd=ROOT,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "sidecar",
+            "engine",
+            "--listen",
+            "127.0.0.1:0",
+            stdout=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+        )
         assert process.stdout
         line = (await process.stdout.readline()).decode()
         async with aiohttp.ClientSession(line.split()[3]) as session:

@@ -1,4 +1,4 @@
-"""The demo's traffic: what it asks for, how it counts, and real requests to a real server."""
+"""The demo's traffic: its requests, its counts, and real requests to a real server."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sidecar.tools.demo.traffic import (
     SHAPES,
     DemoTraffic,
     TrafficPlan,
-    asks,
     body,
-    found_pictures,
-    made_pictures,
+    load_pictures,
+    make_pictures,
     outcome,
+    plan_requests,
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -31,15 +31,15 @@ PICTURES = ("data:image/jpeg;base64,AAAA", "data:image/png;base64,BBBB")
 
 
 def test_the_same_seed_asks_the_same() -> None:
-    """What is asked depends on the seed alone, and another seed asks for something else."""
-    first, again, other = (list(islice(asks(seed, 4.0, 2), 200)) for seed in (7, 7, 8))
+    """The requests depend on the seed alone, and another seed gives others."""
+    first, again, other = (list(islice(plan_requests(seed, 4.0, 2), 200)) for seed in (7, 7, 8))
     assert first == again
     assert first != other
 
 
 def test_the_mix_is_as_the_table_says() -> None:
-    """Arrivals keep the rate, every shape comes in about its share, and sizes stay within the shape's bounds."""
-    some = list(islice(asks(1, 5.0, 2), 6000))
+    """Arrivals keep the rate, every shape has about its share, and sizes stay within its bounds."""
+    some = list(islice(plan_requests(1, 5.0, 2), 6000))
     assert sum(a.gap for a in some) / len(some) == pytest.approx(1 / 5.0, rel=0.1)
     count, weights = Counter(a.shape.tenant for a in some), sum(s.weight for s in SHAPES)
     for shape in SHAPES:
@@ -51,13 +51,13 @@ def test_the_mix_is_as_the_table_says() -> None:
 
 
 def test_text_only_without_pictures() -> None:
-    """Without pictures at hand no request asks about one."""
-    assert not any(a.pictures or a.shape.pictures for a in islice(asks(1, 5.0, 0), 500))
+    """Without pictures, no request has one."""
+    assert not any(a.pictures or a.shape.pictures for a in islice(plan_requests(1, 5.0, 0), 500))
 
 
 def test_bodies_are_those_of_the_api() -> None:
     """A completion has a prompt, a chat has messages, and a picture is an image_url part after the text."""
-    some = list(islice(asks(3, 5.0, 2), 200))
+    some = list(islice(plan_requests(3, 5.0, 2), 200))
     for ask in some:
         made = body(ask, "m", PICTURES)
         assert (made["model"], made["stream"], made["max_tokens"]) == ("m", True, ask.max_tokens)
@@ -81,7 +81,7 @@ def test_bodies_are_those_of_the_api() -> None:
     ],
 )
 def test_outcome(status: int, complete: bool, expected: str) -> None:
-    """Each kind of answer has one name."""
+    """Each kind of response has one outcome."""
     assert outcome(status, complete) == expected
 
 
@@ -107,7 +107,7 @@ async def sse(request: web.Request, *events: str) -> web.StreamResponse:
 
 
 async def test_requests_reach_the_relay() -> None:
-    """Requests come with their tenant and their body, and each that ends properly counts as ok with its pictures."""
+    """Requests have a tenant and a body, and each that ends properly counts as ok with its pictures."""
     got: list[tuple[str, str, dict[str, Any]]] = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -120,14 +120,14 @@ async def test_requests_reach_the_relay() -> None:
     assert traffic.tally.outcomes == {"ok": 40}
     assert traffic.tally.sent == 40
     assert traffic.tally.last_ok > 0
-    asked = list(islice(asks(5, 500, 2), 40))
+    asked = list(islice(plan_requests(5, 500, 2), 40))
     assert Counter(tenant for _, tenant, _ in got) == Counter(a.shape.tenant for a in asked)
     assert traffic.tally.pictures == sum(len(a.pictures) for a in asked) > 0
     assert all(path == f"/v1/{'completions' if 'prompt' in made else 'chat/completions'}" for path, _, made in got)
 
 
 async def test_bad_endings_are_told_apart() -> None:
-    """A stream without its end, one with an error in it, a cut connection and each error status count under their names."""
+    """Incomplete streams, errors in a stream, broken connections and error statuses each have an outcome."""
 
     async def cut(request: web.Request) -> web.StreamResponse:
         response = await sse(request, '{"choices":[]}')
@@ -159,7 +159,7 @@ async def test_bad_endings_are_told_apart() -> None:
 
 
 async def test_closed_port_is_unavailable(unused_tcp_port: int) -> None:
-    """Requests to a port that nobody serves end as unavailable and do not stop the traffic."""
+    """Requests to a closed port end as unavailable and do not stop the traffic."""
     traffic = DemoTraffic(TrafficPlan(f"http://127.0.0.1:{unused_tcp_port}", rate=500, in_flight=8, seed=1, model="m"))
     await traffic.run(5)
     assert sum(traffic.tally.outcomes.values()) == 5
@@ -167,7 +167,7 @@ async def test_closed_port_is_unavailable(unused_tcp_port: int) -> None:
 
 
 async def test_a_stuck_server_bounds_the_requests_under_way() -> None:
-    """Past the bound requests are skipped, not queued; cancelled, those under way count as open, and nothing is left."""
+    """Above the limit, requests are skipped, not queued; after cancellation the others count as open."""
     stuck, three = asyncio.Event(), asyncio.Event()
     waiting: list[int] = []
 
@@ -196,22 +196,22 @@ async def test_a_stuck_server_bounds_the_requests_under_way() -> None:
 
 def test_pictures_of_a_directory(tmp_path: Path) -> None:
     """Only pictures are taken, by name, as data URLs of their type; a directory without any is a usage error."""
-    with pytest.raises(UsageError, match=r"--images: .* holds no \.jpg"):
-        found_pictures(tmp_path)
+    with pytest.raises(UsageError, match=r"--images: .* contains no \.jpg"):
+        load_pictures(tmp_path)
     for name, data in (("b.PNG", b"png"), ("a.jpg", b"jpg"), ("notes.txt", b"no"), ("empty.jpg", b"")):
         (tmp_path / name).write_bytes(data)
     (tmp_path / "dir.jpg").mkdir()
-    assert found_pictures(tmp_path) == [
+    assert load_pictures(tmp_path) == [
         f"data:image/jpeg;base64,{base64.b64encode(b'jpg').decode()}",
         f"data:image/png;base64,{base64.b64encode(b'png').decode()}",
     ]
 
 
 def test_made_pictures_are_photographs(requires: Callable[[str], Path]) -> None:
-    """Made pictures are JPEGs of their sizes with the entropy of photographs, the same for the same seed."""
+    """Synthetic pictures are JPEGs with the entropy of photographs, equal for equal seeds."""
     requires("python:PIL")
-    made = made_pictures(3)
-    assert made == made_pictures(3)
+    made = make_pictures(3)
+    assert made == make_pictures(3)
     for url in made:
         media, _, text = url.partition(",")
         data = base64.b64decode(text)

@@ -1,4 +1,4 @@
-"""`sidecar usage`: who consumed what, for people, spreadsheets and programs."""
+"""`sidecar usage`: usage as a table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_table_for_people(capsys: Any, folder: Path) -> None:
     lines = out.splitlines()
     assert lines[0].split()[:3] == ["tenant", "model", "requests"] and lines[1].startswith("shop")
     assert lines[1].split()[-1] == "2.50", "4500 GPU seconds at $2 an hour"
-    assert lines[-1] == "11 requests, 20.5 MU, 4600 GPU seconds, $2.56; 19.6% of it wasted (not ok)"
+    assert lines[-1] == "11 requests, 20.5 MU, 4600 GPU seconds, $2.56; 19.6% wasted (not ok)"
     assert "\x1b" not in out
 
 
@@ -48,8 +48,10 @@ def test_csv_for_spreadsheets(capsys: Any, folder: Path) -> None:
     """A name that looks like a formula is text."""
     rows = list(csv.DictReader(io.StringIO(ask(capsys, folder, "--format", "csv", "--by", "tenant,outcome"))))
     assert [(r["tenant"][:5], r["outcome"], r["requests"]) for r in rows] == [
-        ("shop", "ok", "8"), ("shop", "stalled", "2"), ("'=cmd", "ok", "1"),
-    ]  # fmt: skip
+        ("shop", "ok", "8"),
+        ("shop", "stalled", "2"),
+        ("'=cmd", "ok", "1"),
+    ]
 
 
 def test_json_for_programs(capsys: Any, folder: Path) -> None:
@@ -59,7 +61,7 @@ def test_json_for_programs(capsys: Any, folder: Path) -> None:
 
 
 def test_another_time_is_empty(capsys: Any, folder: Path) -> None:
-    """Only what is asked for is counted."""
+    """Only what is selected is counted."""
     assert ask(capsys, folder, "--since", "1m") == "no requests in this time\n"
 
 

@@ -1,1 +1,1 @@
-"""Useful work: what an engine completes within the SLO, and what that costs."""
+"""Useful work: what an engine completes within the SLO, and what it costs."""

@@ -1,8 +1,9 @@
-"""Measure useful work: what an engine completes, steady and in bursts, one request at a time and batched, and what that costs.
+"""Measure useful work: what an engine completes, steady and in bursts, one at a time and batched, and what it costs.
 
     sidecar bench --engine http://127.0.0.1:8000 --dollars-per-gpu-hour 2.50 --plot useful.svg
 
-Four runs against one live engine, each of --seconds. It sends as much as an engine that is used badly cannot do: idle engines only.
+Four runs against one live engine, each of --seconds. The load overwhelms an engine that serves one request at a time,
+so use only an idle engine.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from sidecar.errors import UsageError
 from sidecar.flags import file_path, flag, integer, number, one_of, parser, text, url
 from sidecar.settings import require_writable
 from sidecar.tools.bench import report
-from sidecar.tools.bench.arrivals import NAMES, PROFILES, Profile, rate_for, times
-from sidecar.tools.bench.tally import BenchRow, row
+from sidecar.tools.bench.arrivals import NAMES, PROFILES, Profile, arrival_times, rate_for
+from sidecar.tools.bench.tally import BenchRow, sum_up
 from sidecar.tools.bench.traffic import BenchPlan, BenchRun
 from sidecar.tools.calibrate.capabilities import text_target
-from sidecar.tools.calibrate.command import say
+from sidecar.tools.calibrate.command import show_progress
 from sidecar.tools.calibrate.prompts import PromptTarget
 from sidecar.tools.calibrate.report import bar
 from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.calibrate.traffic import EngineRefused
 
-SHOW: Final = (10.0, 1.0)  # seconds between lines of progress: in a log, on a terminal
+# Between progress lines in a log and on a terminal.
+PROGRESS_INTERVALS_S: Final = (10.0, 1.0)
 
 
 @parser("some of " + ",".join(NAMES), "NAMES")
@@ -46,7 +48,7 @@ def profiles(value: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BenchSettings:
-    """What `sidecar bench` may be told."""
+    """Settings of `sidecar bench`."""
 
     engine: str = flag("", url, "Base URL of the engine, or of a relay")
     engine_key: str = flag("", text, "Bearer key for the engine", secret=True)
@@ -67,82 +69,84 @@ class BenchSettings:
     plot: str = flag("", file_path, "SVG file to write")
 
 
-def main(chosen: BenchSettings) -> int:
-    """Run, report. 0, or 1 where it was ended early. Raises UsageError and EngineRefused."""
-    if not chosen.engine:
+def main(settings: BenchSettings) -> int:
+    """Run and report. Returns 0, or 1 if interrupted. Raises UsageError and EngineRefused."""
+    if not settings.engine:
         raise UsageError("--engine is missing; expected the engine's base URL, e.g. --engine http://127.0.0.1:8000")
-    if chosen.plot:
-        require_writable("plot", chosen.plot)
+    if settings.plot:
+        require_writable("plot", settings.plot)
     rows: list[BenchRow] = []
-    ended = 0
+    exit_code = 0
     try:
-        asyncio.run(bench(chosen, rows))
+        asyncio.run(bench(settings, rows))
     except KeyboardInterrupt:
-        say("")
-        print("ended early; this is what there was until then", file=sys.stderr)
-        ended = 1
-    print(json.dumps([asdict(r) for r in rows], indent=1) if chosen.format == "json" else report.table(rows))
-    if chosen.plot:
-        title = f"Useful work: {chosen.input_tokens} in, {chosen.output_tokens} out, p95 <= {chosen.slo_seconds:g} s"
-        Path(chosen.plot).write_text(report.plot(rows, title))
-        print(f"written: {chosen.plot}", file=sys.stderr)
-    return ended
+        show_progress("")
+        print("interrupted; these are the results so far", file=sys.stderr)
+        exit_code = 1
+    print(json.dumps([asdict(r) for r in rows], indent=1) if settings.format == "json" else report.table(rows))
+    if settings.plot:
+        title = (
+            f"Useful work: {settings.input_tokens} in, {settings.output_tokens} out, p95 <= {settings.slo_seconds:g} s"
+        )
+        Path(settings.plot).write_text(report.plot(rows, title))
+        print(f"written: {settings.plot}", file=sys.stderr)
+    return exit_code
 
 
-async def bench(chosen: BenchSettings, rows: list[BenchRow]) -> None:
-    """All runs; `rows` grows with each, and with the one under way when this is cancelled. Raises EngineRefused."""
+async def bench(settings: BenchSettings, rows: list[BenchRow]) -> None:
+    """All runs; each appends to `rows`, also one that is cancelled. Raises EngineRefused."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        target = await text_target(session, chosen.engine, chosen.engine_key)
-        rate = chosen.rate or rate_for(await alone(session, target, chosen))
-        say(f"{target.model}: {rate:.2f} requests a second", lasting=True)
-        for name in chosen.profiles.split(","):
+        target = await text_target(session, settings.engine, settings.engine_key)
+        rate = settings.rate or rate_for(await measure_alone(session, target, settings))
+        show_progress(f"{target.model}: {rate:.2f} requests a second", lasting=True)
+        for name in settings.profiles.split(","):
             profile = PROFILES[NAMES.index(name)]
-            run = BenchRun(session, target, plan(chosen, profile))
+            run = BenchRun(session, target, plan_run(settings, profile))
             began, whole = time.monotonic(), False
             try:
-                async with shown(run, name, chosen):
-                    await run.run(times(profile, rate, chosen.seconds, chosen.seed))
+                async with show_progress_of(run, name, settings):
+                    await run.run(arrival_times(profile, rate, settings.seconds, settings.seed))
                 whole = True
             finally:
-                price = chosen.dollars_per_gpu_hour * chosen.gpus
+                price = settings.dollars_per_gpu_hour * settings.gpus
                 elapsed = time.monotonic() - began
-                rows.append(row(name, rate, elapsed, run.records, chosen.slo_seconds, price, whole=whole))
+                rows.append(sum_up(name, rate, elapsed, run.records, settings.slo_seconds, price, whole=whole))
 
 
-def plan(chosen: BenchSettings, profile: Profile) -> BenchPlan:
-    """How one profile is run."""
-    shape = GridShape(chosen.input_tokens, 0, chosen.output_tokens)
-    return BenchPlan(shape, chosen.max_open, 1 if profile.serving == "naive" else 0, chosen.timeout, chosen.seed)
+def plan_run(settings: BenchSettings, profile: Profile) -> BenchPlan:
+    """The plan of one profile's run."""
+    shape = GridShape(settings.input_tokens, 0, settings.output_tokens)
+    return BenchPlan(shape, settings.max_open, 1 if profile.serving == "naive" else 0, settings.timeout, settings.seed)
 
 
-async def alone(session: aiohttp.ClientSession, target: PromptTarget, chosen: BenchSettings) -> float:
-    """Seconds of one request, the better of two. Raises EngineRefused."""
-    run = BenchRun(session, target, plan(chosen, PROFILES[0]))
-    records = [await run.alone(), await run.alone()]
+async def measure_alone(session: aiohttp.ClientSession, target: PromptTarget, settings: BenchSettings) -> float:
+    """Seconds of a single request, the better of two. Raises EngineRefused."""
+    run = BenchRun(session, target, plan_run(settings, PROFILES[0]))
+    records = [await run.send_one(), await run.send_one()]
     good = [record.seconds for record in records if record.ended == "completed"]
     if not good:
         raise EngineRefused(
-            f"a request of {chosen.input_tokens} tokens in and {chosen.output_tokens} out {records[-1].ended} on the idle engine; "
-            "see its log, and --input-tokens, --output-tokens, --timeout"
+            f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {records[-1].ended} "
+            "on the idle engine; see its log, and --input-tokens, --output-tokens, --timeout"
         )
     return min(good)
 
 
 @asynccontextmanager
-async def shown(run: BenchRun, name: str, chosen: BenchSettings) -> AsyncIterator[None]:
-    """Lines of progress."""
+async def show_progress_of(run: BenchRun, name: str, settings: BenchSettings) -> AsyncIterator[None]:
+    """Print progress lines while the block runs."""
     began = time.monotonic()
 
     async def show() -> None:
         while True:
             done = sum(record.ended == "completed" for record in run.records)
-            counts = f"{name}: {done} completed, {len(run.records) - done} not, {run.open} open"
-            say(bar(time.monotonic() - began, chosen.seconds, counts))
-            await asyncio.sleep(SHOW[sys.stderr.isatty()])
+            counts = f"{name}: {done} completed, {len(run.records) - done} not completed, {run.open} open"
+            show_progress(bar(time.monotonic() - began, settings.seconds, counts))
+            await asyncio.sleep(PROGRESS_INTERVALS_S[sys.stderr.isatty()])
 
     task = asyncio.create_task(show())
     try:
         yield
     finally:
         task.cancel()
-        say("")
+        show_progress("")

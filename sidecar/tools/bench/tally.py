@@ -1,7 +1,7 @@
-"""Pure: what became of each request, and what that adds up to.
+"""Pure: the outcome of each request, and the sums of a run.
 
-Rules: each request ends in exactly one outcome; quantiles are of the completed ones only; money is that of the whole time, whatever came
-of it, over the completed ones only. Useful is a completed request of a run that keeps the SLO.
+Each request has exactly one outcome. Quantiles are over completed requests only. The cost of the whole run is divided
+by the completed requests only. A request is useful if it is completed in a run that meets the SLO.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Ended = Literal["completed", "dropped", "stalled", "cancelled", "failed"]
-ENDS: Final[tuple[Ended, ...]] = ("completed", "dropped", "stalled", "cancelled", "failed")
-DROPS: Final = (429, 503)  # statuses of an engine that takes no more
-LOST: Final = 0.01  # of the requests: more that are not completed miss the SLO
+Outcome = Literal["completed", "dropped", "stalled", "cancelled", "failed"]
+OUTCOMES: Final[tuple[Outcome, ...]] = ("completed", "dropped", "stalled", "cancelled", "failed")
+# HTTP statuses of an overloaded engine.
+DROP_STATUSES: Final = (429, 503)
+# Share of requests that may fail to complete within the SLO.
+MAX_LOST_SHARE: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRecord:
-    """One request: how it ended, seconds from its arrival to its end and to its first token (None where none came), its tokens."""
+    """One request: outcome, seconds from arrival to end and to the first token (None if there was none), tokens."""
 
-    ended: Ended
+    ended: Outcome
     seconds: float
     first: float | None = None
     tokens: int = 0
@@ -30,7 +32,7 @@ class BenchRecord:
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """One run. Seconds; dollars are None without a price or without completed requests; `whole`: it was not ended early."""
+    """One run. Seconds; dollars are None without a price or completed requests; `whole`: not interrupted."""
 
     profile: str
     rate: float
@@ -53,10 +55,17 @@ class BenchRow:
     whole: bool = True
 
 
-def row(
-    profile: str, rate: float, elapsed: float, records: Sequence[BenchRecord], slo: float, price: float, *, whole: bool = True
-) -> BenchRow:  # fmt: skip
-    """The sums of one run. `slo`: seconds that the completed requests' p95 keeps; `price`: dollars per hour of all GPUs."""
+def sum_up(
+    profile: str,
+    rate: float,
+    elapsed: float,
+    records: Sequence[BenchRecord],
+    slo: float,
+    price: float,
+    *,
+    whole: bool = True,
+) -> BenchRow:
+    """Sum up one run. `slo`: limit in seconds on the completed requests' p95; `price`: dollars per hour of all GPUs."""
     ends = Counter(record.ended for record in records)
     good = [record for record in records if record.ended == "completed"]
     seconds = sorted(record.seconds for record in good)
@@ -66,16 +75,24 @@ def row(
     lost = len(records) - len(good)
     spent = price * elapsed / 3600
     return BenchRow(
-        profile=profile, rate=rate, elapsed=elapsed, requests=len(records),
-        **{ended: ends[ended] for ended in ENDS}, tokens=tokens,
-        p50=quantile(seconds, 0.5), p95=p95, p99=quantile(seconds, 0.99),
-        first_p50=quantile(firsts, 0.5), first_p95=quantile(firsts, 0.95),
-        slo_kept=p95 is not None and p95 <= slo and lost <= LOST * len(records),
+        profile=profile,
+        rate=rate,
+        elapsed=elapsed,
+        requests=len(records),
+        **{ended: ends[ended] for ended in OUTCOMES},
+        tokens=tokens,
+        p50=quantile(seconds, 0.5),
+        p95=p95,
+        p99=quantile(seconds, 0.99),
+        first_p50=quantile(firsts, 0.5),
+        first_p95=quantile(firsts, 0.95),
+        slo_kept=p95 is not None and p95 <= slo and lost <= MAX_LOST_SHARE * len(records),
         dollars_per_1k_completed=spent / len(good) * 1e3 if price and good else None,
-        dollars_per_1m_tokens=spent / tokens * 1e6 if price and tokens else None, whole=whole,
-    )  # fmt: skip
+        dollars_per_1m_tokens=spent / tokens * 1e6 if price and tokens else None,
+        whole=whole,
+    )
 
 
 def quantile(ordered: Sequence[float], share: float) -> float | None:
-    """The nearest-rank quantile; None of nothing."""
+    """The nearest-rank quantile; None if there are no values."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None

@@ -1,8 +1,9 @@
-"""One run: requests that come when they are due, and what became of each, as its client sees it.
+"""One run: send requests when they are due, and record each outcome as the client sees it.
 
-Rules: a request that finds `most_open` others open is dropped here, unsent, so that nothing piles up; one that has no end within `timeout`
-seconds of its arrival is stalled, and its connection is closed; 429 and 503 are drops of the engine's. What is under way when the
-run is cancelled ends as cancelled. No content is kept.
+- A request that finds `max_open` others open is dropped without being sent, so that nothing piles up.
+- A request that does not end within `timeout` seconds of its arrival is stalled; its connection is closed.
+- 429 and 503 count as dropped by the engine. Requests open when the run is cancelled are cancelled.
+- No content is kept.
 """
 
 from __future__ import annotations
@@ -17,26 +18,28 @@ from typing import Final
 import aiohttp
 
 from sidecar.relay.sse import SSE
-from sidecar.tools.bench.tally import DROPS, BenchRecord, Ended
+from sidecar.tools.bench.tally import DROP_STATUSES, BenchRecord, Outcome
 from sidecar.tools.calibrate.prompts import Prompts, PromptTarget
 from sidecar.tools.calibrate.shapes import GridShape
 
-STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
+# The plan's own timeout counts from the arrival.
+NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
+STREAM_OPTIONS: Final = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """`at_once`: requests that the engine is given at a time; 0: all that are open."""
+    """`at_once`: requests sent to the engine at a time; 0: all that are open."""
 
     shape: GridShape
-    most_open: int
+    max_open: int
     at_once: int
     timeout: float
     seed: int
 
 
 class BenchRun:
-    """Sends one run's requests. `records` grows with each that ended; `open` is how many have not."""
+    """Sends one run's requests. `records` holds those that ended; `open` counts the others."""
 
     def __init__(self, session: aiohttp.ClientSession, target: PromptTarget, plan: BenchPlan) -> None:
         self.records: list[BenchRecord] = []
@@ -50,27 +53,27 @@ class BenchRun:
         )
 
     async def run(self, due: Iterable[float]) -> None:
-        """Send a request at each time (seconds from now), and wait until the last has ended."""
+        """Send a request at each time (seconds from now), and wait until all have ended."""
         began = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for at in due:
                 await asyncio.sleep(began + at - time.monotonic())
-                if self.open >= self._plan.most_open:
+                if self.open >= self._plan.max_open:
                     self.records.append(BenchRecord("dropped", 0.0))
                     continue
                 self.open += 1
-                group.create_task(self.one())
+                group.create_task(self._send())
 
-    async def alone(self) -> BenchRecord:
-        """One request, now."""
+    async def send_one(self) -> BenchRecord:
+        """Send one request now."""
         self.open += 1
-        await self.one()
+        await self._send()
         return self.records[-1]
 
-    async def one(self) -> None:
-        """One request, counted in `open` already."""
+    async def _send(self) -> None:
+        """Send one request, already counted in `open`."""
         answer = _Answer(time.monotonic())
-        ended: Ended = "cancelled"
+        ended: Outcome = "cancelled"
         try:
             async with asyncio.timeout(self._plan.timeout), self._gate:
                 ended = await self._ask(answer)
@@ -82,13 +85,13 @@ class BenchRun:
             self.open -= 1
             self.records.append(BenchRecord(ended, time.monotonic() - answer.began, answer.first, answer.tokens))
 
-    async def _ask(self, answer: _Answer) -> Ended:
+    async def _ask(self, answer: _Answer) -> Outcome:
         prompt = self._prompts.next(self._plan.shape)
-        body = {**prompt.body, **STREAMED}
+        body = {**prompt.body, **STREAM_OPTIONS}
         async with self._session.post(
-            self._target.url + prompt.path, json=body, headers=self._target.headers, timeout=NO_LIMIT
+            self._target.url + prompt.path, json=body, headers=self._target.headers, timeout=NO_TIMEOUT
         ) as response:
-            if response.status in DROPS:
+            if response.status in DROP_STATUSES:
                 return "dropped"
             if response.status != 200:
                 return "failed"
@@ -98,7 +101,7 @@ class BenchRun:
 
 
 class _Answer:
-    """What has come of an answer."""
+    """The part of a response received so far."""
 
     def __init__(self, began: float) -> None:
         self.began = began
@@ -112,14 +115,11 @@ class _Answer:
 
     @property
     def tokens(self) -> int:
-        """By the engine's usage, else one per event."""
+        """From the engine's usage, otherwise one per event."""
         usage = self._stream.usage
         return usage.completion_tokens if usage else self._stream.tokens
 
     @property
-    def ended(self) -> Ended:
-        """Whether it came to its proper end."""
+    def ended(self) -> Outcome:
+        """`completed` if the stream ended properly, otherwise `failed`."""
         return "completed" if self._stream.done and self.first is not None else "failed"
-
-
-NO_LIMIT: Final = aiohttp.ClientTimeout(total=None)  # the plan's own limit counts from the arrival

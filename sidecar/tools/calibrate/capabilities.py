@@ -1,6 +1,6 @@
-"""What the engine says of itself, and what it turns out to be able to do: token ids, a prefix cache that it reports, photos.
+"""What the engine reports about itself, and what it supports: token ids, cached tokens in `usage`, photos.
 
-Rules: whatever it cannot do is left out of the measurement and said; only what no measurement can do without ends it.
+An unsupported feature is left out of the measurement, with a note. Only what every measurement needs is an error.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import aiohttp
 
 from sidecar.engines import metrics_parser, model_list, registry
 from sidecar.kernels import families
-from sidecar.tools.calibrate.prompts import PromptTarget, photos_can_be_made
-from sidecar.tools.calibrate.shapes import SIDES, WORDS, GridShape
+from sidecar.tools.calibrate.prompts import PromptTarget, can_make_photos
+from sidecar.tools.calibrate.shapes import PHOTO_SIDES_PX, PHOTO_TEXT_TOKENS, GridShape
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, Load
 
-CONTEXT: Final = 4096  # tokens, where the engine does not say
-WARM: Final = 256  # tokens of the first requests
-ANSWER: Final = 10.0  # seconds for a page
-MOST_IMAGES: Final = 4
+# If the engine does not report its context length.
+DEFAULT_CONTEXT_TOKENS: Final = 4096
+WARM_UP_TOKENS: Final = 256
+PAGE_TIMEOUT_S: Final = 10.0
+MAX_IMAGES: Final = 4
+NO_CACHE_NOTE: Final = (
+    "cached prompts are not measured: the engine does not report cached tokens (vLLM: --enable-prompt-tokens-details)"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """The engine. `load`: asks how many requests it has; `flags`: those of its settings that its metrics page shows."""
+    """The engine. `load` returns its number of requests; `flags` are the settings that its metrics page shows."""
 
     target: PromptTarget
     context: int
@@ -34,15 +38,15 @@ class EngineCapabilities:
     version: str
     kind: str
     load: Load
-    most_images: int = 0
+    max_images: int = 0
     flags: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-async def meet(
+async def probe_capabilities(
     session: aiohttp.ClientSession, url: str, key: str, kind: str, model: str, context: int
 ) -> EngineCapabilities:
-    """Ask what it serves, and try what it can do. `kind` may be "auto"; `model` is its directory or "". Raises EngineRefused."""
+    """Read its pages and try its features. `kind` may be "auto", `model` is a directory or "". Raises EngineRefused."""
     target = PromptTarget(url, "", key)
     pages = {path: await _page(session, target, path) for path in ("/v1/models", "/metrics", *registry.FURTHER_PATHS)}
     card = _card(pages["/v1/models"], url)
@@ -56,88 +60,91 @@ async def meet(
             return None
         return None if read.running is None else read.running + (read.waiting or 0)
 
-    target = await _asked(session, target)
-    cached = await _cached(session, target)
-    target, most_images, why = await _photos(session, target, model)
+    target = await _warm_up(session, target)
+    cached = await _reports_cache(session, target)
+    target, max_images, why = await _measure_photos(session, target, model)
     return EngineCapabilities(
-        target, context or int(card.get("max_model_len") or CONTEXT), cached, await _version(session, target), known.name, load,
-        most_images, registry.flags(pages["/metrics"]), tuple(note for note in (why, "" if cached else NO_CACHE) if note),
-    )  # fmt: skip
+        target,
+        context or int(card.get("max_model_len") or DEFAULT_CONTEXT_TOKENS),
+        cached,
+        await _version(session, target),
+        known.name,
+        load,
+        max_images,
+        registry.flags(pages["/metrics"]),
+        tuple(note for note in (why, "" if cached else NO_CACHE_NOTE) if note),
+    )
 
 
 async def text_target(session: aiohttp.ClientSession, url: str, key: str) -> PromptTarget:
-    """The first model that it serves, asked as it can be, and warm. Raises EngineRefused."""
+    """The first model that the engine serves, warmed up. Raises EngineRefused."""
     target = PromptTarget(url, "", key)
     card = _card(await _page(session, target, "/v1/models"), url)
-    return await _asked(session, replace(target, model=card["id"]))
+    return await _warm_up(session, replace(target, model=card["id"]))
 
 
-NO_CACHE: Final = (
-    "cached prompts are not measured: the engine does not say what it had cached (vLLM: --enable-prompt-tokens-details)"
-)
-
-
-async def _asked(session: aiohttp.ClientSession, target: PromptTarget) -> PromptTarget:
-    """By token ids where the engine takes them, else by words; and warm."""
+async def _warm_up(session: aiohttp.ClientSession, target: PromptTarget) -> PromptTarget:
+    """Find out whether the engine accepts token ids, and warm it up."""
     try:
         await CalibrationTraffic(session, target).once(GridShape(16, 0, 1))
     except EngineRefused:
         target = replace(target, ids=False)
         await CalibrationTraffic(session, target).once(GridShape(16, 0, 1))
-    await CalibrationTraffic(session, target, seed=1).burst(GridShape(WARM // 2, 0, 8), 2)
+    await CalibrationTraffic(session, target, seed=1).burst(GridShape(WARM_UP_TOKENS // 2, 0, 8), 2)
     return target
 
 
-async def _cached(session: aiohttp.ClientSession, target: PromptTarget) -> bool:
-    """Whether it says that it had cached what it was sent before."""
-    work = await CalibrationTraffic(session, target, seed=2).once(GridShape(8, WARM - 64, 1))
-    return work.cached > WARM // 4
+async def _reports_cache(session: aiohttp.ClientSession, target: PromptTarget) -> bool:
+    """Whether `usage` reports a prefix sent before as cached."""
+    work = await CalibrationTraffic(session, target, seed=2).once(GridShape(8, WARM_UP_TOKENS - 64, 1))
+    return work.cached > WARM_UP_TOKENS // 4
 
 
-async def _photos(session: aiohttp.ClientSession, target: PromptTarget, model: str) -> tuple[PromptTarget, int, str]:
-    """(with the encoder tokens of photos, most photos of one request, why there are none)."""
-    if not photos_can_be_made():
-        return (
-            target,
-            0,
-            "images are not measured: numpy and Pillow are missing; pip install 'inference-sidecar[images]'",
-        )
+async def _measure_photos(
+    session: aiohttp.ClientSession, target: PromptTarget, model: str
+) -> tuple[PromptTarget, int, str]:
+    """(target with the encoder tokens of photos, maximum photos per request, why there are none)."""
+    if not can_make_photos():
+        why = "numpy and Pillow are missing; pip install 'inference-sidecar[images]'"
+        return target, 0, f"images are not measured: {why}"
     try:
-        prompt = [await _prompt_tokens(session, target, images=1, side=side) for side in SIDES]
+        prompt = [await _prompt_tokens(session, target, images=1, side=side) for side in PHOTO_SIDES_PX]
     except EngineRefused as e:
         return target, 0, f"images are not measured: {e}"
     try:
-        await _prompt_tokens(session, target, images=MOST_IMAGES, side=SIDES[0])
-        most = MOST_IMAGES
+        await _prompt_tokens(session, target, images=MAX_IMAGES, side=PHOTO_SIDES_PX[0])
+        most = MAX_IMAGES
     except EngineRefused:
         most = 1
-    text = await _prompt_tokens(session, target, images=0, side=SIDES[0])
-    told = {side: count - text for side, count in zip(SIDES, prompt, strict=True)}
-    tokens = {side: _by_processor(model, side) or max(1, told[side]) for side in SIDES}
+    text = await _prompt_tokens(session, target, images=0, side=PHOTO_SIDES_PX[0])
+    counted = {side: count - text for side, count in zip(PHOTO_SIDES_PX, prompt, strict=True)}
+    tokens = {side: _by_processor(model, side) or max(1, counted[side]) for side in PHOTO_SIDES_PX}
     return replace(target, tokens=tokens), most, ""
 
 
 async def _prompt_tokens(session: aiohttp.ClientSession, target: PromptTarget, *, images: int, side: int) -> int:
-    """What `usage` counts of a chat that says the same each time."""
-    work = await CalibrationTraffic(session, target, seed=3).once(GridShape(WORDS, 0, 1, images=images, side=side))
+    """Prompt tokens in `usage` of a chat whose text never changes."""
+    work = await CalibrationTraffic(session, target, seed=3).once(
+        GridShape(PHOTO_TEXT_TOKENS, 0, 1, images=images, side=side)
+    )
     return work.uncached + work.cached
 
 
 def _by_processor(model: str, side: int) -> int:
-    """The tokens of a photo by the files of the model's processor; 0 where they do not say."""
+    """The tokens of a photo according to the model's processor; 0 if unknown."""
     spec = families.from_dir(model) if model else None
     return spec.geometry(side * 3 // 4, side).tokens if spec else 0
 
 
 def _card(page: bytes, url: str) -> dict[str, Any]:
-    """What the engine says of its model: of several, one that is loaded, else the first. Raises EngineRefused."""
+    """The entry of the engine's model: of several, one that is loaded, else the first. Raises EngineRefused."""
     if not page:
         raise EngineRefused(
-            f"no engine answers /v1/models at {url}; start it, and name its base URL (--engine, --engine-key)"
+            f"/v1/models does not answer at {url}; start the engine, and check --engine and --engine-key"
         )
     cards = model_list.listed(page)
     if not cards:
-        raise EngineRefused("/v1/models names no model; wait until the engine has loaded it")
+        raise EngineRefused("/v1/models lists no model; wait until the engine has loaded it")
     loaded = model_list.choose(page).model
     return next((card for card in cards if card["id"] == loaded), cards[0])
 
@@ -150,10 +157,10 @@ async def _version(session: aiohttp.ClientSession, target: PromptTarget) -> str:
 
 
 async def _page(session: aiohttp.ClientSession, target: PromptTarget, path: str) -> bytes:
-    """The body of a page that answers 200, else empty."""
+    """The body of a page with status 200, otherwise empty."""
     try:
         async with session.get(
-            target.url + path, headers=target.headers, timeout=aiohttp.ClientTimeout(total=ANSWER)
+            target.url + path, headers=target.headers, timeout=aiohttp.ClientTimeout(total=PAGE_TIMEOUT_S)
         ) as answer:
             return await answer.read() if answer.status == 200 else b""
     except (aiohttp.ClientError, OSError, TimeoutError):

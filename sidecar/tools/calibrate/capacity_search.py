@@ -1,7 +1,7 @@
-"""What is found out before the grid: how many requests to keep open, the capacity at the SLO, and how long the longest shape may be.
+"""The search before the grid: how many requests to keep open, the capacity at the SLO, the longest shape.
 
-Open more and more requests of the reference's shape: their p95 grows, and their rate does until the engine is full. The shapes are
-measured where it is full: there a request costs what it takes from others. The length is what the time allows.
+Open more and more requests of the reference shape: their p95 grows, and their rate until the engine is full. Shapes are
+measured on a full engine, where a request costs what it takes from others. The length is limited by the time.
 """
 
 from __future__ import annotations
@@ -12,67 +12,79 @@ from collections.abc import Callable
 from typing import Final
 
 from sidecar.tools.calibrate.checkpoint import GridPlan, SearchStep
-from sidecar.tools.calibrate.shapes import MOST, GridShape, generating, largest, reference
+from sidecar.tools.calibrate.shapes import (
+    MAX_LENGTH_TOKENS,
+    GridShape,
+    generating_shape,
+    largest_shape,
+    reference_shape,
+)
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused, LatencySample
 
-MOST_OPEN: Final = 1024  # requests
-FULL: Final = 0.9  # of the highest rate
-AHEAD: Final = 4  # latencies that the next step may take: two rounds, of requests that take up to twice as long
-ALONE: Final = 20  # latencies of a request alone that the whole search takes, about
-LEAST_SCALE: Final = 1 / 16  # of the reference, where the time is short
-GRID_COST: Final = 6.0  # the whole grid in costs of its largest shape: measured on an engine with a steep attention
-TURNS: Final = 4  # at least as many are to fit
+MAX_OPEN_REQUESTS: Final = 1024
+# Share of the highest rate at which the engine counts as full.
+FULL_RATE_SHARE: Final = 0.9
+# Latencies that the next step may take: two rounds, of requests that take up to twice as long.
+NEXT_STEP_LATENCIES: Final = 4
+# Approximate length of the whole search, in latencies of a single request.
+SEARCH_LATENCIES: Final = 20
+# Share of the reference shape, if time is short.
+MIN_SCALE: Final = 1 / 16
+# The whole grid in costs of its largest shape, measured on an engine with steep attention.
+GRID_COST: Final = 6.0
+# Turns of the grid that must fit into the time.
+MIN_TURNS: Final = 4
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 async def search(
-    traffic: CalibrationTraffic, context: int, slo: float, seconds: float, most: int, say: Say
+    traffic: CalibrationTraffic, context: int, slo: float, seconds: float, limit: int, progress: Progress
 ) -> tuple[SearchStep, ...]:
-    """The steps, until p95 is over the SLO, or `most` requests are open, or the time is up. At least one."""
+    """At least one step, until p95 exceeds the SLO, `limit` requests are open, or the time is up."""
     steps: list[SearchStep] = []
     started = time.monotonic()
-    shape, number = await _shape(traffic, context, seconds), 1
-    while number <= most:
-        say(f"{number} of {shape.name} open at all times")
-        sample = await traffic.run(shape, number, seconds / 12)
-        steps.append(step(sample))
-        if sample.p95() > slo or time.monotonic() - started + AHEAD * sample.p95() > seconds:
+    shape, count = await _fit_reference(traffic, context, seconds), 1
+    while count <= limit:
+        progress(f"{count} of {shape.name} open at all times")
+        sample = await traffic.run(shape, count, seconds / 12)
+        steps.append(summarise(sample))
+        if sample.p95() > slo or time.monotonic() - started + NEXT_STEP_LATENCIES * sample.p95() > seconds:
             break
-        number *= 2
+        count *= 2
     return tuple(steps)
 
 
-async def _shape(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
-    """The reference's, or a part of it that leaves time for some steps."""
+async def _fit_reference(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
+    """The reference shape, scaled down until there is time for some steps."""
     scale = 1.0
     while True:
-        shape = reference(context, scale)
-        if ALONE * await traffic.burst(shape, 1) <= seconds or scale <= LEAST_SCALE:
+        shape = reference_shape(context, scale)
+        if SEARCH_LATENCIES * await traffic.burst(shape, 1) <= seconds or scale <= MIN_SCALE:
             return shape
         scale /= 2
 
 
-def step(sample: LatencySample) -> SearchStep:
-    """What a run says of its concurrency. Raises EngineRefused where the engine served others meanwhile."""
+def summarise(sample: LatencySample) -> SearchStep:
+    """The step of a run. Raises EngineRefused if the engine also served other clients."""
     if sample.others:
         raise EngineRefused(
-            f"{sample.others} requests of others came meanwhile; take the engine out of traffic and begin again"
+            f"the engine also served {sample.others} requests of other clients; take it out of traffic and start again"
         )
     cost = sample.cost()
     return SearchStep(sample.concurrency, round(sample.p95(), 4), round(1000 / cost.ms, 4), cost.work)
 
 
-def full(steps: tuple[SearchStep, ...]) -> int:
-    """The least number of open requests that fills the engine, near enough."""
+def find_full_concurrency(steps: tuple[SearchStep, ...]) -> int:
+    """The smallest number of open requests that nearly fills the engine."""
     highest = max(one.rate for one in steps)
-    return min(one.open for one in steps if one.rate >= FULL * highest)
+    return min(one.open for one in steps if one.rate >= FULL_RATE_SHARE * highest)
 
 
-def held(steps: tuple[SearchStep, ...], slo: float) -> float:
-    """Open requests at which p95 is the SLO, between the last step that kept it and the first that did not.
+def find_concurrency_at_slo(steps: tuple[SearchStep, ...], slo: float) -> float:
+    """Open requests at which p95 reaches the SLO, interpolated between the steps below and above it.
 
-    0 where no step was over it, or the first one was.
+    0 if no step exceeded it, or the first one did.
     """
     for below, over in itertools.pairwise(steps):
         if below.p95 <= slo < over.p95:
@@ -80,43 +92,47 @@ def held(steps: tuple[SearchStep, ...], slo: float) -> float:
     return 0.0
 
 
-async def length(traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, say: Say) -> int:
-    """Tokens of the longest shapes, in a span: doubled while turns of the grid still fit into `seconds`."""
-    found, most = span[0], min(span[1], MOST)
-    while found < most:
-        tried = min(2 * found, most)
-        say(f"{concurrency} of {largest(tried).name} at once")
-        took = await traffic.burst(largest(tried), concurrency)
-        # A turn keeps each shape's requests open for two rounds: one that does not count, and one that does.
-        if 2 * GRID_COST * took * TURNS > seconds:
+async def find_length(
+    traffic: CalibrationTraffic, span: tuple[int, int], concurrency: int, seconds: float, progress: Progress
+) -> int:
+    """Tokens of the longest shapes within `span`: doubled while the turns of the grid fit into `seconds`."""
+    longest, limit = span[0], min(span[1], MAX_LENGTH_TOKENS)
+    while longest < limit:
+        tried = min(2 * longest, limit)
+        progress(f"{concurrency} of {largest_shape(tried).name} at once")
+        took = await traffic.burst(largest_shape(tried), concurrency)
+        # A turn keeps each shape's requests open for two rounds, of which the first does not count.
+        if 2 * GRID_COST * took * MIN_TURNS > seconds:
             break
-        found = tried
-    return found
+        longest = tried
+    return longest
 
 
-async def decode(traffic: CalibrationTraffic, length: int, concurrency: int, say: Say) -> tuple[SearchStep, ...]:
+async def measure_decode(
+    traffic: CalibrationTraffic, length: int, concurrency: int, progress: Progress
+) -> tuple[SearchStep, ...]:
     """Steps of requests that only generate, up to the concurrency of the grid."""
-    shape, steps, number = generating(length), [], 1
-    while number <= concurrency:
-        say(f"{number} of {shape.name} open at all times")
-        steps.append(step(await traffic.run(shape, number, 0.0)))
-        number *= 2
+    shape, steps, count = generating_shape(length), [], 1
+    while count <= concurrency:
+        progress(f"{count} of {shape.name} open at all times")
+        steps.append(summarise(await traffic.run(shape, count, 0.0)))
+        count *= 2
     return tuple(steps)
 
 
-async def plan(
+async def make_plan(
     traffic: CalibrationTraffic,
     span: tuple[int, int],
     slo: float,
     seconds: tuple[float, float],
     concurrency: int,
-    say: Say,
+    progress: Progress,
 ) -> GridPlan:
-    """Search and length. `span`: tokens that the longest shapes have at least, and the context. `seconds`: for the search, and for the grid.
+    """Search, then find the length. `span`: shortest and longest allowed length; `seconds`: for search and for grid.
 
-    `concurrency` 0: where the engine is full.
+    `concurrency` 0: as many requests as fill the engine.
     """
-    steps = await search(traffic, span[1], slo, seconds[0], MOST_OPEN, say)
-    chosen = concurrency or full(steps)
-    found = await length(traffic, span, chosen, seconds[1], say)
-    return GridPlan(found, chosen, steps, await decode(traffic, found, chosen, say))
+    steps = await search(traffic, span[1], slo, seconds[0], MAX_OPEN_REQUESTS, progress)
+    at_once = concurrency or find_full_concurrency(steps)
+    longest = await find_length(traffic, span, at_once, seconds[1], progress)
+    return GridPlan(longest, at_once, steps, await measure_decode(traffic, longest, at_once, progress))

@@ -1,7 +1,7 @@
-"""Measurements as they come, one JSON line each beside the file that will be written: a calibration that was ended goes on there.
+"""A journal next to the output file, one JSON line per measurement, from which an interrupted calibration resumes.
 
-The first line is what a measurement depends on, the second the plan, each further one a measurement. A line that was cut off in
-writing is left out; lines of another engine, model or setting are begun anew.
+The first line is what a measurement depends on, the second the plan, each further one a measurement. A truncated line
+is ignored. A journal of another engine, model or setting is started again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sidecar.tools.calibrate.shapes import GridShape
 
 @dataclass(frozen=True, slots=True)
 class SearchStep:
-    """One step of the search for the capacity: requests open, their p95 in seconds, how many a second, and their size."""
+    """One step of the capacity search: open requests, their p95 in seconds, requests per second, their size."""
 
     open: int
     p95: float
@@ -30,9 +30,9 @@ class SearchStep:
 
 @dataclass(frozen=True, slots=True)
 class GridPlan:
-    """What is decided before the grid: tokens of the longest shapes, requests open, the search that decided it.
+    """The plan before the grid: tokens of the longest shapes, open requests, the steps of the search.
 
-    `decode`: requests that do little but generate, more and more of them open, which share the reading of the weights.
+    `decode`: steps with more and more requests that mostly generate and share the reading of the weights.
     """
 
     length: int
@@ -43,7 +43,7 @@ class GridPlan:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointEntry:
-    """One measurement, the seconds that it took, and the share of them in which the engine had no core."""
+    """One measurement, its duration in seconds, and the share in which the engine waited for a core."""
 
     measured: Measured
     seconds: float
@@ -54,14 +54,14 @@ Done = dict[tuple[GridShape, int], CheckpointEntry]  # by shape and turn
 
 
 class Checkpoint:
-    """The journal of one calibration. `identity` is whatever a measurement depends on."""
+    """The journal of one calibration. `identity` is everything that a measurement depends on."""
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
         self._path = out.with_name(out.name + ".partial")
         self._identity = identity
 
     def read(self) -> tuple[GridPlan | None, Done]:
-        """What was decided and measured before."""
+        """The plan and the measurements of an earlier run."""
         try:
             first, *lines = list(_objects(self._path.read_text()))
             if first != self._identity:
@@ -76,16 +76,16 @@ class Checkpoint:
         return plan, done
 
     def begin(self, plan: GridPlan) -> None:
-        """Keep the plan."""
+        """Write the plan."""
         self._write(json.dumps(asdict(plan)), "a")
 
     def add(self, shape: GridShape, turn: int, entry: CheckpointEntry) -> None:
-        """Keep one measurement."""
+        """Write one measurement."""
         record = {"shape": asdict(shape), "turn": turn, "work": asdict(entry.measured.work), "ms": entry.measured.ms}
         self._write(json.dumps({**record, "seconds": round(entry.seconds, 3), "waited": round(entry.waited, 4)}), "a")
 
     def close(self, kept: Path | None = None) -> None:
-        """The file is written: the journal is not needed any more, unless it is to be `kept` somewhere."""
+        """Remove the journal once the output is written; copy it to `kept` first."""
         if kept is not None:
             kept.write_text(self._path.read_text())
         self._path.unlink(missing_ok=True)
@@ -96,20 +96,20 @@ class Checkpoint:
 
 
 def read(text: str) -> tuple[GridPlan, Done]:
-    """The text of a whole file of measurements."""
+    """Parse a complete file of measurements."""
     _, plan, *entries = _objects(text)
     return read_plan(plan), dict(map(read_entry, entries))
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The lines that were written whole."""
+    """The lines that are complete."""
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
             yield json.loads(line)
 
 
 def read_plan(raw: dict[str, Any]) -> GridPlan:
-    """The second line."""
+    """Parse the second line."""
     return GridPlan(raw["length"], raw["concurrency"], _steps(raw["steps"]), _steps(raw["decode"]))
 
 
@@ -118,6 +118,6 @@ def _steps(raw: list[dict[str, Any]]) -> tuple[SearchStep, ...]:
 
 
 def read_entry(raw: dict[str, Any]) -> tuple[tuple[GridShape, int], CheckpointEntry]:
-    """A further line."""
+    """Parse a further line."""
     entry = CheckpointEntry(Measured(RequestSize(**raw["work"]), raw["ms"]), raw["seconds"], raw["waited"])
     return (GridShape(**raw["shape"]), raw["turn"]), entry

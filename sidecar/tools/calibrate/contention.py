@@ -1,8 +1,9 @@
-"""How long the engine had to wait for a core that something else had, where it runs on this machine.
+"""How long an engine on this machine waited for a core that something else used.
 
-A core that others use makes a CPU engine slow and its requests look expensive; a GPU's launches come late, too. Linux counts for each
-thread how long it ran and how long it was ready and had no core (/proc/PID/task/TID/schedstat). Of the thread that ran most, which is
-the engine's loop, the wait is what the machine took, not the request. Where nothing can be read, nothing was waited.
+Contention makes a CPU engine slow and its requests look expensive; kernel launches on a GPU are late, too. Linux counts
+for each thread how long it ran and how long it was ready without a core (/proc/PID/task/TID/schedstat). The thread that
+ran most is the engine's loop; its wait is charged to the machine, not to the request. If nothing can be read, the wait
+is 0.
 """
 
 from __future__ import annotations
@@ -17,24 +18,25 @@ from sidecar.readings import Absent
 from sidecar.signals import engine_processes
 
 PROC: Final = Path("/proc")
-MOST: Final = 0.95  # of the time: what is left is no measurement
+# Beyond this share, the rest is no measurement.
+MAX_WAITED_SHARE: Final = 0.95
 
-Times = Mapping[str, tuple[float, float]]  # thread -> seconds that it ran, and that it waited
+Times = Mapping[str, tuple[float, float]]  # thread -> seconds running and waiting
 
 
 class Cores:
-    """The engine's threads. Blocks for some milliseconds."""
+    """The engine's threads. Reading them blocks for some milliseconds."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = tuple(pids)
         self._began, self._before = time.monotonic(), self._read()
 
     def mark(self) -> None:
-        """Count from here."""
+        """Start counting now."""
         self._began, self._before = time.monotonic(), self._read()
 
     def waited(self) -> float:
-        """The share of the time since the mark in which the busiest thread waited for a core."""
+        """The share of the time since `mark` that the busiest thread waited for a core."""
         return share(self._before, self._read(), time.monotonic() - self._began)
 
     def _read(self) -> dict[str, tuple[float, float]]:
@@ -48,17 +50,17 @@ class Cores:
 
 
 def pids_of(engine: str) -> tuple[int, ...]:
-    """The engine's processes; none where they cannot be seen."""
+    """The engine's processes; none if they are not visible."""
     found = engine_processes.find(engine)
     return () if isinstance(found, Absent) else tuple(process.pid for process in found)
 
 
 def share(before: Times, after: Times, seconds: float) -> float:
-    """Of two readings, `seconds` apart: what part of it the thread that ran most waited."""
+    """The share of `seconds` between two readings that the busiest thread waited."""
     differences = [
         (ran - before[thread][0], waited - before[thread][1])
         for thread, (ran, waited) in after.items()
         if thread in before
     ]
     _, waited = max(differences, default=(0.0, 0.0))
-    return min(MOST, max(0.0, waited / seconds)) if seconds > 0 else 0.0
+    return min(MAX_WAITED_SHARE, max(0.0, waited / seconds)) if seconds > 0 else 0.0

@@ -1,8 +1,9 @@
-"""Pure: measured costs -> coefficients, with what they are worth on shapes that were held out.
+"""Pure: measured costs -> coefficients, with their accuracy on held-out shapes.
 
-Non-negative least squares on relative errors, pulled slightly toward a prior whose overall scale is fitted first: a term that
-the shapes hardly show keeps the prior's share instead of a wild value. The pull is of ratios and bounded: a term may be any number of
-times the prior where the measurements say so. Solved by coordinate descent: a handful of unknowns.
+Non-negative least squares on relative errors, pulled slightly toward a prior whose overall scale is fitted first: a
+term that the shapes hardly show keeps the prior's share instead of a wild value. The pull acts on ratios and is
+bounded, so measurements can move a term any number of times away from the prior. Solved by coordinate descent over a
+few unknowns.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import TERMS, Coefficients
 from sidecar.tools.calibrate.shapes import GridShape
 
-RIDGE: Final = 0.0003  # weight of the prior, per measurement
-ROUNDS: Final = 4000
-AGAIN: Final = 20  # times that the pull is weighed by where the last one led
-ENOUGH: Final = 1e-12
+# Weight of the prior.
+RIDGE_PER_MEASUREMENT: Final = 0.0003
+MAX_ROUNDS: Final = 4000
+# Iterations in which the pull is weighted by the previous solution.
+REWEIGHTINGS: Final = 20
+TOLERANCE: Final = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a request of this size cost: milliseconds of the engine, when it had as much as it could work on."""
+    """The cost of a request of this size: milliseconds of a fully loaded engine."""
 
     work: RequestSize
     ms: float
@@ -34,7 +37,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class FitRow:
-    """A shape over all turns: its cost, and how far the turns lie apart (their range between quartiles, as a share of the cost)."""
+    """A shape over all turns: its cost, and the interquartile range of the turns as a share of the cost."""
 
     shape: GridShape
     measured: Measured
@@ -43,15 +46,15 @@ class FitRow:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Errors of a model on measurements: relative, as shares of the measured cost. `r2` on the logarithms."""
+    """Errors of a model, as shares of the measured cost. `r2` is on the logarithms."""
 
     mape: float
     p90: float
     r2: float
 
 
-def merged(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
-    """The turns of each shape as one: their lower quartile, because whatever else the machine does only ever adds to a cost."""
+def merge_turns(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
+    """The lower quartile of each shape's turns, because other work on the machine only ever adds to a cost."""
     shapes: dict[GridShape, list[Measured]] = {}
     for shape, measured in turns:
         shapes.setdefault(shape, []).append(measured)
@@ -64,7 +67,7 @@ def merged(turns: Iterable[tuple[GridShape, Measured]]) -> list[FitRow]:
 
 
 def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coefficients:
-    """The coefficients that explain the measurements best. Raises ValueError for fewer than four."""
+    """The best coefficients for the measurements. Raises ValueError for fewer than four."""
     if len(measured) < 4:
         raise ValueError("too few measurements to fit: at least four shapes are needed")
     prior = prior or Coefficients()
@@ -72,7 +75,7 @@ def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coef
     shown = [any(r[j] for r in rows) for j in range(len(TERMS))]
     scale = _scale(measured, prior)
     start = [getattr(prior, name) * scale for name in TERMS]
-    solved = solve(rows, [m.ms for m in measured], start, RIDGE * len(measured))
+    solved = solve(rows, [m.ms for m in measured], start, RIDGE_PER_MEASUREMENT * len(measured))
     values = {name: solved[j] if shown[j] else start[j] for j, name in enumerate(TERMS)}
     return replace(prior, **values)  # type: ignore[arg-type]
 
@@ -87,19 +90,25 @@ def solve(rows: Sequence[Sequence[float]], costs: Sequence[float], prior: Sequen
     relative = [[value / cost for value in r] for r, cost in zip(rows, costs, strict=True)]
     gram = [[sum(r[i] * r[j] for r in relative) for j in count] for i in count]
     target = [sum(r[i] for r in relative) for i in count]
-    x = _descend(gram, target, prior, [0.0] * len(prior), list(prior))  # near a prior that is far off the pull is steep
-    for _ in range(AGAIN if ridge else 0):
+    x = _descend(
+        gram, target, prior, [0.0] * len(prior), list(prior)
+    )  # near a prior that is far off, the pull is steep
+    for _ in range(REWEIGHTINGS if ridge else 0):
         pull = [ridge / max(x[i], prior[i]) ** 2 if prior[i] > 0 else 0.0 for i in count]
         x = _descend(gram, target, prior, pull, x)
     return x
 
 
 def _descend(
-    gram: Sequence[Sequence[float]], target: Sequence[float], prior: Sequence[float], pull: Sequence[float], start: list[float]
-) -> list[float]:  # fmt: skip
-    """Coordinate descent on the quadratic form, each coordinate held at 0 or above."""
+    gram: Sequence[Sequence[float]],
+    target: Sequence[float],
+    prior: Sequence[float],
+    pull: Sequence[float],
+    start: list[float],
+) -> list[float]:
+    """Coordinate descent on the quadratic form, with coordinates >= 0."""
     x, count = list(start), range(len(start))
-    for _ in range(ROUNDS):
+    for _ in range(MAX_ROUNDS):
         moved = 0.0
         for i in count:
             weight = gram[i][i] + pull[i]
@@ -109,30 +118,30 @@ def _descend(
             new = max(0.0, (target[i] + pull[i] * prior[i] - rest) / weight)
             moved += weight * (new - x[i]) ** 2
             x[i] = new
-        if moved < ENOUGH:
+        if moved < TOLERANCE:
             break
     return x
 
 
-def line(measured: Sequence[Measured]) -> list[float]:
-    """The usual alpha-beta line fitted to the same measurements: [per request, per input token, per output token]."""
+def fit_line(measured: Sequence[Measured]) -> list[float]:
+    """The usual alpha-beta line on the same measurements: [per request, per input token, per output token]."""
     rows = [[1.0, m.work.uncached + m.work.cached, m.work.output] for m in measured]
     return solve(rows, [m.ms for m in measured], [1.0, 1.0, 1.0], 0.0)
 
 
 def accuracy(measured: Sequence[Measured], co: Coefficients) -> Accuracy:
-    """How far the coefficients are off on these measurements."""
+    """Errors of the coefficients on these measurements."""
     return _accuracy([(m.ms, cost_model.gpu_ms(m.work, co)) for m in measured])
 
 
 def line_accuracy(measured: Sequence[Measured], fitted: Sequence[float]) -> Accuracy:
-    """How far the alpha-beta line is off."""
+    """Errors of the alpha-beta line."""
     per, i, o = fitted
     return _accuracy([(m.ms, per + i * (m.work.uncached + m.work.cached) + o * m.work.output) for m in measured])
 
 
 def variation(measured: Sequence[Measured], co: Coefficients) -> float:
-    """Coefficient of variation, over the shapes, of the capacity in MU per minute. 0: the same whatever is asked."""
+    """Coefficient of variation over the shapes of the capacity in MU per minute. 0: equal for all shapes."""
     per_minute = [cost_model.mu(m.work, co) * 60_000 / m.ms for m in measured]
     return statistics.pstdev(per_minute) / statistics.mean(per_minute)
 

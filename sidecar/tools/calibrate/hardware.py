@@ -1,4 +1,4 @@
-"""What the engine runs on, where it runs on this machine: the GPUs that NVML names, else the processor."""
+"""The hardware of an engine on this machine: the GPUs that NVML reports, otherwise the processor."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from urllib.parse import urlsplit
 from sidecar.flags import parse_gpu
 from sidecar.signals.gpu import names as gpu_names
 
-LOCAL: Final = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 
 
 def gpus_of(engine: str, chosen: str) -> tuple[int, str]:
-    """How many GPUs of which name: those of --gpu, else those that NVML shows; (0, "") where there are none to be seen."""
+    """Number and name of the GPUs: from --gpu, otherwise from NVML; (0, "") if none are visible."""
     if chosen:
         return parse_gpu(chosen)
-    names = gpu_names.read() if urlsplit(engine).hostname in LOCAL else []
+    names = gpu_names.read() if urlsplit(engine).hostname in LOCAL_HOSTS else []
     return len(names), names[0] if names else ""
 
 
 def text(engine: str, gpus: tuple[int, str]) -> str:
-    """A name such as "NVIDIA H100 80GB HBM3" or "2 x AMD EPYC"; empty where the engine is on another machine."""
+    """A name such as "NVIDIA H100 80GB HBM3" or "2 x AMD EPYC"; empty if the engine is on another machine."""
     count, name = gpus
     if not name:
-        if urlsplit(engine).hostname not in LOCAL:
+        if urlsplit(engine).hostname not in LOCAL_HOSTS:
             return ""
         count, name = os.cpu_count() or 1, processor(_cpuinfo())
     return name if count == 1 else f"{count} x {name}"
 
 
 def processor(cpuinfo: str) -> str:
-    """The processor's name, of /proc/cpuinfo."""
+    """The processor's name in /proc/cpuinfo."""
     names = (line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("model name"))
     return next(names, "processor")
 

@@ -1,7 +1,7 @@
-"""What a request of a chosen shape looks like, and what its answer says that it used.
+"""Build requests of a given shape, and read what they used from the response.
 
-Rules: prompts are random and photos are new, so that nothing is cached by accident; what was really used is what the engine's
-`usage` says. Photos need numpy and Pillow (the extra `images`).
+Prompts are random and photos are new, so that nothing is cached by accident. The engine's `usage` is what counts.
+Photos need numpy and Pillow (the extra `images`).
 """
 
 from __future__ import annotations
@@ -19,28 +19,16 @@ from typing import Any, Final
 from sidecar.events import RequestSize
 from sidecar.tools.calibrate.shapes import GridShape
 
-VOCABULARY: Final = (
-    "red",
-    "blue",
-    "tree",
-    "house",
-    "seven",
-    "river",
-    "stone",
-    "light",
-    "paper",
-    "north",
-    "glass",
-    "winter",
-)
-TOKENS_PER_WORD: Final = 3  # at most, about: of a tokenizer that knows none of these words
+VOCABULARY: Final = "red blue tree house seven river stone light paper north glass winter"
+# About the maximum, for a tokenizer that knows none of these words.
+TOKENS_PER_WORD: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTarget:
-    """The engine, and how it is asked. `ids`: it takes prompts as token ids, of which `vocabulary` are safe.
+    """The engine and its prompt format. `ids`: it accepts token ids, of which the first `vocabulary` are safe.
 
-    `tokens`: encoder tokens of one photo, by its longer side; empty where it takes none.
+    `tokens`: encoder tokens of one photo, by its longer side; empty if it accepts none.
     """
 
     url: str
@@ -52,20 +40,20 @@ class PromptTarget:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """The headers of every request."""
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request: where it goes, and its body."""
+    """One request: its path and its body."""
 
     path: str
     body: Mapping[str, Any]
 
 
 class Prompts:
-    """Makes requests, always new ones; those of one maker share the cached part."""
+    """Builds new requests, which share the cached prefix."""
 
     def __init__(self, target: PromptTarget, seed: int = 0) -> None:
         self._target = target
@@ -74,12 +62,12 @@ class Prompts:
         self._prefix: list[int] = []
 
     def lead(self, shape: GridShape) -> Prompt:
-        """The request that leaves the cached part of `shape` in the engine's cache."""
+        """The request that puts the cached prefix of `shape` into the engine's cache."""
         self._prefix = self._tokens(shape.cached)
         return self._completion(self._prefix + self._tokens(1), 1)
 
     def next(self, shape: GridShape) -> Prompt:
-        """A request of this shape; with a side, one that could carry photos. A photo takes milliseconds: call it on a thread."""
+        """A request of this shape, a chat if it has a side. A photo takes milliseconds: call this on a thread."""
         if shape.side:
             return self._chat(shape)
         return self._completion(self._prefix + self._tokens(shape.uncached), shape.output)
@@ -97,24 +85,29 @@ class Prompts:
 
     def _common(self, output: int) -> dict[str, Any]:
         return {
-            "model": self._target.model, "max_tokens": output, "min_tokens": output, "ignore_eos": True, "temperature": 0.0,
+            "model": self._target.model,
+            "max_tokens": output,
+            "min_tokens": output,
+            "ignore_eos": True,
+            "temperature": 0.0,
             "stream": False,
-        }  # fmt: skip
+        }
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._target.vocabulary) for _ in range(count)]
 
     def _text(self, tokens: list[int]) -> str:
-        return " ".join(VOCABULARY[token % len(VOCABULARY)] for token in tokens)
+        words = VOCABULARY.split()
+        return " ".join(words[token % len(words)] for token in tokens)
 
 
-def photos_can_be_made() -> bool:
-    """Whether the libraries are there."""
+def can_make_photos() -> bool:
+    """Whether the libraries are installed."""
     return all(importlib.util.find_spec(name) for name in ("numpy", "PIL"))
 
 
 def photo_url(side: int, seed: int) -> str:
-    """A JPEG as a data URL, 4:3, that differs with the seed: one picture for each size, shifted around."""
+    """A 4:3 JPEG as a data URL, different for each seed: one picture per size, shifted cyclically."""
     import numpy as np
     from PIL import Image
 
@@ -131,8 +124,8 @@ def _picture(side: int) -> Any:
     return pixels(side, side * 3 // 4, seed=side)
 
 
-def used(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
-    """What an answer says that it used. Raises ValueError."""
+def read_usage(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
+    """The request size according to the response. Raises ValueError."""
     try:
         usage = answer["usage"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
@@ -143,8 +136,8 @@ def used(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:
         raise ValueError("no usage") from None
 
 
-def words(text: str) -> str:
-    """An engine's error in one short line."""
+def shorten_error(text: str) -> str:
+    """An engine's error as one short line."""
     try:
         error = json.loads(text)
         text = str(error.get("error", {}).get("message") or error.get("message") or text)

@@ -1,4 +1,4 @@
-"""Pure: what a calibration found, as text."""
+"""Pure: the result of a calibration as text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Final
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.calibrate.checkpoint import GridPlan
-from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, line, line_accuracy, variation
+from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, fit_line, line_accuracy, variation
 
-BAR: Final = 24
-NOISY: Final = 0.15  # spread of the turns, from which on the machine is said to be busy with other things
+BAR_CHARACTERS: Final = 24
+# Spread of the turns above which the machine is reported as busy with other work.
+NOISY_SHARE: Final = 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """Shapes that were fitted and that were held out, and what came of them.
+    """Fitted and held-out shapes, and the result.
 
-    `waited`: the share of the time in which the engine had no core, half of the measurements more.
+    `waited`: the median share of the time in which the engine waited for a core.
     """
 
     fitted: Sequence[FitRow]
@@ -36,7 +37,7 @@ class CalibrationReport:
 
     @property
     def spread(self) -> float:
-        """How far the turns of one shape lie apart: the median over the shapes."""
+        """How much the turns of one shape differ: the median over the shapes."""
         return statistics.median(row.spread for row in (*self.fitted, *self.held_out))
 
 
@@ -47,28 +48,27 @@ def _of(rows: Sequence[FitRow]) -> list[Measured]:
 def text(found: CalibrationReport, slo: float) -> str:
     """The report."""
     co = found.co
-    noisy = "; the machine does other things, too: measure again when it does not"
-    return "\n".join(
-        [
-            *table(found),
-            "",
-            *held_out(found),
-            f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
-            f"coefficient of variation over the shapes {found.variation:.1%}",
-            f"turns of one shape lie {found.spread:.1%} apart; the engine had no core in {found.waited:.1%} of the time, which is taken out"
-            + (noisy if max(found.spread, found.waited) > NOISY else ""),
-            f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
-            "a generated token: "
-            + ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode),
-            f"1 MU = {cost_model.unit_ms(co):.1f} ms; "
-            + ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS),
-        ]
-    )
+    noisy = "; the machine is busy with other work: measure again when it is idle"
+    decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
+    terms = ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS)
+    lines = [
+        *table(found),
+        "",
+        *held_out(found),
+        f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
+        f"coefficient of variation over the shapes {found.variation:.1%}",
+        f"turns of one shape differ by {found.spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
+        "the time, which is subtracted" + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
+        f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
+        f"a generated token: {decode}",
+        f"1 MU = {cost_model.unit_ms(co):.1f} ms; {terms}",
+    ]
+    return "\n".join(lines)
 
 
 def held_out(found: CalibrationReport) -> list[str]:
-    """The errors on what was held out; where photos were measured, also without and with them."""
-    fitted = line(_of(found.fitted))
+    """The errors on the held-out shapes; if photos were measured, also without and with them."""
+    fitted = fit_line(_of(found.fitted))
     kinds = [("held out", found.held_out)]
     if any(row.shape.images for row in found.held_out):
         kinds += [("of these text", [r for r in found.held_out if not r.shape.images])]
@@ -84,22 +84,14 @@ def held_out(found: CalibrationReport) -> list[str]:
 
 
 def table(found: CalibrationReport) -> list[str]:
-    """One line for each shape, the cheap ones first."""
+    """One line for each shape, cheapest first."""
     rows = [("shape", "measured ms", "model ms", "error", "turns", "")]
     for kept, group in (("", found.fitted), ("held out", found.held_out)):
         for row in sorted(group, key=lambda row: row.measured.ms):
             ms, predicted = row.measured.ms, cost_model.gpu_ms(row.measured.work, found.co)
-            rows.append(
-                (
-                    row.shape.name,
-                    f"{ms:.1f}",
-                    f"{predicted:.1f}",
-                    f"{predicted / ms - 1:+.0%}",
-                    f"±{row.spread / 2:.0%}",
-                    kept,
-                )
-            )
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+            error, spread = f"{predicted / ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
+            rows.append((row.shape.name, f"{ms:.1f}", f"{predicted:.1f}", error, spread, kept))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
@@ -107,7 +99,7 @@ def _in_flight(found: CalibrationReport, slo: float) -> str:
     if found.co.mu_in_flight > 0:
         return f"{found.co.mu_in_flight:.2f} MU in flight"
     if found.plan.steps[0].p95 > slo:
-        return "nothing; not even one request of this size alone keeps it"
+        return "none; even a single request of this size exceeds it"
     return f"not reached in the time; by Little's law {cost_model.max_mu_in_flight(found.co, slo):.2f} MU in flight"
 
 
@@ -119,7 +111,7 @@ def _steps(found: CalibrationReport) -> str:
 
 
 def bar(done: float, of: float, what: str) -> str:
-    """One line of progress; more than all is all."""
+    """One line of progress, at most 100 %."""
     share = min(1.0, done / max(of, 1e-9))
-    full = int(BAR * share)
-    return f"[{'#' * full}{'.' * (BAR - full)}] {share:.0%} {what}"
+    full = int(BAR_CHARACTERS * share)
+    return f"[{'#' * full}{'.' * (BAR_CHARACTERS - full)}] {share:.0%} {what}"

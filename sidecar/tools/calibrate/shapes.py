@@ -1,8 +1,8 @@
 """Pure: which request shapes are measured, and which of them are held out.
 
-Rules: sizes are shares of a length, so that the same plan fits a model of 4k and one of 128k; held-out shapes lie between those
-that are fitted, never at a corner; each turn has an order of its own, so that a machine that slows down over the minutes does
-not look like a shape that costs more.
+Sizes are shares of a length, so that one plan fits models of 4k and of 128k. Held-out shapes are between the fitted
+ones, never at a corner. Each turn has its own order, so that a machine that slows down does not make a shape look
+expensive.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-MOST: Final = 16_384  # tokens; longer prompts take minutes to measure, and the square term shows well before
-LEAST: Final = 256
-SIDES: Final = (
-    448,
-    672,
-    896,
-)  # pixels of a photo's longer side, 4:3; three tell what a photo costs, its tokens, and their square
-WORDS: Final = 32  # tokens of text beside images, about
+# Longer prompts take minutes to measure, and the square term is visible well before.
+MAX_LENGTH_TOKENS: Final = 16_384
+MIN_LENGTH_TOKENS: Final = 256
+# Longer sides of photos, 4:3: three show what a photo costs, its tokens, and their square.
+PHOTO_SIDES_PX: Final = (448, 672, 896)
+# Approximate text of a request with photos.
+PHOTO_TEXT_TOKENS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
 class GridShape:
-    """Tokens of one request: new prompt tokens, tokens that an earlier request left in the prefix cache, output tokens.
+    """Tokens of one request: new prompt tokens, those in the prefix cache from an earlier request, output tokens.
 
-    And photos: how many, and their longer side in pixels; `uncached` is then the text beside them.
+    `images` photos have a longer side of `side` pixels; `uncached` then counts only the text.
     """
 
     uncached: int
@@ -38,7 +37,7 @@ class GridShape:
 
     @property
     def name(self) -> str:
-        """As people read it: 512+1024c/64, 32+2x448px/8."""
+        """A short form: 512+1024c/64, 32+2x448px/8."""
         cached = f"+{self.cached}c" if self.cached else ""
         images = f"+{self.images}x{self.side}px" if self.images else ""
         return f"{self.uncached}{cached}{images}/{self.output}"
@@ -65,11 +64,13 @@ GRID: Final[tuple[tuple[float, float, float, bool], ...]] = (
     (1 / 3, 0, 3 / 32, True),
     (1 / 16, 3 / 8, 1 / 64, True),
 )
-GENERATING: Final = (1 / 128, 0, 1 / 16)  # little but generating
-LARGEST: Final = (3 / 4, 0, 1 / 8)  # what takes longest of the grid
+# Mostly generation.
+GENERATING: Final = (1 / 128, 0, 1 / 16)
+# The slowest of the grid.
+LARGEST: Final = (3 / 4, 0, 1 / 8)
 
-# (images, which of SIDES, output as a share of the length), and whether the shape is held out.
-PHOTOS: Final[tuple[tuple[int, int, float, bool], ...]] = (
+# (images, index into PHOTO_SIDES_PX, output as a share of the length), and whether the shape is held out.
+PHOTO_GRID: Final[tuple[tuple[int, int, float, bool], ...]] = (
     (1, 0, 1 / 1024, False),
     (4, 0, 1 / 1024, False),
     (1, 1, 1 / 1024, False),
@@ -83,20 +84,25 @@ PHOTOS: Final[tuple[tuple[int, int, float, bool], ...]] = (
 )
 
 
-def plan(
-    length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, most_images: int = 4
+def plan_shapes(
+    length: int, *, cached: bool, tokens: Mapping[int, int] | None = None, max_images: int = 4
 ) -> list[GridShape]:
-    """The shapes of up to `length` tokens. Raises ValueError where that is too short.
+    """The shapes of up to `length` tokens. Raises ValueError if that is too short.
 
-    `cached`: whether the engine says how much of a prompt it had cached. `tokens`: of one photo, by its side, where it takes photos.
+    `cached`: the engine reports cached tokens. `tokens`: of one photo, by its side, if the engine accepts photos.
     """
-    if length < LEAST:
-        raise ValueError(f"a context of {length} tokens is too short to tell prompt from output; {LEAST} are needed")
+    if length < MIN_LENGTH_TOKENS:
+        raise ValueError(
+            f"a context of {length} tokens is too short to measure; at least {MIN_LENGTH_TOKENS} are needed"
+        )
     shapes = [_shape(length, *row) for row in GRID if cached or not row[1]]
-    for images, which, output, held_out in PHOTOS if tokens else ():
-        side = SIDES[which]
-        shape = GridShape(WORDS, 0, max(1, int(output * length)), held_out, images, side)
-        if images <= most_images and images * (tokens or {}).get(side, length) + 4 * WORDS + shape.output <= length:
+    for images, side_index, output, held_out in PHOTO_GRID if tokens else ():
+        side = PHOTO_SIDES_PX[side_index]
+        shape = GridShape(PHOTO_TEXT_TOKENS, 0, max(1, int(output * length)), held_out, images, side)
+        if (
+            images <= max_images
+            and images * (tokens or {}).get(side, length) + 4 * PHOTO_TEXT_TOKENS + shape.output <= length
+        ):
             shapes.append(shape)
     return shapes
 
@@ -105,28 +111,28 @@ def _shape(length: int, uncached: float, cached: float, output: float, held_out:
     return GridShape(max(8, int(uncached * length)), int(cached * length), max(1, int(output * length)), held_out)
 
 
-def least(context: int, tokens: Mapping[int, int]) -> int:
-    """The shortest length that is worth it: a photo of each size fits and two of the smallest, where there are photos."""
-    photos = max(2 * tokens[SIDES[0]], *tokens.values()) + 5 * WORDS if tokens else 0
-    return min(context, max(LEAST, photos))
+def min_length(context: int, tokens: Mapping[int, int]) -> int:
+    """The minimum length: with photos, one of each size and two of the smallest must fit."""
+    photos = max(2 * tokens[PHOTO_SIDES_PX[0]], *tokens.values()) + 5 * PHOTO_TEXT_TOKENS if tokens else 0
+    return min(context, max(MIN_LENGTH_TOKENS, photos))
 
 
-def largest(length: int) -> GridShape:
-    """The shape of a plan that takes longest."""
+def largest_shape(length: int) -> GridShape:
+    """The slowest shape of a plan."""
     return _shape(length, *LARGEST)
 
 
-def generating(length: int) -> GridShape:
-    """A shape that generates and has next to no prompt."""
+def generating_shape(length: int) -> GridShape:
+    """A shape that generates and has almost no prompt."""
     return _shape(length, *GENERATING)
 
 
-def ordered(shapes: list[GridShape], turn: int) -> list[GridShape]:
+def shuffle_turn(shapes: list[GridShape], turn: int) -> list[GridShape]:
     """The shapes in the order of this turn."""
     return random.Random(turn).sample(shapes, len(shapes))
 
 
-def reference(context: int, part: float = 1.0) -> GridShape:
-    """The shape that one model unit stands for, 3500 in and 300 out, or a part of it; cut down to what the engine takes."""
+def reference_shape(context: int, part: float = 1.0) -> GridShape:
+    """The reference shape of one model unit, 3500 in and 300 out, or a part of it, limited to the context."""
     scale = part * min(1.0, 0.9 * context / 3800)
     return GridShape(max(1, int(3500 * scale)), 0, max(1, int(300 * scale)))

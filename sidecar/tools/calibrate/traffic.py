@@ -1,10 +1,10 @@
-"""Requests of a chosen size against a live engine, a fixed number of them open at all times, and what each cost.
+"""Keep a fixed number of requests of one shape open on a live engine, and measure their cost.
 
-The cost of a request is the engine's time for it under load: with a fixed number open, the mean time that one takes over that number
-(Little's law). Alone, a request would be charged for weights that others read along with it.
+The cost of a request is its share of a loaded engine: mean latency divided by the number of open requests (Little's
+law). A single request would be charged for weights whose reading others share.
 
-Rules: a request has a deadline; an engine that refuses ends the measurement with its own words; a run during which the engine
-served others, too, says so, and does not count.
+A request has a timeout. An error of the engine ends the measurement and is reported. A run in which the engine also
+served other clients reports them and does not count.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from sidecar.errors import SidecarError
 from sidecar.events import RequestSize
 from sidecar.tools.calibrate.contention import Cores
 from sidecar.tools.calibrate.fit import Measured
-from sidecar.tools.calibrate.prompts import Prompt, Prompts, PromptTarget, used, words
+from sidecar.tools.calibrate.prompts import Prompt, Prompts, PromptTarget, read_usage, shorten_error
 from sidecar.tools.calibrate.shapes import GridShape
 
-SECONDS: Final = 300.0  # deadline of one request
-LOOK: Final = 1.0  # seconds between looks at what else the engine serves: its page costs it milliseconds
-STRANGE: Final = (
-    3  # looks in a row with requests of others: one alone may show requests of ours that were just broken off
-)
+REQUEST_TIMEOUT_S: Final = 300.0
+# The metrics page costs the engine milliseconds.
+LOAD_CHECK_INTERVAL_S: Final = 1.0
+# Consecutive checks with requests of other clients: a single one may show requests that were just cancelled.
+FOREIGN_CHECKS: Final = 3
 
-Load = Callable[[], Awaitable[float | None]]  # requests that the engine runs and queues; None where it does not say
+Load = Callable[[], Awaitable[float | None]]  # running and queued requests; None if unknown
 
 
 class EngineRefused(SidecarError):
-    """The engine does not do what calibration needs."""
+    """The engine cannot be calibrated."""
 
     code = "calibration_refused"
 
 
 @dataclass(frozen=True, slots=True)
 class BackgroundLoad:
-    """What is watched during a run: how many requests the engine has, and how long it waits for a core."""
+    """What is watched during a run: the engine's requests and its waiting for a core."""
 
     load: Load | None = None
     cores: Cores | None = None
@@ -52,10 +52,10 @@ class BackgroundLoad:
 
 @dataclass(slots=True)
 class LatencySample:
-    """What a run at one shape and concurrency showed, of requests that began and ended while all others were open, too. Seconds.
+    """A run at one shape and concurrency: requests that started and ended while all others were open. Seconds.
 
-    `others`: requests of others that were there all the while; 0 where there were none. `waited`: the share of the time in which
-    the engine had no core, which no request is charged for.
+    `others`: requests of other clients throughout the run. `waited`: the share of the time in which the engine waited
+    for a core, which no request is charged for.
     """
 
     concurrency: int
@@ -65,7 +65,7 @@ class LatencySample:
     waited: float = 0.0
 
     def cost(self) -> Measured:
-        """The cost of the commonest size seen."""
+        """The cost of the most common size."""
         seconds = statistics.mean(self.latencies) * (1 - self.waited)
         return Measured(self.works.most_common(1)[0][0], seconds * 1000 / self.concurrency)
 
@@ -79,32 +79,36 @@ class CalibrationTraffic:
     """Sends requests of given shapes."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, target: PromptTarget, seed: int = 0, beside: BackgroundLoad | None = None
+        self,
+        session: aiohttp.ClientSession,
+        target: PromptTarget,
+        seed: int = 0,
+        background: BackgroundLoad | None = None,
     ) -> None:
         self._session = session
         self._target = target
         self._prompts = Prompts(target, seed)
-        self._beside = beside or BackgroundLoad()
+        self._background = background or BackgroundLoad()
 
     async def once(self, shape: GridShape) -> RequestSize:
-        """One request alone. Raises EngineRefused."""
+        """Send a single request. Raises EngineRefused."""
         if shape.cached:
             await self._ask(self._prompts.lead(shape), shape)
         return await self._ask(await self._next(shape), shape)
 
     async def burst(self, shape: GridShape, number: int) -> float:
-        """Seconds until as many requests, sent at once, are all answered. Raises EngineRefused."""
+        """Seconds until `number` requests sent at once are all answered. Raises EngineRefused."""
         started = time.monotonic()
         await asyncio.gather(*(self.once(shape) for _ in range(number)))
         return time.monotonic() - started
 
     async def run(self, shape: GridShape, concurrency: int, seconds: float, rounds: int = 1) -> LatencySample:
-        """Keep `concurrency` requests open for `seconds`, and until `rounds` of them have counted. Raises EngineRefused."""
+        """Keep `concurrency` requests open for `seconds` and at least `rounds` counted rounds. Raises EngineRefused."""
         sample = LatencySample(concurrency)
         if shape.cached:
             await self._ask(self._prompts.lead(shape), shape)
         until, enough = time.monotonic() + seconds, asyncio.Event()
-        warm = concurrency  # the first of each worker does not count: not all others were open yet
+        warm = concurrency  # the first request of each worker does not count: not all were open
 
         async def worker() -> None:
             nonlocal warm
@@ -113,8 +117,8 @@ class CalibrationTraffic:
                 started, counts = time.monotonic(), warm <= 0
                 work = await self._ask(prompt, shape)
                 warm -= 1
-                if warm == 0 and self._beside.cores is not None:
-                    self._beside.cores.mark()
+                if warm == 0 and self._background.cores is not None:
+                    self._background.cores.mark()
                 if counts:
                     sample.latencies.append(time.monotonic() - started)
                     sample.works[work] += 1
@@ -122,46 +126,50 @@ class CalibrationTraffic:
                     enough.set()
 
         workers = [asyncio.create_task(worker()) for _ in range(concurrency)]
-        looking, ended = asyncio.create_task(self._look(sample)), asyncio.create_task(enough.wait())
+        watching, ended = asyncio.create_task(self._watch_background(sample)), asyncio.create_task(enough.wait())
         try:
             done, _ = await asyncio.wait([ended, *workers], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:  # a worker ends by itself only when it failed
+            for task in done:  # a worker ends only by failing
                 task.result()
-            if self._beside.cores is not None:
-                sample.waited = self._beside.cores.waited()
+            if self._background.cores is not None:
+                sample.waited = self._background.cores.waited()
         finally:
-            for task in (*workers, looking, ended):
+            for task in (*workers, watching, ended):
                 task.cancel()
-            await asyncio.gather(*workers, looking, ended, return_exceptions=True)
+            await asyncio.gather(*workers, watching, ended, return_exceptions=True)
         return sample
 
-    async def _look(self, sample: LatencySample) -> None:
-        """Take down what the engine serves beside us. Ends with the run."""
+    async def _watch_background(self, sample: LatencySample) -> None:
+        """Record other clients' requests on the engine until cancelled."""
         seen = 0
-        while self._beside.load is not None:
-            await asyncio.sleep(LOOK)
-            load = await self._beside.load()
+        while self._background.load is not None:
+            await asyncio.sleep(LOAD_CHECK_INTERVAL_S)
+            load = await self._background.load()
             more = int((load or 0) - sample.concurrency)
             seen = seen + 1 if more > 0 else 0
-            if seen >= STRANGE:
+            if seen >= FOREIGN_CHECKS:
                 sample.others = max(sample.others, more)
 
     async def _next(self, shape: GridShape) -> Prompt:
-        if shape.images:  # a JPEG holds the loop up otherwise
+        if shape.images:  # encoding a JPEG would block the loop
             return await asyncio.to_thread(self._prompts.next, shape)
         return self._prompts.next(shape)
 
     async def _ask(self, prompt: Prompt, shape: GridShape) -> RequestSize:
         try:
             async with self._session.post(
-                self._target.url + prompt.path, json=prompt.body, headers=self._target.headers,
-                timeout=aiohttp.ClientTimeout(total=SECONDS),
-            ) as answer:  # fmt: skip
+                self._target.url + prompt.path,
+                json=prompt.body,
+                headers=self._target.headers,
+                timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
+            ) as answer:
                 text = await answer.text()
                 if answer.status != 200:
-                    raise EngineRefused(f"the engine answered {answer.status}: {words(text)}")
-                return used(json.loads(text), shape, self._target)
+                    raise EngineRefused(f"the engine returned {answer.status}: {shorten_error(text)}")
+                return read_usage(json.loads(text), shape, self._target)
         except (aiohttp.ClientError, OSError, TimeoutError) as e:
-            raise EngineRefused(f"the engine broke off ({type(e).__name__}); is it still running?") from None
+            raise EngineRefused(
+                f"the connection to the engine failed ({type(e).__name__}); is it still running?"
+            ) from None
         except ValueError:
-            raise EngineRefused("the engine's answer is no JSON with a usage object") from None
+            raise EngineRefused("the engine's response is not JSON with a usage object") from None

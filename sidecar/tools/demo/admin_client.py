@@ -1,6 +1,6 @@
-"""A reader of a sidecar's admin port, for commands that run beside it.
+"""A client of a sidecar's admin port, for commands that run next to it.
 
-Rules: None where there is no answer just now; never raises for that. Verdict times are seconds on the wall clock.
+A request without an answer returns None and never raises. Verdict times are seconds on the wall clock.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any, Final, Self
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
-ERRORS: Final = (aiohttp.ClientError, TimeoutError, ValueError)
+REQUEST_TIMEOUT: Final = aiohttp.ClientTimeout(total=5)
+CLIENT_ERRORS: Final = (aiohttp.ClientError, TimeoutError, ValueError)
 
 
 class AdminClient:
-    """One session to one admin port, from `async with` to its end."""
+    """One session to one admin port, open inside `async with`."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._http = aiohttp.ClientSession(self._url, timeout=TIMEOUT)
+        self._http = aiohttp.ClientSession(self._url, timeout=REQUEST_TIMEOUT)
         return self
 
     async def __aexit__(
@@ -42,7 +42,7 @@ class AdminClient:
         return [v for v in reversed(answer["verdicts"]) if v["since"] > after] if answer else []
 
     async def model_units(self) -> dict[str, float] | None:
-        """MU that were settled since the sidecar's start, by outcome, from its metrics page."""
+        """MU settled since the sidecar's start, by outcome, from its metrics page."""
         page = await self._text("/metrics")
         return None if page is None else units_by_outcome(page)
 
@@ -51,7 +51,7 @@ class AdminClient:
         try:
             async with self._http.get(path) as response:
                 answer = await response.json()
-        except ERRORS:
+        except CLIENT_ERRORS:
             return None
         return answer if isinstance(answer, dict) else None
 
@@ -60,12 +60,12 @@ class AdminClient:
         try:
             async with self._http.get(path, headers={"Accept": "text/plain"}) as response:
                 return await response.text() if response.status == 200 else None
-        except ERRORS:
+        except CLIENT_ERRORS:
             return None
 
 
 def units_by_outcome(page: str) -> dict[str, float] | None:
-    """`sidecar_mu_total` of a metrics page, summed over tenants and models. None where the page is no metrics page."""
+    """`sidecar_mu_total` summed over tenants and models. None if the text is no metrics page."""
     units: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(page):

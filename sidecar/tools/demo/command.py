@@ -1,7 +1,7 @@
-"""The whole story on one machine: an engine serves, stalls, is found, killed and started again, and serves.
+"""A stall and its recovery on one machine: an engine serves, stalls, is killed and restarted, and serves again.
 
-Rules of this module: the page's URL comes first; one line per event, in plain words, with the seconds since the start; what
-is started here is ended here, whatever ends the demo; the children's own output is in files, named where something failed.
+The URL of the live page is printed first, then one line per event with the seconds since the start. Whatever ends the
+demo, the processes it started end with it. Their output goes to files, which are named on failure.
 """
 
 from __future__ import annotations
@@ -21,27 +21,31 @@ import aiohttp
 from sidecar.flags import address, existing_dir, flag, integer, number, one_of
 from sidecar.tools.demo import processes
 from sidecar.tools.demo.admin_client import AdminClient
-from sidecar.tools.demo.kubelet import Happening, Kubelet, KubeletEvent
+from sidecar.tools.demo.kubelet import EventKind, Kubelet, KubeletEvent
 from sidecar.tools.demo.processes import MODEL, DemoProcesses, url
 from sidecar.tools.demo.scorecard import Figures, Scorecard, summary
-from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, found_pictures, made_pictures
+from sidecar.tools.demo.traffic import OUTCOMES, DemoTraffic, TrafficPlan, load_pictures, make_pictures
 
-WATCH: Final = 0.25  # seconds between looks at the verdicts
-PROGRESS: Final = 5.0  # seconds between progress lines
-ROOM: Final = 20.0  # seconds that must be left for a stall to be found, killed and recovered from
-STALLS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")  # faults of the engine that stop all its tokens
+WATCH_INTERVAL_S: Final = 0.25
+PROGRESS_INTERVAL_S: Final = 5.0
+# No stall is injected when less time than this remains to detect it, kill the engine and recover.
+RECOVERY_ROOM_S: Final = 20.0
+# Faults of the engine that stop all its tokens.
+STALLS: Final = ("freeze", "freeze_busy", "kv_deadlock", "livelock")
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """Settings of `sidecar demo`. Seconds unless the help says otherwise."""
+    """Settings of `sidecar demo`. Times are in seconds."""
 
-    seconds: float = flag(0.0, number(0, 86_400, "seconds"), "End after so many seconds, with a summary; 0: at Ctrl-C")
+    seconds: float = flag(
+        0.0, number(0, 86_400, "seconds"), "End after this many seconds, with a summary; 0: on Ctrl-C"
+    )
     images: str = flag("", existing_dir, "Directory of photographs to send; default: made ones")
     listen: tuple[str, int] = flag(("127.0.0.1", 8080), address, "Where the relay listens")
     admin: tuple[str, int] = flag(("127.0.0.1", 9400), address, "Where probes, load, metrics and the page are")
     stall_after: float = flag(
-        15.0, number(0, 86_400, "seconds"), "Seconds of service before the engine is made to stall, each time; 0: never"
+        15.0, number(0, 86_400, "seconds"), "Seconds of service before each injected stall; 0: no stalls"
     )
     fault: str = flag("freeze", one_of(*STALLS), "How the engine is made to stall")
     rate: float = flag(4.0, number(0.1, 1000), "Requests per second, on average")
@@ -50,12 +54,12 @@ class DemoSettings:
 
 
 def main(settings: DemoSettings) -> int:
-    """Run the demo to its end. 0: every stall was detected and nothing was alarmed for nothing; 1 otherwise."""
+    """Run the demo to its end. Returns 0 if every stall was detected without a false alarm, otherwise 1."""
     return asyncio.run(_main(settings))
 
 
 async def _main(settings: DemoSettings) -> int:
-    found = await asyncio.to_thread(found_pictures, Path(settings.images)) if settings.images else []
+    found = await asyncio.to_thread(load_pictures, Path(settings.images)) if settings.images else []
     stage = await asyncio.to_thread(processes.make, settings.listen, settings.admin)
     demo = Demo(settings, stage, found)
     failures = ["the demo itself failed"]
@@ -70,27 +74,27 @@ async def _main(settings: DemoSettings) -> int:
     return 1 if failures else 0
 
 
-# What to say of the engine's events; None: nothing. Failed start-up and readiness probes are the rule while it loads.
-ENGINE_LINES: Final[dict[Happening, str | None]] = {
-    "started": "engine started (pid {e.pid}, restarts: {e.restarts})",
-    "probe_failed": "{e.probe} probe failed {e.run}/{e.threshold}: {e.detail}",
+# The log line of each engine event; None: not logged. Start-up and readiness probes fail normally while it loads.
+ENGINE_LINES: Final[dict[EventKind, str | None]] = {
+    "started": "engine started (pid {event.pid}, restarts: {event.restarts})",
+    "probe_failed": "{event.probe} probe failed {event.run}/{event.threshold}: {event.detail}",
     "probe_passed": None,
-    "ready": "engine ready: it has served a token, and its probes pass",
-    "unready": "engine not ready: it would get no more traffic",
-    "killing": "engine killed by the kubelet: its {e.probe} probe failed too often",
-    "exited": "engine ended: {e.detail}",
-    "backing_off": "engine is started again in {e.seconds:.0f} s (crash back-off)",
+    "ready": "engine ready: it has served a token and its probes pass",
+    "unready": "engine not ready: it would receive no traffic",
+    "killing": "engine killed by the kubelet: its {event.probe} probe failed too often",
+    "exited": "engine exited: {event.detail}",
+    "backing_off": "engine restarts in {event.seconds:.0f} s (crash back-off)",
 }
 
 
 class Demo:
-    """One run: the pod's two containers, the traffic, the stalls, and the account of them."""
+    """One run: the pod's two containers, the traffic, the stalls, and their scorecard."""
 
     def __init__(self, settings: DemoSettings, stage: DemoProcesses, found: list[str]) -> None:
         self.settings: Final = settings
         self.stage: Final = stage
         self.card: Final = Scorecard()
-        self._found = found
+        self._pictures_found = found
         self._began = time.monotonic()
         self._stop = asyncio.Event()
         self._sidecar_up = asyncio.Event()
@@ -100,37 +104,38 @@ class Demo:
         self._broken: list[str] = []
         self._traffic: DemoTraffic | None = None
 
-    def say(self, line: str) -> None:
-        """One line, with the seconds since the start."""
+    def log(self, line: str) -> None:
+        """Print one line, with the seconds since the start."""
         print(f"[{time.monotonic() - self._began:6.1f} s] {line}", flush=True)
 
     def introduce(self) -> None:
-        """The page's URL, and what the user should know before it starts."""
-        stage, s = self.stage, self.settings
+        """Print the page's URL, and what the user should know before the start."""
+        stage, settings = self.stage, self.settings
         print(f"page:   {url(stage.admin)}/", flush=True)
         print(f'relay:  {url(stage.relay)}/v1 (OpenAI-compatible, model "{MODEL}")')
-        stall = f"; it is made to stall ({s.fault}) after each {s.stall_after:g} s of service" if s.stall_after else ""
-        print(f"engine: scripted, behind the relay{stall}")
-        print(f"quick settings, to keep this short: {processes.quick_settings()}")
+        stall = f"; stalls ({settings.fault}) after every {settings.stall_after:g} s of service"
+        print(f"engine: scripted, behind the relay{stall if settings.stall_after else ''}")
+        print(f"shortened settings: {processes.describe_quick_settings()}")
         for note in stage.notes:
             print(f"note:   {note}")
-        print("Ctrl-C ends it." if not s.seconds else f"It ends by itself after {s.seconds:g} s.", flush=True)
+        end = f"The demo ends after {settings.seconds:g} s." if settings.seconds else "Press Ctrl-C to end."
+        print(end, flush=True)
 
     async def run(self) -> list[str]:
-        """To the end; prints the summary. Returns what went wrong, a line each."""
+        """Run to the end and print the summary. Returns the failures, a line each."""
         with _signals(self._stop):
             async with (
                 AdminClient(url(self.stage.admin)) as admin,
                 Kubelet(self.stage.sidecar(), self._on_sidecar) as pod,
             ):
-                await self._until_stopped(pod, self._story(admin))
+                await self._until_stopped(pod, self._run_scene(admin))
                 self._ending = True
-                return self._sum_up(await admin.model_units())
+                return self._print_summary(await admin.model_units())
 
-    async def _until_stopped(self, pod: Kubelet, story: Coroutine[Any, Any, None]) -> None:
-        """Run the story until it is time, someone stops us, or something breaks."""
+    async def _until_stopped(self, pod: Kubelet, scene: Coroutine[Any, Any, None]) -> None:
+        """Run the scene until the time is up, a signal arrives, or something fails."""
         tasks = [
-            asyncio.create_task(story, name="story"),
+            asyncio.create_task(scene, name="story"),
             asyncio.create_task(pod.failed(), name="kubelet"),
             asyncio.create_task(self._stop.wait(), name="stop"),
         ]
@@ -146,22 +151,22 @@ class Demo:
             task.result()
 
     def _left(self) -> float | None:
-        """Seconds until the end; None without one."""
+        """Seconds until the end; None without a time limit."""
         return max(0.0, self._began + self.settings.seconds - time.monotonic()) if self.settings.seconds else None
 
-    async def _story(self, admin: AdminClient) -> None:
-        """What happens side by side, once the sidecar is up. Never returns."""
+    async def _run_scene(self, admin: AdminClient) -> None:
+        """Run engine, traffic and stalls concurrently once the sidecar is up. Never returns."""
         pictures = await self._pictures()
         await self._sidecar_up.wait()
         async with Kubelet(self.stage.engine_container(), self._on_engine) as kubelet, asyncio.TaskGroup() as group:
             group.create_task(kubelet.failed())
-            group.create_task(self._watch(admin))
+            group.create_task(self._watch_verdicts(admin))
             await self._ready.wait()
-            s = self.settings
+            settings = self.settings
             self._traffic = DemoTraffic(
-                TrafficPlan(url(self.stage.relay), s.rate, s.in_flight, s.seed, MODEL, pictures)
+                TrafficPlan(url(self.stage.relay), settings.rate, settings.in_flight, settings.seed, MODEL, pictures)
             )
-            self.say(f"traffic: {s.rate:g} requests/s on average, {len(pictures)} photographs at hand")
+            self.log(f"traffic: {settings.rate:g} requests/s on average, {len(pictures)} photographs available")
             group.create_task(self._traffic.run())
             group.create_task(self._progress(admin))
             group.create_task(self._stalls())
@@ -169,18 +174,18 @@ class Demo:
     async def _pictures(self) -> list[str]:
         if not self.stage.images:
             return []
-        return self._found or await asyncio.to_thread(made_pictures, self.settings.seed)
+        return self._pictures_found or await asyncio.to_thread(make_pictures, self.settings.seed)
 
-    # --- what the kubelets report ---
+    # --- events of the kubelets ---
 
     def _on_sidecar(self, event: KubeletEvent) -> None:
         if self._ending:
             return
         if event.kind == "ready":
-            self.say("sidecar up")
+            self.log("sidecar up")
             self._sidecar_up.set()
         elif event.kind == "exited":
-            self._broken.append(f"the sidecar ended ({event.detail})")
+            self._broken.append(f"the sidecar exited ({event.detail})")
             self._stop.set()
 
     def _on_engine(self, event: KubeletEvent) -> None:
@@ -188,7 +193,7 @@ class Demo:
             return
         line = ENGINE_LINES[event.kind]
         if line and not (event.kind == "probe_failed" and event.probe != "liveness"):
-            self.say(line.format(e=event))
+            self.log(line.format(event=event))
         if event.kind == "killing":
             self.card.killed(event.probe or "", event.at)
         elif event.kind == "exited":
@@ -197,39 +202,39 @@ class Demo:
             self.card.ready(event.at)
             self._ready.set()
 
-    # --- what happens side by side ---
+    # --- concurrent tasks ---
 
-    async def _watch(self, admin: AdminClient) -> None:
-        """Tell verdict changes as they come, and see when a stall was detected and when it was over."""
+    async def _watch_verdicts(self, admin: AdminClient) -> None:
+        """Log verdict changes as they happen, and notice when a stall is detected and when it is over."""
         seen = time.time()
         while True:
             for change in await admin.changes(seen):
                 seen = change["since"]
-                self._tell(change)
+                self._log_change(change)
             if self._traffic and self.card.served(self._traffic.tally.last_ok):
                 stall = self.card.stalls[-1]
-                self.say(
+                self.log(
                     f"RECOVERED: requests are served again, {_after(stall.injected, stall.recovered)} after the stall"
                 )
                 self._recovered.set()
-            await asyncio.sleep(WATCH)
+            await asyncio.sleep(WATCH_INTERVAL_S)
 
-    def _tell(self, change: dict[str, Any]) -> None:
+    def _log_change(self, change: dict[str, Any]) -> None:
         at = time.monotonic() - (time.time() - change["since"])
         detected = self.card.verdict(change["verdict"], change["reason"], at)
-        self.say(f"verdict: {change['verdict']} ({change['reason']}) {change['detail']}".rstrip())
+        self.log(f"verdict: {change['verdict']} ({change['reason']}) {change['detail']}".rstrip())
         if detected:
-            self.say(f"DETECTED: {_after(self.card.stalls[-1].injected, at)} after the stall was injected")
+            self.log(f"DETECTED: {_after(self.card.stalls[-1].injected, at)} after the stall was injected")
 
     async def _stalls(self) -> None:
-        """Make the engine stall after so long a service, again and again, while there is room for a recovery."""
+        """Inject a stall after each `stall_after` seconds of service, while enough time remains to recover."""
         while self.settings.stall_after:
             self._recovered.clear()
             await asyncio.sleep(self.settings.stall_after)
             left = self._left()
-            if left is not None and left < ROOM:
+            if left is not None and left < RECOVERY_ROOM_S:
                 return
-            self.say(f"STALL injected ({self.settings.fault}): the engine's port answers, no token moves")
+            self.log(f"STALL injected ({self.settings.fault}): the engine's port answers, but no tokens are generated")
             self.card.injected(time.monotonic())
             await self._inject()
             await self._recovered.wait()
@@ -240,26 +245,24 @@ class Demo:
             async with aiohttp.ClientSession(url(self.stage.engine), timeout=timeout, raise_for_status=True) as engine:
                 await engine.post("/faults", json={"kind": self.settings.fault})
         except (aiohttp.ClientError, TimeoutError) as e:
-            self._broken.append(f"the engine did not take the fault ({type(e).__name__})")
+            self._broken.append(f"the engine did not accept the fault ({type(e).__name__})")
             self._stop.set()
 
     async def _progress(self, admin: AdminClient) -> None:
         while True:
-            await asyncio.sleep(PROGRESS)
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
             load = await admin.load()
             assert self._traffic
             tally = self._traffic.tally
             ok, others = tally.outcomes["ok"], sum(tally.outcomes.values()) - tally.outcomes["ok"]
-            mu = (
-                f"{load['mu']['in_flight']:.2f} MU in flight, {load['mu']['per_minute']:.0f} MU/min"
-                if load
-                else "no /load"
-            )
-            self.say(f"{ok} requests ok, {others} not, {tally.open} under way, {tally.pictures} images; {mu}")
+            mu = "no /load"
+            if load:
+                mu = f"{load['mu']['in_flight']:.2f} MU in flight, {load['mu']['per_minute']:.0f} MU/min"
+            self.log(f"{ok} requests ok, {others} not, {tally.open} in progress, {tally.pictures} images; {mu}")
 
     # --- the end ---
 
-    def _sum_up(self, mu: dict[str, float] | None) -> list[str]:
+    def _print_summary(self, mu: dict[str, float] | None) -> list[str]:
         tally = self._traffic.tally if self._traffic else None
         counts = {name: tally.outcomes[name] for name in OUTCOMES} if tally else {}
         figures = Figures(counts, tally.pictures if tally else 0, mu, time.monotonic() - self._began)
@@ -269,28 +272,26 @@ class Demo:
         print("summary")
         print("\n".join(summary(self.card, figures)))
         if self.settings.stall_after and not self.card.stalls:
-            print(f"  no stall was injected: that takes {self.settings.stall_after + ROOM:g} s of service")
+            print(f"  no stall was injected: one needs {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
         for line in failures:
             print(f"FAILED: {line}")
-        print(
-            "end" if failures else "all stalls detected, no false alarm" if self.card.stalls else "no false alarm",
-            flush=True,
-        )
+        praise = "all stalls detected, no false alarm" if self.card.stalls else "no false alarm"
+        print("end" if failures else praise, flush=True)
         return failures
 
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal stop the demo in order."""
+    """Stop the demo cleanly on Ctrl-C, SIGTERM and a closed terminal."""
     loop = asyncio.get_running_loop()
     which = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for s in which:
-        loop.add_signal_handler(s, stop.set)
+    for signal_number in which:
+        loop.add_signal_handler(signal_number, stop.set)
     try:
         yield
     finally:
-        for s in which:
-            loop.remove_signal_handler(s)
+        for signal_number in which:
+            loop.remove_signal_handler(signal_number)
 
 
 def _after(start: float, end: float | None) -> str:

@@ -1,11 +1,11 @@
-"""A kubelet for one container, which here is a child process: runs it, probes it, kills it, starts it again.
+"""A kubelet for one container, here a child process: run, probe, kill and restart it. probe_policy.py decides.
 
-Rules of this module (what a result leads to is decided in prober.py):
-- HTTP: 200 <= code < 400 is success, on a new connection each time; exec: exit code 0; a timeout is a failure;
-- a kill is SIGTERM to the first process, and SIGKILL to all of them when it has ended or the grace period is over;
-- whatever happens, the container's processes do not outlive the `async with`.
+- HTTP: 200 <= code < 400 is success, on a new connection each time; exec: exit code 0; a timeout is a failure.
+- A kill is SIGTERM to the first process, then SIGKILL to all when it has exited or the grace period is over.
+- The container's processes never outlive the `async with`.
 
-Left out of the real one: the random delay after kubelet's own start, and following redirects (a 3xx is success as it is).
+Missing compared to the real kubelet: the random delay after its own start, and following redirects (any 3xx is
+success).
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ import aiohttp
 
 from sidecar.tools.demo.probe_policy import Backoff, Decision, HttpGet, Kind, Probe, ProbeSpec, Result
 
-Happening = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
+EventKind = Literal["started", "probe_failed", "probe_passed", "ready", "unready", "killing", "exited", "backing_off"]
 
-TRIES: Final = 3  # kubelet's maxProbeRetries: an errored probe (not a failed one) is tried again at once
-BODY_LIMIT: Final = 10 << 10  # bytes of an HTTP probe's answer that are read
+# kubelet's maxProbeRetries: an errored probe (not a failed one) is retried at once.
+MAX_PROBE_ATTEMPTS: Final = 3
+# Bytes read of the response to an HTTP probe.
+MAX_BODY_BYTES: Final = 10 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What to run and how to probe it. `log` takes its stdout and stderr; None: they are dropped."""
+    """What to run and how to probe it. `log` receives stdout and stderr; None discards them."""
 
     command: tuple[str, ...]
     startup: ProbeSpec | None = None
@@ -49,9 +51,9 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class KubeletEvent:
-    """Something that kubelet would report. `run` of `threshold` for a probe; `pid` and `restarts` of the container."""
+    """An event as kubelet reports it. `run` of `threshold` results in a row for a probe."""
 
-    kind: Happening
+    kind: EventKind
     at: float
     pid: int
     restarts: int
@@ -63,16 +65,18 @@ class KubeletEvent:
 
 
 class Kubelet:
-    """Runs one container, probes it and restarts it, from `async with` until its end, which ends the container too."""
+    """Runs, probes and restarts one container inside `async with`."""
 
     def __init__(self, container: Container, on_event: Callable[[KubeletEvent], None]) -> None:
         self.container: Final = container
         self.restarts = 0
         self.pid = 0  # 0 while no container runs
-        self._tell = on_event
+        self._on_event = on_event
         specs: dict[Kind, ProbeSpec | None] = {
-            "startup": container.startup, "readiness": container.readiness, "liveness": container.liveness,
-        }  # fmt: skip
+            "startup": container.startup,
+            "readiness": container.readiness,
+            "liveness": container.liveness,
+        }
         self._probes: dict[Kind, Probe] = {kind: Probe(kind, spec) for kind, spec in specs.items() if spec}
         self._was_ready = False
         self._task: asyncio.Task[None] | None = None
@@ -90,25 +94,25 @@ class Kubelet:
             await self._task
 
     async def failed(self) -> None:
-        """Wait for the loop's own failure, and raise it. There is none in good health."""
+        """Wait until the kubelet itself fails, and raise its exception."""
         assert self._task
         await asyncio.shield(self._task)
 
     @property
     def started(self) -> bool:
-        """The container runs and has passed its startup probe, or has none."""
-        return bool(self.pid) and self._passed("startup")
+        """The container runs and has passed its startup probe, if it has one."""
+        return bool(self.pid) and self._has_passed("startup")
 
     @property
     def ready(self) -> bool:
-        """The container would get traffic."""
-        return self.started and self._passed("readiness")
+        """The container would receive traffic."""
+        return self.started and self._has_passed("readiness")
 
-    def _passed(self, kind: Kind) -> bool:
+    def _has_passed(self, kind: Kind) -> bool:
         return kind not in self._probes or self._probes[kind].value == "success"
 
-    def _report(self, kind: Happening, **more: object) -> None:
-        self._tell(replace(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
+    def _report(self, kind: EventKind, **more: object) -> None:
+        self._on_event(replace(KubeletEvent(kind, time.monotonic(), self.pid, self.restarts), **more))  # type: ignore[arg-type]
 
     def _report_readiness(self) -> None:
         if self.ready != self._was_ready:
@@ -120,7 +124,7 @@ class Kubelet:
         connector = aiohttp.TCPConnector(force_close=True)
         async with aiohttp.ClientSession(connector=connector, headers={"User-Agent": "kube-probe/1.33"}) as http:
             while True:
-                await self._live(http)
+                await self._run_once(http)
                 now = time.monotonic()
                 wait = backoff.restart_at(now) - now
                 if wait:
@@ -128,11 +132,11 @@ class Kubelet:
                 await asyncio.sleep(wait)
                 self.restarts += 1
 
-    async def _live(self, http: aiohttp.ClientSession) -> None:
-        """One life of the container, to its end."""
+    async def _run_once(self, http: aiohttp.ClientSession) -> None:
+        """Run the container once, to its end."""
         try:
             process = await self._start()
-        except OSError as e:  # no such command: kubelet tries again, later and later
+        except OSError as e:  # no such command: kubelet retries with growing back-off
             self._report("exited", detail=f"could not start: {e.strerror}")
             return
         exited = asyncio.create_task(process.wait(), name="container")
@@ -150,11 +154,16 @@ class Kubelet:
             self._ended(process.returncode)
 
     async def _start(self) -> Process:
-        c = self.container
+        container = self.container
         with contextlib.ExitStack() as stack:
-            output = stack.enter_context(c.log.open("ab")) if c.log else DEVNULL
+            output = stack.enter_context(container.log.open("ab")) if container.log else DEVNULL
             process = await asyncio.create_subprocess_exec(
-                *c.command, stdin=DEVNULL, stdout=output, stderr=STDOUT, env=c.env, start_new_session=True
+                *container.command,
+                stdin=DEVNULL,
+                stdout=output,
+                stderr=STDOUT,
+                env=container.env,
+                start_new_session=True,
             )
         self.pid = process.pid
         for probe in self._probes.values():
@@ -164,7 +173,7 @@ class Kubelet:
         return process
 
     async def _end(self, process: Process) -> None:
-        """SIGTERM, the grace period, SIGKILL; the container's other processes die with its first, as in a container."""
+        """SIGTERM, the grace period, SIGKILL; all processes die with the first, as in a container."""
         try:
             if process.returncode is None:
                 process.terminate()
@@ -184,17 +193,19 @@ class Kubelet:
         self._report_readiness()
 
     async def _probe(self, http: aiohttp.ClientSession, probe: Probe) -> Kind:
-        """Probe at each tick; returns when the container must die."""
+        """Probe at each tick. Returns when the container must be killed."""
         tick = time.monotonic()
         while True:
-            if probe.due(time.monotonic(), self._passed("startup")):
+            if probe.due(time.monotonic(), self._has_passed("startup")):
                 result, detail = await _attempt(http, probe.spec)
                 decision = probe.observe(result, time.monotonic())
                 self._report_result(probe, result, decision, detail)
                 if decision.kill:
                     return probe.kind
             period = probe.spec.period
-            tick += period * max(1, (time.monotonic() - tick) // period)  # a late tick comes at once, missed ones not
+            tick += period * max(
+                1, (time.monotonic() - tick) // period
+            )  # a late tick runs at once, missed ones are skipped
             await asyncio.sleep(tick - time.monotonic())
 
     def _report_result(self, probe: Probe, result: Result, decision: Decision, detail: str) -> None:
@@ -207,8 +218,8 @@ class Kubelet:
 
 
 async def _attempt(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[Result, str]:
-    """One probe: its result and a few words on it."""
-    for _ in range(TRIES):
+    """One probe: its result and a short explanation."""
+    for _ in range(MAX_PROBE_ATTEMPTS):
         if isinstance(spec.action, HttpGet):
             result, detail = await _http_get(http, spec.action.url, spec.timeout)
         else:
@@ -221,7 +232,7 @@ async def _attempt(http: aiohttp.ClientSession, spec: ProbeSpec) -> tuple[Result
 async def _http_get(http: aiohttp.ClientSession, url: str, seconds: float) -> tuple[Result, str]:
     try:
         async with http.get(url, timeout=aiohttp.ClientTimeout(total=seconds), allow_redirects=False) as response:
-            await response.content.read(BODY_LIMIT)
+            await response.content.read(MAX_BODY_BYTES)
     except TimeoutError:
         return "failure", f"no answer within {seconds:g} s"
     except aiohttp.ClientError as e:

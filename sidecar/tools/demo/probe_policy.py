@@ -1,12 +1,12 @@
-"""Pure: kubelet's rules for probes and restarts. Every call is given the time, in seconds on one monotonic clock.
+"""Pure: kubelet's rules for probes and restarts. Times are seconds on one monotonic clock.
 
-As kubelet has them (pkg/kubelet/prober/worker.go, client-go util/flowcontrol/backoff.go):
-- liveness starts as success, readiness as failure, startup as unknown; each new container starts there again;
-- a threshold counts consecutive results; below it the value stays; an errored probe is thrown away, not counted;
-- the startup probe gates the other two and holds once it has passed; a failed startup or liveness probe kills the
-  container, sets the count back and holds until there is a new one. A container that ends by itself does not set the
-  count back: the worker outlives it;
-- the first restart is immediate; then 10 s after the end, doubling to 300 s; forgotten after twice that long a life.
+After kubelet (pkg/kubelet/prober/worker.go, client-go util/flowcontrol/backoff.go):
+- Liveness starts as success, readiness as failure, startup as unknown, again for each new container.
+- A threshold counts consecutive results; below it the value does not change; an errored probe is discarded.
+- The startup probe gates the other two and stops once it has passed. A failed startup or liveness probe kills the
+  container, resets the count and pauses until there is a new one. A container that exits by itself does not reset the
+  count, because the worker outlives it.
+- The first restart is immediate, the next 10 s after the exit, doubling to 300 s; reset after a life of twice that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INITIAL: Final[dict[Kind, Result]] = {"startup": "unknown", "readiness": "failur
 
 @dataclass(frozen=True, slots=True)
 class HttpGet:
-    """A probe by GET; a new connection each time, as kubelet does."""
+    """A probe by GET, on a new connection each time."""
 
     url: str
 
@@ -48,7 +48,7 @@ class ProbeSpec:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What one result led to: the probe's value since when, how many alike in a row, and whether the container must die."""
+    """The effect of one result: value and since when, equal results in a row, and whether to kill the container."""
 
     value: Result
     since: float
@@ -57,7 +57,7 @@ class Decision:
 
 
 class Probe:
-    """One probe of one container: pure state, which outlives the container's restarts as kubelet's worker does."""
+    """The state of one probe; like kubelet's worker, it outlives the container's restarts."""
 
     def __init__(self, kind: Kind, spec: ProbeSpec) -> None:
         self.kind: Final = kind
@@ -69,26 +69,26 @@ class Probe:
 
     @property
     def value(self) -> Result:
-        """The value that the thresholds let through."""
+        """The value after the thresholds."""
         return self._now.value
 
     def container_started(self, now: float) -> None:
-        """There is a new container: back to the initial value, and probing goes on."""
+        """A new container: reset to the initial value and resume probing."""
         self._now = Decision(INITIAL[self.kind], now, self._now.run)
         self._held, self._container_since = False, now
 
     def container_ended(self, now: float) -> None:
-        """A container that does not run has failed every probe; no more until there is a new one."""
+        """The container has exited: fail, and pause until there is a new one."""
         self._now = Decision("failure", now, self._now.run)
         self._held = True
 
     def due(self, now: float, started: bool) -> bool:
-        """Whether this tick probes. `started`: the container has passed its startup probe, or has none."""
+        """Whether to probe at this tick. `started`: the container has passed its startup probe, if it has one."""
         waited = int(now - self._container_since) >= self.spec.initial_delay  # kubelet counts whole seconds
         return not self._held and waited and started != (self.kind == "startup")
 
     def observe(self, result: Result, now: float) -> Decision:
-        """Count one result in."""
+        """Count one result."""
         if result == "unknown":
             return self._now
         run = self._now.run + 1 if result == self._last else 1
@@ -105,7 +105,7 @@ class Probe:
 
 
 class Backoff:
-    """When a container that ended may start again."""
+    """When a container that exited may restart."""
 
     def __init__(self, initial: float = 10.0, cap: float = 300.0) -> None:
         self._initial, self._cap = initial, cap
@@ -113,7 +113,7 @@ class Backoff:
         self._restarted: float | None = None
 
     def restart_at(self, ended: float) -> float:
-        """The moment of the next start; moves the step on."""
+        """The time of the next start; advances the back-off."""
         if self._restarted is None or ended - self._restarted > 2 * self._cap:
             wait, self._step = 0.0, self._initial
         else:

@@ -1,7 +1,7 @@
-"""What a demo stands on: its addresses, its temporary directory, and the two containers of its pod.
+"""The demo's addresses, its temporary directory, and the two containers of its pod. Nothing is started here.
 
-Rules of this module: nothing runs yet; a port that is taken is replaced by a free one, with a line that says so; the
-containers get none of our caller's SIDECAR_* variables, which are meant for other commands.
+A port in use is replaced by a free one, with a note to the user. The containers inherit no SIDECAR_* variables, which
+are meant for other commands.
 """
 
 from __future__ import annotations
@@ -27,24 +27,31 @@ from sidecar.tools.demo.probe_policy import HttpGet, ProbeSpec
 Address = tuple[str, int]
 
 MODEL: Final = "scripted"
-ANY_PORT: Final = (20_000, 32_000)  # Linux gives ports from 32768 on to outgoing connections
-PORTS_TRIED: Final = 100
-IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")  # the `images` extra
+# Below 32768, from where Linux takes ports for outgoing connections.
+PORT_RANGE: Final = (20_000, 32_000)
+MAX_PORTS_TRIED: Final = 100
+# The `images` extra.
+IMAGE_MODULES: Final = ("torch", "torchvision", "PIL", "numpy")
 
-# Shorter than the defaults of `sidecar run`, so that a stall is found within seconds and not within half a minute.
-# It stalls on purpose every minute, so nothing holds back a kill.
-QUICK: Final[dict[str, str]] = {
-    "silence_floor": "3", "canary_interval": "3", "kill_interval": "0", "useless_restarts": "0",
-}  # fmt: skip
-PROBE_PERIOD: Final = 1.0  # seconds; Kubernetes' default is 10
-PROBE_TIMEOUT: Final = 2.0  # seconds; Kubernetes' default is 1, which a laptop that is busy with the demo may miss
-GRACE: Final = 5.0  # seconds from SIGTERM to SIGKILL; Kubernetes' default is 30
-BACKOFF: Final = 2.0  # seconds before the second restart; Kubernetes' default is 10
-STARTUP_TRIES: Final = 120
-LOAD_SECONDS: Final = "2"  # of the scripted engine: long enough to see that start-up is told from a stall
+# Shorter than the defaults of `sidecar run`, so that a stall is found within seconds instead of half a minute. The
+# engine stalls on purpose every minute, so nothing holds back a kill.
+QUICK_SETTINGS: Final[dict[str, str]] = {
+    "silence_floor": "3",
+    "canary_interval": "3",
+    "kill_interval": "0",
+    "useless_restarts": "0",
+}
+# Kubernetes' defaults: 10 s, 1 s (which a laptop busy with the demo may miss), 30 s, 10 s before the second restart.
+PROBE_PERIOD_S: Final = 1.0
+PROBE_TIMEOUT_S: Final = 2.0
+GRACE_S: Final = 5.0
+BACKOFF_S: Final = 2.0
+STARTUP_FAILURE_THRESHOLD: Final = 120
+# Start-up of the scripted engine: long enough to show that it is not mistaken for a stall.
+ENGINE_LOAD_S: Final = "2"
 
-# The processor of a Qwen2-VL: its numbers are public, and they are all that image preparation needs of a model. Its
-# images are small here, so that the demo's photographs lose half of their pixels: others pass.
+# The image processor of a Qwen2-VL: public numbers, and all that image preparation needs of a model.
+# Its images are small, so that the demo's photographs lose half of their pixels; others pass.
 PREPROCESSOR: Final[dict[str, object]] = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "min_pixels": 3136,
@@ -59,7 +66,7 @@ PREPROCESSOR: Final[dict[str, object]] = {
 
 @dataclass(frozen=True, slots=True)
 class DemoProcesses:
-    """Addresses and files of one demo. `directory` is temporary and ours alone; `notes` are lines for the user."""
+    """Addresses and files of one demo. `directory` is temporary; `notes` are lines for the user."""
 
     directory: Path
     engine: Address
@@ -79,23 +86,25 @@ class DemoProcesses:
         return self.directory / "engine.log"
 
     def sidecar(self) -> Container:
-        """The sidecar's container, as the pod would have it."""
+        """The sidecar's container."""
         flags = {
             "engine": url(self.engine),
             "engine_kind": "scripted",
-            "listen": spelled_address(self.relay),
-            "admin": spelled_address(self.admin),
+            "listen": format_address(self.relay),
+            "admin": format_address(self.admin),
             "state_dir": str(self.directory / "state"),
             "model": str(self.directory / "model"),
             "images": "auto" if self.images else "off",
             "drain_seconds": "1",
-            **QUICK,
+            **QUICK_SETTINGS,
         }
         health = HttpGet(f"{url(self.admin)}/healthz")
         return Container(
             command=_python("run", *_flags(flags)),
-            startup=ProbeSpec(health, period=0.25, timeout=PROBE_TIMEOUT, failure_threshold=4 * STARTUP_TRIES),
-            grace=2 * GRACE,
+            startup=ProbeSpec(
+                health, period=0.25, timeout=PROBE_TIMEOUT_S, failure_threshold=4 * STARTUP_FAILURE_THRESHOLD
+            ),
+            grace=2 * GRACE_S,
             env=_environment(os.environ),
             log=self.sidecar_log,
         )
@@ -105,15 +114,15 @@ class DemoProcesses:
 
         def probe(path: str, failures: int) -> ProbeSpec:
             action = HttpGet(f"{url(self.admin)}{path}")
-            return ProbeSpec(action, period=PROBE_PERIOD, timeout=PROBE_TIMEOUT, failure_threshold=failures)
+            return ProbeSpec(action, period=PROBE_PERIOD_S, timeout=PROBE_TIMEOUT_S, failure_threshold=failures)
 
         return Container(
-            command=_python("engine", *_flags({"listen": spelled_address(self.engine), "load_seconds": LOAD_SECONDS})),
-            startup=probe("/startupz", STARTUP_TRIES),
+            command=_python("engine", *_flags({"listen": format_address(self.engine), "load_seconds": ENGINE_LOAD_S})),
+            startup=probe("/startupz", STARTUP_FAILURE_THRESHOLD),
             readiness=probe("/readyz", 1),
             liveness=probe("/livez", 3),
-            grace=GRACE,
-            backoff=BACKOFF,
+            grace=GRACE_S,
+            backoff=BACKOFF_S,
             env=_environment(os.environ),
             log=self.engine_log,
         )
@@ -123,10 +132,10 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
     """Choose the addresses and write the files. The caller removes `directory`."""
     chosen, notes = {}, []
     for name, wanted in (("listen", listen), ("admin", admin)):
-        chosen[name] = free(wanted)
+        chosen[name] = find_free_address(wanted)
         if wanted[1] and chosen[name] != wanted:
             notes.append(
-                f"{spelled_address(wanted)} is taken; {format_key(name)} is {spelled_address(chosen[name])} instead"
+                f"{format_address(wanted)} is in use; {format_key(name)} is {format_address(chosen[name])} instead"
             )
     missing = [module for module in IMAGE_MODULES if importlib.util.find_spec(module) is None]
     if missing:
@@ -138,18 +147,17 @@ def make(listen: Address, admin: Address) -> DemoProcesses:
         (directory / name).mkdir()
     (directory / "model" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     (directory / "model" / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
-    engine = free(("127.0.0.1", 0))
+    engine = find_free_address(("127.0.0.1", 0))
     return DemoProcesses(directory, engine, chosen["listen"], chosen["admin"], not missing, tuple(notes))
 
 
-def free(wanted: Address) -> Address:
-    """The wanted address where it can be bound, else the next free port of that host. Raises StartError.
+def find_free_address(wanted: Address) -> Address:
+    """The wanted address if it can be bound, otherwise the next free port of that host. Raises StartError.
 
-    Port 0 is any port below those that the kernel gives to outgoing connections: one of those could be taken again before
-    its server binds it.
+    Port 0 picks a port below those for outgoing connections, which the kernel could reuse before the server binds it.
     """
-    host, first = wanted[0], wanted[1] or random.randrange(*ANY_PORT)
-    for port in range(first, min(first + PORTS_TRIED, 65536)):
+    host, first = wanted[0], wanted[1] or random.randrange(*PORT_RANGE)
+    for port in range(first, min(first + MAX_PORTS_TRIED, 65536)):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
@@ -161,22 +169,22 @@ def free(wanted: Address) -> Address:
 def url(address: Address) -> str:
     """An address as a base URL that a client on this machine can use."""
     host, port = address
-    return f"http://{spelled_address(({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port))}"
+    return f"http://{format_address(({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), port))}"
 
 
-def spelled_address(address: Address) -> str:
+def format_address(address: Address) -> str:
     """HOST:PORT, with brackets where the host is an IPv6 address."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def quick_settings() -> str:
-    """What the demo sets differently from `sidecar run`, in words."""
+def describe_quick_settings() -> str:
+    """The settings in which the demo differs from `sidecar run`, as text."""
     usual = {f.name: f.default for f in fields(Settings)}
-    flags = ", ".join(f"{format_key(name)} {value} (default {usual[name]:g})" for name, value in QUICK.items())
+    flags = ", ".join(f"{format_key(name)} {value} (default {usual[name]:g})" for name, value in QUICK_SETTINGS.items())
     return (
-        f"{flags}; probes every {PROBE_PERIOD:g} s (Kubernetes: 10 s), time-out {PROBE_TIMEOUT:g} s (1 s), "
-        f"grace {GRACE:g} s (30 s), crash back-off from {BACKOFF:g} s (10 s)"
+        f"{flags}; probes every {PROBE_PERIOD_S:g} s (Kubernetes: 10 s), timeout {PROBE_TIMEOUT_S:g} s (1 s), "
+        f"grace {GRACE_S:g} s (30 s), crash back-off from {BACKOFF_S:g} s (10 s)"
     )
 
 

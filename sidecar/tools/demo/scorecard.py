@@ -1,11 +1,9 @@
-"""Pure: what happened during a demo -> how well the stalls were handled, and whether anything was alarmed for nothing.
+"""Pure: a demo's events -> how well the stalls were handled, and the false alarms. Times are monotonic seconds.
 
-Rules of this module:
-- a stall runs from its injection to the first request served by a ready, restarted engine;
-- detected: the first verdict that fails liveness (`stalled`, `dead`) after the injection;
-- a false alarm: such a verdict, or a kill, while no stall is on and the engine has not ended by itself. `suspect` is none:
-  it withdraws readiness to look closer and kills nothing.
-All times are monotonic seconds.
+- A stall lasts from its injection to the first request served by a ready, restarted engine.
+- It is detected by the first verdict after the injection that fails liveness (`stalled`, `dead`).
+- A false alarm is such a verdict, or a kill, without a stall or an engine that exited by itself. `suspect` is no alarm:
+  it only withdraws readiness.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ ALARMS: Final = frozenset({"stalled", "dead"})
 
 @dataclass(slots=True)
 class Stall:
-    """One injected stall; None for what has not happened yet."""
+    """One injected stall; None: has not happened yet."""
 
     injected: float
     detected: float | None = None
@@ -31,18 +29,18 @@ class Stall:
 
 @dataclass(slots=True)
 class Scorecard:
-    """Folds what happens, in the order in which it happens."""
+    """Collects the events in the order in which they happen."""
 
     stalls: list[Stall] = field(default_factory=list)
     false_alarms: list[str] = field(default_factory=list)
     crashes: int = 0
-    _down: bool = False  # the engine ended outside a stall and is not ready again
-    _alarmed: bool = False  # since the engine was last ready: one mistake is one false alarm, verdict and kill together
+    _down: bool = False  # the engine exited outside a stall and is not ready again
+    _alarmed: bool = False  # since last ready: verdict and kill together are one false alarm
     _killing: bool = False
 
     @property
     def open_stall(self) -> Stall | None:
-        """The stall that is on, if any."""
+        """The current stall, if any."""
         return self.stalls[-1] if self.stalls and self.stalls[-1].recovered is None else None
 
     def injected(self, at: float) -> None:
@@ -50,7 +48,7 @@ class Scorecard:
         self.stalls.append(Stall(at))
 
     def verdict(self, state: str, reason: str, at: float) -> bool:
-        """The verdict changed. True when this detected a stall."""
+        """The verdict changed. True if this detected a stall."""
         if state not in ALARMS:
             return False
         stall = self._stall_at(at)
@@ -67,7 +65,7 @@ class Scorecard:
             self._alarmed = True
 
     def _stall_at(self, at: float) -> Stall | None:
-        """The stall that was on at that time: verdicts are read late, and one may arrive after the recovery."""
+        """The stall at that time: a verdict may be read after the recovery."""
         return next((s for s in self.stalls if s.injected <= at <= (at if s.recovered is None else s.recovered)), None)
 
     def killed(self, probe: str, at: float) -> None:
@@ -80,7 +78,7 @@ class Scorecard:
             stall.killed = at
 
     def exited(self) -> None:
-        """The engine's process has ended, killed or not."""
+        """The engine's process has exited, killed or not."""
         if self.open_stall is None:
             self.crashes += not self._killing
             self._down = True
@@ -94,7 +92,7 @@ class Scorecard:
             stall.ready = at
 
     def served(self, at: float) -> bool:
-        """A request ended well. True when this ended a stall."""
+        """A request succeeded. True if this ended a stall."""
         stall = self.open_stall
         if stall is None or stall.ready is None or at < stall.ready:
             return False
@@ -102,20 +100,20 @@ class Scorecard:
         return True
 
     def failures(self) -> list[str]:
-        """What went wrong, a line each; none when all went well."""
-        said = [f"false alarm: {what}" for what in self.false_alarms]
+        """The failures, a line each."""
+        lines = [f"false alarm: {what}" for what in self.false_alarms]
         if self.crashes:
-            said.append(f"the engine ended by itself {self.crashes} time(s)")
+            lines.append(f"the engine exited by itself {self.crashes} time(s)")
         if any(stall.detected is None for stall in self.stalls):
-            said.append("a stall was not detected")
+            lines.append("a stall was not detected")
         elif self.open_stall:
-            said.append("the engine had not recovered from the last stall at the end")
-        return said
+            lines.append("the engine had not recovered from the last stall at the end")
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The numbers of a summary. `mu` maps outcome -> model units as the sidecar settled them; None where unread."""
+    """The numbers of a summary. `mu`: model units settled by the sidecar, by outcome; None if unknown."""
 
     requests: Mapping[str, int]
     pictures: int
@@ -124,36 +122,36 @@ class Figures:
 
 
 def summary(card: Scorecard, figures: Figures) -> list[str]:
-    """The lines that a demo ends with."""
+    """The last lines of a demo."""
     rows = [
         ("ran for", f"{figures.seconds:.0f} s"),
-        ("requests", _counts(figures.requests)),
-        ("images", f"{figures.pictures} in requests that ended well"),
-        ("model units", _units(figures.mu)),
+        ("requests", _format_counts(figures.requests)),
+        ("images", f"{figures.pictures} in successful requests"),
+        ("model units", _format_units(figures.mu)),
         ("stalls injected", str(len(card.stalls))),
-        ("time to detect", _durations(card, lambda s: s.detected, "not detected")),
-        ("time to recover", _durations(card, lambda s: s.recovered, "not recovered")),
+        ("time to detect", _format_durations(card, lambda s: s.detected, "not detected")),
+        ("time to recover", _format_durations(card, lambda s: s.recovered, "not recovered")),
         ("false alarms", str(len(card.false_alarms))),
     ]
     return [f"  {name:<16} {value}" for name, value in rows]
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     parts = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     return f"{total}: {parts}" if total else "0"
 
 
-def _units(mu: Mapping[str, float] | None) -> str:
+def _format_units(mu: Mapping[str, float] | None) -> str:
     if mu is None:
-        return "not read: the sidecar's metrics page did not answer"
+        return "unknown: the sidecar's metrics page did not answer"
     parts = ", ".join(f"{n:.2f} {name}" for name, n in sorted(mu.items(), key=lambda item: -item[1]) if n)
     return f"{sum(mu.values()):.2f} MU" + (f": {parts}" if parts else "")
 
 
-def _durations(card: Scorecard, end: Callable[[Stall], float | None], missing: str) -> str:
-    said = []
+def _format_durations(card: Scorecard, end: Callable[[Stall], float | None], missing: str) -> str:
+    lines = []
     for stall in card.stalls:
         at = end(stall)
-        said.append(missing if at is None else f"{at - stall.injected:.1f} s")
-    return ", ".join(said) or "-"
+        lines.append(missing if at is None else f"{at - stall.injected:.1f} s")
+    return ", ".join(lines) or "-"

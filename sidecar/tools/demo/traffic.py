@@ -1,10 +1,9 @@
-"""Sample traffic: several tenants, text streams and chats with photographs, sent to a relay as real clients would.
+"""Sample traffic: several tenants, text streams and chats with photographs, sent to a relay like real clients.
 
-Rules of this module:
-- the same seed asks for the same things at the same distances; what is asked is pure data, made by `asks`;
-- open loop: the next request comes when it is due, whatever became of the last ones. Past `in_flight` open requests one
-  is skipped and counted as such, so that a stalled engine does not pile up work here;
-- each request that was sent ends in exactly one outcome, as the client sees it; no content is kept or printed.
+- `plan_requests` makes the requests as pure data: equal seeds give equal requests at equal intervals.
+- Open loop: requests are sent when due, independent of earlier ones. Above `in_flight` open requests, one is skipped
+  and counted as such, so that a stalled engine does not pile up work here.
+- Each request that was sent has exactly one outcome, as the client sees it. No content is kept or printed.
 """
 
 from __future__ import annotations
@@ -27,41 +26,24 @@ from sidecar.errors import UsageError
 
 Route = Literal["chat/completions", "completions"]
 
-# What became of a request, as its client sees it. "open" are those that were under way when the traffic ended.
+# The outcome of a request as its client sees it. "open": still in progress when the traffic ended.
 OUTCOMES: Final = ("ok", "rejected", "unavailable", "engine_error", "broken", "timed_out", "open", "skipped")
-UNAVAILABLE: Final = (502, 503, 504)
-PATIENCE: Final = 120.0  # seconds that a client waits for the end of its answer
+UNAVAILABLE_STATUSES: Final = (502, 503, 504)
+# Until the end of the response.
+RESPONSE_TIMEOUT_S: Final = 120.0
 
 MEDIA_TYPES: Final = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
-SIZES: Final = ((1280, 720), (1920, 1080), (768, 1024), (1600, 1200), (640, 480), (1080, 1440))  # of made pictures
-MOST_FILES: Final = 32
-MOST_BYTES: Final = 20 << 20  # of one picture; the relay's own default limit
-WORDS: Final = [
-    "what",
-    "does",
-    "this",
-    "say",
-    "about",
-    "the",
-    "weather",
-    "on",
-    "that",
-    "day",
-    "and",
-    "how",
-    "would",
-    "you",
-    "put",
-    "it",
-    "in",
-    "other",
-    "words",
-]
+# Of synthetic pictures.
+PICTURE_SIZES: Final = ((1280, 720), (1920, 1080), (768, 1024), (1600, 1200), (640, 480), (1080, 1440))
+MAX_PICTURES: Final = 32
+# The default limit of the relay.
+MAX_PICTURE_BYTES: Final = 20 << 20
+SAMPLE_TEXT: Final = "what does this say about the weather on that day and how would you put it in other words"
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficShape:
-    """A kind of request. `words` and `output` (tokens) are the least and the most; `weight` its share of the traffic."""
+    """A kind of request. `words` and `output` (tokens) are ranges; `weight` is its share of the traffic."""
 
     weight: int
     tenant: str
@@ -82,7 +64,7 @@ SHAPES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One request, `gap` seconds after the one before. `pictures` are indices into the pictures at hand."""
+    """One request, `gap` seconds after the previous one. `pictures` are indices into the plan's pictures."""
 
     gap: float
     shape: TrafficShape
@@ -93,22 +75,22 @@ class PlannedRequest:
 
 @dataclass(slots=True)
 class TrafficTally:
-    """What has come of the traffic so far. `pictures` counts those of requests that ended well."""
+    """The traffic so far. `pictures` counts those of successful requests."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     pictures: int = 0
     open: int = 0
-    last_ok: float = 0.0  # monotonic time of the last request that ended well; 0 before the first
+    last_ok: float = 0.0  # monotonic time of the last successful request; 0 before the first
 
     @property
     def sent(self) -> int:
-        """Requests sent, those under way included."""
+        """Requests sent, including those in progress."""
         return self.open + sum(n for outcome, n in self.outcomes.items() if outcome != "skipped")
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficPlan:
-    """Where to, how much, with what. `rate` is requests per second on average; `pictures` are data URLs."""
+    """Destination, amount and content. `rate`: mean requests per second; `pictures`: data URLs."""
 
     url: str
     rate: float
@@ -119,88 +101,88 @@ class TrafficPlan:
     tenant_header: str = "x-tenant-id"
 
 
-def asks(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
-    """Requests without end: arrivals as a Poisson process; no shape with pictures where there are none."""
+def plan_requests(seed: int, rate: float, pictures: int) -> Iterator[PlannedRequest]:
+    """An endless stream of requests: a Poisson process; without pictures only text."""
     rng = random.Random(seed)
     shapes = [shape for shape in SHAPES if pictures or not shape.pictures]
-    weights = [shape.weight for shape in shapes]
+    weights, words = [shape.weight for shape in shapes], SAMPLE_TEXT.split()
     while True:
         shape = rng.choices(shapes, weights)[0]
         yield PlannedRequest(
             gap=rng.expovariate(rate),
             shape=shape,
-            prompt=" ".join(rng.choices(WORDS, k=rng.randint(*shape.words))),
+            prompt=" ".join(rng.choices(words, k=rng.randint(*shape.words))),
             max_tokens=rng.randint(*shape.output),
             pictures=tuple(rng.randrange(pictures) for _ in range(shape.pictures)),
         )
 
 
-def body(ask: PlannedRequest, model: str, pictures: Sequence[str]) -> dict[str, Any]:
+def body(request: PlannedRequest, model: str, pictures: Sequence[str]) -> dict[str, Any]:
     """The request's JSON body."""
-    common = {"model": model, "max_tokens": ask.max_tokens, "stream": True}
-    if ask.shape.route == "completions":
-        return {**common, "prompt": ask.prompt}
-    parts: list[dict[str, Any]] = [{"type": "text", "text": ask.prompt}]
-    parts += [{"type": "image_url", "image_url": {"url": pictures[i]}} for i in ask.pictures]
-    return {**common, "messages": [{"role": "user", "content": parts if ask.pictures else ask.prompt}]}
+    common = {"model": model, "max_tokens": request.max_tokens, "stream": True}
+    if request.shape.route == "completions":
+        return {**common, "prompt": request.prompt}
+    parts: list[dict[str, Any]] = [{"type": "text", "text": request.prompt}]
+    parts += [{"type": "image_url", "image_url": {"url": pictures[i]}} for i in request.pictures]
+    return {**common, "messages": [{"role": "user", "content": parts if request.pictures else request.prompt}]}
 
 
 def outcome(status: int, complete: bool) -> str:
-    """What an answer was: its HTTP status, and whether its stream came to its proper end without an error in it."""
+    """The outcome of a response. `complete`: its stream ended properly and without an error."""
     if status < 400:
         return "ok" if complete else "broken"
     if status < 500:
         return "rejected"
-    return "unavailable" if status in UNAVAILABLE else "engine_error"
+    return "unavailable" if status in UNAVAILABLE_STATUSES else "engine_error"
 
 
 class DemoTraffic:
-    """Sends a plan's requests until it is cancelled; then each one that is still under way counts as "open"."""
+    """Sends a plan's requests until cancelled; requests then in progress count as "open"."""
 
     def __init__(self, plan: TrafficPlan) -> None:
         self.plan: Final = plan
         self.tally: Final = TrafficTally()
 
-    async def run(self, most: int | None = None) -> None:
-        """Send without end, or `most` requests and return when the last has ended."""
+    async def run(self, limit: int | None = None) -> None:
+        """Send without end, or send `limit` requests and return when all have ended."""
         plan = self.plan
-        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=plan.in_flight)
         async with (
             aiohttp.ClientSession(plan.url, timeout=timeout, connector=connector) as http,
             asyncio.TaskGroup() as group,
         ):
             due = time.monotonic()
-            for ask in islice(asks(plan.seed, plan.rate, len(plan.pictures)), most):
-                due += ask.gap
+            for request in islice(plan_requests(plan.seed, plan.rate, len(plan.pictures)), limit):
+                due += request.gap
                 await asyncio.sleep(due - time.monotonic())
                 if self.tally.open >= plan.in_flight:
                     self.tally.outcomes["skipped"] += 1
                     continue
                 self.tally.open += 1
-                group.create_task(self._send(http, ask))
+                group.create_task(self._send(http, request))
 
-    async def _send(self, http: aiohttp.ClientSession, ask: PlannedRequest) -> None:
-        ended = "open"
+    async def _send(self, http: aiohttp.ClientSession, request: PlannedRequest) -> None:
+        result = "open"
         try:
-            ended = await self._answer(http, ask)
+            result = await self._answer(http, request)
         except TimeoutError:
-            ended = "timed_out"
+            result = "timed_out"
         except aiohttp.ClientConnectorError:
-            ended = "unavailable"
-        except (aiohttp.ClientError, ValueError):  # ValueError: a line without end
-            ended = "broken"
+            result = "unavailable"
+        except (aiohttp.ClientError, ValueError):  # ValueError: a line that is too long
+            result = "broken"
         finally:
             self.tally.open -= 1
-            self.tally.outcomes[ended] += 1
-        if ended == "ok":
-            self.tally.pictures += len(ask.pictures)
+            self.tally.outcomes[result] += 1
+        if result == "ok":
+            self.tally.pictures += len(request.pictures)
             self.tally.last_ok = time.monotonic()
 
-    async def _answer(self, http: aiohttp.ClientSession, ask: PlannedRequest) -> str:
-        data = json.dumps(body(ask, self.plan.model, self.plan.pictures)).encode()
-        headers = {"Content-Type": "application/json", self.plan.tenant_header: ask.shape.tenant}
-        async with http.post(f"/v1/{ask.shape.route}", data=data, headers=headers) as response:
+    async def _answer(self, http: aiohttp.ClientSession, request: PlannedRequest) -> str:
+        data = json.dumps(body(request, self.plan.model, self.plan.pictures)).encode()
+        headers = {"Content-Type": "application/json", self.plan.tenant_header: request.shape.tenant}
+        async with http.post(f"/v1/{request.shape.route}", data=data, headers=headers) as response:
             done = failed = False
             async for line in response.content:
                 failed = failed or line.startswith(b'data: {"error"')
@@ -208,20 +190,20 @@ class DemoTraffic:
             return outcome(response.status, done and not failed)
 
 
-def made_pictures(seed: int) -> list[str]:
-    """A handful of photograph-like JPEGs as data URLs. Takes a second or two of CPU time; needs the `images` extra."""
+def make_pictures(seed: int) -> list[str]:
+    """Some synthetic JPEGs as data URLs. Takes a second or two of CPU time; needs the `images` extra."""
     from sidecar.tools.synthetic_photos import photo
 
-    return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(SIZES)]
+    return [_data_url("image/jpeg", photo(*size, seed + i)) for i, size in enumerate(PICTURE_SIZES)]
 
 
-def found_pictures(directory: Path) -> list[str]:
-    """The first pictures of a directory by name, as data URLs. Raises UsageError where it holds none."""
+def load_pictures(directory: Path) -> list[str]:
+    """The first pictures of a directory by name, as data URLs. Raises UsageError if it has none."""
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in MEDIA_TYPES and path.is_file())
-    files = [path for path in files if 0 < path.stat().st_size <= MOST_BYTES][:MOST_FILES]
+    files = [path for path in files if 0 < path.stat().st_size <= MAX_PICTURE_BYTES][:MAX_PICTURES]
     if not files:
         raise UsageError(
-            f"--images: {directory} holds no {', '.join(MEDIA_TYPES)} file of up to {MOST_BYTES >> 20} MiB"
+            f"--images: {directory} contains no {', '.join(MEDIA_TYPES)} file of up to {MAX_PICTURE_BYTES >> 20} MiB"
         )
     return [_data_url(MEDIA_TYPES[path.suffix.lower()], path.read_bytes()) for path in files]
 

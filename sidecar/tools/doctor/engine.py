@@ -1,6 +1,6 @@
-"""What can be asked of the engine: is it there, which kind is it, do its metrics read, does it serve one token.
+"""Checks of the engine: is it reachable, which kind is it, can its metrics be read, does it serve one token.
 
-Everything is asked once, bounded in time, with the very code that `sidecar run` asks it with.
+Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from sidecar.signals.canary import CanarySignal
 from sidecar.signals.identify import ProbeAnswers, probe_engine, request_pages
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
-ANSWER: Final = 10.0  # seconds for /v1/models and the metrics page
-TOKEN: Final = 60.0  # seconds for one token
-LOCAL: Final = ("127.0.0.1", "localhost", "::1")
+# Of /v1/models and the metrics page.
+PAGE_TIMEOUT_S: Final = 10.0
+TOKEN_TIMEOUT_S: Final = 60.0
+LOCAL_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 
 
 async def check(chosen: Settings) -> list[DoctorFinding]:
-    """All findings about the engine. Where it is not there, the rest is left out."""
+    """All findings about the engine. If it is unreachable, the others are omitted."""
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
-        met = await probe_engine(session, chosen.engine, headers, ANSWER)
+        met = await probe_engine(session, chosen.engine, headers, PAGE_TIMEOUT_S)
         found = [_reached(met)]
         if found[0].level == "fail":
             return found
@@ -43,7 +44,7 @@ async def check(chosen: Settings) -> list[DoctorFinding]:
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
         found.append(await _rest(session, chosen, kind))
         found.append(shared_memory(chosen, name))
-        await request_pages(met, session, chosen.engine, ("/version",), headers, ANSWER)
+        await request_pages(met, session, chosen.engine, ("/version",), headers, PAGE_TIMEOUT_S)
         found.append(prepared(chosen, met))
     return [*found, threads(chosen.engine)]
 
@@ -81,7 +82,7 @@ def _kind(met: ProbeAnswers, name: str, chosen: str) -> DoctorFinding:
             "engine-kind", "warn", f"chosen {chosen}, but it looks like {seen}", "leave --engine-kind at auto"
         )
     if name == "openai" and chosen == "auto":
-        text = "not recognised: its metrics are not read, silence is judged by its answers alone"
+        text = "not recognised: its metrics are not read, silence is judged by its responses alone"
         return DoctorFinding("engine-kind", "warn", text, "name it with --engine-kind, if it is one of those")
     return DoctorFinding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
 
@@ -123,7 +124,7 @@ _CANARY: Final[dict[str, tuple[Level, str]]] = {
 
 async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
     signal = CanarySignal(session, chosen.engine, kind, {}, model=chosen.canary_model)
-    result = await signal.send(TOKEN)
+    result = await signal.send(TOKEN_TIMEOUT_S)
     if result.outcome == "ok":
         return DoctorFinding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
@@ -131,18 +132,18 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
 
 
 async def _rest(session: aiohttp.ClientSession, chosen: Settings, kind: EngineKind) -> DoctorFinding:
-    """Where the engine's sleep and pause can be read; what cannot be read is only known when the relay passes the order."""
+    """Where the engine's sleep and pause can be read. Without that, the sidecar sees only what passes the relay."""
     met = ProbeAnswers()
-    await request_pages(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, ANSWER)
+    await request_pages(met, session, chosen.engine, [sign.path for sign in kind.signs], {}, PAGE_TIMEOUT_S)
     read = [*(["its metrics page"] if kind.awake else []), *met.pages]
     if read:
         return DoctorFinding("engine-rest", "ok", "sleep and pause are read from " + ", ".join(read))
-    text = "it publishes no sleep or pause: orders of that kind must pass the relay, or their silence looks like a hang"
+    text = "it does not publish sleep or pause: send such calls through the relay, or their silence looks like a hang"
     return DoctorFinding("engine-rest", "absent", text)
 
 
 def shared_memory(chosen: Settings, kind: str) -> DoctorFinding:
-    """Whether images can go to this engine through shared memory, where that was chosen."""
+    """Whether this engine can receive images through shared memory, if that is configured."""
     if chosen.images != "shm":
         return DoctorFinding("images-shm", "absent", f"not used with --images {chosen.images}")
     if kind != "vllm":
@@ -168,9 +169,9 @@ def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
 
 
 def threads(engine: str) -> DoctorFinding:
-    """OMP_NUM_THREADS of the engine's process, where it is on this machine and may be looked at."""
+    """OMP_NUM_THREADS of the engine's process, if it is visible on this machine."""
     url = urlsplit(engine)
-    pids = engine_processes.find_listeners(url.port or 80)[0] if url.hostname in LOCAL else set()
+    pids = engine_processes.find_listeners(url.port or 80)[0] if url.hostname in LOCAL_HOSTS else set()
     if not pids:
         return DoctorFinding("engine-threads", "absent", "the engine's process cannot be seen from here")
     try:

@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Level = Literal["ok", "warn", "fail", "absent"]
 
 @dataclass(frozen=True, slots=True)
 class DoctorFinding:
-    """One check's result. `absent`: not there and not needed. `remedy` is what to do, empty where nothing is."""
+    """One check's result. `absent`: missing and not needed. `remedy`: what to do, empty if nothing."""
 
     name: str
     level: Level

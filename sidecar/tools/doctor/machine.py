@@ -1,7 +1,6 @@
-"""What can be asked of this machine and of the files that were named. Each check is a function of the settings; they run on
-threads.
+"""Checks of this machine and of the configured files. Each check is a function of the settings and runs on a thread.
 
-Rules: nothing is left behind; whatever may hang or is heavy (NVML, torch) is bounded, torch in a process of its own.
+Checks leave nothing behind. What may hang or is heavy (NVML, torch) has a timeout; torch runs in its own process.
 """
 
 from __future__ import annotations
@@ -32,18 +31,20 @@ from sidecar.settings import Settings
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.tools.doctor.finding import DoctorFinding
 
-SHM: Final = Path("/dev/shm")
-SHM_SMALL: Final = 1 << 30  # bytes; a container's default is 64 MiB
-LOADING: Final = 120.0  # seconds that torch may take to be imported from a cold disk
-NVML: Final = 6.0
-_IMPORT: Final = (
+SHM_DIR: Final = Path("/dev/shm")
+# A container's default is 64 MiB.
+MIN_SHM_BYTES: Final = 1 << 30
+# From a cold disk.
+TORCH_IMPORT_TIMEOUT_S: Final = 120.0
+NVML_TIMEOUT_S: Final = 6.0
+_IMPORT_CODE: Final = (
     "import torch, torchvision; from torchvision.io import decode_jpeg; from sidecar.kernels import fused; "
     "print(torch.__version__, torchvision.__version__, fused.level(), fused.refused() or '-')"
 )
 
 
 def coefficients(chosen: Settings) -> DoctorFinding:
-    """The coefficients file, or that there is none."""
+    """The coefficients file, if there is one."""
     try:
         co = preflight.choose_coefficients(chosen)
     except (SidecarError, OSError) as e:
@@ -57,7 +58,7 @@ def coefficients(chosen: Settings) -> DoctorFinding:
 
 
 def state_dir(chosen: Settings) -> DoctorFinding:
-    """Whether the directory can be written, and whether its clock is ours: probes judge by the files' age."""
+    """Whether the directory is writable and its clock right: probes depend on the files' age."""
     new = not Path(chosen.state_dir).exists()
     try:
         state = StateDir(chosen.state_dir)
@@ -69,9 +70,9 @@ def state_dir(chosen: Settings) -> DoctorFinding:
         with contextlib.suppress(OSError):
             state.path.rmdir()
     if abs(skew) > VERDICT_STALE_S / 2:
-        text = f"file times there are {skew:+.0f} s off the clock, so probes by file age cannot work"
+        text = f"file times there are off by {skew:+.0f} s, so probes by file age cannot work"
         return DoctorFinding("state-dir", "fail", text, "use an emptyDir, not a network volume")
-    return DoctorFinding("state-dir", "ok", f"{chosen.state_dir} can be written")
+    return DoctorFinding("state-dir", "ok", f"{chosen.state_dir} is writable")
 
 
 def ports(chosen: Settings) -> DoctorFinding:
@@ -82,14 +83,14 @@ def ports(chosen: Settings) -> DoctorFinding:
         if chosen.orca_grpc:
             preflight.reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca").close()
     except SidecarError as e:
-        return DoctorFinding("ports", "fail", str(e), "or is the sidecar running already?")
+        return DoctorFinding("ports", "fail", str(e), "or is a sidecar already running?")
     return DoctorFinding("ports", "ok", f"{chosen.listen[1]} and {chosen.admin[1]} are free")
 
 
 def limits(chosen: Settings) -> DoctorFinding:
-    """The file of the tenants' limits, or that there is none."""
+    """The file of tenant limits, if there is one."""
     if not chosen.tenant_limits:
-        return DoctorFinding("tenant-limits", "absent", "no --tenant-limits: any tenant may use all")
+        return DoctorFinding("tenant-limits", "absent", "no --tenant-limits: tenants are not limited")
     try:
         found = quota.read(chosen.tenant_limits)
     except SidecarError as e:
@@ -99,7 +100,7 @@ def limits(chosen: Settings) -> DoctorFinding:
 
 
 def tokenizer(chosen: Settings) -> DoctorFinding:
-    """Whether prompt tokens are counted, or estimated by a ratio."""
+    """Whether prompt tokens are counted or estimated."""
     if not chosen.model or not (Path(chosen.model) / counting.TOKENIZER_FILE).is_file():
         text = f"prompt tokens are estimated: no --model directory with a {counting.TOKENIZER_FILE}"
         return DoctorFinding("tokenizer", "absent", text)
@@ -132,7 +133,7 @@ def model(chosen: Settings) -> DoctorFinding:
 
 
 def images(chosen: Settings) -> DoctorFinding:
-    """Whether images can be prepared: the extra is there and loads."""
+    """Whether images can be prepared: the extra is installed and loads."""
     why = preflight.explain_images_off(chosen)
     if why:
         asked = chosen.images in ("inline", "shm")
@@ -142,12 +143,14 @@ def images(chosen: Settings) -> DoctorFinding:
             f"off: {why}",
             f"or --images off, instead of {chosen.images}" if asked else "",
         )
-    command = (sys.executable, "-W", "ignore", "-c", _IMPORT)
+    command = (sys.executable, "-W", "ignore", "-c", _IMPORT_CODE)
     try:
-        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LOADING)
+        child = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TORCH_IMPORT_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired:
         return DoctorFinding(
-            "images", "fail", f"torch does not load within {LOADING:.0f} s", "check disk and CPU limits"
+            "images", "fail", f"torch does not load within {TORCH_IMPORT_TIMEOUT_S:.0f} s", "check disk and CPU limits"
         )
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
@@ -156,8 +159,10 @@ def images(chosen: Settings) -> DoctorFinding:
     torch, torchvision, kernel, refused = child.stdout.split()
     text = f"{chosen.images}; torch {torch}, torchvision {torchvision}, kernel {kernel}"
     if kernel == "none":
-        remedy = "install a C++ compiler, then the package from source; torchvision does the work meanwhile, 2-3 times slower"
-        return DoctorFinding("images", "warn", f"{text}: our own was not built", remedy)
+        remedy = (
+            "install a C++ compiler, then the package from source; until then torchvision is used, 2-3 times slower"
+        )
+        return DoctorFinding("images", "warn", f"{text}: the compiled kernel was not built", remedy)
     if refused != "-":
         text += f": its {refused} form gives other bits on this CPU and is not used"
         return DoctorFinding("images", "warn", text, "please report the CPU's name; results are right, only slower")
@@ -165,22 +170,22 @@ def images(chosen: Settings) -> DoctorFinding:
 
 
 def gpu(chosen: Settings) -> DoctorFinding:
-    """What NVML says."""
+    """The GPUs that NVML reports."""
     signal = GpuSignal()
     signal.start()
-    until = time.monotonic() + NVML
+    until = time.monotonic() + NVML_TIMEOUT_S
     while (reading := signal.read()) == Absent("not read yet") and time.monotonic() < until:
         time.sleep(0.05)
     asyncio.run(signal.stop())
     if isinstance(reading, Absent):
         return DoctorFinding("gpu", "absent", reading.reason)
     if isinstance(reading, Failed):
-        return DoctorFinding("gpu", "warn", reading.error, "the verdict does not need it; see the message")
+        return DoctorFinding("gpu", "warn", reading.error, "see the message; the verdict works without it")
     return DoctorFinding("gpu", "ok", ", ".join(f"{g.label}: {g.name}" for g in reading.value))
 
 
 def cpu(chosen: Settings) -> DoctorFinding:
-    """The CPUs that we may use, and whether our own settings fit."""
+    """The usable CPUs, and whether the settings fit them."""
     usable, wanted = cpu_quota.quota(), max(chosen.workers, chosen.image_workers if chosen.images != "off" else 0)
     if wanted > usable:
         return DoctorFinding(
@@ -195,11 +200,11 @@ def cpu(chosen: Settings) -> DoctorFinding:
 def shm(chosen: Settings) -> DoctorFinding:
     """The size of /dev/shm, which engines with several GPUs need."""
     try:
-        total = shutil.disk_usage(SHM).total
+        total = shutil.disk_usage(SHM_DIR).total
     except OSError:
-        return DoctorFinding("shm", "absent", f"no {SHM}")
-    text = f"{SHM} has {total >> 20} MiB"
-    if total < SHM_SMALL:
+        return DoctorFinding("shm", "absent", f"no {SHM_DIR}")
+    text = f"{SHM_DIR} has {total >> 20} MiB"
+    if total < MIN_SHM_BYTES:
         return DoctorFinding(
             "shm",
             "warn",

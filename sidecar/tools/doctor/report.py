@@ -1,7 +1,7 @@
-"""Checks settings, engine, GPU, shared memory, CPU quota; says what is missing and how to mend it.
+"""Check settings, engine, GPU, shared memory and CPU quota; print what is missing and how to fix it.
 
-Rules of this package: a check never raises and never waits without a bound; its finding says what was found and what to do;
-only what keeps `sidecar run` from doing its job is a `fail`.
+Rules of this package: a check never raises and has a timeout; its finding states what was found and what to do; only
+what keeps `sidecar run` from working is a `fail`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CHECKS: Final[dict[str, Check]] = {
 
 
 def main(chosen: Settings, as_json: bool) -> int:
-    """Print the findings. 0 when none is a `fail`, else 1."""
+    """Print the findings. Returns 1 if any is a `fail`, otherwise 0."""
     findings = asyncio.run(examine(chosen))
     print(json.dumps([asdict(f) for f in findings], indent=1) if as_json else text(findings))
     return 1 if any(f.level == "fail" for f in findings) else 0
 
 
 async def examine(chosen: Settings) -> list[DoctorFinding]:
-    """All findings, in the order of the tables; checks run side by side."""
+    """All findings in the order of the tables; checks run concurrently."""
     first = _engine(chosen)
     rest = (_safely(name, check, chosen) for name, check in CHECKS.items())
     of_engine, *others = await asyncio.gather(first, *rest)
@@ -61,12 +61,12 @@ async def _engine(chosen: Settings) -> list[DoctorFinding]:
 async def _safely(name: str, check: Check, chosen: Settings) -> list[DoctorFinding]:
     try:
         return [await asyncio.to_thread(check, chosen)]
-    except Exception as e:  # noqa: BLE001 - one check that breaks must not hide what the others found
-        return [DoctorFinding(name, "fail", f"the check itself broke ({type(e).__name__})", "please report this")]
+    except Exception as e:  # noqa: BLE001 - a broken check must not hide the other findings
+        return [DoctorFinding(name, "fail", f"the check itself failed ({type(e).__name__})", "please report this")]
 
 
 def text(findings: list[DoctorFinding]) -> str:
-    """Aligned lines; a remedy stands below its finding."""
+    """Aligned lines; a remedy follows its finding."""
     width = max(len(f.name) for f in findings)
     lines = []
     for f in findings:
@@ -74,5 +74,5 @@ def text(findings: list[DoctorFinding]) -> str:
         if f.remedy:
             lines.append(f"{'':<6}  {'':<{width}}  -> {f.remedy}")
     failed, warned = (sum(f.level == level for f in findings) for level in ("fail", "warn"))
-    last = f"{failed} to mend" if failed else "nothing fails" if warned else "nothing to mend"
+    last = f"{failed} to fix" if failed else "nothing fails" if warned else "nothing to fix"
     return "\n".join([*lines, last + (f", {warned} to consider (warn)" if warned else "")])

@@ -1,4 +1,4 @@
-"""Whether stack dumps of the engine will work when it hangs: by taking them now, which stops nothing."""
+"""Check whether stack dumps of a hung engine will work, by taking them now, which pauses nothing."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from sidecar.tools.doctor.finding import DoctorFinding
 
 
 def check(chosen: Settings) -> DoctorFinding:
-    """One dump of each of the engine's processes, thrown away."""
+    """Dump each of the engine's processes once and discard the result."""
     return asyncio.run(_check(chosen.engine))
 
 
 async def _check(engine: str) -> DoctorFinding:
     if not engine:
-        return DoctorFinding("stack-dumps", "absent", "no engine to look at")
+        return DoctorFinding("stack-dumps", "absent", "no engine to examine")
     found = await HangProofThread().run(lambda: engine_processes.find(engine))
     if not isinstance(found, tuple):
         return DoctorFinding("stack-dumps", "absent", found.reason if isinstance(found, Absent) else found.error)
-    place = stack_dump.locate()
-    if place is None:
+    py_spy = stack_dump.locate()
+    if py_spy is None:
         what, _, remedy = stack_dump.INSTALL.partition(": ")
         return DoctorFinding("stack-dumps", "absent", what, remedy)
-    return judged(found[:MAX_DUMPED_PROCESSES], await dump_all(found[:MAX_DUMPED_PROCESSES], place))
+    return judge_dumps(found[:MAX_DUMPED_PROCESSES], await dump_all(found[:MAX_DUMPED_PROCESSES], py_spy))
 
 
-def judged(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> DoctorFinding:
-    """What the dumps say of those to come."""
+def judge_dumps(processes: tuple[EngineProcess, ...], dumped: dict[int, str | Failed]) -> DoctorFinding:
+    """The finding from one dump per process."""
     names = [p.name for p in processes if isinstance(dumped[p.pid], str)]
     if names:
         return DoctorFinding("stack-dumps", "ok", f"{len(names)} of {len(processes)} processes: {', '.join(names[:4])}")

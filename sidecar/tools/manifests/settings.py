@@ -1,4 +1,4 @@
-"""What the manifests may be asked for, and how each engine is started. Every value is checked here, before it is rendered."""
+"""Settings of the manifests, and how each engine is started. Every value is validated before it is rendered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sidecar.errors import UsageError
 from sidecar.flags import Parser, flag, integer, matching, one_of, parser, text
 
 ENGINE_PORT: Final = 8000
-SIDECAR_MEMORY: Final = "512Mi"  # what the sidecar asks for; a limit below it is refused
+# The memory request of the sidecar; a lower limit is rejected.
+SIDECAR_MEMORY: Final = "512Mi"
 
 
 _LABEL: Final = r"[a-z]([a-z0-9-]{0,51}[a-z0-9])?"
@@ -24,7 +25,7 @@ optional_reference = matching(r"\S*", "an image")
 
 
 def quantity(least: str = "1") -> Parser:
-    """A parser of Kubernetes' quantities, in one spelling each: 1k is 1000, 1Ki is 1024, and there is no 1K."""
+    """A parser of Kubernetes quantities: 1k is 1000, 1Ki is 1024, 1K is invalid."""
 
     def parse(value: str) -> str:
         if amount(value) < amount(least):
@@ -49,14 +50,14 @@ def arguments(value: str) -> str:
     return value
 
 
-def quoted(value: str) -> str:
-    """Text in quotes, as YAML reads it: JSON, but beyond ASCII by YAML's own escape, as YAML has no surrogate pairs."""
+def quote(value: str) -> str:
+    """A quoted YAML string: JSON, but with YAML's escapes beyond ASCII, as YAML has no surrogate pairs."""
     return re.sub(r"[^ -~]", lambda m: f"\\U{ord(m[0]):08x}", json.dumps(value, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCommand:
-    """How an engine is started so that only this pod reaches it. `flags` may use {model} and {gpus}."""
+    """How to start an engine that only this pod can reach. `flags` may use {model} and {gpus}."""
 
     image: str
     command: tuple[str, ...]
@@ -64,7 +65,7 @@ class EngineCommand:
     many_gpus: tuple[str, ...] = ()
 
 
-# An image is named only where this project is tested with it; the others ask for --image.
+# Only images that this project is tested with are named; the other engines need --image.
 KINDS: Final[dict[str, EngineCommand]] = {
     "vllm": EngineCommand(
         "vllm/vllm-openai:v0.32.0",
@@ -150,16 +151,18 @@ class ManifestSettings:
     )
 
 
-def start(s: ManifestSettings) -> tuple[str, str, str]:
+def start(settings: ManifestSettings) -> tuple[str, str, str]:
     """The engine's image, command and arguments, as YAML. Raises UsageError."""
-    kind = KINDS[s.engine_kind]
-    image = s.image or kind.image
+    kind = KINDS[settings.engine_kind]
+    image = settings.image or kind.image
     if not image:
-        raise UsageError(f"--image is missing; no image of {s.engine_kind} is tested here, so name the one you use")
-    if s.model.startswith("/models/") != bool(s.claim) or (s.model.startswith("/") and not s.claim):
+        raise UsageError(f"--image is missing; no image of {settings.engine_kind} is tested, so name the one you use")
+    if settings.model.startswith("/models/") != bool(settings.claim) or (
+        settings.model.startswith("/") and not settings.claim
+    ):
         raise UsageError("--claim and a --model below /models, where that claim is mounted, go together")
-    if s.images == "shm" and not (s.claim and s.engine_kind == "vllm"):
-        raise UsageError("--images shm is for vLLM, with the model's directory: --claim and a --model below /models")
-    flags = (*kind.flags, *(kind.many_gpus if s.gpus > 1 else ()))
-    args = [f.format(model=s.model, gpus=s.gpus) for f in flags] + shlex.split(s.engine_args)
-    return quoted(image), json.dumps(kind.command), "".join(f"- {quoted(arg)}\n" for arg in args)
+    if settings.images == "shm" and not (settings.claim and settings.engine_kind == "vllm"):
+        raise UsageError("--images shm needs vLLM and the model's directory: --claim and a --model below /models")
+    flags = (*kind.flags, *(kind.many_gpus if settings.gpus > 1 else ()))
+    args = [f.format(model=settings.model, gpus=settings.gpus) for f in flags] + shlex.split(settings.engine_args)
+    return quote(image), json.dumps(kind.command), "".join(f"- {quote(arg)}\n" for arg in args)

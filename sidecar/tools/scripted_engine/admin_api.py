@@ -1,6 +1,6 @@
-"""The orders that stop the scripted engine on purpose and let it go on: vLLM's paths, as a literal table over its faults.
+"""vLLM's admin endpoints that pause the engine on purpose, as a literal table over the faults.
 
-What vLLM has in development mode only (sleep, pause, weights) or with a profiler only is always there: it does no harm here.
+Sleep, pause and weight updates need vLLM's development mode, profiling needs a profiler; here all are always on.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from aiohttp import web
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.faults import Faults
-from sidecar.tools.scripted_engine.requests import bad
+from sidecar.tools.scripted_engine.requests import bad_request
 
-UPDATE_SECONDS: Final = 1.0  # of /update_weights; `?seconds=N` asks for another time
-MAX_UPDATE_SECONDS: Final = 3600.0
+# Duration of /update_weights, unless `?seconds=N` sets another.
+DEFAULT_UPDATE_S: Final = 1.0
+MAX_UPDATE_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class AdminRoute:
-    """A POST to `path` begins the fault, or ends it; `answer` is vLLM's body, None where it has none."""
+    """A POST to `path` starts or clears the fault; `answer` is vLLM's body, None if it has none."""
 
     path: str
     fault: str
-    begins: bool
+    starts: bool
     answer: dict[str, str | int | None] | None = None
 
 
-ORDERS: Final = (
+ADMIN_ROUTES: Final = (
     AdminRoute("/sleep", "sleep", True, {"status": "sleeping", "level": 1}),
     AdminRoute("/wake_up", "sleep", False, {"status": "awake", "tags": None}),
     AdminRoute("/pause", "pause", True, {"status": "paused"}),
@@ -38,42 +39,42 @@ ORDERS: Final = (
     AdminRoute("/start_profile", "profile", True),
     AdminRoute("/stop_profile", "profile", False),
 )
-SIGNS: Final[tuple[tuple[str, str, Callable[[Behaviour], bool]], ...]] = (
-    ("/is_sleeping", "is_sleeping", lambda how: how.sleeping),
-    ("/is_paused", "is_paused", lambda how: how.paused),
+STATE_ROUTES: Final[tuple[tuple[str, str, Callable[[Behaviour], bool]], ...]] = (
+    ("/is_sleeping", "is_sleeping", lambda behaviour: behaviour.sleeping),
+    ("/is_paused", "is_paused", lambda behaviour: behaviour.paused),
 )
 
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
 def routes(faults: Faults) -> list[web.RouteDef]:
-    """The routes of all orders and of what they leave to be read."""
-    taken = [web.post(order.path, _taker(order, faults)) for order in ORDERS]
-    told = [web.get(path, _teller(key, says, faults)) for path, key, says in SIGNS]
-    return [*taken, *told, web.post("/update_weights", _updater(faults))]
+    """The routes of all commands and state queries."""
+    commands = [web.post(route.path, _fault_handler(route, faults)) for route in ADMIN_ROUTES]
+    states = [web.get(path, _state_handler(key, read, faults)) for path, key, read in STATE_ROUTES]
+    return [*commands, *states, web.post("/update_weights", _update_handler(faults))]
 
 
-def _taker(order: AdminRoute, faults: Faults) -> Handler:
-    async def take(_: web.Request) -> web.Response:
-        if order.begins:
-            faults.start(order.fault)
+def _fault_handler(route: AdminRoute, faults: Faults) -> Handler:
+    async def handle(_: web.Request) -> web.Response:
+        if route.starts:
+            faults.start(route.fault)
         else:
-            faults.clear(order.fault)
-        return web.Response() if order.answer is None else web.json_response(order.answer)
+            faults.clear(route.fault)
+        return web.Response() if route.answer is None else web.json_response(route.answer)
 
-    return take
-
-
-def _teller(key: str, says: Callable[[Behaviour], bool], faults: Faults) -> Handler:
-    async def tell(_: web.Request) -> web.Response:
-        return web.json_response({key: says(faults.behaviour)})
-
-    return tell
+    return handle
 
 
-def _updater(faults: Faults) -> Handler:
+def _state_handler(key: str, read: Callable[[Behaviour], bool], faults: Faults) -> Handler:
+    async def handle(_: web.Request) -> web.Response:
+        return web.json_response({key: read(faults.behaviour)})
+
+    return handle
+
+
+def _update_handler(faults: Faults) -> Handler:
     async def update(request: web.Request) -> web.Response:
-        """The core stands still while the call is under way, and its answer ends it."""
+        """Stop the core for the duration of the call."""
         seconds = _seconds(request.query.get("seconds"))
         faults.start("weight_update")
         try:
@@ -87,9 +88,9 @@ def _updater(faults: Faults) -> Handler:
 
 def _seconds(text: str | None) -> float:
     try:
-        seconds = UPDATE_SECONDS if text is None else float(text)
+        seconds = DEFAULT_UPDATE_S if text is None else float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= MAX_UPDATE_SECONDS:
-        raise bad(f"seconds must be a number from 0 to {MAX_UPDATE_SECONDS:g}")
+    if not 0 <= seconds <= MAX_UPDATE_S:
+        raise bad_request(f"seconds must be a number from 0 to {MAX_UPDATE_S:g}")
     return seconds

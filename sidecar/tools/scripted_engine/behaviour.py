@@ -1,4 +1,4 @@
-"""Pure: what the scripted engine does at one moment, as data. The scheduler, the core and the API read it; faults change it."""
+"""Pure: the scripted engine's current behaviour as data. Scheduler, core and API read it; faults change it."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What the engine does now. The defaults are health. Seconds are wall time."""
+    """What the engine does now. The defaults are a healthy engine. Seconds are wall time."""
 
     # core
     stepping: bool = True  # the core runs steps at all
-    dead_rank: int | None = None  # one data-parallel rank whose core does not
+    dead_rank: int | None = None  # the data-parallel rank whose core does not
     admitting: bool = True  # waiting sequences become running ones
     prefilling: bool = True
     decoding: bool = True
-    first_token: bool = True  # the end of a prefill yields a token
+    first_token: bool = True  # a finished prefill yields a token
     last_token: bool = True  # a sequence of more than `short` tokens can generate its last token
     short: int = 0
     stuck_one: bool = False  # the oldest running sequence never advances
     oversized: bool = False  # a prompt over the KV capacity is queued instead of refused
-    kv_usage: float | None = None  # what the gauge says instead of the truth
+    kv_usage: float | None = None  # reported instead of the actual value
     empty_steps: bool = False  # steps without output are counted as iterations
-    gauges_zeroed: bool = False  # running and waiting read 0 whatever is true
+    gauges_zeroed: bool = False  # running and waiting always read 0
     step_factor: float = 1.0
-    prefill_seconds: float | None = None  # every prefill takes this long, whatever its size
+    prefill_seconds: float | None = None  # duration of every prefill, regardless of size
     first_step_seconds: float = 0.0  # added once, to the next step
-    on_abort: str = ""  # the fault that a client's abort begins
-    after_idle: tuple[float, str] | None = None  # (idle seconds, the fault that the next request begins)
+    on_abort: str = ""  # the fault that a client's abort starts
+    after_idle: tuple[float, str] | None = None  # (idle seconds, the fault that the next request starts)
     # API
-    loading: bool = False  # start-up is not over
-    answering: bool = True  # any HTTP answer at all
+    loading: bool = False  # start-up has not finished
+    answering: bool = True  # any HTTP response at all
     serial: bool = False  # one HTTP request at a time, inference included
     max_pieces: int | None = None  # pieces of a stream that reach its client
     error: int = 0  # status of every completion; 0: none

@@ -1,4 +1,4 @@
-"""Waiting for a condition over shared state on one event loop: whoever changes the state rings, waiters look again."""
+"""Wait for a condition over shared state on one event loop: every change notifies, waiters check again."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Callable
 
 
 class EngineCondition:
-    """A bell. No change between a look and the wait can be missed: both happen without an await between them."""
+    """A condition variable. No change is missed: there is no await between the check and the wait."""
 
     def __init__(self) -> None:
-        self._rung = asyncio.Event()
+        self._changed_event = asyncio.Event()
 
-    def ring(self) -> None:
-        """The state has changed."""
-        self._rung.set()
-        self._rung = asyncio.Event()
+    def notify(self) -> None:
+        """Wake all waiters: the state has changed."""
+        self._changed_event.set()
+        self._changed_event = asyncio.Event()
 
     async def next(self) -> None:
         """Wait for the next change."""
-        await self._rung.wait()
+        await self._changed_event.wait()
 
     async def until(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready()` holds; at once where it already does."""
+        """Wait until `ready()` is true; return at once if it already is."""
         while not ready():
-            await self._rung.wait()
+            await self._changed_event.wait()

@@ -1,7 +1,7 @@
 """The engine core: one asyncio task per data-parallel rank that runs the scheduler's steps in simulated time.
 
-The core and the API share a process but nothing else: the API sees a `Stream` per request, the metrics page sees what the
-core last published. A core that stops publishes nothing more, so its gauges go stale, as a real engine's do.
+The core and the API share a process and nothing else: the API has one `TokenStream` per request, the metrics page shows
+what the core last published. A stopped core publishes nothing, so its gauges go stale, as in a real engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sidecar.tools.scripted_engine.scheduler import (
 
 
 class TokenStream:
-    """One request as its API handler sees it: tokens that are ready, and whether that is all."""
+    """One request as its API handler sees it: the number of ready tokens, and whether it is complete."""
 
     def __init__(self, sequence: ScheduledSequence, arrived: float) -> None:
         self.sequence = sequence
@@ -36,7 +36,7 @@ class TokenStream:
         self._changed = asyncio.Event()
 
     async def more(self, seen: int) -> int:
-        """Wait for tokens beyond `seen`, or the end; the number of tokens ready. Tokens that queue up come as one piece."""
+        """Wait for tokens beyond `seen`, or the end. Returns the tokens ready: those that queue up form one piece."""
         while self.ready <= seen and not self.done:
             self._changed.clear()
             await self._changed.wait()
@@ -51,16 +51,16 @@ class TokenStream:
 
 
 class EngineCore:
-    """One rank: its scheduler, its open streams, and the loop that steps it. It rings `activity` at each change."""
+    """One rank: its scheduler, its open streams, and the loop that steps it. Every change notifies `activity`."""
 
     def __init__(
-        self, rank: int, limits: SchedulerLimits, faults: Faults, meters: EngineMetrics, activity: EngineCondition
+        self, rank: int, limits: SchedulerLimits, faults: Faults, metrics: EngineMetrics, activity: EngineCondition
     ) -> None:
         self.scheduler = Scheduler(limits)
         self.steps = 0
         self._rank = rank
         self._faults = faults
-        self._meters = meters
+        self._metrics = metrics
         self._streams: dict[ScheduledSequence, TokenStream] = {}
         self._activity = activity
         self._idle_since = asyncio.get_running_loop().time()
@@ -73,12 +73,12 @@ class EngineCore:
 
     @contextmanager
     def admit(self, sequence: ScheduledSequence) -> Iterator[TokenStream]:
-        """Queue a request; leaving the block before its end aborts it, as a client that goes away does."""
+        """Queue a request; leaving the block early aborts it, as a disconnecting client does."""
         now = asyncio.get_running_loop().time()
-        self._wedge_after_idle(now)
+        self._start_idle_fault(now)
         stream = self._streams[sequence] = TokenStream(sequence, now)
         self.scheduler.add(sequence)
-        self._activity.ring()
+        self._activity.notify()
         try:
             yield stream
         finally:
@@ -86,25 +86,25 @@ class EngineCore:
                 self._abort(sequence)
 
     async def run(self) -> None:
-        """Step for ever; the caller cancels."""
+        """Step until cancelled."""
         while True:
-            await self._faults.until(self._stepping)
-            if not self.scheduler.busy():
-                await self._activity.until(self.scheduler.busy)
+            await self._faults.until(self._is_stepping)
+            if not self.scheduler.is_busy():
+                await self._activity.until(self.scheduler.is_busy)
                 continue
             step = self.scheduler.plan(self._faults.behaviour)
-            self._activity.ring()  # sequences may have been admitted
-            if await self._lasts(step.seconds + self._compiling(self._faults.behaviour)):
+            self._activity.notify()  # sequences may have been admitted
+            if await self._step_time_passed(step.seconds + self._compile_seconds(self._faults.behaviour)):
                 self._finish(step, self.scheduler.apply(step))
 
-    def _stepping(self, how: Behaviour) -> bool:
-        return how.stepping and not how.sleeping and how.dead_rank != self._rank
+    def _is_stepping(self, behaviour: Behaviour) -> bool:
+        return behaviour.stepping and not behaviour.sleeping and behaviour.dead_rank != self._rank
 
-    async def _lasts(self, seconds: float) -> bool:
-        """Let the step's time pass; False when the behaviour changed meanwhile and the step must be planned anew."""
+    async def _step_time_passed(self, seconds: float) -> bool:
+        """Wait for the step's duration. False if the behaviour changed and the step must be planned again."""
         if seconds <= 0:
             await asyncio.sleep(0)
-            return self._stepping(self._faults.behaviour)
+            return self._is_stepping(self._faults.behaviour)
         try:
             async with asyncio.timeout(seconds):
                 await self._faults.change()
@@ -112,42 +112,42 @@ class EngineCore:
             return True
         return False
 
-    def _compiling(self, how: Behaviour) -> float:
-        """Extra seconds of the first step under a fault that asks for them."""
+    def _compile_seconds(self, behaviour: Behaviour) -> float:
+        """Extra seconds of the first step under the `jit` fault."""
         first = not self._compiled
-        self._compiled = how.first_step_seconds > 0
-        return how.first_step_seconds if first else 0.0
+        self._compiled = behaviour.first_step_seconds > 0
+        return behaviour.first_step_seconds if first else 0.0
 
     def _finish(self, step: ScheduledStep, outputs: list[StepOutput]) -> None:
         now = asyncio.get_running_loop().time()
         self.steps += 1
         if outputs or self._faults.behaviour.empty_steps:
-            self._meters.step(self._rank, outputs)
+            self._metrics.step(self._rank, outputs)
         for output in outputs:
             stream = self._streams.get(output.sequence)
             if stream:
-                self._meters.output(self._rank, output, now - stream.arrived, now - stream.last_at, stream.ready)
+                self._metrics.output(self._rank, output, now - stream.arrived, now - stream.last_at, stream.ready)
                 stream.push(output, now)
             if output.done:
                 self._streams.pop(output.sequence, None)
         self._publish(now)
-        self._activity.ring()
+        self._activity.notify()
 
     def _publish(self, now: float) -> None:
-        self._meters.gauges(self._rank, self.scheduler)
-        if not self.scheduler.busy():
+        self._metrics.gauges(self._rank, self.scheduler)
+        if not self.scheduler.is_busy():
             self._idle_since = now
 
     def _abort(self, sequence: ScheduledSequence) -> None:
         self.scheduler.remove(sequence)
-        how = self._faults.behaviour
-        if self._stepping(how):
+        behaviour = self._faults.behaviour
+        if self._is_stepping(behaviour):
             self._publish(asyncio.get_running_loop().time())
-        if how.on_abort:
-            self._faults.start(how.on_abort)
-        self._activity.ring()
+        if behaviour.on_abort:
+            self._faults.start(behaviour.on_abort)
+        self._activity.notify()
 
-    def _wedge_after_idle(self, now: float) -> None:
+    def _start_idle_fault(self, now: float) -> None:
         wedge = self._faults.behaviour.after_idle
-        if wedge and not self.scheduler.busy() and now - self._idle_since >= wedge[0]:
+        if wedge and not self.scheduler.is_busy() and now - self._idle_since >= wedge[0]:
             self._faults.start(wedge[1])

@@ -1,7 +1,7 @@
 """Faults of the scripted engine: a literal table, each row a set of changes to a healthy `Behaviour`.
 
-The rows are the hang modes and the alarms that the verdicts are held against; `mode` and `alarm` are their numbers in
-docs/health.md. Several faults may be active at once: their changes add up in the order in which they began.
+The rows are the hang modes and false-alarm causes that verdicts are tested against; `modes` and `alarms` are their
+numbers in docs/health.md. Several faults may be active at once: their changes apply in the order in which they started.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sidecar.tools.scripted_engine.condition import EngineCondition
 
 @dataclass(frozen=True, slots=True)
 class FaultParameter:
-    """A number that a fault takes: its name, which field of Behaviour it sets, default and bounds."""
+    """The number that a fault takes: name, default, bounds, and the changes that a value makes."""
 
     name: str
     default: float
@@ -28,7 +28,7 @@ class FaultParameter:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One row: what it does in one line, its numbers in docs/health.md, and its changes to Behaviour."""
+    """One row: a one-line description, its numbers in docs/health.md, its changes to Behaviour."""
 
     text: str
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -37,75 +37,80 @@ class Fault:
     parameter: FaultParameter | None = None
 
 
-def _frozen(**more: Any) -> dict[str, Any]:
+def _stopped(**more: Any) -> dict[str, Any]:
     return {"stepping": False, **more}
 
 
 FAULTS: Final[Mapping[str, Fault]] = {
-    "freeze": Fault(
-        "the core stops; HTTP answers, /health says 200, the gauges read running 0 and waiting 0",
-        _frozen(gauges_zeroed=True), modes=(1,),
-    ),
-    "freeze_busy": Fault(
-        "the core stops inside a step; HTTP answers, the gauges keep their last values (running N at 0 tokens/s)",
-        _frozen(), modes=(6, 8),
-    ),
-    "gpu_fault": Fault("a GPU fault: as freeze_busy; the XID is the driver's to tell", _frozen(), modes=(18,)),
-    "freeze_admission": Fault("nothing waiting is admitted: running falls to 0, waiting grows", {"admitting": False}, modes=(2,)),
-    "oversized_head": Fault("a prompt larger than the KV cache waits at the head of the queue and blocks it until aborted",
+    "freeze": Fault("the core stops; HTTP answers, /health returns 200, the gauges read running 0 and waiting 0",
+                    _stopped(gauges_zeroed=True), modes=(1,)),
+    "freeze_busy": Fault("the core stops inside a step; HTTP answers, the gauges keep their last values (running N at "
+                         "0 tokens/s)", _stopped(), modes=(6, 8)),
+    "gpu_fault": Fault("a GPU fault: as freeze_busy; the XID comes from the driver", _stopped(), modes=(18,)),
+    "freeze_admission": Fault("no waiting request is admitted: running falls to 0, waiting grows",
+                              {"admitting": False}, modes=(2,)),
+    "oversized_head": Fault("a prompt larger than the KV cache blocks the queue until it is aborted",
                             {"oversized": True}, modes=(3,)),
     "kv_deadlock": Fault("KV use reads 100 % and no running sequence can advance",
                          {"prefilling": False, "decoding": False, "admitting": False, "kv_usage": 1.0}, modes=(4,)),
     "livelock": Fault("steps iterate, nothing is computed or delivered",
                       {"prefilling": False, "decoding": False, "empty_steps": True}, modes=(5, 20)),
-    "one_rank": Fault("one data-parallel rank stops; `rank` says which (needs --data-parallel over 1 to be partial)",
+    "one_rank": Fault("one data-parallel rank (`rank`) stops; partial only with --data-parallel over 1",
                       parameter=FaultParameter("rank", 0, 0, 63, lambda v: {"dead_rank": int(v)}), modes=(7,)),
-    "freeze_decode": Fault("prefill goes on and yields first tokens, decoding stands", {"decoding": False}, modes=(9,)),
-    "transfer_stuck": Fault("prefills end, their first token never comes (prefill to decode transfer)",
+    "freeze_decode": Fault("prefill continues and yields first tokens, decoding stops",
+                           {"decoding": False}, modes=(9,)),
+    "transfer_stuck": Fault("prefills finish, their first token never arrives (prefill to decode transfer)",
                             {"first_token": False}, modes=(15,)),
-    "stuck_near_limit": Fault("no sequence generates its last token; those of up to `short` tokens in all do",
-                              parameter=FaultParameter("short", 0, 0, 1e9, lambda v: {"last_token": False, "short": int(v)}), modes=(22,)),
-    "start_hang": Fault("start-up never ends: /health and completions say 503", {"loading": True}, modes=(10, 19)),
-    "core_dead": Fault("the core died, the API process stays: completions say 500, /health 503",
-                       _frozen(error=500, health_status=503), modes=(11,)),
-    "api_block": Fault("the API's event loop is blocked: no HTTP answer and no chunk, the core goes on",
+    "stuck_near_limit": Fault("no sequence generates its last token, except those of up to `short` tokens in total",
+                              parameter=FaultParameter("short", 0, 0, 1e9,
+                                                       lambda v: {"last_token": False, "short": int(v)}), modes=(22,)),
+    "start_hang": Fault("start-up never ends: /health and completions return 503", {"loading": True}, modes=(10, 19)),
+    "core_dead": Fault("the core died, the API process remains: completions return 500, /health 503",
+                       _stopped(error=500, health_status=503), modes=(11,)),
+    "api_block": Fault("the API's event loop is blocked: no HTTP response and no chunk, the core continues",
                        {"answering": False}, modes=(12,), alarms=(2, 15)),
-    "first_chunk_then_silence": Fault("each stream gets one piece, then silence; the core goes on",
+    "first_chunk_then_silence": Fault("each stream gets one piece, then silence; the core continues",
                                       {"max_pieces": 1}, modes=(13,)),
     "one_stream": Fault("one sequence never advances, all others do", {"stuck_one": True}, modes=(14,)),
     "wedge_on_abort": Fault("the next client abort freezes the core", {"on_abort": "freeze_busy"}, modes=(16,)),
     "hang_after_idle": Fault("the first request after `idle` seconds without work freezes the core",
-                             parameter=FaultParameter("idle", 30, 0, 86_400, lambda v: {"after_idle": (v, "freeze_busy")}), modes=(17,)),
+                             parameter=FaultParameter("idle", 30, 0, 86_400,
+                                                      lambda v: {"after_idle": (v, "freeze_busy")}), modes=(17,)),
     "slow": Fault("every step takes `factor` times as long: alive, must not be killed",
                   parameter=FaultParameter("factor", 20, 1, 1e6, lambda v: {"step_factor": v}), modes=(21,)),
     "gibberish": Fault("tokens advance, their text is garbage: report, do not kill", {"text": "!"}, modes=(23,)),
     "slow_health": Fault("/health answers after `delay` seconds",
                          parameter=FaultParameter("delay", 40, 0, 3600, lambda v: {"health_delay": v}), alarms=(1, 4)),
-    "long_prefill": Fault("every prefill takes `duration` seconds, whatever its size; decodes starve meanwhile",
-                          parameter=FaultParameter("duration", 60, 0, 3600, lambda v: {"prefill_seconds": v}), alarms=(7, 9)),
+    "long_prefill": Fault("every prefill takes `duration` seconds, regardless of size; decodes starve meanwhile",
+                          parameter=FaultParameter("duration", 60, 0, 3600, lambda v: {"prefill_seconds": v}),
+                          alarms=(7, 9)),
     "jit": Fault("the next step takes `duration` seconds longer, once (a cold kernel is compiled)",
                  parameter=FaultParameter("duration", 60, 0, 3600, lambda v: {"first_step_seconds": v}), alarms=(8,)),
-    "serial_http": Fault("one HTTP request at a time: health and metrics wait behind inference", {"serial": True}, alarms=(14,)),
-    "sleep": Fault("the engine sleeps (POST /sleep, /wake_up): /is_sleeping says so, requests wait", _frozen(sleeping=True), alarms=(16,)),
-    "pause": Fault("the engine is paused (POST /pause, /resume): /is_paused says so, requests wait", _frozen(paused=True), alarms=(16,)),
-    "weight_update": Fault("weights are being replaced (POST /update_weights): the core waits for it", _frozen(), alarms=(16,)),
-    "profile": Fault("a profiler stops the world (POST /start_profile, /stop_profile)", _frozen(), alarms=(10,)),
+    "serial_http": Fault("one HTTP request at a time: health and metrics wait behind inference",
+                         {"serial": True}, alarms=(14,)),
+    "sleep": Fault("the engine sleeps (POST /sleep, /wake_up): /is_sleeping is true, requests wait",
+                   _stopped(sleeping=True), alarms=(16,)),
+    "pause": Fault("the engine is paused (POST /pause, /resume): /is_paused is true, requests wait",
+                   _stopped(paused=True), alarms=(16,)),
+    "weight_update": Fault("weights are being replaced (POST /update_weights): the core waits for it",
+                           _stopped(), alarms=(16,)),
+    "profile": Fault("a profiler stops the world (POST /start_profile, /stop_profile)", _stopped(), alarms=(10,)),
     "error_500": Fault("every completion fails with 500", {"error": 500}),
     "no_pnm": Fault("an image in PNM is refused with 500, as vLLM's Rust front end refuses it", {"pnm": False}),
-    "garbage_metrics": Fault("/metrics answers 200 with garbage", {"metrics": "garbage"}),
-    "no_metrics": Fault("/metrics answers 404", {"metrics": "none"}),
+    "garbage_metrics": Fault("/metrics returns 200 with garbage", {"metrics": "garbage"}),
+    "no_metrics": Fault("/metrics returns 404", {"metrics": "none"}),
     "crash": Fault("the process exits with code 1 at once", {"exit_code": 1}),
-    "refuse": Fault("the port closes and all connections break, the process lives; without `seconds` for good",
+    "refuse": Fault("the port closes and all connections break, the process lives; permanent without `seconds`",
                     {"port_open": False}),
 }  # fmt: skip
 
 
 class FaultError(ValueError):
-    """A fault that does not exist or a parameter that it does not take; the message lists what is valid."""
+    """An unknown fault or parameter; the message lists what is valid."""
 
 
 class Faults:
-    """The faults that are active now, and the behaviour that they make. Lives on one event loop."""
+    """The active faults and the resulting behaviour. Lives on one event loop."""
 
     def __init__(self, baseline: Behaviour | None = None) -> None:
         self.behaviour = self._baseline = baseline or Behaviour()
@@ -115,40 +120,40 @@ class Faults:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """Kinds in the order in which they began."""
+        """Kinds in the order in which they started."""
         return tuple(self._active)
 
     def start(self, kind: str, seconds: float | None = None, **parameters: float) -> None:
-        """Begin a fault, for `seconds` or until it is cleared. Raises FaultError."""
+        """Start a fault, for `seconds` or until it is cleared. Raises FaultError."""
         changes = changes_of(kind, parameters)
         if seconds is not None and not 0 < seconds <= 86_400:
             raise FaultError("seconds must be over 0 and at most 86400")
-        self._forget(kind)
+        self._remove(kind)
         self._active[kind] = changes
         if seconds is not None:
             self._timers[kind] = asyncio.get_running_loop().call_later(seconds, self.clear, kind)
         self._apply()
 
     def clear(self, kind: str | None = None) -> None:
-        """End one fault, or all of them. One that is not active is no error."""
+        """Clear one fault, or all of them. Clearing an inactive fault is no error."""
         for each in (kind,) if kind else self.active:
-            self._forget(each)
+            self._remove(each)
         self._apply()
 
     def rebase(self, baseline: Behaviour) -> None:
-        """Change what the faults are laid over (start-up has ended)."""
+        """Replace the behaviour that the faults change (start-up has finished)."""
         self._baseline = baseline
         self._apply()
 
     async def until(self, ready: Callable[[Behaviour], bool]) -> None:
-        """Wait until the behaviour is such that `ready` holds; at once where it already does."""
+        """Wait until `ready(behaviour)` is true; return at once if it already is."""
         await self._changes.until(lambda: ready(self.behaviour))
 
     async def change(self) -> None:
         """Wait for the next change of behaviour."""
         await self._changes.next()
 
-    def _forget(self, kind: str) -> None:
+    def _remove(self, kind: str) -> None:
         self._active.pop(kind, None)
         timer = self._timers.pop(kind, None)
         if timer:
@@ -159,21 +164,25 @@ class Faults:
         for changes in self._active.values():
             behaviour = replace(behaviour, **changes)
         self.behaviour = behaviour
-        self._changes.ring()
+        self._changes.notify()
 
 
 def changes_of(kind: str, parameters: Mapping[str, float]) -> Mapping[str, Any]:
-    """The changes that a row makes with these parameters. Raises FaultError."""
+    """The changes of a fault with these parameters. Raises FaultError."""
     fault = FAULTS.get(kind)
     if fault is None:
-        raise FaultError(f"no fault {kind[:40]!r}; there are: {', '.join(FAULTS)}")
-    takes = fault.parameter
+        raise FaultError(f"unknown fault {kind[:40]!r}; expected one of {', '.join(FAULTS)}")
+    parameter = fault.parameter
     for name, value in parameters.items():
-        if takes is None or name != takes.name:
-            valid = f"seconds and {takes.name}" if takes else "seconds"
+        if parameter is None or name != parameter.name:
+            valid = f"seconds and {parameter.name}" if parameter else "seconds"
             raise FaultError(f"{kind} does not take {name[:40]!r}; it takes {valid}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not takes.low <= value <= takes.high:
-            raise FaultError(f"{kind}: {name} must be a number from {takes.low:g} to {takes.high:g}")
-    if takes is None:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not parameter.low <= value <= parameter.high
+        ):
+            raise FaultError(f"{kind}: {name} must be a number from {parameter.low:g} to {parameter.high:g}")
+    if parameter is None:
         return fault.changes
-    return {**fault.changes, **takes.make(parameters.get(takes.name, takes.default))}
+    return {**fault.changes, **parameter.make(parameters.get(parameter.name, parameter.default))}

@@ -1,7 +1,7 @@
-"""Pure: what is owed to each case that the verdict is held against: hang modes that must be found, alarms that must stay silent.
+"""Pure: the expected reaction to each test case of the verdict: hangs that must be found, alarms that must not kill.
 
-The tables are literal and live here alone: docs/health.md is written from them, the tests play every row with the scripted
-engine (`faults` are rows of its table; none where the trouble is not the engine's) and compare what came with `owed`.
+docs/health.md is generated from these tables. The tests play every row with the scripted engine and compare the
+reaction with `owed`; `faults` are rows of its fault table, none if the cause is outside the engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ OWED: Final[dict[Owed, str]] = {
     "liveness": "liveness fails: the engine is restarted",
     "readiness": "readiness fails first; liveness only after a longer window",
     "startup": "the start-up probe never passes, and says why",
-    "request": "the one request is ended with an error; no probe fails",
+    "request": "that one request is aborted with an error; no probe fails",
     "report": "a warning and a metric; no probe fails",
     "silence": "liveness never fails",
 }
@@ -22,7 +22,7 @@ OWED: Final[dict[Owed, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class HangCase:
-    """One row. `reasons`: the reason codes that are right; empty where silence is owed."""
+    """One row. `reasons`: the correct reason codes, empty if silence is owed."""
 
     number: int
     text: str
@@ -34,8 +34,8 @@ class HangCase:
 MODES: Final = (
     HangCase(1, "The core is dead, the API answers 200.", ("freeze",), "liveness", ("no_progress",)),
     HangCase(2, "Running 0, waiting above 0, for minutes.", ("freeze_admission",), "liveness", ("admission_stalled",)),
-    HangCase(3, "The head of the queue is larger than the KV cache; it recovers when that request is aborted.", ("oversized_head",),
-         "request", ("prompt_exceeds_kv_cache",)),
+    HangCase(3, "The head of the queue is larger than the KV cache; it recovers when that request is aborted.",
+             ("oversized_head",), "request", ("prompt_exceeds_kv_cache",)),
     HangCase(4, "KV connector and memory pressure deadlock.", ("kv_deadlock",), "liveness", ("no_progress",)),
     HangCase(5, "Livelock at 100 % CPU.", ("livelock",), "liveness", ("livelock",)),
     HangCase(6, "A grammar freezes it: running 2 at 0 tokens/s.", ("freeze_busy",), "liveness", ("no_progress",)),
@@ -44,7 +44,8 @@ MODES: Final = (
     HangCase(9, "Prefill at full speed, decode 0.", ("freeze_decode",), "readiness", ("decode_stalled",)),
     HangCase(10, "A collective deadlock during graph capture.", ("start_hang",), "startup", ("startup_stuck",)),
     HangCase(11, "The core dies, the parent process stays.", ("core_dead",), "liveness", ("no_progress",)),
-    HangCase(12, "The API's loop is blocked for minutes, the engine is fine.", ("api_block",), "liveness", ("api_blocked",)),
+    HangCase(12, "The API's loop is blocked for minutes, the engine is fine.", ("api_block",), "liveness",
+             ("api_blocked",)),
     HangCase(13, "One chunk, then silence.", ("first_chunk_then_silence",), "readiness", ("decode_stalled",)),
     HangCase(14, "One single stream never ends.", ("one_stream",), "request", ("stream_stuck",)),
     HangCase(15, "The transfer from prefill to decode is stuck.", ("transfer_stuck",), "liveness", ("no_progress",)),
@@ -54,8 +55,10 @@ MODES: Final = (
     HangCase(19, "Start-up never ends.", ("start_hang",), "startup", ("startup_stuck",)),
     HangCase(20, "The loop iterates, nothing is delivered.", ("livelock",), "liveness", ("livelock",)),
     HangCase(21, "Very slow, yet alive: must not be killed before the cap.", ("slow",), "silence"),
-    HangCase(22, "Speculative decoding stops near the maximum length.", ("stuck_near_limit",), "request", ("stream_stuck",)),
-    HangCase(23, "Tokens advance, all garbage: to be reported, not killed.", ("gibberish",), "report", ("garbage_output",)),
+    HangCase(22, "Speculative decoding stops near the maximum length.", ("stuck_near_limit",), "request",
+             ("stream_stuck",)),
+    HangCase(23, "Tokens advance, all garbage: to be reported, not killed.", ("gibberish",), "report",
+             ("garbage_output",)),
 )  # fmt: skip
 
 ALARMS: Final = (

@@ -1,36 +1,39 @@
 """The scripted engine's `/metrics`: the names, labels and buckets of vLLM 0.32, in a registry of its own.
 
-Counters move only with a step that gave output, gauges only when the core publishes: that is what makes a frozen core's
-page look as a real one does.
+Counters advance only with a step that produced output, gauges only when the core publishes: a frozen core's page looks
+like a real one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Rows
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
-from sidecar.tools.scripted_engine.scheduler import BLOCK, Scheduler, StepOutput
+from sidecar.tools.scripted_engine.scheduler import BLOCK_TOKENS, Scheduler, StepOutput
 
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split()))
+
+
+Series = TypeVar("Series", Gauge, Counter, Histogram)
 LABELS = ("model_name", "engine")
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-FIRST_TOKEN_BUCKETS = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
-    640.0, 2560.0,
-)  # fmt: skip
-INTER_TOKEN_BUCKETS = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
-REQUEST_BUCKETS = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
-    7680.0,
-)  # fmt: skip
+FIRST_TOKEN_BUCKETS = _floats(
+    "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
+)
+INTER_TOKEN_BUCKETS = _floats("0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80")
+REQUEST_BUCKETS = _floats("0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680")
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
-GARBAGE = b'vllm:num_requests_running{engine="0",model_name="\xff\xfe" NaN\x00\n<html>\nvllm:kv_cache_usage_perc NaN\n'
+GARBAGE_PAGE = (
+    b'vllm:num_requests_running{engine="0",model_name="\xff\xfe" NaN\x00\n<html>\nvllm:kv_cache_usage_perc NaN\n'
+)
 
 
 class EngineMetrics:
@@ -43,19 +46,23 @@ class EngineMetrics:
         self._waiting = self._gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed.")
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.")
         self._sleep = Gauge(
-            "vllm:engine_sleep_state", "Engine sleep state; awake = 0 means engine is sleeping.",
-            (*LABELS, "sleep_state"), registry=self.registry,
-        )  # fmt: skip
-        self._cache_config(kv_tokens // BLOCK)
+            "vllm:engine_sleep_state",
+            "Engine sleep state; awake = 0 means engine is sleeping.",
+            (*LABELS, "sleep_state"),
+            registry=self.registry,
+        )
+        self._cache_config(kv_tokens // BLOCK_TOKENS)
         self._queries = self._counter("vllm:prefix_cache_queries", "Prefix cache queries, in number of queried tokens.")
         self._hits = self._counter("vllm:prefix_cache_hits", "Prefix cache hits, in number of cached tokens.")
         self._preemptions = self._counter("vllm:num_preemptions", "Cumulative number of preemption from the engine.")
         self._prompt = self._counter("vllm:prompt_tokens", "Number of prefill tokens processed.")
         self._generation = self._counter("vllm:generation_tokens", "Number of generation tokens processed.")
         self._success = Counter(
-            "vllm:request_success", "Count of successfully processed requests.",
-            (*LABELS, "finished_reason"), registry=self.registry,
-        )  # fmt: skip
+            "vllm:request_success",
+            "Count of successfully processed requests.",
+            (*LABELS, "finished_reason"),
+            registry=self.registry,
+        )
         self._iterations = self._histogram(
             "vllm:iteration_tokens_total", "Histogram of number of tokens per engine_step.", ITERATION_BUCKETS
         )
@@ -69,22 +76,24 @@ class EngineMetrics:
             "vllm:e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", REQUEST_BUCKETS
         )
         self._published_preemptions = [0] * ranks
-        self.scrapes = 0  # pages that were asked for
+        self.scrapes = 0  # metrics pages served
         start = Gauge(
             "process_start_time_seconds",
             "Start time of the process since unix epoch in seconds.",
             registry=self.registry,
         )
         start.set(time.time())
-        self._touch()
+        for labels in self._labels:
+            for reason in FINISH_REASONS:
+                self._success.labels(*labels, reason)
 
     def step(self, rank: int, outputs: Rows[StepOutput]) -> None:
-        """One step of the core that gave these outputs."""
+        """Count one step of the core that produced these outputs."""
         computed = sum(o.prompt - o.sequence.cached if o.prompt else o.tokens for o in outputs)
         self._iterations.labels(*self._labels[rank]).observe(computed)
 
     def output(self, rank: int, output: StepOutput, age: float, gap: float, before: int) -> None:
-        """One sequence's part of a step: `age` since its arrival, `gap` since its last token, `before` tokens earlier."""
+        """Count one sequence's output: `age` since arrival, `gap` since its last token, `before` earlier tokens."""
         labels = self._labels[rank]
         self._generation.labels(*labels).inc(output.tokens)
         if output.prompt:
@@ -100,7 +109,7 @@ class EngineMetrics:
             self._request.labels(*labels).observe(age)
 
     def gauges(self, rank: int, scheduler: Scheduler) -> None:
-        """What the core publishes of its state."""
+        """Publish the core's state."""
         labels = self._labels[rank]
         self._running.labels(*labels).set(len(scheduler.running))
         self._waiting.labels(*labels).set(len(scheduler.waiting))
@@ -108,46 +117,52 @@ class EngineMetrics:
         self._preemptions.labels(*labels).inc(scheduler.preemptions - self._published_preemptions[rank])
         self._published_preemptions[rank] = scheduler.preemptions
 
-    def page(self, how: Behaviour, accept: str) -> tuple[bytes, str]:
-        """The page and its content type, as the scraper's Accept header wants it."""
+    def page(self, behaviour: Behaviour, accept: str) -> tuple[bytes, str]:
+        """The page and its content type, as the scraper's Accept header asks."""
         self.scrapes += 1
-        self._distort(how)
+        self._distort(behaviour)
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
-    def _distort(self, how: Behaviour) -> None:
+    def _distort(self, behaviour: Behaviour) -> None:
         for labels in self._labels:
             for state in SLEEP_STATES:
-                self._sleep.labels(*labels, state).set((state == "awake") != how.sleeping and state != "discard_all")
-            if how.gauges_zeroed:
+                self._sleep.labels(*labels, state).set(
+                    (state == "awake") != behaviour.sleeping and state != "discard_all"
+                )
+            if behaviour.gauges_zeroed:
                 self._running.labels(*labels).set(0)
                 self._waiting.labels(*labels).set(0)
-            if how.kv_usage is not None:
-                self._kv_usage.labels(*labels).set(how.kv_usage)
-
-    def _touch(self) -> None:
-        """Make every series exist from the start, as vLLM does."""
-        plain = (self._running, self._waiting, self._kv_usage, self._queries, self._hits, self._preemptions,
-                 self._prompt, self._generation, self._iterations, self._first, self._inter, self._request)  # fmt: skip
-        for labels in self._labels:
-            for series in plain:
-                series.labels(*labels)
-            for reason in FINISH_REASONS:
-                self._success.labels(*labels, reason)
+            if behaviour.kv_usage is not None:
+                self._kv_usage.labels(*labels).set(behaviour.kv_usage)
 
     def _cache_config(self, blocks: int) -> None:
-        """vLLM's series of the cache's shape: numbers as labels, of which these are the ones that say its size."""
-        sizes = {"num_gpu_blocks": str(blocks), "block_size": str(BLOCK), "kv_cache_size_tokens": str(blocks * BLOCK)}
-        config = Gauge("vllm:cache_config_info", "Information of the LLMEngine CacheConfig",
-                       ("engine", *sizes), registry=self.registry)  # fmt: skip
+        """vLLM's series of the cache configuration, with those of its labels that give the cache's size."""
+        sizes = {
+            "num_gpu_blocks": str(blocks),
+            "block_size": str(BLOCK_TOKENS),
+            "kv_cache_size_tokens": str(blocks * BLOCK_TOKENS),
+        }
+        config = Gauge(
+            "vllm:cache_config_info",
+            "Information of the LLMEngine CacheConfig",
+            ("engine", *sizes),
+            registry=self.registry,
+        )
         for _, rank in self._labels:
             config.labels(rank, *sizes.values()).set(1)
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, LABELS, registry=self.registry)
+        return self._show(Gauge(name, text, LABELS, registry=self.registry))
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, LABELS, registry=self.registry)
+        return self._show(Counter(name, text, LABELS, registry=self.registry))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, LABELS, buckets=buckets, registry=self.registry)
+        return self._show(Histogram(name, text, LABELS, buckets=buckets, registry=self.registry))
+
+    def _show(self, series: Series) -> Series:
+        """Make the series exist from the start, as vLLM does."""
+        for labels in self._labels:
+            series.labels(*labels)
+        return series

@@ -1,6 +1,6 @@
-"""Pure: what a completion request asks, in numbers.
+"""Pure: a completion request reduced to numbers.
 
-Tokens are bytes / 4; an image is width/28 x height/28 tokens. Nothing of a request is kept but a hash of its prompt.
+Tokens are bytes / 4; an image is width/28 x height/28 tokens. Of the prompt, only a hash is kept.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sidecar.images import file_headers
-from sidecar.tools.scripted_engine.scheduler import BLOCK
+from sidecar.tools.scripted_engine.scheduler import BLOCK_TOKENS
 
 BYTES_PER_TOKEN = 4
-PATCH = 28  # pixels of an image token's side: patches of 14, merged 2 x 2, as Qwen2-VL
-UNREAD_IMAGE_TOKENS = 256
-HEAD_CHARACTERS = 1 << 18  # base64 characters decoded to find a size; EXIF blocks are at most 64 KiB each
+# Side of an image token: patches of 14, merged 2 x 2, as in Qwen2-VL.
+PATCH_PIXELS = 28
+UNKNOWN_IMAGE_TOKENS = 256
+# Base64 characters decoded to find a size; EXIF blocks are at most 64 KiB each.
+MAX_HEAD_CHARACTERS = 1 << 18
 MAX_HASHED_BLOCKS = 2048
 FINAL_FORMAT = "bmp"  # needs no preprocessing worth counting
 
 
 class RequestRefused(Exception):
-    """A request that is answered with an error. `kind` is vLLM's error type."""
+    """A request that gets an error response. `kind` is vLLM's error type."""
 
     def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(message)
@@ -37,13 +39,13 @@ class RequestRefused(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.status}}
 
 
-def bad(message: str) -> RequestRefused:
+def bad_request(message: str) -> RequestRefused:
     return RequestRefused(400, "BadRequestError", message)
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A completion request in numbers. `limit` is the tokens to generate; `pixels` need preprocessing."""
+    """A completion request in numbers. `limit`: tokens to generate; `pixels`: those that need preprocessing."""
 
     model: str
     stream: bool
@@ -51,17 +53,17 @@ class CompletionRequest:
     continuous_usage: bool
     prompt: int
     limit: int
-    finish: str  # "length" where the client set the limit, else "stop"
+    finish: str  # "length" if the client set the limit, else "stop"
     pixels: int
     blocks: tuple[int, ...]
     digest: str
     base64_floats: bool = False
 
 
-def read(route: str, body: bytes, served_model: str, seed: int, capacity: int | None) -> CompletionRequest:
-    """What a body asks of `route` ("chat", "completions", "embeddings"). Raises Refusal.
+def parse_request(route: str, body: bytes, served_model: str, seed: int, capacity: int | None) -> CompletionRequest:
+    """Parse a body sent to `route` ("chat", "completions", "embeddings"). Raises RequestRefused.
 
-    `capacity` is the most prompt and output tokens together; None admits any.
+    `capacity` limits prompt and output tokens together; None is unlimited.
     """
     payload = _payload(body, served_model)
     parts = _PROMPTS[route](payload)
@@ -69,38 +71,44 @@ def read(route: str, body: bytes, served_model: str, seed: int, capacity: int | 
     digest = hashlib.blake2b(text, digest_size=16).hexdigest()
     limit, finish = _limit(route, payload, random.Random(f"{seed}:{digest}:length"))
     if capacity is not None and prompt + limit > capacity:
-        raise bad(f"This model's maximum context length is {capacity} tokens. However, you requested {limit} output "
-                  f"tokens and your prompt contains {prompt} input tokens.")  # fmt: skip
+        raise bad_request(
+            f"This model's maximum context length is {capacity} tokens. However, you requested {limit} output "
+            f"tokens and your prompt contains {prompt} input tokens."
+        )
     options = payload.get("stream_options") or {}
     if not isinstance(options, dict):
-        raise bad("stream_options must be an object")
+        raise bad_request("stream_options must be an object")
     include = bool(options.get("include_usage"))
     return CompletionRequest(
         model=served_model,
         stream=bool(payload.get("stream")),
         include_usage=include,
         continuous_usage=include and bool(options.get("continuous_usage_stats")),
-        prompt=prompt, limit=limit, finish=finish, pixels=pixels,
-        blocks=_block_hashes(text, prompt), digest=digest,
+        prompt=prompt,
+        limit=limit,
+        finish=finish,
+        pixels=pixels,
+        blocks=_block_hashes(text, prompt),
+        digest=digest,
         base64_floats=payload.get("encoding_format") == "base64",
-    )  # fmt: skip
+    )
 
 
-Part = str | bytes  # text, or the start of an image's data URL payload (with its hash in front)
+Part = str | bytes  # text, or an image's base64 payload
 
 
 def _payload(body: bytes, served_model: str) -> dict[str, Any]:
     try:
         payload = json.loads(body)
     except (ValueError, RecursionError):
-        raise bad("the body is not JSON") from None
+        raise bad_request("the body is not JSON") from None
     if not isinstance(payload, dict):
-        raise bad("the body is not a JSON object")
+        raise bad_request("the body is not a JSON object")
     model = payload.get("model")
     if model not in (None, "", served_model):
         raise RequestRefused(404, "NotFoundError", f"The model `{str(model)[:100]}` does not exist.")
     if payload.get("n") not in (None, 1):
-        raise bad("the scripted engine makes one choice: n must be 1")
+        raise bad_request("the scripted engine makes one choice: n must be 1")
     return payload
 
 
@@ -112,20 +120,20 @@ def _limit(route: str, payload: dict[str, Any], rng: random.Random) -> tuple[int
     if asked is None:
         return rng.randint(16, 256), "stop"
     if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
-        raise bad("max_tokens must be at least 1")
+        raise bad_request("max_tokens must be at least 1")
     return asked, "length"
 
 
 def _chat_parts(payload: dict[str, Any]) -> list[Part]:
     messages = payload.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise bad("messages must be a list with at least one message")
+        raise bad_request("messages must be a list with at least one message")
     return [part for message in messages for part in _message_parts(message)]
 
 
 def _message_parts(message: Any) -> list[Part]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise bad("a message must be an object with a role")
+        raise bad_request("a message must be an object with a role")
     content = message.get("content")
     parts: list[Part] = [f"<|{message['role']}|>\n"]
     if isinstance(content, str):
@@ -139,7 +147,7 @@ def _content_part(part: dict[str, Any]) -> Part:
     image = part.get("image_url")
     url = image.get("url") if isinstance(image, dict) else image
     if not isinstance(url, str) or not url.startswith("data:"):
-        raise bad("the scripted engine takes images as data URLs only")
+        raise bad_request("the scripted engine takes images as data URLs only")
     return url.partition(",")[2].encode()
 
 
@@ -152,18 +160,20 @@ def _text_parts(field: str) -> Callable[[dict[str, Any]], list[Part]]:
             return ["".join(f"{v % 10_000:04d}" for v in value)]  # token ids: one token each
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             return [value[0]]
-        raise bad(f"{field} must be one text or one list of token ids")
+        raise bad_request(f"{field} must be one text or one list of token ids")
 
     return parts
 
 
 _PROMPTS: Final[dict[str, Callable[[dict[str, Any]], list[Part]]]] = {
-    "chat": _chat_parts, "completions": _text_parts("prompt"), "embeddings": _text_parts("input"),
-}  # fmt: skip
+    "chat": _chat_parts,
+    "completions": _text_parts("prompt"),
+    "embeddings": _text_parts("input"),
+}
 
 
 def _measure(parts: list[Part]) -> tuple[bytes, int, int]:
-    """The prompt as bytes (an image as its hash, once per token), its tokens, and the pixels that need preprocessing."""
+    """The prompt as bytes (an image as its hash, once per token), its tokens, and the pixels to preprocess."""
     text, pixels = bytearray(), 0
     for part in parts:
         if isinstance(part, str):
@@ -176,23 +186,23 @@ def _measure(parts: list[Part]) -> tuple[bytes, int, int]:
 
 
 def _image(payload: bytes) -> tuple[int, int]:
-    """Tokens of an image, and its pixels unless it is already in its final form."""
+    """Tokens of an image, and its pixels unless it needs no preprocessing."""
     try:
-        head = base64.b64decode(payload[:HEAD_CHARACTERS])
+        head = base64.b64decode(payload[:MAX_HEAD_CHARACTERS])
     except binascii.Error:
-        raise bad("an image is not valid base64") from None
+        raise bad_request("an image is not valid base64") from None
     header = file_headers.read(head)
     if header is None or not header.width or not header.height:
-        return UNREAD_IMAGE_TOKENS, 0
-    tokens = max(1, round(header.width / PATCH)) * max(1, round(header.height / PATCH))
+        return UNKNOWN_IMAGE_TOKENS, 0
+    tokens = max(1, round(header.width / PATCH_PIXELS)) * max(1, round(header.height / PATCH_PIXELS))
     return tokens, 0 if header.format == FINAL_FORMAT else header.width * header.height
 
 
 def _block_hashes(text: bytes, prompt: int) -> tuple[int, ...]:
-    """A hash per whole block of the prompt, each over everything before it."""
-    width = BLOCK * BYTES_PER_TOKEN
+    """A hash for each whole block of the prompt, over everything up to its end."""
+    width = BLOCK_TOKENS * BYTES_PER_TOKEN
     state, hashes = hashlib.blake2b(digest_size=8), []
-    for at in range(0, min(prompt // BLOCK, MAX_HASHED_BLOCKS) * width, width):
+    for at in range(0, min(prompt // BLOCK_TOKENS, MAX_HASHED_BLOCKS) * width, width):
         state.update(text[at : at + width])
         hashes.append(int.from_bytes(state.digest()))
     return tuple(hashes)

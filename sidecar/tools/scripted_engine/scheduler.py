@@ -1,11 +1,11 @@
-"""Pure: a continuous-batching scheduler over simulated steps. No clock, no I/O: `plan` says how long a step takes,
-`apply` does it.
+"""Pure: a continuous-batching scheduler over simulated steps: `plan` returns a step with its duration, `apply` runs it.
 
-Rules, after vLLM's scheduler: a step has a budget of tokens; running sequences decode one token each, what is left goes to
-prefills, so a long prompt takes several steps (chunked prefill). A chunk that does not end its prompt gives no output and
-moves no counter; only KV use moves. Waiting sequences are admitted in order of arrival while the batch and the KV cache have
-room; when a decode finds no room, the youngest sequence is preempted and computed anew. Prompt blocks that ended are kept in
-a bounded prefix cache.
+The rules follow vLLM's scheduler:
+- a step has a token budget; running sequences decode one token each, prefills share the rest (chunked prefill);
+- a chunk that does not finish its prompt yields no output and advances no counter, only KV use grows;
+- waiting sequences are admitted in order of arrival while the batch and the KV cache have room;
+- when a decode finds no room, the youngest sequence is preempted and recomputed;
+- blocks of finished prompts stay in a bounded prefix cache.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 from sidecar.tools.scripted_engine.behaviour import Behaviour
 
-BLOCK = 16  # tokens per KV block, as vLLM's default
-IDLE_STEP = 0.005  # seconds of a step that can do nothing: bounds the rate of an engine that is stuck
+# Tokens per KV block: vLLM's default.
+BLOCK_TOKENS = 16
+# A step without work takes at least this long, which bounds the step rate of a stuck engine.
+IDLE_STEP_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,11 @@ class ScheduledSequence:
     prompt: int
     limit: int
     blocks: tuple[int, ...] = ()  # hashes of the prompt's whole blocks
-    finish: str = "stop"  # why it ends when it does
+    finish: str = "stop"  # its finish_reason
     cached: int = 0
     computed: int = 0
     generated: int = 0
-    restart: int = 0  # generated tokens to compute anew after a preemption
+    restart: int = 0  # generated tokens to recompute after a preemption
 
     @property
     def target(self) -> int:
@@ -56,7 +58,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """What one step will do: prefill chunks and decodes, and how many seconds it takes."""
+    """What one step will do: prefill chunks and decodes, and its duration."""
 
     seconds: float
     chunks: tuple[tuple[ScheduledSequence, int], ...] = ()
@@ -65,7 +67,7 @@ class ScheduledStep:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step gave one sequence. `prompt` > 0 when its prefill ended in this step."""
+    """What one step yielded for one sequence. `prompt` > 0 if its prefill finished in this step."""
 
     sequence: ScheduledSequence
     tokens: int
@@ -81,45 +83,45 @@ class Scheduler:
     waiting: deque[ScheduledSequence] = field(default_factory=deque)
     running: list[ScheduledSequence] = field(default_factory=list)
     preemptions: int = 0
-    victim: ScheduledSequence | None = None  # the one stuck stream, while that fault is on
+    victim: ScheduledSequence | None = None  # the stuck sequence of the `one_stream` fault
     _cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
-    def room(self) -> bool:
-        """Whether one more sequence may wait."""
+    def has_room(self) -> bool:
+        """Whether the queue takes one more sequence."""
         return len(self.waiting) < self.limits.max_waiting
 
     def add(self, sequence: ScheduledSequence) -> None:
         self.waiting.append(sequence)
 
     def remove(self, sequence: ScheduledSequence) -> bool:
-        """Take a sequence out wherever it is; False when it is gone already."""
+        """Remove a sequence, running or waiting. False if it is already gone."""
         for place in (self.running, self.waiting):
             if sequence in place:
                 place.remove(sequence)
                 return True
         return False
 
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         return bool(self.running or self.waiting)
 
     def kv_usage(self) -> float:
-        """Share of the KV blocks that running sequences hold, 0..1."""
+        """Share of the KV blocks held by running sequences, 0..1."""
         return min(1.0, sum(_blocks(s.computed) for s in self.running) / self._capacity())
 
-    def plan(self, how: Behaviour) -> ScheduledStep:
+    def plan(self, behaviour: Behaviour) -> ScheduledStep:
         """Admit what fits, then choose the tokens of the next step."""
-        if how.admitting:
+        if behaviour.admitting:
             self._admit()
-        movable = self._movable(how)
-        decodes = [s for s in movable if s.prefilled and how.decoding and not _at_limit(s, how)]
-        decodes = self._with_room(decodes)
-        held = [s for s in movable if not s.prefilled and s in self.running]
-        budget = self.limits.step_tokens - len(decodes) if how.prefilling else 0
-        chunks = _chunks(held, budget, spare=0 if how.first_token else 1)
-        return ScheduledStep(self._seconds(chunks, decodes, how), tuple(chunks), tuple(decodes))
+        movable = self._movable(behaviour)
+        decodes = [s for s in movable if s.prefilled and behaviour.decoding and not _at_limit(s, behaviour)]
+        decodes = self._preempt_for_room(decodes)
+        prefills = [s for s in movable if not s.prefilled and s in self.running]
+        budget = self.limits.step_tokens - len(decodes) if behaviour.prefilling else 0
+        chunks = _chunks(prefills, budget, spare=0 if behaviour.first_token else 1)
+        return ScheduledStep(self._seconds(chunks, decodes, behaviour), tuple(chunks), tuple(decodes))
 
     def apply(self, step: ScheduledStep) -> list[StepOutput]:
-        """Do the step's work for the sequences that are still there."""
+        """Execute the step for the sequences that have not been removed."""
         outputs = [self._decode(s) for s in step.decodes if s in self.running]
         for sequence, tokens in step.chunks:
             if sequence in self.running:
@@ -138,30 +140,30 @@ class Scheduler:
             if _blocks(head.target + 1) > free:
                 return
             self.waiting.popleft()
-            head.computed = self._hit(head)
+            head.computed = self._cached_tokens(head)
             head.cached = head.cached if head.restart else head.computed
             self.running.append(head)
 
-    def _hit(self, sequence: ScheduledSequence) -> int:
-        """Leading prompt tokens that the prefix cache holds; at least one is always computed."""
+    def _cached_tokens(self, sequence: ScheduledSequence) -> int:
+        """Leading prompt tokens in the prefix cache; at least one is always computed."""
         hits = 0
         for block in sequence.blocks:
             if block not in self._cache:
                 break
             self._cache.move_to_end(block)
             hits += 1
-        return min(hits, (sequence.prompt - 1) // BLOCK) * BLOCK
+        return min(hits, (sequence.prompt - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
 
-    def _movable(self, how: Behaviour) -> list[ScheduledSequence]:
-        if not how.stuck_one:
+    def _movable(self, behaviour: Behaviour) -> list[ScheduledSequence]:
+        if not behaviour.stuck_one:
             self.victim = None
         elif self.victim is None and self.running:
             self.victim = self.running[0]
         return [s for s in self.running if s is not self.victim]
 
-    def _with_room(self, decodes: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """Preempt the youngest until each decode has a block for its next token."""
-        while decodes and self._held(decodes) > self._capacity() and len(self.running) > 1:
+    def _preempt_for_room(self, decodes: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Preempt the youngest sequence until each decode has a block for its next token."""
+        while decodes and self._needed_blocks(decodes) > self._capacity() and len(self.running) > 1:
             youngest = self.running.pop()
             youngest.computed, youngest.restart = 0, youngest.generated
             self.waiting.appendleft(youngest)
@@ -169,19 +171,19 @@ class Scheduler:
             decodes = [s for s in decodes if s is not youngest]
         return decodes
 
-    def _held(self, decodes: list[ScheduledSequence]) -> int:
-        return sum(_blocks(s.computed) for s in self.running) + sum(s.computed % BLOCK == 0 for s in decodes)
+    def _needed_blocks(self, decodes: list[ScheduledSequence]) -> int:
+        return sum(_blocks(s.computed) for s in self.running) + sum(s.computed % BLOCK_TOKENS == 0 for s in decodes)
 
     def _seconds(
-        self, chunks: list[tuple[ScheduledSequence, int]], decodes: list[ScheduledSequence], how: Behaviour
+        self, chunks: list[tuple[ScheduledSequence, int]], decodes: list[ScheduledSequence], behaviour: Behaviour
     ) -> float:
         if not chunks and not decodes:
-            return max(IDLE_STEP, self.limits.decode_step) * how.step_factor
-        if how.prefill_seconds is None:
+            return max(IDLE_STEP_S, self.limits.decode_step) * behaviour.step_factor
+        if behaviour.prefill_seconds is None:
             prefill = sum(n for _, n in chunks) / self.limits.prefill_tokens_per_second
         else:
-            prefill = sum(how.prefill_seconds * n / max(1, s.target - s.cached) for s, n in chunks)
-        return (prefill + self.limits.decode_step) * how.step_factor
+            prefill = sum(behaviour.prefill_seconds * n / max(1, s.target - s.cached) for s, n in chunks)
+        return (prefill + self.limits.decode_step) * behaviour.step_factor
 
     def _end_prefill(self, sequence: ScheduledSequence) -> StepOutput:
         for block in sequence.blocks:
@@ -193,7 +195,7 @@ class Scheduler:
         return self._decode(sequence, prompt, new_kv=False)
 
     def _decode(self, sequence: ScheduledSequence, prompt: int = 0, *, new_kv: bool = True) -> StepOutput:
-        """One more token; a prefill's own first token takes its KV place only in the step after."""
+        """Generate one token; the first token after a prefill takes its KV slot in the next step."""
         sequence.computed += new_kv
         if sequence.limit:
             sequence.generated += 1
@@ -202,16 +204,16 @@ class Scheduler:
         return StepOutput(sequence, tokens, prompt, sequence.generated >= sequence.limit)
 
     def _capacity(self) -> int:
-        return max(1, self.limits.kv_tokens // BLOCK)
+        return max(1, self.limits.kv_tokens // BLOCK_TOKENS)
 
 
-def _at_limit(s: ScheduledSequence, how: Behaviour) -> bool:
-    """Whether a sequence is kept from its last token."""
-    return not how.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > how.short
+def _at_limit(s: ScheduledSequence, behaviour: Behaviour) -> bool:
+    """Whether the `stuck_near_limit` fault holds back this sequence's last token."""
+    return not behaviour.last_token and s.generated + 1 >= s.limit and s.prompt + s.limit > behaviour.short
 
 
 def _chunks(prefills: list[ScheduledSequence], budget: int, spare: int) -> list[tuple[ScheduledSequence, int]]:
-    """Share the budget over prefills in order of admission, leaving `spare` tokens of each for never."""
+    """Share the budget among prefills in order of admission, never computing the last `spare` tokens of each."""
     chunks = []
     for sequence in prefills:
         tokens = min(budget, sequence.target - sequence.computed - spare)
@@ -222,4 +224,4 @@ def _chunks(prefills: list[ScheduledSequence], budget: int, spare: int) -> list[
 
 
 def _blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+    return -(-tokens // BLOCK_TOKENS)

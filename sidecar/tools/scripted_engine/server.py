@@ -1,7 +1,7 @@
-"""The scripted engine: an OpenAI-compatible server that behaves as vLLM does, in simulated time, with faults on command.
+"""The scripted engine: an OpenAI-compatible server that behaves like vLLM, in simulated time, with faults on command.
 
-It is what `sidecar engine` runs, what the demo restarts, and what the tests stand beside. One process, one event loop: a
-task per data-parallel rank, one that obeys the faults of the process itself (a closed port, a crash), and the HTTP server.
+It runs in `sidecar engine`, in the demo and in the tests. One process, one event loop: a task per data-parallel rank,
+one for the faults of the process itself (a closed port, a crash), and the HTTP server.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from sidecar.tools.scripted_engine.faults import FAULTS, Faults
 from sidecar.tools.scripted_engine.metrics import EngineMetrics
 from sidecar.tools.scripted_engine.scheduler import SchedulerLimits
 
-BACKLOG = 2048  # as vLLM's API server
-STOP_SECONDS = 0.05  # open streams are cut at the end, as a killed engine cuts them
+# As in vLLM's API server.
+BACKLOG = 2048
+# Open streams are cut at the end, as by a killed engine.
+SHUTDOWN_TIMEOUT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,20 @@ class EngineSettings:
     def limits(self) -> SchedulerLimits:
         """The sizes and speeds of one rank."""
         return SchedulerLimits(
-            self.prefill_tokens_per_second, self.decode_step_ms / 1000, self.max_batch, self.max_waiting, self.kv_tokens,
+            self.prefill_tokens_per_second,
+            self.decode_step_ms / 1000,
+            self.max_batch,
+            self.max_waiting,
+            self.kv_tokens,
             self.chunked_prefill_tokens,
-        )  # fmt: skip
+        )
 
 
 class ScriptedEngine:
-    """The engine as an async context manager: it listens once entered, and is gone once left.
+    """The engine as an async context manager: it listens from entry to exit.
 
-    `url` is its base URL, `faults` its faults (also at /faults), `cores` its ranks. `on_exit` is called by the `crash` fault
-    with the exit code; by default the port closes, all connections break and `exit_code` is set.
+    `faults` are also at /faults, `cores` are its ranks. The `crash` fault calls `on_exit` with the exit code; by
+    default the port closes, all connections break and `exit_code` is set.
     """
 
     def __init__(
@@ -77,13 +83,13 @@ class ScriptedEngine:
         on_exit: Callable[[int], object] | None = None,
     ) -> None:
         self.settings = settings or EngineSettings(listen=("127.0.0.1", 0))
-        self.faults = Faults(self._at_start())
+        self.faults = Faults(self._initial_behaviour())
         self.cores: tuple[EngineCore, ...] = ()
         self.exit_code: int | None = None
         self._activity = EngineCondition()
         self._sock = sock
         self._on_exit = on_exit
-        self._meters: EngineMetrics | None = None
+        self._metrics: EngineMetrics | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._site: web.SockSite | None = None
         self._preprocessor = ThreadPoolExecutor(1, "preprocess")
@@ -100,24 +106,27 @@ class ScriptedEngine:
 
     @property
     def listening(self) -> bool:
-        """Whether the port takes connections."""
+        """Whether the port accepts connections."""
         return self._site is not None
 
     async def until(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready()` holds; it is asked again after each step, admission, abort, and change of the port."""
+        """Wait until `ready()` is true; checked after each step, admission, abort and change of the port."""
         await self._activity.until(ready)
 
     async def __aenter__(self) -> ScriptedEngine:
-        self._sock = self._sock or bound(self.settings.listen)
+        self._sock = self._sock or bind_socket(self.settings.listen)
         self._address = self._sock.getsockname()
         if self.settings.fault:
             self.faults.start(self.settings.fault)
-        s = self.settings
-        meters = self._meters = EngineMetrics(s.served_model, s.data_parallel, s.kv_tokens)
-        limits = s.limits()
-        self.cores = tuple(EngineCore(i, limits, self.faults, meters, self._activity) for i in range(s.data_parallel))
+        settings, limits = self.settings, self.settings.limits()
+        metrics = self._metrics = EngineMetrics(settings.served_model, settings.data_parallel, settings.kv_tokens)
+        ranks = range(settings.data_parallel)
+        self.cores = tuple(EngineCore(rank, limits, self.faults, metrics, self._activity) for rank in ranks)
         self._runner = web.AppRunner(
-            application(self._parts(meters)), handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS
+            application(self._parts(metrics)),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
         await self._runner.setup()
         if self.faults.behaviour.port_open:
@@ -125,7 +134,8 @@ class ScriptedEngine:
         if self.settings.load_seconds:
             loop = asyncio.get_running_loop()
             self._loaded = loop.call_later(self.settings.load_seconds, self.faults.rebase, Behaviour())
-        self._tasks = [asyncio.create_task(job) for job in (*(c.run() for c in self.cores), self._obey())]
+        jobs = (*(core.run() for core in self.cores), self._apply_process_faults())
+        self._tasks = [asyncio.create_task(job) for job in jobs]
         return self
 
     async def __aexit__(
@@ -146,40 +156,42 @@ class ScriptedEngine:
                 raise end
 
     async def wait(self) -> None:
-        """Until one of its own tasks fails; raises what it raised."""
+        """Run until one of the engine's tasks fails, and raise its exception."""
         await asyncio.gather(*self._tasks)
 
-    def _at_start(self) -> Behaviour:
+    def _initial_behaviour(self) -> Behaviour:
         if not self.settings.load_seconds:
             return Behaviour()
         return Behaviour(loading=True, port_open=self.settings.load_port == "open")
 
     @property
     def scrapes(self) -> int:
-        """How often its metrics page was asked for."""
-        return self._meters.scrapes if self._meters else 0
+        """Number of metrics pages served."""
+        return self._metrics.scrapes if self._metrics else 0
 
-    def _parts(self, meters: EngineMetrics) -> EngineParts:
-        s = self.settings
+    def _parts(self, metrics: EngineMetrics) -> EngineParts:
+        settings = self.settings
         return EngineParts(
-            s.served_model,
-            s.seed,
-            s.kv_tokens,
-            s.image_ms / 1_000_000_000,
+            settings.served_model,
+            settings.seed,
+            settings.kv_tokens,
+            settings.image_ms / 1e9,
             self.cores,
             self.faults,
-            meters,
+            metrics,
             self._preprocessor,
         )
 
-    async def _obey(self) -> None:
-        """Open and close the port, and end, as the faults say."""
+    async def _apply_process_faults(self) -> None:
+        """Open or close the port, or exit, as the faults demand."""
         while self.exit_code is None:
-            await self.faults.until(lambda how: how.exit_code is not None or how.port_open != bool(self._site))
-            how = self.faults.behaviour
-            if how.exit_code is not None:
-                await self._exit(how.exit_code)
-            elif how.port_open:
+            await self.faults.until(
+                lambda behaviour: behaviour.exit_code is not None or behaviour.port_open != bool(self._site)
+            )
+            behaviour = self.faults.behaviour
+            if behaviour.exit_code is not None:
+                await self._exit(behaviour.exit_code)
+            elif behaviour.port_open:
                 await self._open()
             else:
                 await self._close()
@@ -191,11 +203,11 @@ class ScriptedEngine:
         await self._close()
 
     async def _open(self) -> None:
-        sock = self._sock or bound(self._address[:2])
+        sock = self._sock or bind_socket(self._address[:2])
         self._sock = None  # the site closes it
         self._site = web.SockSite(self._runner, sock, backlog=BACKLOG)
         await self._site.start()
-        self._activity.ring()
+        self._activity.notify()
 
     async def _close(self) -> None:
         if self._site:
@@ -203,10 +215,10 @@ class ScriptedEngine:
         self._site = None
         for connection in list(self._runner.server.connections if self._runner.server else ()):
             connection.force_close()
-        self._activity.ring()
+        self._activity.notify()
 
 
-def bound(where: tuple[str, int]) -> socket.socket:
+def bind_socket(where: tuple[str, int]) -> socket.socket:
     """A TCP socket bound to `where`, not yet listening: connections are refused. Raises StartError."""
     host, port = where
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -235,14 +247,14 @@ async def _until_signalled(settings: EngineSettings) -> None:
 
 
 def main(settings: EngineSettings) -> int:
-    """Run `sidecar engine`; the exit code. Raises StartError where the port is taken."""
+    """Run `sidecar engine`. Returns the exit code. Raises StartError if the port is taken."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_until_signalled(settings))
     return 0
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where it is installed: it is for CPython only."""
+    """uvloop if it is installed: it supports CPython only."""
     try:
         import uvloop
     except ImportError:
