@@ -120,8 +120,10 @@ class Scene:
             if self.seen
             else []
         )
-        told = ", ".join(f"{s.at - self.began:+.1f} s {s.verdict}/{s.reason} {s.live} {s.ready}" for s in changes[-25:])
-        return f"seen: {told}; requests ended: {sorted(set(self.ended))}; log: {''.join(self.sidecar.log[-6:])}"
+        history = ", ".join(
+            f"{s.at - self.began:+.1f} s {s.verdict}/{s.reason} {s.live} {s.ready}" for s in changes[-25:]
+        )
+        return f"seen: {history}; requests ended: {sorted(set(self.ended))}; log: {''.join(self.sidecar.log[-6:])}"
 
     def since(self) -> list[Seen]:
         """The checks since the fault."""

@@ -39,8 +39,8 @@ async def test_coefficients_of_another_model_are_stale_at_once(
     assert load["coefficients"]["stale_reason"] == "measured on the model another, the engine serves scripted"
     assert load["coefficients"]["margin"] == pytest.approx(0.4)
     assert load["coefficients"]["shadow"] is None
-    status, told = await sidecar.get("/cost?in=3500&out=300")
-    assert (status, told["mu"]) == (200, 1.0)
+    status, cost = await sidecar.get("/cost?in=3500&out=300")
+    assert (status, cost["mu"]) == (200, 1.0)
     assert (await sidecar.get("/cost?in=x"))[0] == 400
     status, kept = await sidecar.get("/coefficients")
     assert cost_model.from_json(json.dumps(kept)).model == "another"

@@ -122,7 +122,7 @@ async def test_the_merged_page_and_the_orca_header_carry_the_load(engine: Script
     await sidecar.until_verdict("idle")
     await sidecar.until_merged("vllm:num_requests_running", "sidecar_mu_utilization_ratio")
     header = ""
-    while not header:  # the relay knows the load once the control process has told it, within a second of its start
+    while not header:  # the relay knows the load once the control process has reported it, within a second of its start
         async with sidecar.chat(**{"endpoint-load-metrics-format": "JSON"}) as answer:
             await answer.read()
             header = answer.headers.get("endpoint-load-metrics", "")

@@ -57,12 +57,12 @@ class Found:
 
 ROWS = [
     Row(kind, case, story, relays)
-    for kind, cases, told in (
+    for kind, cases, by_number in (
         ("mode", hang_catalogue.MODES, stories.MODES),
         ("alarm", hang_catalogue.ALARMS, stories.ALARMS),
     )
     for case in cases
-    for story in told[case.number]
+    for story in by_number[case.number]
     for relays in RELAYS
 ]
 
@@ -76,11 +76,11 @@ def test_the_row_gets_what_is_owed(row: Row, found: dict[str, Found]) -> None:
 
 def test_every_mode_and_alarm_is_played() -> None:
     """The catalogue has all 23 modes and 17 alarms, each with a story, and names the faults that have its number."""
-    for cases, told, last, numbers in (
+    for cases, by_number, last, numbers in (
         (hang_catalogue.MODES, stories.MODES, 23, lambda f: f.modes),
         (hang_catalogue.ALARMS, stories.ALARMS, 17, lambda f: f.alarms),
     ):
-        assert [case.number for case in cases] == list(told) == list(range(1, last + 1))
+        assert [case.number for case in cases] == list(by_number) == list(range(1, last + 1))
         for case in cases:
             assert {name for name, fault in FAULTS.items() if case.number in numbers(fault)} == set(case.faults), case
             assert bool(case.reasons) == (case.owed != "silence"), case

@@ -48,10 +48,10 @@ def start(scratch: Path) -> Iterator[Start]:
         process.communicate(timeout=PATIENCE)
 
 
-def finish(process: subprocess.Popen[str], said: list[str]) -> int:
+def finish(process: subprocess.Popen[str], lines: list[str]) -> int:
     """Read to the end; the exit code."""
     assert process.stdout
-    said.extend(process.stdout)
+    lines.extend(process.stdout)
     return process.wait(timeout=PATIENCE)
 
 
@@ -61,69 +61,69 @@ def nothing_left(scratch: Path) -> bool:
     return not psutil.wait_procs(found, PATIENCE)[1]
 
 
-def engine_pids(said: list[str]) -> list[int]:
-    return [int(found[1]) for line in said if (found := re.search(r"engine started \(pid (\d+)", line))]
+def engine_pids(lines: list[str]) -> list[int]:
+    return [int(found[1]) for line in lines if (found := re.search(r"engine started \(pid (\d+)", line))]
 
 
-def summary_of(said: list[str]) -> dict[str, str]:
-    rows = [line.strip().split("  ", 1) for line in said if line.startswith("  ")]
+def summary_of(lines: list[str]) -> dict[str, str]:
+    rows = [line.strip().split("  ", 1) for line in lines if line.startswith("  ")]
     return {name: value.strip() for name, value in rows}
 
 
-def read_until(process: subprocess.Popen[str], words: str, said: list[str]) -> None:
+def read_until(process: subprocess.Popen[str], words: str, lines: list[str]) -> None:
     """Read the output up to the line with these words, a pattern."""
     assert process.stdout
     for line in process.stdout:
-        said.append(line)
+        lines.append(line)
         if re.search(words, line):
             return
-    pytest.fail(f"ended before it said {words!r}: {''.join(said)}")
+    pytest.fail(f"ended before it said {words!r}: {''.join(lines)}")
 
 
 @pytest.mark.slow
 def test_the_story_of_a_stall(scratch: Path, start: Start) -> None:
     """A stall is detected, killed and recovered from; Ctrl-C prints the summary with exit code 0."""
-    said: list[str] = []
+    lines: list[str] = []
     process = start("--stall-after", "3", "--seconds", "240")
-    read_until(process, "RECOVERED", said)
+    read_until(process, "RECOVERED", lines)
     process.send_signal(signal.SIGINT)
-    code = finish(process, said)
-    told = "".join(said)
-    assert code == 0, told
-    assert PAGE.match(said[0])
+    code = finish(process, lines)
+    output = "".join(lines)
+    assert code == 0, output
+    assert PAGE.match(lines[0])
     order = ["STALL injected", "DETECTED", "liveness probe failed 3/3", "engine killed", "restarts: 1", "RECOVERED"]
-    places = [told.index(word) for word in order]
+    places = [output.index(word) for word in order]
     assert places == sorted(places)
-    summary = summary_of(said)
+    summary = summary_of(lines)
     assert float(summary["time to detect"].split()[0]) > 0
     assert float(summary["time to recover"].split()[0]) > float(summary["time to detect"].split()[0])
     assert summary["stalls injected"] == "1"
     assert summary["false alarms"] == "0"
     assert nothing_left(scratch)
-    assert not any(psutil.pid_exists(pid) for pid in engine_pids(said))
+    assert not any(psutil.pid_exists(pid) for pid in engine_pids(lines))
     assert not list(scratch.glob("sidecar-demo-*"))
 
 
 def test_it_ends_by_itself(scratch: Path, start: Start) -> None:
     """With --seconds it ends by itself at any stage; an engine that is not ready by then is a reported failure."""
-    said: list[str] = []
-    assert finish(start("--seconds", "0.5", "--stall-after", "0"), said) == 1
-    assert PAGE.match(said[0])
-    assert summary_of(said)["requests"] == "0"
-    assert "FAILED: the engine never became ready\n" in said
+    lines: list[str] = []
+    assert finish(start("--seconds", "0.5", "--stall-after", "0"), lines) == 1
+    assert PAGE.match(lines[0])
+    assert summary_of(lines)["requests"] == "0"
+    assert "FAILED: the engine never became ready\n" in lines
     assert nothing_left(scratch)
 
 
 def test_it_sums_up_what_was_served(scratch: Path, start: Start) -> None:
     """The summary includes the requests, images and MU of the run."""
-    said: list[str] = []
+    lines: list[str] = []
     process = start("--stall-after", "0")
-    read_until(process, r"[1-9]\d* requests ok.* [1-9]\d* images", said)
+    read_until(process, r"[1-9]\d* requests ok.* [1-9]\d* images", lines)
     process.send_signal(signal.SIGTERM)
-    code = finish(process, said)
-    assert code == 0, "".join(said)
-    assert PAGE.match(said[0])
-    summary = summary_of(said)
+    code = finish(process, lines)
+    assert code == 0, "".join(lines)
+    assert PAGE.match(lines[0])
+    summary = summary_of(lines)
     assert re.search(r"\b[1-9]\d* ok\b", summary["requests"])
     assert float(summary["model units"].split()[0]) > 0
     assert int(summary["images"].split()[0]) > 0
@@ -133,22 +133,22 @@ def test_it_sums_up_what_was_served(scratch: Path, start: Start) -> None:
 
 def test_a_sidecar_that_dies_fails_the_demo(scratch: Path, start: Start) -> None:
     """When the sidecar dies, the demo reports it, exits with 1, keeps and names the logs, and leaves no process."""
-    said: list[str] = []
+    lines: list[str] = []
     process = start("--stall-after", "0")
-    read_until(process, "sidecar up", said)
+    read_until(process, "sidecar up", lines)
     (pod,) = [p for p in psutil.Process(process.pid).children() if "run" in p.cmdline()]
     pod.kill()
-    assert finish(process, said) == 1
-    assert "FAILED: the sidecar exited (signal SIGKILL)\n" in said
+    assert finish(process, lines) == 1
+    assert "FAILED: the sidecar exited (signal SIGKILL)\n" in lines
     (log,) = scratch.glob("sidecar-demo-*/sidecar.log")
-    assert str(log) in said[-1]
+    assert str(log) in lines[-1]
     assert nothing_left(scratch)
 
 
 def test_images_directory_without_images(scratch: Path, start: Start) -> None:
     """A directory without photographs ends it at once with one line and the exit code of a usage error."""
-    said: list[str] = []
-    assert finish(start("--images", str(scratch)), said) == 2
-    assert len(said) == 1
-    assert "--images:" in said[0]
-    assert "contains no .jpg" in said[0]
+    lines: list[str] = []
+    assert finish(start("--images", str(scratch)), lines) == 2
+    assert len(lines) == 1
+    assert "--images:" in lines[0]
+    assert "contains no .jpg" in lines[0]

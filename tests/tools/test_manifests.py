@@ -365,7 +365,7 @@ def test_the_sidecars_own_files_steer_both_lines(interpreter: list[str], tmp_pat
     """The lines read StateDir's files: liveness fails while stalled, draining waits for outstanding requests."""
     state = StateDir(str(tmp_path))
     liveness = shell.safe_liveness(str(tmp_path))
-    # Bounded to one round; `sleep` is replaced by a mark, so that waiting can be told from not waiting.
+    # Bounded to one round; `sleep` is replaced by a mark, which shows whether it waits.
     drain = f"sleep() {{ [ $1 = 1 ] && echo waited; }}; {shell.drain(str(tmp_path), 0, 1)}"
 
     def waited() -> bool:
