@@ -213,7 +213,7 @@ def prefill_of(w: World) -> tuple[float, float, float]:
     waiting = (s for s in w.users.values() if not s.first)
     seconds = sum(cost_model.terms(RequestSize(s.prompt), w.co).before_first_token for s in waiting) / 1000
     slow = w.site.slowness / (1.0 if w.site.starves else CHUNK_SHARE)
-    return seconds, seconds * slow, w.control.progress.learned.seconds(seconds)
+    return seconds, seconds * slow, w.control.health.progress.learned.seconds(seconds)
 
 
 def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import CanaryResult, EnginePauseChanged, Event, RequestBlocked, Settled
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load import cost_model
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -182,7 +183,7 @@ class World:
 
     def new_control(self, *, remembers: bool = False) -> None:
         """The control process starts anew; `remembers`: it finds the memory of the one before in its state directory."""
-        kept = self.control.keep() if remembers else None
+        kept = self.control.save() if remembers else None
         self.control = ControlState(self.settings, self.co, self.now, self.wall + self.now)
         self._canary = None
         if kept is not None:
@@ -202,8 +203,8 @@ class World:
         impatient side. What waiting and sharing would have taught (patience) is left out."""
         assert not self.users and self.verdict in CALM, "only calm time may be skipped"
         self.now += seconds
-        self.control._ticked_at, self.control._ticked_wall = self.now, self.wall + self.now
-        learned = self.control.progress.learned
+        self.control.health._ticked_at, self.control.health._ticked_wall = self.now, self.wall + self.now
+        learned = self.control.health.progress.learned
         canaries = int(seconds / self.settings.canary_interval)
         learned.first_tokens += canaries  # what idle canaries alone would have added
         if busy:
@@ -224,7 +225,7 @@ class World:
 
     @property
     def verdict(self) -> str:
-        return self.control.memory.state
+        return self.control.health.state.state
 
     def killed(self, since: float) -> float | None:
         """When liveness first failed, from `since` on, for an engine that had not just died of itself."""
@@ -259,7 +260,7 @@ class World:
         self.control.tick(self._readings(), self.now, self.wall + self.now)
         self._note()
         self._obey()
-        allowed = self.control.canary_due()
+        allowed = self.control.health.canary_due()
         if allowed is not None:
             self._send_canary(allowed)
         self.ticks += 1
@@ -293,7 +294,7 @@ class World:
         if self.verdict in UNLIVE and self.relief and not self.blind:
             for seq in list(self.users.values()):
                 self.abort(seq, "stalled", "engine_stalled")
-        for _, end in self.control.take_ends():
+        for _, end in self.control.health.take_aborts():
             for id in end.ids:
                 if (seq := self.users.get(id)) is not None:
                     self.ended.append(Ended(self.now, id, end.code))
@@ -328,7 +329,7 @@ class World:
         return TickReadings(self._reading, gpus, NONE, (relay,), self._refused, "vllm", unanswered, resting)
 
     def _send_canary(self, allowed: float) -> None:
-        self.control.canary_sent(self.now)
+        self.control.health.canary_sent(self.now)
         seq = self.engine.submit("canary", 8, 1, self.now, owner=OURS)
         if seq is not None:
             self._canary = (seq, self.now, allowed)
@@ -350,6 +351,6 @@ class World:
         self.control.canary_ended(CanaryResult(outcome, started, self.now, allowed))  # type: ignore[arg-type]
 
     def _note(self) -> None:
-        m = self.control.memory
+        m = self.control.health.state
         if not self.trail or (self.trail[-1].state, self.trail[-1].reason) != (m.state, m.reason):
             self.trail.append(Change(self.now, m.state, m.reason))

@@ -24,7 +24,7 @@ from sidecar.snapshot import Snapshot
 FOLDER: Final = "diagnoses"
 MAX_BUNDLES: Final = 10
 MAX_BUNDLE_BYTES: Final = 2 << 20  # of one bundle
-MAX_PAGE: Final = 512 * 1024  # bytes of the engine's metrics page
+MAX_PAGE_BYTES: Final = 512 * 1024  # bytes of the engine's metrics page
 MAX_REQUESTS: Final = 200
 _ID = re.compile(r"\d{8}T\d{6}-[a-z_]{1,40}")
 
@@ -72,7 +72,7 @@ def bundle(snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, st
             {"state": c.state, "reason": c.reason, "detail": c.detail, "at": c.since_wall} for c in snapshot.changes
         ],
         "engine_metrics_age": round(page[0], 3) if page else None,
-        "engine_metrics": page[1][:MAX_PAGE] if page else None,
+        "engine_metrics": page[1][:MAX_PAGE_BYTES] if page else None,
     }
 
 

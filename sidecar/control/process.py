@@ -29,6 +29,7 @@ from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import StateStore
 from sidecar.load import cost_model
+from sidecar.report.fan_out import FanOut
 from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages
@@ -40,7 +41,8 @@ from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
 
-TICK_LOST = 5.0  # seconds without a tick before /healthz fails
+# Without a tick for so long, /healthz fails.
+TICK_LOST_S = 5.0
 
 _log = logging.getLogger("sidecar")
 
@@ -74,7 +76,7 @@ async def run(
         _log.info("relay on %s:%d, admin on %s:%d, engine %s", *chosen.listen, *chosen.admin, chosen.engine)
         duties: dict[str, Any] = {
             "relays": pool.run(doors.joining), "port": signals.port.run(), "ticks": ticker.run(),
-            "contact": signals.contact.run(signals.port.opened),
+            "engine": signals.engine.run(signals.port.opened),
         }  # fmt: skip
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(duty, name=name) for name, duty in duties.items()]
@@ -93,35 +95,39 @@ def listen(draining: Callable[[], None], ended: Callable[[], None]) -> None:
 
 def drain(ticker: ControlLoop, seconds: float) -> None:
     """The relays let their streams finish; whoever sends new requests is to go elsewhere."""
-    if not ticker.control.draining:
+    if not ticker.control.health.draining:
         _log.info("draining: readiness off, open streams have %.0f s", seconds)
-        ticker.control.draining = True
+        ticker.control.health.draining = True
 
 
 def build(
-    chosen: Settings,
+    settings: Settings,
     co: cost_model.Coefficients,
-    state: StateDir,
+    state_dir: StateDir,
     session: aiohttp.ClientSession,
     stack: AsyncExitStack,
 ) -> tuple[ControlLoop, Signals, PageFeed]:
-    """The judge with its signals and sinks."""
-    meters, feed = Metrics(max_tenants=chosen.max_tenants), PageFeed()
-    tracing = Tracing(chosen.otlp_endpoint, __version__)
+    """The control loop with its signals and sinks."""
+    metrics, feed = Metrics(max_tenants=settings.max_tenants), PageFeed()
+    tracing = Tracing(settings.otlp_endpoint, __version__)
     stack.push_async_callback(tracing.close)
     gpus = GpuSignal()
     gpus.start()
     stack.push_async_callback(gpus.stop)
     pod = ".".join(filter(None, (os.environ.get("POD_NAME"), os.environ.get("POD_UID"))))
-    signals = Signals(EngineMonitor(session, chosen), PortSignal(chosen.engine), gpus, ProcessExaminer(chosen.engine))
-    control = ControlState(chosen, co, time.monotonic(), time.time(), pod)
-    keeping = StateStore(state, chosen.engine, co.fingerprint)
-    keeping.restore(control, time.monotonic())
-    kept = chosen.usage_bytes
-    records = UsageStore(state.path, control.unit_ms, chosen.usage_days, kept) if kept else None
-    sinks = Sinks(meters, MetricsPages(meters.registry), feed, Diagnoses(state), state, tracing, keeping, records)
-    ticker = ControlLoop(control, signals, sinks, chosen.dollars_per_gpu_hour)
-    return ticker, signals, feed
+    engine = EngineMonitor(session, settings)
+    signals = Signals(engine, PortSignal(settings.engine), gpus, ProcessExaminer(settings.engine))
+    control = ControlState(settings, co, time.monotonic(), time.time(), pod)
+    state_store = StateStore(state_dir, settings.engine, co.fingerprint)
+    state_store.restore(control, time.monotonic())
+    usage = None
+    if settings.usage_bytes:
+        usage = UsageStore(state_dir.path, control.unit_ms, settings.usage_days, settings.usage_bytes)
+    price_terms, dollars = control.price_terms, settings.dollars_per_gpu_hour
+    fan_out = FanOut(metrics, tracing, usage, price_terms, control.unit_ms, dollars)
+    pages, diagnoses = MetricsPages(metrics.registry), Diagnoses(state_dir)
+    sinks = Sinks(fan_out, pages, feed, diagnoses, state_dir, state_store, usage)
+    return ControlLoop(control, signals, sinks), signals, feed
 
 
 async def serve_admin(
@@ -134,12 +140,18 @@ async def serve_admin(
         relays = [
             {"index": r.index, "pid": r.pid, "restarts": r.restarts, "pulse_age": r.pulse_age} for r in pool.use(now)
         ]
-        well = now - ticker.ticked_at < TICK_LOST and any(r["pid"] for r in relays)
-        return well, {"pid": os.getpid(), "relays": relays, "loop_lag": ticker.control.lag}
+        well = now - ticker.ticked_at < TICK_LOST_S and any(r["pid"] for r in relays)
+        return well, {"pid": os.getpid(), "relays": relays, "loop_lag": ticker.control.health.lag}
 
     sinks = ticker.sinks
     sources = Sources(
-        ticker.stand, lambda: ticker.snapshot, health, sinks.pages, feed, sinks.diagnoses, ticker.control.upkeep
+        ticker.control.health.probe_state,
+        lambda: ticker.snapshot,
+        health,
+        sinks.pages,
+        feed,
+        sinks.diagnoses,
+        ticker.control.upkeep,
     )
     runner = web.AppRunner(make_app(sources), access_log=None, shutdown_timeout=1)
     await runner.setup()

@@ -57,7 +57,7 @@ class RelayPool:
         async with server:
             await server.serve_forever()
 
-    def order(self, order: Command, index: int | None = None) -> None:
+    def send(self, order: Command, index: int | None = None) -> None:
         """Send an order to one relay, or to all. The last load is kept for relays that join later."""
         if isinstance(order, LoadReport):
             self._published = order

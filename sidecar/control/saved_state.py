@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
+from typing import Any, Final, TypeVar, get_args, get_origin
 
 import msgspec
-from msgspec import Meta
 
-from sidecar.health import kill_policy
-from sidecar.health.latency_model import LatencyModel
-from sidecar.load import drift
+from sidecar.health.monitor import SavedHealth
+from sidecar.load.drift import DriftState
 
 STATE_VERSION: Final = 3
 MAX_STATE_AGE_S: Final = 3600.0  # seconds; an older memory says too little of now
-MAX_CANARIES: Final = 64
-MAX_PAUSES: Final = 64
 
 T = TypeVar("T")
 
@@ -42,21 +38,10 @@ class StateOrigin:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedState:
-    """What is kept. `allowed` is the silence that was allowed last, seconds; `stalled`: it was suspect or stalled.
+class SavedState(SavedHealth):
+    """What is kept: the health of the engine, and how well the coefficients hold."""
 
-    `orders`: those that stop the engine on purpose, by code, and since when.
-    """
-
-    learned: LatencyModel
-    canary_seconds: Annotated[tuple[float, ...], Meta(max_length=MAX_CANARIES)]
-    served: bool
-    rejected: int
-    stalled: bool
-    allowed: float
-    orders: Annotated[dict[str, float], Meta(max_length=MAX_PAUSES)]
-    fleet: kill_policy.KillState
-    drift: drift.DriftState
+    drift: DriftState
 
 
 def dump(kept: SavedState, now: float) -> dict[str, Any]:

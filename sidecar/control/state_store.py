@@ -19,7 +19,8 @@ from sidecar.signals import listening_socket
 STATE_FILE: Final = "memory.json"
 RESUME: Final = "resume"  # an operator touches it: what was handed over is mended
 MAX_STATE_BYTES: Final = 256 * 1024
-SAVE_EVERY_TICKS: Final = 20  # ticks between two writes: 10 s
+# Ticks between two writes: 10 s.
+SAVE_INTERVAL_TICKS: Final = 20
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class StateStore:
         """Replace the file. `content` is memory.dump's. Raises OSError."""
         self._state.replace(STATE_FILE, saved_state.with_origin(content, self._place()))
 
-    def resumed(self) -> bool:
+    def take_resume(self) -> bool:
         """Whether an operator has touched the file `resume` since the last look; it is removed. Raises OSError."""
         wish = self._state.path / RESUME
         if not wish.exists():

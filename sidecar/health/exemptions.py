@@ -30,7 +30,7 @@ class Exemptions:
     relied: float = 0.0  # seconds for which nothing but calls exempted, since the engine last did anything
     _relied_at: float = 0.0
 
-    def book(self, fact: EnginePauseChanged) -> None:
+    def pause(self, fact: EnginePauseChanged) -> None:
         """An order was taken, or its opposite."""
         if fact.on:
             self.since[fact.what] = fact.at

@@ -243,8 +243,8 @@ class KillPolicy:
     """The policy's memory from tick to tick."""
 
     def __init__(self, kill_limits: KillLimits) -> None:
-        self.rules = kill_limits
-        self.memory = KillState()
+        self.limits = kill_limits
+        self.state = KillState()
         self.hold: KillHold | None = None
         self.resume = False  # set by whoever hears the operator; taken by the next tick
         self._xids: dict[tuple[int, int], int] = {}
@@ -260,7 +260,7 @@ class KillPolicy:
         """Decide, and remember."""
         inputs = KillInputs(now, state, proof, self._new_xid(gpus), self.resume)
         self.resume = False
-        self.memory, self.hold = decide(self.memory, inputs, self.rules)
+        self.state, self.hold = decide(self.state, inputs, self.limits)
         return self.hold
 
     def _new_xid(self, gpus: Reading[tuple[GpuSample, ...]]) -> int:

@@ -41,7 +41,7 @@ APART = 3.0  # seconds without the relay's own work, after which work of the eng
 
 @dataclass(frozen=True, slots=True)
 class SilenceLimits:
-    """The bounds of allowed silence, seconds. `floor` and `cap` are settings, `limits_of` adds the others."""
+    """The bounds of allowed silence, seconds. `floor` and `cap` are settings, `silence_limits` adds the others."""
 
     floor: float = 12.0
     unlearned: float = UNLEARNED_FLOOR_S
@@ -50,7 +50,7 @@ class SilenceLimits:
     blocked: float = BLOCKED_API_S
 
 
-def limits_of(settings: Settings) -> SilenceLimits:
+def silence_limits(settings: Settings) -> SilenceLimits:
     """The bounds by the settings."""
     cap = settings.silence_cap
     unlearned, blocked = min(UNLEARNED_FLOOR_S, cap * UNLEARNED_SHARE), min(BLOCKED_API_S, cap * BLOCKED_SHARE)

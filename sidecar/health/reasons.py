@@ -56,7 +56,7 @@ class ClueHistory:
     xid_at: float | None = None
     start_at: float = 0.0  # the last sign that a start-up goes on
 
-    def see(self, now: float, unanswered: bool, xids: int | None) -> None:
+    def record(self, now: float, unanswered: bool, xids: int | None) -> None:
         """One tick. `xids`: XID errors that the GPUs have counted so far; None where none can be read."""
         self.unanswered_since = (self.unanswered_since or now) if unanswered else None
         if xids is not None:

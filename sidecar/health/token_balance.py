@@ -32,7 +32,7 @@ PENDING = 1 << 14  # deliveries kept between two readings
 
 
 @dataclass(slots=True)
-class Balance:
+class TokenBalance:
     """Of one engine. `read_at`: when a counter that moves while it generates was last read; None where it has none.
 
     `each`: tokens that one running sequence got so far, on average.
@@ -49,7 +49,7 @@ class Balance:
     _calm: list[tuple[float, float]] = field(default_factory=list)
     _other: list[tuple[float, float]] = field(default_factory=list)
 
-    def counts(self, now: float) -> bool:
+    def has_counter(self, now: float) -> bool:
         """Whether what the engine generates is known from its counter, which has been seen to move."""
         return self._pace > 0 and self.read_at is not None and now - self.read_at <= COUNTED
 

@@ -261,7 +261,7 @@ def _enter(m: VerdictState, i: VerdictInputs, name: str, state: State, reason: s
     return replace(m, state=state, reason=reason, since=since, **changes)  # type: ignore[arg-type]
 
 
-def canary_due(m: VerdictState, e: Evidence, last_ended: float | None, interval: float) -> bool:
+def is_canary_due(m: VerdictState, e: Evidence, last_ended: float | None, interval: float) -> bool:
     """Whether a canary should be sent now (none is outstanding): when starting, idle for `interval`, suspect, or stalled.
 
     Never while work progresses or is silent within its time: a canary would only add load.

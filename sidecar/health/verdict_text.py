@@ -10,7 +10,7 @@ from sidecar.health.kill_policy import JITTER_HOLD, KillHold
 from sidecar.health.progress import Evidence
 
 
-def facts_of(i: verdict.VerdictInputs, name: str) -> dict[str, float | int | str | bool | None]:
+def evidence_json(i: verdict.VerdictInputs, name: str) -> dict[str, float | int | str | bool | None]:
     """The evidence of a verdict as plain numbers and codes."""
     e, c = i.evidence, i.canary
     return {
@@ -63,7 +63,7 @@ def explain(m: verdict.VerdictState, i: verdict.VerdictInputs, name: str) -> str
     return texts.get(name, silence)
 
 
-def held(verdict: Verdict, hold: KillHold | None) -> Verdict:
+def with_hold(verdict: Verdict, hold: KillHold | None) -> Verdict:
     """A verdict whose kill is held back: the hold is its reason, the cause moves into its evidence."""
     if hold is None:
         return verdict

@@ -83,7 +83,7 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
         async def impossible() -> bool:
             raise TypeError
 
-        signals.contact.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
+        signals.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
         yield made
 
 
@@ -94,11 +94,14 @@ async def test_a_canary_that_breaks_does_not_wedge_the_judge(ticker: ControlLoop
         ends = set[float]()
         while len(ends) < 2:  # the one after the broken one ended too
             await asyncio.sleep(0.05)
-            if ticker.control.canary is not None:
-                ends.add(ticker.control.canary.ended)
-    result = ticker.control.canary
-    assert result is not None and result.outcome == "rejected" and "could not run (TypeError)" in result.detail
-    assert ticker.control.canary_since is None and ticker.stand().verdict.state == "starting"
+            if ticker.control.health.canaries.last is not None:
+                ends.add(ticker.control.health.canaries.last.ended)
+    result = ticker.control.health.canaries.last
+    assert (
+        result is not None and result.outcome == "rejected" and "could not run its canary (TypeError)" in result.detail
+    )
+    health = ticker.control.health
+    assert health.canaries.since is None and health.verdict.state == "starting"
     assert time.monotonic() - ticker.ticked_at < 30
     ticks.cancel()
     await asyncio.gather(ticks, return_exceptions=True)

@@ -6,8 +6,9 @@ from typing import Final
 
 import pytest
 
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestBlocked, RequestSize, Settled
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.health.progress import UNLEARNED_SHARE
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent
@@ -65,10 +66,10 @@ def test_the_pace_of_a_slow_client_is_not_learned() -> None:
     """A stream that its client slowed down teaches nothing of how long a token takes; the same stream at its own pace does."""
     for slowed in (True, False):
         judge = Judge()
-        before = judge.control.progress.learned.token_seconds
+        before = judge.control.health.progress.learned.token_seconds
         judge.tell(judge.admitted(), FirstToken("a", judge.now))
         if slowed:
             judge.tell(RequestBlocked("a", judge.now + 1, True), RequestBlocked("a", judge.now + 50, False))
         judge.tell(Delivered("a", judge.now + 99, 10, 10))
         judge.tell(Settled("a", judge.now + 100, "ok", 200, None, 11, 11, judge.now, judge.now, 0.0))
-        assert (judge.control.progress.learned.token_seconds == before) is slowed
+        assert (judge.control.health.progress.learned.token_seconds == before) is slowed

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from sidecar.control import saved_state
 from sidecar.control.saved_state import SavedState, StateOrigin, StateRejected
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import MAX_STATE_BYTES, RESUME, STATE_FILE, StateStore
 from sidecar.events import CanaryResult
 from sidecar.health import kill_policy
 from sidecar.health.latency_model import LatencyModel
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.health.probes import ProbeState, passes
 from sidecar.load import cost_model, drift
 from sidecar.readings import Absent
@@ -154,23 +155,22 @@ class Life:
         while self.now < end:
             self.now += TICK_S
             self.control.tick(NOTHING, self.now, self.now)
-            self.states.append(self.control.verdict.state)
+            self.states.append(self.control.health.verdict.state)
             self._canary(answers)
 
     def _canary(self, answers: bool) -> None:
-        allowed = self.control.canary_due()
+        allowed = self.control.health.canary_due()
         if allowed is not None:
-            self.control.canary_sent(self.now)
+            self.control.health.canary_sent(self.now)
             self._due = self.now + (0.1 if answers else allowed)
-        since = self.control.canary_since
+        since = self.control.health.canaries.since
         if since is not None and self.now >= self._due:
             outcome: Any = "ok" if answers else "starved"
             self.control.canary_ended(CanaryResult(outcome, since, self.now, 8.0))
 
 
 def probe(it: Life) -> ProbeState:
-    c = it.control
-    return ProbeState(c.verdict, c.memory.startup_done, c.draining, c.fleet.hold is not None, c.doubtful)
+    return it.control.health.probe_state()
 
 
 def test_a_restored_stall_is_judged_anew() -> None:
@@ -178,12 +178,12 @@ def test_a_restored_stall_is_judged_anew() -> None:
     life = Life()
     life.control.restore(kept(), life.now, same=True)
     life.run(30)
-    assert set(life.states) == {"unknown"} and life.control.verdict.reason == "sidecar_restarted"
+    assert set(life.states) == {"unknown"} and life.control.health.verdict.reason == "sidecar_restarted"
     assert passes("live", probe(life)) and passes("startup", probe(life)) and not passes("ready", probe(life))
     life.run(60)
     assert life.states[-1] == "stalled" and life.states.index("stalled") * TICK_S > 31.5
     assert not passes("live", probe(life)), "the order before the restart stands: this is no second kill"
-    assert life.control.fleet.memory.kills_total == 3
+    assert life.control.health.kill_policy.state.kills_total == 3
 
 
 def test_a_restored_engine_that_serves_is_believed_at_once() -> None:
@@ -191,8 +191,8 @@ def test_a_restored_engine_that_serves_is_believed_at_once() -> None:
     life = Life()
     life.control.restore(replace(kept(), stalled=False), life.now, same=True)
     life.run(2, answers=True)
-    assert life.states[-1] == "idle" and life.control.evidence.learned
-    assert life.control.progress.learned.first_tokens == 30 and passes("ready", probe(life))
+    assert life.states[-1] == "idle" and life.control.health.evidence.learned
+    assert life.control.health.progress.learned.first_tokens == 30 and passes("ready", probe(life))
 
 
 def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
@@ -201,9 +201,9 @@ def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
     life.control.restore(kept(), life.now, same=False)
     life.run(1)
     assert set(life.states) == {"starting"} and not passes("startup", probe(life))
-    policy = life.control.fleet.memory
+    policy = life.control.health.kill_policy.state
     assert policy.restarted_at is not None and not policy.standing and policy.kills == 2
-    assert life.control.progress.learned.first_tokens == 30
+    assert life.control.health.progress.learned.first_tokens == 30
 
 
 def test_an_engine_that_was_paused_on_purpose_is_still_paused() -> None:
@@ -211,7 +211,7 @@ def test_an_engine_that_was_paused_on_purpose_is_still_paused() -> None:
     life = Life()
     life.control.restore(replace(kept(), stalled=False, orders={"engine_paused": life.now - 30}), life.now, same=True)
     life.run(120)
-    assert set(life.states) == {"exempt"} and life.control.verdict.reason == "engine_paused"
+    assert set(life.states) == {"exempt"} and life.control.health.verdict.reason == "engine_paused"
 
 
 def test_a_hand_over_outlives_the_sidecar() -> None:
@@ -238,7 +238,7 @@ def test_a_file_that_does_not_fit_costs_one_line(tmp_path: Path, caplog: pytest.
         (tmp_path / STATE_FILE).write_text(content)
         keeping.restore(control, 1.0)
         assert [r.levelno for r in caplog.records] == [logging.WARNING] and "ignored" in caplog.text
-    assert control.progress.learned.first_tokens == 0
+    assert control.health.progress.learned.first_tokens == 0
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -249,7 +249,9 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         keeping.write(saved_state.dump(kept(), 100.0))
         control = ControlState(Settings(), cost_model.Coefficients(), 101.0, 101.0)
         keeping.restore(control, 101.0)
-    assert control.keep() == replace(kept(), stalled=False, canary_seconds=(0.2, 0.3), allowed=control.evidence.allowed)
+    assert control.save() == replace(
+        kept(), stalled=False, canary_seconds=(0.2, 0.3), allowed=control.health.evidence.allowed
+    )
     assert [p.name for p in tmp_path.iterdir()] == [STATE_FILE]
 
 
@@ -279,6 +281,6 @@ def test_listening_sockets_tell_processes_apart() -> None:
 def test_an_operators_word_is_heard_once(tmp_path: Path) -> None:
     """The file `resume` is taken away when it was seen."""
     keeping = StateStore(StateDir(str(tmp_path)), "http://127.0.0.1:1", "default")
-    assert not keeping.resumed()
+    assert not keeping.take_resume()
     (tmp_path / RESUME).touch()
-    assert keeping.resumed() and not keeping.resumed()
+    assert keeping.take_resume() and not keeping.take_resume()

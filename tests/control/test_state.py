@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import AbortRequests, Settled
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -186,8 +187,8 @@ def test_a_start_up_without_any_sign_is_named_once_the_cap_has_passed() -> None:
         now += TICK_S
         readings = TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm")
         control.tick(readings, now, WALL + now - 1000.0)
-        if control.news:
-            told.append((now - 1000.0, control.verdict.state, control.verdict.reason))
+        if control.health.has_changed:
+            told.append((now - 1000.0, control.health.verdict.state, control.health.verdict.reason))
     assert told == [(900.0, "starting", "startup_stuck")]
 
 
@@ -236,5 +237,5 @@ def test_every_verdict_says_which_term_ruled_and_why_in_one_line() -> None:
     pod.decoding()
     pod.canaries = "starved"
     pod.until("stalled")
-    assert pod.control.verdict.evidence["ruled_by"] == "floor"
-    assert "without progress" in pod.control.verdict.detail and "\n" not in pod.control.verdict.detail
+    assert pod.control.health.verdict.evidence["ruled_by"] == "floor"
+    assert "without progress" in pod.control.health.verdict.detail and "\n" not in pod.control.health.verdict.detail

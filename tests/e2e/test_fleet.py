@@ -57,7 +57,9 @@ async def test_two_restarts_that_do_not_help_hand_the_engine_over(start: Any) ->
         changes = (await sidecar.get("/verdicts"))[1]["verdicts"]
         assert changes[0]["reason"] == "restart_useless" and changes[0]["evidence"]["cause"]
         await sidecar.until_metrics('sidecar_handover{reason="restart_useless"} 1.0', "sidecar_kills_total 2.0")
-        assert [line for line in sidecar.log if "handed over (restart_useless)" in line and "resume" in line]
+        assert [
+            line for line in sidecar.log if "escalated to an operator (restart_useless)" in line and "resume" in line
+        ]
         (sidecar.state / "resume").touch()
         await sidecar.until(lambda s: s["kills"] == 3 and not s["handover"])
         assert (await sidecar.get("/livez"))[0] == 503

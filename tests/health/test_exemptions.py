@@ -11,11 +11,11 @@ from sidecar.health.exemptions import LONG, STOPPING, Exemptions
 def test_an_order_holds_until_its_opposite_and_never_for_longer_than_the_bound() -> None:
     """On, off, and a lost off."""
     orders = Exemptions(longest=100.0)
-    orders.book(EnginePauseChanged(10.0, "engine_paused", True))
+    orders.pause(EnginePauseChanged(10.0, "engine_paused", True))
     assert orders.active(50.0) == "engine_paused"
-    orders.book(EnginePauseChanged(60.0, "engine_paused", False))
+    orders.pause(EnginePauseChanged(60.0, "engine_paused", False))
     assert orders.active(61.0) is None
-    orders.book(EnginePauseChanged(70.0, "engine_sleeping", True))
+    orders.pause(EnginePauseChanged(70.0, "engine_sleeping", True))
     assert orders.active(169.0) == "engine_sleeping"
     assert orders.active(170.0) is None
 
@@ -24,7 +24,7 @@ def test_an_order_holds_until_its_opposite_and_never_for_longer_than_the_bound()
 def test_a_token_of_a_later_request_ends_what_would_have_kept_it_back(what: str) -> None:
     """Draining requests from before the order prove nothing; one that came after it does."""
     orders = Exemptions(longest=100.0)
-    orders.book(EnginePauseChanged(10.0, what, True))
+    orders.pause(EnginePauseChanged(10.0, what, True))
     orders.served(9.0)
     assert orders.active(20.0) == what
     orders.served(12.0)
@@ -34,7 +34,7 @@ def test_a_token_of_a_later_request_ends_what_would_have_kept_it_back(what: str)
 def test_profiling_goes_on_beside_work() -> None:
     """Tokens during a profile are no sign that it is over: its end stops the world to write."""
     orders = Exemptions(longest=100.0)
-    orders.book(EnginePauseChanged(10.0, "engine_profiling", True))
+    orders.pause(EnginePauseChanged(10.0, "engine_profiling", True))
     orders.served(12.0)
     assert orders.active(20.0) == "engine_profiling"
     orders.clear()
@@ -112,7 +112,7 @@ def test_the_calls_of_a_relay_that_died_are_over() -> None:
 def test_a_call_that_the_engine_took_shows_that_a_longer_stop_goes_on(taken: bool, until: float) -> None:
     """Weights that come in many pieces: the bound runs from the last piece."""
     orders = Exemptions(longest=100.0)
-    orders.book(EnginePauseChanged(10.0, "weight_update", True))
+    orders.pause(EnginePauseChanged(10.0, "weight_update", True))
     orders.call(0, begun(80.0))
     orders.call(0, over(90.0, taken=taken))
     assert orders.active(until - 0.5) == "weight_update"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.events import Admitted, Delivered, FirstToken, RequestBlocked, RequestSize, Settled
+from sidecar.events import Admitted, FirstToken, RequestBlocked, RequestSize, Settled
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import (
     MAX_ABORTS_PER_WINDOW,
@@ -32,20 +32,20 @@ class Engine:
     def admit(self, prefill: float = 0.1, output: int = 100) -> Key:
         self.requests += 1
         key = (0, str(self.requests))
-        fact = Admitted(key[1], self.now, "t", "m", "chat", True, RequestSize(1000, output=output), output, 1.0)
-        self.parts.book(key, fact, prefill, 0)
+        event = Admitted(key[1], self.now, "t", "m", "chat", True, RequestSize(1000, output=output), output, 1.0)
+        self.parts.table.admit(key, event, prefill, 0)
         return key
 
     def first(self, key: Key) -> None:
-        self.parts.book(key, FirstToken(key[1], self.now))
-        self.parts.book(key, Delivered(key[1], self.now, 1, 4))
+        self.parts.table.first_token(key, FirstToken(key[1], self.now))
+        self.deliver(key, tokens=1)
 
     def deliver(self, *keys: Key, tokens: int = 5) -> None:
         for key in keys:
-            self.parts.book(key, Delivered(key[1], self.now, tokens, 4))
+            self.parts.deliver(key, tokens, self.now)
 
     def settle(self, key: Key, tokens: int = 50) -> None:
-        self.parts.book(key, Settled(key[1], self.now, "ok", 200, None, tokens, 4, None, self.now, 0.0))
+        self.parts.settle(key, Settled(key[1], self.now, "ok", 200, None, tokens, 4, None, self.now, 0.0))
 
     def decoding(self, *, tokens: int = 5) -> Key:
         key = self.admit()
@@ -87,10 +87,10 @@ def test_a_client_that_does_not_read_keeps_its_own_answer_waiting() -> None:
     """Backpressure is no silence of the engine; the count starts anew once it is over."""
     e = Engine()
     slow, other = e.decoding(), e.decoding()
-    e.parts.book(slow, RequestBlocked(slow[1], e.now, True))
+    e.parts.table.block(slow, RequestBlocked(slow[1], e.now, True))
     e.tick(600, other)
     assert e.ended == []
-    e.parts.book(slow, RequestBlocked(slow[1], e.now, False))
+    e.parts.table.block(slow, RequestBlocked(slow[1], e.now, False))
     e.tick(50, other)
     assert e.ended == []
     e.tick(30, other)
@@ -216,14 +216,14 @@ def test_a_prompt_that_never_fits_is_named_once_while_the_queue_stands() -> None
     """Only while the page says that nothing runs, requests wait, and the engine has been silent for a while."""
     e = Engine()
     full = EngineSample(running=0, waiting=2, kv_capacity_tokens=900)
-    assert e.parts.oversized(full, 20.0) is None
+    assert e.parts.oversized_prompt.find(full, 20.0) is None
     e.requests = 6
     key = e.admit()  # 1000 tokens
-    assert e.parts.oversized(EngineSample(running=1, waiting=2, kv_capacity_tokens=900), 20.0) is None
-    assert e.parts.oversized(EngineSample(running=0, waiting=2, kv_capacity_tokens=2000), 20.0) is None
-    assert e.parts.oversized(full, 2.0) is None
-    assert e.parts.oversized(full, 20.0) == key
-    assert e.parts.oversized(full, 20.0) is None
+    assert e.parts.oversized_prompt.find(EngineSample(running=1, waiting=2, kv_capacity_tokens=900), 20.0) is None
+    assert e.parts.oversized_prompt.find(EngineSample(running=0, waiting=2, kv_capacity_tokens=2000), 20.0) is None
+    assert e.parts.oversized_prompt.find(full, 2.0) is None
+    assert e.parts.oversized_prompt.find(full, 20.0) == key
+    assert e.parts.oversized_prompt.find(full, 20.0) is None
 
 
 def test_a_restarted_engine_starts_without_findings() -> None:
@@ -234,7 +234,7 @@ def test_a_restarted_engine_starts_without_findings() -> None:
     other = e.decoding()
     e.tick(90, other)
     assert e.finding is not None
-    e.parts.restart()
+    e.parts.reset()
     e.tick(1, other)
     assert e.finding is None
 
@@ -243,10 +243,10 @@ def test_a_request_that_waited_in_the_relay_is_new_when_it_is_sent_on() -> None:
     """Those that were served while it waited did not overtake it in the engine, and it has not waited there."""
     e = Engine()
     waiting, other = e.admit(), e.decoding()
-    e.parts.book(waiting, RequestBlocked(waiting[1], e.now, True))
+    e.parts.table.block(waiting, RequestBlocked(waiting[1], e.now, True))
     for _ in range(30):
         e.settle(e.decoding())
         e.tick(10, other)
-    e.parts.book(waiting, RequestBlocked(waiting[1], e.now, False))
+    e.parts.table.block(waiting, RequestBlocked(waiting[1], e.now, False))
     e.tick(100, other)
     assert (e.ended, e.finding) == ([], None)

@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.events import RequestSize
 from sidecar.health.latency_model import UNKNOWN_SLOWNESS
-from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Progress, SilenceLimits, limits_of, restarted
+from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Progress, SilenceLimits, restarted, silence_limits
 from sidecar.load import cost_model
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -247,7 +247,7 @@ def test_another_start_time_or_a_fallen_counter_is_a_restart(
 def test_the_bounds_follow_from_floor_and_cap() -> None:
     """The defaults are those of the product; a short cap shortens what the unknown may take, a low floor does not."""
     engine = "http://engine"
-    assert limits_of(Settings(engine=engine)) == SilenceLimits()
-    assert limits_of(Settings(engine=engine, silence_floor=5, silence_cap=300)) == SilenceLimits(floor=5, cap=300)
-    short = limits_of(Settings(engine=engine, silence_cap=30))
+    assert silence_limits(Settings(engine=engine)) == SilenceLimits()
+    assert silence_limits(Settings(engine=engine, silence_floor=5, silence_cap=300)) == SilenceLimits(floor=5, cap=300)
+    short = silence_limits(Settings(engine=engine, silence_cap=30))
     assert (short.unlearned, short.blocked, short.margin) == (6.0, 10.0, 3.0)

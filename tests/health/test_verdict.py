@@ -13,7 +13,7 @@ from sidecar.health.verdict import (
     STUCK_CYCLES,
     TABLE,
     VerdictState,
-    canary_due,
+    is_canary_due,
 )
 
 from .verdict_world import World, evidence
@@ -224,14 +224,14 @@ def test_canaries_are_sent_when_starting_idle_suspect_or_stalled_and_never_to_a_
     """A canary adds load, so a working engine gets none."""
     for state in STATES:
         m = VerdictState(state=state, since=50.0)
-        busy = canary_due(m, evidence(100.0, age=1.0), 60.0, 10.0)
+        busy = is_canary_due(m, evidence(100.0, age=1.0), 60.0, 10.0)
         assert busy == (state in ("starting", "suspect", "stalled", "dead")), state
     idle = VerdictState(state="idle", since=50.0)
-    assert canary_due(idle, evidence(100.0), 90.0, 10.0)
-    assert not canary_due(idle, evidence(100.0), 90.5, 10.0)
-    assert not canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
+    assert is_canary_due(idle, evidence(100.0), 90.0, 10.0)
+    assert not is_canary_due(idle, evidence(100.0), 90.5, 10.0)
+    assert not is_canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
     suspect = VerdictState(state="suspect", since=99.9)
-    assert canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
+    assert is_canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
 
 
 def test_a_start_up_without_a_sign_of_progress_is_named_and_stays_the_startup_probes() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.health.partial_hangs import PartialHang
-from sidecar.health.verdict import PART_HOLD_S, canary_due
+from sidecar.health.verdict import PART_HOLD_S, is_canary_due
 
 from .verdict_world import ALLOWED, World, evidence
 
@@ -82,8 +82,8 @@ def test_a_part_that_hangs_withdraws_readiness_though_the_rest_progresses() -> N
     w.work_since = w.progress_at = w.now
     assert w.tick(part=PART).state == "suspect"
     assert w.memory.reason == "rank_silent"
-    assert not canary_due(w.memory, evidence(w.now + 9.0), w.now + 0.1, 10.0)
-    assert canary_due(w.memory, evidence(w.now + 11.0), w.now + 0.1, 10.0)
+    assert not is_canary_due(w.memory, evidence(w.now + 9.0), w.now + 0.1, 10.0)
+    assert is_canary_due(w.memory, evidence(w.now + 11.0), w.now + 0.1, 10.0)
     w.progress_at = w.now + 0.4
     assert w.tick().state == "progressing"
 

@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from sidecar.control.state import TICK_S
 from sidecar.health import verdict
+from sidecar.health.monitor import TICK_S
 from sidecar.readings import EngineSample, Failed, RankSample, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, LIMITS, NOTHING, SEARCH, SETTINGS, WALL, Pod
@@ -198,14 +198,14 @@ class Machine(RuleBasedStateMachine):
                 self._tick()
 
     def _tick(self) -> None:
-        before, kills = self.pod.control.memory, self.pod.control.fleet.memory.kills_total
+        before, kills = self.pod.control.health.state, self.pod.control.health.kill_policy.state.kills_total
         self.pod.tick()
-        after = self.pod.control.memory
+        after = self.pod.control.health.state
         if after.state in ("suspect", *DOWN):
             self.suspected.append(self.pod.now)
         if after.state in DOWN and before.state not in DOWN:
-            self._checked(before, str(self.pod.control.verdict.evidence["condition"]))
-        if self.pod.control.fleet.memory.kills_total > kills:
+            self._checked(before, str(self.pod.control.health.verdict.evidence["condition"]))
+        if self.pod.control.health.kill_policy.state.kills_total > kills:
             self._spaced()
         ends = self.pod.told()
         self._check_ends(ends)
@@ -214,7 +214,7 @@ class Machine(RuleBasedStateMachine):
 
     def _checked(self, before: verdict.VerdictState, condition: str) -> None:
         """Liveness begins to fail."""
-        p, e = self.pod, self.pod.control.evidence
+        p, e = self.pod, self.pod.control.health.evidence
         if p.state == "dead":
             assert p.refused is not None
             assert p.now - p.refused >= verdict.REFUSED_GRACE_S
@@ -231,7 +231,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert condition == "confirmed"
         assert before.state == "suspect", "a stall is always suspected first; never is it found from unknown or exempt"
-        canary = p.control.canary
+        canary = p.control.health.canaries.last
         assert canary is not None
         assert canary.outcome in ("failed", "starved")
         assert canary.started >= before.since

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.control.state import TICK_S
+from sidecar.health.monitor import TICK_S
 from sidecar.readings import EngineSample, Failed, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, WALL, Pod
@@ -100,9 +100,9 @@ def test_never_stalled_without_work_or_a_canary_that_failed_since_suspicion(scri
     for action, n in script:
         act(pod, action)
         for _ in range(n):
-            before = pod.control.memory
+            before = pod.control.health.state
             if pod.tick() in DOWN and before.state not in DOWN:
-                canary, e = pod.control.canary, pod.control.evidence
+                canary, e = pod.control.health.canaries.last, pod.control.health.evidence
                 assert pod.state == "stalled"
                 assert before.state == "suspect"
                 assert canary is not None

@@ -81,7 +81,7 @@ def test_no_silence_of_a_healthy_engine_is_longer_than_the_bound_that_weeks_pass
     longest = 0.0
     for _ in range(600):
         w.tick()
-        longest = max(longest, w.control.evidence.age or 0.0)
+        longest = max(longest, w.control.health.evidence.age or 0.0)
     bound = max(
         sites.longest_gap(a, p, site, CO) for a, p in zip(served, sites.prefills(traces.Trace(served), CO), strict=True)
     )
@@ -226,7 +226,7 @@ def test_work_past_the_relay_shows_on_the_page_alone() -> None:
     page = sample(w.engine, w.now, 0.0).value
     assert page.running == 1
     assert page.generation_tokens > 10
-    assert w.control.evidence.outstanding == 0
+    assert w.control.health.evidence.outstanding == 0
 
 
 def test_each_rank_counts_its_own_tokens() -> None:

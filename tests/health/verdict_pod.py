@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 
 from sidecar.control import saved_state
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import (
     Admitted,
     CanaryResult,
@@ -19,7 +19,8 @@ from sidecar.events import (
     RequestSize,
     Settled,
 )
-from sidecar.health.progress import limits_of
+from sidecar.health.monitor import TICK_S, TickReadings
+from sidecar.health.progress import silence_limits
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -27,7 +28,7 @@ from sidecar.snapshot import RelayUse
 
 FLOOR, CAP = 4.0, 60.0
 SETTINGS = Settings(engine="http://engine", silence_floor=FLOOR, silence_cap=CAP)
-LIMITS = limits_of(SETTINGS)
+LIMITS = silence_limits(SETTINGS)
 CO = Coefficients()
 NOTHING = Absent("not here")
 WALL = 1_700_000_000.0
@@ -62,7 +63,7 @@ class Pod:
 
     @property
     def state(self) -> str:
-        return self.control.memory.state
+        return self.control.health.state.state
 
     # --- time ---
 
@@ -77,9 +78,9 @@ class Pod:
             page, Value((gpu,), self.now), NOTHING, (relay,), self.refused, "vllm", self.unanswered, self.resting
         )
         self.control.tick(readings, self.now, self.wall + self.now)
-        allowed = self.control.canary_due()
+        allowed = self.control.health.canary_due()
         if allowed is not None:
-            self.control.canary_sent(self.now)
+            self.control.health.canary_sent(self.now)
             self.sent = (self.now, allowed)
         return self.state
 
@@ -143,7 +144,7 @@ class Pod:
 
     def told(self) -> list[tuple[str, str]]:
         """(id, code) of each request that control wants ended."""
-        ends = [(id, end.code) for _, end in self.control.take_ends() for id in end.ids]
+        ends = [(id, end.code) for _, end in self.control.health.take_aborts() for id in end.ids]
         self.ended += ends
         return ends
 
@@ -172,7 +173,7 @@ class Pod:
     def restart(self, *, remembers: bool) -> None:
         """Our process starts anew; what the old one kept goes through the form of its file."""
         kept = (
-            saved_state.from_plain(saved_state.SavedState, saved_state.to_plain(self.control.keep()))
+            saved_state.from_plain(saved_state.SavedState, saved_state.to_plain(self.control.save()))
             if remembers
             else None
         )
