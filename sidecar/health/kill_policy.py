@@ -108,16 +108,16 @@ class KillHold:
     handover: bool
 
 
-def decide(m: KillState, i: KillInputs, r: KillLimits) -> tuple[KillState, KillHold | None]:
+def decide(state: KillState, inputs: KillInputs, limits: KillLimits) -> tuple[KillState, KillHold | None]:
     """One tick: the new memory, and what holds a kill back. None: nothing does, or the engine is not stalled."""
-    m = _hand_over(_count(_see(m, i), i, r), i, r)
-    if i.state != "stalled":
-        return replace(m, state=i.state, stalled_at=None), None
-    m = replace(m, state=i.state)
-    reason = next((reason for reason, holds, _ in HOLDS if holds(m, i, r)), "")
+    state = _hand_over(_count(_see(state, inputs), inputs, limits), inputs, limits)
+    if inputs.state != "stalled":
+        return replace(state, state=inputs.state, stalled_at=None), None
+    state = replace(state, state=inputs.state)
+    reason = next((reason for reason, holds, _ in HOLDS if holds(state, inputs, limits)), "")
     if reason:
-        return m, KillHold(reason, explain(reason, m, i, r), reason in ESCALATIONS)
-    return (m if m.standing else _order(m, i.now)), None
+        return state, KillHold(reason, explain(reason, state, inputs, limits), reason in ESCALATIONS)
+    return (state if state.standing else _order(state, inputs.now)), None
 
 
 def kill_limits(s: Settings, pod: str) -> KillLimits:
@@ -130,9 +130,9 @@ def kill_limits(s: Settings, pod: str) -> KillLimits:
     )
 
 
-def interval(kills: int, r: KillLimits) -> float:
+def interval(kills: int, limits: KillLimits) -> float:
     """Seconds that must lie between the last of `kills` kills and the next."""
-    return min(r.interval_cap, r.interval * 2.0 ** min(kills - 1, 60)) if kills else 0.0
+    return min(limits.interval_cap, limits.interval * 2.0 ** min(kills - 1, 60)) if kills else 0.0
 
 
 def share(identity: str) -> float:
@@ -147,23 +147,35 @@ def _listed(numbers: frozenset[int]) -> str:
 Condition = Callable[[KillState, KillInputs, KillLimits], bool]
 
 
-def _too_soon(m: KillState, i: KillInputs, r: KillLimits) -> bool:
-    return not m.standing and m.killed_at is not None and i.now - m.killed_at < interval(m.kills, r)
+def _too_soon(state: KillState, inputs: KillInputs, limits: KillLimits) -> bool:
+    return (
+        not state.standing
+        and state.killed_at is not None
+        and inputs.now - state.killed_at < interval(state.kills, limits)
+    )
 
 
-def _jitter(m: KillState, i: KillInputs, r: KillLimits) -> bool:
-    return not m.standing and m.stalled_at is not None and i.now - m.stalled_at < r.jitter
+def _jitter(state: KillState, inputs: KillInputs, limits: KillLimits) -> bool:
+    return not state.standing and state.stalled_at is not None and inputs.now - state.stalled_at < limits.jitter
 
 
 JITTER_HOLD: Final = "kill_jitter"  # too short to be a reason of the verdict
 
 # The first that holds keeps liveness passing.
 HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
-    ("node_needs_reboot", lambda m, i, r: m.handover == "node_needs_reboot", f"XID {_listed(NEEDS_REBOOT)}"),
-    ("gpu_needs_reset", lambda m, i, r: m.handover == "gpu_needs_reset", f"XID {_listed(NEEDS_RESET)}"),
+    (
+        "node_needs_reboot",
+        lambda state, inputs, limits: state.handover == "node_needs_reboot",
+        f"XID {_listed(NEEDS_REBOOT)}",
+    ),
+    (
+        "gpu_needs_reset",
+        lambda state, inputs, limits: state.handover == "gpu_needs_reset",
+        f"XID {_listed(NEEDS_RESET)}",
+    ),
     (
         "restart_useless",
-        lambda m, i, r: m.handover == "restart_useless",
+        lambda state, inputs, limits: state.handover == "restart_useless",
         "it stalled again soon after each of its last restarts",
     ),
     ("kill_interval", _too_soon, "the last kill is too recent"),
@@ -171,70 +183,75 @@ HOLDS: Final[tuple[tuple[str, Condition, str], ...]] = (
 )
 
 
-def explain(reason: str, m: KillState, i: KillInputs, r: KillLimits) -> str:
+def explain(reason: str, state: KillState, inputs: KillInputs, limits: KillLimits) -> str:
     """One line for an operator: why there is no kill, and what comes next."""
-    ago = i.now - m.killed_at if m.killed_at is not None else 0.0
+    ago = inputs.now - state.killed_at if state.killed_at is not None else 0.0
     texts = {
-        "node_needs_reboot": f"XID {m.xid}; {ESCALATIONS['node_needs_reboot']}",
-        "gpu_needs_reset": f"XID {m.xid}, which a restart does not heal; {ESCALATIONS['gpu_needs_reset']}",
-        "restart_useless": f"{m.useless} restarts in a row without recovery; {ESCALATIONS['restart_useless']}",
-        "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {interval(m.kills, r) - ago:.0f} s",
-        JITTER_HOLD: f"killed within {r.jitter:.0f} s, so that replicas do not restart at once",
+        "node_needs_reboot": f"XID {state.xid}; {ESCALATIONS['node_needs_reboot']}",
+        "gpu_needs_reset": f"XID {state.xid}, which a restart does not heal; {ESCALATIONS['gpu_needs_reset']}",
+        "restart_useless": f"{state.useless} restarts in a row without recovery; {ESCALATIONS['restart_useless']}",
+        "kill_interval": f"killed {ago:.0f} s ago, the next kill may come in {interval(state.kills, limits) - ago:.0f} s",
+        JITTER_HOLD: f"killed within {limits.jitter:.0f} s, so that replicas do not restart at once",
     }
     return texts[reason]
 
 
-def _see(m: KillState, i: KillInputs) -> KillState:
+def _see(state: KillState, inputs: KillInputs) -> KillState:
     """What the change of state says of the last order, and of health."""
-    if i.state == "starting" and m.state != "starting" and m.killed_at is not None and m.restarted_at is None:
-        m = replace(m, restarted_at=i.now, standing=False)
-    if _well(m, i):
-        healthy_at = i.now if m.healthy_at is None else m.healthy_at
-        served_at = i.now if m.served_at is None and m.restarted_at is not None else m.served_at
-        return replace(m, healthy_at=healthy_at, served_at=served_at, standing=False)
-    return replace(m, healthy_at=None, unwell_at=i.now) if i.state in UNHEALTHY_STATES else m
+    if (
+        inputs.state == "starting"
+        and state.state != "starting"
+        and state.killed_at is not None
+        and state.restarted_at is None
+    ):
+        state = replace(state, restarted_at=inputs.now, standing=False)
+    if _well(state, inputs):
+        healthy_at = inputs.now if state.healthy_at is None else state.healthy_at
+        served_at = inputs.now if state.served_at is None and state.restarted_at is not None else state.served_at
+        return replace(state, healthy_at=healthy_at, served_at=served_at, standing=False)
+    return replace(state, healthy_at=None, unwell_at=inputs.now) if inputs.state in UNHEALTHY_STATES else state
 
 
-def _well(m: KillState, i: KillInputs) -> bool:
+def _well(state: KillState, inputs: KillInputs) -> bool:
     """Healthy, and not merely because nobody asks: something came of it since it was last ill."""
-    return i.state in HEALTHY_STATES and i.proof is not None and i.proof > m.unwell_at
+    return inputs.state in HEALTHY_STATES and inputs.proof is not None and inputs.proof > state.unwell_at
 
 
-def _count(m: KillState, i: KillInputs, r: KillLimits) -> KillState:
+def _count(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillState:
     """Count a restart that did not help once, when the engine stalls again; forget what a time of health has disproved."""
-    if i.state == "stalled" and m.stalled_at is None:
-        m = replace(m, stalled_at=i.now)
-        useless = m.served_at is None or i.now - m.served_at < r.recovery
-        if m.restarted_at is not None and not m.counted and useless:
-            m = replace(m, useless=m.useless + 1, counted=True)
-    if m.healthy_at is not None and _well(m, i):
-        healthy = i.now - m.healthy_at
-        if healthy >= r.healthy:
-            m = replace(m, kills=0, handover="")
-        if healthy >= r.recovery and not m.handover:
-            m = replace(m, useless=0, xid=m.xid if i.now - m.xid_at < r.recovery else 0)
-    return m
+    if inputs.state == "stalled" and state.stalled_at is None:
+        state = replace(state, stalled_at=inputs.now)
+        useless = state.served_at is None or inputs.now - state.served_at < limits.recovery
+        if state.restarted_at is not None and not state.counted and useless:
+            state = replace(state, useless=state.useless + 1, counted=True)
+    if state.healthy_at is not None and _well(state, inputs):
+        healthy = inputs.now - state.healthy_at
+        if healthy >= limits.healthy:
+            state = replace(state, kills=0, handover="")
+        if healthy >= limits.recovery and not state.handover:
+            state = replace(state, useless=0, xid=state.xid if inputs.now - state.xid_at < limits.recovery else 0)
+    return state
 
 
-def _hand_over(m: KillState, i: KillInputs, r: KillLimits) -> KillState:
-    if i.resume:
-        m = replace(m, handover="", useless=0, xid=0, kills=0)
-    if i.xid and (i.xid in NEEDS_REBOOT or m.xid not in NEEDS_REBOOT):
-        m = replace(m, xid=i.xid, xid_at=i.now)
-    if i.state not in ("stalled", "dead"):
-        return m
+def _hand_over(state: KillState, inputs: KillInputs, limits: KillLimits) -> KillState:
+    if inputs.resume:
+        state = replace(state, handover="", useless=0, xid=0, kills=0)
+    if inputs.xid and (inputs.xid in NEEDS_REBOOT or state.xid not in NEEDS_REBOOT):
+        state = replace(state, xid=inputs.xid, xid_at=inputs.now)
+    if inputs.state not in ("stalled", "dead"):
+        return state
     found = {
-        "node_needs_reboot": m.xid in NEEDS_REBOOT,
-        "gpu_needs_reset": m.xid in NEEDS_RESET,
-        "restart_useless": 0 < r.useless <= m.useless,
+        "node_needs_reboot": state.xid in NEEDS_REBOOT,
+        "gpu_needs_reset": state.xid in NEEDS_RESET,
+        "restart_useless": 0 < limits.useless <= state.useless,
     }
-    gravest = next((name for name in ESCALATIONS if found[name] or m.handover == name), "")
-    return replace(m, handover=gravest)
+    gravest = next((name for name in ESCALATIONS if found[name] or state.handover == name), "")
+    return replace(state, handover=gravest)
 
 
-def _order(m: KillState, now: float) -> KillState:
+def _order(state: KillState, now: float) -> KillState:
     return replace(
-        m, killed_at=now, standing=True, kills=m.kills + 1, kills_total=m.kills_total + 1,
+        state, killed_at=now, standing=True, kills=state.kills + 1, kills_total=state.kills_total + 1,
         restarted_at=None, served_at=None, counted=False,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sidecar.health.latency_model import LatencyModel
-from sidecar.health.token_balance import CANARIES, COUNTED
+from sidecar.health.token_balance import COUNTER_STALE_S, MAX_CANARY_TOKENS
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
 
@@ -176,7 +176,7 @@ class Progress:
             self._worked = sample
             return before is not None
         worked = self._worked or before
-        canary = canary and grown(worked.working, sample.working) <= CANARIES
+        canary = canary and grown(worked.working, sample.working) <= MAX_CANARY_TOKENS
         if not canary:
             self._worked = sample
         for kind, names in COUNTERS.items():
@@ -236,7 +236,7 @@ class Progress:
     def _counted(self, now: float) -> bool:
         """Whether the engine has a counter that moves while it generates, and has been seen to."""
         known = self._sample is not None and self._sample.working is not None and "generation" in self.kinds
-        return known and now - self._read_at <= COUNTED
+        return known and now - self._read_at <= COUNTER_STALE_S
 
     def _is_foreign(self, before: EngineSample | None, sample: EngineSample, now: float) -> bool:
         """Whether a reading shows work of others: it came or moved while the relay had none, or is more than the relay has.
