@@ -3,7 +3,8 @@
 Rules:
 - Start-up may compile for minutes: its canary gets the cap.
 - The canary of an idle engine is judged by those before it.
-- The canary that confirms a suspicion extends the silence to what a kernel that compiles in service can take, and no further.
+- The canary that confirms a suspicion extends the silence to what a kernel that compiles in service can take, and no
+  further.
 - Time that the work or a blocked API was already allowed is not allowed twice.
 """
 
@@ -15,7 +16,8 @@ from typing import Final
 from sidecar.events import State
 from sidecar.health.progress import Evidence, SilenceLimits
 
-# Canaries that passed, before they tell what one takes; then one always has so many seconds, and this margin over the slowest.
+# Canaries that passed, before they tell what one takes; then one always has so many seconds, and this margin over the
+# slowest.
 MIN_KNOWN_CANARIES: Final = 3
 CANARY_FLOOR_S: Final = 8.0
 CANARY_MARGIN: Final = 5.0
@@ -35,8 +37,8 @@ def canary_allowed(
 ) -> float:
     """Seconds that the next canary may take.
 
-    `passed_seconds`: of those that passed; `blocked`: the extra patience that `evidence.allowed` includes now, with an API that has
-    answered nothing for `unanswered` seconds.
+    `passed_seconds`: of those that passed; `blocked`: the extra patience that `evidence.allowed` includes now, with an
+    API that has answered nothing for `unanswered` seconds.
     """
     if state == "starting":
         return limits.cap

@@ -1,12 +1,13 @@
 """Pure: calls that stop an engine's work on purpose (sleep, pause, profile, weight update), as the relay saw them pass.
 
 Rules:
-- A pause counts once the engine accepted it with a 2xx. It holds until its opposite was accepted, the engine was restarted, or a
-  later request got a token. It never holds longer than the cap, so that a lost `off` cannot hide a hang forever.
+- A pause counts once the engine accepted it with a 2xx. It holds until its opposite was accepted, the engine was
+  restarted, or a later request got a token. It never holds longer than the cap, so that a lost `off` cannot hide a hang
+  forever.
 - While tokens flow nothing is exempt: a profiler runs next to work, and a pause drains it.
-- A call without an answer may have stopped the engine already, or may be only a client's claim. It exempts while it is with the
-  engine, at most for the cap within one silence, and never a silence that was in doubt before it came. If the engine accepts it, a
-  new silence begins; otherwise the silence was never excused.
+- A call without an answer may have stopped the engine already, or may be only a client's claim. It exempts while it is
+  with the engine, at most for the cap within one silence, and never a silence that was in doubt before it came. If the
+  engine accepts it, a new silence begins; otherwise the silence was never excused.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Pure: whether an engine that serves tokens serves garbage.
 
-Rules: garbage is reported and never a reason to kill. All canaries of one engine process ask the same, greedily: their first token is
-the same each time, except for near ties that batching decides. So an answer counts only after MIN_CANARIES agreed on another one
-(MAJORITY of all so far), and only if STRIKES in a row differ from it. Not detected: garbage from the start, garbage only in long
-answers, and garbage while users' work leaves no room for canaries.
+Rules: garbage is reported and never a reason to kill. All canaries of one engine process ask the same, greedily: their
+first token is the same each time, except for near ties that batching decides. So an answer counts only after
+MIN_CANARIES agreed on another one (MAJORITY of all so far), and only if STRIKES in a row differ from it. Not detected:
+garbage from the start, garbage only in long answers, and garbage while users' work leaves no room for canaries.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Pure: everything that decides whether the engine is healthy, from tick to tick. No I/O, no clock.
 
 Rules:
-- Each tick is a list of steps, each of which returns a value: own health, engine page, exemption, evidence, partial hang, verdict,
-  kill policy.
-- The sidecar's own trouble (a late tick, a jump of the clock, a relay without a heartbeat) withholds judgement for a full window.
+- Each tick is a list of steps, each of which returns a value: own health, engine page, exemption, evidence, partial
+  hang, verdict, kill policy.
+- The sidecar's own trouble (a late tick, a jump of the clock, a relay without a heartbeat) withholds judgement for a
+  full window.
 - The end of an exemption begins a new silence; so does a call to the engine that it accepted.
-- What is restored after a restart of the sidecar never kills: judgement is withheld for the silence that was allowed last.
+- What is restored after a restart of the sidecar never kills: judgement is withheld for the silence that was allowed
+  last.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ UNKNOWN_ENGINE: Final = EngineIdentity()
 class TickReadings:
     """The signals at a tick.
 
-    `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API answers nothing;
-    `resting`: the reason code of a rest that the engine reports, "" while it is awake.
+    `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
+    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake.
     """
 
     engine: Reading[EngineSample]
@@ -103,7 +105,9 @@ class AdmittedWork(OpenWork, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SavedHealth:
-    """What outlives a restart of the sidecar. `allowed`: the silence allowed last; `stalled`: it was suspect or stalled.
+    """What outlives a restart of the sidecar.
+
+    `allowed`: the silence allowed last; `stalled`: it was suspect or stalled.
 
     `orders`: the pauses of the engine that were in force, by code, and since when.
     """
@@ -199,7 +203,7 @@ class HealthMonitor:
                 pass
 
     def on_settlement(self, event: Settled, admitted_at: float, token_seconds: float | None) -> None:
-        """The ledger settled a request, whose tokens took `token_seconds` each; None where that says nothing of the engine."""
+        """The ledger settled a request. `token_seconds`: of each of its tokens, None where it teaches nothing."""
         if event.outcome == "ok":
             self.exemptions.served(admitted_at)
         if token_seconds is not None and event.outcome != "stalled":
@@ -364,7 +368,7 @@ class HealthMonitor:
         self._judged_from = now
 
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
-        """Compare the silence so far with what the outstanding work may take, with patience for the sidecar's own lag."""
+        """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
         self._blocked_patience = self.progress.limits.blocked if readings.unanswered else 0.0
         extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays))) + self._blocked_patience
         return self.progress.evidence(work, now, extra=extra, learn=self.state.state in LEARNING_STATES)
@@ -486,7 +490,10 @@ class HealthMonitor:
         )
 
     def restore(self, saved: SavedHealth, now: float, *, same: bool) -> None:
-        """Restore saved state. `same`: it is of the engine process running now, which may hold requests not known here."""
+        """Restore saved state.
+
+        `same`: it is of the engine process running now, which may hold requests not known here.
+        """
         self.progress.learned = saved.learned
         self.kill_policy.state = saved.fleet
         if not same:

@@ -1,12 +1,12 @@
 """Pure: parts that hang alone while the rest of the engine works: one stream, all decodes, one rank, admission.
 
 Rules:
-- A part's silence is counted on a clock that runs only while the engine makes progress and the sidecar is healthy. A silence of the
-  whole engine, a long prefill that starves all others, and the sidecar's own pauses are no part's hang.
-- Prefill done meanwhile explains a silence. So do tokens that are generated and not delivered (token_balance.py) or, where they are
-  not counted, those that an answer may still hold back.
-- A stream that is stuck alone is aborted, a few at most. When they repeat, or another part hangs, readiness goes first and liveness
-  much later.
+- A part's silence is counted on a clock that runs only while the engine makes progress and the sidecar is healthy. A
+  silence of the whole engine, a long prefill that starves all others, and the sidecar's own pauses are no part's hang.
+- Prefill done meanwhile explains a silence. So do tokens that are generated and not delivered (token_balance.py) or,
+  where they are not counted, those that an answer may still hold back.
+- A stream that is stuck alone is aborted, a few at most. When they repeat, or another part hangs, readiness goes first
+  and liveness much later.
 - A stream without a first token is stuck only when later ones were served before it: a full batch makes all wait alike.
 """
 
@@ -295,7 +295,8 @@ class StalledDecodes:
         early = table.waiting_prefill(table.clock - silent + table.limits.floor)
         if silent <= table.limits.margin * learned.seconds(early):
             return ""
-        return f"{len(silent_streams)} streams have their first token and no other for {silent:.0f} s, while prefills go on"
+        count = len(silent_streams)
+        return f"{count} streams have their first token and no other for {silent:.0f} s, while prefills go on"
 
     def is_suspected(self) -> bool:
         """Whether first tokens had come over some time, and no other token."""

@@ -27,8 +27,8 @@ KV_FULL: Final = 0.95
 class HangClues:
     """What a cause is chosen from. `sample` is None where the page could not be read; `xid_age` None without an XID.
 
-    `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved; `part`: the
-    code of a part that had begun to hang before, "" for none.
+    `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved;
+    `part`: the code of a part that had begun to hang before, "" for none.
     """
 
     age: float | None = None

@@ -1,13 +1,13 @@
 """Pure: generated against delivered tokens: whether the engine works for the streams that are silent on the wire.
 
 Rules:
-- What the engine generates and no stream brings is for the silent ones: arguments of a tool call that a parser holds back, hidden
-  thoughts, answers in one piece.
-- The level rises by that surplus. It falls by MIN_SHARE of what one running sequence gets, for each silent stream. While it is above
-  where it was when a stream last brought something, the engine works for that stream; next to others that bring all that is
-  generated, it falls.
-- One delivery event may hold several tokens: their mean number is measured while no stream is silent. A number that is too high would
-  hide what the silent ones get. So it rises slowly, and falls at once when more came than was generated.
+- What the engine generates and no stream brings is for the silent ones: arguments of a tool call that a parser holds
+  back, hidden thoughts, answers in one piece.
+- The level rises by that surplus. It falls by MIN_SHARE of what one running sequence gets, for each silent stream.
+  While it is above where it was when a stream last brought something, the engine works for that stream; next to others
+  that bring all that is generated, it falls.
+- One delivery event may hold several tokens: their mean number is measured while no stream is silent. A number that is
+  too high would hide what the silent ones get. So it rises slowly, and falls at once when more came than was generated.
 - A burst was generated before: of one delivery no more counts than MAX_BURST_S at the pace of a sequence.
 """
 
@@ -29,7 +29,8 @@ MIN_READ_INTERVAL_S: Final = 0.1
 PACE_DECAY: Final = 0.95
 # Tokens, or steps, that canaries between two readings can account for.
 MAX_CANARY_TOKENS: Final = 4
-# Readings over which the tokens of an event are measured, the share of a higher number that is believed at once, and its bound.
+# Readings over which the tokens of an event are measured, the share of a higher number that is believed at once, and
+# its bound.
 WEIGHT_READINGS: Final = 30
 WEIGHT_RISE: Final = 0.5
 MAX_WEIGHT: Final = 8.0
@@ -41,7 +42,9 @@ MAX_PENDING: Final = 1 << 14
 
 @dataclass(slots=True)
 class TokenBalance:
-    """The balance of one engine. `read_at`: when a counter that moves while it generates was last read; None where it has none.
+    """The balance of one engine.
+
+    `read_at`: when a counter that moves while it generates was last read; None where it has none.
 
     `each`: tokens that one running sequence got so far, on average.
     """

@@ -1,8 +1,9 @@
 """Pure: (state, evidence, canary, now) -> verdict with a reason, from a literal table.
 
-Each tick the first condition of CONDITIONS that holds picks the row of TABLE. The row maps the present state (or `*`) to the next
-state and its reason. A kill needs all of: work or a canary outstanding; silence beyond what is allowed; a confirming canary that
-failed or starved; no exemption; nothing withheld because of the sidecar's own trouble. Unknown is neither healthy nor failed.
+Each tick the first condition of CONDITIONS that holds picks the row of TABLE. The row maps the present state (or `*`)
+to the next state and its reason. A kill needs all of: work or a canary outstanding; silence beyond what is allowed; a
+confirming canary that failed or starved; no exemption; nothing withheld because of the sidecar's own trouble. Unknown
+is neither healthy nor failed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ STUCK_CYCLES: Final = 3
 REJECTED_STARTS: Final = 3
 # `stalled` is held for so long after a part was the reason: its streams are aborted, and nothing else would show it.
 PART_HOLD_S: Final = 120.0
-# Over the allowed silence, engine steps alone hold suspicion off for so long, and prefill evidence alone for so many times.
+# Over the allowed silence, engine steps alone hold suspicion off for so long, and prefill evidence alone for so many
+# times.
 STEPS_HOLD_OFF_S: Final = 6.0
 PREFILL_HOLD_OFF: Final = 1.5
 # Seconds between canaries of an engine in doubt, and of one that starts.
@@ -37,7 +39,10 @@ START_CANARY_INTERVAL_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class VerdictInputs:
-    """What a tick judges. `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None."""
+    """What a tick judges.
+
+    `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None.
+    """
 
     now: float
     evidence: Evidence
@@ -58,7 +63,10 @@ class VerdictInputs:
 
 @dataclass(frozen=True, slots=True)
 class VerdictState:
-    """What the next tick must know. `served`: a token came since the engine last started; `window_at`: a canary passed then."""
+    """What the next tick must know.
+
+    `served`: a token came since the engine last started; `window_at`: a canary passed then.
+    """
 
     state: State = "starting"
     reason: str = "awaiting_first_token"
@@ -282,7 +290,8 @@ def _enter(before: VerdictState, inputs: VerdictInputs, condition: str, state: S
 
 
 def is_canary_due(state: VerdictState, evidence: Evidence, last_ended: float | None, interval: float) -> bool:
-    """Whether a canary should be sent now (none is outstanding): when starting, idle for `interval`, suspect, or stalled.
+    """Whether a canary should be sent now (none is outstanding): when starting, idle for `interval`, suspect, or
+    stalled.
 
     Never while work progresses or is silent within its time: a canary would only add load.
     """

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sidecar.events import AbortRequests, Delivered, FirstToken, Settled
-from sidecar.health.latency_model import LEAST_TOKEN, LatencyModel
+from sidecar.health.latency_model import MIN_TOKEN_S, LatencyModel
 from sidecar.health.monitor import TICK_S
 from sidecar.readings import EngineSample
 
@@ -81,9 +81,9 @@ def test_tokens_that_never_came_do_not_shorten_the_time_of_those_that_did() -> N
 def test_the_time_per_token_has_a_floor() -> None:
     """Whatever is reported, it is never learned to be less than any hardware needs."""
     learned = LatencyModel()
-    for seconds in (0.0, 1e-6, LEAST_TOKEN, 1e-9) * 1000:
+    for seconds in (0.0, 1e-6, MIN_TOKEN_S, 1e-9) * 1000:
         learned.token_time(seconds)
-    assert learned.token_seconds == pytest.approx(2 * LEAST_TOKEN)
+    assert learned.token_seconds == pytest.approx(2 * MIN_TOKEN_S)
 
 
 def works(pod: Pod, running: int, speed: float, canaries: str = "starved") -> None:

@@ -221,16 +221,16 @@ def gpu(index: int, *xids: tuple[int, int]) -> GpuSample:
 
 
 def test_only_new_xids_beyond_healing_count() -> None:
-    """Counts of the driver are compared from tick to tick; an XID of an application (13) is not looked at."""
-    it = KillPolicy(RULES)
-    it.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), 1.0)
-    assert it.state.xid_at == 1.0 and it.state.xid == 46
-    it.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), 2.0)
-    assert it.state.xid_at == 1.0
-    it.tick("progressing", None, Value((gpu(0, (46, 1)), gpu(1, (79, 1), (46, 9))), at=2), 3.0)
-    assert it.state.xid == 79
-    assert it.tick("stalled", None, Absent("lost"), 4.0) == it.hold
-    assert it.hold and it.hold.reason == "node_needs_reboot"
+    """Counts of the driver are compared from tick to tick; an XID of an application (13) is ignored."""
+    policy = KillPolicy(RULES)
+    policy.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), 1.0)
+    assert policy.state.xid_at == 1.0 and policy.state.xid == 46
+    policy.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), 2.0)
+    assert policy.state.xid_at == 1.0
+    policy.tick("progressing", None, Value((gpu(0, (46, 1)), gpu(1, (79, 1), (46, 9))), at=2), 3.0)
+    assert policy.state.xid == 79
+    policy.tick("stalled", None, Absent("lost"), 4.0)
+    assert policy.hold and policy.hold.reason == "node_needs_reboot"
 
 
 steps = st.lists(

@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.events import RequestSize
 from sidecar.health.latency_model import UNKNOWN_SLOWNESS
-from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Progress, SilenceLimits, restarted, silence_limits
+from sidecar.health.progress import GAP_MARGIN, LEARNED_FIRST_TOKENS, Progress, SilenceLimits, restarted, silence_limits
 from sidecar.load import cost_model
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -36,7 +36,7 @@ def item(at: float, tokens: int = 100, *, first: float | None = None, whole: int
 
 def learned() -> Progress:
     p = Progress(LIMITS)
-    p.learned.first_tokens = p.learned.fitted_at = LEARNED_AFTER
+    p.learned.first_tokens = p.learned.fitted_at = LEARNED_FIRST_TOKENS
     p.learned.slowness = 1.0
     return p
 
@@ -146,11 +146,11 @@ def test_a_request_that_does_not_stream_may_be_silent_for_its_whole_answer() -> 
 
 
 def test_patience_is_long_until_the_engine_is_known() -> None:
-    """Before LEARNED_AFTER first tokens the unlearned floor rules, and the machine may be far slower than the coefficients."""
+    """Before LEARNED_FIRST_TOKENS first tokens the unlearned floor rules, and the machine may be far slower than the coefficients."""
     p = Progress(LIMITS)
     assert p.evidence([item(0.0)], 1.0).allowed == 60.0
     assert p.evidence([item(0.0, 100_000)], 1.0).allowed == pytest.approx(3 * UNKNOWN_SLOWNESS * prefill(100_000))
-    for n in range(LEARNED_AFTER):
+    for n in range(LEARNED_FIRST_TOKENS):
         p.admitted((0, str(n)), 0.01, float(n))
         p.first_token((0, str(n)), n + 0.01)
     assert p.evidence([item(30.0)], 31.0).allowed == 8.0
