@@ -1,7 +1,7 @@
 """Composition root of the control process: builds, wires, starts, stops in order.
 
-Order of stopping: readiness off while the relays drain their streams, then the judge, and the admin port last, so that kubelet has
-an answer to the end. The supervisor says when each is due (see supervisor.py).
+It stops in this order: readiness off while the relays drain their streams, then the control loop, and the admin port
+last, so that kubelet has an answer to the end. The supervisor signals when each is due (see supervisor.py).
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _log = logging.getLogger("sidecar")
 
 @dataclass(frozen=True, slots=True)
 class ListeningSockets:
-    """Listening sockets of the supervisor's: for probes and pages, and for relays that report."""
+    """Listening sockets of the supervisor: for probes and pages, and for relays that report."""
 
     admin: socket.socket
     joining: socket.socket
 
 
 async def run(
-    chosen: Settings, co: cost_model.Coefficients, doors: ListeningSockets, serving: Callable[[], None]
+    settings: Settings, co: cost_model.Coefficients, sockets: ListeningSockets, serving: Callable[[], None]
 ) -> None:
     """Serve until SIGUSR1; SIGTERM and SIGINT only withdraw readiness. `serving` is called once the admin port answers.
 
@@ -64,40 +64,41 @@ async def run(
     """
     ended = asyncio.Event()
     async with AsyncExitStack() as stack:
-        state = StateDir(chosen.state_dir)
-        stack.callback(state.clear)
+        state_dir = StateDir(settings.state_dir)
+        stack.callback(state_dir.clear)
         session = await stack.enter_async_context(open_session())
-        ticker, signals, feed = build(chosen, co, state, session, stack)
-        listen(lambda: drain(ticker, chosen.drain_seconds), ended.set)
-        pool = RelayPool(chosen.workers, ticker.on_event, ticker.on_lost)
-        ticker.attach(pool)
-        await serve_admin(ticker, pool, feed, doors.admin, stack)
+        loop, signals, feed = build(settings, co, state_dir, session, stack)
+        handle_signals(lambda: drain(loop, settings.drain_seconds), ended.set)
+        pool = RelayPool(settings.workers, loop.on_event, loop.on_lost)
+        loop.attach(pool)
+        await serve_admin(loop, pool, feed, sockets.admin, stack)
         serving()
-        _log.info("relay on %s:%d, admin on %s:%d, engine %s", *chosen.listen, *chosen.admin, chosen.engine)
-        duties: dict[str, Any] = {
-            "relays": pool.run(doors.joining), "port": signals.port.run(), "ticks": ticker.run(),
-            "engine": signals.engine.run(signals.port.opened),
-        }  # fmt: skip
+        _log.info("relay on %s:%d, admin on %s:%d, engine %s", *settings.listen, *settings.admin, settings.engine)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(duty, name=name) for name, duty in duties.items()]
+            tasks = [
+                group.create_task(pool.run(sockets.joining), name="relays"),
+                group.create_task(signals.port.run(), name="port"),
+                group.create_task(loop.run(), name="ticks"),
+                group.create_task(signals.engine.run(signals.port.opened), name="engine"),
+            ]
             await ended.wait()
             for task in tasks:
                 task.cancel()
 
 
-def listen(draining: Callable[[], None], ended: Callable[[], None]) -> None:
-    """Say what the supervisor's signals mean, then let in those that it sent before."""
+def handle_signals(draining: Callable[[], None], ended: Callable[[], None]) -> None:
+    """Handle the supervisor's signals, those that it sent before included."""
     loop = asyncio.get_running_loop()
-    for number, meaning in ((signal.SIGTERM, draining), (signal.SIGINT, draining), (signal.SIGUSR1, ended)):
-        loop.add_signal_handler(number, meaning)
+    for number, handler in ((signal.SIGTERM, draining), (signal.SIGINT, draining), (signal.SIGUSR1, ended)):
+        loop.add_signal_handler(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def drain(ticker: ControlLoop, seconds: float) -> None:
-    """The relays let their streams finish; whoever sends new requests is to go elsewhere."""
-    if not ticker.control.health.draining:
+def drain(loop: ControlLoop, seconds: float) -> None:
+    """Withdraw readiness, so that new requests go elsewhere while the relays finish their streams."""
+    if not loop.control.health.draining:
         _log.info("draining: readiness off, open streams have %.0f s", seconds)
-        ticker.control.health.draining = True
+        loop.control.health.draining = True
 
 
 def build(
@@ -131,27 +132,22 @@ def build(
 
 
 async def serve_admin(
-    ticker: ControlLoop, pool: RelayPool, feed: PageFeed, sock: socket.socket, stack: AsyncExitStack
+    loop: ControlLoop, pool: RelayPool, feed: PageFeed, sock: socket.socket, stack: AsyncExitStack
 ) -> None:
     """The admin port, until the stack unwinds."""
 
-    def health() -> tuple[bool, dict[str, Any]]:
+    def own_health() -> tuple[bool, dict[str, Any]]:
         now = time.monotonic()
         relays = [
-            {"index": r.index, "pid": r.pid, "restarts": r.restarts, "pulse_age": r.pulse_age} for r in pool.use(now)
+            {"index": relay.index, "pid": relay.pid, "restarts": relay.restarts, "pulse_age": relay.pulse_age}
+            for relay in pool.use(now)
         ]
-        well = now - ticker.ticked_at < TICK_LOST_S and any(r["pid"] for r in relays)
-        return well, {"pid": os.getpid(), "relays": relays, "loop_lag": ticker.control.health.lag}
+        is_healthy = now - loop.ticked_at < TICK_LOST_S and any(relay["pid"] for relay in relays)
+        return is_healthy, {"pid": os.getpid(), "relays": relays, "loop_lag": loop.control.health.lag}
 
-    sinks = ticker.sinks
+    sinks, probe_state = loop.sinks, loop.control.health.probe_state
     sources = Sources(
-        ticker.control.health.probe_state,
-        lambda: ticker.snapshot,
-        health,
-        sinks.pages,
-        feed,
-        sinks.diagnoses,
-        ticker.control.upkeep,
+        probe_state, lambda: loop.snapshot, own_health, sinks.pages, feed, sinks.diagnoses, loop.control.upkeep
     )
     runner = web.AppRunner(make_app(sources), access_log=None, shutdown_timeout=1)
     await runner.setup()

@@ -28,7 +28,8 @@ from sidecar.readings import EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.snapshot import Load, Snapshot
 
-# Weight of one reading of the engine's queue: a request that waits for a step (20 ms) is no queue, one that is seen for 5 s is.
+# Weight of one reading of the engine's queue: a request that waits for a step (20 ms) is no queue, one that is seen for
+# 5 s is.
 QUEUE_WEIGHT = 0.2
 
 

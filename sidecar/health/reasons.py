@@ -65,6 +65,9 @@ class ClueHistory:
         return None if self.xid_at is None else now - self.xid_at
 
 
+Cause = Callable[[HangClues], bool]
+
+
 def _has_gpu_fault(clues: HangClues) -> bool:
     return clues.xid_age is not None and clues.xid_age <= (clues.age or 0.0) + XID_WINDOW_S
 
@@ -80,38 +83,18 @@ def _is_admission_stalled(clues: HangClues) -> bool:
     return clues.sample.running == 0 and (clues.sample.waiting or 0) > 0 and (clues.sample.kv_usage or 0.0) < KV_FULL
 
 
-CAUSES: Final[tuple[tuple[str, Callable[[HangClues], bool], str], ...]] = (
+def _has_part(part: str) -> Cause:
+    return lambda clues: clues.part == part
+
+
+CAUSES: Final[tuple[tuple[str, Cause, str], ...]] = (
     ("gpu_fault", _has_gpu_fault, "the driver reported an XID just before or during the silence"),
-    (
-        "api_blocked",
-        _is_api_blocked,
-        "the API accepts connections and answers nothing: its event loop is blocked, or its process is stopped",
-    ),
-    (
-        "admission_stalled",
-        _is_admission_stalled,
-        "requests wait and none runs: the scheduler admits nothing, or the head of the queue cannot enter",
-    ),
-    (
-        "rank_silent",
-        lambda clues: clues.part == "rank_silent",
-        "one data-parallel rank had stopped while others worked",
-    ),
-    (
-        "decode_stalled",
-        lambda clues: clues.part == "decode_stalled",
-        "several first tokens had come, and since then no other token",
-    ),
-    (
-        "stream_stuck",
-        lambda clues: clues.part == "stream_stuck",
-        "several streams had fallen silent one by one while others moved",
-    ),
-    (
-        "livelock",
-        lambda clues: clues.iterating >= MIN_ITERATING,
-        "the engine's steps continue and nothing is delivered",
-    ),
+    ("api_blocked", _is_api_blocked, "the API accepts connections and answers none: its process is blocked or stopped"),
+    ("admission_stalled", _is_admission_stalled, "requests wait and none runs: nothing, or not the head, is admitted"),
+    ("rank_silent", _has_part("rank_silent"), "one data-parallel rank had stopped while others worked"),
+    ("decode_stalled", _has_part("decode_stalled"), "several first tokens had come, and since then no other token"),
+    ("stream_stuck", _has_part("stream_stuck"), "several streams had fallen silent one by one while others moved"),
+    ("livelock", lambda clues: clues.iterating >= MIN_ITERATING, "the engine's steps continue, nothing is delivered"),
 )
 
 # What an operator reads next to a code.

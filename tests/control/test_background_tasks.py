@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from sidecar.control import process
-from sidecar.control.background_tasks import MAX_TASKS, BackgroundTasks
+from sidecar.control.background_tasks import MAX_LOGGED_ERRORS, BackgroundTasks
 from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.engines.openai import OPENAI
@@ -57,19 +57,19 @@ async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pyt
     errands, broken = BackgroundTasks(), list[str]()
     for expected in (True, False):
         assert errands.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
-    assert errands.running("state")
+    assert errands.is_running("state")
     await errands.close()
-    assert not errands.start("state", breaks()) and not errands.running("state")
+    assert not errands.start("state", breaks()) and not errands.is_running("state")
     assert not broken and not caplog.records
 
 
 async def test_what_is_logged_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     """However many errands break, the log gets a bounded number of lines."""
     errands, broken = BackgroundTasks(), asyncio.Queue[str]()
-    for i in range(MAX_TASKS + 5):
+    for i in range(MAX_LOGGED_ERRORS + 5):
         errands.start(f"errand {i}", breaks(), broken.put_nowait)
         await broken.get()
-    assert len(caplog.records) == MAX_TASKS
+    assert len(caplog.records) == MAX_LOGGED_ERRORS
 
 
 @pytest.fixture

@@ -237,7 +237,7 @@ def test_a_file_that_does_not_fit_costs_one_line(tmp_path: Path, caplog: pytest.
         caplog.clear()
         (tmp_path / STATE_FILE).write_text(content)
         keeping.restore(control, 1.0)
-        assert [r.levelno for r in caplog.records] == [logging.WARNING] and "ignored" in caplog.text
+        assert [r.levelno for r in caplog.records] == [logging.WARNING] and "ignoring saved state" in caplog.text
     assert control.health.progress.learned.first_tokens == 0
 
 

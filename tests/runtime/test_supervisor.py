@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import psutil
 import pytest
 
-from sidecar.runtime.supervisor import PAUSE_FIRST, PAUSE_MOST, STEADY, pause_after
+from sidecar.runtime.supervisor import MIN_PAUSE_S, MAX_PAUSE_S, STEADY_S, pause_after
 
 from ..waiting import PATIENCE
 
@@ -85,12 +85,12 @@ async def program(control: str = "", relay: str = "at once", grace: float = 20.0
 
 def test_the_first_restart_waits_for_nothing_and_a_crash_loop_for_longer_each_time() -> None:
     """A steady life is followed at once; young deaths double the pause up to its bound."""
-    assert pause_after(STEADY, PAUSE_MOST) == 0.0
-    pauses = [PAUSE_FIRST]
+    assert pause_after(STEADY_S, MAX_PAUSE_S) == 0.0
+    pauses = [MIN_PAUSE_S]
     for _ in range(10):
         pauses.append(pause_after(0.1, pauses[-1]))
-    assert pause_after(0.1, 0.0) == PAUSE_FIRST
-    assert pauses[:3] == [PAUSE_FIRST, 2 * PAUSE_FIRST, 4 * PAUSE_FIRST] and pauses[-1] == PAUSE_MOST
+    assert pause_after(0.1, 0.0) == MIN_PAUSE_S
+    assert pauses[:3] == [MIN_PAUSE_S, 2 * MIN_PAUSE_S, 4 * MIN_PAUSE_S] and pauses[-1] == MAX_PAUSE_S
 
 
 async def test_a_start_that_fails_ends_with_its_code_and_starts_nothing_else() -> None:
