@@ -1,9 +1,11 @@
-"""What must be found: the hang modes of docs/health.md as rows of the product's own fault table, under four kinds of load.
+"""What must be found: the hang modes of docs/health.md as rows of the product's own fault table, under four kinds of
+load.
 
-Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON seconds. What is owed
-and which reason codes are right stand in the product's catalogue (`sidecar.tools.scripted_engine.hang_catalogue`) and are not repeated here: liveness
-that fails, readiness that is withdrawn, the one request that is ended, or a start-up that says why it is none. Mode 21 is an alarm here, and mode
-23 (garbage) cannot be seen in a simulation without text.
+Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON
+seconds. What is owed and which reason codes are right stand in the product's catalogue
+(`sidecar.tools.scripted_engine.hang_catalogue`) and are not repeated here: liveness that fails, readiness that is
+withdrawn, the one request that is ended, or a start-up that says why it is none. Mode 21 is an alarm here, and mode 23
+(garbage) cannot be seen in a simulation without text.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def first_after_idle(w: World) -> None:
 
 
 def new_process(w: World) -> None:
-    """The engine was started anew, and its start-up hangs."""
+    """The engine was restarted, and its start-up hangs."""
     w.restart_engine(10.0)
     w.engine.fault("start_hang")
 
@@ -123,9 +125,9 @@ MODES: tuple[Mode, ...] = (
 class Trial:
     """What one trial found: seconds from the fault to each detection (None: not within the horizon).
 
-    `found`: what is owed came, with whatever reason; `right`: it came with a right one. `predicted` and `real`: seconds of prefill that
-    were outstanding at the fault, by the cost model, and as this site would have taken them; `expected`: as the sidecar itself
-    expected after what it had learned.
+    `found`: what is owed came, with whatever reason; `right`: it came with a right one. `predicted` and `real`: seconds
+    of prefill that were outstanding at the fault, by the cost model, and as this site would have taken them;
+    `expected`: as the sidecar itself expected after what it had learned.
     """
 
     mode: int
@@ -136,11 +138,11 @@ class Trial:
     expected: float
     liveness: float | None
     readiness: float | None
-    ended: float | None  # the first request that our control ended
+    ended: float | None  # the first request that the control aborted
     found: float | None
     right: bool
     reasons: tuple[str, ...]  # all that were given, in order
-    before: str  # our verdict when the fault began
+    before: str  # the verdict when the fault began
     baselines: dict[str, float | None]  # their first failing check
     kills: dict[str, float | None]  # when those would have killed
     trail: tuple[tuple[float, str, str], ...] = ()
@@ -166,7 +168,10 @@ def poisson(w: World, prompt: int, output: int) -> Iterator[Arrival]:
 
 
 def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
-    """A world whose engine can show the mode; speeds and habits are drawn. `tells` False: no page, and answers in one piece."""
+    """A world whose engine can show the mode; speeds and habits are drawn.
+
+    `tells` False: no page, and answers in one piece.
+    """
     site = Site(
         slowness=spread(rng, 0.3, 3.0), starves=rng.random() < 0.5, kv_tokens=mode.kv_tokens, ranks=mode.ranks,
         lacks=rng.choice((frozenset(), frozenset({"iterations"}))), page=tells, streams=1.0 if tells else 0.5,
@@ -217,8 +222,8 @@ def prefill_of(w: World) -> tuple[float, float, float]:
 
 
 def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:
-    """The catalogue's, and what is as right where the evidence cannot tell more: nobody's request but a canary is out, or the
-    engine's page does not count its steps."""
+    """The catalogue's, and what is as right where the evidence cannot tell more: no one's request but a canary is out,
+    or the engine's page does not count its steps."""
     untold = load == "idle" or ("iterations" in w.site.lacks and "livelock" in mode.case.reasons) or not w.site.page
     return (*mode.case.reasons, *(UNTOLD if untold else ()))
 

@@ -11,7 +11,7 @@ from sim.modes import CASES, LOADS, Trial
 from sim.weeks import BUSY, NATURAL, OURS, PLAIN, RATE, WEEK, Tally, label
 
 NAMES = tuple(check.name for check in CHECKS)
-PROBES = 10.0  # seconds that our manifests' liveness probe takes more: three probes in 5 s each
+PROBES = 10.0  # seconds that the manifests' liveness probe takes more: three probes in 5 s each
 NO_FALSE = 3.0  # rule of three: none seen in n means a rate under 3/n, with 95 % confidence
 HIDDEN = {label(a) for a in ALARMS if a.hidden}
 
@@ -189,7 +189,7 @@ def coverage(tally: Tally) -> str:
     """How much was simulated, and how."""
     none = tally.drawn and not tally.kills.get(NATURAL)
     return (
-        f"{tally.weeks:.1f} engine-weeks, each at a site drawn anew. In full resolution: {tally.full / tally.weeks:.0f} s of each "
+        f"{tally.weeks:.1f} engine-weeks, each at a site drawn again. In full resolution: {tally.full / tally.weeks:.0f} s of each "
         f"({100 * tally.full / (tally.weeks * WEEK):.3f} %, {tally.full / WEEK:.2f} weeks in all), {sum(tally.events.values())} events: "
         f"one minute of ordinary traffic, the alarms at {RATE:g} of their weekly rates, and of {tally.windows} natural windows by the bound "
         f"the most dangerous one of each week and one by lot, {tally.drawn} in all, the worst with a bound of "

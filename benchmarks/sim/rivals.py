@@ -21,7 +21,7 @@ class Rivals:
     _canaries: dict[str, tuple[Seq | None, float]] = field(default_factory=dict)  # by detector: open one, started
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Reset."""
         self.baselines = [Baseline(check) for check in CHECKS]
         self._canaries.clear()
 

@@ -32,7 +32,7 @@ class Load:
 
 
 def draw(rng: random.Random, traces: dict[str, Trace], co: cost_model.Coefficients) -> Site:
-    """A site: a trace at 2 to 60 % of what its hardware can prefill; one in six far slower than the coefficients say."""
+    """A site: a trace at 2 to 60 % of what its hardware can prefill; one in six far slower than the coefficients predict."""
     name = rng.choice(sorted(traces))
     load = load_of(traces[name], co)
     slowness = spread(rng, 3.0, 20.0) if rng.random() < 1 / 6 else spread(rng, 0.3, 3.0)
@@ -86,8 +86,8 @@ def prefills(trace: Trace, co: cost_model.Coefficients) -> tuple[float, ...]:
 
 
 def windows(trace: Trace, site: Site, co: cost_model.Coefficients, limits: SilenceLimits) -> list[tuple[float, int]]:
-    """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a kill:
-    (longest silence over least allowed one, place in the trace)."""
+    """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a
+    kill: (longest silence over least allowed one, place in the trace)."""
     tail = longest_gap(Arrival(0.0, 1, longest_output(trace)), 0.0, site, co)
     # a shorter prefill cannot: most need no second look
     least = (SHARE * limits.floor - tail) * CHUNK_SHARE / site.slowness
@@ -105,9 +105,9 @@ def longest_output(trace: Trace) -> int:
 def longest_gap(a: Arrival, prefill: float, site: Site, co: cost_model.Coefficients) -> float:
     """The longest silence that an arrival can cause in this engine model, seconds.
 
-    Prefills end first come, first served, and each end is progress; a decode goes on beside them, or starves until they
-    end. So between two signs of progress lies one prefill at most, and, where neither chunks nor counters show them, the
-    tokens of an answer.
+    Prefills end first come, first served, and each end is progress; a decode goes on next to them, or starves until they
+    end. So between two signs of progress lies one prefill at most, and, where neither chunks nor counters show them,
+    the tokens of an answer.
     """
     token = co.d * FAMILY / 1000 * site.slowness / (1 - CHUNK_SHARE)
     seen_after = a.output if unseen(site) else 1

@@ -35,7 +35,10 @@ class Trace(tuple[Arrival, ...]):
 
 
 def load(folder: Path | None) -> dict[str, Trace]:
-    """The traces of `folder` by name; the synthetic one where no folder is given. Raises ValueError where it holds none."""
+    """The traces of `folder` by name; the synthetic one where no folder is given.
+
+    Raises ValueError where it holds none.
+    """
     if folder is None or not folder.is_dir():
         return {"synthetic": synthetic()}
     found = {file: read(folder / file) for file, read in READERS.items() if (folder / file).is_file()}

@@ -1,18 +1,19 @@
 """Engine-weeks: calm time that is passed over, and stretches in full resolution where a verdict could change.
 
-What a week contains, in full resolution, at one site drawn anew: one minute of ordinary traffic at a drawn place of its trace; the stories of
-alarms.py at drawn times, at RATE of their weekly rates; of its natural windows (below) the most dangerous one and one by lot. All the
-rest of its seven days is passed over. A figure per engine-week is therefore one per week of *these rates of alarms*, whose traffic
-in between is judged by the argument below, not simulated.
+What a week contains, in full resolution, at one site drawn again: one minute of ordinary traffic at a drawn place of its
+trace; the stories of alarms.py at drawn times, at RATE of their weekly rates; of its natural windows (below) the most
+dangerous one and one by lot. All the rest of its seven days is passed over. A figure per engine-week is therefore one
+per week of *these rates of alarms*, whose traffic in between is judged by the argument below, not simulated.
 
-Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an exemption, a part
-that hangs, our own ill-health, a restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. All but the last
-are alarms here, always in full resolution, or need an engine that is not healthy. A healthy engine's silence can end in a kill only when it
-outlasts `allowed`, and then a canary's time. It is bounded per arrival by `sites.longest_gap`, and `allowed` from below by
-`sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows;
-elsewhere no kill is possible. They are many where the hardware is far slower than the coefficients say: the bound takes the sidecar for one
-that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if alone on the engine,
-and no gap at all. tests/health/test_verdict_sim.py holds all this against full resolution.
+Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an
+exemption, a part that hangs, the sidecar's own trouble, a restart, a refused port, a canary that does not pass, or a silence
+longer than `allowed`. All but the last are alarms here, always in full resolution, or need an engine that is not
+healthy. A healthy engine's silence can end in a kill only when it outlasts `allowed`, and then a canary's time. It is
+bounded per arrival by `sites.longest_gap`, and `allowed` from below by `sites.least_allowed` (nothing learned; all that
+is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows; elsewhere no kill is
+possible. They are many where the hardware is far slower than the coefficients predict: the bound takes the sidecar for one
+that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if
+alone on the engine, and no gap at all. tests/health/test_verdict_sim.py holds all this against full resolution.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ class Stretch:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm), `wrong` seconds by detector: for how long
-    a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio among the windows that were run."""
+    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm), `wrong` seconds by detector:
+    for how long a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio among the
+    windows that were run."""
 
     weeks: float = 0.0
     full: float = 0.0  # seconds in full resolution

@@ -1,9 +1,10 @@
-"""The production control object beside an engine model, under one simulated clock.
+"""The production control object next to an engine model, under one simulated clock.
 
-Rules: `sidecar.control.state.ControlState` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
-0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is re-implemented here; the relay
-does what the real one does: a stalled verdict ends all its requests and refuses new ones. `skip` passes over time in which nothing
-that a verdict hangs on can happen (see weeks.py for when that is so); the only private fields it touches are the control's own clock.
+Rules: `sidecar.control.state.ControlState` is driven as the ticker drives it: events as they come, a metrics page a
+second, a tick each 0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is
+re-implemented here; the relay does what the real one does: a stalled verdict ends all its requests and refuses new
+ones. `skip` passes over time in which nothing that a verdict hangs on can happen (see weeks.py for when that is so);
+the only private fields it touches are the control's own clock.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A request that our control ordered to end."""
+    """A request that the control aborted."""
 
     at: float
     id: str
@@ -58,7 +59,7 @@ class Ended:
 
 @dataclass(slots=True)
 class World:
-    """One engine, its users, our control, and the baselines. Times are simulated monotonic seconds."""
+    """One engine, its users, the control, and the baselines. Times are simulated monotonic seconds."""
 
     site: Site
     rng: random.Random
@@ -72,7 +73,7 @@ class World:
     trail: list[Change] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     users: dict[str, Seq] = field(default_factory=dict)
-    blind: bool = False  # the relay process is stopped: its facts wait
+    blind: bool = False  # the relay process is stopped: its events wait
     restarted_at: float = -1e9  # the engine, last
     ticks: int = 0
     engine: Engine = field(init=False)
@@ -80,7 +81,7 @@ class World:
     gpu: GpuSample = HEALTHY_GPU
     rivals: Rivals = field(default_factory=Rivals)
     _next: Arrival | None = None
-    _facts: list[Event] = field(default_factory=list)
+    _events: list[Event] = field(default_factory=list)
     _reading: Reading[EngineSample] = UNREAD
     _canary: tuple[Seq, float, float] | None = None  # ours: (sequence, started, allowed)
     _requests: int = 0
@@ -111,13 +112,13 @@ class World:
         """One request through the relay, now. None where it was refused."""
         self._requests += 1
         id = str(self._requests)
-        self._facts.append(admitted(id, prompt, output, streams, self.now, self.co))
+        self._events.append(admitted(id, prompt, output, streams, self.now, self.co))
         if self.verdict == "stalled" and self.relief:
-            self._facts.append(refused(id, self.now, "stalled", "engine_stalled"))
+            self._events.append(refused(id, self.now, "stalled", "engine_stalled"))
             return None
         seq = self.engine.submit(id, prompt, output, self.now, streams=streams)
         if seq is None:
-            self._facts.append(refused(id, self.now))
+            self._events.append(refused(id, self.now))
         else:
             self.users[id] = seq
         return seq
@@ -133,12 +134,12 @@ class World:
     def read(self, seq: Seq) -> None:
         """It reads again: what waited comes at once."""
         if seq.told:
-            self._facts.append(RequestBlocked(seq.id, self.now, on=False))
+            self._events.append(RequestBlocked(seq.id, self.now, on=False))
         self._keep(self.engine.read(seq, self.now))
 
     def direct(self, what: str, on: bool) -> None:
         """The relay saw an order that stops the engine on purpose, or lets it go on."""
-        self._facts.append(EnginePauseChanged(self.now, what, on))
+        self._events.append(EnginePauseChanged(self.now, what, on))
 
     def xid(self, number: int) -> None:
         """The driver reports an error of the GPU."""
@@ -152,7 +153,7 @@ class World:
         """A client hangs up, or the relay ends the request: the engine frees its place."""
         if self.users.pop(seq.id, None) is not None:
             self.engine.abort(seq, self.now)
-            self._facts.append(settled(seq, self.now, outcome, error=code))
+            self._events.append(settled(seq, self.now, outcome, error=code))
 
     def pause(self, seconds: float) -> None:
         """The control process is stopped; engine and relay go on."""
@@ -182,7 +183,7 @@ class World:
         self.users.clear()
 
     def new_control(self, *, remembers: bool = False) -> None:
-        """The control process starts anew; `remembers`: it finds the memory of the one before in its state directory."""
+        """The control process restarts; `remembers`: it finds the memory of the one before in its state directory."""
         kept = self.control.save() if remembers else None
         self.control = ControlState(self.settings, self.co, self.now, self.wall + self.now)
         self._canary = None
@@ -198,9 +199,9 @@ class World:
         return not self.users
 
     def skip(self, seconds: float, busy: bool, taught: Iterable[float] = ()) -> None:
-        """Pass over calm time. `busy`: users were served meanwhile. `taught`: seconds of prefill, by the cost model, of the
-        streams among them; each is taken to have had the engine to itself, and tokens to have come as fast as they can: the
-        impatient side. What waiting and sharing would have taught (patience) is left out."""
+        """Pass over calm time. `busy`: users were served meanwhile. `taught`: seconds of prefill, by the cost model, of
+        the streams among them; each is taken to have had the engine to itself, and tokens to have come as fast as they
+        can: the impatient side. What waiting and sharing would have taught (patience) is left out."""
         assert not self.users and self.verdict in CALM, "only calm time may be skipped"
         self.now += seconds
         self.control.health._ticked_at, self.control.health._ticked_wall = self.now, self.wall + self.now
@@ -217,7 +218,7 @@ class World:
         self.forget_baselines()
 
     def forget_baselines(self) -> None:
-        """The baselines start anew."""
+        """The baselines restart."""
         if self.compare:
             self.rivals.forget()
 
@@ -252,7 +253,7 @@ class World:
     # --- one tick ---
 
     def tick(self) -> None:
-        """0.5 s of everybody's life, and then ours."""
+        """0.5 s of everyone's life, and then the control's."""
         self._live()
         self._book()
         self._read()
@@ -279,15 +280,15 @@ class World:
         for seq in self.users.values():
             if seq.unread_since is not None and not seq.told and self.now - seq.unread_since >= WRITE_BLOCKS:
                 seq.told = True
-                self._facts.append(RequestBlocked(seq.id, self.now, on=True))
+                self._events.append(RequestBlocked(seq.id, self.now, on=True))
         if not self.blind:
             self._pulse_at = self.now
 
-    def _keep(self, facts: list[Event]) -> None:
-        for fact in facts:
-            if isinstance(fact, Settled):
-                self.users.pop(fact.id, None)
-        self._facts.extend(facts)
+    def _keep(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Settled):
+                self.users.pop(event.id, None)
+        self._events.extend(events)
 
     def _obey(self) -> None:
         """What the relay does on a verdict and on orders, before the next tick."""
@@ -303,9 +304,9 @@ class World:
     def _book(self) -> None:
         if self.blind:
             return
-        for fact in self._facts:
-            self.control.on_event(0, fact)
-        self._facts.clear()
+        for event in self._events:
+            self.control.on_event(0, event)
+        self._events.clear()
 
     def _read(self) -> None:
         if self.ticks % 2 == 0:

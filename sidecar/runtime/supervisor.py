@@ -1,9 +1,9 @@
 """The container's first process: forks the others, restarts them when they end, passes signals on, reaps.
 
-    start     control alone; if it cannot start (exit code 1 or 2 before it first served), the container ends with its code
+    start     control alone; if it cannot start (exit code 1 or 2 before it served), the container ends with that code
     serving   SIGUSR1 from control: it serves, now the others are started
     death     a process that ends is restarted: at once, then with pauses that double while it keeps dying young
-    SIGTERM   (or SIGINT) to control, which withdraws readiness, and to the relays, which finish their streams; after the
+    SIGTERM   (or SIGINT) to control, which withdraws readiness, and the relays, which finish their streams; after the
               last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced
 
 Rules:

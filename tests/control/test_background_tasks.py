@@ -1,4 +1,4 @@
-"""Errands of the control process: none ends unseen, and none that breaks can wedge the judge."""
+"""Background tasks of the control process: no failure is silent, and none can wedge the control loop."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ async def breaks(secret: str = "") -> None:
     raise TypeError(secret)
 
 
-async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever sent it hears the error's type; the log names the place once, and never the text of the error."""
-    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
+async def test_a_task_that_fails_is_reported_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
+    """Its starter gets the error's type; the log names the place once, and never the text of the error."""
+    tasks, broken = BackgroundTasks(), asyncio.Queue[str]()
     for _ in range(3):
-        assert errands.start("canary", breaks("a user's words"), broken.put_nowait)
+        assert tasks.start("canary", breaks("a user's words"), broken.put_nowait)
         assert await broken.get() == "TypeError"
     (record,) = caplog.records
     assert (
@@ -41,33 +41,33 @@ async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(capl
     assert "words" not in caplog.text
 
 
-async def test_an_errand_that_others_cancel_is_told() -> None:
-    """A cancellation that is not ours ends an errand like an error does."""
-    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
+async def test_a_task_that_others_cancel_is_reported() -> None:
+    """A cancellation from elsewhere ends a task like an error does."""
+    tasks, broken = BackgroundTasks(), asyncio.Queue[str]()
 
     async def cancelled() -> None:
         raise asyncio.CancelledError
 
-    errands.start("canary", cancelled(), broken.put_nowait)
+    tasks.start("canary", cancelled(), broken.put_nowait)
     assert await broken.get() == "cancelled"
 
 
 async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pytest.LogCaptureFixture) -> None:
     """What is under way is not started again; closing ends it without a word, and nothing starts any more."""
-    errands, broken = BackgroundTasks(), list[str]()
+    tasks, broken = BackgroundTasks(), list[str]()
     for expected in (True, False):
-        assert errands.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
-    assert errands.is_running("state")
-    await errands.close()
-    assert not errands.start("state", breaks()) and not errands.is_running("state")
+        assert tasks.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
+    assert tasks.is_running("state")
+    await tasks.close()
+    assert not tasks.start("state", breaks()) and not tasks.is_running("state")
     assert not broken and not caplog.records
 
 
 async def test_what_is_logged_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    """However many errands break, the log gets a bounded number of lines."""
-    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
+    """However many tasks break, the log gets a bounded number of lines."""
+    tasks, broken = BackgroundTasks(), asyncio.Queue[str]()
     for i in range(MAX_LOGGED_ERRORS + 5):
-        errands.start(f"errand {i}", breaks(), broken.put_nowait)
+        tasks.start(f"task {i}", breaks(), broken.put_nowait)
         await broken.get()
     assert len(caplog.records) == MAX_LOGGED_ERRORS
 

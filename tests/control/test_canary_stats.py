@@ -15,7 +15,7 @@ from sidecar.settings import Settings
 
 
 def test_a_canary_costs_what_its_tokens_cost() -> None:
-    """Each canary that passed adds its prompt and its token, in model units and in tokens; an embedding has no output."""
+    """Each canary that passed adds its prompt and its token, in MU and tokens; an embedding has no output."""
     co = cost_model.Coefficients()
     canaries = CanaryStats(co)
     canaries.add(CanaryResult("ok", 0.0, 1.0, 8.0, prompt_tokens=16, digest="a"))
@@ -30,7 +30,7 @@ NOTHING = Absent("x")
 
 
 def control() -> ControlState:
-    """A control beside an engine that has served its first canary."""
+    """A control next to an engine that has served its first canary."""
     made = ControlState(Settings(engine="http://e"), cost_model.Coefficients(), 0.0, 0.0)
     made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm"), 0.5, 0.5)
     answer(made, 1.0, "usual")
@@ -45,7 +45,7 @@ def answer(made: ControlState, now: float, digest: str) -> None:
 
 
 def test_garbage_is_reported_and_changes_no_verdict() -> None:
-    """The changes and the evidence tell of garbage, once; the verdict stays, and a new engine process begins anew."""
+    """The changes and the evidence report garbage, once; the verdict stays, and a new engine process begins again."""
     made = control()
     for n in range(1, MIN_CANARIES):
         answer(made, 1.0 + n, "usual")
@@ -62,7 +62,7 @@ def test_garbage_is_reported_and_changes_no_verdict() -> None:
 
 @pytest.mark.parametrize("reason", ["engine_sleeping", "engine_paused"])
 def test_an_engine_that_rests_is_not_judged(reason: str) -> None:
-    """What the engine says of its own rest is the reason of the exemption, with or without a metrics page."""
+    """What the engine reports about its own rest is the reason of the exemption, with or without a metrics page."""
     made = control()
     for n in range(200):
         made.tick(TickReadings(NOTHING, NOTHING, NOTHING, (), None, "llamacpp", resting=reason), 2 + n / 2, 2 + n / 2)

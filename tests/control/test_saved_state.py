@@ -51,7 +51,7 @@ def file_of(it: SavedState, now: float = 100.0, place: StateOrigin = HERE) -> An
 
 
 def test_what_is_kept_comes_back_whole() -> None:
-    """Every field, through JSON: what was learned with its bounds, the policy's memory, what was true of the process."""
+    """Every field, through JSON: what was learned with its bounds, the kill state, what is of one process."""
     found, same = saved_state.load(file_of(kept()), HERE, 110.0)
     assert same and found == kept()
     assert found.learned.__class__ is LatencyModel and saved_state.to_plain(LatencyModel()) == saved_state.to_plain(
@@ -100,7 +100,7 @@ def changed(path: str, value: Any) -> Callable[[Any], None]:
     ],
 )
 def test_what_does_not_fit_is_not_believed(change: Callable[[Any], None], words: str) -> None:
-    """The error says why, in words for the log."""
+    """The error gives the reason, in words for the log."""
     raw = file_of(kept())
     change(raw)
     with pytest.raises(StateRejected, match=words):
@@ -173,8 +173,8 @@ def probe(it: Life) -> ProbeState:
     return it.control.health.probe_state()
 
 
-def test_a_restored_stall_is_judged_anew() -> None:
-    """Unknown first, unready but not killed, for the whole silence that was allowed; then a canary of ours must fail again."""
+def test_a_restored_stall_is_judged_again() -> None:
+    """Unknown and unready but not killed for the whole silence allowed last; then a new canary must fail again."""
     life = Life()
     life.control.restore(kept(), life.now, same=True)
     life.run(30)
@@ -187,7 +187,7 @@ def test_a_restored_stall_is_judged_anew() -> None:
 
 
 def test_a_restored_engine_that_serves_is_believed_at_once() -> None:
-    """One canary that passes ends the waiting; nothing is learned anew."""
+    """One canary that passes ends the waiting; nothing is learned again."""
     life = Life()
     life.control.restore(replace(kept(), stalled=False), life.now, same=True)
     life.run(2, answers=True)
@@ -207,7 +207,7 @@ def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
 
 
 def test_an_engine_that_was_paused_on_purpose_is_still_paused() -> None:
-    """The order came through the relay before our restart; only its opposite, a token or the cap ends it."""
+    """The order came through the relay before the sidecar's restart; only its opposite, a token or the cap ends it."""
     life = Life()
     life.control.restore(replace(kept(), stalled=False, orders={"engine_paused": life.now - 30}), life.now, same=True)
     life.run(120)
@@ -227,12 +227,12 @@ def test_a_hand_over_outlives_the_sidecar() -> None:
 
 
 def test_a_file_that_does_not_fit_costs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Garbled, foreign, too large: the start goes on with nothing, and the log says why."""
+    """Garbled, foreign, too large: the start goes on with nothing, and the log gives the reason."""
     state = StateDir(str(tmp_path))
     keeping = StateStore(state, "http://127.0.0.1:1", "default")
     control = ControlState(Settings(), cost_model.Coefficients(), 1.0, 1.0)
     keeping.restore(control, 1.0)
-    assert caplog.messages == [], "no file is nothing to tell"
+    assert caplog.messages == [], "no file is nothing to log"
     for content in ("{", "[]", '"' + "x" * MAX_STATE_BYTES + '"', "\x00"):
         caplog.clear()
         (tmp_path / STATE_FILE).write_text(content)
@@ -266,7 +266,7 @@ def test_no_password_of_an_address_is_written(tmp_path: Path) -> None:
 
 
 def test_listening_sockets_tell_processes_apart() -> None:
-    """The inode of a socket that listens on the port, also by IPv6; nothing for another machine, or a port that is closed."""
+    """The inode of a socket that listens on the port, also by IPv6; none for another machine or a closed port."""
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]
         assert listeners(f"http://127.0.0.1:{port}") == (os.fstat(one.fileno()).st_ino,)
@@ -278,7 +278,7 @@ def test_listening_sockets_tell_processes_apart() -> None:
     assert boot() == boot() != ""
 
 
-def test_an_operators_word_is_heard_once(tmp_path: Path) -> None:
+def test_an_operators_resume_counts_once(tmp_path: Path) -> None:
     """The file `resume` is taken away when it was seen."""
     keeping = StateStore(StateDir(str(tmp_path)), "http://127.0.0.1:1", "default")
     assert not keeping.take_resume()

@@ -31,7 +31,7 @@ def test_a_token_of_a_later_request_ends_what_would_have_kept_it_back(what: str)
     assert orders.active(20.0) is None
 
 
-def test_profiling_goes_on_beside_work() -> None:
+def test_profiling_goes_on_next_to_work() -> None:
     """Tokens during a profile are no sign that it is over: its end stops the world to write."""
     orders = Exemptions(cap=100.0)
     orders.pause(EnginePauseChanged(10.0, "engine_profiling", True))

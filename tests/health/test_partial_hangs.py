@@ -19,7 +19,7 @@ from sidecar.readings import EngineSample, RankSample
 
 @dataclass
 class Engine:
-    """Parts beside a scripted engine; each `tick` is a second in which, unless `silent`, something progresses."""
+    """Parts next to a scripted engine; each `tick` is a second in which, unless `silent`, something progresses."""
 
     now: float = 1000.0
     parts: PartialHangDetector = field(default_factory=lambda: PartialHangDetector(SilenceLimits()))
@@ -63,7 +63,7 @@ class Engine:
 
 
 def test_a_stream_that_is_silent_while_others_move_is_ended_once() -> None:
-    """Its own silence counts, not the engine's; nobody else is ended, and readiness stays."""
+    """Its own silence counts, not the engine's; no one else is ended, and readiness stays."""
     e = Engine()
     stuck, other = e.decoding(), e.decoding()
     e.tick(55, other)
@@ -73,8 +73,8 @@ def test_a_stream_that_is_silent_while_others_move_is_ended_once() -> None:
     assert e.finding is None
 
 
-def test_no_stream_is_stuck_while_the_whole_engine_is_silent_or_we_are_unwell() -> None:
-    """The clock of parts stands still in a silence of all, and while we are not to be trusted."""
+def test_no_stream_is_stuck_while_the_whole_engine_or_the_sidecar_hangs() -> None:
+    """The clock of parts stands still in a silence of all, and while the sidecar itself is unhealthy."""
     e = Engine()
     e.decoding(), e.decoding()
     e.tick(600, silent=True)
@@ -84,7 +84,7 @@ def test_no_stream_is_stuck_while_the_whole_engine_is_silent_or_we_are_unwell() 
 
 
 def test_a_client_that_does_not_read_keeps_its_own_answer_waiting() -> None:
-    """Backpressure is no silence of the engine; the count starts anew once it is over."""
+    """Backpressure is no silence of the engine; the count restarts once it is over."""
     e = Engine()
     slow, other = e.decoding(), e.decoding()
     e.parts.table.block(slow, RequestBlocked(slow[1], e.now, True))
@@ -186,7 +186,7 @@ def test_a_rank_with_work_that_generates_nothing_while_others_do_is_silent() -> 
     assert e.finding is not None and e.finding.reason == "rank_silent" and "rank 0" in e.finding.detail
     e.sample = None
     e.tick(1)
-    assert e.finding is None, "a page that cannot be read says nothing"
+    assert e.finding is None, "a page that cannot be read proves nothing"
 
 
 def test_a_long_prefill_explains_a_silent_rank() -> None:
@@ -213,7 +213,7 @@ def test_admission_that_stands_while_requests_end_is_a_finding() -> None:
 
 
 def test_a_prompt_that_never_fits_is_named_once_while_the_queue_stands() -> None:
-    """Only while the page says that nothing runs, requests wait, and the engine has been silent for a while."""
+    """Only while the page shows that nothing runs, requests wait, and the engine has been silent for a while."""
     e = Engine()
     full = EngineSample(running=0, waiting=2, kv_capacity_tokens=900)
     assert e.parts.oversized_prompt.find(full, 20.0) is None

@@ -39,8 +39,8 @@ def test_every_cause_has_words_for_an_operator() -> None:
     assert {code for code, _, _ in CAUSES} <= set(REASON_TEXTS)
 
 
-def test_xids_from_before_we_looked_explain_nothing() -> None:
-    """The driver's count at our start is history; a rise is news."""
+def test_xids_from_before_the_start_explain_nothing() -> None:
+    """The driver's count at the start is history; a rise is news."""
     watch = ClueHistory()
     watch.record(1.0, False, 3)
     watch.record(2.0, False, None)

@@ -1,4 +1,4 @@
-"""A pod around the production control object, for tests of invariants: users, relay, engine page, canaries and clocks by hand."""
+"""The production control object on simulated clocks, for tests of invariants."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ SEARCH = settings(max_examples=50)
 
 @dataclass
 class Pod:
-    """A control object and what is around it. Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet."""
+    """A control object and what is around it.
+
+    Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet.
+    """
 
     now: float = 1000.0
     wall: float = WALL
@@ -129,7 +132,8 @@ class Pod:
         id = id or self.open[0]
         self.open.remove(id)
         self.blocked.discard(id)
-        self.control.on_event(0, Settled(id, self.now, outcome, 200, None, tokens, 4, None, self.now, 0.0))  # type: ignore[arg-type]
+        settled = Settled(id, self.now, outcome, 200, None, tokens, 4, None, self.now, 0.0)  # type: ignore[arg-type]
+        self.control.on_event(0, settled)
         if outcome == "ok":
             self.delivered_at = self.now
 
@@ -142,7 +146,7 @@ class Pod:
         self.moved[id] = self.now
         self.control.on_event(0, RequestBlocked(id, self.now, on=not on))
 
-    def told(self) -> list[tuple[str, str]]:
+    def take_aborts(self) -> list[tuple[str, str]]:
         """(id, code) of each request that control wants ended."""
         ends = [(id, end.code) for _, end in self.control.health.take_aborts() for id in end.ids]
         self.ended += ends
@@ -171,7 +175,7 @@ class Pod:
         self.blocked.clear()
 
     def restart(self, *, remembers: bool) -> None:
-        """Our process starts anew; what the old one kept goes through the form of its file."""
+        """The sidecar restarts; what the old one kept goes through the form of its file."""
         kept = (
             saved_state.from_plain(saved_state.SavedState, saved_state.to_plain(self.control.save()))
             if remembers
