@@ -2,9 +2,9 @@
 a week.
 
 Rules: a story begins on a served engine under its site's traffic, and leaves it able to go on. The rates are set higher
-than operators report, so that a run of weeks holds many of each. Every number is drawn again each time. A story marked
-`hidden` stops the engine on purpose without a sign that any client could read: what it does is shown, and is not counted
-as an alarm of the catalogue.
+than operators report, so that a run of weeks holds many of each. Every number is drawn each time. A story marked
+`hidden` stops the engine on purpose without a sign that any client could read: what it does is shown, and is not
+counted as an alarm of the catalogue.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from sim.troubles import (
     own_pause,
     relay_restart,
     relay_stops,
+    reported,
     restarts_and_jump,
     slow_clients,
     starved_sidecar,
-    told,
     watchdog_restarts,
 )
 from sim.world import World
@@ -93,8 +93,8 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(14, "HTTP behind a prefill of 27 s", 0.1, serial_prefill),
     Alarm(15, "tokenizer holds the GIL 40-60 s", 0.2, faulted("api_block", 40, 60)),
     Alarm(15, "the same for 10-30 s, three times", 0.1, again("api_block", 10, 30, 10, 3)),
-    Alarm(16, "sleep, as its page reports", 0.1, told("sleep", page=True)),
-    Alarm(16, "pause, as the engine answers", 0.1, told("pause", tells_rest=True)),
+    Alarm(16, "sleep, as its page reports", 0.1, reported("sleep", page=True)),
+    Alarm(16, "pause, as the engine answers", 0.1, reported("pause", tells_rest=True)),
     Alarm(16, "sleep, ordered through the relay", 0.1, directed("sleep", "engine_sleeping", 10, 600)),
     Alarm(16, "pause, ordered through the relay", 0.1, directed("pause", "engine_paused", 10, 600)),
     Alarm(16, "weight update, through the relay", 0.1, directed("weight_update", "weight_update", 5, 300)),

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-PERIOD = 10.0  # seconds between kubelet's probes, by default
-THRESHOLD = 3  # failing probes in a row, by default
+PROBE_INTERVAL_S = 10.0  # seconds between kubelet's probes, by default
+PROBE_THRESHOLD = 3  # failing probes in a row, by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,8 @@ class Check:
 
     name: str
     fails: Fails
-    period: float = PERIOD
-    threshold: int = THRESHOLD
+    period: float = PROBE_INTERVAL_S
+    threshold: int = PROBE_THRESHOLD
 
     @property
     def patience(self) -> float:

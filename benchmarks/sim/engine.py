@@ -19,7 +19,7 @@ from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.faults import changes_of
 from sim.seqs import USER, Counters, Seq, Site, settled
 
-QUANTUM = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it
+QUANTUM_S = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it
 CHUNK_SHARE = 0.85  # of a step that a chunked prefill takes while others decode
 FAMILY = 32  # requests that share a decode step, as in the coefficients
 
@@ -102,7 +102,7 @@ class Engine:
         out: list[Event] = []
         now = start
         while now < end - 1e-9:
-            dt = min(QUANTUM, end - now)
+            dt = min(QUANTUM_S, end - now)
             now += dt
             self._quantum(dt, now, out)
         return out
@@ -245,7 +245,7 @@ class Engine:
         events: list[Event] = []
         if seq.streams or seq.ended_at is not None:
             events = self._shown(seq, seq.unread, now)
-        seq.unread, seq.unread_since, seq.told = 0, None, False
+        seq.unread, seq.unread_since, seq.reported = 0, None, False
         return [*events, settled(seq, now, "ok")] if seq.ended_at is not None else events
 
     def _flush(self, now: float, out: list[Event]) -> None:

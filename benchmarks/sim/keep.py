@@ -1,7 +1,7 @@
 """Results of a long run, kept in a file as they come, so that a run that was broken off goes on where it was.
 
-Rules: what is kept belongs to the very code that made it: a file of other sources is refused, not mixed. It is the sidecar's own
-pickle, for the same machine and the same day; no one else's file belongs here.
+Rules: what is kept belongs to the very code that made it: a file of other sources is refused, not mixed. It is the
+sidecar's own pickle, for the same machine and the same day; no one else's file belongs here.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Seq:
     blocked: bool = False  # its client does not read
     unread: int = 0  # tokens that wait for it
     unread_since: float | None = None
-    told: bool = False  # the relay has said so
+    reported: bool = False  # by the relay
 
     @property
     def shadow(self) -> bool:
@@ -84,8 +84,18 @@ def admitted(id: str, prompt: int, limit: int, streams: bool, now: float, co: co
 def settled(seq: Seq, now: float, outcome: str, status: int = 200, error: str = "") -> Settled:
     """The event of a request's end."""
     return Settled(
-        seq.id, now, outcome, status, None, seq.sent, 4 * seq.sent, seq.first_at, now, 0.0, error  # type: ignore[arg-type]
-    )  # fmt: skip
+        seq.id,
+        now,
+        outcome,
+        status,
+        None,
+        seq.sent,
+        4 * seq.sent,
+        seq.first_at,
+        now,
+        0.0,
+        error,  # type: ignore[arg-type]
+    )
 
 
 def refused(id: str, now: float, outcome: str = "engine_error", error: str = "") -> Settled:

@@ -58,7 +58,7 @@ def long_burst(w: World) -> None:
 
 
 def full(w: World) -> None:
-    """Every place of the batch is taken for minutes, health answers after 5 s, and canaries would queue behind users."""
+    """The batch is full for minutes, health answers after 5 s, and canaries would queue behind users."""
     w.engine.lag = 5.0
     for _ in range(2 * w.site.max_batch):
         w.request(int(spread(w.rng, 200, 2000)), int(spread(w.rng, 200, 1500)), w.streams())
@@ -167,7 +167,7 @@ def storm(w: World) -> None:
 
 
 def retry_storm(w: World) -> None:
-    """The engine was restarted; whoever lost a request sends it again, and so do the users of the replicas next to it."""
+    """The engine was restarted; clients repeat lost requests, and so do the users of the other replicas."""
     for _ in range(w.site.max_batch):
         w.request(int(spread(w.rng, 500, 8000)), int(spread(w.rng, 50, 400)), w.streams())
     w.run(10)

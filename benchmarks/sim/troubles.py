@@ -1,4 +1,4 @@
-"""Stories of what goes on around a healthy engine: the sidecar's processes, its operators, its clients, and others that use it."""
+"""Stories around a healthy engine: the sidecar's processes, operators, clients, and others that use the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sim.world import World
 
 
 def watchdog_restarts(w: World) -> None:
-    """The control process is starved, killed, and restarts amid a long prefill; half of the times it finds its memory."""
+    """The control process is starved, killed and restarted amid a long prefill; half the time it has its state."""
     w.request(int(spread(w.rng, 50_000, 200_000)), 50, w.streams())
     w.run(spread(w.rng, 1, 20))
     w.pause(spread(w.rng, 3, 60))
@@ -18,7 +18,7 @@ def watchdog_restarts(w: World) -> None:
     w.run(90)
 
 
-def told(kind: str, **tells: bool) -> Callable[[World], None]:
+def reported(kind: str, **tells: bool) -> Callable[[World], None]:
     """The engine rests, and its page or its own answer says so."""
 
     def story(w: World) -> None:

@@ -27,16 +27,16 @@ from sim.surface import sample
 from sim.traces import Arrival
 
 WALL = 1_700_000_000.0  # the wall clock when the monotonic one reads 0
-GONE = 300.0  # seconds after an engine's own death in which `dead` is the truth
+GONE_S = 300.0  # seconds after an engine's own death in which `dead` is the truth
 UNLIVE = ("stalled", "dead")
 UNREADY = ("starting", "suspect", "stalled", "dead", "exempt")
 CALM = ("idle", "progressing", "quiet")
 NONE = Absent("not simulated")
 HEALTHY_GPU = GpuSample(0, "GPU", "GPU-0", NONE, NONE, NONE, NONE, NONE)
 UNREAD = Absent("not read yet")
-ANSWER = 2.0  # seconds that the sidecar waits for an answer of the API, a metrics page or a cheap one
-WRITE_BLOCKS = 1.0  # seconds that a write to a client must wait, before the relay says so
-FOREIGN_EVERY = 20.0  # seconds between requests that go past the relay, at a shared engine
+ANSWER_TIMEOUT_S = 2.0  # seconds that the sidecar waits for an answer of the API, a metrics page or a cheap one
+WRITE_BLOCKS_S = 1.0  # seconds that a write to a client must wait, before the relay says so
+FOREIGN_INTERVAL_S = 20.0  # seconds between requests that go past the relay, at a shared engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class World:
 
     def read(self, seq: Seq) -> None:
         """It reads again: what waited comes at once."""
-        if seq.told:
+        if seq.reported:
             self._events.append(RequestBlocked(seq.id, self.now, on=False))
         self._keep(self.engine.read(seq, self.now))
 
@@ -183,7 +183,7 @@ class World:
         self.users.clear()
 
     def new_control(self, *, remembers: bool = False) -> None:
-        """The control process restarts; `remembers`: it finds the memory of the one before in its state directory."""
+        """The control process restarts; `remembers`: with the saved state of the one before."""
         kept = self.control.save() if remembers else None
         self.control = ControlState(self.settings, self.co, self.now, self.wall + self.now)
         self._canary = None
@@ -230,9 +230,7 @@ class World:
 
     def killed(self, since: float) -> float | None:
         """When liveness first failed, from `since` on, for an engine that had not just died of itself."""
-        return next(
-            (c.at for c in self.trail if c.at >= since and c.state in UNLIVE and not self._gone(c)), None
-        )  # fmt: skip
+        return next((c.at for c in self.trail if c.at >= since and c.state in UNLIVE and not self._gone(c)), None)
 
     def spent(self, states: tuple[str, ...], since: float) -> float:
         """Seconds in some states from `since` on; those of an engine that had just died of itself do not count."""
@@ -244,7 +242,7 @@ class World:
         )
 
     def _gone(self, change: Change) -> bool:
-        return change.state == "dead" and change.at - self.restarted_at < GONE
+        return change.state == "dead" and change.at - self.restarted_at < GONE_S
 
     def first(self, states: tuple[str, ...], since: float) -> float | None:
         """When the verdict was first one of `states`, from `since` on."""
@@ -274,12 +272,12 @@ class World:
         while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
             self.request(self._next.prompt, self._next.output, self.streams())
             self._next = next(self.arrivals, None)
-        if self.site.shared and self.arrivals is not None and self.now - self._foreign_at >= FOREIGN_EVERY:
+        if self.site.shared and self.arrivals is not None and self.now - self._foreign_at >= FOREIGN_INTERVAL_S:
             self._foreign_at = self.now
             self.past_relay(self.rng.randrange(200, 8000), self.rng.randrange(20, 400))
         for seq in self.users.values():
-            if seq.unread_since is not None and not seq.told and self.now - seq.unread_since >= WRITE_BLOCKS:
-                seq.told = True
+            if seq.unread_since is not None and not seq.reported and self.now - seq.unread_since >= WRITE_BLOCKS_S:
+                seq.reported = True
                 self._events.append(RequestBlocked(seq.id, self.now, on=True))
         if not self.blind:
             self._pulse_at = self.now
@@ -323,9 +321,11 @@ class World:
     def _readings(self) -> TickReadings:
         relay = RelayUse(0, 1, 0, len(self.users), 0.0, self.now - self._pulse_at)
         how = self.engine.how
-        unanswered = self._unanswered >= ANSWER and how.port_open
-        told = self.site.tells_rest and how.answering
-        resting = "engine_paused" if how.paused and told else "engine_sleeping" if how.sleeping and told else ""
+        unanswered = self._unanswered >= ANSWER_TIMEOUT_S and how.port_open
+        is_reported = self.site.tells_rest and how.answering
+        resting = (
+            "engine_paused" if how.paused and is_reported else "engine_sleeping" if how.sleeping and is_reported else ""
+        )
         gpus = Value((self.gpu,), self.now)
         return TickReadings(self._reading, gpus, NONE, (relay,), self._refused, "vllm", unanswered, resting)
 

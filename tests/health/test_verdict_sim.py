@@ -121,9 +121,9 @@ def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
     calm = [c.state for c in w.trail if c.at >= began and c.state not in CALM]
     w.rng, began = random.Random(f"story:{seed}"), w.now
     w.traffic(sites.slice_of(TRACE, w.rng.uniform(0, 3000), site.rate, w.now))
-    w.run(weeks.LEAD)
+    w.run(weeks.LEAD_S)
     alarm.story(w)
-    w.run(weeks.AFTER)
+    w.run(weeks.AFTER_S)
     dangers = [(c.state, c.at - began) for c in w.trail if c.at >= began and c.state in ("suspect", *UNLIVE)]
     first = dict(reversed(dangers))
     return list(first.items()), calm
