@@ -82,7 +82,7 @@ async def test_a_restarted_sidecar_knows_what_it_had_learned(
     assert (await again.get("/startupz"))[0] == 200
     snapshot = await again.until_verdict("idle")
     assert snapshot["verdict"]["evidence"]["learned"]
-    assert any("the same engine process is there" in line for line in again.log)
+    assert any("the engine process is the same" in line for line in again.log)
     states = [v["verdict"] for v in (await again.get("/verdicts"))[1]["verdicts"]]
     assert set(states) <= {"idle", "unknown", "progressing"}, states
 
