@@ -72,7 +72,7 @@ def _answer(content: Any, status: int = 200) -> web.Response:
 def _probe(sources: Sources, kind: probes.Kind) -> Handler:
     async def handle(_: web.Request) -> web.Response:
         state = sources.probe_state()
-        return _answer(probes.body(state), 200 if probes.passes(kind, state) else 503)
+        return _answer(probes.verdict_json(state.verdict), 200 if probes.passes(kind, state) else 503)
 
     return handle
 

@@ -127,7 +127,7 @@ class ControlLoop:
     def _tick(self) -> None:
         now, wall = time.monotonic(), time.time()
         health = self.control.health
-        hold_before, stale_before = health.kill_policy.reason, self.control.upkeep.stale
+        hold_before, stale_before = health.kill_policy.reason, self.control.coefficients.stale
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         self.ticked_at = now
         self.sinks.fan_out.metrics.update(self.snapshot)
@@ -183,7 +183,7 @@ class ControlLoop:
 
     def _log_coefficients(self, before: str) -> None:
         """Log once when the coefficients become stale or match again."""
-        stale = self.control.upkeep.stale
+        stale = self.control.coefficients.stale
         if stale and not before:
             _log.warning("the coefficients are stale: %s; measure them again with `sidecar calibrate`", stale)
         elif before and not stale:

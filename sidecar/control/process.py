@@ -147,7 +147,7 @@ async def serve_admin(
 
     sinks, probe_state = loop.sinks, loop.control.health.probe_state
     sources = Sources(
-        probe_state, lambda: loop.snapshot, own_health, sinks.pages, feed, sinks.diagnoses, loop.control.upkeep
+        probe_state, lambda: loop.snapshot, own_health, sinks.pages, feed, sinks.diagnoses, loop.control.coefficients
     )
     runner = web.AppRunner(make_app(sources), access_log=None, shutdown_timeout=1)
     await runner.setup()

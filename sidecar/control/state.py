@@ -42,7 +42,7 @@ class ControlState:
         self.unit_ms = cost_model.unit_ms(co)
         self.ledger = Ledger(co, BoundedLabels(settings.max_tenants), BoundedLabels(settings.max_tenants))
         self.health = HealthMonitor(settings, now, wall, pod)
-        self.upkeep = CoefficientMonitor(co, now)
+        self.coefficients = CoefficientMonitor(co, now)
         self.canary_stats = CanaryStats(co)
         self._images = summary.ImageSums()
         self._queue, self._queue_read_at = 0.0, 0.0
@@ -55,7 +55,7 @@ class ControlState:
         hold = self.ledger.hold((relay, event.id)) if isinstance(event, Admitted | FirstToken) else None
         self.health.on_event(relay, event, hold)
         if settlement is not None:
-            self.upkeep.settled(settlement)
+            self.coefficients.settled(settlement)
             pace = None if settlement.slowed else settlement.pace
             self.health.on_settlement(settlement.settled, settlement.admitted.at, pace)
         if isinstance(event, ImagePrepared):
@@ -67,7 +67,7 @@ class ControlState:
         self.health.relay_lost(relay, now)
         lost = self.ledger.lose(relay, now)
         for settlement in lost:
-            self.upkeep.settled(settlement)
+            self.coefficients.settled(settlement)
             self.health.on_event(relay, settlement.settled, None)
         return lost
 
@@ -80,7 +80,7 @@ class ControlState:
 
     def price_terms(self, work: RequestSize) -> tuple[tuple[str, float], ...]:
         """The price of a request in GPU milliseconds by cause, by the coefficients in use."""
-        return cost_model.by_cause(work, self.upkeep.co)
+        return cost_model.by_cause(work, self.coefficients.co)
 
     # --- ticks ---
 
@@ -102,8 +102,10 @@ class ControlState:
         slowdowns = {why for gpu in gpus if isinstance(gpu.slowdowns, Value) for why in gpu.slowdowns.value}
         names = tuple(gpu.name for gpu in gpus)
         engine = replace(readings.identity, gpus=names, slowdowns=tuple(sorted(slowdowns)))
-        self.upkeep.tick(self.ledger.holds(), now, engine, trusted=self.health.is_usual)
-        self.health.set_margin(PREDICTION_MARGIN * (coefficient_monitor.STALE_PATIENCE if self.upkeep.stale else 1.0))
+        self.coefficients.tick(self.ledger.holds(), now, engine, trusted=self.health.is_usual)
+        self.health.set_margin(
+            PREDICTION_MARGIN * (coefficient_monitor.STALE_PATIENCE if self.coefficients.stale else 1.0)
+        )
 
     # --- over a restart of the sidecar ---
 
@@ -111,13 +113,14 @@ class ControlState:
         """What the next process of the sidecar should know."""
         health = self.health.save()
         return SavedState(
-            **{field.name: getattr(health, field.name) for field in fields(health)}, drift=self.upkeep.drift.memory
+            **{field.name: getattr(health, field.name) for field in fields(health)},
+            drift=self.coefficients.drift.memory,
         )
 
     def restore(self, saved: SavedState, now: float, *, same: bool) -> None:
         """Restore saved state. `same`: it was saved for the engine process that is running now."""
         self.health.restore(saved, now, same=same)
-        self.upkeep.restore(saved.drift)
+        self.coefficients.restore(saved.drift)
 
     # --- reports ---
 
@@ -149,11 +152,11 @@ class ControlState:
             kills=health.kill_policy.state.kills_total,
             handover=health.kill_policy.state.handover,
             canaries=self.canary_stats.use(garbage=health.garbage.found),
-            prices=self.upkeep.use(),
+            prices=self.coefficients.use(),
         )
 
     def _load(self, readings: TickReadings, now: float) -> Load:
         sample = readings.sample or EngineSample()
         queue = self._queue if sample.waiting is not None else None
         load = summary.load_of(self.ledger, self._co, self._settings.slo_seconds, sample.kv_usage, queue, now)
-        return replace(load, coefficients_stale=bool(self.upkeep.stale))
+        return replace(load, coefficients_stale=bool(self.coefficients.stale))

@@ -56,9 +56,9 @@ CLOCK_JUMP_S: Final = 5.0
 # A relay sends a heartbeat each second; without one for so long, its deliveries are unknown.
 HEARTBEAT_STALE_S: Final = 4.0
 MAX_VERDICT_CHANGES: Final = 50
-MAX_CANARIES: Final = 64
-MAX_RECENT_CANARIES: Final = 16
-MAX_PAUSES: Final = 64
+MAX_CANARIES: Final = 16
+MAX_SAVED_CANARIES: Final = 64
+MAX_SAVED_PAUSES: Final = 64
 
 # States whose silences, once ended, were legitimate.
 LEARNING_STATES: Final = frozenset[State]({"idle", "progressing", "quiet", "suspect"})
@@ -105,20 +105,18 @@ class AdmittedWork(OpenWork, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SavedHealth:
-    """What outlives a restart of the sidecar.
+    """What outlives a restart of the sidecar. `allowed`: the silence allowed last; `stalled`: suspect or stalled.
 
-    `allowed`: the silence allowed last; `stalled`: it was suspect or stalled.
-
-    `orders`: the pauses of the engine that were in force, by code, and since when.
+    `orders`: the pauses of the engine in force, by code, and since when. The fields are named as in the file.
     """
 
     learned: LatencyModel
-    canary_seconds: Annotated[tuple[float, ...], Meta(max_length=MAX_CANARIES)]
+    canary_seconds: Annotated[tuple[float, ...], Meta(max_length=MAX_SAVED_CANARIES)]
     served: bool
     rejected: int
     stalled: bool
     allowed: float
-    orders: Annotated[dict[str, float], Meta(max_length=MAX_PAUSES)]
+    orders: Annotated[dict[str, float], Meta(max_length=MAX_SAVED_PAUSES)]
     fleet: KillState
 
 
@@ -130,7 +128,7 @@ class CanaryRecord:
     since: float | None = None  # one is under way
     passed_at: float | None = None
     touched: float = 0.0  # a canary was under way then: counters that moved may be its own
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_CANARIES))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_CANARIES))
 
 
 class HealthMonitor:

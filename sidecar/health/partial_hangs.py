@@ -95,9 +95,7 @@ class StreamTable:
     balance: TokenBalance = field(default_factory=TokenBalance)
     counted: bool = False  # the engine has a counter of what it generates
     prefilled: float = 0.0  # seconds of prefill, by the cost model, whose first token came
-    served: deque[int] = field(
-        default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT)
-    )  # numbers of the last served streams
+    served: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT))  # numbers of the last streams
     served_at: float = 0.0  # the last first token
     freed: int = 0  # requests that ended since then
     decoded_at: float = 0.0  # the last token of any stream past its first pieces
@@ -179,10 +177,6 @@ class StreamTable:
         if not stream.first:
             self._serve(stream)
         return event.delivered_tokens > MAX_FIRST_PIECES
-
-    def decode(self) -> None:
-        """Some stream got more than its first pieces."""
-        self.decoded_at, self.first_tokens = self.clock, 0
 
     def read(self, sample: EngineSample, at: float, *, canary: bool) -> None:
         """Compare with the engine's counters: a silent stream for which it generates is not silent.
@@ -346,9 +340,10 @@ class StuckStreams:
 
     def detect(self) -> str:
         """The finding in words, "" while stuck streams do not repeat."""
-        found, still = len(self.found), sum(stream.stuck for stream in self.table.open)
+        found = len(self.found)
         if found < MIN_REPEATED_STUCK:
             return ""
+        still = sum(stream.stuck for stream in self.table.open)
         return f"{found} streams were stuck within {STUCK_WINDOW_S:.0f} s while others moved; {still} still are"
 
     def are_most(self) -> bool:
@@ -471,7 +466,7 @@ class PartialHangDetector:
     def _decode(self) -> None:
         if "decode_stalled" in self._since:  # it is over: what all were silent for was no single stream's
             self.table.restart_silence(*self.table.streams.values())
-        self.table.decode()
+        self.table.decoded_at, self.table.first_tokens = self.table.clock, 0
 
 
 def has_kv_pressure(sample: EngineSample | None) -> bool:

@@ -50,13 +50,8 @@ def passes(kind: Kind, state: ProbeState) -> bool:
     return state.verdict.state not in FAILS[kind]
 
 
-def body(state: ProbeState) -> dict[str, Any]:
-    """The JSON body of every probe endpoint."""
-    return verdict_json(state.verdict)
-
-
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as JSON."""
+    """A verdict as JSON: the body of every probe endpoint."""
     return {
         "verdict": verdict.state,
         "reason": verdict.reason,
@@ -68,7 +63,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
 
 def file_body(state: ProbeState, now_wall: float) -> dict[str, Any]:
     """The content of verdict.json: the probe body, and the answer to each exec probe."""
-    return {**body(state), "written": now_wall, "passes": {kind: passes(kind, state) for kind in KINDS}}
+    return {**verdict_json(state.verdict), "written": now_wall, "passes": {kind: passes(kind, state) for kind in KINDS}}
 
 
 def exec_answer(kind: Kind, content: Any, age: float | None) -> tuple[bool, str]:
