@@ -278,10 +278,7 @@ class HealthMonitor:
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
         self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now)
-        if self._has_entered("starting", before) or (self.state.state == "starting" and condition == "restarted"):
-            self._forget_engine(now)
-        if self._has_entered("starting", before) or self._has_entered("exempt", before):
-            self.garbage.reset()
+        self._forget_engine(before, condition, now)
         self.verdict = self._new_verdict(inputs, condition, before, hold_before, wall)
         return self.verdict
 
@@ -418,15 +415,16 @@ class HealthMonitor:
         times = (self.progress.last()[1], self.canaries.passed_at)
         return max((at for at in times if at is not None), default=None)
 
-    def _has_entered(self, state: State, before: verdict.VerdictState) -> bool:
-        return self.state.state == state != before.state
-
-    def _forget_engine(self, now: float) -> None:
-        """The engine is another process."""
-        self.canaries.seconds.clear()
-        self.partial_hangs.reset()
-        self.exemptions.clear()
-        self._clues.start_at = now
+    def _forget_engine(self, before: verdict.VerdictState, condition: str, now: float) -> None:
+        """Forget what was true of one engine process, if it is another one or may have other weights."""
+        state = self.state.state
+        if state in ("starting", "exempt") and state != before.state:
+            self.garbage.reset()
+        if state == "starting" and (before.state != "starting" or condition == "restarted"):
+            self.canaries.seconds.clear()
+            self.partial_hangs.reset()
+            self.exemptions.clear()
+            self._clues.start_at = now
 
     def _new_verdict(
         self,
