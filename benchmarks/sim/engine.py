@@ -41,7 +41,7 @@ class Engine:
     busy_at: float = 0.0  # work was last there
     compile_left: float = 0.0
     lag: float = 0.0  # seconds by which HTTP answers are late, in addition to what the fault says
-    gauges: tuple[float, float] = (0.0, 0.0)  # running, waiting, as the core last told them
+    gauges: tuple[float, float] = (0.0, 0.0)  # running, waiting, as the core last reported them
     _inbox: list[Seq] = field(default_factory=list)  # sent while the API did not answer
     _held: list[Event] = field(default_factory=list)
     _late: list[Seq] = field(default_factory=list)  # canaries that ended while the API did not answer

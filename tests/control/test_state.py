@@ -182,14 +182,14 @@ def test_a_call_is_over_when_its_relay_dies() -> None:
 def test_a_start_up_without_any_sign_is_named_once_the_cap_has_passed() -> None:
     """Its state stays `starting`, its reason changes, and that is news."""
     control = ControlState(Settings(engine="http://engine"), Coefficients(), 1000.0, WALL)
-    now, told = 1000.0, []
+    now, reported = 1000.0, []
     while now < 2000.0:
         now += TICK_S
         readings = TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm")
         control.tick(readings, now, WALL + now - 1000.0)
         if control.health.has_changed:
-            told.append((now - 1000.0, control.health.verdict.state, control.health.verdict.reason))
-    assert told == [(900.0, "starting", "startup_stuck")]
+            reported.append((now - 1000.0, control.health.verdict.state, control.health.verdict.reason))
+    assert reported == [(900.0, "starting", "startup_stuck")]
 
 
 def test_an_xid_seen_with_the_silence_names_it() -> None:
