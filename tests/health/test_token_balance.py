@@ -17,7 +17,7 @@ FLUSH = 0.2  # seconds between a relay's reports
 
 
 class Batch:
-    """Streams of one engine next to the detector: each reported at moments of its own, and a page that is seen later."""
+    """Streams of one engine next to the detector: each is reported at its own moments, the page is seen later."""
 
     def __init__(self, others: int, tokens: float, seed: int) -> None:
         self.random = random.Random(seed)
