@@ -133,7 +133,7 @@ def job(kind: str, seed: str, first: int, count: int, folder: Path) -> Result:
         for n in range(first, first + count):
             tally.add(week(f"{seed}:{n}", loaded(folder), CO))
         return tally, [], [], time.process_time() - began
-    loads, horizon = (("idle", "decoding"), 100.0) if kind == "quick" else (modes.LOADS, modes.HORIZON)
+    loads, horizon = (("idle", "decoding"), 100.0) if kind == "quick" else (modes.LOADS, modes.HORIZON_S)
     found, less = [], []
     for mode in modes.MODES:
         for load in (x for x in mode.loads if x in loads):

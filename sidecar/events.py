@@ -53,6 +53,8 @@ class Trace:
 
 # --- events: relay -> control ---
 
+# Tokens that an answer without max_tokens may have: models of today give no longer ones.
+LONGEST_ANSWER_TOKENS: Final = 1 << 17
 # Multiples of the expected output for which an estimate gives the output that still remains.
 TAIL_MULTIPLES: Final = (1, 2, 4, 8)
 

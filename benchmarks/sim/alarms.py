@@ -1,8 +1,10 @@
-"""What must stay silent: the 17 alarms of docs/health.md as stories, several of most, each with how often it happens in a week.
+"""What must stay silent: the 17 alarms of docs/health.md as stories, several of most, each with how often it happens in
+a week.
 
-Rules: a story begins on a served engine under its site's traffic, and leaves it able to go on. The rates are set higher than
-operators report, so that a run of weeks holds many of each. Every number is drawn anew each time. A story marked `hidden` stops the
-engine on purpose without a sign that anybody could read: what it does is shown, and is not counted as an alarm of the catalogue.
+Rules: a story begins on a served engine under its site's traffic, and leaves it able to go on. The rates are set higher
+than operators report, so that a run of weeks holds many of each. Every number is drawn each time. A story marked
+`hidden` stops the engine on purpose without a sign that any client could read: what it does is shown, and is not
+counted as an alarm of the catalogue.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ from sim.troubles import (
     own_pause,
     relay_restart,
     relay_stops,
+    reported,
     restarts_and_jump,
     slow_clients,
     starved_sidecar,
-    told,
     watchdog_restarts,
 )
 from sim.world import World
@@ -80,7 +82,7 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(9, "one-token check over 20 s", 0.2, slow_checks),
     Alarm(9, "the same behind 300 prompts", 0.05, queue_of_prompts),
     Alarm(10, "profiler 10-120 s, ordered through the relay", 0.1, directed("profile", "engine_profiling", 10, 120)),
-    Alarm(10, "profiler 10-120 s, behind our back", 0.1, faulted("profile", 10, 120), hidden=True),
+    Alarm(10, "profiler 10-120 s, unseen by the sidecar", 0.1, faulted("profile", 10, 120), hidden=True),
     Alarm(11, "canary before ready", 0.1, early_canary),
     Alarm(11, "flood before ready", 0.05, flood_at_start),
     Alarm(12, "watchdog starved and restarted", 0.2, watchdog_restarts),
@@ -91,19 +93,19 @@ ALARMS: tuple[Alarm, ...] = (
     Alarm(14, "HTTP behind a prefill of 27 s", 0.1, serial_prefill),
     Alarm(15, "tokenizer holds the GIL 40-60 s", 0.2, faulted("api_block", 40, 60)),
     Alarm(15, "the same for 10-30 s, three times", 0.1, again("api_block", 10, 30, 10, 3)),
-    Alarm(16, "sleep, as its page says", 0.1, told("sleep", page=True)),
-    Alarm(16, "pause, as the engine answers", 0.1, told("pause", tells_rest=True)),
+    Alarm(16, "sleep, as its page reports", 0.1, reported("sleep", page=True)),
+    Alarm(16, "pause, as the engine answers", 0.1, reported("pause", tells_rest=True)),
     Alarm(16, "sleep, ordered through the relay", 0.1, directed("sleep", "engine_sleeping", 10, 600)),
     Alarm(16, "pause, ordered through the relay", 0.1, directed("pause", "engine_paused", 10, 600)),
     Alarm(16, "weight update, through the relay", 0.1, directed("weight_update", "weight_update", 5, 300)),
-    Alarm(16, "sleep 10-600 s, behind our back", 0.05, faulted("pause", 10, 600), hidden=True),
-    Alarm(16, "weight update 5-300 s, behind our back", 0.05, faulted("weight_update", 5, 300), hidden=True),
+    Alarm(16, "sleep 10-600 s, unseen by the sidecar", 0.05, faulted("pause", 10, 600), hidden=True),
+    Alarm(16, "weight update 5-300 s, unseen by the sidecar", 0.05, faulted("weight_update", 5, 300), hidden=True),
     Alarm(17, "sidecar stopped 1-600 s", 0.2, own_pause),
     Alarm(17, "machine stopped 2-600 s", 0.2, all_pause),
     Alarm(17, "clock jump", 0.2, clock_jump),
     Alarm(17, "relay restart", 0.2, relay_restart),
     Alarm(17, "relay stopped 1-120 s", 0.2, relay_stops),
-    Alarm(17, "two restarts of ours and a clock jump", 0.1, restarts_and_jump),
+    Alarm(17, "two restarts of the sidecar and a clock jump", 0.1, restarts_and_jump),
     Alarm(0, "garbage metrics", 0.2, faulted("garbage_metrics", 30, 120)),
     Alarm(0, "client hang-ups", 0.2, hang_ups),
     Alarm(0, "20-100 times slower (mode 21)", 0.1, slow_engine),

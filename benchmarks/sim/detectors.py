@@ -1,8 +1,9 @@
 """The field's detectors, re-implemented after docs/health.md: pure state machines over what each of them can see.
 
-Rules: a detector is polled once a second and says whether its check fails now; its own limits are its published ones. It is given
-the better of both worlds: its detection counts from its first failing check; it kills only when its checks failed for as
-long as its `threshold` of probes takes (kubelet's defaults, 3 probes in 10 s each, where nothing else is published).
+Rules: a detector is polled once a second and says whether its check fails now; its own limits are its published ones.
+It is given the better of both worlds: its detection counts from its first failing check; it kills only when its checks
+failed for as long as its `threshold` of probes takes (kubelet's defaults, 3 probes in 10 s each, where nothing else is
+published).
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-PERIOD = 10.0  # seconds between kubelet's probes, by default
-THRESHOLD = 3  # failing probes in a row, by default
+PROBE_INTERVAL_S = 10.0  # seconds between kubelet's probes, by default
+PROBE_THRESHOLD = 3  # failing probes in a row, by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,8 @@ class Check:
 
     name: str
     fails: Fails
-    period: float = PERIOD
-    threshold: int = THRESHOLD
+    period: float = PROBE_INTERVAL_S
+    threshold: int = PROBE_THRESHOLD
 
     @property
     def patience(self) -> float:
@@ -130,7 +131,8 @@ CHECKS: tuple[Check, ...] = (
 class Baseline:
     """One detector at work: since when its check fails, and the mistakes or finds that came of it.
 
-    `wrong`: seconds for which its kill would have stood, were nothing killed (Chen's mistake duration, of a healthy engine).
+    `wrong`: seconds for which its kill would have stood, were nothing killed (Chen's mistake duration, of a healthy
+    engine).
     """
 
     check: Check

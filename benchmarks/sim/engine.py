@@ -1,8 +1,9 @@
 """A continuous-batching engine under a simulated clock, as a fluid: work flows in quanta of 0.5 s, not in single steps.
 
-Rules, after vLLM: waiting requests are admitted in order while the batch and the KV cache have room; prefills go first come,
-first served; either a prefill shares the step with the decodes (chunked) or the decodes starve until it ends. A prefill under way moves
-no counter, only KV use. What the faults change is the product's own table (`sidecar.tools.scripted_engine.faults`); the facts are what a relay would send.
+Rules, after vLLM: waiting requests are admitted in order while the batch and the KV cache have room; prefills go first
+come, first served; either a prefill shares the step with the decodes (chunked) or the decodes starve until it ends. A
+prefill under way moves no counter, only KV use. What the faults change is the product's own table
+(`sidecar.tools.scripted_engine.faults`); the events are what a relay would send.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from sidecar.tools.scripted_engine.behaviour import Behaviour
 from sidecar.tools.scripted_engine.faults import changes_of
 from sim.seqs import USER, Counters, Seq, Site, settled
 
-QUANTUM = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it
+QUANTUM_S = 0.5  # seconds: that of a tick, so that what a tick sees is what happened in it
 CHUNK_SHARE = 0.85  # of a step that a chunked prefill takes while others decode
 FAMILY = 32  # requests that share a decode step, as in the coefficients
 
 
 @dataclass(slots=True)
 class Engine:
-    """One engine process. `advance` moves it and returns the relay's facts; it is fed by `submit` and `abort`."""
+    """One engine process. `advance` moves it and returns the relay's events; it is fed by `submit` and `abort`."""
 
     site: Site
     co: cost_model.Coefficients
@@ -39,8 +40,8 @@ class Engine:
     chunk_at: float = 0.0  # a client last got a chunk
     busy_at: float = 0.0  # work was last there
     compile_left: float = 0.0
-    lag: float = 0.0  # seconds by which HTTP answers are late, beside what the fault says
-    gauges: tuple[float, float] = (0.0, 0.0)  # running, waiting, as the core last told them
+    lag: float = 0.0  # seconds by which HTTP answers are late, in addition to what the fault says
+    gauges: tuple[float, float] = (0.0, 0.0)  # running, waiting, as the core last reported them
     _inbox: list[Seq] = field(default_factory=list)  # sent while the API did not answer
     _held: list[Event] = field(default_factory=list)
     _late: list[Seq] = field(default_factory=list)  # canaries that ended while the API did not answer
@@ -63,7 +64,7 @@ class Engine:
     def submit(
         self, id: str, prompt: int, limit: int, now: float, *, streams: bool = True, owner: str = USER
     ) -> Seq | None:
-        """Queue a request. None when it is refused (a dead core, start-up): no fact follows but the relay's own."""
+        """Queue a request. None when it is refused (a dead core, start-up): no event follows but the relay's own."""
         if self.how.after_idle and now - self.busy_at >= self.how.after_idle[0] and owner == USER:
             self.fault(self.how.after_idle[1])
         if self.how.error or self.how.loading or not self.how.port_open:
@@ -97,11 +98,11 @@ class Engine:
     # --- what goes on inside ---
 
     def advance(self, start: float, end: float) -> list[Event]:
-        """Move from `start` to `end`. Returns the facts in order of time."""
+        """Move from `start` to `end`. Returns the events in order of time."""
         out: list[Event] = []
         now = start
         while now < end - 1e-9:
-            dt = min(QUANTUM, end - now)
+            dt = min(QUANTUM_S, end - now)
             now += dt
             self._quantum(dt, now, out)
         return out
@@ -151,8 +152,8 @@ class Engine:
         return [s for s in self.running if s is not self._victim and s.rank != self.how.dead_rank]
 
     def _prefill(self, gpu: float, dt: float, now: float, out: list[Event]) -> float:
-        """Spend GPU seconds on prefills, first come first served, each first token at its own time in `dt`. Returns what is
-        left for decodes."""
+        """Spend GPU seconds on prefills, first come first served, each first token at its own time in `dt`. Returns
+        what is left for decodes."""
         movable = self._movable()
         prefills = [s for s in movable if not s.first]
         if not prefills:
@@ -216,36 +217,36 @@ class Engine:
             seq.ended_at = now if ends else None
             self.chunk_at = now
             return
-        facts: list[Event] = []
+        events: list[Event] = []
         if seq.streams or ends:
-            facts = self._shown(seq, tokens, now)
+            events = self._shown(seq, tokens, now)
         if ends and self.how.max_pieces is None:
             seq.ended_at = now
-            facts.append(settled(seq, now, "ok"))
+            events.append(settled(seq, now, "ok"))
         if self.how.answering:
-            self.chunk_at = now if facts else self.chunk_at
-            out.extend(facts)
+            self.chunk_at = now if events else self.chunk_at
+            out.extend(events)
         else:
-            self._held.extend(facts)
+            self._held.extend(events)
 
     def _shown(self, seq: Seq, tokens: int, now: float) -> list[Event]:
         """What the relay says of tokens that reach a client: of an answer in one piece, bytes alone."""
-        facts: list[Event] = []
+        events: list[Event] = []
         if seq.streams and seq.first_at is None:
             seq.first_at = now
-            facts.append(FirstToken(seq.id, now))
-        return [*facts, Delivered(seq.id, now, tokens if seq.streams else 0, 4 * tokens)]
+            events.append(FirstToken(seq.id, now))
+        return [*events, Delivered(seq.id, now, tokens if seq.streams else 0, 4 * tokens)]
 
     def read(self, seq: Seq, now: float) -> list[Event]:
         """A client that did not read goes on: what waited for it comes at once."""
         seq.blocked = False
         if not seq.unread:
             return []
-        facts: list[Event] = []
+        events: list[Event] = []
         if seq.streams or seq.ended_at is not None:
-            facts = self._shown(seq, seq.unread, now)
-        seq.unread, seq.unread_since, seq.told = 0, None, False
-        return [*facts, settled(seq, now, "ok")] if seq.ended_at is not None else facts
+            events = self._shown(seq, seq.unread, now)
+        seq.unread, seq.unread_since, seq.reported = 0, None, False
+        return [*events, settled(seq, now, "ok")] if seq.ended_at is not None else events
 
     def _flush(self, now: float, out: list[Event]) -> None:
         if self._inbox:

@@ -1,7 +1,7 @@
 """Results of a long run, kept in a file as they come, so that a run that was broken off goes on where it was.
 
-Rules: what is kept belongs to the very code that made it: a file of other sources is refused, not mixed. It is our own pickle, for the
-same machine and the same day; nobody else's file belongs here.
+Rules: what is kept belongs to the very code that made it: a file of other sources is refused, not mixed. It is the
+sidecar's own pickle, for the same machine and the same day; no one else's file belongs here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Kept(Generic[R]):
             return
         with file.open("r+b") as source:
             if pickle.load(source) != sources:
-                raise ValueError(f"{file} was made by other code; remove it to begin anew")
+                raise ValueError(f"{file} was made by other code; remove it to begin again")
             source.truncate(self._read(source))  # a last record may be cut off
 
     def _read(self, source: BinaryIO) -> int:

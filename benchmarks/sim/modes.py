@@ -1,9 +1,11 @@
-"""What must be found: the hang modes of docs/health.md as rows of the product's own fault table, under four kinds of load.
+"""What must be found: the hang modes of docs/health.md as rows of the product's own fault table, under four kinds of
+load.
 
-Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON seconds. What is owed
-and which reason codes are right stand in the product's catalogue (`sidecar.tools.scripted_engine.hang_catalogue`) and are not repeated here: liveness
-that fails, readiness that is withdrawn, the one request that is ended, or a start-up that says why it is none. Mode 21 is an alarm here, and mode
-23 (garbage) cannot be seen in a simulation without text.
+Rules: each trial is a served engine with 60 s of history, then the fault at a drawn moment, then at most HORIZON_S
+seconds. What is owed and which reason codes are right stand in the product's catalogue
+(`sidecar.tools.scripted_engine.hang_catalogue`) and are not repeated here: liveness that fails, readiness that is
+withdrawn, the one request that is ended, or a start-up with its reason. Mode 21 is an alarm here, and mode 23
+(garbage) cannot be seen in a simulation without text.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from sim.sites import spread
 from sim.traces import Arrival
 from sim.world import UNLIVE, UNREADY, Change, Ended, World
 
-HORIZON = 600.0
-STARTING = 1000.0  # the same for start-ups: they may compile for the cap
+HORIZON_S = 600.0
+START_HORIZON_S = 1000.0  # the same for start-ups: they may compile for the cap
 LOADS = ("idle", "decoding", "short prefill", "long prefill")
 BUSY = LOADS[1:]
 CASES = {case.number: case for case in CATALOGUE}
-UNTOLD = ("no_progress", "canary_lost")  # what is right where nothing but a canary's silence can be seen
+UNEXPLAINED = ("no_progress", "canary_lost")  # what is right where nothing but a canary's silence can be seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ def first_after_idle(w: World) -> None:
 
 
 def new_process(w: World) -> None:
-    """The engine was started anew, and its start-up hangs."""
+    """The engine was restarted, and its start-up hangs."""
     w.restart_engine(10.0)
     w.engine.fault("start_hang")
 
@@ -123,9 +125,9 @@ MODES: tuple[Mode, ...] = (
 class Trial:
     """What one trial found: seconds from the fault to each detection (None: not within the horizon).
 
-    `found`: what is owed came, with whatever reason; `right`: it came with a right one. `predicted` and `real`: seconds of prefill that
-    were outstanding at the fault, by the cost model, and as this site would have taken them; `expected`: as the sidecar itself
-    expected after what it had learned.
+    `found`: what is owed came, with whatever reason; `right`: it came with a right one. `predicted` and `real`: seconds
+    of prefill that were outstanding at the fault, by the cost model, and as this site would have taken them;
+    `expected`: as the sidecar itself expected after what it had learned.
     """
 
     mode: int
@@ -136,11 +138,11 @@ class Trial:
     expected: float
     liveness: float | None
     readiness: float | None
-    ended: float | None  # the first request that our control ended
+    ended: float | None  # the first request that the control aborted
     found: float | None
     right: bool
     reasons: tuple[str, ...]  # all that were given, in order
-    before: str  # our verdict when the fault began
+    before: str  # the verdict when the fault began
     baselines: dict[str, float | None]  # their first failing check
     kills: dict[str, float | None]  # when those would have killed
     trail: tuple[tuple[float, str, str], ...] = ()
@@ -166,15 +168,23 @@ def poisson(w: World, prompt: int, output: int) -> Iterator[Arrival]:
 
 
 def made_for(mode: Mode, rng: random.Random, *, tells: bool = True) -> World:
-    """A world whose engine can show the mode; speeds and habits are drawn. `tells` False: no page, and answers in one piece."""
+    """A world whose engine can show the mode; speeds and habits are drawn.
+
+    `tells` False: no page, and answers in one piece.
+    """
     site = Site(
-        slowness=spread(rng, 0.3, 3.0), starves=rng.random() < 0.5, kv_tokens=mode.kv_tokens, ranks=mode.ranks,
-        lacks=rng.choice((frozenset(), frozenset({"iterations"}))), page=tells, streams=1.0 if tells else 0.5,
-    )  # fmt: skip
+        slowness=spread(rng, 0.3, 3.0),
+        starves=rng.random() < 0.5,
+        kv_tokens=mode.kv_tokens,
+        ranks=mode.ranks,
+        lacks=rng.choice((frozenset(), frozenset({"iterations"}))),
+        page=tells,
+        streams=1.0 if tells else 0.5,
+    )
     return World(site, rng, relief=False)
 
 
-def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON) -> Trial:
+def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON_S) -> Trial:
     """One fault of one mode under one load, on a world that was made for it."""
     w.run(15)
     w.traffic(arrivals(w, "short prefill" if load == "idle" else load))
@@ -189,7 +199,7 @@ def trial(w: World, mode: Mode, load: str, horizon: float = HORIZON) -> Trial:
     predicted, before, at = prefill_of(w), w.verdict, w.now
     strike(w, mode)
     at = w.now if mode.late else at
-    until = at + (STARTING if mode.case.owed == "startup" and horizon >= HORIZON else horizon)
+    until = at + (START_HORIZON_S if mode.case.owed == "startup" and horizon >= HORIZON_S else horizon)
     while w.now < until and not over(w, mode, at):
         w.tick()
     return result(w, mode, load, predicted, before, at)
@@ -209,18 +219,20 @@ def over(w: World, mode: Mode, at: float) -> bool:
 
 
 def prefill_of(w: World) -> tuple[float, float, float]:
-    """Seconds of prefill that are outstanding: by the cost model, as this site takes them, and as the sidecar expects."""
+    """Outstanding seconds of prefill: by the cost model, at this site, and as the sidecar expects."""
     waiting = (s for s in w.users.values() if not s.first)
     seconds = sum(cost_model.terms(RequestSize(s.prompt), w.co).before_first_token for s in waiting) / 1000
     slow = w.site.slowness / (1.0 if w.site.starves else CHUNK_SHARE)
-    return seconds, seconds * slow, w.control.progress.learned.seconds(seconds)
+    return seconds, seconds * slow, w.control.health.progress.learned.seconds(seconds)
 
 
 def right_reasons(w: World, mode: Mode, load: str) -> tuple[str, ...]:
-    """The catalogue's, and what is as right where the evidence cannot tell more: nobody's request but a canary is out, or the
-    engine's page does not count its steps."""
-    untold = load == "idle" or ("iterations" in w.site.lacks and "livelock" in mode.case.reasons) or not w.site.page
-    return (*mode.case.reasons, *(UNTOLD if untold else ()))
+    """The catalogue's, and what is as right where the evidence cannot tell more: no one's request but a canary is out,
+    or the engine's page does not count its steps."""
+    is_unexplained = (
+        load == "idle" or ("iterations" in w.site.lacks and "livelock" in mode.case.reasons) or not w.site.page
+    )
+    return (*mode.case.reasons, *(UNEXPLAINED if is_unexplained else ()))
 
 
 def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float], before: str, at: float) -> Trial:
@@ -240,12 +252,21 @@ def result(w: World, mode: Mode, load: str, predicted: tuple[float, float, float
     }[owed]
     codes = [f"{c.state}/{c.reason}" for c in seen if c.reason not in ("silent", "canary_pending")]
     return Trial(
-        mode.number, load, owed, *predicted, since(live, at), since(ready, at), since(ended, at), since(found, at),
-        right, tuple(dict.fromkeys([*codes, *(f"end/{e.code}" for e in w.ended)])), before,
+        mode.number,
+        load,
+        owed,
+        *predicted,
+        since(live, at),
+        since(ready, at),
+        since(ended, at),
+        since(found, at),
+        right,
+        tuple(dict.fromkeys([*codes, *(f"end/{e.code}" for e in w.ended)])),
+        before,
         {b.name: None if b.failing_since is None else max(0.0, b.failing_since - at) for b in w.rivals.baselines},
         {b.name: None if b.killed_at is None else max(0.0, b.killed_at - at) for b in w.rivals.baselines},
         tuple((c.at - at, c.state, c.reason) for c in w.trail if c.at >= at - 30)[:30],
-    )  # fmt: skip
+    )
 
 
 def since(what: Change | Ended | None, at: float) -> float | None:

@@ -8,10 +8,10 @@ from math import ceil
 from sim.alarms import ALARMS
 from sim.detectors import CHECKS
 from sim.modes import CASES, LOADS, Trial
-from sim.weeks import BUSY, NATURAL, OURS, PLAIN, RATE, WEEK, Tally, label
+from sim.weeks import BUSY, NATURAL, OURS, PLAIN, RATE, WEEK_S, Tally, label
 
 NAMES = tuple(check.name for check in CHECKS)
-PROBES = 10.0  # seconds that our manifests' liveness probe takes more: three probes in 5 s each
+EXTRA_PROBE_S = 10.0  # seconds that the manifests' liveness probe takes more: three probes in 5 s each
 NO_FALSE = 3.0  # rule of three: none seen in n means a rate under 3/n, with 95 % confidence
 HIDDEN = {label(a) for a in ALARMS if a.hidden}
 
@@ -30,7 +30,7 @@ def times(trials: Iterable[Trial], detector: str) -> list[float | None]:
 
 def kill_times(trials: Iterable[Trial], detector: str) -> list[float | None]:
     """Seconds until its failing probes would have killed."""
-    ours = ((None if t.liveness is None else t.liveness + PROBES) for t in trials) if detector == OURS[0] else ()
+    ours = ((None if t.liveness is None else t.liveness + EXTRA_PROBE_S) for t in trials) if detector == OURS[0] else ()
     return list(ours) or [t.kills[detector] for t in trials]
 
 
@@ -62,7 +62,7 @@ def summary(trials: Sequence[Trial]) -> str:
     rows.insert(
         1, (f"{OURS[0]}, without mode 12", *(cell(times([t for t in without if t.load == x], OURS[0])) for x in LOADS))
     )
-    return table(("detector", *LOADS), rows)  # fmt: skip
+    return table(("detector", *LOADS), rows)
 
 
 def right(trials: Sequence[Trial]) -> str:
@@ -96,11 +96,20 @@ def parts(trials: Sequence[Trial]) -> str:
             if not mine:
                 continue
             codes = sorted({c for t in mine for c in t.reasons})
-            rows.append((
-                mode, load, mine[0].owed, ", ".join(CASES[mode].reasons), cell([t.found for t in mine]),
-                f"{sum(t.right for t in mine)}/{len(mine)}", cell([t.readiness for t in mine]), cell([t.ended for t in mine]),
-                cell([t.liveness for t in mine]), ", ".join(codes) or "-",
-            ))  # fmt: skip
+            rows.append(
+                (
+                    mode,
+                    load,
+                    mine[0].owed,
+                    ", ".join(CASES[mode].reasons),
+                    cell([t.found for t in mine]),
+                    f"{sum(t.right for t in mine)}/{len(mine)}",
+                    cell([t.readiness for t in mine]),
+                    cell([t.ended for t in mine]),
+                    cell([t.liveness for t in mine]),
+                    ", ".join(codes) or "-",
+                )
+            )
     head = (
         "mode",
         "load",
@@ -111,9 +120,9 @@ def parts(trials: Sequence[Trial]) -> str:
         "readiness",
         "request ended",
         "liveness",
-        "all that was said",
+        "all reasons",
     )
-    return table(head, rows)  # fmt: skip
+    return table(head, rows)
 
 
 def detection(trials: Sequence[Trial]) -> str:
@@ -129,15 +138,15 @@ def detection(trials: Sequence[Trial]) -> str:
             f"{sum(t.right for t in mine)}/{len(mine)}",
             codes,
         )
-        rows.append(row)  # fmt: skip
-    return table(("mode", "load", *OURS, *NAMES, "right reason", "our last word"), rows)
+        rows.append(row)
+    return table(("mode", "load", *OURS, *NAMES, "right reason", "last reason"), rows)
 
 
 # --- mistakes ---
 
 
 def alarms(tally: Tally) -> str:
-    """One row per alarm: how often it happened, our suspicions and kills, and the kills of each baseline."""
+    """One row per alarm: how often it happened, the sidecar's suspicions and kills, and the kills of each baseline."""
     rows = []
     for name in (*(label(a) for a in ALARMS), NATURAL, PLAIN):
         if n := tally.events.get(name, 0):
@@ -153,7 +162,7 @@ def mistakes(tally: Tally, detector: str, *, hidden: bool = False) -> int:
 
 
 def quality(tally: Tally, trials: Sequence[Trial]) -> str:
-    """Chen, Toueg and Aguilera's terms for each detector, and whether ours is ahead of it on each axis."""
+    """Chen, Toueg and Aguilera's terms for each detector, and whether the sidecar is ahead of it on each axis."""
     whole = [t for t in trials if t.whole]
     mine = axes(tally, whole, OURS[0])
     rows = []
@@ -161,17 +170,36 @@ def quality(tally: Tally, trials: Sequence[Trial]) -> str:
         share, middle, late, kills = axes(tally, whole, name)
         every = mistakes(tally, name, hidden=True)
         duration = tally.wrong.get(name, 0.0) / every if every else 0.0
-        accuracy = 1 - tally.wrong.get(name, 0.0) / (tally.weeks * WEEK)
+        accuracy = 1 - tally.wrong.get(name, 0.0) / (tally.weeks * WEEK_S)
         faster = (mine[0], -mine[1]) >= (share, -middle)
         ahead = "" if name == OURS[0] else f"{_word(faster)}; {_word(mine[3] <= kills)}"
-        rows.append((
-            name, f"{share:.1%}", f"{middle:.0f}", f"{late:.0f}", f"{kills:.4f}", f"{every / tally.weeks:.4f}",
-            f"{duration:.0f}", f"{accuracy:.7f}", ahead,
-        ))  # fmt: skip
+        rows.append(
+            (
+                name,
+                f"{share:.1%}",
+                f"{middle:.0f}",
+                f"{late:.0f}",
+                f"{kills:.4f}",
+                f"{every / tally.weeks:.4f}",
+                f"{duration:.0f}",
+                f"{accuracy:.7f}",
+                ahead,
+            )
+        )
     return table(
-        ("detector", "hangs found", "time to kill, p50 s", "p99 s", "false kills a week", "with hidden stops", "mistake lasts, s",
-         "query accuracy", "ours ahead: finding; false kills"), rows,
-    )  # fmt: skip
+        (
+            "detector",
+            "hangs found",
+            "time to kill, p50 s",
+            "p99 s",
+            "false kills a week",
+            "with hidden stops",
+            "mistake lasts, s",
+            "query accuracy",
+            "sidecar ahead: finding; false kills",
+        ),
+        rows,
+    )
 
 
 def axes(tally: Tally, whole: Sequence[Trial], name: str) -> tuple[float, float, float, float]:
@@ -189,15 +217,17 @@ def coverage(tally: Tally) -> str:
     """How much was simulated, and how."""
     none = tally.drawn and not tally.kills.get(NATURAL)
     return (
-        f"{tally.weeks:.1f} engine-weeks, each at a site drawn anew. In full resolution: {tally.full / tally.weeks:.0f} s of each "
-        f"({100 * tally.full / (tally.weeks * WEEK):.3f} %, {tally.full / WEEK:.2f} weeks in all), {sum(tally.events.values())} events: "
-        f"one minute of ordinary traffic, the alarms at {RATE:g} of their weekly rates, and of {tally.windows} natural windows by the bound "
-        f"the most dangerous one of each week and one by lot, {tally.drawn} in all, the worst with a bound of "
+        f"{tally.weeks:.1f} engine-weeks, each at a newly drawn site. In full resolution: "
+        f"{tally.full / tally.weeks:.0f} s of each ({100 * tally.full / (tally.weeks * WEEK_S):.3f} %, "
+        f"{tally.full / WEEK_S:.2f} weeks in all), {sum(tally.events.values())} events: a minute of ordinary traffic, "
+        f"the alarms at {RATE:g} of their weekly rates, and of {tally.windows} natural windows by the bound the most "
+        f"dangerous one of each week and one by lot, {tally.drawn} in all, the worst with a bound of "
         f"{tally.worst:.1f} times the least allowed silence"
         + (f" (none a kill: under {NO_FALSE / tally.drawn:.2%} each, with 95 % confidence)" if none else "")
-        + f". The rest was passed over, {BUSY:.0%} of it as time with users; benchmarks/sim/weeks.py says why that hides no false kill, and "
-        f"a test holds it against full resolution. {tally.unrecovered} worlds had to be replaced because the verdict was not calm again in time."
-    )  # fmt: skip
+        + f". The rest was skipped, {BUSY:.0%} of it as time with users: benchmarks/sim/weeks.py shows why that hides "
+        f"no false kill, and a test compares it with full resolution. {tally.unrecovered} worlds had to be replaced "
+        "because the verdict was not calm again in time."
+    )
 
 
 def findings(tally: Tally, most: int = 3) -> str:
@@ -208,7 +238,8 @@ def findings(tally: Tally, most: int = 3) -> str:
             trail = "; ".join(f"{at} {state} ({reason})" for at, state, reason in kill.trail)
             s = kill.site
             lines.append(
-                f"- {name}: `--only-week {kill.seed}`; killed after {kill.after:.1f} s; trace {s.trace}, slowness {s.slowness:.2f}, "
-                f"streams {s.streams}, lacks {sorted(s.lacks)}, page {s.page}, ranks {s.ranks}, shared {s.shared}: {trail}"
+                f"- {name}: `--only-week {kill.seed}`; killed after {kill.after:.1f} s; trace {s.trace}, "
+                f"slowness {s.slowness:.2f}, streams {s.streams}, lacks {sorted(s.lacks)}, page {s.page}, "
+                f"ranks {s.ranks}, shared {s.shared}: {trail}"
             )
     return "\n".join(lines) or "None."

@@ -1,4 +1,4 @@
-"""The field's detectors at one engine: what each may see of it, polled once a second, and the canaries that some of them send."""
+"""The field's detectors at one engine, polled once a second, and the canaries that some of them send."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sim.engine import Engine
 from sim.seqs import Seq
 from sim.surface import health
 
-CANARY_EVERY = 10.0  # seconds between the canaries of one detector
+CANARY_INTERVAL_S = 10.0  # seconds between the canaries of one detector
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Rivals:
     _canaries: dict[str, tuple[Seq | None, float]] = field(default_factory=dict)  # by detector: open one, started
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Reset."""
         self.baselines = [Baseline(check) for check in CHECKS]
         self._canaries.clear()
 
@@ -33,9 +33,18 @@ class Rivals:
         status, seconds = health(e)
         sample = reading.value if isinstance(reading, Value) else EngineSample()
         seen = Seen(
-            now, status, seconds, sample.running or 0.0, sample.waiting or 0.0, now - e.token_at, now - e.loop_at,
-            now - e.chunk_at, e.counters.iterations, users, lambda whose, limit: self._ask(e, whose, limit, now),
-        )  # fmt: skip
+            now,
+            status,
+            seconds,
+            sample.running or 0.0,
+            sample.waiting or 0.0,
+            now - e.token_at,
+            now - e.loop_at,
+            now - e.chunk_at,
+            e.counters.iterations,
+            users,
+            lambda whose, limit: self._ask(e, whose, limit, now),
+        )
         for baseline in self.baselines:
             baseline.poll(seen)
 
@@ -48,7 +57,7 @@ class Rivals:
             e.abort(seq, now)
             self._canaries[whose] = (None, started)
             return seq.first_at is not None
-        if now - started < CANARY_EVERY:
+        if now - started < CANARY_INTERVAL_S:
             return None
         seq = e.submit(f"canary {whose}", 8, 1, now, owner=whose)
         self._canaries[whose] = (seq, now)

@@ -1,4 +1,4 @@
-"""The records of the simulated engine: sites, requests, counters, and the facts that a relay would send of them."""
+"""The records of the simulated engine: sites, requests, counters, and the events that a relay would send of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ OURS, USER, FOREIGN = "ours", "user", "foreign"
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One engine and its users. `slowness`: this hardware's time over what the coefficients say. Capacities in tokens."""
+    """One engine and its users.
+
+    `slowness`: this hardware's time over what the coefficients predict. Capacities in tokens.
+    """
 
     trace: str = "synthetic"
     rate: float = 1.0  # of the trace's own
@@ -30,8 +33,8 @@ class Site:
 
 @dataclass(eq=False, slots=True)
 class Seq:
-    """One request in the engine. `owner` is USER, FOREIGN (past the relay), or whose canary it is; those of baselines are
-    seen by nobody but them."""
+    """One request in the engine. `owner` is USER, FOREIGN (past the relay), or whose canary it is; those of baselines
+    are seen by no one but them."""
 
     id: str
     prompt: int
@@ -50,7 +53,7 @@ class Seq:
     blocked: bool = False  # its client does not read
     unread: int = 0  # tokens that wait for it
     unread_since: float | None = None
-    told: bool = False  # the relay has said so
+    reported: bool = False  # by the relay
 
     @property
     def shadow(self) -> bool:
@@ -73,18 +76,28 @@ class Counters:
 
 
 def admitted(id: str, prompt: int, limit: int, streams: bool, now: float, co: cost_model.Coefficients) -> Admitted:
-    """The fact of a request's admission, priced as the relay does without knowing its output."""
+    """The event of a request's admission, priced as the relay does without knowing its output."""
     work = RequestSize(prompt, output=min(limit, 256))
     return Admitted(id, now, "t", "m", "chat", streams, work, max(limit, 256), cost_model.mu(work, co))
 
 
 def settled(seq: Seq, now: float, outcome: str, status: int = 200, error: str = "") -> Settled:
-    """The fact of a request's end."""
+    """The event of a request's end."""
     return Settled(
-        seq.id, now, outcome, status, None, seq.sent, 4 * seq.sent, seq.first_at, now, 0.0, error  # type: ignore[arg-type]
-    )  # fmt: skip
+        seq.id,
+        now,
+        outcome,
+        status,
+        None,
+        seq.sent,
+        4 * seq.sent,
+        seq.first_at,
+        now,
+        0.0,
+        error,  # type: ignore[arg-type]
+    )
 
 
 def refused(id: str, now: float, outcome: str = "engine_error", error: str = "") -> Settled:
-    """The fact of a request that the engine, or the relay itself, did not take."""
+    """The event of a request that the engine, or the relay itself, did not take."""
     return Settled(id, now, outcome, 503, None, 0, 0, None, now, 0.0, error)  # type: ignore[arg-type]

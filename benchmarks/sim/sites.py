@@ -12,14 +12,21 @@ from sidecar.events import RequestSize
 from sidecar.health.latency_model import TOKEN_SECONDS
 from sidecar.health.progress import SilenceLimits
 from sidecar.load import cost_model
-from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM
+from sim.engine import CHUNK_SHARE, FAMILY, QUANTUM_S
 from sim.seqs import Site
 from sim.traces import Arrival, Trace
 
-MOST_PER_SECOND = 1.5  # arrivals; bounds the cost of a simulated second
+MAX_ARRIVALS_PER_S = 1.5  # arrivals; bounds the cost of a simulated second
 SHARE = 0.8  # of the least silence that can end in a kill, past which a gap is simulated in full resolution
-LACKS = (frozenset(), frozenset(), frozenset(), frozenset({"iterations"}), frozenset({"kv_usage"}),
-         frozenset({"kv_capacity"}), frozenset({"counters", "iterations"}))  # fmt: skip
+LACKS = (
+    frozenset(),
+    frozenset(),
+    frozenset(),
+    frozenset({"iterations"}),
+    frozenset({"kv_usage"}),
+    frozenset({"kv_capacity"}),
+    frozenset({"counters", "iterations"}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +39,28 @@ class Load:
 
 
 def draw(rng: random.Random, traces: dict[str, Trace], co: cost_model.Coefficients) -> Site:
-    """A site: a trace at 2 to 60 % of what its hardware can prefill; one in six far slower than the coefficients say."""
+    """A site: a trace at 2 to 60 % of its hardware's prefill capacity; one in six far slower than predicted."""
     name = rng.choice(sorted(traces))
     load = load_of(traces[name], co)
     slowness = spread(rng, 3.0, 20.0) if rng.random() < 1 / 6 else spread(rng, 0.3, 3.0)
     batch = rng.choice((8, 16, 32, 64))
     token = co.d * FAMILY / 1000 * slowness / (1 - CHUNK_SHARE)
-    most = min(MOST_PER_SECOND, 0.6 * batch / (token * load.output))
+    most = min(MAX_ARRIVALS_PER_S, 0.6 * batch / (token * load.output))
     per_second = min(most, spread(rng, 0.02, 0.6) / (load.prefill * slowness))
     site = Site(
-        trace=name, rate=per_second / load.per_second, slowness=slowness, starves=rng.random() < 0.3, max_batch=batch,
-        streams=rng.choice((1.0, 1.0, 0.9, 0.5, 0.0)), lacks=rng.choice(LACKS), page=rng.random() < 0.9,
-        shared=rng.random() < 0.1, ranks=rng.choice((1, 1, 1, 2, 4)),
-    )  # fmt: skip
-    return (
-        replace(site, starves=False) if unseen(site) else site
-    )  # else a whole answer could wait for any number of prefills
+        trace=name,
+        rate=per_second / load.per_second,
+        slowness=slowness,
+        starves=rng.random() < 0.3,
+        max_batch=batch,
+        streams=rng.choice((1.0, 1.0, 0.9, 0.5, 0.0)),
+        lacks=rng.choice(LACKS),
+        page=rng.random() < 0.9,
+        shared=rng.random() < 0.1,
+        ranks=rng.choice((1, 1, 1, 2, 4)),
+    )
+    # Otherwise a whole answer could wait for any number of prefills.
+    return replace(site, starves=False) if unseen(site) else site
 
 
 def unseen(site: Site) -> bool:
@@ -86,8 +99,8 @@ def prefills(trace: Trace, co: cost_model.Coefficients) -> tuple[float, ...]:
 
 
 def windows(trace: Trace, site: Site, co: cost_model.Coefficients, limits: SilenceLimits) -> list[tuple[float, int]]:
-    """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a kill:
-    (longest silence over least allowed one, place in the trace)."""
+    """The arrivals of a trace around which this site could be silent for SHARE of the least silence that can end in a
+    kill: (longest silence over least allowed one, place in the trace)."""
     tail = longest_gap(Arrival(0.0, 1, longest_output(trace)), 0.0, site, co)
     # a shorter prefill cannot: most need no second look
     least = (SHARE * limits.floor - tail) * CHUNK_SHARE / site.slowness
@@ -105,13 +118,13 @@ def longest_output(trace: Trace) -> int:
 def longest_gap(a: Arrival, prefill: float, site: Site, co: cost_model.Coefficients) -> float:
     """The longest silence that an arrival can cause in this engine model, seconds.
 
-    Prefills end first come, first served, and each end is progress; a decode goes on beside them, or starves until they
-    end. So between two signs of progress lies one prefill at most, and, where neither chunks nor counters show them, the
-    tokens of an answer.
+    Prefills end first come, first served, and each end is progress; a decode goes on next to them, or starves until
+    they end. So between two signs of progress lies one prefill at most, and, where neither chunks nor counters show
+    them, the tokens of an answer.
     """
     token = co.d * FAMILY / 1000 * site.slowness / (1 - CHUNK_SHARE)
     seen_after = a.output if unseen(site) else 1
-    return prefill * site.slowness / CHUNK_SHARE + seen_after * token + 2 * QUANTUM
+    return prefill * site.slowness / CHUNK_SHARE + seen_after * token + 2 * QUANTUM_S
 
 
 def least_allowed(a: Arrival, prefill: float, site: Site, co: cost_model.Coefficients, limits: SilenceLimits) -> float:

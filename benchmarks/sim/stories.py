@@ -1,4 +1,7 @@
-"""Stories of healthy engines that are busy, slow, starting, or blocked. Each begins on a served engine, and leaves it able to go on."""
+"""Stories of healthy engines that are busy, slow, starting, or blocked.
+
+Each begins on a served engine, and leaves it able to go on.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def long_burst(w: World) -> None:
 
 
 def full(w: World) -> None:
-    """Every place of the batch is taken for minutes, health answers after 5 s, and canaries would queue behind users."""
+    """The batch is full for minutes, health answers after 5 s, and canaries would queue behind users."""
     w.engine.lag = 5.0
     for _ in range(2 * w.site.max_batch):
         w.request(int(spread(w.rng, 200, 2000)), int(spread(w.rng, 200, 1500)), w.streams())
@@ -113,7 +116,7 @@ def queue_of_prompts(w: World) -> None:
 
 
 def cold_start(w: World) -> None:
-    """The engine is started anew: the model loads, then kernels compile for 10 to 20 minutes at the first request."""
+    """The engine is restarted: the model loads, then kernels compile for 10 to 20 minutes at the first request."""
     w.traffic(None)
     w.restart_engine(spread(w.rng, 1, 60))
     w.engine.fault("start_hang")
@@ -164,7 +167,7 @@ def storm(w: World) -> None:
 
 
 def retry_storm(w: World) -> None:
-    """The engine was restarted; whoever lost a request sends it again, and so do the users of the replicas beside it."""
+    """The engine was restarted; clients repeat lost requests, and so do the users of the other replicas."""
     for _ in range(w.site.max_batch):
         w.request(int(spread(w.rng, 500, 8000)), int(spread(w.rng, 50, 400)), w.streams())
     w.run(10)

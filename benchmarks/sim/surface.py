@@ -24,16 +24,20 @@ def sample(e: Engine, now: float, wall_offset: float) -> Reading[EngineSample]:
     counted = "counters" not in lacks
     return Value(
         EngineSample(
-            running=running, waiting=waiting,
+            running=running,
+            waiting=waiting,
             kv_usage=None if "kv_usage" in lacks else kv if how.kv_usage is None else how.kv_usage,
-            prompt_tokens=c.prompt if counted else None, generation_tokens=c.generation if counted else None,
-            finished=c.finished if counted else None, iterations=None if "iterations" in lacks else c.iterations,
-            started_wall=e.started + wall_offset, sleeping=how.sleeping,
+            prompt_tokens=c.prompt if counted else None,
+            generation_tokens=c.generation if counted else None,
+            finished=c.finished if counted else None,
+            iterations=None if "iterations" in lacks else c.iterations,
+            started_wall=e.started + wall_offset,
+            sleeping=how.sleeping,
             kv_capacity_tokens=None if "kv_capacity" in lacks else float(site.kv_tokens),
             ranks=ranks(e) if site.ranks > 1 and counted else (),
         ),
         now,
-    )  # fmt: skip
+    )
 
 
 def ranks(e: Engine) -> tuple[RankSample, ...]:

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-LONGEST = 600_000  # tokens; longer prompts of a trace are cut to it
+MAX_PROMPT_TOKENS = 600_000  # tokens; longer prompts of a trace are cut to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,10 @@ class Trace(tuple[Arrival, ...]):
 
 
 def load(folder: Path | None) -> dict[str, Trace]:
-    """The traces of `folder` by name; the synthetic one where no folder is given. Raises ValueError where it holds none."""
+    """The traces of `folder` by name; the synthetic one where no folder is given.
+
+    Raises ValueError where it holds none.
+    """
     if folder is None or not folder.is_dir():
         return {"synthetic": synthetic()}
     found = {file: read(folder / file) for file, read in READERS.items() if (folder / file).is_file()}
@@ -46,7 +49,7 @@ def load(folder: Path | None) -> dict[str, Trace]:
 
 @lru_cache
 def synthetic(hours: float = 1.0, per_second: float = 3.0) -> Trace:
-    """Poisson arrivals; log-normal prompts (median 1,500) and outputs (median 120), after the shape of chat services."""
+    """Poisson arrivals; log-normal prompts (median 1,500) and outputs (median 120), shaped like chat services."""
     rng = random.Random(0)
     rows, at = [], 0.0
     while at < hours * 3600:
@@ -59,7 +62,9 @@ def arrivals(rows: Iterable[tuple[float, int, int]]) -> Trace:
     """Rows of (seconds, prompt, output) as a trace that begins at 0, with at least one token each."""
     ordered = sorted(rows)
     first = ordered[0][0] if ordered else 0.0
-    return Trace(Arrival(at - first, min(max(1, prompt), LONGEST), max(1, output)) for at, prompt, output in ordered)
+    return Trace(
+        Arrival(at - first, min(max(1, prompt), MAX_PROMPT_TOKENS), max(1, output)) for at, prompt, output in ordered
+    )
 
 
 def _azure(path: Path) -> Trace:

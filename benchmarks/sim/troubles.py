@@ -1,4 +1,4 @@
-"""Stories of what goes on around a healthy engine: our own processes, its operators, its clients, and others that use it."""
+"""Stories around a healthy engine: the sidecar's processes, operators, clients, and others that use the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sim.world import World
 
 
 def watchdog_restarts(w: World) -> None:
-    """The control process is starved, killed, and starts anew amid a long prefill; half of the times it finds its memory."""
+    """The control process is starved, killed and restarted amid a long prefill; half the time it has its state."""
     w.request(int(spread(w.rng, 50_000, 200_000)), 50, w.streams())
     w.run(spread(w.rng, 1, 20))
     w.pause(spread(w.rng, 3, 60))
@@ -18,7 +18,7 @@ def watchdog_restarts(w: World) -> None:
     w.run(90)
 
 
-def told(kind: str, **tells: bool) -> Callable[[World], None]:
+def reported(kind: str, **tells: bool) -> Callable[[World], None]:
     """The engine rests, and its page or its own answer says so."""
 
     def story(w: World) -> None:
@@ -58,7 +58,7 @@ def relay_restart(w: World) -> None:
 
 
 def relay_stops(w: World) -> None:
-    """The relay process is stopped: its facts come late, all at once."""
+    """The relay process is stopped: its events come late, all at once."""
     w.blind = True
     w.run(spread(w.rng, 1, 120))
     w.blind = False
@@ -90,7 +90,7 @@ def directed(kind: str, what: str, low: float, high: float) -> Callable[[World],
 
 
 def starved_sidecar(w: World) -> None:
-    """The node's CPUs are taken: our ticks come late by up to 10 s, again and again, amid a long prefill."""
+    """The node's CPUs are taken: ticks come late by up to 10 s, again and again, amid a long prefill."""
     w.request(int(spread(w.rng, 50_000, 200_000)), 50, w.streams())
     for _ in range(20):
         w.pause(spread(w.rng, 0.5, 10))
@@ -98,7 +98,7 @@ def starved_sidecar(w: World) -> None:
 
 
 def restarts_and_jump(w: World) -> None:
-    """Our process restarts twice within a minute, and the clock is set in between."""
+    """The sidecar restarts twice within a minute, and the clock is set in between."""
     w.request(int(spread(w.rng, 20_000, 200_000)), 50, w.streams())
     w.new_control(remembers=True)
     w.run(spread(w.rng, 1, 30))
@@ -129,7 +129,7 @@ def slow_clients(share: float) -> Callable[[World], None]:
 
 
 def foreign_work(w: World) -> None:
-    """Somebody reaches the engine past the relay, with prompts that nobody here can price."""
+    """A client reaches the engine past the relay, with prompts that no one here can price."""
     w.traffic(None)
     w.drained(60)
     for _ in range(w.rng.randrange(2, 8)):

@@ -1,18 +1,19 @@
 """Engine-weeks: calm time that is passed over, and stretches in full resolution where a verdict could change.
 
-What a week contains, in full resolution, at one site drawn anew: one minute of ordinary traffic at a drawn place of its trace; the stories of
-alarms.py at drawn times, at RATE of their weekly rates; of its natural windows (below) the most dangerous one and one by lot. All the
-rest of its seven days is passed over. A figure per engine-week is therefore one per week of *these rates of alarms*, whose traffic
-in between is judged by the argument below, not simulated.
+What a week contains, in full resolution, at one newly drawn site: one minute of ordinary traffic at a drawn place of
+its trace; the stories of alarms.py at drawn times, at RATE of their weekly rates; of its natural windows (below) the
+most dangerous one and one by lot. All the rest of its seven days is passed over. A figure per engine-week is therefore
+one per week of *these rates of alarms*, whose traffic in between is judged by the argument below, not simulated.
 
-Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an exemption, a part
-that hangs, our own ill-health, a restart, a refused port, a canary that does not pass, or a silence longer than `allowed`. All but the last
-are alarms here, always in full resolution, or need an engine that is not healthy. A healthy engine's silence can end in a kill only when it
-outlasts `allowed`, and then a canary's time. It is bounded per arrival by `sites.longest_gap`, and `allowed` from below by
-`sites.least_allowed` (nothing learned; all that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows;
-elsewhere no kill is possible. They are many where the hardware is far slower than the coefficients say: the bound takes the sidecar for one
-that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if alone on the engine,
-and no gap at all. tests/health/test_verdict_sim.py holds all this against full resolution.
+Why passing over hides no false kill. A verdict leaves the calm states (idle, progressing, quiet) only through: an
+exemption, a part that hangs, the sidecar's own trouble, a restart, a refused port, a canary that does not pass, or a
+silence longer than `allowed`. All but the last are alarms here, always in full resolution, or need an engine that is
+not healthy. A healthy engine's silence can end in a kill only when it outlasts `allowed`, and then a canary's time. It
+is bounded per arrival by `sites.longest_gap`, and `allowed` from below by `sites.least_allowed` (nothing learned; all
+that is learned lengthens it). Arrivals whose bound comes to 80 % of that are the natural windows; elsewhere no kill is
+possible. They are many where the hardware is far slower than the coefficients predict: the bound takes the sidecar for
+one that never learned so. What users teach in time that is passed over is the least that they could: each prefill as if
+alone on the engine, and no gap at all. tests/health/test_verdict_sim.py holds all this against full resolution.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from sim.sites import draw, prefills, slice_of, windows
 from sim.traces import Trace
 from sim.world import CALM, UNLIVE, World
 
-WEEK = 7 * 86_400.0
+WEEK_S = 7 * 86_400.0
 RATE = 0.2  # of the weekly rates of the alarms: what 10,000 weeks in 20 minutes on two cores leave room for
-LEAD = 20.0  # seconds of traffic before a story
-AFTER = 30.0
-DRAIN = 60.0  # seconds for outstanding work to end; then its clients hang up
-ORDINARY = 60.0  # seconds of ordinary traffic in each week
+LEAD_S = 20.0  # seconds of traffic before a story
+AFTER_S = 30.0
+DRAIN_S = 60.0  # seconds for outstanding work to end; then its clients hang up
+ORDINARY_S = 60.0  # seconds of ordinary traffic in each week
 OURS = ("sidecar, liveness", "sidecar, readiness")
 NATURAL, PLAIN = "natural window", "ordinary traffic"
 BUSY = 0.7  # share of the calm time in which users come
@@ -62,8 +63,9 @@ class Stretch:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm), `wrong` seconds by detector: for how long
-    a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio among the windows that were run."""
+    """Sums over weeks; `kills` and `suspects` by alarm, `baseline` by (detector, alarm), `wrong` seconds by detector:
+    for how long a mistake stood, or would have, were the engine not killed for it. `worst`: the largest ratio among the
+    windows that were run."""
 
     weeks: float = 0.0
     full: float = 0.0  # seconds in full resolution
@@ -110,14 +112,14 @@ def week(
     w = World(site, rng, compare, co=co)
     tally = Tally()
     natural = [] if only else stretches(w, traces, tally)
-    start, end = w.now, w.now + WEEK
+    start, end = w.now, w.now + WEEK_S
     w.run(15)
     full = 15.0
     stories = [(a.per_week * RATE, a) for a in ALARMS if label(a).startswith(only)]
     plan: list[tuple[float, Alarm | Stretch]] = [
-        (rng.uniform(0, WEEK - 7200), a) for rate, a in stories for _ in range(poisson(rng, rate))
+        (rng.uniform(0, WEEK_S - 7200), a) for rate, a in stories for _ in range(poisson(rng, rate))
     ]
-    plan += [(rng.uniform(0, WEEK - 7200), stretch) for stretch in natural]
+    plan += [(rng.uniform(0, WEEK_S - 7200), stretch) for stretch in natural]
     for at, what in sorted(plan, key=lambda p: p[0]):
         if w.now < start + at:
             pass_over(w, start + at - w.now, rng.random() < BUSY, traces)
@@ -126,7 +128,7 @@ def week(
         full += w.now - began
     if w.now < end:
         pass_over(w, end - w.now, True, traces)
-    tally.weeks, tally.full = (w.now - start) / WEEK, full
+    tally.weeks, tally.full = (w.now - start) / WEEK_S, full
     return tally
 
 
@@ -141,13 +143,13 @@ def stretches(w: World, traces: dict[str, Trace], tally: Tally) -> list[Stretch]
     """Count the week's natural windows; return what of its own traffic is run in full."""
     trace = traces[w.site.trace]
     found = windows(trace, w.site, w.co, SilenceLimits())
-    tally.windows += round(len(found) * WEEK * BUSY * w.site.rate / (trace[-1].at + 1.0))
-    plain = Stretch(PLAIN, w.rng.uniform(0, trace[-1].at), ORDINARY)
+    tally.windows += round(len(found) * WEEK_S * BUSY * w.site.rate / (trace[-1].at + 1.0))
+    plain = Stretch(PLAIN, w.rng.uniform(0, trace[-1].at), ORDINARY_S)
     if not found:
         return [plain]
     worst, by_lot = max(found), w.rng.choice(found)
     tally.worst = worst[0]
-    return [plain, *(Stretch(NATURAL, trace[i].at, AFTER) for _, i in {worst, by_lot})]
+    return [plain, *(Stretch(NATURAL, trace[i].at, AFTER_S) for _, i in {worst, by_lot})]
 
 
 def poisson(rng: random.Random, mean: float) -> int:
@@ -165,13 +167,13 @@ def event(w: World, what: Alarm | Stretch, traces: dict[str, Trace], tally: Tall
     w.forget_baselines()
     if isinstance(what, Alarm):
         w.traffic(slice_of(trace, w.rng.uniform(0, trace[-1].at), rate, w.now))
-        w.run(LEAD)
+        w.run(LEAD_S)
         what.story(w)
-        w.run(AFTER)
+        w.run(AFTER_S)
     else:
-        lead = min(what.at, LEAD * rate)
+        lead = min(what.at, LEAD_S * rate)
         w.traffic(slice_of(trace, what.at - lead, rate, w.now))
-        w.run(min(lead / rate, LEAD) + what.seconds)
+        w.run(min(lead / rate, LEAD_S) + what.seconds)
     settle(w)
     return judged(w, label(what) if isinstance(what, Alarm) else what.name, began, tally, seed)
 
@@ -179,7 +181,7 @@ def event(w: World, what: Alarm | Stretch, traces: dict[str, Trace], tally: Tall
 def settle(w: World) -> None:
     """Let the users' work end and the verdict become calm again."""
     w.engine.heal()
-    if not w.drained(DRAIN):
+    if not w.drained(DRAIN_S):
         for seq in list(w.users.values()):
             w.abort(seq)
     until = w.now + 1200

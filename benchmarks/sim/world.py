@@ -1,9 +1,10 @@
-"""The production control object beside an engine model, under one simulated clock.
+"""The production control object next to an engine model, under one simulated clock.
 
-Rules: `sidecar.control.state.ControlState` is driven as the ticker drives it: facts as they come, a metrics page a second, a tick each
-0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is re-implemented here; the relay
-does what the real one does: a stalled verdict ends all its requests and refuses new ones. `skip` passes over time in which nothing
-that a verdict hangs on can happen (see weeks.py for when that is so); the only private fields it touches are the control's own clock.
+Rules: `sidecar.control.state.ControlState` is driven as the ticker drives it: events as they come, a metrics page a
+second, a tick each 0.5 s, a canary when it asks for one, the ends of requests that it orders. Nothing of the verdict is
+re-implemented here; the relay does what the real one does: a stalled verdict ends all its requests and refuses new
+ones. `skip` passes over time in which nothing that a verdict hangs on can happen (see weeks.py for when that is so);
+the only private fields it touches are the control's own clock.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import CanaryResult, EnginePauseChanged, Event, RequestBlocked, Settled
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load import cost_model
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -25,16 +27,16 @@ from sim.surface import sample
 from sim.traces import Arrival
 
 WALL = 1_700_000_000.0  # the wall clock when the monotonic one reads 0
-GONE = 300.0  # seconds after an engine's own death in which `dead` is the truth
+GONE_S = 300.0  # seconds after an engine's own death in which `dead` is the truth
 UNLIVE = ("stalled", "dead")
 UNREADY = ("starting", "suspect", "stalled", "dead", "exempt")
 CALM = ("idle", "progressing", "quiet")
 NONE = Absent("not simulated")
 HEALTHY_GPU = GpuSample(0, "GPU", "GPU-0", NONE, NONE, NONE, NONE, NONE)
 UNREAD = Absent("not read yet")
-ANSWER = 2.0  # seconds that the sidecar waits for an answer of the API, a metrics page or a cheap one
-WRITE_BLOCKS = 1.0  # seconds that a write to a client must wait, before the relay says so
-FOREIGN_EVERY = 20.0  # seconds between requests that go past the relay, at a shared engine
+ANSWER_TIMEOUT_S = 2.0  # seconds that the sidecar waits for an answer of the API, a metrics page or a cheap one
+WRITE_BLOCKS_S = 1.0  # seconds that a write to a client must wait, before the relay says so
+FOREIGN_INTERVAL_S = 20.0  # seconds between requests that go past the relay, at a shared engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A request that our control ordered to end."""
+    """A request that the control aborted."""
 
     at: float
     id: str
@@ -57,7 +59,7 @@ class Ended:
 
 @dataclass(slots=True)
 class World:
-    """One engine, its users, our control, and the baselines. Times are simulated monotonic seconds."""
+    """One engine, its users, the control, and the baselines. Times are simulated monotonic seconds."""
 
     site: Site
     rng: random.Random
@@ -71,7 +73,7 @@ class World:
     trail: list[Change] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     users: dict[str, Seq] = field(default_factory=dict)
-    blind: bool = False  # the relay process is stopped: its facts wait
+    blind: bool = False  # the relay process is stopped: its events wait
     restarted_at: float = -1e9  # the engine, last
     ticks: int = 0
     engine: Engine = field(init=False)
@@ -79,7 +81,7 @@ class World:
     gpu: GpuSample = HEALTHY_GPU
     rivals: Rivals = field(default_factory=Rivals)
     _next: Arrival | None = None
-    _facts: list[Event] = field(default_factory=list)
+    _events: list[Event] = field(default_factory=list)
     _reading: Reading[EngineSample] = UNREAD
     _canary: tuple[Seq, float, float] | None = None  # ours: (sequence, started, allowed)
     _requests: int = 0
@@ -110,13 +112,13 @@ class World:
         """One request through the relay, now. None where it was refused."""
         self._requests += 1
         id = str(self._requests)
-        self._facts.append(admitted(id, prompt, output, streams, self.now, self.co))
+        self._events.append(admitted(id, prompt, output, streams, self.now, self.co))
         if self.verdict == "stalled" and self.relief:
-            self._facts.append(refused(id, self.now, "stalled", "engine_stalled"))
+            self._events.append(refused(id, self.now, "stalled", "engine_stalled"))
             return None
         seq = self.engine.submit(id, prompt, output, self.now, streams=streams)
         if seq is None:
-            self._facts.append(refused(id, self.now))
+            self._events.append(refused(id, self.now))
         else:
             self.users[id] = seq
         return seq
@@ -131,13 +133,13 @@ class World:
 
     def read(self, seq: Seq) -> None:
         """It reads again: what waited comes at once."""
-        if seq.told:
-            self._facts.append(RequestBlocked(seq.id, self.now, on=False))
+        if seq.reported:
+            self._events.append(RequestBlocked(seq.id, self.now, on=False))
         self._keep(self.engine.read(seq, self.now))
 
     def direct(self, what: str, on: bool) -> None:
         """The relay saw an order that stops the engine on purpose, or lets it go on."""
-        self._facts.append(EnginePauseChanged(self.now, what, on))
+        self._events.append(EnginePauseChanged(self.now, what, on))
 
     def xid(self, number: int) -> None:
         """The driver reports an error of the GPU."""
@@ -151,7 +153,7 @@ class World:
         """A client hangs up, or the relay ends the request: the engine frees its place."""
         if self.users.pop(seq.id, None) is not None:
             self.engine.abort(seq, self.now)
-            self._facts.append(settled(seq, self.now, outcome, error=code))
+            self._events.append(settled(seq, self.now, outcome, error=code))
 
     def pause(self, seconds: float) -> None:
         """The control process is stopped; engine and relay go on."""
@@ -181,8 +183,8 @@ class World:
         self.users.clear()
 
     def new_control(self, *, remembers: bool = False) -> None:
-        """The control process starts anew; `remembers`: it finds the memory of the one before in its state directory."""
-        kept = self.control.keep() if remembers else None
+        """The control process restarts; `remembers`: with the saved state of the one before."""
+        kept = self.control.save() if remembers else None
         self.control = ControlState(self.settings, self.co, self.now, self.wall + self.now)
         self._canary = None
         if kept is not None:
@@ -197,13 +199,13 @@ class World:
         return not self.users
 
     def skip(self, seconds: float, busy: bool, taught: Iterable[float] = ()) -> None:
-        """Pass over calm time. `busy`: users were served meanwhile. `taught`: seconds of prefill, by the cost model, of the
-        streams among them; each is taken to have had the engine to itself, and tokens to have come as fast as they can: the
-        impatient side. What waiting and sharing would have taught (patience) is left out."""
+        """Pass over calm time. `busy`: users were served meanwhile. `taught`: seconds of prefill, by the cost model, of
+        the streams among them; each is taken to have had the engine to itself, and tokens to have come as fast as they
+        can: the impatient side. What waiting and sharing would have taught (patience) is left out."""
         assert not self.users and self.verdict in CALM, "only calm time may be skipped"
         self.now += seconds
-        self.control._ticked_at, self.control._ticked_wall = self.now, self.wall + self.now
-        learned = self.control.progress.learned
+        self.control.health._ticked_at, self.control.health._ticked_wall = self.now, self.wall + self.now
+        learned = self.control.health.progress.learned
         canaries = int(seconds / self.settings.canary_interval)
         learned.first_tokens += canaries  # what idle canaries alone would have added
         if busy:
@@ -216,7 +218,7 @@ class World:
         self.forget_baselines()
 
     def forget_baselines(self) -> None:
-        """The baselines start anew."""
+        """The baselines restart."""
         if self.compare:
             self.rivals.forget()
 
@@ -224,13 +226,11 @@ class World:
 
     @property
     def verdict(self) -> str:
-        return self.control.memory.state
+        return self.control.health.state.state
 
     def killed(self, since: float) -> float | None:
         """When liveness first failed, from `since` on, for an engine that had not just died of itself."""
-        return next(
-            (c.at for c in self.trail if c.at >= since and c.state in UNLIVE and not self._gone(c)), None
-        )  # fmt: skip
+        return next((c.at for c in self.trail if c.at >= since and c.state in UNLIVE and not self._gone(c)), None)
 
     def spent(self, states: tuple[str, ...], since: float) -> float:
         """Seconds in some states from `since` on; those of an engine that had just died of itself do not count."""
@@ -242,7 +242,7 @@ class World:
         )
 
     def _gone(self, change: Change) -> bool:
-        return change.state == "dead" and change.at - self.restarted_at < GONE
+        return change.state == "dead" and change.at - self.restarted_at < GONE_S
 
     def first(self, states: tuple[str, ...], since: float) -> float | None:
         """When the verdict was first one of `states`, from `since` on."""
@@ -251,7 +251,7 @@ class World:
     # --- one tick ---
 
     def tick(self) -> None:
-        """0.5 s of everybody's life, and then ours."""
+        """0.5 s of everyone's life, and then the control's."""
         self._live()
         self._book()
         self._read()
@@ -259,7 +259,7 @@ class World:
         self.control.tick(self._readings(), self.now, self.wall + self.now)
         self._note()
         self._obey()
-        allowed = self.control.canary_due()
+        allowed = self.control.health.canary_due()
         if allowed is not None:
             self._send_canary(allowed)
         self.ticks += 1
@@ -272,28 +272,28 @@ class World:
         while self._next is not None and self.arrivals is not None and self._next.at <= self.now:
             self.request(self._next.prompt, self._next.output, self.streams())
             self._next = next(self.arrivals, None)
-        if self.site.shared and self.arrivals is not None and self.now - self._foreign_at >= FOREIGN_EVERY:
+        if self.site.shared and self.arrivals is not None and self.now - self._foreign_at >= FOREIGN_INTERVAL_S:
             self._foreign_at = self.now
             self.past_relay(self.rng.randrange(200, 8000), self.rng.randrange(20, 400))
         for seq in self.users.values():
-            if seq.unread_since is not None and not seq.told and self.now - seq.unread_since >= WRITE_BLOCKS:
-                seq.told = True
-                self._facts.append(RequestBlocked(seq.id, self.now, on=True))
+            if seq.unread_since is not None and not seq.reported and self.now - seq.unread_since >= WRITE_BLOCKS_S:
+                seq.reported = True
+                self._events.append(RequestBlocked(seq.id, self.now, on=True))
         if not self.blind:
             self._pulse_at = self.now
 
-    def _keep(self, facts: list[Event]) -> None:
-        for fact in facts:
-            if isinstance(fact, Settled):
-                self.users.pop(fact.id, None)
-        self._facts.extend(facts)
+    def _keep(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Settled):
+                self.users.pop(event.id, None)
+        self._events.extend(events)
 
     def _obey(self) -> None:
         """What the relay does on a verdict and on orders, before the next tick."""
         if self.verdict in UNLIVE and self.relief and not self.blind:
             for seq in list(self.users.values()):
                 self.abort(seq, "stalled", "engine_stalled")
-        for _, end in self.control.take_ends():
+        for _, end in self.control.health.take_aborts():
             for id in end.ids:
                 if (seq := self.users.get(id)) is not None:
                     self.ended.append(Ended(self.now, id, end.code))
@@ -302,9 +302,9 @@ class World:
     def _book(self) -> None:
         if self.blind:
             return
-        for fact in self._facts:
-            self.control.on_event(0, fact)
-        self._facts.clear()
+        for event in self._events:
+            self.control.on_event(0, event)
+        self._events.clear()
 
     def _read(self) -> None:
         if self.ticks % 2 == 0:
@@ -321,14 +321,16 @@ class World:
     def _readings(self) -> TickReadings:
         relay = RelayUse(0, 1, 0, len(self.users), 0.0, self.now - self._pulse_at)
         how = self.engine.how
-        unanswered = self._unanswered >= ANSWER and how.port_open
-        told = self.site.tells_rest and how.answering
-        resting = "engine_paused" if how.paused and told else "engine_sleeping" if how.sleeping and told else ""
+        unanswered = self._unanswered >= ANSWER_TIMEOUT_S and how.port_open
+        is_reported = self.site.tells_rest and how.answering
+        resting = (
+            "engine_paused" if how.paused and is_reported else "engine_sleeping" if how.sleeping and is_reported else ""
+        )
         gpus = Value((self.gpu,), self.now)
         return TickReadings(self._reading, gpus, NONE, (relay,), self._refused, "vllm", unanswered, resting)
 
     def _send_canary(self, allowed: float) -> None:
-        self.control.canary_sent(self.now)
+        self.control.health.canary_sent(self.now)
         seq = self.engine.submit("canary", 8, 1, self.now, owner=OURS)
         if seq is not None:
             self._canary = (seq, self.now, allowed)
@@ -350,6 +352,6 @@ class World:
         self.control.canary_ended(CanaryResult(outcome, started, self.now, allowed))  # type: ignore[arg-type]
 
     def _note(self) -> None:
-        m = self.control.memory
+        m = self.control.health.state
         if not self.trail or (self.trail[-1].state, self.trail[-1].reason) != (m.state, m.reason):
             self.trail.append(Change(self.now, m.state, m.reason))

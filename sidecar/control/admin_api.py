@@ -1,6 +1,6 @@
 """The admin port: probes, load, metrics, verdicts, diagnoses, the page.
 
-Rules: read-only; a probe renders the last verdict and never waits for anything; nothing here reaches the engine.
+Rules: read-only; a probe renders the last verdict and never waits; nothing here contacts the engine.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from sidecar.snapshot import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the answers come from. Each call returns at once. `health` gives (well, details) of the sidecar itself."""
+    """Where the answers come from. Each call returns at once. `own_health`: of the sidecar itself, with details."""
 
-    stand: Callable[[], probes.ProbeState]
+    probe_state: Callable[[], probes.ProbeState]
     snapshot: Callable[[], Snapshot]
-    health: Callable[[], tuple[bool, dict[str, Any]]]
+    own_health: Callable[[], tuple[bool, dict[str, Any]]]
     pages: MetricsPages
     feed: live_page.PageFeed
     diagnoses: Diagnoses
-    upkeep: CoefficientMonitor
+    coefficients: CoefficientMonitor
 
 
 def make_app(sources: Sources) -> web.Application:
@@ -44,8 +44,8 @@ def make_app(sources: Sources) -> web.Application:
     app.router.add_get("/healthz", _health(sources))
     app.router.add_get("/load", _load(sources))
     app.router.add_get("/cost", _cost(sources))
-    app.router.add_get("/coefficients", _file(lambda: sources.upkeep.co))
-    app.router.add_get("/coefficients/shadow", _file(lambda: sources.upkeep.shadow()))
+    app.router.add_get("/coefficients", _file(lambda: sources.coefficients.co))
+    app.router.add_get("/coefficients/shadow", _file(lambda: sources.coefficients.shadow()))
     app.router.add_get(
         "/verdicts", _json(lambda: {"verdicts": [probes.verdict_json(v) for v in sources.snapshot().changes]})
     )
@@ -71,8 +71,8 @@ def _answer(content: Any, status: int = 200) -> web.Response:
 
 def _probe(sources: Sources, kind: probes.Kind) -> Handler:
     async def handle(_: web.Request) -> web.Response:
-        stand = sources.stand()
-        return _answer(probes.body(stand), 200 if probes.passes(kind, stand) else 503)
+        state = sources.probe_state()
+        return _answer(probes.verdict_json(state.verdict), 200 if probes.passes(kind, state) else 503)
 
     return handle
 
@@ -94,20 +94,20 @@ def _load(sources: Sources) -> Handler:
 def _cost(sources: Sources) -> Handler:
     async def handle(request: web.Request) -> web.Response:
         try:
-            return _answer(cost_json.render(request.query, sources.upkeep.co))
+            return _answer(cost_json.render(request.query, sources.coefficients.co))
         except ValueError as e:
             return _answer({"error": str(e)}, 400)
 
     return handle
 
 
-def _file(wanted: Callable[[], Coefficients | None]) -> Handler:
-    """Coefficients as a file for --coefficients."""
+def _file(coefficients: Callable[[], Coefficients | None]) -> Handler:
+    """Coefficients in the form of a file for --coefficients."""
 
     async def handle(_: web.Request) -> web.Response:
-        co = wanted()
+        co = coefficients()
         if co is None:
-            return _answer({"error": "too little work so far; /load says how many windows were seen"}, 404)
+            return _answer({"error": "too little work so far; /load counts the windows"}, 404)
         return _answer(asdict(co))
 
     return handle
@@ -115,8 +115,8 @@ def _file(wanted: Callable[[], Coefficients | None]) -> Handler:
 
 def _health(sources: Sources) -> Handler:
     async def handle(_: web.Request) -> web.Response:
-        well, details = sources.health()
-        return _answer({"status": "ok" if well else "failing", **details}, 200 if well else 503)
+        is_healthy, details = sources.own_health()
+        return _answer({"status": "ok" if is_healthy else "failing", **details}, 200 if is_healthy else 503)
 
     return handle
 
@@ -137,7 +137,7 @@ def _diagnoses(diagnoses: Diagnoses) -> list[dict[str, Any]]:
 
 
 def _diagnosis(diagnoses: Diagnoses) -> Handler:
-    """The bundle as JSON; as a page to read where a browser asks."""
+    """The bundle as JSON, or as a page for a browser."""
 
     async def handle(request: web.Request) -> web.Response:
         id = request.match_info["id"]

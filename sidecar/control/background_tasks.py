@@ -1,7 +1,7 @@
-"""What takes time beside the ticks, as tasks: one of each name at a time, and none ends unseen.
+"""Background tasks of the control loop: at most one per name; every failure is reported.
 
-Rules: an errand that breaks, or is cancelled by anybody but us, is told to whoever sent it, so that nobody waits for it for
-ever; its error is logged once per place, as type, file and line, because a message could hold what a user sent.
+Rules: a task that fails, or is cancelled by anything but `close`, is reported to its starter, so that nothing waits for
+it forever. Its error is logged once per place, as type, file and line, because a message could hold what a user sent.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Final
 
 from sidecar.errors import place_of
 
-MAX_TASKS: Final = 50  # different errors that are logged
+# Different errors that are logged.
+MAX_LOGGED_ERRORS: Final = 50
 
 _log = logging.getLogger(__name__)
 
-Broken = Callable[[str], None]  # takes what broke, as a code: "TypeError", "cancelled"
+OnFailure = Callable[[str], None]  # called with a code: "TypeError", "cancelled"
 
 
 class BackgroundTasks:
@@ -28,21 +29,21 @@ class BackgroundTasks:
         self._logged: set[str] = set()
         self._closing = False
 
-    def start(self, name: str, errand: Coroutine[Any, Any, None], broken: Broken | None = None) -> bool:
-        """Start a task unless its like is still under way: a slow disk must not pile them up. Whether it was started.
+    def start(self, name: str, work: Coroutine[Any, Any, None], on_failure: OnFailure | None = None) -> bool:
+        """Start a task unless one of that name still runs: a slow disk must not pile them up. Returns True if started.
 
-        `broken` is called when it ends in any other way than by returning, or by `close`.
+        `on_failure` is called if it ends in any other way than by returning, or by `close`.
         """
-        if self._closing or self.running(name):
-            errand.close()
+        if self._closing or self.is_running(name):
+            work.close()
             return False
-        task = asyncio.create_task(errand, name=name)
-        task.add_done_callback(lambda ended: self._ended(name, ended, broken))
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(lambda ended: self._on_end(name, ended, on_failure))
         self._running[name] = task
         return True
 
-    def running(self, name: str) -> bool:
-        """Whether one of that name is under way."""
+    def is_running(self, name: str) -> bool:
+        """Whether a task of that name is under way."""
         task = self._running.get(name)
         return task is not None and not task.done()
 
@@ -53,17 +54,17 @@ class BackgroundTasks:
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
-    def _ended(self, name: str, task: asyncio.Task[None], broken: Broken | None) -> None:
+    def _on_end(self, name: str, task: asyncio.Task[None], on_failure: OnFailure | None) -> None:
         if task.cancelled():
             if not self._closing:
-                self._report(name, "cancelled", "nowhere", broken)
+                self._report(name, "cancelled", "nowhere", on_failure)
         elif (error := task.exception()) is not None:
-            self._report(name, type(error).__name__, place_of(error), broken)
+            self._report(name, type(error).__name__, place_of(error), on_failure)
 
-    def _report(self, name: str, what: str, place: str, broken: Broken | None) -> None:
-        line = f"{name} broke unexpectedly: {what} at {place}"
-        if line not in self._logged and len(self._logged) < MAX_TASKS:
+    def _report(self, name: str, error: str, place: str, on_failure: OnFailure | None) -> None:
+        line = f"background task {name} failed: {error} at {place}"
+        if line not in self._logged and len(self._logged) < MAX_LOGGED_ERRORS:
             self._logged.add(line)
             _log.error("%s (logged once)", line)
-        if broken is not None:
-            broken(what)
+        if on_failure is not None:
+            on_failure(error)

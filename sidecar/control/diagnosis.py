@@ -1,8 +1,11 @@
-"""Bundles taken when an engine is found stalled, before anybody kills it.
+"""Bundles taken when an engine is found stalled, before it is killed.
 
-Written in steps, each whole: at once what is known already, then what its processes were seen doing, so that a kill in between
-loses little. Bounded in number and size, on the state directory; numbers, names, stacks without their values, and the engine's own
-metrics page: never a prompt, an image or a header of a user.
+Rules:
+- A bundle is written in steps, each whole: at once what is known already, then what the engine's processes were doing.
+  So a kill in between loses little.
+- Bundles are bounded in number and size. They are files of the state directory.
+- They hold numbers, names, stacks without their values, and the engine's own metrics page; never a prompt, an image or
+  a header of a user.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from sidecar.snapshot import Snapshot
 
 FOLDER: Final = "diagnoses"
 MAX_BUNDLES: Final = 10
-MAX_BUNDLE_BYTES: Final = 2 << 20  # of one bundle
-MAX_PAGE: Final = 512 * 1024  # bytes of the engine's metrics page
+MAX_BUNDLE_BYTES: Final = 2 << 20
+MAX_PAGE_BYTES: Final = 512 * 1024
 MAX_REQUESTS: Final = 200
 _ID = re.compile(r"\d{8}T\d{6}-[a-z_]{1,40}")
 
@@ -49,14 +52,14 @@ async def diagnose(store: Diagnoses, examiner: ProcessExaminer, content: dict[st
 
 
 def bundle(snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, str] | None) -> dict[str, Any]:
-    """What a bundle says before the engine's processes were looked at. `page`: (age in seconds, text) of its last metrics page."""
+    """A bundle before the engine's processes were examined. `page`: (age in seconds, text) of its last metrics page."""
     verdict = snapshot.verdict
     return {
         "at": snapshot.at_wall,
         "verdict": verdict.state,
         "reason": verdict.cause,
         "detail": verdict.detail,
-        "summary": "",  # what the engine's processes did, once they were looked at
+        "summary": "",  # what the engine's processes did, once they were examined
         "complete": False,
         "processes": [],
         "evidence": dict(verdict.evidence),
@@ -66,13 +69,13 @@ def bundle(snapshot: Snapshot, holds: list[AdmissionHold], page: tuple[float, st
         "relays": [dataclasses.asdict(relay) for relay in snapshot.relays],
         "own_lag": snapshot.own_lag,
         "load": dataclasses.asdict(snapshot.load),
-        "outstanding": [_shape(hold, snapshot.at) for hold in holds[:MAX_REQUESTS]],
+        "outstanding": [_outstanding(hold, snapshot.at) for hold in holds[:MAX_REQUESTS]],
         "outstanding_left_out": max(0, len(holds) - MAX_REQUESTS),
         "changes": [
-            {"state": c.state, "reason": c.reason, "detail": c.detail, "at": c.since_wall} for c in snapshot.changes
+            {"state": v.state, "reason": v.reason, "detail": v.detail, "at": v.since_wall} for v in snapshot.changes
         ],
         "engine_metrics_age": round(page[0], 3) if page else None,
-        "engine_metrics": page[1][:MAX_PAGE] if page else None,
+        "engine_metrics": page[1][:MAX_PAGE_BYTES] if page else None,
     }
 
 
@@ -89,7 +92,7 @@ class Diagnoses:
         return tuple(reversed(self._kept))
 
     def take(self, content: dict[str, Any], id: str) -> DiagnosisSummary:
-        """Write one bundle, or write it anew; the oldest past KEPT go. Raises OSError."""
+        """Write one bundle, or write it again; the oldest beyond MAX_BUNDLES are removed. Raises OSError."""
         size = self._state.replace(f"{FOLDER}/{id}.json", fitting(content))
         summary = DiagnosisSummary(id, content["at"], content["reason"], size, content["summary"])
         self._kept = [*(kept for kept in self._kept if kept.id != id), summary]
@@ -99,7 +102,7 @@ class Diagnoses:
         return summary
 
     def read(self, id: str) -> bytes | None:
-        """One bundle; None where there is none of that id."""
+        """One bundle; None without one of that id."""
         if not _ID.fullmatch(id):
             return None
         try:
@@ -109,7 +112,7 @@ class Diagnoses:
 
 
 def fitting(content: dict[str, Any]) -> dict[str, Any]:
-    """The bundle within MAX_BYTES: the engine's page goes first, then the stacks, and both say so."""
+    """The bundle within MAX_BUNDLE_BYTES: the engine's page is dropped first, then the stacks, and both say so."""
     left_out = {"failed": "left out: the bundle would be too large"}
     for part in ("engine_metrics", "processes"):
         if len(json.dumps(content)) <= MAX_BUNDLE_BYTES:
@@ -118,15 +121,15 @@ def fitting(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _shape(hold: AdmissionHold, now: float) -> dict[str, Any]:
+def _outstanding(hold: AdmissionHold, now: float) -> dict[str, Any]:
     """An outstanding request in numbers."""
-    a = hold.admitted
+    admitted = hold.admitted
     return {
-        "route": a.route,
-        "stream": a.stream,
-        "age": round(now - a.at, 3),
-        "expected": dataclasses.asdict(a.expected),
-        "mu": a.mu,
+        "route": admitted.route,
+        "stream": admitted.stream,
+        "age": round(now - admitted.at, 3),
+        "expected": dataclasses.asdict(admitted.expected),
+        "mu": admitted.mu,
         "first_token": hold.first_at is not None,
         "delivered_tokens": hold.delivered,
         "silent_for": round(now - hold.last_at, 3),

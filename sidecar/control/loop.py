@@ -1,7 +1,7 @@
-"""The control process at work: facts in, ticks, and what each tick sets going.
+"""The control process at work: events in, ticks, and what each tick sets going.
 
-Rules: a tick never waits; what takes time (a canary, a file, a bundle) is an errand that is kept and awaited; one
-canary and one file write at a time.
+Rules: a tick never waits. What takes time (a canary, a file, a bundle) is a background task that is kept and awaited.
+One canary and one file write run at a time.
 """
 
 from __future__ import annotations
@@ -12,35 +12,23 @@ import os
 import sqlite3
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from sidecar.control import saved_state
 from sidecar.control.background_tasks import BackgroundTasks
-from sidecar.control.canary_stats import GARBAGE
-from sidecar.control.diagnosis import MAX_PAGE, Diagnoses, bundle, diagnose
+from sidecar.control.diagnosis import MAX_PAGE_BYTES, Diagnoses, bundle, diagnose
 from sidecar.control.relay_pool import RelayPool
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
-from sidecar.control.state_store import RESUME, SAVE_EVERY_TICKS, StateStore
-from sidecar.events import (
-    AbortRequests,
-    Admitted,
-    CanaryResult,
-    Event,
-    FirstToken,
-    ImagePrepared,
-    LoadReport,
-    MetricsPage,
-    MetricsPageRequested,
-)
+from sidecar.control.state_store import RESUME, SAVE_INTERVAL_TICKS, StateStore
+from sidecar.events import AbortRequests, CanaryResult, Event, LoadReport, MetricsPage, MetricsPageRequested
 from sidecar.health import probes, reasons
-from sidecar.load import cost_model
-from sidecar.load.ledger import Settlement
+from sidecar.health.garbage import GARBAGE
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.report import orca
+from sidecar.report.fan_out import FanOut
 from sidecar.report.live_page import PageFeed
-from sidecar.report.metrics import Metrics
 from sidecar.report.prometheus import MetricsPages, merge_pages
-from sidecar.report.tracing import Tracing
 from sidecar.report.usage_store import UsageStore
 from sidecar.signals import own_process
 from sidecar.signals.engine_monitor import EngineMonitor
@@ -48,8 +36,12 @@ from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
 
-PORT_CALM, PORT_CLOSE = 1.0, 0.1  # seconds between looks at the engine's port
-PUBLISH_EVERY = 2  # ticks between what goes to relays, page and files: once a second
+# Seconds between checks of the engine's port; a restart can be over in a second, so it is checked often while one is
+# awaited.
+PORT_INTERVAL_S: Final = 1.0
+RESTART_PORT_INTERVAL_S: Final = 0.1
+# Ticks between what goes to relays, page and files: once a second.
+PUBLISH_INTERVAL_TICKS: Final = 2
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +50,7 @@ _log = logging.getLogger(__name__)
 class Signals:
     """Where readings come from."""
 
-    contact: EngineMonitor
+    engine: EngineMonitor
     port: PortSignal
     gpus: GpuSignal
     examiner: ProcessExaminer
@@ -66,35 +58,33 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Sinks:
-    """Where records and snapshots go."""
+    """Where events and snapshots go."""
 
-    meters: Metrics
+    fan_out: FanOut
     pages: MetricsPages
     feed: PageFeed
     diagnoses: Diagnoses
-    state: StateDir
-    tracing: Tracing
-    keeping: StateStore
-    records: UsageStore | None = None
+    state_dir: StateDir
+    state_store: StateStore
+    usage: UsageStore | None = None
 
 
 class ControlLoop:
-    """Feeds the Control with facts and readings, and acts on what it says."""
+    """Feeds the ControlState with events and readings, and acts on each tick."""
 
-    def __init__(self, control: ControlState, signals: Signals, sinks: Sinks, dollars_per_gpu_hour: float) -> None:
+    def __init__(self, control: ControlState, signals: Signals, sinks: Sinks) -> None:
         self.control = control
-        self._signals = signals
+        self.signals = signals
         self.sinks = sinks
-        self._dollars_per_mu = dollars_per_gpu_hour / 3_600_000 * control.unit_ms
         self._pool: RelayPool | None = None
-        self._errands = BackgroundTasks()
+        self._tasks = BackgroundTasks()
         self._ticks = 0
-        self._recently = orca.MovingMean()
+        self._pressure = orca.MovingMean()
         self.ticked_at = time.monotonic()
         self.snapshot = self.control.tick(self._readings(self.ticked_at), self.ticked_at, time.time())
 
     def attach(self, pool: RelayPool) -> None:
-        """The relays whose facts come here."""
+        """Set the relays whose events arrive here."""
         self._pool = pool
 
     async def run(self) -> None:
@@ -107,219 +97,187 @@ class ControlLoop:
                 due = max(due + TICK_S, loop.time())
                 await asyncio.sleep(due - loop.time())
         finally:
-            await self._errands.close()
-            await self._record(time.time())
+            await self._tasks.close()
+            await self._write_usage(time.time())
 
-    def stand(self) -> probes.ProbeState:
-        """What probes render."""
-        c = self.control
-        return probes.ProbeState(
-            c.verdict, c.memory.startup_done, c.draining, held=c.fleet.hold is not None, doubtful=c.doubtful
-        )
+    # --- events ---
 
-    # --- facts ---
-
-    def on_event(self, relay: int, fact: Event) -> None:
-        """A record of a relay."""
-        settlement = self.control.on_event(relay, fact)
+    def on_event(self, relay: int, event: Event) -> None:
+        """Handle an event of a relay."""
+        settlement = self.control.on_event(relay, event)
         if settlement is not None:
-            self._settled(settlement)
-        match fact:
-            case Admitted():
-                self.sinks.tracing.admitted(fact)
-            case FirstToken():
-                self.sinks.tracing.first_token(fact)
-            case ImagePrepared():
-                self.sinks.meters.observe(fact)
-                self.sinks.tracing.imaged(fact)
-            case MetricsPageRequested():
-                self._send_page(relay)
-            case _:
-                pass
+            self.sinks.fan_out.on_settlement(settlement, time.time())
+        else:
+            self.sinks.fan_out.on_event(event)
+        if isinstance(event, MetricsPageRequested):
+            self._send_page(relay)
 
     def on_lost(self, relay: int) -> None:
         """A relay died, or ended: nothing that it held can settle any more."""
         for settlement in self.control.relay_lost(relay, time.monotonic()):
-            self._settled(settlement)
-
-    def _settled(self, s: Settlement) -> None:
-        a, e = s.admitted, s.settled
-        self.sinks.tracing.settled(e, s.mu, lambda: cost_model.by_cause(s.work, self.control.upkeep.co) if s.mu else ())
-        decoding = e.at - e.first_at if e.first_at is not None and s.delivered > 1 else None
-        self.sinks.meters.settled(
-            s.tenant, s.model, e.outcome, mu=s.mu, seconds=e.at - a.at,
-            ttft=None if e.first_at is None else e.first_at - a.at,
-            tpot=None if decoding is None else decoding / (s.delivered - 1),
-            overhead=None if e.sent_at is None else e.overhead,
-            dollars=s.mu * self._dollars_per_mu,
-        )  # fmt: skip
-        if self.sinks.records is not None:
-            self.sinks.records.add(s, time.time())
+            self.sinks.fan_out.on_settlement(settlement, time.time())
 
     def _send_page(self, relay: int) -> None:
         if self._pool is not None:
-            text = merge_pages(self._signals.contact.page(), self.sinks.pages.text())
-            self._pool.order(MetricsPage(time.monotonic(), text), relay)
+            text = merge_pages(self.signals.engine.page(), self.sinks.pages.text())
+            self._pool.send(MetricsPage(time.monotonic(), text), relay)
 
     # --- ticks ---
 
     def _tick(self) -> None:
         now, wall = time.monotonic(), time.time()
-        held, stale = self.control.fleet.reason, self.control.upkeep.stale
+        health = self.control.health
+        hold_before, stale_before = health.kill_policy.reason, self.control.coefficients.stale
         self.snapshot = self.control.tick(self._readings(now), now, wall)
         self.ticked_at = now
-        self.sinks.meters.update(self.snapshot)
-        self._doubted(stale)
-        changed, turned = self.control.news, self.control.fleet.reason != held
-        if changed:
-            self._changed(wall)
-        if turned:
-            self._held(counted=changed)
-        if changed or turned or self._ticks % SAVE_EVERY_TICKS == 0:
-            self._errands.start("memory", self._keep(saved_state.dump(self.control.keep(), now)))
-        for relay, end in self.control.take_ends():
-            self._end(relay, end)
-        allowed = self.control.canary_due()
-        if allowed is not None and self._signals.contact.canary is not None:
-            self.control.canary_sent(now)
-            self._errands.start("canary", self._canary(allowed), lambda what: self._canary_broke(now, allowed, what))
-        if changed or self._ticks % PUBLISH_EVERY == 0:
+        self.sinks.fan_out.metrics.update(self.snapshot)
+        self._log_coefficients(stale_before)
+        is_new_verdict, is_new_hold = health.has_changed, health.kill_policy.reason != hold_before
+        if is_new_verdict:
+            self._on_verdict(wall)
+        if is_new_hold:
+            self._on_hold(counted=is_new_verdict)
+        if is_new_verdict or is_new_hold or self._ticks % SAVE_INTERVAL_TICKS == 0:
+            self._tasks.start("memory", self._save(saved_state.dump(self.control.save(), now)))
+        for relay, command in health.take_aborts():
+            self._abort(relay, command)
+        allowed = health.canary_due()
+        if allowed is not None and self.signals.engine.canary is not None:
+            health.canary_sent(now)
+            self._tasks.start("canary", self._canary(allowed), lambda error: self._canary_failed(now, allowed, error))
+        if is_new_verdict or self._ticks % PUBLISH_INTERVAL_TICKS == 0:
             self._publish(wall)
-        if self._pool is not None and self.control.lag < TICK_S:
+        if self._pool is not None and health.lag < TICK_S:
             self._pool.check(now)
         self._ticks += 1
 
     def _readings(self, now: float) -> TickReadings:
+        engine = self.signals.engine
         return TickReadings(
-            engine=self._signals.contact.read(),
-            gpus=self._signals.gpus.read(),
+            engine=engine.read(),
+            gpus=self.signals.gpus.read(),
             own=own_process.sample(os.getpid()),
             relays=self._pool.use(now) if self._pool is not None else (),
-            refused_since=self._signals.port.refused_since,
-            engine_kind=self._signals.contact.kind_name,
-            unanswered=self._signals.contact.unanswered,
-            resting=self._signals.contact.resting,
+            refused_since=self.signals.port.refused_since,
+            engine_kind=engine.kind_name,
+            unanswered=engine.unanswered,
+            resting=engine.resting,
             diagnoses=self.sinks.diagnoses.summaries(),
-            identity=self._signals.contact.identity,
+            identity=engine.identity,
         )
 
-    def _changed(self, wall: float) -> None:
-        verdict = self.control.verdict
-        bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.NOTABLE
-        level = logging.WARNING if bad else logging.INFO
+    def _on_verdict(self, wall: float) -> None:
+        verdict = self.control.health.verdict
+        is_bad = verdict.state in ("suspect", "stalled", "dead") or verdict.reason in reasons.NOTABLE
+        level = logging.WARNING if is_bad else logging.INFO
         _log.log(level, "verdict %s (%s): %s", verdict.state, verdict.reason, verdict.detail)
-        self.sinks.meters.observe(verdict)
-        # A restart can be over in a second; while one is awaited, the port is watched closely enough to see it.
-        self._signals.port.period = PORT_CLOSE if verdict.state == "stalled" else PORT_CALM
+        self.sinks.fan_out.on_decision(verdict)
+        self.signals.port.period = RESTART_PORT_INTERVAL_S if verdict.state == "stalled" else PORT_INTERVAL_S
         if verdict.state == "stalled":
-            stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(wall))
-            content = bundle(
-                self.snapshot, list(self.control.ledger.holds()), self._signals.contact.last_page(MAX_PAGE)
-            )
-            examined = diagnose(self.sinks.diagnoses, self._signals.examiner, content, f"{stamp}-{verdict.cause}")
-            self._errands.start("diagnosis", examined)
+            id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(wall))}-{verdict.cause}"
+            page = self.signals.engine.last_page(MAX_PAGE_BYTES)
+            content = bundle(self.snapshot, list(self.control.ledger.holds()), page)
+            self._tasks.start("diagnosis", diagnose(self.sinks.diagnoses, self.signals.examiner, content, id))
         elif verdict.state == "starting":
-            self._signals.contact.engine_restarted()
+            self.signals.engine.engine_restarted()
 
-    def _doubted(self, before: str) -> None:
-        """Say once when the coefficients begin or cease to hold."""
-        stale = self.control.upkeep.stale
+    def _log_coefficients(self, before: str) -> None:
+        """Log once when the coefficients become stale or match again."""
+        stale = self.control.coefficients.stale
         if stale and not before:
             _log.warning("the coefficients are stale: %s; measure them again with `sidecar calibrate`", stale)
         elif before and not stale:
-            _log.info("the coefficients hold again")
+            _log.info("coefficients match measured load again")
 
-    def _held(self, *, counted: bool) -> None:
-        """A kill is held back, for another reason than before, or not any more."""
-        hold, verdict = self.control.fleet.hold, self.control.verdict
+    def _on_hold(self, *, counted: bool) -> None:
+        """A kill is held back for another reason than before, or no longer.
+
+        `counted`: the metrics have this verdict.
+        """
+        hold, verdict = self.control.health.kill_policy.hold, self.control.health.verdict
         if verdict.state != "stalled":
             return
         if not counted:
-            self.sinks.meters.observe(verdict)
+            self.sinks.fan_out.on_decision(verdict)
         if hold is None:
             _log.warning("liveness fails from now on: nothing holds the kill back any more")
         elif hold.handover:
-            remedy = f"when it is mended, delete the pod or touch {self.sinks.state.path / RESUME}"
-            _log.error(
-                "handed over (%s): %s; until then the pod is unready and not killed; %s",
-                hold.reason,
-                hold.detail,
-                remedy,
-            )
+            text = "escalated to an operator (%s): %s; the pod stays unready and is not killed; %s"
+            remedy = f"after the repair, delete the pod or touch {self.sinks.state_dir.path / RESUME}"
+            _log.error(text, hold.reason, hold.detail, remedy)
         else:
             _log.warning("not killed yet (%s): %s", hold.reason, hold.detail)
 
-    def _end(self, relay: int, end: AbortRequests) -> None:
-        """Have a relay end requests that can never end by themselves."""
-        _log.warning("ending %d request(s) of relay %d: %s", len(end.ids), relay, reasons.REASON_TEXTS[end.code])
-        self.sinks.meters.observe(end)
+    def _abort(self, relay: int, command: AbortRequests) -> None:
+        """Have a relay abort requests that can never end by themselves."""
+        reason = reasons.REASON_TEXTS[command.code]
+        _log.warning("aborting %d request(s) of relay %d: %s", len(command.ids), relay, reason)
+        self.sinks.fan_out.on_decision(command)
         if self._pool is not None:
-            self._pool.order(end, relay)
+            self._pool.send(command, relay)
 
     def _publish(self, wall: float) -> None:
-        load, engine = self.snapshot.load, self.snapshot.engine
+        load, health = self.snapshot.load, self.control.health
         if self._pool is not None:
-            report = orca.report(load, engine, self._recently.mean(load.pressure, self.snapshot.at))
-            state, kind = self.control.verdict.state, self._signals.contact.kind_name
-            forms = report.json(), report.text(), state, kind, report.binary()
-            contact = self._signals.contact
-            engine_is = contact.identity.prepared, contact.processes
-            self._pool.order(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *engine_is))
+            report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
+            engine = self.signals.engine
+            forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
+            takes = engine.identity.prepared, engine.processes
+            self._pool.send(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes))
         self.sinks.feed.publish(self.snapshot)
-        self._errands.start("state", self._write_state(self.stand(), wall))
-        self._errands.start("records", self._record(wall))
+        self._tasks.start("state", self._write_state(health.probe_state(), wall))
+        self._tasks.start("records", self._write_usage(wall))
 
-    # --- errands ---
+    # --- background tasks ---
 
     async def _canary(self, allowed: float) -> None:
-        canary = self._signals.contact.canary
+        canary, garbage = self.signals.engine.canary, self.control.health.garbage
         assert canary is not None
-        before = self.control.canary
-        result = await canary.send(allowed, self.control.used)
-        garbage = self.control.canaries.sameness.garbage
+        last = self.control.health.canaries.last
+        result = await canary.send(allowed, self.control.health.used_model)
+        before = garbage.found
         result = self.control.canary_ended(result)
-        self.sinks.meters.observe(result)
-        if self.control.canaries.sameness.garbage and not garbage:
+        self.sinks.fan_out.on_decision(result)
+        if garbage.found and not before:
             _log.warning("garbage_output: %s", GARBAGE)
-        known = result.outcome == "rejected" and before is not None and before.detail == result.detail
-        if result.outcome not in ("ok", "refused") and not known:
+        is_known = result.outcome == "rejected" and last is not None and last.detail == result.detail
+        if result.outcome not in ("ok", "refused") and not is_known:
             _log.warning("canary %s: %s", result.outcome, result.detail)
 
-    def _canary_broke(self, sent: float, allowed: float, what: str) -> None:
-        """Our own error says nothing of the engine; but a canary that is held to be outstanding for ever would end all judging."""
-        detail = f"our own canary could not run ({what})"
-        self.sinks.meters.observe(
-            self.control.canary_ended(CanaryResult("rejected", sent, time.monotonic(), allowed, detail))
-        )
+    def _canary_failed(self, sent: float, allowed: float, error: str) -> None:
+        """End a canary that the sidecar could not run: one that stays outstanding forever would end all judging."""
+        detail = f"the sidecar could not run its canary ({error})"
+        result = CanaryResult("rejected", sent, time.monotonic(), allowed, detail)
+        self.sinks.fan_out.on_decision(self.control.canary_ended(result))
 
-    async def _write_state(self, stand: probes.ProbeState, wall: float) -> None:
+    async def _write_state(self, state: probes.ProbeState, wall: float) -> None:
         try:
-            await asyncio.to_thread(self.sinks.state.write, stand, wall)
-            if await asyncio.to_thread(self.sinks.keeping.resumed):
-                _log.info("an operator says that it is mended: kills are allowed again")
-                self.control.fleet.resume = True
+            await asyncio.to_thread(self.sinks.state_dir.write, state, wall)
+            if await asyncio.to_thread(self.sinks.state_store.take_resume):
+                _log.info("operator resumed automatic restarts")
+                self.control.health.kill_policy.resume = True
         except OSError as e:
             _log.error("cannot write to the state directory (%s); exec probes fail open", e.strerror)
 
-    async def _record(self, wall: float) -> None:
-        """Write what was settled since the last time; what cannot be written is kept and tried again."""
-        records = self.sinks.records
-        if records is None or not (taken := records.take()):
+    async def _write_usage(self, wall: float) -> None:
+        """Write what was settled since the last time; what cannot be written is kept and retried."""
+        usage = self.sinks.usage
+        if usage is None or not (taken := usage.take()):
             return
-        writing = asyncio.ensure_future(asyncio.to_thread(records.write, taken, wall))
+        writing = asyncio.ensure_future(asyncio.to_thread(usage.write, taken, wall))
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
             await asyncio.wait((writing,))  # a thread cannot be cancelled: whether it wrote must be known
             if writing.exception() is not None:
-                records.restore(taken)
+                usage.restore(taken)
             raise
         except (OSError, sqlite3.Error) as e:
-            records.restore(taken)
-            _log.error("cannot write %s (%s); what was used is kept in memory and tried again", records.path, e)
+            usage.restore(taken)
+            _log.error("cannot write %s (%s); the usage is kept in memory and the write retried", usage.path, e)
 
-    async def _keep(self, content: dict[str, Any]) -> None:
+    async def _save(self, content: dict[str, Any]) -> None:
         try:
-            await asyncio.to_thread(self.sinks.keeping.write, content)
+            await asyncio.to_thread(self.sinks.state_store.write, content)
         except OSError as e:
-            _log.error("cannot write what was learned (%s); a restart of the sidecar would forget it", e.strerror)
+            _log.error("cannot save the learned state (%s); a restart of the sidecar would forget it", e.strerror)

@@ -1,39 +1,40 @@
-"""Pure: what outlives the sidecar's own process, as JSON, and whether a file of it may be believed.
+"""Pure: the state that outlives the sidecar's own process, as JSON, and whether a file of it may be believed.
 
-Rules: a memory belongs to one boot of one machine (its times are monotonic), one engine address and one set of coefficients, and is
-forgotten after an hour. What was learned of silences, and the kills, hold for every process of that engine, as they do while the sidecar
-watches a restart; what was true of one process (a token served, its canaries) holds only where the same process still listens.
-Whatever is not exactly as it should be makes the whole file worthless: nothing is guessed.
+Rules:
+- Saved state belongs to one boot of one machine (its times are monotonic), one engine address and one set of
+  coefficients. It expires after an hour.
+- What was learned about silences, and the kills, hold for every process of that engine. What was true of one process (a
+  token served, its canaries) holds only if the same process still listens.
+- A file that does not match the schema exactly is ignored.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, TypeVar, get_args, get_origin
+from typing import Any, Final, TypeVar, get_args, get_origin
 
 import msgspec
-from msgspec import Meta
 
-from sidecar.health import kill_policy
-from sidecar.health.latency_model import LatencyModel
-from sidecar.load import drift
+from sidecar.health.monitor import SavedHealth
+from sidecar.load.drift import DriftState
 
 STATE_VERSION: Final = 3
-MAX_STATE_AGE_S: Final = 3600.0  # seconds; an older memory says too little of now
-MAX_CANARIES: Final = 64
-MAX_PAUSES: Final = 64
+MAX_STATE_AGE_S: Final = 3600.0
 
 T = TypeVar("T")
 
 
 class StateRejected(ValueError):
-    """A memory that must not be believed; the text says why, for the log."""
+    """Saved state that must not be believed; the text is the reason, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateOrigin:
-    """What a memory belongs to. `listener` are the inodes of the engine's listening sockets: they change with its process."""
+    """What saved state belongs to.
+
+    `listener`: inodes of the engine's listening sockets, which change with its process.
+    """
 
     boot: str
     engine: str
@@ -42,50 +43,39 @@ class StateOrigin:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedState:
-    """What is kept. `allowed` is the silence that was allowed last, seconds; `stalled`: it was suspect or stalled.
+class SavedState(SavedHealth):
+    """The health of the engine, and how well the coefficients match."""
 
-    `orders`: those that stop the engine on purpose, by code, and since when.
-    """
-
-    learned: LatencyModel
-    canary_seconds: Annotated[tuple[float, ...], Meta(max_length=MAX_CANARIES)]
-    served: bool
-    rejected: int
-    stalled: bool
-    allowed: float
-    orders: Annotated[dict[str, float], Meta(max_length=MAX_PAUSES)]
-    fleet: kill_policy.KillState
-    drift: drift.DriftState
+    drift: DriftState
 
 
-def dump(kept: SavedState, now: float) -> dict[str, Any]:
-    """JSON values of a memory; `signed` adds where it belongs to."""
-    return {"version": STATE_VERSION, "at": now, "kept": to_plain(kept)}
+def dump(saved: SavedState, now: float) -> dict[str, Any]:
+    """Saved state as JSON values; `with_origin` adds what it belongs to."""
+    return {"version": STATE_VERSION, "at": now, "kept": to_plain(saved)}
 
 
-def with_origin(content: dict[str, Any], place: StateOrigin) -> dict[str, Any]:
+def with_origin(content: dict[str, Any], origin: StateOrigin) -> dict[str, Any]:
     """The content of the file."""
-    return {**content, "place": to_plain(place)}
+    return {**content, "place": to_plain(origin)}
 
 
 def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
-    """The memory in a file's content, and whether it is of the engine process that runs now. Raises Unfit."""
+    """The state in a file's content, and whether it is of the engine process that runs now. Raises StateRejected."""
     if not isinstance(raw, dict) or raw.get("version") != STATE_VERSION:
-        raise StateRejected("of another version")
+        raise StateRejected("it is of another version")
     try:
-        place, at = from_plain(StateOrigin, raw.get("place")), from_plain(float, raw.get("at"))
-        if place.boot != here.boot:
-            raise StateRejected("of an earlier boot of this machine")
-        if (place.engine, place.coefficients) != (here.engine, here.coefficients):
-            raise StateRejected("of another engine or other coefficients")
+        origin, at = from_plain(StateOrigin, raw.get("place")), from_plain(float, raw.get("at"))
+        if origin.boot != here.boot:
+            raise StateRejected("it is of an earlier boot of this machine")
+        if (origin.engine, origin.coefficients) != (here.engine, here.coefficients):
+            raise StateRejected("it is of another engine or other coefficients")
         if not 0 <= now - at <= MAX_STATE_AGE_S:
-            raise StateRejected(f"{now - at:.0f} s old")
-        return from_plain(SavedState, raw.get("kept")), bool(here.listener) and place.listener == here.listener
+            raise StateRejected(f"it is {now - at:.0f} s old")
+        return from_plain(SavedState, raw.get("kept")), bool(here.listener) and origin.listener == here.listener
     except StateRejected:
         raise
     except (TypeError, ValueError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
-        raise StateRejected(f"damaged ({e})") from None
+        raise StateRejected(f"it is damaged ({e})") from None
 
 
 def to_plain(value: Any) -> Any:
@@ -96,7 +86,7 @@ def to_plain(value: Any) -> Any:
 def from_plain(cls: type[T], raw: Any) -> T:
     """Inverse of to_plain. Raises ValueError unless `raw` has exactly the fields of `cls`, each of its type."""
     found = msgspec.convert(raw, cls, dec_hook=_deque_from_list)
-    if to_plain(found) != raw:  # a field more or less, which msgspec would ignore or fill by its default
+    if to_plain(found) != raw:  # a field more or less, which msgspec would ignore or fill with its default
         raise ValueError("other fields")
     return found
 

@@ -1,6 +1,7 @@
-"""The state directory: verdict.json, replaced atomically at least once a second, and `stalled`, touched while it is true.
+"""The state directory: verdict.json, replaced atomically at least once a second, and `stalled`, present while that
+holds.
 
-Readers are exec probes in other containers. They fail open when we are gone, because then the files grow old.
+Readers are exec probes in other containers. They fail open when the sidecar is gone, because then the files grow old.
 """
 
 from __future__ import annotations
@@ -29,21 +30,20 @@ class StateDir:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as e:
-            raise StartError(
-                f"--state-dir: cannot write to {path} ({e.strerror}); mount an emptyDir there, or name another directory"
-            ) from None
+            remedy = "mount an emptyDir there, or choose another directory"
+            raise StartError(f"--state-dir: cannot write to {path} ({e.strerror}); {remedy}") from None
 
-    def write(self, stand: probes.ProbeState, now_wall: float) -> None:
+    def write(self, state: probes.ProbeState, now_wall: float) -> None:
         """Replace verdict.json and touch or remove `stalled`. Raises OSError."""
         stalled = self.path / STALLED  # first: it has no content, so a full disk does not silence it
-        if probes.passes("live", stand):
+        if probes.passes("live", state):
             stalled.unlink(missing_ok=True)
         else:
             stalled.touch()
-        self.replace(VERDICT, probes.file_body(stand, now_wall))
+        self.replace(VERDICT, probes.file_body(state, now_wall))
 
     def replace(self, name: str, content: Any) -> int:
-        """Write JSON to `name` so that a reader sees the old or the new content, never half of one. Returns its bytes."""
+        """Write JSON to `name` atomically: a reader sees the old or the new content. Returns its size in bytes."""
         target = self.path / name
         target.parent.mkdir(exist_ok=True)
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
@@ -65,12 +65,12 @@ class StateDir:
         return json.loads(data)
 
     def clear(self) -> None:
-        """On a clean exit: leave nothing that says `stalled`."""
+        """On a clean exit: remove `stalled`."""
         (self.path / STALLED).unlink(missing_ok=True)
 
 
 def read(path: str) -> tuple[Any, float | None]:
-    """What the verdict file says and its age in seconds; (None, None) where it is missing or no JSON."""
+    """The content of the verdict file and its age in seconds; (None, None) without a file."""
     file = Path(path) / VERDICT
     try:
         age = time.time() - file.stat().st_mtime

@@ -1,7 +1,7 @@
-"""What the control process learned, in a file of the state directory: read once at the start, written every few seconds.
+"""Saved state in a file of the state directory: read once at the start, written every few seconds.
 
-Rules: a file that does not fit is ignored with one line, and never stops a start; what is restored never kills: judgement is withheld
-for the silence that was allowed last, and a stall must be found anew.
+Rules: a file that does not fit is ignored with one log line and never stops a start. What is restored never kills:
+judgement is withheld for the silence that was allowed last, and a stall must be found again.
 """
 
 from __future__ import annotations
@@ -17,52 +17,49 @@ from sidecar.control.state_dir import StateDir
 from sidecar.signals import listening_socket
 
 STATE_FILE: Final = "memory.json"
-RESUME: Final = "resume"  # an operator touches it: what was handed over is mended
+# An operator touches this file to resume automatic restarts.
+RESUME: Final = "resume"
 MAX_STATE_BYTES: Final = 256 * 1024
-SAVE_EVERY_TICKS: Final = 20  # ticks between two writes: 10 s
+# Ticks between two writes: 10 s.
+SAVE_INTERVAL_TICKS: Final = 20
 
 _log = logging.getLogger(__name__)
 
 
 class StateStore:
-    """The memory file of one engine. All methods but `__init__` touch the disk: call them off the event loop."""
+    """The saved state of one engine. All methods but `__init__` touch the disk: call them off the event loop."""
 
-    def __init__(self, state: StateDir, engine: str, coefficients: str) -> None:
-        self._state = state
+    def __init__(self, state_dir: StateDir, engine: str, coefficients: str) -> None:
+        self._state_dir = state_dir
         self._engine, self._coefficients = engine, coefficients
         self._name = hashlib.sha256(engine.encode()).hexdigest()[:16]  # an address can hold a password
 
     def restore(self, control: ControlState, now: float) -> None:
-        """Give the control what an earlier process of this sidecar knew, as far as it fits."""
+        """Restore what an earlier process of the sidecar saved, as far as it fits."""
         try:
-            raw = self._state.load(STATE_FILE, MAX_STATE_BYTES)
+            raw = self._state_dir.load(STATE_FILE, MAX_STATE_BYTES)
             if raw is None:
                 return
-            kept, same = saved_state.load(raw, self._place(), now)
+            saved, same = saved_state.load(raw, self._origin(), now)
         except (OSError, ValueError) as e:
             why = str(e) if isinstance(e, StateRejected) else type(e).__name__
-            _log.warning("what an earlier process of the sidecar learned is ignored: it is %s", why)
+            _log.warning("ignoring saved state: %s", why)
             return
-        control.restore(kept, now, same=same)
-        process = "the same engine process" if same else "another engine process"
-        _log.info("restored what an earlier process of the sidecar learned; %s is there", process)
+        control.restore(saved, now, same=same)
+        _log.info("restored saved state; the engine process is %s", "the same" if same else "another one")
 
     def write(self, content: dict[str, Any]) -> None:
-        """Replace the file. `content` is memory.dump's. Raises OSError."""
-        self._state.replace(STATE_FILE, saved_state.with_origin(content, self._place()))
+        """Replace the file. `content` is that of `saved_state.dump`. Raises OSError."""
+        self._state_dir.replace(STATE_FILE, saved_state.with_origin(content, self._origin()))
 
-    def resumed(self) -> bool:
-        """Whether an operator has touched the file `resume` since the last look; it is removed. Raises OSError."""
-        wish = self._state.path / RESUME
-        if not wish.exists():
+    def take_resume(self) -> bool:
+        """Remove the file `resume`. Returns True if an operator had touched it. Raises OSError."""
+        try:
+            (self._state_dir.path / RESUME).unlink()
+        except FileNotFoundError:
             return False
-        wish.unlink(missing_ok=True)
         return True
 
-    def _place(self) -> StateOrigin:
-        return StateOrigin(
-            listening_socket.read_boot_id(),
-            self._name,
-            self._coefficients,
-            listening_socket.listening_inodes(self._engine),
-        )
+    def _origin(self) -> StateOrigin:
+        listeners = listening_socket.listening_inodes(self._engine)
+        return StateOrigin(listening_socket.read_boot_id(), self._name, self._coefficients, listeners)

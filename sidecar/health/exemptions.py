@@ -1,79 +1,84 @@
-"""Pure: orders that stop an engine's work on purpose (sleep, pause, profile, weight update), as the relay saw them pass.
+"""Pure: calls that stop an engine's work on purpose (sleep, pause, profile, weight update), as the relay saw them pass.
 
-Rules: an order counts when the engine took it, with a 2xx, and holds until its opposite was taken, the engine was
-restarted, or a request that came after it got a token; never for longer than the cap, so that a lost `off` cannot hide
-a hang forever. While tokens flow it exempts nothing: a profiler runs next to work, a pause drains it.
-
-A call that is not answered yet may stop the engine already, or be a client's word only. It exempts while it is with the
-engine, for no longer than the cap in one silence, and not one that was in doubt before it came. If the engine takes it,
-a new silence begins; else the silence was never excused.
+Rules:
+- A pause counts once the engine accepted it with a 2xx. It holds until its opposite was accepted, the engine was
+  restarted, or a later request got a token. It never holds longer than the cap, so that a lost `off` cannot hide a hang
+  forever.
+- While tokens flow nothing is exempt: a profiler runs next to work, and a pause drains it.
+- A call without an answer may have stopped the engine already, or may be only a client's claim. It exempts while it is
+  with the engine, at most for the cap within one silence, and never a silence that was in doubt before it came. If the
+  engine accepts it, a new silence begins; otherwise the silence was never excused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from sidecar.events import Directing, EnginePauseChanged
 
-AFTER = 1.0  # seconds after an order from which an admission counts as later
-LONG = 1.0  # seconds for which a call must be with the engine to excuse anything: one that it refuses is over by then
-STOPPING = ("engine_sleeping", "engine_paused", "weight_update")  # while these hold, a new request gets no token
+# Seconds after a pause from which an admission counts as later.
+LATER_ADMISSION_S: Final = 1.0
+# Seconds that a call must be with the engine before it excuses anything: one that the engine refuses is over by then.
+MIN_CALL_S: Final = 1.0
+# While these hold, a new request gets no token.
+STOPPING: Final = ("engine_sleeping", "engine_paused", "weight_update")
 
 
 @dataclass(slots=True)
 class Exemptions:
-    """The orders that hold, by code, and since when. `calls`: those that are with the engine, by relay and its id."""
+    """The pauses in force, by code, and since when. `calls`: those with the engine now, by relay and its id."""
 
-    longest: float
+    cap: float
     since: dict[str, float] = field(default_factory=dict)
     calls: dict[tuple[int, int], Directing] = field(default_factory=dict)
-    relied: float = 0.0  # seconds for which nothing but calls exempted, since the engine last did anything
+    relied: float = 0.0  # seconds for which only calls exempted, since the engine last did anything
     _relied_at: float = 0.0
 
-    def book(self, fact: EnginePauseChanged) -> None:
-        """An order was taken, or its opposite."""
-        if fact.on:
-            self.since[fact.what] = fact.at
+    def pause(self, event: EnginePauseChanged) -> None:
+        """The engine accepted a pause, or its opposite."""
+        if event.on:
+            self.since[event.what] = event.at
         else:
-            self.since.pop(fact.what, None)
+            self.since.pop(event.what, None)
 
-    def call(self, relay: int, fact: Directing) -> None:
+    def call(self, relay: int, event: Directing) -> None:
         """A call is with the engine, or over."""
-        if fact.on:
-            self.calls[relay, fact.id] = fact
+        if event.on:
+            self.calls[relay, event.id] = event
             return
-        self.calls.pop((relay, fact.id), None)
-        if fact.taken and fact.what in self.since:  # a part of a longer stop
-            self.since[fact.what] = fact.at
+        self.calls.pop((relay, event.id), None)
+        if event.taken and event.what in self.since:  # a part of a longer pause
+            self.since[event.what] = event.at
 
     def relay_lost(self, relay: int) -> None:
-        """Its calls are over."""
+        """End the calls of a dead relay."""
         self.calls = {key: call for key, call in self.calls.items() if key[0] != relay}
 
     def under_way(self, now: float, elapsed: float, proof: float, doubted_at: float | None) -> str | None:
-        """The code of a call that exempts now, and for the `elapsed` seconds since the last look.
+        """The code of a call that exempts now, and for the `elapsed` seconds since the last tick.
 
         `proof`: when the engine last did anything; `doubted_at`: since when it has been thought to hang, or None.
         """
         if proof > self._relied_at:
             self.relied = 0.0
-        self.calls = {key: call for key, call in self.calls.items() if now - call.at < self.longest}
-        until = now - LONG if doubted_at is None else min(now - LONG, doubted_at)
+        self.calls = {key: call for key, call in self.calls.items() if now - call.at < self.cap}
+        until = now - MIN_CALL_S if doubted_at is None else min(now - MIN_CALL_S, doubted_at)
         what = next((call.what for call in self.calls.values() if call.at <= until), None)
-        if what is None or self.relied >= self.longest:
+        if what is None or self.relied >= self.cap:
             return None
         self.relied, self._relied_at = self.relied + elapsed, now
         return what
 
     def served(self, admitted_at: float) -> None:
-        """A request that was admitted then got its first token: what would have kept it back is over."""
+        """End the pauses that would have held back a request admitted then: it got its first token."""
         for what in STOPPING:
-            if what in self.since and self.since[what] + AFTER < admitted_at:
+            if what in self.since and self.since[what] + LATER_ADMISSION_S < admitted_at:
                 del self.since[what]
 
     def active(self, now: float) -> str | None:
-        """The code of the order that exempts now; None where none holds, or all have held for too long."""
-        self.since = {what: at for what, at in self.since.items() if now - at < self.longest}
+        """The code of the pause that exempts now; None where none holds, or all have held for too long."""
+        self.since = {what: at for what, at in self.since.items() if now - at < self.cap}
         return next(iter(self.since), None)
 
     def clear(self) -> None:

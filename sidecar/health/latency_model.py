@@ -1,7 +1,9 @@
-"""Pure: what this engine has taught of itself: its gaps, its speed against the coefficients, whom it serves.
+"""Pure: what this engine has taught: its gaps, its speed against the coefficients, and whether others use it.
 
-Rules: all fields are plain numbers, so that they can be kept over a restart; what is learned is a percentile, never a maximum, so
-that one hiccup does not lengthen every later patience; gaps fade with the time that the engine worked, not with the clock.
+Rules:
+- All fields are plain numbers, so that they can be saved over a restart.
+- What is learned is a percentile, never a maximum: one hiccup does not lengthen every later patience.
+- Gaps decay with the time that the engine worked, not with the clock.
 """
 
 from __future__ import annotations
@@ -13,32 +15,45 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from math import sqrt
 from statistics import median
+from typing import Final
 
-GAP_HALF_LIFE_S = 600.0  # seconds of work in which a learned gap loses half its weight
-TOKEN_SECONDS = 0.05  # seconds per output token, before any was measured
-LONGEST_ANSWER = 1 << 17  # tokens that an answer without max_tokens may have: models of today give no longer ones
-LEAST_TOKEN = 0.001  # seconds; no hardware gives one stream more tokens: what comes faster was held back before
-MAX_PREFILLS = 64  # prefills kept
-MIN_LINE_PREFILLS = 9  # observations from which a line is drawn: three in each third
-MIN_LINE_SPREAD = 1.5  # times that the longest third must be as long as the shortest: else no line can be told
-SHORT_PREFILL_S = 0.05  # seconds of predicted prefill; without a line, the ratio of a shorter one is taken over this
-MAX_PREFILL_WEIGHT = 4.0  # times the median prefill that any one of them can weigh
-MIN_PREFILL_S = 0.001  # seconds; no prefill is shorter
-SLOWNESS_QUANTILE = 0.9  # the share of the prefills' weight that must be no slower than what is learned
-MAX_SLOWNESS = 1000.0
-UNKNOWN_SLOWNESS = 10.0  # until a line could be drawn, a machine may be this much slower than the coefficients
-OVERHEAD_STANDARD_ERRORS = 2.0  # standard errors by which a line's overhead is taken lower than it seems
+# Work in which a learned gap loses half its weight.
+GAP_HALF_LIFE_S: Final = 600.0
+# Per output token, before any was measured.
+TOKEN_SECONDS: Final = 0.05
+# No hardware gives one stream more tokens than one per so long: what comes faster was held back before.
+MIN_TOKEN_S: Final = 0.001
+MAX_TOKEN_S: Final = 60.0
+# Weight of one stream in the time per token.
+TOKEN_WEIGHT: Final = 0.1
+MAX_PREFILLS: Final = 64
+# Observations from which a line is drawn: three in each third; and how much longer the longest third must be than the
+# shortest.
+MIN_LINE_PREFILLS: Final = 9
+MIN_LINE_SPREAD: Final = 1.5
+# Without a line, the ratio of a shorter predicted prefill is taken over this.
+SHORT_PREFILL_S: Final = 0.05
+# Times the median prefill that any one of them can weigh.
+MAX_PREFILL_WEIGHT: Final = 4.0
+MIN_PREFILL_S: Final = 0.001
+# Share of the prefills' weight that must be no slower than what is learned.
+SLOWNESS_QUANTILE: Final = 0.9
+MAX_SLOWNESS: Final = 1000.0
+# Until a line could be drawn, a machine may be this much slower than the coefficients.
+UNKNOWN_SLOWNESS: Final = 10.0
+# Standard errors by which a line's overhead is taken lower than it seems.
+OVERHEAD_STANDARD_ERRORS: Final = 2.0
 
-Prefill = tuple[float, float]  # seconds that the cost model said, and that it took
+Prefill = tuple[float, float]  # seconds that the cost model predicted, and that it took
 
 
 @dataclass(slots=True)
 class LatencyModel:
-    """`slowness` and `overhead`: a first token takes slowness x its predicted prefill + overhead seconds, nine times in ten.
+    """A first token takes `slowness` x its predicted prefill + `overhead` seconds, nine times in ten.
 
-    `gap`: the longest silence that ended well; `whole_gap`: of those in which an answer in one piece was outstanding,
-    whose length explains them: they are no measure of how long a stream may be silent.
-    `foreign`: this engine has done work that came by another way than the relay.
+    `gap`: the longest silence that ended well; `whole_gap`: of those with an answer in one piece outstanding, whose
+    length explains them and says nothing about streams. `foreign`: this engine has done work that did not pass the
+    relay.
     """
 
     first_tokens: int = 0
@@ -47,13 +62,13 @@ class LatencyModel:
     prefills: deque[Prefill] = field(default_factory=lambda: deque(maxlen=MAX_PREFILLS))
     slowness: float = UNKNOWN_SLOWNESS
     overhead: float = 0.0
-    fitted_at: int = 0  # first tokens when the two were made
+    fitted_at: int = 0  # first tokens at the last fit
     token_seconds: float = TOKEN_SECONDS
     foreign: bool = False
     at: float = 0.0
 
     def __post_init__(self) -> None:
-        # saved state brings back the items, not the bound
+        # Saved state has the items, not the bound.
         self.prefills = deque(self.prefills, maxlen=MAX_PREFILLS)
 
     def decay(self, now: float, *, working: bool) -> None:
@@ -72,50 +87,53 @@ class LatencyModel:
             self.gap = max(self.gap, seconds)
 
     def first_token(self, seconds: float, prefill: float) -> None:
-        """A prefill took `seconds`; the cost model had said `prefill`."""
+        """A prefill took `seconds`; the cost model had predicted `prefill`."""
         self.first_tokens += 1
         self.prefills.append((prefill, seconds))
 
     def refit(self) -> None:
-        """Bring slowness and overhead up to the first tokens so far; cheap where none is new."""
+        """Fit slowness and overhead to the first tokens so far; cheap where none is new."""
         if self.fitted_at != self.first_tokens:
             self.fitted_at = self.first_tokens
             self.slowness, self.overhead = fit_slowness(self.prefills)
 
     def token_time(self, seconds: float) -> None:
         """Mean time per output token of a stream that ended. Kept at twice the mean: answers differ."""
-        if LEAST_TOKEN <= seconds < 60:
-            self.token_seconds += 0.1 * (2 * seconds - self.token_seconds)
+        if MIN_TOKEN_S <= seconds < MAX_TOKEN_S:
+            self.token_seconds += TOKEN_WEIGHT * (2 * seconds - self.token_seconds)
 
     def seconds(self, prefill: float) -> float:
-        """What a prefill that the cost model puts at `prefill` seconds takes here."""
+        """What a prefill takes here that the cost model predicts at `prefill` seconds."""
         return self.slowness * prefill + self.overhead if prefill else 0.0
 
 
 def fit_slowness(seen: Sequence[Prefill]) -> tuple[float, float]:
-    """Slowness (>= 1) and overhead (seconds) that hold nine in ten of the prefills, each weighed by its predicted time.
+    """Slowness (>= 1) and overhead (seconds) that cover nine in ten of the prefills, weighted by their predicted time.
 
-    Long prefills decide, because short ones are mostly overhead and noise. What cannot be told apart is held to be slowness: a
-    machine must not be killed for being slow.
+    Long prefills decide, because short ones are mostly overhead and noise. What cannot be told apart counts as
+    slowness: a machine must not be killed for being slow.
     """
     if not seen:
         return UNKNOWN_SLOWNESS, 0.0
     overhead = fit_overhead(seen)
     shortest = 0.0 if overhead is not None else SHORT_PREFILL_S
     fixed = overhead or 0.0
-    most = MAX_PREFILL_WEIGHT * max(MIN_PREFILL_S, median(said for said, _ in seen))
+    max_weight = MAX_PREFILL_WEIGHT * max(MIN_PREFILL_S, median(predicted for predicted, _ in seen))
     ratios = sorted(
-        (max(0.0, took - fixed) / max(said, shortest, MIN_PREFILL_S), min(max(said, MIN_PREFILL_S), most))
-        for said, took in seen
+        (
+            max(0.0, took - fixed) / max(predicted, shortest, MIN_PREFILL_S),
+            min(max(predicted, MIN_PREFILL_S), max_weight),
+        )
+        for predicted, took in seen
     )
-    weights = list(accumulate(w for _, w in ratios))
+    weights = list(accumulate(weight for _, weight in ratios))
     ratio = ratios[bisect_left(weights, SLOWNESS_QUANTILE * weights[-1])][0]
-    least = 1.0 if len(seen) >= MIN_LINE_PREFILLS else UNKNOWN_SLOWNESS
-    return min(MAX_SLOWNESS, max(least, ratio)), fixed
+    min_slowness = 1.0 if len(seen) >= MIN_LINE_PREFILLS else UNKNOWN_SLOWNESS
+    return min(MAX_SLOWNESS, max(min_slowness, ratio)), fixed
 
 
 def fit_overhead(seen: Sequence[Prefill]) -> float | None:
-    """Fixed seconds of a first token, as few as the observations allow; None where sizes are too alike to tell.
+    """Fixed seconds of a first token, as few as the observations allow; None where sizes are too alike.
 
     A resistant line (Tukey 1970) through the medians of the shortest and the longest third: an outlier cannot tilt it.
     """

@@ -1,122 +1,507 @@
-"""Pure: what a verdict needs beside the evidence: exemptions, parts that hang alone, the cause of a silence, and whom to end."""
+"""Pure: everything that decides whether the engine is healthy, from tick to tick. No I/O, no clock.
+
+Rules:
+- Each tick is a list of steps, each of which returns a value: own health, engine page, exemption, evidence, partial
+  hang, verdict, kill policy.
+- The sidecar's own trouble (a late tick, a jump of the clock, a relay without a heartbeat) withholds judgement for a
+  full window.
+- The end of an exemption begins a new silence; so does a call to the engine that it accepted.
+- What is restored after a restart of the sidecar never kills: judgement is withheld for the silence that was allowed
+  last.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Final, Protocol
 
-from sidecar.events import AbortRequests, CanaryResult, Directing
-from sidecar.health import reasons
+from msgspec import Meta
+
+from sidecar.events import (
+    AbortRequests,
+    Admitted,
+    CanaryResult,
+    Delivered,
+    DiagnosisSummary,
+    Directing,
+    EnginePauseChanged,
+    Event,
+    FirstToken,
+    RequestBlocked,
+    Settled,
+    State,
+    Verdict,
+)
+from sidecar.health import reasons, verdict
+from sidecar.health.canary_schedule import canary_allowed
 from sidecar.health.exemptions import Exemptions
+from sidecar.health.garbage import GARBAGE, GarbageDetector
+from sidecar.health.kill_policy import KillPolicy, KillState, kill_limits
+from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
-from sidecar.health.progress import Key, Progress, SilenceLimits
-from sidecar.health.verdict import FRESH_PROGRESS_S
-from sidecar.readings import EngineSample, GpuSample, Reading, Value
+from sidecar.health.probes import ProbeState
+from sidecar.health.progress import Evidence, Key, OpenWork, Progress, silence_limits
+from sidecar.health.verdict_text import evidence_json, explain, with_hold
+from sidecar.readings import EngineIdentity, EngineSample, GpuSample, ProcessSample, Reading, Value
+from sidecar.settings import Settings
+from sidecar.snapshot import RelayUse
+
+TICK_S: Final = 0.5
+# A tick may be late by so much before the sidecar withholds its own evidence.
+MAX_TICK_DELAY_S: Final = 2.0
+# Difference between the wall and the monotonic clock that counts as a jump.
+CLOCK_JUMP_S: Final = 5.0
+# A relay sends a heartbeat each second; without one for so long, its deliveries are unknown.
+HEARTBEAT_STALE_S: Final = 4.0
+MAX_VERDICT_CHANGES: Final = 50
+MAX_CANARIES: Final = 16
+MAX_SAVED_CANARIES: Final = 64
+MAX_SAVED_PAUSES: Final = 64
+
+# States whose silences, once ended, were legitimate.
+LEARNING_STATES: Final = frozenset[State]({"idle", "progressing", "quiet", "suspect"})
+# States in which a silence is taken for a hang.
+DOUBTED_STATES: Final = frozenset[State]({"suspect", "stalled", "dead"})
+# States in which the engine's time is its price.
+CALIBRATED_STATES: Final = frozenset[State]({"idle", "progressing", "quiet"})
+
+RESTORED: Final = "sidecar_restarted"
+UNKNOWN_ENGINE: Final = EngineIdentity()
+
+
+@dataclass(frozen=True, slots=True)
+class TickReadings:
+    """The signals at a tick.
+
+    `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
+    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake.
+    """
+
+    engine: Reading[EngineSample]
+    gpus: Reading[tuple[GpuSample, ...]]
+    own: Reading[ProcessSample]
+    relays: tuple[RelayUse, ...]
+    refused_since: float | None
+    engine_kind: str
+    unanswered: bool = False
+    resting: str = ""
+    diagnoses: tuple[DiagnosisSummary, ...] = ()
+    identity: EngineIdentity = UNKNOWN_ENGINE
+
+    @property
+    def sample(self) -> EngineSample | None:
+        """The engine's metrics page, where it was read."""
+        return self.engine.value if isinstance(self.engine, Value) else None
+
+
+class AdmittedWork(OpenWork, Protocol):
+    """One outstanding request, with the event that admitted it."""
+
+    @property
+    def admitted(self) -> Admitted: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SavedHealth:
+    """What outlives a restart of the sidecar. `allowed`: the silence allowed last; `stalled`: suspect or stalled.
+
+    `orders`: the pauses of the engine in force, by code, and since when. The fields are named as in the file.
+    """
+
+    learned: LatencyModel
+    canary_seconds: Annotated[tuple[float, ...], Meta(max_length=MAX_SAVED_CANARIES)]
+    served: bool
+    rejected: int
+    stalled: bool
+    allowed: float
+    orders: Annotated[dict[str, float], Meta(max_length=MAX_SAVED_PAUSES)]
+    fleet: KillState
 
 
 @dataclass(slots=True)
+class CanaryRecord:
+    """The canaries of one engine process: the last one, one under way, and how long those that passed took."""
+
+    last: CanaryResult | None = None
+    since: float | None = None  # one is under way
+    passed_at: float | None = None
+    touched: float = 0.0  # a canary was under way then: counters that moved may be its own
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_CANARIES))
+
+
 class HealthMonitor:
-    """They are kept from tick to tick. `judged_from`: when the last exemption ended; an older canary says nothing.
+    """The health of one engine. `verdict`, `evidence` and the kill policy's hold are those of the last tick."""
 
-    `proven`: whether one held at the last tick that rests on more than calls which the engine has not answered;
-    `doubted_at`: since when the engine has been thought to hang.
-    """
+    def __init__(self, settings: Settings, now: float, wall: float, pod: str = "") -> None:
+        self._settings = settings
+        limits = silence_limits(settings)
+        self.progress = Progress(limits, baseline=now)
+        self.partial_hangs = PartialHangDetector(limits)
+        self.exemptions = Exemptions(limits.cap)
+        self.kill_policy = KillPolicy(kill_limits(settings, pod))
+        self.garbage = GarbageDetector()
+        self.canaries = CanaryRecord()
+        self.state = verdict.VerdictState(since=now, engine_since=now)
+        self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
+        self.changes: deque[Verdict] = deque(maxlen=MAX_VERDICT_CHANGES)
+        self.has_changed = False  # at the last tick, in a way that is to be reported
+        self.is_trusted = False  # at the last tick nothing exempted, withheld or blocked judgement
+        self.draining = False
+        self.used_model = ""  # of the last request that this engine process answered
+        self.lag = 0.0
+        self.evidence = self.progress.evidence((), now)
+        self._clues = reasons.ClueHistory(start_at=now)
+        self._aborts: list[tuple[int, AbortRequests]] = []
+        self._ticked_at, self._ticked_wall = now, wall
+        self._read_at = 0.0  # the last metrics page
+        self._was_refused = False
+        self._blocked_patience = 0.0  # seconds, with an API that answers nothing
+        self._withheld_until, self._withheld_reason = 0.0, ""
+        self._judged_from = 0.0  # when the last exemption ended: an older canary proves nothing
+        self._checked_at = now  # for exemptions
+        self._was_exempt = False  # at the last tick, by more than calls without an answer
+        self._doubted_at: float | None = None  # since when the engine has been thought to hang
+        self._restored_stall = False  # and nothing has disproved it yet
 
-    progress: Progress
-    parts: PartialHangDetector
-    orders: Exemptions
-    watch: reasons.ClueHistory
-    judged_from: float = 0.0
-    proven: bool = False
-    looked_at: float = 0.0
-    doubted_at: float | None = None
-    _ends: list[tuple[int, AbortRequests]] = field(default_factory=list)
+    # --- events ---
 
-    @classmethod
-    def begin(cls, progress: Progress, limits: SilenceLimits, now: float) -> HealthMonitor:
-        """Those of an engine of which nothing is known yet."""
-        return cls(
-            progress,
-            PartialHangDetector(limits),
-            Exemptions(limits.cap),
-            reasons.ClueHistory(start_at=now),
-            looked_at=now,
+    def on_event(self, relay: int, event: Event, work: AdmittedWork | None) -> None:
+        """One event of a relay. `work`: the ledger's hold of a request that was admitted or got its first token."""
+        match event:
+            case Admitted():
+                prefill, whole = (work.prefill, work.whole) if work else (0.0, 0)
+                self.partial_hangs.table.admit((relay, event.id), event, prefill, whole)
+                self.progress.admitted((relay, event.id), prefill if work and event.stream else None, event.at)
+            case FirstToken():
+                self.partial_hangs.table.first_token((relay, event.id), event)
+                self.progress.first_token((relay, event.id), event.at)
+                if work is not None:
+                    self.exemptions.served(work.admitted.at)
+            case Delivered():
+                self.partial_hangs.deliver((relay, event.id), event.tokens, event.at)
+                if event.bytes > 0:
+                    self.progress.delivered(event.at)
+            case RequestBlocked():
+                self.partial_hangs.table.block((relay, event.id), event)
+                if not event.on:
+                    self.progress.resumed((relay, event.id), event.at)
+            case Settled():
+                self.partial_hangs.settle((relay, event.id), event)
+                self.progress.settled((relay, event.id))
+                if event.outcome == "ok":
+                    self.progress.completed(event.at)
+            case EnginePauseChanged():
+                self.exemptions.pause(event)
+            case Directing():
+                self.exemptions.call(relay, event)
+                if event.taken:
+                    self._judge_from(event.at)
+            case _:
+                pass
+
+    def on_settlement(self, event: Settled, admitted: Admitted, token_seconds: float | None) -> None:
+        """The ledger settled a request. `token_seconds`: of each of its tokens, None where it teaches nothing."""
+        if event.outcome == "ok":
+            self.used_model = admitted.model
+            self.exemptions.served(admitted.at)
+        if token_seconds is not None and event.outcome != "stalled":
+            self.progress.learned.token_time(token_seconds)
+
+    def relay_lost(self, relay: int, now: float) -> None:
+        """A relay died. Its deliveries are unknown, so a new silence begins."""
+        self.progress.rebaseline(now)
+        self.exemptions.relay_lost(relay)
+
+    # --- canaries ---
+
+    def canary_due(self) -> float | None:
+        """Seconds that a canary may take, if one should be sent now."""
+        canaries = self.canaries
+        if canaries.since is not None or self.draining:
+            return None
+        last = canaries.last.ended if canaries.last else None
+        if not verdict.is_canary_due(self.state, self.evidence, last, self._settings.canary_interval):
+            return None
+        unanswered, limits = self._clues.unanswered(self.evidence.now), self.progress.limits
+        return canary_allowed(
+            self.state.state, self.evidence, canaries.seconds, limits, self._blocked_patience, unanswered
         )
 
-    def exemption(self, known: str | None, now: float, *, proof: float | None, doubted: bool) -> str | None:
-        """The exemption that holds: what is `known`, or an order or a call that passed the relay, while no token flows.
+    def canary_sent(self, now: float) -> None:
+        """A canary is under way."""
+        self.canaries.since = self.canaries.touched = now
 
-        When one ends that was proven, a new silence begins: to be called before the silence is judged. `proof`: when
-        the engine last did anything; `doubted`: whether it is thought to hang.
-        """
+    def canary_ended(self, result: CanaryResult) -> CanaryResult:
+        """Record a canary's end. One that did not pass while real work progressed proves nothing: it is moot."""
         at = self.progress.last()[1]
-        self.doubted_at = (self.doubted_at or self.looked_at) if doubted else None  # the last look's tick thought so
-        elapsed, self.looked_at = now - self.looked_at, now
-        exempt, silent = known, at is None or now - at > FRESH_PROGRESS_S
-        if exempt is None and silent:
-            exempt = self.orders.active(now)
-        if self.proven and exempt is None:
+        if result.outcome in ("failed", "starved") and at is not None and at > result.started:
+            result = replace(result, outcome="moot")
+        canaries = self.canaries
+        if result.outcome == "ok":
+            canaries.seconds.append(result.ended - result.started)
+            canaries.passed_at = result.ended
+            if self.garbage.observe(result.digest, result.model):
+                self._report_garbage(result.ended)
+        canaries.last, canaries.since, canaries.touched = result, None, result.ended
+        return result
+
+    def _report_garbage(self, now: float) -> None:
+        """Append an entry to the verdict history; the verdict itself does not change."""
+        evidence = {**self.verdict.evidence, "garbage_output": True}
+        self.changes.appendleft(
+            Verdict(self.verdict.state, "garbage_output", GARBAGE, now, self._ticked_wall, evidence)
+        )
+
+    # --- ticks ---
+
+    def tick(self, readings: TickReadings, work: Iterable[OpenWork], now: float, wall: float) -> Verdict:
+        """Evaluate health: the verdict, and whether the engine may be killed."""
+        self.lag = self._own_health(readings.relays, now, wall)
+        restarted = self._read_engine(readings, now, wall)
+        withheld = self._withheld(now)
+        exempt = self._exemption(readings, now)  # before the evidence: where one ends, a new silence begins
+        self.evidence = self._evidence(readings, work, now)
+        self.is_trusted = withheld is None and exempt is None and not readings.unanswered
+        self._record_clues(readings, now)
+        inputs = verdict.VerdictInputs(
+            now=now,
+            evidence=self.evidence,
+            canary=self._relevant_canary(),
+            refused_since=readings.refused_since,
+            exempt=exempt,
+            withheld=withheld,
+            restarted=restarted,
+            part=self._partial_hang(readings.sample, now),
+            cause=self._cause(readings.sample, now),
+            startup_stuck=now - self._clues.start_at >= self.progress.limits.cap,
+        )
+        before, hold_before = self.state, self.kill_policy.reason
+        self.state, condition = verdict.judge(before, inputs)
+        self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now)
+        self._forget_engine(before, condition, now)
+        self.verdict = self._new_verdict(inputs, condition, before, hold_before, wall)
+        return self.verdict
+
+    def _own_health(self, relays: tuple[RelayUse, ...], now: float, wall: float) -> float:
+        """Withhold judgement for a full window if the sidecar itself was not healthy. Returns its lag."""
+        gap, wall_gap = now - self._ticked_at, wall - self._ticked_wall
+        self._ticked_at, self._ticked_wall = now, wall
+        troubles = {
+            "own_pause": gap > MAX_TICK_DELAY_S,
+            "clock_jump": abs(wall_gap - gap) > CLOCK_JUMP_S,
+            "relay_blind": any(
+                relay.open > 0 and (relay.pulse_age is None or relay.pulse_age > HEARTBEAT_STALE_S) for relay in relays
+            ),
+        }
+        trouble = next((name for name, holds in troubles.items() if holds), "")
+        if trouble:
+            self.progress.rebaseline(now)
+            self._withheld_until, self._withheld_reason = now + self._settings.silence_floor, trouble
+        return max(0.0, gap - TICK_S)
+
+    def _read_engine(self, readings: TickReadings, now: float, wall: float) -> bool:
+        """Compare a new metrics page with the last one. Returns True if it or the port shows a new process."""
+        restarted, canaries = False, self.canaries
+        if isinstance(readings.engine, Value) and readings.engine.at > self._read_at:
+            sample, at = readings.engine.value, readings.engine.at
+            if canaries.since is not None:
+                canaries.touched = now
+            canary = canaries.touched >= self._read_at
+            is_new = self.progress.engine(sample, at, canary=canary)
+            self.partial_hangs.table.read(sample, at, canary=canary)
+            restarted = is_new and not self._served_since_start(sample, now, wall)
+            self._read_at = at
+        # A port that was closed belongs to a new process when it opens.
+        reopened = self._was_refused and readings.refused_since is None and self.state.state != "starting"
+        self._was_refused = readings.refused_since is not None
+        return restarted or reopened
+
+    def _served_since_start(self, sample: EngineSample, now: float, wall: float) -> bool:
+        """Whether the process of this page has served a token already: then its start is known."""
+        if sample.started_wall is None:
+            return False
+        last = self.canaries.last
+        canary_at = last.started if last and last.outcome == "ok" else 0.0
+        return max(self.progress.last()[1] or 0.0, canary_at) > now - (wall - sample.started_wall)
+
+    def _withheld(self, now: float) -> str | None:
+        """The reason code for which judgement is withheld now."""
+        if self._proof() is not None:  # the engine has worked since the sidecar restarted
+            self._restored_stall = False
+            if self._withheld_reason == RESTORED:
+                self._withheld_until = 0.0
+        return self._withheld_reason if now < self._withheld_until else None
+
+    def _exemption(self, readings: TickReadings, now: float) -> str | None:
+        """The exemption that holds: reported, or a pause or a call that passed the relay, while no token flows."""
+        at = self.progress.last()[1]
+        is_silent = at is None or now - at > verdict.FRESH_PROGRESS_S
+        before, self._checked_at = self._checked_at, now
+        is_doubted = self.state.state in DOUBTED_STATES
+        self._doubted_at = (self._doubted_at or before) if is_doubted else None  # the tick before found it
+        exempt = self._reported_exemption(readings)
+        if exempt is None and is_silent:
+            exempt = self.exemptions.active(now)
+        if self._was_exempt and exempt is None:
             self._judge_from(now)
-        self.proven = exempt is not None
-        if exempt is None and silent:
-            exempt = self.orders.under_way(now, elapsed, max(proof or 0.0, self.judged_from), self.doubted_at)
+        self._was_exempt = exempt is not None
+        if exempt is None and is_silent:
+            proof = max(self._proof() or 0.0, self._judged_from)
+            exempt = self.exemptions.under_way(now, now - before, proof, self._doubted_at)
         return exempt
 
-    def call(self, relay: int, fact: Directing) -> None:
-        """A call that directs the engine is with it, or over; one that it took has been its work until now."""
-        self.orders.call(relay, fact)
-        if fact.taken:
-            self._judge_from(fact.at)
+    def _reported_exemption(self, readings: TickReadings) -> str | None:
+        if self.draining:
+            return "draining"
+        if readings.sample is not None and readings.sample.sleeping:
+            return "engine_sleeping"
+        return readings.resting or None
 
     def _judge_from(self, now: float) -> None:
+        """A new silence begins."""
         self.progress.rebaseline(now)
-        self.judged_from = now
+        self._judged_from = now
 
-    def canary(self, last: CanaryResult | None) -> CanaryResult | None:
-        """The last canary, where it counts."""
-        return last if last is not None and last.started >= self.judged_from else None
+    def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
+        """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
+        self._blocked_patience = self.progress.limits.blocked if readings.unanswered else 0.0
+        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays))) + self._blocked_patience
+        return self.progress.evidence(work, now, extra=extra, learn=self.state.state in LEARNING_STATES)
 
-    def part(self, sample: EngineSample | None, age: float | None, now: float, *, trusted: bool) -> PartialHang | None:
-        """A part that hangs alone. Single requests that can never end are to be ended by their relay."""
-        self.parts.tick(now, self.progress.last()[1], trusted=trusted)
-        if not trusted:
+    def _record_clues(self, readings: TickReadings, now: float) -> None:
+        """Record XID counts and whether the API is unresponsive."""
+        gpus = readings.gpus
+        xids = sum(count for gpu in gpus.value for _, count in gpu.xid_errors) if isinstance(gpus, Value) else None
+        self._clues.record(now, readings.unanswered, xids)
+
+    def _relevant_canary(self) -> CanaryResult | None:
+        """The last canary, unless an exemption has ended since it was sent."""
+        last = self.canaries.last
+        return last if last is not None and last.started >= self._judged_from else None
+
+    def _partial_hang(self, sample: EngineSample | None, now: float) -> PartialHang | None:
+        """A part that hangs alone. Requests that can never end are to be aborted by their relay."""
+        self.partial_hangs.tick(now, self.progress.last()[1], trusted=self.is_trusted)
+        if not self.is_trusted:
             return None
-        found, stuck = self.parts.judge(now, sample, self.progress.learned)
-        self._end(stuck, "stream_stuck")
-        oversized = self.parts.oversized(sample, age)
-        self._end((oversized,) if oversized else (), "prompt_exceeds_kv_cache")
+        found, stuck = self.partial_hangs.judge(now, sample, self.progress.learned)
+        self._abort(stuck, "stream_stuck")
+        oversized = self.partial_hangs.oversized_prompt.find(sample, self.evidence.age)
+        self._abort((oversized,) if oversized else (), "prompt_exceeds_kv_cache")
         return found
 
-    def _end(self, keys: tuple[Key, ...], code: str) -> None:
-        self._ends.extend((relay, AbortRequests((id,), code)) for relay, id in keys)
+    def _abort(self, keys: tuple[Key, ...], code: str) -> None:
+        self._aborts.extend((relay, AbortRequests((id,), code)) for relay, id in keys)
 
-    def take_ends(self) -> list[tuple[int, AbortRequests]]:
-        """Orders to relays since the last call: (relay index, what to end)."""
-        ends, self._ends = self._ends, []
-        return ends
+    def take_aborts(self) -> list[tuple[int, AbortRequests]]:
+        """Commands to relays since the last call: (relay index, requests to abort)."""
+        aborts, self._aborts = self._aborts, []
+        return aborts
 
-    def see(self, gpus: Reading[tuple[GpuSample, ...]], unanswered: bool, now: float) -> None:
-        """What else a tick shows."""
-        xids = sum(n for gpu in gpus.value for _, n in gpu.xid_errors) if isinstance(gpus, Value) else None
-        self.watch.see(now, unanswered, xids)
-
-    def cause(self, sample: EngineSample | None, age: float | None, now: float) -> str:
-        """The reason code of a silence of `age` seconds."""
-        signs = reasons.HangClues(
-            age,
-            sample,
-            self.watch.xid_age(now),
-            self.watch.unanswered(now),
-            self.progress.iterating,
-            self.parts.suspected_cause(),
+    def _cause(self, sample: EngineSample | None, now: float) -> str:
+        """The reason code that the silence would get."""
+        clues = reasons.HangClues(
+            age=self.evidence.age,
+            sample=sample,
+            xid_age=self._clues.xid_age(now),
+            unanswered=self._clues.unanswered(now),
+            iterating=self.progress.iterating,
+            part=self.partial_hangs.suspected_cause(),
         )
-        return reasons.cause_of(signs)
+        return reasons.cause_of(clues)
 
-    def startup_stuck(self, now: float) -> bool:
-        """Whether a start-up that is still under way has shown no sign for as long as any silence may last."""
-        return now - self.watch.start_at >= self.orders.longest
+    def _proof(self) -> float | None:
+        """When the engine last did anything: a token, an answer, a canary that passed. None before any."""
+        times = (self.progress.last()[1], self.canaries.passed_at)
+        return max((at for at in times if at is not None), default=None)
 
-    def restarted(self, now: float) -> None:
-        """The engine is another process."""
-        self.parts.restart()
-        self.orders.clear()
-        self.watch.start_at = now
+    def _forget_engine(self, before: verdict.VerdictState, condition: str, now: float) -> None:
+        """Forget what was true of one engine process, if it is another one or may have other weights."""
+        state = self.state.state
+        if state in ("starting", "exempt") and state != before.state:
+            self.garbage.reset()
+        if state == "starting" and (before.state != "starting" or condition == "restarted"):
+            self.canaries.seconds.clear()
+            self.used_model = ""
+            self.partial_hangs.reset()
+            self.exemptions.clear()
+            self._clues.start_at = now
+
+    def _new_verdict(
+        self,
+        inputs: verdict.VerdictInputs,
+        condition: str,
+        before: verdict.VerdictState,
+        hold_before: str,
+        wall: float,
+    ) -> Verdict:
+        """The verdict in words and numbers; a change is kept in the history."""
+        state = self.state
+        is_new = (state.state, self.kill_policy.reason) != (before.state, hold_before)
+        is_notable = state.reason != before.reason and state.reason in reasons.NOTABLE
+        self.has_changed = state.state != before.state or is_notable
+        evidence = evidence_json(inputs, condition)
+        if self.garbage.found:
+            evidence["garbage_output"] = True
+        since_wall = wall if is_new else self.verdict.since_wall
+        detail = explain(state, inputs, condition)
+        plain = Verdict(state.state, state.reason, detail, state.since, since_wall, evidence)
+        new = with_hold(plain, self.kill_policy.hold)
+        if is_new or self.has_changed:
+            self.changes.appendleft(new)
+        return new
+
+    # --- reports, and restarts of the sidecar ---
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the last known state is a stall, or an operator must act, and no token shows the contrary."""
+        return self._restored_stall or (self.kill_policy.state.handover != "" and self.state.state == "unknown")
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the engine's time is that of the relay's work alone, so that its coefficients can be judged."""
+        return self.is_trusted and self.state.state in CALIBRATED_STATES and not self.progress.learned.foreign
+
+    def probe_state(self) -> ProbeState:
+        """What probes render."""
+        held = self.kill_policy.hold is not None
+        return ProbeState(self.verdict, self.state.startup_done, self.draining, held, self.is_doubtful)
+
+    def set_margin(self, margin: float) -> None:
+        """Allow `margin` times the predicted silence from now on."""
+        if margin != self.progress.limits.margin:
+            self.progress.limits = replace(self.progress.limits, margin=margin)
+
+    def save(self) -> SavedHealth:
+        """What the next process of the sidecar should know."""
+        return SavedHealth(
+            learned=self.progress.learned,
+            canary_seconds=tuple(self.canaries.seconds),
+            served=self.state.served,
+            rejected=self.state.rejected,
+            stalled=self.state.state in ("suspect", "stalled"),
+            allowed=self.evidence.allowed,
+            orders=dict(self.exemptions.since),
+            fleet=self.kill_policy.state,
+        )
+
+    def restore(self, saved: SavedHealth, now: float, *, same: bool) -> None:
+        """Restore saved state.
+
+        `same`: it is of the engine process running now, which may hold requests not known here.
+        """
+        self.progress.learned = saved.learned
+        self.kill_policy.state = saved.fleet
+        if not same:
+            return
+        self.canaries.seconds.extend(saved.canary_seconds)
+        self.exemptions.since = dict(saved.orders)
+        self.state = replace(self.state, rejected=saved.rejected)
+        if saved.served:
+            self.state = replace(self.state, state="unknown", reason=RESTORED, served=True)
+            self._restored_stall = saved.stalled
+            window = min(max(saved.allowed, self._settings.silence_floor), self._settings.silence_cap)
+            self._withheld_until, self._withheld_reason = now + window, RESTORED

@@ -1,11 +1,12 @@
 """Pure: parts that hang alone while the rest of the engine works: one stream, all decodes, one rank, admission.
 
 Rules:
-- A part's silence is counted on a clock that runs only while the engine makes progress and we are to be trusted. A silence of the
-  whole engine, a long prefill that starves all others, and our own pauses are nobody's stuck part.
-- Prefill that was done meanwhile explains a silence; so do tokens that are generated and not delivered (balance.py), or
-  where they are not counted those that an answer may still hold back.
-- One stuck stream is ended, a few at most; when they repeat, or another part is stuck, readiness goes first and liveness much later.
+- A part's silence is counted on a clock that runs only while the engine makes progress and the sidecar is healthy. A
+  silence of the whole engine, a long prefill that starves all others, and the sidecar's own pauses are no part's hang.
+- Prefill done meanwhile explains a silence. So do tokens that are generated and not delivered (token_balance.py) or,
+  where they are not counted, those that an answer may still hold back.
+- A stream that is stuck alone is aborted, a few at most. When they repeat, or another part hangs, readiness goes first
+  and liveness much later.
 - A stream without a first token is stuck only when later ones were served before it: a full batch makes all wait alike.
 """
 
@@ -15,64 +16,44 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sidecar.events import Admitted, Delivered, Event, FirstToken, RequestBlocked, Settled
-from sidecar.health.latency_model import LONGEST_ANSWER, LatencyModel
+from sidecar.events import LONGEST_ANSWER_TOKENS, Admitted, FirstToken, RequestBlocked, Settled
+from sidecar.health.latency_model import LatencyModel
 from sidecar.health.progress import Key, SilenceLimits
-from sidecar.health.token_balance import Balance
+from sidecar.health.token_balance import TokenBalance
 from sidecar.readings import EngineSample, RankSample
 
-CLOCK_RUNS_AFTER_PROGRESS_S = 5.0  # seconds after progress in which the clock of parts runs
-MIN_SILENCE_FLOORS = 5.0  # floors that a part may always be silent
-MAX_FIRST_PIECES = 2  # deliveries of a stream that prove no decode: the role, and the first token
-MIN_OVERTAKES = 3  # requests that came later and were served, before one that still waits counts as stuck
-MIN_SILENT_STREAMS = 2  # streams that no part of a finding on decodes can do without
-MIN_FIRST_TOKENS = 3  # first tokens without any other, before the silence of all counts as decodes that stalled
-PREFILL_BURST_S = 3.0  # seconds over which they must have come: prefills that go first end in bursts
-MIN_FREED = 3  # requests that ended without anybody being admitted, before admission counts as stuck
-KV_PRESSURE = 0.9  # share of the KV cache in use, from which preempted streams may wait long
-KV_PRESSURE_PATIENCE = 5.0  # times the patience with one stream under pressure
-STUCK_WINDOW_S = 300.0  # seconds in which stuck streams count together
-MAX_ABORTS_PER_WINDOW = 8  # streams that are ended in a window
-MIN_REPEATED_STUCK = 3  # stuck streams in a window that withdraw readiness
-SEVERE_AFTER_S = 180.0  # seconds of a finding, before it fails liveness
-SEVERE_STUCK_SHARE = 0.5  # of the open requests that must be stuck for that
-
-
-@dataclass(slots=True)
-class OpenStream:
-    """One open request. `received` and `each`: when its last delivery came, and what each sequence had got by then.
-
-    `seen`, `done` and `level`: clock, prefill done by all, and balance, then or when it was last seen to be worked for.
-    """
-
-    order: int
-    prompt: int
-    prefill: float
-    answer: int  # tokens that it may hold back: a few times the expected
-    most: int  # tokens that its client allows
-    came: float
-    seen: float
-    done: float
-    level: float
-    received: float
-    each: float
-    first: bool = False
-    tokens: int = 0
-    blocked: bool = False
-    stuck: bool = False
-
-
-@dataclass(slots=True)
-class RankProgress:
-    """One data-parallel rank. `seen`: the clock when its counter last moved, or it last had nothing to do."""
-
-    generation: float | None
-    seen: float
+CLOCK_RUNS_AFTER_PROGRESS_S = 5.0
+MAX_CLOCK_STEP_S = 1.0
+# Floors that a part may always be silent.
+MIN_SILENCE_FLOORS = 5.0
+# Deliveries of a stream that prove no decode: the role, and the first token.
+MAX_FIRST_PIECES = 2
+# Later requests that were served, before one that still waits counts as stuck.
+MIN_OVERTAKES = 3
+MAX_SERVED_KEPT = 64
+# Fewer silent streams are no finding on decodes.
+MIN_SILENT_STREAMS = 2
+# First tokens without any other, before the silence of all streams counts as stalled decodes.
+MIN_FIRST_TOKENS = 3
+# Seconds over which they must have come: prefills that go first end in bursts.
+PREFILL_BURST_S = 3.0
+# Requests that ended without an admission, before admission counts as stalled.
+MIN_FREED = 3
+# Share of the KV cache in use from which preempted streams may wait long, and how many times longer.
+KV_PRESSURE = 0.9
+KV_PRESSURE_PATIENCE = 5.0
+# Stuck streams count together within this window; so many are aborted in it, and so many withdraw readiness.
+STUCK_WINDOW_S = 300.0
+MAX_ABORTS_PER_WINDOW = 8
+MIN_REPEATED_STUCK = 3
+# Seconds that a finding must last, and share of the open requests that must be stuck, before it fails liveness.
+SEVERE_AFTER_S = 180.0
+SEVERE_STUCK_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class PartialHang:
-    """A part that hangs: its reason code, since when, and whether it has lasted for as long as liveness needs."""
+    """A part that hangs: its reason code, since when, and whether it has lasted as long as failing liveness needs."""
 
     reason: str
     since: float
@@ -81,296 +62,414 @@ class PartialHang:
 
 
 @dataclass(slots=True)
-class PartialHangDetector:
-    """Watches the parts. Facts come in as they do to the ledger; `tick` moves the clock, `judge` says what is stuck."""
+class OpenStream:
+    """One open request. `received_at` and `each`: when its last delivery came, and what each sequence had got by then.
+
+    `seen`, `prefilled` and `level`: clock, prefill done by all, and token balance, when the engine last worked for it.
+    """
+
+    number: int
+    prompt_tokens: int
+    prefill: float
+    likely_tokens: int  # that it may hold back: a few times the expected ones
+    max_tokens: int  # that its client allows
+    came: float
+    seen: float
+    prefilled: float
+    level: float
+    received_at: float
+    each: float
+    first: bool = False
+    tokens: int = 0
+    blocked: bool = False
+    stuck: bool = False
+
+
+@dataclass(slots=True)
+class StreamTable:
+    """What all detectors look at: the open streams, and the clock of parts, on which every time here is counted."""
 
     limits: SilenceLimits
     clock: float = 0.0
-    ended: deque[float] = field(default_factory=deque)  # when streams were ended, within WINDOW
-    found: deque[float] = field(default_factory=deque)  # when streams were found stuck, within WINDOW
-    balance: Balance = field(default_factory=Balance)
-    _counted: bool = False  # whether what the engine generates is read from a counter
-    _streams: dict[Key, OpenStream] = field(default_factory=dict)
-    _ranks: dict[int, RankProgress] = field(default_factory=dict)
-    _orders: int = 0
-    _done: float = 0.0  # seconds of prefill, by the cost model, whose first token came
-    _firsts: deque[int] = field(
-        default_factory=lambda: deque(maxlen=64)
-    )  # `order` of the last streams with a first token
-    _first_seen: float = 0.0  # the clock at the last first token
-    _freed: int = 0  # requests that ended since then
-    _decode_seen: float = 0.0  # the clock when a stream last got more than its first pieces
-    _decode_firsts: int = 0  # first tokens since then
+    streams: dict[Key, OpenStream] = field(default_factory=dict)
+    balance: TokenBalance = field(default_factory=TokenBalance)
+    counted: bool = False  # the engine has a counter of what it generates
+    prefilled: float = 0.0  # seconds of prefill, by the cost model, whose first token came
+    served: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT))  # numbers of the last streams
+    served_at: float = 0.0  # the last first token
+    freed: int = 0  # requests that ended since then
+    decoded_at: float = 0.0  # the last token of any stream past its first pieces
+    first_tokens: int = 0  # since then
+    _numbers: int = 0
     _ticked_at: float | None = None
-    _since: dict[str, float] = field(default_factory=dict)  # when each finding began
 
-    # --- facts ---
-
-    def book(self, key: Key, fact: Event, prefill: float = 0.0, whole: int = 0) -> None:
-        """One fact of a request. `prefill` and `whole` are those of the ledger's hold, wanted at admission."""
-        match fact:
-            case Admitted():
-                self._admitted(key, fact, prefill, whole)
-            case FirstToken() if (s := self._streams.get(key)) is not None and not s.first:
-                s.first = True
-                self._served(s)
-                self._received(s, fact.at)
-                self._decode_firsts += 1
-            case Delivered(tokens=tokens) if (s := self._streams.get(key)) is not None and tokens > 0:
-                s.tokens += tokens
-                self.balance.delivered(tokens, fact.at)
-                self._received(s, fact.at)
-                if s.tokens > MAX_FIRST_PIECES:
-                    self._decoded()
-            case RequestBlocked(on=on) if (s := self._streams.get(key)) is not None:
-                s.blocked = on
-                self._received(s, fact.at)
-                if not on and not s.first:  # it waited in the relay: the engine has it from now on
-                    self._orders += 1
-                    s.order, s.came = self._orders, self.clock
-            case Settled():
-                self._settled(key, fact, fact.outcome == "ok")
-            case _:
-                pass
-
-    def _admitted(self, key: Key, fact: Admitted, prefill: float, whole: int) -> None:
-        self._orders += 1
-        answer = min(fact.max_output or LONGEST_ANSWER, 4 * fact.expected.output + 256)
-        most = fact.max_output or LONGEST_ANSWER if fact.stream or whole else answer
-        prompt = fact.expected.uncached + fact.expected.cached
-        now, balance = self.clock, self.balance
-        self._streams[key] = OpenStream(
-            self._orders, prompt, prefill, answer, most, now, now, self._done, balance.level, fact.at, balance.each
-        )
-
-    def _settled(self, key: Key, fact: Settled, ok: bool) -> None:
-        s = self._streams.pop(key, None)
-        if s is None:
-            return
-        self._freed += 1
-        if s.first:
-            self.balance.delivered(max(0, fact.delivered_tokens - s.tokens), fact.at)
-        if ok and not s.first:
-            self._served(s)
-        if ok and fact.delivered_tokens > MAX_FIRST_PIECES:
-            self._decoded()
-
-    def _served(self, s: OpenStream) -> None:
-        self._done += s.prefill
-        self._firsts.append(s.order)
-        self._first_seen, self._freed = self.clock, 0
-
-    def _decoded(self) -> None:
-        if "decode_stalled" in self._since:  # it is over: what all were silent for was no single stream's
-            for s in self._streams.values():
-                self._touch(s)
-        self._decode_seen, self._decode_firsts = self.clock, 0
-
-    def _received(self, s: OpenStream, at: float) -> None:
-        s.received, s.each = at, self.balance.each
-        self._touch(s)
-
-    def _touch(self, s: OpenStream) -> None:
-        s.seen, s.done, s.level, s.stuck = self.clock, self._done, self.balance.level, False
-
-    # --- time ---
-
-    def tick(self, now: float, progress_at: float | None, *, trusted: bool) -> None:
-        """Move the clock: only while the engine makes progress, and neither it is exempt nor we unwell."""
-        before, self._ticked_at = self._ticked_at, now
-        if not trusted:
-            self._since.clear()
-        elif before is not None and progress_at is not None and now - progress_at <= CLOCK_RUNS_AFTER_PROGRESS_S:
-            self.clock += min(now - before, 1.0)
-
-    def read(self, sample: EngineSample, at: float, *, canary: bool) -> None:
-        """A new reading of the engine's counters: a silent stream for which it generates is not silent.
-
-        `canary`: one ran since the last reading.
-        """
-        since = self.balance.read_at
-        open_ = [s for s in self._streams.values() if not s.blocked]
-        still = [s for s in open_ if since is not None and s.received < since]
-        silent = sum(s.first for s in still)
-        moving = len(open_) - len(still)
-        self.balance.read(sample, at, moving=moving, silent=silent, waiting=len(still) - silent, canary=canary)
-        for s in still:
-            if self.balance.level > s.level and not s.stuck and not self._overdue(s):
-                self._touch(s)
-
-    def _overdue(self, s: OpenStream) -> bool:
-        """Whether a stream would long have had all that its client allows, were it worked for like the others."""
-        return s.first and self.balance.each - s.each > self.limits.margin * (s.most - s.tokens)
-
-    def restart(self) -> None:
-        """The engine is another process: nothing of the old one's parts holds."""
-        self._ranks.clear()
-        self._since.clear()
-        self.found.clear()
-        for s in self._streams.values():
-            self._touch(s)
-
-    # --- judging ---
-
-    def judge(
-        self, now: float, sample: EngineSample | None, learned: LatencyModel
-    ) -> tuple[PartialHang | None, tuple[Key, ...]]:
-        """What is stuck, and the streams to end because they are stuck alone."""
-        open_ = [s for s in self._streams.values() if not s.blocked]
-        self._counted = self.balance.counts(now)
-        findings = {
-            "rank_silent": self._rank_silent(sample.ranks if sample else (), open_, learned),
-            "decode_stalled": self._decode_stalled(open_, learned),
-            "admission_stalled": self._admission_stalled(open_, sample, learned),
-        }
-        ends: tuple[Key, ...] = ()
-        if not any(findings.values()):
-            ends = tuple(self._stuck(now, sample, learned))
-            findings["stream_stuck"] = self._repeated(open_, now)
-        for reason, detail in findings.items():
-            if not detail:
-                self._since.pop(reason, None)
-        reason = next((reason for reason, detail in findings.items() if detail), "")
-        if not reason:
-            return None, ends
-        since = self._since.setdefault(reason, now)
-        severe = now - since >= SEVERE_AFTER_S and (
-            reason != "stream_stuck" or self._share(open_) >= SEVERE_STUCK_SHARE
-        )
-        return PartialHang(reason, since, severe, findings[reason]), ends
-
-    def oversized(self, sample: EngineSample | None, age: float | None) -> Key | None:
-        """The oldest request that can never enter the KV cache, while the page says that nothing runs and requests wait.
-
-        Its size is an estimate: it is believed only once the queue has stood still for half a floor, which nothing else explains.
-        """
-        if sample is None or sample.kv_capacity_tokens is None or sample.running != 0 or not sample.waiting:
-            return None
-        if age is None or age < self.limits.floor / 2:
-            return None
-        waiting = ((key, s) for key, s in self._streams.items() if not s.first and not s.blocked and not s.stuck)
-        for key, s in waiting:
-            if s.prompt > sample.kv_capacity_tokens:
-                s.stuck = True
-                return key
-        return None
-
-    def suspected_cause(self) -> str:
-        """What the parts say of a silence of the whole engine: a stuck part can fill it up until nothing moves. "" for nothing."""
-        if self._since:
-            return next(iter(self._since))
-        seen = [rank.seen for rank in self._ranks.values()]
-        if len(seen) > 1 and max(seen) - min(seen) > self.limits.floor:
-            return "rank_silent"
-        if self._decode_firsts >= MIN_FIRST_TOKENS and self._first_seen - self._decode_seen >= PREFILL_BURST_S:
-            return "decode_stalled"
-        went = [self.clock - s.seen for s in self._streams.values() if s.first and not s.blocked]
-        return (
-            "stream_stuck"
-            if sum(silent > CLOCK_RUNS_AFTER_PROGRESS_S + self.limits.floor for silent in went) >= MIN_REPEATED_STUCK
-            else ""
-        )
+    @property
+    def open(self) -> list[OpenStream]:
+        """Streams whose silence is the engine's."""
+        return [stream for stream in self.streams.values() if not stream.blocked]
 
     @property
     def min_silence(self) -> float:
         """Seconds that any part may be silent."""
         return max(self.limits.unlearned, MIN_SILENCE_FLOORS * self.limits.floor)
 
-    def _outstanding(self, open_: list[OpenStream], until: float) -> float:
-        """Seconds of prefill of what waits and came before the clock read `until`."""
-        return sum(s.prefill for s in open_ if not s.first and s.came <= until)
+    def tick(self, now: float, progress_at: float | None) -> None:
+        """Advance the clock if the engine makes progress."""
+        before, self._ticked_at = self._ticked_at, now
+        if before is not None and progress_at is not None and now - progress_at <= CLOCK_RUNS_AFTER_PROGRESS_S:
+            self.clock += min(now - before, MAX_CLOCK_STEP_S)
 
-    def _rank_silent(self, ranks: tuple[RankSample, ...], open_: list[OpenStream], learned: LatencyModel) -> str:
-        for r in ranks:
-            rank = self._ranks.setdefault(r.rank, RankProgress(r.generation_tokens, self.clock))
-            if r.generation_tokens != rank.generation or not (r.running or 0) + (r.waiting or 0):
-                rank.generation, rank.seen = r.generation_tokens, self.clock
-        if len(ranks) < 2:
-            return ""
-        for r in ranks:
-            seen = self._ranks[r.rank].seen
-            silent = self.clock - seen
-            if r.generation_tokens is None or silent <= self.min_silence:
-                continue
-            early = self._outstanding(open_, seen + self.limits.floor)
-            if silent > self.limits.margin * learned.seconds(early):
-                return f"rank {r.rank} has work and generated nothing for {silent:.0f} s while others did"
-        return ""
-
-    def _decode_stalled(self, open_: list[OpenStream], learned: LatencyModel) -> str:
-        if self._decode_firsts < MIN_SILENT_STREAMS:
-            return ""
-        last = [s for s in open_ if s.first and s.seen >= self._decode_seen]
-        still = [s for s in last if self._unexplained(s, learned) > max(self.min_silence, self._held_back(s, learned))]
-        if len(still) < MIN_SILENT_STREAMS:
-            return ""
-        silent = self.clock - min(s.seen for s in still)
-        early = self._outstanding(open_, self.clock - silent + self.limits.floor)
-        if silent <= self.limits.margin * learned.seconds(early):
-            return ""
-        return f"{len(still)} streams have their first token and no other for {silent:.0f} s, while prefills go on"
-
-    def _admission_stalled(self, open_: list[OpenStream], sample: EngineSample | None, learned: LatencyModel) -> str:
-        silent = self.clock - self._first_seen
-        if self._freed < MIN_FREED or silent <= self.min_silence or pressed(sample):
-            return ""
-        late = [s for s in open_ if not s.first and self.clock - s.seen > self.min_silence]
-        if not late or silent <= self.limits.margin * learned.seconds(sum(s.prefill for s in late)):
-            return ""
-        return f"{len(late)} requests wait; none was admitted for {silent:.0f} s, while {self._freed} ended"
-
-    def _stuck(self, now: float, sample: EngineSample | None, learned: LatencyModel) -> Iterator[Key]:
-        """Mark the streams that are stuck alone; those to end now."""
-        for times in (self.ended, self.found):
-            while times and times[0] < now - STUCK_WINDOW_S:
-                times.popleft()
-        least = self.min_silence
-        for key, s in self._streams.items():
-            if s.stuck or s.blocked or self.clock - s.seen <= least or not self._alone(s, sample, learned):
-                continue
-            s.stuck = True
-            self.found.append(now)
-            if len(self.ended) < MAX_ABORTS_PER_WINDOW:
-                self.ended.append(now)
-                yield key
-
-    def _alone(self, s: OpenStream, sample: EngineSample | None, learned: LatencyModel) -> bool:
-        unexplained = self._unexplained(s, learned)
-        if (
-            unexplained <= self.min_silence
-        ):  # before the sum below, which a long queue would make for each that waits in it
-            return False
-        if not s.first and sum(order > s.order for order in self._firsts) < MIN_OVERTAKES:
-            return False
-        if s.first and s.seen >= self._decode_seen and self._decode_firsts >= MIN_SILENT_STREAMS:
-            return False  # nobody decodes: it is not alone
-        early = sum(o.prefill for o in self._streams.values() if not o.first and o.order <= s.order)
-        allowed = max(self.min_silence, self.limits.margin * learned.seconds(early) + self._held_back(s, learned))
-        return unexplained > allowed * (KV_PRESSURE_PATIENCE if pressed(sample) else 1.0)
-
-    def _unexplained(self, s: OpenStream, learned: LatencyModel) -> float:
-        """Seconds of a stream's silence that the prefill done meanwhile does not explain."""
-        return self.clock - s.seen - learned.slowness * (self._done - s.done)
-
-    def _held_back(self, s: OpenStream, learned: LatencyModel) -> float:
-        """Seconds for which an answer's tokens may be held back: where none are counted, all that its client allows."""
-        if self._counted:
-            return max(0, s.answer - s.tokens) * learned.token_seconds
-        return self.limits.margin * max(0, s.most - s.tokens) * learned.token_seconds
-
-    def _repeated(self, open_: list[OpenStream], now: float) -> str:
-        if len(self.found) < MIN_REPEATED_STUCK:
-            return ""
-        stuck = sum(s.stuck for s in open_)
-        return (
-            f"{len(self.found)} streams were stuck within {STUCK_WINDOW_S:.0f} s while others moved; {stuck} still are"
+    def admit(self, key: Key, event: Admitted, prefill: float, whole: int) -> None:
+        """Add a request. `prefill` and `whole` are those of the ledger's hold."""
+        expected, allowed = event.expected, event.max_output or LONGEST_ANSWER_TOKENS
+        likely = min(allowed, 4 * expected.output + 256)
+        self.streams[key] = OpenStream(
+            number=self._next_number(),
+            prompt_tokens=expected.uncached + expected.cached,
+            prefill=prefill,
+            likely_tokens=likely,
+            max_tokens=allowed if event.stream or whole else likely,
+            came=self.clock,
+            seen=self.clock,
+            prefilled=self.prefilled,
+            level=self.balance.level,
+            received_at=event.at,
+            each=self.balance.each,
         )
 
-    def _share(self, open_: list[OpenStream]) -> float:
-        return sum(s.stuck for s in open_) / len(open_) if open_ else 0.0
+    def first_token(self, key: Key, event: FirstToken) -> None:
+        """A stream was served."""
+        stream = self.streams.get(key)
+        if stream is not None and not stream.first:
+            stream.first = True
+            self._serve(stream)
+            self._receive(stream, event.at)
+            self.first_tokens += 1
+
+    def deliver(self, key: Key, tokens: int, at: float) -> bool:
+        """Tokens reached a client. Returns True when they prove a decode."""
+        stream = self.streams.get(key)
+        if stream is None or tokens <= 0:
+            return False
+        stream.tokens += tokens
+        self.balance.delivered(tokens, at)
+        self._receive(stream, at)
+        return stream.tokens > MAX_FIRST_PIECES
+
+    def block(self, key: Key, event: RequestBlocked) -> None:
+        """A stream waits for its client or in the relay, or goes on."""
+        if (stream := self.streams.get(key)) is not None:
+            stream.blocked = event.on
+            self._receive(stream, event.at)
+            if not event.on and not stream.first:  # it waited in the relay: the engine has it from now on
+                stream.number, stream.came = self._next_number(), self.clock
+
+    def settle(self, key: Key, event: Settled) -> bool:
+        """Remove a request. Returns True when its answer proves a decode."""
+        stream = self.streams.pop(key, None)
+        if stream is None:
+            return False
+        self.freed += 1
+        if stream.first:
+            self.balance.delivered(max(0, event.delivered_tokens - stream.tokens), event.at)
+        if event.outcome != "ok":
+            return False
+        if not stream.first:
+            self._serve(stream)
+        return event.delivered_tokens > MAX_FIRST_PIECES
+
+    def read(self, sample: EngineSample, at: float, *, canary: bool) -> None:
+        """Compare with the engine's counters: a silent stream for which it generates is not silent.
+
+        `canary`: one ran since the last reading.
+        """
+        since = self.balance.read_at
+        open_ = self.open
+        still = [stream for stream in open_ if since is not None and stream.received_at < since]
+        silent = sum(stream.first for stream in still)
+        moving, waiting = len(open_) - len(still), len(still) - silent
+        self.balance.read(sample, at, moving=moving, silent=silent, waiting=waiting, canary=canary)
+        for stream in still:
+            if self.balance.level > stream.level and not stream.stuck and not self._is_overdue(stream):
+                self.restart_silence(stream)
+
+    def restart_silence(self, *streams: OpenStream) -> None:
+        """The silence of these streams begins now."""
+        for stream in streams:
+            stream.seen, stream.prefilled, stream.level = self.clock, self.prefilled, self.balance.level
+            stream.stuck = False
+
+    def unexplained(self, stream: OpenStream, learned: LatencyModel) -> float:
+        """Seconds of a stream's silence that the prefill done meanwhile does not explain."""
+        return self.clock - stream.seen - learned.slowness * (self.prefilled - stream.prefilled)
+
+    def held_back(self, stream: OpenStream, learned: LatencyModel) -> float:
+        """Seconds for which a stream's tokens may be held back: where none are counted, all that its client allows."""
+        if self.counted:
+            return max(0, stream.likely_tokens - stream.tokens) * learned.token_seconds
+        return self.limits.margin * max(0, stream.max_tokens - stream.tokens) * learned.token_seconds
+
+    def waiting_prefill(self, until: float) -> float:
+        """Seconds of prefill of the streams that wait and came before the clock read `until`."""
+        return sum(stream.prefill for stream in self.open if not stream.first and stream.came <= until)
+
+    def _next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _serve(self, stream: OpenStream) -> None:
+        self.prefilled += stream.prefill
+        self.served.append(stream.number)
+        self.served_at, self.freed = self.clock, 0
+
+    def _receive(self, stream: OpenStream, at: float) -> None:
+        stream.received_at, stream.each = at, self.balance.each
+        self.restart_silence(stream)
+
+    def _is_overdue(self, stream: OpenStream) -> bool:
+        """Whether a stream would long have all that its client allows, if it got as much as the others."""
+        missing = stream.max_tokens - stream.tokens
+        return stream.first and self.balance.each - stream.each > self.limits.margin * missing
 
 
-def pressed(sample: EngineSample | None) -> bool:
+@dataclass(slots=True)
+class SilentRank:
+    """One data-parallel rank has work and generates nothing while others do; no prefill explains it."""
+
+    table: StreamTable
+    _ranks: dict[int, tuple[float | None, float]] = field(default_factory=dict)  # counter, clock when it last moved
+
+    def detect(self, ranks: tuple[RankSample, ...], learned: LatencyModel) -> str:
+        """The finding in words, "" for none."""
+        clock, limits = self.table.clock, self.table.limits
+        for rank in ranks:
+            known, has_work = self._ranks.get(rank.rank), (rank.running or 0) + (rank.waiting or 0) > 0
+            if known is None or known[0] != rank.generation_tokens or not has_work:
+                self._ranks[rank.rank] = rank.generation_tokens, clock
+        for rank in ranks if len(ranks) > 1 else ():
+            _, moved = self._ranks[rank.rank]
+            silent = clock - moved
+            if rank.generation_tokens is None or silent <= self.table.min_silence:
+                continue
+            if silent > limits.margin * learned.seconds(self.table.waiting_prefill(moved + limits.floor)):
+                return f"rank {rank.rank} has work and generated nothing for {silent:.0f} s while others did"
+        return ""
+
+    def is_suspected(self) -> bool:
+        """Whether one rank had stopped clearly before the others."""
+        moved = [at for _, at in self._ranks.values()]
+        return len(moved) > 1 and max(moved) - min(moved) > self.table.limits.floor
+
+    def reset(self) -> None:
+        """The engine is another process."""
+        self._ranks.clear()
+
+
+@dataclass(slots=True)
+class StalledDecodes:
+    """First tokens come, and no stream gets any more; neither prefill nor tokens held back explain it."""
+
+    table: StreamTable
+
+    def detect(self, learned: LatencyModel) -> str:
+        """The finding in words, "" for none."""
+        table = self.table
+        if table.first_tokens < MIN_SILENT_STREAMS:
+            return ""
+        silent_streams = [
+            stream
+            for stream in table.open
+            if stream.first
+            and stream.seen >= table.decoded_at
+            and table.unexplained(stream, learned) > max(table.min_silence, table.held_back(stream, learned))
+        ]
+        if len(silent_streams) < MIN_SILENT_STREAMS:
+            return ""
+        silent = table.clock - min(stream.seen for stream in silent_streams)
+        early = table.waiting_prefill(table.clock - silent + table.limits.floor)
+        if silent <= table.limits.margin * learned.seconds(early):
+            return ""
+        count = len(silent_streams)
+        return f"{count} streams have their first token and no other for {silent:.0f} s, while prefills go on"
+
+    def is_suspected(self) -> bool:
+        """Whether first tokens had come over some time, and no other token."""
+        table = self.table
+        return table.first_tokens >= MIN_FIRST_TOKENS and table.served_at - table.decoded_at >= PREFILL_BURST_S
+
+
+@dataclass(slots=True)
+class StalledAdmission:
+    """Requests end and none that waits is admitted, although there is room in the KV cache."""
+
+    table: StreamTable
+
+    def detect(self, sample: EngineSample | None, learned: LatencyModel) -> str:
+        """The finding in words, "" for none."""
+        table = self.table
+        silent = table.clock - table.served_at
+        if table.freed < MIN_FREED or silent <= table.min_silence or has_kv_pressure(sample):
+            return ""
+        late = [s for s in table.open if not s.first and table.clock - s.seen > table.min_silence]
+        if not late or silent <= table.limits.margin * learned.seconds(sum(s.prefill for s in late)):
+            return ""
+        return f"{len(late)} requests wait; none was admitted for {silent:.0f} s, while {table.freed} ended"
+
+
+@dataclass(slots=True)
+class StuckStreams:
+    """Single streams that are silent while others move. `aborted`, `found`: when, within STUCK_WINDOW_S."""
+
+    table: StreamTable
+    aborted: deque[float] = field(default_factory=deque)
+    found: deque[float] = field(default_factory=deque)
+
+    def find(self, now: float, sample: EngineSample | None, learned: LatencyModel) -> Iterator[Key]:
+        """Mark the streams that are stuck alone. Yields those to abort now."""
+        for times in (self.aborted, self.found):
+            while times and times[0] < now - STUCK_WINDOW_S:
+                times.popleft()
+        for key, stream in self.table.streams.items():
+            if stream.stuck or stream.blocked or not self._is_stuck(stream, sample, learned):
+                continue
+            stream.stuck = True
+            self.found.append(now)
+            if len(self.aborted) < MAX_ABORTS_PER_WINDOW:
+                self.aborted.append(now)
+                yield key
+
+    def detect(self) -> str:
+        """The finding in words, "" while stuck streams do not repeat."""
+        found = len(self.found)
+        if found < MIN_REPEATED_STUCK:
+            return ""
+        still = sum(stream.stuck for stream in self.table.open)
+        return f"{found} streams were stuck within {STUCK_WINDOW_S:.0f} s while others moved; {still} still are"
+
+    def are_most(self) -> bool:
+        """Whether most of the open requests are stuck."""
+        open_ = self.table.open
+        return bool(open_) and sum(stream.stuck for stream in open_) / len(open_) >= SEVERE_STUCK_SHARE
+
+    def are_suspected(self) -> bool:
+        """Whether several streams had fallen silent one by one."""
+        long = CLOCK_RUNS_AFTER_PROGRESS_S + self.table.limits.floor
+        silent = sum(stream.first and self.table.clock - stream.seen > long for stream in self.table.open)
+        return silent >= MIN_REPEATED_STUCK
+
+    def _is_stuck(self, stream: OpenStream, sample: EngineSample | None, learned: LatencyModel) -> bool:
+        table = self.table
+        unexplained = table.unexplained(stream, learned)
+        # Checked before the sum below, which a long queue would compute for each request that waits in it.
+        if table.clock - stream.seen <= table.min_silence or unexplained <= table.min_silence:
+            return False
+        if not stream.first and sum(number > stream.number for number in table.served) < MIN_OVERTAKES:
+            return False
+        if stream.first and stream.seen >= table.decoded_at and table.first_tokens >= MIN_SILENT_STREAMS:
+            return False  # no stream decodes: it is not alone
+        early = sum(s.prefill for s in table.streams.values() if not s.first and s.number <= stream.number)
+        explained = table.limits.margin * learned.seconds(early) + table.held_back(stream, learned)
+        allowed = max(table.min_silence, explained)
+        return unexplained > allowed * (KV_PRESSURE_PATIENCE if has_kv_pressure(sample) else 1.0)
+
+
+@dataclass(slots=True)
+class OversizedPrompt:
+    """A prompt that can never enter the KV cache blocks the queue: nothing runs, and requests wait."""
+
+    table: StreamTable
+
+    def find(self, sample: EngineSample | None, age: float | None) -> Key | None:
+        """The oldest such request, once.
+
+        Its size is an estimate: it is believed only after a silence of half a floor, which nothing else explains.
+        """
+        if sample is None or sample.kv_capacity_tokens is None or sample.running != 0 or not sample.waiting:
+            return None
+        if age is None or age < self.table.limits.floor / 2:
+            return None
+        for key, stream in self.table.streams.items():
+            if stream.prompt_tokens > sample.kv_capacity_tokens and not (
+                stream.first or stream.blocked or stream.stuck
+            ):
+                stream.stuck = True
+                return key
+        return None
+
+
+class PartialHangDetector:
+    """Runs the detectors over one table of streams, and keeps since when each finding holds."""
+
+    def __init__(self, limits: SilenceLimits) -> None:
+        self.table = table = StreamTable(limits)
+        self.silent_rank, self.stalled_decodes = SilentRank(table), StalledDecodes(table)
+        self.stalled_admission, self.stuck_streams = StalledAdmission(table), StuckStreams(table)
+        self.oversized_prompt = OversizedPrompt(table)
+        self._since: dict[str, float] = {}
+
+    def deliver(self, key: Key, tokens: int, at: float) -> None:
+        """Tokens reached a client."""
+        if self.table.deliver(key, tokens, at):
+            self._decode()
+
+    def settle(self, key: Key, event: Settled) -> None:
+        """A request ended."""
+        if self.table.settle(key, event):
+            self._decode()
+
+    def tick(self, now: float, progress_at: float | None, *, trusted: bool) -> None:
+        """Advance the clock. `trusted`: the engine is not exempt, and the sidecar itself is healthy."""
+        self.table.tick(now, progress_at if trusted else None)
+        if not trusted:
+            self._since.clear()
+
+    def judge(
+        self, now: float, sample: EngineSample | None, learned: LatencyModel
+    ) -> tuple[PartialHang | None, tuple[Key, ...]]:
+        """Returns the finding, and the streams to abort because they are stuck alone."""
+        self.table.counted = self.table.balance.has_counter(now)
+        findings = {
+            "rank_silent": self.silent_rank.detect(sample.ranks if sample else (), learned),
+            "decode_stalled": self.stalled_decodes.detect(learned),
+            "admission_stalled": self.stalled_admission.detect(sample, learned),
+        }
+        aborts: tuple[Key, ...] = ()
+        if not any(findings.values()):
+            aborts = tuple(self.stuck_streams.find(now, sample, learned))
+            findings["stream_stuck"] = self.stuck_streams.detect()
+        for reason, detail in findings.items():
+            if not detail:
+                self._since.pop(reason, None)
+        reason = next((reason for reason, detail in findings.items() if detail), "")
+        if not reason:
+            return None, aborts
+        since = self._since.setdefault(reason, now)
+        severe = now - since >= SEVERE_AFTER_S and (reason != "stream_stuck" or self.stuck_streams.are_most())
+        return PartialHang(reason, since, severe, findings[reason]), aborts
+
+    def suspected_cause(self) -> str:
+        """The reason code of a part whose hang may have filled up the whole engine until nothing moves; "" for none."""
+        suspected = {
+            "rank_silent": self.silent_rank.is_suspected(),
+            "decode_stalled": self.stalled_decodes.is_suspected(),
+            "stream_stuck": self.stuck_streams.are_suspected(),
+        }
+        return next(iter([*self._since, *(reason for reason, holds in suspected.items() if holds)]), "")
+
+    def reset(self) -> None:
+        """The engine is another process: nothing of the old one's parts holds."""
+        self.silent_rank.reset()
+        self._since.clear()
+        self.stuck_streams.found.clear()
+        self.table.restart_silence(*self.table.streams.values())
+
+    def _decode(self) -> None:
+        if "decode_stalled" in self._since:  # it is over: what all were silent for was no single stream's
+            self.table.restart_silence(*self.table.streams.values())
+        self.table.decoded_at, self.table.first_tokens = self.table.clock, 0
+
+
+def has_kv_pressure(sample: EngineSample | None) -> bool:
     """Whether streams may have been preempted: the KV cache is nearly full, or not known, and requests wait."""
     if sample is None:
         return False

@@ -1,4 +1,4 @@
-"""Pure: the last verdict as the answer to a probe. Nothing here waits, reads, or asks anybody.
+"""Pure: the last verdict as the answer to a probe. Nothing here waits or reads.
 
 Unknown is neither healthy nor failed: it fails no probe. Load fails no probe.
 """
@@ -16,19 +16,20 @@ KINDS: Final[tuple[Kind, ...]] = ("live", "ready", "startup")
 FAILS: Final[dict[Kind, frozenset[State]]] = {
     "live": frozenset({"stalled", "dead"}),
     "ready": frozenset({"starting", "suspect", "stalled", "dead", "exempt"}),
-    # Beside these it needs a token served. They count because kubelet asks it of a new container first: while the verdict is
-    # still that of the container before, liveness must not start to count.
+    # It also needs a token served. These states count because kubelet probes start-up of a new container first: while
+    # the verdict is still that of the container before, liveness must not start to count.
     "startup": frozenset({"stalled", "dead"}),
 }
-VERDICT_STALE_S: Final = 10.0  # seconds; a verdict file older than this proves nothing
+# A verdict file older than this proves nothing.
+VERDICT_STALE_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeState:
     """What probes render: the verdict, whether start-up is done, and whether the sidecar drains.
 
-    `held`: a stalled engine must not be killed now (see fleet.py). `doubtful`: what was known last was a
-    stall, and nothing has shown the contrary yet.
+    `held`: a stalled engine must not be killed now (see kill_policy.py). `doubtful`: the last known state was a stall,
+    and nothing has shown the contrary yet.
     """
 
     verdict: Verdict
@@ -38,42 +39,37 @@ class ProbeState:
     doubtful: bool = False
 
 
-def passes(kind: Kind, stand: ProbeState) -> bool:
+def passes(kind: Kind, state: ProbeState) -> bool:
     """Whether a probe of this kind passes."""
-    if kind == "startup" and not stand.startup_done:
+    if kind == "startup" and not state.startup_done:
         return False
-    if kind == "ready" and (stand.draining or stand.doubtful):
+    if kind == "ready" and (state.draining or state.doubtful):
         return False
-    if kind == "live" and stand.held and stand.verdict.state == "stalled":
+    if kind == "live" and state.held and state.verdict.state == "stalled":
         return True
-    return stand.verdict.state not in FAILS[kind]
+    return state.verdict.state not in FAILS[kind]
 
 
-def body(stand: ProbeState) -> dict[str, Any]:
-    """The JSON body of every probe endpoint."""
-    return verdict_json(stand.verdict)
-
-
-def verdict_json(v: Verdict) -> dict[str, Any]:
-    """A verdict as JSON."""
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON: the body of every probe endpoint."""
     return {
-        "verdict": v.state,
-        "reason": v.reason,
-        "detail": v.detail,
-        "since": v.since_wall,
-        "evidence": dict(v.evidence),
+        "verdict": verdict.state,
+        "reason": verdict.reason,
+        "detail": verdict.detail,
+        "since": verdict.since_wall,
+        "evidence": dict(verdict.evidence),
     }
 
 
-def file_body(stand: ProbeState, now_wall: float) -> dict[str, Any]:
-    """The content of verdict.json: the probe body, and what each exec probe answers."""
-    return {**body(stand), "written": now_wall, "passes": {kind: passes(kind, stand) for kind in KINDS}}
+def file_body(state: ProbeState, now_wall: float) -> dict[str, Any]:
+    """The content of verdict.json: the probe body, and the answer to each exec probe."""
+    return {**verdict_json(state.verdict), "written": now_wall, "passes": {kind: passes(kind, state) for kind in KINDS}}
 
 
 def exec_answer(kind: Kind, content: Any, age: float | None) -> tuple[bool, str]:
     """Judge an exec probe by the verdict file's content and age in seconds (None: no file). Fails open."""
     if age is None:
-        return True, "no verdict file: passing, because a sidecar that is away must not kill a healthy engine"
+        return True, "no verdict file: passing, because a missing sidecar must not kill a healthy engine"
     if not -VERDICT_STALE_S <= age <= VERDICT_STALE_S:
         return True, f"the verdict file is {age:.0f} s old: passing, because it proves nothing"
     if not isinstance(content, dict) or not isinstance(content.get("passes"), dict):

@@ -1,28 +1,34 @@
-"""Pure: which reason code a silence gets, from a literal table: the first row of CAUSES that holds names it.
+"""Pure: the reason code of a silence, from a literal table: the first row of CAUSES that holds names it.
 
-A reason says where an operator should look; it decides nothing. What no row explains is `no_progress`.
+A reason tells an operator where to look; it decides nothing. A silence that no row explains is `no_progress`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from sidecar.readings import EngineSample
 
-XID_BEFORE = 60.0  # seconds before a silence in which an XID explains it
-BLOCKED_SHARE = 0.5  # of a silence in which the API must have answered nothing
-BLOCKED_LEAST = 4.0  # seconds, where nothing is outstanding but a canary
-ITERATING = 4  # readings in a row in which steps moved
-KV_FULL = 0.95  # share of the KV cache from which waiting is memory's, not admission's
+# Seconds before a silence in which an XID explains it.
+XID_WINDOW_S: Final = 60.0
+# Share of a silence in which the API must have answered nothing; its seconds, where only a canary is outstanding.
+BLOCKED_SHARE: Final = 0.5
+MIN_BLOCKED_IDLE_S: Final = 4.0
+MIN_BLOCKED_S: Final = 1.0
+# Readings in a row in which steps moved.
+MIN_ITERATING: Final = 4
+# Share of the KV cache from which requests wait for memory, not for admission.
+KV_FULL: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class HangClues:
     """What a cause is chosen from. `sample` is None where the page could not be read; `xid_age` None without an XID.
 
-    `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved; `part`: the code of a
-    part that had begun to hang before, "" for none.
+    `unanswered`: seconds for which the API has answered nothing; `iterating`: readings in a row in which steps moved;
+    `part`: the code of a part that had begun to hang before, "" for none.
     """
 
     age: float | None = None
@@ -33,31 +39,17 @@ class HangClues:
     part: str = ""
 
 
-def _gpu_fault(s: HangClues) -> bool:
-    return s.xid_age is not None and s.xid_age <= (s.age or 0.0) + XID_BEFORE
-
-
-def _api_blocked(s: HangClues) -> bool:
-    return s.unanswered >= max(BLOCKED_LEAST if s.age is None else 0.0, BLOCKED_SHARE * (s.age or 0.0), 1.0)
-
-
-def _admission_stalled(s: HangClues) -> bool:
-    if s.sample is None or s.sample.running is None:
-        return False
-    return s.sample.running == 0 and (s.sample.waiting or 0) > 0 and (s.sample.kv_usage or 0.0) < KV_FULL
-
-
 @dataclass(slots=True)
 class ClueHistory:
-    """When what explains a silence was last seen. Times are monotonic seconds."""
+    """When the explanations of a silence were last seen. Times are monotonic seconds."""
 
     unanswered_since: float | None = None
     xids: int | None = None  # in all, when last read
     xid_at: float | None = None
-    start_at: float = 0.0  # the last sign that a start-up goes on
+    start_at: float = 0.0  # when the engine process was first seen
 
-    def see(self, now: float, unanswered: bool, xids: int | None) -> None:
-        """One tick. `xids`: XID errors that the GPUs have counted so far; None where none can be read."""
+    def record(self, now: float, unanswered: bool, xids: int | None) -> None:
+        """Record a tick. `xids`: XID errors that the GPUs have counted so far; None where none can be read."""
         self.unanswered_since = (self.unanswered_since or now) if unanswered else None
         if xids is not None:
             if self.xids is not None and xids > self.xids:
@@ -75,35 +67,54 @@ class ClueHistory:
 
 Cause = Callable[[HangClues], bool]
 
-CAUSES: tuple[tuple[str, Cause, str], ...] = (
-    ("gpu_fault", _gpu_fault, "the driver reported an XID just before or during the silence"),
-    ("api_blocked", _api_blocked, "the API takes connections and answers nothing on them: its event loop is blocked, or its process stopped"),
-    ("admission_stalled", _admission_stalled, "requests wait and none runs: the scheduler admits nothing, or the head of the queue cannot enter"),
-    ("rank_silent", lambda s: s.part == "rank_silent", "one data-parallel rank had stood while others worked"),
-    ("decode_stalled", lambda s: s.part == "decode_stalled", "several first tokens had come, and since then no other token"),
-    ("stream_stuck", lambda s: s.part == "stream_stuck", "several streams had fallen silent one by one while others moved"),
-    ("livelock", lambda s: s.iterating >= ITERATING, "the engine's steps go on and nothing is delivered"),
-)  # fmt: skip
 
-# What an operator reads beside a code, for codes that are not causes of a silence.
-REASON_TEXTS: dict[str, str] = {
-    "no_progress": "work or a canary is outstanding and nothing of it moves",
+def _has_gpu_fault(clues: HangClues) -> bool:
+    return clues.xid_age is not None and clues.xid_age <= (clues.age or 0.0) + XID_WINDOW_S
+
+
+def _is_api_blocked(clues: HangClues) -> bool:
+    shortest = MIN_BLOCKED_IDLE_S if clues.age is None else MIN_BLOCKED_S
+    return clues.unanswered >= max(shortest, BLOCKED_SHARE * (clues.age or 0.0))
+
+
+def _is_admission_stalled(clues: HangClues) -> bool:
+    if clues.sample is None or clues.sample.running is None:
+        return False
+    return clues.sample.running == 0 and (clues.sample.waiting or 0) > 0 and (clues.sample.kv_usage or 0.0) < KV_FULL
+
+
+def _has_part(part: str) -> Cause:
+    return lambda clues: clues.part == part
+
+
+CAUSES: Final[tuple[tuple[str, Cause, str], ...]] = (
+    ("gpu_fault", _has_gpu_fault, "the driver reported an XID just before or during the silence"),
+    ("api_blocked", _is_api_blocked, "the API accepts connections and answers none: its process is blocked or stopped"),
+    ("admission_stalled", _is_admission_stalled, "requests wait and none runs: nothing, or not the head, is admitted"),
+    ("rank_silent", _has_part("rank_silent"), "one data-parallel rank had stopped while others worked"),
+    ("decode_stalled", _has_part("decode_stalled"), "several first tokens had come, and since then no other token"),
+    ("stream_stuck", _has_part("stream_stuck"), "several streams had fallen silent one by one while others moved"),
+    ("livelock", lambda clues: clues.iterating >= MIN_ITERATING, "the engine's steps continue, nothing is delivered"),
+)
+
+# What an operator reads next to a code.
+REASON_TEXTS: Final[dict[str, str]] = {
+    "no_progress": "work or a canary is outstanding and makes no progress",
     "canary_lost": "nothing was outstanding, and a canary got no token",
     "work_stuck": "canaries pass, the users' work does not move",
-    "stream_stuck": "single streams fall silent again and again while others move; each was ended",
+    "stream_stuck": "single streams fall silent again and again while others move; each was aborted",
     "decode_stalled": "first tokens come, and no stream gets any more",
     "rank_silent": "one data-parallel rank has work and generates nothing while others do",
-    "admission_stalled": "requests end and none that waits is admitted",
-    "prompt_exceeds_kv_cache": "the prompt is larger than the engine's KV cache, waits for ever, and blocks the queue",
+    "admission_stalled": "requests end and no waiting request is admitted",
+    "prompt_exceeds_kv_cache": "the prompt is larger than the engine's KV cache, waits forever, and blocks the queue",
     "startup_stuck": "start-up has shown no sign of progress for longer than any is known to take",
     **{code: text for code, _, text in CAUSES if code in ("gpu_fault", "api_blocked", "livelock")},
 }
 
-NOTABLE: frozenset[str] = frozenset(
-    {"startup_stuck", "work_stuck", "rank_silent", "stream_stuck"}
-)  # a change to these within a state is news, too
+# A change to one of these is reported even if the state stays.
+NOTABLE: Final = frozenset({"startup_stuck", "work_stuck", "rank_silent", "stream_stuck"})
 
 
-def cause_of(signs: HangClues) -> str:
+def cause_of(clues: HangClues) -> str:
     """The reason code of a silence."""
-    return next((code for code, holds, _ in CAUSES if holds(signs)), "no_progress")
+    return next((code for code, holds, _ in CAUSES if holds(clues)), "no_progress")

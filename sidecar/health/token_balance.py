@@ -3,37 +3,48 @@
 Rules:
 - What the engine generates and no stream brings is for the silent ones: arguments of a tool call that a parser holds
   back, hidden thoughts, answers in one piece.
-- The level rises by that surplus, and falls by SHARE of what one running sequence gets for each silent stream. While it
-  rises above where it stood when a stream last brought something, that stream is worked for; next to others that bring
-  all that is generated, it falls.
-- One event may hold several tokens: their mean number is measured while no stream is silent. One that is too high would
-  hide what the silent ones get: it rises slowly and falls at once, to one where more came than was generated.
-- A burst was generated before: of one delivery no more counts than BURST seconds at the pace of a sequence.
+- The level rises by that surplus. It falls by MIN_SHARE of what one running sequence gets, for each silent stream.
+  While it is above where it was when a stream last brought something, the engine works for that stream; next to others
+  that bring all that is generated, it falls.
+- One delivery event may hold several tokens: their mean number is measured while no stream is silent. A number that is
+  too high would hide what the silent ones get. So it rises slowly, and falls at once when more came than was generated.
+- A burst was generated before: of one delivery no more counts than MAX_BURST_S at the pace of a sequence.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from sidecar.readings import EngineSample
 
-SHARE = 0.25  # of the mean tokens of a running sequence, that a silent one must get: drafts are not accepted alike
-BURST = 4.0  # seconds
-COUNTED = 10.0  # seconds for which a reading of the counter holds
-LEAST = 0.1  # seconds between two readings, at least
-FADE = 0.95  # of the pace that was, from reading to reading: the highest one lately bounds a burst
-CANARIES = 4  # tokens, or steps, that canaries between two readings can account for
-WINDOW = 30  # readings over which the tokens of an event are measured
-RISE = 0.5  # of a higher number that is believed at once
-MOST = 8.0  # tokens of an event
-WRONG = 0.98  # of the tokens that were delivered, as generated: fewer cannot be
-PENDING = 1 << 14  # deliveries kept between two readings
+# Of the mean tokens of a running sequence that a silent one must get: drafts are not accepted alike.
+MIN_SHARE: Final = 0.25
+MAX_BURST_S: Final = 4.0
+# A reading of the counter holds for so long.
+COUNTER_STALE_S: Final = 10.0
+MIN_READ_INTERVAL_S: Final = 0.1
+# Of the pace before, from reading to reading: the highest one lately bounds a burst.
+PACE_DECAY: Final = 0.95
+# Tokens, or steps, that canaries between two readings can account for.
+MAX_CANARY_TOKENS: Final = 4
+# Readings over which the tokens of an event are measured, the share of a higher number that is believed at once, and
+# its bound.
+WEIGHT_READINGS: Final = 30
+WEIGHT_RISE: Final = 0.5
+MAX_WEIGHT: Final = 8.0
+# Of the delivered tokens, as generated: fewer cannot be.
+MIN_GENERATED_SHARE: Final = 0.98
+# Deliveries kept between two readings.
+MAX_PENDING: Final = 1 << 14
 
 
 @dataclass(slots=True)
-class Balance:
-    """Of one engine. `read_at`: when a counter that moves while it generates was last read; None where it has none.
+class TokenBalance:
+    """The balance of one engine.
+
+    `read_at`: when a counter that moves while it generates was last read; None where it has none.
 
     `each`: tokens that one running sequence got so far, on average.
     """
@@ -43,19 +54,19 @@ class Balance:
     read_at: float | None = None
     _generated: float = 0.0
     _pace: float = 0.0  # tokens per second of one running sequence; 0 until the counter was seen to move
-    _delivered: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=PENDING))  # (when, events)
+    _delivered: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MAX_PENDING))  # (when, events)
     _weight: float = 1.0  # tokens of an event
     # Tokens and events of readings without silent streams, and of the others.
     _calm: list[tuple[float, float]] = field(default_factory=list)
     _other: list[tuple[float, float]] = field(default_factory=list)
 
-    def counts(self, now: float) -> bool:
-        """Whether what the engine generates is known from its counter, which has been seen to move."""
-        return self._pace > 0 and self.read_at is not None and now - self.read_at <= COUNTED
+    def has_counter(self, now: float) -> bool:
+        """Whether the engine has a counter of what it generates, which has been seen to move."""
+        return self._pace > 0 and self.read_at is not None and now - self.read_at <= COUNTER_STALE_S
 
     def delivered(self, events: int, at: float) -> None:
         """A stream brought so many events."""
-        self._delivered.append((at, min(events, BURST * self._pace) if self._pace else events))
+        self._delivered.append((at, min(events, MAX_BURST_S * self._pace) if self._pace else events))
 
     def read(self, sample: EngineSample, at: float, *, moving: int, silent: int, waiting: int, canary: bool) -> None:
         """A new reading. Since the last one `moving` streams brought something; `silent` and `waiting` ones did not.
@@ -72,26 +83,26 @@ class Balance:
         self._generated, self.read_at = sample.generation_tokens, at
         if since is None or self._generated < before:  # the first, or another process
             return
-        grown = max(0.0, self._generated - before - (CANARIES if canary else 0))
+        grown = max(0.0, self._generated - before - (MAX_CANARY_TOKENS if canary else 0))
         running = max(1.0, moving + silent + waiting if sample.running is None else sample.running)
-        self._pace = max(FADE * self._pace if grown else self._pace, grown / running / max(at - since, LEAST))
-        self._weigh(grown, events, calm=not silent and not waiting and running <= moving)
+        pace = grown / running / max(at - since, MIN_READ_INTERVAL_S)
+        self._pace = max(PACE_DECAY * self._pace if grown else self._pace, pace)
+        self._measure_weight(grown, events, calm=not silent and not waiting and running <= moving)
         self.each += grown / running
-        # Of those without a first token at least one is worked for; the others may wait in the queue.
+        # Of those without a first token the engine works for at least one; the others may wait in the queue.
         due = max(silent, min(waiting, 1)) * grown / running
-        self.level += grown - events * self._weight - SHARE * due
+        self.level += grown - events * self._weight - MIN_SHARE * due
 
-    def _weigh(self, tokens: float, events: float, *, calm: bool) -> None:
-        """Measure the tokens of an event."""
+    def _measure_weight(self, tokens: float, events: float, *, calm: bool) -> None:
         readings = self._calm if calm else self._other
         readings.append((tokens, events))
-        if len(readings) < WINDOW:
+        if len(readings) < WEIGHT_READINGS:
             return
         tokens, events = map(sum, zip(*readings, strict=True))
         readings.clear()
         if calm and events:
-            found = min(tokens / events, MOST)
-            self._weight = min(found, self._weight + RISE * (found - self._weight))
-        elif tokens < WRONG * events * self._weight:
-            self.level += events * (self._weight - 1.0)  # what it took wrongly
+            found = min(tokens / events, MAX_WEIGHT)
+            self._weight = min(found, self._weight + WEIGHT_RISE * (found - self._weight))
+        elif tokens < MIN_GENERATED_SHARE * events * self._weight:
+            self.level += events * (self._weight - 1.0)  # what it subtracted wrongly
             self._weight = 1.0

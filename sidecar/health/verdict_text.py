@@ -5,66 +5,66 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sidecar.events import Verdict
-from sidecar.health import reasons, verdict
 from sidecar.health.kill_policy import JITTER_HOLD, KillHold
-from sidecar.health.progress import Evidence
+from sidecar.health.reasons import REASON_TEXTS
+from sidecar.health.verdict import VerdictInputs, VerdictState
 
 
-def facts_of(i: verdict.VerdictInputs, name: str) -> dict[str, float | int | str | bool | None]:
+def evidence_json(inputs: VerdictInputs, condition: str) -> dict[str, float | int | str | bool | None]:
     """The evidence of a verdict as plain numbers and codes."""
-    e, c = i.evidence, i.canary
+    evidence, canary, part, refused = inputs.evidence, inputs.canary, inputs.part, inputs.refused_since
     return {
-        "condition": name,
-        "outstanding": e.outstanding,
-        "waiting": e.waiting,
-        "engine_busy": e.engine_busy,
-        "progress_age": _round(e.age),
-        "progress_kind": e.progress_kind,
-        "silence_allowed": _round(e.allowed),
-        "ruled_by": e.ruled_by,
-        "silence_predicted": _round(e.predicted),
-        "learned": e.learned,
-        "part": i.part.reason if i.part else None,
-        "part_for": _round(i.now - i.part.since) if i.part else None,
-        "canary": c.outcome if c else None,
-        "canary_age": _round(i.now - c.ended) if c else None,
-        "refused_for": _round(i.now - i.refused_since) if i.refused_since is not None else None,
+        "condition": condition,
+        "outstanding": evidence.outstanding,
+        "waiting": evidence.waiting,
+        "engine_busy": evidence.engine_busy,
+        "progress_age": _round(evidence.age),
+        "progress_kind": evidence.progress_kind,
+        "silence_allowed": _round(evidence.allowed),
+        "ruled_by": evidence.ruled_by,
+        "silence_predicted": _round(evidence.predicted),
+        "learned": evidence.learned,
+        "part": part.reason if part else None,
+        "part_for": _round(inputs.now - part.since) if part else None,
+        "canary": canary.outcome if canary else None,
+        "canary_age": _round(inputs.now - canary.ended) if canary else None,
+        "refused_for": _round(inputs.now - refused) if refused is not None else None,
     }
 
 
-def explain(m: verdict.VerdictState, i: verdict.VerdictInputs, name: str) -> str:
+def explain(state: VerdictState, inputs: VerdictInputs, condition: str) -> str:
     """One line for an operator: why this verdict."""
-    e: Evidence = i.evidence
-    silence = (
-        f"{e.outstanding} outstanding, {e.age:.1f} s without progress, {e.allowed:.1f} s allowed ({e.ruled_by})"
-        if e.age is not None
-        else "nothing outstanding"
-    )
-    canary = f"canary {i.canary.outcome} ({i.canary.detail})" if i.canary and i.canary.detail else "no canary verdict"
-    why = reasons.REASON_TEXTS.get(m.reason, m.reason)
+    evidence, last, part = inputs.evidence, inputs.canary, inputs.part
+    silence = "nothing outstanding"
+    if evidence.age is not None:
+        allowed = f"{evidence.allowed:.1f} s allowed ({evidence.ruled_by})"
+        silence = f"{evidence.outstanding} outstanding, {evidence.age:.1f} s without progress, {allowed}"
+    canary = f"canary {last.outcome} ({last.detail})" if last and last.detail else "no canary verdict"
+    why = REASON_TEXTS.get(state.reason, state.reason)
     texts = {
-        "part": f"{why}: {i.part.detail}" if i.part else why,
-        "part_severe": f"{why}: {i.part.detail}" if i.part else f"{why}; held until the engine is restarted",
+        "part": f"{why}: {part.detail}" if part else why,
+        "part_severe": f"{why}: {part.detail}" if part else f"{why}; held until the engine is restarted",
         "silent": f"{silence}: {why}",
-        "progress": f"{e.outstanding} outstanding, last progress {e.progress_kind}",
+        "progress": f"{evidence.outstanding} outstanding, last progress {evidence.progress_kind}",
         "confirmed": f"{silence}; {canary}: {why}",
         "held": f"{silence}; {canary}: {why}",
         "canary_lost": f"{silence}; {canary}",
         "canary_rejected": f"{canary}; silence cannot be judged",
         "stuck": f"{silence}; the canary passes, the users' work does not move",
-        "refused": "the engine takes no connection",
-        "refused_long": "the engine takes no connection; a restart must be under way",
-        "restarted": "the engine was started anew",
-        "reopened": "the engine takes connections again",
-        "not_served": f"no token from the engine yet; {canary}" + (f": {why}" if m.reason == "startup_stuck" else ""),
-        "exempt": f"not judged: {m.reason}",
-        "withheld": f"withheld: {m.reason}",
+        "refused": "the engine refuses connections",
+        "refused_long": "the engine refuses connections; a restart must be under way",
+        "restarted": "the engine was restarted",
+        "reopened": "the engine accepts connections again",
+        "not_served": f"no token from the engine yet; {canary}"
+        + (f": {why}" if state.reason == "startup_stuck" else ""),
+        "exempt": f"not judged: {state.reason}",
+        "withheld": f"withheld: {state.reason}",
     }
-    return texts.get(name, silence)
+    return texts.get(condition, silence)
 
 
-def held(verdict: Verdict, hold: KillHold | None) -> Verdict:
-    """A verdict whose kill is held back: the hold is its reason, the cause moves into its evidence."""
+def with_hold(verdict: Verdict, hold: KillHold | None) -> Verdict:
+    """A verdict whose kill is held back: the hold becomes its reason, the cause moves into its evidence."""
     if hold is None:
         return verdict
     evidence = {**verdict.evidence, "cause": verdict.reason, "held": hold.reason}

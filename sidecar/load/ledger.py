@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import Final
 
 from sidecar.events import (
+    LONGEST_ANSWER_TOKENS,
     TAIL_MULTIPLES,
     Admitted,
     Delivered,
@@ -28,7 +29,6 @@ from sidecar.events import (
     RequestSize,
     Settled,
 )
-from sidecar.health.latency_model import LONGEST_ANSWER
 from sidecar.load import cost_model
 
 FLOW_WINDOW_S = 60.0
@@ -224,7 +224,7 @@ class Ledger:
         hold.remaining_tokens = event.expected.output
         hold.prefill = cost_model.terms(event.expected, self.co).before_first_token / 1000
         if not event.stream and event.route not in SHORT_ROUTES:
-            hold.whole = event.max_output or LONGEST_ANSWER
+            hold.whole = event.max_output or LONGEST_ANSWER_TOKENS
         self._holds.setdefault((relay, event.id), hold)
 
     def _update(self, hold: AdmissionHold, event: FirstToken | Delivered | RequestBlocked) -> None:

@@ -1,8 +1,11 @@
 """Records between the control process and one relay process, over a connected Unix socket.
 
-Rules: `send` never waits and never raises; what is queued is bounded. When the other side does not read, Delivered records
-are dropped first (their sums are repeated in Settled), then everything; `dropped` counts both. Records are gathered for GATHER
-seconds and written at once: a system call for each of a short request's three would cost it more than all of its own work.
+Rules:
+- `send` never waits and never raises; the queue is bounded.
+- If the other side does not read, Delivered records are dropped first (their sums are repeated in Settled), then all;
+  `dropped` counts both.
+- Records are gathered for GATHER_INTERVAL_S and written at once: a system call for each of a short request's three
+  would cost more than all of the request's own work.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from typing import cast
 from sidecar.events import Command, Delivered, Event
 from sidecar.runtime import codec
 
-DELIVERED_BOUND = 4 * 1024 * 1024  # bytes queued, past which Delivered records are dropped
-BOUND = 64 * 1024 * 1024  # bytes queued, past which every record is dropped
-GATHER_INTERVAL_S = 0.01  # seconds; facts carry their own times, and nothing that is made of them is finer
-RECONNECT_INTERVAL_S = 0.2  # seconds between attempts to reach the other side
-GATHER_BOUND = 256  # records, past which they are written at once
+# Queued bytes beyond which Delivered records are dropped, and beyond which every record is.
+MAX_QUEUED_DELIVERED_BYTES = 4 * 1024 * 1024
+MAX_QUEUED_BYTES = 64 * 1024 * 1024
+# Events carry their own times, and nothing made of them is finer.
+GATHER_INTERVAL_S = 0.01
+# Records beyond which they are written at once.
+MAX_GATHERED = 256
+RECONNECT_INTERVAL_S = 0.2
 
 
 class Channel(asyncio.Protocol):
@@ -39,7 +45,10 @@ class Channel(asyncio.Protocol):
     async def open(
         cls, sock: socket.socket, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
     ) -> Channel:
-        """Take over `sock`. `on_record` is called for each record in order; `on_close` once, when the other side is gone."""
+        """Take over `sock`.
+
+        `on_record` is called for each record in order; `on_close` once, when the other side is gone.
+        """
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
         _, channel = await loop.create_unix_connection(lambda: cls(on_record, on_close), sock=sock)
@@ -49,7 +58,7 @@ class Channel(asyncio.Protocol):
     async def reach(
         cls, path: str, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
     ) -> Channel:
-        """As `open`, by the Unix socket `path` of the supervisor, as soon as that takes a connection."""
+        """As `open`, by the Unix socket `path` of the supervisor, as soon as it accepts a connection."""
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
@@ -68,13 +77,13 @@ class Channel(asyncio.Protocol):
             self.dropped += 1
             return
         self._gathered.append(record)
-        if len(self._gathered) >= GATHER_BOUND:
+        if len(self._gathered) >= MAX_GATHERED:
             self._write()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(GATHER_INTERVAL_S, self._write)
 
     def close(self) -> None:
-        """Send what is queued, then hang up."""
+        """Send what is queued, then close."""
         self._write()
         if self._transport is not None:
             self._transport.close()
@@ -90,7 +99,7 @@ class Channel(asyncio.Protocol):
         queued = self._transport.get_write_buffer_size()
         lines: list[bytes] = []
         for record in records:
-            if queued > BOUND or (queued > DELIVERED_BOUND and isinstance(record, Delivered)):
+            if queued > MAX_QUEUED_BYTES or (queued > MAX_QUEUED_DELIVERED_BYTES and isinstance(record, Delivered)):
                 self.dropped += 1
                 continue
             lines.append(codec.encode(record))
@@ -106,7 +115,7 @@ class Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer += data
         *lines, rest = self._buffer.split(b"\n")
-        self._buffer = rest if len(rest) <= codec.MAX_LINE else bytearray()
+        self._buffer = rest if len(rest) <= codec.MAX_LINE_BYTES else bytearray()
         for line in lines:
             try:
                 record = codec.decode(bytes(line))

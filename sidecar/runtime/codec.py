@@ -1,7 +1,7 @@
 """Events and commands as lines of JSON: `["Admitted", {...}]`.
 
-A line is bounded, checked against the record's field types, and decoded without pickle. A line that is not one of our records
-raises WireError; the caller counts it and drops it.
+A line is bounded, checked against the record's field types, and decoded without pickle. Any other line raises
+WireError; the caller counts and drops it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import msgspec
 
 from sidecar.events import Command, Event
 
-MAX_LINE = 32 * 1024 * 1024  # a metrics page of a large engine is 1-2 MiB
+# A metrics page of a large engine is 1-2 MiB.
+MAX_LINE_BYTES = 32 * 1024 * 1024
 
 _encoder = msgspec.json.Encoder()
 _envelope = msgspec.json.Decoder(tuple[str, msgspec.Raw])
@@ -22,7 +23,7 @@ _DECODERS: dict[str, msgspec.json.Decoder[Event | Command]] = {
 
 
 class WireError(ValueError):
-    """A line that is not a record of ours."""
+    """A line that is not an event or command."""
 
 
 def encode(record: Event | Command) -> bytes:

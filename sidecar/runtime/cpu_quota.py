@@ -1,7 +1,7 @@
-"""How many CPUs this process may really use: the cgroup's quota, else the scheduler's affinity mask.
+"""How many CPUs this process may use: the cgroup's quota, or the scheduler's affinity mask.
 
-Rules: reads files once, at start; never raises. A container's quota is what counts: libraries that ask the host start one
-thread per core of the whole machine, which then wait for one another.
+Rules: files are read once, at start; nothing raises. The container's quota counts: libraries that ask the host start
+one thread per core of the whole machine, which then wait for one another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def quota(root: Path = CGROUP_ROOT) -> int:
-    """CPUs, at least 1: the smaller of the affinity mask and the quota (v2 `cpu.max`, v1 `cpu.cfs_quota_us`), rounded up."""
+    """CPUs, at least 1: affinity mask or quota (v2 `cpu.max`, v1 `cpu.cfs_quota_us`) rounded up, the smaller one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = [limit for limit in (_v2(root / "cpu.max"), _v1(root / "cpu")) if limit is not None]
     return max(1, min([allowed, *limits]))
@@ -30,7 +30,7 @@ def _v1(directory: Path) -> int | None:
 
 
 def _whole(quota_us: str, period_us: str) -> int | None:
-    """CPUs of a quota; None where there is none (`max`, -1, no file)."""
+    """CPUs of a quota; None without one (`max`, -1, no file)."""
     if not quota_us.isdigit() or not period_us.isdigit() or int(period_us) == 0:
         return None
     return math.ceil(int(quota_us) / int(period_us))

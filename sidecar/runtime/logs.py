@@ -1,4 +1,4 @@
-"""Log lines: text on a terminal, JSON anywhere else, where collectors read them. To stderr; never a user's content, never a secret."""
+"""Log lines on stderr: text on a terminal, otherwise JSON for collectors. Never a user's content, never a secret."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""The container's first process: starts the others by fork, starts them again when they end, passes signals on, reaps.
+"""The container's first process: forks the others, restarts them when they end, passes signals on, reaps.
 
-    start     control alone; what it cannot start with (exit code 1 or 2 before it first served) ends the container with that code
+    start     control alone; if it cannot start (exit code 1 or 2 before it served), the container ends with that code
     serving   SIGUSR1 from control: it serves, now the others are started
-    death     a process that ends is started again: at once, then with pauses that double while it keeps dying young
-    SIGTERM   (or SIGINT) to control, which withdraws readiness, and to the relays, which let their streams finish; when the last
-              relay is gone SIGUSR1 tells control to end, and with it the container; a control that dies meanwhile is still replaced
+    death     a process that ends is restarted: at once, then with pauses that double while it keeps dying young
+    SIGTERM   (or SIGINT) to control, which withdraws readiness, and the relays, which finish their streams; after the
+              last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced
 
-Rules: one thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and it has
-next to nothing to die of. The listening sockets are its own, so that no connection is refused while a process is replaced. Its
-children die with it; orphans of theirs are reaped. A child is born with the watched signals blocked: none is lost before it
-has said what they mean to it.
+Rules:
+- One thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and
+  little can kill it.
+- It owns the listening sockets, so that no connection is refused while a process is replaced.
+- Its children die with it; their orphans are reaped.
+- A child is born with the watched signals blocked: none is lost before the child handles it.
 """
 
 from __future__ import annotations
@@ -29,21 +31,25 @@ from typing import Final, Literal
 from sidecar.runtime.prctl import SET_CHILD_SUBREAPER, SET_NAME, die_with, prctl
 
 WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
-STEADY: Final = 10.0  # seconds of life after which a death is no sign of a crash loop
-PAUSE_FIRST, PAUSE_MOST = 0.1, 5.0  # seconds; the first restart comes without a pause
-LEAVE: Final = 5.0  # seconds that control and the image server have to end once they are told to
+# After a life of so long a death is no sign of a crash loop.
+STEADY_S: Final = 10.0
+# Pauses before restarts; the first restart comes without one.
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
+# Control and the image server get so long to end.
+END_TIMEOUT_S: Final = 5.0
 
 _log = logging.getLogger(__name__)
 
 Kind = Literal["control", "relay", "images", "reports"]
-SERVING: Final = ("relay", "reports")  # what takes nothing new once we drain, and ends by itself
+# These accept nothing new while the container drains, and end by themselves.
+SERVING: Final = ("relay", "reports")
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One process to keep alive. `run` is its life: it gets how often it was started again, and returns its exit code.
+    """One process to keep alive. `run` gets how often it was restarted, and returns its exit code.
 
-    `sockets` are the listening sockets that it goes on with; the others are closed in it.
+    `sockets`: the listening sockets that it keeps; the others are closed in it.
     """
 
     kind: Kind
@@ -63,14 +69,17 @@ class _Child:
 
 
 def pause_after(lived: float, before: float) -> float:
-    """Seconds to wait before a process that lived so long is started again; `before` is the last such pause."""
-    if lived >= STEADY:
+    """Seconds to wait before a process that lived so long is restarted; `before` is the last such pause."""
+    if lived >= STEADY_S:
         return 0.0
-    return min(PAUSE_MOST, 2 * before) if before else PAUSE_FIRST
+    return min(MAX_PAUSE_S, 2 * before) if before else MIN_PAUSE_S
 
 
 class Supervisor:
-    """Keeps `roles` alive; the first of them is control. `grace`: seconds from SIGTERM until whatever still lives is killed."""
+    """Keeps `roles` alive; the first of them is control.
+
+    `grace`: seconds from SIGTERM until whatever still lives is killed.
+    """
 
     def __init__(self, roles: Iterable[Role], grace: float) -> None:
         self._children = [_Child(role) for role in roles]
@@ -78,21 +87,24 @@ class Supervisor:
         self._grace = grace
         self._served = False
         self._deadline: float | None = None  # set by SIGTERM
-        self._told_to_end = False
+        self._is_ending = False
         self._status: int | None = None  # set when the container is to end
 
     def run(self) -> int:
-        """Supervise until SIGTERM has ended everything, or until the first start failed. Returns the container's exit code."""
+        """Supervise until SIGTERM has ended everything, or until the first start failed.
+
+        Returns the container's exit code.
+        """
         signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
         prctl(SET_CHILD_SUBREAPER, 1)
         gc.collect()
-        gc.freeze()  # children share the memory of what was imported here; their collectors leave it alone
+        gc.freeze()  # children share the memory of what was imported here
         self._control.due = 0.0
         try:
             while self._status is None:
                 now = time.monotonic()
                 self._start_due(now)
-                self._take(_wait(self._next(), now))
+                self._handle(_wait(self._next(), now))
                 self._reap(time.monotonic())
                 self._end_if_over(time.monotonic())
         finally:
@@ -101,11 +113,11 @@ class Supervisor:
 
     # --- what happens ---
 
-    def _take(self, got: signal.struct_siginfo | None) -> None:
-        if got is None or got.si_signo == signal.SIGCHLD:
+    def _handle(self, received: signal.struct_siginfo | None) -> None:
+        if received is None or received.si_signo == signal.SIGCHLD:
             return
-        if got.si_signo == signal.SIGUSR1:
-            if got.si_pid == self._control.pid and not self._served:
+        if received.si_signo == signal.SIGUSR1:
+            if received.si_pid == self._control.pid and not self._served:
                 self._served = True
                 for child in self._children[1:]:
                     child.due = 0.0
@@ -113,13 +125,13 @@ class Supervisor:
             self._drain(time.monotonic())
 
     def _drain(self, now: float) -> None:
-        """Nothing new is taken from now on; what is under way may finish."""
+        """Accept nothing new from now on; what is under way may finish."""
         self._deadline = now + self._grace
         for child in self._children:
             if child.role.kind in SERVING:
                 child.due = None
                 for sock in child.role.sockets:
-                    sock.close()  # the relays close theirs; ours would keep new connections waiting in the kernel
+                    sock.close()  # the relays close theirs; these would keep new connections waiting in the kernel
             if child.role.kind != "images":
                 _kill(child, signal.SIGTERM)
         if self._control.due is not None:
@@ -134,19 +146,19 @@ class Supervisor:
             if not pid:
                 return
             for child in self._children:
-                if child.pid == pid:  # anything else was an orphan of a child of ours
+                if child.pid == pid:  # any other was an orphan of a child
                     self._ended(child, os.waitstatus_to_exitcode(status), now)
 
     def _ended(self, child: _Child, code: int, now: float) -> None:
         pid, child.pid = child.pid, 0
         if child is self._control and code > 0 and not self._served:
-            self._status = code  # it has said why
+            self._status = code  # it has logged why
             return
-        if self._deadline is not None and (child.role.kind in SERVING or self._told_to_end):
+        if self._deadline is not None and (child.role.kind in SERVING or self._is_ending):
             return
         child.pause = pause_after(now - child.born, child.pause)
         child.due = now + child.pause
-        _log.error("%s (pid %d) ended with %s; starting it again", child.role.name, pid, _how(code))
+        _log.error("%s (pid %d) ended with %s; restarting it", child.role.name, pid, _how(code))
 
     def _end_if_over(self, now: float) -> None:
         """After SIGTERM: when the relays are gone, control has done its work."""
@@ -154,19 +166,19 @@ class Supervisor:
             return
         if any(child.pid for child in self._children if child.role.kind == "relay"):
             if now > self._deadline:
-                _log.error("not everything ended within %.0f s; killing it", self._grace)
+                _log.error("not all processes ended within %.0f s; killing them", self._grace)
                 self._status = 1
-        elif not self._told_to_end:
-            self._told_to_end = True
-            self._control.due, self._deadline = None, now + LEAVE
+        elif not self._is_ending:
+            self._is_ending = True
+            self._control.due, self._deadline = None, now + END_TIMEOUT_S
             _kill(self._control, signal.SIGUSR1)
-        if self._told_to_end and not self._control.pid:
+        if self._is_ending and not self._control.pid:
             self._status = 0
-        elif self._told_to_end and now > self._deadline:
+        elif self._is_ending and now > self._deadline:
             self._status = 1
 
     def _next(self) -> float | None:
-        """When something is to be done even if no signal comes."""
+        """When something is due even if no signal comes."""
         times = [child.due for child in self._children if child.due is not None]
         return min([*times, *([] if self._deadline is None else [self._deadline])], default=None)
 
@@ -179,7 +191,7 @@ class Supervisor:
                 child.restarts += 1
                 child.pid = self._fork(child)
                 if self._deadline is not None and child is self._control:
-                    _kill(child, signal.SIGTERM)  # it waits, blocked, until it is listened to
+                    _kill(child, signal.SIGTERM)  # it stays blocked until the child handles it
 
     def _fork(self, child: _Child) -> int:
         parent = os.getpid()
@@ -208,11 +220,11 @@ class Supervisor:
                     sock.close()
 
     def _end_all(self) -> None:
-        """The image server may end by itself; nothing else lives that is still of use."""
+        """The image server may end by itself; the others are killed."""
         for child in self._children:
             child.due = None
             _kill(child, signal.SIGTERM if child.role.kind == "images" else signal.SIGKILL)
-        until = time.monotonic() + LEAVE
+        until = time.monotonic() + END_TIMEOUT_S
         while any(child.pid for child in self._children):
             if time.monotonic() > until:
                 for child in self._children:
@@ -234,7 +246,7 @@ def _wait(until: float | None, now: float) -> signal.struct_siginfo | None:
 
 
 def _kill(child: _Child, number: signal.Signals) -> None:
-    if child.pid:  # not reaped yet, so the number is still its own
+    if child.pid:  # not reaped yet, so the process id is still its own
         os.kill(child.pid, number)
 
 

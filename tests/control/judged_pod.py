@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import (
     AbortRequests,
     Admitted,
@@ -17,6 +17,7 @@ from sidecar.events import (
     Settled,
     Usage,
 )
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -47,17 +48,17 @@ class Pod:
 
     def __post_init__(self) -> None:
         self.control = ControlState(Settings(engine="http://engine"), Coefficients(), self.now, WALL + self.now)
-        self.control.progress.learned.first_tokens = 100
+        self.control.health.progress.learned.first_tokens = 100
         self.tick(5)
         assert self.state == "idle"
 
     @property
     def state(self) -> str:
-        return self.control.verdict.state
+        return self.control.health.verdict.state
 
     @property
     def reason(self) -> str:
-        return self.control.verdict.reason
+        return self.control.health.verdict.reason
 
     def tick(self, seconds: float = TICK_S, *moving: str) -> None:
         for _ in range(round(seconds / TICK_S)):
@@ -74,9 +75,9 @@ class Pod:
             readings = TickReadings(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered)
             self.control.tick(readings, self.now, WALL + self.now)
             self.states.add(self.state)
-            self.ends.extend(self.control.take_ends())
-            if (allowed := self.control.canary_due()) is not None:
-                self.control.canary_sent(self.now)
+            self.ends.extend(self.control.health.take_aborts())
+            if (allowed := self.control.health.canary_due()) is not None:
+                self.control.health.canary_sent(self.now)
                 self.sent = (self.now, allowed)
 
     def _canary(self) -> None:

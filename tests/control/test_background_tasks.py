@@ -1,4 +1,4 @@
-"""Errands of the control process: none ends unseen, and none that breaks can wedge the judge."""
+"""Background tasks of the control process: no failure is silent, and none can wedge the control loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from sidecar.control import process
-from sidecar.control.background_tasks import MAX_TASKS, BackgroundTasks
+from sidecar.control.background_tasks import MAX_LOGGED_ERRORS, BackgroundTasks
 from sidecar.control.loop import ControlLoop
 from sidecar.control.state_dir import StateDir
 from sidecar.engines.openai import OPENAI
@@ -28,11 +28,11 @@ async def breaks(secret: str = "") -> None:
     raise TypeError(secret)
 
 
-async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever sent it hears the error's type; the log names the place once, and never the text of the error."""
-    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
+async def test_a_task_that_fails_is_reported_and_logged_without_its_message(caplog: pytest.LogCaptureFixture) -> None:
+    """Its starter gets the error's type; the log names the place once, and never the text of the error."""
+    tasks, broken = BackgroundTasks(), asyncio.Queue[str]()
     for _ in range(3):
-        assert errands.start("canary", breaks("a user's words"), broken.put_nowait)
+        assert tasks.start("canary", breaks("a user's words"), broken.put_nowait)
         assert await broken.get() == "TypeError"
     (record,) = caplog.records
     assert (
@@ -41,35 +41,35 @@ async def test_an_errand_that_breaks_is_told_and_logged_without_its_message(capl
     assert "words" not in caplog.text
 
 
-async def test_an_errand_that_others_cancel_is_told() -> None:
-    """A cancellation that is not ours ends an errand like an error does."""
-    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
+async def test_a_task_that_others_cancel_is_reported() -> None:
+    """A cancellation from elsewhere ends a task like an error does."""
+    tasks, broken = BackgroundTasks(), asyncio.Queue[str]()
 
     async def cancelled() -> None:
         raise asyncio.CancelledError
 
-    errands.start("canary", cancelled(), broken.put_nowait)
+    tasks.start("canary", cancelled(), broken.put_nowait)
     assert await broken.get() == "cancelled"
 
 
 async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pytest.LogCaptureFixture) -> None:
     """What is under way is not started again; closing ends it without a word, and nothing starts any more."""
-    errands, broken = BackgroundTasks(), list[str]()
+    tasks, broken = BackgroundTasks(), list[str]()
     for expected in (True, False):
-        assert errands.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
-    assert errands.running("state")
-    await errands.close()
-    assert not errands.start("state", breaks()) and not errands.running("state")
+        assert tasks.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
+    assert tasks.is_running("state")
+    await tasks.close()
+    assert not tasks.start("state", breaks()) and not tasks.is_running("state")
     assert not broken and not caplog.records
 
 
 async def test_what_is_logged_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
-    """However many errands break, the log gets a bounded number of lines."""
-    errands, broken = BackgroundTasks(), asyncio.Queue[str]()
-    for i in range(MAX_TASKS + 5):
-        errands.start(f"errand {i}", breaks(), broken.put_nowait)
+    """However many tasks break, the log gets a bounded number of lines."""
+    tasks, broken = BackgroundTasks(), asyncio.Queue[str]()
+    for i in range(MAX_LOGGED_ERRORS + 5):
+        tasks.start(f"task {i}", breaks(), broken.put_nowait)
         await broken.get()
-    assert len(caplog.records) == MAX_TASKS
+    assert len(caplog.records) == MAX_LOGGED_ERRORS
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
         async def impossible() -> bool:
             raise TypeError
 
-        signals.contact.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
+        signals.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
         yield made
 
 
@@ -94,11 +94,14 @@ async def test_a_canary_that_breaks_does_not_wedge_the_judge(ticker: ControlLoop
         ends = set[float]()
         while len(ends) < 2:  # the one after the broken one ended too
             await asyncio.sleep(0.05)
-            if ticker.control.canary is not None:
-                ends.add(ticker.control.canary.ended)
-    result = ticker.control.canary
-    assert result is not None and result.outcome == "rejected" and "could not run (TypeError)" in result.detail
-    assert ticker.control.canary_since is None and ticker.stand().verdict.state == "starting"
+            if ticker.control.health.canaries.last is not None:
+                ends.add(ticker.control.health.canaries.last.ended)
+    result = ticker.control.health.canaries.last
+    assert (
+        result is not None and result.outcome == "rejected" and "could not run its canary (TypeError)" in result.detail
+    )
+    health = ticker.control.health
+    assert health.canaries.since is None and health.verdict.state == "starting"
     assert time.monotonic() - ticker.ticked_at < 30
     ticks.cancel()
     await asyncio.gather(ticks, return_exceptions=True)

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from sidecar.control import saved_state
 from sidecar.control.saved_state import SavedState, StateOrigin, StateRejected
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import MAX_STATE_BYTES, RESUME, STATE_FILE, StateStore
 from sidecar.events import CanaryResult
 from sidecar.health import kill_policy
 from sidecar.health.latency_model import LatencyModel
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.health.probes import ProbeState, passes
 from sidecar.load import cost_model, drift
 from sidecar.readings import Absent
@@ -50,7 +51,7 @@ def file_of(it: SavedState, now: float = 100.0, place: StateOrigin = HERE) -> An
 
 
 def test_what_is_kept_comes_back_whole() -> None:
-    """Every field, through JSON: what was learned with its bounds, the policy's memory, what was true of the process."""
+    """Every field, through JSON: what was learned with its bounds, the kill state, what is of one process."""
     found, same = saved_state.load(file_of(kept()), HERE, 110.0)
     assert same and found == kept()
     assert found.learned.__class__ is LatencyModel and saved_state.to_plain(LatencyModel()) == saved_state.to_plain(
@@ -99,7 +100,7 @@ def changed(path: str, value: Any) -> Callable[[Any], None]:
     ],
 )
 def test_what_does_not_fit_is_not_believed(change: Callable[[Any], None], words: str) -> None:
-    """The error says why, in words for the log."""
+    """The error gives the reason, in words for the log."""
     raw = file_of(kept())
     change(raw)
     with pytest.raises(StateRejected, match=words):
@@ -154,45 +155,44 @@ class Life:
         while self.now < end:
             self.now += TICK_S
             self.control.tick(NOTHING, self.now, self.now)
-            self.states.append(self.control.verdict.state)
+            self.states.append(self.control.health.verdict.state)
             self._canary(answers)
 
     def _canary(self, answers: bool) -> None:
-        allowed = self.control.canary_due()
+        allowed = self.control.health.canary_due()
         if allowed is not None:
-            self.control.canary_sent(self.now)
+            self.control.health.canary_sent(self.now)
             self._due = self.now + (0.1 if answers else allowed)
-        since = self.control.canary_since
+        since = self.control.health.canaries.since
         if since is not None and self.now >= self._due:
             outcome: Any = "ok" if answers else "starved"
             self.control.canary_ended(CanaryResult(outcome, since, self.now, 8.0))
 
 
 def probe(it: Life) -> ProbeState:
-    c = it.control
-    return ProbeState(c.verdict, c.memory.startup_done, c.draining, c.fleet.hold is not None, c.doubtful)
+    return it.control.health.probe_state()
 
 
-def test_a_restored_stall_is_judged_anew() -> None:
-    """Unknown first, unready but not killed, for the whole silence that was allowed; then a canary of ours must fail again."""
+def test_a_restored_stall_is_judged_again() -> None:
+    """Unknown and unready but not killed for the whole silence allowed last; then a new canary must fail again."""
     life = Life()
     life.control.restore(kept(), life.now, same=True)
     life.run(30)
-    assert set(life.states) == {"unknown"} and life.control.verdict.reason == "sidecar_restarted"
+    assert set(life.states) == {"unknown"} and life.control.health.verdict.reason == "sidecar_restarted"
     assert passes("live", probe(life)) and passes("startup", probe(life)) and not passes("ready", probe(life))
     life.run(60)
     assert life.states[-1] == "stalled" and life.states.index("stalled") * TICK_S > 31.5
     assert not passes("live", probe(life)), "the order before the restart stands: this is no second kill"
-    assert life.control.fleet.memory.kills_total == 3
+    assert life.control.health.kill_policy.state.kills_total == 3
 
 
 def test_a_restored_engine_that_serves_is_believed_at_once() -> None:
-    """One canary that passes ends the waiting; nothing is learned anew."""
+    """One canary that passes ends the waiting; nothing is learned again."""
     life = Life()
     life.control.restore(replace(kept(), stalled=False), life.now, same=True)
     life.run(2, answers=True)
-    assert life.states[-1] == "idle" and life.control.evidence.learned
-    assert life.control.progress.learned.first_tokens == 30 and passes("ready", probe(life))
+    assert life.states[-1] == "idle" and life.control.health.evidence.learned
+    assert life.control.health.progress.learned.first_tokens == 30 and passes("ready", probe(life))
 
 
 def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
@@ -201,17 +201,17 @@ def test_another_engine_process_starts_and_its_restart_is_counted() -> None:
     life.control.restore(kept(), life.now, same=False)
     life.run(1)
     assert set(life.states) == {"starting"} and not passes("startup", probe(life))
-    policy = life.control.fleet.memory
+    policy = life.control.health.kill_policy.state
     assert policy.restarted_at is not None and not policy.standing and policy.kills == 2
-    assert life.control.progress.learned.first_tokens == 30
+    assert life.control.health.progress.learned.first_tokens == 30
 
 
 def test_an_engine_that_was_paused_on_purpose_is_still_paused() -> None:
-    """The order came through the relay before our restart; only its opposite, a token or the cap ends it."""
+    """The order came through the relay before the sidecar's restart; only its opposite, a token or the cap ends it."""
     life = Life()
     life.control.restore(replace(kept(), stalled=False, orders={"engine_paused": life.now - 30}), life.now, same=True)
     life.run(120)
-    assert set(life.states) == {"exempt"} and life.control.verdict.reason == "engine_paused"
+    assert set(life.states) == {"exempt"} and life.control.health.verdict.reason == "engine_paused"
 
 
 def test_a_hand_over_outlives_the_sidecar() -> None:
@@ -227,18 +227,18 @@ def test_a_hand_over_outlives_the_sidecar() -> None:
 
 
 def test_a_file_that_does_not_fit_costs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Garbled, foreign, too large: the start goes on with nothing, and the log says why."""
+    """Garbled, foreign, too large: the start goes on with nothing, and the log gives the reason."""
     state = StateDir(str(tmp_path))
     keeping = StateStore(state, "http://127.0.0.1:1", "default")
     control = ControlState(Settings(), cost_model.Coefficients(), 1.0, 1.0)
     keeping.restore(control, 1.0)
-    assert caplog.messages == [], "no file is nothing to tell"
+    assert caplog.messages == [], "no file is nothing to log"
     for content in ("{", "[]", '"' + "x" * MAX_STATE_BYTES + '"', "\x00"):
         caplog.clear()
         (tmp_path / STATE_FILE).write_text(content)
         keeping.restore(control, 1.0)
-        assert [r.levelno for r in caplog.records] == [logging.WARNING] and "ignored" in caplog.text
-    assert control.progress.learned.first_tokens == 0
+        assert [r.levelno for r in caplog.records] == [logging.WARNING] and "ignoring saved state" in caplog.text
+    assert control.health.progress.learned.first_tokens == 0
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -249,7 +249,9 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         keeping.write(saved_state.dump(kept(), 100.0))
         control = ControlState(Settings(), cost_model.Coefficients(), 101.0, 101.0)
         keeping.restore(control, 101.0)
-    assert control.keep() == replace(kept(), stalled=False, canary_seconds=(0.2, 0.3), allowed=control.evidence.allowed)
+    assert control.save() == replace(
+        kept(), stalled=False, canary_seconds=(0.2, 0.3), allowed=control.health.evidence.allowed
+    )
     assert [p.name for p in tmp_path.iterdir()] == [STATE_FILE]
 
 
@@ -264,7 +266,7 @@ def test_no_password_of_an_address_is_written(tmp_path: Path) -> None:
 
 
 def test_listening_sockets_tell_processes_apart() -> None:
-    """The inode of a socket that listens on the port, also by IPv6; nothing for another machine, or a port that is closed."""
+    """The inode of a socket that listens on the port, also by IPv6; none for another machine or a closed port."""
     with socket.create_server(("127.0.0.1", 0)) as one:
         port = one.getsockname()[1]
         assert listening_inodes(f"http://127.0.0.1:{port}") == (os.fstat(one.fileno()).st_ino,)
@@ -276,9 +278,9 @@ def test_listening_sockets_tell_processes_apart() -> None:
     assert read_boot_id() == read_boot_id() != ""
 
 
-def test_an_operators_word_is_heard_once(tmp_path: Path) -> None:
+def test_an_operators_resume_counts_once(tmp_path: Path) -> None:
     """The file `resume` is taken away when it was seen."""
     keeping = StateStore(StateDir(str(tmp_path)), "http://127.0.0.1:1", "default")
-    assert not keeping.resumed()
+    assert not keeping.take_resume()
     (tmp_path / RESUME).touch()
-    assert keeping.resumed() and not keeping.resumed()
+    assert keeping.take_resume() and not keeping.take_resume()

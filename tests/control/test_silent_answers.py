@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from sidecar.control.state import TICK_S
 from sidecar.events import AbortRequests, Delivered, FirstToken, Settled
-from sidecar.health.latency_model import LEAST_TOKEN, LatencyModel
+from sidecar.health.latency_model import MIN_TOKEN_S, LatencyModel
+from sidecar.health.monitor import TICK_S
 from sidecar.readings import EngineSample
 
 from .judged_pod import Pod
@@ -54,19 +54,19 @@ def test_answers_in_one_piece_teach_no_patience_with_streams() -> None:
 def test_a_stream_that_came_at_once_teaches_no_time_per_token() -> None:
     """6000 tokens were withheld and came within 0.2 s: they did not take 30 us each."""
     pod = Pod()
-    before = pod.control.progress.learned.token_seconds
+    before = pod.control.health.progress.learned.token_seconds
     id = pod.admit()
     pod.tick(10)
     pod.control.on_event(0, FirstToken(id, pod.now - 0.2))
     pod.control.on_event(0, Delivered(id, pod.now, 6000, 24_000))
     pod.settle(id, 6000, pod.now - 0.2)
-    assert pod.control.progress.learned.token_seconds == before
+    assert pod.control.health.progress.learned.token_seconds == before
 
 
 def test_tokens_that_never_came_do_not_shorten_the_time_of_those_that_did() -> None:
     """Hidden thoughts count in the usage, not among what was seen: 49 tokens in 1.96 s are 40 ms each."""
     pod = Pod()
-    learned = pod.control.progress.learned
+    learned = pod.control.health.progress.learned
     learned.token_seconds = 0.08
     id = pod.admit()
     pod.tick(60)
@@ -81,9 +81,9 @@ def test_tokens_that_never_came_do_not_shorten_the_time_of_those_that_did() -> N
 def test_the_time_per_token_has_a_floor() -> None:
     """Whatever is reported, it is never learned to be less than any hardware needs."""
     learned = LatencyModel()
-    for seconds in (0.0, 1e-6, LEAST_TOKEN, 1e-9) * 1000:
+    for seconds in (0.0, 1e-6, MIN_TOKEN_S, 1e-9) * 1000:
         learned.token_time(seconds)
-    assert learned.token_seconds == pytest.approx(2 * LEAST_TOKEN)
+    assert learned.token_seconds == pytest.approx(2 * MIN_TOKEN_S)
 
 
 def works(pod: Pod, running: int, speed: float, canaries: str = "starved") -> None:
@@ -175,7 +175,7 @@ def test_answers_in_one_piece_of_an_engine_without_counters_have_what_their_clie
 def test_what_is_generated_while_a_canary_waits_is_not_the_canarys() -> None:
     """It came just before a tool call took the only slot, and waits for 200 s: the counter moves for the user."""
     pod = Pod()
-    pod.control.progress.learned.first_tokens = 0  # unlearned: the canary is given as long as the silence
+    pod.control.health.progress.learned.first_tokens = 0  # unlearned: the canary is given as long as the silence
     pod.watch()
     pod.canaries = "starved"
     while pod.sent is None:

@@ -1,11 +1,12 @@
-"""The control object as a whole: what facts, pages and orders make of the verdict, and what it asks of relays."""
+"""The control object as a whole: what events, pages and orders make of the verdict, and what it asks of relays."""
 
 from __future__ import annotations
 
 import pytest
 
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import AbortRequests, Settled
+from sidecar.health.monitor import TICK_S, TickReadings
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -22,8 +23,8 @@ def test_a_stuck_stream_is_ended_through_its_own_relay_while_the_verdict_stays()
     assert pod.state == "progressing"
 
 
-def test_a_prompt_larger_than_the_cache_is_ended_before_anybody_is_suspected() -> None:
-    """The page says that nothing runs and requests wait; the head can never enter."""
+def test_a_prompt_larger_than_the_cache_is_ended_before_anything_is_suspected() -> None:
+    """The page shows that nothing runs and requests wait; the head can never enter."""
     pod = Pod()
     pod.page = EngineSample(running=0, waiting=2, kv_usage=0.0, kv_capacity_tokens=100_000)
     big = pod.admit(200_000)
@@ -37,7 +38,7 @@ def test_a_prompt_larger_than_the_cache_is_ended_before_anybody_is_suspected() -
 
 
 @pytest.mark.parametrize("what", ["engine_sleeping", "engine_paused", "weight_update", "engine_profiling"])
-def test_an_order_that_stops_the_engine_exempts_its_silence_and_the_silence_starts_anew_after_it(what: str) -> None:
+def test_an_order_that_stops_the_engine_exempts_its_silence_and_the_silence_starts_again_after_it(what: str) -> None:
     """As long as it holds nothing is judged, whatever canaries would say; once it is off, a full window begins."""
     pod = Pod()
     pod.decoding()
@@ -52,7 +53,7 @@ def test_an_order_that_stops_the_engine_exempts_its_silence_and_the_silence_star
 
 
 def test_an_order_whose_end_was_lost_exempts_no_longer_than_the_cap() -> None:
-    """A relay that died with the `off` must not hide a hang for ever."""
+    """A relay that died with the `off` must not hide a hang forever."""
     pod = Pod()
     pod.decoding()
     pod.direct("engine_paused", True)
@@ -62,8 +63,8 @@ def test_an_order_whose_end_was_lost_exempts_no_longer_than_the_cap() -> None:
     pod.until("stalled", 60)
 
 
-def test_tokens_that_flow_beside_an_order_are_progress() -> None:
-    """A profiler runs beside work: readiness stays while tokens come."""
+def test_tokens_that_flow_next_to_an_order_are_progress() -> None:
+    """A profiler runs next to work: readiness stays while tokens come."""
     pod = Pod()
     id = pod.decoding()
     pod.direct("engine_profiling", True)
@@ -169,7 +170,7 @@ def test_a_call_to_an_engine_that_is_thought_to_hang_averts_nothing() -> None:
 
 
 def test_a_call_is_over_when_its_relay_dies() -> None:
-    """No one else would say so; a new silence begins, because deliveries were lost with it."""
+    """No one else would report it; a new silence begins, because deliveries were lost with it."""
     pod = silent()
     pod.call(True)
     pod.tick(60)
@@ -181,18 +182,18 @@ def test_a_call_is_over_when_its_relay_dies() -> None:
 def test_a_start_up_without_any_sign_is_named_once_the_cap_has_passed() -> None:
     """Its state stays `starting`, its reason changes, and that is news."""
     control = ControlState(Settings(engine="http://engine"), Coefficients(), 1000.0, WALL)
-    now, told = 1000.0, []
+    now, reported = 1000.0, []
     while now < 2000.0:
         now += TICK_S
         readings = TickReadings(NOTHING, NOTHING, NOTHING, (), None, "vllm")
         control.tick(readings, now, WALL + now - 1000.0)
-        if control.news:
-            told.append((now - 1000.0, control.verdict.state, control.verdict.reason))
-    assert told == [(900.0, "starting", "startup_stuck")]
+        if control.health.has_changed:
+            reported.append((now - 1000.0, control.health.verdict.state, control.health.verdict.reason))
+    assert reported == [(900.0, "starting", "startup_stuck")]
 
 
 def test_an_xid_seen_with_the_silence_names_it() -> None:
-    """The driver's report says more than the silence does."""
+    """The driver's report explains more than the silence."""
 
     def gpu(count: int) -> Reading[tuple[GpuSample, ...]]:
         sample = GpuSample(0, "GPU", "u", NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, ((31, count),))
@@ -217,7 +218,7 @@ def test_an_api_that_answers_nothing_has_its_patience_once_and_its_own_reason() 
 
 
 def test_what_is_left_of_our_own_work_is_judged_by_canaries_like_an_idle_engine() -> None:
-    """A client hung up and the engine wedged: its gauge stays at 1, and nobody else ever used it."""
+    """A client hung up and the engine wedged: its gauge stays at 1, and no one else ever used it."""
     pod = Pod()
     pod.tick(60)
     pod.page = EngineSample(running=0, waiting=0, generation_tokens=5)
@@ -230,31 +231,31 @@ def test_what_is_left_of_our_own_work_is_judged_by_canaries_like_an_idle_engine(
     assert pod.until("stalled") <= 32
 
 
-def test_every_verdict_says_which_term_ruled_and_why_in_one_line() -> None:
+def test_every_verdict_names_the_term_that_ruled_and_explains_itself_in_one_line() -> None:
     """The evidence names the term; the detail is one line in words."""
     pod = Pod()
     pod.decoding()
     pod.canaries = "starved"
     pod.until("stalled")
-    assert pod.control.verdict.evidence["ruled_by"] == "floor"
-    assert "without progress" in pod.control.verdict.detail and "\n" not in pod.control.verdict.detail
+    assert pod.control.health.verdict.evidence["ruled_by"] == "floor"
+    assert "without progress" in pod.control.health.verdict.detail and "\n" not in pod.control.health.verdict.detail
 
 
 def test_the_model_that_users_were_served_with_last_is_known_until_the_engine_is_another_process() -> None:
     """A refused one does not count; what a new process has loaded is not known."""
     pod = Pod()
-    assert pod.control.used == ""
+    assert pod.control.health.used_model == ""
     for model, outcome in (("a", "ok"), ("b", "rejected")):
         id = pod.admit(model=model)
         end = Settled(id, pod.now, outcome, 200, None, 1, 4, None, pod.now, 0.0)  # type: ignore[arg-type]
         pod.control.on_event(0, end)
-        assert pod.control.used == "a"
+        assert pod.control.health.used_model == "a"
     pod.page = EngineSample(generation_tokens=5)
     pod.tick(2)
     pod.watch()
     pod.page = EngineSample(generation_tokens=0)
     pod.tick(1)
-    assert "starting" in pod.states and pod.control.used == ""
+    assert "starting" in pod.states and pod.control.health.used_model == ""
 
 
 def test_an_engine_without_a_loaded_model_is_unknown_and_in_service() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from sidecar.control.canary_stats import BASE
+from sidecar.health.garbage import MIN_CANARIES
 from sidecar.tools.scripted_engine.server import ScriptedEngine
 
 from .scene import Scene, Setting
@@ -140,7 +140,7 @@ async def slowly(s: Scene) -> None:
 
 async def gibberish(s: Scene) -> None:
     """Idle, so that canaries are sent; then every token is garbage."""
-    await s.sidecar.until(lambda seen: seen["canaries"]["passed"] > BASE)  # of a sound engine, for comparison
+    await s.sidecar.until(lambda seen: seen["canaries"]["passed"] > MIN_CANARIES)  # of a sound engine, for comparison
     s.fault("gibberish")
 
 

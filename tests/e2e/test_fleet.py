@@ -57,7 +57,9 @@ async def test_two_restarts_that_do_not_help_hand_the_engine_over(start: Any) ->
         changes = (await sidecar.get("/verdicts"))[1]["verdicts"]
         assert changes[0]["reason"] == "restart_useless" and changes[0]["evidence"]["cause"]
         await sidecar.until_metrics('sidecar_handover{reason="restart_useless"} 1.0', "sidecar_kills_total 2.0")
-        assert [line for line in sidecar.log if "handed over (restart_useless)" in line and "resume" in line]
+        assert [
+            line for line in sidecar.log if "escalated to an operator (restart_useless)" in line and "resume" in line
+        ]
         (sidecar.state / "resume").touch()
         await sidecar.until(lambda s: s["kills"] == 3 and not s["handover"])
         assert (await sidecar.get("/livez"))[0] == 503
@@ -80,7 +82,7 @@ async def test_a_restarted_sidecar_knows_what_it_had_learned(
     assert (await again.get("/startupz"))[0] == 200
     snapshot = await again.until_verdict("idle")
     assert snapshot["verdict"]["evidence"]["learned"]
-    assert any("the same engine process is there" in line for line in again.log)
+    assert any("the engine process is the same" in line for line in again.log)
     states = [v["verdict"] for v in (await again.get("/verdicts"))[1]["verdicts"]]
     assert set(states) <= {"idle", "unknown", "progressing"}, states
 

@@ -11,9 +11,20 @@ from sidecar.health.progress import Evidence, SilenceLimits
 
 LIMITS = SilenceLimits()
 IDLE = Evidence(
-    now=100.0, outstanding=0, waiting=0, engine_busy=False, progress_at=None, progress_kind="none", age=None, steps_age=None,
-    prefill_age=None, allowed=12.0, ruled_by="floor", predicted=0.0, learned=True,
-)  # fmt: skip
+    now=100.0,
+    outstanding=0,
+    waiting=0,
+    engine_busy=False,
+    progress_at=None,
+    progress_kind="none",
+    age=None,
+    steps_age=None,
+    prefill_age=None,
+    allowed=12.0,
+    ruled_by="floor",
+    predicted=0.0,
+    learned=True,
+)
 KNOWN = [0.1, 0.2, 0.1]
 
 

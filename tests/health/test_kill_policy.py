@@ -24,16 +24,16 @@ from sidecar.health.kill_policy import (
 from sidecar.readings import Absent, GpuSample, Value
 from sidecar.settings import Settings
 
-RULES = KillLimits(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2)
+LIMITS = KillLimits(interval=300, interval_cap=3600, jitter=0, recovery=600, healthy=3600, useless=2)
 
 
 @dataclass
 class Story:
     """An engine's life under the policy; `kills` are the times at which liveness began to fail."""
 
-    rules: KillLimits = RULES
+    limits: KillLimits = LIMITS
     now: float = 1000.0
-    memory: KillState = field(default_factory=KillState)
+    state: KillState = field(default_factory=KillState)
     hold: KillHold | None = None
     kills: list[float] = field(default_factory=list)
 
@@ -41,9 +41,10 @@ class Story:
         """Spend `seconds` in a state, in steps; the reason that holds at the end."""
         end = self.now + seconds
         while self.now < end:
-            before = self.memory.kills_total
-            self.memory, self.hold = decide(self.memory, replace(self._inputs(state), **inputs), self.rules)  # type: ignore[arg-type]
-            if self.memory.kills_total > before:
+            before = self.state.kills_total
+            tick = replace(self._inputs(state), **inputs)  # type: ignore[arg-type]
+            self.state, self.hold = decide(self.state, tick, self.limits)
+            if self.state.kills_total > before:
                 self.kills.append(self.now)
             self.now += min(0.5 if seconds < 60 else 5.0, end - self.now)
         return self.hold.reason if self.hold else ""
@@ -71,11 +72,11 @@ def test_the_first_stall_is_killed_at_once() -> None:
 )
 def test_the_interval_doubles_up_to_its_cap(kills: int, seconds: float) -> None:
     """5 minutes after the first kill, then 10, 20, 40, 60."""
-    assert interval(kills, RULES) == seconds
+    assert interval(kills, LIMITS) == seconds
 
 
 def test_the_settings_bound_interval_and_restarts() -> None:
-    """What is no setting has its constant; an interval of over an hour is its own cap, and the jitter is the pod's own share."""
+    """What is no setting has its constant; an interval over an hour is its own cap; the jitter depends on the name."""
     engine = "http://engine"
     assert kill_limits(Settings(engine=engine), "") == KillLimits()
     slow = kill_limits(Settings(engine=engine, kill_interval=7200, useless_restarts=0), "llm-1")
@@ -85,7 +86,7 @@ def test_the_settings_bound_interval_and_restarts() -> None:
 
 def test_a_stall_soon_after_a_kill_waits_for_the_interval() -> None:
     """The verdict stays, liveness passes until the interval is over, and an operator can read how long that takes."""
-    story = Story(replace(RULES, useless=0))
+    story = Story(replace(LIMITS, useless=0))
     story.be("stalled")
     story.restart(served=20)
     assert story.be("stalled") == "kill_interval"
@@ -124,22 +125,22 @@ def test_a_restart_that_helped_for_a_while_is_not_useless() -> None:
     for _ in range(5):
         story.be("stalled", 4000)
         story.restart(served=900)
-    assert len(story.kills) == 5 and not story.memory.handover
+    assert len(story.kills) == 5 and not story.state.handover
 
 
 def test_one_restart_counts_once_even_if_the_engine_stalls_on_and_off() -> None:
-    """A stall that passes by itself says nothing more of the restart before it."""
+    """A stall that passes by itself proves nothing more about the restart before it."""
     story = Story()
     story.be("stalled")
     story.restart(served=10)
     for _ in range(5):
         story.be("stalled", 2)
         story.be("progressing", 2)
-    assert story.memory.useless == 1 and not story.memory.handover
+    assert story.state.useless == 1 and not story.state.handover
 
 
 def test_idle_without_a_token_proves_nothing() -> None:
-    """An engine that nobody asks after a restart of ours is idle, and may hang all the same: the order stands, the restart is open."""
+    """An idle engine after a restart of the sidecar may hang all the same: the kill stands, the restart is open."""
     story = Story()
     story.be("stalled")
     story.be("idle", 4000, proof=None)
@@ -177,9 +178,9 @@ def test_an_xid_that_a_restart_does_not_heal_hands_over(xid: int, reason: str) -
     assert late.be("stalled", xid=xid) == reason
 
 
-def test_the_gravest_reason_is_told() -> None:
+def test_the_gravest_reason_is_reported() -> None:
     """A GPU off the bus is more than one that needs a reset, and both are more than restarts that did not help."""
-    story = Story(memory=KillState(handover="restart_useless"))
+    story = Story(state=KillState(handover="restart_useless"))
     assert story.be("stalled", xid=119) == "gpu_needs_reset"
     assert story.be("stalled", xid=79) == "node_needs_reboot"
     assert story.be("stalled", xid=46) == "node_needs_reboot"
@@ -203,7 +204,7 @@ def test_dead_is_neither_held_nor_counted() -> None:
     assert story.kills == [] and story.be("stalled") == ""
     gone = Story()
     gone.be("dead", xid=79)
-    assert gone.hold is None and gone.memory.handover == "node_needs_reboot"
+    assert gone.hold is None and gone.state.handover == "node_needs_reboot"
 
 
 def test_jitter_spreads_replicas_that_stall_at_once() -> None:
@@ -211,7 +212,7 @@ def test_jitter_spreads_replicas_that_stall_at_once() -> None:
     shares = [share(f"llm-{n}") for n in range(100)]
     assert len({round(s, 3) for s in shares}) > 80 and all(0 <= s < 1 for s in shares)
     assert share("llm-1") == shares[1] and share("") == 0
-    story = Story(replace(RULES, jitter=8))
+    story = Story(replace(LIMITS, jitter=8))
     assert story.be("stalled", 7) == "kill_jitter" and story.be("stalled", 2) == ""
 
 
@@ -221,16 +222,16 @@ def gpu(index: int, *xids: tuple[int, int]) -> GpuSample:
 
 
 def test_only_new_xids_beyond_healing_count() -> None:
-    """Counts of the driver are compared from tick to tick; an XID of an application (13) is not looked at."""
-    it = KillPolicy(RULES)
-    it.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), 1.0)
-    assert it.memory.xid_at == 1.0 and it.memory.xid == 46
-    it.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), 2.0)
-    assert it.memory.xid_at == 1.0
-    it.tick("progressing", None, Value((gpu(0, (46, 1)), gpu(1, (79, 1), (46, 9))), at=2), 3.0)
-    assert it.memory.xid == 79
-    assert it.tick("stalled", None, Absent("lost"), 4.0) == it.hold
-    assert it.hold and it.hold.reason == "node_needs_reboot"
+    """Counts of the driver are compared from tick to tick; an XID of an application (13) is ignored."""
+    policy = KillPolicy(LIMITS)
+    policy.tick("progressing", None, Value((gpu(0, (13, 4), (46, 1)),), at=0), 1.0)
+    assert policy.state.xid_at == 1.0 and policy.state.xid == 46
+    policy.tick("progressing", None, Value((gpu(0, (13, 5), (46, 1)), gpu(1)), at=1), 2.0)
+    assert policy.state.xid_at == 1.0
+    policy.tick("progressing", None, Value((gpu(0, (46, 1)), gpu(1, (79, 1), (46, 9))), at=2), 3.0)
+    assert policy.state.xid == 79
+    policy.tick("stalled", None, Absent("lost"), 4.0)
+    assert policy.hold and policy.hold.reason == "node_needs_reboot"
 
 
 steps = st.lists(
@@ -247,9 +248,9 @@ steps = st.lists(
 @settings(max_examples=300)
 @given(steps=steps, jitter=st.sampled_from((0.0, 7.0)))
 def test_whatever_happens_the_promises_hold(steps: list[tuple[State, float, int, bool]], jitter: float) -> None:
-    """No two kills closer than the interval; only `stalled` is killed or held; a hand-over ends by an operator or a healthy hour
-    only, and nothing is killed under it."""
-    kill_limits, memory, now = replace(RULES, jitter=jitter), KillState(), 1000.0
+    """No two kills closer than the interval; only `stalled` is killed or held; a hand-over ends by an operator or a
+    healthy hour only, and nothing is killed under it."""
+    kill_limits, memory, now = replace(LIMITS, jitter=jitter), KillState(), 1000.0
     last_kill, forgotten, healthy_since = None, True, None
     for state, seconds, xid, resume in steps:
         before = memory

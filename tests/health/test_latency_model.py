@@ -22,9 +22,9 @@ def observed(
     r: random.Random, size: str, slowness: float, *, cached: float = 0.0, hiccups: float = 0.0
 ) -> tuple[float, float]:
     """One prefill: predicted seconds, and those that it took: 50 ms and some noise over slowness x predicted."""
-    said = terms(RequestSize(int(SIZES[size](r))), Coefficients()).before_first_token / 1000
-    took = 0.05 + slowness * said * (0.1 if r.random() < cached else 1.0) + r.expovariate(50)
-    return said, took + (r.uniform(1, 20) if r.random() < hiccups else 0.0)
+    predicted = terms(RequestSize(int(SIZES[size](r))), Coefficients()).before_first_token / 1000
+    took = 0.05 + slowness * predicted * (0.1 if r.random() < cached else 1.0) + r.expovariate(50)
+    return predicted, took + (r.uniform(1, 20) if r.random() < hiccups else 0.0)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -40,20 +40,20 @@ def test_a_machine_is_never_held_to_be_faster_than_it_is(size: str, slowness: fl
 
 @pytest.mark.parametrize("slowness", [1.0, 3.0, 20.0])
 def test_short_prefills_do_not_inflate_what_long_ones_show(slowness: float) -> None:
-    """Fixed overhead is told apart from slowness where sizes differ, hiccups or not."""
+    """Fixed overhead is distinguished from slowness where sizes differ, hiccups or not."""
     r = random.Random(7)
     found, overhead = fit_slowness([observed(r, "wide", slowness, hiccups=0.05) for _ in range(64)])
     assert found <= 1.6 * slowness
     assert overhead == pytest.approx(0.05, abs=0.05)
 
 
-def test_what_cannot_be_told_apart_is_held_to_be_slowness() -> None:
+def test_indistinguishable_overhead_counts_as_slowness() -> None:
     """Prompts of one size only: one second each may be overhead, and is taken for a slow machine."""
     found, overhead = fit_slowness([(0.1, 1.0)] * 20)
     assert (found, overhead) == (pytest.approx(10.0), 0.0)
 
 
-def test_the_law_is_made_anew_only_when_there_are_new_first_tokens() -> None:
+def test_the_model_is_fitted_again_only_when_there_are_new_first_tokens() -> None:
     """A tick without news costs nothing and changes nothing."""
     learned = LatencyModel()
     for _ in range(20):

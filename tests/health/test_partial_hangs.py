@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidecar.events import Admitted, Delivered, FirstToken, RequestBlocked, RequestSize, Settled
+from sidecar.events import Admitted, FirstToken, RequestBlocked, RequestSize, Settled
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import (
     MAX_ABORTS_PER_WINDOW,
@@ -19,7 +19,7 @@ from sidecar.readings import EngineSample, RankSample
 
 @dataclass
 class Engine:
-    """Parts beside a scripted engine; each `tick` is a second in which, unless `silent`, something progresses."""
+    """Parts next to a scripted engine; each `tick` is a second in which, unless `silent`, something progresses."""
 
     now: float = 1000.0
     parts: PartialHangDetector = field(default_factory=lambda: PartialHangDetector(SilenceLimits()))
@@ -32,20 +32,20 @@ class Engine:
     def admit(self, prefill: float = 0.1, output: int = 100) -> Key:
         self.requests += 1
         key = (0, str(self.requests))
-        fact = Admitted(key[1], self.now, "t", "m", "chat", True, RequestSize(1000, output=output), output, 1.0)
-        self.parts.book(key, fact, prefill, 0)
+        event = Admitted(key[1], self.now, "t", "m", "chat", True, RequestSize(1000, output=output), output, 1.0)
+        self.parts.table.admit(key, event, prefill, 0)
         return key
 
     def first(self, key: Key) -> None:
-        self.parts.book(key, FirstToken(key[1], self.now))
-        self.parts.book(key, Delivered(key[1], self.now, 1, 4))
+        self.parts.table.first_token(key, FirstToken(key[1], self.now))
+        self.deliver(key, tokens=1)
 
     def deliver(self, *keys: Key, tokens: int = 5) -> None:
         for key in keys:
-            self.parts.book(key, Delivered(key[1], self.now, tokens, 4))
+            self.parts.deliver(key, tokens, self.now)
 
     def settle(self, key: Key, tokens: int = 50) -> None:
-        self.parts.book(key, Settled(key[1], self.now, "ok", 200, None, tokens, 4, None, self.now, 0.0))
+        self.parts.settle(key, Settled(key[1], self.now, "ok", 200, None, tokens, 4, None, self.now, 0.0))
 
     def decoding(self, *, tokens: int = 5) -> Key:
         key = self.admit()
@@ -63,7 +63,7 @@ class Engine:
 
 
 def test_a_stream_that_is_silent_while_others_move_is_ended_once() -> None:
-    """Its own silence counts, not the engine's; nobody else is ended, and readiness stays."""
+    """Its own silence counts, not the engine's; no one else is ended, and readiness stays."""
     e = Engine()
     stuck, other = e.decoding(), e.decoding()
     e.tick(55, other)
@@ -73,8 +73,8 @@ def test_a_stream_that_is_silent_while_others_move_is_ended_once() -> None:
     assert e.finding is None
 
 
-def test_no_stream_is_stuck_while_the_whole_engine_is_silent_or_we_are_unwell() -> None:
-    """The clock of parts stands still in a silence of all, and while we are not to be trusted."""
+def test_no_stream_is_stuck_while_the_whole_engine_or_the_sidecar_hangs() -> None:
+    """The clock of parts stands still in a silence of all, and while the sidecar itself is unhealthy."""
     e = Engine()
     e.decoding(), e.decoding()
     e.tick(600, silent=True)
@@ -84,13 +84,13 @@ def test_no_stream_is_stuck_while_the_whole_engine_is_silent_or_we_are_unwell() 
 
 
 def test_a_client_that_does_not_read_keeps_its_own_answer_waiting() -> None:
-    """Backpressure is no silence of the engine; the count starts anew once it is over."""
+    """Backpressure is no silence of the engine; the count restarts once it is over."""
     e = Engine()
     slow, other = e.decoding(), e.decoding()
-    e.parts.book(slow, RequestBlocked(slow[1], e.now, True))
+    e.parts.table.block(slow, RequestBlocked(slow[1], e.now, True))
     e.tick(600, other)
     assert e.ended == []
-    e.parts.book(slow, RequestBlocked(slow[1], e.now, False))
+    e.parts.table.block(slow, RequestBlocked(slow[1], e.now, False))
     e.tick(50, other)
     assert e.ended == []
     e.tick(30, other)
@@ -186,7 +186,7 @@ def test_a_rank_with_work_that_generates_nothing_while_others_do_is_silent() -> 
     assert e.finding is not None and e.finding.reason == "rank_silent" and "rank 0" in e.finding.detail
     e.sample = None
     e.tick(1)
-    assert e.finding is None, "a page that cannot be read says nothing"
+    assert e.finding is None, "a page that cannot be read proves nothing"
 
 
 def test_a_long_prefill_explains_a_silent_rank() -> None:
@@ -213,17 +213,17 @@ def test_admission_that_stands_while_requests_end_is_a_finding() -> None:
 
 
 def test_a_prompt_that_never_fits_is_named_once_while_the_queue_stands() -> None:
-    """Only while the page says that nothing runs, requests wait, and the engine has been silent for a while."""
+    """Only while the page shows that nothing runs, requests wait, and the engine has been silent for a while."""
     e = Engine()
     full = EngineSample(running=0, waiting=2, kv_capacity_tokens=900)
-    assert e.parts.oversized(full, 20.0) is None
+    assert e.parts.oversized_prompt.find(full, 20.0) is None
     e.requests = 6
     key = e.admit()  # 1000 tokens
-    assert e.parts.oversized(EngineSample(running=1, waiting=2, kv_capacity_tokens=900), 20.0) is None
-    assert e.parts.oversized(EngineSample(running=0, waiting=2, kv_capacity_tokens=2000), 20.0) is None
-    assert e.parts.oversized(full, 2.0) is None
-    assert e.parts.oversized(full, 20.0) == key
-    assert e.parts.oversized(full, 20.0) is None
+    assert e.parts.oversized_prompt.find(EngineSample(running=1, waiting=2, kv_capacity_tokens=900), 20.0) is None
+    assert e.parts.oversized_prompt.find(EngineSample(running=0, waiting=2, kv_capacity_tokens=2000), 20.0) is None
+    assert e.parts.oversized_prompt.find(full, 2.0) is None
+    assert e.parts.oversized_prompt.find(full, 20.0) == key
+    assert e.parts.oversized_prompt.find(full, 20.0) is None
 
 
 def test_a_restarted_engine_starts_without_findings() -> None:
@@ -234,7 +234,7 @@ def test_a_restarted_engine_starts_without_findings() -> None:
     other = e.decoding()
     e.tick(90, other)
     assert e.finding is not None
-    e.parts.restart()
+    e.parts.reset()
     e.tick(1, other)
     assert e.finding is None
 
@@ -243,10 +243,10 @@ def test_a_request_that_waited_in_the_relay_is_new_when_it_is_sent_on() -> None:
     """Those that were served while it waited did not overtake it in the engine, and it has not waited there."""
     e = Engine()
     waiting, other = e.admit(), e.decoding()
-    e.parts.book(waiting, RequestBlocked(waiting[1], e.now, True))
+    e.parts.table.block(waiting, RequestBlocked(waiting[1], e.now, True))
     for _ in range(30):
         e.settle(e.decoding())
         e.tick(10, other)
-    e.parts.book(waiting, RequestBlocked(waiting[1], e.now, False))
+    e.parts.table.block(waiting, RequestBlocked(waiting[1], e.now, False))
     e.tick(100, other)
     assert (e.ended, e.finding) == ([], None)

@@ -33,7 +33,7 @@ def test_each_verdict_fails_the_probes_of_the_contract_and_no_other(state: State
     assert not probes.passes("ready", stand(state, draining=True))
 
 
-def test_the_state_directory_says_what_the_endpoints_say(tmp_path: Path) -> None:
+def test_the_state_directory_answers_like_the_endpoints(tmp_path: Path) -> None:
     """verdict.json carries the body and each probe's answer; `stalled` exists only while liveness fails."""
     state = StateDir(str(tmp_path / "deep" / "state"))
     state.write(stand("stalled"), time.time())

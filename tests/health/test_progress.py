@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.events import RequestSize
 from sidecar.health.latency_model import UNKNOWN_SLOWNESS
-from sidecar.health.progress import GAP_MARGIN, LEARNED_AFTER, Progress, SilenceLimits, limits_of, restarted
+from sidecar.health.progress import GAP_MARGIN, LEARNED_FIRST_TOKENS, Progress, SilenceLimits, restarted, silence_limits
 from sidecar.load import cost_model
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -36,7 +36,7 @@ def item(at: float, tokens: int = 100, *, first: float | None = None, whole: int
 
 def learned() -> Progress:
     p = Progress(LIMITS)
-    p.learned.first_tokens = p.learned.fitted_at = LEARNED_AFTER
+    p.learned.first_tokens = p.learned.fitted_at = LEARNED_FIRST_TOKENS
     p.learned.slowness = 1.0
     return p
 
@@ -49,7 +49,7 @@ def test_silence_runs_from_the_first_outstanding_request_or_the_last_progress() 
     p.delivered(1004.0)
     assert p.evidence([item(1000.0)], 1005.0).age == 1.0
     assert p.evidence([], 1006.0).age is None
-    assert p.evidence([item(1050.0)], 1051.0).age == 1.0, "silence before the request is nobody's"
+    assert p.evidence([item(1050.0)], 1051.0).age == 1.0, "silence before the request is no one's"
 
 
 def test_counters_that_move_are_progress_and_steps_alone_are_not() -> None:
@@ -79,7 +79,7 @@ def test_our_own_canary_moves_counters_and_proves_nothing_of_the_users_work() ->
 
 
 def test_work_that_came_around_the_relay_is_judged_with_unlearned_patience() -> None:
-    """Gauges that show work without ours: its size is unknown, so patience is long."""
+    """Gauges that show work without the relay's: its size is unknown, so patience is long."""
     p = learned()
     p.engine(EngineSample(running=0, generation_tokens=1), 9.0)
     p.engine(EngineSample(running=2, generation_tokens=1), 10.0)
@@ -88,8 +88,8 @@ def test_work_that_came_around_the_relay_is_judged_with_unlearned_patience() -> 
     assert e.engine_busy and e.age is not None and e.allowed == LIMITS.unlearned
 
 
-def test_a_gauge_that_only_stays_up_after_our_own_work_is_nobodys_work() -> None:
-    """An abort can wedge an engine: where no other way to it was ever seen, that is an idle engine, and canaries judge it."""
+def test_a_gauge_that_only_stays_up_after_the_relays_work_is_no_foreign_work() -> None:
+    """An abort can wedge an engine: unless foreign work was ever seen, that is an idle engine, judged by canaries."""
     p = learned()
     p.engine(EngineSample(running=0, generation_tokens=1), 9.0)
     p.evidence([item(9.5)], 9.5)
@@ -102,7 +102,7 @@ def test_a_gauge_that_only_stays_up_after_our_own_work_is_nobodys_work() -> None
 
 
 def test_more_requests_than_the_relay_has_are_somebody_elses() -> None:
-    """While the counters move, gauges over the relay's own count show another way to the engine, even if it never was idle."""
+    """While the counters move, gauges over the relay's own count show foreign work, and patience is long."""
     p = learned()
     for n in range(20):
         p.evidence([item(0.0)], float(n))
@@ -129,7 +129,7 @@ def test_allowed_silence_follows_the_prefill_that_is_outstanding() -> None:
 
 
 def test_later_arrivals_do_not_excuse_an_older_silence() -> None:
-    """A flood behind a hang would otherwise postpone its detection for ever."""
+    """A flood behind a hang would otherwise postpone its detection forever."""
     p = learned()
     first = item(0.0, 100)
     p.evidence([first], 0.0)
@@ -146,11 +146,11 @@ def test_a_request_that_does_not_stream_may_be_silent_for_its_whole_answer() -> 
 
 
 def test_patience_is_long_until_the_engine_is_known() -> None:
-    """Before LEARNED_AFTER first tokens the unlearned floor rules, and the machine may be far slower than the coefficients."""
+    """Before LEARNED_FIRST_TOKENS the unlearned floor rules, and the machine may be much slower than predicted."""
     p = Progress(LIMITS)
     assert p.evidence([item(0.0)], 1.0).allowed == 60.0
     assert p.evidence([item(0.0, 100_000)], 1.0).allowed == pytest.approx(3 * UNKNOWN_SLOWNESS * prefill(100_000))
-    for n in range(LEARNED_AFTER):
+    for n in range(LEARNED_FIRST_TOKENS):
         p.admitted((0, str(n)), 0.01, float(n))
         p.first_token((0, str(n)), n + 0.01)
     assert p.evidence([item(30.0)], 31.0).allowed == 8.0
@@ -190,7 +190,7 @@ def serve(p: Progress, n: int, tokens: int, seconds: float) -> None:
 
 
 def test_a_slow_machine_is_learned_from_its_first_tokens_and_not_forgotten_while_idle() -> None:
-    """What takes longer than the cost model said, time and again, scales what it says next, even hours later."""
+    """Prefills that take longer than predicted, time and again, scale the next predictions, even hours later."""
     p = learned()
     for n in range(20):
         serve(p, n, 3500, 30.0)
@@ -209,7 +209,7 @@ def test_one_hiccup_does_not_lengthen_every_later_patience() -> None:
 
 
 def test_a_gap_fades_with_the_time_of_work_only() -> None:
-    """An idle hour says nothing about how long this engine's silences are."""
+    """An idle hour teaches nothing about how long this engine's silences are."""
     p = learned()
     p.evidence([item(0.0)], 0.0)
     p.evidence([item(0.0)], 20.0)
@@ -240,14 +240,14 @@ def test_own_lag_lengthens_patience_and_a_rebaseline_forgets_silence() -> None:
 def test_another_start_time_or_a_fallen_counter_is_a_restart(
     before: EngineSample, after: EngineSample, expected: bool
 ) -> None:
-    """Counters only fall when the process is new; a missing one says nothing."""
+    """Counters only fall when the process is new; a missing one proves nothing."""
     assert restarted(before, after) is expected
 
 
 def test_the_bounds_follow_from_floor_and_cap() -> None:
     """The defaults are those of the product; a short cap shortens what the unknown may take, a low floor does not."""
     engine = "http://engine"
-    assert limits_of(Settings(engine=engine)) == SilenceLimits()
-    assert limits_of(Settings(engine=engine, silence_floor=5, silence_cap=300)) == SilenceLimits(floor=5, cap=300)
-    short = limits_of(Settings(engine=engine, silence_cap=30))
+    assert silence_limits(Settings(engine=engine)) == SilenceLimits()
+    assert silence_limits(Settings(engine=engine, silence_floor=5, silence_cap=300)) == SilenceLimits(floor=5, cap=300)
+    short = silence_limits(Settings(engine=engine, silence_cap=30))
     assert (short.unlearned, short.blocked, short.margin) == (6.0, 10.0, 3.0)

@@ -39,13 +39,13 @@ def test_every_cause_has_words_for_an_operator() -> None:
     assert {code for code, _, _ in CAUSES} <= set(REASON_TEXTS)
 
 
-def test_xids_from_before_we_looked_explain_nothing() -> None:
-    """The driver's count at our start is history; a rise is news."""
+def test_xids_from_before_the_start_explain_nothing() -> None:
+    """The driver's count at the start is history; a rise is news."""
     watch = ClueHistory()
-    watch.see(1.0, False, 3)
-    watch.see(2.0, False, None)
+    watch.record(1.0, False, 3)
+    watch.record(2.0, False, None)
     assert watch.xid_age(5.0) is None
-    watch.see(6.0, True, 4)
+    watch.record(6.0, True, 4)
     assert (watch.xid_age(8.0), watch.unanswered(8.0)) == (2.0, 2.0)
-    watch.see(9.0, False, 4)
+    watch.record(9.0, False, 4)
     assert watch.unanswered(10.0) == 0.0

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sidecar.events import Admitted, Delivered, FirstToken, RequestSize
+from sidecar.events import Admitted, FirstToken, RequestSize
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHangDetector
 from sidecar.health.progress import Key, SilenceLimits
@@ -17,7 +17,7 @@ FLUSH = 0.2  # seconds between a relay's reports
 
 
 class Batch:
-    """Streams of one engine next to Parts: each reported at moments of its own, and a page that is seen later."""
+    """Streams of one engine next to the detector: each is reported at its own moments, the page is seen later."""
 
     def __init__(self, others: int, tokens: float, seed: int) -> None:
         self.random = random.Random(seed)
@@ -29,10 +29,9 @@ class Batch:
         self.ended: list[Key] = []
 
     def begin(self, id: str) -> Key:
-        self.parts.book(
-            (0, id), Admitted(id, self.now, "t", "m", "chat", True, RequestSize(100, output=100), None, 1.0), 0.1, 0
-        )
-        self.parts.book((0, id), FirstToken(id, self.now))
+        event = Admitted(id, self.now, "t", "m", "chat", True, RequestSize(100, output=100), None, 1.0)
+        self.parts.table.admit((0, id), event, 0.1, 0)
+        self.parts.table.first_token((0, id), FirstToken(id, self.now))
         return (0, id)
 
     def run(self, seconds: float, hidden: int = 0, stuck: int = 0) -> None:
@@ -40,7 +39,7 @@ class Batch:
         for n in range(round(seconds / FLUSH)):
             due = sorted((self.now + FLUSH * self.random.random(), key) for key in self.others)
             for at, key in due:
-                self.parts.book(key, Delivered(key[1], at, round(RATE * FLUSH / self.tokens), 4))
+                self.parts.deliver(key, round(RATE * FLUSH / self.tokens), at)
             self.now += FLUSH
             self.generated += RATE * FLUSH * (len(self.others) + hidden)
             running = len(self.others) + hidden + stuck
@@ -55,7 +54,7 @@ class Batch:
             self.scrape = (self.now, sample)
             self.due = self.now + 1.0 + 0.3 * self.random.random()
         elif self.scrape is not None and self.now >= self.scrape[0] + 0.4:
-            self.parts.read(self.scrape[1], self.scrape[0], canary=False)
+            self.parts.table.read(self.scrape[1], self.scrape[0], canary=False)
             self.scrape = None
 
 

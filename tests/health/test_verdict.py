@@ -13,13 +13,13 @@ from sidecar.health.verdict import (
     STUCK_CYCLES,
     TABLE,
     VerdictState,
-    canary_due,
+    is_canary_due,
 )
 
 from .verdict_world import World, evidence
 
 
-def test_the_table_has_a_row_for_every_condition_and_every_row_ends_in_a_state() -> None:
+def test_the_table_has_a_row_forevery_condition_and_every_row_ends_in_a_state() -> None:
     """Every condition has a row; every row covers all states or holds them; every state named exists."""
     assert [name for name, _, _ in CONDITIONS] == list(TABLE)
     for row in TABLE.values():
@@ -142,7 +142,7 @@ def test_a_passing_canary_never_lets_a_kill_happen_but_withdraws_readiness_when_
 
 
 def test_a_refused_port_is_death_and_then_a_new_start() -> None:
-    """Refusal for the grace time is dead; connections again are a start, and start-up is to be proven anew."""
+    """Refusal for the grace time is dead; connections again are a start, and start-up is to be proven again."""
     w = World().started()
     w.refused_since = w.now
     w.wait(REFUSED_GRACE_S - 1)
@@ -163,7 +163,7 @@ def test_an_old_canary_does_not_prove_a_new_engine() -> None:
     assert w.wait(10).state == "starting"
 
 
-def test_death_is_not_held_for_ever() -> None:
+def test_death_is_not_held_forever() -> None:
     """A dead engine that is loading for minutes after its restart must not be killed again."""
     w = World().started()
     w.refused_since = w.now
@@ -173,7 +173,7 @@ def test_death_is_not_held_for_ever() -> None:
 
 
 def test_a_stalled_engine_that_is_restarted_is_starting_not_dead() -> None:
-    """The restart that we asked for closes the port; that is no new death."""
+    """The restart that was requested closes the port; that is no new death."""
     w = World().started()
     w.work_since = w.progress_at = w.now
     w.wait(10)
@@ -201,7 +201,7 @@ def test_canaries_that_prove_nothing_kill_nothing(outcome: str) -> None:
 
 
 def test_an_engine_that_takes_no_canary_is_unknown_and_passes_start_up() -> None:
-    """An embedding model answers 4xx to every canary: start-up must not wait for a token for ever."""
+    """An embedding model answers 4xx to every canary: start-up must not wait for a token forever."""
     w = World()
     for _ in range(REJECTED_STARTS):
         w.canary_ends("rejected")
@@ -211,7 +211,7 @@ def test_an_engine_that_takes_no_canary_is_unknown_and_passes_start_up() -> None
 
 
 def test_exempt_and_withheld_take_precedence_over_silence() -> None:
-    """A sleeping engine and our own pause both hold a verdict back."""
+    """A sleeping engine and own pause both hold a verdict back."""
     w = World().started()
     w.work_since = w.progress_at = w.now
     w.wait(10)
@@ -224,14 +224,14 @@ def test_canaries_are_sent_when_starting_idle_suspect_or_stalled_and_never_to_a_
     """A canary adds load, so a working engine gets none."""
     for state in STATES:
         m = VerdictState(state=state, since=50.0)
-        busy = canary_due(m, evidence(100.0, age=1.0), 60.0, 10.0)
+        busy = is_canary_due(m, evidence(100.0, age=1.0), 60.0, 10.0)
         assert busy == (state in ("starting", "suspect", "stalled", "dead")), state
     idle = VerdictState(state="idle", since=50.0)
-    assert canary_due(idle, evidence(100.0), 90.0, 10.0)
-    assert not canary_due(idle, evidence(100.0), 90.5, 10.0)
-    assert not canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
+    assert is_canary_due(idle, evidence(100.0), 90.0, 10.0)
+    assert not is_canary_due(idle, evidence(100.0), 90.5, 10.0)
+    assert not is_canary_due(idle, evidence(100.0, at=95.0), 60.0, 10.0), "fresh progress is as good as a canary"
     suspect = VerdictState(state="suspect", since=99.9)
-    assert canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
+    assert is_canary_due(suspect, evidence(100.0), 99.8, 10.0), "the confirming canary does not wait"
 
 
 def test_a_start_up_without_a_sign_of_progress_is_named_and_stays_the_startup_probes() -> None:

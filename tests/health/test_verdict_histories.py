@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.health.partial_hangs import PartialHang
-from sidecar.health.verdict import PART_HOLD_S, canary_due
+from sidecar.health.verdict import PART_HOLD_S, is_canary_due
 
 from .verdict_world import ALLOWED, World, evidence
 
@@ -25,8 +25,8 @@ steps = st.lists(
 
 @given(steps)
 def test_stalled_needs_silence_and_a_failed_canary_since_suspicion(script: list[tuple[str, int]]) -> None:
-    """In any history: stalled is entered only from suspect, never within the allowed silence of outstanding work, and only by a
-    canary that was sent after suspicion began and failed or starved."""
+    """In any history: stalled is entered only from suspect, never within the allowed silence of outstanding work, and
+    only by a canary that was sent after suspicion began and failed or starved."""
     w = World().started()
     for action, ticks in script:
         _act(w, action)
@@ -82,14 +82,14 @@ def test_a_part_that_hangs_withdraws_readiness_though_the_rest_progresses() -> N
     w.work_since = w.progress_at = w.now
     assert w.tick(part=PART).state == "suspect"
     assert w.memory.reason == "rank_silent"
-    assert not canary_due(w.memory, evidence(w.now + 9.0), w.now + 0.1, 10.0)
-    assert canary_due(w.memory, evidence(w.now + 11.0), w.now + 0.1, 10.0)
+    assert not is_canary_due(w.memory, evidence(w.now + 9.0), w.now + 0.1, 10.0)
+    assert is_canary_due(w.memory, evidence(w.now + 11.0), w.now + 0.1, 10.0)
     w.progress_at = w.now + 0.4
     assert w.tick().state == "progressing"
 
 
 def test_a_part_that_hangs_for_long_fails_liveness_and_is_held_while_its_streams_are_ended() -> None:
-    """The kill is under way once liveness failed: the requests that showed the hang are gone, a canary passes, and still it holds."""
+    """The kill stays under way once liveness failed, although the requests that showed the hang are gone."""
     w = World().started()
     w.work_since = w.progress_at = w.now
     w.tick(part=PART)
@@ -100,7 +100,7 @@ def test_a_part_that_hangs_for_long_fails_liveness_and_is_held_while_its_streams
     w.wait(PART_HOLD_S - 5)
     assert w.memory.state == "stalled"
     w.wait(10)
-    assert w.memory.state == "idle", "nothing shows it any more, and nobody restarted it"
+    assert w.memory.state == "idle", "nothing shows it any more, and no one restarted it"
 
 
 def test_the_silence_of_the_whole_engine_goes_before_a_part() -> None:

@@ -1,7 +1,9 @@
-"""Invariants of the verdict under any order of events: a state machine drives the production control object and checks each tick.
+"""Invariants of the verdict under any order of events: a state machine drives the production control object and checks
+each tick.
 
-Users, clients that do not read, operators' orders, pages true and false, canaries, closed ports, XIDs, our own restarts, pauses and
-clock jumps come in any order; what must never happen is written out once, in `Machine._checked`.
+Users, clients that do not read, operators' orders, pages true and false, canaries, closed ports, XIDs, the sidecar's
+own restarts, pauses and clock jumps come in any order; what must never happen is written out once, in
+`Machine._checked`.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from sidecar.control.state import TICK_S
 from sidecar.health import verdict
+from sidecar.health.monitor import TICK_S
 from sidecar.readings import EngineSample, Failed, RankSample, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, LIMITS, NOTHING, SEARCH, SETTINGS, WALL, Pod
@@ -23,7 +25,7 @@ LEAST = 5 * FLOOR  # seconds that any single stream may be silent
 
 
 class Machine(RuleBasedStateMachine):
-    """`withheld_until`: no kill before, because we cannot trust ourselves; `orders`: those that stop the engine, by time."""
+    """`withheld_until`: no kill before, the sidecar is unreliable; `orders`: pauses of the engine, by time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,17 +65,28 @@ class Machine(RuleBasedStateMachine):
     # --- engine and operators ---
 
     @rule(
-        running=st.integers(0, 3), waiting=st.integers(0, 3), tokens=st.integers(0, 3), steps=st.integers(0, 3),
-        ranks=st.booleans(), capacity=st.sampled_from((None, 1000.0)),
-    )  # fmt: skip
+        running=st.integers(0, 3),
+        waiting=st.integers(0, 3),
+        tokens=st.integers(0, 3),
+        steps=st.integers(0, 3),
+        ranks=st.booleans(),
+        capacity=st.sampled_from((None, 1000.0)),
+    )
     def page(self, running: int, waiting: int, tokens: int, steps: int, ranks: bool, capacity: float | None) -> None:
-        told = (RankSample(0, running, waiting, tokens), RankSample(1, 1, 0, 5)) if ranks else ()
+        by_rank = (RankSample(0, running, waiting, tokens), RankSample(1, 1, 0, 5)) if ranks else ()
         self.pod.page = Value(
             EngineSample(
-                running=running, waiting=waiting, kv_usage=0.5, generation_tokens=100 + tokens, iterations=50 + steps,
-                started_wall=self.started, kv_capacity_tokens=capacity, ranks=told,
-            ), self.pod.now,
-        )  # fmt: skip
+                running=running,
+                waiting=waiting,
+                kv_usage=0.5,
+                generation_tokens=100 + tokens,
+                iterations=50 + steps,
+                started_wall=self.started,
+                kv_capacity_tokens=capacity,
+                ranks=by_rank,
+            ),
+            self.pod.now,
+        )
 
     @rule(page=st.sampled_from((NOTHING, Failed("garbage"))))
     def no_page(self, page: object) -> None:
@@ -163,11 +176,14 @@ class Machine(RuleBasedStateMachine):
             self._tick()
 
     @rule(
-        n=st.integers(20, 100), canaries=st.sampled_from(("starved", "failed")), asked=st.booleans(),
-        what=st.sampled_from(("", "", *WHAT)), amid=st.sampled_from(("", "", "pause", "jump", "restart")),
-    )  # fmt: skip
+        n=st.integers(20, 100),
+        canaries=st.sampled_from(("starved", "failed")),
+        asked=st.booleans(),
+        what=st.sampled_from(("", "", *WHAT)),
+        amid=st.sampled_from(("", "", "pause", "jump", "restart")),
+    )
     def hang(self, n: int, canaries: str, asked: bool, what: str, amid: str) -> None:
-        """Nothing moves and canaries fail, after an order that stops the engine or without one; amid it we may falter."""
+        """Nothing moves and canaries fail, after a pause of the engine or without one; the sidecar may falter."""
         self.pod.canaries, self.pod.resting, self.pod.refused = canaries, "", None
         if what:
             self.order(what, True)
@@ -198,28 +214,28 @@ class Machine(RuleBasedStateMachine):
                 self._tick()
 
     def _tick(self) -> None:
-        before, kills = self.pod.control.memory, self.pod.control.fleet.memory.kills_total
+        before, kills = self.pod.control.health.state, self.pod.control.health.kill_policy.state.kills_total
         self.pod.tick()
-        after = self.pod.control.memory
+        after = self.pod.control.health.state
         if after.state in ("suspect", *DOWN):
             self.suspected.append(self.pod.now)
         if after.state in DOWN and before.state not in DOWN:
-            self._checked(before, str(self.pod.control.verdict.evidence["condition"]))
-        if self.pod.control.fleet.memory.kills_total > kills:
+            self._checked(before, str(self.pod.control.health.verdict.evidence["condition"]))
+        if self.pod.control.health.kill_policy.state.kills_total > kills:
             self._spaced()
-        ends = self.pod.told()
+        ends = self.pod.take_aborts()
         self._check_ends(ends)
         self.pod.on_command(ends)
         assert after.reason
 
     def _checked(self, before: verdict.VerdictState, condition: str) -> None:
         """Liveness begins to fail."""
-        p, e = self.pod, self.pod.control.evidence
+        p, e = self.pod, self.pod.control.health.evidence
         if p.state == "dead":
             assert p.refused is not None
             assert p.now - p.refused >= verdict.REFUSED_GRACE_S
             return
-        assert p.now > self.withheld_until, "our own pause, restart or clock jump gives a full window"
+        assert p.now > self.withheld_until, "own pause, restart or clock jump gives a full window"
         assert not p.resting, "an engine that rests is not judged"
         held = [what for what, at in self.orders.items() if p.now - at < CAP]
         assert not held or p.now - p.delivered_at <= verdict.FRESH_PROGRESS_S, (
@@ -231,7 +247,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert condition == "confirmed"
         assert before.state == "suspect", "a stall is always suspected first; never is it found from unknown or exempt"
-        canary = p.control.canary
+        canary = p.control.health.canaries.last
         assert canary is not None
         assert canary.outcome in ("failed", "starved")
         assert canary.started >= before.since

@@ -1,11 +1,11 @@
-"""Invariants of the verdict over histories at random, on the production control object as a whole: facts, readings, canaries, ticks."""
+"""Invariants of the verdict over random histories, on the whole production control object."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.control.state import TICK_S
+from sidecar.health.monitor import TICK_S
 from sidecar.readings import EngineSample, Failed, Value
 
 from .verdict_pod import CAP, DOWN, FLOOR, NOTHING, SEARCH, WALL, Pod
@@ -78,7 +78,7 @@ def scripts(*actions: str, most: int = 25) -> st.SearchStrategy[list[tuple[str, 
 def test_never_stalled_or_suspect_while_deliveries_come_within_the_allowed_silence(
     script: list[tuple[str, int]], every: int
 ) -> None:
-    """Whatever canaries, pages and other requests do: with one request that gets a token within the floor, nothing is suspected."""
+    """Whatever else happens: with one request that gets a token within the floor, nothing is suspected."""
     pod, ticks = Pod().served(), 0
     pod.request()
     pod.deliver()
@@ -95,14 +95,14 @@ def test_never_stalled_or_suspect_while_deliveries_come_within_the_allowed_silen
 @SEARCH
 @given(scripts(*USERS, *PAGES, *OURS, *INNOCENT, *GUILTY, most=40))
 def test_never_stalled_without_work_or_a_canary_that_failed_since_suspicion(script: list[tuple[str, int]]) -> None:
-    """Stalled is entered from suspect alone, by a canary sent since that failed, over silent work where there is work."""
+    """Stalled is entered only from suspect, by a canary sent since that failed, over silent work if there is any."""
     pod = Pod().served()
     for action, n in script:
         act(pod, action)
         for _ in range(n):
-            before = pod.control.memory
+            before = pod.control.health.state
             if pod.tick() in DOWN and before.state not in DOWN:
-                canary, e = pod.control.canary, pod.control.evidence
+                canary, e = pod.control.health.canaries.last, pod.control.health.evidence
                 assert pod.state == "stalled"
                 assert before.state == "suspect"
                 assert canary is not None
@@ -114,7 +114,7 @@ def test_never_stalled_without_work_or_a_canary_that_failed_since_suspicion(scri
 @SEARCH
 @given(scripts(*USERS, *PAGES, *OURS, *INNOCENT, most=40))
 def test_unknown_never_kills(script: list[tuple[str, int]]) -> None:
-    """Pages that cannot be read, canaries without a verdict, our own pauses, any silence: none of it fails liveness."""
+    """Pages that cannot be read, canaries without a verdict, own pauses, any silence: none of it fails liveness."""
     pod = Pod().served()
     for action, n in script:
         act(pod, action)
@@ -129,7 +129,7 @@ def test_unknown_never_kills(script: list[tuple[str, int]]) -> None:
 def test_once_progress_ends_suspicion_comes_within_the_cap_and_the_verdict_within_one_more(
     script: list[tuple[str, int]], page: str
 ) -> None:
-    """Any history in which canaries were taken, then a token, then a hang: suspect within the cap, stalled once the canary of that suspicion has had its own."""
+    """Accepted canaries, a token, then a hang: suspect within the cap, stalled within that of the canary."""
     pod = Pod().served()
     for action, n in script:
         act(pod, action)
@@ -155,8 +155,8 @@ def test_once_progress_ends_suspicion_comes_within_the_cap_and_the_verdict_withi
 
 @SEARCH
 @given(st.integers(0, 200), st.integers(1, 200))
-def test_a_control_process_that_starts_anew_never_kills_what_it_has_not_seen_working(ticks: int, requests: int) -> None:
-    """After a restart in the midst of a hang of any age: starting, for as long as no token comes; it forgot its watermarks."""
+def test_a_control_process_that_restarts_never_kills_what_it_has_not_seen_working(ticks: int, requests: int) -> None:
+    """After a restart amid a hang of any age the state is starting until a token comes: progress was forgotten."""
     pod = Pod(canaries="starved")
     for n in range(ticks):
         if n % 7 == 0 and len(pod.open) < requests % 5:
@@ -166,8 +166,8 @@ def test_a_control_process_that_starts_anew_never_kills_what_it_has_not_seen_wor
 
 @SEARCH
 @given(st.integers(1, 60), st.one_of(st.floats(-1e6, -6), st.floats(6, 1e6)), st.sampled_from(GUILTY))
-def test_a_clock_jump_in_a_silence_gives_a_full_window_anew(quiet: int, jump: float, canary: str) -> None:
-    """A jump of the wall clock, at any moment of a silence that is not yet a stall: no kill within the next floor of seconds."""
+def test_a_clock_jump_in_a_silence_gives_a_full_window_again(quiet: int, jump: float, canary: str) -> None:
+    """A jump of the wall clock, at any moment of a silence before a stall: no kill within the next floor."""
     pod = silent(quiet, canary)
     if pod.state in DOWN:
         return
@@ -178,8 +178,8 @@ def test_a_clock_jump_in_a_silence_gives_a_full_window_anew(quiet: int, jump: fl
 
 @SEARCH
 @given(st.integers(1, 60), st.floats(2.5, 1e5), st.sampled_from(GUILTY))
-def test_a_pause_of_our_own_in_a_silence_gives_a_full_window_anew(quiet: int, pause: float, canary: str) -> None:
-    """Stopped for any time, at any moment of a silence that is not yet a stall: no kill within the next floor of seconds."""
+def test_an_own_pause_in_a_silence_gives_a_full_window_again(quiet: int, pause: float, canary: str) -> None:
+    """Stopped for any time, at any moment of a silence before a stall: no kill within the next floor."""
     pod = silent(quiet, canary)
     if pod.state in DOWN:
         return
@@ -190,7 +190,7 @@ def test_a_pause_of_our_own_in_a_silence_gives_a_full_window_anew(quiet: int, pa
 
 @SEARCH
 @given(st.integers(0, 60), st.sampled_from(GUILTY))
-def test_an_engine_that_is_started_anew_is_starting_and_not_killed_for_the_old_ones_silence(
+def test_an_engine_that_is_restarted_is_starting_and_not_killed_for_the_old_ones_silence(
     quiet: int, canary: str
 ) -> None:
     """Another start time on the page, at any moment of a silence: starting, and so it stays until a token comes."""

@@ -1,4 +1,4 @@
-"""The verdict simulator itself: its engine keeps the bounds that passing over time rests on, and its detectors do what they say."""
+"""The verdict simulator: its engine keeps the bounds that skipping time rests on, its detectors do as published."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_no_silence_of_a_healthy_engine_is_longer_than_the_bound_that_weeks_pass
     longest = 0.0
     for _ in range(600):
         w.tick()
-        longest = max(longest, w.control.evidence.age or 0.0)
+        longest = max(longest, w.control.health.evidence.age or 0.0)
     bound = max(
         sites.longest_gap(a, p, site, CO) for a, p in zip(served, sites.prefills(traces.Trace(served), CO), strict=True)
     )
@@ -90,8 +90,8 @@ def test_no_silence_of_a_healthy_engine_is_longer_than_the_bound_that_weeks_pass
 
 @pytest.mark.parametrize("seed", range(12))
 def test_passing_over_calm_time_hides_no_danger_that_full_resolution_shows(seed: int) -> None:
-    """Calm time in full resolution shows no danger; and what a story then does to a verdict, it does no later, and no less,
-    after calm time that was passed over."""
+    """Calm time in full resolution shows no danger; and what a story then does to a verdict, it does no later, and no
+    less, after calm time that was passed over."""
     skipped, _ = lived(seed, skip=True)
     full, calm = lived(seed, skip=False)
     assert calm == []
@@ -100,7 +100,10 @@ def test_passing_over_calm_time_hides_no_danger_that_full_resolution_shows(seed:
 
 
 def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
-    """A quarter of an hour of calm, then a story, with the same draws either way. Returns the story's dangers and those of the calm."""
+    """A quarter of an hour of calm, then a story, with the same draws either way.
+
+    Returns the story's dangers and those of the calm.
+    """
     rng = random.Random(f"lived:{seed}")
     site, busy = sites.draw(rng, TRACES, CO), rng.random() < 0.7
     alarm = rng.choice([a for a in ALARMS if a.number != 3])
@@ -118,9 +121,9 @@ def lived(seed: int, *, skip: bool) -> tuple[list[Danger], list[str]]:
     calm = [c.state for c in w.trail if c.at >= began and c.state not in CALM]
     w.rng, began = random.Random(f"story:{seed}"), w.now
     w.traffic(sites.slice_of(TRACE, w.rng.uniform(0, 3000), site.rate, w.now))
-    w.run(weeks.LEAD)
+    w.run(weeks.LEAD_S)
     alarm.story(w)
-    w.run(weeks.AFTER)
+    w.run(weeks.AFTER_S)
     dangers = [(c.state, c.at - began) for c in w.trail if c.at >= began and c.state in ("suspect", *UNLIVE)]
     first = dict(reversed(dangers))
     return list(first.items()), calm
@@ -154,7 +157,7 @@ def test_a_week_is_the_same_again_from_its_seed() -> None:
 
 @pytest.mark.parametrize("alarm", [a for a in ALARMS if not a.hidden and a.number != 15], ids=weeks.label)
 def test_the_production_code_stays_silent_in_the_simulated_alarm(alarm: Alarm) -> None:
-    """Three stories of each alarm kill nothing; but for a tokenizer of 60 s, which an engine without a page cannot tell from a hang."""
+    """Three stories of each alarm kill nothing, except a tokenizer of 60 s on an engine without a page."""
     for seed in range(3):
         tally, rng = weeks.Tally(), random.Random(f"alarm:{seed}:{alarm.text}")
         site = sites.draw(rng, TRACES, CO)
@@ -170,7 +173,7 @@ PARTS = [(m, load) for m in modes.MODES for load in m.loads[:1] if not m.whole]
 
 @pytest.mark.parametrize(("mode", "load"), WHOLE, ids=lambda p: p if isinstance(p, str) else str(p.number))
 def test_the_production_code_finds_every_hang_of_the_whole_engine(mode: modes.Mode, load: str) -> None:
-    """Idle or decoding, liveness fails with a right reason while nothing but the fault happened, and never before it."""
+    """Idle or decoding, liveness fails with a right reason while only the fault happens."""
     found = tried(mode, load)
     assert found.before in CALM
     assert found.liveness is not None, found.trail
@@ -180,7 +183,7 @@ def test_the_production_code_finds_every_hang_of_the_whole_engine(mode: modes.Mo
 
 @pytest.mark.parametrize(("mode", "load"), PARTS, ids=lambda p: p if isinstance(p, str) else str(p.number))
 def test_the_production_code_finds_every_hang_of_a_part(mode: modes.Mode, load: str) -> None:
-    """What the catalogue owes comes, with a right reason: readiness is withdrawn, the one request ended, or the start-up named."""
+    """What the catalogue requires comes, with a right reason."""
     found = tried(mode, load)
     assert found.found is not None, found.trail
     assert found.right, found.trail
@@ -203,7 +206,7 @@ def test_a_request_that_control_ends_frees_its_place_in_the_engine() -> None:
     assert w.control.ledger.totals[("t", "m", "stalled")][1] == 1
 
 
-def test_a_client_that_does_not_read_is_told_and_gets_all_in_the_end() -> None:
+def test_a_client_that_does_not_read_is_reported_and_gets_all_in_the_end() -> None:
     """Backpressure goes to control after a second, deliveries stop, and come at once when the client reads again."""
     w = World(Site(), random.Random(0), compare=False)
     w.run(15)
@@ -226,7 +229,7 @@ def test_work_past_the_relay_shows_on_the_page_alone() -> None:
     page = sample(w.engine, w.now, 0.0).value
     assert page.running == 1
     assert page.generation_tokens > 10
-    assert w.control.evidence.outstanding == 0
+    assert w.control.health.evidence.outstanding == 0
 
 
 def test_each_rank_counts_its_own_tokens() -> None:
@@ -259,7 +262,7 @@ def test_a_run_that_was_broken_off_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_prefills_share_the_step_or_starve_the_decodes() -> None:
-    """A prefill of seconds leaves a running stream its share of tokens, or nothing, as the site says."""
+    """A prefill of seconds leaves a running stream its share of tokens, or nothing, as the site has it."""
     counts = {}
     for starves in (False, True):
         w = World(Site(starves=starves), random.Random(0), compare=False)
@@ -296,17 +299,25 @@ def test_chunks_held_up_by_a_blocked_api_reach_the_relay_when_it_answers_again()
     assert w.engine.advance(w.now, w.now + 10) == []
     w.engine.heal()
     w.engine.submit("b", 100, 50, w.now + 10)
-    facts = w.engine.advance(w.now + 10, w.now + 15)
-    assert sum(f.tokens for f in facts if isinstance(f, Delivered) and f.id == "a") == 50
-    assert [f.outcome for f in facts if isinstance(f, Settled)] == ["ok", "ok"]
+    events = w.engine.advance(w.now + 10, w.now + 15)
+    assert sum(f.tokens for f in events if isinstance(f, Delivered) and f.id == "a") == 50
+    assert [f.outcome for f in events if isinstance(f, Settled)] == ["ok", "ok"]
 
 
 def seen(now: float, **changes: object) -> Seen:
     """A healthy look, with changes."""
     calm = {
-        "health_status": 200, "health_seconds": 0.01, "running": 0.0, "waiting": 0.0, "token_age": 0.0, "loop_age": 0.0,
-        "chunk_age": 0.0, "iterations": now, "users": 0, "canary": lambda whose, limit: True,
-    }  # fmt: skip
+        "health_status": 200,
+        "health_seconds": 0.01,
+        "running": 0.0,
+        "waiting": 0.0,
+        "token_age": 0.0,
+        "loop_age": 0.0,
+        "chunk_age": 0.0,
+        "iterations": now,
+        "users": 0,
+        "canary": lambda whose, limit: True,
+    }
     return Seen(now=now, **{**calm, **changes})  # type: ignore[arg-type]
 
 

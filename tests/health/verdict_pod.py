@@ -1,4 +1,4 @@
-"""A pod around the production control object, for tests of invariants: users, relay, engine page, canaries and clocks by hand."""
+"""The production control object on simulated clocks, for tests of invariants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 
 from sidecar.control import saved_state
-from sidecar.control.state import TICK_S, ControlState, TickReadings
+from sidecar.control.state import ControlState
 from sidecar.events import (
     Admitted,
     CanaryResult,
@@ -19,7 +19,8 @@ from sidecar.events import (
     RequestSize,
     Settled,
 )
-from sidecar.health.progress import limits_of
+from sidecar.health.monitor import TICK_S, TickReadings
+from sidecar.health.progress import silence_limits
 from sidecar.load.cost_model import Coefficients
 from sidecar.readings import Absent, EngineSample, GpuSample, Reading, Value
 from sidecar.settings import Settings
@@ -27,7 +28,7 @@ from sidecar.snapshot import RelayUse
 
 FLOOR, CAP = 4.0, 60.0
 SETTINGS = Settings(engine="http://engine", silence_floor=FLOOR, silence_cap=CAP)
-LIMITS = limits_of(SETTINGS)
+LIMITS = silence_limits(SETTINGS)
 CO = Coefficients()
 NOTHING = Absent("not here")
 WALL = 1_700_000_000.0
@@ -38,7 +39,10 @@ SEARCH = settings(max_examples=50)
 
 @dataclass
 class Pod:
-    """A control object and what is around it. Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet."""
+    """A control object and what is around it.
+
+    Each `tick` is half a second; `canaries` is how a canary ends, "" for not yet.
+    """
 
     now: float = 1000.0
     wall: float = WALL
@@ -62,7 +66,7 @@ class Pod:
 
     @property
     def state(self) -> str:
-        return self.control.memory.state
+        return self.control.health.state.state
 
     # --- time ---
 
@@ -77,9 +81,9 @@ class Pod:
             page, Value((gpu,), self.now), NOTHING, (relay,), self.refused, "vllm", self.unanswered, self.resting
         )
         self.control.tick(readings, self.now, self.wall + self.now)
-        allowed = self.control.canary_due()
+        allowed = self.control.health.canary_due()
         if allowed is not None:
-            self.control.canary_sent(self.now)
+            self.control.health.canary_sent(self.now)
             self.sent = (self.now, allowed)
         return self.state
 
@@ -128,7 +132,8 @@ class Pod:
         id = id or self.open[0]
         self.open.remove(id)
         self.blocked.discard(id)
-        self.control.on_event(0, Settled(id, self.now, outcome, 200, None, tokens, 4, None, self.now, 0.0))  # type: ignore[arg-type]
+        settled = Settled(id, self.now, outcome, 200, None, tokens, 4, None, self.now, 0.0)  # type: ignore[arg-type]
+        self.control.on_event(0, settled)
         if outcome == "ok":
             self.delivered_at = self.now
 
@@ -141,9 +146,9 @@ class Pod:
         self.moved[id] = self.now
         self.control.on_event(0, RequestBlocked(id, self.now, on=not on))
 
-    def told(self) -> list[tuple[str, str]]:
+    def take_aborts(self) -> list[tuple[str, str]]:
         """(id, code) of each request that control wants ended."""
-        ends = [(id, end.code) for _, end in self.control.take_ends() for id in end.ids]
+        ends = [(id, end.code) for _, end in self.control.health.take_aborts() for id in end.ids]
         self.ended += ends
         return ends
 
@@ -170,9 +175,9 @@ class Pod:
         self.blocked.clear()
 
     def restart(self, *, remembers: bool) -> None:
-        """Our process starts anew; what the old one kept goes through the form of its file."""
+        """The sidecar restarts; what the old one kept goes through the form of its file."""
         kept = (
-            saved_state.from_plain(saved_state.SavedState, saved_state.to_plain(self.control.keep()))
+            saved_state.from_plain(saved_state.SavedState, saved_state.to_plain(self.control.save()))
             if remembers
             else None
         )

@@ -14,9 +14,20 @@ ALLOWED = 8.0
 def evidence(now: float, *, age: float | None = None, at: float | None = None, allowed: float = ALLOWED) -> Evidence:
     """Evidence with `age` of silence over one outstanding request, or none outstanding."""
     return Evidence(
-        now=now, outstanding=int(age is not None), waiting=0, engine_busy=False, progress_at=at, progress_kind="delivered",
-        age=age, steps_age=None, prefill_age=None, allowed=allowed, ruled_by="floor", predicted=0.0, learned=True,
-    )  # fmt: skip
+        now=now,
+        outstanding=int(age is not None),
+        waiting=0,
+        engine_busy=False,
+        progress_at=at,
+        progress_kind="delivered",
+        age=age,
+        steps_age=None,
+        prefill_age=None,
+        allowed=allowed,
+        ruled_by="floor",
+        predicted=0.0,
+        learned=True,
+    )
 
 
 @dataclass

@@ -202,7 +202,7 @@ class Control:
 
     def publish(self, utilization: float) -> None:
         r = orca.report(replace(LOAD, recent_mu_per_second=0.0), ENGINE, utilization)
-        self.pool.order(LoadReport(r.json(), r.text(), "idle", "", r.binary()))
+        self.pool.send(LoadReport(r.json(), r.text(), "idle", "", r.binary()))
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ async def control(tmp_path: Path) -> AsyncIterator[Control]:
     task = asyncio.create_task(control.pool.run(control.sock))
     yield control
     async with asyncio.timeout(PATIENCE):
-        while control.pool._listeners:  # noqa: ASYNC110  the end of a connection is read when it is read
+        while control.pool._subscribers:  # noqa: ASYNC110  the end of a connection is read when it is read
             await asyncio.sleep(0.01)
     task.cancel()
     await asyncio.wait((task,))
@@ -340,7 +340,7 @@ async def test_a_listener_is_no_relay(control: Control) -> None:
         assert control.pool.use(2.0)[0].pid == 0
         channel.close()
         await gone.wait()
-        while control.pool._listeners:  # noqa: ASYNC110
+        while control.pool._subscribers:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert lost == []
 

@@ -50,7 +50,7 @@ def test_every_record_survives_the_wire(record: events.Event | events.Command) -
     assert codec.decode(line) == record
 
 
-@pytest.mark.parametrize("line", [b"", b"{}", b"[]", b'["Nobody",1]', b'["Pulse",1]', b"\xff", b'["Admitted",1,2]'])
+@pytest.mark.parametrize("line", [b"", b"{}", b"[]", b'["No one",1]', b'["Pulse",1]', b"\xff", b'["Admitted",1,2]'])
 def test_garbage_is_an_error_of_its_own(line: bytes) -> None:
     """Whatever is no record raises WireError and nothing else."""
     with pytest.raises(codec.WireError):

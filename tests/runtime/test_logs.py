@@ -8,7 +8,12 @@ import re
 import subprocess
 import sys
 
-CODE = "import logging; from sidecar.runtime import logs; logs.setup('info'); logging.getLogger('x').warning('it is \"so\"')"
+CODE = """
+import logging
+from sidecar.runtime import logs
+logs.setup('info')
+logging.getLogger('x').warning('it is "so"')
+"""
 
 
 def written_to(stderr: int, reading: int) -> str:

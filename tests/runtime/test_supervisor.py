@@ -12,30 +12,31 @@ from collections.abc import AsyncIterator
 import psutil
 import pytest
 
-from sidecar.runtime.supervisor import PAUSE_FIRST, PAUSE_MOST, STEADY, pause_after
+from sidecar.runtime.supervisor import MAX_PAUSE_S, MIN_PAUSE_S, STEADY_S, pause_after
 
 from ..waiting import PATIENCE
 
-# Each process says who it is and waits; what it gets on SIGTERM and SIGUSR1 is said, too.
+# Each process prints its name and waits; it also prints the SIGTERM and SIGUSR1 that it receives.
 PROGRAM = """
 import os, signal, subprocess, sys
 from functools import partial
 from sidecar.runtime.supervisor import Role, Supervisor
 
-def say(*words):
+def report(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # one write: lines of processes do not mix
 
 def life(name, end, restarts):
-    say(name, "born", os.getpid(), restarts)
+    report(name, "born", os.getpid(), restarts)
     if name == "control":
         if end == "fails":
             return 2
         os.kill(os.getppid(), signal.SIGUSR1)
     while True:
         got = signal.sigwait((signal.SIGTERM, signal.SIGUSR1))
-        if got == signal.SIGUSR1 and signal.SIGTERM in signal.sigpending():  # both came while we had no core; the kernel gives the lower first
-            say(name, signal.Signals(signal.sigwait((signal.SIGTERM,))).name)
-        say(name, signal.Signals(got).name)
+        # Both came while the process had no core; the kernel gives the lower first.
+        if got == signal.SIGUSR1 and signal.SIGTERM in signal.sigpending():
+            report(name, signal.Signals(signal.sigwait((signal.SIGTERM,))).name)
+        report(name, signal.Signals(got).name)
         if got == signal.SIGUSR1 or end == "at once":
             return 0
         if end == "orphan":
@@ -48,26 +49,26 @@ sys.exit(Supervisor(roles, float(sys.argv[3])).run())
 
 
 class Program:
-    """The program under way, and what its processes said."""
+    """The program under way, and what its processes printed."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
-        self.said: list[str] = []
+        self.printed: list[str] = []
 
-    async def says(self, beginning: str) -> list[str]:
+    async def wait_for(self, beginning: str) -> list[str]:
         """The words of the next line that begins so."""
         assert self.process.stdout is not None
         async with asyncio.timeout(PATIENCE):
             while line := (await self.process.stdout.readline()).decode():
-                self.said.append(line)
+                self.printed.append(line)
                 if line.startswith(beginning):
                     return line.split()
-        raise AssertionError(f"never said {beginning!r}: {self.said}")
+        raise AssertionError(f"never printed {beginning!r}: {self.printed}")
 
     async def ended(self) -> int:
         async with asyncio.timeout(PATIENCE):
             assert self.process.stdout is not None
-            self.said += (await self.process.stdout.read()).decode().splitlines(keepends=True)
+            self.printed += (await self.process.stdout.read()).decode().splitlines(keepends=True)
             return await self.process.wait()
 
 
@@ -85,68 +86,68 @@ async def program(control: str = "", relay: str = "at once", grace: float = 20.0
 
 def test_the_first_restart_waits_for_nothing_and_a_crash_loop_for_longer_each_time() -> None:
     """A steady life is followed at once; young deaths double the pause up to its bound."""
-    assert pause_after(STEADY, PAUSE_MOST) == 0.0
-    pauses = [PAUSE_FIRST]
+    assert pause_after(STEADY_S, MAX_PAUSE_S) == 0.0
+    pauses = [MIN_PAUSE_S]
     for _ in range(10):
         pauses.append(pause_after(0.1, pauses[-1]))
-    assert pause_after(0.1, 0.0) == PAUSE_FIRST
-    assert pauses[:3] == [PAUSE_FIRST, 2 * PAUSE_FIRST, 4 * PAUSE_FIRST] and pauses[-1] == PAUSE_MOST
+    assert pause_after(0.1, 0.0) == MIN_PAUSE_S
+    assert pauses[:3] == [MIN_PAUSE_S, 2 * MIN_PAUSE_S, 4 * MIN_PAUSE_S] and pauses[-1] == MAX_PAUSE_S
 
 
 async def test_a_start_that_fails_ends_with_its_code_and_starts_nothing_else() -> None:
-    """A control process that cannot start is not started again; nobody else is started."""
+    """A control process that cannot start is not started again; no one else is started."""
     async with program(control="fails") as p:
         assert await p.ended() == 2
-    assert [line.split()[0] for line in p.said] == ["control"]
+    assert [line.split()[0] for line in p.printed] == ["control"]
 
 
 @pytest.mark.parametrize("name", ["control", "relay1"])
-async def test_a_process_that_is_killed_is_started_again_and_nobody_else_notices(name: str) -> None:
+async def test_a_process_that_is_killed_is_started_again_and_no_one_else_notices(name: str) -> None:
     """kill -9: the next life knows how often; SIGTERM then ends all with 0."""
     async with program() as p:
-        pids = {who: int((await p.says(f"{who} born"))[2]) for who in ("control",)}
+        pids = {who: int((await p.wait_for(f"{who} born"))[2]) for who in ("control",)}
         for _ in range(2):
-            who, _, pid, _ = await p.says("relay")
+            who, _, pid, _ = await p.wait_for("relay")
             pids[who] = int(pid)
         os.kill(pids[name], signal.SIGKILL)
-        assert (await p.says(f"{name} born"))[3] == "1"
+        assert (await p.wait_for(f"{name} born"))[3] == "1"
         p.process.terminate()
         assert await p.ended() == 0
-    assert len([line for line in p.said if " born " in line]) == 4
+    assert len([line for line in p.printed if " born " in line]) == 4
 
 
 async def test_control_ends_after_the_last_relay() -> None:
     """SIGTERM goes to control and relays at once; SIGUSR1 to control when the relays are gone."""
     async with program() as p:
         for _ in range(2):
-            await p.says("relay")
+            await p.wait_for("relay")
         p.process.terminate()
         assert await p.ended() == 0
-    ends = [line.split() for line in p.said if "SIG" in line]
+    ends = [line.split() for line in p.printed if "SIG" in line]
     assert ["control", "SIGTERM"] in ends and ["relay0", "SIGTERM"] in ends and ["relay1", "SIGTERM"] in ends
     assert ends[-1] == ["control", "SIGUSR1"]
 
 
-async def test_a_control_that_dies_in_the_drain_is_replaced_and_told_of_it() -> None:
-    """kill -9 of control while relays drain: the next one hears SIGTERM, too, although it was sent before it listened."""
+async def test_a_control_that_dies_in_the_drain_is_replaced_and_drains_too() -> None:
+    """kill -9 of control while relays drain: the next one receives the SIGTERM that was sent before, too."""
     async with program(relay="never") as p:
-        control = int((await p.says("control born"))[2])
-        relays = [int((await p.says("relay"))[2]) for _ in range(2)]
+        control = int((await p.wait_for("control born"))[2])
+        relays = [int((await p.wait_for("relay"))[2]) for _ in range(2)]
         p.process.terminate()
-        await p.says("control SIGTERM")
+        await p.wait_for("control SIGTERM")
         os.kill(control, signal.SIGKILL)
-        await p.says("control born")
-        await p.says("control SIGTERM")
+        await p.wait_for("control born")
+        await p.wait_for("control SIGTERM")
         for pid in relays:
             os.kill(pid, signal.SIGUSR1)
         assert await p.ended() == 0
 
 
 async def test_the_drain_has_an_end() -> None:
-    """What still lives when the grace is over is killed, and the exit code says so."""
+    """What still lives when the grace is over is killed, and the exit code shows it."""
     async with program(relay="never", grace=0.5) as p:
         for _ in range(2):
-            await p.says("relay")
+            await p.wait_for("relay")
         p.process.terminate()
         assert await p.ended() == 1
 
@@ -154,9 +155,9 @@ async def test_the_drain_has_an_end() -> None:
 async def test_children_die_with_their_supervisor() -> None:
     """kill -9 of the first process leaves nothing behind."""
     async with program() as p:
-        await p.says("control born")
+        await p.wait_for("control born")
         for _ in range(2):
-            await p.says("relay")
+            await p.wait_for("relay")
         children = psutil.Process(p.process.pid).children()
         p.process.kill()
         await p.ended()
@@ -167,11 +168,11 @@ async def test_children_die_with_their_supervisor() -> None:
 async def test_orphans_are_reaped() -> None:
     """A grandchild whose parent ended comes to the supervisor, which leaves no zombie."""
     async with program(relay="orphan") as p:
-        await p.says("control born")
-        relay = int((await p.says("relay"))[2])
-        await p.says("relay")
+        await p.wait_for("control born")
+        relay = int((await p.wait_for("relay"))[2])
+        await p.wait_for("relay")
         os.kill(relay, signal.SIGTERM)
-        await p.says("orphan")
+        await p.wait_for("orphan")
         root = psutil.Process(p.process.pid)
         async with asyncio.timeout(PATIENCE):
             while len(root.children()) > 3:  # noqa: ASYNC110  the kernel has no event for it

@@ -409,11 +409,12 @@ def test_the_state_volume_holds_what_is_written_to_it() -> None:
 
 def test_the_verdict_file_names_what_draining_waits_for(tmp_path: Path) -> None:
     """The preStop reads a key that the sidecar writes: `outstanding`."""
-    from sidecar.control.state import ControlState, TickReadings
+    from sidecar.control.state import ControlState
+    from sidecar.health.monitor import TickReadings
     from sidecar.load import cost_model
     from sidecar.readings import Absent
 
     control = ControlState(Settings(), cost_model.Coefficients(), 0.0, 0.0)
     absent = Absent("no")
     control.tick(TickReadings(absent, absent, absent, (), None, "vllm"), 1.0, 1.0)
-    assert json.loads(json.dumps(control.verdict.evidence))["outstanding"] == 0
+    assert json.loads(json.dumps(control.health.verdict.evidence))["outstanding"] == 0

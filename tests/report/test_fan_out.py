@@ -1,0 +1,47 @@
+"""The fan-out of events: each report counts what it must, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sidecar.events import Admitted, Event, FirstToken, ImagePrepared, RequestSize, Settled
+from sidecar.load.cost_model import Coefficients, unit_ms
+from sidecar.load.ledger import Ledger
+from sidecar.report.fan_out import FanOut
+from sidecar.report.metrics import Metrics
+from sidecar.report.tracing import Tracing
+from sidecar.report.usage_store import UsageStore, read
+
+CO = Coefficients()
+
+
+def test_a_request_reaches_metrics_and_usage_records_once(tmp_path: Path) -> None:
+    """Its end is counted with its time per token and its price; so is its image."""
+    metrics, usage = Metrics(max_tenants=5), UsageStore(tmp_path, unit_ms(CO), 1, 1 << 20)
+    fan_out = FanOut(metrics, Tracing("", "0"), usage, lambda work: (), unit_ms(CO), 3.6)
+    ledger = Ledger(CO)
+    events: list[Event] = [
+        ImagePrepared("a", 0.5, "jpeg", "ok", 0.1, (), 10, 10),
+        Admitted("a", 1.0, "t", "m", "chat", True, RequestSize(500, output=3), 3, 1.0),
+        FirstToken("a", 2.0),
+        Settled("a", 4.0, "ok", 200, None, 3, 12, 2.0, 1.0, 0.001),
+        Settled("a", 4.0, "ok", 200, None, 3, 12, 2.0, 1.0, 0.001),
+    ]
+    for event in events:
+        if (settlement := ledger.apply(0, event)) is not None:
+            fan_out.on_settlement(settlement, wall=100.0)
+        else:
+            fan_out.on_event(event)
+    labels = {"tenant": "t", "model": "m", "outcome": "ok"}
+    sample = metrics.registry.get_sample_value
+    mu = sample("sidecar_mu_total", labels)
+    assert sample("sidecar_requests_total", labels) == 1 and mu
+    assert sample("sidecar_time_per_output_token_seconds_sum") == 1.0
+    assert sample("sidecar_images_total", {"format": "jpeg", "outcome": "ok"}) == 1
+    dollars = sample("sidecar_cost_dollars_total", {"tenant": "t", "model": "m"})
+    assert dollars == pytest.approx(mu * unit_ms(CO) / 1_000_000)
+    usage.write(usage.take(), 100.0)
+    [(_, sums)] = read(usage.path, 0, 200, ("tenant",))
+    assert sums.requests == 1 and sums.mu == mu
