@@ -56,7 +56,7 @@ def test_what_is_outstanding_is_the_sum_of_the_open_holds() -> None:
             super().refresh_report(now, weights)
             stock = self.ledger.in_flight()
             assert stock.requests == self.open
-            assert stock.mu == pytest.approx(sum(hold.remaining for hold in self.ledger.holds()))
+            assert stock.mu == pytest.approx(sum(hold.remaining_mu for hold in self.ledger.holds()))
             seen += stock.requests
 
     fleet = Fleet([FAST] * 2, OURS, "1")
