@@ -67,9 +67,9 @@ DECODE = """
 import sys, time, statistics, torch
 from sidecar.images import file_headers as headers
 from sidecar.images.worker.decode import decode
-from sidecar.images.protocol import Limits
+from sidecar.images.protocol import ImageLimits
 torch.set_num_threads(1)
-data, limits, taken = open(sys.argv[1], "rb").read(), Limits(20 << 20, 50_000_000), []
+data, limits, taken = open(sys.argv[1], "rb").read(), ImageLimits(20 << 20, 50_000_000), []
 for _ in range(9):
     start = time.thread_time()
     decode(data, headers.read(data), limits)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Final
@@ -64,24 +64,27 @@ class InternVLSpec(TileSpec):
 
     def geometry(self, height: int, width: int) -> Geometry:
         height, width = positive(height, width)
-        columns, rows = self._grid(height, width) if self.cuts else (1, 1)
-        tile, canvas = (self.height, self.width), (self.height * rows, self.width * columns)
+        tile = self.height, self.width
+        grids = _grids(self.min_tiles, self.max_tiles) if self.cuts else ()
+        columns, rows = closest_grid(grids, height, width, tile)
+        canvas = self.height * rows, self.width * columns
         views = (ImageView(canvas, canvas, tile), ImageView(tile, tile, tile))[: 2 if rows * columns > 1 else 1]
         tokens = self.tokens_per_tile * sum(view.tiles for view in views)
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
-    def _grid(self, height: int, width: int) -> Size:
-        """Columns and rows. Of equally close grids the later one, as long as the image fills half of it."""
-        best, least = (1, 1), math.inf
-        for columns, rows in _grids(self.min_tiles, self.max_tiles):
-            difference = abs(width / height - columns / rows)
-            half = 0.5 * self.height * self.width * columns * rows
-            if difference < least or (difference == least and width * height > half):
-                best, least = (columns, rows), difference
-        return best
-
     def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
         return {"num_patches": i64([len(images)], (g.tiles for g in images))}
+
+
+def closest_grid(grids: Iterable[Size], height: int, width: int, tile: Size) -> Size:
+    """The (columns, rows) closest to the image's aspect; on a tie the later one, if the image fills half of it."""
+    best, smallest = (1, 1), math.inf
+    for columns, rows in grids:
+        difference = abs(width / height - columns / rows)
+        half = 0.5 * tile[0] * tile[1] * columns * rows
+        if difference < smallest or (difference == smallest and width * height > half):
+            best, smallest = (columns, rows), difference
+    return best
 
 
 @lru_cache(8)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from sidecar.kernels.families.any_resolution import MOST_TILES
+from sidecar.kernels.families.any_resolution import MOST_TILES, closest_grid
 from sidecar.kernels.families.reading import HALF, Config, common, count, needed, pair, positive, steps
 from sidecar.kernels.grid import BICUBIC, Geometry, ProcessorSpec, Size
 
@@ -47,13 +47,7 @@ class Phi4Spec(ProcessorSpec):
         columns, rows = math.ceil(width / self.tile), math.ceil(height / self.tile)
         if columns * rows <= self.max_tiles:
             return columns, rows
-        best, least = (1, 1), math.inf
-        for grid in _grids(self.max_tiles):
-            difference = abs(width / height - grid[0] / grid[1])
-            half = 0.5 * self.tile * self.tile * grid[0] * grid[1]
-            if difference < least or (difference == least and width * height > half):
-                best, least = grid, difference
-        return best
+        return closest_grid(_grids(self.max_tiles), height, width, (self.tile, self.tile))
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:
         raise NotImplementedError

@@ -131,7 +131,7 @@ class Client:
                     raise await _refusal(answer)
                 data = await _body(answer, MAX_HEAD if shm else self._max_bytes)
         except (aiohttp.ClientError, TimeoutError) as e:
-            raise _unreachable(e) from e
+            raise PreprocessError(f"no answer from the sidecar: {type(e).__name__}", "unreachable") from e
         if shm:
             return await asyncio.to_thread(self._shared, bytes(data))
         return parse(data)
@@ -240,10 +240,6 @@ async def _refusal(answer: aiohttp.ClientResponse) -> PreprocessError:
         code = "unknown"
     later = answer.headers.get("retry-after", "")
     return PreprocessError(message, code, answer.status, float(later) if later.isdecimal() else None)
-
-
-def _unreachable(error: Exception) -> PreprocessError:
-    return PreprocessError(f"no answer from the sidecar: {type(error).__name__}", "unreachable")
 
 
 def _object(text: bytes) -> dict[str, Any]:

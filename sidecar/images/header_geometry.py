@@ -40,13 +40,17 @@ def sized(data: Data, is_base64: bool) -> file_headers.Header | None:
     return None
 
 
-def text(size: int) -> int:
-    """Characters of base64 of so many bytes."""
+def base64_chars(data: Data, is_base64: bool) -> int:
+    """Characters that an image takes as base64 text."""
+    return len(data) if is_base64 else _base64_chars(len(data))
+
+
+def _base64_chars(size: int) -> int:
     return -(-size // 3) * 4
 
 
 def pays(pixels: int, geometry: Geometry, client: int) -> bool:
     """Whether a resized image in a request saves more than it costs: of an image of so many pixels, `client` characters of base64."""
     height, width = geometry.size
-    made = text(len(b"P6\n%d %d\n255\n" % (width, height)) + 3 * height * width)
+    made = _base64_chars(len(b"P6\n%d %d\n255\n" % (width, height)) + 3 * height * width)
     return SHRINKS * height * width <= pixels and (made <= SMALL or made <= GROWTH * client)

@@ -105,10 +105,7 @@ class ImageService:
     def _unpaid(self, data: Data, is_base64: bool) -> PreparedImage | None:
         """An image whose header tells that inline costs more than it saves: passed. None: a worker is to have it."""
         started = time.monotonic()
-        header, client = (
-            header_geometry.sized(data, is_base64),
-            len(data) if is_base64 else header_geometry.text(len(data)),
-        )
+        header, client = header_geometry.sized(data, is_base64), header_geometry.base64_chars(data, is_base64)
         if header is None or not self.spec.inline or not self._allowed(header.height, header.width, client):
             return None
         try:
@@ -125,10 +122,7 @@ class ImageService:
         Raises BadImage for bytes that were fetched and are in no known format: they cannot be given a media type.
         """
         started = time.monotonic()
-        header, client = (
-            header_geometry.sized(data, is_base64),
-            len(data) if is_base64 else header_geometry.text(len(data)),
-        )
+        header, client = header_geometry.sized(data, is_base64), header_geometry.base64_chars(data, is_base64)
         known = header or (None if is_base64 else file_headers.read(bytes(data[: header_geometry.HEADS[0]])))
         if known is None and not is_base64:
             raise BadImage(f"{where}: the image was refused: it is in no known format", "image_unknown_format")
@@ -210,7 +204,8 @@ class ImageService:
             if take is not None:
                 take(len(payload))
             return _prepared(done, payload, time.monotonic() - started, cached=True), payload, key
-        answer, fresh = await self._do(want, spec_json, data, where, is_base64, take=take)
+        job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu)
+        answer, fresh = await self._workers.do(job, data, where, take)
         if answer.outcome == "ok":
             await self._keep(key, answer, fresh, at_once=want == RAW)
         return _prepared(answer, fresh, time.monotonic() - started), fresh, key
@@ -232,18 +227,6 @@ class ImageService:
         task.add_done_callback(self._keeping.discard)
         if at_once:
             await asyncio.wait((task,))  # if we are cancelled, it goes on
-
-    async def _do(
-        self,
-        want: str,
-        spec_json: str,
-        data: Data,
-        where: str,
-        is_base64: bool,
-        take: Reserve | None = None,
-    ) -> tuple[ImageDone, bytearray]:
-        job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu)
-        return await self._workers.do(job, data, where, take)
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
         """The worker checks the real size; this bounds what is sent to it at all."""

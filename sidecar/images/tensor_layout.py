@@ -40,7 +40,8 @@ def pieces(values: Sequence[Data], images: Sequence[Geometry], spec: ProcessorSp
             yield padded(data, image.size, shape, item)
         elif spec.batch == FILLED:
             yield [data]
-            yield from _zeros(item * math.prod(shape[1:]) - len(data))
+            zeros = item * math.prod(shape[1:]) - len(data)
+            yield from _again(memoryview(bytes(min(zeros, MOST_ALIKE))), zeros)
         else:
             yield [data]
 
@@ -59,10 +60,6 @@ def padded(values: Data, size: tuple[int, int], shape: list[int], item: int) -> 
             made += (view[y * row : (y + 1) * row], right)
         made.append(below)
     return made
-
-
-def _zeros(count: int) -> Iterator[list[Data]]:
-    return _again(memoryview(bytes(min(count, MOST_ALIKE))), count)
 
 
 def _again(some: memoryview, count: int) -> Iterator[list[Data]]:

@@ -142,7 +142,9 @@ def test_a_worker_decides_after_decoding_where_no_header_tells() -> None:
 def test_what_pays_is_prepared_and_shared_memory_takes_all() -> None:
     """The rule is about bodies: pixels in shared memory are prepared whatever their number."""
     done, payload = job(PIXELS, synthetic_photos.photo(1000, 800), "SigLIP")
-    assert done.outcome == "ok" and len(payload) == header_geometry.text(len(b"P6\n384 384\n255\n") + 3 * 384 * 384)
+    assert done.outcome == "ok" and len(payload) == header_geometry.base64_chars(
+        b"P6\n384 384\n255\n" + bytes(3 * 384 * 384), False
+    )
     done, payload = job(RAW, synthetic_photos.photo(560, 280))
     assert done.outcome == "ok" and len(payload) == 3 * 560 * 280
 
@@ -174,6 +176,6 @@ def test_fetched_bytes_that_are_no_image_do_not_pass() -> None:
 @pytest.mark.parametrize(("width", "height", "limit"), [(300, 200, "image_max_pixels"), (64, 48, "image_max_bytes")])
 async def test_limits_hold_for_what_passes(width: int, height: int, limit: str) -> None:
     """An image over a limit is not passed by its header: the worker, who refuses it, is asked."""
-    chosen = Settings(image_seconds=0.1, **{limit: 100})
+    chosen = Settings(**{limit: 100})
     images = ImageService(NOWHERE, chosen, published("Qwen2.5-VL"))
     assert images._unpaid(base64.b64encode(synthetic_photos.photo(width, height)), True) is None

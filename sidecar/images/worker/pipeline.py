@@ -140,19 +140,15 @@ def open_picture(job: ImageJob, payload: Payload, spec: ProcessorSpec) -> Decode
     header = file_headers.read(data)
     if header is None:
         raise ImageRejected("image_unknown_format", UNKNOWN)
-    if job.want in INLINE and not spec.inline:
+    client = header_geometry.base64_chars(payload, job.base64)
+    if job.want in INLINE and (not spec.inline or (job.want == PIXELS and _unpaid(header, spec, client))):
         check_size(header.height, header.width, job.limits)
         stages.end("unpack")
-        return _passed(job, header, spec, "", len(data), stages, _guessed(data, header, spec))
-    client = len(payload) if job.base64 else header_geometry.text(len(data))
-    if job.want == PIXELS and _unpaid(header, spec, client):
-        check_size(header.height, header.width, job.limits)
-        stages.end("unpack")
-        return _passed(job, header, spec, "", len(data), stages, _guessed(data, header, spec))
+        return _passed(job, header, "", len(data), stages, _guessed(data, header, spec))
     digest = hashlib.blake2b(data, digest_size=16, key=spec.fingerprint.encode()).hexdigest()
     stages.end("unpack")
     if header.format not in file_headers.DECODED:
-        return _passed(job, header, spec, digest, len(data), stages)
+        return _passed(job, header, digest, len(data), stages)
     pixels = decode(data, header, job.limits)
     height, width = pixels.shape[-2:]
     stages.end("decode")
@@ -161,7 +157,7 @@ def open_picture(job: ImageJob, payload: Payload, spec: ProcessorSpec) -> Decode
         check_size(*size, job.limits)
     dear = job.want == PIXELS and not header_geometry.pays(height * width, geometry, client)
     if dear or (job.want in INLINE and not spec.keeps(geometry)):
-        return _passed(job, header, spec, digest, len(data), stages, geometry)
+        return _passed(job, header, digest, len(data), stages, geometry)
     return DecodedImage(pixels, geometry, header, digest, len(data), stages)
 
 
@@ -235,7 +231,6 @@ def _geometry(spec: ProcessorSpec, height: int, width: int) -> Geometry:
 def _passed(
     job: ImageJob,
     header: file_headers.Header,
-    spec: ProcessorSpec,
     digest: str,
     size: int,
     stages: StageTimer,
