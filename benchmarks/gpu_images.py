@@ -57,11 +57,11 @@ class Work:
 
         from sidecar.images.worker.tensors import table
         from sidecar.kernels import gpu
-        from sidecar.kernels.ragged import Wanted
+        from sidecar.kernels.ragged import RaggedImage
 
         height, width = pixels.shape[:2]
         self.geometry = spec.geometry(height, width)
-        batch = gpu.lay_out([Wanted(height, width, self.geometry, spec.resample, spec)] * count)
+        batch = gpu.lay_out([RaggedImage(height, width, self.geometry, spec.resample, spec)] * count)
         dtype = getattr(torch, kind)
         self.moved = batch.moved(dtype.itemsize)
         self._sources = torch.zeros(batch.source_bytes, dtype=torch.uint8, device=device)

@@ -19,9 +19,9 @@ try:
     from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
 except ImportError as error:
     _fused = None
-    _why = str(error)
+    _import_error = str(error)
 else:
-    _why = ""
+    _import_error = ""
 
 Kind = Literal["uint8", "float32", "bfloat16", "float16"]
 KINDS: Final[dict[Kind, tuple[int, Any]]] = {
@@ -31,14 +31,14 @@ KINDS: Final[dict[Kind, tuple[int, Any]]] = {
     "float16": (3, np.float16),
 }
 FASTEST, PLAIN, AVX2, AVX512 = range(4)
-PLANS: Final = 64  # tables kept, of about 0.1-0.3 MB each
+MAX_PLANS: Final = 64  # tables kept, of about 0.1-0.3 MB each
 
 
 def missing() -> str:
     """Why the compiled kernel is not used here; empty where it is."""
     if _fused is not None:
         return ""
-    return f"the compiled kernel is not there ({_why}); install a C++ compiler and the package from source"
+    return f"the compiled kernel is not there ({_import_error}); install a C++ compiler and the package from source"
 
 
 def level() -> str:
@@ -95,7 +95,7 @@ def _size(image: NDArray[np.uint8]) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-@lru_cache(PLANS)
+@lru_cache(MAX_PLANS)
 def _plan(h: int, w: int, height: int, width: int, resample: int) -> Any:
     return _fused.plan(h, w, height, width, resample)
 

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from sidecar.kernels import ragged
 
-TILES: Final = ragged.Tiles((8, 128), (16, 256))
-INTERPRETED: Final = ragged.Tiles((64, 512), (64, 512))  # there, an operation costs the same whatever its size
-WARPS: Final = 4
+GPU_TILES: Final = ragged.Tiles((8, 128), (16, 256))
+INTERPRETER_TILES: Final = ragged.Tiles((64, 512), (64, 512))  # there, an operation costs the same whatever its size
+NUM_WARPS: Final = 4
 
 SOURCE, ROW_BYTES, TOP, ROWS = (tl.constexpr(i) for i in (ragged.SOURCE, ragged.ROW_BYTES, ragged.TOP, ragged.ROWS))
 WIDTH, HEIGHT, SCRATCH, STRIDE = (tl.constexpr(i) for i in (ragged.WIDTH, ragged.HEIGHT, ragged.SCRATCH, ragged.STRIDE))
@@ -42,7 +42,7 @@ OUT, TABLE, PATCH, MERGE = (tl.constexpr(i) for i in (ragged.OUT, ragged.TABLE, 
 DOWN_MERGED, ACROSS_MERGED = tl.constexpr(ragged.DOWN_MERGED), tl.constexpr(ragged.ACROSS_MERGED)
 CHANNEL, COPY, COPIES = (tl.constexpr(i) for i in (ragged.CHANNEL, ragged.COPY, ragged.COPIES))
 FIELDS = tl.constexpr(ragged.FIELDS)
-ALIGN = tl.constexpr(ragged.ALIGN)
+ALIGN = tl.constexpr(ragged.ALIGN_BYTES)
 
 
 @triton.jit
@@ -192,17 +192,19 @@ def launch(loaded: Loaded, sources: Tensor, scratch: Tensor, values: Tensor | No
         raise ValueError("the buffers must be contiguous")
     words = sources[: sources.numel() // 4 * 4].view(torch.int32)
     integers = (loaded.tables, loaded.descriptors)
-    across[(batch.across.size,)](words, *integers, loaded.across, scratch, *batch.tiles.across, num_warps=WARPS)
+    across[(batch.across.size,)](words, *integers, loaded.across, scratch, *batch.tiles.across, num_warps=NUM_WARPS)
     look_up = values is not None
     table = values if values is not None else out
-    down[(batch.down.size,)](scratch, *integers, loaded.down, table, out, look_up, *batch.tiles.down, num_warps=WARPS)
+    down[(batch.down.size,)](
+        scratch, *integers, loaded.down, table, out, look_up, *batch.tiles.down, num_warps=NUM_WARPS
+    )
 
 
-def lay_out(wanted: Sequence[ragged.Wanted]) -> ragged.RaggedBatch:
+def lay_out(images: Sequence[ragged.RaggedImage]) -> ragged.RaggedBatch:
     """ragged.lay_out for this kernel's tiles."""
-    return ragged.lay_out(wanted, INTERPRETED if interpreted() else TILES)
+    return ragged.lay_out(images, INTERPRETER_TILES if is_interpreted() else GPU_TILES)
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether Triton's interpreter runs the kernel, on tensors of the CPU."""
     return not isinstance(down, triton.JITFunction)

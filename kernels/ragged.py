@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 from sidecar.kernels.reference import MAX_PRECISION
 
-RADIUS: Final = {LANCZOS: 3, BILINEAR: 1, BICUBIC: 2}
-WORD: Final = 4  # taps that three 32-bit words hold: the horizontal pass takes so many at a time
-ALIGN: Final = 16  # bytes to which images and scratch rows are aligned, so that the vertical pass loads whole vectors
-SLACK: Final = 64  # readable bytes behind the last image: three pixels of a padded window, and two words
-AXES: Final = 128  # tables kept, of 10-100 KB each
+KERNEL_RADIUS: Final = {LANCZOS: 3, BILINEAR: 1, BICUBIC: 2}
+TAPS_PER_STEP: Final = 4  # taps that three 32-bit words hold: the horizontal pass takes so many at a time
+ALIGN_BYTES: Final = (
+    16  # bytes to which images and scratch rows are aligned, so that the vertical pass loads whole vectors
+)
+SLACK_BYTES: Final = 64  # readable bytes behind the last image: three pixels of a padded window, and two words
+MAX_AXES: Final = 128  # tables kept, of 10-100 KB each
 FIELDS: Final = 32  # integers of one image's descriptor
 
 # the descriptor's fields, by position; the kernel has them as numbers
@@ -57,7 +59,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RaggedImage:
     """One image of a batch: its size in pixels, what becomes of it, and where its values' table lies (in tables)."""
 
     height: int
@@ -98,28 +100,28 @@ class RaggedBatch:
     values: int
     tiles: Tiles
 
-    def memory(self, item: int) -> int:
-        """Bytes of device memory, for values of `item` bytes."""
+    def memory(self, value_bytes: int) -> int:
+        """Bytes of device memory, for values of `value_bytes` bytes."""
         tables = sum(a.nbytes for a in (self.descriptors, self.tables, self.across, self.down))
-        return self.source_bytes + self.scratch_bytes + self.values * item + tables
+        return self.source_bytes + self.scratch_bytes + self.values * value_bytes + tables
 
-    def moved(self, item: int) -> int:
+    def moved(self, value_bytes: int) -> int:
         """Bytes that must travel between the chip and its memory: all but the scratch once, the scratch out and in again."""
-        return self.memory(item) + self.scratch_bytes
+        return self.memory(value_bytes) + self.scratch_bytes
 
 
-def lay_out(wanted: Sequence[Wanted], tiles: Tiles) -> RaggedBatch:
+def lay_out(images: Sequence[RaggedImage], tiles: Tiles) -> RaggedBatch:
     """The batch's integers. Raises ValueError for sizes that cannot be."""
     tables = _Tables()
-    descriptors = np.zeros((len(wanted), FIELDS), np.int64)
+    descriptors = np.zeros((len(images), FIELDS), np.int64)
     programs: tuple[list[int], list[int]] = ([], [])
     sources, outs = [], []
     source = scratch = values = 0
-    for d, image in zip(descriptors, wanted, strict=True):
+    for d, image in zip(descriptors, images, strict=True):
         x, y = _axes(image)
         top, bottom = y.touched(image.height)
         height, width = image.geometry.size
-        stride = _up(width, ALIGN)
+        stride = _round_up(width, ALIGN_BYTES)
         d[SOURCE], d[ROW_BYTES], d[TOP], d[ROWS] = source // 4, 3 * image.width, top, bottom - top
         d[WIDTH], d[HEIGHT], d[SCRATCH], d[STRIDE] = width, height, scratch, stride
         d[ACROSS_FIRST : ACROSS_BITS + 1] = tables.put(image, "x", x, 0)
@@ -131,13 +133,13 @@ def lay_out(wanted: Sequence[Wanted], tiles: Tiles) -> RaggedBatch:
         programs[1].append(3 * _tiles(height, width, tiles.down))
         sources.append(source)
         outs.append(values)
-        source += _up(3 * image.width * image.height, ALIGN)
+        source += _round_up(3 * image.width * image.height, ALIGN_BYTES)
         scratch += 3 * stride * (bottom - top)
-        values += _up(image.values, ALIGN)
-    numbers = np.arange(len(wanted), dtype=np.int32)
+        values += _round_up(image.values, ALIGN_BYTES)
+    numbers = np.arange(len(images), dtype=np.int32)
     owners = [np.repeat(numbers, count) for count in programs]
     return RaggedBatch(
-        descriptors, tables.joined(), owners[0], owners[1], tuple(sources), source + SLACK, scratch + SLACK, tuple(outs), values,
+        descriptors, tables.joined(), owners[0], owners[1], tuple(sources), source + SLACK_BYTES, scratch + SLACK_BYTES, tuple(outs), values,
         tiles,
     )  # fmt: skip
 
@@ -150,7 +152,7 @@ class _Tables:
         self._parts: list[NDArray[np.int32]] = []
         self._size = 0
 
-    def put(self, image: Wanted, name: str, axis: Axis, less: int) -> tuple[int, int, int, int]:
+    def put(self, image: RaggedImage, name: str, axis: Axis, less: int) -> tuple[int, int, int, int]:
         """Where first positions (each `less`) and weights lie, how many taps, and their precision."""
         key = (name, image.height, image.width, image.geometry, image.resample)
         if key not in self._known:
@@ -164,16 +166,16 @@ class _Tables:
         return np.concatenate(self._parts)
 
 
-def _axes(image: Wanted) -> tuple[Axis, Axis]:
+def _axes(image: RaggedImage) -> tuple[Axis, Axis]:
     g = image.geometry
     top, left, height, width = g.crop or (0, 0, g.height, g.width)
     if not (0 <= top <= g.height - height and 0 <= left <= g.width - width and height > 0 and width > 0):
         raise ValueError("the crop does not lie within the resized image")
-    across = axis(image.width, g.width, image.resample, WORD).part(left, width)
+    across = axis(image.width, g.width, image.resample, TAPS_PER_STEP).part(left, width)
     return across, axis(image.height, g.height, image.resample, 1).part(top, height)
 
 
-def _strides(image: Wanted) -> tuple[int, ...]:
+def _strides(image: RaggedImage) -> tuple[int, ...]:
     height, width = image.geometry.size
     if image.patches is None:
         x, channel = (1, height * width) if image.planes else (3, 1)
@@ -189,11 +191,11 @@ def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
     return -(-height // tile[0]) * -(-width // tile[1])
 
 
-def _up(value: int, multiple: int) -> int:
+def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@lru_cache(AXES)
+@lru_cache(MAX_AXES)
 def axis(source: int, target: int, resample: int, group: int) -> Axis:
     """Weights of one axis, as reference.taps has them, padded with zeros to a multiple of `group` taps.
 
@@ -203,11 +205,11 @@ def axis(source: int, target: int, resample: int, group: int) -> Axis:
         raise ValueError("an axis without pixels")
     scale = source / target
     stretch = max(scale, 1.0)
-    support = RADIUS[resample] * stretch
+    support = KERNEL_RADIUS[resample] * stretch
     center = scale * (np.arange(target) + 0.5)
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     count = np.minimum((center + support + 0.5).astype(np.int64), source) - first
-    real = np.zeros((_up(int(count.max()), group), target))
+    real = np.zeros((_round_up(int(count.max()), group), target))
     total = np.zeros(target)
     for j in range(int(count.max())):  # additions in this order, tap by tap, round as the reference's
         real[j] = np.where(j < count, _kernel((j + first - center + 0.5) * (1 / stretch), resample), 0.0)

@@ -13,17 +13,17 @@ from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 from sidecar.kernels.families.reading import (
-    CLIP,
-    HALF,
+    CLIP_MEAN_STD,
+    HALF_MEAN_STD,
     Config,
-    common,
-    count,
-    default,
-    needed,
-    optional,
-    pair,
-    positive,
-    steps,
+    check_count,
+    check_pair,
+    check_positive,
+    check_steps,
+    get_or,
+    optional_count,
+    read_common,
+    require,
 )
 from sidecar.kernels.grid import (
     BICUBIC,
@@ -38,8 +38,8 @@ from sidecar.kernels.grid import (
     i64,
 )
 
-MOST_TILES: Final = 256
-MOST_PINPOINTS: Final = 1024
+MAX_TILES: Final = 256
+MAX_PINPOINTS: Final = 1024
 
 # What calls GotOcr2ImageProcessor -> whether it then cuts tiles, whatever the file says; None: as the file says
 CUTS: Final[Mapping[str | None, bool | None]] = {
@@ -63,7 +63,7 @@ class InternVLSpec(TileSpec):
     tokens_per_tile: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         tile = self.height, self.width
         grids = _grids(self.min_tiles, self.max_tiles) if self.cuts else ()
         columns, rows = closest_grid(grids, height, width, tile)
@@ -88,9 +88,9 @@ def closest_grid(grids: Iterable[Size], height: int, width: int, tile: Size) -> 
 
 
 @lru_cache(8)
-def _grids(least: int, most: int) -> tuple[Size, ...]:
-    """(columns, rows) of `least` to `most` tiles, fewer tiles first."""
-    all_grids = ((x, y) for x in range(1, most + 1) for y in range(1, most + 1) if least <= x * y <= most)
+def _grids(lowest: int, most: int) -> tuple[Size, ...]:
+    """(columns, rows) of `lowest` to `most` tiles, fewer tiles first."""
+    all_grids = ((x, y) for x in range(1, most + 1) for y in range(1, most + 1) if lowest <= x * y <= most)
     return tuple(sorted(all_grids, key=lambda grid: grid[0] * grid[1]))
 
 
@@ -113,7 +113,7 @@ class AnyResolutionSpec(TileSpec):
     most_tiles: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         canvas = self._canvas(height, width)
         across, down = canvas[1] / width, canvas[0] / height
         if across < down:
@@ -130,13 +130,13 @@ class AnyResolutionSpec(TileSpec):
 
     def _canvas(self, height: int, width: int) -> Size:
         """The size that keeps most of the image's pixels, and of such the one that wastes least."""
-        best, most, least = (0, 0), 0, math.inf
+        best, most, lowest = (0, 0), 0, math.inf
         for canvas in self.pinpoints:
             scale = min(canvas[1] / width, canvas[0] / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
             wasted = canvas[0] * canvas[1] - kept
-            if kept > most or (kept == most and wasted < least):
-                best, most, least = canvas, kept, wasted
+            if kept > most or (kept == most and wasted < lowest):
+                best, most, lowest = canvas, kept, wasted
         return best
 
     def _tokens(self, height: int, width: int, canvas: Size) -> int:
@@ -177,7 +177,7 @@ class Llama4Spec(TileSpec):
         return "BF16" if self.do_normalize else "F32" if self.do_rescale else "U8"
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         canvas = self._canvas(height, width)
         size = self._size(height, width, canvas)
         tile = (self.tile, self.tile)
@@ -233,64 +233,68 @@ def _canvases(tile: int, most: int) -> tuple[Size, ...]:
 # --- from a model's files ---
 
 
-def intern_vl(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    cuts = CUTS[default(config, "processor_class", model.get("processor_class"))]
+def read_intern_vl(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    cuts = CUTS[get_or(config, "processor_class", model.get("processor_class"))]
     if cuts is None:
-        cuts = default(config, "crop_to_patches", False)
+        cuts = get_or(config, "crop_to_patches", False)
     if type(cuts) is not bool:
         raise ValueError("crop_to_patches is neither true nor false")
-    height, width = pair(needed(config, "size"))
-    least, most = (count(needed(config, key), MOST_TILES) if cuts else 1 for key in ("min_patches", "max_patches"))
+    height, width = check_pair(require(config, "size"))
+    lowest, most = (
+        check_count(require(config, key), MAX_TILES) if cuts else 1 for key in ("min_patches", "max_patches")
+    )
     return InternVLSpec(
-        **common(config, BICUBIC, CLIP), height=height, width=width, cuts=cuts, min_tiles=least, max_tiles=most,
-        tokens_per_tile=optional(model.get("image_seq_length")),
+        **read_common(config, BICUBIC, CLIP_MEAN_STD), height=height, width=width, cuts=cuts, min_tiles=lowest, max_tiles=most,
+        tokens_per_tile=optional_count(model.get("image_seq_length")),
     )  # fmt: skip
 
 
-def llava_next(config: Config, model: Config) -> ProcessorSpec:
-    needed(config, "crop_size")
-    if default(config, "aspect_ratio_setting", "anyres") != "anyres":
+def read_llava_next(config: Config, model: Config) -> ProcessorSpec:
+    require(config, "crop_size")
+    if get_or(config, "aspect_ratio_setting", "anyres") != "anyres":
         raise ValueError("aspect_ratio_setting is not anyres")
-    spec = _any_resolution(config)
-    patch = optional(model.get("patch_size"))
+    spec = _read_any_resolution(config)
+    patch = optional_count(model.get("patch_size"))
     side = spec["tile"] // patch if patch else 0
-    base = side * side + optional(model.get("num_additional_image_tokens"))
+    base = side * side + optional_count(model.get("num_additional_image_tokens"))
     less = int(model.get("vision_feature_select_strategy") == "default")
     return AnyResolutionSpec(**spec, side=side, base=base, less=less)
 
 
-def llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
-    spec = _any_resolution(config)
-    base = optional(model.get("num_image_tokens"))
+def read_llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
+    spec = _read_any_resolution(config)
+    base = optional_count(model.get("num_image_tokens"))
     aspect = str(model.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_")
     less = int(model.get("vision_feature_select_strategy") == "default")
-    most = count(int(aspect), 1 << 10) if base else 0
+    most = check_count(int(aspect), 1 << 10) if base else 0
     return AnyResolutionSpec(**spec, counts_images=True, side=math.isqrt(base), base=base, less=less, most_tiles=most)
 
 
-def _any_resolution(config: Config) -> dict[str, Any]:
+def _read_any_resolution(config: Config) -> dict[str, Any]:
     """Raises ValueError where a tile would be resized or cut once more."""
-    steps(config, do_pad=True, do_center_crop=...)
-    size, crop = needed(config, "size"), config.get("crop_size")
-    height, width = pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
-    if height != width or (crop is not None and pair(crop) != (height, width)):
+    check_steps(config, do_pad=True, do_center_crop=...)
+    size, crop = require(config, "size"), config.get("crop_size")
+    height, width = check_pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
+    if height != width or (crop is not None and check_pair(crop) != (height, width)):
         raise ValueError("tiles of another size than the whole image's")
-    points = tuple((count(y, 1 << 14), count(x, 1 << 14)) for y, x in needed(config, "image_grid_pinpoints"))
-    if not 0 < len(points) <= MOST_PINPOINTS or any(y % height or x % width for y, x in points):
+    points = tuple(
+        (check_count(y, 1 << 14), check_count(x, 1 << 14)) for y, x in require(config, "image_grid_pinpoints")
+    )
+    if not 0 < len(points) <= MAX_PINPOINTS or any(y % height or x % width for y, x in points):
         raise ValueError("image_grid_pinpoints are no whole numbers of tiles")
-    return {**common(config, BICUBIC, CLIP), "tile": height, "pinpoints": points}
+    return {**read_common(config, BICUBIC, CLIP_MEAN_STD), "tile": height, "pinpoints": points}
 
 
-def llama_4(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    height, width = pair(needed(config, "size"))
-    largest = default(config, "resize_to_max_canvas", False)
-    numbers = common(config, BILINEAR, HALF)
+def read_llama_4(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    height, width = check_pair(require(config, "size"))
+    largest = get_or(config, "resize_to_max_canvas", False)
+    numbers = read_common(config, BILINEAR, HALF_MEAN_STD)
     if height != width or type(largest) is not bool or (numbers["do_normalize"] and not numbers["do_rescale"]):
         raise ValueError("not taken by this processor")
-    patch, shuffle = optional(model.get("patch_size")), model.get("pixel_shuffle_ratio")
+    patch, shuffle = optional_count(model.get("patch_size")), model.get("pixel_shuffle_ratio")
     tokens = (height // patch) ** 2 // round(1.0 / shuffle**2) if patch and shuffle else 0
     return Llama4Spec(
-        **numbers, tile=height, max_tiles=count(needed(config, "max_patches"), MOST_TILES), largest=largest, tokens_per_tile=tokens,
+        **numbers, tile=height, max_tiles=check_count(require(config, "max_patches"), MAX_TILES), largest=largest, tokens_per_tile=tokens,
     )  # fmt: skip

@@ -7,10 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from sidecar.kernels.families.reading import HALF, Config, common, count, needed, optional, positive, steps
+from sidecar.kernels.families.reading import (
+    HALF_MEAN_STD,
+    Config,
+    check_count,
+    check_positive,
+    check_steps,
+    optional_count,
+    read_common,
+    require,
+)
 from sidecar.kernels.grid import LANCZOS, Geometry, ImageView, Integers, ProcessorSpec, Repeated, Size, TileSpec
 
-IDEFICS_MOST: Final = 4096  # pixels of the longer side
+MAX_SIDE: Final = 4096  # pixels of the longer side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +34,7 @@ class Idefics3Spec(TileSpec):
     tokens_per_tile: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        first = _below(*_to_longest(*positive(height, width), self.longest))
+        first = _below(*_to_longest(*check_positive(height, width), self.longest))
         tile = (self.tile, self.tile)
         canvas = self._canvas(*first) if self.splits else tile
         views = [ImageView(canvas, canvas, tile, before=(first,))]
@@ -67,23 +76,23 @@ def _to_longest(height: int, width: int, longest: int) -> Size:
 
 def _below(height: int, width: int) -> Size:
     aspect = width / height
-    if width >= height and width > IDEFICS_MOST:
-        width, height = IDEFICS_MOST, int(IDEFICS_MOST / aspect)
-    elif height > width and height > IDEFICS_MOST:
-        height, width = IDEFICS_MOST, int(IDEFICS_MOST * aspect)
+    if width >= height and width > MAX_SIDE:
+        width, height = MAX_SIDE, int(MAX_SIDE / aspect)
+    elif height > width and height > MAX_SIDE:
+        height, width = MAX_SIDE, int(MAX_SIDE * aspect)
     return max(height, 1), max(width, 1)
 
 
 # --- from a model's files ---
 
 
-def idefics(config: Config, model: Config) -> ProcessorSpec:
-    steps(config, do_pad=True, return_row_col_info=False)
-    size, tile = needed(config, "size"), needed(config, "max_image_size")
+def read_idefics(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config, do_pad=True, return_row_col_info=False)
+    size, tile = require(config, "size"), require(config, "max_image_size")
     if set(size) != {"longest_edge"} or set(tile) != {"longest_edge"}:
         raise ValueError("not a size of this processor")
     splits = config.get("do_image_splitting", True)
     return Idefics3Spec(
-        **common(config, LANCZOS, HALF), longest=count(size["longest_edge"], 1 << 14), tile=count(tile["longest_edge"], 1 << 14),
-        splits=splits is not False, tokens_per_tile=optional(model.get("image_seq_len")),
+        **read_common(config, LANCZOS, HALF_MEAN_STD), longest=check_count(size["longest_edge"], 1 << 14), tile=check_count(tile["longest_edge"], 1 << 14),
+        splits=splits is not False, tokens_per_tile=optional_count(model.get("image_seq_len")),
     )  # fmt: skip

@@ -100,7 +100,7 @@ class Files:
     config: Config = field(default_factory=dict)  # config.json
 
 
-def doubt(name: str, settings: frozenset[str], callers: frozenset[str], config: Config, files: Files) -> str:
+def find_mismatch(name: str, settings: frozenset[str], callers: frozenset[str], config: Config, files: Files) -> str:
     """Why a model whose files name the image processor `name` may have another one; "" where nothing speaks against it.
 
     `config`: what the files say of the image processor itself; `settings`: all that this class has.
@@ -109,10 +109,10 @@ def doubt(name: str, settings: frozenset[str], callers: frozenset[str], config: 
         return f"{name} is code of the model's own here (auto_map)"
     if strange := set(config) - settings - AUDIO.get(str(config.get("feature_extractor_type")), frozenset()):
         return f"{name} has no setting {_shown(strange)}: another processor bears its name"
-    return _called_otherwise(name, callers, config, files)
+    return _caller_mismatch(name, callers, config, files)
 
 
-def _called_otherwise(name: str, callers: frozenset[str], config: Config, files: Files) -> str:
+def _caller_mismatch(name: str, callers: frozenset[str], config: Config, files: Files) -> str:
     """Why what calls the image processor may do more than to call it; "" where nothing says so."""
     named = (
         ("processor_config.json", set(files.model.get("auto_map") or ())),

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from sidecar.kernels.families.any_resolution import MOST_TILES, closest_grid
-from sidecar.kernels.families.reading import HALF, Config, common, count, needed, pair, positive, steps
+from sidecar.kernels.families.any_resolution import MAX_TILES, closest_grid
+from sidecar.kernels.families.reading import (
+    HALF_MEAN_STD,
+    Config,
+    check_count,
+    check_pair,
+    check_positive,
+    check_steps,
+    read_common,
+    require,
+)
 from sidecar.kernels.grid import BICUBIC, Geometry, ProcessorSpec, Size
 
 WHOLE_TOKENS = 256 + 1 + 16  # of the small copy of all of the image, and what separates it
@@ -27,7 +36,7 @@ class Phi4Spec(ProcessorSpec):
     max_tiles: int
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         columns, rows = self._grid(height, width)
         canvas = self.tile * rows, self.tile * columns
         across, down = canvas[1] / width, canvas[0] / height
@@ -68,12 +77,12 @@ def _grids(most: int) -> tuple[Size, ...]:
 # --- from a model's files ---
 
 
-def phi_4(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    height, width = pair(needed(config, "size"))
+def read_phi_4(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    height, width = check_pair(require(config, "size"))
     if height != width:
         raise ValueError("not taken by this processor")
     return Phi4Spec(
-        **common(config, BICUBIC, HALF), tile=height, patch=count(needed(config, "patch_size"), 256),
-        max_tiles=count(needed(config, "dynamic_hd"), MOST_TILES),
+        **read_common(config, BICUBIC, HALF_MEAN_STD), tile=height, patch=check_count(require(config, "patch_size"), 256),
+        max_tiles=check_count(require(config, "dynamic_hd"), MAX_TILES),
     )  # fmt: skip

@@ -11,13 +11,13 @@ from typing import Any, Final
 
 from sidecar.kernels.grid import RESAMPLES, Size
 
-CLIP: Final = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF: Final = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP_MEAN_STD: Final = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF_MEAN_STD: Final = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 Config = Mapping[str, Any]
 
 
-def common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str, Any]:
+def read_common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str, Any]:
     """The numbers that all families have. Raises ValueError, KeyError or TypeError for values that the arithmetic does not hold for."""
     values: dict[str, Any] = {
         "resample": resample, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean_std[0],
@@ -39,7 +39,7 @@ def common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tup
     return values
 
 
-def steps(config: Config, **wanted: Any) -> None:
+def check_steps(config: Config, **wanted: Any) -> None:
     """Raises ValueError where a step has another value than the one that this family's arithmetic has; absent ones are defaults."""
     wanted = {
         "do_resize": True,
@@ -56,40 +56,40 @@ def steps(config: Config, **wanted: Any) -> None:
             raise ValueError(f"{key} is not {value}")
 
 
-def count(value: Any, most: int = 1 << 30) -> int:
+def check_count(value: Any, most: int = 1 << 30) -> int:
     """A whole number from 1 on. Raises ValueError."""
     if type(value) is not int or not 0 < value <= most:
         raise ValueError("not a size")
     return value
 
 
-def pair(value: Any) -> Size:
+def check_pair(value: Any) -> Size:
     """A size as {"height", "width"} or one number."""
     if isinstance(value, Mapping):
         if set(value) - {"height", "width"}:
             raise ValueError("not a size")
-        return count(value["height"], 1 << 14), count(value["width"], 1 << 14)
-    return count(value, 1 << 14), count(value, 1 << 14)
+        return check_count(value["height"], 1 << 14), check_count(value["width"], 1 << 14)
+    return check_count(value, 1 << 14), check_count(value, 1 << 14)
 
 
-def default(config: Config, key: str, value: Any) -> Any:
+def get_or(config: Config, key: str, value: Any) -> Any:
     """The value of `key`; `value` where the file has none."""
     return value if config.get(key) is None else config[key]
 
 
-def needed(config: Config, key: str) -> Any:
+def require(config: Config, key: str) -> Any:
     """The value of `key`, which sizes follow from. Raises ValueError where the file has none."""
     if config.get(key) is None:
         raise ValueError(f"{key} is missing, and no default stands in for it")
     return config[key]
 
 
-def optional(value: Any) -> int:
+def optional_count(value: Any) -> int:
     """A count that only tokens hang on: 0 where the file has none."""
     return value if type(value) is int and 0 < value <= 1 << 20 else 0
 
 
-def positive(height: int, width: int) -> Size:
+def check_positive(height: int, width: int) -> Size:
     """The size. Raises ValueError where there are no pixels."""
     if min(height, width) < 1:
         raise ValueError("an image without pixels")

@@ -10,8 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from sidecar.kernels.families.any_resolution import MOST_TILES
-from sidecar.kernels.families.reading import HALF, Config, common, count, default, needed, positive, steps
+from sidecar.kernels.families.any_resolution import MAX_TILES
+from sidecar.kernels.families.reading import (
+    HALF_MEAN_STD,
+    Config,
+    check_count,
+    check_positive,
+    check_steps,
+    get_or,
+    read_common,
+    require,
+)
 from sidecar.kernels.grid import (
     ABREAST,
     BICUBIC,
@@ -28,7 +37,7 @@ from sidecar.kernels.grid import (
 )
 
 GEMMA_TOKENS: Final = (70, 140, 280, 560, 1120)  # what its processor accepts
-PLAIN: Final = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IDENTITY_MEAN_STD: Final = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +53,7 @@ class Gemma4Spec(TileSpec):
     joins: bool = False
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         step = self.pooling * self.patch
         size = self._size(height, width, step)
         tile = step if self.joins else self.patch
@@ -99,7 +108,7 @@ class KimiSpec(TileSpec):
     max_side: int  # patches
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         patches = max(1.0, height // self.patch) * max(1.0, width // self.patch)
         longest = self.max_side * self.patch
         scale = min(1.0, math.sqrt(self.max_patches / patches), longest / height, longest / width)
@@ -134,7 +143,7 @@ class MiniCPMSpec(TileSpec):
         return self.patch
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         grid = self._grid(height, width) if self.slices else None
         whole = self._best(height, width, enlarge=grid is None)
         views = [ImageView(whole, whole, whole)]
@@ -160,14 +169,14 @@ class MiniCPMSpec(TileSpec):
         wanted = min(math.ceil(width * height / (self.resolution * self.resolution)), self.max_slices)
         if wanted <= 1:
             return None
-        best, least = (1, 1), math.inf
+        best, lowest = (1, 1), math.inf
         for slices in (wanted - 1, wanted, wanted + 1):
             if slices == 1 or slices > self.max_slices:
                 continue
             for rows in (n for n in range(1, slices + 1) if slices % n == 0):
                 error = abs(math.log(width / height) - math.log(slices // rows / rows))
-                if error < least or (error == least and rows > best[0]):
-                    best, least = (rows, slices // rows), error
+                if error < lowest or (error == lowest and rows > best[0]):
+                    best, lowest = (rows, slices // rows), error
         return best
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:
@@ -191,43 +200,43 @@ def _nearest(length: float, step: int) -> int:
 # --- from a model's files ---
 
 
-def gemma(config: Config, model: Config) -> ProcessorSpec:
-    return _budget(config, joins=False)
+def read_gemma(config: Config, model: Config) -> ProcessorSpec:
+    return _read_gemma4(config, joins=False)
 
 
-def gemma_unified(config: Config, model: Config) -> ProcessorSpec:
-    return _budget(config, joins=True)
+def read_gemma_unified(config: Config, model: Config) -> ProcessorSpec:
+    return _read_gemma4(config, joins=True)
 
 
-def _budget(config: Config, *, joins: bool) -> ProcessorSpec:
-    steps(config)
-    tokens = needed(config, "max_soft_tokens")
+def _read_gemma4(config: Config, *, joins: bool) -> ProcessorSpec:
+    check_steps(config)
+    tokens = require(config, "max_soft_tokens")
     if tokens not in GEMMA_TOKENS:
         raise ValueError("a number of tokens that the processor does not take")
     return Gemma4Spec(
-        **common({"do_normalize": False, **config}, BICUBIC, PLAIN), patch=count(needed(config, "patch_size"), 256),
-        pooling=count(needed(config, "pooling_kernel_size"), 16), max_tokens=tokens, joins=joins,
+        **read_common({"do_normalize": False, **config}, BICUBIC, IDENTITY_MEAN_STD), patch=check_count(require(config, "patch_size"), 256),
+        pooling=check_count(require(config, "pooling_kernel_size"), 16), max_tokens=tokens, joins=joins,
     )  # fmt: skip
 
 
-def kimi(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    size = needed(config, "size")
+def read_kimi(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    size = require(config, "size")
     if set(size) != {"max_height", "max_width"} or size["max_height"] != size["max_width"]:
         raise ValueError("not a size of this processor")
     return KimiSpec(
-        **common(config, BICUBIC, HALF), patch=count(needed(config, "patch_size"), 256), merge=count(needed(config, "merge_size"), 16),
-        max_patches=count(needed(config, "max_patches")), max_side=count(size["max_height"], 1 << 14),
+        **read_common(config, BICUBIC, HALF_MEAN_STD), patch=check_count(require(config, "patch_size"), 256), merge=check_count(require(config, "merge_size"), 16),
+        max_patches=check_count(require(config, "max_patches")), max_side=check_count(size["max_height"], 1 << 14),
     )  # fmt: skip
 
 
-def minicpm(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    slices, mode = default(config, "slice_mode", True), default(config, "downsample_mode", "16x")
+def read_minicpm(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    slices, mode = get_or(config, "slice_mode", True), get_or(config, "downsample_mode", "16x")
     if type(slices) is not bool or type(mode) is not str:
         raise ValueError("not taken by this processor")
     return MiniCPMSpec(
-        **common(config, BICUBIC, HALF), patch=count(needed(config, "patch_size"), 256),
-        resolution=count(needed(config, "scale_resolution"), 1 << 14), max_slices=count(needed(config, "max_slice_nums"), MOST_TILES),
+        **read_common(config, BICUBIC, HALF_MEAN_STD), patch=check_count(require(config, "patch_size"), 256),
+        resolution=check_count(require(config, "scale_resolution"), 1 << 14), max_slices=check_count(require(config, "max_slice_nums"), MAX_TILES),
         slices=slices, merge=2 if mode == "4x" else 4,
     )  # fmt: skip

@@ -41,11 +41,11 @@ DTYPES: Final[Mapping[str, str]] = {
     "F16": "<f2",
     "U8": "|u1",
 }
-SEGMENT: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
-LENGTH: Final = struct.Struct("<Q")
-MAX_HEAD: Final = 4 << 20  # bytes of JSON before the tensors, or instead of them
+SEGMENT_NAME: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
+HEADER_LENGTH: Final = struct.Struct("<Q")
+MAX_HEADER_BYTES: Final = 4 << 20  # bytes of JSON before the tensors, or instead of them
 MAX_ANSWER_BYTES: Final = 2 << 30
-READ_BUFFER: Final = 1 << 20
+READ_BUFFER_BYTES: Final = 1 << 20
 REQUEST_TIMEOUT_S: Final = 60.0
 
 
@@ -96,7 +96,7 @@ class Client:
         self._shm_dir = Path(shm_dir)
         self._max_bytes = max_bytes
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=seconds), read_bufsize=READ_BUFFER, auto_decompress=False
+            timeout=aiohttp.ClientTimeout(total=seconds), read_bufsize=READ_BUFFER_BYTES, auto_decompress=False
         )
 
     async def __aenter__(self) -> Self:
@@ -120,58 +120,58 @@ class Client:
 
         `headers` go along, such as the tenant's.
         """
-        form = await _form(images)
-        wanted = {"x-sidecar-handoff": "shm"} if shm else {}
+        form = await _make_form(images)
+        handoff = {"x-sidecar-handoff": "shm"} if shm else {}
         query = {"values": values} if values else {}
         try:
             async with self._session.post(
-                self._url, data=form, params=query, headers={**(headers or {}), **wanted}
+                self._url, data=form, params=query, headers={**(headers or {}), **handoff}
             ) as answer:
                 if answer.status != 200:
-                    raise await _refusal(answer)
-                data = await _body(answer, MAX_HEAD if shm else self._max_bytes)
+                    raise await _read_error(answer)
+                data = await _read_body(answer, MAX_HEADER_BYTES if shm else self._max_bytes)
         except (aiohttp.ClientError, TimeoutError) as e:
             raise PreprocessError(f"no answer from the sidecar: {type(e).__name__}", "unreachable") from e
         if shm:
-            return await asyncio.to_thread(self._shared, bytes(data))
+            return await asyncio.to_thread(self._map_shared, bytes(data))
         return parse(data)
 
-    def _shared(self, text: bytes) -> Preprocessed:
-        layout = _object(text)
+    def _map_shared(self, text: bytes) -> Preprocessed:
+        layout = _parse_object(text)
         try:
             (segment,) = layout["segments"]
             name, size = str(segment["name"]), int(segment["bytes"])
         except (KeyError, TypeError, ValueError):
-            raise _unreadable("it names no segment") from None
-        if not SEGMENT.fullmatch(name) or not 0 < size <= self._max_bytes:
-            raise _unreadable("its segment has a strange name or size")
-        return parse(_mapped(self._shm_dir / name, size))
+            raise _invalid("it names no segment") from None
+        if not SEGMENT_NAME.fullmatch(name) or not 0 < size <= self._max_bytes:
+            raise _invalid("its segment has a strange name or size")
+        return parse(_map_file(self._shm_dir / name, size))
 
 
 def parse(data: Data) -> Preprocessed:
     """A safetensors file as the sidecar writes it; the arrays lie in `data`. Raises PreprocessError."""
-    head, start = _head(data)
+    head, start = _parse_header(data)
     described = head.pop("__metadata__", {})
     try:
-        tensors = {str(name): _array(data, start, **entry) for name, entry in head.items()}
+        tensors = {str(name): _map_array(data, start, **entry) for name, entry in head.items()}
         images = tuple(ImageLayout(**i | {"grid_thw": tuple(i["grid_thw"])}) for i in json.loads(described["images"]))
         return Preprocessed(tensors, images, str(described["processor"]))
     except (KeyError, TypeError, ValueError) as e:
-        raise _unreadable(f"not the tensors of this version ({type(e).__name__})") from None
+        raise _invalid(f"not the tensors of this version ({type(e).__name__})") from None
 
 
-def _head(data: Data) -> tuple[dict[str, Any], int]:
+def _parse_header(data: Data) -> tuple[dict[str, Any], int]:
     """The JSON header, and where the tensors begin."""
-    if len(data) < LENGTH.size:
-        raise _unreadable("it is cut off")
-    (length,) = LENGTH.unpack(data[: LENGTH.size])
-    start = LENGTH.size + length
-    if length > MAX_HEAD or start > len(data):
-        raise _unreadable("its header is cut off or too long")
-    return _object(bytes(data[LENGTH.size : start])), start
+    if len(data) < HEADER_LENGTH.size:
+        raise _invalid("it is cut off")
+    (length,) = HEADER_LENGTH.unpack(data[: HEADER_LENGTH.size])
+    start = HEADER_LENGTH.size + length
+    if length > MAX_HEADER_BYTES or start > len(data):
+        raise _invalid("its header is cut off or too long")
+    return _parse_object(bytes(data[HEADER_LENGTH.size : start])), start
 
 
-def _array(data: Data, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
+def _map_array(data: Data, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
     """One tensor; nothing is copied. Raises KeyError, TypeError or ValueError where its entry is none."""
     kind = np.dtype(DTYPES[dtype])
     first, end = data_offsets
@@ -181,7 +181,7 @@ def _array(data: Data, start: int, dtype: str, shape: list[int], data_offsets: l
     return np.frombuffer(data, kind, count, start + first).reshape(shape)
 
 
-def _mapped(path: Path, size: int) -> mmap.mmap:
+def _map_file(path: Path, size: int) -> mmap.mmap:
     """The file of `size` bytes, mapped so that what is written to the arrays stays ours; it is removed. Raises PreprocessError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -196,13 +196,13 @@ def _mapped(path: Path, size: int) -> mmap.mmap:
     try:
         path.unlink(missing_ok=True)
         if os.fstat(fd).st_size != size:
-            raise _unreadable("its segment has another size")
+            raise _invalid("its segment has another size")
         return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
     finally:
         os.close(fd)
 
 
-async def _form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
+async def _make_form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
     form, given = aiohttp.FormData(), list(images)
     if not given:
         raise PreprocessError("no image was given", "bad_request")
@@ -212,11 +212,11 @@ async def _form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
     return form
 
 
-async def _body(answer: aiohttp.ClientResponse, most: int) -> memoryview:
+async def _read_body(answer: aiohttp.ClientResponse, max_bytes: int) -> memoryview:
     """The answer's bytes, read into one buffer of the announced length."""
     size = answer.content_length
-    if size is None or size > most:
-        raise _unreadable(f"it announces no length, or more than {most} bytes")
+    if size is None or size > max_bytes:
+        raise _invalid(f"it announces no length, or more than {max_bytes} bytes")
     buffer = np.empty(size, np.uint8).data
     at = 0
     async for chunk in answer.content.iter_any():
@@ -225,12 +225,12 @@ async def _body(answer: aiohttp.ClientResponse, most: int) -> memoryview:
     return buffer[:at]
 
 
-async def _refusal(answer: aiohttp.ClientResponse) -> PreprocessError:
+async def _read_error(answer: aiohttp.ClientResponse) -> PreprocessError:
     """What the sidecar said in OpenAI's error shape, or the status of whoever else answered."""
     text = b""
     async for chunk in answer.content.iter_any():  # others may announce no length
         text += chunk
-        if len(text) > MAX_HEAD:
+        if len(text) > MAX_HEADER_BYTES:
             break
     try:
         error = json.loads(text)["error"]
@@ -242,15 +242,15 @@ async def _refusal(answer: aiohttp.ClientResponse) -> PreprocessError:
     return PreprocessError(message, code, answer.status, float(later) if later.isdecimal() else None)
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def _parse_object(text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise _unreadable("it holds no JSON object")
+        raise _invalid("it holds no JSON object")
     return found
 
 
-def _unreadable(why: str) -> PreprocessError:
+def _invalid(why: str) -> PreprocessError:
     return PreprocessError(f"the sidecar's answer cannot be read: {why}", "unreadable")

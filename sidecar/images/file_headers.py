@@ -59,14 +59,14 @@ def _jpeg(data: bytes) -> Header:
 SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 HUFFMAN_FRAMES: Final = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
-MOST_SEGMENTS: Final = 1000  # cameras and editors write tens; each costs 1 µs, on the relay's event loop too
+MAX_SEGMENTS: Final = 1000  # cameras and editors write tens; each costs 1 µs, on the relay's event loop too
 _NO_FILL: Final = re.compile(rb"[^\xff]")
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Each segment's marker and the place of its content; ends at the scan, or where the file is no sane JPEG any more."""
     at = 2
-    for _ in range(MOST_SEGMENTS):
+    for _ in range(MAX_SEGMENTS):
         if at + 4 > len(data) or data[at] != 0xFF:
             return
         marker, length = struct.unpack_from("!BH", data, at + 1)
@@ -176,4 +176,4 @@ MAGIC: Final[tuple[tuple[bytes, int, str], ...]] = (
     (b"\x01\xda", 0, "sgi"),
     (b"SIMPLE  =", 0, "fits"),
 )
-DECODED: Final = frozenset(READERS)
+DECODED_FORMATS: Final = frozenset(READERS)

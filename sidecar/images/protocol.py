@@ -18,8 +18,8 @@ from typing import Final
 import msgspec
 
 PREFIX: Final = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
-MAX_HEADER: Final = 64 * 1024
-MAX_REPLY: Final = 2 << 30  # fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
+MAX_HEADER_BYTES: Final = 64 * 1024
+MAX_REPLY_BYTES: Final = 2 << 30  # fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
 
 PIXELS: Final = "pixels"  # a resized lossless image, as base64 text
 RAW: Final = "raw"  # the resized image's RGB bytes
@@ -95,23 +95,23 @@ _DECODERS: Final[dict[str, msgspec.json.Decoder[Frame]]] = {
 }
 
 
-def head(record: Frame, payload: int = 0) -> bytes:
+def encode_head(record: Frame, payload: int = 0) -> bytes:
     """The first bytes of a frame; `payload` more bytes must follow."""
     header = _encoder.encode((type(record).__name__, record))
     return PREFIX.pack(len(header), payload) + header
 
 
-def lengths(prefix: Data, max_payload: int) -> tuple[int, int]:
+def decode_prefix(prefix: Data, max_payload: int) -> tuple[int, int]:
     """Header and payload bytes of a frame. Raises FrameError when one is over its bound, or there is no such prefix."""
     if len(prefix) != PREFIX.size:
         raise FrameError("a frame that is cut off")
     header, payload = PREFIX.unpack(prefix)
-    if header > MAX_HEADER or payload > max_payload:
+    if header > MAX_HEADER_BYTES or payload > max_payload:
         raise FrameError("a frame over the bound")
     return header, payload
 
 
-def parse(header: bytes | bytearray) -> Frame:
+def decode_header(header: bytes | bytearray) -> Frame:
     """The record of a frame's header. Raises FrameError."""
     try:
         name, fields = _envelope.decode(header)

@@ -29,18 +29,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, head, lengths, parse
+from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, decode_header, decode_prefix, encode_head
 
 # The folder in memory that prepared images lie in. Linux and Kubernetes have shared memory there and nowhere else, and vLLM's plugin looks
 # there too (plugins/vllm).
 SHM_DIR: Final = "/dev/shm"
-PREFIXED: Final = "sidecar-images-"
-OUT: Final = "out-"
-UNREAD: Final = 600.0  # seconds after which a file that was handed over and never read is removed
-WAITING: Final = 1 << 30  # bytes that may wait for readers who may never come
-LOCK: Final = "lock"
-ROOM: Final = 0.9  # share of the bound that an eviction leaves in use
-KNOWN: Final = 1024  # records that a process keeps parsed, about 1 kB each: parsing took a fifth of a hit
+FOLDER_PREFIX: Final = "sidecar-images-"
+SHARED_PREFIX: Final = "out-"
+UNREAD_TIMEOUT_S: Final = 600.0  # seconds after which a file that was handed over and never read is removed
+MAX_UNREAD_BYTES: Final = 1 << 30  # bytes that may wait for readers who may never come
+LOCK_NAME: Final = "lock"
+EVICTION_TARGET: Final = 0.9  # share of the bound that an eviction leaves in use
+MAX_PARSED_ENTRIES: Final = 1024  # records that a process keeps parsed, about 1 kB each: parsing took a fifth of a hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,11 @@ class SharedFile:
 class ImageCache:
     """One folder. `secret` must be the same in all processes that share it."""
 
-    def __init__(self, folder: str, most_bytes: int, secret: bytes) -> None:
+    def __init__(self, folder: str, max_bytes: int, secret: bytes) -> None:
         self._folder = Path(folder)
-        self._most = most_bytes
+        self._max_bytes = max_bytes
         self._secret = secret
-        self._known: dict[str, _Entry] = {}  # of entries that were read lately
+        self._parsed: dict[str, _Entry] = {}  # of entries that were read lately
 
     def key(self, data: Data, *parts: str) -> str:
         """The name of an image's result; `parts`: all else that it depends on.
@@ -100,12 +100,12 @@ class ImageCache:
             with contextlib.suppress(OSError):
                 os.utime(fd)
             content = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-            entry, inode = self._known.get(key), os.fstat(fd).st_ino
+            entry, inode = self._parsed.get(key), os.fstat(fd).st_ino
             if entry is None or entry.inode != inode:
                 entry = self._read(content, inode)
-                if len(self._known) >= KNOWN:
-                    self._known.clear()
-                self._known[key] = entry
+                if len(self._parsed) >= MAX_PARSED_ENTRIES:
+                    self._parsed.clear()
+                self._parsed[key] = entry
             return entry.record, memoryview(content)[entry.start :]
         except (OSError, ValueError, FrameError):
             return None
@@ -114,33 +114,33 @@ class ImageCache:
 
     def _read(self, content: mmap.mmap, inode: int) -> _Entry:
         """Raises FrameError where it is none of ours."""
-        header, payload = lengths(content[: PREFIX.size], self._most)
+        header, payload = decode_prefix(content[: PREFIX.size], self._max_bytes)
         start = PREFIX.size + header
-        record = parse(content[PREFIX.size : start])
+        record = decode_header(content[PREFIX.size : start])
         if not isinstance(record, ImageDone) or len(content) != start + payload:
             raise FrameError("not a whole entry")
         return _Entry(inode, record, start)
 
     def put(self, key: str, done: ImageDone, payload: Data) -> None:
         """Keep an entry, and evict what is over the bound. One that is too large by itself is not kept."""
-        first = head(done, len(payload))
+        first = encode_head(done, len(payload))
         size = len(first) + len(payload)
-        if size > self._most // 4:
+        if size > self._max_bytes // 4:
             return
         scratch = self._folder / f".{key}.{secrets.token_hex(4)}"
         try:
-            with self._alone():
+            with self._exclusive():
                 self._evict(size)
                 fd = _create(scratch, size)
             _fill(fd, scratch, first, payload)
-            with self._alone():
+            with self._exclusive():
                 scratch.rename(self._folder / key)
         except OSError:  # the folder is gone, shared memory is full, or others have evicted it already
             scratch.unlink(missing_ok=True)
 
     def export(self, *pieces: Data, key: str = "") -> SharedFile:
         """A file of a random name with `pieces`; where the entry `key` holds them, a link to it. Raises OSError."""
-        path = self._folder / (OUT + secrets.token_hex(16))
+        path = self._folder / (SHARED_PREFIX + secrets.token_hex(16))
         size = sum(map(len, pieces))
         try:
             os.link(self._folder / key, path)
@@ -152,32 +152,32 @@ class ImageCache:
 
     def share(self, *pieces: Data) -> SharedFile:
         """The same for a reader who may never come. Raises OSError also where too much waits for its reader."""
-        path = self._folder / (OUT + secrets.token_hex(16))
+        path = self._folder / (SHARED_PREFIX + secrets.token_hex(16))
         size = sum(map(len, pieces))
-        with self._alone():
-            waiting = sum(s.st_size for s, name in self._files() if name.startswith(OUT) and s.st_nlink == 1)
-            if waiting + size > WAITING or size > shutil.disk_usage(self._folder).free // 2:
+        with self._exclusive():
+            unread = sum(s.st_size for s, name in self._files() if name.startswith(SHARED_PREFIX) and s.st_nlink == 1)
+            if unread + size > MAX_UNREAD_BYTES or size > shutil.disk_usage(self._folder).free // 2:
                 raise OSError(errno.ENOSPC, "too much waits for its readers")
             fd = _create(path, size)
         _fill(fd, path, *pieces)
         return SharedFile(self._folder.name, path.name, 0, size)
 
-    def relink(self, handed: SharedFile) -> bool:
+    def relink(self, file: SharedFile) -> bool:
         """Let lie there once more what its reader has removed. False where its entry is gone."""
-        path = self._folder / handed.name
+        path = self._folder / file.name
         try:
             if not path.exists():
-                os.link(self._folder / handed.key, path)
-            return path.stat().st_size == handed.size
+                os.link(self._folder / file.key, path)
+            return path.stat().st_size == file.size
         except OSError:
             return False
 
-    def unlink_shared(self, handed: SharedFile) -> None:
+    def unlink_shared(self, file: SharedFile) -> None:
         """Remove what was handed over, where its reader has not."""
-        (self._folder / handed.name).unlink(missing_ok=True)
+        (self._folder / file.name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """Nobody else counts, reserves or renames in this folder meanwhile. A holder that dies gives it back."""
         fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -195,18 +195,18 @@ class ImageCache:
                     stat = entry.stat()
                 except FileNotFoundError:  # another worker renamed it, or its reader removed it
                     continue
-                if entry.name.startswith(OUT) and now - stat.st_ctime > UNREAD:
+                if entry.name.startswith(SHARED_PREFIX) and now - stat.st_ctime > UNREAD_TIMEOUT_S:
                     Path(entry.path).unlink(missing_ok=True)
-                elif entry.name != LOCK:
+                elif entry.name != LOCK_NAME:
                     yield stat, entry.name
 
-    def _evict(self, coming: int) -> None:
-        entries = [(stat, name) for stat, name in self._files() if not name.startswith(OUT)]
+    def _evict(self, incoming: int) -> None:
+        entries = [(stat, name) for stat, name in self._files() if not name.startswith(SHARED_PREFIX)]
         used = sum(stat.st_size for stat, _ in entries)
-        if used + coming <= self._most:
+        if used + incoming <= self._max_bytes:
             return
         for stat, name in sorted(entries, key=lambda entry: entry[0].st_mtime):
-            if used + coming <= self._most * ROOM:
+            if used + incoming <= self._max_bytes * EVICTION_TARGET:
                 break
             (self._folder / name).unlink(missing_ok=True)
             used -= stat.st_size
@@ -218,15 +218,15 @@ class CacheFolder:
     `needed`: it is made even where nothing is to be kept.
     """
 
-    def __init__(self, shm: str, most_bytes: int, *, needed: bool = False) -> None:
+    def __init__(self, shm: str, max_bytes: int, *, needed: bool = False) -> None:
         self.path, self.bytes, self.why = "", 0, ""
         self._lock = -1
         try:
             sweep(shm)
             free = shutil.disk_usage(shm).free
-            self.bytes = min(most_bytes, free // 2)  # engines need shared memory, too
+            self.bytes = min(max_bytes, free // 2)  # engines need shared memory, too
             if self.bytes > 0 or needed:
-                self.path, self._lock = _locked(shm)
+                self.path, self._lock = _make_locked(shm)
         except OSError as e:
             self.path, self.bytes, self.why = "", 0, e.strerror or type(e).__name__
 
@@ -240,9 +240,9 @@ class CacheFolder:
 
 def sweep(shm: str) -> None:
     """Remove folders of ours whose sidecar is gone: nobody holds their lock."""
-    for folder in Path(shm).glob(PREFIXED + "*"):
+    for folder in Path(shm).glob(FOLDER_PREFIX + "*"):
         try:
-            fd = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             continue  # another user's, or one that is just being made
         try:
@@ -254,12 +254,12 @@ def sweep(shm: str) -> None:
             os.close(fd)
 
 
-def _locked(shm: str) -> tuple[str, int]:
+def _make_locked(shm: str) -> tuple[str, int]:
     """A new folder and the file by which it is locked. Raises OSError."""
     while True:
-        path = tempfile.mkdtemp(prefix=PREFIXED, dir=shm)  # mode 0700
+        path = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=shm)  # mode 0700
         try:
-            fd = os.open(Path(path) / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fd = os.open(Path(path) / LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError:
             shutil.rmtree(path, ignore_errors=True)

@@ -21,9 +21,9 @@ Reserve = Callable[[int], None]
 class TensorBudget:
     """The tensors of all requests under way."""
 
-    def __init__(self, most: int = MAX_TENSOR_BYTES) -> None:
-        self._most = most
-        self.held = 0
+    def __init__(self, max_bytes: int = MAX_TENSOR_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self.held_bytes = 0
 
     @contextmanager
     def for_request(self) -> Iterator[Reserve]:
@@ -31,19 +31,19 @@ class TensorBudget:
 
         That raises BadImage where this request alone has too many, and ImagesBusy where all together have.
         """
-        own = 0
+        own_bytes = 0
 
-        def take(size: int) -> None:
-            nonlocal own
-            if own + size > self._most:
-                text = f"the tensors of one request may have {self._most} bytes here; send fewer or smaller images, or values=uint8"
+        def reserve(size: int) -> None:
+            nonlocal own_bytes
+            if own_bytes + size > self._max_bytes:
+                text = f"the tensors of one request may have {self._max_bytes} bytes here; send fewer or smaller images, or values=uint8"
                 raise BadImage(text, "tensors_too_large")
-            if self.held + size > self._most:
+            if self.held_bytes + size > self._max_bytes:
                 raise ImagesBusy("too many tensors are on their way to other clients; try again shortly")
-            own += size
-            self.held += size
+            own_bytes += size
+            self.held_bytes += size
 
         try:
-            yield take
+            yield reserve
         finally:
-            self.held -= own
+            self.held_bytes -= own_bytes

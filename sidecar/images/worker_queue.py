@@ -16,7 +16,7 @@ from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images.protocol import (
-    MAX_REPLY,
+    MAX_REPLY_BYTES,
     PREFIX,
     Data,
     Frame,
@@ -25,9 +25,9 @@ from sidecar.images.protocol import (
     ImageJob,
     ImageRefused,
     WorkerReady,
-    head,
-    lengths,
-    parse,
+    decode_header,
+    decode_prefix,
+    encode_head,
 )
 from sidecar.images.tensor_budget import Reserve
 from sidecar.runtime import cpu_quota
@@ -51,9 +51,9 @@ class WorkerQueue:
     def __init__(
         self, socket_path: str, settings: Settings, *, deadline: float = DEADLINE_S, max_waiting: int = MAX_WAITING
     ) -> None:
-        self.seconds = deadline
+        self.deadline_s = deadline
         self._path = socket_path
-        self._patience = max(QUEUE_TIMEOUT_S, deadline)
+        self._queue_timeout_s = max(QUEUE_TIMEOUT_S, deadline)
         self._max_waiting = max_waiting
         self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpu_quota.quota()))
         self._waiting = 0
@@ -63,18 +63,18 @@ class WorkerQueue:
         """Take no more images; those under way end by themselves within their deadline."""
         self._closed = True
 
-    async def do(
-        self, job: ImageJob, data: Data, where: str, take: Reserve | None = None
+    async def run(
+        self, job: ImageJob, data: Data, where: str, reserve: Reserve | None = None
     ) -> tuple[ImageDone, bytearray]:
-        """What a worker made of one image. Raises BadImage or ImagesBusy, in which `where` names the image; `take`: told of the answer's bytes first."""
+        """What a worker made of one image. Raises BadImage or ImagesBusy, in which `where` names the image; `reserve`: told of the answer's bytes first."""
         async with self._connection() as connection:
             sent = time.monotonic()
             try:
-                async with asyncio.timeout(self.seconds + DEADLINE_SLACK_S):
+                async with asyncio.timeout(self.deadline_s + DEADLINE_SLACK_S):
                     await _send(connection, job, data)
-                    answer, payload = await _receive(connection, take)
+                    answer, payload = await _receive(connection, reserve)
             except (OSError, EOFError, FrameError, TimeoutError):
-                raise _killed(where, time.monotonic() - sent, self.seconds) from None
+                raise _worker_lost(where, time.monotonic() - sent, self.deadline_s) from None
         if isinstance(answer, ImageRefused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
         assert isinstance(answer, ImageDone)
@@ -89,29 +89,29 @@ class WorkerQueue:
         self._waiting += 1
         try:
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._queue_timeout_s):
                     await self._slots.acquire()
             finally:
                 self._waiting -= 1
         except TimeoutError:
             raise ImagesBusy("no image worker became free in time; try again shortly") from None
         try:
-            connection = await self._ready()
+            connection = await self._connect_worker()
             yield connection
         finally:
             self._slots.release()
             if connection is not None:
                 connection.close()
 
-    async def _ready(self) -> socket.socket:
+    async def _connect_worker(self) -> socket.socket:
         """Connect until a worker takes us; a server that is being restarted is waited for."""
         pause, longest = CONNECT_RETRY_S
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._queue_timeout_s):
                 while True:
                     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     try:
-                        await _greeting(connection, self._path)
+                        await _connect(connection, self._path)
                     except (OSError, EOFError, FrameError):
                         connection.close()
                     except BaseException:
@@ -125,7 +125,7 @@ class WorkerQueue:
             raise ImagesBusy("no image worker took the image in time; try again shortly") from None
 
 
-async def _greeting(connection: socket.socket, path: str) -> None:
+async def _connect(connection: socket.socket, path: str) -> None:
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, path)
     ready, _ = await _receive(connection)
@@ -135,32 +135,32 @@ async def _greeting(connection: socket.socket, path: str) -> None:
 
 async def _send(connection: socket.socket, job: ImageJob, data: Data) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, head(job, len(data)))
+    await loop.sock_sendall(connection, encode_head(job, len(data)))
     if data:  # sending nothing to a worker that has answered already would be an error
         await loop.sock_sendall(connection, data)
 
 
-async def _receive(connection: socket.socket, take: Reserve | None = None) -> tuple[Frame, bytearray]:
-    """One frame; `take` is asked before its payload is read. Raises EOFError when the connection ended first, FrameError when it is none."""
-    header, payload = lengths(await _exactly(connection, PREFIX.size), MAX_REPLY)
-    if take is not None:
-        take(payload)
-    return parse(await _exactly(connection, header)), await _exactly(connection, payload)
+async def _receive(connection: socket.socket, reserve: Reserve | None = None) -> tuple[Frame, bytearray]:
+    """One frame; `reserve` is asked before its payload is read. Raises EOFError when the connection ended first, FrameError when it is none."""
+    header, payload = decode_prefix(await _read_exactly(connection, PREFIX.size), MAX_REPLY_BYTES)
+    if reserve is not None:
+        reserve(payload)
+    return decode_header(await _read_exactly(connection, header)), await _read_exactly(connection, payload)
 
 
-async def _exactly(connection: socket.socket, size: int) -> bytearray:
+async def _read_exactly(connection: socket.socket, size: int) -> bytearray:
     loop = asyncio.get_running_loop()
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        got = await loop.sock_recv_into(connection, view)
-        if not got:
+        received = await loop.sock_recv_into(connection, view)
+        if not received:
             raise EOFError
-        view = view[got:]
+        view = view[received:]
     return data
 
 
-def _killed(where: str, took: float, seconds: float) -> BadImage:
+def _worker_lost(where: str, took: float, seconds: float) -> BadImage:
     """The worker is gone without an answer: by its deadline's signal, or by the image."""
     if took >= seconds:
         return BadImage(

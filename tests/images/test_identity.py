@@ -63,7 +63,7 @@ def test_published_files_are_known(tmp_path: Path, name: str) -> None:
     files["tokenizer_config.json"] = {"auto_map": {"AutoTokenizer": ["x.X", None]}, "processor_class": "Anything"}
     if "processor_class" not in config | model:
         del files["tokenizer_config.json"]["processor_class"]
-    found = families.explained(written(tmp_path, files))
+    found = families.explain(written(tmp_path, files))
     assert isinstance(found, ProcessorSpec), found
 
 
@@ -71,7 +71,7 @@ def test_published_files_are_known(tmp_path: Path, name: str) -> None:
 def test_a_known_name_alone_is_not_an_identity(tmp_path: Path, name: str) -> None:
     """Code, settings, callers and models that are not known pass, and what is said names the offender."""
     files, offender = STRANGERS[name]
-    found = families.explained(written(tmp_path, files))
+    found = families.explain(written(tmp_path, files))
     assert isinstance(found, str) and offender in found
 
 

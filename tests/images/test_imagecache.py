@@ -46,7 +46,7 @@ def test_what_was_put_is_got(cache: ImageCache) -> None:
 
 def test_an_entry_that_was_made_anew_is_read_anew(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process remembers of entries is of the very files, also when another process has replaced one by one as large; and bounded."""
-    monkeypatch.setattr("sidecar.images.shm_cache.KNOWN", 3)
+    monkeypatch.setattr("sidecar.images.shm_cache.MAX_PARSED_ENTRIES", 3)
     for n in range(8):
         done = replace(DONE, stages=(("decode", n / 10),))
         cache.put("aa", done, bytes([n] * 6))
@@ -133,7 +133,7 @@ def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
     """Closed, it is gone; left by a process that was killed, the next one sweeps it; one in use stays."""
     mine = CacheFolder(str(tmp_path), 1 << 20)
     assert Path(mine.path).stat().st_mode & 0o777 == 0o700
-    code = f"from sidecar.images.shm_cache import Folder; import os; print(Folder({str(tmp_path)!r}, 1 << 20).path, flush=True); os._exit(9)"
+    code = f"from sidecar.images.shm_cache import CacheFolder; import os; print(CacheFolder({str(tmp_path)!r}, 1 << 20).path, flush=True); os._exit(9)"
     left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
     assert Path(left).is_dir()
     sweep(str(tmp_path))
@@ -202,7 +202,7 @@ def test_what_finds_no_room_leaves_no_part(cache: ImageCache, tmp_path: Path) ->
 
 def test_what_waits_for_readers_is_bounded(cache: ImageCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers who never come fill no memory; what is read makes room, and a link to an entry takes none."""
-    monkeypatch.setattr("sidecar.images.shm_cache.WAITING", 1000)
+    monkeypatch.setattr("sidecar.images.shm_cache.MAX_UNREAD_BYTES", 1000)
     cache.put("aa", DONE, bytes(700))
     cache.export(bytes(700), key="aa")
     first = cache.share(bytes(300), bytes(300))
@@ -229,7 +229,7 @@ def test_what_was_read_lies_there_again(cache: ImageCache, tmp_path: Path) -> No
 async def test_a_cancelled_request_leaves_nothing_behind(cache: ImageCache) -> None:
     """The thread that writes for it cannot be stopped; what it wrote is taken back."""
     handovers = ShmHandoff(cache)
-    with cache._alone():
+    with cache._exclusive():
         asked = asyncio.create_task(handovers.tensors(b"pixels"))
         await asyncio.sleep(0)
         asked.cancel()

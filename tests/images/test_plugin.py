@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.images.vllm_plugin import CHECK_INTERVAL_S, MARK, PluginWatch, judged, read_status
+from sidecar.images.vllm_plugin import CHECK_INTERVAL_S, MARK_PREFIX, PluginWatch, check_mark, read_status
 from tests.waiting import PATIENCE
 
 from .test_imagecache import plugin
@@ -84,7 +84,7 @@ JUDGED: dict[str, tuple[Any, str]] = {
 def test_what_a_mark_says(case: str) -> None:
     """Images go through shared memory only where the one who left the mark can read them; else the reason is named."""
     said, why = JUDGED[case]
-    found = judged(json.dumps(said).encode().ljust(512), user=5).why
+    found = check_mark(json.dumps(said).encode().ljust(512), user=5).why
     assert why in found and bool(why) == bool(found)
 
 
@@ -92,10 +92,10 @@ def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
     """A link, a pipe, a folder and a file that nobody holds are passed over, without waiting, and hide no real mark."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(json.dumps(GOOD).encode())
-    (tmp_path / (MARK + "link")).symlink_to(elsewhere)
-    os.mkfifo(tmp_path / (MARK + "pipe"))
-    (tmp_path / (MARK + "folder")).mkdir()
-    (tmp_path / (MARK + "old")).write_bytes(json.dumps(GOOD | {"user": os.geteuid()}).encode())
+    (tmp_path / (MARK_PREFIX + "link")).symlink_to(elsewhere)
+    os.mkfifo(tmp_path / (MARK_PREFIX + "pipe"))
+    (tmp_path / (MARK_PREFIX + "folder")).mkdir()
+    (tmp_path / (MARK_PREFIX + "old")).write_bytes(json.dumps(GOOD | {"user": os.geteuid()}).encode())
     assert read_status(str(tmp_path)).why.startswith(NOBODY)
     assert read_status(str(tmp_path / "missing")).why.startswith(NOBODY)
     start()

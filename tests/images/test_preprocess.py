@@ -356,15 +356,15 @@ async def test_a_multipart_body_without_a_length_is_bounded(service: Service) ->
 async def test_tensors_that_wait_for_their_clients_are_bounded(service: Service) -> None:
     """One request beyond the bound is told to send less, one that meets others to come again; what was held is let go."""
     size = len((await service.post(data=form(PHOTOS[:1])))[1])
-    service.images.results = TensorBudget(size)
+    service.images.tensor_budget = TensorBudget(size)
     status, body, _ = await service.post(data=form(PHOTOS))
     assert (status, json.loads(body)["error"]["code"]) == (400, "tensors_too_large")
-    with service.images.results.for_request() as take:
-        take(size // 2)
+    with service.images.tensor_budget.for_request() as reserve:
+        reserve(size // 2)
         status, body, _ = await service.post(data=form(PHOTOS[:1]))
         assert (status, json.loads(body)["error"]["code"]) == (503, "images_busy")
     assert (await service.post(data=form(PHOTOS[:1])))[0] == 200
-    assert service.images.results.held == 0
+    assert service.images.tensor_budget.held_bytes == 0
 
 
 async def test_one_bad_image_fails_the_request_and_is_named(service: Service) -> None:

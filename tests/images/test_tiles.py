@@ -82,7 +82,7 @@ def test_a_mask_of_ones_is_never_built() -> None:
         images = [spec.geometry(1500, 1500)] * 16
         sent = sum(len(part) for group in tensor_layout.integers(spec.integers(images).values()) for part in group)
         dtype, shape = spec.shapes(images)["pixel_attention_mask"]
-        assert sent == tensor_layout.SIZES[dtype] * math.prod(shape) == 16 * 17 * 512 * 512 * 8
+        assert sent == tensor_layout.ELEMENT_BYTES[dtype] * math.prod(shape) == 16 * 17 * 512 * 512 * 8
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

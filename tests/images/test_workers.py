@@ -151,7 +151,7 @@ def test_with_sys_ptrace_alone_nothing_of_it_is_left() -> None:
     keep += "words = (f._Words * 2)((only, only, only), (0, 0, 0)); libc.capset(ctypes.byref(f._Header(f.VERSION_3, 0)), words); "
     show = "print(open('/proc/self/status').read().partition('CapEff:')[2].split()[0], flush=True); "
     end = "__import__('os').execv('/bin/grep', ['grep', 'CapEff', '/proc/self/status'])"
-    code = keep + show + "f.give_up(); " + show + end
+    code = keep + show + "f.drop_capabilities(); " + show + end
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     before, after, started = done.stdout.split("\n")[:3]
     assert (int(before, 16), int(after, 16), int(started.split()[1], 16)) == (1 << 19, 0, 0)

@@ -2,7 +2,7 @@
 
 Rules: bytes from outside are decoded in the workers and never reach the GPU's process: it sees pixels and numbers. They travel
 in shared memory that the worker made and sealed, so that it cannot shrink under a reader; what an Ask says is checked again. An
-ask may always be refused, and a refusal costs nothing but time: the worker then does the image itself. So a full budget, a lost
+request may always be refused, and a refusal costs nothing but time: the worker then does the image itself. So a full budget, a lost
 GPU, one that is being prepared and one that is not there are all one case here: None. After PATIENCE in vain a worker goes on by itself
 for a while, and leaves the shared memory alone until the answer has come: the GPU may still be writing.
 """
@@ -21,10 +21,12 @@ from typing import Final
 
 from sidecar.images.protocol import FrameError
 
-ARENA: Final = 64 << 20  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
+ARENA_BYTES: Final = (
+    64 << 20
+)  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
 GPU_TIMEOUT_S: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
-GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a vain ask, seconds
-MAX_ASK: Final = 8192  # bytes
+GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a vain request, seconds
+MAX_REQUEST_BYTES: Final = 8192  # bytes
 OK, FULL = b"ok", b"full"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 GPU_SOCKET_SUFFIX: Final = (
@@ -48,30 +50,33 @@ class GpuRequest:
         return json.dumps(asdict(self)).encode()
 
 
-def parse(text: bytes) -> GpuRequest:
+def parse_request(text: bytes) -> GpuRequest:
     """Inverse of Ask.to_json. Raises FrameError."""
     try:
-        ask = GpuRequest(**json.loads(text))
-        if all(type(size) is int and size > 0 for size in (ask.height, ask.width)) and type(ask.spec) is str:
-            return ask
+        request = GpuRequest(**json.loads(text))
+        if (
+            all(type(size) is int and size > 0 for size in (request.height, request.width))
+            and type(request.spec) is str
+        ):
+            return request
     except (ValueError, TypeError):
         pass
-    raise FrameError("not an ask")
+    raise FrameError("not a request")
 
 
-def arena() -> int:
+def make_arena() -> int:
     """A file in memory that can neither grow nor shrink any more."""
     fd = os.memfd_create("sidecar-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, ARENA)
+    os.ftruncate(fd, ARENA_BYTES)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return fd
 
 
-def mapped(fd: int) -> mmap.mmap:
+def map_arena(fd: int) -> mmap.mmap:
     """A worker's arena, for the GPU's process. Raises FrameError where it could shrink or has another size."""
     try:
-        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS and os.fstat(fd).st_size == ARENA:
-            return mmap.mmap(fd, ARENA)
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS and os.fstat(fd).st_size == ARENA_BYTES:
+            return mmap.mmap(fd, ARENA_BYTES)
     except OSError:
         pass
     raise FrameError("not a sealed arena")
@@ -80,72 +85,72 @@ def mapped(fd: int) -> mmap.mmap:
 class GpuChannel:
     """A worker's way to the GPU behind the socket `path`, or to none. Made before the worker gives up making files."""
 
-    def __init__(self, path: str, patience: float = GPU_TIMEOUT_S, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str, timeout_s: float = GPU_TIMEOUT_S, now: Callable[[], float] = time.monotonic) -> None:
         self._path = path
-        self._patience = patience
+        self._timeout_s = timeout_s
         self._now = now
-        self._fd = arena()
-        self._memory = mmap.mmap(self._fd, ARENA)
+        self._fd = make_arena()
+        self._memory = mmap.mmap(self._fd, ARENA_BYTES)
         self._connection: socket.socket | None = None
-        self._late = False
-        self._rest = GPU_BACKOFF_S[0]
-        self._not_before = 0.0
+        self._answer_pending = False
+        self._backoff_s = GPU_BACKOFF_S[0]
+        self._retry_at = 0.0
 
-    def make(self, pixels: memoryview, ask: GpuRequest, size: int) -> memoryview | None:
+    def process(self, pixels: memoryview, request: GpuRequest, size: int) -> memoryview | None:
         """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
-        if max(len(pixels), size) > ARENA or self._now() < self._not_before:
+        if max(len(pixels), size) > ARENA_BYTES or self._now() < self._retry_at:
             return None
         try:
-            connection = self._open()
+            connection = self._connect()
             self._memory[: len(pixels)] = pixels
-            connection.send(ask.to_json())
-            self._late = True
-            answer = self._answer(connection, self._patience)
+            connection.send(request.to_json())
+            self._answer_pending = True
+            answer = self._receive_answer(connection, self._timeout_s)
         except TimeoutError:
-            self._pause()
+            self._back_off()
             return None
         except OSError:
-            self._hang_up()
-            self._pause()
+            self._disconnect()
+            self._back_off()
             return None
-        self._rest = GPU_BACKOFF_S[0]
+        self._backoff_s = GPU_BACKOFF_S[0]
         return memoryview(self._memory)[:size] if answer == OK else None
 
-    def _open(self) -> socket.socket:
+    def _connect(self) -> socket.socket:
         """A connection whose arena is ours alone. Raises TimeoutError while the GPU may still write to it, OSError where it is lost."""
         if self._connection is not None:
-            if self._late:
-                self._answer(self._connection, 0)
+            if self._answer_pending:
+                self._receive_answer(self._connection, 0)
             return self._connection
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connection.settimeout(self._patience)
+        self._connection.settimeout(self._timeout_s)
         self._connection.connect(self._path)
         socket.send_fds(self._connection, [b"arena"], [self._fd])
         return self._connection
 
-    def _answer(self, connection: socket.socket, seconds: float) -> bytes:
+    def _receive_answer(self, connection: socket.socket, seconds: float) -> bytes:
         """The answer that is due. Raises TimeoutError where it is not there in time, OSError where it will never be."""
         connection.settimeout(seconds)
         try:
-            answer = connection.recv(MAX_ASK)
+            answer = connection.recv(MAX_REQUEST_BYTES)
         except BlockingIOError:
             raise TimeoutError from None
         if not answer:
             raise ConnectionResetError("the GPU's process hung up")
-        connection.settimeout(self._patience)
-        self._late = False
+        connection.settimeout(self._timeout_s)
+        self._answer_pending = False
         return answer
 
-    def _pause(self) -> None:
-        self._not_before = self._now() + self._rest
-        self._rest = min(2 * self._rest, GPU_BACKOFF_S[1])
+    def _back_off(self) -> None:
+        self._retry_at = self._now() + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, GPU_BACKOFF_S[1])
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._connection, self._late = None, False
+        self._connection, self._answer_pending = None, False
 
     def close(self) -> None:
         """Hang up and give the memory back, once the last answer in it is gone."""
-        self._hang_up()
+        self._disconnect()
         os.close(self._fd)

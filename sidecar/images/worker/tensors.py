@@ -18,9 +18,9 @@ from torchvision.transforms.v2 import functional as tvf
 from sidecar.kernels import fused
 from sidecar.kernels.grid import BILINEAR, LANCZOS, Geometry, ImageView, PatchSpec, ProcessorSpec
 
-HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
-KINDS: dict[str, fused.Kind] = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-MODES = {BILINEAR: InterpolationMode.BILINEAR, LANCZOS: InterpolationMode.LANCZOS}
+HALF_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+KERNEL_KINDS: dict[str, fused.Kind] = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+INTERPOLATION_MODES = {BILINEAR: InterpolationMode.BILINEAR, LANCZOS: InterpolationMode.LANCZOS}
 
 
 def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
@@ -34,19 +34,19 @@ def resize(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
 def prepare(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
     """`pixel_values` of an image in its own size, uint8 (3, height, width): see `values`."""
     if fused.missing() or not (isinstance(spec, PatchSpec) or geometry.crop is None):
-        return rounded(values(resize(pixels, geometry, spec), geometry, spec), spec)
+        return round_to_half(values(resize(pixels, geometry, spec), geometry, spec), spec)
     if not isinstance(spec, PatchSpec):
         out = torch.empty((3, *geometry.size), dtype=torch.float32 if spec.floats else torch.uint8)
         view = ImageView(geometry.size, geometry.size, geometry.size)
         fused.tiles(_rows(pixels), view, spec, "float32" if spec.floats else "uint8", out.numpy())
-        return rounded(out, spec)
-    made = torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, KINDS[spec.dtype]))
+        return round_to_half(out, spec)
+    made = torch.from_numpy(fused.patches(_rows(pixels), geometry, spec, KERNEL_KINDS[spec.dtype]))
     return made.view(torch.bfloat16) if spec.dtype == "BF16" else made
 
 
-def rounded(made: Tensor, spec: ProcessorSpec) -> Tensor:
+def round_to_half(made: Tensor, spec: ProcessorSpec) -> Tensor:
     """Values in half precision where `spec` wants that: to the nearest, ties to even."""
-    return made.to(HALVES[spec.half]) if spec.half else made
+    return made.to(HALF_DTYPES[spec.half]) if spec.half else made
 
 
 def values(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> Tensor:
@@ -73,7 +73,7 @@ def by_torchvision(pixels: Tensor, geometry: Geometry, spec: ProcessorSpec) -> T
     """uint8 (3, height, width) or (n, 3, height, width) on any device in the geometry's size before it is cut. Exact on the CPU."""
     if tuple(pixels.shape[-2:]) == (geometry.height, geometry.width):
         return pixels
-    mode = MODES.get(spec.resample, InterpolationMode.BICUBIC)
+    mode = INTERPOLATION_MODES.get(spec.resample, InterpolationMode.BICUBIC)
     if pixels.ndim == 3:
         pixels = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     return tvf.resize(pixels, [geometry.height, geometry.width], interpolation=mode, antialias=True)

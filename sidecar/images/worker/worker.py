@@ -19,47 +19,49 @@ import sys
 from collections.abc import Callable, Iterator
 
 from sidecar.images.protocol import (
-    MAX_REPLY,
+    MAX_REPLY_BYTES,
     PREFIX,
     Frame,
     FrameError,
     ImageJob,
     ImageLimits,
     WorkerReady,
-    head,
-    lengths,
-    parse,
+    decode_header,
+    decode_prefix,
+    encode_head,
 )
 from sidecar.images.worker import sandbox
 from sidecar.runtime.prctl import die_with
 
 Payload = bytes | bytearray | memoryview
-Do = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
+PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
 
 CLIENT_TIMEOUT_S = 10.0  # seconds in which a relay must send or read
 JOBS_PER_LIFE = 5_000  # then a fresh process takes over, so that no leak of a codec grows for ever
-MAX_FILES = 64
+MAX_OPEN_FILES = 64
 BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours, and fp32 patches of it
-KEPT = 128 << 20  # bytes of freed memory that stay with the process: 12 megapixels are 36 MB, their patches up to 23 MB
+RETAINED_BYTES = (
+    128 << 20
+)  # bytes of freed memory that stay with the process: 12 megapixels are 36 MB, their patches up to 23 MB
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def serve(listening: socket.socket, do: Do, limits: ImageLimits) -> int:
+def serve(listening: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> int:
     """Take connections until the process has done its share. Returns 0."""
     for _ in range(JOBS_PER_LIFE):
         connection, _ = listening.accept()
         with connection, contextlib.suppress(OSError, FrameError):  # the relay is gone, or sent no job: nobody to tell
             connection.settimeout(CLIENT_TIMEOUT_S)
-            _one(connection, do, limits)
+            _serve_one(connection, prepare, limits)
     return 0
 
 
-def _one(connection: socket.socket, do: Do, limits: ImageLimits) -> None:
-    connection.sendall(head(WorkerReady()))
+def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> None:
+    connection.sendall(encode_head(WorkerReady()))
     job, payload = receive(connection, payload_bound(limits))
     with deadline(job.seconds):
-        answer, out = do(job, payload)
-    connection.sendall(head(answer, len(out)))
+        answer, out = prepare(job, payload)
+    connection.sendall(encode_head(answer, len(out)))
     connection.sendall(out)
 
 
@@ -68,23 +70,23 @@ def payload_bound(limits: ImageLimits) -> int:
     return limits.max_bytes * 3 // 2 + 1024
 
 
-def receive(connection: socket.socket, bound: int = MAX_REPLY) -> tuple[ImageJob, bytearray]:
+def receive(connection: socket.socket, bound: int = MAX_REPLY_BYTES) -> tuple[ImageJob, bytearray]:
     """One job and its payload. Raises FrameError, or OSError when the relay is gone."""
-    header, size = lengths(_exactly(connection, PREFIX.size), bound)
-    job = parse(_exactly(connection, header))
+    header, size = decode_prefix(_read_exactly(connection, PREFIX.size), bound)
+    job = decode_header(_read_exactly(connection, header))
     if not isinstance(job, ImageJob):
         raise FrameError("not a job")
-    return job, _exactly(connection, size)
+    return job, _read_exactly(connection, size)
 
 
-def _exactly(connection: socket.socket, size: int) -> bytearray:
+def _read_exactly(connection: socket.socket, size: int) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        got = connection.recv_into(view)
-        if not got:
+        received = connection.recv_into(view)
+        if not received:
             raise ConnectionResetError("the relay hung up")
-        view = view[got:]
+        view = view[received:]
     return data
 
 
@@ -100,12 +102,16 @@ def deadline(seconds: float) -> Iterator[None]:
 
 def confine(limits: ImageLimits) -> None:
     """Give up what a worker does not need."""
-    _keep()
-    _mute()
-    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, MAX_FILES)):
-        _lower(what, most)
+    _retain_freed_memory()
+    _silence_stderr()
+    for what, maximum in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+    ):
+        _lower_limit(what, maximum)
     if sys.platform == "linux":
-        _lower(resource.RLIMIT_AS, _mapped() + memory_bound(limits))
+        _lower_limit(resource.RLIMIT_AS, _address_space_bytes() + memory_bound(limits))
 
 
 def bind_to(server: int) -> None:
@@ -114,18 +120,18 @@ def bind_to(server: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(server)
     if sys.platform == "linux":
-        sandbox.give_up()
+        sandbox.drop_capabilities()
 
 
-def _keep() -> None:
+def _retain_freed_memory() -> None:
     """Use freed memory again (glibc). Else each large image lies in fresh pages, whose first touch takes a third of a decoder's time."""
     with contextlib.suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+        libc.mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES)
 
 
-def _mute() -> None:
+def _silence_stderr() -> None:
     """Codecs write a line to file 2 for every damaged image; our own log keeps its way out."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     for handler in logging.getLogger().handlers:
@@ -141,13 +147,13 @@ def memory_bound(limits: ImageLimits) -> int:
     return (256 << 20) + 4 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels
 
 
-def _mapped() -> int:
+def _address_space_bytes() -> int:
     """Bytes of address space in use now (Linux)."""
     with open("/proc/self/statm", encoding="ascii") as f:  # noqa: PTH123  one line, at start
         return int(f.read().split()[0]) * resource.getpagesize()
 
 
-def _lower(what: int, most: int) -> None:
+def _lower_limit(what: int, maximum: int) -> None:
     hard = resource.getrlimit(what)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(what, (most, most))
+    maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+    resource.setrlimit(what, (maximum, maximum))
