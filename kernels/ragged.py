@@ -1,13 +1,14 @@
-"""A ragged batch of images as one table of integers: what the GPU kernel reads besides pixels. Pure numpy, no torch.
+"""A ragged batch of images as one table of integers, which the GPU kernel reads in addition to pixels.
 
-Rules: every image has its own size, target, crop and layout, so a batch needs two launches whatever is in it. A layout is
-eight strides: output pixel (c, y, x), with y = Y * patch + py and so on, and its temporal copy t, lies at
+Rules: pure numpy, no torch. Every image has its own size, target, crop and layout, so any batch needs two launches. A
+layout is eight strides: output pixel (c, y, x), with y = Y * patch + py and so on, and its temporal copy t, are at
 
     (Y // merge) * down_merged + (Y % merge) * down_patch + py * down_pixel
   + (X // merge) * across_merged + (X % merge) * across_patch + px * across_pixel + c * channel + t * copy
 
-which holds patches, planes and rows of RGB alike (the latter two with patch = merge = 1). A crop is a slice of the tables, and
-only source rows that a window touches are read. Weights are those of reference.py, vectorised and in its order of additions.
+which covers patches, planes and rows of RGB (the latter two with patch = merge = 1). A crop is a slice of the tables,
+and only source rows that a window touches are read. Weights are those of reference.py, vectorised, added in the same
+order.
 """
 
 from __future__ import annotations
@@ -25,17 +26,21 @@ from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 from sidecar.kernels.reference import MAX_PRECISION
 
 KERNEL_RADIUS: Final = {LANCZOS: 3, BILINEAR: 1, BICUBIC: 2}
-TAPS_PER_STEP: Final = 4  # taps that three 32-bit words hold: the horizontal pass takes so many at a time
-ALIGN_BYTES: Final = (
-    16  # bytes to which images and scratch rows are aligned, so that the vertical pass loads whole vectors
-)
-SLACK_BYTES: Final = 64  # readable bytes behind the last image: three pixels of a padded window, and two words
-MAX_AXES: Final = 128  # tables kept, of 10-100 KB each
-FIELDS: Final = 32  # integers of one image's descriptor
+# Taps in three 32-bit words, which one step of the horizontal pass loads.
+TAPS_PER_STEP: Final = 4
+# Alignment of images and scratch rows, so that the vertical pass loads whole vectors.
+ALIGN_BYTES: Final = 16
+# Readable bytes after the last image: three pixels of a padded window, and two words.
+SLACK_BYTES: Final = 64
+# Cached tables, of 10-100 KB each.
+MAX_AXES: Final = 128
+# Integers in one image's descriptor.
+FIELDS: Final = 32
 
-# the descriptor's fields, by position; the kernel has them as numbers
+# The descriptor's fields by position.
 (
-    SOURCE, ROW_BYTES, TOP, ROWS, WIDTH, HEIGHT, SCRATCH, STRIDE, ACROSS_FIRST, ACROSS_WEIGHTS, ACROSS_TAPS, ACROSS_BITS,
+    SOURCE, ROW_BYTES, TOP, ROWS, WIDTH, HEIGHT, SCRATCH, STRIDE,
+    ACROSS_FIRST, ACROSS_WEIGHTS, ACROSS_TAPS, ACROSS_BITS,
     DOWN_FIRST, DOWN_WEIGHTS, DOWN_TAPS, DOWN_BITS, OUT, TABLE, PATCH, MERGE, DOWN_MERGED, DOWN_PATCH, DOWN_PIXEL,
     ACROSS_MERGED, ACROSS_PATCH, ACROSS_PIXEL, CHANNEL, COPY, COPIES, ACROSS_START, DOWN_START,
 ) = range(31)  # fmt: skip
@@ -43,14 +48,14 @@ FIELDS: Final = 32  # integers of one image's descriptor
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Integer weights of one axis: `weights` is (taps, target), so that neighbouring targets lie beside each other."""
+    """Integer weights of one axis: `weights` is (taps, target), so that neighbouring targets are next to each other."""
 
     first: NDArray[np.int32]
     weights: NDArray[np.int32]
     bits: int
 
     def part(self, start: int, length: int) -> Axis:
-        """Only target positions start .. start + length."""
+        """The weights of target positions start .. start + length."""
         return Axis(self.first[start : start + length], self.weights[:, start : start + length], self.bits)
 
     def touched(self, source: int) -> tuple[int, int]:
@@ -60,7 +65,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class RaggedImage:
-    """One image of a batch: its size in pixels, what becomes of it, and where its values' table lies (in tables)."""
+    """One image of a batch: its size in pixels, its target, and the index of its table of values."""
 
     height: int
     width: int
@@ -72,14 +77,14 @@ class RaggedImage:
 
     @property
     def values(self) -> int:
-        """How many values come out."""
+        """The number of output values."""
         height, width = self.geometry.size
         return 3 * height * width * (self.patches.temporal_patch_size if self.patches else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows and columns that one program makes in each launch: powers of two."""
+    """Rows and columns of one program in each launch: powers of two."""
 
     across: tuple[int, int]
     down: tuple[int, int]
@@ -87,7 +92,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
-    """Descriptors and tables, where each program of the two launches finds its image, and what memory the batch takes."""
+    """Descriptors, tables, the image of each program of both launches, and the memory of the batch."""
 
     descriptors: NDArray[np.int64]  # (images, FIELDS)
     tables: NDArray[np.int32]
@@ -106,12 +111,12 @@ class RaggedBatch:
         return self.source_bytes + self.scratch_bytes + self.values * value_bytes + tables
 
     def moved(self, value_bytes: int) -> int:
-        """Bytes that must travel between the chip and its memory: all but the scratch once, the scratch out and in again."""
+        """Bytes that move between the chip and its memory: everything once, the scratch twice."""
         return self.memory(value_bytes) + self.scratch_bytes
 
 
 def lay_out(images: Sequence[RaggedImage], tiles: Tiles) -> RaggedBatch:
-    """The batch's integers. Raises ValueError for sizes that cannot be."""
+    """The batch's integers. Raises ValueError for impossible sizes."""
     tables = _Tables()
     descriptors = np.zeros((len(images), FIELDS), np.int64)
     programs: tuple[list[int], list[int]] = ([], [])
@@ -139,13 +144,21 @@ def lay_out(images: Sequence[RaggedImage], tiles: Tiles) -> RaggedBatch:
     numbers = np.arange(len(images), dtype=np.int32)
     owners = [np.repeat(numbers, count) for count in programs]
     return RaggedBatch(
-        descriptors, tables.joined(), owners[0], owners[1], tuple(sources), source + SLACK_BYTES, scratch + SLACK_BYTES, tuple(outs), values,
+        descriptors,
+        tables.joined(),
+        owners[0],
+        owners[1],
+        tuple(sources),
+        source + SLACK_BYTES,
+        scratch + SLACK_BYTES,
+        tuple(outs),
+        values,
         tiles,
-    )  # fmt: skip
+    )
 
 
 class _Tables:
-    """The axes' tables behind one another; equal ones once."""
+    """The axes' tables one after the other; equal ones once."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[int, int, int, int]] = {}
@@ -153,7 +166,7 @@ class _Tables:
         self._size = 0
 
     def put(self, image: RaggedImage, name: str, axis: Axis, less: int) -> tuple[int, int, int, int]:
-        """Where first positions (each `less`) and weights lie, how many taps, and their precision."""
+        """Offsets of first positions (reduced by `less`) and of weights, the number of taps, their precision."""
         key = (name, image.height, image.width, image.geometry, image.resample)
         if key not in self._known:
             taps, length = axis.weights.shape
@@ -182,7 +195,7 @@ def _strides(image: RaggedImage) -> tuple[int, ...]:
         return 1, 1, width * x, 0, 0, x, 0, 0, channel, 0, 1
     p, m, t = image.patches.patch_size, image.patches.merge_size, image.patches.temporal_patch_size
     if height % (p * m) or width % (p * m):
-        raise ValueError("the resized image is no whole number of merged patches")
+        raise ValueError("the resized image is not a whole number of merged patches")
     row = 3 * t * p * p
     return p, m, width // p * m * row, m * row, p, m * m * row, row, 1, t * p * p, p * p, t
 
@@ -199,7 +212,7 @@ def _round_up(value: int, multiple: int) -> int:
 def axis(source: int, target: int, resample: int, group: int) -> Axis:
     """Weights of one axis, as reference.taps has them, padded with zeros to a multiple of `group` taps.
 
-    Windows near the end move back, so that none reaches more than `group` - 1 positions behind the last.
+    Windows near the end move back, so that none reaches more than `group` - 1 positions past the last.
     """
     if source < 1 or target < 1:
         raise ValueError("an axis without pixels")
@@ -227,7 +240,7 @@ def axis(source: int, target: int, resample: int, group: int) -> Axis:
 
 
 def _kernel(x: NDArray[np.float64], resample: int) -> NDArray[np.float64]:
-    """reference.KERNELS on many numbers: the same operations, so the same doubles."""
+    """reference.KERNELS on an array: the same operations, so the same doubles."""
     if resample == LANCZOS:
         # numpy's sine may differ from libm's in the last bit
         return np.array([_sinc(v) * _sinc(v / 3) if -3 < v < 3 else 0.0 for v in x.tolist()])

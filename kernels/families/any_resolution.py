@@ -1,6 +1,6 @@
-"""The families whose processors resize an image to a canvas of whole tiles, and make a small copy of all of it besides.
+"""Families whose processors resize an image to a canvas of whole tiles and add a small copy of the whole image.
 
-The tiles follow from the original's size, so that no resized image could be handed on in its place.
+The tiles depend on the original's size, so a resized image cannot replace it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sidecar.kernels.grid import (
 MAX_TILES: Final = 256
 MAX_PINPOINTS: Final = 1024
 
-# What calls GotOcr2ImageProcessor -> whether it then cuts tiles, whatever the file says; None: as the file says
+# Caller of GotOcr2ImageProcessor -> whether it cuts tiles, regardless of the file; None: as the file says.
 CUTS: Final[Mapping[str | None, bool | None]] = {
     None: None,
     "GotOcr2Processor": False,
@@ -53,7 +53,7 @@ CUTS: Final[Mapping[str | None, bool | None]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InternVLSpec(TileSpec):
-    """InternVL's: the grid of tiles whose aspect is closest, stretched to fill it, and then the whole image as one more tile."""
+    """InternVL's: stretched to the grid of tiles with the closest aspect; then the whole image as one more tile."""
 
     height: int
     width: int
@@ -96,10 +96,10 @@ def _grids(lowest: int, most: int) -> tuple[Size, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnyResolutionSpec(TileSpec):
-    """LLaVA-NeXT's and LLaVA-OneVision's: one of the sizes in a list, padded around; the whole image as one tile comes first.
+    """LLaVA-NeXT's and LLaVA-OneVision's: the whole image as one tile, then the best of a list of sizes, padded.
 
-    Tokens: `side` a side of a tile, `base` for the whole image, `less` of them in the end; of rows and columns over
-    `most_tiles` tiles some are left out.
+    Tokens: `side` per side of a tile, `base` for the whole image, minus `less`; rows and columns over `most_tiles`
+    tiles are thinned out.
     """
 
     batch: ClassVar[str] = FILLED
@@ -129,7 +129,7 @@ class AnyResolutionSpec(TileSpec):
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
     def _canvas(self, height: int, width: int) -> Size:
-        """The size that keeps most of the image's pixels, and of such the one that wastes least."""
+        """The size that keeps most of the image's pixels; on a tie, the one that wastes least."""
         best, most, lowest = (0, 0), 0, math.inf
         for canvas in self.pinpoints:
             scale = min(canvas[1] / width, canvas[0] / height)
@@ -140,7 +140,7 @@ class AnyResolutionSpec(TileSpec):
         return best
 
     def _tokens(self, height: int, width: int, canvas: Size) -> int:
-        """Those of the tiles without their padding, one more a row, and those of the whole image."""
+        """Tokens of the tiles without padding, one more per row, plus those of the whole image."""
         rows, columns = self.side * (canvas[0] // self.tile), self.side * (canvas[1] // self.tile)
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
@@ -162,14 +162,14 @@ class AnyResolutionSpec(TileSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama4Spec(TileSpec):
-    """Llama 4's: the canvas that needs least resizing, padded below and to the right; then the whole image as one more tile.
+    """Llama 4's: the canvas that needs least resizing, padded below and right; then the whole image as one more tile.
 
-    Values are computed in bfloat16. So is, in float32, what Hugging Face computes with tensors here.
+    Values are computed in bfloat16; sizes are rounded to float32 where Hugging Face computes them with tensors.
     """
 
     tile: int
     max_tiles: int
-    largest: bool = False  # whether an image is enlarged as far as there is a canvas
+    largest: bool = False  # whether an image is enlarged as far as the canvases allow
     tokens_per_tile: int = 0
 
     @property
@@ -186,16 +186,16 @@ class Llama4Spec(TileSpec):
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
     def _canvas(self, height: int, width: int) -> Size:
-        """Of the canvases that the image fits into by the least enlargement, or else by the least shrinking, the smallest."""
+        """The smallest canvas among those that need the least enlargement, or else the least shrinking."""
         scales = {c: min(single(c[0] / height), single(c[1] / width)) for c in _canvases(self.tile, self.max_tiles)}
         larger = [scale for scale in scales.values() if scale >= 1]
         scale = max(scales.values()) if not larger else max(larger) if self.largest else min(larger)
         return min((c for c, s in scales.items() if s == scale), key=lambda c: c[0] * c[1])
 
     def _size(self, height: int, width: int, canvas: Size) -> Size:
-        """The image's own aspect within the canvas, and no larger than the image or one tile.
+        """The image's own aspect within the canvas, no larger than the image or one tile.
 
-        A scale comes from the canvas's side, which is a tensor (float32), or from a plain number (float64): as it happens there.
+        A scale is float32 if it comes from the canvas's side, which is a tensor there, else float64.
         """
         if self.largest:
             most, rounds = canvas, (True, True)
@@ -215,14 +215,14 @@ class Llama4Spec(TileSpec):
 
 
 def single(value: float) -> float:
-    """A double as float32 rounds it; sums of a division or a product of float32s so come out as float32 has them."""
+    """Round a double to float32; quotients and products of float32s then equal float32 arithmetic."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
 
 
 @lru_cache(8)
 def _canvases(tile: int, most: int) -> tuple[Size, ...]:
-    """All canvases of 1 to `most` tiles, in the processor's order: by aspect, as each first comes when counting down."""
+    """All canvases of 1 to `most` tiles in the processor's order: by aspect, in order of first appearance."""
     by_aspect: dict[float, list[Size]] = {}
     for tiles in range(most, 0, -1):
         for rows in (n for n in range(1, tiles + 1) if tiles % n == 0):
@@ -245,9 +245,14 @@ def read_intern_vl(config: Config, model: Config) -> ProcessorSpec:
         check_count(require(config, key), MAX_TILES) if cuts else 1 for key in ("min_patches", "max_patches")
     )
     return InternVLSpec(
-        **read_common(config, BICUBIC, CLIP_MEAN_STD), height=height, width=width, cuts=cuts, min_tiles=lowest, max_tiles=most,
+        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        height=height,
+        width=width,
+        cuts=cuts,
+        min_tiles=lowest,
+        max_tiles=most,
         tokens_per_tile=optional_count(model.get("image_seq_length")),
-    )  # fmt: skip
+    )
 
 
 def read_llava_next(config: Config, model: Config) -> ProcessorSpec:
@@ -272,7 +277,7 @@ def read_llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
 
 
 def _read_any_resolution(config: Config) -> dict[str, Any]:
-    """Raises ValueError where a tile would be resized or cut once more."""
+    """The common fields. Raises ValueError if a tile would be resized or cut again."""
     check_steps(config, do_pad=True, do_center_crop=...)
     size, crop = require(config, "size"), config.get("crop_size")
     height, width = check_pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
@@ -282,7 +287,7 @@ def _read_any_resolution(config: Config) -> dict[str, Any]:
         (check_count(y, 1 << 14), check_count(x, 1 << 14)) for y, x in require(config, "image_grid_pinpoints")
     )
     if not 0 < len(points) <= MAX_PINPOINTS or any(y % height or x % width for y, x in points):
-        raise ValueError("image_grid_pinpoints are no whole numbers of tiles")
+        raise ValueError("image_grid_pinpoints are not whole numbers of tiles")
     return {**read_common(config, BICUBIC, CLIP_MEAN_STD), "tile": height, "pinpoints": points}
 
 
@@ -292,9 +297,13 @@ def read_llama_4(config: Config, model: Config) -> ProcessorSpec:
     largest = get_or(config, "resize_to_max_canvas", False)
     numbers = read_common(config, BILINEAR, HALF_MEAN_STD)
     if height != width or type(largest) is not bool or (numbers["do_normalize"] and not numbers["do_rescale"]):
-        raise ValueError("not taken by this processor")
+        raise ValueError("not accepted by this processor")
     patch, shuffle = optional_count(model.get("patch_size")), model.get("pixel_shuffle_ratio")
     tokens = (height // patch) ** 2 // round(1.0 / shuffle**2) if patch and shuffle else 0
     return Llama4Spec(
-        **numbers, tile=height, max_tiles=check_count(require(config, "max_patches"), MAX_TILES), largest=largest, tokens_per_tile=tokens,
-    )  # fmt: skip
+        **numbers,
+        tile=height,
+        max_tiles=check_count(require(config, "max_patches"), MAX_TILES),
+        largest=largest,
+        tokens_per_tile=tokens,
+    )

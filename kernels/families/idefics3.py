@@ -1,4 +1,7 @@
-"""Idefics 3's and SmolVLM's: resized step by step, each of what the last one gave. The first step is a fixed point, which can be handed on."""
+"""Idefics 3's and SmolVLM's processor: resizes in steps, each from the last result.
+
+The first step is a fixed point: its result can replace the original.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ MAX_SIDE: Final = 4096  # pixels of the longer side
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idefics3Spec(TileSpec):
-    """Idefics 3's and SmolVLM's: the longer side to `longest`, then to whole tiles; the whole image as one tile comes last."""
+    """Idefics 3's and SmolVLM's: the longer side to `longest`, then whole tiles; then the whole image as one tile."""
 
     inline: ClassVar[bool] = True
 
@@ -44,7 +47,7 @@ class Idefics3Spec(TileSpec):
         return Geometry(*first, tokens=tokens, views=tuple(views), original=(height, width))
 
     def _canvas(self, height: int, width: int) -> Size:
-        """Whole tiles: the longer side rounded up, then what follows from it."""
+        """Whole tiles: the longer side rounded up, then the other one by the aspect."""
         aspect, tile = width / height, self.tile
         if width >= height:
             width = math.ceil(width / tile) * tile
@@ -63,7 +66,7 @@ class Idefics3Spec(TileSpec):
 
 
 def _to_longest(height: int, width: int, longest: int) -> Size:
-    """The longer side becomes `longest`, the other one follows and is made even."""
+    """Resize the longer side to `longest`; the other one keeps the aspect and becomes even."""
     aspect = width / height
     if width >= height:
         width, height = longest, int(longest / aspect)
@@ -93,6 +96,9 @@ def read_idefics(config: Config, model: Config) -> ProcessorSpec:
         raise ValueError("not a size of this processor")
     splits = config.get("do_image_splitting", True)
     return Idefics3Spec(
-        **read_common(config, LANCZOS, HALF_MEAN_STD), longest=check_count(size["longest_edge"], 1 << 14), tile=check_count(tile["longest_edge"], 1 << 14),
-        splits=splits is not False, tokens_per_tile=optional_count(model.get("image_seq_len")),
-    )  # fmt: skip
+        **read_common(config, LANCZOS, HALF_MEAN_STD),
+        longest=check_count(size["longest_edge"], 1 << 14),
+        tile=check_count(tile["longest_edge"], 1 << 14),
+        splits=splits is not False,
+        tokens_per_tile=optional_count(model.get("image_seq_len")),
+    )

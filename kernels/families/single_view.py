@@ -1,4 +1,4 @@
-"""The families whose processors make one resized image of an image: its patches, or its planes."""
+"""Families whose processors make patches or planes of one resized copy of an image."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class SiglipSpec(PlaneSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipSpec(PlaneSpec):
-    """CLIP's and LLaVA-1.5's: the shorter side to `shortest`, then the middle."""
+    """CLIP's and LLaVA-1.5's: the shorter side to `shortest`, then a central crop."""
 
     shortest: int
     crop_height: int
@@ -97,7 +97,7 @@ class ClipSpec(PlaneSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixtralSpec(PlaneSpec):
-    """Pixtral's and Mistral 3's: within (max_height, max_width), rounded up to whole patches. Each row of tokens ends with one more."""
+    """Pixtral's and Mistral 3's: within (max_height, max_width), in whole patches; each row of tokens has one extra."""
 
     max_height: int
     max_width: int
@@ -130,13 +130,19 @@ def _read_qwen2_vl(config: Config, frames: int | None = 1, **more: Any) -> Qwen2
     )
     low, high = _bound(config, "min_pixels", "shortest_edge"), _bound(config, "max_pixels", "longest_edge")
     return Qwen2VLSpec(
-        **read_common(config, BICUBIC, CLIP_MEAN_STD), patch_size=patch, merge_size=merge, temporal_patch_size=temporal,
-        min_pixels=check_count(low, 1 << 40), max_pixels=check_count(high, 1 << 40), frames=frames or temporal, **more,
-    )  # fmt: skip
+        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        patch_size=patch,
+        merge_size=merge,
+        temporal_patch_size=temporal,
+        min_pixels=check_count(low, 1 << 40),
+        max_pixels=check_count(high, 1 << 40),
+        frames=frames or temporal,
+        **more,
+    )
 
 
 def _bound(config: Config, own: str, edge: str) -> Any:
-    """A bound on pixels: by its own name, which goes first, or as an edge of `size`."""
+    """A limit on pixels: by its own name, which takes precedence, or as an edge of `size`."""
     size = config.get("size") or {}
     if set(size) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
         raise ValueError("not a size of this processor")
@@ -158,7 +164,7 @@ def read_fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
         check_steps(config, do_pan_and_scan=False)
         size = require(config, "size")
         if type(size) is int:
-            raise ValueError("size is one number, which some versions take for the shorter side")
+            raise ValueError("size is one number, which some versions apply to the shorter side")
         height, width = check_pair(size)
         tokens = optional_count(model.get("image_seq_length"))
         return SiglipSpec(**read_common(config, resample, HALF_MEAN_STD), height=height, width=width, tokens=tokens)
@@ -195,6 +201,10 @@ def read_pixtral(config: Config, model: Config) -> ProcessorSpec:
     patch = check_pair(require(config, "patch_size"))
     merge = optional_count(model.get("spatial_merge_size")) or 1
     return PixtralSpec(
-        **read_common(config, BICUBIC, CLIP_MEAN_STD), max_height=most[0], max_width=most[1], patch_height=patch[0], patch_width=patch[1],
+        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        max_height=most[0],
+        max_width=most[1],
+        patch_height=patch[0],
+        patch_width=patch[1],
         merge_size=merge,
-    )  # fmt: skip
+    )

@@ -1,6 +1,6 @@
-"""The families whose processors make patches of an image that is resized by rules of their own, or of several views of it.
+"""Families whose processors make a variable number of patches, by resize rules that depend on the original's size.
 
-The grid follows from the original's size, so that no resized image could be handed on in its place.
+A resized image therefore cannot replace the original.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ IDENTITY_MEAN_STD: Final = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemma4Spec(TileSpec):
-    """Gemma 4's: as many patches as its tokens allow, whatever the image's size; then zeros up to that number."""
+    """Gemma 4's: as many patches as its tokens allow, for any size of the image; then zeros up to that number."""
 
     batch: ClassVar[str] = FILLED
     layout: ClassVar[str] = ROWS
 
-    patch: int  # of the model's own patches, in which `pooling` * `pooling` small ones may have been joined
-    pooling: int  # small patches a side for one token
+    patch: int  # pixels per side of a small patch
+    pooling: int  # small patches per side of one token
     max_tokens: int
-    joins: bool = False
+    joins: bool = False  # whether the small patches of one token are one patch
 
     def geometry(self, height: int, width: int) -> Geometry:
         height, width = check_positive(height, width)
@@ -59,8 +59,14 @@ class Gemma4Spec(TileSpec):
         tile = step if self.joins else self.patch
         tokens = size[0] * size[1] // step**2
         return Geometry(
-            *size, 1, size[0] // tile, size[1] // tile, tokens, views=(ImageView(size, size, (tile, tile)),), original=(height, width)
-        )  # fmt: skip
+            *size,
+            1,
+            size[0] // tile,
+            size[1] // tile,
+            tokens,
+            views=(ImageView(size, size, (tile, tile)),),
+            original=(height, width),
+        )
 
     def _size(self, height: int, width: int, step: int) -> Size:
         most = self.max_tokens * self.pooling**2 * self.patch**2
@@ -79,7 +85,7 @@ class Gemma4Spec(TileSpec):
 
     @property
     def rows(self) -> int:
-        """How many patches an image has, those of zeros included."""
+        """Patches per image, including those of zeros."""
         return self.max_tokens if self.joins else self.max_tokens * self.pooling**2
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:
@@ -100,7 +106,7 @@ class Gemma4Spec(TileSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KimiSpec(TileSpec):
-    """Kimi K2.5's: shrunk to the largest number of patches where it has more, then padded to whole merged patches."""
+    """Kimi K2.5's: shrunk to at most `max_patches`, then padded to whole merged patches."""
 
     patch: int
     merge: int
@@ -117,9 +123,7 @@ class KimiSpec(TileSpec):
         canvas = -(-size[0] // step) * step, -(-size[1] // step) * step
         grid = canvas[0] // self.patch, canvas[1] // self.patch
         view = ImageView(size, canvas, (self.patch, self.patch))
-        return Geometry(
-            *canvas, 1, *grid, grid[0] * grid[1] // self.merge**2, views=(view,), original=(height, width)
-        )  # fmt: skip
+        return Geometry(*canvas, 1, *grid, grid[0] * grid[1] // self.merge**2, views=(view,), original=(height, width))
 
     def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
         return {"image_grid_thw": i64([len(images), 3], (n for g in images for n in (1, g.grid_h, g.grid_w)))}
@@ -127,7 +131,7 @@ class KimiSpec(TileSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniCPMSpec(TileSpec):
-    """MiniCPM-V 4.6's: the whole image at about `resolution`, then, of a large one, a grid of slices of about that size each."""
+    """MiniCPM-V 4.6's: the whole image at about `resolution`; for a large one also a grid of slices of that size."""
 
     batch: ClassVar[str] = ABREAST
     layout: ClassVar[str] = STRIPS
@@ -136,7 +140,7 @@ class MiniCPMSpec(TileSpec):
     resolution: int
     max_slices: int
     slices: bool
-    merge: int  # patches a side of one token
+    merge: int  # patches per side of one token
 
     @property
     def strip(self) -> int:
@@ -156,7 +160,7 @@ class MiniCPMSpec(TileSpec):
         return Geometry(*views[-1].canvas, tokens=tokens, views=tuple(views), original=(height, width))
 
     def _best(self, height: float, width: float, *, enlarge: bool) -> Size:
-        """Near `resolution` squared pixels where it has more or `enlarge`, in whole merged patches."""
+        """About `resolution` squared pixels if it has more or with `enlarge`, in whole merged patches."""
         if height * width > self.resolution * self.resolution or enlarge:
             aspect = width / height
             height = int(self.resolution / math.sqrt(aspect))
@@ -165,7 +169,7 @@ class MiniCPMSpec(TileSpec):
         return _nearest(height, step), _nearest(width, step)
 
     def _grid(self, height: int, width: int) -> Size | None:
-        """Rows and columns of slices whose aspect is closest to the image's; None where it is small."""
+        """Rows and columns of slices with the aspect closest to the image's; None for a small image."""
         wanted = min(math.ceil(width * height / (self.resolution * self.resolution)), self.max_slices)
         if wanted <= 1:
             return None
@@ -212,11 +216,14 @@ def _read_gemma4(config: Config, *, joins: bool) -> ProcessorSpec:
     check_steps(config)
     tokens = require(config, "max_soft_tokens")
     if tokens not in GEMMA_TOKENS:
-        raise ValueError("a number of tokens that the processor does not take")
+        raise ValueError("a number of tokens that the processor does not accept")
     return Gemma4Spec(
-        **read_common({"do_normalize": False, **config}, BICUBIC, IDENTITY_MEAN_STD), patch=check_count(require(config, "patch_size"), 256),
-        pooling=check_count(require(config, "pooling_kernel_size"), 16), max_tokens=tokens, joins=joins,
-    )  # fmt: skip
+        **read_common({"do_normalize": False, **config}, BICUBIC, IDENTITY_MEAN_STD),
+        patch=check_count(require(config, "patch_size"), 256),
+        pooling=check_count(require(config, "pooling_kernel_size"), 16),
+        max_tokens=tokens,
+        joins=joins,
+    )
 
 
 def read_kimi(config: Config, model: Config) -> ProcessorSpec:
@@ -225,18 +232,24 @@ def read_kimi(config: Config, model: Config) -> ProcessorSpec:
     if set(size) != {"max_height", "max_width"} or size["max_height"] != size["max_width"]:
         raise ValueError("not a size of this processor")
     return KimiSpec(
-        **read_common(config, BICUBIC, HALF_MEAN_STD), patch=check_count(require(config, "patch_size"), 256), merge=check_count(require(config, "merge_size"), 16),
-        max_patches=check_count(require(config, "max_patches")), max_side=check_count(size["max_height"], 1 << 14),
-    )  # fmt: skip
+        **read_common(config, BICUBIC, HALF_MEAN_STD),
+        patch=check_count(require(config, "patch_size"), 256),
+        merge=check_count(require(config, "merge_size"), 16),
+        max_patches=check_count(require(config, "max_patches")),
+        max_side=check_count(size["max_height"], 1 << 14),
+    )
 
 
 def read_minicpm(config: Config, model: Config) -> ProcessorSpec:
     check_steps(config)
     slices, mode = get_or(config, "slice_mode", True), get_or(config, "downsample_mode", "16x")
     if type(slices) is not bool or type(mode) is not str:
-        raise ValueError("not taken by this processor")
+        raise ValueError("not accepted by this processor")
     return MiniCPMSpec(
-        **read_common(config, BICUBIC, HALF_MEAN_STD), patch=check_count(require(config, "patch_size"), 256),
-        resolution=check_count(require(config, "scale_resolution"), 1 << 14), max_slices=check_count(require(config, "max_slice_nums"), MAX_TILES),
-        slices=slices, merge=2 if mode == "4x" else 4,
-    )  # fmt: skip
+        **read_common(config, BICUBIC, HALF_MEAN_STD),
+        patch=check_count(require(config, "patch_size"), 256),
+        resolution=check_count(require(config, "scale_resolution"), 1 << 14),
+        max_slices=check_count(require(config, "max_slice_nums"), MAX_TILES),
+        slices=slices,
+        merge=2 if mode == "4x" else 4,
+    )

@@ -1,7 +1,7 @@
-"""Images in the relay: hand each to an image worker, wait within bounds, say clearly what was wrong.
+"""The relay's access to the image workers.
 
-Rules: no torch here, no pixels: bytes go to a worker and bytes come back, through the queue of imagequeue.py. What was prepared
-once is kept for the tenant who sent it, where there is a cache.
+Rules: no torch and no pixels here: bytes go to a worker and come back, through worker_queue.py. Waits are bounded, and
+errors say what was wrong. With a cache, a result is kept for the tenant that sent the image.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.settings import Settings
 
-MAX_HASHED_ON_LOOP_BYTES = (
-    512 * 1024
-)  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
-MAX_CACHE_WRITES = 4  # results on their way into the cache at once; more are not kept
+# Hashing this much takes 0.3 ms. More is hashed in a thread, which costs 0.1 ms, and more on busy cores.
+MAX_HASHED_ON_LOOP_BYTES = 512 * 1024
+# Concurrent writes to the cache; further results are not cached.
+MAX_CACHE_WRITES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """One prepared image. `base64` and `url` are empty where the client's own bytes must go on untouched (outcome "passed");
-    `url` is where its pixels lie in shared memory.
-    Outcome "cached": it had been prepared before.
+    """One prepared image. Sizes and tokens are what the model sees (0 if unknown); times are seconds.
 
-    Sizes and tokens are what the model sees (0 where that is unknown); times are seconds.
+    Outcome "passed": the client's own bytes go on untouched, `base64` and `url` are empty. Outcome "cached": the image
+    had been prepared before. `url` locates its pixels in shared memory.
     """
 
     media_type: str
@@ -55,14 +54,14 @@ class PreparedImage:
 
 @dataclass(frozen=True, slots=True)
 class PreparedTensors:
-    """One image as the processor's output: `values` are the raw rows of `pixel_values`, empty where only sizes were asked."""
+    """One image as the processor's output: `values` is its part of `pixel_values`, or empty."""
 
     prepared: PreparedImage
     values: Data
 
 
 class ImageService:
-    """The relay's way to the image workers behind the Unix socket `socket_path`; `queue`: by default that of the usual bounds."""
+    """Prepares images on the workers behind the Unix socket `socket_path`."""
 
     def __init__(
         self,
@@ -77,7 +76,8 @@ class ImageService:
         self._workers = queue or WorkerQueue(socket_path, settings)
         self._limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
-        self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine
+        # Whether a GPU may be used now: an engine that is starting fails if another process changes its memory use.
+        self.gpu = False
         self._cache = cache
         self._cache_writes: set[asyncio.Task[None]] = set()
         self._handoff = ShmHandoff(cache) if cache is not None else None
@@ -86,10 +86,11 @@ class ImageService:
     async def inline(
         self, data: Data, where: str, tenant: str = "", handoff_request: str = "", is_base64: bool = True
     ) -> PreparedImage:
-        """One image's base64 text, or its bytes, as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
+        """Prepare one image, base64 text or bytes, as a resized lossless image. Raises BadImage or ImagesBusy.
 
-        One that would cost more than it saves passes, mostly without any work: see glance.pays.
-        `handoff_request`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
+        `where` names the image in errors. An image that would cost more than it saves passes through, see
+        header_geometry.is_worth_resizing. `handoff_request`: the request whose engine reads the pixels from shared
+        memory; call `release` with it when it ends.
         """
         if not handoff_request or self._handoff is None:
             if (passed := self._pass_early(data, is_base64)) is not None:
@@ -103,7 +104,7 @@ class ImageService:
         return replace(prepared, url=file.url(prepared.height, prepared.width))
 
     def _pass_early(self, data: Data, is_base64: bool) -> PreparedImage | None:
-        """An image whose header tells that inline costs more than it saves: passed. None: a worker is to have it."""
+        """The image as passed through if its header shows that preparing it costs more than it saves; else None."""
         start = time.monotonic()
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
         if header is None or not self.spec.inline or not self._allowed(header.height, header.width, client_chars):
@@ -111,15 +112,15 @@ class ImageService:
         try:
             geometry = self.spec.geometry(header.height, header.width)
         except ValueError:
-            return None  # the worker says what is wrong with it
+            return None  # the worker reports what is wrong with it
         if header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
             return None
         return _passed_image(header.format, geometry, client_chars, time.monotonic() - start)
 
     def passed(self, data: Data, where: str, is_base64: bool = True) -> PreparedImage:
-        """An image that goes on as it came, whatever it is: its tokens by its header, 0 where that does not tell.
+        """Any image as passed through; its tokens are taken from its header, 0 if that does not tell.
 
-        Raises BadImage for bytes that were fetched and are in no known format: they cannot be given a media type.
+        Raises BadImage for fetched bytes of an unknown format, which cannot be given a media type.
         """
         start = time.monotonic()
         header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
@@ -133,7 +134,7 @@ class ImageService:
         return _passed_image(known.format if known else "unknown", geometry, client_chars, time.monotonic() - start)
 
     def _allowed(self, height: int, width: int, client_chars: int) -> bool:
-        """Whether an image of this size, and of so many characters of base64, is surely within the limits."""
+        """True if an image of this size and of `client_chars` base64 characters is certainly within the limits."""
         limit = self._limits
         return (
             height * width <= limit.max_pixels
@@ -142,7 +143,7 @@ class ImageService:
         )
 
     async def share(self, *pieces: Data) -> SharedFile | None:
-        """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory. Raises ImagesBusy."""
+        """Share `pieces` as a file that its reader unlinks; None without shared memory. Raises ImagesBusy."""
         return await self._handoff.tensors(*pieces) if self._handoff is not None else None
 
     def relink(self, request: str) -> bool:
@@ -150,7 +151,7 @@ class ImageService:
         return self._handoff is None or self._handoff.relink(request)
 
     def release(self, request: str) -> None:
-        """A request has ended: nobody reads any more what was handed over for it."""
+        """Unlink the files of a request that has ended."""
         if self._handoff is not None:
             self._handoff.release(request)
 
@@ -166,8 +167,9 @@ class ImageService:
     ) -> list[PreparedTensors]:
         """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
 
-        `spec`: for another processor than the model's, such as the same one without its last steps. `reserve`: of `tensor_budget`.
-        Raises BadImage or ImagesBusy for the first that fails, and gives up the others.
+        `spec` replaces the model's processor, for example by one without its last steps. `reserve`, from
+        `tensor_budget`, is called with each result's bytes.
+        Raises BadImage or ImagesBusy for the first image that fails, and cancels the others.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -180,7 +182,7 @@ class ImageService:
         return [PreparedTensors(*task.result()[:2]) for task in tasks]
 
     async def close(self) -> None:
-        """Take no more images; those under way end by themselves within their deadline."""
+        """Accept no more images; jobs in progress end within their deadline."""
         self._workers.close()
         await asyncio.gather(*self._cache_writes, return_exceptions=True)
 
@@ -194,7 +196,7 @@ class ImageService:
         spec: ProcessorSpec | None = None,
         reserve: Reserve | None = None,
     ) -> tuple[PreparedImage, Data, str]:
-        """The image, its payload, and the key that this is kept under."""
+        """The image, its payload, and its cache key."""
         start = time.monotonic()
         self._check_size(data, where, is_base64)
         spec_json = spec.to_json() if spec is not None else self._spec_json
@@ -211,7 +213,7 @@ class ImageService:
         return _prepared_image(answer, result, time.monotonic() - start), result, key
 
     async def _key(self, data: Data, *parts: str) -> str:
-        """What the result is kept under; "" where nothing is kept."""
+        """The cache key of a result; "" without a cache."""
         if self._cache is None:
             return ""
         if len(data) <= MAX_HASHED_ON_LOOP_BYTES:
@@ -219,17 +221,17 @@ class ImageService:
         return await asyncio.to_thread(self._cache.key, data, *parts)
 
     async def _keep(self, key: str, done: ImageDone, payload: Data, *, at_once: bool) -> None:
-        """Keep a result: meanwhile, or `at_once` where it is about to be handed over."""
+        """Cache a result in the background, or, `at_once`, before returning, if it is about to be handed over."""
         if self._cache is None or len(self._cache_writes) >= MAX_CACHE_WRITES:
             return
         task = asyncio.create_task(asyncio.to_thread(self._cache.put, key, done, payload))
         self._cache_writes.add(task)
         task.add_done_callback(self._cache_writes.discard)
         if at_once:
-            await asyncio.wait((task,))  # if we are cancelled, it goes on
+            await asyncio.wait((task,))  # continues if this request is cancelled
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
-        """The worker checks the real size; this bounds what is sent to it at all."""
+        """Bound what is sent to a worker, which checks the real size."""
         limit = self._limits.max_bytes * 3 // 2 if is_base64 else self._limits.max_bytes
         if len(data) > limit:
             text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
@@ -237,13 +239,23 @@ class ImageService:
 
 
 def _passed_image(format: str, geometry: Geometry, client_chars: int, seconds: float) -> PreparedImage:
-    """An image that passes, of so many characters of base64."""
+    """An image that passes through untouched."""
     height, width = geometry.size
     return PreparedImage(
-        media_type="", base64=None, width=width, height=height, tokens=geometry.tokens, content_hash="", format=format,
-        outcome="passed", seconds=seconds, stages=(), bytes_in=client_chars * 3 // 4, bytes_out=0,
+        media_type="",
+        base64=None,
+        width=width,
+        height=height,
+        tokens=geometry.tokens,
+        content_hash="",
+        format=format,
+        outcome="passed",
+        seconds=seconds,
+        stages=(),
+        bytes_in=client_chars * 3 // 4,
+        bytes_out=0,
         grid=(geometry.grid_t, geometry.grid_h, geometry.grid_w),
-    )  # fmt: skip
+    )
 
 
 def _prepared_image(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:

@@ -1,7 +1,7 @@
-"""What lies in shared memory for another process to read: an engine that takes a request's pixels, a client that takes tensors.
+"""Files in shared memory for another process: pixels for an engine, tensors for a client.
 
-Rules: what was handed over for a request goes with it; tensors, whose reader may never come, go after UNREAD. A request that is
-cancelled while a thread still writes for it leaves nothing there either.
+Rules: a request's pixels are removed when it ends. Tensors expire, because their reader may never come. A request that
+is cancelled while a thread is writing for it leaves no file behind.
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from sidecar.errors import ImagesBusy
 from sidecar.images.protocol import Data
 from sidecar.images.shm_cache import ImageCache, SharedFile
 
-UNREAD_TIMEOUT_S: Final = (
-    60.0  # seconds that tensors wait for their reader: as long as sidecar.client.preprocess waits for an answer
-)
+# As long as sidecar.client waits for a response.
+UNREAD_TIMEOUT_S: Final = 60.0
 SHM_FULL: Final = "shared memory is full; try again shortly"
 NO_SHM_FOR_TENSORS: Final = (
-    "shared memory has no room for these tensors; read and remove those that were handed over before, try again shortly, "
-    "or leave x-sidecar-handoff out"
+    "shared memory has no room for these tensors; read and unlink earlier ones, try again shortly, "
+    "or omit x-sidecar-handoff"
 )
 
 
 class ShmHandoff:
-    """All that one relay process has handed over in the folder of `cache`."""
+    """The files that one relay process has shared in the folder of `cache`."""
 
     def __init__(self, cache: ImageCache) -> None:
         self._cache = cache
         self._files: dict[str, list[SharedFile]] = {}
 
     async def pixels(self, request: str, payload: Data, key: str) -> SharedFile:
-        """For the engine's answer to `request`, until its `release`. `key`: the entry that may hold the same. Raises ImagesBusy."""
+        """Share pixels until `release(request)`. `key`: an entry with the same content. Raises ImagesBusy."""
         file = await self._write(partial(self._cache.export, payload, key=key), SHM_FULL)
         self._files.setdefault(request, []).append(file)
         return file
 
     async def tensors(self, *pieces: Data) -> SharedFile:
-        """For a client, who removes the file. Raises ImagesBusy."""
+        """Share tensors with a client, which unlinks the file. Raises ImagesBusy."""
         file = await self._write(partial(self._cache.share, *pieces), NO_SHM_FOR_TENSORS)
         asyncio.get_running_loop().call_later(UNREAD_TIMEOUT_S, self._cache.unlink_shared, file)
         return file
@@ -49,7 +48,7 @@ class ShmHandoff:
         return all(map(self._cache.relink, self._files.get(request, ())))
 
     def release(self, request: str) -> None:
-        """A request has ended: nobody reads any more what was handed over for it."""
+        """Unlink the files of a request that has ended."""
         for file in self._files.pop(request, ()):
             self._cache.unlink_shared(file)
 

@@ -1,6 +1,6 @@
-"""Pure: the values of single images, as the workers gave them -> the tensors of the batch, in pieces and in its order.
+"""Arrange the workers' values of single images as the tensors of a batch, in pieces and in the batch's order.
 
-Rules: nothing is joined or copied; what repeats is shared. How images lie in a batch is the processor's: see kernels/grid.py.
+Rules: pure; nothing is joined or copied, and repeated bytes are shared. kernels/grid.py defines the batch layouts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Final
 from sidecar.images.protocol import Data
 from sidecar.kernels.grid import ABREAST, FILLED, PLANES, Geometry, Integers, ProcessorSpec, Repeated
 
-ELEMENT_BYTES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}  # bytes of one element
-ARRAY_CODES: Final = {"I64": "q", "I32": "i"}  # of `array`
-MAX_REPEATED_BYTES: Final = 1 << 20  # bytes that repeat
+ELEMENT_BYTES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+ARRAY_CODES: Final = {"I64": "q", "I32": "i"}  # type codes of `array`
+MAX_REPEATED_BYTES: Final = 1 << 20
 
 
 def integers(tensors: Iterable[Integers]) -> Iterator[list[Data]]:
-    """All bytes of the tensors of integers, one after the other."""
+    """All bytes of the integer tensors, one after the other."""
     for (dtype, _), numbers in tensors:
         if isinstance(numbers, Repeated):
             max_count = MAX_REPEATED_BYTES // ELEMENT_BYTES[dtype]
@@ -30,7 +30,7 @@ def integers(tensors: Iterable[Integers]) -> Iterator[list[Data]]:
 
 
 def pieces(values: Sequence[Data], images: Sequence[Geometry], spec: ProcessorSpec) -> Iterator[list[Data]]:
-    """All bytes of `pixel_values`, in groups of which each is worth a write of its own."""
+    """All bytes of `pixel_values`, in groups that are each worth one write."""
     shape, element_bytes = spec.pixels(images), ELEMENT_BYTES[spec.dtype]
     if spec.batch == ABREAST:
         yield from _interleave(values, math.prod(shape[:-1]))
@@ -63,13 +63,13 @@ def pad_planes(values: Data, size: tuple[int, int], shape: list[int], element_by
 
 
 def _repeat(block: memoryview, count: int) -> Iterator[list[Data]]:
-    """So many bytes, `block` again and again."""
+    """`count` bytes: `block` repeated."""
     for at in range(0, count, len(block) or 1):
         yield [block[: count - at]]
 
 
 def _interleave(values: Sequence[Data], rows: int) -> Iterator[list[Data]]:
-    """Each of the leading rows, with the part of each image in it."""
+    """Each leading row, with each image's part of it."""
     views = [memoryview(data) for data in values]
     for row in range(rows):
         yield [view[row * len(view) // rows : (row + 1) * len(view) // rows] for view in views]

@@ -1,8 +1,8 @@
-"""Whether images may go to vLLM through shared memory: whether a vLLM that runs has our plugin, uses it, and may read our files.
+"""Decide whether images may go to vLLM through shared memory: a running vLLM must use the plugin and read the files.
 
-The plugin (plugins/vllm) leaves a mark in the shared folder and holds a lock on it as long as its process lives. So the mark tells
-three things at once: the plugin is there, the folder is one and the same in both containers, and the engine that has both is alive. The
-lock is only queried here, never taken: nothing that we do can hold up an engine.
+The plugin (plugins/vllm) writes a mark file into the shared folder and locks it while its process runs. A locked mark
+therefore shows that the plugin is installed, that both containers share the folder, and that the engine is alive. The
+sidecar only queries the lock and never takes it, so it cannot block an engine.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any, Final
 from sidecar.images.shm_cache import SHM_DIR
 
 MARK_PREFIX: Final = "sidecar-plugin-"
-URL_VERSION: Final = 1  # of the URLs that both sides know
+URL_VERSION: Final = 1
 CONNECTOR_NAME: Final = "inference_sidecar"
-CHECK_INTERVAL_S: Final = 1.0  # seconds between two looks of a relay
-MAX_MARKS: Final = 64  # marks that are looked at: one for each user that an engine has run as
-MAX_MARK_BYTES: Final = 4096  # bytes
+CHECK_INTERVAL_S: Final = 1.0
+MAX_MARKS: Final = 64  # one per user that an engine has run as
+MAX_MARK_BYTES: Final = 4096
 REMEDY: Final = (
     "install plugins/vllm into vLLM's environment, start it with VLLM_MEDIA_CONNECTOR=inference_sidecar, and mount one "
     f"folder at {SHM_DIR} in both containers"
@@ -39,15 +39,15 @@ _log = logging.getLogger("sidecar")
 
 @dataclass(frozen=True, slots=True)
 class PluginStatus:
-    """What the folder tells. `why` images cannot go through it; "" where they can."""
+    """The state of the plugin. `why`: the reason that images cannot go through shared memory, or ""."""
 
     why: str
     version: str = ""
 
 
 def read_status(shm: str) -> PluginStatus:
-    """What the folder `shm` tells now. Never raises, never waits."""
-    last = PluginStatus("no vLLM with our plugin uses this folder")
+    """The plugin's state by the marks in the folder `shm`. Never raises, never waits."""
+    last = PluginStatus("no vLLM with the sidecar's plugin uses this folder")
     try:
         paths = list(islice(Path(shm).glob(MARK_PREFIX + "*"), MAX_MARKS))
     except OSError:
@@ -61,7 +61,7 @@ def read_status(shm: str) -> PluginStatus:
 
 
 def check_mark(text: bytes, user: int) -> PluginStatus:
-    """What a mark says to a sidecar that runs as `user`."""
+    """The plugin's state by a mark, for a sidecar that runs as `user`."""
     try:
         mark: Any = json.loads(text)
         version, form = str(mark["version"])[:20], mark["form"]
@@ -69,16 +69,16 @@ def check_mark(text: bytes, user: int) -> PluginStatus:
     except (ValueError, KeyError, TypeError, RecursionError):
         return PluginStatus("the mark of vLLM's plugin cannot be read")
     if form != URL_VERSION:
-        return PluginStatus(f"vLLM's plugin {version!a} is not of this sidecar's version", version)
+        return PluginStatus(f"vLLM's plugin {version!a} does not match this sidecar's version", version)
     if connector != CONNECTOR_NAME:
         return PluginStatus(f"vLLM has the plugin, but VLLM_MEDIA_CONNECTOR is {connector!a}", version)
     if owner != user and not reads_all:
-        return PluginStatus(f"vLLM runs as user {owner}, and may not read the files of user {user}", version)
+        return PluginStatus(f"vLLM runs as user {owner} and may not read the files of user {user}", version)
     return PluginStatus("", version)
 
 
 def _read_mark(path: Path) -> PluginStatus | None:
-    """What one mark says; None where the process that left it is gone."""
+    """The plugin's state by one mark; None if the process that wrote it has exited."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -94,14 +94,14 @@ def _read_mark(path: Path) -> PluginStatus | None:
 
 
 def _is_locked(fd: int) -> bool:
-    """Whether a living process holds its lock on the file."""
+    """True if a running process holds a lock on the file."""
     request = struct.pack(_FLOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
     return bool(struct.unpack(_FLOCK_FORMAT, answer)[0] != fcntl.F_UNLCK)
 
 
 class PluginWatch:
-    """Called for each request with images: whether they may go through the folder `shm` now. Says in the log when that changes."""
+    """Called for each request with images: True if they may go through the folder `shm`. Logs changes."""
 
     def __init__(self, shm: str = SHM_DIR, now: Callable[[], float] = time.monotonic) -> None:
         self._shm = shm

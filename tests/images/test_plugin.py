@@ -19,7 +19,7 @@ from tests.waiting import PATIENCE
 
 from .test_imagecache import plugin
 
-NOBODY = "no vLLM with our plugin"
+NO_PLUGIN = "no vLLM with the sidecar's plugin"
 ENGINE = "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; sidecar_vllm.leave_mark(pathlib.Path(sys.argv[2])); print('left', flush=True); sys.stdin.read()"
 SOURCES = Path(__file__).parents[2] / "plugins/vllm"
 Start = Callable[..., subprocess.Popen[str]]
@@ -50,13 +50,13 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def test_a_mark_lives_as_long_as_the_processes_that_left_it(start: Start, tmp_path: Path) -> None:
     """Nobody, one, two, one, nobody: the file stays, and says nothing once the last process was killed; then it is used again."""
-    assert read_status(str(tmp_path)).why.startswith(NOBODY)
+    assert read_status(str(tmp_path)).why.startswith(NO_PLUGIN)
     first, second = start(), start()
     assert read_status(str(tmp_path)).why == ""
     end(first)
     assert read_status(str(tmp_path)).why == "" and read_status(str(tmp_path)).version == plugin().__version__
     end(second)
-    assert read_status(str(tmp_path)).why.startswith(NOBODY) and len(list(tmp_path.iterdir())) == 1
+    assert read_status(str(tmp_path)).why.startswith(NO_PLUGIN) and len(list(tmp_path.iterdir())) == 1
     start()
     assert read_status(str(tmp_path)).why == "" and len(list(tmp_path.iterdir())) == 1
 
@@ -72,7 +72,7 @@ JUDGED: dict[str, tuple[Any, str]] = {
     "the same user": (GOOD, ""),
     "one who may read all": (GOOD | {"user": 0, "reads_all": True}, ""),
     "root without capabilities": (GOOD | {"user": 0}, "may not read"),
-    "another form": (GOOD | {"form": 2}, "not of this sidecar's version"),
+    "another form": (GOOD | {"form": 2}, "does not match this sidecar's version"),
     "another connector": (GOOD | {"connector": ""}, "VLLM_MEDIA_CONNECTOR is ''"),
     "too little": ({"form": 1}, "cannot be read"),
     "no object": ([], "cannot be read"),
@@ -96,8 +96,8 @@ def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
     os.mkfifo(tmp_path / (MARK_PREFIX + "pipe"))
     (tmp_path / (MARK_PREFIX + "folder")).mkdir()
     (tmp_path / (MARK_PREFIX + "old")).write_bytes(json.dumps(GOOD | {"user": os.geteuid()}).encode())
-    assert read_status(str(tmp_path)).why.startswith(NOBODY)
-    assert read_status(str(tmp_path / "missing")).why.startswith(NOBODY)
+    assert read_status(str(tmp_path)).why.startswith(NO_PLUGIN)
+    assert read_status(str(tmp_path / "missing")).why.startswith(NO_PLUGIN)
     start()
     assert read_status(str(tmp_path)).why == ""
 

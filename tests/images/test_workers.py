@@ -148,7 +148,7 @@ def test_with_sys_ptrace_alone_nothing_of_it_is_left() -> None:
     if not capabilities(os.getpid())["CapEff"] & 1 << 19:
         pytest.skip("needs SYS_PTRACE")
     keep = "import ctypes; f = __import__('sidecar.images.worker.sandbox', fromlist=['x']); libc = ctypes.CDLL(None); only = 1 << 19; "
-    keep += "words = (f._Words * 2)((only, only, only), (0, 0, 0)); libc.capset(ctypes.byref(f._Header(f.VERSION_3, 0)), words); "
+    keep += "words = (f._Words * 2)((only, only, only), (0, 0, 0)); libc.capset(ctypes.byref(f._Header(f.CAPSET_VERSION_3, 0)), words); "
     show = "print(open('/proc/self/status').read().partition('CapEff:')[2].split()[0], flush=True); "
     end = "__import__('os').execv('/bin/grep', ['grep', 'CapEff', '/proc/self/status'])"
     code = keep + show + "f.drop_capabilities(); " + show + end

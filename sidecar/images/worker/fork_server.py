@@ -1,9 +1,9 @@
-"""The fork server: imports the image libraries once, keeps W workers alive, ends with its parent.
+"""The fork server: imports the image libraries once, keeps the workers running, ends with its parent.
 
-Rules: this process never touches an image, starts no thread and enters no parallel region, so that forking it is sound; it
-waits in one place only, for a signal. A worker that dies is replaced; one that dies young is replaced with a pause, so that
-a broken installation cannot spin. The listening socket belongs to whoever started us and outlives us: connections that wait
-in its backlog meet the next server.
+Rules: this process never touches an image, starts no thread and enters no parallel region, so that forking it is safe.
+It waits in one place only, for a signal. A worker that dies is replaced; if it dies young, after a pause, so that a
+broken installation cannot spin. The listening socket belongs to the parent and outlives this process: connections in
+its backlog reach the next server.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from sidecar.settings import Settings, from_json
 _log = logging.getLogger(__name__)
 
 WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-PARENT_POLL_INTERVAL_S: Final = 1.0  # seconds between looks at whether the parent still lives
-MIN_LIFE_S: Final = 1.0  # seconds
-RESTART_PAUSE_S: Final = 0.25  # seconds
+PARENT_POLL_INTERVAL_S: Final = 1.0
+MIN_LIFE_S: Final = 1.0
+RESTART_PAUSE_S: Final = 0.25
 SIGNAL_TEXTS: Final[dict[int, str]] = {signal.SIGALRM: "past its deadline", signal.SIGKILL: "killed"}
-NO_CUDA_STATUS: Final = 78  # exit status of a worker that found no CUDA device (EX_CONFIG)
+# Exit status of a GPU process that found no CUDA device (EX_CONFIG).
+NO_CUDA_STATUS: Final = 78
 NO_CUDA_TEXT: Final = "--images-device cuda: no CUDA device is visible to the image worker; use --images-device cpu"
-GPU_RETRY_S: Final = 60.0  # seconds after which a lost GPU is tried again
+# Pause before a lost GPU is retried.
+GPU_RETRY_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,14 @@ class WorkerPlan:
 
 
 def worker_plan(settings: Settings, available: int) -> WorkerPlan:
-    """Workers and threads for `available` CPUs. The process that owns a GPU comes on top: it waits most of the time."""
+    """Workers and threads for `available` CPUs. A GPU process is not counted: it waits most of the time."""
     workers = settings.image_workers or available
     limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
     return WorkerPlan(workers, max(1, available // workers), settings.images_device, settings.gpu_memory_budget, limits)
 
 
 def main(listen_fd: int, settings_json: str) -> int:
-    """Serve until SIGTERM or until the parent is gone; returns 0. Raises StartError where the device is not there."""
+    """Serve until SIGTERM or until the parent exits; returns 0. Raises StartError if the device is missing."""
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     if not settings_json.strip():
@@ -82,9 +84,8 @@ def main(listen_fd: int, settings_json: str) -> int:
             if gpu.is_due(time.monotonic()):
                 gpu.pid = _fork(partial(_serve_gpu, gpu_socket, plan))
             received = signal.sigtimedwait(WATCHED, PARENT_POLL_INTERVAL_S)
-            if (
-                received is not None and received.si_signo == signal.SIGTERM
-            ):  # SIGINT, which the whole group gets, is the supervisor's
+            # SIGINT goes to the whole process group; the supervisor handles it
+            if received is not None and received.si_signo == signal.SIGTERM:
                 break
             gpu.reap(time.monotonic())
             _reap(workers)
@@ -94,7 +95,7 @@ def main(listen_fd: int, settings_json: str) -> int:
 
 
 class GpuProcess:
-    """The life of the process that owns the GPU, where one is wanted."""
+    """Starts and restarts the process that owns the GPU, if one is configured."""
 
     def __init__(self, plan: WorkerPlan) -> None:
         self._device = plan.device
@@ -102,11 +103,11 @@ class GpuProcess:
         self.pid = 0
 
     def is_due(self, now: float) -> bool:
-        """Whether to start it now."""
+        """True if the process must be started now."""
         return not self.pid and now >= self._start_at
 
     def reap(self, now: float) -> None:
-        """Notice its end. Raises StartError where a GPU was asked for and none is there."""
+        """Collect the exited process. Raises StartError if a GPU is required and none was found."""
         ended, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
         if not ended:
             return
@@ -118,7 +119,7 @@ class GpuProcess:
             self._start_at = math.inf
         else:
             _log.warning(
-                "the GPU's process ended (%s); it is tried again in %g s",
+                "GPU process ended (%s); retrying in %g s",
                 SIGNAL_TEXTS.get(-code, f"exit status {code}"),
                 GPU_RETRY_S,
             )
@@ -130,10 +131,10 @@ def preimport() -> None:
 
     from PIL import Image
 
-    warnings.simplefilter("ignore")  # libraries warn about damaged files; the answer says so already
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would tell what an image's metadata say
+    warnings.simplefilter("ignore")  # libraries warn about damaged files, which the reply reports
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would log metadata of images
     Image.init()
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first
+    Image.MAX_IMAGE_PIXELS = None  # the sidecar's own limit is checked first
     import sidecar.images.worker.pipeline  # noqa: F401
 
 
@@ -147,15 +148,15 @@ def _fork(serve: Callable[[], int]) -> int:
         worker.bind_to(server)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         status = serve()
-    except BaseException as e:  # noqa: BLE001  the border of the process; a message could quote an image, a type cannot
-        _log.error("an image worker failed: %s", type(e).__name__)
+    except BaseException as e:  # noqa: BLE001  the process boundary; a message could quote an image, a type cannot
+        _log.error("image worker failed: %s", type(e).__name__)
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
 def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_socket: str) -> int:
-    """The life of a worker, in the worker's process."""
+    """Run a worker, in its own process."""
     import torch
 
     from sidecar.images.worker import pipeline
@@ -169,7 +170,7 @@ def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_socket: str) -
 
 
 def _serve_gpu(gpu_socket: str, plan: WorkerPlan) -> int:
-    """The life of the process that owns the GPU, in that process."""
+    """Run the process that owns the GPU."""
     import torch
 
     from sidecar.images.worker import gpu_server as gpu
@@ -179,7 +180,7 @@ def _serve_gpu(gpu_socket: str, plan: WorkerPlan) -> int:
 
 
 def _reap(workers: dict[int, float]) -> None:
-    """Forget the workers that have ended."""
+    """Collect the workers that have exited."""
     young = False
     for pid in list(workers):
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -189,15 +190,13 @@ def _reap(workers: dict[int, float]) -> None:
         del workers[pid]
         code = os.waitstatus_to_exitcode(status)
         if code:
-            _log.warning(
-                "an image worker ended (%s); the next one is started", SIGNAL_TEXTS.get(-code, f"exit status {code}")
-            )
+            _log.warning("image worker ended (%s); starting another", SIGNAL_TEXTS.get(-code, f"exit status {code}"))
     if young:
         time.sleep(RESTART_PAUSE_S)
 
 
 def _kill(workers: Sequence[int]) -> None:
     for pid in workers:
-        os.kill(pid, signal.SIGKILL)  # a worker holds nothing that needs care, and may be deep in C code
+        os.kill(pid, signal.SIGKILL)  # a worker has no state to save, and may be inside C code
     for pid in workers:
         os.waitpid(pid, 0)

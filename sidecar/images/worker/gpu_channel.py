@@ -1,9 +1,9 @@
-"""The border between an image worker and the one process that owns the GPU: decoded pixels go in, resized ones come back.
+"""The protocol between an image worker and the process that owns the GPU: decoded pixels go in, resized ones come back.
 
-Rules: bytes from outside are decoded in the workers and never reach the GPU's process: it sees pixels and numbers. They travel
-in shared memory that the worker made and sealed, so that it cannot shrink under a reader; what an Ask says is checked again. An
-request may always be refused, and a refusal costs nothing but time: the worker then does the image itself. So a full budget, a lost
-GPU, one that is being prepared and one that is not there are all one case here: None. After PATIENCE in vain a worker goes on by itself
+Rules: workers decode the bytes from outside; the GPU process sees only pixels and numbers. Pixels travel in shared
+memory that the worker created and sealed, so that it cannot shrink under a reader. The GPU process checks every
+request. Any request may be refused, and a refusal costs only time: the worker then resizes the image itself. A full
+budget and a lost, starting or missing GPU are therefore the same case: None. After a timeout the worker stops asking
 for a while, and leaves the shared memory alone until the answer has come: the GPU may still be writing.
 """
 
@@ -21,24 +21,24 @@ from typing import Final
 
 from sidecar.images.protocol import FrameError
 
-ARENA_BYTES: Final = (
-    64 << 20
-)  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
-GPU_TIMEOUT_S: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
-GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a vain request, seconds
-MAX_REQUEST_BYTES: Final = 8192  # bytes
+# 12 MP take 36 MB; larger images are resized on the CPU. Untouched pages cost nothing.
+ARENA_BYTES: Final = 64 << 20
+# Ten times what the CPU needs for 1080p.
+GPU_TIMEOUT_S: Final = 0.25
+# First and longest pause after a failed request.
+GPU_BACKOFF_S: Final = (1.0, 30.0)
+MAX_REQUEST_BYTES: Final = 8192
 OK, FULL = b"ok", b"full"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-GPU_SOCKET_SUFFIX: Final = (
-    ".gpu"  # behind the name of the image server's own socket: that of the process that owns the GPU
-)
+# Appended to the image server's socket name: the socket of the GPU process.
+GPU_SOCKET_SUFFIX: Final = ".gpu"
 
 
 @dataclass(frozen=True, slots=True)
 class GpuRequest:
-    """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
+    """One image, whose RGB bytes are at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
-    The answer takes their place: RGB rows where `inline`, else the processor's output.
+    The result replaces them: RGB rows if `inline`, else the processor's output.
     """
 
     height: int
@@ -51,7 +51,7 @@ class GpuRequest:
 
 
 def parse_request(text: bytes) -> GpuRequest:
-    """Inverse of Ask.to_json. Raises FrameError."""
+    """Inverse of GpuRequest.to_json. Raises FrameError."""
     try:
         request = GpuRequest(**json.loads(text))
         if (
@@ -61,11 +61,11 @@ def parse_request(text: bytes) -> GpuRequest:
             return request
     except (ValueError, TypeError):
         pass
-    raise FrameError("not a request")
+    raise FrameError("not a GPU request")
 
 
 def make_arena() -> int:
-    """A file in memory that can neither grow nor shrink any more."""
+    """Create a file in memory that can neither grow nor shrink."""
     fd = os.memfd_create("sidecar-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, ARENA_BYTES)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
@@ -73,7 +73,7 @@ def make_arena() -> int:
 
 
 def map_arena(fd: int) -> mmap.mmap:
-    """A worker's arena, for the GPU's process. Raises FrameError where it could shrink or has another size."""
+    """Map a worker's arena in the GPU process. Raises FrameError if it could shrink or has another size."""
     try:
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS and os.fstat(fd).st_size == ARENA_BYTES:
             return mmap.mmap(fd, ARENA_BYTES)
@@ -83,7 +83,7 @@ def map_arena(fd: int) -> mmap.mmap:
 
 
 class GpuChannel:
-    """A worker's way to the GPU behind the socket `path`, or to none. Made before the worker gives up making files."""
+    """A worker's connection to the GPU process at the socket `path`. Create it before the worker is confined."""
 
     def __init__(self, path: str, timeout_s: float = GPU_TIMEOUT_S, now: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -97,7 +97,7 @@ class GpuChannel:
         self._retry_at = 0.0
 
     def process(self, pixels: memoryview, request: GpuRequest, size: int) -> memoryview | None:
-        """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
+        """Process `pixels` on the GPU: `size` bytes, valid until the next call; None if the CPU must do it."""
         if max(len(pixels), size) > ARENA_BYTES or self._now() < self._retry_at:
             return None
         try:
@@ -117,7 +117,7 @@ class GpuChannel:
         return memoryview(self._memory)[:size] if answer == OK else None
 
     def _connect(self) -> socket.socket:
-        """A connection whose arena is ours alone. Raises TimeoutError while the GPU may still write to it, OSError where it is lost."""
+        """A connection with a free arena. Raises TimeoutError while the GPU may still write to it, OSError if lost."""
         if self._connection is not None:
             if self._answer_pending:
                 self._receive_answer(self._connection, 0)
@@ -129,14 +129,14 @@ class GpuChannel:
         return self._connection
 
     def _receive_answer(self, connection: socket.socket, seconds: float) -> bytes:
-        """The answer that is due. Raises TimeoutError where it is not there in time, OSError where it will never be."""
+        """The pending answer. Raises TimeoutError if it is late, OSError if it will never come."""
         connection.settimeout(seconds)
         try:
             answer = connection.recv(MAX_REQUEST_BYTES)
         except BlockingIOError:
             raise TimeoutError from None
         if not answer:
-            raise ConnectionResetError("the GPU's process hung up")
+            raise ConnectionResetError("the GPU process closed the connection")
         connection.settimeout(self._timeout_s)
         self._answer_pending = False
         return answer
@@ -151,6 +151,6 @@ class GpuChannel:
         self._connection, self._answer_pending = None, False
 
     def close(self) -> None:
-        """Hang up and give the memory back, once the last answer in it is gone."""
+        """Disconnect and free the memory, once the last answer in it is no longer used."""
         self._disconnect()
         os.close(self._fd)

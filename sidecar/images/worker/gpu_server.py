@@ -1,12 +1,12 @@
-"""The one process that owns a GPU: takes pixels from the image workers, resizes them exactly in batches, hands them back.
+"""The one process that owns a GPU: resizes the image workers' pixels exactly, in batches.
 
-Rules: no byte from outside is decoded here. A batch is what has been requested when the last one is done, never waited for. The GPU is
-touched at the first request and no earlier, because asks come only when the engine is not starting: an engine that profiles its
-memory gives up when a neighbour's use changes. Device memory has a hard bound; what does not fit is refused, and resized on the
-CPU. Whatever else goes wrong on the GPU ends this process, since a CUDA context does not recover: the workers go on alone, and
-the server tries again after a while.
+Rules: no bytes from outside are decoded here. A batch is whatever was requested when the last one ended; it is never
+waited for. The GPU is not touched before the first request, because no request comes while the engine is starting: an
+engine that profiles its memory fails if another process's use changes. Device memory has a hard limit; what does not
+fit is refused and resized on the CPU. Any other GPU error ends this process, because a CUDA context does not recover:
+the workers continue without it, and the server restarts it later.
 
-With TRITON_INTERPRET=1 the kernel runs in Triton's interpreter on the CPU: for tests.
+With TRITON_INTERPRET=1 the kernel runs in Triton's interpreter on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ from sidecar.kernels.ragged import RaggedBatch, RaggedImage
 
 _log = logging.getLogger(__name__)
 
-BATCH_TIMEOUT_S: Final = 10.0  # most that a batch may take; a GPU that hangs in the driver ends this process
-FIRST_BATCH_TIMEOUT_S: Final = 180.0  # the first one makes a CUDA context and compiles the kernel
-MAX_TABLES: Final = 16  # tables of values that are kept: there is one per model
+# A GPU that hangs in the driver ends this process.
+BATCH_TIMEOUT_S: Final = 10.0
+# The first batch creates a CUDA context and compiles the kernel.
+FIRST_BATCH_TIMEOUT_S: Final = 180.0
+# Cached tables of values, one per model.
+MAX_TABLES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class PendingRequest:
-    """One request of one worker, checked. `memory` is its arena as a tensor; the result goes there."""
+    """A worker's validated request. `memory` is its arena as a tensor, which also receives the result."""
 
     connection: socket.socket
     memory: Any
@@ -54,7 +57,7 @@ class PendingRequest:
 
 
 class GpuResizer:
-    """The GPU with the kernel compiled for it. Raises whatever CUDA or Triton raise where it cannot be used."""
+    """The GPU and its kernel. Raises whatever CUDA or Triton raise if it cannot be used."""
 
     def __init__(self, memory_budget: int) -> None:
         from sidecar.kernels import gpu
@@ -71,7 +74,7 @@ class GpuResizer:
             self._stream = torch.cuda.stream(torch.cuda.Stream(priority=lowest))
 
     def process(self, requests: list[PendingRequest]) -> list[PendingRequest]:
-        """Do what fits into the budget, each into its arena. Returns what was done."""
+        """Process the requests that fit into the budget, each into its arena. Returns those."""
         done: list[PendingRequest] = []
         by_dtype: defaultdict[bool, list[PendingRequest]] = defaultdict(list)
         for request in requests:
@@ -88,7 +91,7 @@ class GpuResizer:
     def _fitting(
         self, requests: list[PendingRequest], value_bytes: int
     ) -> tuple[list[PendingRequest], RaggedBatch | None]:
-        """The longest beginning of `requests` that fits into the budget, found by halving; None where not even one does."""
+        """The longest prefix of `requests` that fits into the budget, by halving; None if not even one does."""
         while requests:
             specs = list(dict.fromkeys(request.spec for request in requests))
             batch = self._kernel.lay_out(
@@ -100,7 +103,7 @@ class GpuResizer:
         return [], None
 
     def _launch(self, requests: list[PendingRequest], batch: RaggedBatch, floats: bool) -> bool:
-        """One batch, start to end. False where the GPU has no memory for it."""
+        """Run one batch. False if the GPU has no memory for it."""
         try:
             with self._stream:
                 self._run(requests, batch, floats)
@@ -124,7 +127,7 @@ class GpuResizer:
             request.memory[: request.size].copy_(octets[first : first + request.size])  # waits for the kernel
 
     def _values(self, requests: list[PendingRequest]) -> Any:
-        """The tables of the batch's processors, in the order in which they first come."""
+        """The tables of the batch's processors, in order of first appearance."""
         if len(self._tables) > MAX_TABLES:
             self._tables.clear()
         specs = list(dict.fromkeys(request.spec for request in requests))
@@ -138,12 +141,12 @@ class GpuResizer:
 
 
 def is_available() -> bool:
-    """Whether this process can use a CUDA device, or the interpreter stands in for it. Takes no device memory."""
+    """True if this process can use a CUDA device or its interpreter. Takes no device memory."""
     return os.environ.get("TRITON_INTERPRET") == "1" or bool(torch.cuda.is_available())
 
 
 def serve(path: str, limits: ImageLimits, memory_budget: int) -> int:
-    """Answer asks until the GPU is lost. Returns 1 then, having said so."""
+    """Serve requests until the GPU is lost; logs the reason and returns 1."""
     os.environ.setdefault("TRITON_CACHE_DIR", f"{path}-kernels")  # a home may be read-only
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # noqa: PTH108
@@ -153,13 +156,13 @@ def serve(path: str, limits: ImageLimits, memory_budget: int) -> int:
         waiting.register(listening, selectors.EVENT_READ)
         try:
             _loop(listening, waiting, limits, memory_budget)
-        except Exception as e:  # noqa: BLE001  CUDA's and Triton's errors are of many kinds, and each means the same
-            _log.warning("the GPU cannot be used (%s); images are resized on the CPU", _describe(e))
+        except Exception as e:  # noqa: BLE001  CUDA's and Triton's errors have many types
+            _log.warning("cannot use the GPU (%s); resizing images on the CPU", _describe(e))
     return 1
 
 
 def _describe(error: Exception) -> str:
-    """The error's type and its first line: it comes from a driver or a compiler, never from an image."""
+    """The error's type and first line, which come from a driver or a compiler, never from an image."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
@@ -173,14 +176,14 @@ def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: Ima
                 device = device or GpuResizer(memory_budget)
                 done = {id(request) for request in device.process(requests)}
             for request in requests:
-                with contextlib.suppress(OSError):  # a worker that has gone is noticed when it is read from
+                with contextlib.suppress(OSError):  # a worker that has exited is noticed on the next read
                     request.connection.send(OK if id(request) in done else FULL)
 
 
 def _receive_all(
     listening: socket.socket, waiting: selectors.BaseSelector, arenas: dict[socket.socket, Any], limits: ImageLimits
 ) -> list[PendingRequest]:
-    """What the connections that are ready request; new ones are taken, and those that are gone forgotten."""
+    """The requests of all ready connections; new connections are accepted and closed ones removed."""
     requests: list[PendingRequest] = []
     for key, _ in waiting.select():
         if key.fileobj is listening:
@@ -191,7 +194,7 @@ def _receive_all(
         connection = key.fileobj  # type: ignore[assignment]
         try:
             requests += _receive(connection, arenas, limits)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # gone, or no worker of this version
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # closed, or not a worker of this version
             waiting.unregister(connection)
             arenas.pop(connection, None)
             connection.close()
@@ -199,7 +202,7 @@ def _receive_all(
 
 
 def _receive(connection: socket.socket, arenas: dict[socket.socket, Any], limits: ImageLimits) -> list[PendingRequest]:
-    """A worker's arena, or its request. Raises OSError, FrameError or ValueError for what is neither."""
+    """Read a worker's arena or its request. Raises OSError, FrameError or ValueError for anything else."""
     if connection not in arenas:
         _, fds, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1)
         try:
@@ -217,15 +220,15 @@ def _receive(connection: socket.socket, arenas: dict[socket.socket, Any], limits
 
 
 def _check(connection: socket.socket, memory: Any, request: GpuRequest, limits: ImageLimits) -> PendingRequest:
-    """A request whose pixels and whose answer lie within the arena. Raises FrameError or ValueError."""
+    """Validate a request: its pixels and its result must fit the arena. Raises FrameError or ValueError."""
     spec = families.from_json(request.spec)
     height, width = request.height, request.width
     if max(height, width) > limits.max_side:
-        raise FrameError("a side over the bound")
+        raise FrameError("a side over the limit")
     geometry = spec.geometry(height, width)
     patches = spec if isinstance(spec, PatchSpec) and not request.inline else None
     wanted = RaggedImage(height, width, geometry, spec.resample, patches, planes=not request.inline)
     pending = PendingRequest(connection, memory, wanted, spec, spec.floats and not request.inline)
     if max(3 * height * width, pending.size) > memory.numel():
-        raise FrameError("a request beyond its arena")
+        raise FrameError("a request larger than its arena")
     return pending

@@ -1,6 +1,6 @@
-"""One job, start to end: payload in, Done or Refused and a payload out. No sockets, no processes.
+"""Run one image job: a payload in, ImageDone or ImageRefused and a payload out. No sockets, no processes.
 
-Rules: never raises for what a client sent; error texts name the limit and what to do, never the content.
+Rules: never raises for what a client sent. Errors name the limit and the remedy, never the content.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNKNOWN_FORMAT: Final = "it is in no known format; send JPEG, PNG, WebP, GIF, BM
 
 @dataclass(slots=True)
 class StageTimer:
-    """Seconds of each step of one job, in order."""
+    """Measures the seconds of each stage of one job, in order."""
 
     now: Callable[[], float] = time.perf_counter
     taken: list[tuple[str, float]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class StageTimer:
         self._since = self.now()
 
     def end(self, stage: str) -> None:
-        """The step `stage` ends here; the next one begins."""
+        """End `stage` and begin the next one."""
         now = self.now()
         self.taken.append((stage, now - self._since))
         self._since = now
@@ -51,7 +51,7 @@ class StageTimer:
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A decoded image on its way: `geometry` is what it will become."""
+    """A decoded image; `geometry` is its target."""
 
     pixels: Any  # uint8 tensor (3, height, width)
     geometry: Geometry
@@ -62,7 +62,7 @@ class DecodedImage:
 
 
 def prepare_image(job: ImageJob, payload: Payload, gpu: GpuChannel | None = None) -> Answer:
-    """Do one job; the resizing behind `gpu` where there is one and the job allows it, else here."""
+    """Run one job; resize on `gpu` if there is one and the job allows it, else here."""
     spec = families.from_json(job.spec)
     name = "unknown"
     try:
@@ -72,7 +72,7 @@ def prepare_image(job: ImageJob, payload: Payload, gpu: GpuChannel | None = None
         name = image.header.format
         if job.want == LAYOUT:
             return done(image, ""), b""
-        # views and their canvases are the CPU's: the GPU's kernel knows one resized copy of an image
+        # the GPU's kernel makes one resized copy of an image: views are made on the CPU
         if (
             gpu is not None
             and job.gpu
@@ -98,7 +98,7 @@ def prepare_image(job: ImageJob, payload: Payload, gpu: GpuChannel | None = None
 
 
 def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: ProcessorSpec) -> Answer | None:
-    """The answer by the GPU; None where it cannot be had."""
+    """The GPU's answer, or None."""
     rows = image.pixels.permute(1, 2, 0).contiguous().numpy()
     inline, (height, width) = job.want in INLINE, image.geometry.size
     if rows.shape[:2] == (image.geometry.height, image.geometry.width) and inline:
@@ -114,7 +114,7 @@ def _on_gpu(gpu: GpuChannel, job: ImageJob, image: DecodedImage, spec: Processor
 
 
 def _to_half(floats: Payload, spec: ProcessorSpec) -> Payload:
-    """What the GPU made, in half precision where that is wanted: it makes float32."""
+    """The GPU's float32 result, in half precision if `spec` requires it."""
     return octets(round_to_half(torch.frombuffer(floats, dtype=torch.float32), spec)) if spec.half else floats
 
 
@@ -132,7 +132,7 @@ def tensor_bytes(geometry: Geometry, spec: ProcessorSpec) -> int:
 
 
 def open_image(job: ImageJob, payload: Payload, spec: ProcessorSpec) -> DecodedImage | ImageDone:
-    """Unpack, check and decode; Done where the image must be passed untouched. Raises BadPixels."""
+    """Unpack, check and decode; ImageDone if the image must pass through untouched. Raises ImageRejected."""
     stages = StageTimer()
     data = _unpack(job, payload)
     header = file_headers.read(data)
@@ -162,7 +162,7 @@ def open_image(job: ImageJob, payload: Payload, spec: ProcessorSpec) -> DecodedI
 
 
 def finish(job: ImageJob, image: DecodedImage, pixels: Any, spec: ProcessorSpec) -> Answer:
-    """Encode resized pixels as the job wants them."""
+    """Encode resized pixels as the job requires."""
     if job.want == PIXELS:
         return _as_text(image, ppm(pixels))
     payload = octets(pixels.permute(1, 2, 0) if job.want == RAW else values(pixels, image.geometry, spec))
@@ -171,7 +171,7 @@ def finish(job: ImageJob, image: DecodedImage, pixels: Any, spec: ProcessorSpec)
 
 
 def _as_text(image: DecodedImage, file: memoryview) -> Answer:
-    """A PPM in base64, as it goes into a data URL."""
+    """A PPM as base64 text, for a data URL."""
     payload = pybase64.b64encode(file)
     image.stages.end("encode")
     return done(image, PPM_MEDIA_TYPE), payload
@@ -187,9 +187,17 @@ def done(image: DecodedImage, media_type: str) -> ImageDone:
     """The answer for an image that was prepared."""
     g = image.geometry
     return ImageDone(
-        "ok", image.header.format, media_type, *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens,
-        image.hash, tuple(image.stages.taken), image.bytes_in, tuple(image.pixels.shape[-2:]),
-    )  # fmt: skip
+        "ok",
+        image.header.format,
+        media_type,
+        *g.size,
+        (g.grid_t, g.grid_h, g.grid_w),
+        g.tokens,
+        image.hash,
+        tuple(image.stages.taken),
+        image.bytes_in,
+        tuple(image.pixels.shape[-2:]),
+    )
 
 
 def _unpack(job: ImageJob, payload: Payload) -> bytes:
@@ -205,16 +213,16 @@ def _unpack(job: ImageJob, payload: Payload) -> bytes:
 
 
 def _is_passed_early(header: file_headers.Header, spec: ProcessorSpec, client_chars: int) -> bool:
-    """Whether a header tells that its image costs more inline than it saves."""
+    """True if the header shows that preparing the image inline costs more than it saves."""
     try:
         geometry = spec.geometry(header.height, header.width)
     except ValueError:
-        return False  # unknown until it is decoded, or a shape that is refused then
+        return False  # unknown until it is decoded, or an aspect that is refused then
     return not header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars)
 
 
 def _predict_geometry(data: bytes, header: file_headers.Header, spec: ProcessorSpec) -> Geometry | None:
-    """What will become of an image that nobody here decodes, for its tokens; None where its header does not tell."""
+    """The geometry, for its tokens, of an image that is not decoded here; None if its header does not tell."""
     try:
         return spec.geometry(*turned(header.height, header.width, orientation(data) if header.tagged else 1))
     except ValueError:
@@ -225,7 +233,7 @@ def _geometry(spec: ProcessorSpec, height: int, width: int) -> Geometry:
     try:
         return spec.geometry(height, width)
     except ValueError as e:
-        raise ImageRejected("image_aspect", f"{e}; the model takes no such image") from None
+        raise ImageRejected("image_aspect", f"{e}; the model does not accept such an image") from None
 
 
 def _passed(
@@ -236,11 +244,18 @@ def _passed(
     stages: StageTimer,
     geometry: Geometry | None = None,
 ) -> ImageDone:
-    """The engine gets the client's own bytes: a format or a shape that we cannot prepare exactly."""
+    """The reply for an image that the engine gets untouched; raises ImageRejected for jobs that need its pixels."""
     if job.want not in INLINE:
         raise ImageRejected("image_unsupported", f"{header.format} is not supported here; send JPEG, PNG or WebP")
     g = geometry or Geometry(0, 0)
     return ImageDone(
-        "passed", header.format, "", *g.size, (g.grid_t, g.grid_h, g.grid_w), g.tokens, digest,
-        tuple(stages.taken), size,
-    )  # fmt: skip
+        "passed",
+        header.format,
+        "",
+        *g.size,
+        (g.grid_t, g.grid_h, g.grid_w),
+        g.tokens,
+        digest,
+        tuple(stages.taken),
+        size,
+    )

@@ -1,7 +1,7 @@
-"""Pixels -> the tiles or patches that a processor makes of several views of an image, bit for bit as the torchvision backend does.
+"""Make the tiles or patches of several views of an image, bit for bit as the processor's torchvision backend.
 
-Rules: as in patches.py. Each view is resized in uint8, laid on a canvas of zeros where it has one, cut, and only then rescaled and
-normalised: that is the processors' own order, so that padding becomes what they make of black, and not 0.
+Rules: as in tensors.py. Each view is resized in uint8, placed on a canvas of zeros if it has one, cut, and only then
+rescaled and normalised. That is the processors' own order: padding gets the value of black, not 0.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from sidecar.kernels.grid import ROWS, TILES, Geometry, ImageView, ProcessorSpec
 
 DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 KERNEL_KINDS: Final[dict[str, Literal["uint8", "float32"]]] = {"F32": "float32", "U8": "uint8"}
-MAX_VECTOR_TILE: Final = 16  # pixels a side of the largest tile that the compiled kernel lays out with vectors
-SMALL_TILE_PIXELS: Final = 1 << 12  # pixels of a tile that is not worth a step of its own
+# Side of the largest tile that the compiled kernel lays out with vectors.
+MAX_VECTOR_TILE: Final = 16
+# A tile of fewer pixels is not worth a separate step.
+SMALL_TILE_PIXELS: Final = 1 << 12
 
 
 def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
-    """The values of one image, uint8 (3, height, width), as they lie in `pixel_values`: all its views, in their order."""
+    """The values of one image, uint8 (3, height, width), in the order of `pixel_values`: all its views."""
     resized_by_steps: dict[tuple[Size, ...], Tensor] = {(): pixels}
     if spec.layout == TILES:
         return _tiles(resized_by_steps, geometry, spec)
@@ -33,14 +35,14 @@ def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
 
 
 def _resized(resized_by_steps: dict[tuple[Size, ...], Tensor], steps: tuple[Size, ...], spec: ProcessorSpec) -> Tensor:
-    """uint8 (3, height, width) after `steps`, one after the other. `resized_by_steps`: what is there already, by the steps to it."""
+    """uint8 (3, height, width) after resizing by `steps`; `resized_by_steps` memoises each intermediate result."""
     if steps not in resized_by_steps:
         resized_by_steps[steps] = resize(_resized(resized_by_steps, steps[:-1], spec), Geometry(*steps[-1]), spec)
     return resized_by_steps[steps]
 
 
 def canvas(resized_by_steps: dict[tuple[Size, ...], Tensor], view: ImageView, spec: ProcessorSpec) -> Tensor:
-    """uint8 (height, width, 3), contiguous: the resized image at its place."""
+    """uint8 (height, width, 3), contiguous: the resized image on its canvas."""
     height, width = view.size
     resized = _resized(resized_by_steps, (*view.before, view.size), spec).permute(1, 2, 0)
     if view.canvas == view.size:
@@ -73,9 +75,8 @@ def _tiles(resized_by_steps: dict[tuple[Size, ...], Tensor], geometry: Geometry,
         part = out[at : at + view.tiles]
         if spec.dtype in KERNEL_KINDS and not fused.missing():
             steps = (*view.before, view.size)
-            is_shared = any(
-                v.before[: len(steps)] == steps for v in geometry.views
-            )  # what another view begins with is made once
+            # a result that another view starts from is made once
+            is_shared = any(v.before[: len(steps)] == steps for v in geometry.views)
             source = _resized(resized_by_steps, steps if is_shared else view.before, spec).permute(1, 2, 0).contiguous()
             fused.tiles(source.numpy(), view, spec, KERNEL_KINDS[spec.dtype], part.numpy())
         else:
@@ -85,7 +86,7 @@ def _tiles(resized_by_steps: dict[tuple[Size, ...], Tensor], geometry: Geometry,
 
 
 def cut(canvas: Tensor, view: ImageView, spec: TileSpec, out: Tensor) -> None:
-    """Large tiles one by one, so that each is worked on while it is in the caches."""
+    """Cut a canvas into `out`; large tiles one by one, while each is in the caches."""
     tiles = _cut(canvas, view.tile).permute(0, 2, 4, 1, 3)
     to = out.view(*view.grid, 3, *view.tile)
     if view.tile[0] * view.tile[1] < SMALL_TILE_PIXELS:
@@ -102,7 +103,7 @@ def _rows(canvas: Tensor, view: ImageView, spec: TileSpec) -> Tensor:
 
 
 def _strips(canvas: Tensor, view: ImageView, spec: TileSpec) -> Tensor:
-    """(3, patch, patches * patch): the patches of each tile side by side."""
+    """(3, patch, patches * patch): the patches of each tile next to each other."""
     patch = spec.strip
     tiles = _cut(canvas, view.tile).permute(0, 2, 1, 3, 4)
     rows, columns, height, width, _ = tiles.shape

@@ -1,9 +1,9 @@
-"""An image worker: a forked process that takes connections from the shared listening socket and does one job on each.
+"""An image worker: a forked process that accepts connections from the shared listening socket and does one job on each.
 
-Rules: nothing a job does may outlive its deadline. The deadline is a real-time timer whose signal keeps its default action,
-so that it also ends C code that never returns; the relay sees the connection break, the server forks the next worker. The
-process may grow by a bounded amount of memory, opens few files, writes none, leaves no core, has no privileges, and dies
-with its server. A relay that is slow to send or to read is hung up on.
+Rules: no job outlives its deadline. The deadline is a real-time timer whose signal keeps its default action, so that it
+also ends C code that never returns: the relay sees the connection break, and the server forks another worker. The
+process has bounded memory and few files, writes none, leaves no core, has no privileges, and dies with its server. A
+relay that is slow to send or to read is disconnected.
 """
 
 from __future__ import annotations
@@ -36,21 +36,23 @@ from sidecar.runtime.prctl import die_with
 Payload = bytes | bytearray | memoryview
 PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
 
-CLIENT_TIMEOUT_S = 10.0  # seconds in which a relay must send or read
-JOBS_PER_LIFE = 5_000  # then a fresh process takes over, so that no leak of a codec grows for ever
+# A relay must send or read within this time.
+CLIENT_TIMEOUT_S = 10.0
+# A new process then takes over, so that no leak of a codec grows forever.
+JOBS_PER_LIFE = 5_000
 MAX_OPEN_FILES = 64
-BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours, and fp32 patches of it
-RETAINED_BYTES = (
-    128 << 20
-)  # bytes of freed memory that stay with the process: 12 megapixels are 36 MB, their patches up to 23 MB
+# The worst case: Pillow's RGBA, its flattened copy, the tensor, and its fp32 patches.
+BYTES_PER_PIXEL = 40
+# Freed memory that stays with the process: 12 megapixels are 36 MB, their patches up to 23 MB.
+RETAINED_BYTES = 128 << 20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def serve(listening: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> int:
-    """Take connections until the process has done its share. Returns 0."""
+    """Serve JOBS_PER_LIFE connections. Returns 0."""
     for _ in range(JOBS_PER_LIFE):
         connection, _ = listening.accept()
-        with connection, contextlib.suppress(OSError, FrameError):  # the relay is gone, or sent no job: nobody to tell
+        with connection, contextlib.suppress(OSError, FrameError):  # the relay has exited, or sent no job
             connection.settimeout(CLIENT_TIMEOUT_S)
             _serve_one(connection, prepare, limits)
     return 0
@@ -66,12 +68,12 @@ def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLi
 
 
 def payload_bound(limits: ImageLimits) -> int:
-    """Most bytes of a job's payload: the largest image as base64, line ends allowed for."""
+    """Largest payload of a job: the largest image as base64, including line ends."""
     return limits.max_bytes * 3 // 2 + 1024
 
 
 def receive(connection: socket.socket, bound: int = MAX_REPLY_BYTES) -> tuple[ImageJob, bytearray]:
-    """One job and its payload. Raises FrameError, or OSError when the relay is gone."""
+    """One job and its payload. Raises FrameError, or OSError if the relay has exited."""
     header, size = decode_prefix(_read_exactly(connection, PREFIX.size), bound)
     job = decode_header(_read_exactly(connection, header))
     if not isinstance(job, ImageJob):
@@ -85,14 +87,14 @@ def _read_exactly(connection: socket.socket, size: int) -> bytearray:
     while view:
         received = connection.recv_into(view)
         if not received:
-            raise ConnectionResetError("the relay hung up")
+            raise ConnectionResetError("the relay closed the connection")
         view = view[received:]
     return data
 
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """End this process when the block takes longer."""
+    """Kill this process if the block takes longer."""
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
     try:
         yield
@@ -101,7 +103,7 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def confine(limits: ImageLimits) -> None:
-    """Give up what a worker does not need."""
+    """Limit the process to what a worker needs."""
     _retain_freed_memory()
     _silence_stderr()
     for what, maximum in (
@@ -115,7 +117,7 @@ def confine(limits: ImageLimits) -> None:
 
 
 def bind_to(server: int) -> None:
-    """Die with the server, leave Ctrl-C to it, keep no privileges and gain none, and let a deadline's signal end this process."""
+    """Die with the server, ignore Ctrl-C, drop all privileges, and let a deadline's signal kill this process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(server)
@@ -124,7 +126,7 @@ def bind_to(server: int) -> None:
 
 
 def _retain_freed_memory() -> None:
-    """Use freed memory again (glibc). Else each large image lies in fresh pages, whose first touch takes a third of a decoder's time."""
+    """Reuse freed memory (glibc): the first touch of fresh pages takes a third of a decoder's time."""
     with contextlib.suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -132,7 +134,7 @@ def _retain_freed_memory() -> None:
 
 
 def _silence_stderr() -> None:
-    """Codecs write a line to file 2 for every damaged image; our own log keeps its way out."""
+    """Discard what codecs write to file 2 for every damaged image; the log keeps a copy of the descriptor."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
@@ -143,7 +145,7 @@ def _silence_stderr() -> None:
 
 
 def memory_bound(limits: ImageLimits) -> int:
-    """Bytes that one job may add to the process."""
+    """Bytes that one job may allocate."""
     return (256 << 20) + 4 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels
 
 
