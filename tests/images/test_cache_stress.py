@@ -1,4 +1,4 @@
-"""Many processes in one folder at once: nothing raises, the bound holds at every moment, whatever dies leaves nothing for ever."""
+"""Many processes in one folder: nothing raises, the limit always holds, and a killed process leaves no file forever."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def start(what: str, folder: str, *numbers: int) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_four_processes_in_a_tiny_folder(tmp_path: Path) -> None:
-    """Put, get, evicted and handed over by four at once while a fifth is killed in the middle: every read is whole, nothing handed over is left."""
+    """Four processes put, get, evict and export while a fifth is killed: reads are whole, no exported file is left."""
     folder = CacheFolder(str(tmp_path), MOST)
     doomed = start("life", folder.path, 0, 1_000_000)
     while not any((Path(folder.path) / name).exists() for name in KEYS):

@@ -187,7 +187,7 @@ def test_what_cannot_be_is_refused(gpu: Any) -> None:
 
 
 def test_a_batch_knows_its_memory(gpu: Any) -> None:
-    """What a 1080p image takes and moves is what the docstring says: 6.2 MB in, 4.3 MB between, 11.5 MB out as bfloat16."""
+    """A 1080p image moves the bytes that the docstring states: 6.2 MB in, 4.3 MB between, 11.5 MB out as bfloat16."""
     chosen = spec(max_pixels=1_003_520)
     assert isinstance(chosen, PatchSpec)
     batch = gpu.lay_out([RaggedImage(1080, 1920, chosen.geometry(1080, 1920), chosen.resample, chosen)])
@@ -207,7 +207,8 @@ from sidecar.kernels import gpu
 def ptx(kernel, pointers, tile, **fixed):
     names = list(kernel.arg_names)
     signature = {n: pointers.get(n, "constexpr") for n in names}
-    consts = {n: v for n, v in zip(("TILE_ROWS" if "TILE_ROWS" in names else "TILE_HEIGHT", "TILE_WIDTH"), tile)} | fixed
+    sides = "TILE_ROWS" if "TILE_ROWS" in names else "TILE_HEIGHT", "TILE_WIDTH"
+    consts = dict(zip(sides, tile)) | fixed
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in consts.items()}, aligned)
     return triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": gpu.NUM_WARPS}).asm["ptx"]

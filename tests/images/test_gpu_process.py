@@ -1,4 +1,4 @@
-"""The process that owns the GPU, from a worker's side: what it makes, and that nothing it fails at costs more than time.
+"""The GPU process from a worker's side: its results, and that its failures cost only time.
 
 The kernel runs in Triton's interpreter, so all but CUDA itself is the real thing.
 """

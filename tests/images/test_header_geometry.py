@@ -1,4 +1,4 @@
-"""Which images are prepared inline: those that lose half of their pixels, and whose body stays within bounds. The others pass at no cost."""
+"""Images are prepared inline if they lose half of their pixels and the body stays bounded; others pass at no cost."""
 
 from __future__ import annotations
 

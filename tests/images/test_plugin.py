@@ -20,7 +20,10 @@ from tests.waiting import PATIENCE
 from .test_imagecache import plugin
 
 NO_PLUGIN = "no vLLM with the sidecar's plugin"
-ENGINE = "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; sidecar_vllm.leave_mark(pathlib.Path(sys.argv[2])); print('left', flush=True); sys.stdin.read()"
+ENGINE = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; "
+    "sidecar_vllm.leave_mark(pathlib.Path(sys.argv[2])); print('left', flush=True); sys.stdin.read()"
+)
 SOURCES = Path(__file__).parents[2] / "plugins/vllm"
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -49,7 +52,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_mark_lives_as_long_as_the_processes_that_left_it(start: Start, tmp_path: Path) -> None:
-    """Nobody, one, two, one, nobody: the file stays, and says nothing once the last process was killed; then it is used again."""
+    """With no, one, two, one, no process: the file stays, is void once the last process is killed, and is reused."""
     assert read_status(str(tmp_path)).why.startswith(NO_PLUGIN)
     first, second = start(), start()
     assert read_status(str(tmp_path)).why == ""

@@ -1,4 +1,4 @@
-"""Through shared memory, with our plugin in its environment, a real vLLM sees the same pixels and gives the same answer."""
+"""Through shared memory and the plugin, a real vLLM sees the same pixels and gives the same answer."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ async def found(engine: Engine) -> DoctorFinding:
 async def test_a_vllm_without_the_plugin_gets_its_images_inline(
     model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
 ) -> None:
-    """Where the mark of an earlier vLLM still lies, but no living process holds it, every image goes inline, with the answer that vLLM
-    gives by itself; the log says so once, and so does the doctor."""
+    """With only the unlocked mark of an earlier vLLM, images go inline with vLLM's own answer, logged once."""
     mark = {"form": 1, "version": "0.1.0", "pid": 1, "user": 0, "reads_all": True, "connector": "inference_sidecar"}
     left = SHM / f"{MARK_PREFIX}test"  # the plugin names it by a user's number
     left.write_text(json.dumps(mark))
