@@ -1,4 +1,4 @@
-"""Images of every known family on one core: our resized image and our tensors against Hugging Face's torchvision processor.
+"""Images of every known family on one core: the sidecar's images and tensors against Hugging Face's processors.
 
 The second table of images.py. Rules: as there; nothing is timed that is not equal to the last bit.
 """
@@ -31,21 +31,76 @@ PATCHES: Final = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
 
 # family -> class and module in transformers, and the settings of a model of it
 ROWS: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
-    "Qwen2.5-VL": ("Qwen2VLImageProcessor", "qwen2_vl.image_processing_qwen2_vl", {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}, **PATCHES}),
-    "GLM-4V": ("Glm4vImageProcessor", "glm4v.image_processing_glm4v", {"size": {"shortest_edge": 12544, "longest_edge": 2_007_040}, **PATCHES}),
-    "LLaVA-1.5": ("CLIPImageProcessor", "clip.image_processing_clip", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}),
+    "Qwen2.5-VL": (
+        "Qwen2VLImageProcessor",
+        "qwen2_vl.image_processing_qwen2_vl",
+        {"size": {"shortest_edge": 3136, "longest_edge": 1_003_520}, **PATCHES},
+    ),
+    "GLM-4V": (
+        "Glm4vImageProcessor",
+        "glm4v.image_processing_glm4v",
+        {"size": {"shortest_edge": 12544, "longest_edge": 2_007_040}, **PATCHES},
+    ),
+    "LLaVA-1.5": (
+        "CLIPImageProcessor",
+        "clip.image_processing_clip",
+        {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
+    ),
     "SigLIP": ("SiglipImageProcessor", "siglip.image_processing_siglip", {"size": {"height": 384, "width": 384}}),
     "Gemma 3": ("Gemma3ImageProcessor", "gemma3.image_processing_gemma3", {"size": {"height": 896, "width": 896}}),
-    "Pixtral": ("PixtralImageProcessor", "pixtral.image_processing_pixtral", {"size": {"longest_edge": 1024}, "patch_size": {"height": 16, "width": 16}}),
-    "Idefics 3": ("Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}}),
-    "InternVL": ("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 448, "width": 448}, "crop_to_patches": True, "min_patches": 1, "max_patches": 12}),
-    "LLaVA-NeXT": ("LlavaNextImageProcessor", "llava_next.image_processing_llava_next", {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]}),
-    "LLaVA-OneVision": ("LlavaOnevisionImageProcessor", "llava_onevision.image_processing_llava_onevision", {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": [[384 * y, 384 * x] for y in range(1, 7) for x in range(1, 7)]}),
-    "Llama 4": ("Llama4ImageProcessor", "llama4.image_processing_llama4", {"size": {"height": 336, "width": 336}, "max_patches": 16}),
-    "Gemma 4": ("Gemma4ImageProcessor", "gemma4.image_processing_gemma4", {"max_soft_tokens": 280, "patch_size": 16, "pooling_kernel_size": 3}),
-    "Kimi K2.5": ("Kimi_K25ImageProcessor", "kimi_k25.image_processing_kimi_k25", {"size": {"max_height": 512, "max_width": 512}, "patch_size": 14, "merge_size": 2, "max_patches": 16384}),
-    "MiniCPM-V 4.6": ("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 448, "patch_size": 14, "max_slice_nums": 9}),
-}  # fmt: skip
+    "Pixtral": (
+        "PixtralImageProcessor",
+        "pixtral.image_processing_pixtral",
+        {"size": {"longest_edge": 1024}, "patch_size": {"height": 16, "width": 16}},
+    ),
+    "Idefics 3": (
+        "Idefics3ImageProcessor",
+        "idefics3.image_processing_idefics3",
+        {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}},
+    ),
+    "InternVL": (
+        "GotOcr2ImageProcessor",
+        "got_ocr2.image_processing_got_ocr2",
+        {"size": {"height": 448, "width": 448}, "crop_to_patches": True, "min_patches": 1, "max_patches": 12},
+    ),
+    "LLaVA-NeXT": (
+        "LlavaNextImageProcessor",
+        "llava_next.image_processing_llava_next",
+        {
+            "size": {"shortest_edge": 336},
+            "crop_size": {"height": 336, "width": 336},
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        },
+    ),
+    "LLaVA-OneVision": (
+        "LlavaOnevisionImageProcessor",
+        "llava_onevision.image_processing_llava_onevision",
+        {
+            "size": {"height": 384, "width": 384},
+            "image_grid_pinpoints": [[384 * y, 384 * x] for y in range(1, 7) for x in range(1, 7)],
+        },
+    ),
+    "Llama 4": (
+        "Llama4ImageProcessor",
+        "llama4.image_processing_llama4",
+        {"size": {"height": 336, "width": 336}, "max_patches": 16},
+    ),
+    "Gemma 4": (
+        "Gemma4ImageProcessor",
+        "gemma4.image_processing_gemma4",
+        {"max_soft_tokens": 280, "patch_size": 16, "pooling_kernel_size": 3},
+    ),
+    "Kimi K2.5": (
+        "Kimi_K25ImageProcessor",
+        "kimi_k25.image_processing_kimi_k25",
+        {"size": {"max_height": 512, "max_width": 512}, "patch_size": 14, "merge_size": 2, "max_patches": 16384},
+    ),
+    "MiniCPM-V 4.6": (
+        "MiniCPMV4_6ImageProcessor",
+        "minicpmv4_6.image_processing_minicpmv4_6",
+        {"scale_resolution": 448, "patch_size": 14, "max_slice_nums": 9},
+    ),
+}
 
 
 def chains(data: bytes, name: str, module: str, config: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -103,11 +158,14 @@ def report(rounds: int) -> str:
     lines = [
         f"# Image families, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"torch {torch.__version__}, transformers {transformers.__version__}, our kernel {fused.level()}; median of {rounds} interleaved "
-        "rounds, ms of CPU per JPEG. Pixels are handed on inline; tensors are the processor's output, equal to the last bit; the last column is over "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, our kernel {fused.level()}; "
+        f"median of {rounds} interleaved "
+        "rounds, ms of CPU per JPEG. Pixels are handed on inline; tensors are the processor's output, equal "
+        "to the last bit; the last column is over "
         "pixels, or over tensors where no pixels can be handed on.",
         "",
-        "| family | size | decode alone | pixels | over decode | tensors | over decode | HF torchvision, PIL decode | over ours | HF PIL over ours | ATen + torch ops over our kernel |",
+        "| family | size | decode alone | pixels | over decode | tensors | over decode | HF torchvision, PIL "
+        "decode | over ours | HF PIL over ours | ATen + torch ops over our kernel |",
         "|---" * 11 + "|",
     ]
     for size, (width, height) in SIZES.items():

@@ -1,8 +1,9 @@
-"""nvJPEG, through torchvision, against the exact decode: how fast it is, and how far off. Part of gpu_images.py; the service does not use it.
+"""nvJPEG, through torchvision, against the exact decode: its speed and its error.
 
-Rules: from the file's bytes in the CPU's memory to pixels on the device, by the clock, with the device's work done; a row is the median over the
-rounds. Pixels are compared as decoded, and once more as the model would get them, both resized by the exact path on the CPU. 4:2:0 is what
-cameras write; 4:4:4 needs no chroma upsampling, which shows what part of the difference is that.
+Part of gpu_images.py; the service does not use nvJPEG. Rules: from the file's bytes in CPU memory to pixels on the
+device, by the clock, with the device's work done. A row is the median over the rounds. Pixels are compared as decoded,
+and as the model would get them, both resized by the exact path on the CPU. 4:2:0 is what cameras write; 4:4:4 needs no
+chroma upsampling, which shows how much of the difference that causes.
 """
 
 from __future__ import annotations

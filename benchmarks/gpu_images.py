@@ -4,12 +4,13 @@
     python benchmarks/gpu_images.py --check nvjpeg     its error and speed only
     python benchmarks/gpu_images.py --interpret        a smoke test without a GPU: bits only, small images, no figures
 
-Needs a CUDA machine with torch >= 2.8 (its CPU build of ATen is the reference) and Triton. Before anything is timed, every size and kind of
-value is compared with ATen's uint8 resize and torch's own operations on the CPU, and must be equal to the last bit. Each
-round is one batch, both launches, timed by CUDA events on caches that were emptied by writing more than they hold; a row is
-the median over the rounds. Bytes moved are those that must be (kernels/ragged.py): sources, tables and results once, the scratch
-out and in. They are set against the speed of copying on the same device, measured here, and against its data sheet where that is known.
-A second table is nvJPEG's (gpu_decode.py): its speed, and its error against the exact decode. `--write` puts both into benchmarks/results/.
+Needs a CUDA machine with torch >= 2.8 (its CPU build of ATen is the reference) and Triton. Before any timing, every
+size and kind of value is compared with ATen's uint8 resize and torch's own operations on the CPU, and must be equal to
+the last bit. Each round is one batch, both launches, timed by CUDA events on cold caches (emptied by writing more than
+they hold); a row is the median over the rounds. Bytes moved are the necessary ones (kernels/ragged.py): sources, tables
+and results once, the scratch out and in. They are compared with the speed of copying on the same device, measured here,
+and with its data sheet if that is known. A second table is nvJPEG's (gpu_decode.py): its speed and its error. `--write`
+puts both into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ SIZES = {"720p": (720, 1280), "1080p": (1080, 1920), "12 MP": (3000, 4000)}
 SMALL = {"tiny": (60, 90), "flat": (40, 150)}
 BATCHES = (1, 8, 64)
 CONFIG = {
-    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_003_520,  # the class's own bounds
-    "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2,
-}  # fmt: skip
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 1_003_520,  # the class's own bounds
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+}
 FLUSH = 512 << 20  # bytes: more than any second-level cache
 KINDS = ("uint8", "bfloat16", "float32")
 
@@ -57,11 +62,11 @@ class Work:
 
         from sidecar.images.worker.tensors import table
         from sidecar.kernels import gpu
-        from sidecar.kernels.ragged import Wanted
+        from sidecar.kernels.ragged import RaggedImage
 
         height, width = pixels.shape[:2]
         self.geometry = spec.geometry(height, width)
-        batch = gpu.lay_out([Wanted(height, width, self.geometry, spec.resample, spec)] * count)
+        batch = gpu.lay_out([RaggedImage(height, width, self.geometry, spec.resample, spec)] * count)
         dtype = getattr(torch, kind)
         self.moved = batch.moved(dtype.itemsize)
         self._sources = torch.zeros(batch.source_bytes, dtype=torch.uint8, device=device)
@@ -174,18 +179,23 @@ def report(rows: list[Row], copy: float, rounds: int) -> str:
     lines = [
         f"# Images on a GPU: {name}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"torch {torch.__version__}, Triton {triton.__version__}; Qwen2-VL patches, bicubic, at most 1003520 pixels; pixels are on the device already "
-        f"(after decode); median of {rounds} rounds on cold caches, launches included; all three filters and kinds equal ATen's bits. "
+        f"torch {torch.__version__}, Triton {triton.__version__}; Qwen2-VL patches, bicubic, at most 1003520 "
+        "pixels; pixels are on the device already "
+        f"(after decode); median of {rounds} rounds on cold caches, launches included; all three filters and "
+        "kinds equal ATen's bits. "
         f"Copying moves {copy / 1e9:.0f} GB/s" + (f"; the data sheet says {sheet / 1e9:.0f} GB/s." if sheet else "."),
         "",
-        "| size | values | batch | us per image | images/s | MB moved per image | GB/s | of copying | of the data sheet |",
+        "| size | values | batch | us per image | images/s | MB moved per image | GB/s | of copying | of the "
+        "data sheet |",
         "|---" * 9 + "|",
     ]
     for row in rows:
         speed = row.moved / row.seconds
         lines.append(
-            f"| {row.size} | {row.kind} | {row.batch} | {row.seconds / row.batch * 1e6:.1f} | {row.batch / row.seconds:,.0f} "
-            f"| {row.moved / row.batch / 1e6:.1f} | {speed / 1e9:.0f} | {speed / copy:.0%} | {f'{speed / sheet:.0%}' if sheet else '-'} |"
+            f"| {row.size} | {row.kind} | {row.batch} | {row.seconds / row.batch * 1e6:.1f} | "
+            f"{row.batch / row.seconds:,.0f} "
+            f"| {row.moved / row.batch / 1e6:.1f} | {speed / 1e9:.0f} | {speed / copy:.0%} | "
+            f"{f'{speed / sheet:.0%}' if sheet else '-'} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -1,12 +1,12 @@
-"""Images on one core: our chain against decoding alone and against Hugging Face's processors, of Qwen2-VL and then of every family.
+"""Images on one core: the sidecar's chain against decoding alone and Hugging Face's processors, of all families.
 
     python benchmarks/images.py [--rounds N] [--write] [--pillow-simd PYTHON] [--no-families]
 
-Rules: one core (affinity and one thread); the chains of a size take turns in every round, and a row is the median over the
-rounds, so that noise of the machine meets all alike; before anything is timed, our tensors are compared with the torchvision
-processor's, and must be equal. The kernel alone is set against the bytes that it must read and write at the speed of copying.
-`--pillow-simd` names the interpreter of an environment like this one that has Pillow-SIMD in Pillow's place; a process of it, on the
-same core, takes its turns with the rest. `--write` puts the table into benchmarks/results/.
+Rules: one core (affinity and one thread). The chains of a size alternate in every round; a row is the median over the
+rounds, so that noise affects all alike. Before anything is timed, the sidecar's tensors are compared with the
+torchvision processor's, and must be equal. The kernel alone is compared with the bytes that it must read and write at
+the speed of copying. `--pillow-simd` names the interpreter of an environment like this one with Pillow-SIMD instead of
+Pillow; a process of it, on the same core, alternates with the rest. `--write` puts the table into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ from sidecar.tools import synthetic_photos
 
 SIZES = {"720p": (1280, 720), "1080p": (1920, 1080), "12 MP": (4000, 3000)}
 CONFIG = {
-    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 1_003_520,  # the class's own bounds
-    "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2,
-}  # fmt: skip
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 1_003_520,  # the class's own bounds
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+}
 
 PIXELS = "decode + resize + PPM"
 BYTES, TENSORS = "decode + uint8 patches", "decode + fp32 patches"
@@ -89,7 +93,7 @@ def traffic(h: int, w: int, height: int, width: int) -> int:
 
 
 class Simd:
-    """The Pillow processor in an interpreter that has Pillow-SIMD: one line with a size in, one line out when it is done."""
+    """The Pillow processor in an interpreter with Pillow-SIMD: a line with a size in, a line out when it is done."""
 
     def __init__(self, python: str) -> None:
         command = [python, __file__, "--serve"]
@@ -145,9 +149,11 @@ def report(rounds: int, simd: Simd | None) -> str:
     lines = [
         f"# Images, one core: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, {f'Pillow-SIMD {simd.version}, ' if simd else ''}"
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {PIL.__version__}, "
+        f"{f'Pillow-SIMD {simd.version}, ' if simd else ''}"
         f"transformers {transformers.__version__}, Python {platform.python_version()}, "
-        f"ATen {torch.backends.cpu.get_cpu_capability()}, our kernel {fused.level()}; median of {rounds} interleaved rounds, ms of CPU per image; "
+        f"ATen {torch.backends.cpu.get_cpu_capability()}, our kernel {fused.level()}; median of {rounds} "
+        "interleaved rounds, ms of CPU per image; "
         "Qwen2-VL, at most 1003520 pixels; our fp32 patches equal the torchvision processor's to the last bit.",
         "",
         "| size (JPEG bytes) | " + " | ".join(rows["1080p"]) + " |",

@@ -1,8 +1,9 @@
-"""What the image benchmarks share: one core, the processor's name, interleaved rounds. Run images.py.
+"""Shared by the image benchmarks: one core, the processor's name, interleaved rounds. Run images.py.
 
-Rules: a time is the CPU time of the one thread that works, so that other work on the machine takes only caches and memory bandwidth; a
-chain named in `elsewhere` works in another process and is timed by the clock. Memory that was freed stays with the process, so that nobody's
-time, theirs or ours, is that of the kernel's first touch of fresh pages, which comes and goes with what was freed before.
+Rules: a time is the CPU time of the one working thread, so that other work on the machine affects only caches and
+memory bandwidth. A chain named in `elsewhere` works in another process and is timed by the clock. Freed memory stays
+with the process, so that no time includes the kernel's first touch of fresh pages, which depends on what was freed
+before.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""What the sidecar is worth to a real vLLM: photographs straight to it, and through the sidecar inline and by shared memory.
+"""The sidecar's gain with a real vLLM: photographs sent directly, and through the sidecar inline and by shared memory.
 
-    python benchmarks/vllm_images.py [--rounds N] [--executor uni|mp] [--own-cores] [--write]     (the environment: `make test-vllm`, or tests/vllm/environment.py)
+    python benchmarks/vllm_images.py [--rounds N] [--executor uni|mp] [--own-cores] [--write]
 
-One vLLM on a CPU with a tiny Qwen2-VL whose images are limited to 448 x 448, so that the vision tower is cheap and preprocessing
-shows; its image cache is off. Its worker runs in the core's process, as on one GPU: the CPU's default, a worker of its own, polls for a
-second after each step, which takes a core from whoever works and counts as the engine's CPU time (`--executor mp` shows that). Everything shares this machine's cores: engine, sidecar and client; with
-`--own-cores` the engine has one to itself, alone or not, and sidecar and client have the rest. Rules: the ways take turns in
-every round and a row is the median over the rounds; answers with log-probabilities are compared before anything is timed; every
-photograph of a block is another file (a comment is put into it), so that no cache helps but where a row says so. CPU seconds are those of
-the process tree. `--write` puts the table into benchmarks/results/.
+The environment is that of `make test-vllm`, or tests/vllm/environment.py. One vLLM on a CPU has a tiny Qwen2-VL whose
+images are limited to 448 x 448, so that the vision tower is cheap and preprocessing shows; its image cache is off. Its
+worker runs in the core's process, as on one GPU: the CPU's default, a separate worker, polls for a second after each
+step, which occupies a core and counts as the engine's CPU time (`--executor mp` shows that). Engine, sidecar and client
+share this machine's cores; with `--own-cores` the engine always has one to itself, and sidecar and client the rest.
+
+Rules: the ways alternate in every round, and a row is the median over the rounds. Answers with log-probabilities are
+compared before anything is timed. Every photograph of a block is another file (a comment is inserted), so that no cache
+helps unless a row says so. CPU seconds are those of the process tree. `--write` keeps the table in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -67,9 +69,9 @@ DECODE = """
 import sys, time, statistics, torch
 from sidecar.images import file_headers as headers
 from sidecar.images.worker.decode import decode
-from sidecar.images.protocol import Limits
+from sidecar.images.protocol import ImageLimits
 torch.set_num_threads(1)
-data, limits, taken = open(sys.argv[1], "rb").read(), Limits(20 << 20, 50_000_000), []
+data, limits, taken = open(sys.argv[1], "rb").read(), ImageLimits(20 << 20, 50_000_000), []
 for _ in range(9):
     start = time.thread_time()
     decode(data, headers.read(data), limits)
@@ -222,7 +224,7 @@ async def throughput(
 async def repeated(
     http: aiohttp.ClientSession, sidecar: processes.Sidecar, rounds: int
 ) -> dict[str, tuple[float, float]]:
-    """Size -> mean seconds that the sidecar spent on an image that it saw for the first time, and on one that it knew."""
+    """Size -> mean seconds of the sidecar for an image that is new to it, and for one that it has cached."""
     found: dict[str, tuple[float, float]] = {}
     for size, (width, height) in REPEATED.items():
         jpeg = synthetic_photos.photo(width, height, seed=2)
@@ -331,11 +333,15 @@ def report(
 ) -> str:
     """Everything as Markdown."""
     lines = [
-        f"# A real vLLM and the sidecar on {'the same cores' if cores.engine == cores.others else 'cores of their own'}: {cpu_name()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
+        "# A real vLLM and the sidecar on "
+        f"{'the same cores' if cores.engine == cores.others else 'cores of their own'}: {cpu_name()}, "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}",
         "",
-        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache off, executor {executor}; {cores}; "
+        f"vLLM {environment.VERSION} on the CPU, tiny Qwen2-VL, images limited to 448 x 448, its image cache "
+        f"off, executor {executor}; {cores}; "
         f"{AT_ONCE} requests at once, one token each, median of {rounds} interleaved rounds; "
-        f"Python {platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f} (the benchmark itself is "
+        f"Python {platform.python_version()}. Load average before and after: {loads[0]:.1f}, {loads[1]:.1f} "
+        "(the benchmark itself is "
         "about 3). The answers of all ways are equal, log-probabilities included.",
         "",
     ]
@@ -344,7 +350,8 @@ def report(
         lines += [
             f"## {size} JPEG, each another file",
             "",
-            "| | requests/s | over vLLM alone | engine CPU ms/request | less engine CPU | sidecar CPU ms/request | client CPU ms/request |",
+            "| | requests/s | over vLLM alone | engine CPU ms/request | less engine CPU | sidecar CPU "
+            "ms/request | client CPU ms/request |",
             "|---|---|---|---|---|---|---|",
             *(_line(name, row, ways[DIRECT]) for name, row in ways.items()),
             "",
@@ -368,20 +375,22 @@ def _line(name: str, row: Row, base: Row) -> str:
     faster = statistics.median(a / b for a, b in zip(row.rate, base.rate, strict=True))
     less = statistics.median(b / a if a else float("nan") for a, b in zip(row.engine, base.engine, strict=True))
     client = statistics.median(row.client)
-    return f"| {name} | {rate:.1f} | {faster:.2f}x | {engine * 1e3:.1f} | {less:.1f}x | {sidecar * 1e3:.1f} | {client * 1e3:.1f} |"
+    times = f"{engine * 1e3:.1f} | {less:.1f}x | {sidecar * 1e3:.1f} | {client * 1e3:.1f} |"
+    return f"| {name} | {rate:.1f} | {faster:.2f}x | {times}"
 
 
 def limit(way: str, seconds: float, cores: int, direct: Row) -> str:
     """What decoding alone allows, as an item of a list."""
     most = cores / seconds
     return (
-        f"- Limit of {way}: decoding alone takes {seconds * 1e3:.1f} ms on one core, so {most:.0f} images/s on {cores} that do nothing "
+        f"- Limit of {way}: decoding alone takes {seconds * 1e3:.1f} ms on one core, so {most:.0f} images/s "
+        f"on {cores} that do nothing "
         f"else: {most / statistics.median(direct.rate):.1f}x vLLM alone."
     )
 
 
 def bounds(ways: dict[str, Row], cores: int) -> str:
-    """Of a run with cores of their own: what CPU times alone allow, which other work on the machine disturbs less than it does rates."""
+    """With --own-cores: the rates that CPU times alone allow, which other work on the machine disturbs less."""
 
     def seconds(way: str) -> tuple[float, float]:
         row = ways[way]
@@ -389,11 +398,13 @@ def bounds(ways: dict[str, Row], cores: int) -> str:
 
     alone, resized = seconds(DIRECT)[0], seconds(SMALL)[0]
     found = ", ".join(
-        f"{1 / max(seconds(way)):.1f} ({alone / max(seconds(way)):.1f}x, bound by the {'engine' if seconds(way)[0] > seconds(way)[1] else 'sidecar'}) {way}"
+        f"{1 / max(seconds(way)):.1f} ({alone / max(seconds(way)):.1f}x, bound by the "
+        f"{'engine' if seconds(way)[0] > seconds(way)[1] else 'sidecar'}) {way}"
         for way in SIDECARS
     )
     return (
-        f"- By CPU time alone: the engine's core takes {1 / alone:.1f} requests/s by itself, and {1 / resized:.1f} ({alone / resized:.1f}x) whose images come resized, "
+        f"- By CPU time alone: the engine's core takes {1 / alone:.1f} requests/s by itself, and "
+        f"{1 / resized:.1f} ({alone / resized:.1f}x) whose images come resized, "
         f"the most that any sidecar can give; with sidecar and client on {cores} core{'s' * (cores > 1)}: {found}."
     )
 
@@ -430,7 +441,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if not environment.complete():
         print(
-            "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk); nothing is measured"
+            "the real vLLM is not installed: `make test-vllm` makes its environment (12 GB of disk); nothing "
+            "is measured"
         )
         return
     text = asyncio.run(measure(chosen.rounds, chosen.executor, Cores.own() if chosen.own_cores else Cores.shared()))

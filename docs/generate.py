@@ -193,7 +193,7 @@ def families_table() -> str:
     rows = []
     lies = {TILES: "tiles", ROWS: "patches", STRIPS: "patches"}
     for name, family in families.FAMILIES.items():
-        spec = family.made
+        spec = family.spec_class
         made = "patches" if issubclass(spec, PatchSpec) else "planes" if spec.tensors else "not made here"
         made = lies[spec.layout] if issubclass(spec, TileSpec) else made
         rows.append((f"`{name}`", (spec.__doc__ or "").splitlines()[0], made, "yes" if spec.inline else "passes"))

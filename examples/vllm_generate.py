@@ -1,16 +1,16 @@
-"""Ask a vLLM about images through its token interface: the sidecar's tensors go in, and no image does.
+"""Ask a vLLM about images through its token interface, with the sidecar's tensors instead of images.
 
     pip install '.[client]'
     vllm serve Qwen/Qwen2-VL-2B-Instruct --enable-scale-out
     sidecar run --engine http://127.0.0.1:8000 --model DIRECTORY_OF_THE_MODEL
     python examples/vllm_generate.py "What is in these pictures?" a.jpg b.png
 
-`expanded` and `features` are what a program of your own needs: they make the body of `POST /inference/v1/generate`. Written for vLLM
-0.32 and held against its own `/render` (tests/vllm/test_generate.py): the same bytes, but for the order of an item's tensors, which vLLM
-takes from a set, so that it differs from process to process. The format is vLLM's internal one and may change with any version.
-Only processors that make patches (`pixel_values` and `image_grid_thw`, as Qwen's) are known, and the prompt is that of Qwen's chat
-template. vLLM normalises those models' pixels on its device and wants bytes; only where it runs with `--no-mm-device-do-normalize` it
-wants floats (`--floats`).
+Your own program needs `expanded` and `features`: they make the body of `POST /inference/v1/generate`. Written for vLLM
+0.32 and compared with its own `/render` (tests/vllm/test_generate.py): the same bytes, except for the order of an
+item's tensors, which vLLM takes from a set. The format is internal to vLLM and may change with any version. Only
+processors that make patches (`pixel_values` and `image_grid_thw`, like Qwen's) are supported, with the prompt of Qwen's
+chat template. vLLM normalises those models' pixels on its device and expects bytes; with `--no-mm-device-do-normalize`
+it expects floats (`--floats`).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from sidecar.client import Client, Preprocessed, PreprocessError
 IMAGE_TOKEN: Final = "<|image_pad|>"
 PROMPT: Final = "<|im_start|>user\n{images}{question}<|im_end|>\n<|im_start|>assistant\n"
 RAW: Final = 3  # vLLM's msgpack extension for the bytes of an array
-NAMES: Final = ("uint8", "float32", "int64")  # as numpy and vLLM call them
+DTYPE_NAMES: Final = ("uint8", "float32", "int64")  # in numpy and vLLM
 
 
 def expanded(token_ids: Sequence[int], image_token: int, made: Preprocessed) -> list[int]:
-    """A prompt with one `image_token` for each image, with as many as the model sees. Raises ValueError."""
+    """Replace the one `image_token` of each image by as many as the model sees. Raises ValueError."""
     if list(token_ids).count(image_token) != len(made.images):
         raise ValueError("the prompt must have one image token for each image")
     counts = iter([image.tokens for image in made.images])
@@ -49,11 +49,11 @@ def expanded(token_ids: Sequence[int], image_token: int, made: Preprocessed) -> 
 def features(token_ids: Sequence[int], image_token: int, made: Preprocessed, salt: bytes) -> dict[str, Any]:
     """`features` for an expanded prompt.
 
-    vLLM takes an image's hash for the image itself: `salt` is a secret, another one for each tenant, so that nobody can name
-    the image of someone else. Raises ValueError for tensors of another kind of processor.
+    vLLM identifies an image by its hash: `salt` is a secret of each tenant, so that no one can name another tenant's
+    image. Raises ValueError for tensors of another kind of processor.
     """
     if set(made.tensors) != {"pixel_values", "image_grid_thw"}:
-        raise ValueError("only the tensors of processors that make patches are known here")
+        raise ValueError("only the tensors of processors that make patches are supported")
     starts = list(accumulate((image.tokens for image in made.images), initial=0))
     places = [at for at, token in enumerate(token_ids) if token == image_token]
     if len(places) != starts[-1]:
@@ -68,7 +68,7 @@ def features(token_ids: Sequence[int], image_token: int, made: Preprocessed, sal
 
 
 def items(made: Preprocessed) -> list[dict[str, Any]]:
-    """Each image's tensors with how vLLM puts them together again; for `packed`."""
+    """Each image's tensors, and how vLLM joins them; for `packed`."""
     grids, patches = made.tensors["image_grid_thw"], made.tensors["pixel_values"]
     rows = list(accumulate((int(np.prod(grid)) for grid in grids), initial=0))
     slices = [[[first, end, None]] for first, end in pairwise(rows)]
@@ -84,7 +84,7 @@ def items(made: Preprocessed) -> list[dict[str, Any]]:
 
 
 def packed(value: Any) -> bytes:
-    """msgpack of what an item is made of: None, bool, small texts, non-negative integers, lists, dicts, arrays. Raises TypeError."""
+    """msgpack of None, bool, short strings, non-negative integers, lists, dicts and arrays. Raises TypeError."""
     match value:
         case None:
             return b"\xc0"
@@ -98,7 +98,7 @@ def packed(value: Any) -> bytes:
             return bytes([0x80 | len(value)]) + b"".join(packed(k) + packed(v) for k, v in value.items())
         case list() | tuple():
             return _length(len(value), 0x90, 16, (None, 0xDC, 0xDD)) + b"".join(map(packed, value))
-        case np.ndarray() if value.dtype.name in NAMES:
+        case np.ndarray() if value.dtype.name in DTYPE_NAMES:
             return b"\x93" + packed(value.dtype.name) + packed(value.shape) + _raw(value)
     raise TypeError(f"not part of an item: {type(value).__name__}")
 
@@ -113,7 +113,7 @@ def _integer(value: int) -> bytes:
 
 
 def _length(count: int, fixed: int, below: int, codes: tuple[int | None, int, int]) -> bytes:
-    """A length of msgpack: in the code itself where it is small, else in 1, 2 or 4 bytes."""
+    """A msgpack length: in the code itself if it is small, else in 1, 2 or 4 bytes."""
     if count < below:
         return bytes([fixed | count])
     for code, form, most in zip(codes, (">B", ">H", ">I"), (1 << 8, 1 << 16, 1 << 32), strict=True):
@@ -128,7 +128,7 @@ def _raw(array: np.ndarray[Any, Any]) -> bytes:
 
 
 async def ask(url: str, question: str, images: Sequence[Path], *, floats: bool, max_tokens: int) -> str:
-    """What the model behind the relay at `url` answers. Raises PreprocessError, aiohttp.ClientError, OSError or ValueError."""
+    """The model's answer, through the relay at `url`. Raises PreprocessError, ClientError, OSError or ValueError."""
     async with Client(url) as client, aiohttp.ClientSession(raise_for_status=True) as http:
 
         async def post(path: str, **body: Any) -> Any:
@@ -145,9 +145,8 @@ async def ask(url: str, question: str, images: Sequence[Path], *, floats: bool, 
         (image_token,) = await tokens(IMAGE_TOKEN)
         places = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>" * len(images)
         ids = expanded(await tokens(PROMPT.format(images=places, question=question)), image_token, made)
-        salt = secrets.token_bytes(
-            32
-        )  # a service keeps one for each tenant, so that vLLM's cache knows its images again
+        # a service keeps one per tenant, so that vLLM's cache recognises its images
+        salt = secrets.token_bytes(32)
         generated = await post(
             "/inference/v1/generate",
             model=model,
@@ -159,7 +158,7 @@ async def ask(url: str, question: str, images: Sequence[Path], *, floats: bool, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the answer; 1 with one line of what is wrong where there is none."""
+    """Print the answer; on failure print one line of what is wrong and return 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("question")
     parser.add_argument("images", nargs="+", type=Path)

@@ -1,1 +1,1 @@
-"""Image geometry and resize kernels. Nothing here imports the rest of the sidecar."""
+"""Image geometry and resize kernels. This package imports nothing else of the sidecar."""

@@ -1,7 +1,7 @@
-"""The compiled resize, fused with the patch layout: the same bits as ATen's uint8 path and torch's operations, in one pass.
+"""The compiled resize fused with the patch layout: the bits of ATen's uint8 path and torch's operations, in one pass.
 
-Rules: numpy arrays in and out, memory in (height, width, channel) order; inputs are never changed; the GIL is released
-meanwhile. Where the module was not built, `missing()` says why, and callers take torchvision instead.
+Rules: numpy arrays in and out, memory in (height, width, channel) order. Inputs are never changed. The GIL is released.
+If the module was not built, `missing()` returns the reason, and callers use torchvision instead.
 Source: csrc/. Specification: reference.py. Tests: tests/images/test_fused.py. Figures: benchmarks/images.py.
 """
 
@@ -19,42 +19,47 @@ try:
     from sidecar.kernels import _fused  # type: ignore[attr-defined]  # compiled, so it has no types
 except ImportError as error:
     _fused = None
-    _why = str(error)
+    _import_error = str(error)
 else:
-    _why = ""
+    _import_error = ""
 
 Kind = Literal["uint8", "float32", "bfloat16", "float16"]
 KINDS: Final[dict[Kind, tuple[int, Any]]] = {
     "uint8": (0, np.uint8),
     "float32": (1, np.float32),
-    "bfloat16": (2, np.uint16),  # numpy has no such type: its bits
+    "bfloat16": (2, np.uint16),  # as bits: numpy has no such type
     "float16": (3, np.float16),
 }
 FASTEST, PLAIN, AVX2, AVX512 = range(4)
-PLANS: Final = 64  # tables kept, of about 0.1-0.3 MB each
+MAX_PLANS: Final = 64  # cached tables of about 0.1-0.3 MB each
 
 
 def missing() -> str:
-    """Why the compiled kernel is not used here; empty where it is."""
+    """Why the compiled kernel is not available; "" if it is."""
     if _fused is not None:
         return ""
-    return f"the compiled kernel is not there ({_why}); install a C++ compiler and the package from source"
+    return f"the compiled kernel is missing ({_import_error}); install a C++ compiler and the package from source"
 
 
 def level() -> str:
-    """The instruction set that the kernel uses here: "avx512", "avx2" or "plain"; "none" where it is not built."""
+    """The instruction set that the kernel uses: "avx512", "avx2" or "plain"; "none" if it is not built."""
     return str(_fused.level()) if _fused is not None else "none"
 
 
 def refused() -> str:
-    """The instruction set whose form gave other bits than the plain one on this machine and is not used; empty if none."""
+    """The instruction set that is not used because its bits differ from the plain form's here; "" if none."""
     return str(_fused.refused()) if _fused is not None else ""
 
 
 def resize(
-    image: NDArray[np.uint8], height: int, width: int, resample: int, level: int = FASTEST, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:  # fmt: skip
-    """uint8 (h, w, 3), contiguous, to (height, width, 3), into `out` where it is given. Raises ValueError for other shapes or sizes of 0."""
+    image: NDArray[np.uint8],
+    height: int,
+    width: int,
+    resample: int,
+    level: int = FASTEST,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """Resize contiguous uint8 (h, w, 3) to (height, width, 3), into `out` if given. Raises ValueError."""
     made = np.empty((height, width, 3), np.uint8) if out is None else out
     _fused.resize(_plan(*_size(image), height, width, resample), image, made, level)
     return made
@@ -69,9 +74,14 @@ def patches(
 
 
 def cut(
-    image: NDArray[np.uint8], size: Size, layout: tuple[int, int, int], spec: ProcessorSpec, kind: Kind, level: int = FASTEST
-) -> NDArray[Any]:  # fmt: skip
-    """Likewise, of an image in any size, for `layout`: pixels a side of a patch, patches a side that merge, temporal copies."""
+    image: NDArray[np.uint8],
+    size: Size,
+    layout: tuple[int, int, int],
+    spec: ProcessorSpec,
+    kind: Kind,
+    level: int = FASTEST,
+) -> NDArray[Any]:
+    """`patches` for any size and `layout`: side of a patch in pixels, side of a merged block in patches, copies."""
     number, dtype = KINDS[kind]
     patch, merge, temporal = layout
     out = _aligned((size[0] // patch * (size[1] // patch), 3 * temporal * patch**2), dtype)
@@ -81,9 +91,14 @@ def cut(
 
 
 def tiles(
-    image: NDArray[np.uint8], view: ImageView, spec: ProcessorSpec, kind: Literal["uint8", "float32"], out: NDArray[Any], level: int = FASTEST
-) -> None:  # fmt: skip
-    """uint8 (h, w, 3), contiguous, resized, laid on `view`'s canvas and cut into `out`, contiguous: (tiles, 3, height, width) of `kind`."""
+    image: NDArray[np.uint8],
+    view: ImageView,
+    spec: ProcessorSpec,
+    kind: Literal["uint8", "float32"],
+    out: NDArray[Any],
+    level: int = FASTEST,
+) -> None:
+    """Resize contiguous uint8 (h, w, 3), place it on `view`'s canvas, cut it into `out` (tiles, 3, height, width)."""
     plan = _plan(*_size(image), *view.size, spec.resample)
     canvas = (*view.canvas, view.top, view.left, *view.tile)
     _fused.tiles(plan, image, out, level, canvas, KINDS[kind][0], *_values(spec))
@@ -95,13 +110,13 @@ def _size(image: NDArray[np.uint8]) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-@lru_cache(PLANS)
+@lru_cache(MAX_PLANS)
 def _plan(h: int, w: int, height: int, width: int, resample: int) -> Any:
     return _fused.plan(h, w, height, width, resample)
 
 
 def _values(spec: ProcessorSpec) -> tuple[bool, tuple[float, ...], tuple[float, ...], float]:
-    """How a byte becomes a value: whether (x - mean) / deviation, else x * factor; float32, rounded as the processor rounds."""
+    """How a byte becomes a value: whether (x - mean) / std, else x * factor; float32, rounded like the processor."""
     scale = np.float32(1.0 / spec.rescale_factor) if spec.do_rescale else np.float32(1)
     mean, deviation = (np.array(v, np.float32) * scale for v in (spec.image_mean, spec.image_std))
     factor = spec.rescale_factor if spec.do_rescale else 1.0
@@ -109,7 +124,7 @@ def _values(spec: ProcessorSpec) -> tuple[bool, tuple[float, ...], tuple[float, 
 
 
 def _aligned(shape: tuple[int, int], dtype: Any) -> NDArray[Any]:
-    """An empty array at a multiple of 64 bytes, so that it can be written past the caches."""
+    """An empty array aligned to 64 bytes, so that it can be written around the caches."""
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -3,18 +3,19 @@
     across   source rows (height, width, 3) -> scratch planes (3, rows, width), uint8
     down     scratch -> the values in their final layout: rows of RGB, planes, or patches with their temporal copies
 
-Memory traffic is the bound, so each byte moves once. A 1080p image to Qwen2-VL's 728x1316 as bfloat16 patches: 6.2 MB source in,
-4.3 MB scratch out and in again (it may stay in the second-level cache), 11.5 MB patches out: 26 MB, so 5.5 us at the 4.8 TB/s of an
-H200 and at most 11 us at half of that; 20,000 images/s leave 50 us. Measured: benchmarks/gpu_images.py.
+Memory traffic is the limit, so each byte moves once. A 1080p image to Qwen2-VL's 728x1316 as bfloat16 patches: 6.2 MB
+of source in, 4.3 MB of scratch out and in (it may stay in the second-level cache), 11.5 MB of patches out. That is 26
+MB: 5.5 us at the 4.8 TB/s of an H200, at most 11 us at half of that; 20,000 images/s leave 50 us. Measured:
+benchmarks/gpu_images.py.
 
-What keeps it near that bound is how few loads there are. Across, the bytes of a pixel are not aligned: four taps of three
-channels are 12 bytes, taken as three aligned words that a shift puts right, instead of 12 loads of a byte; neighbouring lanes
-read neighbouring words. Down, the planes' rows are aligned, so that a lane loads 16 bytes at once, and the rows that windows share come
-out of the first-level cache. Values come from a table of 256 a channel that the CPU made by the processor's own
-operations: a division on a GPU need not round alike, and a table always does. Sums fit 32 bits (see csrc/passes.hpp).
+The kernel stays near that limit because it needs few loads. Across, the bytes of a pixel are not aligned: four taps of
+three channels are 12 bytes, loaded as three aligned words and shifted, instead of 12 loads of one byte; neighbouring
+lanes read neighbouring words. Down, the planes' rows are aligned, so a lane loads 16 bytes at once, and rows that
+windows share come from the first-level cache. Values come from a table of 256 per channel that the CPU made by the
+processor's own operations: a division on a GPU need not round alike. Sums fit 32 bits (see csrc/passes.hpp).
 
-Rules: nothing here decides where it runs; tensors say. With TRITON_INTERPRET=1 at import, Triton runs it on the CPU, which is how it
-is tested. Layout and descriptors: ragged.py.
+Rules: the tensors' device decides where it runs. With TRITON_INTERPRET=1 at import, Triton runs it on the CPU, for
+tests. Layout and descriptors: ragged.py.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from torch import Tensor
 
 from sidecar.kernels import ragged
 
-TILES: Final = ragged.Tiles((8, 128), (16, 256))
-INTERPRETED: Final = ragged.Tiles((64, 512), (64, 512))  # there, an operation costs the same whatever its size
-WARPS: Final = 4
+GPU_TILES: Final = ragged.Tiles((8, 128), (16, 256))
+INTERPRETER_TILES: Final = ragged.Tiles(
+    (64, 512), (64, 512)
+)  # there, the cost of an operation does not depend on its size
+NUM_WARPS: Final = 4
 
 SOURCE, ROW_BYTES, TOP, ROWS = (tl.constexpr(i) for i in (ragged.SOURCE, ragged.ROW_BYTES, ragged.TOP, ragged.ROWS))
 WIDTH, HEIGHT, SCRATCH, STRIDE = (tl.constexpr(i) for i in (ragged.WIDTH, ragged.HEIGHT, ragged.SCRATCH, ragged.STRIDE))
@@ -42,12 +45,12 @@ OUT, TABLE, PATCH, MERGE = (tl.constexpr(i) for i in (ragged.OUT, ragged.TABLE, 
 DOWN_MERGED, ACROSS_MERGED = tl.constexpr(ragged.DOWN_MERGED), tl.constexpr(ragged.ACROSS_MERGED)
 CHANNEL, COPY, COPIES = (tl.constexpr(i) for i in (ragged.CHANNEL, ragged.COPY, ragged.COPIES))
 FIELDS = tl.constexpr(ragged.FIELDS)
-ALIGN = tl.constexpr(ragged.ALIGN)
+ALIGN = tl.constexpr(ragged.ALIGN_BYTES)
 
 
 @triton.jit
 def _byte(total, bits):
-    """A sum of weighted bytes as a byte again."""
+    """Scale and clamp a sum of weighted bytes to a byte."""
     return tl.minimum(tl.maximum(total >> bits, 0), 255).to(tl.uint8)
 
 
@@ -71,7 +74,8 @@ def across(words, tables, descriptors, owners, scratch, TILE_ROWS: tl.constexpr,
     rows, width = tl.load(d + ROWS), tl.load(d + WIDTH).to(tl.int32)
     first_at, weights_at = tl.load(d + ACROSS_FIRST), tl.load(d + ACROSS_FIRST + 1)
     taps, bits = tl.load(d + ACROSS_FIRST + 2).to(tl.int32), tl.load(d + ACROSS_FIRST + 3).to(tl.int32)
-    stride = tl.load(d + STRIDE)  # not said to be aligned: lanes would get 8 columns each, and their loads lie apart
+    # not declared as aligned: lanes would get 8 columns each, and their loads would be far apart
+    stride = tl.load(d + STRIDE)
     tile = program - tl.load(d + ACROSS_START).to(tl.int32)
     tiles = (width + TILE_WIDTH - 1) // TILE_WIDTH
     y = tile // tiles * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -114,10 +118,17 @@ def across(words, tables, descriptors, owners, scratch, TILE_ROWS: tl.constexpr,
 
 @triton.jit
 def down(
-    scratch, tables, descriptors, owners, values, out, LOOK_UP: tl.constexpr,
-    TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr,
-) -> None:  # fmt: skip
-    """One tile of one channel of one image's vertical pass. `values` are tables (3, 256) where LOOK_UP, else bytes go out."""
+    scratch,
+    tables,
+    descriptors,
+    owners,
+    values,
+    out,
+    LOOK_UP: tl.constexpr,
+    TILE_HEIGHT: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+) -> None:
+    """One tile of one channel of one image's vertical pass. With LOOK_UP, bytes become values by tables (3, 256)."""
     program = tl.program_id(0)
     d = descriptors + tl.load(owners + program) * FIELDS
     width, height = tl.load(d + WIDTH).to(tl.int32), tl.load(d + HEIGHT).to(tl.int32)
@@ -162,7 +173,7 @@ def down(
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A batch whose integers are on the device: launch it as often as its sources change."""
+    """A batch whose integers are on the device; it can be launched repeatedly."""
 
     batch: ragged.RaggedBatch
     descriptors: Tensor
@@ -178,10 +189,10 @@ def load(batch: ragged.RaggedBatch, device: str) -> Loaded:
 
 
 def launch(loaded: Loaded, sources: Tensor, scratch: Tensor, values: Tensor | None, out: Tensor) -> None:
-    """Both launches, on the current stream. All tensors lie on one device.
+    """Launch both passes on the current stream. All tensors are on one device. Raises ValueError.
 
-    `sources`: uint8 (batch.source_bytes), images at batch.sources; `scratch`: uint8 (batch.scratch_bytes); `values`: (n, 3, 256) of
-    out's dtype, or None where `out` is uint8; `out`: (batch.values), images at batch.outs. Raises ValueError for other shapes.
+    `sources`: uint8 (batch.source_bytes), images at batch.sources. `scratch`: uint8 (batch.scratch_bytes). `values`:
+    (n, 3, 256) of out's dtype, or None if `out` is uint8. `out`: (batch.values), images at batch.outs.
     """
     batch = loaded.batch
     if sources.numel() < batch.source_bytes or scratch.numel() < batch.scratch_bytes or out.numel() < batch.values:
@@ -192,17 +203,19 @@ def launch(loaded: Loaded, sources: Tensor, scratch: Tensor, values: Tensor | No
         raise ValueError("the buffers must be contiguous")
     words = sources[: sources.numel() // 4 * 4].view(torch.int32)
     integers = (loaded.tables, loaded.descriptors)
-    across[(batch.across.size,)](words, *integers, loaded.across, scratch, *batch.tiles.across, num_warps=WARPS)
+    across[(batch.across.size,)](words, *integers, loaded.across, scratch, *batch.tiles.across, num_warps=NUM_WARPS)
     look_up = values is not None
     table = values if values is not None else out
-    down[(batch.down.size,)](scratch, *integers, loaded.down, table, out, look_up, *batch.tiles.down, num_warps=WARPS)
+    down[(batch.down.size,)](
+        scratch, *integers, loaded.down, table, out, look_up, *batch.tiles.down, num_warps=NUM_WARPS
+    )
 
 
-def lay_out(wanted: Sequence[ragged.Wanted]) -> ragged.RaggedBatch:
+def lay_out(images: Sequence[ragged.RaggedImage]) -> ragged.RaggedBatch:
     """ragged.lay_out for this kernel's tiles."""
-    return ragged.lay_out(wanted, INTERPRETED if interpreted() else TILES)
+    return ragged.lay_out(images, INTERPRETER_TILES if is_interpreted() else GPU_TILES)
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernel, on tensors of the CPU."""
+def is_interpreted() -> bool:
+    """True if Triton's interpreter runs the kernel, on CPU tensors."""
     return not isinstance(down, triton.JITFunction)

@@ -1,7 +1,7 @@
-"""Which pixels a vision-language model's image processor makes of an image of a given size: its numbers and its geometry.
+"""The numbers and the geometry of a vision-language model's image processor.
 
 Rules: pure integers and floats, no torch, no I/O. A spec is one processor of one model; each family of processors is a
-subclass in families.py. Sizes are (height, width) in pixels.
+subclass in families/. Sizes are (height, width) in pixels.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import ClassVar, Final
 BILINEAR, BICUBIC, LANCZOS = 2, 3, 1  # PIL's numbers, as the config file has them
 RESAMPLES: Final = (BILINEAR, BICUBIC, LANCZOS)
 
-# How the values of a batch's images lie in `pixel_values`: one after the other; planes with zeros to the right and below; zeros
-# behind each image up to the shape's; or side by side in each of the leading rows.
+# How the images of a batch are laid out in `pixel_values`: one after the other; as planes with zeros to the right and
+# below; with zeros after each image up to the shape's size; or next to each other in each of the leading rows.
 JOINED, PLANES, FILLED, ABREAST = "joined", "planes", "filled", "abreast"
 
-# How the values of one image's tiles lie: (tile, channel, y, x); (tile, y, x, channel); or (channel, y, tile, x).
+# How the tiles of one image are laid out: (tile, channel, y, x); (tile, y, x, channel); or (channel, y, tile, x).
 TILES, ROWS, STRIPS = "tiles", "rows", "strips"
 
 Size = tuple[int, int]
@@ -29,25 +29,25 @@ Shape = tuple[str, list[int]]  # safetensors dtype, shape
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """One number, so many times: a mask of ones would be tens of megabytes for each image."""
+    """One number, repeated: a mask of ones would take tens of megabytes per image."""
 
     number: int
     times: int
 
 
-Integers = tuple[Shape, Sequence[int] | Repeated]  # a tensor of integers: its dtype and shape, and its numbers in order
+Integers = tuple[Shape, Sequence[int] | Repeated]  # a tensor of integers
 
 
 @dataclass(frozen=True, slots=True)
 class ImageView:
-    """One resized copy of an image, cut into tiles row by row: resized to `size`, put at (top, left) on a canvas of one color."""
+    """A copy of an image, resized to `size`, placed at (top, left) on a black canvas, and cut into tiles row by row."""
 
     size: Size
     canvas: Size
     tile: Size
     top: int = 0
     left: int = 0
-    before: tuple[Size, ...] = ()  # sizes that it is resized to first, one after the other
+    before: tuple[Size, ...] = ()  # sizes that it is resized to first, in order
 
     @property
     def grid(self) -> Size:
@@ -61,11 +61,11 @@ class ImageView:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What an image becomes: resized to (height, width), then cut to `crop` (top, left, height, width) where there is one.
+    """The target of an image: resized to (height, width), then cut to `crop` (top, left, height, width), if any.
 
-    The patch grid is 0 where the processor makes no patches; `tokens` are those that the language model sees, 0 where the
-    processor's own files do not say. Where the processor makes several views of an image, (height, width) is the canvas of the
-    largest, and `original` the image's own size.
+    The patch grid is 0 if the processor makes no patches. `tokens` are those that the language model sees, 0 if the
+    processor's files do not tell. With several views, (height, width) is the canvas of the largest one, and `original`
+    the image's own size.
     """
 
     height: int
@@ -80,7 +80,7 @@ class Geometry:
 
     @property
     def tiles(self) -> int:
-        """How many tiles its views have in all."""
+        """The number of tiles of all views."""
         return sum(view.tiles for view in self.views)
 
     @property
@@ -99,15 +99,15 @@ class ProcessorSpec(ABC):
     do_normalize: bool
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
-    half: str = ""  # BF16 or F16: the floats are rounded to it in the end, for whoever would do so anyway
+    half: str = ""  # BF16 or F16: the floats are rounded to it at the end
 
-    tensors: ClassVar[bool] = True  # whether /v1/preprocess can give this family's processor output
-    inline: ClassVar[bool] = True  # whether a resized image can be handed on at all
-    batch: ClassVar[str] = JOINED  # how the images of a batch lie in `pixel_values`
+    tensors: ClassVar[bool] = True  # whether /v1/preprocess can return this family's tensors
+    inline: ClassVar[bool] = True  # whether a resized image can replace the original
+    batch: ClassVar[str] = JOINED  # layout of a batch in `pixel_values`
 
     @abstractmethod
     def geometry(self, height: int, width: int) -> Geometry:
-        """What an image of this size becomes. Raises ValueError where the processor refuses it."""
+        """The target of an image of this size. Raises ValueError if the processor refuses it."""
 
     @abstractmethod
     def pixels(self, images: Sequence[Geometry]) -> list[int]:
@@ -123,7 +123,7 @@ class ProcessorSpec(ABC):
         return integers | {"pixel_values": (self.dtype, self.pixels(images))}
 
     def keeps(self, geometry: Geometry) -> bool:
-        """Whether the processor leaves an image alone that already has the final size of `geometry`."""
+        """True if the processor does not change an image that already has the final size of `geometry`."""
         if not self.inline:
             return False
         height, width = geometry.size
@@ -136,7 +136,7 @@ class ProcessorSpec(ABC):
 
     @property
     def floats(self) -> bool:
-        """Whether the processor makes floats (float32 until they are rounded); else its output is the bytes."""
+        """True if the processor makes floats (float32 until they are rounded); else its output is the bytes."""
         return self.do_normalize or self.do_rescale
 
     @property
@@ -172,7 +172,7 @@ class PatchSpec(ProcessorSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaneSpec(ProcessorSpec):
-    """A processor whose output is planes: (images, 3, height, width), smaller ones padded with zeros below and to the right."""
+    """A processor whose output is planes, (images, 3, height, width); smaller ones get zeros below and right."""
 
     batch: ClassVar[str] = PLANES
 
@@ -182,14 +182,14 @@ class PlaneSpec(ProcessorSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileSpec(ProcessorSpec):
-    """A processor that makes views of an image and cuts them into tiles: (tiles, 3, height, width), all images' one after the other."""
+    """A processor that cuts views of an image into tiles, (tiles, 3, height, width), one image after the other."""
 
     inline: ClassVar[bool] = False
-    layout: ClassVar[str] = TILES  # how one image's values lie
+    layout: ClassVar[str] = TILES  # layout of one image's values
 
     @property
     def strip(self) -> int:
-        """Height of a strip, where the values lie in strips."""
+        """Height of a strip, for the layout STRIPS."""
         raise NotImplementedError
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:

@@ -1,13 +1,14 @@
-"""A ragged batch of images as one table of integers: what the GPU kernel reads besides pixels. Pure numpy, no torch.
+"""A ragged batch of images as one table of integers, which the GPU kernel reads in addition to pixels.
 
-Rules: every image has its own size, target, crop and layout, so a batch needs two launches whatever is in it. A layout is
-eight strides: output pixel (c, y, x), with y = Y * patch + py and so on, and its temporal copy t, lies at
+Rules: pure numpy, no torch. Every image has its own size, target, crop and layout, so any batch needs two launches. A
+layout is eight strides: output pixel (c, y, x), with y = Y * patch + py and so on, and its temporal copy t, are at
 
     (Y // merge) * down_merged + (Y % merge) * down_patch + py * down_pixel
   + (X // merge) * across_merged + (X % merge) * across_patch + px * across_pixel + c * channel + t * copy
 
-which holds patches, planes and rows of RGB alike (the latter two with patch = merge = 1). A crop is a slice of the tables, and
-only source rows that a window touches are read. Weights are those of reference.py, vectorised and in its order of additions.
+which covers patches, planes and rows of RGB (the latter two with patch = merge = 1). A crop is a slice of the tables,
+and only source rows that a window touches are read. Weights are those of reference.py, vectorised, added in the same
+order.
 """
 
 from __future__ import annotations
@@ -24,16 +25,22 @@ from numpy.typing import NDArray
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec
 from sidecar.kernels.reference import MAX_PRECISION
 
-RADIUS: Final = {LANCZOS: 3, BILINEAR: 1, BICUBIC: 2}
-WORD: Final = 4  # taps that three 32-bit words hold: the horizontal pass takes so many at a time
-ALIGN: Final = 16  # bytes to which images and scratch rows are aligned, so that the vertical pass loads whole vectors
-SLACK: Final = 64  # readable bytes behind the last image: three pixels of a padded window, and two words
-AXES: Final = 128  # tables kept, of 10-100 KB each
-FIELDS: Final = 32  # integers of one image's descriptor
+KERNEL_RADIUS: Final = {LANCZOS: 3, BILINEAR: 1, BICUBIC: 2}
+# Taps in three 32-bit words, which one step of the horizontal pass loads.
+TAPS_PER_STEP: Final = 4
+# Alignment of images and scratch rows, so that the vertical pass loads whole vectors.
+ALIGN_BYTES: Final = 16
+# Readable bytes after the last image: three pixels of a padded window, and two words.
+SLACK_BYTES: Final = 64
+# Cached tables, of 10-100 KB each.
+MAX_AXES: Final = 128
+# Integers in one image's descriptor.
+FIELDS: Final = 32
 
-# the descriptor's fields, by position; the kernel has them as numbers
+# The descriptor's fields by position.
 (
-    SOURCE, ROW_BYTES, TOP, ROWS, WIDTH, HEIGHT, SCRATCH, STRIDE, ACROSS_FIRST, ACROSS_WEIGHTS, ACROSS_TAPS, ACROSS_BITS,
+    SOURCE, ROW_BYTES, TOP, ROWS, WIDTH, HEIGHT, SCRATCH, STRIDE,
+    ACROSS_FIRST, ACROSS_WEIGHTS, ACROSS_TAPS, ACROSS_BITS,
     DOWN_FIRST, DOWN_WEIGHTS, DOWN_TAPS, DOWN_BITS, OUT, TABLE, PATCH, MERGE, DOWN_MERGED, DOWN_PATCH, DOWN_PIXEL,
     ACROSS_MERGED, ACROSS_PATCH, ACROSS_PIXEL, CHANNEL, COPY, COPIES, ACROSS_START, DOWN_START,
 ) = range(31)  # fmt: skip
@@ -41,14 +48,14 @@ FIELDS: Final = 32  # integers of one image's descriptor
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Integer weights of one axis: `weights` is (taps, target), so that neighbouring targets lie beside each other."""
+    """Integer weights of one axis: `weights` is (taps, target), so that neighbouring targets are next to each other."""
 
     first: NDArray[np.int32]
     weights: NDArray[np.int32]
     bits: int
 
     def part(self, start: int, length: int) -> Axis:
-        """Only target positions start .. start + length."""
+        """The weights of target positions start .. start + length."""
         return Axis(self.first[start : start + length], self.weights[:, start : start + length], self.bits)
 
     def touched(self, source: int) -> tuple[int, int]:
@@ -57,8 +64,8 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """One image of a batch: its size in pixels, what becomes of it, and where its values' table lies (in tables)."""
+class RaggedImage:
+    """One image of a batch: its size in pixels, its target, and the index of its table of values."""
 
     height: int
     width: int
@@ -70,14 +77,14 @@ class Wanted:
 
     @property
     def values(self) -> int:
-        """How many values come out."""
+        """The number of output values."""
         height, width = self.geometry.size
         return 3 * height * width * (self.patches.temporal_patch_size if self.patches else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows and columns that one program makes in each launch: powers of two."""
+    """Rows and columns of one program in each launch: powers of two."""
 
     across: tuple[int, int]
     down: tuple[int, int]
@@ -85,7 +92,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
-    """Descriptors and tables, where each program of the two launches finds its image, and what memory the batch takes."""
+    """Descriptors, tables, the image of each program of both launches, and the memory of the batch."""
 
     descriptors: NDArray[np.int64]  # (images, FIELDS)
     tables: NDArray[np.int32]
@@ -98,28 +105,28 @@ class RaggedBatch:
     values: int
     tiles: Tiles
 
-    def memory(self, item: int) -> int:
-        """Bytes of device memory, for values of `item` bytes."""
+    def memory(self, value_bytes: int) -> int:
+        """Bytes of device memory, for values of `value_bytes` bytes."""
         tables = sum(a.nbytes for a in (self.descriptors, self.tables, self.across, self.down))
-        return self.source_bytes + self.scratch_bytes + self.values * item + tables
+        return self.source_bytes + self.scratch_bytes + self.values * value_bytes + tables
 
-    def moved(self, item: int) -> int:
-        """Bytes that must travel between the chip and its memory: all but the scratch once, the scratch out and in again."""
-        return self.memory(item) + self.scratch_bytes
+    def moved(self, value_bytes: int) -> int:
+        """Bytes that move between the chip and its memory: everything once, the scratch twice."""
+        return self.memory(value_bytes) + self.scratch_bytes
 
 
-def lay_out(wanted: Sequence[Wanted], tiles: Tiles) -> RaggedBatch:
-    """The batch's integers. Raises ValueError for sizes that cannot be."""
+def lay_out(images: Sequence[RaggedImage], tiles: Tiles) -> RaggedBatch:
+    """The batch's integers. Raises ValueError for impossible sizes."""
     tables = _Tables()
-    descriptors = np.zeros((len(wanted), FIELDS), np.int64)
+    descriptors = np.zeros((len(images), FIELDS), np.int64)
     programs: tuple[list[int], list[int]] = ([], [])
     sources, outs = [], []
     source = scratch = values = 0
-    for d, image in zip(descriptors, wanted, strict=True):
+    for d, image in zip(descriptors, images, strict=True):
         x, y = _axes(image)
         top, bottom = y.touched(image.height)
         height, width = image.geometry.size
-        stride = _up(width, ALIGN)
+        stride = _round_up(width, ALIGN_BYTES)
         d[SOURCE], d[ROW_BYTES], d[TOP], d[ROWS] = source // 4, 3 * image.width, top, bottom - top
         d[WIDTH], d[HEIGHT], d[SCRATCH], d[STRIDE] = width, height, scratch, stride
         d[ACROSS_FIRST : ACROSS_BITS + 1] = tables.put(image, "x", x, 0)
@@ -131,27 +138,35 @@ def lay_out(wanted: Sequence[Wanted], tiles: Tiles) -> RaggedBatch:
         programs[1].append(3 * _tiles(height, width, tiles.down))
         sources.append(source)
         outs.append(values)
-        source += _up(3 * image.width * image.height, ALIGN)
+        source += _round_up(3 * image.width * image.height, ALIGN_BYTES)
         scratch += 3 * stride * (bottom - top)
-        values += _up(image.values, ALIGN)
-    numbers = np.arange(len(wanted), dtype=np.int32)
+        values += _round_up(image.values, ALIGN_BYTES)
+    numbers = np.arange(len(images), dtype=np.int32)
     owners = [np.repeat(numbers, count) for count in programs]
     return RaggedBatch(
-        descriptors, tables.joined(), owners[0], owners[1], tuple(sources), source + SLACK, scratch + SLACK, tuple(outs), values,
+        descriptors,
+        tables.joined(),
+        owners[0],
+        owners[1],
+        tuple(sources),
+        source + SLACK_BYTES,
+        scratch + SLACK_BYTES,
+        tuple(outs),
+        values,
         tiles,
-    )  # fmt: skip
+    )
 
 
 class _Tables:
-    """The axes' tables behind one another; equal ones once."""
+    """The axes' tables one after the other; equal ones once."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[int, int, int, int]] = {}
         self._parts: list[NDArray[np.int32]] = []
         self._size = 0
 
-    def put(self, image: Wanted, name: str, axis: Axis, less: int) -> tuple[int, int, int, int]:
-        """Where first positions (each `less`) and weights lie, how many taps, and their precision."""
+    def put(self, image: RaggedImage, name: str, axis: Axis, less: int) -> tuple[int, int, int, int]:
+        """Offsets of first positions (reduced by `less`) and of weights, the number of taps, their precision."""
         key = (name, image.height, image.width, image.geometry, image.resample)
         if key not in self._known:
             taps, length = axis.weights.shape
@@ -164,23 +179,23 @@ class _Tables:
         return np.concatenate(self._parts)
 
 
-def _axes(image: Wanted) -> tuple[Axis, Axis]:
+def _axes(image: RaggedImage) -> tuple[Axis, Axis]:
     g = image.geometry
     top, left, height, width = g.crop or (0, 0, g.height, g.width)
     if not (0 <= top <= g.height - height and 0 <= left <= g.width - width and height > 0 and width > 0):
         raise ValueError("the crop does not lie within the resized image")
-    across = axis(image.width, g.width, image.resample, WORD).part(left, width)
+    across = axis(image.width, g.width, image.resample, TAPS_PER_STEP).part(left, width)
     return across, axis(image.height, g.height, image.resample, 1).part(top, height)
 
 
-def _strides(image: Wanted) -> tuple[int, ...]:
+def _strides(image: RaggedImage) -> tuple[int, ...]:
     height, width = image.geometry.size
     if image.patches is None:
         x, channel = (1, height * width) if image.planes else (3, 1)
         return 1, 1, width * x, 0, 0, x, 0, 0, channel, 0, 1
     p, m, t = image.patches.patch_size, image.patches.merge_size, image.patches.temporal_patch_size
     if height % (p * m) or width % (p * m):
-        raise ValueError("the resized image is no whole number of merged patches")
+        raise ValueError("the resized image is not a whole number of merged patches")
     row = 3 * t * p * p
     return p, m, width // p * m * row, m * row, p, m * m * row, row, 1, t * p * p, p * p, t
 
@@ -189,25 +204,25 @@ def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
     return -(-height // tile[0]) * -(-width // tile[1])
 
 
-def _up(value: int, multiple: int) -> int:
+def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@lru_cache(AXES)
+@lru_cache(MAX_AXES)
 def axis(source: int, target: int, resample: int, group: int) -> Axis:
     """Weights of one axis, as reference.taps has them, padded with zeros to a multiple of `group` taps.
 
-    Windows near the end move back, so that none reaches more than `group` - 1 positions behind the last.
+    Windows near the end move back, so that none reaches more than `group` - 1 positions past the last.
     """
     if source < 1 or target < 1:
         raise ValueError("an axis without pixels")
     scale = source / target
     stretch = max(scale, 1.0)
-    support = RADIUS[resample] * stretch
+    support = KERNEL_RADIUS[resample] * stretch
     center = scale * (np.arange(target) + 0.5)
     first = np.maximum((center - support + 0.5).astype(np.int64), 0)
     count = np.minimum((center + support + 0.5).astype(np.int64), source) - first
-    real = np.zeros((_up(int(count.max()), group), target))
+    real = np.zeros((_round_up(int(count.max()), group), target))
     total = np.zeros(target)
     for j in range(int(count.max())):  # additions in this order, tap by tap, round as the reference's
         real[j] = np.where(j < count, _kernel((j + first - center + 0.5) * (1 / stretch), resample), 0.0)
@@ -225,7 +240,7 @@ def axis(source: int, target: int, resample: int, group: int) -> Axis:
 
 
 def _kernel(x: NDArray[np.float64], resample: int) -> NDArray[np.float64]:
-    """reference.KERNELS on many numbers: the same operations, so the same doubles."""
+    """reference.KERNELS on an array: the same operations, so the same doubles."""
     if resample == LANCZOS:
         # numpy's sine may differ from libm's in the last bit
         return np.array([_sinc(v) * _sinc(v / 3) if -3 < v < 3 else 0.0 for v in x.tolist()])

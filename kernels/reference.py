@@ -1,9 +1,9 @@
-"""The exact uint8 antialiased resize in slow integers: what every fast form must equal bit for bit.
+"""The exact uint8 antialiased resize in slow integers, which every fast form must equal bit for bit.
 
-Rules: separable, the horizontal pass first, uint8 between the passes; a pass whose size does not change is left out. A
-weight is a float kernel (cubic with a = -0.5, triangle, or three-lobed Lanczos) stretched by the scale when shrinking, normalised, then
-rounded to an integer at the largest precision at which the largest weight of that axis is below 2**15. Sums start at one
-half, are shifted down and clamped to 0..255. numpy only, for its int64.
+Rules: separable, the horizontal pass first, uint8 between the passes. A pass that does not change the size is
+skipped. A weight is a float kernel (cubic with a = -0.5, triangle, or three-lobed Lanczos), stretched by the scale
+when shrinking, normalised, then rounded to an integer at the largest precision at which the axis's largest weight is
+below 2**15. Sums start at one half, are shifted down and clamped to 0..255. numpy only, for its int64.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def sinc(x: float) -> float:
     return math.sin(math.pi * x) / (math.pi * x) if x else 1.0
 
 
-# -> kernel, radius
+# PIL's number -> kernel, radius
 KERNELS: dict[int, tuple[Callable[[float], float], int]] = {1: (lanczos, 3), 2: (triangle, 1), 3: (cubic, 2)}
 
 
 def resize(image: Pixels, height: int, width: int, resample: int = 3) -> Pixels:
-    """`image` (height, width, channels) in another size. `resample` is PIL's number: 1 Lanczos, 2 bilinear, 3 bicubic."""
+    """Resize `image` (height, width, channels). `resample` is PIL's number: 1 Lanczos, 2 bilinear, 3 bicubic."""
     across = image if image.shape[1] == width else _pass(image, width, resample)
     if across.shape[0] == height:
         return across

@@ -1,4 +1,5 @@
-// Integer weights of one axis of the exact uint8 antialiased resize. Specification: kernels/reference.py, word for word.
+// Integer weights of one axis of the exact uint8 antialiased resize. Specification: kernels/reference.py, word for
+// word.
 //
 // Compile with -ffp-contract=off: a fused multiply-add would round a weight differently.
 #pragma once
@@ -27,7 +28,7 @@ inline double kernel(double x, int resample) {
     return x < 2.0 ? (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 : 0.0;
 }
 
-// One axis: for each target position the first source position and `taps` weights, zeros where a window is shorter.
+// One axis: for each target position the first source position and `taps` weights, zeros if a window is shorter.
 struct Axis {
     int source = 0, target = 0;
     int taps = 0;  // weights per target position: a multiple of `group`, at most the longest window rounded up
@@ -37,7 +38,8 @@ struct Axis {
 
     bool same() const { return source == target; }
 
-    // `group`: taps are padded to a multiple of it. Windows near the end move back, so that they stay inside where they can.
+    // `group`: taps are padded to a multiple of it. Windows near the end move back, so that they stay inside if
+    // possible.
     Axis(int source_, int target_, int resample, int group) : source(source_), target(target_) {
         if (source < 1 || target < 1) throw std::invalid_argument("an axis without pixels");
         const double scale = static_cast<double>(source) / target, stretch = std::max(scale, 1.0);

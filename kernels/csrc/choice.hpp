@@ -1,6 +1,6 @@
-// Which form is used: the widest that this processor names and that gives the plain form's bits on a sample, tried once.
+// Choose the form to use: the widest that this processor supports and that gives the plain form's bits on a sample.
 //
-// A form for which no machine was at hand where it was written proves itself here, in less than a millisecond, before it is trusted.
+// The check runs once, in less than a millisecond: some forms were written without a machine to test them on.
 #pragma once
 
 #include "image.hpp"

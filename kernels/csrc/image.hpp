@@ -1,5 +1,5 @@
-// A whole image: rows are resized across as they are needed, kept in a ring, summed down, and laid out at once, so that what
-// is between the passes never leaves the cache.
+// A whole image: rows are resized across as needed, kept in a ring, summed down and laid out at once, so that the data
+// between the passes never leaves the cache.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@ enum class Level { PLAIN, AVX2, AVX512 };
 
 constexpr const char* NAMES[] = {"plain", "avx2", "avx512"};
 
-// What this processor can do, by its own word.
+// What this processor supports, by CPUID.
 inline Level best_by_name() {
 #ifdef SIDECAR_X86
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c") || !__builtin_cpu_supports("fma")) return Level::PLAIN;
@@ -29,14 +29,14 @@ struct Plan {
         : x(w, new_w, resample, 4), y(h, new_h, resample, 2), lanes(Axis(w, new_w, resample, 2)) {}
 };
 
-// Gives the rows of the resized image one after the other, from 0 on.
+// Makes the rows of the resized image in order, from 0 on.
 class Rows {
   public:
     Rows(const Plan& plan, const uint8_t* image, Level level)
         : plan_(plan), image_(image), level_(level), kept_(plan.y.taps + AT_ONCE), width_(3 * static_cast<size_t>(plan.x.target) + SLACK),
           ring_(kept_ * width_), last_(3 * static_cast<size_t>(std::max(plan.x.source, plan.x.taps)) + SLACK), pointers_(plan.y.taps) {}
 
-    // Writes row `i`; rows must be asked for in order. `out` has SLACK bytes behind its end.
+    // Writes row `i`; rows must be asked for in order. `out` has SLACK bytes after its end.
     void next(int i, uint8_t* out) {
         const Axis& y = plan_.y;
         const int first = y.same() ? i : y.first[i], n = y.same() ? 1 : std::min(y.taps, y.source - first);
@@ -46,7 +46,7 @@ class Rows {
             std::memcpy(out, row(first), bytes);
             return;
         }
-        for (int j = 0; j < y.taps; ++j) pointers_[j] = row(first + (j < n ? j : 0));  // where there is no row, the weight is 0
+        for (int j = 0; j < y.taps; ++j) pointers_[j] = row(first + (j < n ? j : 0));  // a missing row has weight 0
         const int16_t* w = &y.weights[static_cast<size_t>(i) * y.taps];
 #ifdef SIDECAR_X86
         if (level_ == Level::AVX512) return avx512::down(pointers_.data(), w, y.taps / 2, y.bits, bytes, out);
@@ -64,7 +64,7 @@ class Rows {
         const size_t bytes = 3 * static_cast<size_t>(plan_.x.source);
         const uint8_t* at = image_ + i * bytes;
         if (i + 1 < plan_.y.source && plan_.x.source >= plan_.x.taps + 2) return at;
-        std::memcpy(last_.data(), at, bytes);  // a vector load would read behind the end of the image
+        std::memcpy(last_.data(), at, bytes);  // a vector load would read past the end of the image
         return last_.data();
     }
 
@@ -86,7 +86,7 @@ class Rows {
     void make_wide() {
         const Axis& x = plan_.x;
         const int left = plan_.y.source - made_, together = level_ == Level::AVX512 ? 8 : 4;
-        const int rows = left > together && x.source >= x.taps + 2 ? together : 1;  // else a load would read behind the image's end
+        const int rows = left > together && x.source >= x.taps + 2 ? together : 1;  // else a load would read past the end
         const uint8_t* in[AT_ONCE];
         uint8_t* out[AT_ONCE];
         for (int r = 0; r < together; ++r) {
@@ -127,10 +127,11 @@ inline void resize(const Plan& plan, const uint8_t* image, uint8_t* out, Level l
 #ifndef SIDECAR_LARGE
 #define SIDECAR_LARGE (8 << 20)
 #endif
-constexpr size_t LARGE = SIDECAR_LARGE;  // bytes: a result of more is written past the caches, which it would only empty
+constexpr size_t LARGE = SIDECAR_LARGE;  // bytes: a larger result is written around the caches
 
 #ifdef SIDECAR_X86
-// Patches by registers, one behind the other from `out` on: laid out as bytes in one place, from where they go out as what is wanted.
+// Patches in registers, one after the other from `out` on: laid out as bytes in a buffer, then converted on the way
+// out.
 template <class E>
 class Outlet {
   public:
@@ -138,7 +139,7 @@ class Outlet {
         : p_(p), temporal_(temporal), copies_(temporal), size_(3ull * temporal * p * p), out_(out), bytes_(size_ + SLACK) {
         for (int c = 0; c < 3; ++c) eight_[c] = eight_of(values, c);
         const size_t area = static_cast<size_t>(p) * p;
-        // Each value is made once and stored `copies_` times; but where only all copies together end on a register, they are made of bytes.
+        // Each value is made once and stored `copies_` times, unless only all copies together fill whole registers.
         if (sizeof(typename E::Type) == 4 && area % 8) copies_ = 1;
         const bool whole = std::is_same_v<E, U8> || area * temporal / copies_ % 8 == 0;
         past_ = whole && count * sizeof(typename E::Type) >= LARGE && reinterpret_cast<uintptr_t>(out) % 32 == 0;

@@ -1,8 +1,10 @@
-// The horizontal pass's tables for registers of 32 bytes: which source bytes each lane of 16 takes, and with what weights.
+// The horizontal pass's tables for registers of 32 bytes: which source bytes each lane of 16 takes, and with what
+// weights.
 //
-// Rules: four neighbouring output bytes share a lane. Their 16 source bytes are spread into pairs of taps by one shuffle, which
-// holds for all pairs, because all windows of a lane move on by two pixels. A slot is two lanes, of output bytes 0-3 and 8-11 or 4-7
-// and 12-15 of every 16: at scales of 1 to 2 their source bytes lie 16 apart, so that one load of 32 bytes fetches both.
+// Rules: four neighbouring output bytes share a lane. One shuffle spreads their 16 source bytes into pairs of taps; it
+// fits all pairs, because all windows of a lane advance by two pixels. A slot is two lanes: output bytes 0-3 and 8-11,
+// or 4-7 and 12-15, of every 16. At scales of 1 to 2 their source bytes are 16 apart, so one load of 32 bytes fetches
+// both.
 #pragma once
 
 #include "axis.hpp"
@@ -12,7 +14,7 @@ namespace sidecar {
 struct Lanes {
     struct Run {
         int begin, end;  // slots, in twos
-        bool near;       // whether both lanes of each lie 16 bytes apart
+        bool near;       // whether both lanes of each are 16 bytes apart
     };
 
     int steps = 0;                 // pairs of taps
@@ -20,7 +22,7 @@ struct Lanes {
     std::vector<int8_t> spread;    // slots x 32
     std::vector<int16_t> weights;  // slots x steps x 16
     std::vector<Run> runs;
-    bool fit = true;  // false where the scale is so large that the pixels of a lane lie too far apart
+    bool fit = true;  // false if the scale is so large that the pixels of a lane are too far apart
 
     int slots() const { return static_cast<int>(at.size()) / 2; }
 
@@ -63,11 +65,11 @@ struct Lanes {
         return r;
     }
 
-    // Where both lanes of a slot begin: 16 bytes apart where they may.
+    // Where both lanes of a slot begin: 16 bytes apart if possible.
     void place(const Axis& x, int slot, int low, int high) {
         const Reach a = reach(x, low), b = reach(x, high);
         int32_t* to = &at[2 * static_cast<size_t>(slot)];
-        if (a.to < 0) return;  // behind the end of the row
+        if (a.to < 0) return;  // past the end of the row
         const int from = std::max(a.from, b.from - 16), last = std::min(a.to, b.to - 16);
         to[0] = from <= last ? last : a.to;
         to[1] = from <= last ? last + 16 : std::max(b.to, 0);

@@ -1,7 +1,9 @@
-// Rows of RGB bytes -> patches in the order of Qwen2-VL's processor: (grid_h/m, grid_w/m, m, m, channel, temporal, p, p).
+// Rows of RGB bytes -> patches in the order of Qwen2-VL's processor: (grid_h/m, grid_w/m, m, m, channel, temporal, p,
+// p).
 //
-// Rules: a value is (x - mean) / std in float32, or x * factor, the processor's own operations in its own order, so that it rounds
-// alike; bfloat16 and float16 are that value rounded to nearest even. A patch is laid out as bytes, and turned into floats on its way out.
+// Rules: a value is (x - mean) / std in float32, or x * factor: the processor's own operations in its own order, so
+// that it rounds alike. bfloat16 and float16 are that value rounded to nearest even. A patch is laid out as bytes and
+// converted to floats on its way out.
 #pragma once
 
 #include "passes.hpp"
@@ -86,7 +88,8 @@ SIDECAR_AVX2 inline void planes_avx2(const uint8_t* in, __m128i* plane) {
     plane[2] = _mm_or_si128(_mm_or_si128(_mm_shuffle_epi8(a, ba), _mm_shuffle_epi8(b, bb)), _mm_shuffle_epi8(c, bc));
 }
 
-// One patch as bytes, for 8 <= p <= 16: rows are stored as 16 bytes in order, and the next covers what was too much of the last.
+// One patch as bytes, for 8 <= p <= 16: rows are stored as 16 bytes in order, and the next overwrites the excess of the
+// last.
 SIDECAR_AVX2 inline void patch_avx2(const uint8_t* const* rows, size_t at, int p, int temporal, uint8_t* out) {
     const size_t area = static_cast<size_t>(p) * p, channel = area * temporal;
     __m128i plane[3];
@@ -106,7 +109,7 @@ SIDECAR_AVX2 inline void patch_avx2(const uint8_t* const* rows, size_t at, int p
     }
 }
 
-// Whole registers of `count` bytes go past the caches to `*out`, which moves on; the rest moves to the front. Says how many are left.
+// Writes whole registers of `count` bytes around the caches to `*out` and advances it. Returns how many bytes are left.
 SIDECAR_AVX2 inline size_t stream_avx2(uint8_t* bytes, size_t count, uint8_t** out) {
     size_t i = 0;
     for (; i + 32 <= count; i += 32, *out += 32)
@@ -115,11 +118,11 @@ SIDECAR_AVX2 inline size_t stream_avx2(uint8_t* bytes, size_t count, uint8_t** o
     return count - i;
 }
 
-// How eight bytes become eight floats. A division is done as a multiplication by the reciprocal, and one step that corrects it, where
-// that gives the same bits for each of the 256 bytes; it takes a third of the time.
+// Converts eight bytes to eight floats. A multiplication by the reciprocal and one correcting step replace the division
+// if they give the same bits for each of the 256 bytes; that takes a third of the time.
 struct Eight {
     enum How { MULTIPLY, DIVIDE, CORRECT } how = MULTIPLY;
-    float mean = 0, by = 1, reciprocal = 1;  // no registers: what is not compiled for them would misplace them in memory
+    float mean = 0, by = 1, reciprocal = 1;  // no registers: code that is not compiled for them would misalign them
 };
 
 SIDECAR_AVX2 inline __m256 eight_avx2(const Eight& e, Eight::How how, const uint8_t* in) {
@@ -146,7 +149,7 @@ SIDECAR_AVX2 inline Eight eight_of(const Values& v, int channel) {
     return e;
 }
 
-// Eight values to where they go; `past` the caches, to a multiple of what they fill.
+// Stores eight values; `past` writes around the caches, to an aligned address.
 template <bool past>
 SIDECAR_AVX2 inline void put_avx2(F32, __m256 value, float* out) {
     past ? _mm256_stream_ps(out, value) : _mm256_storeu_ps(out, value);
@@ -169,7 +172,7 @@ SIDECAR_AVX2 inline void put_avx2(F16, __m256 value, uint16_t* out) {
     past ? _mm_stream_si128(to, packed) : _mm_storeu_si128(to, packed);
 }
 
-// `count` >= 8 bytes to floats, `copies` times one behind the other. `past` takes only multiples of 8.
+// `count` >= 8 bytes to floats, `copies` times one after the other. `past` takes only multiples of 8.
 template <class E, bool past, Eight::How how>
 SIDECAR_AVX2 inline void floats_run(const uint8_t* in, const Eight e, size_t count, int copies, typename E::Type* out) {
     for (size_t i = 0; i + 8 <= count; i += 8) {

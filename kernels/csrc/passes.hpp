@@ -1,8 +1,8 @@
-// The two passes of the resize on rows of RGB bytes: the plain form, which is the definition. Those in registers (wide.hpp) have the
-// same bits.
+// The two passes of the resize on rows of RGB bytes: the plain form, which is the definition. The forms in registers
+// (wide.hpp) give the same bits.
 //
-// Rules: rows have SLACK readable and writable bytes behind their end; sums are int32 and cannot overflow, because the weights
-// of a position sum to 2^bits <= 2^22 and their absolute values to less than twice that.
+// Rules: rows have SLACK readable and writable bytes after their end; sums are int32 and cannot overflow, because the
+// weights of a position sum to 2^bits <= 2^22 and their absolute values to less than twice that.
 #pragma once
 
 #include "vectors.hpp"

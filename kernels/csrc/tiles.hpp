@@ -1,5 +1,5 @@
-// A resized image on a canvas of zeros, cut into tiles of planes, (tile, channel, y, x): one row at a time, so that however large a tile
-// is, one row of bytes lies between the resize and what goes out.
+// A resized image on a canvas of zeros, cut into tiles of planes, (tile, channel, y, x): one row at a time, so that
+// only one row of bytes is buffered, whatever the size of a tile.
 #pragma once
 
 #include "image.hpp"
@@ -7,11 +7,11 @@
 namespace sidecar {
 
 struct Canvas {
-    int height, width, top, left;  // where the resized image lies on it
+    int height, width, top, left;  // where the resized image is on it
     int tile_height, tile_width;   // divide height and width
 };
 
-// One row of RGB to one row a channel.
+// One row of RGB to one row per channel.
 inline void planes_plain(const uint8_t* in, int width, uint8_t* const* plane) {
     for (int x = 0; x < width; ++x)
         for (int c = 0; c < 3; ++c) plane[c][x] = in[3 * x + c];

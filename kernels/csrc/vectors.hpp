@@ -21,7 +21,7 @@
 
 #pragma GCC diagnostic push
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 takes its own _mm512_undefined for a fault
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own _mm512_undefined
 #endif
 
 namespace sidecar {
@@ -60,7 +60,7 @@ struct Wide {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(rows, 1));
     }
 
-    // Two lanes of a row: 32 bytes from `a` on where near, else 16 from `a` on and 16 from `b` on.
+    // Two lanes of a row: 32 bytes from `a` on if near, else 16 from `a` on and 16 from `b` on.
     template <bool near>
     static V fetch(const uint8_t* const* in, size_t a, size_t b) {
         if (near) return load(in[0] + a);

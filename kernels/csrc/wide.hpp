@@ -1,12 +1,13 @@
-// The passes and the layout in registers: one text for every width. vectors.hpp includes it once for each instruction set, inside a
-// namespace of its own, after a `Wide` that says what one register is; so what was tested at one width holds for the other.
+// The passes and the layout in registers, for every width. vectors.hpp includes this file once for each instruction
+// set, in a separate namespace, after a `Wide` that defines one register. A test at one width therefore covers the
+// other.
 //
 // Wide::rows rows share a register in the horizontal pass, 32 bytes of each.
 
 // --- horizontal ---
 
-// Four groups of output bytes of Wide::rows * 4 rows, which so share the loading of masks and weights. Gives, in each lane, four bytes of
-// every fourth register's row. steps_: 0 takes `steps`.
+// Four groups of output bytes of Wide::rows * 4 rows, which share the loading of masks and weights. Each lane of a
+// result holds four bytes of every fourth register's row. steps_: 0 means `steps`.
 template <bool near, int steps_>
 inline Wide::V slot(const uint8_t* const* in, size_t a, size_t b, const int8_t* mask, const int16_t* w, int steps, Wide::V half, __m128i shift) {
     using V = Wide::V;

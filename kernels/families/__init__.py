@@ -1,9 +1,8 @@
-"""The families of image processors that are known word for word, and how each is read from a model's files.
+"""The supported families of image processors, and how each is read from a model's files.
 
-A processor that is not in FAMILIES, that has a step or a setting of its own, or that something unknown calls, is None,
-which callers take as "pass the image through untouched": never a guess. The arithmetic of each is the processor's own,
-divisions in its order and rounding as Python rounds; tests/images/test_families.py holds each against the installed
-transformers.
+Rules: never guess. A processor that is not in FAMILIES, has an unknown step or setting, or has an unknown caller is
+None: images for it pass through untouched. The arithmetic of each family is the processor's own: divisions in its
+order, rounding like Python. tests/images/test_families.py checks each against the installed transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.kernels.families import any_resolution, idefics3, phi4, single_view, variable_patches
-from sidecar.kernels.families.identity import SETTINGS, Files, doubt, words
+from sidecar.kernels.families.identity import SETTINGS, Files, find_mismatch, words
 from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import BICUBIC, BILINEAR, ProcessorSpec
 
@@ -24,80 +23,97 @@ Reader = Callable[[Config, Config], ProcessorSpec]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One class of image processors: how its settings are read, as what, which it has, and what calls it so."""
+    """One class of image processors: the reader of its settings, its spec, the settings it has, and its callers."""
 
     read: Reader
-    made: type[ProcessorSpec]
+    spec_class: type[ProcessorSpec]
     settings: frozenset[str]
     callers: frozenset[str]
 
 
-def _family(read: Reader, made: type[ProcessorSpec], callers: str, settings: str = "") -> Family:
-    """A family by its own settings, which are added to those that all have."""
-    return Family(read, made, SETTINGS | words(settings), words(callers))
+def _family(read: Reader, spec_class: type[ProcessorSpec], callers: str, settings: str = "") -> Family:
+    """A family by its own settings, in addition to those that all have."""
+    return Family(read, spec_class, SETTINGS | words(settings), words(callers))
 
 
 _PATCHES: Final = "merge_size patch_size temporal_patch_size"
 _GEMMA: Final = "max_soft_tokens patch_size pooling_kernel_size"
 _QWEN: Final = _family(
-    single_view.qwen, single_view.Qwen2VLSpec,
+    single_view.read_qwen,
+    single_view.Qwen2VLSpec,
     "Qwen2VLProcessor Qwen2_5_VLProcessor Qwen3VLProcessor Qwen2_5OmniProcessor Qwen3OmniMoeProcessor",
     f"max_pixels min_pixels {_PATCHES}",
-)  # fmt: skip
+)
 _IDEFICS: Final = _family(
-    idefics3.idefics, idefics3.Idefics3Spec, "Idefics3Processor SmolVLMProcessor",
+    idefics3.read_idefics,
+    idefics3.Idefics3Spec,
+    "Idefics3Processor SmolVLMProcessor",
     "do_image_splitting max_image_size return_row_col_info video_sampling",
-)  # fmt: skip
+)
 
-# Class name in the file; its "Fast" form of transformers 4 is the same processor.
+# By class name in the file; the "Fast" form of transformers 4 is the same processor.
 FAMILIES: Final[Mapping[str, Family]] = {
     "Qwen2VLImageProcessor": _QWEN,  # Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and others: one processor, other numbers
     "Qwen2_5_VLImageProcessor": _QWEN,
     "Qwen3VLImageProcessor": _QWEN,
-    "Glm4vImageProcessor": _family(single_view.glm, single_view.Qwen2VLSpec, "Glm4vProcessor", _PATCHES),
-    "CLIPImageProcessor": _family(single_view.cropped, single_view.ClipSpec, "CLIPProcessor LlavaProcessor"),  # LLaVA-1.5
-    "LlavaImageProcessor": _family(single_view.cropped, single_view.ClipSpec, "LlavaProcessor"),
+    "Glm4vImageProcessor": _family(single_view.read_glm, single_view.Qwen2VLSpec, "Glm4vProcessor", _PATCHES),
+    # LLaVA-1.5
+    "CLIPImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "CLIPProcessor LlavaProcessor"),
+    "LlavaImageProcessor": _family(single_view.read_cropped, single_view.ClipSpec, "LlavaProcessor"),
     "SiglipImageProcessor": _family(
-        single_view.fixed(BICUBIC), single_view.SiglipSpec, "SiglipProcessor PaliGemmaProcessor Gemma3nProcessor LlavaProcessor",
+        single_view.read_fixed(BICUBIC), single_view.SiglipSpec,
+        "SiglipProcessor PaliGemmaProcessor Gemma3nProcessor LlavaProcessor",
     ),
     "Gemma3ImageProcessor": _family(
-        single_view.fixed(BILINEAR), single_view.SiglipSpec, "Gemma3Processor",
+        single_view.read_fixed(BILINEAR), single_view.SiglipSpec, "Gemma3Processor",
         "do_pan_and_scan pan_and_scan_max_num_crops pan_and_scan_min_crop_size pan_and_scan_min_ratio_to_activate",
     ),
-    "PixtralImageProcessor": _family(single_view.pixtral, single_view.PixtralSpec, "PixtralProcessor", "patch_size"),  # Mistral 3, too
+    # also Mistral 3
+    "PixtralImageProcessor": _family(
+        single_view.read_pixtral, single_view.PixtralSpec, "PixtralProcessor", "patch_size",
+    ),
     "Idefics3ImageProcessor": _IDEFICS,
     "SmolVLMImageProcessor": _IDEFICS,
     "GotOcr2ImageProcessor": _family(  # InternVL 3 and 3.5, Aya Vision, GOT-OCR 2
-        any_resolution.intern_vl, any_resolution.InternVLSpec, "GotOcr2Processor InternVLProcessor AyaVisionProcessor QianfanOCRProcessor",
+        any_resolution.read_intern_vl, any_resolution.InternVLSpec,
+        "GotOcr2Processor InternVLProcessor AyaVisionProcessor QianfanOCRProcessor",
         "crop_to_patches max_patches min_patches",
     ),
     "LlavaNextImageProcessor": _family(
-        any_resolution.llava_next, any_resolution.AnyResolutionSpec, "LlavaNextProcessor", "aspect_ratio_setting image_grid_pinpoints",
+        any_resolution.read_llava_next, any_resolution.AnyResolutionSpec,
+        "LlavaNextProcessor", "aspect_ratio_setting image_grid_pinpoints",
     ),
     "LlavaOnevisionImageProcessor": _family(
-        any_resolution.llava_one_vision, any_resolution.AnyResolutionSpec, "LlavaOnevisionProcessor", "image_grid_pinpoints",
+        any_resolution.read_llava_one_vision, any_resolution.AnyResolutionSpec,
+        "LlavaOnevisionProcessor", "image_grid_pinpoints",
     ),
     "Llama4ImageProcessor": _family(
-        any_resolution.llama_4, any_resolution.Llama4Spec, "Llama4Processor", "max_patches resize_to_max_canvas",
+        any_resolution.read_llama_4, any_resolution.Llama4Spec, "Llama4Processor", "max_patches resize_to_max_canvas",
     ),
-    "Gemma4ImageProcessor": _family(variable_patches.gemma, variable_patches.Gemma4Spec, "Gemma4Processor", _GEMMA),
-    "Gemma4UnifiedImageProcessor": _family(variable_patches.gemma_unified, variable_patches.Gemma4Spec, "Gemma4UnifiedProcessor", _GEMMA),
+    "Gemma4ImageProcessor": _family(
+        variable_patches.read_gemma, variable_patches.Gemma4Spec, "Gemma4Processor", _GEMMA,
+    ),
+    "Gemma4UnifiedImageProcessor": _family(
+        variable_patches.read_gemma_unified, variable_patches.Gemma4Spec, "Gemma4UnifiedProcessor", _GEMMA,
+    ),
     "Kimi_K25ImageProcessor": _family(
-        variable_patches.kimi, variable_patches.KimiSpec, "Kimi_K25Processor", "max_patches merge_size patch_size",
+        variable_patches.read_kimi, variable_patches.KimiSpec, "Kimi_K25Processor", "max_patches merge_size patch_size",
     ),
     "MiniCPMV4_6ImageProcessor": _family(
-        variable_patches.minicpm, variable_patches.MiniCPMSpec, "MiniCPMV4_6Processor",
+        variable_patches.read_minicpm, variable_patches.MiniCPMSpec, "MiniCPMV4_6Processor",
         "downsample_mode max_slice_nums patch_size scale_resolution slice_mode use_image_id",
     ),
     "Phi4MultimodalImageProcessor": _family(
-        phi4.phi_4, phi4.Phi4Spec, "Phi4MultimodalProcessor", "dynamic_hd patch_size",
+        phi4.read_phi_4, phi4.Phi4Spec, "Phi4MultimodalProcessor", "dynamic_hd patch_size",
     ),
 }  # fmt: skip
-CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {family.made.__name__: family.made for family in FAMILIES.values()}
+CLASSES: Final[Mapping[str, type[ProcessorSpec]]] = {
+    family.spec_class.__name__: family.spec_class for family in FAMILIES.values()
+}
 
 
 def from_config(config: Config, model: Config | None = None) -> ProcessorSpec | None:
-    """Read the content of a `preprocessor_config.json`. None where the processor, or a step of it, is not known.
+    """Read the content of a `preprocessor_config.json`. None if the processor, or a step of it, is not known.
 
     `model` is the top level of `processor_config.json`, which some families need for counting tokens.
     """
@@ -106,7 +122,7 @@ def from_config(config: Config, model: Config | None = None) -> ProcessorSpec | 
 
 
 def _from_config(config: Config, files: Files) -> ProcessorSpec | str:
-    """The processor, or why it is not known."""
+    """The processor, or why it is not known (one line)."""
     name = config.get("image_processor_type")
     if not isinstance(name, str):
         return "its files name no image processor"
@@ -115,7 +131,7 @@ def _from_config(config: Config, files: Files) -> ProcessorSpec | str:
     if family is None:
         return f"{name[:64]} is not one of the known image processors"
     try:
-        return doubt(name, family.settings, family.callers, config, files) or family.read(config, files.model)
+        return find_mismatch(name, family.settings, family.callers, config, files) or family.read(config, files.model)
     except ValueError as e:
         return f"{name}: {str(e)[:80]}"
     except (KeyError, TypeError, AttributeError) as e:
@@ -125,14 +141,14 @@ def _from_config(config: Config, files: Files) -> ProcessorSpec | str:
 def from_dir(path: str) -> ProcessorSpec | None:
     """Read a model's directory: `processor_config.json` (its image part) and `preprocessor_config.json`.
 
-    Which of the two is read differs between versions of the engines' libraries: where both are there and disagree, None.
+    Versions of the engines' libraries differ in which of the two they read: if both exist and disagree, None.
     """
-    found = explained(path)
+    found = explain(path)
     return found if isinstance(found, ProcessorSpec) else None
 
 
-def explained(path: str) -> ProcessorSpec | str:
-    """The processor of a model's directory, or why it is not known, for people who wonder that images pass."""
+def explain(path: str) -> ProcessorSpec | str:
+    """The processor of a model's directory, or why it is not known."""
     model, tokenizer, top = (
         _read(Path(path) / name) for name in ("processor_config.json", "tokenizer_config.json", "config.json")
     )
@@ -162,7 +178,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is none."""
+    """A JSON file's object; empty if there is none."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,29 +1,29 @@
-"""The families whose processors resize an image to a canvas of whole tiles, and make a small copy of all of it besides.
+"""Families whose processors resize an image to a canvas of whole tiles and add a small copy of the whole image.
 
-The tiles follow from the original's size, so that no resized image could be handed on in its place.
+The tiles depend on the original's size, so a resized image cannot replace it.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 from sidecar.kernels.families.reading import (
-    CLIP,
-    HALF,
+    CLIP_MEAN_STD,
+    HALF_MEAN_STD,
     Config,
-    common,
-    count,
-    default,
-    needed,
-    optional,
-    pair,
-    positive,
-    steps,
+    check_count,
+    check_pair,
+    check_positive,
+    check_steps,
+    get_or,
+    optional_count,
+    read_common,
+    require,
 )
 from sidecar.kernels.grid import (
     BICUBIC,
@@ -38,10 +38,10 @@ from sidecar.kernels.grid import (
     i64,
 )
 
-MOST_TILES: Final = 256
-MOST_PINPOINTS: Final = 1024
+MAX_TILES: Final = 256
+MAX_PINPOINTS: Final = 1024
 
-# What calls GotOcr2ImageProcessor -> whether it then cuts tiles, whatever the file says; None: as the file says
+# Caller of GotOcr2ImageProcessor -> whether it cuts tiles, regardless of the file; None: as the file says.
 CUTS: Final[Mapping[str | None, bool | None]] = {
     None: None,
     "GotOcr2Processor": False,
@@ -53,7 +53,7 @@ CUTS: Final[Mapping[str | None, bool | None]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InternVLSpec(TileSpec):
-    """InternVL's: the grid of tiles whose aspect is closest, stretched to fill it, and then the whole image as one more tile."""
+    """InternVL's: stretched to the grid of tiles with the closest aspect; then the whole image as one more tile."""
 
     height: int
     width: int
@@ -63,40 +63,43 @@ class InternVLSpec(TileSpec):
     tokens_per_tile: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
-        columns, rows = self._grid(height, width) if self.cuts else (1, 1)
-        tile, canvas = (self.height, self.width), (self.height * rows, self.width * columns)
+        height, width = check_positive(height, width)
+        tile = self.height, self.width
+        grids = _grids(self.min_tiles, self.max_tiles) if self.cuts else ()
+        columns, rows = closest_grid(grids, height, width, tile)
+        canvas = self.height * rows, self.width * columns
         views = (ImageView(canvas, canvas, tile), ImageView(tile, tile, tile))[: 2 if rows * columns > 1 else 1]
         tokens = self.tokens_per_tile * sum(view.tiles for view in views)
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
-
-    def _grid(self, height: int, width: int) -> Size:
-        """Columns and rows. Of equally close grids the later one, as long as the image fills half of it."""
-        best, least = (1, 1), math.inf
-        for columns, rows in _grids(self.min_tiles, self.max_tiles):
-            difference = abs(width / height - columns / rows)
-            half = 0.5 * self.height * self.width * columns * rows
-            if difference < least or (difference == least and width * height > half):
-                best, least = (columns, rows), difference
-        return best
 
     def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
         return {"num_patches": i64([len(images)], (g.tiles for g in images))}
 
 
+def closest_grid(grids: Iterable[Size], height: int, width: int, tile: Size) -> Size:
+    """The (columns, rows) closest to the image's aspect; on a tie the later one, if the image fills half of it."""
+    best, smallest = (1, 1), math.inf
+    for columns, rows in grids:
+        difference = abs(width / height - columns / rows)
+        half = 0.5 * tile[0] * tile[1] * columns * rows
+        if difference < smallest or (difference == smallest and width * height > half):
+            best, smallest = (columns, rows), difference
+    return best
+
+
 @lru_cache(8)
-def _grids(least: int, most: int) -> tuple[Size, ...]:
-    """(columns, rows) of `least` to `most` tiles, fewer tiles first."""
-    all_grids = ((x, y) for x in range(1, most + 1) for y in range(1, most + 1) if least <= x * y <= most)
+def _grids(lowest: int, most: int) -> tuple[Size, ...]:
+    """(columns, rows) of `lowest` to `most` tiles, fewer tiles first."""
+    all_grids = ((x, y) for x in range(1, most + 1) for y in range(1, most + 1) if lowest <= x * y <= most)
     return tuple(sorted(all_grids, key=lambda grid: grid[0] * grid[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnyResolutionSpec(TileSpec):
-    """LLaVA-NeXT's and LLaVA-OneVision's: one of the sizes in a list, padded around; the whole image as one tile comes first.
+    """LLaVA-NeXT's and LLaVA-OneVision's: the whole image as one tile, then the best of a list of sizes, padded.
 
-    Tokens: `side` a side of a tile, `base` for the whole image, `less` of them in the end; of rows and columns over
-    `most_tiles` tiles some are left out.
+    Tokens: `side` per side of a tile, `base` for the whole image, minus `less`; rows and columns over `most_tiles`
+    tiles are thinned out.
     """
 
     batch: ClassVar[str] = FILLED
@@ -110,7 +113,7 @@ class AnyResolutionSpec(TileSpec):
     most_tiles: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         canvas = self._canvas(height, width)
         across, down = canvas[1] / width, canvas[0] / height
         if across < down:
@@ -126,18 +129,18 @@ class AnyResolutionSpec(TileSpec):
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
     def _canvas(self, height: int, width: int) -> Size:
-        """The size that keeps most of the image's pixels, and of such the one that wastes least."""
-        best, most, least = (0, 0), 0, math.inf
+        """The size that keeps most of the image's pixels; on a tie, the one that wastes least."""
+        best, most, lowest = (0, 0), 0, math.inf
         for canvas in self.pinpoints:
             scale = min(canvas[1] / width, canvas[0] / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
             wasted = canvas[0] * canvas[1] - kept
-            if kept > most or (kept == most and wasted < least):
-                best, most, least = canvas, kept, wasted
+            if kept > most or (kept == most and wasted < lowest):
+                best, most, lowest = canvas, kept, wasted
         return best
 
     def _tokens(self, height: int, width: int, canvas: Size) -> int:
-        """Those of the tiles without their padding, one more a row, and those of the whole image."""
+        """Tokens of the tiles without padding, one more per row, plus those of the whole image."""
         rows, columns = self.side * (canvas[0] // self.tile), self.side * (canvas[1] // self.tile)
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
@@ -159,14 +162,14 @@ class AnyResolutionSpec(TileSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Llama4Spec(TileSpec):
-    """Llama 4's: the canvas that needs least resizing, padded below and to the right; then the whole image as one more tile.
+    """Llama 4's: the canvas that needs least resizing, padded below and right; then the whole image as one more tile.
 
-    Values are computed in bfloat16. So is, in float32, what Hugging Face computes with tensors here.
+    Values are computed in bfloat16; sizes are rounded to float32 where Hugging Face computes them with tensors.
     """
 
     tile: int
     max_tiles: int
-    largest: bool = False  # whether an image is enlarged as far as there is a canvas
+    largest: bool = False  # whether an image is enlarged as far as the canvases allow
     tokens_per_tile: int = 0
 
     @property
@@ -174,7 +177,7 @@ class Llama4Spec(TileSpec):
         return "BF16" if self.do_normalize else "F32" if self.do_rescale else "U8"
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         canvas = self._canvas(height, width)
         size = self._size(height, width, canvas)
         tile = (self.tile, self.tile)
@@ -183,16 +186,16 @@ class Llama4Spec(TileSpec):
         return Geometry(*canvas, tokens=tokens, views=views, original=(height, width))
 
     def _canvas(self, height: int, width: int) -> Size:
-        """Of the canvases that the image fits into by the least enlargement, or else by the least shrinking, the smallest."""
+        """The smallest canvas among those that need the least enlargement, or else the least shrinking."""
         scales = {c: min(single(c[0] / height), single(c[1] / width)) for c in _canvases(self.tile, self.max_tiles)}
         larger = [scale for scale in scales.values() if scale >= 1]
         scale = max(scales.values()) if not larger else max(larger) if self.largest else min(larger)
         return min((c for c, s in scales.items() if s == scale), key=lambda c: c[0] * c[1])
 
     def _size(self, height: int, width: int, canvas: Size) -> Size:
-        """The image's own aspect within the canvas, and no larger than the image or one tile.
+        """The image's own aspect within the canvas, no larger than the image or one tile.
 
-        A scale comes from the canvas's side, which is a tensor (float32), or from a plain number (float64): as it happens there.
+        A scale is float32 if it comes from the canvas's side, which is a tensor there, else float64.
         """
         if self.largest:
             most, rounds = canvas, (True, True)
@@ -212,14 +215,14 @@ class Llama4Spec(TileSpec):
 
 
 def single(value: float) -> float:
-    """A double as float32 rounds it; sums of a division or a product of float32s so come out as float32 has them."""
+    """Round a double to float32; quotients and products of float32s then equal float32 arithmetic."""
     rounded: float = struct.unpack("f", struct.pack("f", value))[0]
     return rounded
 
 
 @lru_cache(8)
 def _canvases(tile: int, most: int) -> tuple[Size, ...]:
-    """All canvases of 1 to `most` tiles, in the processor's order: by aspect, as each first comes when counting down."""
+    """All canvases of 1 to `most` tiles in the processor's order: by aspect, in order of first appearance."""
     by_aspect: dict[float, list[Size]] = {}
     for tiles in range(most, 0, -1):
         for rows in (n for n in range(1, tiles + 1) if tiles % n == 0):
@@ -230,64 +233,77 @@ def _canvases(tile: int, most: int) -> tuple[Size, ...]:
 # --- from a model's files ---
 
 
-def intern_vl(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    cuts = CUTS[default(config, "processor_class", model.get("processor_class"))]
+def read_intern_vl(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    cuts = CUTS[get_or(config, "processor_class", model.get("processor_class"))]
     if cuts is None:
-        cuts = default(config, "crop_to_patches", False)
+        cuts = get_or(config, "crop_to_patches", False)
     if type(cuts) is not bool:
         raise ValueError("crop_to_patches is neither true nor false")
-    height, width = pair(needed(config, "size"))
-    least, most = (count(needed(config, key), MOST_TILES) if cuts else 1 for key in ("min_patches", "max_patches"))
+    height, width = check_pair(require(config, "size"))
+    lowest, most = (
+        check_count(require(config, key), MAX_TILES) if cuts else 1 for key in ("min_patches", "max_patches")
+    )
     return InternVLSpec(
-        **common(config, BICUBIC, CLIP), height=height, width=width, cuts=cuts, min_tiles=least, max_tiles=most,
-        tokens_per_tile=optional(model.get("image_seq_length")),
-    )  # fmt: skip
+        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        height=height,
+        width=width,
+        cuts=cuts,
+        min_tiles=lowest,
+        max_tiles=most,
+        tokens_per_tile=optional_count(model.get("image_seq_length")),
+    )
 
 
-def llava_next(config: Config, model: Config) -> ProcessorSpec:
-    needed(config, "crop_size")
-    if default(config, "aspect_ratio_setting", "anyres") != "anyres":
+def read_llava_next(config: Config, model: Config) -> ProcessorSpec:
+    require(config, "crop_size")
+    if get_or(config, "aspect_ratio_setting", "anyres") != "anyres":
         raise ValueError("aspect_ratio_setting is not anyres")
-    spec = _any_resolution(config)
-    patch = optional(model.get("patch_size"))
+    spec = _read_any_resolution(config)
+    patch = optional_count(model.get("patch_size"))
     side = spec["tile"] // patch if patch else 0
-    base = side * side + optional(model.get("num_additional_image_tokens"))
+    base = side * side + optional_count(model.get("num_additional_image_tokens"))
     less = int(model.get("vision_feature_select_strategy") == "default")
     return AnyResolutionSpec(**spec, side=side, base=base, less=less)
 
 
-def llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
-    spec = _any_resolution(config)
-    base = optional(model.get("num_image_tokens"))
+def read_llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
+    spec = _read_any_resolution(config)
+    base = optional_count(model.get("num_image_tokens"))
     aspect = str(model.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_")
     less = int(model.get("vision_feature_select_strategy") == "default")
-    most = count(int(aspect), 1 << 10) if base else 0
+    most = check_count(int(aspect), 1 << 10) if base else 0
     return AnyResolutionSpec(**spec, counts_images=True, side=math.isqrt(base), base=base, less=less, most_tiles=most)
 
 
-def _any_resolution(config: Config) -> dict[str, Any]:
-    """Raises ValueError where a tile would be resized or cut once more."""
-    steps(config, do_pad=True, do_center_crop=...)
-    size, crop = needed(config, "size"), config.get("crop_size")
-    height, width = pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
-    if height != width or (crop is not None and pair(crop) != (height, width)):
+def _read_any_resolution(config: Config) -> dict[str, Any]:
+    """The common fields. Raises ValueError if a tile would be resized or cut again."""
+    check_steps(config, do_pad=True, do_center_crop=...)
+    size, crop = require(config, "size"), config.get("crop_size")
+    height, width = check_pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
+    if height != width or (crop is not None and check_pair(crop) != (height, width)):
         raise ValueError("tiles of another size than the whole image's")
-    points = tuple((count(y, 1 << 14), count(x, 1 << 14)) for y, x in needed(config, "image_grid_pinpoints"))
-    if not 0 < len(points) <= MOST_PINPOINTS or any(y % height or x % width for y, x in points):
-        raise ValueError("image_grid_pinpoints are no whole numbers of tiles")
-    return {**common(config, BICUBIC, CLIP), "tile": height, "pinpoints": points}
+    points = tuple(
+        (check_count(y, 1 << 14), check_count(x, 1 << 14)) for y, x in require(config, "image_grid_pinpoints")
+    )
+    if not 0 < len(points) <= MAX_PINPOINTS or any(y % height or x % width for y, x in points):
+        raise ValueError("image_grid_pinpoints are not whole numbers of tiles")
+    return {**read_common(config, BICUBIC, CLIP_MEAN_STD), "tile": height, "pinpoints": points}
 
 
-def llama_4(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    height, width = pair(needed(config, "size"))
-    largest = default(config, "resize_to_max_canvas", False)
-    numbers = common(config, BILINEAR, HALF)
+def read_llama_4(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    height, width = check_pair(require(config, "size"))
+    largest = get_or(config, "resize_to_max_canvas", False)
+    numbers = read_common(config, BILINEAR, HALF_MEAN_STD)
     if height != width or type(largest) is not bool or (numbers["do_normalize"] and not numbers["do_rescale"]):
-        raise ValueError("not taken by this processor")
-    patch, shuffle = optional(model.get("patch_size")), model.get("pixel_shuffle_ratio")
+        raise ValueError("not accepted by this processor")
+    patch, shuffle = optional_count(model.get("patch_size")), model.get("pixel_shuffle_ratio")
     tokens = (height // patch) ** 2 // round(1.0 / shuffle**2) if patch and shuffle else 0
     return Llama4Spec(
-        **numbers, tile=height, max_tiles=count(needed(config, "max_patches"), MOST_TILES), largest=largest, tokens_per_tile=tokens,
-    )  # fmt: skip
+        **numbers,
+        tile=height,
+        max_tiles=check_count(require(config, "max_patches"), MAX_TILES),
+        largest=largest,
+        tokens_per_tile=tokens,
+    )

@@ -1,4 +1,7 @@
-"""Idefics 3's and SmolVLM's: resized step by step, each of what the last one gave. The first step is a fixed point, which can be handed on."""
+"""Idefics 3's and SmolVLM's processor: resizes in steps, each from the last result.
+
+The first step is a fixed point: its result can replace the original.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from sidecar.kernels.families.reading import HALF, Config, common, count, needed, optional, positive, steps
+from sidecar.kernels.families.reading import (
+    HALF_MEAN_STD,
+    Config,
+    check_count,
+    check_positive,
+    check_steps,
+    optional_count,
+    read_common,
+    require,
+)
 from sidecar.kernels.grid import LANCZOS, Geometry, ImageView, Integers, ProcessorSpec, Repeated, Size, TileSpec
 
-IDEFICS_MOST: Final = 4096  # pixels of the longer side
+MAX_SIDE: Final = 4096  # pixels of the longer side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idefics3Spec(TileSpec):
-    """Idefics 3's and SmolVLM's: the longer side to `longest`, then to whole tiles; the whole image as one tile comes last."""
+    """Idefics 3's and SmolVLM's: the longer side to `longest`, then whole tiles; then the whole image as one tile."""
 
     inline: ClassVar[bool] = True
 
@@ -25,7 +37,7 @@ class Idefics3Spec(TileSpec):
     tokens_per_tile: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        first = _below(*_to_longest(*positive(height, width), self.longest))
+        first = _below(*_to_longest(*check_positive(height, width), self.longest))
         tile = (self.tile, self.tile)
         canvas = self._canvas(*first) if self.splits else tile
         views = [ImageView(canvas, canvas, tile, before=(first,))]
@@ -35,7 +47,7 @@ class Idefics3Spec(TileSpec):
         return Geometry(*first, tokens=tokens, views=tuple(views), original=(height, width))
 
     def _canvas(self, height: int, width: int) -> Size:
-        """Whole tiles: the longer side rounded up, then what follows from it."""
+        """Whole tiles: the longer side rounded up, then the other one by the aspect."""
         aspect, tile = width / height, self.tile
         if width >= height:
             width = math.ceil(width / tile) * tile
@@ -54,7 +66,7 @@ class Idefics3Spec(TileSpec):
 
 
 def _to_longest(height: int, width: int, longest: int) -> Size:
-    """The longer side becomes `longest`, the other one follows and is made even."""
+    """Resize the longer side to `longest`; the other one keeps the aspect and becomes even."""
     aspect = width / height
     if width >= height:
         width, height = longest, int(longest / aspect)
@@ -67,23 +79,26 @@ def _to_longest(height: int, width: int, longest: int) -> Size:
 
 def _below(height: int, width: int) -> Size:
     aspect = width / height
-    if width >= height and width > IDEFICS_MOST:
-        width, height = IDEFICS_MOST, int(IDEFICS_MOST / aspect)
-    elif height > width and height > IDEFICS_MOST:
-        height, width = IDEFICS_MOST, int(IDEFICS_MOST * aspect)
+    if width >= height and width > MAX_SIDE:
+        width, height = MAX_SIDE, int(MAX_SIDE / aspect)
+    elif height > width and height > MAX_SIDE:
+        height, width = MAX_SIDE, int(MAX_SIDE * aspect)
     return max(height, 1), max(width, 1)
 
 
 # --- from a model's files ---
 
 
-def idefics(config: Config, model: Config) -> ProcessorSpec:
-    steps(config, do_pad=True, return_row_col_info=False)
-    size, tile = needed(config, "size"), needed(config, "max_image_size")
+def read_idefics(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config, do_pad=True, return_row_col_info=False)
+    size, tile = require(config, "size"), require(config, "max_image_size")
     if set(size) != {"longest_edge"} or set(tile) != {"longest_edge"}:
         raise ValueError("not a size of this processor")
     splits = config.get("do_image_splitting", True)
     return Idefics3Spec(
-        **common(config, LANCZOS, HALF), longest=count(size["longest_edge"], 1 << 14), tile=count(tile["longest_edge"], 1 << 14),
-        splits=splits is not False, tokens_per_tile=optional(model.get("image_seq_len")),
-    )  # fmt: skip
+        **read_common(config, LANCZOS, HALF_MEAN_STD),
+        longest=check_count(size["longest_edge"], 1 << 14),
+        tile=check_count(tile["longest_edge"], 1 << 14),
+        splits=splits is not False,
+        tokens_per_tile=optional_count(model.get("image_seq_len")),
+    )

@@ -1,8 +1,8 @@
-"""What a model must say of its image processor to be taken for a known one: a class's name may stand for other code.
+"""Check that a model's image processor really is the known one: a class name may stand for other code.
 
-Each name in a model's files must be on a list here (what calls the processor, the model's architecture), each setting
-must be one that the class has, and no file may name code of the model's own. tests/images/test_identity.py holds the
-lists against the installed transformers, and against files as they are published.
+Rules: each name in a model's files (the processor's caller, the model's architecture) must be on a list here. Each
+setting must be one that the class has. No file may name custom code. tests/images/test_identity.py checks the lists
+against the installed transformers and against published files.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Final
 
 from sidecar.kernels.families.reading import Config
 
-# What a message shows of a name, and how many names.
+# Characters of a name in a message, and number of names.
 _SHOWN, _NAMES = 64, 3
-# The parts of an `auto_map` that concern images; a model's configuration, weights and tokenizer may be code of its own.
+# The parts of an `auto_map` that concern images; configuration, weights and tokenizer may be custom code.
 _PROCESSORS: Final = frozenset(("AutoProcessor", "AutoImageProcessor"))
 
 
@@ -24,7 +24,7 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Settings that all image processors of transformers have, and what their files say besides.
+# Settings that all image processors of transformers have, and other keys of their files.
 SETTINGS: Final = words(
     "auto_map crop_size data_format default_to_square device disable_grouping do_center_crop do_convert_rgb "
     "do_normalize do_pad do_rescale do_resize feature_extractor_type image_mean image_processor_type "
@@ -32,7 +32,7 @@ SETTINGS: Final = words(
     "size _processor_class _valid_kwargs_names _valid_processor_keys"
 )
 
-# Settings of an audio processor, which stand in the same file where a model hears, too: none of them changes an image.
+# Settings of an audio processor in the same file; none of them changes an image.
 AUDIO: Final[Mapping[str, frozenset[str]]] = {
     "WhisperFeatureExtractor": words(
         "chunk_length dither feature_size hop_length n_fft n_samples nb_max_frames padding_side padding_value "
@@ -45,7 +45,7 @@ AUDIO: Final[Mapping[str, frozenset[str]]] = {
     ),
 }
 
-# Processors that hand an image to their image processor as it came -> the architectures of the models that have them.
+# Processors that pass an image unchanged to their image processor -> the architectures of the models that use them.
 CALLERS: Final[Mapping[str, frozenset[str]]] = {
     "Qwen2VLProcessor": words("Qwen2VLForConditionalGeneration"),
     "Qwen2_5_VLProcessor": words("Qwen2_5_VLForConditionalGeneration"),
@@ -79,7 +79,7 @@ CALLERS: Final[Mapping[str, frozenset[str]]] = {
     "Phi4MultimodalProcessor": words("Phi4MultimodalForCausalLM"),
 }
 
-# What those have in `processor_config.json`: parts of their own, and numbers and words for the prompt.
+# Their settings in `processor_config.json`: parts, and numbers and words for the prompt.
 CALLERS_SETTINGS: Final = words(
     "audio_ms_per_token audio_processor audio_seq_length auto_map chat_template downsample_factor "
     "end_of_image_token end_of_img_token fake_image_token feature_extractor image_break_token image_end_token "
@@ -93,27 +93,27 @@ CALLERS_SETTINGS: Final = words(
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What else a model's directory says: the objects of its other files, empty where there are none."""
+    """The objects of a model's other files; empty if there are none."""
 
     model: Config = field(default_factory=dict)  # processor_config.json
     tokenizer: Config = field(default_factory=dict)  # tokenizer_config.json
     config: Config = field(default_factory=dict)  # config.json
 
 
-def doubt(name: str, settings: frozenset[str], callers: frozenset[str], config: Config, files: Files) -> str:
-    """Why a model whose files name the image processor `name` may have another one; "" where nothing speaks against it.
+def find_mismatch(name: str, settings: frozenset[str], callers: frozenset[str], config: Config, files: Files) -> str:
+    """Why a model whose files name the image processor `name` may have another one; "" if there is no sign of it.
 
-    `config`: what the files say of the image processor itself; `settings`: all that this class has.
+    `config`: the image processor's own settings; `settings`: all settings that this class has.
     """
     if config.get("auto_map"):
-        return f"{name} is code of the model's own here (auto_map)"
+        return f"{name} is custom code of the model (auto_map)"
     if strange := set(config) - settings - AUDIO.get(str(config.get("feature_extractor_type")), frozenset()):
-        return f"{name} has no setting {_shown(strange)}: another processor bears its name"
-    return _called_otherwise(name, callers, config, files)
+        return f"{name} has no setting {_shown(strange)}: another processor uses its name"
+    return _caller_mismatch(name, callers, config, files)
 
 
-def _called_otherwise(name: str, callers: frozenset[str], config: Config, files: Files) -> str:
-    """Why what calls the image processor may do more than to call it; "" where nothing says so."""
+def _caller_mismatch(name: str, callers: frozenset[str], config: Config, files: Files) -> str:
+    """Why the image processor's caller may do more than call it; "" if there is no sign of it."""
     named = (
         ("processor_config.json", set(files.model.get("auto_map") or ())),
         ("tokenizer_config.json", _PROCESSORS & set(files.tokenizer.get("auto_map") or ())),
@@ -121,17 +121,17 @@ def _called_otherwise(name: str, callers: frozenset[str], config: Config, files:
     )
     for file, own in named:
         if own:
-            return f"{file} names a processor of the model's own (auto_map)"
+            return f"{file} names a custom processor of the model (auto_map)"
     if strange := set(files.model) - CALLERS_SETTINGS:
-        return f"processor_config.json has a setting that is not known: {_shown(strange)}"
+        return f"processor_config.json has an unknown setting: {_shown(strange)}"
     classes = _named(files.model, config) or _named(files.tokenizer) or _named(files.config)  # transformers' own order
     if len(classes) > 1:
         return f"the files name different processors: {_shown(classes)}"
     if classes - callers:
-        return f"{_shown(classes - callers)} is not known to call {name} as it stands (processor_class)"
+        return f"{_shown(classes - callers)} is not known to call {name} unchanged (processor_class)"
     fitting = frozenset[str]().union(*(CALLERS[caller] for caller in classes or callers))
     if strange := {str(found) for found in files.config.get("architectures") or ()} - fitting:
-        return f"{_shown(strange)} is not known to call {name} as it stands (architectures)"
+        return f"{_shown(strange)} is not known to call {name} unchanged (architectures)"
     return ""
 
 

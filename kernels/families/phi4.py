@@ -1,4 +1,4 @@
-"""Families whose tensors are not made here, but whose tokens are known."""
+"""Phi-4-multimodal's processor: its tokens are known, its tensors are not made here."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from sidecar.kernels.families.any_resolution import MOST_TILES
-from sidecar.kernels.families.reading import HALF, Config, common, count, needed, pair, positive, steps
+from sidecar.kernels.families.any_resolution import MAX_TILES, closest_grid
+from sidecar.kernels.families.reading import (
+    HALF_MEAN_STD,
+    Config,
+    check_count,
+    check_pair,
+    check_positive,
+    check_steps,
+    read_common,
+    require,
+)
 from sidecar.kernels.grid import BICUBIC, Geometry, ProcessorSpec, Size
 
-WHOLE_TOKENS = 256 + 1 + 16  # of the small copy of all of the image, and what separates it
+WHOLE_TOKENS = 256 + 1 + 16  # of the small copy of the whole image, with separators
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phi4Spec(ProcessorSpec):
-    """Phi-4-multimodal's: whole tiles, padded, and a small copy. That one is resized in floating point, which no integers equal."""
+    """Phi-4-multimodal's: whole tiles, padded, and a small copy, which is resized in floating point."""
 
     tensors: ClassVar[bool] = False
     inline: ClassVar[bool] = False
@@ -27,7 +36,7 @@ class Phi4Spec(ProcessorSpec):
     max_tiles: int
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         columns, rows = self._grid(height, width)
         canvas = self.tile * rows, self.tile * columns
         across, down = canvas[1] / width, canvas[0] / height
@@ -43,30 +52,24 @@ class Phi4Spec(ProcessorSpec):
         )
 
     def _grid(self, height: int, width: int) -> Size:
-        """Columns and rows: as many as the image has, or else the closest aspect, as InternVL chooses it."""
+        """Columns and rows: as many as the image fills, or else those of the closest aspect, as in InternVL."""
         columns, rows = math.ceil(width / self.tile), math.ceil(height / self.tile)
         if columns * rows <= self.max_tiles:
             return columns, rows
-        best, least = (1, 1), math.inf
-        for grid in _grids(self.max_tiles):
-            difference = abs(width / height - grid[0] / grid[1])
-            half = 0.5 * self.tile * self.tile * grid[0] * grid[1]
-            if difference < least or (difference == least and width * height > half):
-                best, least = grid, difference
-        return best
+        return closest_grid(_grids(self.max_tiles), height, width, (self.tile, self.tile))
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:
         raise NotImplementedError
 
 
 def _even(patches: int, padding: int, side: int) -> int:
-    """Every other patch of each tile, those of the padding left out."""
+    """The number of every other patch of each tile, without the padding."""
     return sum(i % side % 2 == 0 for i in range(patches - padding))
 
 
 @lru_cache(8)
 def _grids(most: int) -> tuple[Size, ...]:
-    """Of equally many tiles, in the order of a set: the processor sorts one, so that ties come as Python's hashes have them."""
+    """By number of tiles; ties are in set order, because the processor sorts a set."""
     grids = {(x, y) for n in range(1, most + 1) for x in range(1, n + 1) for y in range(1, n + 1) if 1 <= x * y <= most}
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
@@ -74,12 +77,14 @@ def _grids(most: int) -> tuple[Size, ...]:
 # --- from a model's files ---
 
 
-def phi_4(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    height, width = pair(needed(config, "size"))
+def read_phi_4(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    height, width = check_pair(require(config, "size"))
     if height != width:
-        raise ValueError("not taken by this processor")
+        raise ValueError("not accepted by this processor")
     return Phi4Spec(
-        **common(config, BICUBIC, HALF), tile=height, patch=count(needed(config, "patch_size"), 256),
-        max_tiles=count(needed(config, "dynamic_hd"), MOST_TILES),
-    )  # fmt: skip
+        **read_common(config, BICUBIC, HALF_MEAN_STD),
+        tile=height,
+        patch=check_count(require(config, "patch_size"), 256),
+        max_tiles=check_count(require(config, "dynamic_hd"), MAX_TILES),
+    )

@@ -1,7 +1,8 @@
-"""Numbers out of a model's files, each checked: what all families of processors share.
+"""Read and check numbers of a model's files, for all families of processors.
 
-Rules: a value that the arithmetic does not hold for raises ValueError, KeyError or TypeError, never becomes a guess. None in a
-file is a default, as the processors take it; but no size has a default: a file without one is not the processor's own.
+Rules: a value that the arithmetic does not support raises ValueError, KeyError or TypeError; nothing is guessed. None
+in a file means the default, as in the processors. Sizes have no default: a file without one is not the processor's
+own.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from typing import Any, Final
 
 from sidecar.kernels.grid import RESAMPLES, Size
 
-CLIP: Final = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF: Final = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP_MEAN_STD: Final = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF_MEAN_STD: Final = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 Config = Mapping[str, Any]
 
 
-def common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str, Any]:
-    """The numbers that all families have. Raises ValueError, KeyError or TypeError for values that the arithmetic does not hold for."""
+def read_common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> dict[str, Any]:
+    """The numbers that all families have. Raises ValueError, KeyError or TypeError for unsupported values."""
     values: dict[str, Any] = {
-        "resample": resample, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean_std[0],
+        "resample": resample,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean_std[0],
         "image_std": mean_std[1],
-    }  # fmt: skip
+    }
     values |= {key: config[key] for key in values if config.get(key) is not None}
     values |= {key: tuple(float(v) for v in values[key]) for key in ("image_mean", "image_std")}
     if values["resample"] not in RESAMPLES:
@@ -35,12 +40,12 @@ def common(config: Config, resample: int, mean_std: tuple[tuple[float, ...], tup
         and all(values["image_std"])
     )
     if not sane:
-        raise ValueError("mean, deviation or rescaling make no sense")
+        raise ValueError("invalid mean, deviation or rescaling")
     return values
 
 
-def steps(config: Config, **wanted: Any) -> None:
-    """Raises ValueError where a step has another value than the one that this family's arithmetic has; absent ones are defaults."""
+def check_steps(config: Config, **wanted: Any) -> None:
+    """Raise ValueError if a step has another value than this family supports; absent ones are defaults."""
     wanted = {
         "do_resize": True,
         "do_convert_rgb": True,
@@ -56,41 +61,41 @@ def steps(config: Config, **wanted: Any) -> None:
             raise ValueError(f"{key} is not {value}")
 
 
-def count(value: Any, most: int = 1 << 30) -> int:
-    """A whole number from 1 on. Raises ValueError."""
+def check_count(value: Any, most: int = 1 << 30) -> int:
+    """A positive integer up to `most`. Raises ValueError."""
     if type(value) is not int or not 0 < value <= most:
         raise ValueError("not a size")
     return value
 
 
-def pair(value: Any) -> Size:
+def check_pair(value: Any) -> Size:
     """A size as {"height", "width"} or one number."""
     if isinstance(value, Mapping):
         if set(value) - {"height", "width"}:
             raise ValueError("not a size")
-        return count(value["height"], 1 << 14), count(value["width"], 1 << 14)
-    return count(value, 1 << 14), count(value, 1 << 14)
+        return check_count(value["height"], 1 << 14), check_count(value["width"], 1 << 14)
+    return check_count(value, 1 << 14), check_count(value, 1 << 14)
 
 
-def default(config: Config, key: str, value: Any) -> Any:
-    """The value of `key`; `value` where the file has none."""
+def get_or(config: Config, key: str, value: Any) -> Any:
+    """The value of `key`, or `value` if the file has none."""
     return value if config.get(key) is None else config[key]
 
 
-def needed(config: Config, key: str) -> Any:
-    """The value of `key`, which sizes follow from. Raises ValueError where the file has none."""
+def require(config: Config, key: str) -> Any:
+    """The value of `key`, on which sizes depend. Raises ValueError if the file has none."""
     if config.get(key) is None:
-        raise ValueError(f"{key} is missing, and no default stands in for it")
+        raise ValueError(f"{key} is missing and has no default")
     return config[key]
 
 
-def optional(value: Any) -> int:
-    """A count that only tokens hang on: 0 where the file has none."""
+def optional_count(value: Any) -> int:
+    """A count on which only tokens depend: 0 if the file has none."""
     return value if type(value) is int and 0 < value <= 1 << 20 else 0
 
 
-def positive(height: int, width: int) -> Size:
-    """The size. Raises ValueError where there are no pixels."""
+def check_positive(height: int, width: int) -> Size:
+    """The size. Raises ValueError if there are no pixels."""
     if min(height, width) < 1:
         raise ValueError("an image without pixels")
     return height, width

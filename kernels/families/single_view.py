@@ -1,4 +1,4 @@
-"""The families whose processors make one resized image of an image: its patches, or its planes."""
+"""Families whose processors make patches or planes of one resized copy of an image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.kernels.families.reading import CLIP, HALF, Config, common, count, needed, optional, pair, positive, steps
+from sidecar.kernels.families.reading import (
+    CLIP_MEAN_STD,
+    HALF_MEAN_STD,
+    Config,
+    check_count,
+    check_pair,
+    check_positive,
+    check_steps,
+    optional_count,
+    read_common,
+    require,
+)
 from sidecar.kernels.grid import BICUBIC, Geometry, Integers, PatchSpec, PlaneSpec, ProcessorSpec, Size, i64
 
 MAX_ASPECT: Final = 200  # Qwen's and GLM's processors refuse longer images
@@ -32,7 +43,7 @@ class Qwen2VLSpec(PatchSpec):
 
     def _size(self, height: int, width: int) -> Size:
         factor = self.patch_size * self.merge_size
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         if self.grows and (height < factor or width < factor):
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
@@ -62,13 +73,13 @@ class SiglipSpec(PlaneSpec):
     tokens: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        positive(height, width)
+        check_positive(height, width)
         return Geometry(self.height, self.width, tokens=self.tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipSpec(PlaneSpec):
-    """CLIP's and LLaVA-1.5's: the shorter side to `shortest`, then the middle."""
+    """CLIP's and LLaVA-1.5's: the shorter side to `shortest`, then a central crop."""
 
     shortest: int
     crop_height: int
@@ -76,7 +87,7 @@ class ClipSpec(PlaneSpec):
     tokens: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         short, long = min(height, width), max(height, width)
         new_long = int(self.shortest * long / short)
         new_height, new_width = (new_long, self.shortest) if width <= height else (self.shortest, new_long)
@@ -86,7 +97,7 @@ class ClipSpec(PlaneSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixtralSpec(PlaneSpec):
-    """Pixtral's and Mistral 3's: within (max_height, max_width), rounded up to whole patches. Each row of tokens ends with one more."""
+    """Pixtral's and Mistral 3's: within (max_height, max_width), in whole patches; each row of tokens has one extra."""
 
     max_height: int
     max_width: int
@@ -95,7 +106,7 @@ class PixtralSpec(PlaneSpec):
     merge_size: int = 1
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         ratio = max(height / self.max_height, width / self.max_width)
         if ratio > 1:
             height, width = math.floor(height / ratio), math.floor(width / ratio)
@@ -112,74 +123,88 @@ class PixtralSpec(PlaneSpec):
 # --- from a model's files ---
 
 
-def smart(config: Config, frames: int | None = 1, **more: Any) -> Qwen2VLSpec:
-    steps(config)
+def _read_qwen2_vl(config: Config, frames: int | None = 1, **more: Any) -> Qwen2VLSpec:
+    check_steps(config)
     patch, merge, temporal = (
-        count(needed(config, key), 256) for key in ("patch_size", "merge_size", "temporal_patch_size")
+        check_count(require(config, key), 256) for key in ("patch_size", "merge_size", "temporal_patch_size")
     )
     low, high = _bound(config, "min_pixels", "shortest_edge"), _bound(config, "max_pixels", "longest_edge")
     return Qwen2VLSpec(
-        **common(config, BICUBIC, CLIP), patch_size=patch, merge_size=merge, temporal_patch_size=temporal,
-        min_pixels=count(low, 1 << 40), max_pixels=count(high, 1 << 40), frames=frames or temporal, **more,
-    )  # fmt: skip
+        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        patch_size=patch,
+        merge_size=merge,
+        temporal_patch_size=temporal,
+        min_pixels=check_count(low, 1 << 40),
+        max_pixels=check_count(high, 1 << 40),
+        frames=frames or temporal,
+        **more,
+    )
 
 
 def _bound(config: Config, own: str, edge: str) -> Any:
-    """A bound on pixels: by its own name, which goes first, or as an edge of `size`."""
+    """A limit on pixels: by its own name, which takes precedence, or as an edge of `size`."""
     size = config.get("size") or {}
     if set(size) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
         raise ValueError("not a size of this processor")
-    return config[own] if config.get(own) is not None else needed(size, edge)
+    return config[own] if config.get(own) is not None else require(size, edge)
 
 
-def qwen(config: Config, model: Config) -> ProcessorSpec:
-    return smart(config)
+def read_qwen(config: Config, model: Config) -> ProcessorSpec:
+    return _read_qwen2_vl(config)
 
 
-def glm(config: Config, model: Config) -> ProcessorSpec:
+def read_glm(config: Config, model: Config) -> ProcessorSpec:
     if config.get("min_pixels") is not None or config.get("max_pixels") is not None:
         raise ValueError("not read by this processor")
-    return smart(config, frames=None, grows=True)
+    return _read_qwen2_vl(config, frames=None, grows=True)
 
 
-def fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
+def read_fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
     def read(config: Config, model: Config) -> ProcessorSpec:
-        steps(config, do_pan_and_scan=False)
-        size = needed(config, "size")
+        check_steps(config, do_pan_and_scan=False)
+        size = require(config, "size")
         if type(size) is int:
-            raise ValueError("size is one number, which some versions take for the shorter side")
-        height, width = pair(size)
-        tokens = optional(model.get("image_seq_length"))
-        return SiglipSpec(**common(config, resample, HALF), height=height, width=width, tokens=tokens)
+            raise ValueError("size is one number, which some versions apply to the shorter side")
+        height, width = check_pair(size)
+        tokens = optional_count(model.get("image_seq_length"))
+        return SiglipSpec(**read_common(config, resample, HALF_MEAN_STD), height=height, width=width, tokens=tokens)
 
     return read
 
 
-def cropped(config: Config, model: Config) -> ProcessorSpec:
-    steps(config, do_center_crop=True)
-    size = needed(config, "size")
+def read_cropped(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config, do_center_crop=True)
+    size = require(config, "size")
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         size = size["shortest_edge"]
     elif config.get("default_to_square"):
         raise ValueError("one number for two sides")
-    shortest = count(size, 1 << 14)
-    height, width = pair(needed(config, "crop_size"))
+    shortest = check_count(size, 1 << 14)
+    height, width = check_pair(require(config, "crop_size"))
     if max(height, width) > shortest:
         raise ValueError("the crop would be padded")
-    patch = optional(model.get("patch_size"))
+    patch = optional_count(model.get("patch_size"))
     tokens = (height // patch) * (width // patch) if patch else 0
     return ClipSpec(
-        **common(config, BICUBIC, CLIP), shortest=shortest, crop_height=height, crop_width=width, tokens=tokens
+        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        shortest=shortest,
+        crop_height=height,
+        crop_width=width,
+        tokens=tokens,
     )
 
 
-def pixtral(config: Config, model: Config) -> ProcessorSpec:
-    steps(config, do_pad=True)
-    size = needed(config, "size")
-    most = (count(size["longest_edge"], 1 << 14),) * 2 if set(size) == {"longest_edge"} else pair(size)
-    patch = pair(needed(config, "patch_size"))
-    merge = optional(model.get("spatial_merge_size")) or 1
+def read_pixtral(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config, do_pad=True)
+    size = require(config, "size")
+    most = (check_count(size["longest_edge"], 1 << 14),) * 2 if set(size) == {"longest_edge"} else check_pair(size)
+    patch = check_pair(require(config, "patch_size"))
+    merge = optional_count(model.get("spatial_merge_size")) or 1
     return PixtralSpec(
-        **common(config, BICUBIC, CLIP), max_height=most[0], max_width=most[1], patch_height=patch[0], patch_width=patch[1],
+        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        max_height=most[0],
+        max_width=most[1],
+        patch_height=patch[0],
+        patch_width=patch[1],
         merge_size=merge,
-    )  # fmt: skip
+    )

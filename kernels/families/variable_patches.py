@@ -1,6 +1,6 @@
-"""The families whose processors make patches of an image that is resized by rules of their own, or of several views of it.
+"""Families whose processors make a variable number of patches, by resize rules that depend on the original's size.
 
-The grid follows from the original's size, so that no resized image could be handed on in its place.
+A resized image therefore cannot replace the original.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from sidecar.kernels.families.any_resolution import MOST_TILES
-from sidecar.kernels.families.reading import HALF, Config, common, count, default, needed, positive, steps
+from sidecar.kernels.families.any_resolution import MAX_TILES
+from sidecar.kernels.families.reading import (
+    HALF_MEAN_STD,
+    Config,
+    check_count,
+    check_positive,
+    check_steps,
+    get_or,
+    read_common,
+    require,
+)
 from sidecar.kernels.grid import (
     ABREAST,
     BICUBIC,
@@ -28,30 +37,36 @@ from sidecar.kernels.grid import (
 )
 
 GEMMA_TOKENS: Final = (70, 140, 280, 560, 1120)  # what its processor accepts
-PLAIN: Final = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IDENTITY_MEAN_STD: Final = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemma4Spec(TileSpec):
-    """Gemma 4's: as many patches as its tokens allow, whatever the image's size; then zeros up to that number."""
+    """Gemma 4's: as many patches as its tokens allow, for any size of the image; then zeros up to that number."""
 
     batch: ClassVar[str] = FILLED
     layout: ClassVar[str] = ROWS
 
-    patch: int  # of the model's own patches, in which `pooling` * `pooling` small ones may have been joined
-    pooling: int  # small patches a side for one token
+    patch: int  # pixels per side of a small patch
+    pooling: int  # small patches per side of one token
     max_tokens: int
-    joins: bool = False
+    joins: bool = False  # whether the small patches of one token are one patch
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         step = self.pooling * self.patch
         size = self._size(height, width, step)
         tile = step if self.joins else self.patch
         tokens = size[0] * size[1] // step**2
         return Geometry(
-            *size, 1, size[0] // tile, size[1] // tile, tokens, views=(ImageView(size, size, (tile, tile)),), original=(height, width)
-        )  # fmt: skip
+            *size,
+            1,
+            size[0] // tile,
+            size[1] // tile,
+            tokens,
+            views=(ImageView(size, size, (tile, tile)),),
+            original=(height, width),
+        )
 
     def _size(self, height: int, width: int, step: int) -> Size:
         most = self.max_tokens * self.pooling**2 * self.patch**2
@@ -70,7 +85,7 @@ class Gemma4Spec(TileSpec):
 
     @property
     def rows(self) -> int:
-        """How many patches an image has, those of zeros included."""
+        """Patches per image, including those of zeros."""
         return self.max_tokens if self.joins else self.max_tokens * self.pooling**2
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:
@@ -91,7 +106,7 @@ class Gemma4Spec(TileSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KimiSpec(TileSpec):
-    """Kimi K2.5's: shrunk to the largest number of patches where it has more, then padded to whole merged patches."""
+    """Kimi K2.5's: shrunk to at most `max_patches`, then padded to whole merged patches."""
 
     patch: int
     merge: int
@@ -99,7 +114,7 @@ class KimiSpec(TileSpec):
     max_side: int  # patches
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         patches = max(1.0, height // self.patch) * max(1.0, width // self.patch)
         longest = self.max_side * self.patch
         scale = min(1.0, math.sqrt(self.max_patches / patches), longest / height, longest / width)
@@ -108,9 +123,7 @@ class KimiSpec(TileSpec):
         canvas = -(-size[0] // step) * step, -(-size[1] // step) * step
         grid = canvas[0] // self.patch, canvas[1] // self.patch
         view = ImageView(size, canvas, (self.patch, self.patch))
-        return Geometry(
-            *canvas, 1, *grid, grid[0] * grid[1] // self.merge**2, views=(view,), original=(height, width)
-        )  # fmt: skip
+        return Geometry(*canvas, 1, *grid, grid[0] * grid[1] // self.merge**2, views=(view,), original=(height, width))
 
     def integers(self, images: Sequence[Geometry]) -> dict[str, Integers]:
         return {"image_grid_thw": i64([len(images), 3], (n for g in images for n in (1, g.grid_h, g.grid_w)))}
@@ -118,7 +131,7 @@ class KimiSpec(TileSpec):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniCPMSpec(TileSpec):
-    """MiniCPM-V 4.6's: the whole image at about `resolution`, then, of a large one, a grid of slices of about that size each."""
+    """MiniCPM-V 4.6's: the whole image at about `resolution`; for a large one also a grid of slices of that size."""
 
     batch: ClassVar[str] = ABREAST
     layout: ClassVar[str] = STRIPS
@@ -127,14 +140,14 @@ class MiniCPMSpec(TileSpec):
     resolution: int
     max_slices: int
     slices: bool
-    merge: int  # patches a side of one token
+    merge: int  # patches per side of one token
 
     @property
     def strip(self) -> int:
         return self.patch
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = positive(height, width)
+        height, width = check_positive(height, width)
         grid = self._grid(height, width) if self.slices else None
         whole = self._best(height, width, enlarge=grid is None)
         views = [ImageView(whole, whole, whole)]
@@ -147,7 +160,7 @@ class MiniCPMSpec(TileSpec):
         return Geometry(*views[-1].canvas, tokens=tokens, views=tuple(views), original=(height, width))
 
     def _best(self, height: float, width: float, *, enlarge: bool) -> Size:
-        """Near `resolution` squared pixels where it has more or `enlarge`, in whole merged patches."""
+        """About `resolution` squared pixels if it has more or with `enlarge`, in whole merged patches."""
         if height * width > self.resolution * self.resolution or enlarge:
             aspect = width / height
             height = int(self.resolution / math.sqrt(aspect))
@@ -156,18 +169,18 @@ class MiniCPMSpec(TileSpec):
         return _nearest(height, step), _nearest(width, step)
 
     def _grid(self, height: int, width: int) -> Size | None:
-        """Rows and columns of slices whose aspect is closest to the image's; None where it is small."""
+        """Rows and columns of slices with the aspect closest to the image's; None for a small image."""
         wanted = min(math.ceil(width * height / (self.resolution * self.resolution)), self.max_slices)
         if wanted <= 1:
             return None
-        best, least = (1, 1), math.inf
+        best, lowest = (1, 1), math.inf
         for slices in (wanted - 1, wanted, wanted + 1):
             if slices == 1 or slices > self.max_slices:
                 continue
             for rows in (n for n in range(1, slices + 1) if slices % n == 0):
                 error = abs(math.log(width / height) - math.log(slices // rows / rows))
-                if error < least or (error == least and rows > best[0]):
-                    best, least = (rows, slices // rows), error
+                if error < lowest or (error == lowest and rows > best[0]):
+                    best, lowest = (rows, slices // rows), error
         return best
 
     def pixels(self, images: Sequence[Geometry]) -> list[int]:
@@ -191,43 +204,52 @@ def _nearest(length: float, step: int) -> int:
 # --- from a model's files ---
 
 
-def gemma(config: Config, model: Config) -> ProcessorSpec:
-    return _budget(config, joins=False)
+def read_gemma(config: Config, model: Config) -> ProcessorSpec:
+    return _read_gemma4(config, joins=False)
 
 
-def gemma_unified(config: Config, model: Config) -> ProcessorSpec:
-    return _budget(config, joins=True)
+def read_gemma_unified(config: Config, model: Config) -> ProcessorSpec:
+    return _read_gemma4(config, joins=True)
 
 
-def _budget(config: Config, *, joins: bool) -> ProcessorSpec:
-    steps(config)
-    tokens = needed(config, "max_soft_tokens")
+def _read_gemma4(config: Config, *, joins: bool) -> ProcessorSpec:
+    check_steps(config)
+    tokens = require(config, "max_soft_tokens")
     if tokens not in GEMMA_TOKENS:
-        raise ValueError("a number of tokens that the processor does not take")
+        raise ValueError("a number of tokens that the processor does not accept")
     return Gemma4Spec(
-        **common({"do_normalize": False, **config}, BICUBIC, PLAIN), patch=count(needed(config, "patch_size"), 256),
-        pooling=count(needed(config, "pooling_kernel_size"), 16), max_tokens=tokens, joins=joins,
-    )  # fmt: skip
+        **read_common({"do_normalize": False, **config}, BICUBIC, IDENTITY_MEAN_STD),
+        patch=check_count(require(config, "patch_size"), 256),
+        pooling=check_count(require(config, "pooling_kernel_size"), 16),
+        max_tokens=tokens,
+        joins=joins,
+    )
 
 
-def kimi(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    size = needed(config, "size")
+def read_kimi(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    size = require(config, "size")
     if set(size) != {"max_height", "max_width"} or size["max_height"] != size["max_width"]:
         raise ValueError("not a size of this processor")
     return KimiSpec(
-        **common(config, BICUBIC, HALF), patch=count(needed(config, "patch_size"), 256), merge=count(needed(config, "merge_size"), 16),
-        max_patches=count(needed(config, "max_patches")), max_side=count(size["max_height"], 1 << 14),
-    )  # fmt: skip
+        **read_common(config, BICUBIC, HALF_MEAN_STD),
+        patch=check_count(require(config, "patch_size"), 256),
+        merge=check_count(require(config, "merge_size"), 16),
+        max_patches=check_count(require(config, "max_patches")),
+        max_side=check_count(size["max_height"], 1 << 14),
+    )
 
 
-def minicpm(config: Config, model: Config) -> ProcessorSpec:
-    steps(config)
-    slices, mode = default(config, "slice_mode", True), default(config, "downsample_mode", "16x")
+def read_minicpm(config: Config, model: Config) -> ProcessorSpec:
+    check_steps(config)
+    slices, mode = get_or(config, "slice_mode", True), get_or(config, "downsample_mode", "16x")
     if type(slices) is not bool or type(mode) is not str:
-        raise ValueError("not taken by this processor")
+        raise ValueError("not accepted by this processor")
     return MiniCPMSpec(
-        **common(config, BICUBIC, HALF), patch=count(needed(config, "patch_size"), 256),
-        resolution=count(needed(config, "scale_resolution"), 1 << 14), max_slices=count(needed(config, "max_slice_nums"), MOST_TILES),
-        slices=slices, merge=2 if mode == "4x" else 4,
-    )  # fmt: skip
+        **read_common(config, BICUBIC, HALF_MEAN_STD),
+        patch=check_count(require(config, "patch_size"), 256),
+        resolution=check_count(require(config, "scale_resolution"), 1 << 14),
+        max_slices=check_count(require(config, "max_slice_nums"), MAX_TILES),
+        slices=slices,
+        merge=2 if mode == "4x" else 4,
+    )

@@ -1,4 +1,4 @@
-"""The public client: `from sidecar.client import Client`. It needs aiohttp and numpy, and nothing of the sidecar's other parts."""
+"""The public client: `from sidecar.client import Client`. It needs only aiohttp and numpy."""
 
 from sidecar.client.preprocess import Client, ImageLayout, Preprocessed, PreprocessError
 

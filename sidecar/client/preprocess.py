@@ -6,8 +6,8 @@
         made = await client.preprocess([Path("a.jpg"), png_bytes])
         made.tensors["pixel_values"], made.images[0].tokens
 
-Rules: numpy and aiohttp are all that it needs; nothing of an answer is believed before it is checked; what is read is bounded
-before it is kept. With `shm=True` the tensors are mapped from shared memory: the client must see the sidecar's folder.
+Rules: it needs only numpy and aiohttp. Every response is checked before it is used and bounded before it is read. With
+`shm=True` the tensors are mapped from shared memory: the client must see the sidecar's folder.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ DTYPES: Final[Mapping[str, str]] = {
     "I64": "<i8",
     "I32": "<i4",
     "F32": "<f4",
-    "BF16": "<u2",  # numpy has no such type: its bits
+    "BF16": "<u2",  # as bits: numpy has no such type
     "F16": "<f2",
     "U8": "|u1",
 }
-SEGMENT: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
-LENGTH: Final = struct.Struct("<Q")
-MAX_HEAD: Final = 4 << 20  # bytes of JSON before the tensors, or instead of them
+SEGMENT_NAME: Final = re.compile(r"sidecar-images-[a-z0-9_]{1,32}/out-[0-9a-f]{32}")
+HEADER_LENGTH: Final = struct.Struct("<Q")
+# The JSON before the tensors, or instead of them.
+MAX_HEADER_BYTES: Final = 4 << 20
 MAX_ANSWER_BYTES: Final = 2 << 30
-READ_BUFFER: Final = 1 << 20
+READ_BUFFER_BYTES: Final = 1 << 20
 REQUEST_TIMEOUT_S: Final = 60.0
 
 
 class PreprocessError(Exception):
-    """No tensors. `code` is the sidecar's reason; `status` is 0 where nothing of it was heard; `retry_after` is in seconds."""
+    """A failed call. `code` is the sidecar's reason; `status` is 0 without a response; `retry_after` is in seconds."""
 
     def __init__(self, message: str, code: str, status: int = 0, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -59,19 +60,19 @@ class PreprocessError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """What one image became: its final size, its patch grid (t, h, w; 0 where there is none), the tokens that the model sees."""
+    """One image's final size, patch grid (t, h, w; 0 if there is none), and tokens that the model sees."""
 
     format: str
     height: int
     width: int
     grid_thw: tuple[int, int, int]
     tokens: int
-    content_hash: str  # of the image and the processor; equal images have equal ones
+    content_hash: str  # of the image and the processor
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessed:
-    """The tensors of all images, by the processor's own names, in the order in which the images were given.
+    """The tensors of all images by the processor's own names, in the order of the images.
 
     `processor` changes with anything that changes a pixel.
     """
@@ -82,7 +83,7 @@ class Preprocessed:
 
 
 class Client:
-    """One sidecar's relay at `url`. `shm_dir` is its /dev/shm as this process sees it; an answer of over `max_bytes` is refused."""
+    """A client of the relay at `url`. `shm_dir`: its /dev/shm in this process; `max_bytes`: limit of a response."""
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class Client:
         self._shm_dir = Path(shm_dir)
         self._max_bytes = max_bytes
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=seconds), read_bufsize=READ_BUFFER, auto_decompress=False
+            timeout=aiohttp.ClientTimeout(total=seconds), read_bufsize=READ_BUFFER_BYTES, auto_decompress=False
         )
 
     async def __aenter__(self) -> Self:
@@ -116,93 +117,91 @@ class Client:
         shm: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> Preprocessed:
-        """Prepare encoded images. `values="uint8"` leaves rescaling and normalising out. Raises PreprocessError, OSError.
+        """Prepare encoded images. `values="uint8"` skips rescaling and normalising. Raises PreprocessError, OSError.
 
-        `headers` go along, such as the tenant's.
+        `headers` are added to the request, such as the tenant's.
         """
-        form = await _form(images)
-        wanted = {"x-sidecar-handoff": "shm"} if shm else {}
+        form = await _make_form(images)
+        handoff = {"x-sidecar-handoff": "shm"} if shm else {}
         query = {"values": values} if values else {}
         try:
             async with self._session.post(
-                self._url, data=form, params=query, headers={**(headers or {}), **wanted}
+                self._url, data=form, params=query, headers={**(headers or {}), **handoff}
             ) as answer:
                 if answer.status != 200:
-                    raise await _refusal(answer)
-                data = await _body(answer, MAX_HEAD if shm else self._max_bytes)
+                    raise await _read_error(answer)
+                data = await _read_body(answer, MAX_HEADER_BYTES if shm else self._max_bytes)
         except (aiohttp.ClientError, TimeoutError) as e:
-            raise _unreachable(e) from e
+            raise PreprocessError(f"no response from the sidecar: {type(e).__name__}", "unreachable") from e
         if shm:
-            return await asyncio.to_thread(self._shared, bytes(data))
+            return await asyncio.to_thread(self._map_shared, bytes(data))
         return parse(data)
 
-    def _shared(self, text: bytes) -> Preprocessed:
-        layout = _object(text)
+    def _map_shared(self, text: bytes) -> Preprocessed:
+        layout = _parse_object(text)
         try:
             (segment,) = layout["segments"]
             name, size = str(segment["name"]), int(segment["bytes"])
         except (KeyError, TypeError, ValueError):
-            raise _unreadable("it names no segment") from None
-        if not SEGMENT.fullmatch(name) or not 0 < size <= self._max_bytes:
-            raise _unreadable("its segment has a strange name or size")
-        return parse(_mapped(self._shm_dir / name, size))
+            raise _invalid("it names no segment") from None
+        if not SEGMENT_NAME.fullmatch(name) or not 0 < size <= self._max_bytes:
+            raise _invalid("its segment has an invalid name or size")
+        return parse(_map_file(self._shm_dir / name, size))
 
 
 def parse(data: Data) -> Preprocessed:
-    """A safetensors file as the sidecar writes it; the arrays lie in `data`. Raises PreprocessError."""
-    head, start = _head(data)
+    """Parse the sidecar's safetensors file; the arrays share the memory of `data`. Raises PreprocessError."""
+    head, start = _parse_header(data)
     described = head.pop("__metadata__", {})
     try:
-        tensors = {str(name): _array(data, start, **entry) for name, entry in head.items()}
+        tensors = {str(name): _map_array(data, start, **entry) for name, entry in head.items()}
         images = tuple(ImageLayout(**i | {"grid_thw": tuple(i["grid_thw"])}) for i in json.loads(described["images"]))
         return Preprocessed(tensors, images, str(described["processor"]))
     except (KeyError, TypeError, ValueError) as e:
-        raise _unreadable(f"not the tensors of this version ({type(e).__name__})") from None
+        raise _invalid(f"not the tensors of this version ({type(e).__name__})") from None
 
 
-def _head(data: Data) -> tuple[dict[str, Any], int]:
-    """The JSON header, and where the tensors begin."""
-    if len(data) < LENGTH.size:
-        raise _unreadable("it is cut off")
-    (length,) = LENGTH.unpack(data[: LENGTH.size])
-    start = LENGTH.size + length
-    if length > MAX_HEAD or start > len(data):
-        raise _unreadable("its header is cut off or too long")
-    return _object(bytes(data[LENGTH.size : start])), start
+def _parse_header(data: Data) -> tuple[dict[str, Any], int]:
+    """The JSON header, and the offset of the tensors."""
+    if len(data) < HEADER_LENGTH.size:
+        raise _invalid("it is cut off")
+    (length,) = HEADER_LENGTH.unpack(data[: HEADER_LENGTH.size])
+    start = HEADER_LENGTH.size + length
+    if length > MAX_HEADER_BYTES or start > len(data):
+        raise _invalid("its header is cut off or too long")
+    return _parse_object(bytes(data[HEADER_LENGTH.size : start])), start
 
 
-def _array(data: Data, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
-    """One tensor; nothing is copied. Raises KeyError, TypeError or ValueError where its entry is none."""
+def _map_array(data: Data, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
+    """One tensor, without a copy. Raises KeyError, TypeError or ValueError for an invalid entry."""
     kind = np.dtype(DTYPES[dtype])
     first, end = data_offsets
     count = math.prod(shape)
     if first < 0 or count < 1 or min(shape) < 0 or end - first != count * kind.itemsize or start + end > len(data):
-        raise ValueError("a tensor that does not lie in the file")
+        raise ValueError("a tensor outside the file")
     return np.frombuffer(data, kind, count, start + first).reshape(shape)
 
 
-def _mapped(path: Path, size: int) -> mmap.mmap:
-    """The file of `size` bytes, mapped so that what is written to the arrays stays ours; it is removed. Raises PreprocessError."""
+def _map_file(path: Path, size: int) -> mmap.mmap:
+    """Map the file of `size` bytes copy-on-write and unlink it. Raises PreprocessError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except PermissionError:
         text = "the tensors in shared memory may not be read: run as root or as the sidecar's user"
         raise PreprocessError(text, "shm_permission") from None
     except OSError:
-        text = (
-            "the tensors are not in shared memory here: is the sidecar's /dev/shm mounted here, and named by shm_dir?"
-        )
+        text = "the tensors are not in shared memory here: is the sidecar's /dev/shm mounted here, as shm_dir?"
         raise PreprocessError(text, "shm_missing") from None
     try:
         path.unlink(missing_ok=True)
         if os.fstat(fd).st_size != size:
-            raise _unreadable("its segment has another size")
+            raise _invalid("its segment has another size")
         return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
     finally:
         os.close(fd)
 
 
-async def _form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
+async def _make_form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
     form, given = aiohttp.FormData(), list(images)
     if not given:
         raise PreprocessError("no image was given", "bad_request")
@@ -212,11 +211,11 @@ async def _form(images: Iterable[bytes | Path]) -> aiohttp.FormData:
     return form
 
 
-async def _body(answer: aiohttp.ClientResponse, most: int) -> memoryview:
-    """The answer's bytes, read into one buffer of the announced length."""
+async def _read_body(answer: aiohttp.ClientResponse, max_bytes: int) -> memoryview:
+    """Read the response into one buffer of the announced length."""
     size = answer.content_length
-    if size is None or size > most:
-        raise _unreadable(f"it announces no length, or more than {most} bytes")
+    if size is None or size > max_bytes:
+        raise _invalid(f"it announces no length, or more than {max_bytes} bytes")
     buffer = np.empty(size, np.uint8).data
     at = 0
     async for chunk in answer.content.iter_any():
@@ -225,36 +224,32 @@ async def _body(answer: aiohttp.ClientResponse, most: int) -> memoryview:
     return buffer[:at]
 
 
-async def _refusal(answer: aiohttp.ClientResponse) -> PreprocessError:
-    """What the sidecar said in OpenAI's error shape, or the status of whoever else answered."""
+async def _read_error(answer: aiohttp.ClientResponse) -> PreprocessError:
+    """The sidecar's error in OpenAI's shape, or the status of any other server."""
     text = b""
-    async for chunk in answer.content.iter_any():  # others may announce no length
+    async for chunk in answer.content.iter_any():  # other servers may announce no length
         text += chunk
-        if len(text) > MAX_HEAD:
+        if len(text) > MAX_HEADER_BYTES:
             break
     try:
         error = json.loads(text)["error"]
         message, code = str(error["message"]), str(error["code"])
     except (ValueError, KeyError, TypeError):
-        message = f"status {answer.status}, and no word of a sidecar's: is the URL that of its relay (--listen)?"
+        message = f"status {answer.status}, not from a sidecar: is the URL that of its relay (--listen)?"
         code = "unknown"
     later = answer.headers.get("retry-after", "")
     return PreprocessError(message, code, answer.status, float(later) if later.isdecimal() else None)
 
 
-def _unreachable(error: Exception) -> PreprocessError:
-    return PreprocessError(f"no answer from the sidecar: {type(error).__name__}", "unreachable")
-
-
-def _object(text: bytes) -> dict[str, Any]:
+def _parse_object(text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise _unreadable("it holds no JSON object")
+        raise _invalid("it holds no JSON object")
     return found
 
 
-def _unreadable(why: str) -> PreprocessError:
-    return PreprocessError(f"the sidecar's answer cannot be read: {why}", "unreadable")
+def _invalid(why: str) -> PreprocessError:
+    return PreprocessError(f"cannot read the sidecar's response: {why}", "unreadable")

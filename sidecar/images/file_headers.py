@@ -1,9 +1,9 @@
-"""What an image file says of itself, read from its first bytes: format, size, and whether it is plain.
+"""Read an image file's header: its format, its size, and whether it is plain.
 
-Rules: pure bytes, nothing is decoded and nothing is allocated by a length that the file gives. "Plain" means that the
-fast decoders give exactly the pixels that Pillow gives after `convert("RGB")`, as it stands: three or one 8-bit channels,
-no alpha, no palette, no second frame, and no metadata that could turn the image (except in JPEG, where `tagged` tells).
-Everything that is not plain is Pillow's. A header that cannot be read is not plain either, and has size 0 x 0.
+Rules: pure functions of bytes. Nothing is decoded, and no allocation depends on a length that the file gives. "Plain"
+means that the fast decoders return exactly the pixels of Pillow's `convert("RGB")`: one or three 8-bit channels, no
+alpha, no palette, no second frame, no metadata that could rotate the image (except in JPEG, see `tagged`). Pillow
+decodes everything else. A header that cannot be read is not plain and has size 0 x 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One file's header. `tagged`: there is metadata that may hold an orientation. Size is as stored, before turning."""
+    """A file's header. `tagged`: its metadata may hold an orientation. The size is as stored, before any rotation."""
 
     format: str
     height: int = 0
@@ -27,7 +27,7 @@ class Header:
 
 
 def read(data: bytes) -> Header | None:
-    """The header of a file we decode, or of one we only recognise (size 0 x 0); None when it is no known image."""
+    """The header of an image; size 0 x 0 for a format that is only recognised, None for an unknown one."""
     for magic, offset, name in MAGIC:
         if data.startswith(magic, offset):
             reader = READERS.get(name)
@@ -41,7 +41,7 @@ def read(data: bytes) -> Header | None:
 
 
 def _jpeg(data: bytes) -> Header:
-    """Walk the segments up to the scan. Plain: one frame header, Huffman, 8 bits, grey or three components."""
+    """Walk the segments up to the scan. Plain: one frame header, Huffman, 8 bits, one or three components."""
     frame: tuple[int, int, int, int] | None = None
     plain, tagged = True, False
     for marker, at in _segments(data):
@@ -52,21 +52,22 @@ def _jpeg(data: bytes) -> Header:
             plain = plain and frame is None and marker in HUFFMAN_FRAMES
             frame = struct.unpack_from("!BHHB", data, at)
         tagged = tagged or marker == APP1
-        plain = plain and not (marker == APP2 and data[at : at + 4] == b"MPF\0")  # a file of several pictures
+        plain = plain and not (marker == APP2 and data[at : at + 4] == b"MPF\0")  # several images in one file
     return Header("jpeg", *(frame[1:3] if frame else (0, 0)))
 
 
 SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 HUFFMAN_FRAMES: Final = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
-MOST_SEGMENTS: Final = 1000  # cameras and editors write tens; each costs 1 µs, on the relay's event loop too
+# Cameras and editors write tens; each costs 1 µs, also on the relay's event loop.
+MAX_SEGMENTS: Final = 1000
 _NO_FILL: Final = re.compile(rb"[^\xff]")
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each segment's marker and the place of its content; ends at the scan, or where the file is no sane JPEG any more."""
+    """Each segment's marker and content offset, up to the scan or to the first invalid segment."""
     at = 2
-    for _ in range(MOST_SEGMENTS):
+    for _ in range(MAX_SEGMENTS):
         if at + 4 > len(data) or data[at] != 0xFF:
             return
         marker, length = struct.unpack_from("!BH", data, at + 1)
@@ -85,15 +86,15 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _png(data: bytes) -> Header:
-    """Never plain: torchvision 0.29's PNG decoder ends the process on damaged rows, and is hardly faster than Pillow's."""
+    """Never plain: torchvision 0.29's PNG decoder aborts on damaged rows and is hardly faster than Pillow's."""
     width, height = struct.unpack_from("!II", data, 16)
     return Header("png", height, width)
 
 
 def _webp(data: bytes) -> Header:
-    """Plain: a lossy image alone, whose lengths add up to the file's; the decoders differ in what else they forgive.
+    """Plain: one lossy image whose lengths add up to the file's; decoders differ in what else they tolerate.
 
-    Lossless and extended files may carry alpha, animation, metadata.
+    Lossless and extended files may contain alpha, animation or metadata.
     """
     kind = data[12:16]
     if kind == b"VP8 ":
@@ -124,7 +125,7 @@ def _bmp(data: bytes) -> Header:
 
 
 def _tiff(data: bytes) -> Header:
-    """The first directory's ImageWidth and ImageLength; a big TIFF is left to Pillow's lazy opening."""
+    """The first directory's ImageWidth and ImageLength; Pillow opens a large TIFF lazily."""
     order = "<" if data[:2] == b"II" else ">"
     at = struct.unpack_from(order + "I", data, 4)[0]
     sides = {256: 0, 257: 0}
@@ -144,7 +145,7 @@ READERS: Final[dict[str, Callable[[bytes], Header]]] = {
     "tiff": _tiff,
 }
 
-# Magic bytes, their offset, and the format. Those without a reader are images that an engine may know: they are passed.
+# Magic bytes, their offset, and the format. Formats without a reader are passed through: the engine may know them.
 MAGIC: Final[tuple[tuple[bytes, int, str], ...]] = (
     (b"\xff\xd8\xff", 0, "jpeg"),
     (b"\x89PNG\r\n\x1a\n", 0, "png"),
@@ -176,4 +177,4 @@ MAGIC: Final[tuple[tuple[bytes, int, str], ...]] = (
     (b"\x01\xda", 0, "sgi"),
     (b"SIMPLE  =", 0, "fits"),
 )
-DECODED: Final = frozenset(READERS)
+DECODED_FORMATS: Final = frozenset(READERS)

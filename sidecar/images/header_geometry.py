@@ -1,6 +1,6 @@
-"""Pure: what a file's first bytes tell before anything is decoded: its size, and whether it pays to prepare it inline.
+"""Read an image's size from its first bytes, and decide whether preparing it inline is worth the cost.
 
-Rules: a size is taken as stored, before turning: that changes neither the number of its pixels nor, but for little, what becomes of it.
+Rules: pure; nothing is decoded. The size is as stored: a rotation keeps the pixel count and hardly changes the result.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from sidecar.images import file_headers
 from sidecar.images.protocol import Data
 from sidecar.kernels.grid import Geometry
 
-HEADS: Final = (
-    4 << 10,
-    128 << 10,
-)  # bytes, or base64 characters, looked at: nearly all files say it at once; EXIF and ICC blocks come first in some
+# Bytes, or base64 characters, to read: nearly always the first is enough; some files begin with EXIF and ICC blocks.
+HEADER_BYTES: Final = (4 << 10, 128 << 10)
 
-# An image is prepared inline only where it loses half of its pixels or more: else decoding here, and base64 of plain pixels there,
-# cost more than the engine's own processor saves. Nor may the body grow without bound: plain pixels are up to twenty times a file.
-SHRINKS: Final = 2
-GROWTH: Final = 1.5
-SMALL: Final = 4 << 20  # bytes of base64 that may be sent whatever the file had
+# An image is prepared inline only if it loses half of its pixels or more. Otherwise decoding it here and sending plain
+# pixels as base64 costs more than the engine saves. Plain pixels can have twenty times the size of a file: bound them.
+MIN_SHRINK: Final = 2
+MAX_GROWTH: Final = 1.5
+# Base64 characters that may be sent whatever the size of the original.
+MAX_SMALL_CHARS: Final = 4 << 20
 
 
-def sized(data: Data, is_base64: bool) -> file_headers.Header | None:
-    """The header of a file, or of its base64 text; None where its first bytes say no size."""
-    for length in HEADS:
+def read_size(data: Data, is_base64: bool) -> file_headers.Header | None:
+    """The header of a file, or of its base64 text; None if its first bytes contain no size."""
+    for length in HEADER_BYTES:
         try:
             head = base64.b64decode(data[: min(length, len(data) & ~3)]) if is_base64 else bytes(data[:length])
         except binascii.Error:
@@ -40,13 +39,17 @@ def sized(data: Data, is_base64: bool) -> file_headers.Header | None:
     return None
 
 
-def text(size: int) -> int:
-    """Characters of base64 of so many bytes."""
+def base64_chars(data: Data, is_base64: bool) -> int:
+    """Characters that an image takes as base64 text."""
+    return len(data) if is_base64 else _base64_chars(len(data))
+
+
+def _base64_chars(size: int) -> int:
     return -(-size // 3) * 4
 
 
-def pays(pixels: int, geometry: Geometry, client: int) -> bool:
-    """Whether a resized image in a request saves more than it costs: of an image of so many pixels, `client` characters of base64."""
+def is_worth_resizing(pixels: int, geometry: Geometry, client_chars: int) -> bool:
+    """True if resizing an image of `pixels` pixels and `client_chars` base64 characters saves more than it costs."""
     height, width = geometry.size
-    made = text(len(b"P6\n%d %d\n255\n" % (width, height)) + 3 * height * width)
-    return SHRINKS * height * width <= pixels and (made <= SMALL or made <= GROWTH * client)
+    made = _base64_chars(len(b"P6\n%d %d\n255\n" % (width, height)) + 3 * height * width)
+    return MIN_SHRINK * height * width <= pixels and (made <= MAX_SMALL_CHARS or made <= MAX_GROWTH * client_chars)

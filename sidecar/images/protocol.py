@@ -1,12 +1,14 @@
-"""The border between a relay and the image workers: one connection is one job, in frames.
+"""The protocol between relays and image workers: one connection per job, in frames.
 
-    worker -> relay   Ready                      the job will be served; until then it may be sent again elsewhere
-    relay -> worker   Job + the image            base64 text, or raw bytes
-    worker -> relay   Done or Refused + payload  then the connection ends
+    worker -> relay   WorkerReady                          the job will be served; before that it may be retried
+    relay -> worker   ImageJob + the image                 base64 text, or raw bytes
+    worker -> relay   ImageDone or ImageRefused + payload  then the connection closes
 
-A frame is two big-endian lengths (header, payload), a JSON header and the payload. Rules: both lengths are bounded; no
-pickle; a connection that ends without an answer means that the worker was killed: the image was at fault or too slow.
-One connection per job, because the listening socket's backlog is then the one fair queue of all relays and workers.
+A frame is two big-endian lengths (header, payload), a JSON header and the payload.
+
+Rules: both lengths are bounded. No pickle. A connection that closes without a reply means that the worker was killed:
+the image broke it or took too long. With one connection per job, the listening socket's backlog is one fair queue for
+all relays and workers.
 """
 
 from __future__ import annotations
@@ -18,26 +20,26 @@ from typing import Final
 import msgspec
 
 PREFIX: Final = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
-MAX_HEADER: Final = 64 * 1024
-MAX_REPLY: Final = 2 << 30  # fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
+MAX_HEADER_BYTES: Final = 64 * 1024
+# The fp32 patches of the largest image that Qwen3-VL's own limit allows take 0.8 GB.
+MAX_REPLY_BYTES: Final = 2 << 30
 
 PIXELS: Final = "pixels"  # a resized lossless image, as base64 text
 RAW: Final = "raw"  # the resized image's RGB bytes
-INLINE: Final = (PIXELS, RAW)  # what takes the image's place in a request
+INLINE: Final = (PIXELS, RAW)  # what replaces the image in a request
 TENSORS: Final = "tensors"  # the processor's output
-LAYOUT: Final = "layout"  # no payload: sizes only, of an image that does decode
-
+LAYOUT: Final = "layout"  # sizes only, no payload; the image is decoded all the same
 
 Data = bytes | bytearray | memoryview
 
 
 class FrameError(ValueError):
-    """Bytes that are no frame of ours, or one over the bound."""
+    """Bytes that are not a valid frame, or a frame that exceeds a limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What an image may be, checked on its header before anything is allocated."""
+    """Limits of an image, checked on its header before anything is allocated."""
 
     max_bytes: int
     max_pixels: int
@@ -52,18 +54,18 @@ class ImageJob:
     spec: str
     base64: bool
     limits: ImageLimits
-    seconds: float  # deadline, counted from when the worker has the whole image
-    gpu: bool = False  # whether a GPU that is there may be used now
+    seconds: float  # deadline, from when the worker has received the whole image
+    gpu: bool = False  # whether an available GPU may be used now
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """A worker has taken the connection."""
+    """A worker has accepted the connection."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDone:
-    """An image was prepared or passed. Sizes are those that the model sees; `stages` are seconds in the worker."""
+    """An image was prepared or passed through. Sizes are what the model sees; `stages` are seconds in the worker."""
 
     outcome: str  # "ok" or "passed"; a passed image has no payload
     format: str
@@ -75,12 +77,12 @@ class ImageDone:
     content_hash: str
     stages: tuple[tuple[str, float], ...]
     bytes_in: int
-    original: tuple[int, int] = (0, 0)  # height and width before anything was done to it
+    original: tuple[int, int] = (0, 0)  # height and width as decoded
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRefused:
-    """An image was not accepted. `reason` is an image reason code, `message` says which limit, without its content."""
+    """An image was refused. `reason` is an image reason code; `message` names the limit, never the content."""
 
     reason: str
     message: str
@@ -95,23 +97,23 @@ _DECODERS: Final[dict[str, msgspec.json.Decoder[Frame]]] = {
 }
 
 
-def head(record: Frame, payload: int = 0) -> bytes:
-    """The first bytes of a frame; `payload` more bytes must follow."""
+def encode_head(record: Frame, payload: int = 0) -> bytes:
+    """A frame without its payload; `payload` bytes must follow."""
     header = _encoder.encode((type(record).__name__, record))
     return PREFIX.pack(len(header), payload) + header
 
 
-def lengths(prefix: Data, max_payload: int) -> tuple[int, int]:
-    """Header and payload bytes of a frame. Raises FrameError when one is over its bound, or there is no such prefix."""
+def decode_prefix(prefix: Data, max_payload: int) -> tuple[int, int]:
+    """Lengths of a frame's header and payload. Raises FrameError if the prefix is incomplete or a length too large."""
     if len(prefix) != PREFIX.size:
-        raise FrameError("a frame that is cut off")
+        raise FrameError("truncated frame")
     header, payload = PREFIX.unpack(prefix)
-    if header > MAX_HEADER or payload > max_payload:
-        raise FrameError("a frame over the bound")
+    if header > MAX_HEADER_BYTES or payload > max_payload:
+        raise FrameError("frame too large")
     return header, payload
 
 
-def parse(header: bytes | bytearray) -> Frame:
+def decode_header(header: bytes | bytearray) -> Frame:
     """The record of a frame's header. Raises FrameError."""
     try:
         name, fields = _envelope.decode(header)

@@ -1,7 +1,7 @@
-"""Images in the relay: hand each to an image worker, wait within bounds, say clearly what was wrong.
+"""The relay's access to the image workers.
 
-Rules: no torch here, no pixels: bytes go to a worker and bytes come back, through the queue of imagequeue.py. What was prepared
-once is kept for the tenant who sent it, where there is a cache.
+Rules: no torch and no pixels here: bytes go to a worker and come back, through worker_queue.py. Waits are bounded, and
+errors say what was wrong. With a cache, a result is kept for the tenant that sent the image.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from sidecar.images.worker_queue import WorkerQueue
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.settings import Settings
 
-MAX_HASHED_ON_LOOP_BYTES = (
-    512 * 1024
-)  # bytes, 0.3 ms; hashing more takes a thread, which costs 0.1 ms, and more on busy cores
-MAX_CACHE_WRITES = 4  # results on their way into the cache at once; more are not kept
+# Hashing this much takes 0.3 ms. More is hashed in a thread, which costs 0.1 ms, and more on busy cores.
+MAX_HASHED_ON_LOOP_BYTES = 512 * 1024
+# Concurrent writes to the cache; further results are not cached.
+MAX_CACHE_WRITES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """One prepared image. `base64` and `url` are empty where the client's own bytes must go on untouched (outcome "passed");
-    `url` is where its pixels lie in shared memory.
-    Outcome "cached": it had been prepared before.
+    """One prepared image. Sizes and tokens are what the model sees (0 if unknown); times are seconds.
 
-    Sizes and tokens are what the model sees (0 where that is unknown); times are seconds.
+    Outcome "passed": the client's own bytes go on untouched, `base64` and `url` are empty. Outcome "cached": the image
+    had been prepared before. `url` locates its pixels in shared memory.
     """
 
     media_type: str
@@ -55,14 +54,14 @@ class PreparedImage:
 
 @dataclass(frozen=True, slots=True)
 class PreparedTensors:
-    """One image as the processor's output: `values` are the raw rows of `pixel_values`, empty where only sizes were asked."""
+    """One image as the processor's output: `values` is its part of `pixel_values`, or empty."""
 
     prepared: PreparedImage
     values: Data
 
 
 class ImageService:
-    """The relay's way to the image workers behind the Unix socket `socket_path`; `queue`: by default that of the usual bounds."""
+    """Prepares images on the workers behind the Unix socket `socket_path`."""
 
     def __init__(
         self,
@@ -77,88 +76,84 @@ class ImageService:
         self._workers = queue or WorkerQueue(socket_path, settings)
         self._limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
         self._spec_json = spec.to_json()
-        self.gpu = False  # whether a GPU may be used now: a neighbour's use of memory ends the start of an engine
+        # Whether a GPU may be used now: an engine that is starting fails if another process changes its memory use.
+        self.gpu = False
         self._cache = cache
-        self._keeping: set[asyncio.Task[None]] = set()
-        self._handovers = ShmHandoff(cache) if cache is not None else None
-        self.results = TensorBudget()
+        self._cache_writes: set[asyncio.Task[None]] = set()
+        self._handoff = ShmHandoff(cache) if cache is not None else None
+        self.tensor_budget = TensorBudget()
 
     async def inline(
-        self, data: Data, where: str, tenant: str = "", hand_over: str = "", is_base64: bool = True
+        self, data: Data, where: str, tenant: str = "", handoff_request: str = "", is_base64: bool = True
     ) -> PreparedImage:
-        """One image's base64 text, or its bytes, as a resized lossless image. Raises BadImage or ImagesBusy; `where` names it there.
+        """Prepare one image, base64 text or bytes, as a resized lossless image. Raises BadImage or ImagesBusy.
 
-        One that would cost more than it saves passes, mostly without any work: see glance.pays.
-        `hand_over`: the request whose engine takes the pixels from shared memory; `release` it when it has ended.
+        `where` names the image in errors. An image that would cost more than it saves passes through, see
+        header_geometry.is_worth_resizing. `handoff_request`: the request whose engine reads the pixels from shared
+        memory; call `release` with it when it ends.
         """
-        if not hand_over or self._handovers is None:
-            if (passed := self._unpaid(data, is_base64)) is not None:
+        if not handoff_request or self._handoff is None:
+            if (passed := self._pass_early(data, is_base64)) is not None:
                 return passed
             prepared, payload, _ = await self._prepare(PIXELS, data, where, is_base64, tenant)
             return replace(prepared, base64=payload) if payload else prepared
         prepared, payload, key = await self._prepare(RAW, data, where, is_base64, tenant)
         if not payload:
             return prepared
-        handed = await self._handovers.pixels(hand_over, payload, key)
-        return replace(prepared, url=handed.url(prepared.height, prepared.width))
+        file = await self._handoff.pixels(handoff_request, payload, key)
+        return replace(prepared, url=file.url(prepared.height, prepared.width))
 
-    def _unpaid(self, data: Data, is_base64: bool) -> PreparedImage | None:
-        """An image whose header tells that inline costs more than it saves: passed. None: a worker is to have it."""
-        started = time.monotonic()
-        header, client = (
-            header_geometry.sized(data, is_base64),
-            len(data) if is_base64 else header_geometry.text(len(data)),
-        )
-        if header is None or not self.spec.inline or not self._allowed(header.height, header.width, client):
+    def _pass_early(self, data: Data, is_base64: bool) -> PreparedImage | None:
+        """The image as passed through if its header shows that preparing it costs more than it saves; else None."""
+        start = time.monotonic()
+        header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
+        if header is None or not self.spec.inline or not self._allowed(header.height, header.width, client_chars):
             return None
         try:
             geometry = self.spec.geometry(header.height, header.width)
         except ValueError:
-            return None  # the worker says what is wrong with it
-        if header_geometry.pays(header.height * header.width, geometry, client):
+            return None  # the worker reports what is wrong with it
+        if header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
             return None
-        return _as_it_came(header.format, geometry, client, time.monotonic() - started)
+        return _passed_image(header.format, geometry, client_chars, time.monotonic() - start)
 
     def passed(self, data: Data, where: str, is_base64: bool = True) -> PreparedImage:
-        """An image that goes on as it came, whatever it is: its tokens by its header, 0 where that does not tell.
+        """Any image as passed through; its tokens are taken from its header, 0 if that does not tell.
 
-        Raises BadImage for bytes that were fetched and are in no known format: they cannot be given a media type.
+        Raises BadImage for fetched bytes of an unknown format, which cannot be given a media type.
         """
-        started = time.monotonic()
-        header, client = (
-            header_geometry.sized(data, is_base64),
-            len(data) if is_base64 else header_geometry.text(len(data)),
-        )
-        known = header or (None if is_base64 else file_headers.read(bytes(data[: header_geometry.HEADS[0]])))
+        start = time.monotonic()
+        header, client_chars = header_geometry.read_size(data, is_base64), header_geometry.base64_chars(data, is_base64)
+        known = header or (None if is_base64 else file_headers.read(bytes(data[: header_geometry.HEADER_BYTES[0]])))
         if known is None and not is_base64:
             raise BadImage(f"{where}: the image was refused: it is in no known format", "image_unknown_format")
         try:
             geometry = self.spec.geometry(header.height, header.width) if header else Geometry(0, 0)
         except ValueError:
             geometry = Geometry(0, 0)
-        return _as_it_came(known.format if known else "unknown", geometry, client, time.monotonic() - started)
+        return _passed_image(known.format if known else "unknown", geometry, client_chars, time.monotonic() - start)
 
-    def _allowed(self, height: int, width: int, client: int) -> bool:
-        """Whether an image of this size, and of so many characters of base64, is surely within the limits."""
-        most = self._limits
+    def _allowed(self, height: int, width: int, client_chars: int) -> bool:
+        """True if an image of this size and of `client_chars` base64 characters is certainly within the limits."""
+        limit = self._limits
         return (
-            height * width <= most.max_pixels
-            and max(height, width) <= most.max_side
-            and client * 3 // 4 <= most.max_bytes
+            height * width <= limit.max_pixels
+            and max(height, width) <= limit.max_side
+            and client_chars * 3 // 4 <= limit.max_bytes
         )
 
     async def share(self, *pieces: Data) -> SharedFile | None:
-        """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory. Raises ImagesBusy."""
-        return await self._handovers.tensors(*pieces) if self._handovers is not None else None
+        """Share `pieces` as a file that its reader unlinks; None without shared memory. Raises ImagesBusy."""
+        return await self._handoff.tensors(*pieces) if self._handoff is not None else None
 
     def relink(self, request: str) -> bool:
         """What was handed over for a request lies there once more. False where it cannot."""
-        return self._handovers is None or self._handovers.relink(request)
+        return self._handoff is None or self._handoff.relink(request)
 
     def release(self, request: str) -> None:
-        """A request has ended: nobody reads any more what was handed over for it."""
-        if self._handovers is not None:
-            self._handovers.release(request)
+        """Unlink the files of a request that has ended."""
+        if self._handoff is not None:
+            self._handoff.release(request)
 
     async def tensors(
         self,
@@ -168,17 +163,18 @@ class ImageService:
         where: str = "images",
         tenant: str = "",
         spec: ProcessorSpec | None = None,
-        take: Reserve | None = None,
+        reserve: Reserve | None = None,
     ) -> list[PreparedTensors]:
         """Images, each with whether it is base64 text, as tensors in the same order. `want` may be LAYOUT: sizes only.
 
-        `spec`: for another processor than the model's, such as the same one without its last steps. `take`: of `results`, told of the bytes.
-        Raises BadImage or ImagesBusy for the first that fails, and gives up the others.
+        `spec` replaces the model's processor, for example by one without its last steps. `reserve`, from
+        `tensor_budget`, is called with each result's bytes.
+        Raises BadImage or ImagesBusy for the first image that fails, and cancels the others.
         """
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, take))
+                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, reserve))
                     for i, (data, is_base64) in enumerate(images)
                 ]
         except* (BadImage, ImagesBusy) as failed:
@@ -186,9 +182,9 @@ class ImageService:
         return [PreparedTensors(*task.result()[:2]) for task in tasks]
 
     async def close(self) -> None:
-        """Take no more images; those under way end by themselves within their deadline."""
+        """Accept no more images; jobs in progress end within their deadline."""
         self._workers.close()
-        await asyncio.gather(*self._keeping, return_exceptions=True)
+        await asyncio.gather(*self._cache_writes, return_exceptions=True)
 
     async def _prepare(
         self,
@@ -198,25 +194,26 @@ class ImageService:
         is_base64: bool,
         tenant: str,
         spec: ProcessorSpec | None = None,
-        take: Reserve | None = None,
+        reserve: Reserve | None = None,
     ) -> tuple[PreparedImage, Data, str]:
-        """The image, its payload, and the key that this is kept under."""
-        started = time.monotonic()
+        """The image, its payload, and its cache key."""
+        start = time.monotonic()
         self._check_size(data, where, is_base64)
         spec_json = spec.to_json() if spec is not None else self._spec_json
         key = await self._key(data, want, str(is_base64), spec_json, tenant)
         if self._cache is not None and (hit := self._cache.get(key)) is not None:
             done, payload = hit
-            if take is not None:
-                take(len(payload))
-            return _prepared(done, payload, time.monotonic() - started, cached=True), payload, key
-        answer, fresh = await self._do(want, spec_json, data, where, is_base64, take=take)
+            if reserve is not None:
+                reserve(len(payload))
+            return _prepared_image(done, payload, time.monotonic() - start, cached=True), payload, key
+        job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.deadline_s, self.gpu)
+        answer, result = await self._workers.run(job, data, where, reserve)
         if answer.outcome == "ok":
-            await self._keep(key, answer, fresh, at_once=want == RAW)
-        return _prepared(answer, fresh, time.monotonic() - started), fresh, key
+            await self._keep(key, answer, result, at_once=want == RAW)
+        return _prepared_image(answer, result, time.monotonic() - start), result, key
 
     async def _key(self, data: Data, *parts: str) -> str:
-        """What the result is kept under; "" where nothing is kept."""
+        """The cache key of a result; "" without a cache."""
         if self._cache is None:
             return ""
         if len(data) <= MAX_HASHED_ON_LOOP_BYTES:
@@ -224,46 +221,44 @@ class ImageService:
         return await asyncio.to_thread(self._cache.key, data, *parts)
 
     async def _keep(self, key: str, done: ImageDone, payload: Data, *, at_once: bool) -> None:
-        """Keep a result: meanwhile, or `at_once` where it is about to be handed over."""
-        if self._cache is None or len(self._keeping) >= MAX_CACHE_WRITES:
+        """Cache a result in the background, or, `at_once`, before returning, if it is about to be handed over."""
+        if self._cache is None or len(self._cache_writes) >= MAX_CACHE_WRITES:
             return
         task = asyncio.create_task(asyncio.to_thread(self._cache.put, key, done, payload))
-        self._keeping.add(task)
-        task.add_done_callback(self._keeping.discard)
+        self._cache_writes.add(task)
+        task.add_done_callback(self._cache_writes.discard)
         if at_once:
-            await asyncio.wait((task,))  # if we are cancelled, it goes on
-
-    async def _do(
-        self,
-        want: str,
-        spec_json: str,
-        data: Data,
-        where: str,
-        is_base64: bool,
-        take: Reserve | None = None,
-    ) -> tuple[ImageDone, bytearray]:
-        job = ImageJob(want, spec_json, is_base64, self._limits, self._workers.seconds, self.gpu)
-        return await self._workers.do(job, data, where, take)
+            await asyncio.wait((task,))  # continues if this request is cancelled
 
     def _check_size(self, data: Data, where: str, is_base64: bool) -> None:
-        """The worker checks the real size; this bounds what is sent to it at all."""
-        most = self._limits.max_bytes * 3 // 2 if is_base64 else self._limits.max_bytes
-        if len(data) > most:
+        """Bound what is sent to a worker, which checks the real size."""
+        limit = self._limits.max_bytes * 3 // 2 if is_base64 else self._limits.max_bytes
+        if len(data) > limit:
             text = f"{where}: the image was refused: the limit is {self._limits.max_bytes} bytes"
             raise BadImage(text, "image_too_large")
 
 
-def _as_it_came(format: str, geometry: Geometry, client: int, seconds: float) -> PreparedImage:
-    """An image that passes, of so many characters of base64."""
+def _passed_image(format: str, geometry: Geometry, client_chars: int, seconds: float) -> PreparedImage:
+    """An image that passes through untouched."""
     height, width = geometry.size
     return PreparedImage(
-        media_type="", base64=None, width=width, height=height, tokens=geometry.tokens, content_hash="", format=format,
-        outcome="passed", seconds=seconds, stages=(), bytes_in=client * 3 // 4, bytes_out=0,
+        media_type="",
+        base64=None,
+        width=width,
+        height=height,
+        tokens=geometry.tokens,
+        content_hash="",
+        format=format,
+        outcome="passed",
+        seconds=seconds,
+        stages=(),
+        bytes_in=client_chars * 3 // 4,
+        bytes_out=0,
         grid=(geometry.grid_t, geometry.grid_h, geometry.grid_w),
-    )  # fmt: skip
+    )
 
 
-def _prepared(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:
+def _prepared_image(done: ImageDone, payload: Data, seconds: float, *, cached: bool = False) -> PreparedImage:
     return PreparedImage(
         media_type=done.media_type,
         base64=None,

@@ -1,15 +1,13 @@
-"""Prepared images by their content, and on their way to the engine: a folder in shared memory that all relay processes share.
+"""The cache of prepared images, and files for other processes: one folder in shared memory for all relay processes.
 
-A key is the hash of the bytes that came, of what is wanted, of the processor's fingerprint and of the tenant, under a secret of
-this sidecar: nobody can learn by timing whether another tenant has sent an image. An entry is one frame of jobs.py. A hit is
-mapped, not copied; an entry that is evicted meanwhile stays mapped.
+A key is a hash of the received bytes, the kind of result, the processor's fingerprint and the tenant, keyed by a secret
+of this sidecar: response times do not reveal whether another tenant has sent an image. An entry is one frame of
+protocol.py. A hit is mapped, not copied, and stays mapped if the entry is evicted. A file for another process has a
+random name: a second link to an entry, or a separate file. Its reader unlinks it; unread files are bounded.
 
-What is handed over has a random name of its own: a second link to an entry, or a file of its own; its reader removes it. For what may
-never be read there is a bound, too.
-
-Rules: whatever goes wrong with an entry is a miss, never an error; entries appear whole or not at all; the oldest used ones go
-when the folder is full; nothing outlives the sidecar (`sweep` removes what a crash left). All of it touches memory only, yet call
-`put` and `hand_over` off the event loop: they copy and may evict.
+Rules: a problem with an entry is a miss, never an error. Entries appear whole or not at all. A full folder evicts the
+least recently used entries. Nothing outlives the sidecar: `sweep` removes what a crash left. Call `put`, `export` and
+`share` off the event loop: they copy and may evict.
 """
 
 from __future__ import annotations
@@ -29,23 +27,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, head, lengths, parse
+from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, decode_header, decode_prefix, encode_head
 
-# The folder in memory that prepared images lie in. Linux and Kubernetes have shared memory there and nowhere else, and vLLM's plugin looks
-# there too (plugins/vllm).
+# Where Linux and Kubernetes mount shared memory, and where vLLM's plugin looks (plugins/vllm).
 SHM_DIR: Final = "/dev/shm"
-PREFIXED: Final = "sidecar-images-"
-OUT: Final = "out-"
-UNREAD: Final = 600.0  # seconds after which a file that was handed over and never read is removed
-WAITING: Final = 1 << 30  # bytes that may wait for readers who may never come
-LOCK: Final = "lock"
-ROOM: Final = 0.9  # share of the bound that an eviction leaves in use
-KNOWN: Final = 1024  # records that a process keeps parsed, about 1 kB each: parsing took a fifth of a hit
+FOLDER_PREFIX: Final = "sidecar-images-"
+SHARED_PREFIX: Final = "out-"
+# An exported file that no one has read after this long is removed.
+UNREAD_TIMEOUT_S: Final = 600.0
+# Total of shared files that may wait for readers that may never come.
+MAX_UNREAD_BYTES: Final = 1 << 30
+LOCK_NAME: Final = "lock"
+EVICTION_TARGET: Final = 0.9  # fraction of the limit that an eviction leaves in use
+# Parsed records per process, about 1 kB each: parsing took a fifth of the time of a hit.
+MAX_PARSED_ENTRIES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What file `inode` holds, which is never written again: a record, and from `start` on its payload."""
+    """The content of file `inode`, which never changes: a record, and its payload from `start` on."""
 
     inode: int
     record: ImageDone
@@ -54,9 +54,9 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class SharedFile:
-    """A file for another process: its folder's name and its own; the content begins `offset` bytes into its `size`.
+    """A file for another process: the names of its folder and itself; the content begins at `offset` of `size` bytes.
 
-    `key`: the entry that may hold the same.
+    `key`: the cache entry that may have the same content.
     """
 
     folder: str
@@ -66,23 +66,23 @@ class SharedFile:
     key: str = ""
 
     def url(self, height: int, width: int) -> str:
-        """Where vLLM's plugin finds RGB pixels (plugins/vllm)."""
+        """The URL by which vLLM's plugin finds RGB pixels (plugins/vllm)."""
         return f"sidecar-shm://{self.folder}/{self.name}?h={height}&w={width}&o={self.offset}"
 
 
 class ImageCache:
-    """One folder. `secret` must be the same in all processes that share it."""
+    """The cache in one folder. `secret` must be the same in all processes that share it."""
 
-    def __init__(self, folder: str, most_bytes: int, secret: bytes) -> None:
+    def __init__(self, folder: str, max_bytes: int, secret: bytes) -> None:
         self._folder = Path(folder)
-        self._most = most_bytes
+        self._max_bytes = max_bytes
         self._secret = secret
-        self._known: dict[str, _Entry] = {}  # of entries that were read lately
+        self._parsed: dict[str, _Entry] = {}
 
     def key(self, data: Data, *parts: str) -> str:
-        """The name of an image's result; `parts`: all else that it depends on.
+        """The key of an image's result; `parts`: everything else that it depends on.
 
-        SHA-256, because processors since 2019 have instructions for it: 0.6 ms per MB, half of BLAKE2b's.
+        SHA-256, because processors since 2019 have instructions for it: 0.6 ms per MB, half of BLAKE2b's time.
         """
         digest = hashlib.sha256(self._secret)
         for text in (part.encode() for part in parts):
@@ -91,7 +91,7 @@ class ImageCache:
         return digest.hexdigest()
 
     def get(self, key: str) -> tuple[ImageDone, memoryview] | None:
-        """The entry's record and payload; None where there is none."""
+        """The entry's record and payload, or None."""
         try:
             fd = os.open(f"{self._folder}/{key}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
@@ -100,12 +100,12 @@ class ImageCache:
             with contextlib.suppress(OSError):
                 os.utime(fd)
             content = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-            entry, inode = self._known.get(key), os.fstat(fd).st_ino
+            entry, inode = self._parsed.get(key), os.fstat(fd).st_ino
             if entry is None or entry.inode != inode:
                 entry = self._read(content, inode)
-                if len(self._known) >= KNOWN:
-                    self._known.clear()
-                self._known[key] = entry
+                if len(self._parsed) >= MAX_PARSED_ENTRIES:
+                    self._parsed.clear()
+                self._parsed[key] = entry
             return entry.record, memoryview(content)[entry.start :]
         except (OSError, ValueError, FrameError):
             return None
@@ -113,34 +113,34 @@ class ImageCache:
             os.close(fd)
 
     def _read(self, content: mmap.mmap, inode: int) -> _Entry:
-        """Raises FrameError where it is none of ours."""
-        header, payload = lengths(content[: PREFIX.size], self._most)
+        """Parse an entry. Raises FrameError if it is invalid."""
+        header, payload = decode_prefix(content[: PREFIX.size], self._max_bytes)
         start = PREFIX.size + header
-        record = parse(content[PREFIX.size : start])
+        record = decode_header(content[PREFIX.size : start])
         if not isinstance(record, ImageDone) or len(content) != start + payload:
-            raise FrameError("not a whole entry")
+            raise FrameError("incomplete entry")
         return _Entry(inode, record, start)
 
     def put(self, key: str, done: ImageDone, payload: Data) -> None:
-        """Keep an entry, and evict what is over the bound. One that is too large by itself is not kept."""
-        first = head(done, len(payload))
+        """Store an entry and evict others if needed. An entry of more than a quarter of the limit is not stored."""
+        first = encode_head(done, len(payload))
         size = len(first) + len(payload)
-        if size > self._most // 4:
+        if size > self._max_bytes // 4:
             return
         scratch = self._folder / f".{key}.{secrets.token_hex(4)}"
         try:
-            with self._alone():
+            with self._exclusive():
                 self._evict(size)
                 fd = _create(scratch, size)
             _fill(fd, scratch, first, payload)
-            with self._alone():
+            with self._exclusive():
                 scratch.rename(self._folder / key)
-        except OSError:  # the folder is gone, shared memory is full, or others have evicted it already
+        except OSError:  # the folder is gone, shared memory is full, or the file is already evicted
             scratch.unlink(missing_ok=True)
 
     def export(self, *pieces: Data, key: str = "") -> SharedFile:
-        """A file of a random name with `pieces`; where the entry `key` holds them, a link to it. Raises OSError."""
-        path = self._folder / (OUT + secrets.token_hex(16))
+        """A new file with `pieces`: a link to the entry `key` if that still exists. Raises OSError."""
+        path = self._folder / (SHARED_PREFIX + secrets.token_hex(16))
         size = sum(map(len, pieces))
         try:
             os.link(self._folder / key, path)
@@ -151,34 +151,34 @@ class ImageCache:
         return SharedFile(self._folder.name, path.name, whole - size, whole, key)
 
     def share(self, *pieces: Data) -> SharedFile:
-        """The same for a reader who may never come. Raises OSError also where too much waits for its reader."""
-        path = self._folder / (OUT + secrets.token_hex(16))
+        """A new file for a reader that may never come. Raises OSError, also if too much is unread."""
+        path = self._folder / (SHARED_PREFIX + secrets.token_hex(16))
         size = sum(map(len, pieces))
-        with self._alone():
-            waiting = sum(s.st_size for s, name in self._files() if name.startswith(OUT) and s.st_nlink == 1)
-            if waiting + size > WAITING or size > shutil.disk_usage(self._folder).free // 2:
-                raise OSError(errno.ENOSPC, "too much waits for its readers")
+        with self._exclusive():
+            unread = sum(s.st_size for s, name in self._files() if name.startswith(SHARED_PREFIX) and s.st_nlink == 1)
+            if unread + size > MAX_UNREAD_BYTES or size > shutil.disk_usage(self._folder).free // 2:
+                raise OSError(errno.ENOSPC, "too many unread bytes")
             fd = _create(path, size)
         _fill(fd, path, *pieces)
         return SharedFile(self._folder.name, path.name, 0, size)
 
-    def relink(self, handed: SharedFile) -> bool:
+    def relink(self, file: SharedFile) -> bool:
         """Let lie there once more what its reader has removed. False where its entry is gone."""
-        path = self._folder / handed.name
+        path = self._folder / file.name
         try:
             if not path.exists():
-                os.link(self._folder / handed.key, path)
-            return path.stat().st_size == handed.size
+                os.link(self._folder / file.key, path)
+            return path.stat().st_size == file.size
         except OSError:
             return False
 
-    def unlink_shared(self, handed: SharedFile) -> None:
-        """Remove what was handed over, where its reader has not."""
-        (self._folder / handed.name).unlink(missing_ok=True)
+    def unlink_shared(self, file: SharedFile) -> None:
+        """Unlink a shared file if its reader has not done so."""
+        (self._folder / file.name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Nobody else counts, reserves or renames in this folder meanwhile. A holder that dies gives it back."""
+    def _exclusive(self) -> Iterator[None]:
+        """Lock the folder against counting, reserving and renaming by others. A holder that dies releases the lock."""
         fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -187,7 +187,7 @@ class ImageCache:
             os.close(fd)
 
     def _files(self) -> Iterator[tuple[os.stat_result, str]]:
-        """All files but the lock; what was handed over and never read is removed."""
+        """All files but the lock; expired unread files are removed."""
         now = time.time()
         with os.scandir(self._folder) as found:
             for entry in found:
@@ -195,38 +195,38 @@ class ImageCache:
                     stat = entry.stat()
                 except FileNotFoundError:  # another worker renamed it, or its reader removed it
                     continue
-                if entry.name.startswith(OUT) and now - stat.st_ctime > UNREAD:
+                if entry.name.startswith(SHARED_PREFIX) and now - stat.st_ctime > UNREAD_TIMEOUT_S:
                     Path(entry.path).unlink(missing_ok=True)
-                elif entry.name != LOCK:
+                elif entry.name != LOCK_NAME:
                     yield stat, entry.name
 
-    def _evict(self, coming: int) -> None:
-        entries = [(stat, name) for stat, name in self._files() if not name.startswith(OUT)]
+    def _evict(self, incoming: int) -> None:
+        entries = [(stat, name) for stat, name in self._files() if not name.startswith(SHARED_PREFIX)]
         used = sum(stat.st_size for stat, _ in entries)
-        if used + coming <= self._most:
+        if used + incoming <= self._max_bytes:
             return
         for stat, name in sorted(entries, key=lambda entry: entry[0].st_mtime):
-            if used + coming <= self._most * ROOM:
+            if used + incoming <= self._max_bytes * EVICTION_TARGET:
                 break
             (self._folder / name).unlink(missing_ok=True)
             used -= stat.st_size
 
 
 class CacheFolder:
-    """The folder, made for one run and locked for as long. `path` is "" where there is no room for one; `why` says what failed.
+    """A folder that is created for one run and locked during it. `path` is "" if there is no room; `why`: what failed.
 
-    `needed`: it is made even where nothing is to be kept.
+    `needed`: create it even if nothing is to be cached.
     """
 
-    def __init__(self, shm: str, most_bytes: int, *, needed: bool = False) -> None:
+    def __init__(self, shm: str, max_bytes: int, *, needed: bool = False) -> None:
         self.path, self.bytes, self.why = "", 0, ""
         self._lock = -1
         try:
             sweep(shm)
             free = shutil.disk_usage(shm).free
-            self.bytes = min(most_bytes, free // 2)  # engines need shared memory, too
+            self.bytes = min(max_bytes, free // 2)  # engines need shared memory, too
             if self.bytes > 0 or needed:
-                self.path, self._lock = _locked(shm)
+                self.path, self._lock = _make_locked(shm)
         except OSError as e:
             self.path, self.bytes, self.why = "", 0, e.strerror or type(e).__name__
 
@@ -239,12 +239,12 @@ class CacheFolder:
 
 
 def sweep(shm: str) -> None:
-    """Remove folders of ours whose sidecar is gone: nobody holds their lock."""
-    for folder in Path(shm).glob(PREFIXED + "*"):
+    """Remove folders of sidecars that have exited: no process holds their lock."""
+    for folder in Path(shm).glob(FOLDER_PREFIX + "*"):
         try:
-            fd = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
-            continue  # another user's, or one that is just being made
+            continue  # another user's folder, or one that is being created
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
@@ -254,23 +254,23 @@ def sweep(shm: str) -> None:
             os.close(fd)
 
 
-def _locked(shm: str) -> tuple[str, int]:
-    """A new folder and the file by which it is locked. Raises OSError."""
+def _make_locked(shm: str) -> tuple[str, int]:
+    """Create a folder and lock it. Returns its path and the lock's descriptor. Raises OSError."""
     while True:
-        path = tempfile.mkdtemp(prefix=PREFIXED, dir=shm)  # mode 0700
+        path = tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=shm)  # mode 0700
         try:
-            fd = os.open(Path(path) / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fd = os.open(Path(path) / LOCK_NAME, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError:
             shutil.rmtree(path, ignore_errors=True)
             raise
         if os.fstat(fd).st_nlink:
             return path, fd
-        os.close(fd)  # another sidecar that starts had the lock first, and swept the folder
+        os.close(fd)  # another sidecar that was starting took the lock first and swept the folder
 
 
 def _create(path: Path, size: int) -> int:
-    """A new file that counts as `size` bytes from now on; its memory is taken as it is filled."""
+    """Create a file of `size` bytes; its memory is allocated as it is written."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, size)
@@ -282,7 +282,7 @@ def _create(path: Path, size: int) -> int:
 
 
 def _fill(fd: int, path: Path, *pieces: Data) -> None:
-    """Write all of it. Raises OSError, and leaves no part of it behind."""
+    """Write all pieces. Raises OSError, and then leaves no file behind."""
     try:
         for piece in pieces:
             _write(fd, piece)

@@ -1,7 +1,7 @@
-"""What lies in shared memory for another process to read: an engine that takes a request's pixels, a client that takes tensors.
+"""Files in shared memory for another process: pixels for an engine, tensors for a client.
 
-Rules: what was handed over for a request goes with it; tensors, whose reader may never come, go after UNREAD. A request that is
-cancelled while a thread still writes for it leaves nothing there either.
+Rules: a request's pixels are removed when it ends. Tensors expire, because their reader may never come. A request that
+is cancelled while a thread is writing for it leaves no file behind.
 """
 
 from __future__ import annotations
@@ -15,54 +15,53 @@ from sidecar.errors import ImagesBusy
 from sidecar.images.protocol import Data
 from sidecar.images.shm_cache import ImageCache, SharedFile
 
-UNREAD_TIMEOUT_S: Final = (
-    60.0  # seconds that tensors wait for their reader: as long as sidecar.client.preprocess waits for an answer
-)
-FULL: Final = "shared memory is full; try again shortly"
-NO_ROOM: Final = (
-    "shared memory has no room for these tensors; read and remove those that were handed over before, try again shortly, "
-    "or leave x-sidecar-handoff out"
+# As long as sidecar.client waits for a response.
+UNREAD_TIMEOUT_S: Final = 60.0
+SHM_FULL: Final = "shared memory is full; try again shortly"
+NO_SHM_FOR_TENSORS: Final = (
+    "shared memory has no room for these tensors; read and unlink earlier ones, try again shortly, "
+    "or omit x-sidecar-handoff"
 )
 
 
 class ShmHandoff:
-    """All that one relay process has handed over in the folder of `cache`."""
+    """The files that one relay process has shared in the folder of `cache`."""
 
     def __init__(self, cache: ImageCache) -> None:
         self._cache = cache
-        self._of: dict[str, list[SharedFile]] = {}
+        self._files: dict[str, list[SharedFile]] = {}
 
     async def pixels(self, request: str, payload: Data, key: str) -> SharedFile:
-        """For the engine's answer to `request`, until its `release`. `key`: the entry that may hold the same. Raises ImagesBusy."""
-        handed = await self._written(partial(self._cache.export, payload, key=key), FULL)
-        self._of.setdefault(request, []).append(handed)
-        return handed
+        """Share pixels until `release(request)`. `key`: an entry with the same content. Raises ImagesBusy."""
+        file = await self._write(partial(self._cache.export, payload, key=key), SHM_FULL)
+        self._files.setdefault(request, []).append(file)
+        return file
 
     async def tensors(self, *pieces: Data) -> SharedFile:
-        """For a client, who removes the file. Raises ImagesBusy."""
-        handed = await self._written(partial(self._cache.share, *pieces), NO_ROOM)
-        asyncio.get_running_loop().call_later(UNREAD_TIMEOUT_S, self._cache.unlink_shared, handed)
-        return handed
+        """Share tensors with a client, which unlinks the file. Raises ImagesBusy."""
+        file = await self._write(partial(self._cache.share, *pieces), NO_SHM_FOR_TENSORS)
+        asyncio.get_running_loop().call_later(UNREAD_TIMEOUT_S, self._cache.unlink_shared, file)
+        return file
 
     def relink(self, request: str) -> bool:
         """All of a request's pixels lie there once more, for an engine that reads them anew. False where they cannot."""
-        return all(map(self._cache.relink, self._of.get(request, ())))
+        return all(map(self._cache.relink, self._files.get(request, ())))
 
     def release(self, request: str) -> None:
-        """A request has ended: nobody reads any more what was handed over for it."""
-        for handed in self._of.pop(request, ()):
-            self._cache.unlink_shared(handed)
+        """Unlink the files of a request that has ended."""
+        for file in self._files.pop(request, ()):
+            self._cache.unlink_shared(file)
 
-    async def _written(self, write: Callable[[], SharedFile], full: str) -> SharedFile:
-        writing = asyncio.get_running_loop().run_in_executor(None, write)
+    async def _write(self, write: Callable[[], SharedFile], error: str) -> SharedFile:
+        task = asyncio.get_running_loop().run_in_executor(None, write)
         try:
-            return await asyncio.shield(writing)
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
-            writing.add_done_callback(self._unwanted)
+            task.add_done_callback(self._unlink_late)
             raise
         except OSError:
-            raise ImagesBusy(full) from None
+            raise ImagesBusy(error) from None
 
-    def _unwanted(self, written: asyncio.Future[SharedFile]) -> None:
+    def _unlink_late(self, written: asyncio.Future[SharedFile]) -> None:
         if not written.cancelled() and written.exception() is None:
             self._cache.unlink_shared(written.result())

@@ -1,6 +1,6 @@
-"""Pure: how many bytes of tensors one relay process holds, from a worker's answer until they are with their client.
+"""A budget for the tensors that one relay process holds, from a worker's reply until the client has read them.
 
-Why: a picture of one colour is a file of kilobytes and tensors of hundreds of megabytes, and a client may read as slowly as it likes.
+An image of one colour is a file of kilobytes and tensors of hundreds of megabytes, and a client may read slowly.
 """
 
 from __future__ import annotations
@@ -11,39 +11,38 @@ from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
 
-MAX_TENSOR_BYTES: Final = (
-    1 << 30
-)  # bytes: fp32 patches of the largest image that Qwen3-VL's own limit lets through are 0.8 GB
+# The fp32 patches of the largest image that Qwen3-VL's own limit allows take 0.8 GB.
+MAX_TENSOR_BYTES: Final = 1 << 30
 
 Reserve = Callable[[int], None]
 
 
 class TensorBudget:
-    """The tensors of all requests under way."""
+    """The tensors of all requests in progress."""
 
-    def __init__(self, most: int = MAX_TENSOR_BYTES) -> None:
-        self._most = most
-        self.held = 0
+    def __init__(self, max_bytes: int = MAX_TENSOR_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self.held_bytes = 0
 
     @contextmanager
     def for_request(self) -> Iterator[Reserve]:
-        """A block that holds the tensors of one request: to be called with the bytes of each before they are read.
+        """Context of one request. Call the yielded function with the bytes of each tensor before reading it.
 
-        That raises BadImage where this request alone has too many, and ImagesBusy where all together have.
+        It raises BadImage if this request alone exceeds the budget, ImagesBusy if all requests together do.
         """
-        own = 0
+        own_bytes = 0
 
-        def take(size: int) -> None:
-            nonlocal own
-            if own + size > self._most:
-                text = f"the tensors of one request may have {self._most} bytes here; send fewer or smaller images, or values=uint8"
-                raise BadImage(text, "tensors_too_large")
-            if self.held + size > self._most:
-                raise ImagesBusy("too many tensors are on their way to other clients; try again shortly")
-            own += size
-            self.held += size
+        def reserve(size: int) -> None:
+            nonlocal own_bytes
+            if own_bytes + size > self._max_bytes:
+                limit = f"the tensors of one request may have {self._max_bytes} bytes"
+                raise BadImage(f"{limit}; send fewer or smaller images, or values=uint8", "tensors_too_large")
+            if self.held_bytes + size > self._max_bytes:
+                raise ImagesBusy("too many tensors are being sent to other clients; try again shortly")
+            own_bytes += size
+            self.held_bytes += size
 
         try:
-            yield take
+            yield reserve
         finally:
-            self.held -= own
+            self.held_bytes -= own_bytes

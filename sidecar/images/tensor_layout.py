@@ -1,6 +1,6 @@
-"""Pure: the values of single images, as the workers gave them -> the tensors of the batch, in pieces and in its order.
+"""Arrange the workers' values of single images as the tensors of a batch, in pieces and in the batch's order.
 
-Rules: nothing is joined or copied; what repeats is shared. How images lie in a batch is the processor's: see kernels/grid.py.
+Rules: pure; nothing is joined or copied, and repeated bytes are shared. kernels/grid.py defines the batch layouts.
 """
 
 from __future__ import annotations
@@ -13,46 +13,47 @@ from typing import Final
 from sidecar.images.protocol import Data
 from sidecar.kernels.grid import ABREAST, FILLED, PLANES, Geometry, Integers, ProcessorSpec, Repeated
 
-SIZES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}  # bytes of one element
-CODES: Final = {"I64": "q", "I32": "i"}  # of `array`
-MOST_ALIKE: Final = 1 << 20  # bytes that repeat
+ELEMENT_BYTES: Final = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+ARRAY_CODES: Final = {"I64": "q", "I32": "i"}  # type codes of `array`
+MAX_REPEATED_BYTES: Final = 1 << 20
 
 
 def integers(tensors: Iterable[Integers]) -> Iterator[list[Data]]:
-    """All bytes of the tensors of integers, one after the other."""
+    """All bytes of the integer tensors, one after the other."""
     for (dtype, _), numbers in tensors:
         if isinstance(numbers, Repeated):
-            most = MOST_ALIKE // SIZES[dtype]
-            some = memoryview(array(CODES[dtype], [numbers.number]) * min(numbers.times, most)).cast("B")
-            yield from _again(some, SIZES[dtype] * numbers.times)
+            max_count = MAX_REPEATED_BYTES // ELEMENT_BYTES[dtype]
+            block = memoryview(array(ARRAY_CODES[dtype], [numbers.number]) * min(numbers.times, max_count)).cast("B")
+            yield from _repeat(block, ELEMENT_BYTES[dtype] * numbers.times)
         else:
-            yield [array(CODES[dtype], numbers).tobytes()]
+            yield [array(ARRAY_CODES[dtype], numbers).tobytes()]
 
 
 def pieces(values: Sequence[Data], images: Sequence[Geometry], spec: ProcessorSpec) -> Iterator[list[Data]]:
-    """All bytes of `pixel_values`, in groups of which each is worth a write of its own."""
-    shape, item = spec.pixels(images), SIZES[spec.dtype]
+    """All bytes of `pixel_values`, in groups that are each worth one write."""
+    shape, element_bytes = spec.pixels(images), ELEMENT_BYTES[spec.dtype]
     if spec.batch == ABREAST:
-        yield from _abreast(values, math.prod(shape[:-1]))
+        yield from _interleave(values, math.prod(shape[:-1]))
         return
     for data, image in zip(values, images, strict=True):
         if spec.batch == PLANES:
-            yield padded(data, image.size, shape, item)
+            yield pad_planes(data, image.size, shape, element_bytes)
         elif spec.batch == FILLED:
             yield [data]
-            yield from _zeros(item * math.prod(shape[1:]) - len(data))
+            zeros = element_bytes * math.prod(shape[1:]) - len(data)
+            yield from _repeat(memoryview(bytes(min(zeros, MAX_REPEATED_BYTES))), zeros)
         else:
             yield [data]
 
 
-def padded(values: Data, size: tuple[int, int], shape: list[int], item: int) -> list[Data]:
+def pad_planes(values: Data, size: tuple[int, int], shape: list[int], element_bytes: int) -> list[Data]:
     """One image's planes (3, *size) as pieces of (3, *shape[2:]): rows, with zeros to the right and below."""
     (height, width), (full_height, full_width) = size, shape[2:]
     view = memoryview(values)
     if (height, width) == (full_height, full_width):
         return [view]
-    row, right = item * width, memoryview(bytes(item * (full_width - width)))
-    below = memoryview(bytes(item * full_width * (full_height - height)))
+    row, right = element_bytes * width, memoryview(bytes(element_bytes * (full_width - width)))
+    below = memoryview(bytes(element_bytes * full_width * (full_height - height)))
     made: list[Data] = []
     for plane in range(3):
         for y in range(plane * height, (plane + 1) * height):
@@ -61,18 +62,14 @@ def padded(values: Data, size: tuple[int, int], shape: list[int], item: int) -> 
     return made
 
 
-def _zeros(count: int) -> Iterator[list[Data]]:
-    return _again(memoryview(bytes(min(count, MOST_ALIKE))), count)
+def _repeat(block: memoryview, count: int) -> Iterator[list[Data]]:
+    """`count` bytes: `block` repeated."""
+    for at in range(0, count, len(block) or 1):
+        yield [block[: count - at]]
 
 
-def _again(some: memoryview, count: int) -> Iterator[list[Data]]:
-    """So many bytes, `some` again and again."""
-    for at in range(0, count, len(some) or 1):
-        yield [some[: count - at]]
-
-
-def _abreast(values: Sequence[Data], rows: int) -> Iterator[list[Data]]:
-    """Each of the leading rows, with the part of each image in it."""
+def _interleave(values: Sequence[Data], rows: int) -> Iterator[list[Data]]:
+    """Each leading row, with each image's part of it."""
     views = [memoryview(data) for data in values]
     for row in range(rows):
         yield [view[row * len(view) // rows : (row + 1) * len(view) // rows] for view in views]

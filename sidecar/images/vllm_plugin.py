@@ -1,8 +1,8 @@
-"""Whether images may go to vLLM through shared memory: whether a vLLM that runs has our plugin, uses it, and may read our files.
+"""Decide whether images may go to vLLM through shared memory: a running vLLM must use the plugin and read the files.
 
-The plugin (plugins/vllm) leaves a mark in the shared folder and holds a lock on it as long as its process lives. So the mark tells
-three things at once: the plugin is there, the folder is one and the same in both containers, and the engine that has both is alive. The
-lock is only asked about here, never taken: nothing that we do can hold up an engine.
+The plugin (plugins/vllm) writes a mark file into the shared folder and locks it while its process runs. A locked mark
+therefore shows that the plugin is installed, that both containers share the folder, and that the engine is alive. The
+sidecar only queries the lock and never takes it, so it cannot block an engine.
 """
 
 from __future__ import annotations
@@ -22,103 +22,103 @@ from typing import Any, Final
 
 from sidecar.images.shm_cache import SHM_DIR
 
-MARK: Final = "sidecar-plugin-"
-FORM: Final = 1  # of the URLs that both sides know
-CONNECTOR: Final = "inference_sidecar"
-CHECK_INTERVAL_S: Final = 1.0  # seconds between two looks of a relay
-MOST: Final = 64  # marks that are looked at: one for each user that an engine has run as
-MAX_MARK: Final = 4096  # bytes
+MARK_PREFIX: Final = "sidecar-plugin-"
+URL_VERSION: Final = 1
+CONNECTOR_NAME: Final = "inference_sidecar"
+CHECK_INTERVAL_S: Final = 1.0
+MAX_MARKS: Final = 64  # one per user that an engine has run as
+MAX_MARK_BYTES: Final = 4096
 REMEDY: Final = (
     "install plugins/vllm into vLLM's environment, start it with VLLM_MEDIA_CONNECTOR=inference_sidecar, and mount one "
     f"folder at {SHM_DIR} in both containers"
 )
-_FLOCK: Final = "hhqqi"  # struct flock: type, whence, start, length, pid
+_FLOCK_FORMAT: Final = "hhqqi"  # struct flock: type, whence, start, length, pid
 
 _log = logging.getLogger("sidecar")
 
 
 @dataclass(frozen=True, slots=True)
 class PluginStatus:
-    """What the folder tells. `why` images cannot go through it; "" where they can."""
+    """The state of the plugin. `why`: the reason that images cannot go through shared memory, or ""."""
 
     why: str
     version: str = ""
 
 
 def read_status(shm: str) -> PluginStatus:
-    """What the folder `shm` tells now. Never raises, never waits."""
-    found = PluginStatus("no vLLM with our plugin uses this folder")
+    """The plugin's state by the marks in the folder `shm`. Never raises, never waits."""
+    last = PluginStatus("no vLLM with the sidecar's plugin uses this folder")
     try:
-        paths = list(islice(Path(shm).glob(MARK + "*"), MOST))
+        paths = list(islice(Path(shm).glob(MARK_PREFIX + "*"), MAX_MARKS))
     except OSError:
-        return found
+        return last
     for path in paths:
-        seen = _seen(path)
-        if seen is not None and not seen.why:
-            return seen
-        found = seen or found
-    return found
+        status = _read_mark(path)
+        if status is not None and not status.why:
+            return status
+        last = status or last
+    return last
 
 
-def judged(text: bytes, user: int) -> PluginStatus:
-    """What a mark says to a sidecar that runs as `user`."""
+def check_mark(text: bytes, user: int) -> PluginStatus:
+    """The plugin's state by a mark, for a sidecar that runs as `user`."""
     try:
         mark: Any = json.loads(text)
         version, form = str(mark["version"])[:20], mark["form"]
         connector, owner, reads_all = str(mark["connector"])[:40], int(mark["user"]), bool(mark["reads_all"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return PluginStatus("the mark of vLLM's plugin cannot be read")
-    if form != FORM:
-        return PluginStatus(f"vLLM's plugin {version!a} is not of this sidecar's version", version)
-    if connector != CONNECTOR:
+    if form != URL_VERSION:
+        return PluginStatus(f"vLLM's plugin {version!a} does not match this sidecar's version", version)
+    if connector != CONNECTOR_NAME:
         return PluginStatus(f"vLLM has the plugin, but VLLM_MEDIA_CONNECTOR is {connector!a}", version)
     if owner != user and not reads_all:
-        return PluginStatus(f"vLLM runs as user {owner}, and may not read the files of user {user}", version)
+        return PluginStatus(f"vLLM runs as user {owner} and may not read the files of user {user}", version)
     return PluginStatus("", version)
 
 
-def _seen(path: Path) -> PluginStatus | None:
-    """What one mark says; None where the process that left it is gone."""
+def _read_mark(path: Path) -> PluginStatus | None:
+    """The plugin's state by one mark; None if the process that wrote it has exited."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or not _held(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or not _is_locked(fd):
             return None
-        return judged(os.pread(fd, MAX_MARK, 0), os.geteuid())
+        return check_mark(os.pread(fd, MAX_MARK_BYTES, 0), os.geteuid())
     except OSError:
         return None
     finally:
         os.close(fd)
 
 
-def _held(fd: int) -> bool:
-    """Whether a living process holds its lock on the file."""
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+def _is_locked(fd: int) -> bool:
+    """True if a running process holds a lock on the file."""
+    request = struct.pack(_FLOCK_FORMAT, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
+    return bool(struct.unpack(_FLOCK_FORMAT, answer)[0] != fcntl.F_UNLCK)
 
 
 class PluginWatch:
-    """Called for each request with images: whether they may go through the folder `shm` now. Says in the log when that changes."""
+    """Called for each request with images: True if they may go through the folder `shm`. Logs changes."""
 
     def __init__(self, shm: str = SHM_DIR, now: Callable[[], float] = time.monotonic) -> None:
         self._shm = shm
         self._now = now
-        self._at = float("-inf")
-        self._seen: PluginStatus | None = None
+        self._checked_at = float("-inf")
+        self._status: PluginStatus | None = None
 
     def __call__(self) -> bool:
         now = self._now()
-        if now - self._at >= CHECK_INTERVAL_S or self._seen is None:
-            before, self._seen, self._at = self._seen, read_status(self._shm), now
-            if before != self._seen:
-                self._say(self._seen)
-        return not self._seen.why
+        if now - self._checked_at >= CHECK_INTERVAL_S or self._status is None:
+            before, self._status, self._checked_at = self._status, read_status(self._shm), now
+            if before != self._status:
+                self._log_change(self._status)
+        return not self._status.why
 
-    def _say(self, seen: PluginStatus) -> None:
-        if seen.why:
-            _log.warning("images go inline, not through %s: %s; %s", self._shm, seen.why, REMEDY)
+    def _log_change(self, status: PluginStatus) -> None:
+        if status.why:
+            _log.warning("images go inline, not through %s: %s; %s", self._shm, status.why, REMEDY)
         else:
-            _log.info("images go through %s: vLLM has plugin %s", self._shm, seen.version)
+            _log.info("images go through %s: vLLM has plugin %s", self._shm, status.version)

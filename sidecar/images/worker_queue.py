@@ -1,8 +1,8 @@
-"""The relay's queue in front of the image workers: a place, a connection, one job, and the answer, all within bounds.
+"""The relay's queue in front of the image workers: wait for a slot, connect, send one job, receive the reply.
 
-One connection per job (see jobs.py), so that a job that is cancelled, late or broken takes its connection with it and touches
-nothing else. As long as no worker has said Ready the job is unspoilt and is tried again; from then on a broken connection means
-that the image killed its worker. Waits are bounded in number by MAX_WAITING, in time by DEADLINE_S or PATIENCE.
+Rules: one connection per job (see protocol.py), so a cancelled, late or broken job affects nothing else. Until a worker
+has replied WorkerReady, a job is retried; after that, a broken connection means that the image killed its worker. The
+number of waiting jobs and every wait are bounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.images.protocol import (
-    MAX_REPLY,
+    MAX_REPLY_BYTES,
     PREFIX,
     Data,
     Frame,
@@ -25,56 +25,62 @@ from sidecar.images.protocol import (
     ImageJob,
     ImageRefused,
     WorkerReady,
-    head,
-    lengths,
-    parse,
+    decode_header,
+    decode_prefix,
+    encode_head,
 )
 from sidecar.images.tensor_budget import Reserve
 from sidecar.runtime import cpu_quota
 from sidecar.settings import Settings
 
-# Seconds that a worker may take for one image. A 12-megapixel JPEG takes 49 ms of CPU (benchmarks/images.py): what takes this long is
-# hostile, or finds no CPU.
+# A 12-megapixel JPEG takes 49 ms of CPU (benchmarks/images.py): an image that takes this long is hostile or starved.
 DEADLINE_S: Final = 10.0
-# Images that may wait for a worker in one relay process. At 49 ms each, two workers have the last of them within two seconds; more would
-# keep their clients waiting for longer than it takes to ask another replica.
+# Images that may wait in one relay process. At 49 ms each, two workers reach the last one within two seconds; with a
+# longer queue, clients had better try another replica.
 MAX_WAITING: Final = 64
-DEADLINE_SLACK_S = 5.0  # seconds beyond the worker's own deadline, for the transfer of the answer
-QUEUE_TIMEOUT_S = 10.0  # shortest wait for a worker, seconds: a restarted server takes about 5 to import its libraries
-CONNECT_RETRY_S = (0.02, 0.5)  # first and longest pause between connection attempts, seconds
-JOBS_PER_WORKER = 2  # one at work, one at the door: a worker never waits for our event loop
+# Added to the worker's own deadline for the transfer of the reply.
+DEADLINE_SLACK_S = 5.0
+# Shortest wait for a worker: a restarted server takes about 5 s to import its libraries.
+QUEUE_TIMEOUT_S = 10.0
+# First and longest pause between connection attempts.
+CONNECT_RETRY_S = (0.02, 0.5)
+# One in progress and one in the backlog, so that a worker never waits for the relay's event loop.
+JOBS_PER_WORKER = 2
 
 
 class WorkerQueue:
-    """Places at the image workers behind the Unix socket `socket_path`."""
+    """Slots of the image workers behind the Unix socket `socket_path`."""
 
     def __init__(
         self, socket_path: str, settings: Settings, *, deadline: float = DEADLINE_S, max_waiting: int = MAX_WAITING
     ) -> None:
-        self.seconds = deadline
+        self.deadline_s = deadline
         self._path = socket_path
-        self._patience = max(QUEUE_TIMEOUT_S, deadline)
+        self._queue_timeout_s = max(QUEUE_TIMEOUT_S, deadline)
         self._max_waiting = max_waiting
         self._slots = asyncio.Semaphore(JOBS_PER_WORKER * (settings.image_workers or cpu_quota.quota()))
         self._waiting = 0
         self._closed = False
 
     def close(self) -> None:
-        """Take no more images; those under way end by themselves within their deadline."""
+        """Accept no more images; jobs in progress end within their deadline."""
         self._closed = True
 
-    async def do(
-        self, job: ImageJob, data: Data, where: str, take: Reserve | None = None
+    async def run(
+        self, job: ImageJob, data: Data, where: str, reserve: Reserve | None = None
     ) -> tuple[ImageDone, bytearray]:
-        """What a worker made of one image. Raises BadImage or ImagesBusy, in which `where` names the image; `take`: told of the answer's bytes first."""
+        """Run one job on a worker. Raises BadImage or ImagesBusy; `where` names the image in them.
+
+        `reserve` is called with the reply's size before it is read.
+        """
         async with self._connection() as connection:
             sent = time.monotonic()
             try:
-                async with asyncio.timeout(self.seconds + DEADLINE_SLACK_S):
+                async with asyncio.timeout(self.deadline_s + DEADLINE_SLACK_S):
                     await _send(connection, job, data)
-                    answer, payload = await _receive(connection, take)
+                    answer, payload = await _receive(connection, reserve)
             except (OSError, EOFError, FrameError, TimeoutError):
-                raise _killed(where, time.monotonic() - sent, self.seconds) from None
+                raise _worker_lost(where, time.monotonic() - sent, self.deadline_s) from None
         if isinstance(answer, ImageRefused):
             raise BadImage(f"{where}: the image was refused: {answer.message}", answer.reason)
         assert isinstance(answer, ImageDone)
@@ -82,36 +88,36 @@ class WorkerQueue:
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[socket.socket]:
-        """A connection whose worker has said Ready. Raises ImagesBusy when the queue is full or the wait too long."""
+        """A connection whose worker is ready. Raises ImagesBusy if the queue is full or the wait too long."""
         if self._closed or (self._slots.locked() and self._waiting >= self._max_waiting):
             raise ImagesBusy("all image workers are busy and their queue is full; try again shortly")
         connection: socket.socket | None = None
         self._waiting += 1
         try:
             try:
-                async with asyncio.timeout(self._patience):
+                async with asyncio.timeout(self._queue_timeout_s):
                     await self._slots.acquire()
             finally:
                 self._waiting -= 1
         except TimeoutError:
             raise ImagesBusy("no image worker became free in time; try again shortly") from None
         try:
-            connection = await self._ready()
+            connection = await self._connect_worker()
             yield connection
         finally:
             self._slots.release()
             if connection is not None:
                 connection.close()
 
-    async def _ready(self) -> socket.socket:
-        """Connect until a worker takes us; a server that is being restarted is waited for."""
+    async def _connect_worker(self) -> socket.socket:
+        """Connect, with retries while the server restarts, until a worker is ready. Raises ImagesBusy."""
         pause, longest = CONNECT_RETRY_S
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._queue_timeout_s):
                 while True:
                     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                     try:
-                        await _greeting(connection, self._path)
+                        await _connect(connection, self._path)
                     except (OSError, EOFError, FrameError):
                         connection.close()
                     except BaseException:
@@ -122,10 +128,10 @@ class WorkerQueue:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, longest)
         except TimeoutError:
-            raise ImagesBusy("no image worker took the image in time; try again shortly") from None
+            raise ImagesBusy("no image worker accepted the image in time; try again shortly") from None
 
 
-async def _greeting(connection: socket.socket, path: str) -> None:
+async def _connect(connection: socket.socket, path: str) -> None:
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, path)
     ready, _ = await _receive(connection)
@@ -135,33 +141,33 @@ async def _greeting(connection: socket.socket, path: str) -> None:
 
 async def _send(connection: socket.socket, job: ImageJob, data: Data) -> None:
     loop = asyncio.get_running_loop()
-    await loop.sock_sendall(connection, head(job, len(data)))
-    if data:  # sending nothing to a worker that has answered already would be an error
+    await loop.sock_sendall(connection, encode_head(job, len(data)))
+    if data:  # an empty send to a worker that has already replied would raise an error
         await loop.sock_sendall(connection, data)
 
 
-async def _receive(connection: socket.socket, take: Reserve | None = None) -> tuple[Frame, bytearray]:
-    """One frame; `take` is asked before its payload is read. Raises EOFError when the connection ended first, FrameError when it is none."""
-    header, payload = lengths(await _exactly(connection, PREFIX.size), MAX_REPLY)
-    if take is not None:
-        take(payload)
-    return parse(await _exactly(connection, header)), await _exactly(connection, payload)
+async def _receive(connection: socket.socket, reserve: Reserve | None = None) -> tuple[Frame, bytearray]:
+    """One frame; `reserve` is called before its payload is read. Raises EOFError if cut off, FrameError if invalid."""
+    header, payload = decode_prefix(await _read_exactly(connection, PREFIX.size), MAX_REPLY_BYTES)
+    if reserve is not None:
+        reserve(payload)
+    return decode_header(await _read_exactly(connection, header)), await _read_exactly(connection, payload)
 
 
-async def _exactly(connection: socket.socket, size: int) -> bytearray:
+async def _read_exactly(connection: socket.socket, size: int) -> bytearray:
     loop = asyncio.get_running_loop()
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        got = await loop.sock_recv_into(connection, view)
-        if not got:
+        received = await loop.sock_recv_into(connection, view)
+        if not received:
             raise EOFError
-        view = view[got:]
+        view = view[received:]
     return data
 
 
-def _killed(where: str, took: float, seconds: float) -> BadImage:
-    """The worker is gone without an answer: by its deadline's signal, or by the image."""
+def _worker_lost(where: str, took: float, seconds: float) -> BadImage:
+    """The error for a worker that died without a reply: at its deadline, or because of the image."""
     if took >= seconds:
         return BadImage(
             f"{where}: the image took longer than {seconds:g} seconds; send a smaller one", "image_deadline"

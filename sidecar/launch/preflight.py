@@ -83,7 +83,7 @@ def explain_images_off(chosen: Settings, shm: str = SHM_DIR) -> str:
         return "by --images off"
     if not chosen.model:
         return "no --model directory with a known image processor (preprocessor_config.json)"
-    if isinstance(found := families.explained(chosen.model), str):
+    if isinstance(found := families.explain(chosen.model), str):
         return f"the image processor of --model is unknown: {found}"
     if chosen.images == "shm" and not Path(shm).is_dir():
         return f"no shared memory: {shm} is not a directory"

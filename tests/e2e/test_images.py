@@ -22,7 +22,7 @@ from PIL import Image
 
 from sidecar.client import Client, Preprocessed, PreprocessError
 from sidecar.engines.registry import NO_PNM
-from sidecar.images.shm_cache import OUT, PREFIXED
+from sidecar.images.shm_cache import FOLDER_PREFIX, SHARED_PREFIX
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from sidecar.tools.synthetic_photos import photo
 
@@ -363,8 +363,8 @@ async def test_the_client_gives_what_the_hugging_face_processor_gives(sidecar: A
 def handed_over(sidecar: Any) -> list[str]:
     """Files waiting for a reader in this sidecar's shared memory, whose lock its supervisor holds."""
     opened = [fd.readlink() for fd in Path(f"/proc/{sidecar.process.pid}/fd").iterdir()]
-    (folder,) = {path.parent for path in opened if path.parent.name.startswith(PREFIXED)}
-    return [p.name for p in folder.glob(f"{OUT}*")]
+    (folder,) = {path.parent for path in opened if path.parent.name.startswith(FOLDER_PREFIX)}
+    return [p.name for p in folder.glob(f"{SHARED_PREFIX}*")]
 
 
 async def patiently(ask: Callable[[], Any]) -> Preprocessed:

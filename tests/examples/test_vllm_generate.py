@@ -147,7 +147,7 @@ async def test_without_a_sidecar_the_example_says_so_in_one_line(
 ) -> None:
     """No relay, and no such file: exit status 1, and one line that says what is wrong."""
     (tmp_path / "a.jpg").write_bytes(b"x")
-    for file, why in (("a.jpg", "no answer from the sidecar"), ("b.jpg", "No such file")):
+    for file, why in (("a.jpg", "no response from the sidecar"), ("b.jpg", "No such file")):
         arguments = ["What is it?", str(tmp_path / file), "--url", "http://127.0.0.1:1"]
         assert await asyncio.to_thread(example.main, arguments) == 1
         error = capsys.readouterr().err

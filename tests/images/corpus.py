@@ -61,7 +61,7 @@ def rows(width: int, height: int, bits: int, dice: random.Random) -> bytes:
 
 
 def every_png() -> Files:
-    """Each colour type and depth, plain and interlaced, with and without tRNS; palettes that are too short or absent."""
+    """Each colour type and depth, plain and interlaced, with and without tRNS; short and missing palettes."""
     dice, width, height = random.Random(1), 19, 11
     for color, depths in DEPTHS.items():
         for depth in depths:
@@ -145,7 +145,7 @@ def every_jpeg() -> Files:
 
 
 def odd_jpegs() -> Files:
-    """Files of several pictures, of several makers, with metadata that lies, with pieces missing, doubled or in between."""
+    """Files with several images, with wrong metadata, and with segments that are missing, repeated or misplaced."""
     whole, cmyk = synthetic_photos.photo(67, 53, 3), saved(picture().convert("CMYK"), "JPEG")
     table, frame, scan = (whole.index(bytes((0xFF, marker))) for marker in (0xDB, 0xC0, 0xDA))
     huffman = whole.index(b"\xff\xc4")
@@ -179,9 +179,17 @@ def odd_jpegs() -> Files:
     for how in range(10):
         yield f"jpeg turned {how}", synthetic_photos.photo(67, 53, exif_orientation=how)
     for i, exif in enumerate(
-        (b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\1\0\x12\1\3\0\xff\xff\xff\xff\6\0\0\0",
-         b"MM\0*\0\0\0\x08\0\1\1\x12\0\5\0\0\0\1\0\0\0\x08", b"MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0\x87\x69\0\4\0\0\0\1\0\0\0\x08\0\0\0\0", b"", b"XX")
-    ):  # fmt: skip
+        (
+            b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03",
+            b"MM\0*\0\0\0\x08\xff\xff",
+            b"II*\0\xff\xff\xff\xff",
+            b"II*\0\x08\0\0\0\1\0\x12\1\3\0\xff\xff\xff\xff\6\0\0\0",
+            b"MM\0*\0\0\0\x08\0\1\1\x12\0\5\0\0\0\1\0\0\0\x08",
+            b"MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0\x87\x69\0\4\0\0\0\1\0\0\0\x08\0\0\0\0",
+            b"",
+            b"XX",
+        )
+    ):
         yield f"jpeg broken exif {i}", whole[:2] + jpegs.segment(0xE1, b"Exif\0\0" + exif) + whole[2:]
     for width, height in ((1, 1), (8, 8), (64, 0), (0, 64), (0, 0), (4000, 4000), (66, 53), (67, 530)):
         lie = bytearray(whole)

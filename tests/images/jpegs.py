@@ -1,6 +1,6 @@
 """JPEG files as no encoder writes them: any number of components, any sampling, any frame, from random coefficients.
 
-The Huffman codes have one length, so that writing needs no tables: 4 bits for each of 12 classes of DC, 8 bits for each AC symbol.
+The Huffman codes have one length, so that writing needs no tables: 4 bits per DC class, 8 per AC symbol.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def jpeg(
 
 
 def scans(width: int, height: int, count: int) -> bytes:
-    """A progressive grey file with `count` scans that say nothing, each over all of its blocks: few bytes, much work."""
+    """A progressive grey file with `count` empty scans, each over all of its blocks: few bytes, much work."""
     blocks = -(-width // 8) * -(-height // 8)
     flat, empty = Bits(bytearray()), Bits(bytearray())
     for _ in range(blocks):

@@ -1,4 +1,4 @@
-"""Many processes in one folder at once: nothing raises, the bound holds at every moment, whatever dies leaves nothing for ever."""
+"""Many processes in one folder: nothing raises, the limit always holds, and a killed process leaves no file forever."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sidecar.images.protocol import ImageDone
-from sidecar.images.shm_cache import LOCK, OUT, CacheFolder, ImageCache
+from sidecar.images.shm_cache import LOCK_NAME, SHARED_PREFIX, CacheFolder, ImageCache
 
 MOST = 1 << 20
 KEYS = [f"{i:02x}" for i in range(24)]
@@ -37,8 +37,8 @@ def read(cache: ImageCache, folder: str, key: str, *, linked: bool) -> None:
 
 def within(cache: ImageCache, folder: str) -> None:
     """The entries, and those that are being written, hold no more than they may."""
-    with cache._alone(), os.scandir(folder) as found:
-        assert sum(entry.stat().st_size for entry in found if entry.name[0] != OUT[0]) <= MOST
+    with cache._exclusive(), os.scandir(folder) as found:
+        assert sum(entry.stat().st_size for entry in found if entry.name[0] != SHARED_PREFIX[0]) <= MOST
 
 
 def life(folder: str, seed: int, operations: int) -> None:
@@ -62,7 +62,7 @@ def born(shm: str, times: int) -> None:
     """Sidecars that start and end."""
     for _ in range(times):
         folder = CacheFolder(shm, MOST)
-        assert (Path(folder.path) / LOCK).exists()
+        assert (Path(folder.path) / LOCK_NAME).exists()
         folder.close()
 
 
@@ -73,7 +73,7 @@ def start(what: str, folder: str, *numbers: int) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_four_processes_in_a_tiny_folder(tmp_path: Path) -> None:
-    """Put, get, evicted and handed over by four at once while a fifth is killed in the middle: every read is whole, nothing handed over is left."""
+    """Four processes put, get, evict and export while a fifth is killed: reads are whole, no exported file is left."""
     folder = CacheFolder(str(tmp_path), MOST)
     doomed = start("life", folder.path, 0, 1_000_000)
     while not any((Path(folder.path) / name).exists() for name in KEYS):
@@ -84,7 +84,7 @@ def test_four_processes_in_a_tiny_folder(tmp_path: Path) -> None:
     doomed.wait()
     assert [process.wait(300) for process in others] == [0] * 4
     within(ImageCache(folder.path, MOST, b"secret"), folder.path)
-    assert len(list(Path(folder.path).glob(OUT + "*"))) <= 1, "one, of the process that was killed"
+    assert len(list(Path(folder.path).glob(SHARED_PREFIX + "*"))) <= 1, "one, of the process that was killed"
     folder.close()
     assert not list(tmp_path.iterdir())
 

@@ -72,7 +72,7 @@ async def liar() -> AsyncIterator[Liar]:
 
 
 def test_the_client_needs_aiohttp_and_numpy_only() -> None:
-    """`from sidecar.client import Client` loads nothing else of the sidecar, and none of what the sidecar itself needs."""
+    """`from sidecar.client import Client` loads no other part of the sidecar and none of its dependencies."""
     code = f"import sys; from sidecar.client import Client; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
@@ -141,7 +141,7 @@ async def test_whoever_else_answers_is_told_by_the_status(liar: Liar) -> None:
 
 
 async def test_an_answer_over_the_bound_is_not_read(liar: Liar) -> None:
-    """An answer that announces more than `max_bytes` is refused before it is kept; one that is no error of ours keeps its status."""
+    """A response of more than `max_bytes` is refused before it is read; another server's error keeps its status."""
     liar.answer = (200, bytes(1001), {})
     async with Client(liar.url, max_bytes=1000) as client:
         with pytest.raises(PreprocessError, match="more than 1000 bytes"):
@@ -154,7 +154,7 @@ async def test_an_answer_over_the_bound_is_not_read(liar: Liar) -> None:
 async def test_no_sidecar_is_one_clear_error(liar: Liar) -> None:
     """Where nothing listens, the error says that no answer came."""
     async with Client("http://127.0.0.1:1") as client:
-        with pytest.raises(PreprocessError, match="no answer") as caught:
+        with pytest.raises(PreprocessError, match="no response") as caught:
             await client.preprocess([b"x"])
     assert (caught.value.code, caught.value.status) == ("unreachable", 0)
 

@@ -271,7 +271,7 @@ def test_headers_never_raise(tail: bytes, head: bytes) -> None:
 
 @pytest.mark.parametrize(("comments", "size"), [(100, (70, 90)), (10_000, (0, 0))])
 def test_the_way_through_a_jpeg_is_bounded(comments: int, size: tuple[int, int]) -> None:
-    """A hundred comments and any number of fill bytes before the size are read over; ten thousand are nobody's, and it stays unsaid."""
+    """A hundred comments and any number of fill bytes before the size are skipped; with ten thousand it is unknown."""
     data = saved(Image.new("RGB", (90, 70)), "JPEG")
     header = read(data[:2] + b"\xff\xfe\0\2" * comments + b"\xff" * 50_000 + data[2:])
     assert header is not None

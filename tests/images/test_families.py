@@ -1,4 +1,4 @@
-"""Each family of image processors: our geometry, our tensors and our resized images against Hugging Face's own processor."""
+"""Each family of image processors: geometry, tensors and resized images against Hugging Face's own processor."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def theirs(row: Family, *images: torch.Tensor) -> dict[str, Any]:
 
 
 def check(row: Family, height: int, width: int) -> None:
-    """Our tensors equal theirs; theirs of our resized image equal theirs of the original, wherever it may be handed on."""
+    """The tensors equal Hugging Face's; a resized image that may replace its original gives the same tensors."""
     spec, image = row.spec(), picture(height, width)
     try:
         wanted = theirs(row, image)

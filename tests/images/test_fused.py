@@ -1,4 +1,4 @@
-"""The compiled kernel gives the bits of torchvision's uint8 resize and of the processor's own operations, in each of its forms."""
+"""Each form of the compiled kernel gives the bits of torchvision's uint8 resize and of the processor's operations."""
 
 from __future__ import annotations
 
@@ -102,9 +102,16 @@ def test_resize_equals_the_reference(level: int) -> None:
 @LEVELS
 @settings(max_examples=60)
 @given(
-    h=st.integers(8, 400), w=st.integers(8, 400), patch=st.sampled_from([4, 8, 14, 16, 20]), merge=st.sampled_from([1, 2, 3]),
-    temporal=st.sampled_from([1, 2]), normalize=st.booleans(), rescale=st.booleans(), rows=st.integers(1, 4), columns=st.integers(1, 4),
-)  # fmt: skip
+    h=st.integers(8, 400),
+    w=st.integers(8, 400),
+    patch=st.sampled_from([4, 8, 14, 16, 20]),
+    merge=st.sampled_from([1, 2, 3]),
+    temporal=st.sampled_from([1, 2]),
+    normalize=st.booleans(),
+    rescale=st.booleans(),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+)
 def test_patches_equal_the_processors_operations(
     level: int,
     h: int,
@@ -117,7 +124,7 @@ def test_patches_equal_the_processors_operations(
     rows: int,
     columns: int,
 ) -> None:
-    """float32 equal in every bit, bfloat16 and float16 equal to torch's rounding of it, uint8 the pixels themselves, for any layout."""
+    """For any layout, float32 has equal bits, bfloat16 and float16 equal torch's rounding, uint8 equals the pixels."""
     which = spec(
         patch_size=patch, merge_size=merge, temporal_patch_size=temporal, do_normalize=normalize, do_rescale=rescale
     )
@@ -151,10 +158,16 @@ def test_patches_too_large_for_the_caches_are_the_same(kind: fused.Kind) -> None
 
 @pytest.mark.parametrize(
     "geometry",
-    [Geometry(728, 1316, 1, 52, 94, 1222), Geometry(60, 80), Geometry(30, 40, crop=(2, 3, 20, 30)), Geometry(1, 1), Geometry(2, 90)],
-)  # fmt: skip
+    [
+        Geometry(728, 1316, 1, 52, 94, 1222),
+        Geometry(60, 80),
+        Geometry(30, 40, crop=(2, 3, 20, 30)),
+        Geometry(1, 1),
+        Geometry(2, 90),
+    ],
+)
 def test_a_file_holds_the_resized_pixels(geometry: Geometry) -> None:
-    """Resized into its place, in its own size, cropped, or smaller than a register: a PPM's pixels are torchvision's."""
+    """A PPM's pixels equal torchvision's: resized in place, unchanged, cropped, or smaller than a register."""
     image = torch.from_numpy(picture(60, 80)).permute(2, 0, 1)
     wanted = tensors.crop(tensors.by_torchvision(image, geometry, spec()), geometry)
     made = tensors.resized_ppm(image, geometry, spec())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sidecar.images.worker import tensors
 from sidecar.kernels import families, ragged, reference
 from sidecar.kernels.grid import BICUBIC, BILINEAR, LANCZOS, Geometry, PatchSpec, ProcessorSpec
-from sidecar.kernels.ragged import Wanted
+from sidecar.kernels.ragged import RaggedImage
 
 from . import published
 
@@ -37,7 +37,7 @@ def gpu(requires: Any) -> Iterator[Any]:
         patch.setenv("TRITON_INTERPRET", "1")
         from sidecar.kernels import gpu
 
-        assert gpu.interpreted(), "something imported the kernel before, without TRITON_INTERPRET=1"
+        assert gpu.is_interpreted(), "something imported the kernel before, without TRITON_INTERPRET=1"
         yield gpu
 
 
@@ -58,7 +58,7 @@ def spec(name: str = "Qwen2VLImageProcessor", **changes: Any) -> Any:
 def made(
     gpu: Any,
     images: Sequence[np.ndarray[Any, Any]],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[RaggedImage],
     dtype: Any = torch.uint8,
     table: Any = None,
 ) -> list[Any]:
@@ -107,7 +107,7 @@ def test_weights_are_the_references(source: int, target: int, resample: int) -> 
 def test_a_ragged_batch_equals_the_reference(gpu: Any, sizes: list[tuple[int, int, int, int, int]], seed: int) -> None:
     """Images of any sizes to any sizes by any filters in one batch: not one byte differs."""
     images = [picture(h, w, seed + i) for i, (h, w, *_) in enumerate(sizes)]
-    wanted = [Wanted(h, w, Geometry(height, width), resample) for h, w, height, width, resample in sizes]
+    wanted = [RaggedImage(h, w, Geometry(height, width), resample) for h, w, height, width, resample in sizes]
     for out, image, (_, _, height, width, resample) in zip(made(gpu, images, wanted), images, sizes, strict=True):
         assert np.array_equal(out.numpy().reshape(height, width, 3), reference.resize(image, height, width, resample))
 
@@ -126,7 +126,7 @@ def test_extremes_equal_the_cpu(gpu: Any, resample: int) -> None:
         (90, 700, 70, 600),
     ]
     images = [picture(h, w) for h, w, _, _ in sizes]
-    wanted = [Wanted(h, w, Geometry(height, width), resample) for h, w, height, width in sizes]
+    wanted = [RaggedImage(h, w, Geometry(height, width), resample) for h, w, height, width in sizes]
     chosen = spec(resample=resample)
     for out, image, w in zip(made(gpu, images, wanted), images, wanted, strict=True):
         resized = tensors.resize(torch.from_numpy(image).permute(2, 0, 1), w.geometry, chosen)
@@ -146,7 +146,7 @@ def test_patches_equal_the_cpus(gpu: Any, dtype: Any) -> None:
         Geometry(h, w, 1, h // s.patch_size, w // s.patch_size, 1) for s, (h, w) in zip(specs, goals, strict=True)
     ]
     wanted = [
-        Wanted(*image.shape[:2], geometry, s.resample, s, table=i)
+        RaggedImage(*image.shape[:2], geometry, s.resample, s, table=i)
         for i, (image, geometry, s) in enumerate(zip(images, geometries, specs, strict=True))
     ]
     outs = made(gpu, images, wanted, dtype, tables(*specs, dtype=dtype))
@@ -159,36 +159,38 @@ def test_planes_and_crops_equal_the_cpus(gpu: Any, dtype: Any) -> None:
     """CLIP's crop of the middle, of tall and of wide images, as planes."""
     clip = spec("CLIPImageProcessor", shortest=60, crop_height=50, crop_width=56)
     images = [picture(90, 130), picture(200, 64), picture(61, 60)]
-    wanted = [Wanted(*image.shape[:2], clip.geometry(*image.shape[:2]), clip.resample, planes=True) for image in images]
+    wanted = [
+        RaggedImage(*image.shape[:2], clip.geometry(*image.shape[:2]), clip.resample, planes=True) for image in images
+    ]
     for out, image, w in zip(made(gpu, images, wanted, dtype, tables(clip, dtype=dtype)), images, wanted, strict=True):
         assert torch.equal(out, expected(image, w.geometry, clip, dtype))
 
 
 def test_the_tiles_of_a_real_gpu_give_the_same_bits(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's larger tiles only save time."""
-    monkeypatch.setattr(gpu, "INTERPRETED", gpu.TILES)
+    monkeypatch.setattr(gpu, "INTERPRETER_TILES", gpu.GPU_TILES)
     image = picture(20, 170)
-    (out,) = made(gpu, [image], [Wanted(20, 170, Geometry(17, 140), BICUBIC)])
+    (out,) = made(gpu, [image], [RaggedImage(20, 170, Geometry(17, 140), BICUBIC)])
     assert np.array_equal(out.numpy().reshape(17, 140, 3), reference.resize(image, 17, 140, BICUBIC))
 
 
 def test_what_cannot_be_is_refused(gpu: Any) -> None:
     """A crop outside the image, patches that do not fit, and buffers that are too small raise ValueError."""
     with pytest.raises(ValueError, match="crop"):
-        gpu.lay_out([Wanted(9, 9, Geometry(9, 9, crop=(0, 1, 9, 9)), BICUBIC)])
+        gpu.lay_out([RaggedImage(9, 9, Geometry(9, 9, crop=(0, 1, 9, 9)), BICUBIC)])
     with pytest.raises(ValueError, match="whole number"):
-        gpu.lay_out([Wanted(9, 9, Geometry(30, 28), BICUBIC, spec())])
-    batch = gpu.lay_out([Wanted(9, 9, Geometry(9, 9), BICUBIC)])
+        gpu.lay_out([RaggedImage(9, 9, Geometry(30, 28), BICUBIC, spec())])
+    batch = gpu.lay_out([RaggedImage(9, 9, Geometry(9, 9), BICUBIC)])
     short = torch.zeros(10, dtype=torch.uint8)
     with pytest.raises(ValueError, match="too small"):
         gpu.launch(gpu.load(batch, "cpu"), short, short, None, short)
 
 
 def test_a_batch_knows_its_memory(gpu: Any) -> None:
-    """What a 1080p image takes and moves is what the docstring says: 6.2 MB in, 4.3 MB between, 11.5 MB out as bfloat16."""
+    """A 1080p image moves the bytes that the docstring states: 6.2 MB in, 4.3 MB between, 11.5 MB out as bfloat16."""
     chosen = spec(max_pixels=1_003_520)
     assert isinstance(chosen, PatchSpec)
-    batch = gpu.lay_out([Wanted(1080, 1920, chosen.geometry(1080, 1920), chosen.resample, chosen)])
+    batch = gpu.lay_out([RaggedImage(1080, 1920, chosen.geometry(1080, 1920), chosen.resample, chosen)])
     assert batch.source_bytes == pytest.approx(6.2e6, rel=0.01) and batch.scratch_bytes == pytest.approx(
         4.3e6, rel=0.01
     )
@@ -205,16 +207,17 @@ from sidecar.kernels import gpu
 def ptx(kernel, pointers, tile, **fixed):
     names = list(kernel.arg_names)
     signature = {n: pointers.get(n, "constexpr") for n in names}
-    consts = {n: v for n, v in zip(("TILE_ROWS" if "TILE_ROWS" in names else "TILE_HEIGHT", "TILE_WIDTH"), tile)} | fixed
+    sides = "TILE_ROWS" if "TILE_ROWS" in names else "TILE_HEIGHT", "TILE_WIDTH"
+    consts = dict(zip(sides, tile)) | fixed
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in consts.items()}, aligned)
-    return triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": gpu.WARPS}).asm["ptx"]
+    return triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": gpu.NUM_WARPS}).asm["ptx"]
 
 integers = {"tables": "*i32", "descriptors": "*i64", "owners": "*i32", "scratch": "*u8"}
-across = ptx(gpu.across, integers | {"words": "*i32"}, gpu.TILES.across)
+across = ptx(gpu.across, integers | {"words": "*i32"}, gpu.GPU_TILES.across)
 assert "bar.sync" not in across, "weights go through shared memory"
 for out in ("u8", "fp32", "bf16", "fp16"):
-    down = ptx(gpu.down, integers | {"values": "*" + out, "out": "*" + out}, gpu.TILES.down, LOOK_UP=out != "u8")
+    down = ptx(gpu.down, integers | {"values": "*" + out, "out": "*" + out}, gpu.GPU_TILES.down, LOOK_UP=out != "u8")
     assert "ld.global.v4.b32" in down, "the vertical pass does not load whole vectors"
 """
 

@@ -1,4 +1,4 @@
-"""The process that owns the GPU, from a worker's side: what it makes, and that nothing it fails at costs more than time.
+"""The GPU process from a worker's side: its results, and that its failures cost only time.
 
 The kernel runs in Triton's interpreter, so all but CUDA itself is the real thing.
 """
@@ -24,7 +24,7 @@ from PIL import Image
 from sidecar.images.protocol import PIXELS, RAW, TENSORS, ImageDone, ImageJob, ImageLimits
 from sidecar.images.service import ImageService
 from sidecar.images.worker import gpu_channel, pipeline
-from sidecar.images.worker.fork_server import GPU_REST, NO_CUDA, GpuProcess, worker_plan
+from sidecar.images.worker.fork_server import GPU_RETRY_S, NO_CUDA_STATUS, GpuProcess, worker_plan
 from sidecar.images.worker.gpu_channel import GpuChannel, GpuRequest
 from sidecar.kernels import families
 from sidecar.kernels.grid import ProcessorSpec
@@ -159,11 +159,11 @@ def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(
         listening.bind(str(tmp_path / "nobody"))
         listening.listen()
         listening.setblocking(False)
-        assert one.make(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
+        assert one.process(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
         with pytest.raises(BlockingIOError):
             listening.accept()
         now[0] = 1.0
-        assert one.make(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
+        assert one.process(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None
         listening.accept()[0].close()
 
 
@@ -195,7 +195,7 @@ def test_a_late_gpu_is_not_waited_for_and_never_mixes_images(gpu: str, enter: Ca
             assert "resize" in stages(answer) and bytes(answer[1]) == wanted
     finally:
         os.kill(process, signal.SIGCONT)
-    one._patience = LONG
+    one._timeout_s = LONG
     deadline = time.monotonic() + LONG
     while True:
         answer = pipeline.prepare_image(job(PIXELS), data[2], one)
@@ -217,12 +217,12 @@ def nonsense() -> dict[str, Callable[[socket.socket], Any]]:
 
     def unsealed(connection: socket.socket) -> None:
         fd = os.memfd_create("loose")
-        os.ftruncate(fd, gpu_channel.ARENA)
+        os.ftruncate(fd, gpu_channel.ARENA_BYTES)
         arena(connection, fd)
 
     def ask(text: bytes) -> Callable[[socket.socket], None]:
         def send(connection: socket.socket) -> None:
-            arena(connection, gpu_channel.arena())
+            arena(connection, gpu_channel.make_arena())
             connection.send(text)
 
         return send
@@ -276,15 +276,15 @@ async def test_auto_without_a_gpu_is_the_cpu(start_server: Callable[..., Server]
 
 
 @pytest.mark.parametrize(
-    ("device", "status", "again"), [("auto", NO_CUDA, None), ("auto", 1, GPU_REST), ("cuda", 1, GPU_REST)]
+    ("device", "status", "again"), [("auto", NO_CUDA_STATUS, None), ("auto", 1, GPU_RETRY_S), ("cuda", 1, GPU_RETRY_S)]
 )
 def test_when_a_gpu_is_tried_again(device: str, status: int, again: float | None) -> None:
     """A lost GPU after a while; one that was never there is not looked for again."""
     owner = GpuProcess(worker_plan(Settings(images_device=device), 1))
-    assert owner.due(0.0)
+    assert owner.is_due(0.0)
     owner.pid = os.posix_spawn("/bin/sh", ["sh", "-c", f"exit {status}"], {})
     os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)
-    assert not owner.due(1e9)
+    assert not owner.is_due(1e9)
     owner.reap(10.0)
-    assert not owner.due(10.0)
-    assert owner.due(10.0 + GPU_REST) is (again is not None)
+    assert not owner.is_due(10.0)
+    assert owner.is_due(10.0 + GPU_RETRY_S) is (again is not None)

@@ -1,4 +1,4 @@
-"""Which images are prepared inline: those that lose half of their pixels, and whose body stays within bounds. The others pass at no cost."""
+"""Images are prepared inline if they lose half of their pixels and the body stays bounded; others pass at no cost."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_published_limits_decide(name: str, width: int, height: int, acts:
     spec = published(name)
     geometry = spec.geometry(height, width)
     client = 4 << 20 if (width, height) == (8000, 6000) else 1 << 20
-    assert header_geometry.pays(width * height, geometry, client) is acts
+    assert header_geometry.is_worth_resizing(width * height, geometry, client) is acts
     if not acts and width <= 4000:
         got = await ImageService(NOWHERE, Settings(), spec).inline(base64.b64encode(flat(width, height)), "x")
         assert (got.outcome, got.base64, got.media_type, got.stages) == ("passed", None, "", ())
@@ -89,7 +89,7 @@ def test_no_body_grows_beyond_its_bound(height: int, width: int, client: int) ->
         except ValueError:
             continue
         made = len(base64.b64encode(bytes(15))) + 4 * geometry.size[0] * geometry.size[1]
-        if header_geometry.pays(height * width, geometry, client):
+        if header_geometry.is_worth_resizing(height * width, geometry, client):
             assert 2 * geometry.size[0] * geometry.size[1] <= height * width
             assert made <= max(4 << 20, 1.5 * client) + 8
 
@@ -124,7 +124,7 @@ def test_a_worker_decides_where_the_head_does_not() -> None:
     comment = jpegs.segment(0xFE, bytes(65_000))
     photo = synthetic_photos.photo(560, 280, exif_orientation=6)
     long = photo[:2] + comment * 4 + photo[2:]
-    assert header_geometry.sized(long, is_base64=False) is None
+    assert header_geometry.read_size(long, is_base64=False) is None
     done, payload = job(PIXELS, long)
     assert (done.outcome, bytes(payload), [stage for stage, _ in done.stages]) == ("passed", b"", ["unpack"])
     assert (done.width, done.height) == (280, 560)
@@ -142,7 +142,9 @@ def test_a_worker_decides_after_decoding_where_no_header_tells() -> None:
 def test_what_pays_is_prepared_and_shared_memory_takes_all() -> None:
     """The rule is about bodies: pixels in shared memory are prepared whatever their number."""
     done, payload = job(PIXELS, synthetic_photos.photo(1000, 800), "SigLIP")
-    assert done.outcome == "ok" and len(payload) == header_geometry.text(len(b"P6\n384 384\n255\n") + 3 * 384 * 384)
+    assert done.outcome == "ok" and len(payload) == header_geometry.base64_chars(
+        b"P6\n384 384\n255\n" + bytes(3 * 384 * 384), False
+    )
     done, payload = job(RAW, synthetic_photos.photo(560, 280))
     assert done.outcome == "ok" and len(payload) == 3 * 560 * 280
 
@@ -174,6 +176,6 @@ def test_fetched_bytes_that_are_no_image_do_not_pass() -> None:
 @pytest.mark.parametrize(("width", "height", "limit"), [(300, 200, "image_max_pixels"), (64, 48, "image_max_bytes")])
 async def test_limits_hold_for_what_passes(width: int, height: int, limit: str) -> None:
     """An image over a limit is not passed by its header: the worker, who refuses it, is asked."""
-    chosen = Settings(image_seconds=0.1, **{limit: 100})
+    chosen = Settings(**{limit: 100})
     images = ImageService(NOWHERE, chosen, published("Qwen2.5-VL"))
-    assert images._unpaid(base64.b64encode(synthetic_photos.photo(width, height)), True) is None
+    assert images._pass_early(base64.b64encode(synthetic_photos.photo(width, height)), True) is None

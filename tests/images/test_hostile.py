@@ -57,17 +57,23 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "png 65500 x 1": (saved(Image.new("RGB", (65_500, 1)), "PNG"), "image_aspect"),
     "png too long": (png(70_000, 100), "image_too_long"),
     "gif bomb": (b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\0" * 20, "image_too_many_pixels"),
-    "bmp bomb": (b"BM" + b"\0" * 12 + struct.pack("<IiiHH", 40, 50_000, -50_000, 1, 24) + b"\0" * 24, "image_too_many_pixels"),
+    "bmp bomb": (
+        b"BM" + b"\0" * 12 + struct.pack("<IiiHH", 40, 50_000, -50_000, 1, 24) + b"\0" * 24,
+        "image_too_many_pixels",
+    ),
     "webp bomb": (b"RIFF\0\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + b"\xff" * 6 + b"\0" * 16, "image_too_many_pixels"),
     "webp cut off": (saved(Image.new("RGB", (640, 480)), "WEBP")[:60], "image_broken"),
     "tiff loop": (b"II*\0\x08\0\0\0\x00\0\x08\0\0\0", "image_broken"),
-    "tiff bomb": (b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIIHHII", 256, 4, 1, 99_999, 257, 4, 1, 99_999) + b"\0" * 4, "image_too_many_pixels"),
-}  # fmt: skip
+    "tiff bomb": (
+        b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIIHHII", 256, 4, 1, 99_999, 257, 4, 1, 99_999) + b"\0" * 4,
+        "image_too_many_pixels",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 async def test_hostile_bytes_are_refused_with_a_reason(images: ImageService, name: str) -> None:
-    """A broken, lying or oversized image gets its own reason code, none of its content is quoted, and the next one works."""
+    """A broken, forged or oversized image gets its own reason code without its content, and the next one works."""
     data, reason = REFUSED[name]
     with pytest.raises(BadImage) as refused:
         await images.inline(base64.b64encode(data), "part")
@@ -143,8 +149,7 @@ def peak(pid: int) -> int:
 
 
 async def test_the_corpus_ends_as_in_the_engine(server: Server) -> None:
-    """Of some 800 odd, lying and broken files each gives the engine's pixels or is refused where the engine refuses; no worker
-    dies of one, and none has used more memory than one image may."""
+    """Each of some 800 odd and broken files gives the engine's pixels or its refusal; workers survive within bounds."""
     spec = families.from_config(settings("Qwen2VLImageProcessor", do_rescale=False, do_normalize=False))
     assert isinstance(spec, PatchSpec)
     images = ImageService(server.path, server.settings, spec)

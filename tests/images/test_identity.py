@@ -17,33 +17,111 @@ from .published import CLIP, HALF, PUBLISHED, SLOW, settings
 
 SIGLIP = {**SLOW, **HALF, "image_processor_type": "SiglipImageProcessor"}
 TILING = {**SIGLIP, "size": {"height": 448, "width": 448}}
-CROPPED = {**SLOW, **CLIP, "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}  # fmt: skip
+CROPPED = {
+    **SLOW,
+    **CLIP,
+    "image_processor_type": "CLIPImageProcessor",
+    "do_center_crop": True,
+    "size": {"shortest_edge": 336},
+    "crop_size": {"height": 336, "width": 336},
+}
 OWN_CODE = {"AutoProcessor": "processing.Processor", "AutoImageProcessor": "processing.SiglipImageProcessor"}
 
 # what a directory holds besides a known class's name -> what is to be said of it
 STRANGERS: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
-    "code of its own, own bounds": ({"preprocessor_config.json": {**SIGLIP, "min_pixels": 3136, "max_pixels": 1 << 20, "auto_map": OWN_CODE}}, "auto_map"),
+    "code of its own, own bounds": (
+        {"preprocessor_config.json": {**SIGLIP, "min_pixels": 3136, "max_pixels": 1 << 20, "auto_map": OWN_CODE}},
+        "auto_map",
+    ),
     "code of its own, no size": ({"preprocessor_config.json": {**SIGLIP, "auto_map": OWN_CODE}}, "auto_map"),
-    "bounds without auto_map": ({"preprocessor_config.json": {**TILING, "min_pixels": 3136, "max_pixels": 1 << 20}}, "max_pixels, min_pixels"),
-    "bounds of Qwen's for CLIP": ({"preprocessor_config.json": {**CROPPED, "max_pixels": 2408448, "min_pixels": 200704}}, "max_pixels, min_pixels"),
+    "bounds without auto_map": (
+        {"preprocessor_config.json": {**TILING, "min_pixels": 3136, "max_pixels": 1 << 20}},
+        "max_pixels, min_pixels",
+    ),
+    "bounds of Qwen's for CLIP": (
+        {"preprocessor_config.json": {**CROPPED, "max_pixels": 2408448, "min_pixels": 200704}},
+        "max_pixels, min_pixels",
+    ),
     "no size at all": ({"preprocessor_config.json": SIGLIP}, "size is missing"),
-    "no crop size": ({"preprocessor_config.json": {k: v for k, v in CROPPED.items() if k != "crop_size"}}, "crop_size is missing"),
+    "no crop size": (
+        {"preprocessor_config.json": {k: v for k, v in CROPPED.items() if k != "crop_size"}},
+        "crop_size is missing",
+    ),
     "one number as a size": ({"preprocessor_config.json": {**SIGLIP, "size": 384}}, "shorter side"),
-    "a processor that tiles, by its class": ({"preprocessor_config.json": {**TILING, "processor_class": "TilingProcessor"}}, "TilingProcessor"),
-    "a processor that tiles, by its file": ({"preprocessor_config.json": TILING, "processor_config.json": {"processor_class": "TilingProcessor", "max_tiles": 12}}, "max_tiles"),
-    "a processor that tiles, by its code": ({"preprocessor_config.json": TILING, "processor_config.json": {"processor_class": "SiglipProcessor", "auto_map": OWN_CODE}}, "auto_map"),
-    "a processor that tiles, in the model's file": ({"preprocessor_config.json": TILING, "config.json": {"auto_map": OWN_CODE, "architectures": ["SiglipModel"]}}, "config.json"),
-    "a processor that tiles, in the tokenizer's file": ({"preprocessor_config.json": TILING, "tokenizer_config.json": {"auto_map": OWN_CODE}}, "tokenizer_config.json"),
-    "a processor that tiles, by the tokenizer's word": ({"preprocessor_config.json": TILING, "tokenizer_config.json": {"processor_class": "TilingProcessor"}}, "TilingProcessor"),
-    "a processor that tiles, by its model": ({"preprocessor_config.json": {**TILING, "processor_class": "SiglipProcessor"}, "config.json": {"architectures": ["Ovis2_5"]}}, "Ovis2_5"),
-    "tiles around a CLIP that crops": ({"preprocessor_config.json": CROPPED, "config.json": {"architectures": ["LlavaLlamaForCausalLM"]}}, "LlavaLlamaForCausalLM"),
-    "a known model of another processor": ({"preprocessor_config.json": {**CROPPED, "processor_class": "LlavaProcessor"}, "config.json": {"architectures": ["CLIPModel"]}}, "CLIPModel"),
-    "two processors": ({"preprocessor_config.json": {**settings("GotOcr2ImageProcessor"), "processor_class": "GotOcr2Processor"}, "processor_config.json": {"processor_class": "InternVLProcessor"}}, "different processors"),
-    "padded to a size": ({"preprocessor_config.json": {**settings("PixtralImageProcessor"), "pad_size": {"height": 2048, "width": 2048}}}, "pad_size"),
+    "a processor that tiles, by its class": (
+        {"preprocessor_config.json": {**TILING, "processor_class": "TilingProcessor"}},
+        "TilingProcessor",
+    ),
+    "a processor that tiles, by its file": (
+        {
+            "preprocessor_config.json": TILING,
+            "processor_config.json": {"processor_class": "TilingProcessor", "max_tiles": 12},
+        },
+        "max_tiles",
+    ),
+    "a processor that tiles, by its code": (
+        {
+            "preprocessor_config.json": TILING,
+            "processor_config.json": {"processor_class": "SiglipProcessor", "auto_map": OWN_CODE},
+        },
+        "auto_map",
+    ),
+    "a processor that tiles, in the model's file": (
+        {"preprocessor_config.json": TILING, "config.json": {"auto_map": OWN_CODE, "architectures": ["SiglipModel"]}},
+        "config.json",
+    ),
+    "a processor that tiles, in the tokenizer's file": (
+        {"preprocessor_config.json": TILING, "tokenizer_config.json": {"auto_map": OWN_CODE}},
+        "tokenizer_config.json",
+    ),
+    "a processor that tiles, by the tokenizer's word": (
+        {"preprocessor_config.json": TILING, "tokenizer_config.json": {"processor_class": "TilingProcessor"}},
+        "TilingProcessor",
+    ),
+    "a processor that tiles, by its model": (
+        {
+            "preprocessor_config.json": {**TILING, "processor_class": "SiglipProcessor"},
+            "config.json": {"architectures": ["Ovis2_5"]},
+        },
+        "Ovis2_5",
+    ),
+    "tiles around a CLIP that crops": (
+        {"preprocessor_config.json": CROPPED, "config.json": {"architectures": ["LlavaLlamaForCausalLM"]}},
+        "LlavaLlamaForCausalLM",
+    ),
+    "a known model of another processor": (
+        {
+            "preprocessor_config.json": {**CROPPED, "processor_class": "LlavaProcessor"},
+            "config.json": {"architectures": ["CLIPModel"]},
+        },
+        "CLIPModel",
+    ),
+    "two processors": (
+        {
+            "preprocessor_config.json": {**settings("GotOcr2ImageProcessor"), "processor_class": "GotOcr2Processor"},
+            "processor_config.json": {"processor_class": "InternVLProcessor"},
+        },
+        "different processors",
+    ),
+    "padded to a size": (
+        {
+            "preprocessor_config.json": {
+                **settings("PixtralImageProcessor"),
+                "pad_size": {"height": 2048, "width": 2048},
+            }
+        },
+        "pad_size",
+    ),
     "channels last": ({"preprocessor_config.json": {**TILING, "data_format": "channels_last"}}, "data_format"),
     "code named in a strange form": ({"preprocessor_config.json": TILING, "config.json": {"auto_map": 7}}, "not known"),
-    "the nested one is code of its own": ({"preprocessor_config.json": TILING, "processor_config.json": {"image_processor": {**TILING, "auto_map": OWN_CODE}}}, "auto_map"),
-}  # fmt: skip
+    "the nested one is code of its own": (
+        {
+            "preprocessor_config.json": TILING,
+            "processor_config.json": {"image_processor": {**TILING, "auto_map": OWN_CODE}},
+        },
+        "auto_map",
+    ),
+}
 
 
 def written(folder: Path, files: dict[str, dict[str, Any]]) -> str:
@@ -63,7 +141,7 @@ def test_published_files_are_known(tmp_path: Path, name: str) -> None:
     files["tokenizer_config.json"] = {"auto_map": {"AutoTokenizer": ["x.X", None]}, "processor_class": "Anything"}
     if "processor_class" not in config | model:
         del files["tokenizer_config.json"]["processor_class"]
-    found = families.explained(written(tmp_path, files))
+    found = families.explain(written(tmp_path, files))
     assert isinstance(found, ProcessorSpec), found
 
 
@@ -71,7 +149,7 @@ def test_published_files_are_known(tmp_path: Path, name: str) -> None:
 def test_a_known_name_alone_is_not_an_identity(tmp_path: Path, name: str) -> None:
     """Code, settings, callers and models that are not known pass, and what is said names the offender."""
     files, offender = STRANGERS[name]
-    found = families.explained(written(tmp_path, files))
+    found = families.explain(written(tmp_path, files))
     assert isinstance(found, str) and offender in found
 
 

@@ -45,8 +45,8 @@ def test_what_was_put_is_got(cache: ImageCache) -> None:
 
 
 def test_an_entry_that_was_made_anew_is_read_anew(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process remembers of entries is of the very files, also when another process has replaced one by one as large; and bounded."""
-    monkeypatch.setattr("sidecar.images.shm_cache.KNOWN", 3)
+    """Parsed entries match their files, even after another process replaces one of equal size, and are bounded."""
+    monkeypatch.setattr("sidecar.images.shm_cache.MAX_PARSED_ENTRIES", 3)
     for n in range(8):
         done = replace(DONE, stages=(("decode", n / 10),))
         cache.put("aa", done, bytes([n] * 6))
@@ -133,8 +133,10 @@ def test_a_folder_lives_as_long_as_its_sidecar(tmp_path: Path) -> None:
     """Closed, it is gone; left by a process that was killed, the next one sweeps it; one in use stays."""
     mine = CacheFolder(str(tmp_path), 1 << 20)
     assert Path(mine.path).stat().st_mode & 0o777 == 0o700
-    code = f"from sidecar.images.shm_cache import Folder; import os; print(Folder({str(tmp_path)!r}, 1 << 20).path, flush=True); os._exit(9)"
-    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    code = "import os, sys; from sidecar.images.shm_cache import CacheFolder; "
+    code += "print(CacheFolder(sys.argv[1], 1 << 20).path, flush=True); os._exit(9)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    left = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     assert Path(left).is_dir()
     sweep(str(tmp_path))
     assert not Path(left).exists() and Path(mine.path).is_dir()
@@ -159,7 +161,7 @@ def test_a_hand_off_folder_that_is_not_there_ends_the_start(tmp_path: Path) -> N
 
 
 def test_what_is_handed_over_is_read_once_and_never_evicted(cache: ImageCache, tmp_path: Path) -> None:
-    """A random name each time: of an entry without a copy, of anything else by writing it; its reader or we remove it."""
+    """An export has a new random name: a link to an entry, or else a new file; its reader or the sidecar removes it."""
     cache.put("aa", DONE, b"pixels")
     linked, written = cache.export(b"pixels", key="aa"), cache.export(b"pix", b"els", key="bb")
     assert linked.name != written.name and linked.folder == tmp_path.name
@@ -202,18 +204,18 @@ def test_what_finds_no_room_leaves_no_part(cache: ImageCache, tmp_path: Path) ->
 
 def test_what_waits_for_readers_is_bounded(cache: ImageCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers who never come fill no memory; what is read makes room, and a link to an entry takes none."""
-    monkeypatch.setattr("sidecar.images.shm_cache.WAITING", 1000)
+    monkeypatch.setattr("sidecar.images.shm_cache.MAX_UNREAD_BYTES", 1000)
     cache.put("aa", DONE, bytes(700))
     cache.export(bytes(700), key="aa")
     first = cache.share(bytes(300), bytes(300))
-    with pytest.raises(OSError, match="waits"):
+    with pytest.raises(OSError, match="unread"):
         cache.share(bytes(600))
     (tmp_path / first.name).unlink()
     cache.share(bytes(600))
 
 
 def test_what_was_read_lies_there_again(cache: ImageCache, tmp_path: Path) -> None:
-    """An engine that starts anew reads its images anew, under the same names; not where the entry is gone or another one."""
+    """A restarted engine reads its images again under the same names, unless the entry is gone or replaced."""
     cache.put("aa", DONE, b"pixels")
     handed, copy = cache.export(b"pixels", key="aa"), cache.export(b"pixels", key="bb")
     assert cache.relink(handed) and cache.relink(copy), "nobody has read them"
@@ -229,7 +231,7 @@ def test_what_was_read_lies_there_again(cache: ImageCache, tmp_path: Path) -> No
 async def test_a_cancelled_request_leaves_nothing_behind(cache: ImageCache) -> None:
     """The thread that writes for it cannot be stopped; what it wrote is taken back."""
     handovers = ShmHandoff(cache)
-    with cache._alone():
+    with cache._exclusive():
         asked = asyncio.create_task(handovers.tensors(b"pixels"))
         await asyncio.sleep(0)
         asked.cancel()
@@ -251,7 +253,7 @@ def plugin() -> Any:
 
 
 async def test_the_plugins_urls_are_ours(server: Any, spec: Any, tmp_path: Path) -> None:
-    """What we hand over is what the plugin's pattern takes, and holds the pixels that inline images have; then it is gone."""
+    """An exported file matches the plugin's URL pattern and holds the inline image's pixels; reading removes it."""
     folder = CacheFolder(str(tmp_path), 64 << 20)
     images = ImageService(server.path, server.settings, spec, ImageCache(folder.path, folder.bytes, b"secret"))
     photo = base64.b64encode(synthetic_photos.photo(640, 480, seed=4))
@@ -259,7 +261,7 @@ async def test_the_plugins_urls_are_ours(server: Any, spec: Any, tmp_path: Path)
     ppm = base64.b64decode(inline.base64 or b"")
     for outcome in ("ok", "cached"):
         prepared = await images.inline(photo, "image", "t", "request")
-        found = plugin().URL.fullmatch(prepared.url)
+        found = plugin().URL_PATTERN.fullmatch(prepared.url)
         assert found and prepared.outcome == outcome and prepared.base64 is None
         file = tmp_path / found[1] / found[2]
         assert ppm.endswith(file.read_bytes()[int(found[5]) :])
@@ -278,7 +280,7 @@ async def test_the_plugins_urls_are_ours(server: Any, spec: Any, tmp_path: Path)
 )
 def test_the_plugin_takes_no_other_name(url: str) -> None:
     """Nothing that a client writes leads out of the folder."""
-    assert plugin().URL.fullmatch(url) is None
+    assert plugin().URL_PATTERN.fullmatch(url) is None
 
 
 async def test_a_repeated_image_is_not_prepared_again(server: Any, spec: Any, tmp_path: Path) -> None:

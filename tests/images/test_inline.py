@@ -43,8 +43,13 @@ def encoded(format: str, width: int, height: int, seed: int = 0) -> bytes:
 
 
 SIZES = [
-    ("JPEG", 1920, 1080), ("JPEG", 333, 517), ("PNG", 640, 480), ("WEBP", 370, 410), ("JPEG", 4000, 300), ("BMP", 56, 2800),
-]  # fmt: skip
+    ("JPEG", 1920, 1080),
+    ("JPEG", 333, 517),
+    ("PNG", 640, 480),
+    ("WEBP", 370, 410),
+    ("JPEG", 4000, 300),
+    ("BMP", 56, 2800),
+]
 SMALL = [
     ("WEBP", 37, 41),
     ("PNG", 1, 1),
@@ -151,7 +156,7 @@ async def test_a_shape_that_cannot_be_handed_over_exactly_passes(images: ImageSe
 
 @pytest.mark.parametrize("row", [row for row in ROWS.values() if not row.spec().inline], ids=lambda row: row.name)
 async def test_families_that_tile_pass(server: Any, row: Family) -> None:
-    """Where the tiles follow from the original's size an image goes to the engine as it came: not even decoded, its tokens known."""
+    """If tiles depend on the original's size, an image passes without being decoded, with known tokens."""
     spec = row.spec()
     images = ImageService(server.path, server.settings, spec)
     for how, size in ((1, (280, 560)), (6, (560, 280))):

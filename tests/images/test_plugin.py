@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 
-from sidecar.images.vllm_plugin import CHECK_INTERVAL_S, MARK, PluginWatch, judged, read_status
+from sidecar.images.vllm_plugin import CHECK_INTERVAL_S, MARK_PREFIX, PluginWatch, check_mark, read_status
 from tests.waiting import PATIENCE
 
 from .test_imagecache import plugin
 
-NOBODY = "no vLLM with our plugin"
-ENGINE = "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; sidecar_vllm.leave_mark(pathlib.Path(sys.argv[2])); print('left', flush=True); sys.stdin.read()"
+NO_PLUGIN = "no vLLM with the sidecar's plugin"
+ENGINE = (
+    "import sys; sys.path.insert(0, sys.argv[1]); import sidecar_vllm, pathlib; "
+    "sidecar_vllm.leave_mark(pathlib.Path(sys.argv[2])); print('left', flush=True); sys.stdin.read()"
+)
 SOURCES = Path(__file__).parents[2] / "plugins/vllm"
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -49,14 +52,14 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_mark_lives_as_long_as_the_processes_that_left_it(start: Start, tmp_path: Path) -> None:
-    """Nobody, one, two, one, nobody: the file stays, and says nothing once the last process was killed; then it is used again."""
-    assert read_status(str(tmp_path)).why.startswith(NOBODY)
+    """With no, one, two, one, no process: the file stays, is void once the last process is killed, and is reused."""
+    assert read_status(str(tmp_path)).why.startswith(NO_PLUGIN)
     first, second = start(), start()
     assert read_status(str(tmp_path)).why == ""
     end(first)
     assert read_status(str(tmp_path)).why == "" and read_status(str(tmp_path)).version == plugin().__version__
     end(second)
-    assert read_status(str(tmp_path)).why.startswith(NOBODY) and len(list(tmp_path.iterdir())) == 1
+    assert read_status(str(tmp_path)).why.startswith(NO_PLUGIN) and len(list(tmp_path.iterdir())) == 1
     start()
     assert read_status(str(tmp_path)).why == "" and len(list(tmp_path.iterdir())) == 1
 
@@ -72,7 +75,7 @@ JUDGED: dict[str, tuple[Any, str]] = {
     "the same user": (GOOD, ""),
     "one who may read all": (GOOD | {"user": 0, "reads_all": True}, ""),
     "root without capabilities": (GOOD | {"user": 0}, "may not read"),
-    "another form": (GOOD | {"form": 2}, "not of this sidecar's version"),
+    "another form": (GOOD | {"form": 2}, "does not match this sidecar's version"),
     "another connector": (GOOD | {"connector": ""}, "VLLM_MEDIA_CONNECTOR is ''"),
     "too little": ({"form": 1}, "cannot be read"),
     "no object": ([], "cannot be read"),
@@ -84,7 +87,7 @@ JUDGED: dict[str, tuple[Any, str]] = {
 def test_what_a_mark_says(case: str) -> None:
     """Images go through shared memory only where the one who left the mark can read them; else the reason is named."""
     said, why = JUDGED[case]
-    found = judged(json.dumps(said).encode().ljust(512), user=5).why
+    found = check_mark(json.dumps(said).encode().ljust(512), user=5).why
     assert why in found and bool(why) == bool(found)
 
 
@@ -92,12 +95,12 @@ def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
     """A link, a pipe, a folder and a file that nobody holds are passed over, without waiting, and hide no real mark."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(json.dumps(GOOD).encode())
-    (tmp_path / (MARK + "link")).symlink_to(elsewhere)
-    os.mkfifo(tmp_path / (MARK + "pipe"))
-    (tmp_path / (MARK + "folder")).mkdir()
-    (tmp_path / (MARK + "old")).write_bytes(json.dumps(GOOD | {"user": os.geteuid()}).encode())
-    assert read_status(str(tmp_path)).why.startswith(NOBODY)
-    assert read_status(str(tmp_path / "missing")).why.startswith(NOBODY)
+    (tmp_path / (MARK_PREFIX + "link")).symlink_to(elsewhere)
+    os.mkfifo(tmp_path / (MARK_PREFIX + "pipe"))
+    (tmp_path / (MARK_PREFIX + "folder")).mkdir()
+    (tmp_path / (MARK_PREFIX + "old")).write_bytes(json.dumps(GOOD | {"user": os.geteuid()}).encode())
+    assert read_status(str(tmp_path)).why.startswith(NO_PLUGIN)
+    assert read_status(str(tmp_path / "missing")).why.startswith(NO_PLUGIN)
     start()
     assert read_status(str(tmp_path)).why == ""
 

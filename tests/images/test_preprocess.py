@@ -116,7 +116,7 @@ async def test_json_in_tensors_out(service: Service) -> None:
 
 
 async def test_links_are_fetched_by_the_operators_rules(service: Service) -> None:
-    """Links stand among data URLs, in order; one to a host that is not listed is refused by its place, and so is one that is broken."""
+    """Links and data URLs keep their order; a link to an unlisted host or a broken link is refused by its place."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(body=PHOTOS[int(request.path[1:])]) if request.path != "/gone" else web.Response(status=404)
@@ -171,7 +171,7 @@ async def test_multipart_keeps_the_order(service: Service) -> None:
 
 
 async def test_a_client_that_does_not_read_its_tensors_is_hung_up_on(service: Service, server: Server) -> None:
-    """After `client_stall` seconds without a megabyte read, so that nobody can have us hold tensors for ever; one that reads has them all."""
+    """A client that reads less than a megabyte in `client_stall` seconds is closed; one that reads gets all tensors."""
     service.client_stall = 0.3
     large = families.from_config(QWEN2_VL | {"max_pixels": 1_003_520})
     assert large is not None
@@ -223,7 +223,7 @@ async def test_every_setting_of_the_processor(service: Service, server: Server, 
 
 @pytest.mark.parametrize("name", ["internvl", "llava-onevision", "llama-4", "gemma-4", "kimi-k2.5", "minicpm-v"])
 async def test_tiles_over_http(service: Service, server: Server, tmp_path: Path, name: str) -> None:
-    """Tiles, padded rows, rows side by side, bfloat16: the same tensors over HTTP and in shared memory, and the layout names them."""
+    """Tiles, padded rows, interleaved rows and bfloat16 are the same over HTTP and shm, and the layout names them."""
     row = ROWS[name]
     cache = ImageCache(str(tmp_path), 1 << 28, b"key")
     service.images = ImageService(server.path, service.chosen, row.spec(), cache)
@@ -257,8 +257,10 @@ async def test_tensors_that_are_not_made_are_refused(service: Service, server: S
 
 
 async def test_bytes_for_engines_that_normalise_themselves(service: Service) -> None:
-    """?values=uint8 gives what the processor gives without rescaling and normalising, of another hash; float32 is the default here."""
-    plain, floats, nothing = [await service.post(data=form(PHOTOS[:2]), params=p) for p in ({"values": "uint8"}, {"values": "float32"}, {})]  # fmt: skip
+    """?values=uint8 skips rescaling and normalising and has another hash; the default for this model is float32."""
+    plain, floats, nothing = [
+        await service.post(data=form(PHOTOS[:2]), params=p) for p in ({"values": "uint8"}, {"values": "float32"}, {})
+    ]
     assert same(plain[1], PHOTOS[:2], do_rescale=False, do_normalize=False)
     assert floats[1] == nothing[1] and same(floats[1], PHOTOS[:2])
     hashes = [re.findall(rb"content_hash[^0-9a-f]+([0-9a-f]{32})", body[:2000]) for _, body, _ in (plain, floats)]
@@ -300,13 +302,29 @@ BAD: dict[str, tuple[dict[str, Any], int, str]] = {
     "too many parts": ({"data": form([b"x"] * (MAX_IMAGES + 1))}, 400, "image_count"),
     "large part": ({"data": form([bytes(500_001)])}, 400, "image_too_large"),
     "no boundary": ({"data": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "bad_request"),
-    "cut multipart": ({"data": b"--b\r\nContent-Dis", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "bad_request"),
+    "cut multipart": (
+        {"data": b"--b\r\nContent-Dis", "headers": {"content-type": "multipart/form-data; boundary=b"}},
+        400,
+        "bad_request",
+    ),
     "large body": ({"data": bytes(900_001), "headers": {"content-type": "application/json"}}, 413, "body_too_large"),
     "large image": ({"data": bytes(500_001), "headers": {"content-type": "image/png"}}, 413, "body_too_large"),
-    "no shm": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "shm"}}, 501, "handoff_not_implemented"),
-    "values": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg"}, "params": {"values": "int4"}}, 400, "bad_request"),
-    "accept": ({"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "accept": "text/html"}}, 406, "not_acceptable"),
-}  # fmt: skip
+    "no shm": (
+        {"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "x-sidecar-handoff": "shm"}},
+        501,
+        "handoff_not_implemented",
+    ),
+    "values": (
+        {"data": PHOTOS[0], "headers": {"content-type": "image/jpeg"}, "params": {"values": "int4"}},
+        400,
+        "bad_request",
+    ),
+    "accept": (
+        {"data": PHOTOS[0], "headers": {"content-type": "image/jpeg", "accept": "text/html"}},
+        406,
+        "not_acceptable",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -331,7 +349,8 @@ async def test_a_handoff_that_is_not_available_is_refused_with_the_one_that_is(s
 async def test_a_body_is_asked_for_once_and_only_where_it_is_wanted(service: Service, handoff: str, asked: int) -> None:
     """curl waits for 100 Continue above 1 MiB: a request that is refused by its head is never sent."""
     reader, writer = await asyncio.open_connection("127.0.0.1", URL(service.url).port)
-    head = f"POST /v1/preprocess HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: image/jpeg\r\ncontent-length: {len(PHOTOS[0])}\r\n"
+    head = "POST /v1/preprocess HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: image/jpeg\r\n"
+    head += f"content-length: {len(PHOTOS[0])}\r\n"
     head += f"accept: application/json\r\nx-sidecar-handoff: {handoff}\r\nexpect: 100-continue\r\n\r\n"
     writer.write(head.encode())
     said = await reader.readuntil(b"\r\n\r\n")
@@ -354,17 +373,17 @@ async def test_a_multipart_body_without_a_length_is_bounded(service: Service) ->
 
 
 async def test_tensors_that_wait_for_their_clients_are_bounded(service: Service) -> None:
-    """One request beyond the bound is told to send less, one that meets others to come again; what was held is let go."""
+    """A request over the limit must send less, one that meets others must retry; the budget is released."""
     size = len((await service.post(data=form(PHOTOS[:1])))[1])
-    service.images.results = TensorBudget(size)
+    service.images.tensor_budget = TensorBudget(size)
     status, body, _ = await service.post(data=form(PHOTOS))
     assert (status, json.loads(body)["error"]["code"]) == (400, "tensors_too_large")
-    with service.images.results.for_request() as take:
-        take(size // 2)
+    with service.images.tensor_budget.for_request() as reserve:
+        reserve(size // 2)
         status, body, _ = await service.post(data=form(PHOTOS[:1]))
         assert (status, json.loads(body)["error"]["code"]) == (503, "images_busy")
     assert (await service.post(data=form(PHOTOS[:1])))[0] == 200
-    assert service.images.results.held == 0
+    assert service.images.tensor_budget.held_bytes == 0
 
 
 async def test_one_bad_image_fails_the_request_and_is_named(service: Service) -> None:

@@ -1,4 +1,4 @@
-"""Families that make several views of an image, or patches of a grid of their own: whole batches against Hugging Face's processor."""
+"""Families with several views or their own patch grid: whole batches against Hugging Face's processor."""
 
 from __future__ import annotations
 
@@ -25,25 +25,102 @@ from .test_families import Family, picture
 
 # small tiles, so that many sizes can be tried in little time; benchmarks/families.py asserts the models' own
 ROWS = {
-    "internvl": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 56, "width": 42}, "crop_to_patches": True}, {"image_seq_length": 16}),
-    "internvl-few": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 100, "width": 100}, "crop_to_patches": True, "min_patches": 2, "max_patches": 6}),
-    "got-ocr": Family("GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 64, "width": 64}}),
-    "llava-next": Family("LlavaNextImageProcessor", "llava_next.image_processing_llava_next", {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}, "image_grid_pinpoints": [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]]}, {"patch_size": 12, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}),
-    "llava-onevision": Family("LlavaOnevisionImageProcessor", "llava_onevision.image_processing_llava_onevision", {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": [[32 * y, 32 * x] for y in range(1, 7) for x in range(1, 7)]}, {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}),
-    "llama-4": Family("Llama4ImageProcessor", "llama4.image_processing_llama4", {"size": {"height": 48, "width": 48}}, {"patch_size": 12, "pixel_shuffle_ratio": 0.5}),
+    "internvl": Family(
+        "GotOcr2ImageProcessor",
+        "got_ocr2.image_processing_got_ocr2",
+        {"size": {"height": 56, "width": 42}, "crop_to_patches": True},
+        {"image_seq_length": 16},
+    ),
+    "internvl-few": Family(
+        "GotOcr2ImageProcessor",
+        "got_ocr2.image_processing_got_ocr2",
+        {"size": {"height": 100, "width": 100}, "crop_to_patches": True, "min_patches": 2, "max_patches": 6},
+    ),
+    "got-ocr": Family(
+        "GotOcr2ImageProcessor", "got_ocr2.image_processing_got_ocr2", {"size": {"height": 64, "width": 64}}
+    ),
+    "llava-next": Family(
+        "LlavaNextImageProcessor",
+        "llava_next.image_processing_llava_next",
+        {
+            "size": {"shortest_edge": 48},
+            "crop_size": {"height": 48, "width": 48},
+            "image_grid_pinpoints": [[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]],
+        },
+        {"patch_size": 12, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+    ),
+    "llava-onevision": Family(
+        "LlavaOnevisionImageProcessor",
+        "llava_onevision.image_processing_llava_onevision",
+        {
+            "size": {"height": 32, "width": 32},
+            "image_grid_pinpoints": [[32 * y, 32 * x] for y in range(1, 7) for x in range(1, 7)],
+        },
+        {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"},
+    ),
+    "llama-4": Family(
+        "Llama4ImageProcessor",
+        "llama4.image_processing_llama4",
+        {"size": {"height": 48, "width": 48}},
+        {"patch_size": 12, "pixel_shuffle_ratio": 0.5},
+    ),
     "llama-4-real": Family("Llama4ImageProcessor", "llama4.image_processing_llama4", {"max_patches": 4}),
-    "llama-4-largest": Family("Llama4ImageProcessor", "llama4.image_processing_llama4", {"size": {"height": 32, "width": 32}, "max_patches": 6, "resize_to_max_canvas": True}),
+    "llama-4-largest": Family(
+        "Llama4ImageProcessor",
+        "llama4.image_processing_llama4",
+        {"size": {"height": 32, "width": 32}, "max_patches": 6, "resize_to_max_canvas": True},
+    ),
     "gemma-4": Family("Gemma4ImageProcessor", "gemma4.image_processing_gemma4", {"max_soft_tokens": 70}),
-    "gemma-4-normalised": Family("Gemma4ImageProcessor", "gemma4.image_processing_gemma4", {"max_soft_tokens": 70, "patch_size": 8, "do_normalize": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}),
-    "gemma-4-unified": Family("Gemma4UnifiedImageProcessor", "gemma4_unified.image_processing_gemma4_unified", {"max_soft_tokens": 140, "patch_size": 4}),
-    "kimi-k2.5": Family("Kimi_K25ImageProcessor", "kimi_k25.image_processing_kimi_k25", {"max_patches": 256, "size": {"max_height": 40, "max_width": 40}}),
-    "minicpm-v": Family("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 112, "patch_size": 7}),
-    "minicpm-v-4x": Family("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 112, "patch_size": 7, "downsample_mode": "4x", "max_slice_nums": 4}),
-    "idefics-3": Family("Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {"size": {"longest_edge": 200}, "max_image_size": {"longest_edge": 56}}),
-    "idefics-3-whole": Family("Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {"do_image_splitting": False}),
-    "smolvlm": Family("SmolVLMImageProcessor", "smolvlm.image_processing_smolvlm", {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}}),
-    "minicpm-v-whole": Family("MiniCPMV4_6ImageProcessor", "minicpmv4_6.image_processing_minicpmv4_6", {"scale_resolution": 112, "slice_mode": False}),
-}  # fmt: skip
+    "gemma-4-normalised": Family(
+        "Gemma4ImageProcessor",
+        "gemma4.image_processing_gemma4",
+        {
+            "max_soft_tokens": 70,
+            "patch_size": 8,
+            "do_normalize": True,
+            "image_mean": [0.1, 0.2, 0.3],
+            "image_std": [0.5, 0.6, 0.7],
+        },
+    ),
+    "gemma-4-unified": Family(
+        "Gemma4UnifiedImageProcessor",
+        "gemma4_unified.image_processing_gemma4_unified",
+        {"max_soft_tokens": 140, "patch_size": 4},
+    ),
+    "kimi-k2.5": Family(
+        "Kimi_K25ImageProcessor",
+        "kimi_k25.image_processing_kimi_k25",
+        {"max_patches": 256, "size": {"max_height": 40, "max_width": 40}},
+    ),
+    "minicpm-v": Family(
+        "MiniCPMV4_6ImageProcessor",
+        "minicpmv4_6.image_processing_minicpmv4_6",
+        {"scale_resolution": 112, "patch_size": 7},
+    ),
+    "minicpm-v-4x": Family(
+        "MiniCPMV4_6ImageProcessor",
+        "minicpmv4_6.image_processing_minicpmv4_6",
+        {"scale_resolution": 112, "patch_size": 7, "downsample_mode": "4x", "max_slice_nums": 4},
+    ),
+    "idefics-3": Family(
+        "Idefics3ImageProcessor",
+        "idefics3.image_processing_idefics3",
+        {"size": {"longest_edge": 200}, "max_image_size": {"longest_edge": 56}},
+    ),
+    "idefics-3-whole": Family(
+        "Idefics3ImageProcessor", "idefics3.image_processing_idefics3", {"do_image_splitting": False}
+    ),
+    "smolvlm": Family(
+        "SmolVLMImageProcessor",
+        "smolvlm.image_processing_smolvlm",
+        {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}},
+    ),
+    "minicpm-v-whole": Family(
+        "MiniCPMV4_6ImageProcessor",
+        "minicpmv4_6.image_processing_minicpmv4_6",
+        {"scale_resolution": 112, "slice_mode": False},
+    ),
+}
 rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 KINDS = {"I64": torch.int64, "I32": torch.int32, "F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -74,15 +151,17 @@ def theirs(row: Family, *images: torch.Tensor) -> dict[str, Any]:
 
 
 def test_a_mask_of_ones_is_never_built() -> None:
-    """SmolVLM's for sixteen photographs is 570 MB, which the relay's loop would have to write first: it sends one megabyte again and again."""
-    spec = families.from_config(file("SmolVLMImageProcessor", size={"longest_edge": 2048}, max_image_size={"longest_edge": 512}))  # fmt: skip
+    """SmolVLM's mask for sixteen photographs is 570 MB; the relay sends one megabyte repeatedly instead."""
+    spec = families.from_config(
+        file("SmolVLMImageProcessor", size={"longest_edge": 2048}, max_image_size={"longest_edge": 512})
+    )
     assert spec is not None
     tracemalloc.start()
     try:
         images = [spec.geometry(1500, 1500)] * 16
         sent = sum(len(part) for group in tensor_layout.integers(spec.integers(images).values()) for part in group)
         dtype, shape = spec.shapes(images)["pixel_attention_mask"]
-        assert sent == tensor_layout.SIZES[dtype] * math.prod(shape) == 16 * 17 * 512 * 512 * 8
+        assert sent == tensor_layout.ELEMENT_BYTES[dtype] * math.prod(shape) == 16 * 17 * 512 * 512 * 8
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
@@ -135,7 +214,7 @@ def test_every_resample_gives_the_processors_bits(row: Family) -> None:
 @settings(max_examples=100)
 @given(height=st.integers(0, 1 << 32), width=st.integers(0, 1 << 32))
 def test_whatever_a_header_claims_has_a_geometry_or_is_refused(row: Family, height: int, width: int) -> None:
-    """Sizes out of hostile headers end in a geometry with whole tiles, or in ValueError, and nothing grows with them."""
+    """Sizes from hostile headers give a geometry of whole tiles or ValueError, with bounded memory."""
     spec = row.spec()
     try:
         found = spec.geometry(height, width)
@@ -180,10 +259,21 @@ def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> N
     counter = object.__new__(getattr(importlib.import_module(f"transformers.models.{module}"), kind))
     numbers = {"num_additional_image_tokens": 0, "image_seq_length": 256} | row.model
     vars(counter).update(
-        image_processor=row.processor(), tokenizer=Tokenizer(), image_token="#", start_image_token="<", end_image_token=">",
-        boi_token="<", eoi_token=">", image_start_token="<", image_end_token=">", slice_start_token="<", slice_end_token=">",
-        slice_mode=True, downsample_ratio=4, **numbers,
-    )  # fmt: skip
+        image_processor=row.processor(),
+        tokenizer=Tokenizer(),
+        image_token="#",
+        start_image_token="<",
+        end_image_token=">",
+        boi_token="<",
+        eoi_token=">",
+        image_start_token="<",
+        image_end_token=">",
+        slice_start_token="<",
+        slice_end_token=">",
+        slice_mode=True,
+        downsample_ratio=4,
+        **numbers,
+    )
     made = row.processor()(images=[picture(height, width)], return_tensors="pt")
     more = {"image_token_divisor": 4 if name.endswith("4x") else 16} if "minicpm" in name else {}
     text = counter.replace_image_token(made, 0, **more)
@@ -192,7 +282,11 @@ def test_tokens_are_those_of_the_prompt(name: str, height: int, width: int) -> N
     assert spec.geometry(height, width).tokens == counted
 
 
-PHI = Family("Phi4MultimodalImageProcessor", "phi4_multimodal.image_processing_phi4_multimodal", {"size": {"height": 70, "width": 70}, "dynamic_hd": 6})  # fmt: skip
+PHI = Family(
+    "Phi4MultimodalImageProcessor",
+    "phi4_multimodal.image_processing_phi4_multimodal",
+    {"size": {"height": 70, "width": 70}, "dynamic_hd": 6},
+)
 
 
 @settings(max_examples=25)

@@ -94,7 +94,7 @@ def _both(server: Server) -> list[int]:
 
 
 async def killed_at_work(server: Server, images: ImageService, data: bytes) -> tuple[int, BadImage]:
-    """A worker killed amid an image, and that image's end. One that was done sooner than we could kill it is followed by another."""
+    """Kill a worker during an image and return the outcome; retry if the image was done before the kill."""
     while True:
         await images.inline(PHOTO, "x")
         (worker,) = server.workers()
@@ -133,7 +133,7 @@ def capabilities(pid: int) -> dict[str, int]:
 
 
 async def test_a_worker_has_no_capabilities(lone: Server, one: ImageService) -> None:
-    """Where the sidecar has some, such as SYS_PTRACE to read the engine's stacks, what decodes images has none and can get none."""
+    """Image workers have no capabilities and can gain none, even if the sidecar has some, such as SYS_PTRACE."""
     (worker,) = lone.workers()
     found, ours = capabilities(worker), capabilities(lone.pid)
     if ours["CapEff"] & 1 << 8:  # SETPCAP: only then may the bounding set be emptied
@@ -147,11 +147,12 @@ def test_with_sys_ptrace_alone_nothing_of_it_is_left() -> None:
     """As in the pod: root with this one capability. Neither the process keeps it nor a program that it starts."""
     if not capabilities(os.getpid())["CapEff"] & 1 << 19:
         pytest.skip("needs SYS_PTRACE")
-    keep = "import ctypes; f = __import__('sidecar.images.worker.sandbox', fromlist=['x']); libc = ctypes.CDLL(None); only = 1 << 19; "
-    keep += "words = (f._Words * 2)((only, only, only), (0, 0, 0)); libc.capset(ctypes.byref(f._Header(f.VERSION_3, 0)), words); "
+    keep = "import ctypes; f = __import__('sidecar.images.worker.sandbox', fromlist=['x']); "
+    keep += "libc = ctypes.CDLL(None); only = 1 << 19; words = (f._Words * 2)((only, only, only), (0, 0, 0)); "
+    keep += "libc.capset(ctypes.byref(f._Header(f.CAPSET_VERSION_3, 0)), words); "
     show = "print(open('/proc/self/status').read().partition('CapEff:')[2].split()[0], flush=True); "
     end = "__import__('os').execv('/bin/grep', ['grep', 'CapEff', '/proc/self/status'])"
-    code = keep + show + "f.give_up(); " + show + end
+    code = keep + show + "f.drop_capabilities(); " + show + end
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     before, after, started = done.stdout.split("\n")[:3]
     assert (int(before, 16), int(after, 16), int(started.split()[1], 16)) == (1 << 19, 0, 0)
@@ -169,7 +170,7 @@ async def test_the_deadline_ends_a_job(lone: Server, one: ImageService, spec: Pr
 
 
 async def test_a_full_queue_is_busy(lone: Server, one: ImageService) -> None:
-    """When all places and the queue are taken, the next image gets 503 at once, and those that wait are served later."""
+    """With all slots and the queue full, the next image gets 503 at once, and the waiting ones are served later."""
     (worker,) = lone.workers()
     with stopped(worker):
         jobs = [asyncio.create_task(one.inline(PHOTO, "x")) for _ in range(3)]
@@ -181,7 +182,7 @@ async def test_a_full_queue_is_busy(lone: Server, one: ImageService) -> None:
 
 
 async def test_cancelled_jobs_leave_nothing_behind(lone: Server, one: ImageService) -> None:
-    """Jobs cancelled at the door and in the queue free their places: many more than there are places can come and go."""
+    """Cancelled jobs free their slots, in the backlog and in the queue: many more than there are slots."""
     (worker,) = lone.workers()
     with stopped(worker):
         for _ in range(5):

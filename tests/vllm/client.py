@@ -1,4 +1,4 @@
-"""What a client, a kubelet and a Prometheus do in these tests: send work, read a stream, probe, scrape, wait for a state."""
+"""Clients, kubelet and Prometheus of these tests: send requests, read streams, probe, scrape, wait for a state."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Makes, once, the environment of the real vLLM that the tests in this directory run against.
+"""Build, once, the environment of the real vLLM for the tests in this directory.
 
     .venv/bin/python tests/vllm/environment.py      makes it, or finds it complete; the last line printed is its python
 
-Rules: standard library only; nothing goes into the project's own environment; a marker with the pins is written last, so
-that an environment without it, or with other pins, is finished or made again; two runs at once wait for each other.
-Exit codes: 0 it is there; 1 it could not be made; 3 not enough free disk, nothing was touched.
+Rules: standard library only. Nothing goes into the project's own environment. A marker with the pins is written last;
+an environment without it, or with other pins, is completed or rebuilt. Concurrent runs wait for each other. Exit codes:
+0 it exists; 1 it could not be built; 3 not enough free disk, nothing was changed.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _install() -> None:
     say(f"installing {REQUIREMENT} and {', '.join(OVERRIDES)}: some minutes")
     _run(
         uv, "pip", "install", "--python", str(python()), "--compile-bytecode", "--override", str(overrides), REQUIREMENT
-    )  # fmt: skip
+    )
 
 
 def _loads() -> bool:

@@ -1,10 +1,10 @@
-"""What vLLM's own code makes of the images of chat bodies: run by the vLLM environment's python, without an engine.
+"""Print what vLLM's own code makes of the images of chat bodies; run by the vLLM environment's python.
 
     PYTHON pixels.py MODEL BODY.json ...
 
-Prints a JSON list with one entry for each body: for each image of it the tensors that go to the vision tower, by name, as
-shape, dtype and SHA-256 of their bytes. "patches" are those of vLLM's own choice of processing (uint8 where the model
-normalises on its device), "floats" those of the Hugging Face processor run to its end.
+Prints a JSON list with one entry per body: for each of its images the tensors that go to the vision tower, by name, as
+shape, dtype and SHA-256 of their bytes. "patches" are those of vLLM's default processing (uint8 if the model normalises
+on its device), "floats" those of the complete Hugging Face processor.
 """
 
 from __future__ import annotations

@@ -38,13 +38,20 @@ ENGINE_ENV = {
     "OMP_NUM_THREADS": "1",
 }
 DEVELOPMENT = {"VLLM_SERVER_DEV_MODE": "1"}  # /pause, /sleep and their signs, which production has not
-# float32: bfloat16 dies on a CPU without AMX. No prefix cache: the second of two equal requests must compute what the first did.
-# Trusted, so that a request may say how its images are processed, which the sidecar must respect; comments into silent streams,
-# so that bytes without tokens arrive from a hung engine, which must not pass for progress.
+# float32: bfloat16 crashes on a CPU without AMX. No prefix cache: equal requests must compute the same.
+# Trusted, so that a request may set how its images are processed, which the sidecar must respect. Comments into silent
+# streams, so that a hung engine sends bytes without tokens, which must not count as progress.
 ENGINE_FLAGS = (
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--no-enable-prefix-caching",
-    "--trust-request-mm-kwargs", "--sse-keep-alive-interval", "1",
-)  # fmt: skip
+    "--dtype",
+    "float32",
+    "--enforce-eager",
+    "--max-model-len",
+    "4096",
+    "--no-enable-prefix-caching",
+    "--trust-request-mm-kwargs",
+    "--sse-keep-alive-interval",
+    "1",
+)
 SIDECAR_FLAGS = {
     "canary-interval": "1",
     "silence-floor": "3",
@@ -61,7 +68,7 @@ class NotReady(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A vLLM that serves `model`, at `url`. `root` is the API server's process; the core and the worker are below it."""
+    """A vLLM that serves `model` at `url`. `root` is the API server; the core and the worker are its descendants."""
 
     url: str
     model: Path
@@ -96,9 +103,20 @@ def engine(
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
-        str(environment.python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), *ENGINE_FLAGS, *more,
-    ]  # fmt: skip
+        str(environment.python()),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--served-model-name",
+        MODEL,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *ENGINE_FLAGS,
+        *more,
+    ]
     env = (
         {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         | ENGINE_ENV
@@ -111,7 +129,7 @@ def engine(
 
 
 def with_plugin(site: Path) -> dict[str, str]:
-    """Our plugin in a folder of its own, so that the shared environment stays as it is: what an engine's environment then needs."""
+    """Install the plugin in a separate folder, not into the shared environment; returns the engine's variables."""
     uv = [
         environment._uv(),
         "pip",
@@ -128,14 +146,24 @@ def with_plugin(site: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def sidecar(engine_url: str, state: Path, log: Path, **flags: str) -> Iterator[Sidecar]:
-    """Run the sidecar beside `engine_url`, until its relay and its admin port answer. `flags` overrule SIDECAR_FLAGS."""
+    """Run the sidecar next to `engine_url` until its relay and admin port respond. `flags` override SIDECAR_FLAGS."""
     relay, admin = free_port(), free_port()
     chosen = SIDECAR_FLAGS | {name.replace("_", "-"): value for name, value in flags.items()}
     command = [
-        sys.executable, "-m", "sidecar", "run", "--engine", engine_url, "--listen", f"127.0.0.1:{relay}",
-        "--admin", f"127.0.0.1:{admin}", "--state-dir", str(state),
+        sys.executable,
+        "-m",
+        "sidecar",
+        "run",
+        "--engine",
+        engine_url,
+        "--listen",
+        f"127.0.0.1:{relay}",
+        "--admin",
+        f"127.0.0.1:{admin}",
+        "--state-dir",
+        str(state),
         *(word for name, value in chosen.items() for word in (f"--{name}", value)),
-    ]  # fmt: skip
+    ]
     env = {key: value for key, value in os.environ.items() if not key.startswith("SIDECAR_")}
     with _running(command, log, env) as process:
         _await(lambda: _status(f"http://127.0.0.1:{admin}/healthz") == 200, process, log, 60)
@@ -155,7 +183,7 @@ def _running(command: list[str], log: Path, env: dict[str, str]) -> Iterator[sub
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the first process, time to end, SIGKILL to what is left of its group. Stopped ones are woken for it."""
+    """Send SIGTERM to the first process, resume stopped ones, then send SIGKILL to the rest of its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGCONT)
     process.terminate()
@@ -182,9 +210,10 @@ def _await(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Pat
 
 
 def _serves(url: str) -> bool:
-    return _status(f"{url}/v1/models") == 200 and _status(
-        f"{url}/v1/completions", {"model": MODEL, "prompt": "1", "max_tokens": 1}
-    ) == 200  # fmt: skip
+    return (
+        _status(f"{url}/v1/models") == 200
+        and _status(f"{url}/v1/completions", {"model": MODEL, "prompt": "1", "max_tokens": 1}) == 200
+    )
 
 
 def _status(url: str, body: dict[str, Any] | None = None) -> int:

@@ -79,7 +79,7 @@ async def crowd() -> AsyncIterator[Http]:
 async def test_a_storm_of_slow_clients_fails_no_probe(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, crowd: Http, workers: str
 ) -> None:
-    """60 streams, of which half are read a little at a time and half not at all: the engine is ready, and serves others."""
+    """With 60 streams, half of them read slowly and half not at all, the engine is ready and serves others."""
     beside = start_sidecar(engine.url, workers=workers)
     await idle(http, beside)
     opened = asyncio.Semaphore(0)
@@ -139,7 +139,7 @@ async def test_200_long_prompts_at_once_kill_nobody(
 async def test_a_canary_of_a_full_engine_waits_its_turn(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, crowd: Http
 ) -> None:
-    """A sidecar that starts beside an engine whose every place is taken, past the relay, is patient, and started in the end."""
+    """A sidecar that starts next to an engine that is full with direct requests waits, and is started in the end."""
 
     async def ask() -> bytes:
         body = client.completion(WORD, max_tokens=200, stream=True)
@@ -160,7 +160,7 @@ async def test_a_canary_of_a_full_engine_waits_its_turn(
 
 
 async def test_a_paused_engine_is_exempt(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
-    """vLLM's own pause, ordered through the relay with a stream under way: not ready, never killed, and served on after /resume."""
+    """vLLM's own pause, sent through the relay during a stream: not ready, never killed, and served after /resume."""
     beside = start_sidecar(engine.url)
     await idle(http, beside)
     body = client.completion(WORD, max_tokens=1500, stream=True)

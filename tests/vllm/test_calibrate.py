@@ -28,12 +28,26 @@ def caching(model: Callable[[str], Path], tmp_path: Path) -> Iterator[Engine]:
 
 
 def test_a_real_vllm_is_calibrated(caching: Engine, tmp_path: Path, took: Callable[[str, float], None]) -> None:
-    """In little time the file is written, read by `sidecar run`, and names vLLM; the report has held-out errors, cached prompts and photos."""
+    """A short run writes a file that `sidecar run` reads; its report has held-out errors, cached prompts and photos."""
     out, kept = tmp_path / "co.json", tmp_path / "all.jsonl"
     command = [
-        sys.executable, "-m", "sidecar", "calibrate", "--engine", caching.url, "--model", str(caching.model), "--out", str(out),
-        "--measurements", str(kept), "--seconds", "30", "--concurrency", "4",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "sidecar",
+        "calibrate",
+        "--engine",
+        caching.url,
+        "--model",
+        str(caching.model),
+        "--out",
+        str(out),
+        "--measurements",
+        str(kept),
+        "--seconds",
+        "30",
+        "--concurrency",
+        "4",
+    ]
     done = subprocess.run(command, cwd=processes.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held out: MAPE" in done.stdout and "alpha-beta line: MAPE" in done.stdout and "448px" in done.stdout

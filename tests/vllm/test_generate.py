@@ -1,4 +1,4 @@
-"""A real vLLM's token interface takes our tensors in place of its own: `/inference/v1/generate`, with --enable-scale-out."""
+"""A real vLLM accepts the sidecar's tensors at `/inference/v1/generate`, with --enable-scale-out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ async def test_our_features_are_those_that_vllm_renders(
 ) -> None:
     """Prompt, places and tensors equal vLLM's own /render to the last byte, and so do tokens and log-probabilities.
 
-    Only the order of an item's tensors is vLLM's own affair: it comes from a set, and changes with PYTHONHASHSEED. vLLM sees no image of ours, only tensors; under another salt they have other names.
+    Only the order of an item's tensors differs: it comes from a set, and changes with PYTHONHASHSEED. vLLM gets no
+    image, only tensors; under another salt they have other names.
     """
     rendered = await client.ask(http, f"{engine.url}{PATH}/render", chat(*PHOTOS))
     sidecar = await beside(start_sidecar, engine.url, engine.model, http)
@@ -92,6 +93,11 @@ async def test_another_image_of_the_same_size_gives_another_answer(
             made = await ours.preprocess([photo(640, 480, seed)], values=kind)
         ids = expanded(prompt, pad, made)
         sampling = {"max_tokens": 4, "temperature": 0, "logprobs": 2}
-        body = {"model": "tiny", "token_ids": ids, "features": features(ids, pad, made, b"salt"), "sampling_params": sampling}  # fmt: skip
+        body = {
+            "model": "tiny",
+            "token_ids": ids,
+            "features": features(ids, pad, made, b"salt"),
+            "sampling_params": sampling,
+        }
         answers.append((await client.ask(http, engine.url + GENERATE, body))["choices"][0]["logprobs"])
     assert answers[0] != answers[1]

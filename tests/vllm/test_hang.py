@@ -1,4 +1,4 @@
-"""A real vLLM hangs silently, as its processes are stopped: its own /health stays 200; ours tells, and takes it back."""
+"""A real vLLM hangs because its processes are stopped: /health stays 200; the sidecar reports hang and recovery."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def is_idle(http: Http, sidecar: Sidecar) -> Callable[[], object]:
 async def test_a_silent_hang_fails_liveness_until_it_ends(
     engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[psutil.Process], None], title: str
 ) -> None:
-    """A stop amid a stream turns /livez to 503 and makes the stalled file, though vLLM says 200; going on takes both back."""
+    """A stop during a stream gives 503 on /livez and a stalled file, though vLLM reports 200; resuming ends both."""
     await client.until(is_idle(http, sidecar), "idle before the hang")
     body = client.completion(PROMPT, max_tokens=3500, stream=True)
     process = engine.process(title)  # looked up before the stream, which would be over by then
@@ -94,7 +94,7 @@ async def test_a_hang_of_an_idle_engine_is_found_by_the_canary(
 async def test_startup_waits_for_a_token(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, freeze: Callable[[psutil.Process], None]
 ) -> None:
-    """/startupz is 503 beside an engine that listens and says it is healthy, until a canary made it generate a token."""
+    """/startupz is 503 next to an engine that listens and reports healthy, until a canary generates a token."""
 
     async def generated() -> float:
         return await client.sample(http, f"{engine.url}/metrics", "vllm:generation_tokens_total")

@@ -132,7 +132,7 @@ def formats(body: dict[str, Any]) -> list[str]:
 
 
 async def test_the_answer_is_the_same(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
-    """Text, log-probabilities and usage of an image chat are the same, to the last bit, with and without the sidecar."""
+    """Text, log-probabilities and usage of an image chat have the same bits with and without the sidecar."""
     sidecar = await beside(start_sidecar, engine.url, engine.model, http)
     bodies = [BODIES[name] for name in ("1080p", "EXIF 6", "EXIF 7", "small, enlarged", "alpha", "two")]
     without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
@@ -142,7 +142,7 @@ async def test_the_answer_is_the_same(engine: Engine, start_sidecar: Callable[..
 
 
 async def test_another_picture_gives_another_answer(engine: Engine, http: Http) -> None:
-    """The tiny model's log-probabilities depend on the picture, down to a faint change of it, so that equal answers say something."""
+    """The tiny model's log-probabilities change with a faint change of the image, so equal answers are evidence."""
     image = pixels(640, 480, 30)
     answers = []
     for brighter in (0, 1):
@@ -155,7 +155,7 @@ async def test_another_picture_gives_another_answer(engine: Engine, http: Http) 
 async def test_the_pixels_are_the_same(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, vllm_python: Path, tmp_path: Path
 ) -> None:
-    """What vLLM's own code feeds to the vision tower is the same, bit for bit, from the prepared image as from the original.
+    """vLLM feeds the vision tower the same bits from the prepared image as from the original.
 
     Over sizes, all EXIF orientations, formats and modes. Every image was really prepared but one, which would grow.
     """

@@ -1,4 +1,4 @@
-"""A real vLLM that is killed, by us as a restart or by kill -9 of one of its processes, and its successor on the same port.
+"""A real vLLM is killed, as a restart or by kill -9 of one of its processes, and restarts on the same port.
 
 Each test ends what it finds at the port and leaves a successor to the next: starting a vLLM is what takes the time.
 """
@@ -52,7 +52,7 @@ def place(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 
 
 async def test_a_restart_heals_a_hang(place: Place, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
-    """A hung engine that is killed and started anew on its port is unready till its first token, then live and started again."""
+    """A hung engine that is killed and restarted on its port is not ready until its first token, then live."""
     engine = place.engine or place.start(ready=True)
     beside = start_sidecar(engine.url)
     await client.until(answers(http, beside, "/livez", 200, "idle"), "idle before the hang")
@@ -69,7 +69,7 @@ async def test_a_restart_heals_a_hang(place: Place, start_sidecar: Callable[...,
 async def test_a_killed_process_is_found_and_its_successor_is_served(
     place: Place, start_sidecar: Callable[..., Sidecar], http: Http, took: Callable[[str, float], None], title: str
 ) -> None:
-    """Amid a stream: liveness fails as gone or without progress, and after a restart on the port the sidecar is live and started."""
+    """A kill during a stream fails liveness; after a restart on the port the sidecar is live and started."""
     engine = place.engine or place.start(ready=True)
     beside = start_sidecar(engine.url)
 

@@ -1,4 +1,4 @@
-"""Through shared memory, with our plugin in its environment, a real vLLM sees the same pixels and gives the same answer."""
+"""Through shared memory and the plugin, a real vLLM sees the same pixels and gives the same answer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sidecar.images.shm_cache import OUT, PREFIXED, SHM_DIR
-from sidecar.images.vllm_plugin import MARK, read_status
+from sidecar.images.shm_cache import FOLDER_PREFIX, SHARED_PREFIX, SHM_DIR
+from sidecar.images.vllm_plugin import MARK_PREFIX, read_status
 from sidecar.settings import Settings
 from sidecar.tools.doctor import engine as doctor
 from sidecar.tools.doctor.finding import DoctorFinding
@@ -46,7 +46,7 @@ def engine(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eng
 
 def waiting() -> set[Path]:
     """Files that wait for a reader, of any sidecar."""
-    return set(SHM.glob(f"{PREFIXED}*/{OUT}*"))
+    return set(SHM.glob(f"{FOLDER_PREFIX}*/{SHARED_PREFIX}*"))
 
 
 async def found(engine: Engine) -> DoctorFinding:
@@ -58,10 +58,9 @@ async def found(engine: Engine) -> DoctorFinding:
 async def test_a_vllm_without_the_plugin_gets_its_images_inline(
     model: Any, start_sidecar: Callable[..., Sidecar], http: Http, tmp_path: Path
 ) -> None:
-    """Where the mark of an earlier vLLM still lies, but no living process holds it, every image goes inline, with the answer that vLLM
-    gives by itself; the log says so once, and so does the doctor."""
+    """With only the unlocked mark of an earlier vLLM, images go inline with vLLM's own answer, logged once."""
     mark = {"form": 1, "version": "0.1.0", "pid": 1, "user": 0, "reads_all": True, "connector": "inference_sidecar"}
-    left = SHM / f"{MARK}test"  # the plugin names it by a user's number
+    left = SHM / f"{MARK_PREFIX}test"  # the plugin names it by a user's number
     left.write_text(json.dumps(mark))
     bodies = [BODIES[name] for name in ("1080p", "two")]
     try:

@@ -1,4 +1,4 @@
-"""A real vLLM serves text through the sidecar as it does without it, and is judged and charged by what it really did."""
+"""A real vLLM serves text through the sidecar unchanged, with a correct verdict and correct charges."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ async def test_the_relay_port_shows_one_complete_metrics_page(sidecar: Sidecar, 
 
 
 async def test_load_of_vllm_reaches_an_orca_balancer_as_ours(sidecar: Sidecar, http: Http) -> None:
-    """Where a balancer asks for a load report, ours replaces vLLM's own on the answer, once the sidecar has one to give."""
+    """If a balancer asks for a load report, the sidecar's replaces vLLM's own, once there is one."""
 
     async def reported() -> bool:
         headers = {"endpoint-load-metrics-format": "JSON"}

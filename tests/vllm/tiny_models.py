@@ -1,11 +1,11 @@
-"""Makes the tiny models of these tests from nothing: random weights from a seed, a byte-level tokenizer, real formats.
+"""Make the tiny models of these tests: random weights from a seed, a byte-level tokenizer, real formats.
 
     PYTHON tiny_models.py text DIR       Qwen2: text in, text out
     PYTHON tiny_models.py vision DIR     Qwen2-VL: with the real image processor's settings
     PYTHON tiny_models.py small DIR      the same with images of few pixels, so that most photographs shrink
 
-Rules: run by the vLLM environment's python; no hub is reached; the same seed gives the same weights. The weights are drawn
-wide, so that what comes out depends visibly on every token and every pixel that goes in.
+Rules: run by the vLLM environment's python. No hub is contacted. The same seed gives the same weights. The weights
+have a wide spread, so that the output depends visibly on every input token and pixel.
 """
 
 from __future__ import annotations
@@ -29,9 +29,15 @@ SEED = 20
 VOCABULARY = 640
 WIDTH = 128
 SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 SENTENCES = [
     "A sidecar watches the engine and counts what it does.",
     "user assistant system: describe what is in this picture, please.",

@@ -1,1 +1,1 @@
-"""The image server: decodes hostile bytes in processes of their own."""
+"""The image server: decodes hostile bytes in separate processes."""

@@ -1,8 +1,8 @@
-"""Image bytes -> the RGB pixels that the engine would have seen, or BadPixels with a reason.
+"""Decode image bytes to the RGB pixels that the engine would have seen, or raise ImageRejected with a reason.
 
-Rules: the size is checked on the header before anything is allocated. Plain files go through the fast decoders, whose pixels
-equal Pillow's bit for bit; everything else, and whatever a fast decoder refuses, goes through Pillow in the engine's own
-order (vLLM's ImageMediaIO): turn by EXIF or XMP, load, flatten alpha on white, convert to RGB. Pillow's word is final.
+Rules: the size is checked on the header before anything is allocated. Plain files go through the fast decoders, whose
+pixels equal Pillow's bit for bit. Everything else, and what a fast decoder refuses, goes through Pillow in the engine's
+own order (vLLM's ImageMediaIO): rotate by EXIF or XMP, load, flatten alpha on white, convert to RGB.
 
 Pixels are uint8 tensors of shape (3, height, width) over memory in (height, width, 3) order.
 """
@@ -29,7 +29,7 @@ WHITE: Final = (255, 255, 255)
 
 
 class ImageRejected(Exception):
-    """An image that is refused. `reason` is its code; the text never quotes the image."""
+    """An image is refused. `reason` is its code; the message never quotes the image."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class ImageRejected(Exception):
 
 
 def decode(data: bytes, header: Header, limits: ImageLimits) -> Tensor:
-    """The pixels of one image. Raises BadPixels."""
+    """The pixels of one image. Raises ImageRejected."""
     check_size(header.height, header.width, limits)
     if header.plain and (pixels := _fast(data, header)) is not None:
         return turn(pixels, orientation(data)) if header.tagged else pixels
@@ -45,7 +45,7 @@ def decode(data: bytes, header: Header, limits: ImageLimits) -> Tensor:
 
 
 def check_size(height: int, width: int, limits: ImageLimits) -> None:
-    """Raise BadPixels for a size over a limit. A size of 0 x 0 is unknown yet and passes."""
+    """Raise ImageRejected for a size over a limit. A size of 0 x 0 is not known yet and passes."""
     if height * width > limits.max_pixels:
         raise ImageRejected(
             "image_too_many_pixels", f"it has {width} x {height} pixels and the limit is {limits.max_pixels} pixels"
@@ -57,21 +57,21 @@ def check_size(height: int, width: int, limits: ImageLimits) -> None:
 
 
 def orientation(data: bytes) -> int:
-    """1..8: how Pillow's exif_transpose would turn this JPEG, which also depends on whether it can rewrite the metadata."""
+    """1..8: the orientation that Pillow's exif_transpose applies, which also depends on whether it can edit it."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:
             stand_in = Image.new("L", (1, 1))
             stand_in.info = dict(opened.info)
         ImageOps.exif_transpose(stand_in)
         return int(stand_in.getexif().get(ORIENTATION, 1))
-    except Exception:  # noqa: BLE001  the engine, too, leaves the image unturned whatever the metadata's fault is
+    except Exception:  # noqa: BLE001  like the engine: an image with broken metadata is not rotated
         return 1
 
 
 def _fast(data: bytes, header: Header) -> Tensor | None:
-    """libjpeg-turbo or libwebp through torchvision; None where it is not there or refuses."""
+    """Decode by libjpeg-turbo or libwebp through torchvision; None if that is missing or refuses."""
     decoder: Any = getattr(torch.ops.image, "decode_" + header.format, None)
-    # frombuffer wants writable memory; the decoders only read.
+    # frombuffer requires writable memory; the decoders only read
     encoded = torch.frombuffer(memoryview(bytearray(data)), dtype=torch.uint8)
     try:
         pixels = decoder(encoded, RGB) if decoder else None
@@ -81,7 +81,7 @@ def _fast(data: bytes, header: Header) -> Tensor | None:
 
 
 def turn(pixels: Tensor, how: int) -> Tensor:
-    """Pixels (3, height, width) turned by an EXIF orientation: a transposition, then flips of the axes."""
+    """Rotate pixels (3, height, width) by an EXIF orientation: a transposition, then flips of the axes."""
     if how not in TURNS:
         return pixels
     transposed, flips = TURNS[how]
@@ -90,7 +90,7 @@ def turn(pixels: Tensor, how: int) -> Tensor:
 
 
 def turned(height: int, width: int, how: int) -> tuple[int, int]:
-    """The size of an image of this size once it is turned so."""
+    """The size of an image of this size after it is rotated."""
     return (width, height) if TURNS.get(how, (False, []))[0] else (height, width)
 
 
@@ -116,12 +116,12 @@ def _pillow(data: bytes, limits: ImageLimits) -> Tensor:
         return torch.from_numpy(np.array(_as_rgb(image))).permute(2, 0, 1)
     except (ImageRejected, MemoryError):
         raise
-    except Exception:  # noqa: BLE001  a hostile file can raise anything in a decoder; all of it means the same
+    except Exception:  # noqa: BLE001  a hostile file can raise anything in a decoder
         raise ImageRejected("image_broken", "it is cut off or damaged") from None
 
 
 def _as_rgb(image: Any) -> Any:
-    """An opened image in RGB; transparent parts show white, as the engine shows them."""
+    """An opened image in RGB, flattened on white as the engine does."""
     if image.mode == "RGB":
         return image
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:

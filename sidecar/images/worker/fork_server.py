@@ -1,9 +1,9 @@
-"""The fork server: imports the image libraries once, keeps W workers alive, ends with its parent.
+"""The fork server: imports the image libraries once, keeps the workers running, ends with its parent.
 
-Rules: this process never touches an image, starts no thread and enters no parallel region, so that forking it is sound; it
-waits in one place only, for a signal. A worker that dies is replaced; one that dies young is replaced with a pause, so that
-a broken installation cannot spin. The listening socket belongs to whoever started us and outlives us: connections that wait
-in its backlog meet the next server.
+Rules: this process never touches an image, starts no thread and enters no parallel region, so that forking it is safe.
+It waits in one place only, for a signal. A worker that dies is replaced; if it dies young, after a pause, so that a
+broken installation cannot spin. The listening socket belongs to the parent and outlives this process: connections in
+its backlog reach the next server.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from sidecar.settings import Settings, from_json
 _log = logging.getLogger(__name__)
 
 WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-POLL: Final = 1.0  # seconds between looks at whether the parent still lives
-YOUNG: Final = 1.0  # seconds
-PAUSE: Final = 0.25  # seconds
-ENDS: Final[dict[int, str]] = {signal.SIGALRM: "past its deadline", signal.SIGKILL: "killed"}
-NO_CUDA: Final = 78  # exit status of a worker that found no CUDA device (EX_CONFIG)
+PARENT_POLL_INTERVAL_S: Final = 1.0
+MIN_LIFE_S: Final = 1.0
+RESTART_PAUSE_S: Final = 0.25
+SIGNAL_TEXTS: Final[dict[int, str]] = {signal.SIGALRM: "past its deadline", signal.SIGKILL: "killed"}
+# Exit status of a GPU process that found no CUDA device (EX_CONFIG).
+NO_CUDA_STATUS: Final = 78
 NO_CUDA_TEXT: Final = "--images-device cuda: no CUDA device is visible to the image worker; use --images-device cpu"
-GPU_REST: Final = 60.0  # seconds after which a lost GPU is tried again
+# Pause before a lost GPU is retried.
+GPU_RETRY_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,76 +53,75 @@ class WorkerPlan:
 
 
 def worker_plan(settings: Settings, available: int) -> WorkerPlan:
-    """Workers and threads for `available` CPUs. The process that owns a GPU comes on top: it waits most of the time."""
+    """Workers and threads for `available` CPUs. A GPU process is not counted: it waits most of the time."""
     workers = settings.image_workers or available
     limits = ImageLimits(settings.image_max_bytes, settings.image_max_pixels)
     return WorkerPlan(workers, max(1, available // workers), settings.images_device, settings.gpu_memory_budget, limits)
 
 
 def main(listen_fd: int, settings_json: str) -> int:
-    """Serve until SIGTERM or until the parent is gone; returns 0. Raises StartError where the device is not there."""
+    """Serve until SIGTERM or until the parent exits; returns 0. Raises StartError if the device is missing."""
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     if not settings_json.strip():
         raise StartError("image-server: expected the settings as one line of JSON on standard input")
     chosen = from_json(settings_json)
     logs.setup(chosen.log_level)
-    wanted = worker_plan(chosen, cpu_quota.quota())
-    os.environ.update({name: str(wanted.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
-    began = time.monotonic()
+    plan = worker_plan(chosen, cpu_quota.quota())
+    os.environ.update({name: str(plan.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+    start = time.monotonic()
     preimport()
-    _log.info("image workers: %d, ready after %.1f s of loading", wanted.workers, time.monotonic() - began)
+    _log.info("image workers: %d, ready after %.1f s of loading", plan.workers, time.monotonic() - start)
     listening = socket.socket(fileno=listen_fd)
     listening.setblocking(True)
-    door = f"{listening.getsockname()}{GPU_SOCKET_SUFFIX}" if wanted.device != "cpu" else ""
+    gpu_socket = f"{listening.getsockname()}{GPU_SOCKET_SUFFIX}" if plan.device != "cpu" else ""
     workers: dict[int, float] = {}
-    gpu = GpuProcess(wanted)
+    gpu = GpuProcess(plan)
     try:
         while os.getppid() == parent:
-            while len(workers) < wanted.workers:
-                workers[_fork(partial(_work, listening, wanted, door))] = time.monotonic()
-            if gpu.due(time.monotonic()):
-                gpu.pid = _fork(partial(_own, door, wanted))
-            got = signal.sigtimedwait(WATCHED, POLL)
-            if (
-                got is not None and got.si_signo == signal.SIGTERM
-            ):  # SIGINT, which the whole group gets, is the supervisor's
+            while len(workers) < plan.workers:
+                workers[_fork(partial(_serve_images, listening, plan, gpu_socket))] = time.monotonic()
+            if gpu.is_due(time.monotonic()):
+                gpu.pid = _fork(partial(_serve_gpu, gpu_socket, plan))
+            received = signal.sigtimedwait(WATCHED, PARENT_POLL_INTERVAL_S)
+            # SIGINT goes to the whole process group; the supervisor handles it
+            if received is not None and received.si_signo == signal.SIGTERM:
                 break
             gpu.reap(time.monotonic())
             _reap(workers)
     finally:
-        _end([*workers, *([gpu.pid] if gpu.pid else [])])
+        _kill([*workers, *([gpu.pid] if gpu.pid else [])])
     return 0
 
 
 class GpuProcess:
-    """The life of the process that owns the GPU, where one is wanted."""
+    """Starts and restarts the process that owns the GPU, if one is configured."""
 
-    def __init__(self, wanted: WorkerPlan) -> None:
-        self._device = wanted.device
-        self._at = 0.0 if wanted.device != "cpu" else math.inf
+    def __init__(self, plan: WorkerPlan) -> None:
+        self._device = plan.device
+        self._start_at = 0.0 if plan.device != "cpu" else math.inf
         self.pid = 0
 
-    def due(self, now: float) -> bool:
-        """Whether to start it now."""
-        return not self.pid and now >= self._at
+    def is_due(self, now: float) -> bool:
+        """True if the process must be started now."""
+        return not self.pid and now >= self._start_at
 
     def reap(self, now: float) -> None:
-        """Notice its end. Raises StartError where a GPU was asked for and none is there."""
+        """Collect the exited process. Raises StartError if a GPU is required and none was found."""
         ended, status = os.waitpid(self.pid, os.WNOHANG) if self.pid else (0, 0)
         if not ended:
             return
-        self.pid, self._at = 0, now + GPU_REST
+        self.pid, self._start_at = 0, now + GPU_RETRY_S
         code = os.waitstatus_to_exitcode(status)
-        if code == NO_CUDA and self._device == "cuda":
+        if code == NO_CUDA_STATUS and self._device == "cuda":
             raise StartError(NO_CUDA_TEXT)
-        if code == NO_CUDA:
-            self._at = math.inf
+        if code == NO_CUDA_STATUS:
+            self._start_at = math.inf
         else:
             _log.warning(
-                "the GPU's process ended (%s); it is tried again in %g s",
-                ENDS.get(-code, f"exit status {code}"),
-                GPU_REST,
+                "GPU process ended (%s); retrying in %g s",
+                SIGNAL_TEXTS.get(-code, f"exit status {code}"),
+                GPU_RETRY_S,
             )
 
 
@@ -130,14 +131,14 @@ def preimport() -> None:
 
     from PIL import Image
 
-    warnings.simplefilter("ignore")  # libraries warn about damaged files; the answer says so already
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would tell what an image's metadata say
+    warnings.simplefilter("ignore")  # libraries warn about damaged files, which the reply reports
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it would log metadata of images
     Image.init()
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked first
+    Image.MAX_IMAGE_PIXELS = None  # the sidecar's own limit is checked first
     import sidecar.images.worker.pipeline  # noqa: F401
 
 
-def _fork(life: Callable[[], int]) -> int:
+def _fork(serve: Callable[[], int]) -> int:
     server = os.getpid()
     pid = os.fork()
     if pid:
@@ -146,56 +147,56 @@ def _fork(life: Callable[[], int]) -> int:
     try:
         worker.bind_to(server)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        status = life()
-    except BaseException as e:  # noqa: BLE001  the border of the process; a message could quote an image, a type cannot
-        _log.error("an image worker failed: %s", type(e).__name__)
+        status = serve()
+    except BaseException as e:  # noqa: BLE001  the process boundary; a message could quote an image, a type cannot
+        _log.error("image worker failed: %s", type(e).__name__)
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
-def _work(listening: socket.socket, wanted: WorkerPlan, door: str) -> int:
-    """The life of a worker, in the worker's process."""
+def _serve_images(listening: socket.socket, plan: WorkerPlan, gpu_socket: str) -> int:
+    """Run a worker, in its own process."""
     import torch
 
     from sidecar.images.worker import pipeline
     from sidecar.images.worker.gpu_channel import GpuChannel
 
-    torch.set_num_threads(wanted.threads)
+    torch.set_num_threads(plan.threads)
     torch.set_grad_enabled(False)
-    do = partial(pipeline.prepare_image, door=GpuChannel(door)) if door else pipeline.prepare_image
-    worker.confine(wanted.limits)
-    return worker.serve(listening, do, wanted.limits)
+    prepare = partial(pipeline.prepare_image, gpu=GpuChannel(gpu_socket)) if gpu_socket else pipeline.prepare_image
+    worker.confine(plan.limits)
+    return worker.serve(listening, prepare, plan.limits)
 
 
-def _own(door: str, wanted: WorkerPlan) -> int:
-    """The life of the process that owns the GPU, in that process."""
+def _serve_gpu(gpu_socket: str, plan: WorkerPlan) -> int:
+    """Run the process that owns the GPU."""
     import torch
 
     from sidecar.images.worker import gpu_server as gpu
 
     torch.set_grad_enabled(False)
-    return gpu.serve(door, wanted.limits, wanted.gpu_memory) if gpu.visible() else NO_CUDA
+    return gpu.serve(gpu_socket, plan.limits, plan.gpu_memory) if gpu.is_available() else NO_CUDA_STATUS
 
 
 def _reap(workers: dict[int, float]) -> None:
-    """Forget the workers that have ended."""
+    """Collect the workers that have exited."""
     young = False
     for pid in list(workers):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if not ended:
             continue
-        young = young or time.monotonic() - workers[pid] < YOUNG
+        young = young or time.monotonic() - workers[pid] < MIN_LIFE_S
         del workers[pid]
         code = os.waitstatus_to_exitcode(status)
         if code:
-            _log.warning("an image worker ended (%s); the next one is started", ENDS.get(-code, f"exit status {code}"))
+            _log.warning("image worker ended (%s); starting another", SIGNAL_TEXTS.get(-code, f"exit status {code}"))
     if young:
-        time.sleep(PAUSE)
+        time.sleep(RESTART_PAUSE_S)
 
 
-def _end(workers: Sequence[int]) -> None:
+def _kill(workers: Sequence[int]) -> None:
     for pid in workers:
-        os.kill(pid, signal.SIGKILL)  # a worker holds nothing that needs care, and may be deep in C code
+        os.kill(pid, signal.SIGKILL)  # a worker has no state to save, and may be inside C code
     for pid in workers:
         os.waitpid(pid, 0)

@@ -1,9 +1,9 @@
-"""The border between an image worker and the one process that owns the GPU: decoded pixels go in, resized ones come back.
+"""The protocol between an image worker and the process that owns the GPU: decoded pixels go in, resized ones come back.
 
-Rules: bytes from outside are decoded in the workers and never reach the GPU's process: it sees pixels and numbers. They travel
-in shared memory that the worker made and sealed, so that it cannot shrink under a reader; what an Ask says is checked again. An
-ask may always be refused, and a refusal costs nothing but time: the worker then does the image itself. So a full budget, a lost
-GPU, one that is being prepared and one that is not there are all one case here: None. After PATIENCE in vain a worker goes on by itself
+Rules: workers decode the bytes from outside; the GPU process sees only pixels and numbers. Pixels travel in shared
+memory that the worker created and sealed, so that it cannot shrink under a reader. The GPU process checks every
+request. Any request may be refused, and a refusal costs only time: the worker then resizes the image itself. A full
+budget and a lost, starting or missing GPU are therefore the same case: None. After a timeout the worker stops asking
 for a while, and leaves the shared memory alone until the answer has come: the GPU may still be writing.
 """
 
@@ -21,22 +21,24 @@ from typing import Final
 
 from sidecar.images.protocol import FrameError
 
-ARENA: Final = 64 << 20  # bytes: 12 MP take 36 MB; what is larger is resized on the CPU. Untouched pages cost nothing
-GPU_TIMEOUT_S: Final = 0.25  # seconds that a worker waits for the GPU: ten times what the CPU needs for 1080p
-GPU_BACKOFF_S: Final = (1.0, 30.0)  # first and longest pause after a vain ask, seconds
-MAX_ASK: Final = 8192  # bytes
+# 12 MP take 36 MB; larger images are resized on the CPU. Untouched pages cost nothing.
+ARENA_BYTES: Final = 64 << 20
+# Ten times what the CPU needs for 1080p.
+GPU_TIMEOUT_S: Final = 0.25
+# First and longest pause after a failed request.
+GPU_BACKOFF_S: Final = (1.0, 30.0)
+MAX_REQUEST_BYTES: Final = 8192
 OK, FULL = b"ok", b"full"
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-GPU_SOCKET_SUFFIX: Final = (
-    ".gpu"  # behind the name of the image server's own socket: that of the process that owns the GPU
-)
+# Appended to the image server's socket name: the socket of the GPU process.
+GPU_SOCKET_SUFFIX: Final = ".gpu"
 
 
 @dataclass(frozen=True, slots=True)
 class GpuRequest:
-    """One image, whose RGB bytes lie at the beginning of the arena. `spec` is ProcessorSpec.to_json().
+    """One image, whose RGB bytes are at the beginning of the arena. `spec` is ProcessorSpec.to_json().
 
-    The answer takes their place: RGB rows where `inline`, else the processor's output.
+    The result replaces them: RGB rows if `inline`, else the processor's output.
     """
 
     height: int
@@ -48,104 +50,107 @@ class GpuRequest:
         return json.dumps(asdict(self)).encode()
 
 
-def parse(text: bytes) -> GpuRequest:
-    """Inverse of Ask.to_json. Raises FrameError."""
+def parse_request(text: bytes) -> GpuRequest:
+    """Inverse of GpuRequest.to_json. Raises FrameError."""
     try:
-        ask = GpuRequest(**json.loads(text))
-        if all(type(size) is int and size > 0 for size in (ask.height, ask.width)) and type(ask.spec) is str:
-            return ask
+        request = GpuRequest(**json.loads(text))
+        if (
+            all(type(size) is int and size > 0 for size in (request.height, request.width))
+            and type(request.spec) is str
+        ):
+            return request
     except (ValueError, TypeError):
         pass
-    raise FrameError("not an ask")
+    raise FrameError("not a GPU request")
 
 
-def arena() -> int:
-    """A file in memory that can neither grow nor shrink any more."""
+def make_arena() -> int:
+    """Create a file in memory that can neither grow nor shrink."""
     fd = os.memfd_create("sidecar-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, ARENA)
+    os.ftruncate(fd, ARENA_BYTES)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SEALS)
     return fd
 
 
-def mapped(fd: int) -> mmap.mmap:
-    """A worker's arena, for the GPU's process. Raises FrameError where it could shrink or has another size."""
+def map_arena(fd: int) -> mmap.mmap:
+    """Map a worker's arena in the GPU process. Raises FrameError if it could shrink or has another size."""
     try:
-        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS and os.fstat(fd).st_size == ARENA:
-            return mmap.mmap(fd, ARENA)
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS and os.fstat(fd).st_size == ARENA_BYTES:
+            return mmap.mmap(fd, ARENA_BYTES)
     except OSError:
         pass
     raise FrameError("not a sealed arena")
 
 
 class GpuChannel:
-    """A worker's way to the GPU behind the socket `path`, or to none. Made before the worker gives up making files."""
+    """A worker's connection to the GPU process at the socket `path`. Create it before the worker is confined."""
 
-    def __init__(self, path: str, patience: float = GPU_TIMEOUT_S, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, path: str, timeout_s: float = GPU_TIMEOUT_S, now: Callable[[], float] = time.monotonic) -> None:
         self._path = path
-        self._patience = patience
+        self._timeout_s = timeout_s
         self._now = now
-        self._fd = arena()
-        self._memory = mmap.mmap(self._fd, ARENA)
+        self._fd = make_arena()
+        self._memory = mmap.mmap(self._fd, ARENA_BYTES)
         self._connection: socket.socket | None = None
-        self._late = False
-        self._rest = GPU_BACKOFF_S[0]
-        self._not_before = 0.0
+        self._answer_pending = False
+        self._backoff_s = GPU_BACKOFF_S[0]
+        self._retry_at = 0.0
 
-    def make(self, pixels: memoryview, ask: GpuRequest, size: int) -> memoryview | None:
-        """What the GPU makes of `pixels`: `size` bytes, valid until the next call; None where the CPU must do it."""
-        if max(len(pixels), size) > ARENA or self._now() < self._not_before:
+    def process(self, pixels: memoryview, request: GpuRequest, size: int) -> memoryview | None:
+        """Process `pixels` on the GPU: `size` bytes, valid until the next call; None if the CPU must do it."""
+        if max(len(pixels), size) > ARENA_BYTES or self._now() < self._retry_at:
             return None
         try:
-            connection = self._open()
+            connection = self._connect()
             self._memory[: len(pixels)] = pixels
-            connection.send(ask.to_json())
-            self._late = True
-            answer = self._answer(connection, self._patience)
+            connection.send(request.to_json())
+            self._answer_pending = True
+            answer = self._receive_answer(connection, self._timeout_s)
         except TimeoutError:
-            self._pause()
+            self._back_off()
             return None
         except OSError:
-            self._hang_up()
-            self._pause()
+            self._disconnect()
+            self._back_off()
             return None
-        self._rest = GPU_BACKOFF_S[0]
+        self._backoff_s = GPU_BACKOFF_S[0]
         return memoryview(self._memory)[:size] if answer == OK else None
 
-    def _open(self) -> socket.socket:
-        """A connection whose arena is ours alone. Raises TimeoutError while the GPU may still write to it, OSError where it is lost."""
+    def _connect(self) -> socket.socket:
+        """A connection with a free arena. Raises TimeoutError while the GPU may still write to it, OSError if lost."""
         if self._connection is not None:
-            if self._late:
-                self._answer(self._connection, 0)
+            if self._answer_pending:
+                self._receive_answer(self._connection, 0)
             return self._connection
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connection.settimeout(self._patience)
+        self._connection.settimeout(self._timeout_s)
         self._connection.connect(self._path)
         socket.send_fds(self._connection, [b"arena"], [self._fd])
         return self._connection
 
-    def _answer(self, connection: socket.socket, seconds: float) -> bytes:
-        """The answer that is due. Raises TimeoutError where it is not there in time, OSError where it will never be."""
+    def _receive_answer(self, connection: socket.socket, seconds: float) -> bytes:
+        """The pending answer. Raises TimeoutError if it is late, OSError if it will never come."""
         connection.settimeout(seconds)
         try:
-            answer = connection.recv(MAX_ASK)
+            answer = connection.recv(MAX_REQUEST_BYTES)
         except BlockingIOError:
             raise TimeoutError from None
         if not answer:
-            raise ConnectionResetError("the GPU's process hung up")
-        connection.settimeout(self._patience)
-        self._late = False
+            raise ConnectionResetError("the GPU process closed the connection")
+        connection.settimeout(self._timeout_s)
+        self._answer_pending = False
         return answer
 
-    def _pause(self) -> None:
-        self._not_before = self._now() + self._rest
-        self._rest = min(2 * self._rest, GPU_BACKOFF_S[1])
+    def _back_off(self) -> None:
+        self._retry_at = self._now() + self._backoff_s
+        self._backoff_s = min(2 * self._backoff_s, GPU_BACKOFF_S[1])
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-        self._connection, self._late = None, False
+        self._connection, self._answer_pending = None, False
 
     def close(self) -> None:
-        """Hang up and give the memory back, once the last answer in it is gone."""
-        self._hang_up()
+        """Disconnect and free the memory, once the last answer in it is no longer used."""
+        self._disconnect()
         os.close(self._fd)

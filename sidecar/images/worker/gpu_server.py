@@ -1,12 +1,12 @@
-"""The one process that owns a GPU: takes pixels from the image workers, resizes them exactly in batches, hands them back.
+"""The one process that owns a GPU: resizes the image workers' pixels exactly, in batches.
 
-Rules: no byte from outside is decoded here. A batch is what has been asked when the last one is done, never waited for. The GPU is
-touched at the first ask and no earlier, because asks come only when the engine is not starting: an engine that profiles its
-memory gives up when a neighbour's use changes. Device memory has a hard bound; what does not fit is refused, and resized on the
-CPU. Whatever else goes wrong on the GPU ends this process, since a CUDA context does not recover: the workers go on alone, and
-the server tries again after a while.
+Rules: no bytes from outside are decoded here. A batch is whatever was requested when the last one ended; it is never
+waited for. The GPU is not touched before the first request, because no request comes while the engine is starting: an
+engine that profiles its memory fails if another process's use changes. Device memory has a hard limit; what does not
+fit is refused and resized on the CPU. Any other GPU error ends this process, because a CUDA context does not recover:
+the workers continue without it, and the server restarts it later.
 
-With TRITON_INTERPRET=1 the kernel runs in Triton's interpreter on the CPU: for tests.
+With TRITON_INTERPRET=1 the kernel runs in Triton's interpreter on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ from typing import Any, Final
 import torch
 
 from sidecar.images.protocol import FrameError, ImageLimits
-from sidecar.images.worker.gpu_channel import FULL, MAX_ASK, OK, GpuRequest, mapped, parse
+from sidecar.images.worker.gpu_channel import FULL, MAX_REQUEST_BYTES, OK, GpuRequest, map_arena, parse_request
 from sidecar.images.worker.tensors import table
 from sidecar.images.worker.worker import deadline
 from sidecar.kernels import families
 from sidecar.kernels.grid import PatchSpec, ProcessorSpec
-from sidecar.kernels.ragged import RaggedBatch, Wanted
+from sidecar.kernels.ragged import RaggedBatch, RaggedImage
 
 _log = logging.getLogger(__name__)
 
-IDLE_TIMEOUT_S: Final = 10.0  # most that a batch may take; a GPU that hangs in the driver ends this process
-FIRST: Final = 180.0  # the first one makes a CUDA context and compiles the kernel
-KNOWN: Final = 16  # tables of values that are kept: there is one per model
+# A GPU that hangs in the driver ends this process.
+BATCH_TIMEOUT_S: Final = 10.0
+# The first batch creates a CUDA context and compiles the kernel.
+FIRST_BATCH_TIMEOUT_S: Final = 180.0
+# Cached tables of values, one per model.
+MAX_TABLES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class PendingRequest:
-    """One ask of one worker, checked. `memory` is its arena as a tensor; the result goes there."""
+    """A worker's validated request. `memory` is its arena as a tensor, which also receives the result."""
 
     connection: socket.socket
     memory: Any
-    wanted: Wanted
+    wanted: RaggedImage
     spec: ProcessorSpec
     floats: bool
 
@@ -54,76 +57,80 @@ class PendingRequest:
 
 
 class GpuResizer:
-    """The GPU with the kernel compiled for it. Raises whatever CUDA or Triton raise where it cannot be used."""
+    """The GPU and its kernel. Raises whatever CUDA or Triton raise if it cannot be used."""
 
     def __init__(self, memory_budget: int) -> None:
         from sidecar.kernels import gpu
 
         self._kernel = gpu
-        self._name = "cpu" if gpu.interpreted() else "cuda"
+        self._name = "cpu" if gpu.is_interpreted() else "cuda"
         self._budget = memory_budget
         self._tables: dict[ProcessorSpec, Any] = {}
         self._stream: Any = contextlib.nullcontext()
         if self._name == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, memory_budget / total))
-            least, _ = torch.cuda.Stream.priority_range()
-            self._stream = torch.cuda.stream(torch.cuda.Stream(priority=least))
+            lowest, _ = torch.cuda.Stream.priority_range()
+            self._stream = torch.cuda.stream(torch.cuda.Stream(priority=lowest))
 
-    def make(self, asked: list[PendingRequest]) -> list[PendingRequest]:
-        """Do what fits into the budget, each into its arena. Returns what was done."""
+    def process(self, requests: list[PendingRequest]) -> list[PendingRequest]:
+        """Process the requests that fit into the budget, each into its arena. Returns those."""
         done: list[PendingRequest] = []
-        kinds: defaultdict[bool, list[PendingRequest]] = defaultdict(list)
-        for ask in asked:
-            kinds[ask.floats].append(ask)
-        for floats, alike in kinds.items():
-            item = 4 if floats else 1
-            while alike:
-                some, batch = self._fitting(alike, item)
-                if batch is not None and self._launch(some, batch, floats):
-                    done += some
-                alike = alike[max(1, len(some)) :]
+        by_dtype: defaultdict[bool, list[PendingRequest]] = defaultdict(list)
+        for request in requests:
+            by_dtype[request.floats].append(request)
+        for floats, remaining in by_dtype.items():
+            value_bytes = 4 if floats else 1
+            while remaining:
+                fitting, batch = self._fitting(remaining, value_bytes)
+                if batch is not None and self._launch(fitting, batch, floats):
+                    done += fitting
+                remaining = remaining[max(1, len(fitting)) :]
         return done
 
-    def _fitting(self, asked: list[PendingRequest], item: int) -> tuple[list[PendingRequest], RaggedBatch | None]:
-        """The longest beginning of `asked` that fits into the budget, found by halving; None where not even one does."""
-        while asked:
-            specs = list(dict.fromkeys(ask.spec for ask in asked))
-            batch = self._kernel.lay_out([replace(ask.wanted, table=specs.index(ask.spec)) for ask in asked])
-            if batch.memory(item) + len(specs) * 768 * item <= self._budget:
-                return asked, batch
-            asked = asked[: len(asked) // 2]
+    def _fitting(
+        self, requests: list[PendingRequest], value_bytes: int
+    ) -> tuple[list[PendingRequest], RaggedBatch | None]:
+        """The longest prefix of `requests` that fits into the budget, by halving; None if not even one does."""
+        while requests:
+            specs = list(dict.fromkeys(request.spec for request in requests))
+            batch = self._kernel.lay_out(
+                [replace(request.wanted, table=specs.index(request.spec)) for request in requests]
+            )
+            if batch.memory(value_bytes) + len(specs) * 768 * value_bytes <= self._budget:
+                return requests, batch
+            requests = requests[: len(requests) // 2]
         return [], None
 
-    def _launch(self, asked: list[PendingRequest], batch: RaggedBatch, floats: bool) -> bool:
-        """One batch, start to end. False where the GPU has no memory for it."""
+    def _launch(self, requests: list[PendingRequest], batch: RaggedBatch, floats: bool) -> bool:
+        """Run one batch. False if the GPU has no memory for it."""
         try:
             with self._stream:
-                self._run(asked, batch, floats)
+                self._run(requests, batch, floats)
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             return False
         return True
 
-    def _run(self, asked: list[PendingRequest], batch: RaggedBatch, floats: bool) -> None:
+    def _run(self, requests: list[PendingRequest], batch: RaggedBatch, floats: bool) -> None:
         kind = torch.float32 if floats else torch.uint8
         sources, scratch = (self._empty(n, torch.uint8) for n in (batch.source_bytes, batch.scratch_bytes))
         out = self._empty(batch.values, kind)
-        for at, ask in zip(batch.sources, asked, strict=True):
-            size = 3 * ask.wanted.height * ask.wanted.width
-            sources[at : at + size].copy_(ask.memory[:size])
-        values = self._values(asked) if floats else None
+        for at, request in zip(batch.sources, requests, strict=True):
+            size = 3 * request.wanted.height * request.wanted.width
+            sources[at : at + size].copy_(request.memory[:size])
+        values = self._values(requests) if floats else None
         self._kernel.launch(self._kernel.load(batch, self._name), sources, scratch, values, out)
         octets = out.view(torch.uint8)
-        for at, ask in zip(batch.outs, asked, strict=True):
+        for at, request in zip(batch.outs, requests, strict=True):
             first = at * kind.itemsize
-            ask.memory[: ask.size].copy_(octets[first : first + ask.size])  # waits for the kernel
+            request.memory[: request.size].copy_(octets[first : first + request.size])  # waits for the kernel
 
-    def _values(self, asked: list[PendingRequest]) -> Any:
-        """The tables of the batch's processors, in the order in which they first come."""
-        if len(self._tables) > KNOWN:
+    def _values(self, requests: list[PendingRequest]) -> Any:
+        """The tables of the batch's processors, in order of first appearance."""
+        if len(self._tables) > MAX_TABLES:
             self._tables.clear()
-        specs = list(dict.fromkeys(ask.spec for ask in asked))
+        specs = list(dict.fromkeys(request.spec for request in requests))
         for spec in specs:
             if spec not in self._tables:
                 self._tables[spec] = table(spec)
@@ -133,13 +140,13 @@ class GpuResizer:
         return torch.empty(size, dtype=kind, device=self._name)
 
 
-def visible() -> bool:
-    """Whether this process can use a CUDA device, or the interpreter stands in for it. Takes no device memory."""
+def is_available() -> bool:
+    """True if this process can use a CUDA device or its interpreter. Takes no device memory."""
     return os.environ.get("TRITON_INTERPRET") == "1" or bool(torch.cuda.is_available())
 
 
 def serve(path: str, limits: ImageLimits, memory_budget: int) -> int:
-    """Answer asks until the GPU is lost. Returns 1 then, having said so."""
+    """Serve requests until the GPU is lost; logs the reason and returns 1."""
     os.environ.setdefault("TRITON_CACHE_DIR", f"{path}-kernels")  # a home may be read-only
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # noqa: PTH108
@@ -149,13 +156,13 @@ def serve(path: str, limits: ImageLimits, memory_budget: int) -> int:
         waiting.register(listening, selectors.EVENT_READ)
         try:
             _loop(listening, waiting, limits, memory_budget)
-        except Exception as e:  # noqa: BLE001  CUDA's and Triton's errors are of many kinds, and each means the same
-            _log.warning("the GPU cannot be used (%s); images are resized on the CPU", _why(e))
+        except Exception as e:  # noqa: BLE001  CUDA's and Triton's errors have many types
+            _log.warning("cannot use the GPU (%s); resizing images on the CPU", _describe(e))
     return 1
 
 
-def _why(error: Exception) -> str:
-    """The error's type and its first line: it comes from a driver or a compiler, never from an image."""
+def _describe(error: Exception) -> str:
+    """The error's type and first line, which come from a driver or a compiler, never from an image."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
@@ -163,21 +170,21 @@ def _loop(listening: socket.socket, waiting: selectors.BaseSelector, limits: Ima
     device: GpuResizer | None = None
     arenas: dict[socket.socket, Any] = {}
     while True:
-        asked = _heard(listening, waiting, arenas, limits)
-        if asked:
-            with deadline(IDLE_TIMEOUT_S if device else FIRST):
+        requests = _receive_all(listening, waiting, arenas, limits)
+        if requests:
+            with deadline(BATCH_TIMEOUT_S if device else FIRST_BATCH_TIMEOUT_S):
                 device = device or GpuResizer(memory_budget)
-                done = {id(ask) for ask in device.make(asked)}
-            for ask in asked:
-                with contextlib.suppress(OSError):  # a worker that has gone is noticed when it is read from
-                    ask.connection.send(OK if id(ask) in done else FULL)
+                done = {id(request) for request in device.process(requests)}
+            for request in requests:
+                with contextlib.suppress(OSError):  # a worker that has exited is noticed on the next read
+                    request.connection.send(OK if id(request) in done else FULL)
 
 
-def _heard(
+def _receive_all(
     listening: socket.socket, waiting: selectors.BaseSelector, arenas: dict[socket.socket, Any], limits: ImageLimits
 ) -> list[PendingRequest]:
-    """What the connections that are ready ask; new ones are taken, and those that are gone forgotten."""
-    asked: list[PendingRequest] = []
+    """The requests of all ready connections; new connections are accepted and closed ones removed."""
+    requests: list[PendingRequest] = []
     for key, _ in waiting.select():
         if key.fileobj is listening:
             connection, _ = listening.accept()
@@ -186,42 +193,42 @@ def _heard(
             continue
         connection = key.fileobj  # type: ignore[assignment]
         try:
-            asked += _hear(connection, arenas, limits)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # gone, or no worker of this version
+            requests += _receive(connection, arenas, limits)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):  # closed, or not a worker of this version
             waiting.unregister(connection)
             arenas.pop(connection, None)
             connection.close()
-    return asked
+    return requests
 
 
-def _hear(connection: socket.socket, arenas: dict[socket.socket, Any], limits: ImageLimits) -> list[PendingRequest]:
-    """A worker's arena, or its ask. Raises OSError, FrameError or ValueError for what is neither."""
+def _receive(connection: socket.socket, arenas: dict[socket.socket, Any], limits: ImageLimits) -> list[PendingRequest]:
+    """Read a worker's arena or its request. Raises OSError, FrameError or ValueError for anything else."""
     if connection not in arenas:
-        _, fds, _, _ = socket.recv_fds(connection, MAX_ASK, 1)
+        _, fds, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 1)
         try:
             if not fds:
                 raise FrameError("no arena")
-            arenas[connection] = torch.frombuffer(mapped(fds[0]), dtype=torch.uint8)
+            arenas[connection] = torch.frombuffer(map_arena(fds[0]), dtype=torch.uint8)
         finally:
             for fd in fds:
                 os.close(fd)
         return []
-    text = connection.recv(MAX_ASK)
+    text = connection.recv(MAX_REQUEST_BYTES)
     if not text:
         raise ConnectionResetError("the worker has ended")
-    return [_checked(connection, arenas[connection], parse(text), limits)]
+    return [_check(connection, arenas[connection], parse_request(text), limits)]
 
 
-def _checked(connection: socket.socket, memory: Any, ask: GpuRequest, limits: ImageLimits) -> PendingRequest:
-    """An ask whose pixels and whose answer lie within the arena. Raises FrameError or ValueError."""
-    spec = families.from_json(ask.spec)
-    height, width = ask.height, ask.width
+def _check(connection: socket.socket, memory: Any, request: GpuRequest, limits: ImageLimits) -> PendingRequest:
+    """Validate a request: its pixels and its result must fit the arena. Raises FrameError or ValueError."""
+    spec = families.from_json(request.spec)
+    height, width = request.height, request.width
     if max(height, width) > limits.max_side:
-        raise FrameError("a side over the bound")
+        raise FrameError("a side over the limit")
     geometry = spec.geometry(height, width)
-    patches = spec if isinstance(spec, PatchSpec) and not ask.inline else None
-    wanted = Wanted(height, width, geometry, spec.resample, patches, planes=not ask.inline)
-    asked = PendingRequest(connection, memory, wanted, spec, spec.floats and not ask.inline)
-    if max(3 * height * width, asked.size) > memory.numel():
-        raise FrameError("an ask beyond its arena")
-    return asked
+    patches = spec if isinstance(spec, PatchSpec) and not request.inline else None
+    wanted = RaggedImage(height, width, geometry, spec.resample, patches, planes=not request.inline)
+    pending = PendingRequest(connection, memory, wanted, spec, spec.floats and not request.inline)
+    if max(3 * height * width, pending.size) > memory.numel():
+        raise FrameError("a request larger than its arena")
+    return pending

@@ -1,7 +1,7 @@
-"""Pixels -> the tiles or patches that a processor makes of several views of an image, bit for bit as the torchvision backend does.
+"""Make the tiles or patches of several views of an image, bit for bit as the processor's torchvision backend.
 
-Rules: as in patches.py. Each view is resized in uint8, laid on a canvas of zeros where it has one, cut, and only then rescaled and
-normalised: that is the processors' own order, so that padding becomes what they make of black, and not 0.
+Rules: as in tensors.py. Each view is resized in uint8, placed on a canvas of zeros if it has one, cut, and only then
+rescaled and normalised. That is the processors' own order: padding gets the value of black, not 0.
 """
 
 from __future__ import annotations
@@ -16,33 +16,35 @@ from sidecar.images.worker.tensors import normalise, resize
 from sidecar.kernels import fused
 from sidecar.kernels.grid import ROWS, TILES, Geometry, ImageView, ProcessorSpec, Size, TileSpec
 
-KINDS: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
-KERNEL: Final[dict[str, Literal["uint8", "float32"]]] = {"F32": "float32", "U8": "uint8"}
-FEW: Final = 16  # pixels a side of the largest tile that the compiled kernel lays out with vectors
-SMALL: Final = 1 << 12  # pixels of a tile that is not worth a step of its own
+DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+KERNEL_KINDS: Final[dict[str, Literal["uint8", "float32"]]] = {"F32": "float32", "U8": "uint8"}
+# Side of the largest tile that the compiled kernel lays out with vectors.
+MAX_VECTOR_TILE: Final = 16
+# A tile of fewer pixels is not worth a separate step.
+SMALL_TILE_PIXELS: Final = 1 << 12
 
 
 def prepare(pixels: Tensor, geometry: Geometry, spec: TileSpec) -> Tensor:
-    """The values of one image, uint8 (3, height, width), as they lie in `pixel_values`: all its views, in their order."""
-    known: dict[tuple[Size, ...], Tensor] = {(): pixels}
+    """The values of one image, uint8 (3, height, width), in the order of `pixel_values`: all its views."""
+    resized_by_steps: dict[tuple[Size, ...], Tensor] = {(): pixels}
     if spec.layout == TILES:
-        return _tiles(known, geometry, spec)
+        return _tiles(resized_by_steps, geometry, spec)
     lay = _rows if spec.layout == ROWS else _strips
-    made = [lay(canvas(known, view, spec), view, spec) for view in geometry.views]
+    made = [lay(canvas(resized_by_steps, view, spec), view, spec) for view in geometry.views]
     return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
-def _resized(known: dict[tuple[Size, ...], Tensor], steps: tuple[Size, ...], spec: ProcessorSpec) -> Tensor:
-    """uint8 (3, height, width) after `steps`, one after the other. `known`: what is there already, by the steps to it."""
-    if steps not in known:
-        known[steps] = resize(_resized(known, steps[:-1], spec), Geometry(*steps[-1]), spec)
-    return known[steps]
+def _resized(resized_by_steps: dict[tuple[Size, ...], Tensor], steps: tuple[Size, ...], spec: ProcessorSpec) -> Tensor:
+    """uint8 (3, height, width) after resizing by `steps`; `resized_by_steps` memoises each intermediate result."""
+    if steps not in resized_by_steps:
+        resized_by_steps[steps] = resize(_resized(resized_by_steps, steps[:-1], spec), Geometry(*steps[-1]), spec)
+    return resized_by_steps[steps]
 
 
-def canvas(known: dict[tuple[Size, ...], Tensor], view: ImageView, spec: ProcessorSpec) -> Tensor:
-    """uint8 (height, width, 3), contiguous: the resized image at its place."""
+def canvas(resized_by_steps: dict[tuple[Size, ...], Tensor], view: ImageView, spec: ProcessorSpec) -> Tensor:
+    """uint8 (height, width, 3), contiguous: the resized image on its canvas."""
     height, width = view.size
-    resized = _resized(known, (*view.before, view.size), spec).permute(1, 2, 0)
+    resized = _resized(resized_by_steps, (*view.before, view.size), spec).permute(1, 2, 0)
     if view.canvas == view.size:
         return resized.contiguous()
     black = torch.zeros((*view.canvas, 3), dtype=torch.uint8)
@@ -50,40 +52,44 @@ def canvas(known: dict[tuple[Size, ...], Tensor], view: ImageView, spec: Process
     return black
 
 
-def _tiles(known: dict[tuple[Size, ...], Tensor], geometry: Geometry, spec: TileSpec) -> Tensor:
+def _tiles(resized_by_steps: dict[tuple[Size, ...], Tensor], geometry: Geometry, spec: TileSpec) -> Tensor:
     """(tiles, 3, height, width)."""
     height, width = geometry.views[0].tile
-    if len(geometry.views) == 1 and height == width <= FEW and spec.dtype in KERNEL and not fused.missing():
+    if (
+        len(geometry.views) == 1
+        and height == width <= MAX_VECTOR_TILE
+        and spec.dtype in KERNEL_KINDS
+        and not fused.missing()
+    ):
         made = fused.cut(
-            canvas(known, geometry.views[0], spec).numpy(),
+            canvas(resized_by_steps, geometry.views[0], spec).numpy(),
             geometry.views[0].canvas,
             (height, 1, 1),
             spec,
-            KERNEL[spec.dtype],
+            KERNEL_KINDS[spec.dtype],
         )
         return torch.from_numpy(made).view(-1, 3, height, width)
-    out = torch.empty((geometry.tiles, 3, height, width), dtype=KINDS[spec.dtype])
+    out = torch.empty((geometry.tiles, 3, height, width), dtype=DTYPES[spec.dtype])
     at = 0
     for view in geometry.views:
-        some = out[at : at + view.tiles]
-        if spec.dtype in KERNEL and not fused.missing():
+        part = out[at : at + view.tiles]
+        if spec.dtype in KERNEL_KINDS and not fused.missing():
             steps = (*view.before, view.size)
-            again = any(
-                v.before[: len(steps)] == steps for v in geometry.views
-            )  # what another view begins with is made once
-            source = _resized(known, steps if again else view.before, spec).permute(1, 2, 0).contiguous()
-            fused.tiles(source.numpy(), view, spec, KERNEL[spec.dtype], some.numpy())
+            # a result that another view starts from is made once
+            is_shared = any(v.before[: len(steps)] == steps for v in geometry.views)
+            source = _resized(resized_by_steps, steps if is_shared else view.before, spec).permute(1, 2, 0).contiguous()
+            fused.tiles(source.numpy(), view, spec, KERNEL_KINDS[spec.dtype], part.numpy())
         else:
-            cut(canvas(known, view, spec), view, spec, some)
+            cut(canvas(resized_by_steps, view, spec), view, spec, part)
         at += view.tiles
     return out
 
 
 def cut(canvas: Tensor, view: ImageView, spec: TileSpec, out: Tensor) -> None:
-    """Large tiles one by one, so that each is worked on while it is in the caches."""
+    """Cut a canvas into `out`; large tiles one by one, while each is in the caches."""
     tiles = _cut(canvas, view.tile).permute(0, 2, 4, 1, 3)
     to = out.view(*view.grid, 3, *view.tile)
-    if view.tile[0] * view.tile[1] < SMALL:
+    if view.tile[0] * view.tile[1] < SMALL_TILE_PIXELS:
         fill(to, tiles.contiguous(), spec)
         return
     for row, column in product(*map(range, view.grid)):
@@ -97,7 +103,7 @@ def _rows(canvas: Tensor, view: ImageView, spec: TileSpec) -> Tensor:
 
 
 def _strips(canvas: Tensor, view: ImageView, spec: TileSpec) -> Tensor:
-    """(3, patch, patches * patch): the patches of each tile side by side."""
+    """(3, patch, patches * patch): the patches of each tile next to each other."""
     patch = spec.strip
     tiles = _cut(canvas, view.tile).permute(0, 2, 1, 3, 4)
     rows, columns, height, width, _ = tiles.shape

@@ -1,9 +1,9 @@
-"""An image worker: a forked process that takes connections from the shared listening socket and does one job on each.
+"""An image worker: a forked process that accepts connections from the shared listening socket and does one job on each.
 
-Rules: nothing a job does may outlive its deadline. The deadline is a real-time timer whose signal keeps its default action,
-so that it also ends C code that never returns; the relay sees the connection break, the server forks the next worker. The
-process may grow by a bounded amount of memory, opens few files, writes none, leaves no core, has no privileges, and dies
-with its server. A relay that is slow to send or to read is hung up on.
+Rules: no job outlives its deadline. The deadline is a real-time timer whose signal keeps its default action, so that it
+also ends C code that never returns: the relay sees the connection break, and the server forks another worker. The
+process has bounded memory and few files, writes none, leaves no core, has no privileges, and dies with its server. A
+relay that is slow to send or to read is disconnected.
 """
 
 from __future__ import annotations
@@ -19,78 +19,82 @@ import sys
 from collections.abc import Callable, Iterator
 
 from sidecar.images.protocol import (
-    MAX_REPLY,
+    MAX_REPLY_BYTES,
     PREFIX,
     Frame,
     FrameError,
     ImageJob,
     ImageLimits,
     WorkerReady,
-    head,
-    lengths,
-    parse,
+    decode_header,
+    decode_prefix,
+    encode_head,
 )
 from sidecar.images.worker import sandbox
 from sidecar.runtime.prctl import die_with
 
 Payload = bytes | bytearray | memoryview
-Do = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
+PrepareImage = Callable[[ImageJob, bytearray], tuple[Frame, Payload]]
 
-CLIENT_TIMEOUT_S = 10.0  # seconds in which a relay must send or read
-JOBS_PER_LIFE = 5_000  # then a fresh process takes over, so that no leak of a codec grows for ever
-MAX_FILES = 64
-BYTES_PER_PIXEL = 40  # the worst case: Pillow's RGBA, its flattened copy, ours, and fp32 patches of it
-KEPT = 128 << 20  # bytes of freed memory that stay with the process: 12 megapixels are 36 MB, their patches up to 23 MB
+# A relay must send or read within this time.
+CLIENT_TIMEOUT_S = 10.0
+# A new process then takes over, so that no leak of a codec grows forever.
+JOBS_PER_LIFE = 5_000
+MAX_OPEN_FILES = 64
+# The worst case: Pillow's RGBA, its flattened copy, the tensor, and its fp32 patches.
+BYTES_PER_PIXEL = 40
+# Freed memory that stays with the process: 12 megapixels are 36 MB, their patches up to 23 MB.
+RETAINED_BYTES = 128 << 20
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
-def serve(listening: socket.socket, do: Do, limits: ImageLimits) -> int:
-    """Take connections until the process has done its share. Returns 0."""
+def serve(listening: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> int:
+    """Serve JOBS_PER_LIFE connections. Returns 0."""
     for _ in range(JOBS_PER_LIFE):
         connection, _ = listening.accept()
-        with connection, contextlib.suppress(OSError, FrameError):  # the relay is gone, or sent no job: nobody to tell
+        with connection, contextlib.suppress(OSError, FrameError):  # the relay has exited, or sent no job
             connection.settimeout(CLIENT_TIMEOUT_S)
-            _one(connection, do, limits)
+            _serve_one(connection, prepare, limits)
     return 0
 
 
-def _one(connection: socket.socket, do: Do, limits: ImageLimits) -> None:
-    connection.sendall(head(WorkerReady()))
+def _serve_one(connection: socket.socket, prepare: PrepareImage, limits: ImageLimits) -> None:
+    connection.sendall(encode_head(WorkerReady()))
     job, payload = receive(connection, payload_bound(limits))
     with deadline(job.seconds):
-        answer, out = do(job, payload)
-    connection.sendall(head(answer, len(out)))
+        answer, out = prepare(job, payload)
+    connection.sendall(encode_head(answer, len(out)))
     connection.sendall(out)
 
 
 def payload_bound(limits: ImageLimits) -> int:
-    """Most bytes of a job's payload: the largest image as base64, line ends allowed for."""
+    """Largest payload of a job: the largest image as base64, including line ends."""
     return limits.max_bytes * 3 // 2 + 1024
 
 
-def receive(connection: socket.socket, bound: int = MAX_REPLY) -> tuple[ImageJob, bytearray]:
-    """One job and its payload. Raises FrameError, or OSError when the relay is gone."""
-    header, size = lengths(_exactly(connection, PREFIX.size), bound)
-    job = parse(_exactly(connection, header))
+def receive(connection: socket.socket, bound: int = MAX_REPLY_BYTES) -> tuple[ImageJob, bytearray]:
+    """One job and its payload. Raises FrameError, or OSError if the relay has exited."""
+    header, size = decode_prefix(_read_exactly(connection, PREFIX.size), bound)
+    job = decode_header(_read_exactly(connection, header))
     if not isinstance(job, ImageJob):
         raise FrameError("not a job")
-    return job, _exactly(connection, size)
+    return job, _read_exactly(connection, size)
 
 
-def _exactly(connection: socket.socket, size: int) -> bytearray:
+def _read_exactly(connection: socket.socket, size: int) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:
-        got = connection.recv_into(view)
-        if not got:
-            raise ConnectionResetError("the relay hung up")
-        view = view[got:]
+        received = connection.recv_into(view)
+        if not received:
+            raise ConnectionResetError("the relay closed the connection")
+        view = view[received:]
     return data
 
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """End this process when the block takes longer."""
+    """Kill this process if the block takes longer."""
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
     try:
         yield
@@ -99,34 +103,38 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def confine(limits: ImageLimits) -> None:
-    """Give up what a worker does not need."""
-    _keep()
-    _mute()
-    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, MAX_FILES)):
-        _lower(what, most)
+    """Limit the process to what a worker needs."""
+    _retain_freed_memory()
+    _silence_stderr()
+    for what, maximum in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+    ):
+        _lower_limit(what, maximum)
     if sys.platform == "linux":
-        _lower(resource.RLIMIT_AS, _mapped() + memory_bound(limits))
+        _lower_limit(resource.RLIMIT_AS, _address_space_bytes() + memory_bound(limits))
 
 
 def bind_to(server: int) -> None:
-    """Die with the server, leave Ctrl-C to it, keep no privileges and gain none, and let a deadline's signal end this process."""
+    """Die with the server, ignore Ctrl-C, drop all privileges, and let a deadline's signal kill this process."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with(server)
     if sys.platform == "linux":
-        sandbox.give_up()
+        sandbox.drop_capabilities()
 
 
-def _keep() -> None:
-    """Use freed memory again (glibc). Else each large image lies in fresh pages, whose first touch takes a third of a decoder's time."""
+def _retain_freed_memory() -> None:
+    """Reuse freed memory (glibc): the first touch of fresh pages takes a third of a decoder's time."""
     with contextlib.suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+        libc.mallopt(M_TRIM_THRESHOLD, RETAINED_BYTES)
 
 
-def _mute() -> None:
-    """Codecs write a line to file 2 for every damaged image; our own log keeps its way out."""
+def _silence_stderr() -> None:
+    """Discard what codecs write to file 2 for every damaged image; the log keeps a copy of the descriptor."""
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
@@ -137,17 +145,17 @@ def _mute() -> None:
 
 
 def memory_bound(limits: ImageLimits) -> int:
-    """Bytes that one job may add to the process."""
+    """Bytes that one job may allocate."""
     return (256 << 20) + 4 * limits.max_bytes + BYTES_PER_PIXEL * limits.max_pixels
 
 
-def _mapped() -> int:
+def _address_space_bytes() -> int:
     """Bytes of address space in use now (Linux)."""
     with open("/proc/self/statm", encoding="ascii") as f:  # noqa: PTH123  one line, at start
         return int(f.read().split()[0]) * resource.getpagesize()
 
 
-def _lower(what: int, most: int) -> None:
+def _lower_limit(what: int, maximum: int) -> None:
     hard = resource.getrlimit(what)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(what, (most, most))
+    maximum = maximum if hard == resource.RLIM_INFINITY else min(maximum, hard)
+    resource.setrlimit(what, (maximum, maximum))

@@ -24,7 +24,7 @@ def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
 
 
 def _tokens(part: ImagePart, spec: ProcessorSpec) -> int:
-    header = header_geometry.sized(part.data, is_base64=True)
+    header = header_geometry.read_size(part.data, is_base64=True)
     if header is None:
         return 0
     try:

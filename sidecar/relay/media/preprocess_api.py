@@ -29,7 +29,7 @@ from sidecar.events import Event, ImagePrepared
 from sidecar.images import tensor_layout
 from sidecar.images.protocol import LAYOUT, TENSORS, Data
 from sidecar.images.service import ImageService, PreparedImage, PreparedTensors
-from sidecar.images.tensor_layout import SIZES
+from sidecar.images.tensor_layout import ELEMENT_BYTES
 from sidecar.kernels.grid import Geometry, ProcessorSpec
 from sidecar.relay import client_io, headers, request_body, url_policy
 from sidecar.relay.media.inline import check_count
@@ -90,8 +90,10 @@ async def preprocess(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
     tenant = headers.tenant(request.headers, limits.tenant_header)
-    with images.results.for_request() as take:
-        done = await _reported(images.tensors(sources, want=want, tenant=tenant, spec=spec, take=take), sources, emit)
+    with images.tensor_budget.for_request() as reserve:
+        done = await _reported(
+            images.tensors(sources, want=want, tenant=tenant, spec=spec, reserve=reserve), sources, emit
+        )
         if want == LAYOUT:
             return web.json_response(layout(done, spec))
         if shm:
@@ -179,7 +181,7 @@ def safetensors_head(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> by
     header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
     at = 0
     for name, (dtype, shape) in shapes(done, spec).items():
-        end = at + SIZES[dtype] * math.prod(shape)
+        end = at + ELEMENT_BYTES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -201,7 +203,7 @@ async def _answer(
     head = safetensors_head(done, spec)
     response = web.StreamResponse(headers={"content-type": SAFETENSORS})
     tensors = shapes(done, spec).values()
-    response.content_length = len(head) + sum(SIZES[dtype] * math.prod(shape) for dtype, shape in tensors)
+    response.content_length = len(head) + sum(ELEMENT_BYTES[dtype] * math.prod(shape) for dtype, shape in tensors)
     await client_io.start(response, request)
     await client_io.write(response, head)
     await client_io.send_long(response, pieces(done, spec), patience)

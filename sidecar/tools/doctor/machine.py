@@ -121,7 +121,7 @@ def model(chosen: Settings) -> DoctorFinding:
         return DoctorFinding(
             "model", "absent", "no --model: images pass through untouched", "give the model's directory: --model DIR"
         )
-    spec = families.explained(chosen.model)
+    spec = families.explain(chosen.model)
     if isinstance(spec, str):
         text = f"images pass through untouched: {spec}"
         return DoctorFinding("model", "warn" if chosen.images != "off" else "absent", text)
