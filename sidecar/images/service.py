@@ -151,10 +151,6 @@ class ImageService:
         """`pieces` as a file in shared memory that its reader removes; None where there is no shared memory. Raises ImagesBusy."""
         return await self._handovers.tensors(*pieces) if self._handovers is not None else None
 
-    def relink(self, request: str) -> bool:
-        """What was handed over for a request lies there once more. False where it cannot."""
-        return self._handovers is None or self._handovers.relink(request)
-
     def release(self, request: str) -> None:
         """A request has ended: nobody reads any more what was handed over for it."""
         if self._handovers is not None:

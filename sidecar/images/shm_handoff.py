@@ -44,10 +44,6 @@ class ShmHandoff:
         asyncio.get_running_loop().call_later(UNREAD_TIMEOUT_S, self._cache.unlink_shared, handed)
         return handed
 
-    def relink(self, request: str) -> bool:
-        """All of a request's pixels lie there once more, for an engine that reads them anew. False where they cannot."""
-        return all(map(self._cache.relink, self._of.get(request, ())))
-
     def release(self, request: str) -> None:
         """A request has ended: nobody reads any more what was handed over for it."""
         for handed in self._of.pop(request, ()):

@@ -61,10 +61,6 @@ class BegunAnswer:
     sse: SSE | None
 
 
-def _nothing() -> None:
-    pass
-
-
 class Admission:
     """One request from its arrival to its settlement."""
 
@@ -86,7 +82,6 @@ class Admission:
         "image_tokens",
         "lease",
         "mu",
-        "on_begun",
         "price",
         "read_at",
         "route",
@@ -123,7 +118,6 @@ class Admission:
         self.image_tokens: list[int] = []  # of images whose files say their size
         self.aside_seconds = 0.0
         self.begun: BegunAnswer | None = None
-        self.on_begun: Callable[[], None] = _nothing  # called once, when the answer begins
         self.price: Price | None = None  # of a usage, where the client wants it there
         self.status = 0
         self.mu = 0.0
@@ -160,14 +154,9 @@ class Admission:
         """The request is with the engine."""
         self.sent_at = time.monotonic()
 
-    def again(self) -> None:
-        """The request is to be sent once more: nothing was answered."""
-        self.sent_at, self.status = None, 0
-
     def begin(self, response: web.StreamResponse, sse: SSE | None) -> None:
         """The client has the head of its answer; `sse` where that is an event stream."""
         self.begun = BegunAnswer(response, sse)
-        self.on_begun()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

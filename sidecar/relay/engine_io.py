@@ -44,8 +44,7 @@ class Broken(aiohttp.ClientConnectionError):
 class BodyPayload(payload.Payload):
     """A request body in pieces. `sent` is called when the last of them has been written.
 
-    They are dropped as soon as they are not to be sent again: a short body's when its answer begins, a long one's when
-    it was written, unless it is `kept`.
+    A short body is kept until its answer begins, because it may be sent twice; a long one is dropped when written.
     """
 
     _autoclose = True  # holds nothing that needs closing
@@ -54,17 +53,15 @@ class BodyPayload(payload.Payload):
         super().__init__(None)
         self._pieces = pieces
         self._sent = sent
-        self.kept = False
-        self.original: Callable[[], BodyPayload] | None = (
-            None  # makes the body as it came, where this one may be refused
-        )
+        # makes the body as it came, where this one may be refused
+        self.original: Callable[[], BodyPayload] | None = None
         self.form = ""  # in which its images are
         self._size = sum(len(piece) for piece in pieces)
 
     @property
     def repeatable(self) -> bool:
         """Whether it may be sent twice."""
-        return self.kept or (self._size or 0) <= REPEATED
+        return (self._size or 0) <= REPEATED
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return b"".join(self._pieces).decode(encoding, errors)
@@ -81,14 +78,8 @@ class BodyPayload(payload.Payload):
         if not self.repeatable:
             self.drop()
 
-    def answered(self) -> None:
-        """The answer begins."""
-        if not self.kept:
-            self.drop()
-
     def drop(self) -> None:
         """Let go of the bytes: they are not sent a second time."""
-        self.kept = False
         self._pieces = ()
 
 
@@ -121,7 +112,7 @@ class Connections:
                 raise
             answer = await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
         if isinstance(data, BodyPayload):
-            data.answered()
+            data.drop()
         return answer
 
     async def close(self) -> None:

@@ -24,7 +24,6 @@ from aiohttp import web
 from sidecar.errors import (
     BodyTooLarge,
     Draining,
-    EngineStalled,
     EngineUnreachable,
     ImagesOff,
     Internal,
@@ -44,7 +43,6 @@ from sidecar.relay import (
     metrics_page,
     outcomes,
     request_body,
-    retry,
     websocket,
 )
 from sidecar.relay import response as answering
@@ -97,7 +95,6 @@ class Relay:
         self._slots = concurrency.ConcurrencyLimit(
             concurrency.share_of(settings.max_concurrent, settings.workers, index), max_queued
         )
-        self._retries = retry.Retries(self._desk, settings.retry_stalled)
         self._refusals = image_refusals.Refusals()
         self._directing = engine_pauses.Calls(emit, time.monotonic)
         self._pricing = pricing or Pricing(Estimator(coefficients))
@@ -134,7 +131,6 @@ class Relay:
     async def drain(self, server: web.Server, seconds: float) -> None:
         """Close idle connections and wait for open requests, at most `seconds`; what is left then is cut off."""
         self.draining = True
-        self._desk.drain()
         for connection in server.connections:
             if connection not in self._busy:
                 connection.close()
@@ -284,21 +280,6 @@ class Relay:
     async def _admitted(
         self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
     ) -> web.StreamResponse:
-        """The answer to `data`; where that may be sent once more, of the second attempt."""
-        with self._retries.keeping(admission, data):
-            try:
-                return await self._attempt(request, admission, data, id)
-            except EngineStalled as e:
-                if not data.kept:
-                    raise
-                await self._retries.recovered(admission, e)
-                if self._images is not None and not self._images.relink(admission.id):
-                    raise
-                return await self._attempt(request, admission, data, id)
-
-    async def _attempt(
-        self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
-    ) -> web.StreamResponse:
         async with admission.abortable(), self._slots.acquire(admission):
             self._desk.check(time.monotonic())
             passed = self._to_engine(request, id, admission.trace, data.size)
@@ -349,7 +330,7 @@ class Relay:
         changed = asked and answering.is_plain(answer) and answering.is_read(answer)
         passed = self._to_client(request, answer, id, ours, "content-length" if changed else "")
         try:
-            return await answering.pass_on(request, answer, admission, passed, hold_head=self._retries.on)
+            return await answering.pass_on(request, answer, admission, passed)
         except outcomes.EngineBroke:
             if admission.begun is None:  # the client can still be told
                 raise self._broken() from None

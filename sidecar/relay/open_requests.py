@@ -23,7 +23,6 @@ STALL_CHECK_INTERVAL_S: Final = 0.5  # seconds between looks for writes that wai
 LOAD_REPORT_STALE_S: Final = (
     5.0  # seconds that a verdict holds, which is published every second; without control nobody is refused
 )
-WELL: Final = ("idle", "progressing", "quiet")  # verdicts under which a kept request is sent again
 
 
 class OpenRequests:
@@ -37,7 +36,6 @@ class OpenRequests:
         self.verdict: State = "unknown"
         self.cutting = False  # whether open requests are being cut off by a drain that ran out of time
         self._judged_at = 0.0
-        self._draining = False
         # ids are unique over relay processes and their restarts; a client's own request id need not be
         self._prefix = os.urandom(4).hex()
         self._counter = itertools.count(1)
@@ -46,7 +44,6 @@ class OpenRequests:
         self._timer: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         self._client_stall = client_stall
-        self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
     # --- orders ---
@@ -56,7 +53,6 @@ class OpenRequests:
         before, self.verdict, self._judged_at = self.verdict, verdict, now
         if verdict == before:
             return
-        self._tell()
         if verdict in ("stalled", "dead"):
             for admission in self._open.values():
                 admission.end(stalled())
@@ -67,25 +63,10 @@ class OpenRequests:
             if (admission := self._open.get(id)) is not None:
                 admission.end(ended(code))
 
-    def drain(self) -> None:
-        """Nobody waits for the engine's recovery any longer."""
-        self._draining = True
-        self._tell()
-
     def check(self, now: float) -> None:
         """Raises EngineStalled while the engine is given up. One that is gone is tried: it may be back before control knows."""
         if self.verdict == "stalled" and now - self._judged_at < LOAD_REPORT_STALE_S:
             raise stalled()
-
-    async def wait_until_healthy(self) -> bool:
-        """True as soon as the engine is well; False when we drain before."""
-        while not self._draining and self.verdict not in WELL:
-            await self._news.wait()
-        return not self._draining
-
-    def _tell(self) -> None:
-        self._news.set()
-        self._news.clear()
 
     # --- requests ---
 

@@ -50,19 +50,14 @@ def is_read(answer: aiohttp.ClientResponse) -> bool:
 
 
 async def pass_on(
-    request: web.BaseRequest,
-    answer: aiohttp.ClientResponse,
-    admission: Admission,
-    passed: Headers,
-    *,
-    hold_head: bool,
+    request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers
 ) -> web.StreamResponse:
-    """Send the answer with the headers `passed`. `hold_head`: a stream's head goes out with its first bytes, not before.
+    """Send the answer with the headers `passed`.
 
     Raises EngineBroke before anything was sent where a short answer broke.
     """
     if is_plain(answer) and is_stream(answer):
-        return await _stream(request, answer, admission, passed, hold_head)
+        return await _stream(request, answer, admission, passed)
     if is_short(answer):
         return await _small(request, answer, admission, passed)
     return await _long(request, answer, admission, passed)
@@ -84,21 +79,19 @@ async def part(request: web.BaseRequest, admission: Admission, error: RequestErr
 
 
 async def _stream(
-    request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers, hold_head: bool
+    request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers
 ) -> web.StreamResponse:
     """An event stream."""
     sse = SSE(admission.shape.ask_usage, admission.price)
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-    chunk = await client_io.next_chunk(answer) if hold_head else b""
     await _start(request, response, admission, sse)
     try:
-        while chunk or (chunk := await client_io.next_chunk(answer)):
+        while chunk := await client_io.next_chunk(answer):
             before = sse.tokens
             piece = sse.feed(chunk)
             admission.deliver(sse.tokens - before, len(chunk), sse.started)
             if piece:
                 await _write(response, piece, admission)
-            chunk = b""
         if rest := sse.finish():
             await _write(response, rest, admission)
     finally:
