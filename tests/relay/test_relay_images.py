@@ -60,14 +60,6 @@ async def test_an_image_that_would_not_shrink_goes_on_as_it_came(rig: Any, serve
     assert (admitted.expected.images, admitted.expected.image_tokens) == (1, spec.geometry(720, 1280).tokens)
 
 
-async def test_an_image_that_is_not_exact_is_said(rig: Any, serve: Any) -> None:
-    """One image that was decoded fast marks the answer; without one there is no mark."""
-    r = await rig(await serve(echo), images=Workers())
-    for sent, mark in ((("AAAA", "FAST"), "inexact"), (("AAAA", "PASS"), None)):
-        async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*sent)) as got:
-            assert got.headers.get("x-sidecar-images") == mark
-
-
 async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: Any, serve: Any) -> None:
     """The same image keeps its name for a tenant; another tenant's differs; neither is the hash that a client could make."""
     r = await rig(await serve(echo), images=Workers())

@@ -34,10 +34,10 @@ from ..waiting import PATIENCE
 
 RUN = """
 import socket, sys
-from sidecar import settings; from sidecar.load import cost_model as units
-from sidecar.relay.process import Place, main
-place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"", index=3, restarts=2)
-sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))
+from sidecar import settings; from sidecar.load.cost_model import Coefficients
+from sidecar.relay.process import RelayContext, main
+context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"", index=3, restarts=2)
+sys.exit(main(context, socket.socket(fileno=int(sys.argv[3]))))
 """
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 
