@@ -38,10 +38,10 @@ from sidecar.runtime.channel import Channel
 EVENTS, CONCURRENCY = 200, 32
 RUN = """
 import socket, sys
-from sidecar import settings; from sidecar.load import cost_model as units
-from sidecar.relay.process import Place, main
-place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"")
-sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))
+from sidecar import settings; from sidecar.load.cost_model import Coefficients
+from sidecar.relay.process import RelayContext, main
+context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"")
+sys.exit(main(context, socket.socket(fileno=int(sys.argv[3]))))
 """
 CHUNK = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 0, "model": "m"}
 EVENT = b"data: " + json.dumps({**CHUNK, "choices": [{"index": 0, "delta": {"content": " word"}}]}).encode() + b"\n\n"

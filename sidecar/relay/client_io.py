@@ -7,8 +7,8 @@ speak aiohttp, whose errors do not tell the two apart.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import aiohttp
@@ -99,6 +99,42 @@ async def _read_within(seconds: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise ClientStalled from None
+
+
+class BusyConnections:
+    """The client connections of one relay process that have a request under way."""
+
+    def __init__(self) -> None:
+        self._busy: set[object] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._busy)
+
+    @contextmanager
+    def busy(self, connection: object) -> Iterator[None]:
+        """A request is under way on `connection` for a block."""
+        self._busy.add(connection)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._busy.discard(connection)
+            if not self._busy:
+                self._idle.set()
+
+    async def drain(self, server: web.Server, seconds: float) -> bool:
+        """Close idle connections and wait for the busy ones, at most `seconds`. Returns whether all became idle."""
+        for connection in server.connections:
+            if connection not in self._busy:
+                connection.close()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
 
 def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:

@@ -13,6 +13,7 @@ from typing import Final
 
 from sidecar.errors import QueueFull
 from sidecar.relay.admission import Admission
+from sidecar.relay.open_requests import OpenRequests
 
 # Requests that wait for a place in one relay process; the next gets 429. Each keeps its connection and its body, and
 # another replica serves the thousand-and-first sooner.
@@ -22,8 +23,9 @@ MAX_QUEUED: Final = 1000
 class ConcurrencyLimit:
     """The places of one relay process. `places` 0: no limit."""
 
-    def __init__(self, share_of: int, max_queued: int = MAX_QUEUED) -> None:
-        self._free = asyncio.Semaphore(share_of) if share_of else None
+    def __init__(self, places: int, open_requests: OpenRequests, max_queued: int = MAX_QUEUED) -> None:
+        self._free = asyncio.Semaphore(places) if places else None
+        self._open_requests = open_requests
         self._max_queued = max_queued
         self.waiting = 0
 
@@ -47,7 +49,7 @@ class ConcurrencyLimit:
             raise QueueFull("the engine is full and so is the queue before it; send the request again later")
         self.waiting += 1
         try:
-            with admission.waiting():
+            with self._open_requests.queueing(admission):
                 await free.acquire()
         finally:
             self.waiting -= 1

@@ -15,18 +15,23 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import aiohttp
-from aiohttp import hdrs, payload
+from aiohttp import hdrs, payload, web
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from sidecar.errors import BadTarget
+from sidecar.events import Trace
+from sidecar.relay import client_io, headers
 from sidecar.relay.headers import Headers
+from sidecar.relay.open_requests import OpenRequests
+from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
 
 MAX_HEADER: Final = 64 << 10  # bytes of one header or request line, both ways (uvicorn's limit for all of them)
 READ_BUFFER: Final = 256 << 10
 _CONNECT_SECONDS: Final = 5.0  # the engine is on this machine
-REPEATED: Final = 64 << 10  # bytes: a body up to here is kept until its answer begins, and may be sent twice
+# A body up to this is kept until its answer begins, and may be sent twice.
+MAX_REPEATED_BYTES: Final = 64 << 10
 _IDLE_SECONDS: Final = 3.0  # uvicorn closes an idle connection after 5 s
 _STEP: Final = 256 << 10  # bytes handed to the socket at once
 _ABSOLUTE: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
@@ -59,9 +64,9 @@ class BodyPayload(payload.Payload):
         self._size = sum(len(piece) for piece in pieces)
 
     @property
-    def repeatable(self) -> bool:
+    def is_repeatable(self) -> bool:
         """Whether it may be sent twice."""
-        return (self._size or 0) <= REPEATED
+        return (self._size or 0) <= MAX_REPEATED_BYTES
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return b"".join(self._pieces).decode(encoding, errors)
@@ -75,7 +80,7 @@ class BodyPayload(payload.Payload):
             for at in range(0, len(view), _STEP):
                 await writer.write(view[at : at + _STEP])
         self._sent()
-        if not self.repeatable:
+        if not self.is_repeatable:
             self.drop()
 
     def drop(self) -> None:
@@ -100,7 +105,7 @@ class Connections:
 
     async def request(self, method: str, url: URL, headers: Headers, data: Any) -> aiohttp.ClientResponse:
         """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
-        if not _repeatable(data):
+        if not _is_repeatable(data):
             return await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
         use = _Use()
         try:
@@ -119,6 +124,38 @@ class Connections:
         """Close them all."""
         await self._kept.close()
         await self._fresh.close()
+
+
+class EngineClient:
+    """Sends requests of clients to the engine at `base`; what breaks is raised as an error for the client."""
+
+    def __init__(self, base: str, open_requests: OpenRequests) -> None:
+        self._base = base
+        self._open_requests = open_requests
+        self._connections = Connections()
+
+    @property
+    def fresh(self) -> aiohttp.ClientSession:
+        """Each of its requests gets a connection of its own."""
+        return self._connections.fresh
+
+    def url(self, request: web.BaseRequest) -> URL:
+        """The engine's URL for a request's target."""
+        return target(self._base, origin_form(request.raw_path))
+
+    async def send(
+        self, request: web.BaseRequest, id: str, data: Any, *, trace: Trace | None = None, length: int | None = None
+    ) -> aiohttp.ClientResponse:
+        """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
+        passed = headers.to_engine(request, id=id, trace=trace, length=length)
+        try:
+            return await self._connections.request(request.method, self.url(request), passed, data)
+        except client_io.BREAKS as e:
+            raise engine_error(e, self._open_requests.verdict) from None
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._connections.close()
 
 
 class _Use:
@@ -146,8 +183,8 @@ async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType)
         raise Broken(answered=False) from e
 
 
-def _repeatable(data: Any) -> bool:
-    return data is None or isinstance(data, bytes) or (isinstance(data, BodyPayload) and data.repeatable)
+def _is_repeatable(data: Any) -> bool:
+    return data is None or isinstance(data, bytes) or (isinstance(data, BodyPayload) and data.is_repeatable)
 
 
 def _session(connector: aiohttp.TCPConnector, traces: list[aiohttp.TraceConfig]) -> aiohttp.ClientSession:

@@ -75,8 +75,8 @@ PATHS: Final[dict[str, PauseRoute]] = {
 }
 
 
-def row_of(method: str, path: str) -> PauseRoute | None:
-    """The row of a request, or None where it directs nothing."""
+def route_of(method: str, path: str) -> PauseRoute | None:
+    """The route of a request, or None where it directs nothing."""
     return PATHS.get(path) if method in METHODS else None
 
 
@@ -92,7 +92,7 @@ def is_partial(query: str, body: bytes) -> bool:
     return bool(tags) and LAST_TAG not in tags
 
 
-class Calls:
+class PauseCalls:
     """The calls of one relay process that direct the engine. `clock`: monotonic seconds."""
 
     def __init__(self, emit: Callable[[Event], None], clock: Callable[[], float]) -> None:
@@ -100,37 +100,37 @@ class Calls:
         self.clock = clock
         self.ids = itertools.count(1)
 
-    def call(self, row: PauseRoute | None, *, partly: bool = False) -> PauseCall:
-        """One call, for as long as a `with`. `partly`: it resumes some parts only."""
-        return PauseCall(self, row, partly)
+    def call(self, route: PauseRoute | None, *, is_partial: bool = False) -> PauseCall:
+        """One call, for as long as a `with`. `is_partial`: it resumes some parts only."""
+        return PauseCall(self, route, is_partial)
 
 
 class PauseCall:
-    """One call that directs, or (`row` None) one that does not.
+    """One call that directs, or (`route` None) one that does not.
 
     An order is taken when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
     on; when it is answered otherwise, or its client leaves, nothing of it remains.
     """
 
-    def __init__(self, calls: Calls, row: PauseRoute | None, partly: bool) -> None:
+    def __init__(self, calls: PauseCalls, route: PauseRoute | None, is_partial: bool) -> None:
         self._calls = calls
-        self._row = row
-        self._partly = partly
+        self._route = route
+        self._is_partial = is_partial
         self._id = 0  # while it is with the engine
-        self._over = row is None or row.turn == "resumes"
+        self._over = route is None or route.turn == "resumes"
 
     def sent(self) -> None:
         """The engine has all of it."""
-        if self._over or self._row is None:
+        if self._over or self._route is None:
             return
         self._id = next(self._calls.ids)
-        self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, True))
+        self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, True))
 
     def answered(self, status: int) -> None:
         """The head of the engine's answer is here."""
         taken = 200 <= status < 300
-        if taken and self._row is not None and self._row.turn != "during" and not self._partly:
-            self._calls.emit(EnginePauseChanged(self._calls.clock(), self._row.what, self._row.turn == "stops"))
+        if taken and self._route is not None and self._route.turn != "during" and not self._is_partial:
+            self._calls.emit(EnginePauseChanged(self._calls.clock(), self._route.what, self._route.turn == "stops"))
         self._end(taken=taken)
 
     def __enter__(self) -> PauseCall:
@@ -140,6 +140,6 @@ class PauseCall:
         self._end(taken=False)
 
     def _end(self, *, taken: bool) -> None:
-        if self._id and self._row is not None:
-            self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, False, taken))
+        if self._id and self._route is not None:
+            self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, False, taken))
         self._id, self._over = 0, True

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from sidecar.events import LoadReport, Trace
@@ -51,14 +52,14 @@ def tenant(headers: Received, name: str) -> str:
     return given[:MAX_TENANT_NAME_CHARS] or NO_TENANT
 
 
-def to_engine(headers: Received, *, id: str, remote: str, trace: Trace | None, length: int | None) -> Headers:
-    """What the engine gets. `length`: bytes of the body where we know it ourselves; `trace`: our span, when tracing."""
-    passed = _passed(headers, _NOT_TO_ENGINE)
+def to_engine(request: web.BaseRequest, *, id: str, trace: Trace | None = None, length: int | None = None) -> Headers:
+    """What the engine gets. `length`: bytes of the body, if the sidecar knows it; `trace`: our span, when tracing."""
+    passed, remote = _passed(request.headers, _NOT_TO_ENGINE), request.remote or ""
     passed["x-request-id"] = id
     forwarded = passed.get("x-forwarded-for")
     passed["x-forwarded-for"] = f"{forwarded}, {remote}" if forwarded else remote
     passed.setdefault("x-forwarded-proto", "http")
-    if host := headers.get("host"):
+    if host := request.headers.get("host"):
         passed.setdefault("x-forwarded-host", host)
     if trace is not None:
         passed["traceparent"] = format_traceparent(trace)
@@ -67,10 +68,18 @@ def to_engine(headers: Received, *, id: str, remote: str, trace: Trace | None, l
     return passed
 
 
-def to_client(headers: Received, ours: Mapping[str, str], *, drop: str = "") -> Headers:
+def to_client(
+    request: Received,
+    answer: Received,
+    id: str,
+    report: LoadReport | None,
+    ours: Mapping[str, str] | None = None,
+    *,
+    drop: str = "",
+) -> Headers:
     """What the client gets: the engine's headers, ours over them; `drop` names one more that ends here."""
-    passed = _passed(headers, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
-    passed.update(ours)
+    passed = _passed(answer, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
+    passed.update({"x-request-id": id, **orca(request, report), **(ours or {})})
     return passed
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+import aiohttp
+
 from sidecar.errors import (
     EngineStalled,
     EngineUnreachable,
@@ -78,8 +80,17 @@ def stalled() -> EngineStalled:
     return EngineStalled("the engine made no progress and was given up; send the request again")
 
 
-def ended(code: str) -> RequestError:
-    """Why the control process ends a single request."""
+def engine_error(error: BaseException | None, verdict: State) -> RequestError:
+    """The error for a client that has nothing of its answer yet, when the connection to the engine broke."""
+    if verdict == "stalled" and not isinstance(error, aiohttp.ClientConnectorError):
+        return stalled()
+    if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
+        return EngineUnreachable("the engine does not accept connections; it may be starting or restarting")
+    return EngineUnreachable("the engine closed the connection before it answered")
+
+
+def abort_error(code: str) -> RequestError:
+    """The error of a single request that the control process aborts."""
     match code:
         case StreamStuck.code:
             return StreamStuck("the engine stopped work on this request while it went on with others; send it again")

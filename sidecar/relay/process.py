@@ -128,7 +128,7 @@ async def _relay(place: RelayContext, emit: Callable[[Event], None]) -> AsyncIte
             images=images,
             preprocess=_preprocess(images, own, emit, fetch) if images is not None else None,
             fetch=fetch,
-            shm=PluginWatch() if own.images == "shm" else None,
+            is_shm_ready=PluginWatch() if own.images == "shm" else None,
             pricing=Pricing(Estimator(place.coefficients), quota, counter, spec),
         )
         try:

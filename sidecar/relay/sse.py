@@ -68,7 +68,7 @@ class SSE:
         return rest
 
     @property
-    def whole(self) -> bool:
+    def is_between_events(self) -> bool:
         """Whether what went out so far ends between two events, so that another may follow."""
         return len(self._open) == self._held
 

@@ -18,7 +18,7 @@ _CLOSE_SECONDS: Final = 2.0
 Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
 
-def wanted(request: web.BaseRequest) -> bool:
+def is_wanted(request: web.BaseRequest) -> bool:
     """Whether the request asks for a WebSocket."""
     return request.headers.get("upgrade", "").lower() == "websocket" and request.method == "GET"
 

@@ -127,7 +127,7 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
-            ways = {"preprocess": preprocess, "fetch": fetch, "shm": shm, "pricing": pricing}
+            ways = {"preprocess": preprocess, "fetch": fetch, "is_shm_ready": shm, "pricing": pricing}
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
             return await stack.enter_async_context(_rig(engine, images, ways, kind, settings))
 

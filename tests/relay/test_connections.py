@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from sidecar.events import Settled
-from sidecar.relay.engine_io import REPEATED, BodyPayload
+from sidecar.relay.engine_io import MAX_REPEATED_BYTES, BodyPayload
 
 from .work import CHAT, TOKEN, sse
 
@@ -24,7 +24,7 @@ STREAM = (
     b"%x\r\n%s\r\n0\r\n\r\n" % (len(EVENTS), EVENTS)
 )
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-LONG = "x" * (REPEATED + 1)
+LONG = "x" * (MAX_REPEATED_BYTES + 1)
 
 Close = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -254,7 +254,7 @@ async def test_an_engine_that_is_gone(rig: Any) -> None:
 def test_a_body_is_kept_for_as_long_as_it_may_be_sent_again() -> None:
     """A short one until its answer begins; a long one is not repeatable."""
     short, long = BodyPayload([b"x"], lambda: None), BodyPayload([LONG.encode()], lambda: None)
-    assert (short.repeatable, long.repeatable) == (True, False)
+    assert (short.is_repeatable, long.is_repeatable) == (True, False)
     assert short.decode() == "x"
     short.drop()
     assert short.decode() == ""

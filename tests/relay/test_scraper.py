@@ -90,6 +90,6 @@ async def test_a_draining_relay_does_not_scrape_on(r: Any) -> None:
     """Once it drains, a connection is no longer kept alive by its scrapes."""
     async with wire(r) as w:
         await w.scrape()
-        r.relay.draining = True
+        r.relay.is_draining = True
         assert (await w.scrape())[0].split()[1] == "503"
         assert await w.reader.read() == b""

@@ -45,11 +45,11 @@ class Refusals:
         """Whether images go on as they came."""
         return self._unfit or self._refused
 
-    def tries(self, form: str, size: int = 0) -> bool:
+    def is_trial(self, form: str, size: int = 0) -> bool:
         """Whether a prepared body in this form, of so many bytes, is a trial, of which the original is kept."""
         return size > self._taken.get(form, -1)
 
-    def report(self, load: LoadReport) -> None:
+    def on_load_report(self, load: LoadReport) -> None:
         """A load report: which process the engine is, and what is known of its kind."""
         self._unfit = not load.prepared
         if load.process != self._process:
@@ -57,7 +57,7 @@ class Refusals:
                 _log.info("the engine is another process: it gets prepared images again")
             self._process, self._refused, self._taken = load.process, False, {}
 
-    async def refuses(self, answer: aiohttp.ClientResponse, data: BodyPayload) -> bool:
+    async def is_refusal(self, answer: aiohttp.ClientResponse, data: BodyPayload) -> bool:
         """Whether `answer` refuses `data` for the form of its images; what it says else is remembered."""
         if data.original is None:
             return False
@@ -73,7 +73,7 @@ class Refusals:
         except client_io.BREAKS:
             return False  # its next reader finds out
 
-    def ended(self, status: int, answer: aiohttp.ClientResponse) -> None:
+    def on_original(self, status: int, answer: aiohttp.ClientResponse) -> None:
         """What came of the original, after a refusal with `status`."""
         if answer.ok and not self._refused:
             self._refused = True

@@ -25,7 +25,7 @@ Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it
 MAX_IMAGES: Final = 16
 
 # An engine that starts measures the GPU's memory, and gives up when a neighbour's use changes; one that is given up will start
-SETTLED: Final = ("idle", "progressing", "quiet", "suspect")
+GPU_VERDICTS: Final = ("idle", "progressing", "quiet", "suspect")
 
 
 INLINE: Final = "inline"

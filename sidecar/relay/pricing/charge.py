@@ -37,23 +37,23 @@ class Pricing:
     async def charge(self, admission: Admission, body: ParsedBody) -> None:
         """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
         if self._counter is not None and body.payload is not None:
-            admission.counted = await self._counter.count(body.payload, body.text)
+            admission.token_count = await self._counter.count(body.payload, body.text)
         if self._spec is not None and body.images:
             admission.image_tokens = tokens_of(body.images, self._spec)
         if self._quota is not None:
             estimate = self._estimate(admission, admission.image_tokens)
             reserved = self._estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
-            admission.lease = self._quota.take(admission.tenant, estimate.mu, reserved)
+            admission.charge = self._quota.take(admission.tenant, estimate.mu, reserved)
 
-    def admit(self, admission: Admission, image_tokens: list[int]) -> None:
-        """Hold what it is expected to take. `image_tokens`: those of images that were prepared, which are sure."""
-        admission.admit(admission.shape, self._estimate(admission, image_tokens or admission.image_tokens))
+    def estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
+        """What the request is expected to take. `image_tokens`: those of prepared images, which are exact."""
+        return self._estimate(admission, image_tokens or admission.image_tokens)
 
-    def milli(self, admission: Admission, usage: Usage) -> int:
+    def price_milli(self, admission: Admission, usage: Usage) -> int:
         """What a usage comes to in milli-MU, as it will settle."""
         return round(1000 * self._estimator.mu(settled_work(admission.work, usage, 0)))
 
-    def over(self, admission: Admission) -> None:
+    def settle(self, admission: Admission) -> None:
         """It has settled: correct its charge to what it used, whatever becomes of the rest, and learn from it."""
         end = admission.settled
         if end is None:
@@ -61,11 +61,15 @@ class Pricing:
         if self._quota is not None:
             started = end.first_at is not None
             work = actual_work(admission.work, end, started=started, delivered=end.delivered_tokens)
-            self._quota.settle(admission.lease, 0.0 if work is None else self._estimator.mu(work))
+            self._quota.settle(admission.charge, 0.0 if work is None else self._estimator.mu(work))
         if end.usage is not None and end.outcome == "ok":
-            counted = admission.counted.tokens if admission.counted is not None and admission.counted.exact else None
+            counted = (
+                admission.token_count.tokens
+                if admission.token_count is not None and admission.token_count.exact
+                else None
+            )
             self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
 
     def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
-        counted = None if admission.counted is None else admission.counted.tokens
+        counted = None if admission.token_count is None else admission.token_count.tokens
         return self._estimator.estimate(admission.tenant, admission.shape, image_tokens, counted)
