@@ -45,7 +45,7 @@ sys.exit(main(context, socket.socket(fileno=int(sys.argv[3]))))
 """
 CHUNK = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 0, "model": "m"}
 EVENT = b"data: " + json.dumps({**CHUNK, "choices": [{"index": 0, "delta": {"content": " word"}}]}).encode() + b"\n\n"
-USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":200}}\n\n'
+PRICE_HEADER = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":200}}\n\n'
 DONE = b"data: [DONE]\n\n"
 ANSWER = json.dumps(
     {
@@ -67,7 +67,7 @@ async def answer(request: web.BaseRequest) -> web.StreamResponse:
     for _ in range(EVENTS):
         await response.write(EVENT)
         await asyncio.sleep(0)
-    await response.write(USAGE + DONE)
+    await response.write(PRICE_HEADER + DONE)
     return response
 
 
@@ -167,7 +167,7 @@ async def measure(rounds: int, streams: int) -> list[tuple[str, str]]:
         before = cpu_seconds(pid)
         rates: dict[str, list[float]] = {direct: [], relayed: []}
         for _ in range(5):
-            rates[direct].append(await throughput(client, direct, streams, USAGE))
+            rates[direct].append(await throughput(client, direct, streams, PRICE_HEADER))
             rates[relayed].append(await throughput(client, relayed, streams, b""))
         per_event = (cpu_seconds(pid) - before) / (5 * streams * EVENTS)
         memory = resident_mib(pid)

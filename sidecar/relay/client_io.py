@@ -18,11 +18,15 @@ from sidecar.errors import BodyTooLarge
 from sidecar.images.protocol import Data
 from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 
-BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
+ENGINE_ERRORS: Final = (
+    aiohttp.ClientError,
+    OSError,
+    TimeoutError,
+)  # what reading from the engine raises when it breaks
 # Seconds that a client may read nothing of its answer: longer than people and batch jobs pause, and an end to connections that are
 # no longer read, each of which keeps a place of the engine's batch.
 CLIENT_STALL_S: Final = 600.0
-PIECE: Final = 1 << 20  # bytes that a client must take in time, where what it gets is long
+MAX_PIECE_BYTES: Final = 1 << 20  # bytes that a client must take in time, where what it gets is long
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -53,7 +57,7 @@ async def next_chunk(answer: aiohttp.ClientResponse) -> bytes:
     """More of the engine's answer; empty at its end. Raises EngineBroke when that end is not the answer's."""
     try:
         return await answer.content.readany()
-    except BREAKS:
+    except ENGINE_ERRORS:
         raise EngineBroke("the engine's answer ended early") from None
 
 
@@ -85,9 +89,9 @@ async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], 
     """Send what is held in memory until it is sent, and finish. Raises ClientStalled where nothing is read for `within` seconds."""
     for group in groups:
         data = memoryview(group[0] if len(group) == 1 else b"".join(group))
-        for at in range(0, len(data), PIECE):
+        for at in range(0, len(data), MAX_PIECE_BYTES):
             async with _read_within(within):
-                await write(response, data[at : at + PIECE])
+                await write(response, data[at : at + MAX_PIECE_BYTES])
     async with _read_within(within):
         await end(response)
 

@@ -27,15 +27,15 @@ from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
 
-MAX_HEADER: Final = 64 << 10  # bytes of one header or request line, both ways (uvicorn's limit for all of them)
-READ_BUFFER: Final = 256 << 10
-_CONNECT_SECONDS: Final = 5.0  # the engine is on this machine
+MAX_HEADER_BYTES: Final = 64 << 10  # bytes of one header or request line, both ways (uvicorn's limit for all of them)
+READ_BUFFER_BYTES: Final = 256 << 10
+_CONNECT_TIMEOUT_S: Final = 5.0  # the engine is on this machine
 # A body up to this is kept until its answer begins, and may be sent twice.
 MAX_REPEATED_BYTES: Final = 64 << 10
-_IDLE_SECONDS: Final = 3.0  # uvicorn closes an idle connection after 5 s
-_STEP: Final = 256 << 10  # bytes handed to the socket at once
-_ABSOLUTE: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
-_AUTO: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE)
+_KEEPALIVE_S: Final = 3.0  # uvicorn closes an idle connection after 5 s
+_WRITE_BYTES: Final = 256 << 10  # bytes handed to the socket at once
+_ABSOLUTE_FORM: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
+_AIOHTTP_HEADERS: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE)
 
 
 class Broken(aiohttp.ClientConnectionError):
@@ -73,12 +73,12 @@ class BodyPayload(payload.Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         for piece in self._pieces:
-            if len(piece) <= _STEP:
+            if len(piece) <= _WRITE_BYTES:
                 await writer.write(piece)
                 continue
             view = memoryview(piece)
-            for at in range(0, len(view), _STEP):
-                await writer.write(view[at : at + _STEP])
+            for at in range(0, len(view), _WRITE_BYTES):
+                await writer.write(view[at : at + _WRITE_BYTES])
         self._sent()
         if not self.is_repeatable:
             self.drop()
@@ -92,7 +92,7 @@ class Connections:
     """A relay process's connections to its engine, kept and fresh ones. They are bounded by those of the clients."""
 
     def __init__(self) -> None:
-        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_SECONDS, family=socket.AF_UNSPEC)
+        kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, family=socket.AF_UNSPEC)
         trace = aiohttp.TraceConfig()
         trace.on_connection_reuseconn.append(_note_reuse)
         self._kept = _session(kept, [trace])
@@ -107,7 +107,7 @@ class Connections:
         """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
         if not _is_repeatable(data):
             return await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
-        use = _Use()
+        use = _ConnectionUse()
         try:
             answer = await self._kept.request(
                 method, url, headers=headers, data=data, allow_redirects=False, trace_request_ctx=use
@@ -150,7 +150,7 @@ class EngineClient:
         passed = headers.to_engine(request, id=id, trace=trace, length=length)
         try:
             return await self._connections.request(request.method, self.url(request), passed, data)
-        except client_io.BREAKS as e:
+        except client_io.ENGINE_ERRORS as e:
             raise engine_error(e, self._open_requests.verdict) from None
 
     async def close(self) -> None:
@@ -158,7 +158,7 @@ class EngineClient:
         await self._connections.close()
 
 
-class _Use:
+class _ConnectionUse:
     """One request's use of a connection."""
 
     __slots__ = ("reused",)
@@ -191,12 +191,12 @@ def _session(connector: aiohttp.TCPConnector, traces: list[aiohttp.TraceConfig])
     return aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=_AUTO,
+        skip_auto_headers=_AIOHTTP_HEADERS,
         auto_decompress=False,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
-        read_bufsize=READ_BUFFER,
-        max_line_size=MAX_HEADER,
-        max_field_size=MAX_HEADER,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+        read_bufsize=READ_BUFFER_BYTES,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
         trace_configs=traces,
         middlewares=(_once,),
     )
@@ -213,7 +213,7 @@ def origin_form(raw_path: str) -> str:
     """A request target as path and query, bytes as they came. Raises BadTarget for what has no path (`*`, CONNECT's)."""
     if raw_path.startswith("/"):
         return raw_path
-    absolute = _ABSOLUTE.fullmatch(raw_path)
+    absolute = _ABSOLUTE_FORM.fullmatch(raw_path)
     if absolute is None:
         raise BadTarget("only request targets with a path can be passed to the engine")
     rest = absolute[1]

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 
 from sidecar.events import Directing, EnginePauseChanged, Event
 
-METHODS: Final = ("POST", "GET", "PUT")
+PAUSE_METHODS: Final = ("POST", "GET", "PUT")
 LAST_TAG: Final = "kv_cache"  # of the parts that are woken one by one, both engines' users wake this one last
 
 Turn = Literal["stops", "resumes", "during", "ends"]
@@ -35,24 +35,24 @@ class PauseRoute:
 _SLEEPS: Final = PauseRoute("engine_sleeping", "stops")
 _WAKES: Final = PauseRoute("engine_sleeping", "resumes")
 _PAUSES: Final = PauseRoute("engine_paused", "stops")
-_GOES_ON: Final = PauseRoute("engine_paused", "resumes")
-_WEIGHTS: Final = PauseRoute("weight_update", "during")
+_RESUMES: Final = PauseRoute("engine_paused", "resumes")
+_UPDATES_WEIGHTS: Final = PauseRoute("weight_update", "during")
 
-PATHS: Final[dict[str, PauseRoute]] = {
+PAUSE_ROUTES: Final[dict[str, PauseRoute]] = {
     # vLLM
     "/sleep": _SLEEPS,
     "/release_kv_cache_memory": _SLEEPS,
     "/wake_up": _WAKES,
     "/pause": _PAUSES,
-    "/resume": _GOES_ON,
+    "/resume": _RESUMES,
     "/scale_elastic_ep": PauseRoute("engine_paused", "during"),
     "/start_weight_update": PauseRoute("weight_update", "stops"),
     "/start_draft_weight_update": PauseRoute("weight_update", "stops"),
     "/finish_weight_update": PauseRoute("weight_update", "resumes"),
-    "/init_weight_transfer_engine": _WEIGHTS,
-    "/shutdown_weight_transfer_engine": _WEIGHTS,
-    "/update_weights": _WEIGHTS,  # SGLang's former name, too
-    "/weight_checker": _WEIGHTS,
+    "/init_weight_transfer_engine": _UPDATES_WEIGHTS,
+    "/shutdown_weight_transfer_engine": _UPDATES_WEIGHTS,
+    "/update_weights": _UPDATES_WEIGHTS,  # SGLang's former name, too
+    "/weight_checker": _UPDATES_WEIGHTS,
     # both
     "/start_profile": PauseRoute("engine_profiling", "stops"),
     "/stop_profile": PauseRoute("engine_profiling", "ends"),  # writing the profile stops the world for longest
@@ -60,24 +60,24 @@ PATHS: Final[dict[str, PauseRoute]] = {
     "/release_memory_occupation": _SLEEPS,
     "/resume_memory_occupation": _WAKES,
     "/pause_generation": _PAUSES,
-    "/continue_generation": _GOES_ON,
+    "/continue_generation": _RESUMES,
     "/begin_weight_update": PauseRoute("weight_update", "stops"),
     "/end_weight_update": PauseRoute("weight_update", "resumes"),
-    "/update_weights_from_disk": _WEIGHTS,
-    "/update_weights_from_tensor": _WEIGHTS,
-    "/update_weights_from_distributed": _WEIGHTS,
-    "/update_weights_from_ipc": _WEIGHTS,
-    "/init_weights_update_group": _WEIGHTS,
-    "/destroy_weights_update_group": _WEIGHTS,
-    "/init_weights_send_group_for_remote_instance": _WEIGHTS,
-    "/send_weights_to_remote_instance": _WEIGHTS,
-    "/weights_checker": _WEIGHTS,
+    "/update_weights_from_disk": _UPDATES_WEIGHTS,
+    "/update_weights_from_tensor": _UPDATES_WEIGHTS,
+    "/update_weights_from_distributed": _UPDATES_WEIGHTS,
+    "/update_weights_from_ipc": _UPDATES_WEIGHTS,
+    "/init_weights_update_group": _UPDATES_WEIGHTS,
+    "/destroy_weights_update_group": _UPDATES_WEIGHTS,
+    "/init_weights_send_group_for_remote_instance": _UPDATES_WEIGHTS,
+    "/send_weights_to_remote_instance": _UPDATES_WEIGHTS,
+    "/weights_checker": _UPDATES_WEIGHTS,
 }
 
 
 def route_of(method: str, path: str) -> PauseRoute | None:
     """The route of a request, or None where it directs nothing."""
-    return PATHS.get(path) if method in METHODS else None
+    return PAUSE_ROUTES.get(path) if method in PAUSE_METHODS else None
 
 
 def is_partial(query: str, body: bytes) -> bool:
@@ -108,7 +108,7 @@ class PauseCalls:
 class PauseCall:
     """One call that directs, or (`route` None) one that does not.
 
-    An order is taken when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
+    An order is accepted when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
     on; when it is answered otherwise, or its client leaves, nothing of it remains.
     """
 
@@ -128,18 +128,18 @@ class PauseCall:
 
     def answered(self, status: int) -> None:
         """The head of the engine's answer is here."""
-        taken = 200 <= status < 300
-        if taken and self._route is not None and self._route.turn != "during" and not self._is_partial:
+        accepted = 200 <= status < 300
+        if accepted and self._route is not None and self._route.turn != "during" and not self._is_partial:
             self._calls.emit(EnginePauseChanged(self._calls.clock(), self._route.what, self._route.turn == "stops"))
-        self._end(taken=taken)
+        self._end(accepted=accepted)
 
     def __enter__(self) -> PauseCall:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end(taken=False)
+        self._end(accepted=False)
 
-    def _end(self, *, taken: bool) -> None:
+    def _end(self, *, accepted: bool) -> None:
         if self._id and self._route is not None:
-            self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, False, taken))
+            self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, False, accepted))
         self._id, self._over = 0, True

@@ -24,10 +24,10 @@ _HOP_BY_HOP: Final = frozenset((
 # `host` becomes the engine's; `expect` is answered here, because the body is read here
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {"host", "expect"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
-ORCA: Final = "endpoint-load-metrics"
-ORCA_FORMAT: Final = "endpoint-load-metrics-format"
+ORCA_HEADER: Final = "endpoint-load-metrics"
+ORCA_FORMAT_HEADER: Final = "endpoint-load-metrics-format"
 
-USAGE: Final = "x-sidecar-usage"
+PRICE_HEADER: Final = "x-sidecar-usage"
 NO_TENANT: Final = "default"
 
 Headers = CIMultiDict[str]
@@ -90,17 +90,17 @@ def retry_after(seconds: float) -> dict[str, str]:
 
 def wants_price(headers: Received) -> bool:
     """Whether the client wants what its request cost, `mu_milli`, in the answer's usage."""
-    return headers.get(USAGE, "").strip().lower() == "mu"
+    return headers.get(PRICE_HEADER, "").strip().lower() == "mu"
 
 
 def orca(headers: Received, published: LoadReport | None) -> dict[str, str]:
     """Our load report in the form the request asks for; empty where none is wanted, or none is known yet."""
-    wanted = headers.get(ORCA_FORMAT, "").upper()
+    wanted = headers.get(ORCA_FORMAT_HEADER, "").upper()
     if published is None:
         return {}
     forms = {"JSON": published.orca_json, "TEXT": published.orca_text, "BIN": published.orca_bin}
     value = forms.get(wanted, "")
-    return {ORCA: value} if value else {}
+    return {ORCA_HEADER: value} if value else {}
 
 
 def _passed(headers: Received, dropped: frozenset[str]) -> Headers:

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S: Final = 1.0  # seconds
-_TICKS: Final = 4  # looks at the clock per pulse; the pulse carries the worst
-_BACKLOG: Final = 1024
+_LAG_CHECKS_PER_HEARTBEAT: Final = 4  # looks at the clock per pulse; the pulse carries the worst
+_LISTEN_BACKLOG: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +69,25 @@ class RelayContext:
     restarts: int = 0
 
 
-def main(place: RelayContext, listener: socket.socket) -> int:
+def main(context: RelayContext, listener: socket.socket) -> int:
     """Serve until drained. Returns 0."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a stream takes two; many shells and runtimes allow 1024
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (hard_limit, hard_limit)
+    )  # a stream takes two; many shells and runtimes allow 1024
     with contextlib.closing(listener):
-        uvloop.run(_serve(place, listener))
+        uvloop.run(_serve(context, listener))
     return 0
 
 
-async def _serve(place: RelayContext, listener: socket.socket) -> None:
+async def _serve(context: RelayContext, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what was sent before is heard now
-    link = ControlLink(place.control, lambda at: RelayConnected(at, place.index, os.getpid(), place.restarts))
-    async with _relay(place, link.send) as relay:
+    link = ControlLink(context.control, lambda at: RelayConnected(at, context.index, os.getpid(), context.restarts))
+    async with _relay(context, link.send) as relay:
         link.on_command = relay.on_command
         server = web.Server(
             relay.handle,
@@ -93,43 +95,51 @@ async def _serve(place: RelayContext, listener: socket.socket) -> None:
             access_log=None,
             logger=_quiet(),
             auto_decompress=False,
-            read_bufsize=engine_io.READ_BUFFER,
-            max_line_size=engine_io.MAX_HEADER,
-            max_field_size=engine_io.MAX_HEADER,
+            read_bufsize=engine_io.READ_BUFFER_BYTES,
+            max_line_size=engine_io.MAX_HEADER_BYTES,
+            max_field_size=engine_io.MAX_HEADER_BYTES,
         )
         # what lives now lives to the end, and a request leaves next to no cycles: look for them less often
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
-        accepting = await loop.create_server(server, sock=listener, backlog=_BACKLOG)
-        duties = [asyncio.create_task(_lasting(link.run)), asyncio.create_task(_lasting(lambda: _pulse(link, relay)))]
+        accepting = await loop.create_server(server, sock=listener, backlog=_LISTEN_BACKLOG)
+        tasks = [
+            asyncio.create_task(_restarting(link.run)),
+            asyncio.create_task(_restarting(lambda: _send_heartbeats(link, relay))),
+        ]
         try:
             await ended.wait()
             accepting.close()
-            await relay.drain(server, place.settings.drain_seconds)
+            await relay.drain(server, context.settings.drain_seconds)
         finally:
-            for duty in duties:
-                duty.cancel()
-            await asyncio.gather(*duties, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     await link.close()
 
 
 @contextlib.asynccontextmanager
-async def _relay(place: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
-    own = place.settings
-    async with _images(place) as images, _fetcher(own) as fetch, _quota(place) as quota, _counter(own) as counter:
-        spec = families.from_dir(own.model) if own.model else None
+async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
+    settings = context.settings
+    async with (
+        _images(context) as images,
+        _fetcher(settings) as fetch,
+        _quota(context) as quota,
+        _counter(settings) as counter,
+    ):
+        spec = families.from_dir(settings.model) if settings.model else None
         relay = Relay(
-            own,
-            place.coefficients,
+            settings,
+            context.coefficients,
             emit,
-            index=place.index,
-            engine_kind=own.engine_kind if own.engine_kind != "auto" else "",
-            image_key=place.image_key,
+            index=context.index,
+            engine_kind=settings.engine_kind if settings.engine_kind != "auto" else "",
+            image_key=context.image_key,
             images=images,
-            preprocess=_preprocess(images, own, emit, fetch) if images is not None else None,
+            preprocess=_preprocess(images, settings, emit, fetch) if images is not None else None,
             fetch=fetch,
-            is_shm_ready=PluginWatch() if own.images == "shm" else None,
-            pricing=Pricing(Estimator(place.coefficients), quota, counter, spec),
+            is_shm_ready=PluginWatch() if settings.images == "shm" else None,
+            pricing=Pricing(Estimator(context.coefficients), quota, counter, spec),
         )
         try:
             yield relay
@@ -138,22 +148,24 @@ async def _relay(place: RelayContext, emit: Callable[[Event], None]) -> AsyncIte
 
 
 @contextlib.asynccontextmanager
-async def _images(place: RelayContext) -> AsyncIterator[ImageService | None]:
+async def _images(context: RelayContext) -> AsyncIterator[ImageService | None]:
     """The image workers' client; None where images are off."""
-    own = place.settings
-    if not place.image_socket:
+    settings = context.settings
+    if not context.image_socket:
         yield None
         return
     # imported only where images are on: without them a relay stays as small as it is
     from sidecar.images.service import ImageService
     from sidecar.images.shm_cache import ImageCache
 
-    spec = families.from_dir(own.model)
+    spec = families.from_dir(settings.model)
     if spec is None:
         yield None
         return
-    cache = ImageCache(place.image_cache, place.image_cache_bytes, place.image_key) if place.image_cache else None
-    images = ImageService(place.image_socket, own, spec, cache)
+    cache = (
+        ImageCache(context.image_cache, context.image_cache_bytes, context.image_key) if context.image_cache else None
+    )
+    images = ImageService(context.image_socket, settings, spec, cache)
     try:
         yield images
     finally:
@@ -161,13 +173,13 @@ async def _images(place: RelayContext) -> AsyncIterator[ImageService | None]:
 
 
 @contextlib.asynccontextmanager
-async def _fetcher(own: Settings) -> AsyncIterator[Fetch | None]:
+async def _fetcher(settings: Settings) -> AsyncIterator[Fetch | None]:
     """Fetches images behind links; None where --image-urls is off."""
-    among = url_policy.domains(own.image_urls)
-    if not among:
+    domains = url_policy.parse_domains(settings.image_urls)
+    if not domains:
         yield None
         return
-    fetcher = Fetcher(among, own.image_max_bytes)
+    fetcher = Fetcher(domains, settings.image_max_bytes)
     try:
         yield fetcher.fetch
     finally:
@@ -175,16 +187,19 @@ async def _fetcher(own: Settings) -> AsyncIterator[Fetch | None]:
 
 
 @contextlib.asynccontextmanager
-async def _quota(place: RelayContext) -> AsyncIterator[Quota | None]:
+async def _quota(context: RelayContext) -> AsyncIterator[Quota | None]:
     """The tenants' limits, read again as they change; None where there are none."""
-    own = place.settings
-    if not own.tenant_limits:
+    settings = context.settings
+    if not settings.tenant_limits:
         yield None
         return
     quota = Quota(
-        own.tenant_limits, TenantAccounts(place.accounts, own.workers, place.index), own.workers, place.limits
+        settings.tenant_limits,
+        TenantAccounts(context.accounts, settings.workers, context.index),
+        settings.workers,
+        context.limits,
     )
-    watching = asyncio.create_task(_lasting(quota.watch))
+    watching = asyncio.create_task(_restarting(quota.watch))
     try:
         yield quota
     finally:
@@ -194,9 +209,9 @@ async def _quota(place: RelayContext) -> AsyncIterator[Quota | None]:
 
 
 @contextlib.asynccontextmanager
-async def _counter(own: Settings) -> AsyncIterator[TokenCounter | None]:
+async def _counter(settings: Settings) -> AsyncIterator[TokenCounter | None]:
     """Counts tokens; None where the model's tokenizer is not known. Loaded before anything is served, as loading blocks the loop."""
-    counter = tokenizer.load(own.model)
+    counter = tokenizer.load_counter(settings.model)
     try:
         yield counter
     finally:
@@ -204,28 +219,30 @@ async def _counter(own: Settings) -> AsyncIterator[TokenCounter | None]:
             counter.close()
 
 
-def _preprocess(images: ImageService, own: Settings, emit: Callable[[Event], None], fetch: Fetch | None) -> Handler:
+def _preprocess(
+    images: ImageService, settings: Settings, emit: Callable[[Event], None], fetch: Fetch | None
+) -> Handler:
     from sidecar.relay.media.preprocess_api import preprocess
 
-    return lambda request: preprocess(request, images, own, emit, fetch)
+    return lambda request: preprocess(request, images, settings, emit, fetch)
 
 
-async def _lasting(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Begin a duty again when a defect of ours ends it: a relay that serves on and reports no more would blind the verdict."""
+async def _restarting(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Begin a task again when a defect of ours ends it: a relay that serves on and reports no more would blind the verdict."""
     while True:
         try:
-            return await duty()
+            return await task()
         except Exception as e:  # noqa: BLE001  whatever it was: streams must go on
-            _log.error("a duty of the relay broke: %s at %s", type(e).__name__, place_of(e))
+            _log.error("a task of the relay broke: %s at %s", type(e).__name__, place_of(e))
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
 
-async def _pulse(link: ControlLink, relay: Relay) -> None:
+async def _send_heartbeats(link: ControlLink, relay: Relay) -> None:
     """Tell the control process once a second that we live, and how late our timers run."""
-    step = HEARTBEAT_INTERVAL_S / _TICKS
+    step = HEARTBEAT_INTERVAL_S / _LAG_CHECKS_PER_HEARTBEAT
     while True:
         worst = 0.0
-        for _ in range(_TICKS):
+        for _ in range(_LAG_CHECKS_PER_HEARTBEAT):
             due = time.monotonic() + step
             await asyncio.sleep(step)
             worst = max(worst, time.monotonic() - due)

@@ -20,7 +20,7 @@ from sidecar.relay.admission import Admission, BegunAnswer
 from sidecar.relay.headers import Headers
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import EngineBroke
-from sidecar.relay.sse import SSE, BodyTail, error_event, priced, usage_of
+from sidecar.relay.sse import SSE, BodyTail, add_price, error_event, usage_of
 
 # An answer of known length up to this is read whole and written at once.
 MAX_SHORT_BYTES: Final = 256 << 10
@@ -110,10 +110,10 @@ class ResponseSender:
         """One read, one write; the usage is parsed after the client has the answer."""
         try:
             body = await self._answer.read()
-        except client_io.BREAKS:
+        except client_io.ENGINE_ERRORS:
             raise EngineBroke from None
         price = self._admission.price
-        sent = priced(body, price) if price is not None and is_plain(self._answer) else body
+        sent = add_price(body, price) if price is not None and is_plain(self._answer) else body
         response = web.Response(status=self._answer.status, reason=self._answer.reason, headers=self._passed, body=sent)
         try:
             await self._start(response, None)

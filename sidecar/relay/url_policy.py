@@ -14,9 +14,9 @@ from typing import Final
 
 from yarl import URL
 
-OFF: Final = "off"
+NO_DOMAINS: Final = "off"
 _LINK: Final = re.compile(r"\s*https?:", re.IGNORECASE)
-MAX_LINK: Final = 8192  # characters
+MAX_LINK_CHARS: Final = 8192  # characters
 _UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _TEREDO: Final = ipaddress.IPv6Network("2001::/32")
@@ -31,18 +31,18 @@ class AllowedDomain:
     below: bool = False
     port: int | None = None
 
-    def holds(self, url: URL) -> bool:
+    def matches(self, url: URL) -> bool:
         host = (url.raw_host or "").rstrip(".")
         named = host.endswith("." + self.host) if self.below else host == self.host
         return named and (url.is_default_port() if self.port is None else url.port == self.port)
 
 
-def domains(text: str) -> tuple[AllowedDomain, ...]:
+def parse_domains(text: str) -> tuple[AllowedDomain, ...]:
     """The domains of --image-urls: `img.example.com`, `*.example.com` (all below), `img.example.com:8443`; none for `off`."""
-    return () if text == OFF else tuple(_domain(entry.strip()) for entry in text.split(","))
+    return () if text == NO_DOMAINS else tuple(_parse_domain(entry.strip()) for entry in text.split(","))
 
 
-def _domain(entry: str) -> AllowedDomain:
+def _parse_domain(entry: str) -> AllowedDomain:
     host, _, port = entry.partition(":")
     return AllowedDomain(host.removeprefix("*."), host.startswith("*."), int(port) if port else None)
 
@@ -52,18 +52,18 @@ def is_link(text: str) -> bool:
     return _LINK.match(text) is not None
 
 
-def allowed(text: str, among: tuple[AllowedDomain, ...], base: URL | None = None) -> URL | None:
+def allowed_url(text: str, domains: tuple[AllowedDomain, ...], base: URL | None = None) -> URL | None:
     """The URL to ask for; None where it may not be fetched. `base`: where a redirect to `text` came from."""
     try:
         url = URL(text) if base is None else base.join(URL(text))
         port = url.port
     except (ValueError, TypeError):
         return None
-    if len(text) > MAX_LINK or url.scheme not in ("http", "https") or not port or "@" in url.raw_authority:
+    if len(text) > MAX_LINK_CHARS or url.scheme not in ("http", "https") or not port or "@" in url.raw_authority:
         return None
     if base is not None and base.scheme == "https" and url.scheme != "https":
         return None
-    return url if any(domain.holds(url) for domain in among) else None
+    return url if any(domain.matches(url) for domain in domains) else None
 
 
 def is_public(address: str) -> bool:

@@ -67,8 +67,8 @@ def request_body(data: bytes) -> None:
 
 def link(data: bytes) -> None:
     """What may be fetched is on the list, without a user name, by http or https."""
-    among = url_policy.domains("img.example.com,*.example.org")
-    url = url_policy.allowed(data.decode(errors="replace"), among)
+    among = url_policy.parse_domains("img.example.com,*.example.org")
+    url = url_policy.allowed_url(data.decode(errors="replace"), among)
     if url is not None:
         assert url.scheme in ("http", "https") and url.user is None and url.port in (80, 443)
         host = (url.host or "").rstrip(".")

@@ -152,9 +152,9 @@ async def _rig(
         handler_cancellation=True,
         access_log=None,
         auto_decompress=False,
-        read_bufsize=engine_io.READ_BUFFER,
-        max_line_size=engine_io.MAX_HEADER,
-        max_field_size=engine_io.MAX_HEADER,
+        read_bufsize=engine_io.READ_BUFFER_BYTES,
+        max_line_size=engine_io.MAX_HEADER_BYTES,
+        max_field_size=engine_io.MAX_HEADER_BYTES,
     )
     accepting = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     async with aiohttp.ClientSession(auto_decompress=False) as client:

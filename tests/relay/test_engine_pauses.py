@@ -10,7 +10,7 @@ from aiohttp import web
 
 from sidecar.events import Directing, EnginePauseChanged, Event, Settled
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES
-from sidecar.relay.engine_pauses import PATHS, PauseCalls, is_partial, route_of
+from sidecar.relay.engine_pauses import PAUSE_ROUTES, PauseCalls, is_partial, route_of
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
@@ -253,6 +253,6 @@ def test_an_answer_that_comes_before_the_body_was_sent_ends_the_call() -> None:
 
 def test_the_table_is_sound() -> None:
     """Every route has a known code; only GET, POST and PUT direct; other paths do not."""
-    assert {route.what for route in PATHS.values()} == WHAT
+    assert {route.what for route in PAUSE_ROUTES.values()} == WHAT
     assert route_of("DELETE", "/sleep") is None
     assert route_of("POST", "/v1/sleep") is None

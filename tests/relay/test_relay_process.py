@@ -290,6 +290,6 @@ async def test_a_duty_that_breaks_is_begun_again(
         if len(runs) < 3:
             raise RuntimeError("a secret")
 
-    await process._lasting(duty)
+    await process._restarting(duty)
     assert len(runs) == 3
     assert "RuntimeError" in caplog.text and "secret" not in caplog.text

@@ -49,7 +49,7 @@ def test_a_new_ledger_has_the_same_holds_and_each_settlement_that_was_not_booked
     for fact in facts:
         outstanding.note(fact)
         before.apply(0, fact)
-    outstanding.booked(booked)
+    outstanding.ack(booked)
     settlements = [s for fact in outstanding.events() if (s := after.apply(0, fact)) is not None]
     assert {h.admitted.id: h for h in after.holds()} == {h.admitted.id: h for h in before.holds()}
     ends = [f.id for f in facts if isinstance(f, Settled)]
@@ -62,9 +62,9 @@ def test_bookings_count_for_one_connection() -> None:
     for id in ("a", "b", "c"):
         for fact in life(id, 0.0):
             outstanding.note(fact)
-    outstanding.booked(1)
+    outstanding.ack(1)
     outstanding.events()
-    outstanding.booked(1)
+    outstanding.ack(1)
     assert [f.id for f in outstanding.events() if isinstance(f, Settled)] == ["c"]
 
 

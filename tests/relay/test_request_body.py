@@ -151,7 +151,7 @@ def test_a_body_in_wide_characters_is_left_alone(encoding: str) -> None:
 
 def test_a_long_text_is_not_parsed_but_sent() -> None:
     """A body over the parse bound passes untouched and is measured by its length."""
-    body = b'{"prompt":"' + b"a" * request_body.MAX_PARSED + b'"}'
+    body = b'{"prompt":"' + b"a" * request_body.MAX_PARSED_BYTES + b'"}'
     skeleton = extract_data_urls(body, NONCE)
     assert skeleton.payload is None
     assert describe(None, "completions", len(body)).text_bytes == len(body)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.events import Usage
-from sidecar.relay.sse import SSE, BodyTail, priced, usage_of
+from sidecar.relay.sse import SSE, BodyTail, add_price, usage_of
 
 PAGES = Path(__file__).parents[1] / "engines" / "pages" / "answers"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
@@ -344,7 +344,7 @@ def test_a_usage_that_is_hidden_stays_hidden_and_named_events_stay_as_they_are()
 def test_a_body_without_a_usage_has_no_price() -> None:
     """Null, a text that reads so, or nothing at all: the very bytes."""
     for body in (b'{"usage":null}', b'{"a":"\\"usage\\":{"}', b"{}", b"", b'{"usage":{}}'):
-        assert priced(body, lambda _: 7) == body
-    assert json.loads(priced(b'{"usage": {"prompt_tokens": 3}}', lambda _: 7)) == {
+        assert add_price(body, lambda _: 7) == body
+    assert json.loads(add_price(b'{"usage": {"prompt_tokens": 3}}', lambda _: 7)) == {
         "usage": {"mu_milli": 7, "prompt_tokens": 3}
     }

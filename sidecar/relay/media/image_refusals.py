@@ -17,10 +17,10 @@ from sidecar.events import LoadReport
 from sidecar.relay import client_io, response
 from sidecar.relay.engine_io import BodyPayload
 
-_TOO_LARGE, _MEDIA_TYPE = 413, 415
+_TOO_LARGE_STATUS, _MEDIA_TYPE_STATUS = 413, 415
 # What engines say of a picture in a form that they do not know: its name, Pillow's words, those of Rust's `image` and of
 # stb, media types, URLs. A match that means something else costs one more attempt.
-_SAYS: Final = re.compile(
+_FORMAT_REFUSAL: Final = re.compile(
     rb"\bp[bgpn]m\b|portable.?(any|pix)map|netpbm|cannot identify image|unidentifiedimage"
     rb"|\b(image|media|mime|content)[-_. ]?(format|type)|image.{0,80}\b(unsupported|not supported|invalid)"
     rb"|\b(unsupported|unknown|unrecogni[sz]ed|invalid).{0,40}image|(decod|load|identify|open|process)\w*.{0,40}image"
@@ -35,42 +35,42 @@ class Refusals:
     """What one relay process knows of the engine that it sends prepared images to."""
 
     def __init__(self) -> None:
-        self._unfit = False  # by what it says of itself, the engine takes none
+        self._takes_none = False  # by what it says of itself, the engine takes none
         self._refused = False  # it refused one, and took the original
-        self._taken: dict[str, int] = {}  # by form: bytes of the largest prepared body that it took
+        self._accepted: dict[str, int] = {}  # by form: bytes of the largest prepared body that it took
         self._process: int | None = None
 
     @property
     def passing(self) -> bool:
         """Whether images go on as they came."""
-        return self._unfit or self._refused
+        return self._takes_none or self._refused
 
     def is_trial(self, form: str, size: int = 0) -> bool:
         """Whether a prepared body in this form, of so many bytes, is a trial, of which the original is kept."""
-        return size > self._taken.get(form, -1)
+        return size > self._accepted.get(form, -1)
 
     def on_load_report(self, load: LoadReport) -> None:
         """A load report: which process the engine is, and what is known of its kind."""
-        self._unfit = not load.prepared
+        self._takes_none = not load.prepared
         if load.process != self._process:
             if self._refused:
                 _log.info("the engine is another process: it gets prepared images again")
-            self._process, self._refused, self._taken = load.process, False, {}
+            self._process, self._refused, self._accepted = load.process, False, {}
 
     async def is_refusal(self, answer: aiohttp.ClientResponse, data: BodyPayload) -> bool:
         """Whether `answer` refuses `data` for the form of its images; what it says else is remembered."""
         if data.original is None:
             return False
         if answer.ok:
-            self._taken[data.form] = max(data.size or 0, self._taken.get(data.form, 0))
+            self._accepted[data.form] = max(data.size or 0, self._accepted.get(data.form, 0))
             return False
-        if answer.status in (_TOO_LARGE, _MEDIA_TYPE):
+        if answer.status in (_TOO_LARGE_STATUS, _MEDIA_TYPE_STATUS):
             return True
         if not (response.is_plain(answer) and response.is_short(answer)):
             return False
         try:
-            return _SAYS.search(await answer.read()) is not None
-        except client_io.BREAKS:
+            return _FORMAT_REFUSAL.search(await answer.read()) is not None
+        except client_io.ENGINE_ERRORS:
             return False  # its next reader finds out
 
     def on_original(self, status: int, answer: aiohttp.ClientResponse) -> None:

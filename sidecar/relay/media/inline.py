@@ -51,14 +51,14 @@ async def prepare(
     """
     if not passing:
         check_count(len(parts))
-    one = partial(_one, images, emit, id, tenant, shm, fetch, passing, keep)
+    prepare_one = partial(_prepare_one, images, emit, id, tenant, shm, fetch, passing, keep)
     if len(parts) == 1:  # the usual request needs no task
-        return [await one(parts[0])]
+        return [await prepare_one(parts[0])]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(part)) for part in parts]
+            tasks = [group.create_task(prepare_one(part)) for part in parts]
     except* RequestError as group_error:
-        raise _first(group_error) from None
+        raise _first_error(group_error) from None
     return [task.result() for task in tasks]
 
 
@@ -114,7 +114,7 @@ def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
     return hashlib.blake2b(f"{tenant}\0{content_hash}".encode(), key=key, digest_size=16).hexdigest()
 
 
-async def _one(
+async def _prepare_one(
     images: ImageService,
     emit: Callable[[Event], None],
     id: str,
@@ -159,7 +159,7 @@ async def _one(
     return image
 
 
-def _first(group: BaseExceptionGroup[RequestError]) -> BaseException:
+def _first_error(group: BaseExceptionGroup[RequestError]) -> BaseException:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

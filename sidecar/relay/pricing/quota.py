@@ -22,8 +22,8 @@ from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
 FILE_CHECK_INTERVAL_S: Final = 2.0  # seconds
 LOAD_REPORT_STALE_S: Final = 5.0  # seconds that a load report holds
-TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
-SOON: Final = 1.0  # seconds after which to try again where open requests must end first
+OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
+IN_FLIGHT_RETRY_S: Final = 1.0  # seconds after which to try again where open requests must end first
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +35,11 @@ class Quota:
         self._path = Path(path)
         self._accounts = accounts
         self._workers = workers
-        self._stamp = _stamp(self._path)
+        self._stamp = _file_stamp(self._path)
         self._limits = limits
-        self._read()
+        self._reload()
         self._spare = 0.0  # MU that may be given away
-        self._heard = -math.inf
+        self._reported_at = -math.inf
 
     def take(self, tenant: str, mu: float, high: float) -> TenantCharge | None:
         """Charge a request of `mu`, which may need `high`, to its tenant; None where that has no limits. Raises TenantLimited."""
@@ -50,41 +50,41 @@ class Quota:
         taken = self._accounts.take(tenant, limit, mu, high, now)
         if isinstance(taken, TenantCharge):
             return taken
-        if limit.spill_over and now - self._heard < LOAD_REPORT_STALE_S and mu <= self._spare:
+        if limit.spill_over and now - self._reported_at < LOAD_REPORT_STALE_S and mu <= self._spare:
             self._spare -= mu
             return self._accounts.spill(tenant, limit, high, now)
-        raise refused(taken, limit, mu, high)
+        raise limit_error(taken, limit, mu, high)
 
-    def settle(self, lease: TenantCharge | None, mu: float) -> None:
+    def settle(self, charge: TenantCharge | None, mu: float) -> None:
         """A request has ended; it used `mu`."""
-        if lease is not None:
-            self._accounts.settle(lease, mu, time.monotonic())
+        if charge is not None:
+            self._accounts.settle(charge, mu, time.monotonic())
 
     def on_load_report(self, load: LoadReport) -> None:
         """A load report: what is idle below the threshold may be given away."""
         idle = max(0.0, self._limits.spill_over_below - load.utilization)
         self._spare = idle * load.mu_max_in_flight / self._workers
-        self._heard = time.monotonic()
+        self._reported_at = time.monotonic()
 
     async def watch(self) -> None:
         """Read the file again whenever it changes, until cancelled."""
         while True:
             await asyncio.sleep(FILE_CHECK_INTERVAL_S)
-            await asyncio.to_thread(self.look)
+            await asyncio.to_thread(self.check_file)
 
-    def look(self) -> None:
+    def check_file(self) -> None:
         """Read the file if it has changed."""
-        stamp = _stamp(self._path)
+        stamp = _file_stamp(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
-        if self._read():
+        if self._reload():
             _log.info("the tenants' limits were read again")
 
-    def _read(self) -> bool:
+    def _reload(self) -> bool:
         """Whether the file is good, and so in force."""
         try:
-            self._limits = read(str(self._path))
+            self._limits = read_limits(str(self._path))
         except UsageError as e:
             _log.error("%s; the limits that were read before stay in force", e)
             return False
@@ -95,7 +95,7 @@ class Quota:
         self._accounts.close()
 
 
-def read(path: str) -> TenantLimits:
+def read_limits(path: str) -> TenantLimits:
     """The limits in a file. Raises UsageError."""
     name = f"--tenant-limits {path}"
     try:
@@ -110,16 +110,16 @@ def read(path: str) -> TenantLimits:
     return parse(text, name)
 
 
-def refused(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
+def limit_error(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
     """What the client is told."""
     if why.what == "mu_per_minute":
         text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
     else:
         text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
-    return TenantLimited(text, SOON if why.wait is None else why.wait, TYPES[why.what])
+    return TenantLimited(text, IN_FLIGHT_RETRY_S if why.wait is None else why.wait, OPENAI_LIMIT_TYPES[why.what])
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _file_stamp(path: Path) -> tuple[int, int, int] | None:
     """What changes with a file; None where it is away."""
     try:
         at = path.stat()

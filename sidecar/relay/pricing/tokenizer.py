@@ -1,6 +1,6 @@
 """The tokens of a prompt's text, counted by the model's own tokenizer, off the event loop and within a deadline.
 
-Rules: what cannot be had at once is not waited for: no count, and the caller goes by its learned ratio. At most WHOLE characters are ever
+Rules: what cannot be had at once is not waited for: no count, and the caller goes by its learned ratio. At most MAX_COUNTED_CHARS characters are ever
 tokenized for one request; of a longer text, windows spread evenly over it stand for the whole, which is within some 3 % (benchmarks/tokens.py)
 and bounds both the wait and the CPU time. Texts are dropped as soon as they are counted, and nothing of them is kept or logged.
 
@@ -24,8 +24,8 @@ from sidecar.load.request_shape import leaves, prompts
 TOKENIZER_FILE: Final = "tokenizer.json"
 COUNT_TIMEOUT_S: Final = 0.005  # seconds
 MAX_WAITING_COUNTS: Final = 8  # requests whose text waits for the thread; further ones are not counted
-WHOLE: Final = 4096  # characters that are counted one by one: 1 to 2 ms of a core
-WINDOWS: Final = 8
+MAX_COUNTED_CHARS: Final = 4096  # characters that are counted one by one: 1 to 2 ms of a core
+WINDOW_COUNT: Final = 8
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class TokenCounter:
             _log.warning("a text could not be counted (%s); its tokens are estimated", type(error).__name__)
 
 
-def load(folder: str) -> TokenCounter | None:
+def load_counter(folder: str) -> TokenCounter | None:
     """The counter of a model's directory; None where it has no tokenizer, or the extra is not there. Takes up to a second."""
     file = Path(folder) / TOKENIZER_FILE
     if not folder or not file.is_file():
@@ -94,19 +94,21 @@ def load(folder: str) -> TokenCounter | None:
     return None
 
 
-def windows(texts: Sequence[str], whole: int = WHOLE, count: int = WINDOWS) -> tuple[list[str], float]:
-    """(texts to tokenize, times by which their tokens are to be multiplied): all of short texts, windows of long ones."""
+def windows(
+    texts: Sequence[str], max_chars: int = MAX_COUNTED_CHARS, count: int = WINDOW_COUNT
+) -> tuple[list[str], float]:
+    """(texts to tokenize, factor by which their tokens are to be multiplied): all of short texts, windows of long ones."""
     length = sum(map(len, texts))
-    if length <= whole:
+    if length <= max_chars:
         return list(texts), 1.0
-    text, width = "".join(texts), whole // count
+    text, width = "".join(texts), max_chars // count
     step = (length - width) / (count - 1)
     starts = [round(n * step) for n in range(count)]
     return [text[start : start + width] for start in starts], length / (width * count)
 
 
 def _count(encode: Encode, texts: list[str]) -> TokenCount:
-    parts, times = windows(texts)
+    parts, factor = windows(texts)
     sound = [part if part.isascii() else part.encode(errors="replace").decode() for part in parts]  # no lone surrogates
     tokens = sum(map(len, encode(sound)))
-    return TokenCount(round(tokens * times), times == 1.0)
+    return TokenCount(round(tokens * factor), factor == 1.0)

@@ -112,8 +112,8 @@ async def make(pictures_web: tuple[Web, int]) -> AsyncIterator[Make]:
 
         def made(names: Names | None = None, **options: Any) -> Fetcher:
             names = names or Names(img_test=[["127.0.0.1"]], other_test=[["127.0.0.1"]])
-            options = {"permitted": lambda address: address == "127.0.0.1", **options}
-            among = url_policy.domains(f"img.test:{port},other.test:{port},127.0.0.1:{port},{SECRET}:{port}")
+            options = {"is_permitted": lambda address: address == "127.0.0.1", **options}
+            among = url_policy.parse_domains(f"img.test:{port},other.test:{port},127.0.0.1:{port},{SECRET}:{port}")
             fetcher = Fetcher(among, 1_000_000, resolver=names, **options)
             stack.push_async_callback(fetcher.close)
             return fetcher
@@ -184,7 +184,7 @@ async def test_a_name_is_resolved_once_and_judged(make: Make, pictures_web: tupl
 async def test_private_addresses_are_refused(make: Make, pictures_web: tuple[Web, int], addresses: list[str]) -> None:
     """By default a listed name with an address that is not public is refused, and nobody hears of it."""
     site, port = pictures_web
-    fetcher = make(Names(img_test=[addresses]), permitted=url_policy.is_public)
+    fetcher = make(Names(img_test=[addresses]), is_permitted=url_policy.is_public)
     unknown = await fails(fetcher, f"http://other.test:{port}/a")
     refused = await fails(fetcher, f"http://img.test:{port}/a")
     assert str(refused) == str(unknown), "a private name and an unknown one must look alike"
@@ -228,10 +228,10 @@ async def test_slow_servers_and_full_places(
     """A fetch ends with its time; one that found no place in that time is told to come again."""
     site, port = pictures_web
     monkeypatch.setattr(fetching, "MAX_CONCURRENT_FETCHES", 1)
-    fetcher = make(seconds=0.3)
+    fetcher = make(timeout_s=0.3)
     first = asyncio.create_task(fails(fetcher, f"http://img.test:{port}/slow"))
     await site.met.wait()
-    fetcher._seconds = 0.01
+    fetcher._timeout_s = 0.01
     with pytest.raises(ImagesBusy):
         await fetcher.fetch(f"http://img.test:{port}/a", "x")
     assert (await first).reason == "image_url_failed"

@@ -265,4 +265,4 @@ async def test_images_behind_links_stay_fetched(rig: Any, serve: Any, refuses: b
 def test_texts_that_are_no_refusal() -> None:
     """Errors of models without images, and of words that merely contain a format's letters."""
     for text in (b"the equipment is not available", b"Unknown model: gpt", b"messages must alternate roles", b"jpgm"):
-        assert not image_refusals._SAYS.search(text), text
+        assert not image_refusals._FORMAT_REFUSAL.search(text), text

@@ -43,7 +43,7 @@ print(taken)
 def table(tmp_path: Path) -> Path:
     path = tmp_path / "accounts"
     path.write_bytes(b"")
-    os.truncate(path, tenant_accounts.size(2))
+    os.truncate(path, tenant_accounts.table_bytes(2))
     return path
 
 
@@ -186,7 +186,7 @@ class Interleavings(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "accounts"
         path.write_bytes(b"")
-        os.truncate(path, tenant_accounts.size(2))
+        os.truncate(path, tenant_accounts.table_bytes(2))
         self.path, self.now = str(path), 0.0
         self.relays = [TenantAccounts(self.path, 2, n) for n in range(2)]
         self.buckets: dict[str, TokenBucket] = {}

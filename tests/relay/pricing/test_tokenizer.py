@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def counter(model: Path) -> Iterator[TokenCounter]:
-    loaded = counting.load(str(model))
+    loaded = counting.load_counter(str(model))
     assert loaded is not None
     loaded._deadline = 30.0  # a busy machine is not what is tested here
     yield loaded
@@ -129,7 +129,7 @@ def test_without_a_tokenizer_there_is_no_counter(tmp_path: Path, content: str | 
     """No file, or none that can be used: a start goes on, by the ratio."""
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    assert counting.load(str(tmp_path)) is None and counting.load("") is None
+    assert counting.load_counter(str(tmp_path)) is None and counting.load_counter("") is None
 
 
 def test_the_doctor_says_whether_tokens_are_counted(model: Path) -> None:
