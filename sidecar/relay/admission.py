@@ -166,7 +166,7 @@ class AbortScope:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._error: SidecarError | None = None
-        self._timeout = asyncio.timeout(None)  # cancels, and tells its own cancelling from a client's
+        self._timeout = asyncio.timeout(None)  # distinguishes its own cancellation from the client's
 
     def abort(self, error: SidecarError) -> None:
         """Cancel the block; the first error counts."""

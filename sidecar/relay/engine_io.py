@@ -1,9 +1,9 @@
 """The connections to the engine, and bodies that go out without being copied.
 
-Rules: nothing is decoded, redirected, stored or limited in time here; a connection that was not read to its end is
-closed, which is how an engine learns that its client left. An engine may close a kept connection just as it is used
-again: a request that breaks on one before a byte of its answer came is sent once more, on a fresh one. What cannot be
-sent twice begins there.
+Rules: nothing is decoded, redirected, stored or limited in time here. A connection that was not read to its end is
+closed, which is how an engine learns that its client left. An engine may close a kept connection just as it is reused:
+a request that breaks on one before a byte of its answer came is sent once more, on a fresh one. What cannot be sent
+twice starts on a fresh one.
 """
 
 from __future__ import annotations
@@ -27,19 +27,23 @@ from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
 
-MAX_HEADER_BYTES: Final = 64 << 10  # bytes of one header or request line, both ways (uvicorn's limit for all of them)
+# One header or request line, both ways (uvicorn's limit for all of them).
+MAX_HEADER_BYTES: Final = 64 << 10
 READ_BUFFER_BYTES: Final = 256 << 10
-_CONNECT_TIMEOUT_S: Final = 5.0  # the engine is on this machine
+# The engine is on this machine.
+_CONNECT_TIMEOUT_S: Final = 5.0
 # A body up to this is kept until its answer begins, and may be sent twice.
 MAX_REPEATED_BYTES: Final = 64 << 10
-_KEEPALIVE_S: Final = 3.0  # uvicorn closes an idle connection after 5 s
-_WRITE_BYTES: Final = 256 << 10  # bytes handed to the socket at once
+# uvicorn closes an idle connection after 5 s.
+_KEEPALIVE_S: Final = 3.0
+# Passed to the socket at once.
+_WRITE_BYTES: Final = 256 << 10
 _ABSOLUTE_FORM: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
 _AIOHTTP_HEADERS: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE)
 
 
 class Broken(aiohttp.ClientConnectionError):
-    """The connection broke before the head of an answer was whole. `answered`: some of the answer had come."""
+    """The connection broke before the head of an answer was complete. `answered`: part of the answer had arrived."""
 
     def __init__(self, *, answered: bool) -> None:
         super().__init__("the connection broke before the answer")
@@ -58,7 +62,7 @@ class BodyPayload(payload.Payload):
         super().__init__(None)
         self._pieces = pieces
         self._sent = sent
-        # makes the body as it came, where this one may be refused
+        # builds the client's own body, if the engine may refuse this one
         self.original: Callable[[], BodyPayload] | None = None
         self.form = ""  # in which its images are
         self._size = sum(len(piece) for piece in pieces)
@@ -84,12 +88,12 @@ class BodyPayload(payload.Payload):
             self.drop()
 
     def drop(self) -> None:
-        """Let go of the bytes: they are not sent a second time."""
+        """Release the bytes: they are not sent again."""
         self._pieces = ()
 
 
 class Connections:
-    """A relay process's connections to its engine, kept and fresh ones. They are bounded by those of the clients."""
+    """A relay process's connections to its engine, kept and fresh ones. Clients' connections bound their number."""
 
     def __init__(self) -> None:
         kept = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S, family=socket.AF_UNSPEC)
@@ -121,7 +125,7 @@ class Connections:
         return answer
 
     async def close(self) -> None:
-        """Close them all."""
+        """Close all connections."""
         await self._kept.close()
         await self._fresh.close()
 
@@ -172,13 +176,13 @@ async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, 
 
 
 async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """Send a request once: aiohttp itself would send a GET again on any connection that breaks, also on a fresh one."""
+    """Send a request once: aiohttp itself repeats a GET on any connection that breaks."""
     try:
         return await send(request)
     except aiohttp.ClientConnectorError:
         raise
     except aiohttp.ServerDisconnectedError as e:
-        raise Broken(answered=not isinstance(e.message, str)) from e  # else it is the part of the head that came
+        raise Broken(answered=not isinstance(e.message, str)) from e  # otherwise it is the part of the head that came
     except (aiohttp.ClientOSError, aiohttp.ClientConnectionResetError) as e:
         raise Broken(answered=False) from e
 
@@ -203,14 +207,14 @@ def _session(connector: aiohttp.TCPConnector, traces: list[aiohttp.TraceConfig])
 
 
 async def stream(content: aiohttp.StreamReader, sent: Callable[[], None]) -> AsyncIterator[bytes]:
-    """A request body as it comes from its client. `sent` is called when the last of it has been written."""
+    """A request body as it comes from its client. `sent` is called when the last byte has been written."""
     while piece := await content.readany():
         yield piece
     sent()
 
 
 def origin_form(raw_path: str) -> str:
-    """A request target as path and query, bytes as they came. Raises BadTarget for what has no path (`*`, CONNECT's)."""
+    """A request target as path and query, bytes as they came. Raises BadTarget without a path (`*`, CONNECT's)."""
     if raw_path.startswith("/"):
         return raw_path
     absolute = _ABSOLUTE_FORM.fullmatch(raw_path)
@@ -221,5 +225,5 @@ def origin_form(raw_path: str) -> str:
 
 
 def target(base: str, path: str) -> URL:
-    """The engine's URL for a target in origin form, byte for byte (but for a `?` with nothing behind it)."""
+    """The engine's URL for a target in origin form, byte for byte (except a trailing `?`)."""
     return URL(base + path, encoded=True)

@@ -1,7 +1,7 @@
-"""Pure: requests by which an operator stops the engine's work on purpose, or lets it go on; silence in between is no hang.
+"""Pure: requests by which an operator pauses the engine on purpose, or lets it go on. Silence in between is no hang.
 
-vLLM 0.32: vllm/entrypoints/{serve/dev/sleep,rl/online,serve/profile,serve/elastic_ep}/api_router.py (earlier versions have the
-same paths). SGLang 0.5: sglang/srt/entrypoints/http_server.py. TGI and llama.cpp have none.
+vLLM 0.32: vllm/entrypoints/{serve/dev/sleep,rl/online,serve/profile,serve/elastic_ep}/api_router.py (earlier versions
+have the same paths). SGLang 0.5: sglang/srt/entrypoints/http_server.py. TGI and llama.cpp have none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from urllib.parse import parse_qs
 from sidecar.events import Directing, EnginePauseChanged, Event
 
 PAUSE_METHODS: Final = ("POST", "GET", "PUT")
-LAST_TAG: Final = "kv_cache"  # of the parts that are woken one by one, both engines' users wake this one last
+# Parts can be resumed one by one; users of both engines resume this one last.
+LAST_TAG: Final = "kv_cache"
 
 Turn = Literal["stops", "resumes", "during", "ends"]
 
@@ -25,7 +26,7 @@ Turn = Literal["stops", "resumes", "during", "ends"]
 class PauseRoute:
     """`what` is the exemption's code.
 
-    The call "stops" the work until another one "resumes" it, stops it only "during" the call, or is long itself and "ends" a stop.
+    A call "stops" the work until another "resumes" it, stops it "during" the call, or takes long and "ends" a stop.
     """
 
     what: str
@@ -76,12 +77,12 @@ PAUSE_ROUTES: Final[dict[str, PauseRoute]] = {
 
 
 def route_of(method: str, path: str) -> PauseRoute | None:
-    """The route of a request, or None where it directs nothing."""
+    """The route of a request, or None if it neither pauses nor resumes the engine."""
     return PAUSE_ROUTES.get(path) if method in PAUSE_METHODS else None
 
 
 def is_partial(query: str, body: bytes) -> bool:
-    """Whether a call that resumes names parts (`tags`, in vLLM's query or SGLang's body) and the last of them is not among them."""
+    """Whether a resuming call names parts (`tags`, in vLLM's query or SGLang's body) without the last one."""
     tags: Any = parse_qs(query).get("tags")
     if not tags:
         try:
@@ -93,7 +94,7 @@ def is_partial(query: str, body: bytes) -> bool:
 
 
 class PauseCalls:
-    """The calls of one relay process that direct the engine. `clock`: monotonic seconds."""
+    """The calls of one relay process that pause or resume the engine. `clock`: monotonic seconds."""
 
     def __init__(self, emit: Callable[[Event], None], clock: Callable[[], float]) -> None:
         self.emit = emit
@@ -101,15 +102,15 @@ class PauseCalls:
         self.ids = itertools.count(1)
 
     def call(self, route: PauseRoute | None, *, is_partial: bool = False) -> PauseCall:
-        """One call, for as long as a `with`. `is_partial`: it resumes some parts only."""
+        """One call, to be used in a `with`. `is_partial`: it resumes some parts only."""
         return PauseCall(self, route, is_partial)
 
 
 class PauseCall:
-    """One call that directs, or (`route` None) one that does not.
+    """One call that pauses or resumes the engine; `route` None: neither.
 
-    An order is accepted when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
-    on; when it is answered otherwise, or its client leaves, nothing of it remains.
+    It takes effect with the engine's 2xx. From its last byte until then it is with the engine. Another answer, or a
+    client that leaves, ends it without effect.
     """
 
     def __init__(self, calls: PauseCalls, route: PauseRoute | None, is_partial: bool) -> None:
@@ -120,14 +121,14 @@ class PauseCall:
         self._over = route is None or route.turn == "resumes"
 
     def sent(self) -> None:
-        """The engine has all of it."""
+        """The engine has the whole request."""
         if self._over or self._route is None:
             return
         self._id = next(self._calls.ids)
         self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, True))
 
     def answered(self, status: int) -> None:
-        """The head of the engine's answer is here."""
+        """The head of the engine's answer arrived."""
         accepted = 200 <= status < 300
         if accepted and self._route is not None and self._route.turn != "during" and not self._is_partial:
             self._calls.emit(EnginePauseChanged(self._calls.clock(), self._route.what, self._route.turn == "stops"))

@@ -76,8 +76,8 @@ class Relay:
         self._image_key = image_key or secrets.token_bytes(32)
         self._load_report: LoadReport | None = None
         self._open_requests = OpenRequests(emit, client_stall)
-        places = concurrency.share_of(settings.max_concurrent, settings.workers, index)
-        self._concurrency = concurrency.ConcurrencyLimit(places, self._open_requests, max_queued)
+        slots = concurrency.share_of(settings.max_concurrent, settings.workers, index)
+        self._concurrency = concurrency.ConcurrencyLimit(slots, self._open_requests, max_queued)
         self._refusals = image_refusals.Refusals()
         self._pricing = pricing or Pricing(Estimator(coefficients))
         self._metrics_page = MergedMetricsPage(emit)

@@ -1,6 +1,7 @@
 """Pure: headers on their way through, in both directions.
 
-Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass as they are; ours replace the engine's of the same name.
+Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass unchanged. The
+sidecar's replace the engine's of the same name.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ Received = CIMultiDictProxy[str]
 
 
 def request_id(headers: Received) -> str:
-    """The client's `x-request-id` when it is a sound one, else empty."""
+    """The client's `x-request-id` if it is valid, else empty."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else ""
 
 
 def tenant(headers: Received, name: str) -> str:
-    """Whom a request is from, by the header `name`: what is hashed, priced and reported. Bytes that are no UTF-8 are taken for Latin-1."""
+    """Tenant of a request, from the header `name`. Bytes that are not UTF-8 are read as Latin-1."""
     given = headers.get(name, "")
     if not given.isascii():
         raw = given.encode(errors="surrogateescape")
@@ -53,7 +54,7 @@ def tenant(headers: Received, name: str) -> str:
 
 
 def to_engine(request: web.BaseRequest, *, id: str, trace: Trace | None = None, length: int | None = None) -> Headers:
-    """What the engine gets. `length`: bytes of the body, if the sidecar knows it; `trace`: our span, when tracing."""
+    """What the engine gets. `length`: bytes of the body, if known; `trace`: the sidecar's span, if tracing is on."""
     passed, remote = _passed(request.headers, _NOT_TO_ENGINE), request.remote or ""
     passed["x-request-id"] = id
     forwarded = passed.get("x-forwarded-for")
@@ -77,14 +78,14 @@ def to_client(
     *,
     drop: str = "",
 ) -> Headers:
-    """What the client gets: the engine's headers, ours over them; `drop` names one more that ends here."""
+    """What the client gets: the engine's headers, replaced by `ours`; `drop` names one more that ends here."""
     passed = _passed(answer, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
     passed.update({"x-request-id": id, **orca(request, report), **(ours or {})})
     return passed
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """When to try again: whole seconds for HTTP, and milliseconds for OpenAI's clients, which look for those first."""
+    """When to retry: whole seconds for HTTP, milliseconds for OpenAI's clients, which look for those first."""
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
@@ -94,7 +95,7 @@ def wants_price(headers: Received) -> bool:
 
 
 def orca(headers: Received, published: LoadReport | None) -> dict[str, str]:
-    """Our load report in the form the request asks for; empty where none is wanted, or none is known yet."""
+    """The load report in the form that the request asks for; empty if it asks for none, or none is known yet."""
     wanted = headers.get(ORCA_FORMAT_HEADER, "").upper()
     if published is None:
         return {}

@@ -1,4 +1,4 @@
-"""The merged metrics page, as a relay has it: asked of the control process at most once a second, whoever scrapes."""
+"""The merged metrics page of a relay, requested from the control process at most once a second."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Final
 
 from sidecar.events import Event, MetricsPage, MetricsPageRequested
 
-PAGE_FRESH_S: Final = 1.0  # seconds a page is good for
-PAGE_TIMEOUT_S: Final = 1.0  # seconds we wait for one
+PAGE_FRESH_S: Final = 1.0
+PAGE_TIMEOUT_S: Final = 1.0
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class MergedMetricsPage:
-    """One per relay process. `emit` sends PageWanted; the answer comes by `put`."""
+    """One per relay process. `emit` sends MetricsPageRequested; the answer comes by `put`."""
 
     def __init__(self, emit: Callable[[Event], None]) -> None:
         self._emit = emit
@@ -31,7 +31,7 @@ class MergedMetricsPage:
         self._requested = None
 
     async def get(self) -> bytes | None:
-        """A fresh page, or None when the control process does not answer in time. All who wait share one question."""
+        """A fresh page, or None if control does not answer in time. Concurrent callers share one request."""
         if self._page is not None and time.monotonic() - self._received_at < PAGE_FRESH_S:
             return self._page
         if self._requested is None:
@@ -41,6 +41,6 @@ class MergedMetricsPage:
         done, _ = await asyncio.wait((requested,), timeout=PAGE_TIMEOUT_S)
         if done:
             return requested.result()
-        if self._requested is requested:  # ask anew next time: the question may have been lost
+        if self._requested is requested:  # ask again next time: the request may have been lost
             self._requested = None
         return None

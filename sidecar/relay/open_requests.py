@@ -64,7 +64,7 @@ class OpenRequests:
                 admission.abort(abort_error(code))
 
     def check(self, now: float) -> None:
-        """Raise EngineStalled while the engine is stalled. A dead engine is still tried; it may have restarted already."""
+        """Raise EngineStalled while the engine is stalled. A dead one is still tried; it may have restarted already."""
         if self.verdict == "stalled" and now - self._verdict_at < LOAD_REPORT_STALE_S:
             raise stalled()
 
@@ -97,7 +97,7 @@ class OpenRequests:
 
     @contextmanager
     def queueing(self, admission: Admission) -> Iterator[None]:
-        """Context for time spent in our own queue; excluded from engine silence."""
+        """Context for time spent in the sidecar's queue; excluded from engine silence."""
         began = time.monotonic()
         self.emit(RequestBlocked(admission.id, began, True))
         try:

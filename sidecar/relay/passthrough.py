@@ -1,7 +1,7 @@
 """Requests that are not engine work: both bodies pass unread, and nothing is admitted.
 
-Rules: a short body is read, so that it may be sent again on a fresh connection; a long one streams. Calls that pause the
-engine or let it go on are reported, and the body of one that resumes is read for the parts that it names.
+Rules: a short body is read, so that it may be sent again on a fresh connection; a long one streams. Calls that pause
+the engine or let it go on are reported, and the body of one that resumes is read for the parts that it names.
 """
 
 from __future__ import annotations

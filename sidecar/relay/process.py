@@ -1,8 +1,8 @@
 """One relay process: a listening socket and a path to the control process in, a served data path out.
 
-Rules: it outlives every control process: while there is none it serves as before, and tells the next one what is open (see
-link.py). SIGTERM and SIGINT, which the whole group may get, mean drain: it stops accepting at once, lets its streams finish, and exits.
-Neither metrics, nor tracing, nor NVML is imported here: a relay is as small as its job.
+Rules: it outlives every control process. Without one it serves as before, and it reports what is open to the next one
+(control_link.py). SIGTERM and SIGINT, which the whole process group may get, mean drain: it stops accepting at once,
+finishes its streams, and exits. Metrics, tracing and NVML are never imported here, to keep a relay small.
 """
 
 from __future__ import annotations
@@ -47,24 +47,25 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-HEARTBEAT_INTERVAL_S: Final = 1.0  # seconds
-_LAG_CHECKS_PER_HEARTBEAT: Final = 4  # looks at the clock per pulse; the pulse carries the worst
+HEARTBEAT_INTERVAL_S: Final = 1.0
+# A heartbeat carries the largest lag.
+_LAG_CHECKS_PER_HEARTBEAT: Final = 4
 _LISTEN_BACKLOG: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RelayContext:
-    """What a relay process must know: its settings, and where it stands. `control` is the path of a listening Unix socket."""
+    """Everything that a relay process is started with. `control` is the path of a listening Unix socket."""
 
     settings: Settings
     coefficients: Coefficients
     control: str
     image_key: bytes  # names images for the engine's cache, the same in all relays
-    image_socket: str = ""  # "" where images are off
-    image_cache: str = ""  # folder of prepared images; "" where none are kept
+    image_socket: str = ""  # "" if images are off
+    image_cache: str = ""  # folder of prepared images; "" if there is no cache
     image_cache_bytes: int = 0
-    accounts: str = ""  # file of the tenants' accounts, which all relays share; "" where there is no other relay
-    limits: TenantLimits = field(default_factory=TenantLimits)  # of tenants, as they were at the start
+    accounts: str = ""  # file of the tenants' accounts, shared by all relays; "" if there is only one
+    limits: TenantLimits = field(default_factory=TenantLimits)  # at the start of the sidecar
     index: int = 0
     restarts: int = 0
 
@@ -72,9 +73,8 @@ class RelayContext:
 def main(context: RelayContext, listener: socket.socket) -> int:
     """Serve until drained. Returns 0."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (hard_limit, hard_limit)
-    )  # a stream takes two; many shells and runtimes allow 1024
+    # a stream takes two files; many shells and runtimes allow 1024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     with contextlib.closing(listener):
         uvloop.run(_serve(context, listener))
     return 0
@@ -85,7 +85,7 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what was sent before is heard now
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # deliver signals that are pending
     link = ControlLink(context.control, lambda at: RelayConnected(at, context.index, os.getpid(), context.restarts))
     async with _relay(context, link.send) as relay:
         link.on_command = relay.on_command
@@ -99,7 +99,7 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
             max_line_size=engine_io.MAX_HEADER_BYTES,
             max_field_size=engine_io.MAX_HEADER_BYTES,
         )
-        # what lives now lives to the end, and a request leaves next to no cycles: look for them less often
+        # objects alive now stay, and requests leave almost no cycles: collect less often
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
         accepting = await loop.create_server(server, sock=listener, backlog=_LISTEN_BACKLOG)
@@ -149,12 +149,12 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
 
 @contextlib.asynccontextmanager
 async def _images(context: RelayContext) -> AsyncIterator[ImageService | None]:
-    """The image workers' client; None where images are off."""
+    """The image workers' client; None if images are off."""
     settings = context.settings
     if not context.image_socket:
         yield None
         return
-    # imported only where images are on: without them a relay stays as small as it is
+    # imported only if images are on, to keep a relay without them small
     from sidecar.images.service import ImageService
     from sidecar.images.shm_cache import ImageCache
 
@@ -174,7 +174,7 @@ async def _images(context: RelayContext) -> AsyncIterator[ImageService | None]:
 
 @contextlib.asynccontextmanager
 async def _fetcher(settings: Settings) -> AsyncIterator[Fetch | None]:
-    """Fetches images behind links; None where --image-urls is off."""
+    """Fetches images behind links; None if --image-urls is off."""
     domains = url_policy.parse_domains(settings.image_urls)
     if not domains:
         yield None
@@ -188,7 +188,7 @@ async def _fetcher(settings: Settings) -> AsyncIterator[Fetch | None]:
 
 @contextlib.asynccontextmanager
 async def _quota(context: RelayContext) -> AsyncIterator[Quota | None]:
-    """The tenants' limits, read again as they change; None where there are none."""
+    """The tenants' limits, reloaded when they change; None if there are none."""
     settings = context.settings
     if not settings.tenant_limits:
         yield None
@@ -210,7 +210,7 @@ async def _quota(context: RelayContext) -> AsyncIterator[Quota | None]:
 
 @contextlib.asynccontextmanager
 async def _counter(settings: Settings) -> AsyncIterator[TokenCounter | None]:
-    """Counts tokens; None where the model's tokenizer is not known. Loaded before anything is served, as loading blocks the loop."""
+    """Counts tokens; None without the model's tokenizer. Loaded before serving, as loading blocks the loop."""
     counter = tokenizer.load_counter(settings.model)
     try:
         yield counter
@@ -228,17 +228,17 @@ def _preprocess(
 
 
 async def _restarting(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Begin a task again when a defect of ours ends it: a relay that serves on and reports no more would blind the verdict."""
+    """Run a task again if a defect ends it: a relay that serves without reporting would blind the verdict."""
     while True:
         try:
             return await task()
-        except Exception as e:  # noqa: BLE001  whatever it was: streams must go on
-            _log.error("a task of the relay broke: %s at %s", type(e).__name__, place_of(e))
+        except Exception as e:  # noqa: BLE001  streams must go on after any failure
+            _log.error("relay background task failed, restarting it: %s at %s", type(e).__name__, place_of(e))
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
 
 async def _send_heartbeats(link: ControlLink, relay: Relay) -> None:
-    """Tell the control process once a second that we live, and how late our timers run."""
+    """Report to control once a second that this process is alive, and how late its timers run."""
     step = HEARTBEAT_INTERVAL_S / _LAG_CHECKS_PER_HEARTBEAT
     while True:
         worst = 0.0
@@ -250,7 +250,7 @@ async def _send_heartbeats(link: ControlLink, relay: Relay) -> None:
 
 
 def _quiet() -> logging.Logger:
-    """aiohttp logs a traceback for every malformed request anybody sends; the 400 that they get is enough."""
+    """A logger that drops aiohttp's traceback for each malformed request: the client's 400 is enough."""
     logger = logging.getLogger("sidecar.relay.http")
     logger.setLevel(logging.CRITICAL)
     return logger

@@ -1,10 +1,10 @@
-"""Pure: what a control process must be told of a relay's requests, when it is new and the relay is not.
+"""Pure: what a new control process must receive from a relay that outlived the last one.
 
-Every event on its way to control passes here. Kept are, of each open request, its admission, its first token, the sum of
-its deliveries, and whether its client is slow to read; of the engine, the orders that stopped it, and such calls that
-are with it; and the requests that settled, until control says that it has booked them. Sent again in the order of their
-times, they give a new control process the same ledger. What the last one had booked and not yet said so goes to
-both; to one, each request settles once.
+Every event on its way to control passes here. Kept are: of each open request its admission, its first token, the sum
+of its deliveries, and whether its client is slow to read; of the engine, the calls that paused it, and those still
+open; and settled requests, until control acknowledges them. Replayed in the order of their times, they give a new
+control process the same ledger. What the last one had recorded without acknowledging goes to both; in each, a request
+settles once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from sidecar.events import (
     Settled,
 )
 
-MAX_SETTLED: Final = 10_000  # settlements kept for a control process that does not come; about 10 MB
+# Settlements kept while there is no control process; about 10 MB.
+MAX_SETTLED: Final = 10_000
 
 
 @dataclass(slots=True)
@@ -43,17 +44,17 @@ class _Request:
 
 
 class ReplayLog:
-    """One per relay process. `note` each event that is sent, in order."""
+    """One per relay process. Call `note` with each event that is sent, in order."""
 
     def __init__(self) -> None:
         self._open: dict[str, _Request] = {}
         self._settled: deque[tuple[int, _Request, Settled]] = deque(maxlen=MAX_SETTLED)
         self._paused: dict[str, EnginePauseChanged] = {}
         self._pause_calls: dict[int, Directing] = {}
-        self._settled_count = 0  # settlements on this connection
+        self._settled_count = 0  # on this connection
 
     def note(self, event: Event) -> None:
-        """`event` goes to the control process now, or would if there were one."""
+        """`event` is sent to the control process now, if there is one."""
         match event:
             case Delivered():
                 if (request := self._open.get(event.id)) is not None:
@@ -69,7 +70,7 @@ class ReplayLog:
                     self._settled.append((self._settled_count, request, event))
             case RequestBlocked():
                 if (request := self._open.get(event.id)) is not None:
-                    request.blocked = event  # its end, too: since then the engine answers for the silence
+                    request.blocked = event  # also its end: from then on silence is the engine's
             case EnginePauseChanged():
                 self._paused.pop(event.what, None)
                 if event.on:
@@ -82,12 +83,12 @@ class ReplayLog:
                 pass
 
     def ack(self, count: int) -> None:
-        """The control process has read the first `count` settlements of this connection."""
+        """The control process has recorded the first `count` settlements of this connection."""
         while self._settled and self._settled[0][0] <= count:
             self._settled.popleft()
 
     def events(self) -> list[Event]:
-        """All that a new control process must be told first, in order; from now on `ack` counts for its connection."""
+        """Everything that a new control process needs, in order; from now on `ack` counts for its connection."""
         self._settled = deque(
             ((number, request, settled) for number, (_, request, settled) in enumerate(self._settled, 1)), MAX_SETTLED
         )
@@ -97,7 +98,7 @@ class ReplayLog:
             events += request.events()
         for _, request, settled in self._settled:
             events += [*request.events(), settled]
-        return sorted(events, key=lambda event: event.at)  # stable: what is of one time keeps its order
+        return sorted(events, key=lambda event: event.at)  # stable: events of one time keep their order
 
 
 def _add(before: Delivered | None, event: Delivered) -> Delivered:

@@ -1,8 +1,8 @@
 """The engine's answer to work, on its way to the client and measured as it passes.
 
 Rules: an answer goes out chunk by chunk as it comes. A write that waits for the client is marked in the admission. An
-answer that began and cannot end as the engine would have ended it, ends by an error event if it is a stream between two
-events, else by a broken connection, so that no client takes a part for the whole.
+answer that began and cannot end as the engine would have ended it, ends by an error event if it is a stream between
+two events, else by a broken connection, so that no client takes a part for the whole.
 """
 
 from __future__ import annotations

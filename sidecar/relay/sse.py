@@ -1,10 +1,11 @@
 """Sans-I/O: what an engine's answer delivers, counted while it passes.
 
-Rules: bytes go out as they came, and no later than their event is complete; only the usage event that we asked for ourselves
-is taken out, and a usage whose price the client asked for gets it. Events are found by their blank line and never parsed, but for that one. Memory is bounded.
+Rules: bytes go out unchanged, and no later than their event is complete. Two exceptions: the usage event that only the
+sidecar asked for is removed, and a usage gets its price if the client asked for it. Events are found by their blank
+line; only a usage event is parsed. Memory is bounded.
 
-An event counts as a token when it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat; a
-named event (Anthropic, OpenAI responses) counts when its name ends in `delta`, which names a piece of output.
+An event counts as a token if it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat.
+A named event (Anthropic, OpenAI responses) counts if its name ends in `delta`, which names a piece of output.
 """
 
 from __future__ import annotations
@@ -17,50 +18,53 @@ from typing import Any, Final
 
 from sidecar.events import Usage
 
-_EVENT_END: Final = re.compile(
-    rb"\n\r?\n|\r\r"
-)  # what ends an event; no form begins another, so chunking cannot matter
+# What ends an event. No form is a prefix of another, so chunking cannot matter.
+_EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
 _LINES: Final = re.compile(rb"\r\n|\r|\n")
-_USAGE_KEY: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
+# Inside a JSON text the quotes would be escaped, so this is always a key.
+_USAGE_KEY: Final = b'"usage"'
 _OPENING_ROLES: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "content": ""')
-_MAX_HELD_BYTES: Final = (
-    64 << 10
-)  # bytes of an incomplete event that may wait to be seen whole; usage events have below 4 KiB
-_MAX_KEPT_BYTES: Final = 1 << 20  # bytes of an event or body that are kept to read its usage
-_USAGE_EVENTS: Final = (b"message_delta",)  # Anthropic's usage event
-# Events whose usage says nothing of the output yet: Anthropic's, and those of the responses API
+# An incomplete event is held back up to this; usage events have below 4 KiB.
+_MAX_HELD_BYTES: Final = 64 << 10
+# Of an event or body, kept to read its usage.
+_MAX_KEPT_BYTES: Final = 1 << 20
+# Anthropic's.
+_USAGE_EVENTS: Final = (b"message_delta",)
+# Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
 _OPENING_EVENTS: Final = ("message_start", "response.created", "response.queued", "response.in_progress")
-_NAMED_EVENT_ROUTES: Final = ("messages", "responses")  # routes whose events have names
+_NAMED_EVENT_ROUTES: Final = ("messages", "responses")
 _PROMPT_KEYS: Final = ("prompt_tokens", "input_tokens")
 _COMPLETION_KEYS: Final = ("completion_tokens", "output_tokens")
-_CACHE_READ_KEY, _CACHE_CREATION_KEY = (
-    "cache_read_input_tokens",
-    "cache_creation_input_tokens",
-)  # Anthropic's, of the prompt
+# Anthropic's, of the prompt.
+_CACHE_READ_KEY: Final = "cache_read_input_tokens"
+_CACHE_CREATION_KEY: Final = "cache_creation_input_tokens"
 _decoder: Final = json.JSONDecoder()
 
 Price = Callable[[Usage], int]  # milli-MU
 
 
 class SSE:
-    """One stream of server-sent events. `hide_usage`: take the usage-only event out; `price`: what `mu_milli` a shown usage gets."""
+    """One stream of server-sent events.
+
+    `hide_usage`: remove the usage-only event; `price`: the `mu_milli` that a usage gets.
+    """
 
     def __init__(self, hide_usage: bool, price: Price | None = None) -> None:
         self._hide_usage = hide_usage
         self._price = price
-        self._holds = hide_usage or price is not None  # an event is let go when it is known whole
+        self._holds = hide_usage or price is not None  # events are released only when complete
         self._open = bytearray()  # the incomplete event; when it is longer than _MAX_KEPT_BYTES, only its end
         self._overlong = False
-        self._held = 0  # bytes at the end of it that have not gone out
+        self._held = 0  # bytes at the end of it that were not released
         self._first: bytes = b""
         self._last: bytes = b""
         self._name: bytes = b""  # of the event that is _last
         self.tokens = 0
-        self.started = False  # whether generation has begun to show
+        self.started = False  # generation has visibly begun
         self.done = False
 
     def feed(self, chunk: bytes) -> bytes:
-        """Take in bytes; return what goes out now (perhaps nothing). `tokens` grows along."""
+        """Read bytes, count their tokens, and return what goes out now (perhaps nothing)."""
         if not self._open and (count := _count_plain_events(chunk)):
             self.tokens += count
             self.started = True
@@ -68,7 +72,7 @@ class SSE:
         return self._scan(chunk)
 
     def finish(self) -> bytes:
-        """The end of the stream: what was held of an event that never became complete."""
+        """The stream ended: return what was held of an incomplete event."""
         rest = self._unsent()
         self._open.clear()
         self._held = 0
@@ -81,9 +85,9 @@ class SSE:
 
     @property
     def usage(self) -> Usage | None:
-        """What the last event with a usage says; what that leaves out of the prompt is taken from the first one.
+        """The usage of the last event that has one; what it lacks of the prompt comes from the first one.
 
-        Until the engine says what the whole answer was, its output is at least what was counted.
+        Unless it is that of the whole answer, its output is at least what was counted.
         """
         first, last = _usage_in(self._first), _usage_in(self._last)
         if first is None or last is None:
@@ -105,7 +109,7 @@ class SSE:
             event = bytes(self._open[start : match.end()])
             unsent = self._held - (len(self._open) - match.end()) if self._held else 0
             if self._count(event):
-                event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # blank lines before it are not its own
+                event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # keep the blank lines before it
                 unsent = min(unsent, len(event))
             elif self._price is not None and unsent == len(event):
                 event = _add_price(event, self._price)
@@ -120,7 +124,7 @@ class SSE:
         return out[0] if len(out) == 1 and isinstance(out[0], bytes) else b"".join(out)
 
     def _release_long(self) -> bytes:
-        """Let a long incomplete event go, and forget its beginning when it is longer than any usage."""
+        """Release a long incomplete event, and drop its beginning if it is longer than any usage."""
         released = b""
         if len(self._open) > _MAX_HELD_BYTES:
             released = self._unsent()
@@ -134,7 +138,7 @@ class SSE:
         return bytes(self._open[len(self._open) - self._held :])
 
     def _count(self, event: bytes) -> bool:
-        """Count one event. True when it is ours to take out."""
+        """Count one event. Returns whether to remove it."""
         if self._overlong or len(event) > _MAX_KEPT_BYTES:
             self._overlong = False
             self.tokens += 1
@@ -155,9 +159,9 @@ class SSE:
 
 
 def error_event(error: dict[str, str], route: str) -> bytes:
-    """The event that ends a stream by an error, in the form that the clients of `route` raise on.
+    """The event that ends a stream with an error, in the form that the clients of `route` raise on.
 
-    OpenAI's look for an `error` in the data; Anthropic's for an event of that name; the responses API knows both.
+    OpenAI's look for `error` in the data, Anthropic's for an event of that name, the responses API for both.
     """
     if route not in _NAMED_EVENT_ROUTES:
         return b"data: %b\n\n" % json.dumps({"error": error}).encode()
@@ -166,13 +170,13 @@ def error_event(error: dict[str, str], route: str) -> bytes:
 
 
 def usage_of(text: bytes) -> Usage | None:
-    """The last `usage` object in a JSON text, which may be cut at its front; OpenAI's or Anthropic's names. None if none."""
+    """The last `usage` object in a JSON text that may lack its beginning; OpenAI's or Anthropic's names."""
     usage = _usage_in(text)
     return None if usage is None else _parse_usage(usage)
 
 
 def add_price(text: bytes, price: Price) -> bytes:
-    """`text` with `mu_milli` as first member of its last usage object; as it is where there is none."""
+    """`text` with `mu_milli` as first member of its last usage object, if there is one."""
     brace, usage = _usage_at(text), usage_of(text)
     if brace is None or usage is None:
         return text
@@ -186,19 +190,19 @@ class BodyTail:
         self._bytes = bytearray()
 
     def feed(self, chunk: bytes) -> None:
-        """Take in bytes."""
+        """Add bytes."""
         self._bytes += chunk
         if len(self._bytes) > 2 * _MAX_KEPT_BYTES:
             del self._bytes[:-_MAX_KEPT_BYTES]
 
     @property
     def usage(self) -> Usage | None:
-        """The body's usage, once it has ended."""
+        """The usage of the complete body."""
         return usage_of(bytes(self._bytes))
 
 
 def _usage_at(text: bytes) -> int | None:
-    """Where the last `usage` object in a JSON text begins."""
+    """Index of the last `usage` object in a JSON text."""
     at = text.rfind(_USAGE_KEY)
     for _ in range(8):  # `"usage": null`, or a string that reads so
         if at < 0:
@@ -211,12 +215,12 @@ def _usage_at(text: bytes) -> int | None:
 
 
 def _add_price(event: bytes, price: Price) -> bytes:
-    """An event with its usage's price, where it has a usage and is one of OpenAI's: those have no name."""
+    """An event with its usage's price, if it has a usage and is one of OpenAI's, which have no name."""
     return add_price(event, price) if _USAGE_KEY in event and not _parse_event(event)[0] else event
 
 
 def _count_plain_events(chunk: bytes) -> int:
-    """How many events, when the chunk is nothing but whole one-line data events of which each is output; else 0."""
+    """The number of events if the chunk is only complete one-line data events that are all output; else 0."""
     events = chunk.count(b"\n\n")
     plain = (
         chunk.endswith(b"\n\n")
@@ -235,7 +239,7 @@ def _count_plain_events(chunk: bytes) -> int:
 
 
 def _parse_event(event: bytes) -> tuple[bytes, bytes]:
-    """(name, data) of an event. Several data lines are joined as the standard says."""
+    """(name, data) of an event. Several data lines are joined, as the standard requires."""
     name, data = b"", []
     for line in _LINES.split(event):
         if line.startswith(b"data:"):
@@ -262,7 +266,7 @@ def _is_usage_only(data: bytes) -> bool:
 
 
 def _is_final(name: bytes, data: bytes) -> bool:
-    """Whether an event's usage is that of the whole answer, and not of what has come so far."""
+    """Whether an event's usage covers the whole answer, not only what came so far."""
     try:
         event = json.loads(data)
     except (ValueError, RecursionError):

@@ -324,7 +324,7 @@ async def test_a_handoff_that_is_not_available_is_refused_with_the_one_that_is(s
     status, body, _ = await service.post(data=form(PHOTOS[:1]), headers={"x-sidecar-handoff": handoff})
     error = json.loads(body)["error"]
     assert (status, error["code"]) == (501, "handoff_not_implemented")
-    assert error["message"] == f"x-sidecar-handoff: {handoff!r} is not available; send shm, or leave the header out"
+    assert error["message"] == f"x-sidecar-handoff: {handoff!r} is not available; send shm, or omit the header"
 
 
 @pytest.mark.parametrize(("handoff", "asked"), [("", 1), ("pigeon", 0)])

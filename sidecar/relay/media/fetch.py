@@ -1,10 +1,10 @@
-"""Images behind links, fetched for the request that names them: off unless --image-urls lists domains.
+"""Images behind links, fetched for the request that names them. Off unless --image-urls lists domains.
 
-Rules: a name is resolved once for a connection, all its addresses are judged, and the connection goes to one of those that were
-judged; no connection is used twice. Redirects are followed by hand, each judged like a new link. Bounded: bytes, time,
-redirects, fetches at once. Nothing of the client's request goes along: no cookies, no authorization, no headers. What the bytes
-are is found out by the image workers; the answer's own word on it is not asked. To the client all failures beyond the link
-itself look alike, so that nobody can explore a network through us.
+Rules: a name is resolved once per connection and all its addresses are checked; the connection goes to one of those.
+No connection is reused. Redirects are followed by hand, each checked like a new link. Bytes, time, redirects and
+concurrent fetches are bounded. Nothing of the client's request is sent along: no cookies, no authorization, no
+headers. The image workers find out what the bytes are; the answer's content type is ignored. To the client all
+failures after the check of the link look alike, so that a client cannot explore a network through the sidecar.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from yarl import URL
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.relay import url_policy
 
-FETCH_TIMEOUT_S: Final = 10.0  # for one image with all its redirects; vLLM allows 5 for each try
+# For one image with all its redirects; vLLM allows 5 for each try.
+FETCH_TIMEOUT_S: Final = 10.0
 MAX_REDIRECTS: Final = 3
-MAX_CONCURRENT_FETCHES: Final = 16  # fetches of one relay process, each of at most --image-max-bytes
+# Per relay process; each takes at most --image-max-bytes.
+MAX_CONCURRENT_FETCHES: Final = 16
 READ_BYTES: Final = 64 << 10
-MAX_HEADER_BYTES: Final = 8190  # bytes of one header line of the answer
+# One header line of the answer.
+MAX_HEADER_BYTES: Final = 8190
 REQUEST_HEADERS: Final = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "inference-sidecar"}
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
 
@@ -33,7 +36,7 @@ Permit = Callable[[str], bool]  # of an IP address
 
 
 class _PublicResolver(AbstractResolver):
-    """Resolves a name; one address that is not is_permitted spoils them all."""
+    """Resolves a name; fails if one of its addresses is not permitted."""
 
     def __init__(self, resolver: AbstractResolver, is_permitted: Permit) -> None:
         self._resolver = resolver
@@ -44,7 +47,7 @@ class _PublicResolver(AbstractResolver):
     ) -> list[ResolveResult]:
         found = await self._resolver.resolve(host, port, family)
         if not found or not all(self._is_permitted(result["host"]) for result in found):
-            raise OSError("an address that is not is_permitted")
+            raise OSError("an address that is not permitted")
         return found
 
     async def close(self) -> None:
@@ -52,7 +55,7 @@ class _PublicResolver(AbstractResolver):
 
 
 class Fetcher:
-    """Fetches images from the hosts `domains` those that the operator listed. `is_permitted` judges addresses."""
+    """Fetches images from hosts in `domains`. `is_permitted` checks addresses."""
 
     def __init__(
         self,
@@ -85,12 +88,10 @@ class Fetcher:
         )
 
     async def fetch(self, link: str, where: str) -> bytearray:
-        """The bytes behind `link`. Raises BadImage, or ImagesBusy when too many are being fetched; `where` names the part."""
+        """The bytes behind `link`. Raises BadImage, or ImagesBusy if too many fetches run; `where` names the part."""
         url = url_policy.allowed_url(link.strip(), self._domains)
         if url is None:
-            raise BadImage(
-                f"{where}: the link is not one that images are fetched from here; send a data URL", "image_url"
-            )
+            raise BadImage(f"{where}: images are not fetched from this link; send a data URL", "image_url")
         busy = True
         try:
             async with asyncio.timeout(self._timeout_s), self._slots:
@@ -102,7 +103,7 @@ class Fetcher:
             raise _fetch_error(where) from None
 
     async def close(self) -> None:
-        """Close what is open."""
+        """Close the session."""
         await self._session.close()
 
     async def _follow(self, url: URL, where: str) -> bytearray:
@@ -122,7 +123,7 @@ class Fetcher:
 
     async def _read(self, answer: aiohttp.ClientResponse, where: str) -> bytearray:
         if answer.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _fetch_error(where)  # we asked for none, and what unpacks may be a bomb
+            raise _fetch_error(where)  # none was requested, and it may be a decompression bomb
         data = bytearray()
         if (answer.content_length or 0) <= self._max_bytes:
             async for chunk in answer.content.iter_chunked(READ_BYTES):
@@ -134,7 +135,7 @@ class Fetcher:
         raise BadImage(f"{where}: the image was refused: the limit is {self._max_bytes} bytes", "image_too_large")
 
 
-_NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)  # the time is held around all redirects
+_NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)  # `fetch` limits the time of all redirects together
 
 
 def _fetch_error(where: str) -> BadImage:

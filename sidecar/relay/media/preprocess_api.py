@@ -1,12 +1,14 @@
 """`POST /v1/preprocess`: images in, the model's processor output out.
 
-In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, where links stand, too, if --image-urls lets them be fetched; multipart with one part named `image` per image, or one raw body of
-type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
-`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes. `?values=uint8`
-leaves rescaling and normalising out, for engines that do both on their device.
+In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, also with links if --image-urls allows them; multipart with
+one part named `image` per image; or one raw body of type `image/*`. Out: safetensors with the processor's own names,
+images in their order; or JSON with the layout only. With `x-sidecar-handoff: shm`: the layout and the name of a
+safetensors file in shared memory, which its reader removes. `?values=uint8` skips rescaling and normalizing, for
+engines that do both on their device.
 
-Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
-came from the workers, one after the other, and never joined; how many bytes of them wait for their clients is bounded, too.
+Rules: what is read is bounded before it is kept. Base64 text is never parsed here. Tensors are written to the client
+as they came from the workers, one after the other, and never joined. The bytes that wait for their clients are
+bounded, too.
 """
 
 from __future__ import annotations
@@ -39,15 +41,14 @@ SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
 HANDOFF_HEADER: Final = "x-sidecar-handoff"
 HALF_DTYPES: Final = ("BF16", "F16")
-DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of `values`, as safetensors calls them
+# `values` -> safetensors dtype.
+DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHM: Final = "shm"
-MULTIPART_ERRORS: Final = (
-    ValueError,
-    AssertionError,
-    HttpProcessingError,
-)  # what aiohttp raises for a damaged multipart body
+# What aiohttp raises for a damaged multipart body.
+MULTIPART_ERRORS: Final = (ValueError, AssertionError, HttpProcessingError)
 BASE64_MARK: Final = b";base64,"
-MAX_DATA_URL_HEAD_BYTES: Final = 256  # bytes of a data URL before its base64 text
+# A data URL before its base64 text.
+MAX_DATA_URL_HEAD_BYTES: Final = 256
 
 Source = tuple[Data, bool]  # an image, and whether it is base64 text
 Emit = Callable[[Event], None]
@@ -61,14 +62,14 @@ class BadRequest(RequestError):
 
 
 class NotAcceptable(RequestError):
-    """None of the forms that the client accepts is one of ours."""
+    """The client accepts no form that is available."""
 
     code = "not_acceptable"
     status: ClassVar[int] = 406
 
 
 class NotImplementedHere(RequestError):
-    """A hand-off that is not known, or not possible here."""
+    """A hand-off that is unknown, or not available here."""
 
     code = "handoff_not_implemented"
     status: ClassVar[int] = 501
@@ -82,11 +83,11 @@ async def preprocess(
     fetch: Fetch | None = None,
     client_stall: float = client_io.CLIENT_STALL_S,
 ) -> web.StreamResponse:
-    """Serve one request; one Imaged fact per image goes to `emit`; `fetch` gets those behind links. Raises RequestError, which is OpenAI-style to the client."""
+    """Serve one request; emit one ImagePrepared per image. `fetch` gets images behind links. Raises RequestError."""
     shm = is_shm(request.headers.get(HANDOFF_HEADER, ""))
     want = TENSORS if shm else negotiate(request.headers.get("accept", ""))
     if not images.spec.tensors:
-        raise BadRequest("this model's processor resizes in floating point, and its tensors are not made here")
+        raise BadRequest("tensors are not available for this model: its processor resizes in floating point")
     spec = with_values(images.spec, request.query.get("values", ""))
     sources = await _read_sources(request, settings, fetch)
     if not sources:
@@ -104,36 +105,34 @@ async def preprocess(
 
 
 def with_values(spec: ProcessorSpec, values: str) -> ProcessorSpec:
-    """The processor whose `pixel_values` are of the asked type; "": of the model's own. Raises BadRequest."""
+    """The processor whose `pixel_values` have the requested type; "": the model's own. Raises BadRequest."""
     if values == "uint8":
         return replace(spec, do_rescale=False, do_normalize=False)
     wanted = DTYPES.get(values, spec.dtype if values == "" else "")
     rounded = replace(spec, half=wanted) if wanted in HALF_DTYPES and spec.dtype == "F32" else spec
     if rounded.dtype != wanted:
         raise BadRequest(
-            "values: send uint8, or float32, bfloat16 or float16 where the model's processor makes float32, or leave it out"
+            "values: send uint8; or float32, bfloat16 or float16 if the model's processor makes float32; or omit it"
         )
     return rounded
 
 
 async def export(images: ImageService, spec: ProcessorSpec, done: Sequence[PreparedTensors]) -> dict[str, Any]:
-    """The tensors in a file in shared memory: their layout, and its name below /dev/shm. Raises NotImplementedHere."""
+    """Write the tensors to a file in shared memory; return their layout and its name. Raises NotImplementedHere."""
     parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
     file = await images.share(*parts)
     if file is None:
         raise NotImplementedHere(
-            f"{HANDOFF_HEADER}: there is no shared memory here (/dev/shm, --image-cache-bytes); leave the header out"
+            f"{HANDOFF_HEADER}: no shared memory available (see --image-cache-bytes); omit the header"
         )
     segment = {"name": f"{file.folder}/{file.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
     return layout(done, spec) | {"segments": [segment]}
 
 
 def is_shm(wanted: str) -> bool:
-    """Whether the tensors go through shared memory instead of the answer's body. Raises NotImplementedHere for another hand-off."""
+    """Whether the tensors go through shared memory, not in the body. Raises NotImplementedHere for another hand-off."""
     if wanted not in ("", SHM):
-        raise NotImplementedHere(
-            f"{HANDOFF_HEADER}: {wanted[:16]!r} is not available; send {SHM}, or leave the header out"
-        )
+        raise NotImplementedHere(f"{HANDOFF_HEADER}: {wanted[:16]!r} is not available; send {SHM}, or omit the header")
     return wanted == SHM
 
 
@@ -149,17 +148,17 @@ def negotiate(accept: str) -> str:
 
 
 def shapes(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
-    """Each tensor's safetensors dtype and shape, in the order in which they are written: 8-byte integers first."""
+    """Each tensor's safetensors dtype and shape, in writing order: 8-byte integers first."""
     return spec.shapes(geometries(done, spec))
 
 
 def geometries(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> list[Geometry]:
-    """What became of each image, by the same rules as in the worker."""
+    """The geometry of each image, by the same rules as in the worker."""
     return [spec.geometry(*t.prepared.original) for t in done]
 
 
 def layout(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, Any]:
-    """The JSON form: names, shapes, dtypes, and what each image became."""
+    """The JSON form: names, shapes, dtypes, and a description of each image."""
     return {
         "processor": spec.fingerprint,
         "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
@@ -168,7 +167,7 @@ def layout(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, An
 
 
 def describe(image: PreparedImage) -> dict[str, Any]:
-    """What one image became, in its final size."""
+    """One image, in its final size."""
     return {
         "format": image.format,
         "height": image.height,
@@ -180,8 +179,8 @@ def describe(image: PreparedImage) -> dict[str, Any]:
 
 
 def safetensors_head(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> bytes:
-    """Everything of a safetensors file before its tensors: length and JSON header."""
-    images = json.dumps([describe(t.prepared) for t in done], separators=(",", ":"))  # metadata are texts
+    """A safetensors file up to its tensors: length and JSON header."""
+    images = json.dumps([describe(t.prepared) for t in done], separators=(",", ":"))  # metadata values are strings
     header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
     at = 0
     for name, (dtype, shape) in shapes(done, spec).items():
@@ -189,7 +188,7 @@ def safetensors_head(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> by
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    text += b" " * (-len(text) % 8)  # the format requires aligned data
     return struct.pack("<Q", len(text)) + text
 
 
@@ -203,7 +202,7 @@ def pieces(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> Iterator[lis
 async def _respond(
     request: web.BaseRequest, done: list[PreparedTensors], spec: ProcessorSpec, client_stall: float
 ) -> web.StreamResponse:
-    """The tensors, to a client that reads within `client_stall` seconds. Raises ClientStalled."""
+    """Send the tensors. Raises ClientStalled if the client reads nothing for `client_stall` seconds."""
     head = safetensors_head(done, spec)
     response = web.StreamResponse(headers={"content-type": SAFETENSORS})
     tensors = shapes(done, spec).values()
@@ -215,7 +214,7 @@ async def _respond(
 
 
 async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source], emit: Emit) -> list[PreparedTensors]:
-    """What `work` makes of the images, each with its fact."""
+    """The result of `work`, with one event per image."""
     started = time.monotonic()
     try:
         done = await work
@@ -242,7 +241,7 @@ async def _read_sources(request: web.BaseRequest, settings: Settings, fetch: Fet
 
 
 async def _fetch_links(listed: list[Source | str], fetch: Fetch | None) -> list[Source]:
-    """The images, those behind links fetched side by side. Raises BadImage or ImagesBusy, and gives up the others."""
+    """The images; links are fetched concurrently. Raises BadImage or ImagesBusy, and cancels the others."""
 
     async def load(source: Source | str, where: str) -> Source:
         if isinstance(source, tuple):
@@ -277,7 +276,7 @@ def _base64_of(url: Data, index: int) -> memoryview:
     view = memoryview(url)
     at = bytes(view[:MAX_DATA_URL_HEAD_BYTES]).find(BASE64_MARK)
     if at < 0 or bytes(view[:5]) != b"data:":
-        raise BadImage(f"images[{index}]: it is neither a base64 data URL nor a link", "image_url")
+        raise BadImage(f"images[{index}]: neither a base64 data URL nor a link", "image_url")
     return view[at + len(BASE64_MARK) :]
 
 
@@ -294,7 +293,7 @@ async def _read_parts(request: web.BaseRequest, settings: Settings) -> list[Sour
                 raise BadRequest("multipart: every part must be named image and hold one image")
             check_count(len(found) + 1)
             found.append((await _read_part(part, settings.image_max_bytes, len(found)), False))
-            if sum(len(data) for data, _ in found) > settings.max_body_bytes:  # its length need not be announced
+            if sum(len(data) for data, _ in found) > settings.max_body_bytes:  # its length may not be announced
                 raise BodyTooLarge(too_large)
     except MULTIPART_ERRORS:
         raise BadRequest("multipart: the body is cut off or has no boundary") from None

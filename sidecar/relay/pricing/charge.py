@@ -1,4 +1,4 @@
-"""What a request is held and charged for: estimated when its body is known, charged to its tenant, and corrected when it is over."""
+"""What a request is charged: estimated when its body is known, and corrected when it has ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sidecar.relay.request_body import ParsedBody
 
 
 class Pricing:
-    """One per relay process. `quota` is None where tenants have no limits, `counter` where no tokenizer is known, `spec` where no image processor."""
+    """One per relay process. None: no `quota` of tenants, no `counter` of tokens, no `spec` of an image processor."""
 
     def __init__(
         self,
@@ -30,12 +30,12 @@ class Pricing:
         self._spec = spec
 
     def on_load_report(self, load: LoadReport) -> None:
-        """A load report."""
+        """Pass a load report to the quota."""
         if self._quota is not None:
             self._quota.on_load_report(load)
 
     async def charge(self, admission: Admission, body: ParsedBody) -> None:
-        """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
+        """Charge the request to its tenant, before any work is done for it. Raises TenantLimited."""
         if self._counter is not None and body.payload is not None:
             admission.token_count = await self._counter.count(body.payload, body.text)
         if self._spec is not None and body.images:
@@ -50,11 +50,11 @@ class Pricing:
         return self._estimate(admission, image_tokens or admission.image_tokens)
 
     def price_milli(self, admission: Admission, usage: Usage) -> int:
-        """What a usage comes to in milli-MU, as it will settle."""
+        """The price of a usage in milli-MU, as it will settle."""
         return round(1000 * self._estimator.mu(settled_work(admission.work, usage, 0)))
 
     def settle(self, admission: Admission) -> None:
-        """It has settled: correct its charge to what it used, whatever becomes of the rest, and learn from it."""
+        """The request has settled: correct its charge to what it used, and learn from it."""
         end = admission.settled
         if end is None:
             return

@@ -1,9 +1,9 @@
-"""Limits of tenants on the data path: a request takes its estimate here, and its settlement corrects it.
+"""Limits of tenants on the data path: a request is charged its estimate here, and its settlement corrects the charge.
 
-Rules: without a limit for a tenant nothing is taken. The file is read again when it changes (a ConfigMap changes by its symlink, so its
-time is looked at every LOOK seconds); a bad one is named once, and the last good one stays, in a relay that was started again that of the
-sidecar's start. Spill-over needs a load report: each one, once a second, says how much is idle, of which each relay process may give
-away its even share until the next.
+Rules: a tenant without a limit is not charged. The file is read again when it changes (a ConfigMap changes by its
+symlink, so its stat is checked every FILE_CHECK_INTERVAL_S). A bad file is logged once, and the last good one stays in
+force; in a relay that restarted, that of the sidecar's start. Spill-over needs a load report: each one, once a second,
+states how much capacity is idle, and each relay process may give away an even share of it until the next.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from sidecar.events import LoadReport
 from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, LimitExceeded, TenantLimit, TenantLimits, parse
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
-FILE_CHECK_INTERVAL_S: Final = 2.0  # seconds
-LOAD_REPORT_STALE_S: Final = 5.0  # seconds that a load report holds
-OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
-IN_FLIGHT_RETRY_S: Final = 1.0  # seconds after which to try again where open requests must end first
+FILE_CHECK_INTERVAL_S: Final = 2.0
+LOAD_REPORT_STALE_S: Final = 5.0
+# In OpenAI's errors.
+OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}
+# When to retry if open requests must end first.
+IN_FLIGHT_RETRY_S: Final = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 class Quota:
-    """One per relay process. `path` is the file of limits, `limits` what it said when the sidecar started."""
+    """One per relay process. `path` is the file of limits, `limits` its content when the sidecar started."""
 
     def __init__(self, path: str, accounts: TenantAccounts, workers: int, limits: TenantLimits) -> None:
         self._path = Path(path)
@@ -42,7 +44,7 @@ class Quota:
         self._reported_at = -math.inf
 
     def take(self, tenant: str, mu: float, high: float) -> TenantCharge | None:
-        """Charge a request of `mu`, which may need `high`, to its tenant; None where that has no limits. Raises TenantLimited."""
+        """Charge a request of `mu`, which may need `high`, to its tenant; None without limits. Raises TenantLimited."""
         limit = self._limits.of(tenant)
         if limit.mu_per_minute is None and limit.mu_in_flight is None:
             return None
@@ -56,18 +58,18 @@ class Quota:
         raise limit_error(taken, limit, mu, high)
 
     def settle(self, charge: TenantCharge | None, mu: float) -> None:
-        """A request has ended; it used `mu`."""
+        """Correct the charge of a request that has ended and used `mu`."""
         if charge is not None:
             self._accounts.settle(charge, mu, time.monotonic())
 
     def on_load_report(self, load: LoadReport) -> None:
-        """A load report: what is idle below the threshold may be given away."""
+        """Take the spare capacity from a load report: what is idle below the threshold."""
         idle = max(0.0, self._limits.spill_over_below - load.utilization)
         self._spare = idle * load.mu_max_in_flight / self._workers
         self._reported_at = time.monotonic()
 
     async def watch(self) -> None:
-        """Read the file again whenever it changes, until cancelled."""
+        """Reload the file whenever it changes, until cancelled."""
         while True:
             await asyncio.sleep(FILE_CHECK_INTERVAL_S)
             await asyncio.to_thread(self.check_file)
@@ -79,19 +81,19 @@ class Quota:
             return
         self._stamp = stamp
         if self._reload():
-            _log.info("the tenants' limits were read again")
+            _log.info("tenant limits reloaded")
 
     def _reload(self) -> bool:
-        """Whether the file is good, and so in force."""
+        """Reload the file. Returns whether it is valid."""
         try:
             self._limits = read_limits(str(self._path))
         except UsageError as e:
-            _log.error("%s; the limits that were read before stay in force", e)
+            _log.error("%s; the previous limits stay in force", e)
             return False
         return True
 
     def close(self) -> None:
-        """Let go of the accounts."""
+        """Unmap the accounts."""
         self._accounts.close()
 
 
@@ -111,7 +113,7 @@ def read_limits(path: str) -> TenantLimits:
 
 
 def limit_error(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
-    """What the client is told."""
+    """The error for the client."""
     if why.what == "mu_per_minute":
         text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
     else:
@@ -120,7 +122,7 @@ def limit_error(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) 
 
 
 def _file_stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file; None where it is away."""
+    """A value that changes with the file; None if it does not exist."""
     try:
         at = path.stat()
     except OSError:

@@ -1,12 +1,14 @@
-"""What tenants have used, in memory that all relay processes share: one bucket and one stock per tenant for the whole pod.
+"""What tenants have used, in memory that all relay processes share: one bucket and one count in flight per tenant and
+pod.
 
     row      digest of the tenant's name, level and time of its bucket, the bucket's rate and burst
     column   of each relay process: its MU in flight, by row
 
-Rules: a row that is full and has nothing in flight says nothing, so it may become another tenant's: forgetting it changes nothing. Where a
-tenant finds no row, it shares row 0 with others like it. Each process writes its own column only, and clears it when it starts: what a
-killed process had open is then free. A lock keeps two processes from spending the same units; one that is held for LOCK_TIMEOUT_S seconds is that of
-a stopped process, and is passed over from then on until it is free: the worst is that a charge of another process is lost.
+Rules: a full row with nothing in flight carries no information and may be reused for another tenant. A tenant that
+finds no row shares row 0 with others. Each process writes only its own column, and clears it when it starts, which
+releases what a killed process had open. A lock keeps two processes from spending the same units. If it is held for
+LOCK_TIMEOUT_S, its holder was stopped: it is bypassed until it is free, at the cost of losing another process's
+charge.
 """
 
 from __future__ import annotations
@@ -25,20 +27,25 @@ from typing import Final
 from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charge, check, refill
 
 ROWS: Final = 4096
-ROW_PROBES: Final = 16  # rows that a tenant may come to lie in
-LOCK_TIMEOUT_S: Final = 0.05  # seconds; microseconds are usual, but its holder can lose its core meanwhile
+# Candidate rows of a tenant.
+ROW_PROBES: Final = 16
+# Microseconds are usual, but the holder can be descheduled.
+LOCK_TIMEOUT_S: Final = 0.05
 _LOCK_RETRY_S: Final = 0.0002
-_ROW: Final = struct.Struct("=16sdddd")  # digest, level, at, rate, burst
+# digest, level, at, rate, burst
+_ROW: Final = struct.Struct("=16sdddd")
 _ROW_NUMBERS: Final = struct.Struct("=dddd")
 _IN_FLIGHT: Final = struct.Struct("=d")
 _EMPTY_DIGEST: Final = bytes(16)
-_SHARED_DIGEST: Final = b"shared by others"  # no digest: those are of a hash
-_ROUNDING_MU: Final = 1e-9  # MU that rounding may leave in flight
+# Not the digest of any tenant.
+_SHARED_DIGEST: Final = b"shared by others"
+# Rounding may leave this much in flight.
+_ROUNDING_MU: Final = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class TenantCharge:
-    """What a request took: `mu` from its tenant's bucket, `high` in flight."""
+    """The charge of a request: `mu` from its tenant's bucket, `high` in flight."""
 
     row: int
     limit: TenantLimit
@@ -52,7 +59,10 @@ def table_bytes(workers: int) -> int:
 
 
 class TenantAccounts:
-    """The table as relay process `index` of `workers` sees it. `path`: a file of `table_bytes(workers)` bytes, or "" for memory of its own."""
+    """The table, mapped by relay process `index` of `workers`.
+
+    `path`: a file of `table_bytes(workers)` bytes, or "" for private memory.
+    """
 
     def __init__(self, path: str, workers: int, index: int) -> None:
         self._workers, self._index = workers, index
@@ -63,13 +73,13 @@ class TenantAccounts:
         self._table[first : first + ROWS * _IN_FLIGHT.size] = bytes(ROWS * _IN_FLIGHT.size)
 
     def close(self) -> None:
-        """Let go of the table."""
+        """Unmap the table."""
         self._table.close()
         if self._fd >= 0:
             os.close(self._fd)
 
     def take(self, tenant: str, limit: TenantLimit, mu: float, high: float, now: float) -> TenantCharge | LimitExceeded:
-        """Charge a request, or say why not."""
+        """Charge a request, or return the limit that it exceeds."""
         with self._locked():
             row = self._row(tenant, limit, now)
             bucket = refill(self._bucket(row), limit, now)
@@ -81,14 +91,14 @@ class TenantAccounts:
             return TenantCharge(row, limit, mu, high)
 
     def spill(self, tenant: str, limit: TenantLimit, high: float, now: float) -> TenantCharge:
-        """Let a request in that is over its tenant's limit: it takes nothing out of the bucket, and is in flight."""
+        """Admit a request over its tenant's limit: it is in flight, and takes nothing from the bucket."""
         with self._locked():
             row = self._row(tenant, limit, now)
             self._put_own_in_flight(row, self._own_in_flight(row) + high)
             return TenantCharge(row, TenantLimit(), 0.0, high)
 
     def settle(self, charged: TenantCharge, mu: float, now: float) -> None:
-        """A request is over; it has used `mu`."""
+        """Correct the charge of a request that has ended and used `mu`."""
         with self._locked():
             bucket = refill(self._bucket(charged.row), charged.limit, now)
             if charged.limit.mu_per_minute is not None:
@@ -98,7 +108,7 @@ class TenantAccounts:
     # --- rows ---
 
     def _row(self, tenant: str, limit: TenantLimit, now: float) -> int:
-        """The row of a tenant; a free one where it has none, else the shared one."""
+        """The row of a tenant: its own, else a free one, else the shared one."""
         digest = hashlib.blake2b(tenant.encode(errors="replace"), digest_size=16).digest()
         first = int.from_bytes(digest[:4]) % (ROWS - 1)
         rows = [1 + (first + n) % (ROWS - 1) for n in range(ROW_PROBES)]
@@ -112,7 +122,7 @@ class TenantAccounts:
         return found
 
     def _is_free(self, row: int, now: float) -> bool:
-        """Whether nothing would be lost with a row."""
+        """Whether a row carries no information."""
         digest, level, at, rate, burst = _ROW.unpack_from(self._table, row * _ROW.size)
         return digest == _EMPTY_DIGEST or (level + rate * (now - at) >= burst and self._in_flight(row) == 0)
 
@@ -138,7 +148,7 @@ class TenantAccounts:
         _IN_FLIGHT.pack_into(self._table, self._offset(row), mu if mu > _ROUNDING_MU else 0.0)
 
     def _offset(self, row: int, index: int | None = None) -> int:
-        """Where a process has its MU in flight of a row; without `index`, this one."""
+        """Offset of a process's MU in flight in a row; by default of this process."""
         column = self._index if index is None else index
         return ROWS * _ROW.size + (column * ROWS + row) * _IN_FLIGHT.size
 

@@ -115,7 +115,7 @@ def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
     """As a ConfigMap changes: by another file behind the same name. What is wrong is said once."""
     limits = quota("[default]\nmu_in_flight = 1")
     lease = limits.take("a", *ONE)
-    for text, said in (("[default]\nmu_in_flight = 9", "read again"), ("[default]\nmu = 1", "unknown key 'mu'")):
+    for text, said in (("[default]\nmu_in_flight = 9", "reloaded"), ("[default]\nmu = 1", "unknown key 'mu'")):
         (tmp_path / "next").write_text(text)
         (tmp_path / "next").replace(file)
         caplog.set_level("INFO")
