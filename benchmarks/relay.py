@@ -2,9 +2,9 @@
 
     python benchmarks/relay.py [--rounds N] [--streams N] [--write]
 
-The engine is a small aiohttp server in a process of its own that answers from memory, so that nothing but the path is timed.
-Latency: one-token chat requests at concurrency 1, direct and relayed alternating, medians over all rounds. Throughput: streams
-of 200 events at concurrency 32. Every answer is compared before anything is timed. `--write` adds a file to results/.
+The engine is a small aiohttp server in its own process that answers from memory, so that only the path is timed.
+Latency: one-token chat requests at concurrency 1, direct and relayed alternating, medians over all rounds. Throughput:
+streams of 200 events at concurrency 32. Every answer is compared before timing. `--write` adds a file to results/.
 """
 
 from __future__ import annotations
@@ -49,11 +49,14 @@ PRICE_HEADER = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_toke
 DONE = b"data: [DONE]\n\n"
 ANSWER = json.dumps(
     {
-        "id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": "m",
+        "id": "chatcmpl-0",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
     }
-).encode()  # fmt: skip
+).encode()
 ONE = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "Say one word. " * 20}]}
 MANY = {**ONE, "max_tokens": EVENTS, "stream": True}
 
@@ -199,17 +202,19 @@ def machine() -> str:
 
 def report(rows: list[tuple[str, str]], rounds: int, streams: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop"))
-    return "\n".join([
-        f"# Relay, {datetime.date.today()}",
-        "",
-        f"{machine()}; Python {platform.python_version()}, {packages}; load {os.getloadavg()[0]:.1f}.",
-        f"`python benchmarks/relay.py --rounds {rounds} --streams {streams}`; client, engine and relay share the cores.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"# Relay, {datetime.date.today()}",
+            "",
+            f"{machine()}; Python {platform.python_version()}, {packages}; load {os.getloadavg()[0]:.1f}.",
+            f"`python benchmarks/relay.py --rounds {rounds} --streams {streams}`; all processes share the cores.",
+            "",
+            "| figure | value |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+        ]
+    )
 
 
 def main() -> None:

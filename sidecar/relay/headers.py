@@ -18,10 +18,8 @@ from sidecar.events import LoadReport, Trace
 from sidecar.load.tenant_limits import MAX_TENANT_NAME_CHARS
 from sidecar.trace_context import format_traceparent
 
-_HOP_BY_HOP: Final = frozenset((
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade",
-))  # fmt: skip
+_CONNECTION_HEADERS: Final = ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding")
+_HOP_BY_HOP: Final = frozenset({*_CONNECTION_HEADERS, "upgrade", "proxy-authenticate", "proxy-authorization"})
 # `host` becomes the engine's; `expect` is answered here, because the body is read here
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {"host", "expect"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)

@@ -27,6 +27,7 @@ from sidecar.errors import place_of
 from sidecar.events import Event, Heartbeat, RelayConnected
 from sidecar.images.vllm_plugin import PluginWatch
 from sidecar.kernels import families
+from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.tenant_limits import TenantLimits
@@ -39,7 +40,6 @@ from sidecar.relay.pricing import tokenizer
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
-from sidecar.relay.pricing.tokenizer import TokenCounter
 from sidecar.settings import Settings
 
 if TYPE_CHECKING:
@@ -121,13 +121,19 @@ async def _serve(context: RelayContext, listener: socket.socket) -> None:
 @contextlib.asynccontextmanager
 async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
     settings = context.settings
-    async with (
-        _images(context) as images,
-        _fetcher(settings) as fetch,
-        _quota(context) as quota,
-        _counter(settings) as counter,
-    ):
-        spec = families.from_dir(settings.model) if settings.model else None
+    async with contextlib.AsyncExitStack() as stack:
+        images = _images(context)
+        if images is not None:
+            stack.push_async_callback(images.close)
+        domains = url_policy.parse_domains(settings.image_urls)
+        fetcher = Fetcher(domains, settings.image_max_bytes) if domains else None
+        if fetcher is not None:
+            stack.push_async_callback(fetcher.close)
+        quota = await stack.enter_async_context(_quota(context)) if settings.tenant_limits else None
+        counter = tokenizer.load_counter(settings.model)  # before serving, as loading blocks the loop
+        if counter is not None:
+            stack.callback(counter.close)
+        fetch = fetcher.fetch if fetcher is not None else None
         relay = Relay(
             settings,
             context.coefficients,
@@ -139,66 +145,36 @@ async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncI
             preprocess=_preprocess(images, settings, emit, fetch) if images is not None else None,
             fetch=fetch,
             is_shm_ready=PluginWatch() if settings.images == "shm" else None,
-            pricing=Pricing(Estimator(context.coefficients), quota, counter, spec),
+            pricing=Pricing(Estimator(context.coefficients), quota, counter, _processor(settings)),
         )
-        try:
-            yield relay
-        finally:
-            await relay.close()
+        stack.push_async_callback(relay.close)
+        yield relay
 
 
-@contextlib.asynccontextmanager
-async def _images(context: RelayContext) -> AsyncIterator[ImageService | None]:
+def _processor(settings: Settings) -> ProcessorSpec | None:
+    return families.from_dir(settings.model) if settings.model else None
+
+
+def _images(context: RelayContext) -> ImageService | None:
     """The image workers' client; None if images are off."""
-    settings = context.settings
-    if not context.image_socket:
-        yield None
-        return
+    spec = _processor(context.settings)
+    if not context.image_socket or spec is None:
+        return None
     # imported only if images are on, to keep a relay without them small
     from sidecar.images.service import ImageService
     from sidecar.images.shm_cache import ImageCache
 
-    spec = families.from_dir(settings.model)
-    if spec is None:
-        yield None
-        return
-    cache = (
-        ImageCache(context.image_cache, context.image_cache_bytes, context.image_key) if context.image_cache else None
-    )
-    images = ImageService(context.image_socket, settings, spec, cache)
-    try:
-        yield images
-    finally:
-        await images.close()
+    folder = context.image_cache
+    cache = ImageCache(folder, context.image_cache_bytes, context.image_key) if folder else None
+    return ImageService(context.image_socket, context.settings, spec, cache)
 
 
 @contextlib.asynccontextmanager
-async def _fetcher(settings: Settings) -> AsyncIterator[Fetch | None]:
-    """Fetches images behind links; None if --image-urls is off."""
-    domains = url_policy.parse_domains(settings.image_urls)
-    if not domains:
-        yield None
-        return
-    fetcher = Fetcher(domains, settings.image_max_bytes)
-    try:
-        yield fetcher.fetch
-    finally:
-        await fetcher.close()
-
-
-@contextlib.asynccontextmanager
-async def _quota(context: RelayContext) -> AsyncIterator[Quota | None]:
-    """The tenants' limits, reloaded when they change; None if there are none."""
+async def _quota(context: RelayContext) -> AsyncIterator[Quota]:
+    """The tenants' limits, reloaded when they change."""
     settings = context.settings
-    if not settings.tenant_limits:
-        yield None
-        return
-    quota = Quota(
-        settings.tenant_limits,
-        TenantAccounts(context.accounts, settings.workers, context.index),
-        settings.workers,
-        context.limits,
-    )
+    accounts = TenantAccounts(context.accounts, settings.workers, context.index)
+    quota = Quota(settings.tenant_limits, accounts, settings.workers, context.limits)
     watching = asyncio.create_task(_restarting(quota.watch))
     try:
         yield quota
@@ -206,17 +182,6 @@ async def _quota(context: RelayContext) -> AsyncIterator[Quota | None]:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         quota.close()
-
-
-@contextlib.asynccontextmanager
-async def _counter(settings: Settings) -> AsyncIterator[TokenCounter | None]:
-    """Counts tokens; None without the model's tokenizer. Loaded before serving, as loading blocks the loop."""
-    counter = tokenizer.load_counter(settings.model)
-    try:
-        yield counter
-    finally:
-        if counter is not None:
-            counter.close()
 
 
 def _preprocess(

@@ -92,7 +92,7 @@ class ResponseSender:
     async def _send_long(self) -> web.StreamResponse:
         """A body that may be long, and is no stream whose events can be read."""
         tail = BodyTail()
-        # where events cannot be told apart, each chunk counts as one
+        # events cannot be separated in a compressed stream: each chunk counts as one
         tokens = int(is_stream(self._answer))
         # JSON means nothing before its end: its first bytes are no first token
         started = self._answer.ok and self._answer.content_type != "application/json"

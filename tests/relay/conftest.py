@@ -66,7 +66,7 @@ class Rig:
         return f"http://{self.host}:{self.port}"
 
     async def raw(self, request: bytes, *, close_after: bool = True) -> bytes:
-        """Send bytes, read until the relay closes the connection (say `connection: close`)."""
+        """Send bytes, read until the relay closes the connection (send `connection: close`)."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         writer.write(request)
         await writer.drain()

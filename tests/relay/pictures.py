@@ -19,7 +19,7 @@ class Prepared:
 
 
 class Workers:
-    """Image workers of a test: answers what the base64 text says."""
+    """Test image workers: the base64 text selects the answer."""
 
     def __init__(self) -> None:
         self.gpu = False

@@ -45,7 +45,7 @@ async def begin_an_answer(writer: asyncio.StreamWriter) -> None:
 
 
 class Engine:
-    """An engine of bytes: answers as many requests of each connection as it says, and does `then` with the next one.
+    """An engine of bytes: answers a given number of requests per connection, and does `then` with the next one.
 
     `whole` are the requests that it read, `answered` those that it answered: their request line and body.
     """
@@ -233,7 +233,7 @@ async def test_what_the_engine_began_to_answer_is_not_sent_again(
 
 
 async def test_an_engine_that_is_gone(rig: Any) -> None:
-    """Its kept connection breaks and no fresh one is taken: the error says that it does not accept connections."""
+    """Its kept connection breaks and no fresh one is taken: the error states that it does not accept connections."""
     server: asyncio.Server | None = None
 
     async def leave(writer: asyncio.StreamWriter) -> None:

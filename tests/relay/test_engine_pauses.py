@@ -1,4 +1,4 @@
-"""PauseCalls that stop the engine's work on purpose: an order counts from the engine's 2xx, a call while it is there."""
+"""Calls that pause the engine on purpose: they take effect with the engine's 2xx, and exempt while they run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def answered(r: Any, method: str, path: str, **more: Any) -> int:
 
 
 async def test_sleep_and_wake_up_of_an_engine(rig: Any) -> None:
-    """POST /sleep and /wake_up pass as they are and are told; they are no work, so nothing is admitted."""
+    """POST /sleep and /wake_up pass unchanged and are reported; they are no work, so nothing is admitted."""
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url)
         assert await answered(r, "POST", "/sleep?level=1") == 200
@@ -95,7 +95,7 @@ async def test_an_order_that_reached_nobody_is_none(rig: Any, unused_tcp_port: i
 
 @pytest.mark.parametrize("path", ["/sleep", "/pause", "/start_profile", "/update_weights", "/stop_profile"])
 async def test_a_client_that_leaves_before_the_answer_leaves_no_order(rig: Any, serve: Any, path: str) -> None:
-    """What the engine made of it, its own signs say; its call is over."""
+    """The call ends; what the engine did is left to its own signals."""
     called, left = asyncio.Event(), asyncio.Event()
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -184,7 +184,7 @@ async def test_a_failed_resumption_resumes_nothing(rig: Any, serve: Any) -> None
 
 
 async def test_waking_in_part_is_not_awake(rig: Any, serve: Any) -> None:
-    """Weights first, KV cache last, by vLLM's query or SGLang's body, which arrives as it was sent: only the last one resumes."""
+    """Weights first, KV cache last, by vLLM's query or SGLang's unchanged body: only the last one resumes."""
     bodies: list[bytes] = []
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:

@@ -59,7 +59,7 @@ async def r(rig: Any, serve: Any) -> Any:
 
 
 async def test_every_scrape_is_answered_alike_from_one_page(r: Any) -> None:
-    """On one connection the answers differ in their ids only, and neither control nor the engine is asked, and nothing counts as work."""
+    """On one connection the answers differ only in their ids; control and engine are not asked, and nothing is work."""
     async with wire(r) as w:
         answers = [await w.scrape() for _ in range(3)]
     assert {(status, body) for status, _, body in answers} == {("HTTP/1.1 200 OK", PAGE.encode())}

@@ -1,4 +1,4 @@
-"""All at once: stalls, ended requests, clients that leave and a queue; every admission settles once and nothing is left."""
+"""All at once: stalls, aborts, clients that leave and a queue; every admission settles once and nothing is left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .work import CHAT, TOKEN, sse
 async def test_a_storm_leaves_nothing_behind(
     rig: Any, serve: Any, seed: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Whatever meets, each admission is followed by one settlement of its id, and the relay then serves as on its first day."""
+    """Whatever coincides, each admission is followed by one settlement of its id, and then the relay works normally."""
     dice = random.Random(seed)
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""Limits of tenants on the data path: 429 in OpenAI's shape, corrected by settlements, spilling over, read again."""
+"""Limits of tenants on the data path: 429 in OpenAI's shape, corrected by settlements, spilling over, reloaded."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def test_a_settlement_corrects_the_charge(rig: Any, quota: Any) -> None:
 
 
 def test_spill_over_gives_what_is_idle_until_the_next_report(quota: Any) -> None:
-    """Below the threshold a tenant over its limit gets what is idle, and no more until control says again; never without a report."""
+    """A tenant over its limit gets what is idle below the threshold, once per load report, and nothing without one."""
     limits = quota("spill_over_below = 0.5\n[default]\nmu_per_minute = 0.6\nburst_mu = 1\nspill_over = true")
     limits.take("a", *ONE)
     with pytest.raises(TenantLimited):
@@ -112,16 +112,16 @@ def test_a_tenant_that_may_not_spill_over_does_not(quota: Any) -> None:
 def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
     quota: Any, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a ConfigMap changes: by another file behind the same name. What is wrong is said once."""
+    """As a ConfigMap changes: by another file behind the same name. An error is logged once."""
     limits = quota("[default]\nmu_in_flight = 1")
     lease = limits.take("a", *ONE)
-    for text, said in (("[default]\nmu_in_flight = 9", "reloaded"), ("[default]\nmu = 1", "unknown key 'mu'")):
+    for text, logged in (("[default]\nmu_in_flight = 9", "reloaded"), ("[default]\nmu = 1", "unknown key 'mu'")):
         (tmp_path / "next").write_text(text)
         (tmp_path / "next").replace(file)
         caplog.set_level("INFO")
         limits.check_file()
         limits.check_file()
-        assert sum(said in line for line in caplog.messages) == 1
+        assert sum(logged in line for line in caplog.messages) == 1
         limits.take("a", *ONE)
     file.unlink()
     limits.check_file()
