@@ -2,9 +2,9 @@
 
     python benchmarks/relay.py [--rounds N] [--streams N] [--write]
 
-The engine is a small aiohttp server in a process of its own that answers from memory, so that nothing but the path is timed.
-Latency: one-token chat requests at concurrency 1, direct and relayed alternating, medians over all rounds. Throughput: streams
-of 200 events at concurrency 32. Every answer is compared before anything is timed. `--write` adds a file to results/.
+The engine is a small aiohttp server in its own process that answers from memory, so that only the path is timed.
+Latency: one-token chat requests at concurrency 1, direct and relayed alternating, medians over all rounds. Throughput:
+streams of 200 events at concurrency 32. Every answer is compared before timing. `--write` adds a file to results/.
 """
 
 from __future__ import annotations
@@ -38,22 +38,25 @@ from sidecar.runtime.channel import Channel
 EVENTS, CONCURRENCY = 200, 32
 RUN = """
 import socket, sys
-from sidecar import settings; from sidecar.load import cost_model as units
-from sidecar.relay.process import Place, main
-place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"")
-sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))
+from sidecar import settings; from sidecar.load.cost_model import Coefficients
+from sidecar.relay.process import RelayContext, main
+context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"")
+sys.exit(main(context, socket.socket(fileno=int(sys.argv[3]))))
 """
 CHUNK = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 0, "model": "m"}
 EVENT = b"data: " + json.dumps({**CHUNK, "choices": [{"index": 0, "delta": {"content": " word"}}]}).encode() + b"\n\n"
-USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":200}}\n\n'
+PRICE_HEADER = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":200}}\n\n'
 DONE = b"data: [DONE]\n\n"
 ANSWER = json.dumps(
     {
-        "id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": "m",
+        "id": "chatcmpl-0",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10},
     }
-).encode()  # fmt: skip
+).encode()
 ONE = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "Say one word. " * 20}]}
 MANY = {**ONE, "max_tokens": EVENTS, "stream": True}
 
@@ -67,7 +70,7 @@ async def answer(request: web.BaseRequest) -> web.StreamResponse:
     for _ in range(EVENTS):
         await response.write(EVENT)
         await asyncio.sleep(0)
-    await response.write(USAGE + DONE)
+    await response.write(PRICE_HEADER + DONE)
     return response
 
 
@@ -167,7 +170,7 @@ async def measure(rounds: int, streams: int) -> list[tuple[str, str]]:
         before = cpu_seconds(pid)
         rates: dict[str, list[float]] = {direct: [], relayed: []}
         for _ in range(5):
-            rates[direct].append(await throughput(client, direct, streams, USAGE))
+            rates[direct].append(await throughput(client, direct, streams, PRICE_HEADER))
             rates[relayed].append(await throughput(client, relayed, streams, b""))
         per_event = (cpu_seconds(pid) - before) / (5 * streams * EVENTS)
         memory = resident_mib(pid)
@@ -199,17 +202,19 @@ def machine() -> str:
 
 def report(rows: list[tuple[str, str]], rounds: int, streams: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop"))
-    return "\n".join([
-        f"# Relay, {datetime.date.today()}",
-        "",
-        f"{machine()}; Python {platform.python_version()}, {packages}; load {os.getloadavg()[0]:.1f}.",
-        f"`python benchmarks/relay.py --rounds {rounds} --streams {streams}`; client, engine and relay share the cores.",
-        "",
-        "| figure | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows),
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"# Relay, {datetime.date.today()}",
+            "",
+            f"{machine()}; Python {platform.python_version()}, {packages}; load {os.getloadavg()[0]:.1f}.",
+            f"`python benchmarks/relay.py --rounds {rounds} --streams {streams}`; all processes share the cores.",
+            "",
+            "| figure | value |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+        ]
+    )
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def texts(folders: list[Path], most: int, longest: int) -> list[str]:
 
 async def rows(folder: str, prompts: list[str]) -> list[Row]:
     """One row per prompt."""
-    counter = tokenizer.load(folder)
+    counter = tokenizer.load_counter(folder)
     if counter is None:
         raise SystemExit(f"no usable {tokenizer.TOKENIZER_FILE} in {folder}, or the extra `tokenizer` is not installed")
     patient = tokenizer.TokenCounter(counter._encode, 60.0)

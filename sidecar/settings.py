@@ -101,12 +101,6 @@ class Settings:
         "Requests that the engine runs at once (vLLM: max_num_seqs); the relay sends one fewer, to keep a place for "
         "the canary, and queues the rest; 0: no limit",
     )
-    retry_stalled: float = flag(
-        0.0,
-        number(0, 3600, "seconds"),
-        "If the engine stalls before the first byte of a response, wait this long for its recovery and send the "
-        "request again; 0: fail it at once",
-    )
     silence_floor: float = flag(
         12.0,
         number(0.5, 600, "seconds"),
@@ -163,6 +157,7 @@ REMOVED: Final = {
     "restart-budget": "each pod decides alone when to restart its engine, within --kill-interval",
     "restart-budget-wait": "there is no restart budget to wait for",
     "restarts-at-once": "each pod decides alone when to restart its engine, within --kill-interval",
+    "retry-stalled": "a request fails at once when its engine stalls; clients send it again",
     "shm-dir": "it is /dev/shm, for vLLM's plugin too",
     "silence-blocked": "it is 90 s, and at most a third of --silence-cap",
     "silence-margin": "it is fixed at 3",

@@ -171,7 +171,7 @@ def test_every_path_that_is_named_exists(document: Path) -> None:
 
 
 def test_every_flag_in_a_document_exists() -> None:
-    """No document names a flag that no command of the sidecar takes, but the changelog and the decisions one that was removed.
+    """No document names a flag that no command takes; the changelog and the decisions may name a removed one.
 
     Flags of other programs are listed here.
     """

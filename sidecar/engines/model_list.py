@@ -1,8 +1,8 @@
-"""Pure: which of the models that an engine lists can be asked for without having it load one, and perhaps evict another.
+"""Pure: which model of an engine's list can be asked for without making the engine load it, and perhaps evict another.
 
-Servers that load on demand list all that they could serve. Some say which are loaded (`status`: llama.cpp's router mode,
-transformers serve); of the others a model is known to be loaded where it is the only one (all names of one `root`, adapters
-left out: their `parent` is it), or where users used it last.
+Servers that load on demand list all models that they could serve. Some say which are loaded (`status`: llama.cpp's
+router mode, transformers serve). Otherwise a model is known to be loaded if it is the only one (all names of one
+`root`, without adapters, whose `parent` it is), or if users used it last.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Choice:
 
 
 def choose(body: bytes, chosen: str = "", used: str = "") -> Choice:
-    """Which model of /v1/models to ask for. `chosen`: by an operator, listed or not; `used`: the one that users used last."""
+    """The model of /v1/models to ask for.
+
+    `chosen`: by an operator, listed or not. `used`: the one that users used last.
+    """
     cards = listed(body)
     says = any(_status(card) for card in cards)
     if chosen and any(_is(card, chosen) and _status(card) not in ("", LOADED) for card in cards):

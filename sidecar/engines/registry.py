@@ -25,7 +25,8 @@ KINDS: Final[dict[str, EngineKind]] = {kind.name: kind for kind in (SCRIPTED, SG
 FIRST_PATHS: Final = ("/v1/models", "/metrics")
 # Labels on vLLM's page.
 COST_FLAGS: Final = ("cache_dtype", "block_size", "enable_prefix_caching", "gpu_memory_utilization")
-# vLLM's Rust front end (0.33), by its models' owner and a key of /version: it decodes no PNM, the form of prepared images.
+# vLLM's Rust front end (0.33), by its models' owner and a key of /version. It decodes no PNM, the form of prepared
+# images.
 RUST_OWNER: Final = "vllm-frontend-rs"
 RUST_VERSION: Final = "rust_frontend_version"
 NO_PNM: Final = "images pass as they came: vLLM's Rust front end does not read the form in which prepared ones are sent"

@@ -146,10 +146,6 @@ class ImageService:
         """Share `pieces` as a file that its reader unlinks; None without shared memory. Raises ImagesBusy."""
         return await self._handoff.tensors(*pieces) if self._handoff is not None else None
 
-    def relink(self, request: str) -> bool:
-        """What was handed over for a request lies there once more. False where it cannot."""
-        return self._handoff is None or self._handoff.relink(request)
-
     def release(self, request: str) -> None:
         """Unlink the files of a request that has ended."""
         if self._handoff is not None:

@@ -54,16 +54,12 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class SharedFile:
-    """A file for another process: the names of its folder and itself; the content begins at `offset` of `size` bytes.
-
-    `key`: the cache entry that may have the same content.
-    """
+    """A file for another process: its folder's name and its own; the content begins `offset` bytes into its `size`."""
 
     folder: str
     name: str
     offset: int
     size: int
-    key: str = ""
 
     def url(self, height: int, width: int) -> str:
         """The URL by which vLLM's plugin finds RGB pixels (plugins/vllm)."""
@@ -148,7 +144,7 @@ class ImageCache:
         except OSError:
             whole = size
             _fill(_create(path, size), path, *pieces)
-        return SharedFile(self._folder.name, path.name, whole - size, whole, key)
+        return SharedFile(self._folder.name, path.name, whole - size, whole)
 
     def share(self, *pieces: Data) -> SharedFile:
         """A new file for a reader that may never come. Raises OSError, also if too much is unread."""
@@ -161,16 +157,6 @@ class ImageCache:
             fd = _create(path, size)
         _fill(fd, path, *pieces)
         return SharedFile(self._folder.name, path.name, 0, size)
-
-    def relink(self, file: SharedFile) -> bool:
-        """Let lie there once more what its reader has removed. False where its entry is gone."""
-        path = self._folder / file.name
-        try:
-            if not path.exists():
-                os.link(self._folder / file.key, path)
-            return path.stat().st_size == file.size
-        except OSError:
-            return False
 
     def unlink_shared(self, file: SharedFile) -> None:
         """Unlink a shared file if its reader has not done so."""

@@ -43,10 +43,6 @@ class ShmHandoff:
         asyncio.get_running_loop().call_later(UNREAD_TIMEOUT_S, self._cache.unlink_shared, file)
         return file
 
-    def relink(self, request: str) -> bool:
-        """All of a request's pixels lie there once more, for an engine that reads them anew. False where they cannot."""
-        return all(map(self._cache.relink, self._files.get(request, ())))
-
     def release(self, request: str) -> None:
         """Unlink the files of a request that has ended."""
         for file in self._files.pop(request, ()):

@@ -71,9 +71,9 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
         roles = [Role("control", "control", run, (admin, control))]
         context = relay_process.RelayContext(chosen, coefficients, str(folder / "control"), secrets.token_bytes(32))
         if chosen.tenant_limits:
-            limits = quota.read(chosen.tenant_limits)
+            limits = quota.read_limits(chosen.tenant_limits)
             (folder / "accounts").write_bytes(b"")
-            os.truncate(folder / "accounts", tenant_accounts.size(chosen.workers))
+            os.truncate(folder / "accounts", tenant_accounts.table_bytes(chosen.workers))
             context = replace(context, accounts=str(folder / "accounts"), limits=limits)
         if chosen.images != "off":
             cache = CacheFolder(SHM_DIR, chosen.image_cache_bytes, needed=chosen.images == "shm")

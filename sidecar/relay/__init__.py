@@ -1,1 +1,1 @@
-"""The data path, in relay processes of its own: process -> handler -> (inlining, admission, stream) -> facts."""
+"""The data path, in relay processes: process -> handler -> request body, pricing, images, response -> events."""

@@ -1,14 +1,14 @@
-"""The connection to the client: bodies read within a bound, answers written, and who broke what told apart.
+"""The connection to the client: bodies read within a bound, answers written, and whose connection broke.
 
-Rules: a client that is gone raises ClientGone, one that does not read ClientStalled, an engine that broke EngineBroke; both connections
-speak aiohttp, whose errors do not tell the two apart.
+Rules: a client that is gone raises ClientGone, one that does not read ClientStalled, an engine that broke EngineBroke.
+aiohttp raises the same errors for both connections, so each call is wrapped by the side that it talks to.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import aiohttp
@@ -18,23 +18,24 @@ from sidecar.errors import BodyTooLarge
 from sidecar.images.protocol import Data
 from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 
-BREAKS: Final = (aiohttp.ClientError, OSError, TimeoutError)  # what reading from the engine raises when it breaks
-# Seconds that a client may read nothing of its answer: longer than people and batch jobs pause, and an end to connections that are
-# no longer read, each of which keeps a place of the engine's batch.
+# What reading from the engine raises when its connection breaks.
+ENGINE_ERRORS: Final = (aiohttp.ClientError, OSError, TimeoutError)
+# Longer than people and batch jobs pause. A connection that is not read keeps a slot of the engine's batch.
 CLIENT_STALL_S: Final = 600.0
-PIECE: Final = 1 << 20  # bytes that a client must take in time, where what it gets is long
+# A client must read this much within its timeout when an answer is long.
+MAX_PIECE_BYTES: Final = 1 << 20
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 async def expect(request: web.BaseRequest) -> None:
-    """Ask for the body of a client that waits to be asked (curl does, above 1 MiB)."""
+    """Send 100 Continue if the client waits for it (curl does, above 1 MiB)."""
     if request.headers.get("expect", "").lower() == "100-continue":
         await request.writer.write(_CONTINUE)
         request.writer.output_size = 0  # aiohttp takes output for a begun answer
 
 
 async def read(request: web.BaseRequest, limit: int, flag: str = "--max-body-bytes") -> bytes:
-    """The whole body, at most `limit` bytes, as `flag` says. Raises BodyTooLarge, by the announced length where there is one."""
+    """The whole body. Raises BodyTooLarge above `limit` bytes, which `flag` sets."""
     too_large = f"the request body is larger than {limit} bytes ({flag})"
     if (request.content_length or 0) > limit:
         raise BodyTooLarge(too_large)
@@ -50,10 +51,10 @@ async def read(request: web.BaseRequest, limit: int, flag: str = "--max-body-byt
 
 
 async def next_chunk(answer: aiohttp.ClientResponse) -> bytes:
-    """More of the engine's answer; empty at its end. Raises EngineBroke when that end is not the answer's."""
+    """The next bytes of the engine's answer; empty at its end. Raises EngineBroke if it ends early."""
     try:
         return await answer.content.readany()
-    except BREAKS:
+    except ENGINE_ERRORS:
         raise EngineBroke("the engine's answer ended early") from None
 
 
@@ -82,12 +83,12 @@ async def end(response: web.StreamResponse) -> None:
 
 
 async def send_long(response: web.StreamResponse, groups: Iterable[list[Data]], within: float) -> None:
-    """Send what is held in memory until it is sent, and finish. Raises ClientStalled where nothing is read for `within` seconds."""
+    """Send an answer held in memory. Raises ClientStalled if the client reads nothing for `within` seconds."""
     for group in groups:
         data = memoryview(group[0] if len(group) == 1 else b"".join(group))
-        for at in range(0, len(data), PIECE):
+        for at in range(0, len(data), MAX_PIECE_BYTES):
             async with _read_within(within):
-                await write(response, data[at : at + PIECE])
+                await write(response, data[at : at + MAX_PIECE_BYTES])
     async with _read_within(within):
         await end(response)
 
@@ -101,10 +102,46 @@ async def _read_within(seconds: float) -> AsyncIterator[None]:
         raise ClientStalled from None
 
 
-def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:
-    """Close the client's connection; `at_once`: also where it has not read what it was sent.
+class BusyConnections:
+    """The client connections of one relay process that have a request under way."""
 
-    aiohttp wants an answer all the same; this one is never sent.
+    def __init__(self) -> None:
+        self._busy: set[object] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._busy)
+
+    @contextmanager
+    def busy(self, connection: object) -> Iterator[None]:
+        """A request is under way on `connection` for a block."""
+        self._busy.add(connection)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._busy.discard(connection)
+            if not self._busy:
+                self._idle.set()
+
+    async def drain(self, server: web.Server, seconds: float) -> bool:
+        """Close idle connections and wait for the busy ones, at most `seconds`. Returns whether all became idle."""
+        for connection in server.connections:
+            if connection not in self._busy:
+                connection.close()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def hang_up(request: web.BaseRequest, *, at_once: bool = False) -> web.Response:
+    """Close the client's connection; `at_once`: also discard what it has not read.
+
+    aiohttp needs an answer all the same; this one is never sent.
     """
     if request.transport is not None:
         if at_once:

@@ -1,8 +1,8 @@
-"""A relay's connection to the control process, whichever lives: facts go out, orders come in.
+"""A relay's connection to the control process: events go out, commands come in.
 
-The listening socket behind the path belongs to the supervisor. A connection to it succeeds while there is no control process, and
-waits in the kernel's queue for the next one; so a relay that loses its control process connects again at once, says who it is
-and which requests are open, and writes on. Nothing here ever holds up a request.
+The supervisor owns the listening socket. While there is no control process, a connection succeeds and waits in the
+kernel's queue for the next one. A relay that loses control therefore connects again at once, introduces itself,
+replays its open requests and goes on. A request never waits for this connection.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from sidecar.events import Command, Event, RelayConnected, SettlementsAcked
 from sidecar.relay.replay_log import ReplayLog
 from sidecar.runtime.channel import Channel
 
-FLUSH: Final = 2.0  # most seconds to write the last facts
+# To write the last events.
+CLOSE_TIMEOUT_S: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
 
 class ControlLink:
-    """One per relay process. `joined` gives what it says of itself when it connects; `obey`, to be set, takes orders."""
+    """One per relay process. `introduce` makes the first event; `on_command`, to be set, receives commands."""
 
-    def __init__(self, path: str, joined: Callable[[float], RelayConnected]) -> None:
+    def __init__(self, path: str, introduce: Callable[[float], RelayConnected]) -> None:
         self._path = path
-        self._joined = joined
+        self._introduce = introduce
         self.on_command: Callable[[Command], None] = lambda _: None
-        self._outstanding = ReplayLog()
+        self._replay_log = ReplayLog()
         self._channel: Channel | None = None
         self._lost = asyncio.Event()
 
-    def send(self, fact: Event) -> None:
-        """Tell control, or remember what it must be told. Never waits, never raises."""
-        self._outstanding.note(fact)
+    def send(self, event: Event) -> None:
+        """Send an event to control, or log it for the next one. Never waits, never raises."""
+        self._replay_log.note(event)
         if self._channel is not None:
-            self._channel.send(fact)
+            self._channel.send(event)
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -45,24 +46,24 @@ class ControlLink:
             await self._connect()
             await self._lost.wait()
             self._channel = None
-            _log.warning("the control process is gone; requests go on, and the next one will be told of them")
+            _log.warning("the control process is gone; requests go on and will be reported to the next one")
 
     async def close(self) -> None:
-        """Send what is queued and hang up. What is written stays readable when we are gone."""
+        """Send what is queued and hang up. What is written stays readable after this process has exited."""
         if self._channel is not None:
             self._channel.close()
-            await asyncio.wait((asyncio.ensure_future(self._lost.wait()),), timeout=FLUSH)
+            await asyncio.wait((asyncio.ensure_future(self._lost.wait()),), timeout=CLOSE_TIMEOUT_S)
 
     async def _connect(self) -> None:
         self._lost.clear()
-        channel = await Channel.reach(self._path, self._take, self._lost.set)
-        channel.send(self._joined(time.monotonic()))
-        for fact in self._outstanding.events():
-            channel.send(fact)
+        channel = await Channel.reach(self._path, self._on_record, self._lost.set)
+        channel.send(self._introduce(time.monotonic()))
+        for event in self._replay_log.events():
+            channel.send(event)
         self._channel = channel
 
-    def _take(self, record: Event | Command) -> None:
+    def _on_record(self, record: Event | Command) -> None:
         if isinstance(record, SettlementsAcked):
-            self._outstanding.booked(record.count)
+            self._replay_log.ack(record.count)
         else:
-            self.on_command(record)  # type: ignore[arg-type]  # the control process sends orders only
+            self.on_command(record)  # type: ignore[arg-type]  # the control process sends only commands

@@ -1,7 +1,7 @@
-"""Pure: requests by which an operator stops the engine's work on purpose, or lets it go on; silence in between is no hang.
+"""Pure: requests by which an operator pauses the engine on purpose, or lets it go on. Silence in between is no hang.
 
-vLLM 0.32: vllm/entrypoints/{serve/dev/sleep,rl/online,serve/profile,serve/elastic_ep}/api_router.py (earlier versions have the
-same paths). SGLang 0.5: sglang/srt/entrypoints/http_server.py. TGI and llama.cpp have none.
+vLLM 0.32: vllm/entrypoints/{serve/dev/sleep,rl/online,serve/profile,serve/elastic_ep}/api_router.py (earlier versions
+have the same paths). SGLang 0.5: sglang/srt/entrypoints/http_server.py. TGI and llama.cpp have none.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from urllib.parse import parse_qs
 
 from sidecar.events import Directing, EnginePauseChanged, Event
 
-METHODS: Final = ("POST", "GET", "PUT")
-LAST_TAG: Final = "kv_cache"  # of the parts that are woken one by one, both engines' users wake this one last
+PAUSE_METHODS: Final = ("POST", "GET", "PUT")
+# Parts can be resumed one by one; users of both engines resume this one last.
+LAST_TAG: Final = "kv_cache"
 
 Turn = Literal["stops", "resumes", "during", "ends"]
 
@@ -25,7 +26,7 @@ Turn = Literal["stops", "resumes", "during", "ends"]
 class PauseRoute:
     """`what` is the exemption's code.
 
-    The call "stops" the work until another one "resumes" it, stops it only "during" the call, or is long itself and "ends" a stop.
+    A call "stops" the work until another "resumes" it, stops it "during" the call, or takes long and "ends" a stop.
     """
 
     what: str
@@ -35,24 +36,24 @@ class PauseRoute:
 _SLEEPS: Final = PauseRoute("engine_sleeping", "stops")
 _WAKES: Final = PauseRoute("engine_sleeping", "resumes")
 _PAUSES: Final = PauseRoute("engine_paused", "stops")
-_GOES_ON: Final = PauseRoute("engine_paused", "resumes")
-_WEIGHTS: Final = PauseRoute("weight_update", "during")
+_RESUMES: Final = PauseRoute("engine_paused", "resumes")
+_UPDATES_WEIGHTS: Final = PauseRoute("weight_update", "during")
 
-PATHS: Final[dict[str, PauseRoute]] = {
+PAUSE_ROUTES: Final[dict[str, PauseRoute]] = {
     # vLLM
     "/sleep": _SLEEPS,
     "/release_kv_cache_memory": _SLEEPS,
     "/wake_up": _WAKES,
     "/pause": _PAUSES,
-    "/resume": _GOES_ON,
+    "/resume": _RESUMES,
     "/scale_elastic_ep": PauseRoute("engine_paused", "during"),
     "/start_weight_update": PauseRoute("weight_update", "stops"),
     "/start_draft_weight_update": PauseRoute("weight_update", "stops"),
     "/finish_weight_update": PauseRoute("weight_update", "resumes"),
-    "/init_weight_transfer_engine": _WEIGHTS,
-    "/shutdown_weight_transfer_engine": _WEIGHTS,
-    "/update_weights": _WEIGHTS,  # SGLang's former name, too
-    "/weight_checker": _WEIGHTS,
+    "/init_weight_transfer_engine": _UPDATES_WEIGHTS,
+    "/shutdown_weight_transfer_engine": _UPDATES_WEIGHTS,
+    "/update_weights": _UPDATES_WEIGHTS,  # SGLang's former name, too
+    "/weight_checker": _UPDATES_WEIGHTS,
     # both
     "/start_profile": PauseRoute("engine_profiling", "stops"),
     "/stop_profile": PauseRoute("engine_profiling", "ends"),  # writing the profile stops the world for longest
@@ -60,28 +61,28 @@ PATHS: Final[dict[str, PauseRoute]] = {
     "/release_memory_occupation": _SLEEPS,
     "/resume_memory_occupation": _WAKES,
     "/pause_generation": _PAUSES,
-    "/continue_generation": _GOES_ON,
+    "/continue_generation": _RESUMES,
     "/begin_weight_update": PauseRoute("weight_update", "stops"),
     "/end_weight_update": PauseRoute("weight_update", "resumes"),
-    "/update_weights_from_disk": _WEIGHTS,
-    "/update_weights_from_tensor": _WEIGHTS,
-    "/update_weights_from_distributed": _WEIGHTS,
-    "/update_weights_from_ipc": _WEIGHTS,
-    "/init_weights_update_group": _WEIGHTS,
-    "/destroy_weights_update_group": _WEIGHTS,
-    "/init_weights_send_group_for_remote_instance": _WEIGHTS,
-    "/send_weights_to_remote_instance": _WEIGHTS,
-    "/weights_checker": _WEIGHTS,
+    "/update_weights_from_disk": _UPDATES_WEIGHTS,
+    "/update_weights_from_tensor": _UPDATES_WEIGHTS,
+    "/update_weights_from_distributed": _UPDATES_WEIGHTS,
+    "/update_weights_from_ipc": _UPDATES_WEIGHTS,
+    "/init_weights_update_group": _UPDATES_WEIGHTS,
+    "/destroy_weights_update_group": _UPDATES_WEIGHTS,
+    "/init_weights_send_group_for_remote_instance": _UPDATES_WEIGHTS,
+    "/send_weights_to_remote_instance": _UPDATES_WEIGHTS,
+    "/weights_checker": _UPDATES_WEIGHTS,
 }
 
 
-def row_of(method: str, path: str) -> PauseRoute | None:
-    """The row of a request, or None where it directs nothing."""
-    return PATHS.get(path) if method in METHODS else None
+def route_of(method: str, path: str) -> PauseRoute | None:
+    """The route of a request, or None if it neither pauses nor resumes the engine."""
+    return PAUSE_ROUTES.get(path) if method in PAUSE_METHODS else None
 
 
 def is_partial(query: str, body: bytes) -> bool:
-    """Whether a call that resumes names parts (`tags`, in vLLM's query or SGLang's body) and the last of them is not among them."""
+    """Whether a resuming call names parts (`tags`, in vLLM's query or SGLang's body) without the last one."""
     tags: Any = parse_qs(query).get("tags")
     if not tags:
         try:
@@ -92,54 +93,54 @@ def is_partial(query: str, body: bytes) -> bool:
     return bool(tags) and LAST_TAG not in tags
 
 
-class Calls:
-    """The calls of one relay process that direct the engine. `clock`: monotonic seconds."""
+class PauseCalls:
+    """The calls of one relay process that pause or resume the engine. `clock`: monotonic seconds."""
 
     def __init__(self, emit: Callable[[Event], None], clock: Callable[[], float]) -> None:
         self.emit = emit
         self.clock = clock
         self.ids = itertools.count(1)
 
-    def call(self, row: PauseRoute | None, *, partly: bool = False) -> PauseCall:
-        """One call, for as long as a `with`. `partly`: it resumes some parts only."""
-        return PauseCall(self, row, partly)
+    def call(self, route: PauseRoute | None, *, is_partial: bool = False) -> PauseCall:
+        """One call, to be used in a `with`. `is_partial`: it resumes some parts only."""
+        return PauseCall(self, route, is_partial)
 
 
 class PauseCall:
-    """One call that directs, or (`row` None) one that does not.
+    """One call that pauses or resumes the engine; `route` None: neither.
 
-    An order is taken when the engine says so, with a 2xx. Until then the call is with the engine, from its last byte
-    on; when it is answered otherwise, or its client leaves, nothing of it remains.
+    It takes effect with the engine's 2xx. From its last byte until then it is with the engine. Another answer, or a
+    client that leaves, ends it without effect.
     """
 
-    def __init__(self, calls: Calls, row: PauseRoute | None, partly: bool) -> None:
+    def __init__(self, calls: PauseCalls, route: PauseRoute | None, is_partial: bool) -> None:
         self._calls = calls
-        self._row = row
-        self._partly = partly
+        self._route = route
+        self._is_partial = is_partial
         self._id = 0  # while it is with the engine
-        self._over = row is None or row.turn == "resumes"
+        self._over = route is None or route.turn == "resumes"
 
     def sent(self) -> None:
-        """The engine has all of it."""
-        if self._over or self._row is None:
+        """The engine has the whole request."""
+        if self._over or self._route is None:
             return
         self._id = next(self._calls.ids)
-        self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, True))
+        self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, True))
 
     def answered(self, status: int) -> None:
-        """The head of the engine's answer is here."""
-        taken = 200 <= status < 300
-        if taken and self._row is not None and self._row.turn != "during" and not self._partly:
-            self._calls.emit(EnginePauseChanged(self._calls.clock(), self._row.what, self._row.turn == "stops"))
-        self._end(taken=taken)
+        """The head of the engine's answer arrived."""
+        accepted = 200 <= status < 300
+        if accepted and self._route is not None and self._route.turn != "during" and not self._is_partial:
+            self._calls.emit(EnginePauseChanged(self._calls.clock(), self._route.what, self._route.turn == "stops"))
+        self._end(accepted=accepted)
 
     def __enter__(self) -> PauseCall:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end(taken=False)
+        self._end(accepted=False)
 
-    def _end(self, *, taken: bool) -> None:
-        if self._id and self._row is not None:
-            self._calls.emit(Directing(self._calls.clock(), self._id, self._row.what, False, taken))
+    def _end(self, *, accepted: bool) -> None:
+        if self._id and self._route is not None:
+            self._calls.emit(Directing(self._calls.clock(), self._id, self._route.what, False, accepted))
         self._id, self._over = 0, True

@@ -1,6 +1,7 @@
 """Pure: headers on their way through, in both directions.
 
-Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass as they are; ours replace the engine's of the same name.
+Rules: hop-by-hop headers end here (RFC 9110, 7.6.1); all others pass unchanged. The
+sidecar's replace the engine's of the same name.
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from sidecar.events import LoadReport, Trace
 from sidecar.load.tenant_limits import MAX_TENANT_NAME_CHARS
 from sidecar.trace_context import format_traceparent
 
-_HOP_BY_HOP: Final = frozenset((
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade",
-))  # fmt: skip
+_CONNECTION_HEADERS: Final = ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding")
+_HOP_BY_HOP: Final = frozenset({*_CONNECTION_HEADERS, "upgrade", "proxy-authenticate", "proxy-authorization"})
 # `host` becomes the engine's; `expect` is answered here, because the body is read here
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {"host", "expect"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
-ORCA: Final = "endpoint-load-metrics"
-ORCA_FORMAT: Final = "endpoint-load-metrics-format"
+ORCA_HEADER: Final = "endpoint-load-metrics"
+ORCA_FORMAT_HEADER: Final = "endpoint-load-metrics-format"
 
-USAGE: Final = "x-sidecar-usage"
+PRICE_HEADER: Final = "x-sidecar-usage"
 NO_TENANT: Final = "default"
 
 Headers = CIMultiDict[str]
@@ -34,13 +34,13 @@ Received = CIMultiDictProxy[str]
 
 
 def request_id(headers: Received) -> str:
-    """The client's `x-request-id` when it is a sound one, else empty."""
+    """The client's `x-request-id` if it is valid, else empty."""
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else ""
 
 
 def tenant(headers: Received, name: str) -> str:
-    """Whom a request is from, by the header `name`: what is hashed, priced and reported. Bytes that are no UTF-8 are taken for Latin-1."""
+    """Tenant of a request, from the header `name`. Bytes that are not UTF-8 are read as Latin-1."""
     given = headers.get(name, "")
     if not given.isascii():
         raw = given.encode(errors="surrogateescape")
@@ -51,14 +51,14 @@ def tenant(headers: Received, name: str) -> str:
     return given[:MAX_TENANT_NAME_CHARS] or NO_TENANT
 
 
-def to_engine(headers: Received, *, id: str, remote: str, trace: Trace | None, length: int | None) -> Headers:
-    """What the engine gets. `length`: bytes of the body where we know it ourselves; `trace`: our span, when tracing."""
-    passed = _passed(headers, _NOT_TO_ENGINE)
+def to_engine(request: web.BaseRequest, *, id: str, trace: Trace | None = None, length: int | None = None) -> Headers:
+    """What the engine gets. `length`: bytes of the body, if known; `trace`: the sidecar's span, if tracing is on."""
+    passed, remote = _passed(request.headers, _NOT_TO_ENGINE), request.remote or ""
     passed["x-request-id"] = id
     forwarded = passed.get("x-forwarded-for")
     passed["x-forwarded-for"] = f"{forwarded}, {remote}" if forwarded else remote
     passed.setdefault("x-forwarded-proto", "http")
-    if host := headers.get("host"):
+    if host := request.headers.get("host"):
         passed.setdefault("x-forwarded-host", host)
     if trace is not None:
         passed["traceparent"] = format_traceparent(trace)
@@ -67,31 +67,39 @@ def to_engine(headers: Received, *, id: str, remote: str, trace: Trace | None, l
     return passed
 
 
-def to_client(headers: Received, ours: Mapping[str, str], *, drop: str = "") -> Headers:
-    """What the client gets: the engine's headers, ours over them; `drop` names one more that ends here."""
-    passed = _passed(headers, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
-    passed.update(ours)
+def to_client(
+    request: Received,
+    answer: Received,
+    id: str,
+    report: LoadReport | None,
+    ours: Mapping[str, str] | None = None,
+    *,
+    drop: str = "",
+) -> Headers:
+    """What the client gets: the engine's headers, replaced by `ours`; `drop` names one more that ends here."""
+    passed = _passed(answer, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
+    passed.update({"x-request-id": id, **orca(request, report), **(ours or {})})
     return passed
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """When to try again: whole seconds for HTTP, and milliseconds for OpenAI's clients, which look for those first."""
+    """When to retry: whole seconds for HTTP, milliseconds for OpenAI's clients, which look for those first."""
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
 def wants_price(headers: Received) -> bool:
     """Whether the client wants what its request cost, `mu_milli`, in the answer's usage."""
-    return headers.get(USAGE, "").strip().lower() == "mu"
+    return headers.get(PRICE_HEADER, "").strip().lower() == "mu"
 
 
 def orca(headers: Received, published: LoadReport | None) -> dict[str, str]:
-    """Our load report in the form the request asks for; empty where none is wanted, or none is known yet."""
-    wanted = headers.get(ORCA_FORMAT, "").upper()
+    """The load report in the form that the request asks for; empty if it asks for none, or none is known yet."""
+    wanted = headers.get(ORCA_FORMAT_HEADER, "").upper()
     if published is None:
         return {}
     forms = {"JSON": published.orca_json, "TEXT": published.orca_text, "BIN": published.orca_bin}
     value = forms.get(wanted, "")
-    return {ORCA: value} if value else {}
+    return {ORCA_HEADER: value} if value else {}
 
 
 def _passed(headers: Received, dropped: frozenset[str]) -> Headers:

@@ -1,4 +1,4 @@
-"""The merged metrics page, as a relay has it: asked of the control process at most once a second, whoever scrapes."""
+"""The merged metrics page of a relay, requested from the control process at most once a second."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Final
 
 from sidecar.events import Event, MetricsPage, MetricsPageRequested
 
-PAGE_FRESH_S: Final = 1.0  # seconds a page is good for
-PAGE_TIMEOUT_S: Final = 1.0  # seconds we wait for one
+PAGE_FRESH_S: Final = 1.0
+PAGE_TIMEOUT_S: Final = 1.0
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class MergedMetricsPage:
-    """One per relay process. `emit` sends PageWanted; the answer comes by `put`."""
+    """One per relay process. `emit` sends MetricsPageRequested; the answer comes by `put`."""
 
     def __init__(self, emit: Callable[[Event], None]) -> None:
         self._emit = emit
         self._page: bytes | None = None
-        self._got = 0.0
-        self._coming: asyncio.Future[bytes] | None = None
+        self._received_at = 0.0
+        self._requested: asyncio.Future[bytes] | None = None
 
     def put(self, page: MetricsPage) -> None:
         """The control process sent a page."""
-        self._page, self._got = page.text.encode(), time.monotonic()
-        if self._coming is not None and not self._coming.done():
-            self._coming.set_result(self._page)
-        self._coming = None
+        self._page, self._received_at = page.text.encode(), time.monotonic()
+        if self._requested is not None and not self._requested.done():
+            self._requested.set_result(self._page)
+        self._requested = None
 
     async def get(self) -> bytes | None:
-        """A fresh page, or None when the control process does not answer in time. All who wait share one question."""
-        if self._page is not None and time.monotonic() - self._got < PAGE_FRESH_S:
+        """A fresh page, or None if control does not answer in time. Concurrent callers share one request."""
+        if self._page is not None and time.monotonic() - self._received_at < PAGE_FRESH_S:
             return self._page
-        if self._coming is None:
-            self._coming = asyncio.get_running_loop().create_future()
+        if self._requested is None:
+            self._requested = asyncio.get_running_loop().create_future()
             self._emit(MetricsPageRequested(time.monotonic()))
-        coming = self._coming
-        done, _ = await asyncio.wait((coming,), timeout=PAGE_TIMEOUT_S)
+        requested = self._requested
+        done, _ = await asyncio.wait((requested,), timeout=PAGE_TIMEOUT_S)
         if done:
-            return coming.result()
-        if self._coming is coming:  # ask anew next time: the question may have been lost
-            self._coming = None
+            return requested.result()
+        if self._requested is requested:  # ask again next time: the request may have been lost
+            self._requested = None
         return None

@@ -1,7 +1,8 @@
-"""Where requests are admitted, kept while they are open, and ended by the control process's orders.
+"""The open requests of one relay process: what becomes of them is emitted as events, and control's commands end them.
 
-Rules: Delivered is summed and sent at most every FLUSH seconds, by one timer for all streams, which runs only while something is
-delivered. One more timer, for as long as requests are open, looks for clients that do not read.
+Rules: an admission settles exactly once, however it ends. Delivered is summed and emitted at most every
+EVENT_FLUSH_INTERVAL_S, by one timer for all streams, which runs only while something is delivered. A second timer runs
+while requests are open, and looks for clients that do not read.
 """
 
 from __future__ import annotations
@@ -10,119 +11,137 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
-from sidecar.events import Event, State, Trace
-from sidecar.relay.admission import Admission
+from sidecar.events import Event, RequestBlocked, State, Trace
+from sidecar.load.estimator import Estimate
+from sidecar.relay.admission import NO_ESTIMATE, Admission
 from sidecar.relay.client_io import CLIENT_STALL_S
-from sidecar.relay.outcomes import ended, stalled
+from sidecar.relay.outcomes import DrainCut, abort_error, stalled
 
-EVENT_FLUSH_INTERVAL_S: Final = 0.2  # seconds
-STALL_CHECK_INTERVAL_S: Final = 0.5  # seconds between looks for writes that wait for their client
-LOAD_REPORT_STALE_S: Final = (
-    5.0  # seconds that a verdict holds, which is published every second; without control nobody is refused
-)
-WELL: Final = ("idle", "progressing", "quiet")  # verdicts under which a kept request is sent again
+EVENT_FLUSH_INTERVAL_S: Final = 0.2
+STALL_CHECK_INTERVAL_S: Final = 0.5
+# A verdict is published every second; an older one refuses no request, as when control is gone.
+LOAD_REPORT_STALE_S: Final = 5.0
 
 
 class OpenRequests:
-    """Where requests are admitted. `emit` takes facts; `verdict` is the last one that control published.
+    """`emit` receives events; `verdict` is the last one that control published.
 
-    `client_stall`: seconds that a client may read nothing.
+    `client_stall`: seconds without a read before a client is disconnected.
     """
 
     def __init__(self, emit: Callable[[Event], None], client_stall: float = CLIENT_STALL_S) -> None:
         self.emit = emit
         self.verdict: State = "unknown"
-        self.cutting = False  # whether open requests are being cut off by a drain that ran out of time
-        self._judged_at = 0.0
-        self._draining = False
+        self.cutting = False  # a drain ran out of time and cuts off what is open
+        self._verdict_at = 0.0
         # ids are unique over relay processes and their restarts; a client's own request id need not be
         self._prefix = os.urandom(4).hex()
         self._counter = itertools.count(1)
-        self._dirty: set[Admission] = set()
+        self._undelivered: set[Admission] = set()
         self._open: dict[str, Admission] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._looking: asyncio.TimerHandle | None = None
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
         self._client_stall = client_stall
-        self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    # --- orders ---
+    # --- commands ---
 
     def on_verdict(self, verdict: State, now: float) -> None:
-        """Control published a verdict: one that gives the engine up ends what is with it."""
-        before, self.verdict, self._judged_at = self.verdict, verdict, now
-        if verdict == before:
-            return
-        self._tell()
-        if verdict in ("stalled", "dead"):
+        """Control published a verdict: one that gives the engine up aborts every open request."""
+        before, self.verdict, self._verdict_at = self.verdict, verdict, now
+        if verdict != before and verdict in ("stalled", "dead"):
             for admission in self._open.values():
-                admission.end(stalled())
+                admission.abort(stalled())
 
-    def end(self, ids: Iterable[str], code: str) -> None:
-        """Control ends single requests; others of these ids are another relay's, or over."""
+    def abort(self, ids: Iterable[str], code: str) -> None:
+        """Control ends single requests. Ids that are not open here are ignored: they are another relay's, or over."""
         for id in ids:
             if (admission := self._open.get(id)) is not None:
-                admission.end(ended(code))
-
-    def drain(self) -> None:
-        """Nobody waits for the engine's recovery any longer."""
-        self._draining = True
-        self._tell()
+                admission.abort(abort_error(code))
 
     def check(self, now: float) -> None:
-        """Raises EngineStalled while the engine is given up. One that is gone is tried: it may be back before control knows."""
-        if self.verdict == "stalled" and now - self._judged_at < LOAD_REPORT_STALE_S:
+        """Raise EngineStalled while the engine is stalled. A dead one is still tried; it may have restarted already."""
+        if self.verdict == "stalled" and now - self._verdict_at < LOAD_REPORT_STALE_S:
             raise stalled()
-
-    async def wait_until_healthy(self) -> bool:
-        """True as soon as the engine is well; False when we drain before."""
-        while not self._draining and self.verdict not in WELL:
-            await self._news.wait()
-        return not self._draining
-
-    def _tell(self) -> None:
-        self._news.set()
-        self._news.clear()
 
     # --- requests ---
 
     def new_id(self) -> str:
-        """A request id that nobody else has."""
+        """A unique request id."""
         return f"{self._prefix}-{next(self._counter):x}"
 
-    def open(self, route: str, tenant: str, trace: Trace | None) -> Admission:
-        """An admission, to be entered by `with`."""
-        return Admission(self, self.new_id(), route, tenant, trace)
+    def create(self, route: str, tenant: str, trace: Trace | None) -> Admission:
+        """An admission, to be held by `settling`."""
+        return Admission(self.new_id(), route, tenant, trace)
 
-    def note(self, admission: Admission) -> None:
-        """Remember that `admission` has deliveries to report."""
-        self._dirty.add(admission)
-        if self._timer is None:
-            self._timer = self._loop.call_later(EVENT_FLUSH_INTERVAL_S, self._flush)
-
-    def enter(self, admission: Admission) -> None:
-        """`admission` is open from now on."""
+    @contextmanager
+    def settling(self, admission: Admission) -> Iterator[None]:
+        """Keep `admission` open for a block, and settle it at the end."""
         self._open[admission.id] = admission
-        if self._looking is None:
-            self._looking = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._look)
+        if self._stall_timer is None:
+            self._stall_timer = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes)
+        try:
+            yield
+        except BaseException as e:
+            self._settle(admission, e)
+            raise
+        self._settle(admission, None)
 
-    def forget(self, admission: Admission) -> None:
-        """`admission` settles; its sums are in Settled."""
-        self._dirty.discard(admission)
-        self._open.pop(admission.id, None)
+    def admit(self, admission: Admission, estimate: Estimate) -> None:
+        """Hold `estimate` from now on."""
+        self.emit(admission.admit(estimate, time.monotonic()))
 
-    def _look(self) -> None:
+    @contextmanager
+    def queueing(self, admission: Admission) -> Iterator[None]:
+        """Context for time spent in the sidecar's queue; excluded from engine silence."""
+        began = time.monotonic()
+        self.emit(RequestBlocked(admission.id, began, True))
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            admission.queued_seconds += now - began
+            self.emit(RequestBlocked(admission.id, now, False))
+
+    def end_write(self, admission: Admission) -> None:
+        """The client has taken a write."""
+        self._emit(admission.end_write(time.monotonic()))
+
+    def deliver(self, admission: Admission, tokens: int, size: int, *, started: bool) -> None:
+        """The engine sent `tokens` in `size` bytes. `started`: they show that generation has begun."""
+        self._emit(admission.deliver(tokens, size, started, time.monotonic()))
+        if tokens:  # pings and comments are no progress of the engine
+            self._undelivered.add(admission)
+            if self._flush_timer is None:
+                self._flush_timer = self._loop.call_later(EVENT_FLUSH_INTERVAL_S, self._flush)
+
+    def _emit(self, event: Event | None) -> None:
+        if event is not None:
+            self.emit(event)
+
+    def _settle(self, admission: Admission, error: BaseException | None) -> None:
+        if not admission.admitted:
+            self.admit(admission, NO_ESTIMATE)
+        self._undelivered.discard(admission)  # Settled has the sums
+        del self._open[admission.id]
+        if isinstance(error, asyncio.CancelledError) and self.cutting:
+            error = DrainCut()
+        self.emit(admission.settle(error, self.verdict, time.monotonic()))
+
+    def _check_stalled_writes(self) -> None:
         now = time.monotonic()
         for admission in self._open.values():
-            admission.check_stalled_write(now, self._client_stall)
-        self._looking = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._look) if self._open else None
+            self._emit(admission.check_stalled_write(now, self._client_stall))
+        again = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes) if self._open else None
+        self._stall_timer = again
 
     def _flush(self) -> None:
-        self._timer = None
+        self._flush_timer = None
         now = time.monotonic()
-        for admission in self._dirty:
-            self.emit(admission.delivery(now))
-        self._dirty.clear()
+        for admission in self._undelivered:
+            self.emit(admission.take_delivery(now))
+        self._undelivered.clear()

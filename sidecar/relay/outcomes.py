@@ -1,9 +1,11 @@
-"""Pure: how a request ends. What its end is called, whose fault it is, and what its client is told."""
+"""Pure: how a request ends: its outcome, its reason code, and the error for its client."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Final
+
+import aiohttp
 
 from sidecar.errors import (
     EngineStalled,
@@ -17,30 +19,30 @@ from sidecar.events import Outcome, State
 
 
 class ClientGone(SidecarError):
-    """The client hung up while we wrote to it."""
+    """The client hung up during a write."""
 
     code = "client_gone"
 
 
 class ClientStalled(SidecarError):
-    """The client read nothing of its answer for too long."""
+    """The client has not read for too long."""
 
     code = "client_stalled"
 
 
 class EngineBroke(SidecarError):
-    """The engine's answer ended before it was complete; part of it is with the client already."""
+    """The engine's answer ended early; the client already has part of it."""
 
     code = "engine_broke"
 
 
 class DrainCut(SidecarError):
-    """We ended the request ourselves, because a drain ran out of time."""
+    """The sidecar ended the request, because a drain ran out of time."""
 
     code = "drain_cut"
 
 
-# How an exception settles a request; the first that fits. A request that ends without one is settled by its status.
+# Exception -> outcome; the first match counts. A request that ends without an exception is settled by its status.
 _OUTCOMES: Final[tuple[tuple[type[BaseException], Outcome], ...]] = (
     (EngineUnreachable, "engine_error"),
     (EngineStalled, "stalled"),
@@ -56,7 +58,7 @@ _OUTCOMES: Final[tuple[tuple[type[BaseException], Outcome], ...]] = (
 
 
 def outcome_of(error: BaseException | None, status: int, verdict: State) -> Outcome:
-    """How a request settles that ended with `error`, or without one by the engine's `status`."""
+    """The outcome of a request that ended with `error`, or else by the engine's `status`."""
     if error is None:
         outcome: Outcome = "engine_error" if status >= 500 else "rejected" if status >= 400 else "ok"
     else:
@@ -74,12 +76,21 @@ def reason_of(error: BaseException | None, status: int) -> str:
 
 
 def stalled() -> EngineStalled:
-    """The whole engine hangs: the end of every request that it has."""
+    """The error of every request when the whole engine hangs."""
     return EngineStalled("the engine made no progress and was given up; send the request again")
 
 
-def ended(code: str) -> RequestError:
-    """Why the control process ends a single request."""
+def engine_error(error: BaseException | None, verdict: State) -> RequestError:
+    """The error for a client that has nothing of its answer yet, when the connection to the engine broke."""
+    if verdict == "stalled" and not isinstance(error, aiohttp.ClientConnectorError):
+        return stalled()
+    if isinstance(error, aiohttp.ClientConnectorError | TimeoutError):
+        return EngineUnreachable("the engine does not accept connections; it may be starting or restarting")
+    return EngineUnreachable("the engine closed the connection before it answered")
+
+
+def abort_error(code: str) -> RequestError:
+    """The error of a single request that the control process aborts."""
     match code:
         case StreamStuck.code:
             return StreamStuck("the engine stopped work on this request while it went on with others; send it again")

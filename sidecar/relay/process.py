@@ -1,8 +1,8 @@
 """One relay process: a listening socket and a path to the control process in, a served data path out.
 
-Rules: it outlives every control process: while there is none it serves as before, and tells the next one what is open (see
-link.py). SIGTERM and SIGINT, which the whole group may get, mean drain: it stops accepting at once, lets its streams finish, and exits.
-Neither metrics, nor tracing, nor NVML is imported here: a relay is as small as its job.
+Rules: it outlives every control process. Without one it serves as before, and it reports what is open to the next one
+(control_link.py). SIGTERM and SIGINT, which the whole process group may get, mean drain: it stops accepting at once,
+finishes its streams, and exits. Metrics, tracing and NVML are never imported here, to keep a relay small.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sidecar.errors import place_of
 from sidecar.events import Event, Heartbeat, RelayConnected
 from sidecar.images.vllm_plugin import PluginWatch
 from sidecar.kernels import families
+from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.tenant_limits import TenantLimits
@@ -39,7 +40,6 @@ from sidecar.relay.pricing import tokenizer
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
-from sidecar.relay.pricing.tokenizer import TokenCounter
 from sidecar.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,45 +47,47 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-HEARTBEAT_INTERVAL_S: Final = 1.0  # seconds
-_TICKS: Final = 4  # looks at the clock per pulse; the pulse carries the worst
-_BACKLOG: Final = 1024
+HEARTBEAT_INTERVAL_S: Final = 1.0
+# A heartbeat carries the largest lag.
+_LAG_CHECKS_PER_HEARTBEAT: Final = 4
+_LISTEN_BACKLOG: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RelayContext:
-    """What a relay process must know: its settings, and where it stands. `control` is the path of a listening Unix socket."""
+    """Everything that a relay process is started with. `control` is the path of a listening Unix socket."""
 
     settings: Settings
     coefficients: Coefficients
     control: str
     image_key: bytes  # names images for the engine's cache, the same in all relays
-    image_socket: str = ""  # "" where images are off
-    image_cache: str = ""  # folder of prepared images; "" where none are kept
+    image_socket: str = ""  # "" if images are off
+    image_cache: str = ""  # folder of prepared images; "" if there is no cache
     image_cache_bytes: int = 0
-    accounts: str = ""  # file of the tenants' accounts, which all relays share; "" where there is no other relay
-    limits: TenantLimits = field(default_factory=TenantLimits)  # of tenants, as they were at the start
+    accounts: str = ""  # file of the tenants' accounts, shared by all relays; "" if there is only one
+    limits: TenantLimits = field(default_factory=TenantLimits)  # at the start of the sidecar
     index: int = 0
     restarts: int = 0
 
 
-def main(place: RelayContext, listener: socket.socket) -> int:
+def main(context: RelayContext, listener: socket.socket) -> int:
     """Serve until drained. Returns 0."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a stream takes two; many shells and runtimes allow 1024
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # a stream takes two files; many shells and runtimes allow 1024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     with contextlib.closing(listener):
-        uvloop.run(_serve(place, listener))
+        uvloop.run(_serve(context, listener))
     return 0
 
 
-async def _serve(place: RelayContext, listener: socket.socket) -> None:
+async def _serve(context: RelayContext, listener: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what was sent before is heard now
-    link = ControlLink(place.control, lambda at: RelayConnected(at, place.index, os.getpid(), place.restarts))
-    async with _relay(place, link.send) as relay:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # deliver signals that are pending
+    link = ControlLink(context.control, lambda at: RelayConnected(at, context.index, os.getpid(), context.restarts))
+    async with _relay(context, link.send) as relay:
         link.on_command = relay.on_command
         server = web.Server(
             relay.handle,
@@ -93,98 +95,87 @@ async def _serve(place: RelayContext, listener: socket.socket) -> None:
             access_log=None,
             logger=_quiet(),
             auto_decompress=False,
-            read_bufsize=engine_io.READ_BUFFER,
-            max_line_size=engine_io.MAX_HEADER,
-            max_field_size=engine_io.MAX_HEADER,
+            read_bufsize=engine_io.READ_BUFFER_BYTES,
+            max_line_size=engine_io.MAX_HEADER_BYTES,
+            max_field_size=engine_io.MAX_HEADER_BYTES,
         )
-        # what lives now lives to the end, and a request leaves next to no cycles: look for them less often
+        # objects alive now stay, and requests leave almost no cycles: collect less often
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)
-        accepting = await loop.create_server(server, sock=listener, backlog=_BACKLOG)
-        duties = [asyncio.create_task(_lasting(link.run)), asyncio.create_task(_lasting(lambda: _pulse(link, relay)))]
+        accepting = await loop.create_server(server, sock=listener, backlog=_LISTEN_BACKLOG)
+        tasks = [
+            asyncio.create_task(_restarting(link.run)),
+            asyncio.create_task(_restarting(lambda: _send_heartbeats(link, relay))),
+        ]
         try:
             await ended.wait()
             accepting.close()
-            await relay.drain(server, place.settings.drain_seconds)
+            await relay.drain(server, context.settings.drain_seconds)
         finally:
-            for duty in duties:
-                duty.cancel()
-            await asyncio.gather(*duties, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     await link.close()
 
 
 @contextlib.asynccontextmanager
-async def _relay(place: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
-    own = place.settings
-    async with _images(place) as images, _fetcher(own) as fetch, _quota(place) as quota, _counter(own) as counter:
-        spec = families.from_dir(own.model) if own.model else None
+async def _relay(context: RelayContext, emit: Callable[[Event], None]) -> AsyncIterator[Relay]:
+    settings = context.settings
+    async with contextlib.AsyncExitStack() as stack:
+        images = _images(context)
+        if images is not None:
+            stack.push_async_callback(images.close)
+        domains = url_policy.parse_domains(settings.image_urls)
+        fetcher = Fetcher(domains, settings.image_max_bytes) if domains else None
+        if fetcher is not None:
+            stack.push_async_callback(fetcher.close)
+        quota = await stack.enter_async_context(_quota(context)) if settings.tenant_limits else None
+        counter = tokenizer.load_counter(settings.model)  # before serving, as loading blocks the loop
+        if counter is not None:
+            stack.callback(counter.close)
+        fetch = fetcher.fetch if fetcher is not None else None
         relay = Relay(
-            own,
-            place.coefficients,
+            settings,
+            context.coefficients,
             emit,
-            index=place.index,
-            engine_kind=own.engine_kind if own.engine_kind != "auto" else "",
-            image_key=place.image_key,
+            index=context.index,
+            engine_kind=settings.engine_kind if settings.engine_kind != "auto" else "",
+            image_key=context.image_key,
             images=images,
-            preprocess=_preprocess(images, own, emit, fetch) if images is not None else None,
+            preprocess=_preprocess(images, settings, emit, fetch) if images is not None else None,
             fetch=fetch,
-            shm=PluginWatch() if own.images == "shm" else None,
-            pricing=Pricing(Estimator(place.coefficients), quota, counter, spec),
+            is_shm_ready=PluginWatch() if settings.images == "shm" else None,
+            pricing=Pricing(Estimator(context.coefficients), quota, counter, _processor(settings)),
         )
-        try:
-            yield relay
-        finally:
-            await relay.close()
+        stack.push_async_callback(relay.close)
+        yield relay
 
 
-@contextlib.asynccontextmanager
-async def _images(place: RelayContext) -> AsyncIterator[ImageService | None]:
-    """The image workers' client; None where images are off."""
-    own = place.settings
-    if not place.image_socket:
-        yield None
-        return
-    # imported only where images are on: without them a relay stays as small as it is
+def _processor(settings: Settings) -> ProcessorSpec | None:
+    return families.from_dir(settings.model) if settings.model else None
+
+
+def _images(context: RelayContext) -> ImageService | None:
+    """The image workers' client; None if images are off."""
+    spec = _processor(context.settings)
+    if not context.image_socket or spec is None:
+        return None
+    # imported only if images are on, to keep a relay without them small
     from sidecar.images.service import ImageService
     from sidecar.images.shm_cache import ImageCache
 
-    spec = families.from_dir(own.model)
-    if spec is None:
-        yield None
-        return
-    cache = ImageCache(place.image_cache, place.image_cache_bytes, place.image_key) if place.image_cache else None
-    images = ImageService(place.image_socket, own, spec, cache)
-    try:
-        yield images
-    finally:
-        await images.close()
+    folder = context.image_cache
+    cache = ImageCache(folder, context.image_cache_bytes, context.image_key) if folder else None
+    return ImageService(context.image_socket, context.settings, spec, cache)
 
 
 @contextlib.asynccontextmanager
-async def _fetcher(own: Settings) -> AsyncIterator[Fetch | None]:
-    """Fetches images behind links; None where --image-urls is off."""
-    among = url_policy.domains(own.image_urls)
-    if not among:
-        yield None
-        return
-    fetcher = Fetcher(among, own.image_max_bytes)
-    try:
-        yield fetcher.fetch
-    finally:
-        await fetcher.close()
-
-
-@contextlib.asynccontextmanager
-async def _quota(place: RelayContext) -> AsyncIterator[Quota | None]:
-    """The tenants' limits, read again as they change; None where there are none."""
-    own = place.settings
-    if not own.tenant_limits:
-        yield None
-        return
-    quota = Quota(
-        own.tenant_limits, TenantAccounts(place.accounts, own.workers, place.index), own.workers, place.limits
-    )
-    watching = asyncio.create_task(_lasting(quota.watch))
+async def _quota(context: RelayContext) -> AsyncIterator[Quota]:
+    """The tenants' limits, reloaded when they change."""
+    settings = context.settings
+    accounts = TenantAccounts(context.accounts, settings.workers, context.index)
+    quota = Quota(settings.tenant_limits, accounts, settings.workers, context.limits)
+    watching = asyncio.create_task(_restarting(quota.watch))
     try:
         yield quota
     finally:
@@ -193,39 +184,30 @@ async def _quota(place: RelayContext) -> AsyncIterator[Quota | None]:
         quota.close()
 
 
-@contextlib.asynccontextmanager
-async def _counter(own: Settings) -> AsyncIterator[TokenCounter | None]:
-    """Counts tokens; None where the model's tokenizer is not known. Loaded before anything is served, as loading blocks the loop."""
-    counter = tokenizer.load(own.model)
-    try:
-        yield counter
-    finally:
-        if counter is not None:
-            counter.close()
-
-
-def _preprocess(images: ImageService, own: Settings, emit: Callable[[Event], None], fetch: Fetch | None) -> Handler:
+def _preprocess(
+    images: ImageService, settings: Settings, emit: Callable[[Event], None], fetch: Fetch | None
+) -> Handler:
     from sidecar.relay.media.preprocess_api import preprocess
 
-    return lambda request: preprocess(request, images, own, emit, fetch)
+    return lambda request: preprocess(request, images, settings, emit, fetch)
 
 
-async def _lasting(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Begin a duty again when a defect of ours ends it: a relay that serves on and reports no more would blind the verdict."""
+async def _restarting(task: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a task again if a defect ends it: a relay that serves without reporting would blind the verdict."""
     while True:
         try:
-            return await duty()
-        except Exception as e:  # noqa: BLE001  whatever it was: streams must go on
-            _log.error("a duty of the relay broke: %s at %s", type(e).__name__, place_of(e))
+            return await task()
+        except Exception as e:  # noqa: BLE001  streams must go on after any failure
+            _log.error("relay background task failed, restarting it: %s at %s", type(e).__name__, place_of(e))
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
 
-async def _pulse(link: ControlLink, relay: Relay) -> None:
-    """Tell the control process once a second that we live, and how late our timers run."""
-    step = HEARTBEAT_INTERVAL_S / _TICKS
+async def _send_heartbeats(link: ControlLink, relay: Relay) -> None:
+    """Report to control once a second that this process is alive, and how late its timers run."""
+    step = HEARTBEAT_INTERVAL_S / _LAG_CHECKS_PER_HEARTBEAT
     while True:
         worst = 0.0
-        for _ in range(_TICKS):
+        for _ in range(_LAG_CHECKS_PER_HEARTBEAT):
             due = time.monotonic() + step
             await asyncio.sleep(step)
             worst = max(worst, time.monotonic() - due)
@@ -233,7 +215,7 @@ async def _pulse(link: ControlLink, relay: Relay) -> None:
 
 
 def _quiet() -> logging.Logger:
-    """aiohttp logs a traceback for every malformed request anybody sends; the 400 that they get is enough."""
+    """A logger that drops aiohttp's traceback for each malformed request: the client's 400 is enough."""
     logger = logging.getLogger("sidecar.relay.http")
     logger.setLevel(logging.CRITICAL)
     return logger

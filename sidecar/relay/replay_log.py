@@ -1,10 +1,10 @@
-"""Pure: what a control process must be told of a relay's requests, when it is new and the relay is not.
+"""Pure: what a new control process must receive from a relay that outlived the last one.
 
-Every fact on its way to control passes here. Kept are, of each open request, its admission, its first token, the sum of
-its deliveries, and whether its client is slow to read; of the engine, the orders that stopped it, and such calls that
-are with it; and the requests that settled, until control says that it has booked them. Sent again in the order of their
-times, they give a new control process the same ledger. What the last one had booked and not yet said so goes to
-both; to one, each request settles once.
+Every event on its way to control passes here. Kept are: of each open request its admission, its first token, the sum
+of its deliveries, and whether its client is slow to read; of the engine, the calls that paused it, and those still
+open; and settled requests, until control acknowledges them. Replayed in the order of their times, they give a new
+control process the same ledger. What the last one had recorded without acknowledging goes to both; in each, a request
+settles once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from sidecar.events import (
     Settled,
 )
 
-MAX_SETTLED: Final = 10_000  # settlements kept for a control process that does not come; about 10 MB
+# Settlements kept while there is no control process; about 10 MB.
+MAX_SETTLED: Final = 10_000
 
 
 @dataclass(slots=True)
@@ -33,72 +34,74 @@ class _Request:
     admitted: Admitted
     first: FirstToken | None = None
     delivered: Delivered | None = None
-    pressed: RequestBlocked | None = None
+    blocked: RequestBlocked | None = None
 
-    def facts(self) -> Iterator[Event]:
+    def events(self) -> Iterator[Event]:
         yield self.admitted
-        for fact in (self.first, self.delivered, self.pressed):
-            if fact is not None:
-                yield fact
+        for event in (self.first, self.delivered, self.blocked):
+            if event is not None:
+                yield event
 
 
 class ReplayLog:
-    """One per relay process. `note` each fact that is sent, in order."""
+    """One per relay process. Call `note` with each event that is sent, in order."""
 
     def __init__(self) -> None:
         self._open: dict[str, _Request] = {}
         self._settled: deque[tuple[int, _Request, Settled]] = deque(maxlen=MAX_SETTLED)
-        self._directed: dict[str, EnginePauseChanged] = {}
-        self._directing: dict[int, Directing] = {}
-        self._ends = 0  # settlements on this connection
+        self._paused: dict[str, EnginePauseChanged] = {}
+        self._pause_calls: dict[int, Directing] = {}
+        self._settled_count = 0  # on this connection
 
-    def note(self, fact: Event) -> None:
-        """`fact` goes to the control process now, or would if there were one."""
-        match fact:
+    def note(self, event: Event) -> None:
+        """`event` is sent to the control process now, if there is one."""
+        match event:
             case Delivered():
-                if (request := self._open.get(fact.id)) is not None:
-                    request.delivered = _sum(request.delivered, fact)
+                if (request := self._open.get(event.id)) is not None:
+                    request.delivered = _add(request.delivered, event)
             case Admitted():
-                self._open[fact.id] = _Request(fact)
+                self._open[event.id] = _Request(event)
             case FirstToken():
-                if (request := self._open.get(fact.id)) is not None:
-                    request.first = fact
+                if (request := self._open.get(event.id)) is not None:
+                    request.first = event
             case Settled():
-                self._ends += 1
-                if (request := self._open.pop(fact.id, None)) is not None:
-                    self._settled.append((self._ends, request, fact))
+                self._settled_count += 1
+                if (request := self._open.pop(event.id, None)) is not None:
+                    self._settled.append((self._settled_count, request, event))
             case RequestBlocked():
-                if (request := self._open.get(fact.id)) is not None:
-                    request.pressed = fact  # its end, too: since then the engine answers for the silence
+                if (request := self._open.get(event.id)) is not None:
+                    request.blocked = event  # also its end: from then on silence is the engine's
             case EnginePauseChanged():
-                self._directed.pop(fact.what, None)
-                if fact.on:
-                    self._directed[fact.what] = fact
+                self._paused.pop(event.what, None)
+                if event.on:
+                    self._paused[event.what] = event
             case Directing(on=True):
-                self._directing[fact.id] = fact
+                self._pause_calls[event.id] = event
             case Directing():
-                self._directing.pop(fact.id, None)
+                self._pause_calls.pop(event.id, None)
             case _:
                 pass
 
-    def booked(self, count: int) -> None:
-        """The control process has read the first `count` settlements of this connection."""
+    def ack(self, count: int) -> None:
+        """The control process has recorded the first `count` settlements of this connection."""
         while self._settled and self._settled[0][0] <= count:
             self._settled.popleft()
 
     def events(self) -> list[Event]:
-        """All that a new control process must be told first, in order; from now on `booked` counts for its connection."""
-        self._settled = deque(((n, r, end) for n, (_, r, end) in enumerate(self._settled, 1)), MAX_SETTLED)
-        self._ends = len(self._settled)
-        facts: list[Event] = [*self._directed.values(), *self._directing.values()]
+        """Everything that a new control process needs, in order; from now on `ack` counts for its connection."""
+        self._settled = deque(
+            ((number, request, settled) for number, (_, request, settled) in enumerate(self._settled, 1)), MAX_SETTLED
+        )
+        self._settled_count = len(self._settled)
+        events: list[Event] = [*self._paused.values(), *self._pause_calls.values()]
         for request in self._open.values():
-            facts += request.facts()
-        for _, request, end in self._settled:
-            facts += [*request.facts(), end]
-        return sorted(facts, key=lambda fact: fact.at)  # stable: what is of one time keeps its order
+            events += request.events()
+        for _, request, settled in self._settled:
+            events += [*request.events(), settled]
+        return sorted(events, key=lambda event: event.at)  # stable: events of one time keep their order
 
 
-def _sum(before: Delivered | None, fact: Delivered) -> Delivered:
+def _add(before: Delivered | None, event: Delivered) -> Delivered:
     if before is None:
-        return fact
-    return replace(fact, tokens=before.tokens + fact.tokens, bytes=before.bytes + fact.bytes)
+        return event
+    return replace(event, tokens=before.tokens + event.tokens, bytes=before.bytes + event.bytes)

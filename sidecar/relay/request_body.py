@@ -1,12 +1,12 @@
 """Pure: request bodies. Which paths are engine work, and image payloads kept away from the JSON parser.
 
-Rules: the base64 text of a data URL never goes through `json`: it is cut out by byte search, and the small rest is parsed.
-A body in which nothing changes is sent as the very bytes that came in. A body that cannot be parsed is the engine's to judge.
+Rules: the base64 text of a data URL never goes through `json`: it is cut out by byte search, and the small rest is
+parsed. A body in which nothing changes is sent byte for byte. A body that cannot be parsed is left to the engine.
 
-Why the cut is safe: in valid JSON an unescaped `"` directly before `data:` opens a string, and the next unescaped `"` ends it.
-A data URL with a backslash inside (`\\/`, as PHP writes it) is left to the JSON parser. A placeholder carries a nonce
-that is drawn for this one body once it is here, so no text of a user can be taken for one. A data URL need not be an
-image: a text of the payload is read through `Skeleton.text`.
+Why the cut is safe: in valid JSON an unescaped `"` directly before `data:` opens a string, and the next unescaped `"`
+ends it. A data URL with a backslash inside (`\\/`, as PHP writes it) is left to the JSON parser. A placeholder carries
+a nonce that is drawn for this one body after it arrived, so no user's text can be mistaken for one. A data URL need
+not be an image: a text of the payload is read through `ParsedBody.text`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ ROUTES: Final[dict[str, str]] = {
     "audio/speech": "audio",
 }
 
-MAX_PARSED: Final = 16 << 20  # bytes of JSON without images; json.loads holds the GIL for about 5 ms a MiB
-# Members by which a request says itself how vLLM shall process its images: they are then the engine's, untouched.
-OWN_PROCESSING: Final = ("mm_processor_kwargs", "media_io_kwargs")
-_MARK: Final = b";base64,"
-_MAX_MEDIA_TYPE: Final = 128  # bytes between `"data:` and `;base64,`
+# JSON without images; json.loads holds the GIL for about 5 ms a MiB.
+MAX_PARSED_BYTES: Final = 16 << 20
+# Members that configure vLLM's own image processing: the images are then left to the engine.
+PROCESSING_OPTIONS: Final = ("mm_processor_kwargs", "media_io_kwargs")
+_BASE64_MARK: Final = b";base64,"
+# Between `"data:` and `;base64,`.
+_MAX_MEDIA_TYPE_BYTES: Final = 128
 
 Buffer = bytes | memoryview | bytearray
 
@@ -62,39 +64,35 @@ class ImagePart:
     `link`: where its bytes must be fetched from; it has no `data` then.
     """
 
-    index: int  # into Skeleton.originals
+    index: int  # into ParsedBody.originals
     where: str  # "messages[0].content[1]"
     media_type: str  # "image/jpeg"
     data: memoryview
     part: dict[str, Any]
     link: str = ""
-    named: bool = False  # whether `part` has a `uuid` of ours
+    named: bool = False  # `part` got its `uuid` from the sidecar
 
 
 @dataclass(slots=True)
 class ParsedBody:
-    """A body without its data URLs. `payload` is None when the body is no JSON object or too long to parse."""
+    """A body without its data URLs. `payload` is None if the body is no JSON object or too long to parse."""
 
     body: bytes
     nonce: str = ""
     payload: dict[str, Any] | None = None
-    originals: list[Buffer] = field(default_factory=list)  # the data URLs, as they stand between their quotes
+    originals: list[Buffer] = field(default_factory=list)  # the data URLs, without their quotes
     images: list[ImagePart] = field(default_factory=list)
 
     def text(self, found: str) -> str:
-        """A text of the payload as it came in: with the data URLs that were cut out of it."""
+        """A text of the payload as the client sent it, with the data URLs that were cut out."""
         if not self.originals or self.nonce not in found:
             return found
         stem = re.escape(_stem(self.nonce))
-        return re.sub(
-            stem + r"(\d+)\.",
-            lambda extract_data_urls: str(self.originals[int(extract_data_urls[1])], "utf-8", "replace"),
-            found,
-        )
+        return re.sub(stem + r"(\d+)\.", lambda match: str(self.originals[int(match[1])], "utf-8", "replace"), found)
 
 
 def route_of(path: str) -> str | None:
-    """The route name of a POST to `path` (no query), or None when it is not engine work."""
+    """The route name of a POST to `path` (no query), or None if it is not engine work."""
     head, _, last = path.rpartition("/")
     return ROUTES.get(head.rpartition("/")[2] + "/" + last) or ROUTES.get(last)
 
@@ -104,51 +102,50 @@ def extract_data_urls(body: bytes, nonce: str, *, links: bool = False) -> Parsed
 
     `links`: images behind http(s) links count as images, too.
     """
-    skeleton = ParsedBody(body, nonce)
+    parsed = ParsedBody(body, nonce)
     pieces: list[Buffer] = []
     view = memoryview(body)
     at = 0
-    for start, end in _data_urls(body):
-        pieces += (view[at:start], _placeholder(nonce, len(skeleton.originals)).encode())
-        skeleton.originals.append(view[start:end])
+    for start, end in _find_data_urls(body):
+        pieces += (view[at:start], _placeholder(nonce, len(parsed.originals)).encode())
+        parsed.originals.append(view[start:end])
         at = end
     rest = b"".join((*pieces, view[at:])) if pieces else body
-    skeleton.payload = _parse(rest)
-    if skeleton.payload is not None:
-        skeleton.images = list(_images(skeleton, skeleton.payload, links))
-    return skeleton
+    parsed.payload = _parse(rest)
+    if parsed.payload is not None:
+        parsed.images = list(_find_images(parsed, parsed.payload, links))
+    return parsed
 
 
-def rebuild(
-    skeleton: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False
-) -> list[Buffer]:
+def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, ask_usage: bool = False) -> list[Buffer]:
     """The body to send, in pieces.
 
-    `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds `stream_options.include_usage`. With
-    neither, the original bytes. Changes that were made in `payload` are sent only along with a replacement.
+    `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds
+    `stream_options.include_usage`. With neither: the original bytes.
+    Changes in `payload` are sent only with a replacement.
     """
-    if skeleton.payload is None or not (replaced or ask_usage):
-        return [skeleton.body]
-    if not replaced and "stream_options" not in skeleton.payload:
-        return _spliced(skeleton.body, b'"stream_options":{"include_usage":true},')
-    payload = skeleton.payload
+    if parsed.payload is None or not (replaced or ask_usage):
+        return [parsed.body]
+    if not replaced and "stream_options" not in parsed.payload:
+        return _prepend_member(parsed.body, b'"stream_options":{"include_usage":true},')
+    payload = parsed.payload
     if ask_usage:
         payload = {**payload, "stream_options": {**(payload.get("stream_options") or {}), "include_usage": True}}
-    return list(_filled(skeleton, json.dumps(payload, separators=(",", ":")).encode(), replaced))
+    return list(_fill(parsed, json.dumps(payload, separators=(",", ":")).encode(), replaced))
 
 
-def original(skeleton: ParsedBody, text: str) -> Buffer:
-    """What a text of the payload stands for: the data URL that was cut out, or the text itself."""
-    stem = _stem(skeleton.nonce)
-    return skeleton.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
+def original(parsed: ParsedBody, text: str) -> Buffer:
+    """The original of a text of the payload: the data URL that was cut out, or the text itself."""
+    stem = _stem(parsed.nonce)
+    return parsed.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
 
 
-def _data_urls(body: bytes) -> Iterator[tuple[int, int]]:
+def _find_data_urls(body: bytes) -> Iterator[tuple[int, int]]:
     """(start, end) of every string that is a base64 data URL without escapes, quotes excluded."""
-    mark = body.find(_MARK)
+    mark = body.find(_BASE64_MARK)
     while mark >= 0:
-        after = mark + len(_MARK)
-        quote = body.rfind(b'"', max(0, mark - _MAX_MEDIA_TYPE), mark)
+        after = mark + len(_BASE64_MARK)
+        quote = body.rfind(b'"', max(0, mark - _MAX_MEDIA_TYPE_BYTES), mark)
         if quote > 0 and body.startswith(b"data:", quote + 1) and body[quote - 1] != 0x5C:
             end = body.find(b'"', after)
             if end < 0:
@@ -156,12 +153,12 @@ def _data_urls(body: bytes) -> Iterator[tuple[int, int]]:
             if body.find(b"\\", quote, end) < 0:
                 yield quote + 1, end
                 after = end
-        mark = body.find(_MARK, after)
+        mark = body.find(_BASE64_MARK, after)
 
 
 def _parse(rest: bytes) -> dict[str, Any] | None:
-    if len(rest) > MAX_PARSED or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return None  # too long; or UTF-16 or UTF-32, which `json` would read and which our bytes do not fit into
+    if len(rest) > MAX_PARSED_BYTES or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return None  # too long; or UTF-16 or UTF-32, into which ASCII pieces do not fit
     try:
         payload = json.loads(rest)
     except (ValueError, RecursionError):
@@ -169,9 +166,9 @@ def _parse(rest: bytes) -> dict[str, Any] | None:
     return payload if isinstance(payload, dict) else None
 
 
-def _images(skeleton: ParsedBody, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
-    """The base64 images, and with `links` those to be fetched, in content parts of `messages` (chat) and `input` (responses)."""
-    if any(payload.get(name) for name in OWN_PROCESSING):
+def _find_images(parsed: ParsedBody, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
+    """The base64 images, and with `links` those to fetch, in parts of `messages` (chat) and `input` (responses)."""
+    if any(payload.get(name) for name in PROCESSING_OPTIONS):
         return
     for where, part in _image_parts(payload):
         url = part.get("image_url")
@@ -180,12 +177,12 @@ def _images(skeleton: ParsedBody, payload: dict[str, Any], links: bool) -> Itera
         if not isinstance(text, str):
             continue
         if links and is_link(text):
-            yield ImagePart(_put_away(skeleton, holder, key, text), where, "", memoryview(b""), part, text)
+            yield ImagePart(_stash(parsed, holder, key, text), where, "", memoryview(b""), part, text)
             continue
-        index = _index_of(skeleton, holder, key, text)
+        index = _index_of(parsed, holder, key, text)
         if index is None:
             continue
-        media_type, mark, data = _split(skeleton.originals[index], text)
+        media_type, mark, data = _split_data_url(parsed.originals[index], text)
         if mark and media_type.startswith("image/"):
             yield ImagePart(index, where, media_type, data, part)
 
@@ -200,30 +197,30 @@ def _image_parts(payload: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
                     yield f"{name}[{i}].content[{j}]", part
 
 
-def _index_of(skeleton: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int | None:
-    """Which original `text` stands for. A data URL that was not cut (it had escapes) becomes one now."""
-    stem = _stem(skeleton.nonce)
+def _index_of(parsed: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int | None:
+    """The index of the original of `text`. A data URL that was not cut (it had escapes) is cut now."""
+    stem = _stem(parsed.nonce)
     if text.startswith(stem):
         return int(text[len(stem) : -1])
     if not text.startswith("data:image/"):
         return None
-    return _put_away(skeleton, holder, key, text)
+    return _stash(parsed, holder, key, text)
 
 
-def _put_away(skeleton: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int:
-    """Let a placeholder stand for `text`; which original it is."""
-    skeleton.originals.append(json.dumps(text)[1:-1].encode())
-    holder[key] = _placeholder(skeleton.nonce, len(skeleton.originals) - 1)
-    return len(skeleton.originals) - 1
+def _stash(parsed: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int:
+    """Replace `text` by a placeholder; return the index of its original."""
+    parsed.originals.append(json.dumps(text)[1:-1].encode())
+    holder[key] = _placeholder(parsed.nonce, len(parsed.originals) - 1)
+    return len(parsed.originals) - 1
 
 
-def _split(original: Buffer, text: str) -> tuple[str, bool, memoryview]:
-    """(media type, whether it is base64, the base64 text) of a data URL; `text` is its decoded form where it was not cut."""
+def _split_data_url(original: Buffer, text: str) -> tuple[str, bool, memoryview]:
+    """(media type, whether it is base64, the base64 text) of a data URL; `text`: decoded, if it had escapes."""
     view = memoryview(text.encode(errors="replace") if isinstance(original, bytes) else original)
-    head = bytes(view[: _MAX_MEDIA_TYPE + len(_MARK)])
-    at = head.find(_MARK)
+    head = bytes(view[: _MAX_MEDIA_TYPE_BYTES + len(_BASE64_MARK)])
+    at = head.find(_BASE64_MARK)
     media_type = head[len("data:") : max(at, 0)].decode("latin-1").partition(";")[0].strip().lower()
-    return media_type, at > 0, view[at + len(_MARK) :]
+    return media_type, at > 0, view[at + len(_BASE64_MARK) :]
 
 
 def _placeholder(nonce: str, index: int) -> str:
@@ -234,15 +231,15 @@ def _stem(nonce: str) -> str:
     return f"data:,{nonce}-"
 
 
-def _spliced(body: bytes, member: bytes) -> list[Buffer]:
+def _prepend_member(body: bytes, member: bytes) -> list[Buffer]:
     """`body`, a non-empty JSON object, with one more member in front."""
     brace = body.index(b"{") + 1
     return [body[:brace] + member, memoryview(body)[brace:]]
 
 
-def _filled(skeleton: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
-    """`text` with each placeholder exchanged for its replacement, or else for what stood there."""
-    pieces = re.split(rb"%b(\d+)\." % re.escape(_stem(skeleton.nonce)).encode(), text)
+def _fill(parsed: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
+    """`text` with each placeholder replaced by its replacement, or else by its original."""
+    pieces = re.split(rb"%b(\d+)\." % re.escape(_stem(parsed.nonce)).encode(), text)
     yield pieces[0]
     for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
         index = int(number)
@@ -252,5 +249,5 @@ def _filled(skeleton: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str,
                 yield f"data:{media_type};base64,".encode()
             yield data
         else:
-            yield skeleton.originals[index]
+            yield parsed.originals[index]
         yield after

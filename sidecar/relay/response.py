@@ -1,13 +1,14 @@
 """The engine's answer to work, on its way to the client and measured as it passes.
 
-Rules: an answer goes out chunk by chunk as it comes; while a write waits for the client, the admission knows. An answer that has
-begun and cannot be ended as the engine would have, ends by an error event where it is a stream between two events, else by a
-broken connection, so that no client takes a part for the whole.
+Rules: an answer goes out chunk by chunk as it comes. A write that waits for the client is marked in the admission. An
+answer that began and cannot end as the engine would have ended it, ends by an error event if it is a stream between
+two events, else by a broken connection, so that no client takes a part for the whole.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Final
 
 import aiohttp
@@ -15,150 +16,140 @@ from aiohttp import web
 
 from sidecar.errors import RequestError
 from sidecar.relay import client_io
-from sidecar.relay.admission import Admission
+from sidecar.relay.admission import Admission, BegunAnswer
 from sidecar.relay.headers import Headers
+from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import EngineBroke
-from sidecar.relay.sse import SSE, BodyTail, error_event, priced, usage_of
+from sidecar.relay.sse import SSE, BodyTail, add_price, error_event, usage_of
 
-SMALL: Final = 256 << 10  # bytes: an answer of known length up to here is read whole and written at once
-_PARTING_SECONDS: Final = 1.0  # for the last event to a client that may not read
+# An answer of known length up to this is read whole and written at once.
+MAX_SHORT_BYTES: Final = 256 << 10
+# For the last event to a client that may not read.
+_ERROR_EVENT_TIMEOUT_S: Final = 1.0
 
 
 def is_stream(answer: aiohttp.ClientResponse) -> bool:
-    """Whether an answer is a stream of server-sent events, whatever its encoding."""
+    """Whether an answer is a stream of server-sent events, in any encoding."""
     return answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
 def is_plain(answer: aiohttp.ClientResponse) -> bool:
-    """Whether an answer's bytes are as they mean: not compressed."""
+    """Whether an answer is not compressed."""
     return "content-encoding" not in answer.headers
 
 
 def is_short(answer: aiohttp.ClientResponse) -> bool:
     """Whether an answer is read whole before it goes on."""
-    return (answer.content_length or SMALL + 1) <= SMALL
+    return (answer.content_length or MAX_SHORT_BYTES + 1) <= MAX_SHORT_BYTES
 
 
-def is_whole(answer: aiohttp.ClientResponse) -> bool:
-    """Whether an answer means nothing before its end, however it is sent: its first bytes are no first token."""
-    return answer.content_type == "application/json"
+def can_change(answer: aiohttp.ClientResponse) -> bool:
+    """Whether an answer may be changed on its way."""
+    return is_plain(answer) and (is_stream(answer) or is_short(answer))
 
 
-def is_read(answer: aiohttp.ClientResponse) -> bool:
-    """Whether an answer that is plain may be changed on its way."""
-    return is_stream(answer) or is_short(answer)
+class ResponseSender:
+    """Sends one answer to the client with the headers `passed`."""
+
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        answer: aiohttp.ClientResponse,
+        passed: Headers,
+        admission: Admission,
+        open_requests: OpenRequests,
+    ) -> None:
+        self._request = request
+        self._answer = answer
+        self._passed = passed
+        self._admission = admission
+        self._open_requests = open_requests
+
+    async def send(self) -> web.StreamResponse:
+        """Send it. Raises EngineBroke, if the answer is short before anything was sent."""
+        if is_plain(self._answer) and is_stream(self._answer):
+            return await self._send_stream()
+        return await (self._send_short() if is_short(self._answer) else self._send_long())
+
+    async def _send_stream(self) -> web.StreamResponse:
+        sse = SSE(self._admission.shape.ask_usage, self._admission.price)
+        response = web.StreamResponse(status=self._answer.status, reason=self._answer.reason, headers=self._passed)
+        await self._start(response, sse)
+        try:
+            while chunk := await client_io.next_chunk(self._answer):
+                before = sse.tokens
+                piece = sse.feed(chunk)
+                self._open_requests.deliver(self._admission, sse.tokens - before, len(chunk), started=sse.started)
+                if piece:
+                    await self._write(response, piece)
+            if rest := sse.finish():
+                await self._write(response, rest)
+        finally:
+            self._admission.usage = sse.usage
+        await self._end(response)
+        return response
+
+    async def _send_long(self) -> web.StreamResponse:
+        """A body that may be long, and is no stream whose events can be read."""
+        tail = BodyTail()
+        # events cannot be separated in a compressed stream: each chunk counts as one
+        tokens = int(is_stream(self._answer))
+        # JSON means nothing before its end: its first bytes are no first token
+        started = self._answer.ok and self._answer.content_type != "application/json"
+        response = web.StreamResponse(status=self._answer.status, reason=self._answer.reason, headers=self._passed)
+        await self._start(response, None)
+        while chunk := await client_io.next_chunk(self._answer):
+            tail.feed(chunk)
+            self._open_requests.deliver(self._admission, tokens, len(chunk), started=started)
+            await self._write(response, chunk)
+        self._admission.usage = tail.usage if is_plain(self._answer) else None
+        await self._end(response)
+        return response
+
+    async def _send_short(self) -> web.StreamResponse:
+        """One read, one write; the usage is parsed after the client has the answer."""
+        try:
+            body = await self._answer.read()
+        except client_io.ENGINE_ERRORS:
+            raise EngineBroke from None
+        price = self._admission.price
+        sent = add_price(body, price) if price is not None and is_plain(self._answer) else body
+        response = web.Response(status=self._answer.status, reason=self._answer.reason, headers=self._passed, body=sent)
+        try:
+            await self._start(response, None)
+            await self._end(response)
+        finally:
+            self._admission.usage = usage_of(body)
+            self._open_requests.deliver(self._admission, 0, len(body), started=False)
+        return response
+
+    async def _start(self, response: web.StreamResponse, sse: SSE | None) -> None:
+        self._admission.writing_since = time.monotonic()
+        await client_io.start(response, self._request)
+        self._admission.begun = BegunAnswer(response, sse)
+        self._open_requests.end_write(self._admission)
+
+    async def _write(self, response: web.StreamResponse, data: bytes | bytearray) -> None:
+        self._admission.writing_since = time.monotonic()
+        await client_io.write(response, data)
+        self._open_requests.end_write(self._admission)
+
+    async def _end(self, response: web.StreamResponse) -> None:
+        self._admission.writing_since = time.monotonic()
+        await client_io.end(response)
+        self._open_requests.end_write(self._admission)
 
 
-async def pass_on(
-    request: web.BaseRequest,
-    answer: aiohttp.ClientResponse,
-    admission: Admission,
-    passed: Headers,
-    *,
-    hold_head: bool,
-) -> web.StreamResponse:
-    """Send the answer with the headers `passed`. `hold_head`: a stream's head goes out with its first bytes, not before.
-
-    Raises EngineBroke before anything was sent where a short answer broke.
-    """
-    if is_plain(answer) and is_stream(answer):
-        return await _stream(request, answer, admission, passed, hold_head)
-    if is_short(answer):
-        return await _small(request, answer, admission, passed)
-    return await _long(request, answer, admission, passed)
-
-
-async def part(request: web.BaseRequest, admission: Admission, error: RequestError) -> web.StreamResponse:
-    """End an answer that has begun: the client learns of `error` as far as the answer's form allows."""
+async def end_with_error(request: web.BaseRequest, admission: Admission, error: RequestError) -> web.StreamResponse:
+    """End an answer that has begun. The client learns of `error` as far as the answer's form allows."""
     begun = admission.begun
     assert begun is not None
-    if begun.sse is None or not begun.sse.whole or begun.response.content_length is not None:
+    if begun.sse is None or not begun.sse.is_between_events or begun.response.content_length is not None:
         return client_io.hang_up(request)
     try:
-        async with asyncio.timeout(_PARTING_SECONDS):
+        async with asyncio.timeout(_ERROR_EVENT_TIMEOUT_S):
             await begun.response.write(error_event(error.body()["error"], admission.route))
             await begun.response.write_eof()
     except (ConnectionError, TimeoutError):
         return client_io.hang_up(request, at_once=True)
     return begun.response
-
-
-async def _stream(
-    request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers, hold_head: bool
-) -> web.StreamResponse:
-    """An event stream."""
-    sse = SSE(admission.shape.ask_usage, admission.price)
-    response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-    chunk = await client_io.next_chunk(answer) if hold_head else b""
-    await _start(request, response, admission, sse)
-    try:
-        while chunk or (chunk := await client_io.next_chunk(answer)):
-            before = sse.tokens
-            piece = sse.feed(chunk)
-            admission.deliver(sse.tokens - before, len(chunk), sse.started)
-            if piece:
-                await _write(response, piece, admission)
-            chunk = b""
-        if rest := sse.finish():
-            await _write(response, rest, admission)
-    finally:
-        admission.usage = sse.usage
-    await _end(response, admission)
-    return response
-
-
-async def _long(
-    request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers
-) -> web.StreamResponse:
-    """A body that is no stream we can read, and may be long."""
-    tail = BodyTail()
-    # where events cannot be told apart, each chunk counts as one
-    opaque_stream = int(is_stream(answer))
-    started = answer.ok and not is_whole(answer)
-    response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-    await _start(request, response, admission, None)
-    while chunk := await client_io.next_chunk(answer):
-        tail.feed(chunk)
-        admission.deliver(opaque_stream, len(chunk), started)
-        await _write(response, chunk, admission)
-    admission.usage = tail.usage if is_plain(answer) else None
-    await _end(response, admission)
-    return response
-
-
-async def _small(
-    request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, passed: Headers
-) -> web.StreamResponse:
-    """A short answer: one read, one write; what it tells is read when the client has it. Before, a break is an error it can read."""
-    try:
-        body = await answer.read()
-    except client_io.BREAKS:
-        raise EngineBroke from None
-    sent = priced(body, admission.price) if admission.price is not None and is_plain(answer) else body
-    response = web.Response(status=answer.status, reason=answer.reason, headers=passed, body=sent)
-    try:
-        await _start(request, response, admission, None)
-        await _end(response, admission)
-    finally:
-        admission.usage = usage_of(body)
-        admission.deliver(0, len(body), started=False)
-    return response
-
-
-async def _start(request: web.BaseRequest, response: web.StreamResponse, admission: Admission, sse: SSE | None) -> None:
-    admission.writing()
-    await client_io.start(response, request)
-    admission.begin(response, sse)
-    admission.written()
-
-
-async def _write(response: web.StreamResponse, data: bytes | bytearray, admission: Admission) -> None:
-    admission.writing()
-    await client_io.write(response, data)
-    admission.written()
-
-
-async def _end(response: web.StreamResponse, admission: Admission) -> None:
-    admission.writing()
-    await client_io.end(response)
-    admission.written()

@@ -1,10 +1,11 @@
 """Sans-I/O: what an engine's answer delivers, counted while it passes.
 
-Rules: bytes go out as they came, and no later than their event is complete; only the usage event that we asked for ourselves
-is taken out, and a usage whose price the client asked for gets it. Events are found by their blank line and never parsed, but for that one. Memory is bounded.
+Rules: bytes go out unchanged, and no later than their event is complete. Two exceptions: the usage event that only the
+sidecar asked for is removed, and a usage gets its price if the client asked for it. Events are found by their blank
+line; only a usage event is parsed. Memory is bounded.
 
-An event counts as a token when it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat; a
-named event (Anthropic, OpenAI responses) counts when its name ends in `delta`, which names a piece of output.
+An event counts as a token if it carries data and is neither `[DONE]`, nor usage only, nor the role that opens a chat.
+A named event (Anthropic, OpenAI responses) counts if its name ends in `delta`, which names a piece of output.
 """
 
 from __future__ import annotations
@@ -17,73 +18,83 @@ from typing import Any, Final
 
 from sidecar.events import Usage
 
-_BLANK: Final = re.compile(rb"\n\r?\n|\r\r")  # what ends an event; no form begins another, so chunking cannot matter
+# What ends an event. No form is a prefix of another, so chunking cannot matter.
+_EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
 _LINES: Final = re.compile(rb"\r\n|\r|\n")
-_USAGE: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
-_ROLE: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "content": ""')
-_HOLD: Final = 64 << 10  # bytes of an incomplete event that may wait to be seen whole; usage events have below 4 KiB
-_KEEP: Final = 1 << 20  # bytes of an event or body that are kept to read its usage
-_SKIPPED_NAMES: Final = (b"message_delta",)  # Anthropic's usage event
-# Events whose usage says nothing of the output yet: Anthropic's, and those of the responses API
-_OPENINGS: Final = ("message_start", "response.created", "response.queued", "response.in_progress")
-_NAMED_ERRORS: Final = ("messages", "responses")  # routes whose events have names
-_PROMPT: Final = ("prompt_tokens", "input_tokens")
-_COMPLETION: Final = ("completion_tokens", "output_tokens")
-_CACHE_READ, _CACHE_CREATION = "cache_read_input_tokens", "cache_creation_input_tokens"  # Anthropic's, of the prompt
+# Inside a JSON text the quotes would be escaped, so this is always a key.
+_USAGE_KEY: Final = b'"usage"'
+_OPENING_ROLES: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "content": ""')
+# An incomplete event is held back up to this; usage events have below 4 KiB.
+_MAX_HELD_BYTES: Final = 64 << 10
+# Of an event or body, kept to read its usage.
+_MAX_KEPT_BYTES: Final = 1 << 20
+# Anthropic's.
+_USAGE_EVENTS: Final = (b"message_delta",)
+# Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
+_OPENING_EVENTS: Final = ("message_start", "response.created", "response.queued", "response.in_progress")
+_NAMED_EVENT_ROUTES: Final = ("messages", "responses")
+_PROMPT_KEYS: Final = ("prompt_tokens", "input_tokens")
+_COMPLETION_KEYS: Final = ("completion_tokens", "output_tokens")
+# Anthropic's, of the prompt.
+_CACHE_READ_KEY: Final = "cache_read_input_tokens"
+_CACHE_CREATION_KEY: Final = "cache_creation_input_tokens"
 _decoder: Final = json.JSONDecoder()
 
 Price = Callable[[Usage], int]  # milli-MU
 
 
 class SSE:
-    """One stream of server-sent events. `hide_usage`: take the usage-only event out; `price`: what `mu_milli` a shown usage gets."""
+    """One stream of server-sent events.
+
+    `hide_usage`: remove the usage-only event; `price`: the `mu_milli` that a usage gets.
+    """
 
     def __init__(self, hide_usage: bool, price: Price | None = None) -> None:
-        self._hide = hide_usage
+        self._hide_usage = hide_usage
         self._price = price
-        self._holds = hide_usage or price is not None  # an event is let go when it is known whole
-        self._open = bytearray()  # the incomplete event; when it is longer than _KEEP, only its end
+        self._holds = hide_usage or price is not None  # events are released only when complete
+        self._open = bytearray()  # the incomplete event; when it is longer than _MAX_KEPT_BYTES, only its end
         self._overlong = False
-        self._held = 0  # bytes at the end of it that have not gone out
+        self._held = 0  # bytes at the end of it that were not released
         self._first: bytes = b""
         self._last: bytes = b""
         self._name: bytes = b""  # of the event that is _last
         self.tokens = 0
-        self.started = False  # whether generation has begun to show
+        self.started = False  # generation has visibly begun
         self.done = False
 
     def feed(self, chunk: bytes) -> bytes:
-        """Take in bytes; return what goes out now (perhaps nothing). `tokens` grows along."""
-        if not self._open and (count := _plain_events(chunk)):
+        """Read bytes, count their tokens, and return what goes out now (perhaps nothing)."""
+        if not self._open and (count := _count_plain_events(chunk)):
             self.tokens += count
             self.started = True
             return chunk
         return self._scan(chunk)
 
     def finish(self) -> bytes:
-        """The end of the stream: what was held of an event that never became complete."""
+        """The stream ended: return what was held of an incomplete event."""
         rest = self._unsent()
         self._open.clear()
         self._held = 0
         return rest
 
     @property
-    def whole(self) -> bool:
+    def is_between_events(self) -> bool:
         """Whether what went out so far ends between two events, so that another may follow."""
         return len(self._open) == self._held
 
     @property
     def usage(self) -> Usage | None:
-        """What the last event with a usage says; what that leaves out of the prompt is taken from the first one.
+        """The usage of the last event that has one; what it lacks of the prompt comes from the first one.
 
-        Until the engine says what the whole answer was, its output is at least what was counted.
+        Unless it is that of the whole answer, its output is at least what was counted.
         """
         first, last = _usage_in(self._first), _usage_in(self._last)
         if first is None or last is None:
             return None
-        usage = _read(last)
-        if usage is None or not usage.prompt_tokens or _number(last, *_PROMPT) is None:
-            usage = _read({**first, **{name: value for name, value in last.items() if value}})
+        usage = _parse_usage(last)
+        if usage is None or not usage.prompt_tokens or _count_of(last, *_PROMPT_KEYS) is None:
+            usage = _parse_usage({**first, **{name: value for name, value in last.items() if value}})
         if usage is None or usage.completion_tokens >= self.tokens or _is_final(self._name, self._last):
             return usage
         return replace(usage, completion_tokens=self.tokens)
@@ -94,53 +105,53 @@ class SSE:
         self._open += chunk
         self._held += len(chunk) if self._holds else 0
         start = 0
-        while match := _BLANK.search(self._open, max(start, fresh)):
+        while match := _EVENT_END.search(self._open, max(start, fresh)):
             event = bytes(self._open[start : match.end()])
             unsent = self._held - (len(self._open) - match.end()) if self._held else 0
-            if self._take(event):
-                event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # blank lines before it are not its own
+            if self._count(event):
+                event = event[: len(event) - len(event.lstrip(b"\r\n"))]  # keep the blank lines before it
                 unsent = min(unsent, len(event))
             elif self._price is not None and unsent == len(event):
-                event = _with_price(event, self._price)
+                event = _add_price(event, self._price)
                 unsent = len(event)
             if unsent > 0:
                 out.append(event[-unsent:])
             self._held = min(self._held, len(self._open) - match.end())
             start = match.end()
         del self._open[:start]
-        if released := self._bound():
+        if released := self._release_long():
             out.append(released)
         return out[0] if len(out) == 1 and isinstance(out[0], bytes) else b"".join(out)
 
-    def _bound(self) -> bytes:
-        """Let a long incomplete event go, and forget its beginning when it is longer than any usage."""
+    def _release_long(self) -> bytes:
+        """Release a long incomplete event, and drop its beginning if it is longer than any usage."""
         released = b""
-        if len(self._open) > _HOLD:
+        if len(self._open) > _MAX_HELD_BYTES:
             released = self._unsent()
             self._held = 0
-        if len(self._open) > _KEEP:
+        if len(self._open) > _MAX_KEPT_BYTES:
             self._overlong = True
-            del self._open[: len(self._open) - _KEEP // 2]
+            del self._open[: len(self._open) - _MAX_KEPT_BYTES // 2]
         return released
 
     def _unsent(self) -> bytes:
         return bytes(self._open[len(self._open) - self._held :])
 
-    def _take(self, event: bytes) -> bool:
-        """Count one event. True when it is ours to take out."""
-        if self._overlong or len(event) > _KEEP:
+    def _count(self, event: bytes) -> bool:
+        """Count one event. Returns whether to remove it."""
+        if self._overlong or len(event) > _MAX_KEPT_BYTES:
             self._overlong = False
             self.tokens += 1
             return False
-        name, data = _fields(event)
+        name, data = _parse_event(event)
         if not data or data == b"[DONE]":
             self.done = self.done or bool(data)
             return False
-        if _USAGE in data and usage_of(data) is not None:
+        if _USAGE_KEY in data and usage_of(data) is not None:
             self._first = self._first or data
             self._last, self._name = data, name
             if _is_usage_only(data):
-                return self._hide and len(event) <= _HOLD
+                return self._hide_usage and len(event) <= _MAX_HELD_BYTES
         output = _is_output(name, data)
         self.started = self.started or output or not name
         self.tokens += output
@@ -148,24 +159,24 @@ class SSE:
 
 
 def error_event(error: dict[str, str], route: str) -> bytes:
-    """The event that ends a stream by an error, in the form that the clients of `route` raise on.
+    """The event that ends a stream with an error, in the form that the clients of `route` raise on.
 
-    OpenAI's look for an `error` in the data; Anthropic's for an event of that name; the responses API knows both.
+    OpenAI's look for `error` in the data, Anthropic's for an event of that name, the responses API for both.
     """
-    if route not in _NAMED_ERRORS:
+    if route not in _NAMED_EVENT_ROUTES:
         return b"data: %b\n\n" % json.dumps({"error": error}).encode()
     data = {"type": "error", "code": error["code"], "message": error["message"], "error": error}
     return b"event: error\ndata: %b\n\n" % json.dumps(data).encode()
 
 
 def usage_of(text: bytes) -> Usage | None:
-    """The last `usage` object in a JSON text, which may be cut at its front; OpenAI's or Anthropic's names. None if none."""
+    """The last `usage` object in a JSON text that may lack its beginning; OpenAI's or Anthropic's names."""
     usage = _usage_in(text)
-    return None if usage is None else _read(usage)
+    return None if usage is None else _parse_usage(usage)
 
 
-def priced(text: bytes, price: Price) -> bytes:
-    """`text` with `mu_milli` as first member of its last usage object; as it is where there is none."""
+def add_price(text: bytes, price: Price) -> bytes:
+    """`text` with `mu_milli` as first member of its last usage object, if there is one."""
     brace, usage = _usage_at(text), usage_of(text)
     if brace is None or usage is None:
         return text
@@ -179,56 +190,56 @@ class BodyTail:
         self._bytes = bytearray()
 
     def feed(self, chunk: bytes) -> None:
-        """Take in bytes."""
+        """Add bytes."""
         self._bytes += chunk
-        if len(self._bytes) > 2 * _KEEP:
-            del self._bytes[:-_KEEP]
+        if len(self._bytes) > 2 * _MAX_KEPT_BYTES:
+            del self._bytes[:-_MAX_KEPT_BYTES]
 
     @property
     def usage(self) -> Usage | None:
-        """The body's usage, once it has ended."""
+        """The usage of the complete body."""
         return usage_of(bytes(self._bytes))
 
 
 def _usage_at(text: bytes) -> int | None:
-    """Where the last `usage` object in a JSON text begins."""
-    at = text.rfind(_USAGE)
+    """Index of the last `usage` object in a JSON text."""
+    at = text.rfind(_USAGE_KEY)
     for _ in range(8):  # `"usage": null`, or a string that reads so
         if at < 0:
             return None
-        head = text[at + len(_USAGE) : at + len(_USAGE) + 16].lstrip()
+        head = text[at + len(_USAGE_KEY) : at + len(_USAGE_KEY) + 16].lstrip()
         if head.startswith(b":") and head[1:].lstrip().startswith(b"{"):
             return text.index(b"{", at)
-        at = text.rfind(_USAGE, 0, at)
+        at = text.rfind(_USAGE_KEY, 0, at)
     return None
 
 
-def _with_price(event: bytes, price: Price) -> bytes:
-    """An event with its usage's price, where it has a usage and is one of OpenAI's: those have no name."""
-    return priced(event, price) if _USAGE in event and not _fields(event)[0] else event
+def _add_price(event: bytes, price: Price) -> bytes:
+    """An event with its usage's price, if it has a usage and is one of OpenAI's, which have no name."""
+    return add_price(event, price) if _USAGE_KEY in event and not _parse_event(event)[0] else event
 
 
-def _plain_events(chunk: bytes) -> int:
-    """How many events, when the chunk is nothing but whole one-line data events of which each is output; else 0."""
+def _count_plain_events(chunk: bytes) -> int:
+    """The number of events if the chunk is only complete one-line data events that are all output; else 0."""
     events = chunk.count(b"\n\n")
     plain = (
         chunk.endswith(b"\n\n")
         and chunk.count(b"\n") == 2 * events
         and chunk.startswith(b"data:")
         and chunk.count(b"\n\ndata:") == events - 1
-        and _USAGE not in chunk
+        and _USAGE_KEY not in chunk
         and b"[DONE]" not in chunk
         and b"\r" not in chunk
-        and _ROLE[0] not in chunk
-        and _ROLE[1] not in chunk
+        and _OPENING_ROLES[0] not in chunk
+        and _OPENING_ROLES[1] not in chunk
         and b"data:\n" not in chunk
         and b"data: \n" not in chunk
     )
     return events if plain else 0
 
 
-def _fields(event: bytes) -> tuple[bytes, bytes]:
-    """(name, data) of an event. Several data lines are joined as the standard says."""
+def _parse_event(event: bytes) -> tuple[bytes, bytes]:
+    """(name, data) of an event. Several data lines are joined, as the standard requires."""
     name, data = b"", []
     for line in _LINES.split(event):
         if line.startswith(b"data:"):
@@ -240,8 +251,8 @@ def _fields(event: bytes) -> tuple[bytes, bytes]:
 
 def _is_output(name: bytes, data: bytes) -> bool:
     if name:
-        return name.endswith(b"delta") and name not in _SKIPPED_NAMES
-    return not any(role in data for role in _ROLE)
+        return name.endswith(b"delta") and name not in _USAGE_EVENTS
+    return not any(role in data for role in _OPENING_ROLES)
 
 
 def _is_usage_only(data: bytes) -> bool:
@@ -255,12 +266,12 @@ def _is_usage_only(data: bytes) -> bool:
 
 
 def _is_final(name: bytes, data: bytes) -> bool:
-    """Whether an event's usage is that of the whole answer, and not of what has come so far."""
+    """Whether an event's usage covers the whole answer, not only what came so far."""
     try:
         event = json.loads(data)
     except (ValueError, RecursionError):
         return False
-    if not isinstance(event, dict) or (name.decode("latin-1") or event.get("type")) in _OPENINGS:
+    if not isinstance(event, dict) or (name.decode("latin-1") or event.get("type")) in _OPENING_EVENTS:
         return False
     choices = event.get("choices")
     return not isinstance(choices, list) or all(isinstance(c, dict) and c.get("finish_reason") for c in choices)
@@ -271,26 +282,26 @@ def _usage_in(text: bytes) -> dict[str, Any] | None:
     if brace is None:
         return None
     try:
-        usage, _ = _decoder.raw_decode(text[brace : brace + _HOLD].decode(errors="replace"))
+        usage, _ = _decoder.raw_decode(text[brace : brace + _MAX_HELD_BYTES].decode(errors="replace"))
     except (ValueError, RecursionError):
         return None
     return usage if isinstance(usage, dict) else None
 
 
-def _read(usage: dict[str, Any]) -> Usage | None:
-    prompt, completion = _number(usage, *_PROMPT), _number(usage, *_COMPLETION)
+def _parse_usage(usage: dict[str, Any]) -> Usage | None:
+    prompt, completion = _count_of(usage, *_PROMPT_KEYS), _count_of(usage, *_COMPLETION_KEYS)
     if prompt is None and completion is None:
         return None
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    within = _number(details, "cached_tokens") if isinstance(details, dict) else None
-    cached = (_number(usage, _CACHE_READ) if within is None else within) or 0
+    within = _count_of(details, "cached_tokens") if isinstance(details, dict) else None
+    cached = (_count_of(usage, _CACHE_READ_KEY) if within is None else within) or 0
     # Anthropic's `input_tokens` leave out what was read from the cache or put into it; OpenAI's, with details, hold all
     whole = isinstance(details, dict) or "prompt_tokens" in usage
-    beyond = 0 if whole else cached + (_number(usage, _CACHE_CREATION) or 0)
+    beyond = 0 if whole else cached + (_count_of(usage, _CACHE_CREATION_KEY) or 0)
     return Usage((prompt or 0) + beyond, completion or 0, cached)
 
 
-def _number(holder: dict[str, Any], *names: str) -> int | None:
+def _count_of(holder: dict[str, Any], *names: str) -> int | None:
     for name in names:
         value = holder.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31:

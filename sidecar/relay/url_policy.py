@@ -1,8 +1,8 @@
-"""Pure: which links of image parts may be fetched, and which addresses may be talked to.
+"""Pure: which links of image parts may be fetched, and which addresses may be connected to.
 
-Rules: http and https only, no user names or passwords; the host must be on the operator's list, at the scheme's own port or the
-one that the list names. An address counts as public only where the whole Internet could route to it: what an IPv6 address
-embeds (mapped, NAT64, 6to4) is judged as the IPv4 address that it is.
+Rules: http and https only, no user names or passwords. The host must be on the operator's list, at the scheme's own
+port or the one listed. An address is public only if the whole Internet could route to it; an IPv4 address embedded in
+an IPv6 one (mapped, NAT64, 6to4) is checked as the IPv4 address.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Final
 
 from yarl import URL
 
-OFF: Final = "off"
+NO_DOMAINS: Final = "off"
 _LINK: Final = re.compile(r"\s*https?:", re.IGNORECASE)
-MAX_LINK: Final = 8192  # characters
-_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out
+MAX_LINK_CHARS: Final = 8192
+# All that IANA has assigned.
+_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _TEREDO: Final = ipaddress.IPv6Network("2001::/32")
-_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")  # 6to4's, gone since RFC 7526
+# Of 6to4, deprecated by RFC 7526.
+_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,43 +33,43 @@ class AllowedDomain:
     below: bool = False
     port: int | None = None
 
-    def holds(self, url: URL) -> bool:
+    def matches(self, url: URL) -> bool:
         host = (url.raw_host or "").rstrip(".")
         named = host.endswith("." + self.host) if self.below else host == self.host
         return named and (url.is_default_port() if self.port is None else url.port == self.port)
 
 
-def domains(text: str) -> tuple[AllowedDomain, ...]:
-    """The domains of --image-urls: `img.example.com`, `*.example.com` (all below), `img.example.com:8443`; none for `off`."""
-    return () if text == OFF else tuple(_domain(entry.strip()) for entry in text.split(","))
+def parse_domains(text: str) -> tuple[AllowedDomain, ...]:
+    """The domains of --image-urls: `img.example.com`, `*.example.com` (all below), with a port or without; or `off`."""
+    return () if text == NO_DOMAINS else tuple(_parse_domain(entry.strip()) for entry in text.split(","))
 
 
-def _domain(entry: str) -> AllowedDomain:
+def _parse_domain(entry: str) -> AllowedDomain:
     host, _, port = entry.partition(":")
     return AllowedDomain(host.removeprefix("*."), host.startswith("*."), int(port) if port else None)
 
 
 def is_link(text: str) -> bool:
-    """Whether an image's URL is one that would be fetched."""
+    """Whether an image's URL is an http(s) link."""
     return _LINK.match(text) is not None
 
 
-def allowed(text: str, among: tuple[AllowedDomain, ...], base: URL | None = None) -> URL | None:
-    """The URL to ask for; None where it may not be fetched. `base`: where a redirect to `text` came from."""
+def allowed_url(text: str, domains: tuple[AllowedDomain, ...], base: URL | None = None) -> URL | None:
+    """The URL to fetch; None if it is not allowed. `base`: where a redirect to `text` came from."""
     try:
         url = URL(text) if base is None else base.join(URL(text))
         port = url.port
     except (ValueError, TypeError):
         return None
-    if len(text) > MAX_LINK or url.scheme not in ("http", "https") or not port or "@" in url.raw_authority:
+    if len(text) > MAX_LINK_CHARS or url.scheme not in ("http", "https") or not port or "@" in url.raw_authority:
         return None
     if base is not None and base.scheme == "https" and url.scheme != "https":
         return None
-    return url if any(domain.holds(url) for domain in among) else None
+    return url if any(domain.matches(url) for domain in domains) else None
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, without a port, belongs to the public Internet. False for what is no address."""
+    """Whether `address` is an IP address of the public Internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -83,5 +85,5 @@ def is_public(address: str) -> bool:
 
 
 def is_literal(host: str) -> bool:
-    """Whether a host is meant as an address: also the short and numeric forms (127.1, 2130706433), which are none of ours."""
+    """Whether a host is an address, also in a short or numeric form (127.1, 2130706433)."""
     return ":" in host or host.replace(".", "").isdigit() or host.startswith("0x")

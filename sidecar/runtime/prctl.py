@@ -1,4 +1,4 @@
-"""Linux's prctl, by ctypes: what a process asks of its kernel and Python's library has no call for. On other systems nothing is done."""
+"""Linux's prctl through ctypes, which Python's library lacks. On other systems nothing is done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prctl(option: int, value: int | bytes) -> bool:
 
 
 def die_with(parent: int) -> None:
-    """From here on this process is killed when its parent, the process `parent`, ends; at once where that has happened already."""
+    """Have this process killed when its parent, the process `parent`, ends; at once if that has happened."""
     prctl(SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,7 @@
-"""examples/vllm_generate.py: what goes to vLLM is put together right, and the example runs. With a real vLLM: tests/vllm/test_generate.py."""
+"""examples/vllm_generate.py: what goes to vLLM is right, and the example runs.
+
+With a real vLLM: tests/vllm/test_generate.py.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,16 @@ expanded, features, packed = example.expanded, example.features, example.packed
 
 def patches(*grids: tuple[int, int, int]) -> Preprocessed:
     """What a processor of 2 x 2 merged patches makes of images with these grids."""
-    images = tuple(ImageLayout("jpeg", 14 * h, 14 * w, (t, h, w), t * h * w // 4, f"{i}") for i, (t, h, w) in enumerate(grids))  # fmt: skip
+    images = tuple(
+        ImageLayout("jpeg", 14 * h, 14 * w, (t, h, w), t * h * w // 4, f"{i}") for i, (t, h, w) in enumerate(grids)
+    )
     rows = sum(t * h * w for t, h, w in grids)
     tensors = {"pixel_values": np.arange(rows * 3, dtype=np.uint8).reshape(rows, 3), "image_grid_thw": np.array(grids)}
     return Preprocessed(tensors, images, "p")
 
 
 def test_a_prompt_is_expanded_and_its_images_are_placed() -> None:
-    """Each image token becomes as many as the model sees, and the places say where; another tenant's salt gives other names."""
+    """Each image token becomes as many as the model sees; another tenant's salt gives other names."""
     made = patches((1, 2, 4), (1, 2, 2))
     ids = expanded([1, 9, 2, 9, 3], 9, made)
     assert ids == [1, 9, 9, 2, 9, 3]
@@ -76,7 +81,7 @@ def test_anything_else_is_refused(value: Any) -> None:
 
 
 class Relay:
-    """A relay before a vLLM, at `url`: answers what the example asks for; `generate` holds what reached the token interface."""
+    """A relay in front of a vLLM, at `url`; `generate` holds what reached the token interface."""
 
     def __init__(self, made: Preprocessed) -> None:
         self.made = made
@@ -130,7 +135,7 @@ async def relay() -> AsyncIterator[Relay]:
 async def test_the_example_asks_and_prints_the_answer(
     relay: Relay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Images and a question go in on the command line; what reaches vLLM is the expanded prompt and its features; the text is printed."""
+    """From images and a question, vLLM gets the expanded prompt and its features; the text is printed."""
     for name in ("a.jpg", "b.png"):
         (tmp_path / name).write_bytes(b"x")
     images = [str(tmp_path / name) for name in ("a.jpg", "b.png")]

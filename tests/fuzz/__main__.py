@@ -17,7 +17,13 @@ with atheris.instrument_imports(include=["sidecar.images.file_headers", "sidecar
 
 from tests.fuzz import seeds
 
-LIMITS = ("-timeout=10", "-rss_limit_mb=4096", f"-max_len={seeds.MOST}", "-print_final_stats=1", "-verbosity=0")
+LIMITS = (
+    "-timeout=10",
+    "-rss_limit_mb=4096",
+    f"-max_len={seeds.MAX_SEED_BYTES}",
+    "-print_final_stats=1",
+    "-verbosity=0",
+)
 
 
 def main(target: str, seconds: str, *more: str) -> None:

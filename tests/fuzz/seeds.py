@@ -1,4 +1,4 @@
-"""Where the search begins: files of the corpus, and bodies and links of every form."""
+"""The seeds: files of the corpus, and bodies and links of every form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 from ..images import corpus
 
-MOST = 20_000  # bytes of a seed
+MAX_SEED_BYTES = 20_000
 
 IMAGES = (
     "data:image/png;base64,AAAA",
@@ -16,9 +16,18 @@ IMAGES = (
     "file:///a",
 )
 LINKS = (
-    b"https://img.example.com/a.jpg?x#y", b"http://a.example.org:80/", b"http://user:word@img.example.com", b"//img.example.com", b"http://[::1]/",
-    b"http://img.example.com\\@evil.net/", b"http://\xe2\x91\xa0.example.org/", b"64:ff9b::a00:1", b"::ffff:127.0.0.1", b"fe80::1%eth0", b"10.0.0.1",
-)  # fmt: skip
+    b"https://img.example.com/a.jpg?x#y",
+    b"http://a.example.org:80/",
+    b"http://user:word@img.example.com",
+    b"//img.example.com",
+    b"http://[::1]/",
+    b"http://img.example.com\\@evil.net/",
+    b"http://\xe2\x91\xa0.example.org/",
+    b"64:ff9b::a00:1",
+    b"::ffff:127.0.0.1",
+    b"fe80::1%eth0",
+    b"10.0.0.1",
+)
 
 
 def bodies() -> list[bytes]:
@@ -30,8 +39,16 @@ def bodies() -> list[bytes]:
         answer = {"input": [{"content": [{"type": "input_image", "image_url": image}]}], "stream_options": {"a": 1}}
         for body in (chat, answer):
             text = json.dumps(body)
-            made += [text.encode(), text.replace("/", "\\/").encode(), json.dumps(body, indent=1).encode(), text.encode("utf-16"),
-                     text.encode("utf-16-le"), text.encode("utf-32"), text.encode("utf-8-sig"), text[:-9].encode()]  # fmt: skip
+            made += [
+                text.encode(),
+                text.replace("/", "\\/").encode(),
+                json.dumps(body, indent=1).encode(),
+                text.encode("utf-16"),
+                text.encode("utf-16-le"),
+                text.encode("utf-32"),
+                text.encode("utf-8-sig"),
+                text[:-9].encode(),
+            ]
     return [
         *made,
         b'{"a":NaN,"a":1}',
@@ -43,5 +60,5 @@ def bodies() -> list[bytes]:
 
 def of(target: str) -> list[bytes]:
     """The seeds of a target."""
-    files = (data for data in corpus.all_files().values() if len(data) <= MOST)
+    files = (data for data in corpus.all_files().values() if len(data) <= MAX_SEED_BYTES)
     return {"header": lambda: list(files), "body": bodies, "link": lambda: list(LINKS)}[target]()

@@ -14,18 +14,18 @@ from sidecar.relay import request_body as bodies
 from sidecar.relay import url_policy
 
 NONCE = "0123456789abcdef"
-MOST = 1 << 20  # pixels of an image that is decoded here
+MAX_DECODED_PIXELS = 1 << 20
 IMAGE = "data:image/png;base64,AAAA"
 
 
 def image_header(data: bytes) -> None:
-    """Reading a header never fails, gives no negative size, and tells a plain file's size as its decoder sees it."""
+    """Reading a header never fails, gives no negative size, and returns a plain file's size as its decoder does."""
     header = file_headers.read(data)
     if header is None:
         return
     assert header.height >= 0 and header.width >= 0
     assert not header.plain or header.format in ("jpeg", "webp")
-    if header.plain and 0 < header.height * header.width <= MOST:
+    if header.plain and 0 < header.height * header.width <= MAX_DECODED_PIXELS:
         import torch
         import torchvision.io.image  # noqa: F401  registers torch.ops.image
 
@@ -67,8 +67,8 @@ def request_body(data: bytes) -> None:
 
 def link(data: bytes) -> None:
     """What may be fetched is on the list, without a user name, by http or https."""
-    among = url_policy.domains("img.example.com,*.example.org")
-    url = url_policy.allowed(data.decode(errors="replace"), among)
+    among = url_policy.parse_domains("img.example.com,*.example.org")
+    url = url_policy.allowed_url(data.decode(errors="replace"), among)
     if url is not None:
         assert url.scheme in ("http", "https") and url.user is None and url.port in (80, 443)
         host = (url.host or "").rstrip(".")

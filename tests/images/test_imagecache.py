@@ -214,20 +214,6 @@ def test_what_waits_for_readers_is_bounded(cache: ImageCache, tmp_path: Path, mo
     cache.share(bytes(600))
 
 
-def test_what_was_read_lies_there_again(cache: ImageCache, tmp_path: Path) -> None:
-    """A restarted engine reads its images again under the same names, unless the entry is gone or replaced."""
-    cache.put("aa", DONE, b"pixels")
-    handed, copy = cache.export(b"pixels", key="aa"), cache.export(b"pixels", key="bb")
-    assert cache.relink(handed) and cache.relink(copy), "nobody has read them"
-    for each in (handed, copy):
-        (tmp_path / each.name).unlink()
-    assert cache.relink(handed) and (tmp_path / handed.name).read_bytes()[handed.offset :] == b"pixels"
-    assert not cache.relink(copy)
-    (tmp_path / handed.name).unlink()
-    cache.put("aa", replace(DONE, stages=()), b"pixels")
-    assert not cache.relink(handed), "its content begins elsewhere"
-
-
 async def test_a_cancelled_request_leaves_nothing_behind(cache: ImageCache) -> None:
     """The thread that writes for it cannot be stopped; what it wrote is taken back."""
     handovers = ShmHandoff(cache)

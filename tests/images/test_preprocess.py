@@ -32,7 +32,7 @@ from sidecar.relay import client_io, url_policy
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.media.fetch import Fetcher
 from sidecar.relay.media.inline import MAX_IMAGES
-from sidecar.relay.media.preprocess_api import SAFETENSORS, accepted, preprocess
+from sidecar.relay.media.preprocess_api import SAFETENSORS, negotiate, preprocess
 from sidecar.relay.outcomes import ClientStalled
 from sidecar.tools import synthetic_photos
 
@@ -125,7 +125,7 @@ async def test_links_are_fetched_by_the_operators_rules(service: Service) -> Non
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host = f"127.0.0.1:{runner.addresses[0][1]}"
-    fetcher = Fetcher(url_policy.domains(host), 500_000, permitted=lambda address: address == "127.0.0.1")
+    fetcher = Fetcher(url_policy.parse_domains(host), 500_000, is_permitted=lambda address: address == "127.0.0.1")
     service.fetch = fetcher.fetch
     listed = [f"http://{host}/0", url(PHOTOS[1]), f"http://{host}/2"]
     status, body, _ = await service.post(json={"images": listed})
@@ -342,7 +342,7 @@ async def test_a_handoff_that_is_not_available_is_refused_with_the_one_that_is(s
     status, body, _ = await service.post(data=form(PHOTOS[:1]), headers={"x-sidecar-handoff": handoff})
     error = json.loads(body)["error"]
     assert (status, error["code"]) == (501, "handoff_not_implemented")
-    assert error["message"] == f"x-sidecar-handoff: {handoff!r} is not available; send shm, or leave the header out"
+    assert error["message"] == f"x-sidecar-handoff: {handoff!r} is not available; send shm, or omit the header"
 
 
 @pytest.mark.parametrize(("handoff", "asked"), [("", 1), ("pigeon", 0)])
@@ -407,7 +407,7 @@ async def test_one_bad_image_fails_the_request_and_is_named(service: Service) ->
 )
 def test_the_first_form_that_we_have_is_taken(accept: str, want: str) -> None:
     """The Accept header chooses between tensors and their layout."""
-    assert accepted(accept) == want
+    assert negotiate(accept) == want
 
 
 @pytest.mark.filterwarnings("ignore::aiohttp.multipart.BadContentDispositionHeader")

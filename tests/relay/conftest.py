@@ -66,7 +66,7 @@ class Rig:
         return f"http://{self.host}:{self.port}"
 
     async def raw(self, request: bytes, *, close_after: bool = True) -> bytes:
-        """Send bytes, read until the relay closes the connection (say `connection: close`)."""
+        """Send bytes, read until the relay closes the connection (send `connection: close`)."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         writer.write(request)
         await writer.drain()
@@ -127,7 +127,7 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
             client_stall: float = CLIENT_STALL_S,
             **settings: Any,
         ) -> Rig:
-            ways = {"preprocess": preprocess, "fetch": fetch, "shm": shm, "pricing": pricing}
+            ways = {"preprocess": preprocess, "fetch": fetch, "is_shm_ready": shm, "pricing": pricing}
             ways |= {"max_queued": max_queued, "client_stall": client_stall}
             return await stack.enter_async_context(_rig(engine, images, ways, kind, settings))
 
@@ -152,9 +152,9 @@ async def _rig(
         handler_cancellation=True,
         access_log=None,
         auto_decompress=False,
-        read_bufsize=engine_io.READ_BUFFER,
-        max_line_size=engine_io.MAX_HEADER,
-        max_field_size=engine_io.MAX_HEADER,
+        read_bufsize=engine_io.READ_BUFFER_BYTES,
+        max_line_size=engine_io.MAX_HEADER_BYTES,
+        max_field_size=engine_io.MAX_HEADER_BYTES,
     )
     accepting = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     async with aiohttp.ClientSession(auto_decompress=False) as client:

@@ -24,7 +24,7 @@ async def flood(request: web.BaseRequest) -> web.StreamResponse:
 
 
 async def test_a_client_that_does_not_read_is_reported_until_it_does(rig: Any, serve: Any) -> None:
-    """A write that waits for its client over a second is told as backpressure, and its end too, in this order."""
+    """A write that waits for its client over a second is reported as blocked, and then its end."""
     r = await rig(await serve(flood))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
     [on] = await r.facts.wait(RequestBlocked)
@@ -41,7 +41,7 @@ async def test_a_client_that_does_not_read_is_reported_until_it_does(rig: Any, s
 
 
 async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> None:
-    """After `client_stall` seconds without a byte read the request ends as cancelled, and the engine is told by its connection."""
+    """After `client_stall` seconds without a read the request ends as cancelled, and its engine connection closes."""
     left = asyncio.Event()
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -62,7 +62,7 @@ async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> 
 
 
 async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> None:
-    """A silent engine is not its client's fault: a stream that waits for the engine tells no backpressure."""
+    """A silent engine is not its client's fault: a stream that waits for the engine reports no block."""
     go_on = asyncio.Event()
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""--max-concurrent: past the engine's places less the canary's, work waits in the relay, first come, first served."""
+"""--max-concurrent: above the limit minus the canary's slot, work waits in the relay, first come, first served."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def ask(r: Any, name: str) -> Any:
 
 
 async def test_one_place_stays_free_and_the_rest_wait_in_turn(rig: Any, serve: Any) -> None:
-    """With 3 places the engine never has more than 2 requests; the others come in the order of their arrival, and all settle."""
+    """With a limit of 3 the engine has at most 2 requests; the others follow in order of arrival, and all settle."""
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=3)
     asked = [await ask(r, name) for name in "abcde"]
@@ -73,7 +73,7 @@ async def test_one_place_stays_free_and_the_rest_wait_in_turn(rig: Any, serve: A
 
 
 async def test_a_queued_request_is_not_the_engines(rig: Any, serve: Any) -> None:
-    """A request in the queue is admitted (it is load) and marked as blocked until it is sent on; its wait is no overhead."""
+    """A queued request is admitted (it is load) and marked as blocked until it is sent; its wait is no overhead."""
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     first, second = await ask(r, "a"), await ask(r, "b")
@@ -92,7 +92,7 @@ async def test_a_queued_request_is_not_the_engines(rig: Any, serve: Any) -> None
 
 
 async def test_a_full_queue_refuses(rig: Any, serve: Any) -> None:
-    """Past `max_queued` the client gets 429 with Retry-After, settled as rejected, and the queue goes on as if it had not been."""
+    """Past `max_queued` the client gets 429 with Retry-After, settled as rejected, and the queue is unaffected."""
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2, max_queued=1)
     asked = [await ask(r, "a"), await ask(r, "b")]
@@ -106,7 +106,7 @@ async def test_a_full_queue_refuses(rig: Any, serve: Any) -> None:
 
 
 async def test_who_leaves_the_queue_gives_its_turn_on(rig: Any, serve: Any) -> None:
-    """A client that hangs up while it waits settles as cancelled without the engine having heard of it; the next one moves up."""
+    """A client that hangs up in the queue settles as cancelled without reaching the engine; the next one moves up."""
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     first, second, third = [await ask(r, name) for name in "abc"]
@@ -120,7 +120,7 @@ async def test_who_leaves_the_queue_gives_its_turn_on(rig: Any, serve: Any) -> N
 
 
 async def test_a_stall_empties_the_queue_too(rig: Any, serve: Any) -> None:
-    """What waits when the engine is given up gets the same error as what the engine had, and the places are free again."""
+    """When the engine stalls, queued requests get the same error as those it had, and the slots are free again."""
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     asked = [await ask(r, name) for name in "ab"]

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from sidecar.events import Settled
-from sidecar.relay.engine_io import REPEATED, BodyPayload
+from sidecar.relay.engine_io import MAX_REPEATED_BYTES, BodyPayload
 
 from .work import CHAT, TOKEN, sse
 
@@ -24,7 +24,7 @@ STREAM = (
     b"%x\r\n%s\r\n0\r\n\r\n" % (len(EVENTS), EVENTS)
 )
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-LONG = "x" * (REPEATED + 1)
+LONG = "x" * (MAX_REPEATED_BYTES + 1)
 
 Close = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -45,7 +45,7 @@ async def begin_an_answer(writer: asyncio.StreamWriter) -> None:
 
 
 class Engine:
-    """An engine of bytes: answers as many requests of each connection as it says, and does `then` with the next one.
+    """An engine of bytes: answers a given number of requests per connection, and does `then` with the next one.
 
     `whole` are the requests that it read, `answered` those that it answered: their request line and body.
     """
@@ -233,7 +233,7 @@ async def test_what_the_engine_began_to_answer_is_not_sent_again(
 
 
 async def test_an_engine_that_is_gone(rig: Any) -> None:
-    """Its kept connection breaks and no fresh one is taken: the error says that it does not accept connections."""
+    """Its kept connection breaks and no fresh one is taken: the error states that it does not accept connections."""
     server: asyncio.Server | None = None
 
     async def leave(writer: asyncio.StreamWriter) -> None:
@@ -252,12 +252,9 @@ async def test_an_engine_that_is_gone(rig: Any) -> None:
 
 
 def test_a_body_is_kept_for_as_long_as_it_may_be_sent_again() -> None:
-    """A short one until its answer begins; a long one is not repeatable unless --retry-stalled keeps it."""
+    """A short one until its answer begins; a long one is not repeatable."""
     short, long = BodyPayload([b"x"], lambda: None), BodyPayload([LONG.encode()], lambda: None)
-    assert (short.repeatable, long.repeatable) == (True, False)
-    short.answered()
+    assert (short.is_repeatable, long.is_repeatable) == (True, False)
+    assert short.decode() == "x"
+    short.drop()
     assert short.decode() == ""
-    long.kept = True
-    assert long.repeatable
-    long.answered()
-    assert long.decode() == LONG

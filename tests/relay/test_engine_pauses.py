@@ -1,4 +1,4 @@
-"""Calls that stop the engine's work on purpose: an order counts from the engine's 2xx, a call while it is there."""
+"""Calls that pause the engine on purpose: they take effect with the engine's 2xx, and exempt while they run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from aiohttp import web
 
 from sidecar.events import Directing, EnginePauseChanged, Event, Settled
-from sidecar.relay.engine_io import REPEATED
-from sidecar.relay.engine_pauses import PATHS, Calls, is_partial, row_of
+from sidecar.relay.engine_io import MAX_REPEATED_BYTES
+from sidecar.relay.engine_pauses import PAUSE_ROUTES, PauseCalls, is_partial, route_of
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
@@ -41,7 +41,7 @@ async def answered(r: Any, method: str, path: str, **more: Any) -> int:
 
 
 async def test_sleep_and_wake_up_of_an_engine(rig: Any) -> None:
-    """POST /sleep and /wake_up pass as they are and are told; they are no work, so nothing is admitted."""
+    """POST /sleep and /wake_up pass unchanged and are reported; they are no work, so nothing is admitted."""
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url)
         assert await answered(r, "POST", "/sleep?level=1") == 200
@@ -95,7 +95,7 @@ async def test_an_order_that_reached_nobody_is_none(rig: Any, unused_tcp_port: i
 
 @pytest.mark.parametrize("path", ["/sleep", "/pause", "/start_profile", "/update_weights", "/stop_profile"])
 async def test_a_client_that_leaves_before_the_answer_leaves_no_order(rig: Any, serve: Any, path: str) -> None:
-    """What the engine made of it, its own signs say; its call is over."""
+    """The call ends; what the engine did is left to its own signals."""
     called, left = asyncio.Event(), asyncio.Event()
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -119,7 +119,7 @@ async def test_a_client_that_leaves_before_the_answer_leaves_no_order(rig: Any, 
 
 @pytest.mark.parametrize(
     "announced",
-    [b"content-length: 10", b"content-length: %d" % (REPEATED + 10), b"transfer-encoding: chunked"],
+    [b"content-length: 10", b"content-length: %d" % (MAX_REPEATED_BYTES + 10), b"transfer-encoding: chunked"],
     ids=["short", "long", "chunked"],
 )
 @pytest.mark.parametrize("path", [b"/sleep", b"/start_profile", b"/update_weights_from_disk"])
@@ -154,11 +154,11 @@ async def test_a_long_body_is_with_the_engine_when_the_last_of_it_was_sent(rig: 
         return web.Response()
 
     async def weights() -> Any:
-        yield b"w" * REPEATED
+        yield b"w" * MAX_REPEATED_BYTES
         await soon(whole)
         yield b"w"
 
-    r = await rig(await serve(engine, client_max_size=2 * REPEATED))
+    r = await rig(await serve(engine, client_max_size=2 * MAX_REPEATED_BYTES))
     asked = asyncio.create_task(answered(r, "POST", "/update_weights_from_tensor", data=weights()))
     await soon(began)
     assert calls(r) == []
@@ -184,7 +184,7 @@ async def test_a_failed_resumption_resumes_nothing(rig: Any, serve: Any) -> None
 
 
 async def test_waking_in_part_is_not_awake(rig: Any, serve: Any) -> None:
-    """Weights first, KV cache last, by vLLM's query or SGLang's body, which arrives as it was sent: only the last one resumes."""
+    """Weights first, KV cache last, by vLLM's query or SGLang's unchanged body: only the last one resumes."""
     bodies: list[bytes] = []
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -232,27 +232,27 @@ def test_in_part(query: str, body: bytes, partly: bool) -> None:
 def test_what_an_answer_means(path: str, status: int, orders: list[bool]) -> None:
     """Only a 2xx takes an order or its opposite; a call that lasts as long as the stop is neither."""
     facts: list[Event] = []
-    row = row_of("POST", path)
-    with Calls(facts.append, lambda: 1.0).call(row) as call:
+    route = route_of("POST", path)
+    with PauseCalls(facts.append, lambda: 1.0).call(route) as call:
         call.sent()
         call.answered(status)
-    assert row is not None
+    assert route is not None
     assert [fact for fact in facts if isinstance(fact, EnginePauseChanged)] == [
-        EnginePauseChanged(1.0, row.what, on) for on in orders
+        EnginePauseChanged(1.0, route.what, on) for on in orders
     ]
 
 
 def test_an_answer_that_comes_before_the_body_was_sent_ends_the_call() -> None:
     """What is written of the body afterwards begins nothing."""
     facts: list[Event] = []
-    with Calls(facts.append, lambda: 1.0).call(row_of("POST", "/update_weights")) as call:
+    with PauseCalls(facts.append, lambda: 1.0).call(route_of("POST", "/update_weights")) as call:
         call.answered(413)
         call.sent()
     assert facts == []
 
 
 def test_the_table_is_sound() -> None:
-    """Every row has a known code; only GET, POST and PUT direct; other paths do not."""
-    assert {row.what for row in PATHS.values()} == WHAT
-    assert row_of("DELETE", "/sleep") is None
-    assert row_of("POST", "/v1/sleep") is None
+    """Every route has a known code; only GET, POST and PUT direct; other paths do not."""
+    assert {route.what for route in PAUSE_ROUTES.values()} == WHAT
+    assert route_of("DELETE", "/sleep") is None
+    assert route_of("POST", "/v1/sleep") is None

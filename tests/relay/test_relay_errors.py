@@ -1,4 +1,4 @@
-"""Work that goes wrong: whose error it is, what the client is told, how it settles."""
+"""Work that goes wrong: whose error it is, what the client gets, how it settles."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ async def test_invalid_json_is_the_engines_to_refuse(rig: Any, serve: Any) -> No
 
 async def test_a_body_without_changes_arrives_byte_for_byte(rig: Any, serve: Any) -> None:
     """Odd spacing, number forms, duplicate keys and images survive where nothing has to change."""
-    body = b'{ "model":"m" ,"temperature":1e0,"a":1,"a":2,"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"data:image/png;base64,AA"}}]}]}\n'
+    part = b'{"type":"image_url","image_url":{"url":"data:image/png;base64,AA"}}'
+    body = b'{ "model":"m" ,"temperature":1e0,"a":1,"a":2,"messages":[{"role":"user","content":[%b]}]}\n' % part
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(body=await request.read())
@@ -78,7 +79,7 @@ async def test_too_large_a_body_is_refused(rig: Any, serve: Any, announced: bool
 
 
 async def test_a_refused_connection(rig: Any, unused_tcp_port: int) -> None:
-    """Without an engine the client gets a 502 that says what to think of it, with Retry-After and without an address."""
+    """Without an engine the client gets a 502 with the reason and Retry-After, without an address."""
     r = await rig(f"http://127.0.0.1:{unused_tcp_port}")
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         text = await got.text()
@@ -117,7 +118,7 @@ async def test_an_engine_that_hangs_up_without_an_answer(
     "head", [b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n", b"content-length: 999999\r\n"]
 )
 async def test_an_engine_that_dies_in_the_middle(rig: Any, serve_raw: Any, head: bytes) -> None:
-    """The client cannot take the part it got for the whole, and the request settles as engine_error with its deliveries."""
+    """The client cannot mistake the part for the whole, and the request settles as engine_error with its deliveries."""
     event = sse(TOKEN)[0]
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -29,7 +29,7 @@ async def test_request_ids(rig: Any, serve: Any) -> None:
 
 
 async def test_load_reports(rig: Any, serve: Any) -> None:
-    """The load report comes in the form that is asked for, replaces the engine's own, and is the engine's before we have one."""
+    """The load report has the requested form and replaces the engine's; until there is one, the engine's passes."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(headers={"endpoint-load-metrics": "engine's"})
@@ -53,7 +53,7 @@ async def test_load_reports(rig: Any, serve: Any) -> None:
 
 
 async def test_tracing_makes_our_span_the_parent(rig: Any, serve: Any) -> None:
-    """With tracing on the engine's parent is the span that control is told of, in the client's trace, state untouched."""
+    """With tracing on, the engine's parent is the span reported to control, in the client's trace; state unchanged."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response([request.headers.get("traceparent"), request.headers.get("tracestate")])

@@ -43,9 +43,13 @@ async def test_an_image_that_would_not_shrink_goes_on_as_it_came(rig: Any, serve
         return web.json_response({"choices": []})
 
     published = {
-        "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12_845_056, "patch_size": 14,
-        "merge_size": 2, "temporal_patch_size": 2,
-    }  # fmt: skip
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": 3136,
+        "max_pixels": 12_845_056,
+        "patch_size": 14,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+    }
     spec = families.from_config(published)
     assert spec is not None
     r = await rig(await serve(keep), images=ImageService("/nowhere", Settings(), spec))
@@ -60,16 +64,8 @@ async def test_an_image_that_would_not_shrink_goes_on_as_it_came(rig: Any, serve
     assert (admitted.expected.images, admitted.expected.image_tokens) == (1, spec.geometry(720, 1280).tokens)
 
 
-async def test_an_image_that_is_not_exact_is_said(rig: Any, serve: Any) -> None:
-    """One image that was decoded fast marks the answer; without one there is no mark."""
-    r = await rig(await serve(echo), images=Workers())
-    for sent, mark in ((("AAAA", "FAST"), "inexact"), (("AAAA", "PASS"), None)):
-        async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*sent)) as got:
-            assert got.headers.get("x-sidecar-images") == mark
-
-
 async def test_the_name_of_an_image_is_one_tenants_and_cannot_be_computed(rig: Any, serve: Any) -> None:
-    """The same image keeps its name for a tenant; another tenant's differs; neither is the hash that a client could make."""
+    """An image keeps its name for a tenant; another tenant's differs; neither is a hash that a client can compute."""
     r = await rig(await serve(echo), images=Workers())
 
     async def name(tenant: str) -> str:
@@ -127,7 +123,7 @@ async def test_images_that_cannot_be_taken(
 
 
 async def test_shared_memory_is_for_a_vllm_that_reads_it(rig: Any, serve: Any) -> None:
-    """Images are handed over while there is a reader, and inline while there is none, from one request to the next; to vLLM only."""
+    """Images go through shared memory while there is a reader, else inline, decided per request; only to vLLM."""
     workers, reader = Workers(), [True, False, True]
     r = await rig(await serve(echo), images=workers, shm=lambda: reader.pop(0))
     for _ in range(3):
@@ -140,7 +136,7 @@ async def test_shared_memory_is_for_a_vllm_that_reads_it(rig: Any, serve: Any) -
 
 
 async def test_preprocess_says_how_to_switch_it_on(rig: Any, serve: Any) -> None:
-    """Where images are off, /v1/preprocess is a 404 in OpenAI's form that names the flag; where they are on, it is served."""
+    """/v1/preprocess is served if images are on; else it is a 404 in OpenAI's form that names the flag."""
     r = await rig(await serve(echo))
     async with r.client.post(r.url + "/v1/preprocess", data=b"x") as got:
         assert got.status == 404

@@ -1,4 +1,4 @@
-"""Clients that leave: the engine is told, and the request settles as cancelled."""
+"""Clients that leave: their engine connection closes, and the request settles as cancelled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ async def test_the_engine_is_told_when_the_client_leaves(rig: Any, serve: Any, f
 
 
 async def test_what_was_delivered_before_a_client_left_is_booked(rig: Any, serve: Any) -> None:
-    """Of an Anthropic stream that is left in the middle, the prompt its opening said and the output that had come."""
+    """Of an Anthropic stream that is left in the middle, the prompt of its opening and the output so far."""
     usage = b'{"input_tokens":40,"output_tokens":0,"cache_read_input_tokens":60}'
     first = b'event: message_start\ndata: {"message":{"usage":%b}}\n\n' % usage
     delta = b'event: content_block_delta\ndata: {"delta":{"text":"x"}}\n\n'

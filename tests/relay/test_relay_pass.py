@@ -44,12 +44,13 @@ async def test_odd_targets_arrive_byte_for_byte(rig: Any, serve_raw: Any, target
 
 
 async def test_request_headers(rig: Any, serve_raw: Any) -> None:
-    """Hop-by-hop headers end at the relay, all others pass, Host becomes the engine's, x-forwarded-* tell the way."""
+    """Hop-by-hop headers end at the relay, all others pass, Host becomes the engine's, x-forwarded-* record the way."""
     seen: list[bytes] = []
     url = await serve_raw(scripted(OK, seen))
     r = await rig(url)
     await r.raw(
-        b'GET /h HTTP/1.1\r\nHost: example.org\r\nX-Odd_Name!: a  b\r\ncookie: a=b; c="d"\r\nauthorization: Bearer k\r\n'
+        b"GET /h HTTP/1.1\r\nHost: example.org\r\nX-Odd_Name!: a  b\r\n"
+        b'cookie: a=b; c="d"\r\nauthorization: Bearer k\r\n'
         b"connection: close, x-gone\r\nx-gone: 1\r\nkeep-alive: 5\r\nte: trailers\r\nproxy-authorization: s\r\n"
         b"x-forwarded-for: 10.0.0.1\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n\r\n"
     )
@@ -156,13 +157,14 @@ async def test_a_large_download_is_not_gathered(rig: Any, serve: Any) -> None:
 
 
 async def test_expect_continue_is_answered(rig: Any, serve_raw: Any) -> None:
-    """A client that waits for 100 Continue gets it from the relay, for work and for the rest, and the engine sees no Expect."""
+    """A client that waits for 100 Continue gets it from the relay on every path, and the engine sees no Expect."""
     for path in ("/other", "/v1/completions"):
         seen: list[bytes] = []
         r = await rig(await serve_raw(scripted(OK, seen)))
         reader, writer = await asyncio.open_connection(r.host, r.port)
         writer.write(
-            f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n".encode()
+            f"POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+            "content-length: 2\r\nexpect: 100-continue\r\n\r\n".encode()
         )
         async with asyncio.timeout(PATIENCE):
             assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -199,7 +201,7 @@ async def test_absolute_targets_are_asked_by_their_path(rig: Any, serve_raw: Any
 
 @pytest.mark.parametrize("request_line", ["OPTIONS * HTTP/1.1", "GET x/y HTTP/1.1", "CONNECT x:1 HTTP/1.1"])
 async def test_targets_that_are_no_path_are_refused(rig: Any, serve_raw: Any, request_line: str) -> None:
-    """A target that cannot be asked of the engine is a 400 and reaches nobody."""
+    """A target without a path is a 400 and does not reach the engine."""
     seen: list[bytes] = []
     r = await rig(await serve_raw(scripted(OK, seen)))
     answer = await r.raw(f"{request_line}\r\nhost: x\r\nconnection: close\r\n\r\n".encode())

@@ -34,10 +34,10 @@ from ..waiting import PATIENCE
 
 RUN = """
 import socket, sys
-from sidecar import settings; from sidecar.load import cost_model as units
-from sidecar.relay.process import Place, main
-place = Place(settings.from_json(sys.argv[1]), units.Coefficients(), sys.argv[2], b"", index=3, restarts=2)
-sys.exit(main(place, socket.socket(fileno=int(sys.argv[3]))))
+from sidecar import settings; from sidecar.load.cost_model import Coefficients
+from sidecar.relay.process import RelayContext, main
+context = RelayContext(settings.from_json(sys.argv[1]), Coefficients(), sys.argv[2], b"", index=3, restarts=2)
+sys.exit(main(context, socket.socket(fileno=int(sys.argv[3]))))
 """
 EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 
@@ -60,7 +60,7 @@ class Control:
         return control
 
     async def die(self) -> None:
-        """As the kernel ends a process: its sockets close, nothing is said."""
+        """As the kernel ends a process: its sockets close, nothing is sent."""
         self.server.close()
         self.channel.close()
         await self.left.wait()
@@ -166,7 +166,7 @@ async def test_a_drain_lets_open_streams_finish(relay_process: Any, serve: Any, 
 
 
 async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, facts: Any, tmp_path: Path) -> None:
-    """Without control a stream goes on and new requests are served; the next control is told all that is open, and all that ended."""
+    """Without control streams go on and new requests are served; the next control receives all open and ended ones."""
     url, go_on = await two_step_engine(serve)
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:
@@ -175,7 +175,7 @@ async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, f
         await process.control.die()
         process.path.unlink()
         go_on.set()
-        assert await streams[0].read() == EVENT  # with nobody to tell
+        assert await streams[0].read() == EVENT  # without a control process
         async with client.post(process.url + "/v1/completions", json={"prompt": "x"}) as new:
             assert await new.read() == EVENT * 2
         later = type(facts)()
@@ -185,14 +185,14 @@ async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, f
         assert (later.all[0].index, later.all[0].pid, later.all[0].restarts) == (3, process.process.pid, 2)
         assert await streams[1].read() == EVENT
         await later.wait(Settled, 3)
-    told = {fact.id: fact for fact in later.of(Admitted)}
-    assert set(told) == {fact.id for fact in later.of(Settled)} and len(told) == 3
-    assert {fact.id: fact for fact in facts.of(Admitted)}.items() <= told.items()
+    replayed = {fact.id: fact for fact in later.of(Admitted)}
+    assert set(replayed) == {fact.id for fact in later.of(Settled)} and len(replayed) == 3
+    assert {fact.id: fact for fact in facts.of(Admitted)}.items() <= replayed.items()
     assert {fact.outcome for fact in later.of(Settled)} == {"ok"}
 
 
-async def test_what_control_has_booked_is_not_told_again(relay_process: Any, serve: Any, facts: Any) -> None:
-    """A settlement comes again to the next control process unless the last one said that it has booked it."""
+async def test_acknowledged_settlements_are_not_sent_again(relay_process: Any, serve: Any, facts: Any) -> None:
+    """A settlement is sent again to the next control process unless the last one acknowledged it."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
         return web.Response(body=EVENT)
@@ -205,7 +205,7 @@ async def test_what_control_has_booked_is_not_told_again(relay_process: Any, ser
             await facts.wait(Settled, count)
     process.control.channel.send(SettlementsAcked(1))
     seen = len(facts.of(Heartbeat))
-    await facts.wait(Heartbeat, seen + 1)  # the order was read before it
+    await facts.wait(Heartbeat, seen + 1)  # the command was read before it
     await process.control.die()
     process.path.unlink()
     later = type(facts)()
@@ -215,7 +215,7 @@ async def test_what_control_has_booked_is_not_told_again(relay_process: Any, ser
 
 
 async def test_a_drain_has_an_end(relay_process: Any, serve: Any) -> None:
-    """A stream that outlasts the drain is cut off, told to control as lost, and the process still exits 0."""
+    """A stream that outlasts the drain is cut off, reported to control as lost, and the process still exits 0."""
     url, _ = await two_step_engine(serve)
     process = await relay_process(url, drain_seconds=0.05)
     async with aiohttp.ClientSession() as client:
@@ -246,7 +246,7 @@ async def test_idle_connections_do_not_delay_the_end(relay_process: Any, serve: 
 
 
 async def test_facts_and_orders_cross_the_channel(relay_process: Any, serve: Any) -> None:
-    """Admission to settlement reach control in order, pulses tell lag and load, and a page comes back to the scraper."""
+    """Admission to settlement reach control in order, heartbeats carry lag and load, and a page reaches the scraper."""
     url, go_on = await two_step_engine(serve)
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:
@@ -281,7 +281,7 @@ async def test_a_relay_is_small() -> None:
 async def test_a_duty_that_breaks_is_begun_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A defect in what reports to control costs a second, not the sight of everything that the relay does; its text is not logged."""
+    """A background task that fails is started again after a second; the text of its error is not logged."""
     monkeypatch.setattr(process, "HEARTBEAT_INTERVAL_S", 0.01)
     runs: list[int] = []
 
@@ -290,6 +290,6 @@ async def test_a_duty_that_breaks_is_begun_again(
         if len(runs) < 3:
             raise RuntimeError("a secret")
 
-    await process._lasting(duty)
+    await process._restarting(duty)
     assert len(runs) == 3
     assert "RuntimeError" in caplog.text and "secret" not in caplog.text

@@ -1,4 +1,4 @@
-"""Engine work: what the client gets, what control is told, and that every admission settles once."""
+"""Engine work: what the client gets, what control receives, and that every admission settles once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .work import CHAT, FAST, TOKEN, USAGE, once, sse
 
 
 async def test_a_stream_through_a_real_engine(rig: Any) -> None:
-    """The client sees the stream without our usage event; control sees admission, first token, and the engine's usage."""
+    """The client gets the stream without the added usage event; control gets admission, first token and usage."""
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url)
         async with r.client.post(
@@ -177,7 +177,7 @@ async def test_delivered_is_summed_and_paced(rig: Any, serve: Any) -> None:
 
 
 async def test_an_encoded_stream_passes_and_shows_progress(rig: Any, serve: Any) -> None:
-    """Events that are compressed cannot be told apart: they pass untouched, and each chunk counts as one."""
+    """Compressed events cannot be separated: they pass unchanged, and each chunk counts as one."""
     packed = gzip.compress(b"".join(sse(TOKEN, USAGE)), mtime=0)
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""What clients get when the engine is given up, or one request of it is: an error at once, in the form they raise on."""
+"""What clients get when the engine stalls, or one of its requests does: an error at once, in the form they raise on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Wedged:
         self.headers = headers or {"content-type": "text/event-stream"}
         self.early_head = early_head
         self.calls = 0
-        self.silent = asyncio.Event()  # it has said what it says
+        self.silent = asyncio.Event()  # it has sent all that it sends
         self.left = asyncio.Event()  # its connection was closed
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -54,8 +54,10 @@ async def soon(event: asyncio.Event) -> None:
 
 
 async def test_who_got_nothing_yet_gets_a_503(rig: Any, serve: Any) -> None:
-    """A request that waits for its answer when the engine is given up ends with engine_stalled and Retry-After; the engine's
-    connection closes, and it settles once, as stalled."""
+    """A request without an answer when the engine stalls ends with engine_stalled and Retry-After.
+
+    Its connection to the engine closes, and it settles once, as stalled.
+    """
     engine = Wedged(early_head=False)
     r = await rig(await serve(engine))
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
@@ -79,7 +81,7 @@ async def test_who_got_nothing_yet_gets_a_503(rig: Any, serve: Any) -> None:
     ids=["head only", "events", "half an event held back"],
 )
 async def test_a_stream_ends_by_an_error_event(rig: Any, serve: Any, path: str, pieces: tuple[bytes, ...]) -> None:
-    """A stream under way ends whole: its events, then an `error` that OpenAI's clients raise, and the end of the body."""
+    """A stream under way ends properly: its events, an `error` that OpenAI's clients raise on, the end of the body."""
     engine = Wedged(*pieces)
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + path, json={**CHAT, "stream": True})
@@ -132,7 +134,7 @@ async def test_what_cannot_end_well_is_broken_off(
 
 
 async def test_new_work_is_refused_while_stalled_and_other_paths_pass(rig: Any, serve: Any) -> None:
-    """While stalled, work gets the error at once and never reaches the engine; /health does; after recovery all is as before."""
+    """While stalled, work gets the error at once without reaching the engine; /health does; recovery ends this."""
     seen: list[str] = []
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -153,7 +155,7 @@ async def test_new_work_is_refused_while_stalled_and_other_paths_pass(rig: Any, 
 
 
 async def test_an_old_verdict_refuses_nobody(facts: Any) -> None:
-    """A stalled verdict that is not said again holds for seconds: a relay whose control process died goes on."""
+    """A stalled verdict that is not repeated holds for seconds: a relay whose control process died goes on."""
     desk = OpenRequests(facts)
     desk.on_verdict("stalled", 10.0)
     with pytest.raises(EngineStalled):
@@ -181,7 +183,7 @@ async def test_no_other_verdict_ends_anything(rig: Any, serve: Any, verdict: Any
 
 
 async def test_a_dead_engine_ends_what_it_had_but_is_tried_anew(rig: Any, serve: Any) -> None:
-    """`dead` ends open requests; a new one is tried, and stays: the engine may be back before the verdict says so."""
+    """`dead` ends open requests; a new one is tried: the engine may be back before the verdict changes."""
     engine = Wedged(early_head=False)
     r = await rig(await serve(engine))
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
@@ -203,7 +205,7 @@ async def test_a_dead_engine_ends_what_it_had_but_is_tried_anew(rig: Any, serve:
     ("code", "status", "outcome"), [("stream_stuck", 503, "stalled"), ("prompt_exceeds_kv_cache", 400, "rejected")]
 )
 async def test_single_requests_are_ended(rig: Any, serve: Any, code: str, status: int, outcome: str) -> None:
-    """An End ends the requests that it names, with its code, and no other; ids of other relays or past requests do nothing."""
+    """AbortRequests ends the requests that it names, with its code, and no other; unknown ids do nothing."""
     engine = Wedged(early_head=False)
     r = await rig(await serve(engine))
     asked = [asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT)) for _ in range(2)]
@@ -223,7 +225,7 @@ async def test_single_requests_are_ended(rig: Any, serve: Any, code: str, status
 
 
 async def test_an_ended_stream_names_the_code(rig: Any, serve: Any) -> None:
-    """A stuck stream ends by an event of its own code, and its connection to the engine closes, which frees its place there."""
+    """A stuck stream ends by an event of its own code, and its engine connection closes, which frees its slot."""
     engine = Wedged(*sse(TOKEN))
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": "x"})

@@ -1,4 +1,4 @@
-"""What a relay tells a new control process: the same ledger, each request once."""
+"""What a relay sends to a new control process: the same ledger, each request once."""
 
 from __future__ import annotations
 
@@ -34,22 +34,25 @@ def life(id: str, began: float) -> list[Event]:
     """A request from admission to settlement."""
     times = [began + n for n in range(5)]
     return [
-        admitted(id, times[0]), FirstToken(id, times[1]), Delivered(id, times[2], 2, 20), Delivered(id, times[3], 3, 30),
+        admitted(id, times[0]),
+        FirstToken(id, times[1]),
+        Delivered(id, times[2], 2, 20),
+        Delivered(id, times[3], 3, 30),
         settled(id, times[4]),
-    ]  # fmt: skip
+    ]
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 5)), max_size=8), st.integers(0, 8))
 def test_a_new_ledger_has_the_same_holds_and_each_settlement_that_was_not_booked(
     requests: list[tuple[float, int]], booked: int
 ) -> None:
-    """However far each request came: what is open is open again, with its tokens; what was booked does not come back."""
+    """However far each request came: open ones are open again, with their tokens; acknowledged ones do not return."""
     facts = sorted((f for n, (at, far) in enumerate(requests) for f in life(str(n), at)[:far]), key=lambda f: f.at)
     outstanding, before, after = ReplayLog(), Ledger(cost_model.Coefficients()), Ledger(cost_model.Coefficients())
     for fact in facts:
         outstanding.note(fact)
         before.apply(0, fact)
-    outstanding.booked(booked)
+    outstanding.ack(booked)
     settlements = [s for fact in outstanding.events() if (s := after.apply(0, fact)) is not None]
     assert {h.admitted.id: h for h in after.holds()} == {h.admitted.id: h for h in before.holds()}
     ends = [f.id for f in facts if isinstance(f, Settled)]
@@ -57,14 +60,14 @@ def test_a_new_ledger_has_the_same_holds_and_each_settlement_that_was_not_booked
 
 
 def test_bookings_count_for_one_connection() -> None:
-    """After a new connection, the first settlement told on it is number 1."""
+    """After a new connection, the first settlement sent on it is number 1."""
     outstanding = ReplayLog()
     for id in ("a", "b", "c"):
         for fact in life(id, 0.0):
             outstanding.note(fact)
-    outstanding.booked(1)
+    outstanding.ack(1)
     outstanding.events()
-    outstanding.booked(1)
+    outstanding.ack(1)
     assert [f.id for f in outstanding.events() if isinstance(f, Settled)] == ["c"]
 
 
@@ -72,17 +75,26 @@ def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_hol
     """So are a pause and a weight update that go on, and who of a client and an engine kept whom waiting last."""
     outstanding = ReplayLog()
     for fact in (
-        admitted("a", 1.0), RequestBlocked("a", 2.0, True), admitted("b", 1.0), RequestBlocked("b", 2.0, True),
-        RequestBlocked("b", 3.0, False), EnginePauseChanged(1.0, "engine_paused", True), EnginePauseChanged(1.0, "engine_sleeping", True),
-        EnginePauseChanged(2.0, "engine_sleeping", False), Directing(2.5, 1, "weight_update", True),
-        Directing(2.5, 2, "weight_update", True), Directing(2.6, 1, "weight_update", False, taken=True),
-    ):  # fmt: skip
+        admitted("a", 1.0),
+        RequestBlocked("a", 2.0, True),
+        admitted("b", 1.0),
+        RequestBlocked("b", 2.0, True),
+        RequestBlocked("b", 3.0, False),
+        EnginePauseChanged(1.0, "engine_paused", True),
+        EnginePauseChanged(1.0, "engine_sleeping", True),
+        EnginePauseChanged(2.0, "engine_sleeping", False),
+        Directing(2.5, 1, "weight_update", True),
+        Directing(2.5, 2, "weight_update", True),
+        Directing(2.6, 1, "weight_update", False, taken=True),
+    ):
         outstanding.note(fact)
     again = [f for f in outstanding.events() if isinstance(f, RequestBlocked | EnginePauseChanged | Directing)]
     assert again == [
-        EnginePauseChanged(1.0, "engine_paused", True), RequestBlocked("a", 2.0, True), Directing(2.5, 2, "weight_update", True),
+        EnginePauseChanged(1.0, "engine_paused", True),
+        RequestBlocked("a", 2.0, True),
+        Directing(2.5, 2, "weight_update", True),
         RequestBlocked("b", 3.0, False),
-    ]  # fmt: skip
+    ]
 
 
 def test_what_is_kept_is_bounded() -> None:

@@ -151,7 +151,7 @@ def test_a_body_in_wide_characters_is_left_alone(encoding: str) -> None:
 
 def test_a_long_text_is_not_parsed_but_sent() -> None:
     """A body over the parse bound passes untouched and is measured by its length."""
-    body = b'{"prompt":"' + b"a" * request_body.MAX_PARSED + b'"}'
+    body = b'{"prompt":"' + b"a" * request_body.MAX_PARSED_BYTES + b'"}'
     skeleton = extract_data_urls(body, NONCE)
     assert skeleton.payload is None
     assert describe(None, "completions", len(body)).text_bytes == len(body)
@@ -198,7 +198,7 @@ def shape_of(payload: dict[str, Any]) -> RequestShape:
     return describe(skeleton.payload, "chat", 0, skeleton.text)
 
 
-def said(*blocks: Any) -> dict[str, Any]:
+def message(*blocks: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(blocks)}]}
 
 
@@ -206,8 +206,8 @@ URL = "data:image/png;base64," + PIXEL
 TEXTS = [URL, "data: and then a long story", "data:," + PIXEL, URL + "\\n" + URL, "data:text/plain;base64,жизнь"]
 PLACES: dict[str, Callable[[str], dict[str, Any]]] = {
     "content": lambda t: {"messages": [{"role": "user", "content": t}]},
-    "text part": lambda t: said({"type": "text", "text": t}),
-    "text next to an image": lambda t: said({"type": "text", "text": t}, image(URL)),
+    "text part": lambda t: message({"type": "text", "text": t}),
+    "text next to an image": lambda t: message({"type": "text", "text": t}, image(URL)),
     "prompt": lambda t: {"prompt": t},
     "prompts": lambda t: {"prompt": ["a", t]},
     "suffix": lambda t: {"prompt": "a", "suffix": t},
@@ -215,10 +215,10 @@ PLACES: dict[str, Callable[[str], dict[str, Any]]] = {
     "responses part": lambda t: {"input": [{"role": "user", "content": [{"type": "input_text", "text": t}]}]},
     "system": lambda t: {"system": t},
     "system block": lambda t: {"system": [{"type": "text", "text": t}]},
-    "tool result": lambda t: said({"type": "tool_result", "tool_use_id": "1", "content": t}),
-    "tool result block": lambda t: said({"type": "tool_result", "content": [{"type": "text", "text": t}]}),
+    "tool result": lambda t: message({"type": "tool_result", "tool_use_id": "1", "content": t}),
+    "tool result block": lambda t: message({"type": "tool_result", "content": [{"type": "text", "text": t}]}),
     "tool message": lambda t: {"messages": [{"role": "tool", "content": t}]},
-    "thinking": lambda t: said({"type": "thinking", "thinking": t}),
+    "thinking": lambda t: message({"type": "thinking", "thinking": t}),
     "rerank": lambda t: {"query": t, "documents": [t, {"text": t}]},
     "score": lambda t: {"text_1": t, "text_2": [t]},
     "embeddings": lambda t: {"input": [t, t]},
@@ -241,12 +241,16 @@ def test_a_text_counts_whatever_it_says(place: str, text: str) -> None:
 def test_what_a_media_part_holds_is_no_text(slashes: bool) -> None:
     """Cut out or left to the parser, typed, untyped or named by its key: media count nothing as text."""
     sound, film = "data:audio/wav;base64,AA//" * 99, "data:video/mp4;base64,AA//" * 99
-    body = said(
-        image(URL + "/"), {"image_url": {"url": URL + "/"}}, {"type": "audio_url", "audio_url": {"url": sound}},
-        {"video_url": {"url": film}}, {"type": "file", "file": {"file_data": URL + "/"}},
-        {"type": "image", "source": {"type": "base64", "data": PIXEL}}, {"text": "", "image": URL + "/"},
+    body = message(
+        image(URL + "/"),
+        {"image_url": {"url": URL + "/"}},
+        {"type": "audio_url", "audio_url": {"url": sound}},
+        {"video_url": {"url": film}},
+        {"type": "file", "file": {"file_data": URL + "/"}},
+        {"type": "image", "source": {"type": "base64", "data": PIXEL}},
+        {"text": "", "image": URL + "/"},
         {"type": "document", "source": {"type": "base64", "data": PIXEL}},
-    )  # fmt: skip
+    )
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
     skeleton = extract_data_urls(text.encode(), NONCE)
     shape = describe(skeleton.payload, "chat", 0, skeleton.text)
@@ -264,11 +268,11 @@ LONG = "a long story " * 99
         {"prompt": [[7, 8], LONG]},
         {"prompt": [True, LONG]},
         {"messages": [{"role": "user", "type": "image_url", "content": LONG}]},
-        said({"type": "image", "text": LONG}),
-        said({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": LONG}}),
-        said({"type": "tool_use", "name": "f", "input": {"data": LONG}}),
-        said({"type": "tool_use", "name": "f", "input": {"type": "image", "image": LONG}}),
-        said({"type": "tool_use", "name": "f", "input": {LONG: 1}}),
+        message({"type": "image", "text": LONG}),
+        message({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": LONG}}),
+        message({"type": "tool_use", "name": "f", "input": {"data": LONG}}),
+        message({"type": "tool_use", "name": "f", "input": {"type": "image", "image": LONG}}),
+        message({"type": "tool_use", "name": "f", "input": {LONG: 1}}),
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"data": LONG}}}]}]},
         {"tools": [{"name": "f", "input_schema": {"properties": {"data": {"type": "string", "description": LONG}}}}]},
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "audio", "x": LONG}}}]},
@@ -290,7 +294,7 @@ def test_what_engines_print_counts_as_printed() -> None:
     printed = len(json.dumps(tools, separators=(",", ":")))
     assert shape_of({"tools": tools}).text_bytes == printed
     assert shape_of({"tools": None}).text_bytes == 0
-    called = said({"type": "tool_use", "input": {"a": [1, 2, "é"]}})
+    called = message({"type": "tool_use", "input": {"a": [1, 2, "é"]}})
     assert shape_of(called).text_bytes == len("usertool_use") + len('{"a":[1,2,"é"]}'.encode())
 
 
@@ -309,7 +313,7 @@ def test_tools_of_any_depth_are_counted() -> None:
 @given(values, parts, st.booleans())
 def test_cutting_changes_no_shape(extra: Any, content: list[Any], slashes: bool) -> None:
     """A request is as large as what its bytes mean, whatever was cut out of them."""
-    body = {"prompt": extra, "model": extra, "system": extra, **said(*content)}
+    body = {"prompt": extra, "model": extra, "system": extra, **message(*content)}
     text = json.dumps(body).replace("/", "\\/") if slashes else json.dumps(body)
     skeleton = extract_data_urls(text.encode(), NONCE)
     assert describe(skeleton.payload, "chat", 0, skeleton.text) == describe(json.loads(text), "chat", 0)

@@ -59,7 +59,7 @@ async def r(rig: Any, serve: Any) -> Any:
 
 
 async def test_every_scrape_is_answered_alike_from_one_page(r: Any) -> None:
-    """On one connection the answers differ in their ids only, and neither control nor the engine is asked, and nothing counts as work."""
+    """On one connection the answers differ only in their ids; control and engine are not asked, and nothing is work."""
     async with wire(r) as w:
         answers = [await w.scrape() for _ in range(3)]
     assert {(status, body) for status, _, body in answers} == {("HTTP/1.1 200 OK", PAGE.encode())}
@@ -90,6 +90,6 @@ async def test_a_draining_relay_does_not_scrape_on(r: Any) -> None:
     """Once it drains, a connection is no longer kept alive by its scrapes."""
     async with wire(r) as w:
         await w.scrape()
-        r.relay.draining = True
+        r.relay.is_draining = True
         assert (await w.scrape())[0].split()[1] == "503"
         assert await w.reader.read() == b""

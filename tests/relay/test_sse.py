@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.events import Usage
-from sidecar.relay.sse import SSE, BodyTail, priced, usage_of
+from sidecar.relay.sse import SSE, BodyTail, add_price, usage_of
 
 PAGES = Path(__file__).parents[1] / "engines" / "pages" / "answers"
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 ROLE = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
-USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
+USAGE = (
+    b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3,'
+    b'"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
+)
 CONTINUOUS = b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\n'
 NO_USAGE = b'data: {"choices":[{"index":0}],"usage":null}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -183,7 +186,7 @@ def test_until_a_stream_says_what_it_was_the_count_stands(opening: str, seen: in
     """What opens a stream knows nothing of its output: left early, it has had what was counted."""
     _, sse = run([OPENINGS[opening], *[DELTA] * seen], hide=False)
     assert sse.usage is not None and sse.usage.prompt_tokens == 9
-    begun = opening in ("placeholder", "unnamed")  # 1 is said, or counted
+    begun = opening in ("placeholder", "unnamed")  # 1 is stated, or counted
     assert seen <= sse.usage.completion_tokens <= seen + begun
 
 
@@ -246,8 +249,11 @@ def test_chunking_changes_nothing(stream: bytes, cuts: list[int], hide: bool) ->
     single, _ = run([stream[i : i + 1] for i in range(len(stream))], hide)
     assert out == whole == single
     assert (sse.tokens, sse.done, sse.usage, sse.started) == (
-        reference.tokens, reference.done, reference.usage, reference.started,
-    )  # fmt: skip
+        reference.tokens,
+        reference.done,
+        reference.usage,
+        reference.started,
+    )
     if not hide:
         assert out == stream
 
@@ -324,7 +330,7 @@ CHUNKS = (
 
 @given(st.data())
 def test_a_price_is_put_into_the_usage_that_is_shown(data: st.DataObject) -> None:
-    """However the bytes are cut: that one event gets a member, all others are as they were, and what is read is the same."""
+    """However the bytes are cut, that one event gets a member, all others are unchanged, and the usage is the same."""
     whole = b"".join(CHUNKS)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
     sse = SSE(False, lambda usage: 1000 * usage.prompt_tokens + usage.completion_tokens)
@@ -334,7 +340,7 @@ def test_a_price_is_put_into_the_usage_that_is_shown(data: st.DataObject) -> Non
 
 
 def test_a_usage_that_is_hidden_stays_hidden_and_named_events_stay_as_they_are() -> None:
-    """The price of what we asked for ourselves is not shown; Anthropic's and the responses API's events are not changed."""
+    """A usage that only the sidecar asked for has no price; events with names pass unchanged."""
     hidden = SSE(True, lambda _: 7)
     assert hidden.feed(b"".join(CHUNKS)) == CHUNKS[0] + CHUNKS[2]
     named = b'event: message_delta\ndata: {"usage":{"output_tokens":2}}\n\n'
@@ -344,7 +350,7 @@ def test_a_usage_that_is_hidden_stays_hidden_and_named_events_stay_as_they_are()
 def test_a_body_without_a_usage_has_no_price() -> None:
     """Null, a text that reads so, or nothing at all: the very bytes."""
     for body in (b'{"usage":null}', b'{"a":"\\"usage\\":{"}', b"{}", b"", b'{"usage":{}}'):
-        assert priced(body, lambda _: 7) == body
-    assert json.loads(priced(b'{"usage": {"prompt_tokens": 3}}', lambda _: 7)) == {
+        assert add_price(body, lambda _: 7) == body
+    assert json.loads(add_price(b'{"usage": {"prompt_tokens": 3}}', lambda _: 7)) == {
         "usage": {"mu_milli": 7, "prompt_tokens": 3}
     }

@@ -130,7 +130,7 @@ async def test_embeddings() -> None:
     "data", [bmp(280, 560), bmp(280, -560), png(280, 560), jpeg(280, 560), jpeg(280, 560, b"\xff\xff"), webp(280, 560)]
 )
 async def test_an_image_counts_by_its_header(data: bytes) -> None:
-    """BMP (either row order), PNG, WebP, and JPEG behind fill bytes and a long EXIF block count width/28 x height/28 tokens."""
+    """BMP, PNG, WebP, and JPEG behind fill bytes and a long EXIF block count width/28 x height/28 tokens."""
     async with running_engine() as client:
         message = {"role": "user", "content": [{"type": "text", "text": ""}, image_part(data)]}
         _, whole = await client.json("/v1/chat/completions", {"messages": [message], "max_tokens": 1})

@@ -1,10 +1,10 @@
-"""Images behind links, fetched for the request that names them: off unless --image-urls lists domains.
+"""Images behind links, fetched for the request that names them. Off unless --image-urls lists domains.
 
-Rules: a name is resolved once for a connection, all its addresses are judged, and the connection goes to one of those that were
-judged; no connection is used twice. Redirects are followed by hand, each judged like a new link. Bounded: bytes, time,
-redirects, fetches at once. Nothing of the client's request goes along: no cookies, no authorization, no headers. What the bytes
-are is found out by the image workers; the answer's own word on it is not asked. To the client all failures beyond the link
-itself look alike, so that nobody can explore a network through us.
+Rules: a name is resolved once per connection and all its addresses are checked; the connection goes to one of those.
+No connection is reused. Redirects are followed by hand, each checked like a new link. Bytes, time, redirects and
+concurrent fetches are bounded. Nothing of the client's request is sent along: no cookies, no authorization, no
+headers. The image workers find out what the bytes are; the answer's content type is ignored. To the client all
+failures after the check of the link look alike, so that a client cannot explore a network through the sidecar.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from yarl import URL
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.relay import url_policy
 
-FETCH_TIMEOUT_S: Final = 10.0  # for one image with all its redirects; vLLM allows 5 for each try
+# For one image with all its redirects; vLLM allows 5 for each try.
+FETCH_TIMEOUT_S: Final = 10.0
 MAX_REDIRECTS: Final = 3
-MAX_CONCURRENT_FETCHES: Final = 16  # fetches of one relay process, each of at most --image-max-bytes
-STEP: Final = 64 << 10
-MAX_HEAD: Final = 8190  # bytes of one header line of the answer
-HEADERS: Final = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "inference-sidecar"}
-MOVED: Final = (301, 302, 303, 307, 308)
+# Per relay process; each takes at most --image-max-bytes.
+MAX_CONCURRENT_FETCHES: Final = 16
+READ_BYTES: Final = 64 << 10
+# One header line of the answer.
+MAX_HEADER_BYTES: Final = 8190
+REQUEST_HEADERS: Final = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "inference-sidecar"}
+REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
 
 Permit = Callable[[str], bool]  # of an IP address
 
 
 class _PublicResolver(AbstractResolver):
-    """Resolves a name; one address that is not permitted spoils them all."""
+    """Resolves a name; fails if one of its addresses is not permitted."""
 
-    def __init__(self, resolver: AbstractResolver, permitted: Permit) -> None:
+    def __init__(self, resolver: AbstractResolver, is_permitted: Permit) -> None:
         self._resolver = resolver
-        self._permitted = permitted
+        self._is_permitted = is_permitted
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         found = await self._resolver.resolve(host, port, family)
-        if not found or not all(self._permitted(result["host"]) for result in found):
+        if not found or not all(self._is_permitted(result["host"]) for result in found):
             raise OSError("an address that is not permitted")
         return found
 
@@ -52,80 +55,78 @@ class _PublicResolver(AbstractResolver):
 
 
 class Fetcher:
-    """Fetches images from the hosts `among` those that the operator listed. `permitted` judges addresses."""
+    """Fetches images from hosts in `domains`. `is_permitted` checks addresses."""
 
     def __init__(
         self,
-        among: tuple[url_policy.AllowedDomain, ...],
+        domains: tuple[url_policy.AllowedDomain, ...],
         max_bytes: int,
         *,
-        seconds: float = FETCH_TIMEOUT_S,
-        permitted: Permit = url_policy.is_public,
+        timeout_s: float = FETCH_TIMEOUT_S,
+        is_permitted: Permit = url_policy.is_public,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        self._among = among
+        self._domains = domains
         self._max_bytes = max_bytes
-        self._seconds = seconds
-        self._permitted = permitted
-        self._places = asyncio.Semaphore(MAX_CONCURRENT_FETCHES)
+        self._timeout_s = timeout_s
+        self._is_permitted = is_permitted
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT_FETCHES)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                resolver=_PublicResolver(resolver or aiohttp.ThreadedResolver(), permitted),
+                resolver=_PublicResolver(resolver or aiohttp.ThreadedResolver(), is_permitted),
                 use_dns_cache=False,
                 force_close=True,
                 family=socket.AF_UNSPEC,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            headers=HEADERS,
+            headers=REQUEST_HEADERS,
             auto_decompress=False,
             trust_env=False,
-            read_bufsize=STEP,
-            max_line_size=MAX_HEAD,
-            max_field_size=MAX_HEAD,
+            read_bufsize=READ_BYTES,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
         )
 
     async def fetch(self, link: str, where: str) -> bytearray:
-        """The bytes behind `link`. Raises BadImage, or ImagesBusy when too many are being fetched; `where` names the part."""
-        url = url_policy.allowed(link.strip(), self._among)
+        """The bytes behind `link`. Raises BadImage, or ImagesBusy if too many fetches run; `where` names the part."""
+        url = url_policy.allowed_url(link.strip(), self._domains)
         if url is None:
-            raise BadImage(
-                f"{where}: the link is not one that images are fetched from here; send a data URL", "image_url"
-            )
+            raise BadImage(f"{where}: images are not fetched from this link; send a data URL", "image_url")
         busy = True
         try:
-            async with asyncio.timeout(self._seconds), self._places:
+            async with asyncio.timeout(self._timeout_s), self._slots:
                 busy = False
                 return await self._follow(url, where)
         except (aiohttp.ClientError, OSError, ValueError, TimeoutError):
             if busy:
                 raise ImagesBusy("too many images are being fetched; try again shortly") from None
-            raise _failed(where) from None
+            raise _fetch_error(where) from None
 
     async def close(self) -> None:
-        """Close what is open."""
+        """Close the session."""
         await self._session.close()
 
     async def _follow(self, url: URL, where: str) -> bytearray:
         for _ in range(1 + MAX_REDIRECTS):
             host = url.host or ""
-            if url_policy.is_literal(host) and not self._permitted(host):
+            if url_policy.is_literal(host) and not self._is_permitted(host):
                 break
-            async with self._session.get(url, allow_redirects=False, timeout=_NO_LIMIT) as answer:
+            async with self._session.get(url, allow_redirects=False, timeout=_NO_TIMEOUT) as answer:
                 if answer.status == 200:
                     return await self._read(answer, where)
-                onward = answer.headers.get("location", "") if answer.status in MOVED else ""
-            following = url_policy.allowed(onward, self._among, url) if onward else None
+                onward = answer.headers.get("location", "") if answer.status in REDIRECT_STATUSES else ""
+            following = url_policy.allowed_url(onward, self._domains, url) if onward else None
             if following is None:
                 break
             url = following
-        raise _failed(where)
+        raise _fetch_error(where)
 
     async def _read(self, answer: aiohttp.ClientResponse, where: str) -> bytearray:
         if answer.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _failed(where)  # we asked for none, and what unpacks may be a bomb
+            raise _fetch_error(where)  # none was requested, and it may be a decompression bomb
         data = bytearray()
         if (answer.content_length or 0) <= self._max_bytes:
-            async for chunk in answer.content.iter_chunked(STEP):
+            async for chunk in answer.content.iter_chunked(READ_BYTES):
                 data += chunk
                 if len(data) > self._max_bytes:
                     break
@@ -134,8 +135,8 @@ class Fetcher:
         raise BadImage(f"{where}: the image was refused: the limit is {self._max_bytes} bytes", "image_too_large")
 
 
-_NO_LIMIT: Final = aiohttp.ClientTimeout(total=None)  # the time is held around all redirects
+_NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)  # `fetch` limits the time of all redirects together
 
 
-def _failed(where: str) -> BadImage:
+def _fetch_error(where: str) -> BadImage:
     return BadImage(f"{where}: the image could not be fetched; send it as a data URL", "image_url_failed")

@@ -1,7 +1,7 @@
-"""Pure: the tokens of a request's images, by what their files' first bytes say of their size, before anybody decodes them.
+"""Pure: the tokens of a request's images, from the sizes in their headers, before anything is decoded.
 
-Rules: an image whose header does not say it, or that the model's processor would refuse, is left to the caller's guess. A size is
-taken as stored: a photo that is to be turned has the same number of tokens, or nearly.
+Rules: an image whose header states no size, or that the model's processor would refuse, is left to the caller's
+estimate. Sizes are taken as stored: a photo that is to be rotated has the same number of tokens, or nearly.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from sidecar.images import header_geometry
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.relay.request_body import ImagePart
 
-MAX_IMAGES_READ: Final = 64  # images looked at
+MAX_IMAGES_READ: Final = 64
 
 
 def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
-    """The tokens of those images that say their size."""
+    """The tokens of the images whose headers state their size."""
     found = (_tokens(part, spec) for part in islice(parts, MAX_IMAGES_READ))
     return [tokens for tokens in found if tokens]
 

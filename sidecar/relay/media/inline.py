@@ -1,4 +1,4 @@
-"""The images of one request, prepared all at once, and what of its body changes by it."""
+"""The images of one request, prepared concurrently, and the changes to its body."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ Fetch = Callable[[str, str], Awaitable[Data]]  # a link and the part that has it
 # Images of one request. All of them are prepared at once, and four such requests fill the queue of the workers.
 MAX_IMAGES: Final = 16
 
-# An engine that starts measures the GPU's memory, and gives up when a neighbour's use changes; one that is given up will start
-SETTLED: Final = ("idle", "progressing", "quiet", "suspect")
-
-
+# While an engine starts it measures the GPU's memory, and fails if another process's use changes. A stalled or dead
+# engine will start again.
+GPU_VERDICTS: Final = ("idle", "progressing", "quiet", "suspect")
 INLINE: Final = "inline"
 SHM: Final = "shm"
 
@@ -44,21 +43,21 @@ async def prepare(
     passing: bool = False,
     keep: bool = False,
 ) -> list[PreparedImage]:
-    """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy; the others are then given up.
+    """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy, and cancels the others.
 
-    `shm`: handed over in shared memory; `fetch`: for those behind links; `passing`: none is prepared, they are only
-    fetched and counted; `keep`: what was fetched is kept for `originals`.
+    `shm`: pass them in shared memory; `fetch`: for those behind links; `passing`: only fetch and count them; `keep`:
+    keep what was fetched for `originals`.
     """
     if not passing:
         check_count(len(parts))
-    one = partial(_one, images, emit, id, tenant, shm, fetch, passing, keep)
+    prepare_one = partial(_prepare_one, images, emit, id, tenant, shm, fetch, passing, keep)
     if len(parts) == 1:  # the usual request needs no task
-        return [await one(parts[0])]
+        return [await prepare_one(parts[0])]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(part)) for part in parts]
+            tasks = [group.create_task(prepare_one(part)) for part in parts]
     except* RequestError as group_error:
-        raise _first(group_error) from None
+        raise _first_error(group_error) from None
     return [task.result() for task in tasks]
 
 
@@ -71,14 +70,14 @@ def check_count(count: int) -> None:
 def replacements(
     parts: list[ImagePart], prepared: list[PreparedImage], name: Callable[[str], str] | None
 ) -> dict[int, tuple[str, Data]]:
-    """What to put in the place of which original, for bodies.join. `name`: content hash -> `uuid`, where vLLM caches by it."""
+    """Replacements of originals, for `request_body.rebuild`. `name`: content hash -> `uuid`, by which vLLM caches."""
     replaced: dict[int, tuple[str, Data]] = {}
     for part, image in zip(parts, prepared, strict=True):
         if image.url:
             replaced[part.index] = ("", image.url.encode())
         elif image.base64 is not None:
             replaced[part.index] = (image.media_type, image.base64)
-        elif part.link:  # the engine need not fetch again what we have
+        elif part.link:  # the engine need not fetch it again
             replaced[part.index] = (f"image/{image.format}", part.data)
             continue
         else:
@@ -89,16 +88,16 @@ def replacements(
 
 
 def form_of(prepared: list[PreparedImage]) -> str:
-    """In which form the images of a request were prepared: INLINE or SHM; "" where all pass."""
+    """The form in which a request's images were prepared: INLINE or SHM; "" if all pass."""
     if any(image.url for image in prepared):
         return SHM
     return INLINE if any(image.base64 is not None for image in prepared) else ""
 
 
 def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int, tuple[str, Data]]:
-    """What takes the place of which original so that all images are as they came: those behind links, as kept.
+    """Replacements that restore all images; those behind links as they were fetched.
 
-    The names that `replacements` gave are taken back.
+    Removes the names that `replacements` gave.
     """
     for part in parts:
         if part.named:
@@ -109,12 +108,15 @@ def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int
 
 
 def cache_name(key: bytes, tenant: str, content_hash: str) -> str:
-    """The `uuid` of an image. vLLM takes it for the image itself, so nobody who lacks our key may be able to compute the one of
-    another tenant's image and put his own picture there."""
+    """The `uuid` of an image.
+
+    vLLM takes it for the image itself. So no one without the key may be able to compute the `uuid` of another tenant's
+    image and store a different one under it.
+    """
     return hashlib.blake2b(f"{tenant}\0{content_hash}".encode(), key=key, digest_size=16).hexdigest()
 
 
-async def _one(
+async def _prepare_one(
     images: ImageService,
     emit: Callable[[Event], None],
     id: str,
@@ -159,7 +161,7 @@ async def _one(
     return image
 
 
-def _first(group: BaseExceptionGroup[RequestError]) -> BaseException:
+def _first_error(group: BaseExceptionGroup[RequestError]) -> BaseException:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

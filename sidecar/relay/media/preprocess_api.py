@@ -1,12 +1,14 @@
 """`POST /v1/preprocess`: images in, the model's processor output out.
 
-In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, where links stand, too, if --image-urls lets them be fetched; multipart with one part named `image` per image, or one raw body of
-type `image/*`. Out: safetensors with the processor's own names, images in the order they came, or as JSON their layout only; with
-`x-sidecar-handoff: shm` the layout, and the name of a safetensors file in shared memory, which its reader removes. `?values=uint8`
-leaves rescaling and normalising out, for engines that do both on their device.
+In: JSON `{"images": ["data:image/jpeg;base64,...", ...]}`, also with links if --image-urls allows them; multipart with
+one part named `image` per image; or one raw body of type `image/*`. Out: safetensors with the processor's own names,
+images in their order; or JSON with the layout only. With `x-sidecar-handoff: shm`: the layout and the name of a
+safetensors file in shared memory, which its reader removes. `?values=uint8` skips rescaling and normalizing, for
+engines that do both on their device.
 
-Rules: what is read is bounded before it is kept; base64 text is never parsed here; tensors are written to the client as they
-came from the workers, one after the other, and never joined; how many bytes of them wait for their clients is bounded, too.
+Rules: what is read is bounded before it is kept. Base64 text is never parsed here. Tensors are written to the client
+as they came from the workers, one after the other, and never joined. The bytes that wait for their clients are
+bounded, too.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ from sidecar.settings import Settings
 
 SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
-HANDOFF: Final = "x-sidecar-handoff"
-HALVES: Final = ("BF16", "F16")
-TYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # of `values`, as safetensors calls them
+HANDOFF_HEADER: Final = "x-sidecar-handoff"
+HALF_DTYPES: Final = ("BF16", "F16")
+# `values` -> safetensors dtype.
+DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHM: Final = "shm"
-MALFORMED: Final = (ValueError, AssertionError, HttpProcessingError)  # what aiohttp raises for a damaged multipart body
-MARK: Final = b";base64,"
-MAX_HEAD: Final = 256  # bytes of a data URL before its base64 text
+# What aiohttp raises for a damaged multipart body.
+MULTIPART_ERRORS: Final = (ValueError, AssertionError, HttpProcessingError)
+BASE64_MARK: Final = b";base64,"
+# A data URL before its base64 text.
+MAX_DATA_URL_HEAD_BYTES: Final = 256
 
 Source = tuple[Data, bool]  # an image, and whether it is base64 text
 Emit = Callable[[Event], None]
@@ -57,14 +62,14 @@ class BadRequest(RequestError):
 
 
 class NotAcceptable(RequestError):
-    """None of the forms that the client accepts is one of ours."""
+    """The client accepts no form that is available."""
 
     code = "not_acceptable"
     status: ClassVar[int] = 406
 
 
 class NotImplementedHere(RequestError):
-    """A hand-off that is not known, or not possible here."""
+    """A hand-off that is unknown, or not available here."""
 
     code = "handoff_not_implemented"
     status: ClassVar[int] = 501
@@ -73,67 +78,66 @@ class NotImplementedHere(RequestError):
 async def preprocess(
     request: web.BaseRequest,
     images: ImageService,
-    limits: Settings,
+    settings: Settings,
     emit: Emit,
     fetch: Fetch | None = None,
     client_stall: float = client_io.CLIENT_STALL_S,
 ) -> web.StreamResponse:
-    """Serve one request; one Imaged fact per image goes to `emit`; `fetch` gets those behind links. Raises RequestError, which is OpenAI-style to the client."""
-    shm = is_shm(request.headers.get(HANDOFF, ""))
-    want = TENSORS if shm else accepted(request.headers.get("accept", ""))
+    """Serve one request; emit one ImagePrepared per image. `fetch` gets images behind links. Raises RequestError."""
+    shm = is_shm(request.headers.get(HANDOFF_HEADER, ""))
+    want = TENSORS if shm else negotiate(request.headers.get("accept", ""))
     if not images.spec.tensors:
-        raise BadRequest("this model's processor resizes in floating point, and its tensors are not made here")
-    spec = valued(images.spec, request.query.get("values", ""))
-    sources = await _sources(request, limits, fetch)
+        raise BadRequest("tensors are not available for this model: its processor resizes in floating point")
+    spec = with_values(images.spec, request.query.get("values", ""))
+    sources = await _read_sources(request, settings, fetch)
     if not sources:
         raise BadRequest(
             "no image in the request; send one as a data URL, a part named image, or a body of type image/*"
         )
-    tenant = headers.tenant(request.headers, limits.tenant_header)
+    tenant = headers.tenant(request.headers, settings.tenant_header)
     with images.tensor_budget.for_request() as reserve:
-        done = await _reported(
-            images.tensors(sources, want=want, tenant=tenant, spec=spec, reserve=reserve), sources, emit
-        )
+        prepared = images.tensors(sources, want=want, tenant=tenant, spec=spec, reserve=reserve)
+        done = await _report(prepared, sources, emit)
         if want == LAYOUT:
             return web.json_response(layout(done, spec))
         if shm:
-            return web.json_response(await shared(images, spec, done))
-        return await _answer(request, done, spec, client_stall)
+            return web.json_response(await export(images, spec, done))
+        return await _respond(request, done, spec, client_stall)
 
 
-def valued(spec: ProcessorSpec, values: str) -> ProcessorSpec:
-    """The processor whose `pixel_values` are of the asked type; "": of the model's own. Raises BadRequest."""
+def with_values(spec: ProcessorSpec, values: str) -> ProcessorSpec:
+    """The processor whose `pixel_values` have the requested type; "": the model's own. Raises BadRequest."""
     if values == "uint8":
         return replace(spec, do_rescale=False, do_normalize=False)
-    wanted = TYPES.get(values, spec.dtype if values == "" else "")
-    rounded = replace(spec, half=wanted) if wanted in HALVES and spec.dtype == "F32" else spec
+    wanted = DTYPES.get(values, spec.dtype if values == "" else "")
+    rounded = replace(spec, half=wanted) if wanted in HALF_DTYPES and spec.dtype == "F32" else spec
     if rounded.dtype != wanted:
         raise BadRequest(
-            "values: send uint8, or float32, bfloat16 or float16 where the model's processor makes float32, or leave it out"
+            "values: send uint8; or float32, bfloat16 or float16 if the model's processor makes float32; or omit it"
         )
     return rounded
 
 
-async def shared(images: ImageService, spec: ProcessorSpec, done: Sequence[PreparedTensors]) -> dict[str, Any]:
-    """The tensors in a file in shared memory: their layout, and its name below /dev/shm. Raises NotImplementedHere."""
+async def export(images: ImageService, spec: ProcessorSpec, done: Sequence[PreparedTensors]) -> dict[str, Any]:
+    """Write the tensors to a file in shared memory; return their layout and its name. Raises NotImplementedHere."""
     parts = [safetensors_head(done, spec), *(piece for group in pieces(done, spec) for piece in group)]
-    handed = await images.share(*parts)
-    if handed is None:
+    file = await images.share(*parts)
+    if file is None:
         raise NotImplementedHere(
-            f"{HANDOFF}: there is no shared memory here (/dev/shm, --image-cache-bytes); leave the header out"
+            f"{HANDOFF_HEADER}: no shared memory available (see --image-cache-bytes); omit the header"
         )
-    segment = {"name": f"{handed.folder}/{handed.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
+    segment = {"name": f"{file.folder}/{file.name}", "format": "safetensors", "bytes": sum(map(len, parts))}
     return layout(done, spec) | {"segments": [segment]}
 
 
 def is_shm(wanted: str) -> bool:
-    """Whether the tensors go through shared memory instead of the answer's body. Raises NotImplementedHere for another hand-off."""
+    """Whether the tensors go through shared memory, not in the body. Raises NotImplementedHere for another hand-off."""
     if wanted not in ("", SHM):
-        raise NotImplementedHere(f"{HANDOFF}: {wanted[:16]!r} is not available; send {SHM}, or leave the header out")
+        raise NotImplementedHere(f"{HANDOFF_HEADER}: {wanted[:16]!r} is not available; send {SHM}, or omit the header")
     return wanted == SHM
 
 
-def accepted(accept: str) -> str:
+def negotiate(accept: str) -> str:
     """TENSORS or LAYOUT, by the Accept header. Raises NotAcceptable."""
     types = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
     for kind in types:
@@ -145,26 +149,26 @@ def accepted(accept: str) -> str:
 
 
 def shapes(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, tuple[str, list[int]]]:
-    """Each tensor's safetensors dtype and shape, in the order in which they are written: 8-byte integers first."""
+    """Each tensor's safetensors dtype and shape, in writing order: 8-byte integers first."""
     return spec.shapes(geometries(done, spec))
 
 
 def geometries(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> list[Geometry]:
-    """What became of each image, by the same rules as in the worker."""
+    """The geometry of each image, by the same rules as in the worker."""
     return [spec.geometry(*t.prepared.original) for t in done]
 
 
 def layout(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> dict[str, Any]:
-    """The JSON form: names, shapes, dtypes, and what each image became."""
+    """The JSON form: names, shapes, dtypes, and a description of each image."""
     return {
         "processor": spec.fingerprint,
         "tensors": {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes(done, spec).items()},
-        "images": [described(t.prepared) for t in done],
+        "images": [describe(t.prepared) for t in done],
     }
 
 
-def described(image: PreparedImage) -> dict[str, Any]:
-    """What one image became, in its final size."""
+def describe(image: PreparedImage) -> dict[str, Any]:
+    """One image, in its final size."""
     return {
         "format": image.format,
         "height": image.height,
@@ -176,8 +180,8 @@ def described(image: PreparedImage) -> dict[str, Any]:
 
 
 def safetensors_head(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> bytes:
-    """Everything of a safetensors file before its tensors: length and JSON header."""
-    images = json.dumps([described(t.prepared) for t in done], separators=(",", ":"))  # metadata are texts
+    """A safetensors file up to its tensors: length and JSON header."""
+    images = json.dumps([describe(t.prepared) for t in done], separators=(",", ":"))  # metadata values are strings
     header: dict[str, Any] = {"__metadata__": {"processor": spec.fingerprint, "images": images}}
     at = 0
     for name, (dtype, shape) in shapes(done, spec).items():
@@ -185,7 +189,7 @@ def safetensors_head(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> by
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants aligned data
+    text += b" " * (-len(text) % 8)  # the format requires aligned data
     return struct.pack("<Q", len(text)) + text
 
 
@@ -196,22 +200,22 @@ def pieces(done: Sequence[PreparedTensors], spec: ProcessorSpec) -> Iterator[lis
     yield from tensor_layout.pieces([t.values for t in done], images, spec)
 
 
-async def _answer(
-    request: web.BaseRequest, done: list[PreparedTensors], spec: ProcessorSpec, patience: float
+async def _respond(
+    request: web.BaseRequest, done: list[PreparedTensors], spec: ProcessorSpec, client_stall: float
 ) -> web.StreamResponse:
-    """The tensors, to a client that reads within `patience` seconds. Raises ClientStalled."""
+    """Send the tensors. Raises ClientStalled if the client reads nothing for `client_stall` seconds."""
     head = safetensors_head(done, spec)
     response = web.StreamResponse(headers={"content-type": SAFETENSORS})
     tensors = shapes(done, spec).values()
     response.content_length = len(head) + sum(ELEMENT_BYTES[dtype] * math.prod(shape) for dtype, shape in tensors)
     await client_io.start(response, request)
     await client_io.write(response, head)
-    await client_io.send_long(response, pieces(done, spec), patience)
+    await client_io.send_long(response, pieces(done, spec), client_stall)
     return response
 
 
-async def _reported(work: Awaitable[list[PreparedTensors]], sources: list[Source], emit: Emit) -> list[PreparedTensors]:
-    """What `work` makes of the images, each with its fact."""
+async def _report(work: Awaitable[list[PreparedTensors]], sources: list[Source], emit: Emit) -> list[PreparedTensors]:
+    """The result of `work`, with one event per image."""
     started = time.monotonic()
     try:
         done = await work
@@ -225,22 +229,22 @@ async def _reported(work: Awaitable[list[PreparedTensors]], sources: list[Source
     return done
 
 
-async def _sources(request: web.BaseRequest, limits: Settings, fetch: Fetch | None) -> list[Source]:
-    """The request's images, at most MAX_IMAGES of them."""
+async def _read_sources(request: web.BaseRequest, settings: Settings, fetch: Fetch | None) -> list[Source]:
+    """The request's images, at max_bytes MAX_IMAGES of them."""
     kind = request.content_type.lower()
     if kind.startswith("image/"):
-        return [(await client_io.read(request, limits.image_max_bytes, "--image-max-bytes"), False)]
+        return [(await client_io.read(request, settings.image_max_bytes, "--image-max-bytes"), False)]
     if kind == "multipart/form-data":
-        return await _parts(request, limits)
+        return await _read_parts(request, settings)
     if kind == JSON:
-        return await _fetched(urls(await client_io.read(request, limits.max_body_bytes)), fetch)
+        return await _fetch_links(parse_images(await client_io.read(request, settings.max_body_bytes)), fetch)
     raise BadRequest(f"content-type: send {JSON}, multipart/form-data, or image/*")
 
 
-async def _fetched(listed: list[Source | str], fetch: Fetch | None) -> list[Source]:
-    """The images, those behind links fetched side by side. Raises BadImage or ImagesBusy, and gives up the others."""
+async def _fetch_links(listed: list[Source | str], fetch: Fetch | None) -> list[Source]:
+    """The images; links are fetched concurrently. Raises BadImage or ImagesBusy, and cancels the others."""
 
-    async def one(source: Source | str, where: str) -> Source:
+    async def load(source: Source | str, where: str) -> Source:
         if isinstance(source, tuple):
             return source
         if fetch is None:
@@ -250,37 +254,37 @@ async def _fetched(listed: list[Source | str], fetch: Fetch | None) -> list[Sour
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(source, f"images[{i}]")) for i, source in enumerate(listed)]
+            tasks = [group.create_task(load(source, f"images[{i}]")) for i, source in enumerate(listed)]
     except* RequestError as failed:
         raise failed.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
-def urls(body: bytes) -> list[Source | str]:
+def parse_images(body: bytes) -> list[Source | str]:
     """The images of the JSON form, and the links among them. Raises BadRequest or BadImage."""
-    skeleton = request_body.extract_data_urls(body, secrets.token_hex(8))
-    listed = (skeleton.payload or {}).get("images")
+    parsed = request_body.extract_data_urls(body, secrets.token_hex(8))
+    listed = (parsed.payload or {}).get("images")
     if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
         raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
     check_count(len(listed))
     return [
-        text if url_policy.is_link(text) else (_base64(request_body.original(skeleton, text), i), True)
+        text if url_policy.is_link(text) else (_base64_of(request_body.original(parsed, text), i), True)
         for i, text in enumerate(listed)
     ]
 
 
-def _base64(url: Data, index: int) -> memoryview:
+def _base64_of(url: Data, index: int) -> memoryview:
     view = memoryview(url)
-    at = bytes(view[:MAX_HEAD]).find(MARK)
+    at = bytes(view[:MAX_DATA_URL_HEAD_BYTES]).find(BASE64_MARK)
     if at < 0 or bytes(view[:5]) != b"data:":
-        raise BadImage(f"images[{index}]: it is neither a base64 data URL nor a link", "image_url")
-    return view[at + len(MARK) :]
+        raise BadImage(f"images[{index}]: neither a base64 data URL nor a link", "image_url")
+    return view[at + len(BASE64_MARK) :]
 
 
-async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
+async def _read_parts(request: web.BaseRequest, settings: Settings) -> list[Source]:
     """The parts named `image`. Raises BadRequest, BadImage or BodyTooLarge."""
-    too_large = f"the request body is larger than {limits.max_body_bytes} bytes (--max-body-bytes)"
-    if (request.content_length or 0) > limits.max_body_bytes:
+    too_large = f"the request body is larger than {settings.max_body_bytes} bytes (--max-body-bytes)"
+    if (request.content_length or 0) > settings.max_body_bytes:
         raise BodyTooLarge(too_large)
     await client_io.expect(request)
     found: list[Source] = []
@@ -289,18 +293,18 @@ async def _parts(request: web.BaseRequest, limits: Settings) -> list[Source]:
             if not isinstance(part, BodyPartReader) or part.name != "image":
                 raise BadRequest("multipart: every part must be named image and hold one image")
             check_count(len(found) + 1)
-            found.append((await _part(part, limits.image_max_bytes, len(found)), False))
-            if sum(len(data) for data, _ in found) > limits.max_body_bytes:  # its length need not be announced
+            found.append((await _read_part(part, settings.image_max_bytes, len(found)), False))
+            if sum(len(data) for data, _ in found) > settings.max_body_bytes:  # its length may not be announced
                 raise BodyTooLarge(too_large)
-    except MALFORMED:
+    except MULTIPART_ERRORS:
         raise BadRequest("multipart: the body is cut off or has no boundary") from None
     return found
 
 
-async def _part(part: BodyPartReader, most: int, index: int) -> bytearray:
+async def _read_part(part: BodyPartReader, max_bytes: int, index: int) -> bytearray:
     data = bytearray()
     while chunk := await part.read_chunk(1 << 16):
         data += chunk
-        if len(data) > most:
-            raise BadImage(f"images[{index}]: the image was refused: the limit is {most} bytes", "image_too_large")
+        if len(data) > max_bytes:
+            raise BadImage(f"images[{index}]: the image was refused: the limit is {max_bytes} bytes", "image_too_large")
     return data

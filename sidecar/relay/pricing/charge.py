@@ -1,4 +1,4 @@
-"""What a request is held and charged for: estimated when its body is known, charged to its tenant, and corrected when it is over."""
+"""What a request is charged: estimated when its body is known, and corrected when it has ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sidecar.relay.request_body import ParsedBody
 
 
 class Pricing:
-    """One per relay process. `quota` is None where tenants have no limits, `counter` where no tokenizer is known, `spec` where no image processor."""
+    """One per relay process. None: no `quota` of tenants, no `counter` of tokens, no `spec` of an image processor."""
 
     def __init__(
         self,
@@ -30,42 +30,46 @@ class Pricing:
         self._spec = spec
 
     def on_load_report(self, load: LoadReport) -> None:
-        """A load report."""
+        """Pass a load report to the quota."""
         if self._quota is not None:
             self._quota.on_load_report(load)
 
     async def charge(self, admission: Admission, body: ParsedBody) -> None:
-        """Take the request out of its tenant's limits, before any work is done for it. Raises TenantLimited."""
+        """Charge the request to its tenant, before any work is done for it. Raises TenantLimited."""
         if self._counter is not None and body.payload is not None:
-            admission.counted = await self._counter.count(body.payload, body.text)
+            admission.token_count = await self._counter.count(body.payload, body.text)
         if self._spec is not None and body.images:
             admission.image_tokens = tokens_of(body.images, self._spec)
         if self._quota is not None:
             estimate = self._estimate(admission, admission.image_tokens)
             reserved = self._estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
-            admission.lease = self._quota.take(admission.tenant, estimate.mu, reserved)
+            admission.charge = self._quota.take(admission.tenant, estimate.mu, reserved)
 
-    def admit(self, admission: Admission, image_tokens: list[int]) -> None:
-        """Hold what it is expected to take. `image_tokens`: those of images that were prepared, which are sure."""
-        admission.admit(admission.shape, self._estimate(admission, image_tokens or admission.image_tokens))
+    def estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
+        """What the request is expected to take. `image_tokens`: those of prepared images, which are exact."""
+        return self._estimate(admission, image_tokens or admission.image_tokens)
 
-    def milli(self, admission: Admission, usage: Usage) -> int:
-        """What a usage comes to in milli-MU, as it will settle."""
+    def price_milli(self, admission: Admission, usage: Usage) -> int:
+        """The price of a usage in milli-MU, as it will settle."""
         return round(1000 * self._estimator.mu(settled_work(admission.work, usage, 0)))
 
-    def over(self, admission: Admission) -> None:
-        """It has settled: correct its charge to what it used, whatever becomes of the rest, and learn from it."""
+    def settle(self, admission: Admission) -> None:
+        """The request has settled: correct its charge to what it used, and learn from it."""
         end = admission.settled
         if end is None:
             return
         if self._quota is not None:
             started = end.first_at is not None
             work = actual_work(admission.work, end, started=started, delivered=end.delivered_tokens)
-            self._quota.settle(admission.lease, 0.0 if work is None else self._estimator.mu(work))
+            self._quota.settle(admission.charge, 0.0 if work is None else self._estimator.mu(work))
         if end.usage is not None and end.outcome == "ok":
-            counted = admission.counted.tokens if admission.counted is not None and admission.counted.exact else None
+            counted = (
+                admission.token_count.tokens
+                if admission.token_count is not None and admission.token_count.exact
+                else None
+            )
             self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
 
     def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
-        counted = None if admission.counted is None else admission.counted.tokens
+        counted = None if admission.token_count is None else admission.token_count.tokens
         return self._estimator.estimate(admission.tenant, admission.shape, image_tokens, counted)

@@ -1,9 +1,9 @@
-"""Limits of tenants on the data path: a request takes its estimate here, and its settlement corrects it.
+"""Limits of tenants on the data path: a request is charged its estimate here, and its settlement corrects the charge.
 
-Rules: without a limit for a tenant nothing is taken. The file is read again when it changes (a ConfigMap changes by its symlink, so its
-time is looked at every LOOK seconds); a bad one is named once, and the last good one stays, in a relay that was started again that of the
-sidecar's start. Spill-over needs a load report: each one, once a second, says how much is idle, of which each relay process may give
-away its even share until the next.
+Rules: a tenant without a limit is not charged. The file is read again when it changes (a ConfigMap changes by its
+symlink, so its stat is checked every FILE_CHECK_INTERVAL_S). A bad file is logged once, and the last good one stays in
+force; in a relay that restarted, that of the sidecar's start. Spill-over needs a load report: each one, once a second,
+states how much capacity is idle, and each relay process may give away an even share of it until the next.
 """
 
 from __future__ import annotations
@@ -20,29 +20,31 @@ from sidecar.events import LoadReport
 from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, LimitExceeded, TenantLimit, TenantLimits, parse
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
-FILE_CHECK_INTERVAL_S: Final = 2.0  # seconds
-LOAD_REPORT_STALE_S: Final = 5.0  # seconds that a load report holds
-TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
-SOON: Final = 1.0  # seconds after which to try again where open requests must end first
+FILE_CHECK_INTERVAL_S: Final = 2.0
+LOAD_REPORT_STALE_S: Final = 5.0
+# In OpenAI's errors.
+OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}
+# When to retry if open requests must end first.
+IN_FLIGHT_RETRY_S: Final = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 class Quota:
-    """One per relay process. `path` is the file of limits, `limits` what it said when the sidecar started."""
+    """One per relay process. `path` is the file of limits, `limits` its content when the sidecar started."""
 
     def __init__(self, path: str, accounts: TenantAccounts, workers: int, limits: TenantLimits) -> None:
         self._path = Path(path)
         self._accounts = accounts
         self._workers = workers
-        self._stamp = _stamp(self._path)
+        self._stamp = _file_stamp(self._path)
         self._limits = limits
-        self._read()
+        self._reload()
         self._spare = 0.0  # MU that may be given away
-        self._heard = -math.inf
+        self._reported_at = -math.inf
 
     def take(self, tenant: str, mu: float, high: float) -> TenantCharge | None:
-        """Charge a request of `mu`, which may need `high`, to its tenant; None where that has no limits. Raises TenantLimited."""
+        """Charge a request of `mu`, which may need `high`, to its tenant; None without limits. Raises TenantLimited."""
         limit = self._limits.of(tenant)
         if limit.mu_per_minute is None and limit.mu_in_flight is None:
             return None
@@ -50,52 +52,52 @@ class Quota:
         taken = self._accounts.take(tenant, limit, mu, high, now)
         if isinstance(taken, TenantCharge):
             return taken
-        if limit.spill_over and now - self._heard < LOAD_REPORT_STALE_S and mu <= self._spare:
+        if limit.spill_over and now - self._reported_at < LOAD_REPORT_STALE_S and mu <= self._spare:
             self._spare -= mu
             return self._accounts.spill(tenant, limit, high, now)
-        raise refused(taken, limit, mu, high)
+        raise limit_error(taken, limit, mu, high)
 
-    def settle(self, lease: TenantCharge | None, mu: float) -> None:
-        """A request has ended; it used `mu`."""
-        if lease is not None:
-            self._accounts.settle(lease, mu, time.monotonic())
+    def settle(self, charge: TenantCharge | None, mu: float) -> None:
+        """Correct the charge of a request that has ended and used `mu`."""
+        if charge is not None:
+            self._accounts.settle(charge, mu, time.monotonic())
 
     def on_load_report(self, load: LoadReport) -> None:
-        """A load report: what is idle below the threshold may be given away."""
+        """Take the spare capacity from a load report: what is idle below the threshold."""
         idle = max(0.0, self._limits.spill_over_below - load.utilization)
         self._spare = idle * load.mu_max_in_flight / self._workers
-        self._heard = time.monotonic()
+        self._reported_at = time.monotonic()
 
     async def watch(self) -> None:
-        """Read the file again whenever it changes, until cancelled."""
+        """Reload the file whenever it changes, until cancelled."""
         while True:
             await asyncio.sleep(FILE_CHECK_INTERVAL_S)
-            await asyncio.to_thread(self.look)
+            await asyncio.to_thread(self.check_file)
 
-    def look(self) -> None:
+    def check_file(self) -> None:
         """Read the file if it has changed."""
-        stamp = _stamp(self._path)
+        stamp = _file_stamp(self._path)
         if stamp == self._stamp:
             return
         self._stamp = stamp
-        if self._read():
-            _log.info("the tenants' limits were read again")
+        if self._reload():
+            _log.info("tenant limits reloaded")
 
-    def _read(self) -> bool:
-        """Whether the file is good, and so in force."""
+    def _reload(self) -> bool:
+        """Reload the file. Returns whether it is valid."""
         try:
-            self._limits = read(str(self._path))
+            self._limits = read_limits(str(self._path))
         except UsageError as e:
-            _log.error("%s; the limits that were read before stay in force", e)
+            _log.error("%s; the previous limits stay in force", e)
             return False
         return True
 
     def close(self) -> None:
-        """Let go of the accounts."""
+        """Unmap the accounts."""
         self._accounts.close()
 
 
-def read(path: str) -> TenantLimits:
+def read_limits(path: str) -> TenantLimits:
     """The limits in a file. Raises UsageError."""
     name = f"--tenant-limits {path}"
     try:
@@ -110,17 +112,17 @@ def read(path: str) -> TenantLimits:
     return parse(text, name)
 
 
-def refused(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
-    """What the client is told."""
+def limit_error(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
+    """The error for the client."""
     if why.what == "mu_per_minute":
         text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
     else:
         text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
-    return TenantLimited(text, SOON if why.wait is None else why.wait, TYPES[why.what])
+    return TenantLimited(text, IN_FLIGHT_RETRY_S if why.wait is None else why.wait, OPENAI_LIMIT_TYPES[why.what])
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes with a file; None where it is away."""
+def _file_stamp(path: Path) -> tuple[int, int, int] | None:
+    """A value that changes with the file; None if it does not exist."""
     try:
         at = path.stat()
     except OSError:

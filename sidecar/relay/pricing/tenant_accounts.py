@@ -1,12 +1,14 @@
-"""What tenants have used, in memory that all relay processes share: one bucket and one stock per tenant for the whole pod.
+"""What tenants have used, in memory that all relay processes share: one bucket and one count in flight per tenant and
+pod.
 
     row      digest of the tenant's name, level and time of its bucket, the bucket's rate and burst
     column   of each relay process: its MU in flight, by row
 
-Rules: a row that is full and has nothing in flight says nothing, so it may become another tenant's: forgetting it changes nothing. Where a
-tenant finds no row, it shares row 0 with others like it. Each process writes its own column only, and clears it when it starts: what a
-killed process had open is then free. A lock keeps two processes from spending the same units; one that is held for LOCK seconds is that of
-a stopped process, and is passed over from then on until it is free: the worst is that a charge of another process is lost.
+Rules: a full row with nothing in flight carries no information and may be reused for another tenant. A tenant that
+finds no row shares row 0 with others. Each process writes only its own column, and clears it when it starts, which
+releases what a killed process had open. A lock keeps two processes from spending the same units. If it is held for
+LOCK_TIMEOUT_S, its holder was stopped: it is bypassed until it is free, at the cost of losing another process's
+charge.
 """
 
 from __future__ import annotations
@@ -25,20 +27,25 @@ from typing import Final
 from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charge, check, refill
 
 ROWS: Final = 4096
-PROBES: Final = 16  # rows that a tenant may come to lie in
-LOCK: Final = 0.05  # seconds; microseconds are usual, but its holder can lose its core meanwhile
-_PAUSE: Final = 0.0002
-_ROW: Final = struct.Struct("=16sdddd")  # digest, level, at, rate, burst
-_NUMBERS: Final = struct.Struct("=dddd")
-_ONE: Final = struct.Struct("=d")
-_EMPTY: Final = bytes(16)
-_SHARED: Final = b"shared by others"  # no digest: those are of a hash
-_DUST: Final = 1e-9  # MU that rounding may leave in flight
+# Candidate rows of a tenant.
+ROW_PROBES: Final = 16
+# Microseconds are usual, but the holder can be descheduled.
+LOCK_TIMEOUT_S: Final = 0.05
+_LOCK_RETRY_S: Final = 0.0002
+# digest, level, at, rate, burst
+_ROW: Final = struct.Struct("=16sdddd")
+_ROW_NUMBERS: Final = struct.Struct("=dddd")
+_IN_FLIGHT: Final = struct.Struct("=d")
+_EMPTY_DIGEST: Final = bytes(16)
+# Not the digest of any tenant.
+_SHARED_DIGEST: Final = b"shared by others"
+# Rounding may leave this much in flight.
+_ROUNDING_MU: Final = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class TenantCharge:
-    """What a request took: `mu` from its tenant's bucket, `high` in flight."""
+    """The charge of a request: `mu` from its tenant's bucket, `high` in flight."""
 
     row: int
     limit: TenantLimit
@@ -46,75 +53,78 @@ class TenantCharge:
     high: float
 
 
-def size(workers: int) -> int:
+def table_bytes(workers: int) -> int:
     """Bytes of the table."""
-    return ROWS * (_ROW.size + _ONE.size * workers)
+    return ROWS * (_ROW.size + _IN_FLIGHT.size * workers)
 
 
 class TenantAccounts:
-    """The table as relay process `index` of `workers` sees it. `path`: a file of `size(workers)` bytes, or "" for memory of its own."""
+    """The table, mapped by relay process `index` of `workers`.
+
+    `path`: a file of `table_bytes(workers)` bytes, or "" for private memory.
+    """
 
     def __init__(self, path: str, workers: int, index: int) -> None:
         self._workers, self._index = workers, index
-        self._patience = LOCK
+        self._lock_timeout_s = LOCK_TIMEOUT_S
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC) if path else -1
-        self._table = mmap.mmap(self._fd, size(workers))
-        first = self._place(0)
-        self._table[first : first + ROWS * _ONE.size] = bytes(ROWS * _ONE.size)
+        self._table = mmap.mmap(self._fd, table_bytes(workers))
+        first = self._offset(0)
+        self._table[first : first + ROWS * _IN_FLIGHT.size] = bytes(ROWS * _IN_FLIGHT.size)
 
     def close(self) -> None:
-        """Let go of the table."""
+        """Unmap the table."""
         self._table.close()
         if self._fd >= 0:
             os.close(self._fd)
 
     def take(self, tenant: str, limit: TenantLimit, mu: float, high: float, now: float) -> TenantCharge | LimitExceeded:
-        """Charge a request, or say why not."""
+        """Charge a request, or return the limit that it exceeds."""
         with self._locked():
             row = self._row(tenant, limit, now)
             bucket = refill(self._bucket(row), limit, now)
-            refused = check(limit, bucket, self._stock(row), mu, high)
+            refused = check(limit, bucket, self._in_flight(row), mu, high)
             if refused is not None:
                 return refused
             self._put(row, charge(bucket, limit, mu), limit)
-            self._put_stock(row, self._own(row) + high)
+            self._put_own_in_flight(row, self._own_in_flight(row) + high)
             return TenantCharge(row, limit, mu, high)
 
     def spill(self, tenant: str, limit: TenantLimit, high: float, now: float) -> TenantCharge:
-        """Let a request in that is over its tenant's limit: it takes nothing out of the bucket, and is in flight."""
+        """Admit a request over its tenant's limit: it is in flight, and takes nothing from the bucket."""
         with self._locked():
             row = self._row(tenant, limit, now)
-            self._put_stock(row, self._own(row) + high)
+            self._put_own_in_flight(row, self._own_in_flight(row) + high)
             return TenantCharge(row, TenantLimit(), 0.0, high)
 
-    def settle(self, lease: TenantCharge, mu: float, now: float) -> None:
-        """A request is over; it has used `mu`."""
+    def settle(self, charged: TenantCharge, mu: float, now: float) -> None:
+        """Correct the charge of a request that has ended and used `mu`."""
         with self._locked():
-            bucket = refill(self._bucket(lease.row), lease.limit, now)
-            if lease.limit.mu_per_minute is not None:
-                self._put(lease.row, charge(bucket, lease.limit, mu - lease.mu), lease.limit)
-            self._put_stock(lease.row, self._own(lease.row) - lease.high)
+            bucket = refill(self._bucket(charged.row), charged.limit, now)
+            if charged.limit.mu_per_minute is not None:
+                self._put(charged.row, charge(bucket, charged.limit, mu - charged.mu), charged.limit)
+            self._put_own_in_flight(charged.row, self._own_in_flight(charged.row) - charged.high)
 
     # --- rows ---
 
     def _row(self, tenant: str, limit: TenantLimit, now: float) -> int:
-        """The row of a tenant; a free one where it has none, else the shared one."""
+        """The row of a tenant: its own, else a free one, else the shared one."""
         digest = hashlib.blake2b(tenant.encode(errors="replace"), digest_size=16).digest()
         first = int.from_bytes(digest[:4]) % (ROWS - 1)
-        rows = [1 + (first + n) % (ROWS - 1) for n in range(PROBES)]
+        rows = [1 + (first + n) % (ROWS - 1) for n in range(ROW_PROBES)]
         found = next((row for row in rows if self._digest(row) == digest), None)
         if found is None:
-            found = next((row for row in rows if self._free(row, now)), 0)
-            digest = digest if found else _SHARED
+            found = next((row for row in rows if self._is_free(row, now)), 0)
+            digest = digest if found else _SHARED_DIGEST
             if self._digest(found) != digest:
                 self._table[found * _ROW.size : found * _ROW.size + 16] = digest
                 self._put(found, TokenBucket(limit.burst, now), limit)
         return found
 
-    def _free(self, row: int, now: float) -> bool:
-        """Whether nothing would be lost with a row."""
+    def _is_free(self, row: int, now: float) -> bool:
+        """Whether a row carries no information."""
         digest, level, at, rate, burst = _ROW.unpack_from(self._table, row * _ROW.size)
-        return digest == _EMPTY or (level + rate * (now - at) >= burst and self._stock(row) == 0)
+        return digest == _EMPTY_DIGEST or (level + rate * (now - at) >= burst and self._in_flight(row) == 0)
 
     def _digest(self, row: int) -> bytes:
         return self._table[row * _ROW.size : row * _ROW.size + 16]
@@ -124,23 +134,23 @@ class TenantAccounts:
         return TokenBucket(level, at)
 
     def _put(self, row: int, bucket: TokenBucket, limit: TenantLimit) -> None:
-        _NUMBERS.pack_into(self._table, row * _ROW.size + 16, bucket.level, bucket.at, limit.rate, limit.burst)
+        _ROW_NUMBERS.pack_into(self._table, row * _ROW.size + 16, bucket.level, bucket.at, limit.rate, limit.burst)
 
-    def _stock(self, row: int) -> float:
+    def _in_flight(self, row: int) -> float:
         """MU in flight of all processes."""
-        places = (self._place(row, index) for index in range(self._workers))
-        return sum(float(_ONE.unpack_from(self._table, place)[0]) for place in places)
+        offsets = (self._offset(row, index) for index in range(self._workers))
+        return sum(float(_IN_FLIGHT.unpack_from(self._table, offset)[0]) for offset in offsets)
 
-    def _own(self, row: int) -> float:
-        return float(_ONE.unpack_from(self._table, self._place(row))[0])
+    def _own_in_flight(self, row: int) -> float:
+        return float(_IN_FLIGHT.unpack_from(self._table, self._offset(row))[0])
 
-    def _put_stock(self, row: int, mu: float) -> None:
-        _ONE.pack_into(self._table, self._place(row), mu if mu > _DUST else 0.0)
+    def _put_own_in_flight(self, row: int, mu: float) -> None:
+        _IN_FLIGHT.pack_into(self._table, self._offset(row), mu if mu > _ROUNDING_MU else 0.0)
 
-    def _place(self, row: int, index: int | None = None) -> int:
-        """Where a process has its MU in flight of a row; without `index`, this one."""
+    def _offset(self, row: int, index: int | None = None) -> int:
+        """Offset of a process's MU in flight in a row; by default of this process."""
         column = self._index if index is None else index
-        return ROWS * _ROW.size + (column * ROWS + row) * _ONE.size
+        return ROWS * _ROW.size + (column * ROWS + row) * _IN_FLIGHT.size
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -155,15 +165,15 @@ class TenantAccounts:
                 fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
     def _lock(self) -> bool:
-        until = time.monotonic() + self._patience
+        until = time.monotonic() + self._lock_timeout_s
         while True:
             try:
                 fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 if time.monotonic() >= until:
-                    self._patience = 0.0
+                    self._lock_timeout_s = 0.0
                     return False
-                time.sleep(_PAUSE)
+                time.sleep(_LOCK_RETRY_S)
             else:
-                self._patience = LOCK
+                self._lock_timeout_s = LOCK_TIMEOUT_S
                 return True

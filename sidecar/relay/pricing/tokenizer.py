@@ -1,10 +1,10 @@
 """The tokens of a prompt's text, counted by the model's own tokenizer, off the event loop and within a deadline.
 
-Rules: what cannot be had at once is not waited for: no count, and the caller goes by its learned ratio. At most WHOLE characters are ever
-tokenized for one request; of a longer text, windows spread evenly over it stand for the whole, which is within some 3 % (benchmarks/tokens.py)
-and bounds both the wait and the CPU time. Texts are dropped as soon as they are counted, and nothing of them is kept or logged.
+Rules: a count that is late is not waited for, and the caller uses its learned ratio. At most MAX_COUNTED_CHARS are
+tokenized per request. Of a longer text, windows spread evenly over it stand for the whole, which is within some 3 %
+(benchmarks/tokens.py) and bounds both the wait and the CPU time. Texts are dropped once counted, and never logged.
 
-`encode` of the package tokenizers keeps the GIL for as long as it runs, `encode_batch_fast` lets it go: so a thread is enough.
+`encode` of the package tokenizers holds the GIL while it runs; `encode_batch_fast` releases it, so a thread is enough.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from typing import Any, Final
 from sidecar.load.request_shape import leaves, prompts
 
 TOKENIZER_FILE: Final = "tokenizer.json"
-COUNT_TIMEOUT_S: Final = 0.005  # seconds
-MAX_WAITING_COUNTS: Final = 8  # requests whose text waits for the thread; further ones are not counted
-WHOLE: Final = 4096  # characters that are counted one by one: 1 to 2 ms of a core
-WINDOWS: Final = 8
+COUNT_TIMEOUT_S: Final = 0.005
+# Texts that wait for the thread; further ones are not counted.
+MAX_WAITING_COUNTS: Final = 8
+# These take 1 to 2 ms of a core.
+MAX_COUNTED_CHARS: Final = 4096
+WINDOW_COUNT: Final = 8
 
 _log = logging.getLogger(__name__)
-
 
 Encode = Callable[[list[str]], Sequence[Sized]]  # texts -> the tokens of each
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """Tokens of a text; `exact` where all of it was counted."""
+    """Tokens of a text; `exact` if all of it was counted."""
 
     tokens: int
     exact: bool
@@ -51,9 +52,9 @@ class TokenCounter:
         self._waiting = 0
 
     async def count(self, payload: dict[str, Any], read: Callable[[str], str] = str) -> TokenCount | None:
-        """The tokens of a body's prompt text; None where they cannot be had within the deadline.
+        """The tokens of a body's prompt text; None if they are not counted within the deadline.
 
-        `read` as for shapes.describe.
+        `read` as for `request_shape.describe`.
         """
         if self._waiting >= MAX_WAITING_COUNTS:
             return None
@@ -67,21 +68,21 @@ class TokenCounter:
         return job.result() if job.done() and job.exception() is None else None
 
     def close(self) -> None:
-        """End the thread after what it is at."""
+        """Stop the worker thread after the current text."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _counted(self, job: asyncio.Future[TokenCount]) -> None:
         self._waiting -= 1
         if not job.cancelled() and (error := job.exception()) is not None:
-            _log.warning("a text could not be counted (%s); its tokens are estimated", type(error).__name__)
+            _log.warning("cannot count the tokens of a text (%s); they are estimated", type(error).__name__)
 
 
-def load(folder: str) -> TokenCounter | None:
-    """The counter of a model's directory; None where it has no tokenizer, or the extra is not there. Takes up to a second."""
+def load_counter(folder: str) -> TokenCounter | None:
+    """The counter of a model's directory; None without a tokenizer or the extra. Takes up to a second."""
     file = Path(folder) / TOKENIZER_FILE
     if not folder or not file.is_file():
         return None
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a pool of threads would only cost
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: a thread pool would only cost
     try:
         import tokenizers
 
@@ -89,24 +90,26 @@ def load(folder: str) -> TokenCounter | None:
         return TokenCounter(partial(tokenizer.encode_batch_fast, add_special_tokens=False))
     except ImportError:
         _log.info("tokens are estimated: for exact ones, pip install 'inference-sidecar[tokenizer]'")
-    except Exception as e:  # noqa: BLE001  the package raises nothing more particular
-        _log.warning("tokens are estimated: %s cannot be used (%s)", TOKENIZER_FILE, type(e).__name__)
+    except Exception as e:  # noqa: BLE001  the package raises nothing more specific
+        _log.warning("tokens are estimated: cannot use %s (%s)", TOKENIZER_FILE, type(e).__name__)
     return None
 
 
-def windows(texts: Sequence[str], whole: int = WHOLE, count: int = WINDOWS) -> tuple[list[str], float]:
-    """(texts to tokenize, times by which their tokens are to be multiplied): all of short texts, windows of long ones."""
+def windows(
+    texts: Sequence[str], max_chars: int = MAX_COUNTED_CHARS, count: int = WINDOW_COUNT
+) -> tuple[list[str], float]:
+    """(texts to tokenize, factor for their tokens): all of short texts, windows of long ones."""
     length = sum(map(len, texts))
-    if length <= whole:
+    if length <= max_chars:
         return list(texts), 1.0
-    text, width = "".join(texts), whole // count
+    text, width = "".join(texts), max_chars // count
     step = (length - width) / (count - 1)
     starts = [round(n * step) for n in range(count)]
     return [text[start : start + width] for start in starts], length / (width * count)
 
 
 def _count(encode: Encode, texts: list[str]) -> TokenCount:
-    parts, times = windows(texts)
+    parts, factor = windows(texts)
     sound = [part if part.isascii() else part.encode(errors="replace").decode() for part in parts]  # no lone surrogates
     tokens = sum(map(len, encode(sound)))
-    return TokenCount(round(tokens * times), times == 1.0)
+    return TokenCount(round(tokens * factor), factor == 1.0)

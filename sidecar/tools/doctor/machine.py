@@ -92,7 +92,7 @@ def limits(chosen: Settings) -> DoctorFinding:
     if not chosen.tenant_limits:
         return DoctorFinding("tenant-limits", "absent", "no --tenant-limits: tenants are not limited")
     try:
-        found = quota.read(chosen.tenant_limits)
+        found = quota.read_limits(chosen.tenant_limits)
     except SidecarError as e:
         return DoctorFinding("tenant-limits", "fail", str(e), "correct the file, or leave --tenant-limits away")
     others = "each other one has the default" if found.default != TenantLimit() else "others have no limit"
@@ -107,7 +107,7 @@ def tokenizer(chosen: Settings) -> DoctorFinding:
     if importlib.util.find_spec("tokenizers") is None:
         remedy = "pip install 'inference-sidecar[tokenizer]'"
         return DoctorFinding("tokenizer", "absent", "prompt tokens are estimated: the extra is not installed", remedy)
-    counter = counting.load(chosen.model)
+    counter = counting.load_counter(chosen.model)
     if counter is None:
         text = f"{counting.TOKENIZER_FILE} cannot be read: prompt tokens are estimated"
         return DoctorFinding("tokenizer", "warn", text, "correct the file")

@@ -27,7 +27,7 @@ SECRET = "169.254.169.254"
 
 
 class Names(AbstractResolver):
-    """A name server of a test: each question gets the next list of addresses, the last one for ever."""
+    """A test name server: each query gets the next list of addresses, later ones the last."""
 
     def __init__(self, **answers: list[list[str]]) -> None:
         self.answers = {name.replace("_", "."): rows for name, rows in answers.items()}
@@ -112,8 +112,8 @@ async def make(pictures_web: tuple[Web, int]) -> AsyncIterator[Make]:
 
         def made(names: Names | None = None, **options: Any) -> Fetcher:
             names = names or Names(img_test=[["127.0.0.1"]], other_test=[["127.0.0.1"]])
-            options = {"permitted": lambda address: address == "127.0.0.1", **options}
-            among = url_policy.domains(f"img.test:{port},other.test:{port},127.0.0.1:{port},{SECRET}:{port}")
+            options = {"is_permitted": lambda address: address == "127.0.0.1", **options}
+            among = url_policy.parse_domains(f"img.test:{port},other.test:{port},127.0.0.1:{port},{SECRET}:{port}")
             fetcher = Fetcher(among, 1_000_000, resolver=names, **options)
             stack.push_async_callback(fetcher.close)
             return fetcher
@@ -159,8 +159,16 @@ async def test_redirects_are_followed_within_the_list(make: Make, pictures_web: 
 
 
 @pytest.mark.parametrize(
-    "onward", ["http://evil.test/", "//evil.test:PORT/", f"http://{SECRET}:PORT/", "file:///etc/passwd", "http://[", "gopher://img.test:PORT/"]
-)  # fmt: skip
+    "onward",
+    [
+        "http://evil.test/",
+        "//evil.test:PORT/",
+        f"http://{SECRET}:PORT/",
+        "file:///etc/passwd",
+        "http://[",
+        "gopher://img.test:PORT/",
+    ],
+)
 async def test_a_redirect_elsewhere_is_not_followed(make: Make, pictures_web: tuple[Web, int], onward: str) -> None:
     """Another host, a private address though it is listed, another scheme, and what is no URL end the fetch."""
     site, port = pictures_web
@@ -170,7 +178,7 @@ async def test_a_redirect_elsewhere_is_not_followed(make: Make, pictures_web: tu
 
 
 async def test_a_name_is_resolved_once_and_judged(make: Make, pictures_web: tuple[Web, int]) -> None:
-    """What was judged is what is connected to; a name that turns private afterwards is refused the next time, unconnected."""
+    """The connection goes to the checked address; a name that turns private later is refused without a connection."""
     site, port = pictures_web
     names = Names(img_test=[["127.0.0.1"], [SECRET]])
     fetcher = make(names)
@@ -182,9 +190,9 @@ async def test_a_name_is_resolved_once_and_judged(make: Make, pictures_web: tupl
 
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], ["10.0.0.1"], [SECRET], ["1.1.1.1", "127.0.0.1"], []], ids=str)
 async def test_private_addresses_are_refused(make: Make, pictures_web: tuple[Web, int], addresses: list[str]) -> None:
-    """By default a listed name with an address that is not public is refused, and nobody hears of it."""
+    """By default a listed name with an address that is not public is refused without a connection."""
     site, port = pictures_web
-    fetcher = make(Names(img_test=[addresses]), permitted=url_policy.is_public)
+    fetcher = make(Names(img_test=[addresses]), is_permitted=url_policy.is_public)
     unknown = await fails(fetcher, f"http://other.test:{port}/a")
     refused = await fails(fetcher, f"http://img.test:{port}/a")
     assert str(refused) == str(unknown), "a private name and an unknown one must look alike"
@@ -225,13 +233,13 @@ async def test_no_tls_no_image(make: Make, pictures_web: tuple[Web, int]) -> Non
 async def test_slow_servers_and_full_places(
     make: Make, pictures_web: tuple[Web, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fetch ends with its time; one that found no place in that time is told to come again."""
+    """A fetch ends with its timeout; one that found no slot by then gets a 503 to retry."""
     site, port = pictures_web
     monkeypatch.setattr(fetching, "MAX_CONCURRENT_FETCHES", 1)
-    fetcher = make(seconds=0.3)
+    fetcher = make(timeout_s=0.3)
     first = asyncio.create_task(fails(fetcher, f"http://img.test:{port}/slow"))
     await site.met.wait()
-    fetcher._seconds = 0.01
+    fetcher._timeout_s = 0.01
     with pytest.raises(ImagesBusy):
         await fetcher.fetch(f"http://img.test:{port}/a", "x")
     assert (await first).reason == "image_url_failed"
@@ -287,7 +295,7 @@ async def test_an_image_that_passes_is_not_fetched_twice(rig: Any, serve: Any) -
 
 
 async def test_the_relay_refuses_what_may_not_be_fetched(rig: Any, serve: Any, make: Make) -> None:
-    """The client is told which part it was, and the engine hears nothing."""
+    """The error names the part, and the engine receives nothing."""
     r = await rig(await serve(echo), images=Workers(), fetch=make().fetch)
     async with r.client.post(r.url + "/v1/chat/completions", json=chat("http://evil.test/a")) as got:
         error = (await got.json())["error"]

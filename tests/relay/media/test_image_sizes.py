@@ -22,10 +22,21 @@ from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import FAST
 
 QWEN = {
-    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "merge_size": 2,
-    "temporal_patch_size": 2, "resample": 3, "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "do_convert_rgb": True,
-}  # fmt: skip
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "resample": 3,
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "do_convert_rgb": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,7 @@ def test_what_does_not_say_its_size_is_left_out(spec: ProcessorSpec) -> None:
 
 
 async def test_images_that_pass_are_held_by_their_size(rig: Any, spec: ProcessorSpec) -> None:
-    """With images off a picture counts as the model will see it, and one behind a link as one nobody measured."""
+    """With images off a picture counts as the model will see it, and one behind a link as one of unknown size."""
     urls = ["data:image/png;base64," + text(560, 280, "PNG").decode(), "http://127.0.0.1/x.png"]
     content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:

@@ -25,7 +25,7 @@ def last_usage(text: str, stream: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_price_is_that_of_the_settlement(rig: Any, stream: bool) -> None:
-    """`mu_milli` is what the ledger books for this request, in whole thousandths; without the header the bytes are the engine's."""
+    """`mu_milli` is the ledger's charge in whole thousandths; without the header the bytes are the engine's."""
     body = {**CHAT, "stream": stream, **({"stream_options": {"include_usage": True}} if stream else {})}
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
         r = await rig(engine.url)

@@ -1,4 +1,4 @@
-"""Limits of tenants on the data path: 429 in OpenAI's shape, corrected by settlements, spilling over, read again."""
+"""Limits of tenants on the data path: 429 in OpenAI's shape, corrected by settlements, spilling over, reloaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sidecar.load.cost_model import Coefficients
 from sidecar.load.estimator import Estimator
 from sidecar.load.request_shape import RequestShape
 from sidecar.relay.pricing.charge import Pricing
-from sidecar.relay.pricing.quota import Quota, read
+from sidecar.relay.pricing.quota import Quota, read_limits
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 from tests.relay.work import CHAT, FAST
@@ -34,7 +34,7 @@ def quota(file: Path) -> Iterator[Callable[[str], Quota]]:
 
     def open_(text: str) -> Quota:
         file.write_text(text)
-        opened.append(Quota(str(file), TenantAccounts("", 1, 0), 1, read(str(file))))
+        opened.append(Quota(str(file), TenantAccounts("", 1, 0), 1, read_limits(str(file))))
         return opened[-1]
 
     yield open_
@@ -80,7 +80,7 @@ async def test_a_settlement_corrects_the_charge(rig: Any, quota: Any) -> None:
 
 
 def test_spill_over_gives_what_is_idle_until_the_next_report(quota: Any) -> None:
-    """Below the threshold a tenant over its limit gets what is idle, and no more until control says again; never without a report."""
+    """A tenant over its limit gets what is idle below the threshold, once per load report, and nothing without one."""
     limits = quota("spill_over_below = 0.5\n[default]\nmu_per_minute = 0.6\nburst_mu = 1\nspill_over = true")
     limits.take("a", *ONE)
     with pytest.raises(TenantLimited):
@@ -112,19 +112,19 @@ def test_a_tenant_that_may_not_spill_over_does_not(quota: Any) -> None:
 def test_a_changed_file_is_read_and_a_bad_one_changes_nothing(
     quota: Any, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a ConfigMap changes: by another file behind the same name. What is wrong is said once."""
+    """As a ConfigMap changes: by another file behind the same name. An error is logged once."""
     limits = quota("[default]\nmu_in_flight = 1")
     lease = limits.take("a", *ONE)
-    for text, said in (("[default]\nmu_in_flight = 9", "read again"), ("[default]\nmu = 1", "unknown key 'mu'")):
+    for text, logged in (("[default]\nmu_in_flight = 9", "reloaded"), ("[default]\nmu = 1", "unknown key 'mu'")):
         (tmp_path / "next").write_text(text)
         (tmp_path / "next").replace(file)
         caplog.set_level("INFO")
-        limits.look()
-        limits.look()
-        assert sum(said in line for line in caplog.messages) == 1
+        limits.check_file()
+        limits.check_file()
+        assert sum(logged in line for line in caplog.messages) == 1
         limits.take("a", *ONE)
     file.unlink()
-    limits.look()
+    limits.check_file()
     limits.settle(lease, 1.0)
     limits.take("a", *ONE)
 
@@ -134,7 +134,7 @@ def test_a_limit_that_is_new_finds_a_full_bucket(quota: Any, file: Path) -> None
     limits = quota("[default]\nmu_in_flight = 9")
     limits.take("a", *ONE)
     file.write_text("[default]\nmu_in_flight = 9\nmu_per_minute = 0.6\nburst_mu = 2")
-    limits.look()
+    limits.check_file()
     for _ in range(2):
         limits.take("a", *ONE)
     with pytest.raises(TenantLimited, match="rate limit"):
@@ -145,7 +145,7 @@ def test_a_limit_that_is_new_finds_a_full_bucket(quota: Any, file: Path) -> None
 def test_a_relay_that_is_started_again_beside_a_bad_file_serves(quota: Any, file: Path, now: str | None) -> None:
     """Its limits are those of the sidecar's start, until the file is good again."""
     quota("[default]\nmu_in_flight = 1")
-    known = read(str(file))
+    known = read_limits(str(file))
     file.unlink()
     if now is not None:
         file.write_text(now)
@@ -154,7 +154,7 @@ def test_a_relay_that_is_started_again_beside_a_bad_file_serves(quota: Any, file
     with pytest.raises(TenantLimited):
         limits.take("a", *ONE)
     file.write_text("[default]\nmu_in_flight = 9")
-    limits.look()
+    limits.check_file()
     limits.take("a", *ONE)
     limits.close()
 

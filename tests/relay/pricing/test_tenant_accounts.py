@@ -34,7 +34,8 @@ path, index = sys.argv[1], int(sys.argv[2])
 own = TenantAccounts(path, 2, index)
 print("ready", flush=True)
 sys.stdin.readline()
-taken = sum(isinstance(own.take("acme", TenantLimit(60.0, None, 500.0), 1.0, 1.0, 0.0), TenantCharge) for _ in range(600))
+limit = TenantLimit(60.0, None, 500.0)
+taken = sum(isinstance(own.take("acme", limit, 1.0, 1.0, 0.0), TenantCharge) for _ in range(600))
 print(taken)
 """
 
@@ -43,7 +44,7 @@ print(taken)
 def table(tmp_path: Path) -> Path:
     path = tmp_path / "accounts"
     path.write_bytes(b"")
-    os.truncate(path, tenant_accounts.size(2))
+    os.truncate(path, tenant_accounts.table_bytes(2))
     return path
 
 
@@ -149,7 +150,10 @@ def test_processes_that_race_admit_no_more_than_the_bucket_holds(table: Path) ->
 def test_a_process_that_was_stopped_in_its_turn_holds_up_nobody(relay: Open, table: Path) -> None:
     """A lock that stays taken is passed over within milliseconds, and the request is admitted."""
     own = relay(0)
-    hold = "import fcntl,sys; f=open(sys.argv[1],'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    hold = (
+        "import fcntl,sys; f=open(sys.argv[1],'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", hold, str(table)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -176,7 +180,7 @@ def quarters(low: int, high: int) -> st.SearchStrategy[float]:
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Any order of requests, ends, deaths of relays and time, against one account per tenant that knows no processes."""
+    """Any order of requests, ends, relay deaths and time gives the same as one account per tenant without processes."""
 
     leases = Bundle("leases")
     limits = TenantLimit(mu_per_minute=120.0, mu_in_flight=8.0, burst_mu=10.0)
@@ -186,7 +190,7 @@ class Interleavings(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "accounts"
         path.write_bytes(b"")
-        os.truncate(path, tenant_accounts.size(2))
+        os.truncate(path, tenant_accounts.table_bytes(2))
         self.path, self.now = str(path), 0.0
         self.relays = [TenantAccounts(self.path, 2, n) for n in range(2)]
         self.buckets: dict[str, TokenBucket] = {}

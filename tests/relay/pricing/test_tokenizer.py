@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def counter(model: Path) -> Iterator[TokenCounter]:
-    loaded = counting.load(str(model))
+    loaded = counting.load_counter(str(model))
     assert loaded is not None
     loaded._deadline = 30.0  # a busy machine is not what is tested here
     yield loaded
@@ -108,7 +108,7 @@ async def test_what_takes_too_long_is_not_waited_for(slow: tuple[TokenCounter, t
     assert await counter.count({"prompt": "x"}) is None
     leave.set()
     async with asyncio.timeout(PATIENCE):
-        while await counter.count({"prompt": "abc"}) != TokenCount(3, True):  # noqa: ASYNC110  the thread tells nobody
+        while await counter.count({"prompt": "abc"}) != TokenCount(3, True):  # noqa: ASYNC110  the thread sends no signal
             await asyncio.sleep(0.01)
 
 
@@ -129,7 +129,7 @@ def test_without_a_tokenizer_there_is_no_counter(tmp_path: Path, content: str | 
     """No file, or none that can be used: a start goes on, by the ratio."""
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    assert counting.load(str(tmp_path)) is None and counting.load("") is None
+    assert counting.load_counter(str(tmp_path)) is None and counting.load_counter("") is None
 
 
 def test_the_doctor_says_whether_tokens_are_counted(model: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_doctor_says_whether_tokens_are_counted(model: Path) -> None:
 
 
 def test_what_a_template_adds_is_learned_as_a_line() -> None:
-    """From usage and count: 7 a message and 20 on top, in place of ChatML's 4 and 3; without spread, the level alone."""
+    """From usage and count: 7 a message and 20 on top, not ChatML's 4 and 3; without spread, only the level."""
     template = ChatTemplateOverhead()
     assert template.tokens(5) == pytest.approx(23)
     for n in range(200):
@@ -162,7 +162,7 @@ def test_a_counted_chat_is_exact_once_its_template_is_known() -> None:
 
 @pytest.mark.parametrize("text", [TEXT, f"data:text/plain;base64,{TEXT}"])
 async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: TokenCounter, text: str) -> None:
-    """Through the relay: the hold has the tokenizer's number, where the ratio would say another; a data URL's, too."""
+    """Through the relay: the estimate uses the tokenizer's count, not the ratio's; also for a data URL."""
     counted = await counter.count({"prompt": text})
     assert counted is not None
     async with ScriptedEngine(EngineSettings(**FAST)) as engine:
