@@ -36,7 +36,7 @@ def pin() -> None:
     libc = ctypes.CDLL(None)
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 1 << 30)):
         if not libc.mallopt(option, value):
-            raise OSError("malloc does not let itself be told to keep memory")
+            raise OSError("malloc cannot be configured to keep memory")
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

@@ -241,22 +241,22 @@ async def _image_seconds(http: aiohttp.ClientSession, sidecar: processes.Sidecar
     """Mean time of an image in the sidecar, queueing included, by its own metrics; one request at a time."""
     page, labels = f"{sidecar.admin}/metrics", {"stage": "total"}
 
-    async def told() -> tuple[float, float]:
+    async def reported() -> tuple[float, float]:
         name = "sidecar_image_seconds"
         return (
             await client.sample(http, page, f"{name}_count", **labels),
             await client.sample(http, page, f"{name}_sum", **labels),
         )
 
-    count, total = await told()
+    count, total = await reported()
     for data in bodies:
         await ask(http, sidecar.url, data)
-    await client.until(lambda: _reached(told, count + len(bodies)), "all images told")
-    return ((await told())[1] - total) / len(bodies)
+    await client.until(lambda: _reached(reported, count + len(bodies)), "all images reported")
+    return ((await reported())[1] - total) / len(bodies)
 
 
-async def _reached(told: Any, count: float) -> bool:
-    return bool((await told())[0] >= count)
+async def _reached(reported: Any, count: float) -> bool:
+    return bool((await reported())[0] >= count)
 
 
 def decode_seconds(jpeg: bytes) -> float:
@@ -279,7 +279,7 @@ def limited(model: Path, folder: Path) -> Path:
 
 
 def tiny(folder: Path) -> Path:
-    """The tiny Qwen2-VL of the tests, made anew."""
+    """The tiny Qwen2-VL of the tests, newly made."""
     script = processes.ROOT / "tests/vllm/tiny_models.py"
     environ = os.environ | processes.ENGINE_ENV
     subprocess.run(
@@ -295,7 +295,7 @@ def tiny(folder: Path) -> Path:
 async def running(
     folder: Path, executor: str, cores: Cores
 ) -> AsyncIterator[tuple[dict[str, Way], psutil.Process, processes.Sidecar]]:
-    """The engine and the sidecars beside it, each on its cores."""
+    """The engine and the sidecars next to it, each on its cores."""
     model = limited(tiny(folder / "made"), folder / "model")
     environ = processes.with_plugin(folder / "site") | EXECUTORS[executor]
     more = ("--mm-processor-cache-gb", "0", "--distributed-executor-backend", executor)

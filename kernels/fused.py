@@ -23,6 +23,7 @@ except ImportError as error:
 else:
     _import_error = ""
 
+Pixels = NDArray[np.uint8]
 Kind = Literal["uint8", "float32", "bfloat16", "float16"]
 KINDS: Final[dict[Kind, tuple[int, Any]]] = {
     "uint8": (0, np.uint8),
@@ -52,34 +53,22 @@ def refused() -> str:
 
 
 def resize(
-    image: NDArray[np.uint8],
-    height: int,
-    width: int,
-    resample: int,
-    level: int = FASTEST,
-    out: NDArray[np.uint8] | None = None,
-) -> NDArray[np.uint8]:
+    image: Pixels, height: int, width: int, resample: int, level: int = FASTEST, out: Pixels | None = None
+) -> Pixels:
     """Resize contiguous uint8 (h, w, 3) to (height, width, 3), into `out` if given. Raises ValueError."""
     made = np.empty((height, width, 3), np.uint8) if out is None else out
     _fused.resize(_plan(*_size(image), height, width, resample), image, made, level)
     return made
 
 
-def patches(
-    image: NDArray[np.uint8], geometry: Geometry, spec: PatchSpec, kind: Kind, level: int = FASTEST
-) -> NDArray[Any]:
+def patches(image: Pixels, geometry: Geometry, spec: PatchSpec, kind: Kind, level: int = FASTEST) -> NDArray[Any]:
     """`pixel_values` of uint8 (h, w, 3), contiguous: (grid_h * grid_w, 3 * temporal * patch * patch) of `kind`."""
     layout = (spec.patch_size, spec.merge_size, spec.temporal_patch_size)
     return cut(image, (geometry.height, geometry.width), layout, spec, kind, level)
 
 
 def cut(
-    image: NDArray[np.uint8],
-    size: Size,
-    layout: tuple[int, int, int],
-    spec: ProcessorSpec,
-    kind: Kind,
-    level: int = FASTEST,
+    image: Pixels, size: Size, layout: tuple[int, int, int], spec: ProcessorSpec, kind: Kind, level: int = FASTEST
 ) -> NDArray[Any]:
     """`patches` for any size and `layout`: side of a patch in pixels, side of a merged block in patches, copies."""
     number, dtype = KINDS[kind]
@@ -91,7 +80,7 @@ def cut(
 
 
 def tiles(
-    image: NDArray[np.uint8],
+    image: Pixels,
     view: ImageView,
     spec: ProcessorSpec,
     kind: Literal["uint8", "float32"],
@@ -104,7 +93,7 @@ def tiles(
     _fused.tiles(plan, image, out, level, canvas, KINDS[kind][0], *_values(spec))
 
 
-def _size(image: NDArray[np.uint8]) -> tuple[int, int]:
+def _size(image: Pixels) -> tuple[int, int]:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.flags.c_contiguous:
         raise ValueError(f"an image must be contiguous uint8 (height, width, 3), not {image.dtype} {image.shape}")
     return image.shape[0], image.shape[1]

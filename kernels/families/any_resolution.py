@@ -12,19 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
-from sidecar.kernels.families.reading import (
-    CLIP_MEAN_STD,
-    HALF_MEAN_STD,
-    Config,
-    check_count,
-    check_pair,
-    check_positive,
-    check_steps,
-    get_or,
-    optional_count,
-    read_common,
-    require,
-)
+from sidecar.kernels.families import reading
+from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import (
     BICUBIC,
     BILINEAR,
@@ -63,7 +52,7 @@ class InternVLSpec(TileSpec):
     tokens_per_tile: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         tile = self.height, self.width
         grids = _grids(self.min_tiles, self.max_tiles) if self.cuts else ()
         columns, rows = closest_grid(grids, height, width, tile)
@@ -113,7 +102,7 @@ class AnyResolutionSpec(TileSpec):
     most_tiles: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         canvas = self._canvas(height, width)
         across, down = canvas[1] / width, canvas[0] / height
         if across < down:
@@ -177,7 +166,7 @@ class Llama4Spec(TileSpec):
         return "BF16" if self.do_normalize else "F32" if self.do_rescale else "U8"
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         canvas = self._canvas(height, width)
         size = self._size(height, width, canvas)
         tile = (self.tile, self.tile)
@@ -234,76 +223,77 @@ def _canvases(tile: int, most: int) -> tuple[Size, ...]:
 
 
 def read_intern_vl(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config)
-    cuts = CUTS[get_or(config, "processor_class", model.get("processor_class"))]
+    reading.check_steps(config)
+    cuts = CUTS[reading.get_or(config, "processor_class", model.get("processor_class"))]
     if cuts is None:
-        cuts = get_or(config, "crop_to_patches", False)
+        cuts = reading.get_or(config, "crop_to_patches", False)
     if type(cuts) is not bool:
         raise ValueError("crop_to_patches is neither true nor false")
-    height, width = check_pair(require(config, "size"))
+    height, width = reading.require_pair(config, "size")
     lowest, most = (
-        check_count(require(config, key), MAX_TILES) if cuts else 1 for key in ("min_patches", "max_patches")
+        reading.require_count(config, key, MAX_TILES) if cuts else 1 for key in ("min_patches", "max_patches")
     )
     return InternVLSpec(
-        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        **reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD),
         height=height,
         width=width,
         cuts=cuts,
         min_tiles=lowest,
         max_tiles=most,
-        tokens_per_tile=optional_count(model.get("image_seq_length")),
+        tokens_per_tile=reading.optional_count(model.get("image_seq_length")),
     )
 
 
 def read_llava_next(config: Config, model: Config) -> ProcessorSpec:
-    require(config, "crop_size")
-    if get_or(config, "aspect_ratio_setting", "anyres") != "anyres":
+    reading.require(config, "crop_size")
+    if reading.get_or(config, "aspect_ratio_setting", "anyres") != "anyres":
         raise ValueError("aspect_ratio_setting is not anyres")
     spec = _read_any_resolution(config)
-    patch = optional_count(model.get("patch_size"))
+    patch = reading.optional_count(model.get("patch_size"))
     side = spec["tile"] // patch if patch else 0
-    base = side * side + optional_count(model.get("num_additional_image_tokens"))
+    base = side * side + reading.optional_count(model.get("num_additional_image_tokens"))
     less = int(model.get("vision_feature_select_strategy") == "default")
     return AnyResolutionSpec(**spec, side=side, base=base, less=less)
 
 
 def read_llava_one_vision(config: Config, model: Config) -> ProcessorSpec:
     spec = _read_any_resolution(config)
-    base = optional_count(model.get("num_image_tokens"))
+    base = reading.optional_count(model.get("num_image_tokens"))
     aspect = str(model.get("vision_aspect_ratio", "anyres_max_9")).removeprefix("anyres_max_")
     less = int(model.get("vision_feature_select_strategy") == "default")
-    most = check_count(int(aspect), 1 << 10) if base else 0
+    most = reading.check_count(int(aspect), 1 << 10) if base else 0
     return AnyResolutionSpec(**spec, counts_images=True, side=math.isqrt(base), base=base, less=less, most_tiles=most)
 
 
 def _read_any_resolution(config: Config) -> dict[str, Any]:
     """The common fields. Raises ValueError if a tile would be resized or cut again."""
-    check_steps(config, do_pad=True, do_center_crop=...)
-    size, crop = require(config, "size"), config.get("crop_size")
-    height, width = check_pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
-    if height != width or (crop is not None and check_pair(crop) != (height, width)):
+    reading.check_steps(config, do_pad=True, do_center_crop=...)
+    size, crop = reading.require(config, "size"), config.get("crop_size")
+    height, width = reading.check_pair(size["shortest_edge"] if set(size) == {"shortest_edge"} else size)
+    if height != width or (crop is not None and reading.check_pair(crop) != (height, width)):
         raise ValueError("tiles of another size than the whole image's")
     points = tuple(
-        (check_count(y, 1 << 14), check_count(x, 1 << 14)) for y, x in require(config, "image_grid_pinpoints")
+        (reading.check_count(y, 1 << 14), reading.check_count(x, 1 << 14))
+        for y, x in reading.require(config, "image_grid_pinpoints")
     )
     if not 0 < len(points) <= MAX_PINPOINTS or any(y % height or x % width for y, x in points):
         raise ValueError("image_grid_pinpoints are not whole numbers of tiles")
-    return {**read_common(config, BICUBIC, CLIP_MEAN_STD), "tile": height, "pinpoints": points}
+    return {**reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD), "tile": height, "pinpoints": points}
 
 
 def read_llama_4(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config)
-    height, width = check_pair(require(config, "size"))
-    largest = get_or(config, "resize_to_max_canvas", False)
-    numbers = read_common(config, BILINEAR, HALF_MEAN_STD)
+    reading.check_steps(config)
+    height, width = reading.require_pair(config, "size")
+    largest = reading.get_or(config, "resize_to_max_canvas", False)
+    numbers = reading.read_common(config, BILINEAR, reading.HALF_MEAN_STD)
     if height != width or type(largest) is not bool or (numbers["do_normalize"] and not numbers["do_rescale"]):
         raise ValueError("not accepted by this processor")
-    patch, shuffle = optional_count(model.get("patch_size")), model.get("pixel_shuffle_ratio")
+    patch, shuffle = reading.optional_count(model.get("patch_size")), model.get("pixel_shuffle_ratio")
     tokens = (height // patch) ** 2 // round(1.0 / shuffle**2) if patch and shuffle else 0
     return Llama4Spec(
         **numbers,
         tile=height,
-        max_tiles=check_count(require(config, "max_patches"), MAX_TILES),
+        max_tiles=reading.require_count(config, "max_patches", MAX_TILES),
         largest=largest,
         tokens_per_tile=tokens,
     )

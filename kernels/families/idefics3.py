@@ -10,16 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from sidecar.kernels.families.reading import (
-    HALF_MEAN_STD,
-    Config,
-    check_count,
-    check_positive,
-    check_steps,
-    optional_count,
-    read_common,
-    require,
-)
+from sidecar.kernels.families import reading
+from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import LANCZOS, Geometry, ImageView, Integers, ProcessorSpec, Repeated, Size, TileSpec
 
 MAX_SIDE: Final = 4096  # pixels of the longer side
@@ -37,7 +29,7 @@ class Idefics3Spec(TileSpec):
     tokens_per_tile: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        first = _below(*_to_longest(*check_positive(height, width), self.longest))
+        first = _below(*_to_longest(*reading.check_positive(height, width), self.longest))
         tile = (self.tile, self.tile)
         canvas = self._canvas(*first) if self.splits else tile
         views = [ImageView(canvas, canvas, tile, before=(first,))]
@@ -90,15 +82,15 @@ def _below(height: int, width: int) -> Size:
 
 
 def read_idefics(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config, do_pad=True, return_row_col_info=False)
-    size, tile = require(config, "size"), require(config, "max_image_size")
+    reading.check_steps(config, do_pad=True, return_row_col_info=False)
+    size, tile = reading.require(config, "size"), reading.require(config, "max_image_size")
     if set(size) != {"longest_edge"} or set(tile) != {"longest_edge"}:
         raise ValueError("not a size of this processor")
     splits = config.get("do_image_splitting", True)
     return Idefics3Spec(
-        **read_common(config, LANCZOS, HALF_MEAN_STD),
-        longest=check_count(size["longest_edge"], 1 << 14),
-        tile=check_count(tile["longest_edge"], 1 << 14),
+        **reading.read_common(config, LANCZOS, reading.HALF_MEAN_STD),
+        longest=reading.check_count(size["longest_edge"], 1 << 14),
+        tile=reading.check_count(tile["longest_edge"], 1 << 14),
         splits=splits is not False,
-        tokens_per_tile=optional_count(model.get("image_seq_len")),
+        tokens_per_tile=reading.optional_count(model.get("image_seq_len")),
     )

@@ -8,17 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
+from sidecar.kernels.families import reading
 from sidecar.kernels.families.any_resolution import MAX_TILES, closest_grid
-from sidecar.kernels.families.reading import (
-    HALF_MEAN_STD,
-    Config,
-    check_count,
-    check_pair,
-    check_positive,
-    check_steps,
-    read_common,
-    require,
-)
+from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import BICUBIC, Geometry, ProcessorSpec, Size
 
 WHOLE_TOKENS = 256 + 1 + 16  # of the small copy of the whole image, with separators
@@ -36,7 +28,7 @@ class Phi4Spec(ProcessorSpec):
     max_tiles: int
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         columns, rows = self._grid(height, width)
         canvas = self.tile * rows, self.tile * columns
         across, down = canvas[1] / width, canvas[0] / height
@@ -78,13 +70,13 @@ def _grids(most: int) -> tuple[Size, ...]:
 
 
 def read_phi_4(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config)
-    height, width = check_pair(require(config, "size"))
+    reading.check_steps(config)
+    height, width = reading.require_pair(config, "size")
     if height != width:
         raise ValueError("not accepted by this processor")
     return Phi4Spec(
-        **read_common(config, BICUBIC, HALF_MEAN_STD),
+        **reading.read_common(config, BICUBIC, reading.HALF_MEAN_STD),
         tile=height,
-        patch=check_count(require(config, "patch_size"), 256),
-        max_tiles=check_count(require(config, "dynamic_hd"), MAX_TILES),
+        patch=reading.require_count(config, "patch_size", 256),
+        max_tiles=reading.require_count(config, "dynamic_hd", MAX_TILES),
     )

@@ -89,6 +89,16 @@ def require(config: Config, key: str) -> Any:
     return config[key]
 
 
+def require_count(config: Config, key: str, most: int = 1 << 30) -> int:
+    """The required positive integer `key`. Raises ValueError."""
+    return check_count(require(config, key), most)
+
+
+def require_pair(config: Config, key: str) -> Size:
+    """The required size `key`. Raises ValueError."""
+    return check_pair(require(config, key))
+
+
 def optional_count(value: Any) -> int:
     """A count on which only tokens depend: 0 if the file has none."""
     return value if type(value) is int and 0 < value <= 1 << 20 else 0

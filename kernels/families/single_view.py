@@ -7,18 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.kernels.families.reading import (
-    CLIP_MEAN_STD,
-    HALF_MEAN_STD,
-    Config,
-    check_count,
-    check_pair,
-    check_positive,
-    check_steps,
-    optional_count,
-    read_common,
-    require,
-)
+from sidecar.kernels.families import reading
+from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import BICUBIC, Geometry, Integers, PatchSpec, PlaneSpec, ProcessorSpec, Size, i64
 
 MAX_ASPECT: Final = 200  # Qwen's and GLM's processors refuse longer images
@@ -43,7 +33,7 @@ class Qwen2VLSpec(PatchSpec):
 
     def _size(self, height: int, width: int) -> Size:
         factor = self.patch_size * self.merge_size
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         if self.grows and (height < factor or width < factor):
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
@@ -73,7 +63,7 @@ class SiglipSpec(PlaneSpec):
     tokens: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        check_positive(height, width)
+        reading.check_positive(height, width)
         return Geometry(self.height, self.width, tokens=self.tokens)
 
 
@@ -87,7 +77,7 @@ class ClipSpec(PlaneSpec):
     tokens: int = 0
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         short, long = min(height, width), max(height, width)
         new_long = int(self.shortest * long / short)
         new_height, new_width = (new_long, self.shortest) if width <= height else (self.shortest, new_long)
@@ -106,7 +96,7 @@ class PixtralSpec(PlaneSpec):
     merge_size: int = 1
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         ratio = max(height / self.max_height, width / self.max_width)
         if ratio > 1:
             height, width = math.floor(height / ratio), math.floor(width / ratio)
@@ -124,18 +114,18 @@ class PixtralSpec(PlaneSpec):
 
 
 def _read_qwen2_vl(config: Config, frames: int | None = 1, **more: Any) -> Qwen2VLSpec:
-    check_steps(config)
+    reading.check_steps(config)
     patch, merge, temporal = (
-        check_count(require(config, key), 256) for key in ("patch_size", "merge_size", "temporal_patch_size")
+        reading.require_count(config, key, 256) for key in ("patch_size", "merge_size", "temporal_patch_size")
     )
     low, high = _bound(config, "min_pixels", "shortest_edge"), _bound(config, "max_pixels", "longest_edge")
     return Qwen2VLSpec(
-        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        **reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD),
         patch_size=patch,
         merge_size=merge,
         temporal_patch_size=temporal,
-        min_pixels=check_count(low, 1 << 40),
-        max_pixels=check_count(high, 1 << 40),
+        min_pixels=reading.check_count(low, 1 << 40),
+        max_pixels=reading.check_count(high, 1 << 40),
         frames=frames or temporal,
         **more,
     )
@@ -146,7 +136,7 @@ def _bound(config: Config, own: str, edge: str) -> Any:
     size = config.get("size") or {}
     if set(size) - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
         raise ValueError("not a size of this processor")
-    return config[own] if config.get(own) is not None else require(size, edge)
+    return config[own] if config.get(own) is not None else reading.require(size, edge)
 
 
 def read_qwen(config: Config, model: Config) -> ProcessorSpec:
@@ -161,32 +151,34 @@ def read_glm(config: Config, model: Config) -> ProcessorSpec:
 
 def read_fixed(resample: int) -> Callable[[Config, Config], ProcessorSpec]:
     def read(config: Config, model: Config) -> ProcessorSpec:
-        check_steps(config, do_pan_and_scan=False)
-        size = require(config, "size")
+        reading.check_steps(config, do_pan_and_scan=False)
+        size = reading.require(config, "size")
         if type(size) is int:
             raise ValueError("size is one number, which some versions apply to the shorter side")
-        height, width = check_pair(size)
-        tokens = optional_count(model.get("image_seq_length"))
-        return SiglipSpec(**read_common(config, resample, HALF_MEAN_STD), height=height, width=width, tokens=tokens)
+        height, width = reading.check_pair(size)
+        tokens = reading.optional_count(model.get("image_seq_length"))
+        return SiglipSpec(
+            **reading.read_common(config, resample, reading.HALF_MEAN_STD), height=height, width=width, tokens=tokens
+        )
 
     return read
 
 
 def read_cropped(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config, do_center_crop=True)
-    size = require(config, "size")
+    reading.check_steps(config, do_center_crop=True)
+    size = reading.require(config, "size")
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         size = size["shortest_edge"]
     elif config.get("default_to_square"):
         raise ValueError("one number for two sides")
-    shortest = check_count(size, 1 << 14)
-    height, width = check_pair(require(config, "crop_size"))
+    shortest = reading.check_count(size, 1 << 14)
+    height, width = reading.require_pair(config, "crop_size")
     if max(height, width) > shortest:
         raise ValueError("the crop would be padded")
-    patch = optional_count(model.get("patch_size"))
+    patch = reading.optional_count(model.get("patch_size"))
     tokens = (height // patch) * (width // patch) if patch else 0
     return ClipSpec(
-        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        **reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD),
         shortest=shortest,
         crop_height=height,
         crop_width=width,
@@ -195,13 +187,17 @@ def read_cropped(config: Config, model: Config) -> ProcessorSpec:
 
 
 def read_pixtral(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config, do_pad=True)
-    size = require(config, "size")
-    most = (check_count(size["longest_edge"], 1 << 14),) * 2 if set(size) == {"longest_edge"} else check_pair(size)
-    patch = check_pair(require(config, "patch_size"))
-    merge = optional_count(model.get("spatial_merge_size")) or 1
+    reading.check_steps(config, do_pad=True)
+    size = reading.require(config, "size")
+    most = (
+        (reading.check_count(size["longest_edge"], 1 << 14),) * 2
+        if set(size) == {"longest_edge"}
+        else reading.check_pair(size)
+    )
+    patch = reading.require_pair(config, "patch_size")
+    merge = reading.optional_count(model.get("spatial_merge_size")) or 1
     return PixtralSpec(
-        **read_common(config, BICUBIC, CLIP_MEAN_STD),
+        **reading.read_common(config, BICUBIC, reading.CLIP_MEAN_STD),
         max_height=most[0],
         max_width=most[1],
         patch_height=patch[0],

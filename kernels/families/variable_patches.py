@@ -10,17 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from sidecar.kernels.families import reading
 from sidecar.kernels.families.any_resolution import MAX_TILES
-from sidecar.kernels.families.reading import (
-    HALF_MEAN_STD,
-    Config,
-    check_count,
-    check_positive,
-    check_steps,
-    get_or,
-    read_common,
-    require,
-)
+from sidecar.kernels.families.reading import Config
 from sidecar.kernels.grid import (
     ABREAST,
     BICUBIC,
@@ -53,7 +45,7 @@ class Gemma4Spec(TileSpec):
     joins: bool = False  # whether the small patches of one token are one patch
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         step = self.pooling * self.patch
         size = self._size(height, width, step)
         tile = step if self.joins else self.patch
@@ -114,7 +106,7 @@ class KimiSpec(TileSpec):
     max_side: int  # patches
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         patches = max(1.0, height // self.patch) * max(1.0, width // self.patch)
         longest = self.max_side * self.patch
         scale = min(1.0, math.sqrt(self.max_patches / patches), longest / height, longest / width)
@@ -147,7 +139,7 @@ class MiniCPMSpec(TileSpec):
         return self.patch
 
     def geometry(self, height: int, width: int) -> Geometry:
-        height, width = check_positive(height, width)
+        height, width = reading.check_positive(height, width)
         grid = self._grid(height, width) if self.slices else None
         whole = self._best(height, width, enlarge=grid is None)
         views = [ImageView(whole, whole, whole)]
@@ -213,43 +205,43 @@ def read_gemma_unified(config: Config, model: Config) -> ProcessorSpec:
 
 
 def _read_gemma4(config: Config, *, joins: bool) -> ProcessorSpec:
-    check_steps(config)
-    tokens = require(config, "max_soft_tokens")
+    reading.check_steps(config)
+    tokens = reading.require(config, "max_soft_tokens")
     if tokens not in GEMMA_TOKENS:
         raise ValueError("a number of tokens that the processor does not accept")
     return Gemma4Spec(
-        **read_common({"do_normalize": False, **config}, BICUBIC, IDENTITY_MEAN_STD),
-        patch=check_count(require(config, "patch_size"), 256),
-        pooling=check_count(require(config, "pooling_kernel_size"), 16),
+        **reading.read_common({"do_normalize": False, **config}, BICUBIC, IDENTITY_MEAN_STD),
+        patch=reading.require_count(config, "patch_size", 256),
+        pooling=reading.require_count(config, "pooling_kernel_size", 16),
         max_tokens=tokens,
         joins=joins,
     )
 
 
 def read_kimi(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config)
-    size = require(config, "size")
+    reading.check_steps(config)
+    size = reading.require(config, "size")
     if set(size) != {"max_height", "max_width"} or size["max_height"] != size["max_width"]:
         raise ValueError("not a size of this processor")
     return KimiSpec(
-        **read_common(config, BICUBIC, HALF_MEAN_STD),
-        patch=check_count(require(config, "patch_size"), 256),
-        merge=check_count(require(config, "merge_size"), 16),
-        max_patches=check_count(require(config, "max_patches")),
-        max_side=check_count(size["max_height"], 1 << 14),
+        **reading.read_common(config, BICUBIC, reading.HALF_MEAN_STD),
+        patch=reading.require_count(config, "patch_size", 256),
+        merge=reading.require_count(config, "merge_size", 16),
+        max_patches=reading.require_count(config, "max_patches"),
+        max_side=reading.check_count(size["max_height"], 1 << 14),
     )
 
 
 def read_minicpm(config: Config, model: Config) -> ProcessorSpec:
-    check_steps(config)
-    slices, mode = get_or(config, "slice_mode", True), get_or(config, "downsample_mode", "16x")
+    reading.check_steps(config)
+    slices, mode = reading.get_or(config, "slice_mode", True), reading.get_or(config, "downsample_mode", "16x")
     if type(slices) is not bool or type(mode) is not str:
         raise ValueError("not accepted by this processor")
     return MiniCPMSpec(
-        **read_common(config, BICUBIC, HALF_MEAN_STD),
-        patch=check_count(require(config, "patch_size"), 256),
-        resolution=check_count(require(config, "scale_resolution"), 1 << 14),
-        max_slices=check_count(require(config, "max_slice_nums"), MAX_TILES),
+        **reading.read_common(config, BICUBIC, reading.HALF_MEAN_STD),
+        patch=reading.require_count(config, "patch_size", 256),
+        resolution=reading.require_count(config, "scale_resolution", 1 << 14),
+        max_slices=reading.require_count(config, "max_slice_nums", MAX_TILES),
         slices=slices,
         merge=2 if mode == "4x" else 4,
     )

@@ -118,7 +118,7 @@ class ImageService:
         return _passed_image(header.format, geometry, client_chars, time.monotonic() - start)
 
     def passed(self, data: Data, where: str, is_base64: bool = True) -> PreparedImage:
-        """Any image as passed through; its tokens are taken from its header, 0 if that does not tell.
+        """Any image as passed through; its tokens are taken from its header, 0 if that has no size.
 
         Raises BadImage for fetched bytes of an unknown format, which cannot be given a media type.
         """

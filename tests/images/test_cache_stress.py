@@ -13,7 +13,7 @@ import pytest
 from sidecar.images.protocol import ImageDone
 from sidecar.images.shm_cache import LOCK_NAME, SHARED_PREFIX, CacheFolder, ImageCache
 
-MOST = 1 << 20
+MAX_BYTES = 1 << 20
 KEYS = [f"{i:02x}" for i in range(24)]
 OPERATIONS = 250
 DONE = ImageDone("ok", "jpeg", "image/x-portable-pixmap", 28, 56, (1, 2, 4), 2, "cafe", (("decode", 0.1),), 99)
@@ -38,12 +38,12 @@ def read(cache: ImageCache, folder: str, key: str, *, linked: bool) -> None:
 def within(cache: ImageCache, folder: str) -> None:
     """The entries, and those that are being written, hold no more than they may."""
     with cache._exclusive(), os.scandir(folder) as found:
-        assert sum(entry.stat().st_size for entry in found if entry.name[0] != SHARED_PREFIX[0]) <= MOST
+        assert sum(entry.stat().st_size for entry in found if entry.name[0] != SHARED_PREFIX[0]) <= MAX_BYTES
 
 
 def life(folder: str, seed: int, operations: int) -> None:
     """One process's share; an assertion or an exception ends it with 1."""
-    cache, chance = ImageCache(folder, MOST, b"secret"), random.Random(seed)
+    cache, chance = ImageCache(folder, MAX_BYTES, b"secret"), random.Random(seed)
     for _ in range(operations):
         key = chance.choice(KEYS)
         match chance.randrange(5):
@@ -61,7 +61,7 @@ def life(folder: str, seed: int, operations: int) -> None:
 def born(shm: str, times: int) -> None:
     """Sidecars that start and end."""
     for _ in range(times):
-        folder = CacheFolder(shm, MOST)
+        folder = CacheFolder(shm, MAX_BYTES)
         assert (Path(folder.path) / LOCK_NAME).exists()
         folder.close()
 
@@ -74,7 +74,7 @@ def start(what: str, folder: str, *numbers: int) -> subprocess.Popen[bytes]:
 @pytest.mark.slow
 def test_four_processes_in_a_tiny_folder(tmp_path: Path) -> None:
     """Four processes put, get, evict and export while a fifth is killed: reads are whole, no exported file is left."""
-    folder = CacheFolder(str(tmp_path), MOST)
+    folder = CacheFolder(str(tmp_path), MAX_BYTES)
     doomed = start("life", folder.path, 0, 1_000_000)
     while not any((Path(folder.path) / name).exists() for name in KEYS):
         assert doomed.poll() is None
@@ -83,7 +83,7 @@ def test_four_processes_in_a_tiny_folder(tmp_path: Path) -> None:
     doomed.kill()
     doomed.wait()
     assert [process.wait(300) for process in others] == [0] * 4
-    within(ImageCache(folder.path, MOST, b"secret"), folder.path)
+    within(ImageCache(folder.path, MAX_BYTES, b"secret"), folder.path)
     assert len(list(Path(folder.path).glob(SHARED_PREFIX + "*"))) <= 1, "one, of the process that was killed"
     folder.close()
     assert not list(tmp_path.iterdir())

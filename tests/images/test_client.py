@@ -196,5 +196,5 @@ async def test_links_are_not_followed_and_sizes_are_checked(liar: Liar, tmp_path
             path.write_bytes(file(GOOD))
         liar.answer = (200, json.dumps({"segments": [{"name": NAME, "bytes": size}]}).encode(), {})
         made = await client.preprocess([b"x"], shm=True)
-        made.tensors["pixels"][0, 0] = 1  # ours: the mapping is private
+        made.tensors["pixels"][0, 0] = 1  # private mapping
     assert not path.exists()

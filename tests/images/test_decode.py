@@ -46,7 +46,7 @@ def engine(data: bytes) -> np.ndarray[Any, Any] | None:
 
 
 def ours(data: bytes, limits: ImageLimits = LIMITS) -> np.ndarray[Any, Any] | None:
-    """What we make of it; None where we refuse."""
+    """The sidecar's pixels; None if it refuses."""
     header = read(data)
     if header is None:
         return None
@@ -252,7 +252,7 @@ def test_size_is_refused_before_anything_is_decoded(format: str, monkeypatch: py
 
 
 def test_a_header_that_lies_low_is_caught_by_pillow() -> None:
-    """A TIFF whose first directory entry we cannot read is still held to the limit when Pillow has opened it."""
+    """A TIFF whose first directory entry cannot be read is checked against the limit after Pillow opens it."""
     data = saved(Image.new("RGB", (90, 70)), "TIFF")
     with pytest.raises(ImageRejected) as refused:
         decoding._pillow(data, ImageLimits(1 << 20, 6299))

@@ -131,7 +131,7 @@ def check(row: Family, height: int, width: int) -> None:
 @settings(max_examples=12)
 @given(data=st.data())
 def test_any_size_gives_the_processors_bits(row: Family, data: st.DataObject) -> None:
-    """Random sizes: tensors equal in every bit, and a resized image is a fixed point where we hand it on."""
+    """Random sizes: tensors equal in every bit, and a resized image that may replace its original is a fixed point."""
     side = st.integers(1, row.most)
     check(row, data.draw(side, "height"), data.draw(side, "width"))
 
@@ -200,7 +200,7 @@ def test_a_batch_of_planes_is_padded_as_the_processor_pads() -> None:
     ids=str,
 )
 def test_a_step_that_is_not_known_is_none(config: dict[str, Any]) -> None:
-    """Whatever another model's file says that our arithmetic does not have: the image passes."""
+    """An image passes if a model's file has anything that the arithmetic does not support."""
     sizes = published.SIZES.get(str(config["image_processor_type"]), {})
     assert families.from_config(sizes | config) is None
 

@@ -176,7 +176,7 @@ def test_a_file_holds_the_resized_pixels(geometry: Geometry) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    """Wrong shapes, types and sizes are errors with a text, never memory that is not ours."""
+    """Wrong shapes, types and sizes are errors with a text, never accesses out of bounds."""
     good = picture(60, 60)
     for bad in (good[:, ::2], good[..., :2], good.astype(np.int16), good[0]):
         with pytest.raises(ValueError, match="contiguous uint8"):

@@ -61,7 +61,7 @@ def test_geometry_is_the_processors(config: dict[str, object], height: int, widt
 @tried(max_examples=500)
 @given(height=sides, width=sides)
 def test_a_resized_image_keeps_its_size(config: dict[str, object], height: int, width: int) -> None:
-    """The processor leaves a resized image alone, except very long ones, which `keeps` tells."""
+    """The processor leaves a resized image alone, except very long ones, which `keeps` detects."""
     spec = spec_of(config)
     try:
         got = spec.geometry(height, width)
@@ -74,7 +74,7 @@ def test_a_resized_image_keeps_its_size(config: dict[str, object], height: int, 
 
 
 def test_a_long_image_that_would_be_refused_resized_is_not_kept() -> None:
-    """A strip that the processor takes, but would refuse in its resized size, is told apart."""
+    """A strip that the processor accepts, but would refuse in its resized size, is detected."""
     spec = spec_of(SMALL)
     assert not spec.keeps(spec.geometry(19_000, 100))
 
@@ -121,7 +121,7 @@ def test_the_spec_is_the_processors_own_numbers(tmp_path: Path) -> None:
 
 
 def test_two_files_that_disagree_are_none(tmp_path: Path) -> None:
-    """Where a directory holds both files and they differ, nobody knows which one the engine reads."""
+    """If a directory has both files and they differ, it is unknown which one the engine reads."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(QWEN2))
     assert families.from_dir(str(tmp_path)) == spec_of(QWEN2)
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": QWEN2}))

@@ -137,7 +137,7 @@ def test_one_door_serves_many_images(gpu: str, enter: Callable[..., GpuChannel])
 
 
 def test_a_job_that_may_not_use_the_gpu_does_not(tmp_path: Path, enter: Callable[..., GpuChannel]) -> None:
-    """While the engine starts, jobs say so, and nobody is asked."""
+    """While the engine starts, jobs forbid the GPU, and it is not asked."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
         listening.bind(str(tmp_path / "door"))
         listening.listen()
@@ -153,10 +153,10 @@ def test_without_a_gpu_process_the_cpu_does_it_and_asks_again_later(
 ) -> None:
     """A refused connection costs nothing; it is tried again after a pause that doubles."""
     now = [0.0]
-    one = enter(str(tmp_path / "nobody"), 0.1, lambda: now[0])
+    one = enter(str(tmp_path / "missing"), 0.1, lambda: now[0])
     assert "resize" in stages(pipeline.prepare_image(job(PIXELS), png(120, 120), one))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
-        listening.bind(str(tmp_path / "nobody"))
+        listening.bind(str(tmp_path / "missing"))
         listening.listen()
         listening.setblocking(False)
         assert one.process(memoryview(b"\0" * 12), GpuRequest(2, 2, "", True), 12) is None

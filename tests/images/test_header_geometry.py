@@ -162,7 +162,7 @@ def test_what_pays_is_prepared_and_shared_memory_takes_all() -> None:
     ids=["text", "bytes", "no image", "no base64", "engine's own", "no height"],
 )
 def test_any_image_can_pass(data: bytes, is_base64: bool, format: str, tokens: int) -> None:
-    """For an engine that takes no prepared ones: the header's tokens where it tells them, and no error of ours."""
+    """For an engine without prepared images: tokens by the header, if it has them, and no error."""
     got = ImageService(NOWHERE, Settings(), published("Qwen2.5-VL")).passed(data, "x", is_base64)
     assert (got.outcome, got.format, got.tokens, got.base64, got.url) == ("passed", format, tokens, None, "")
 

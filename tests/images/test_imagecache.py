@@ -58,7 +58,7 @@ def test_an_entry_that_was_made_anew_is_read_anew(cache: ImageCache, monkeypatch
 
 
 def test_the_key_depends_on_all_that_the_result_does(cache: ImageCache, tmp_path: Path) -> None:
-    """Bytes, wish, processor, tenant and our secret: another one of them is another entry."""
+    """Bytes, kind of result, processor, tenant and secret: a change of any gives another entry."""
     other = ImageCache(str(tmp_path), 1 << 20, b"other")
     keys = [
         cache.key(b"x", PIXELS, "spec", "tenant"),
@@ -189,7 +189,7 @@ def test_what_nobody_read_goes_in_the_end(cache: ImageCache, tmp_path: Path, mon
 
 
 def test_what_finds_no_room_leaves_no_part(cache: ImageCache, tmp_path: Path) -> None:
-    """A file that cannot be written whole is an error to whoever hands it over, and is gone."""
+    """A file that cannot be written completely raises an error and is removed."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
@@ -270,7 +270,7 @@ def test_the_plugin_takes_no_other_name(url: str) -> None:
 
 
 async def test_a_repeated_image_is_not_prepared_again(server: Any, spec: Any, tmp_path: Path) -> None:
-    """The second time, the workers see nothing; the bytes and the sizes are the same; another tenant starts anew."""
+    """The second time no worker is asked and the results are equal; another tenant starts without a cache."""
     cache = ImageCache(str(tmp_path), 64 << 20, b"secret")
     images = ImageService(server.path, server.settings, spec, cache)
     photo = synthetic_photos.photo(640, 480, seed=3)

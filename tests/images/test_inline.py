@@ -1,4 +1,4 @@
-"""One image through a real image server: the engine must see what it would have seen without us."""
+"""One image through a real image server: the engine must see what it would have seen without the sidecar."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SMALL = [
 async def test_the_engine_sees_the_same_pixels(
     images: ImageService, processor: Any, format: str, width: int, height: int
 ) -> None:
-    """What the engine's processor makes of our image equals what it makes of the original, to the last bit."""
+    """The engine's processor gives the same bits for the prepared image as for the original."""
     data = encoded(format, width, height)
     got = await images.inline(base64.b64encode(data), "messages[0].content[1]")
     assert got.base64 is not None and got.outcome == "ok" and got.format == format.lower()
@@ -140,7 +140,7 @@ async def test_the_hash_names_the_content_and_the_processor(server: Any, spec: P
     ],
 )
 async def test_formats_of_the_engine_alone_pass(images: ImageService, data: bytes, format: str) -> None:
-    """An image that we do not decode goes to the engine as it came."""
+    """An image that is not decoded goes to the engine unchanged."""
     got = await images.inline(base64.b64encode(data), "x")
     assert (got.outcome, got.base64, got.format, got.tokens) == ("passed", None, format, 0)
 
@@ -164,7 +164,7 @@ async def test_families_that_tile_pass(server: Any, row: Family) -> None:
         assert (got.outcome, got.base64, got.tokens) == ("passed", None, spec.geometry(*size).tokens)
         assert [stage for stage, _ in got.stages] == ["unpack"]
     strange = await images.inline(base64.b64encode(b"\xff\xd8\xff"), "x")
-    assert (strange.outcome, strange.tokens) == ("passed", 0), "its header tells nothing"
+    assert (strange.outcome, strange.tokens) == ("passed", 0), "its header has no size"
 
 
 async def test_every_view_of_the_text_is_taken(images: ImageService) -> None:

@@ -1,4 +1,4 @@
-"""The mark by which vLLM's plugin tells the sidecar that it reads shared memory, left by real processes."""
+"""The mark that shows a vLLM with the plugin, written by real processes."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_a_mark_says(case: str) -> None:
 
 
 def test_strange_files_are_no_marks(tmp_path: Path, start: Start) -> None:
-    """A link, a pipe, a folder and a file that nobody holds are passed over, without waiting, and hide no real mark."""
+    """A link, a pipe, a folder and a file without a lock are ignored, without waiting, and hide no real mark."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(json.dumps(GOOD).encode())
     (tmp_path / (MARK_PREFIX + "link")).symlink_to(elsewhere)

@@ -279,7 +279,7 @@ async def test_values_in_half_precision(service: Service, values: str, name: str
 
 
 async def test_one_fact_per_image(service: Service) -> None:
-    """Every prepared image is told once, with its format, bytes and stages."""
+    """Every prepared image is reported once, with its format, bytes and stages."""
     await service.post(data=form(PHOTOS))
     facts = [fact for fact in service.facts if isinstance(fact, ImagePrepared)]
     assert [(f.format, f.outcome, f.bytes_in, f.id) for f in facts] == [("jpeg", "ok", len(p), "") for p in PHOTOS]

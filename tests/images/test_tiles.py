@@ -202,7 +202,7 @@ def test_sizes_of_interest_give_the_processors_bits(row: Family, size: tuple[int
 
 @rows
 def test_every_resample_gives_the_processors_bits(row: Family) -> None:
-    """Bilinear, bicubic and Lanczos; and bytes, where the processor is told to leave rescaling and normalising out."""
+    """Bilinear, bicubic and Lanczos; and bytes, if the processor's settings skip rescaling and normalising."""
     for resample in (1, 2, 3):
         check(dataclasses.replace(row, config=row.config | {"resample": resample}), (150, 211))
     plain = dataclasses.replace(row, config=row.config | {"do_rescale": False, "do_normalize": False})
@@ -327,7 +327,7 @@ def test_phi_is_counted_though_not_made(height: int, width: int) -> None:
     ids=str,
 )
 def test_a_setting_that_is_not_known_is_none(config: dict[str, Any]) -> None:
-    """Whatever our arithmetic does not have: the image passes."""
+    """An image passes if the arithmetic does not support a setting."""
     assert families.from_config(SIZES[config["image_processor_type"]] | config) is None
 
 

@@ -263,7 +263,7 @@ async def test_a_restarted_server_is_waited_for(start_server: Callable[..., Serv
 
 
 def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
-    """Killed right after the fork, a server could not tell the kernel yet to end its child."""
+    """A server that is killed right after the fork had no time to bind the child's life to its own."""
     code = "from sidecar.images.worker import worker; worker.bind_to({}); print('lives')"
     for server, ends in ((os.getpid(), (0, "lives\n")), (os.getppid(), (1, ""))):
         done = subprocess.run([sys.executable, "-c", code.format(server)], capture_output=True, text=True, check=False)
@@ -271,7 +271,7 @@ def test_a_worker_whose_server_died_before_it_could_bind_itself_ends() -> None:
 
 
 async def test_no_server_is_busy(tmp_path: Path, spec: ProcessorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody listens, the wait is bounded and ends in 503."""
+    """Without a server the wait is bounded and ends in 503."""
     monkeypatch.setattr("sidecar.images.worker_queue.QUEUE_TIMEOUT_S", 0.1)
     nowhere, chosen = str(tmp_path / "nothing"), Settings()
     images = ImageService(nowhere, chosen, spec, queue=WorkerQueue(nowhere, chosen, deadline=0.1))
@@ -297,14 +297,14 @@ async def test_sigterm_ends_server_and_workers(start_server: Callable[..., Serve
 
 
 async def test_the_server_ends_with_its_parent(tmp_path: Path, spec: ProcessorSpec) -> None:
-    """When whoever started the server is killed, server and workers end by themselves."""
+    """When the server's parent is killed, server and workers end by themselves."""
     path = str(tmp_path / "images.sock")
     chosen = Settings(image_workers=1, images_device="cpu")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(8)
         fd = listening.fileno()
-        # a shell that starts the server as its child and tells its process id
+        # a shell that starts the server as its child and prints its process id
         command = f'exec 9<&0; "$0" -m sidecar image-server --listen-fd {fd} <&9 & echo $!; wait'
         shell = start_shell(command, fd)
         assert shell.stdin is not None and shell.stdout is not None

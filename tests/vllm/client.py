@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 Http = aiohttp.ClientSession
 Event = dict[str, Any]
 
-OWN = ("id", "created")  # what vLLM makes anew for each answer; everything else must be equal
+OWN = ("id", "created")  # new in each of vLLM's responses; everything else must be equal
 WAIT = 60.0  # seconds until a state that must come counts as missing
 
 

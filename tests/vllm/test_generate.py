@@ -16,7 +16,7 @@ from tests.examples.loading import load
 from . import client, processes
 from .client import Http
 from .processes import Engine, Sidecar
-from .test_images import PATH, QUESTION, beside, chat
+from .test_images import PATH, QUESTION, chat, sidecar_for
 
 example = load("vllm_generate")
 expanded, features, items, packed = example.expanded, example.features, example.items, example.packed
@@ -61,7 +61,7 @@ async def test_our_features_are_those_that_vllm_renders(
     image, only tensors; under another salt they have other names.
     """
     rendered = await client.ask(http, f"{engine.url}{PATH}/render", chat(*PHOTOS))
-    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
+    sidecar = await sidecar_for(start_sidecar, engine.url, engine.model, http)
     async with Client(sidecar.url) as ours:
         made = await ours.preprocess(PHOTOS, values=kind)
     prompt = f"<|im_start|>user\n{IMAGE * len(PHOTOS)}{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -84,7 +84,7 @@ async def test_another_image_of_the_same_size_gives_another_answer(
     kind: Any, engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http
 ) -> None:
     """What is answered comes from the tensors that were sent: with others the log-probabilities differ."""
-    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
+    sidecar = await sidecar_for(start_sidecar, engine.url, engine.model, http)
     (pad,) = await tokens(engine, http, "<|image_pad|>")
     prompt = await tokens(engine, http, IMAGE + QUESTION)
     answers = []

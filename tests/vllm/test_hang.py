@@ -81,7 +81,7 @@ async def test_a_silent_hang_fails_liveness_until_it_ends(
 async def test_a_hang_of_an_idle_engine_is_found_by_the_canary(
     engine: Engine, sidecar: Sidecar, http: Http, freeze: Callable[[psutil.Process], None]
 ) -> None:
-    """A stop while nobody asks for anything fails liveness too, because the canaries starve."""
+    """A stop without any requests fails liveness too, because the canaries starve."""
     await client.until(is_idle(http, sidecar), "idle before the hang")
     freeze(engine.process("EngineCore"))
     await client.until(is_live(http, sidecar, 503), "/livez 503")
@@ -101,13 +101,13 @@ async def test_startup_waits_for_a_token(
 
     before = await generated()
     freeze(engine.process("EngineCore"))
-    beside = start_sidecar(engine.url, silence_cap="4")  # what a canary gets while the engine starts
+    sidecar = start_sidecar(engine.url, silence_cap="4")  # what a canary gets while the engine starts
 
     async def startup() -> int:
-        return await client.status(http, f"{beside.admin}/startupz")
+        return await client.status(http, f"{sidecar.admin}/startupz")
 
     async def canary_starved() -> bool:
-        page = f"{beside.admin}/metrics"
+        page = f"{sidecar.admin}/metrics"
         return await client.sample(http, page, "sidecar_canaries_total", outcome="starved") >= 1
 
     await client.until(canary_starved, "a starved canary")
@@ -119,4 +119,4 @@ async def test_startup_waits_for_a_token(
         return await startup() == 200
 
     await client.until(started, "/startupz 200")
-    assert await generated() > before  # nobody but the canary asked for any
+    assert await generated() > before  # only the canary asked for any

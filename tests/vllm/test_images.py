@@ -109,7 +109,7 @@ async def recording(engine_url: str, http: Http) -> AsyncIterator[tuple[str, Rec
         await runner.cleanup()
 
 
-async def beside(
+async def sidecar_for(
     start_sidecar: Callable[..., Sidecar], engine_url: str, model: Path, http: Http, **more: str
 ) -> Sidecar:
     """A sidecar that prepares images for `model`, once its workers do; until then it answers 503."""
@@ -133,7 +133,7 @@ def formats(body: dict[str, Any]) -> list[str]:
 
 async def test_the_answer_is_the_same(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """Text, log-probabilities and usage of an image chat have the same bits with and without the sidecar."""
-    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
+    sidecar = await sidecar_for(start_sidecar, engine.url, engine.model, http)
     bodies = [BODIES[name] for name in ("1080p", "EXIF 6", "EXIF 7", "small, enlarged", "alpha", "two")]
     without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
     through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
@@ -160,7 +160,7 @@ async def test_the_pixels_are_the_same(
     Over sizes, all EXIF orientations, formats and modes. Every image was really prepared but one, which would grow.
     """
     async with recording(engine.url, http) as (url, recorder):
-        sidecar = await beside(start_sidecar, url, engine.model, http)
+        sidecar = await sidecar_for(start_sidecar, url, engine.model, http)
         for body in BODIES.values():
             await client.ask(http, sidecar.url + PATH, body | {"max_tokens": 1})
     pairs = list(zip(BODIES.values(), recorder.bodies, strict=True))
@@ -187,8 +187,8 @@ OWN_PROCESSING = {
 async def test_a_request_with_its_own_processing_is_left_alone(
     engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http, name: str
 ) -> None:
-    """A request that tells vLLM how to process its images gets the answer that it gets without the sidecar."""
-    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
+    """A request that sets how vLLM processes its images gets the same answer as without the sidecar."""
+    sidecar = await sidecar_for(start_sidecar, engine.url, engine.model, http)
     body = BODIES[name] | OWN_PROCESSING[name]
     without = await client.ask(http, engine.url + PATH, body)
     assert await client.ask(http, sidecar.url + PATH, body) == without
@@ -197,7 +197,7 @@ async def test_a_request_with_its_own_processing_is_left_alone(
 
 async def test_images_are_counted(engine: Engine, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """Each prepared image is counted by format and outcome, and its request settles with outcome ok."""
-    sidecar = await beside(start_sidecar, engine.url, engine.model, http)
+    sidecar = await sidecar_for(start_sidecar, engine.url, engine.model, http)
     await client.ask(http, sidecar.url + PATH, BODIES["two"], tenant="acme")
     page = f"{sidecar.admin}/metrics"
 

@@ -34,7 +34,7 @@ class Place:
     engine: Engine | None = None
 
     def start(self, *, ready: bool) -> Engine:
-        """End what runs there, and start anew."""
+        """Stop what runs there, and start again."""
         self.stack.close()
         self.starts += 1
         log = self.folder / f"engine{self.starts}.log"
@@ -54,15 +54,15 @@ def place(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 async def test_a_restart_heals_a_hang(place: Place, start_sidecar: Callable[..., Sidecar], http: Http) -> None:
     """A hung engine that is killed and restarted on its port is not ready until its first token, then live."""
     engine = place.engine or place.start(ready=True)
-    beside = start_sidecar(engine.url)
-    await client.until(answers(http, beside, "/livez", 200, "idle"), "idle before the hang")
+    sidecar = start_sidecar(engine.url)
+    await client.until(answers(http, sidecar, "/livez", 200, "idle"), "idle before the hang")
     engine.process("EngineCore").send_signal(signal.SIGSTOP)
-    await client.until(answers(http, beside, "/livez", 503, "stalled"), "/livez 503")
+    await client.until(answers(http, sidecar, "/livez", 503, "stalled"), "/livez 503")
     kill(engine)
-    await client.until(answers(http, beside, "/startupz", 503), "/startupz 503 while it is gone")
+    await client.until(answers(http, sidecar, "/startupz", 503), "/startupz 503 while it is gone")
     place.start(ready=False)
-    await client.until(answers(http, beside, "/livez", 200, "idle"), "idle after the restart", processes.START_SECONDS)
-    assert await client.status(http, f"{beside.admin}/startupz") == 200
+    await client.until(answers(http, sidecar, "/livez", 200, "idle"), "idle after the restart", processes.START_SECONDS)
+    assert await client.status(http, f"{sidecar.admin}/startupz") == 200
 
 
 @pytest.mark.parametrize("title", ["Worker", "EngineCore", "API server"])
@@ -71,25 +71,25 @@ async def test_a_killed_process_is_found_and_its_successor_is_served(
 ) -> None:
     """A kill during a stream fails liveness; after a restart on the port the sidecar is live and started."""
     engine = place.engine or place.start(ready=True)
-    beside = start_sidecar(engine.url)
+    sidecar = start_sidecar(engine.url)
 
-    await client.until(answers(http, beside, "/livez", 200, "idle"), "idle before the kill")
+    await client.until(answers(http, sidecar, "/livez", 200, "idle"), "idle before the kill")
     victim = engine.root if title == "API server" else engine.process(title)
     body = client.completion("A stream that does not end well.", max_tokens=3500, stream=True)
-    async with http.post(f"{beside.url}/v1/completions", json=body) as answer:
+    async with http.post(f"{sidecar.url}/v1/completions", json=body) as answer:
         await answer.content.readline()
         began = time.monotonic()
         victim.kill()
-        await client.until(answers(http, beside, "/livez", 503), "/livez 503")
+        await client.until(answers(http, sidecar, "/livez", 503), "/livez 503")
         found = time.monotonic() - began
-    _, verdict, reason = await client.probe(http, f"{beside.admin}/livez")
+    _, verdict, reason = await client.probe(http, f"{sidecar.admin}/livez")
     took(f"kill -9 of the {title} found ({verdict}, {reason})", found)
     assert (verdict, reason) in {("dead", "engine_gone"), ("stalled", "no_progress")}
     kill(engine)
     began = time.monotonic()
     place.start(ready=False)
-    await client.until(answers(http, beside, "/livez", 200, "idle"), "idle after the restart", processes.START_SECONDS)
-    assert await client.status(http, f"{beside.admin}/startupz") == 200
+    await client.until(answers(http, sidecar, "/livez", 200, "idle"), "idle after the restart", processes.START_SECONDS)
+    assert await client.status(http, f"{sidecar.admin}/startupz") == 200
     took(f"the successor of the killed {title} served, vLLM's own start-up included", time.monotonic() - began)
 
 

@@ -18,7 +18,7 @@ from sidecar.tools.doctor.finding import DoctorFinding
 from . import client, processes
 from .client import Http
 from .processes import Engine, Sidecar
-from .test_images import BODIES, LOSSLESS, PATH, beside, formats, recording
+from .test_images import BODIES, LOSSLESS, PATH, formats, recording, sidecar_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -30,7 +30,7 @@ SHM = Path(SHM_DIR)
 
 @pytest.fixture(scope="module", autouse=True)
 def alone() -> None:
-    """Two vLLMs that share /dev/shm are taken for one, so another one with the plugin would answer for ours."""
+    """Two vLLMs that share /dev/shm count as one, so another one with the plugin would hide this one."""
     if not read_status(SHM_DIR).why:
         pytest.skip(f"a vLLM with the plugin uses {SHM_DIR} on this machine")
 
@@ -67,7 +67,7 @@ async def test_a_vllm_without_the_plugin_gets_its_images_inline(
         with processes.engine(model("small"), tmp_path / "engine.log") as bare:
             without = [await client.ask(http, bare.url + PATH, body) for body in bodies]
             async with recording(bare.url, http) as (url, recorder):
-                sidecar = await beside(start_sidecar, url, bare.model, http, images="shm")
+                sidecar = await sidecar_for(start_sidecar, url, bare.model, http, images="shm")
                 through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
             finding = await found(bare)
     finally:
@@ -86,7 +86,7 @@ async def test_pixels_in_shared_memory_give_the_same_answer(
     bodies, before = [BODIES[name] for name in NAMES], waiting()
     without = [await client.ask(http, engine.url + PATH, body) for body in bodies]
     async with recording(engine.url, http) as (url, recorder):
-        sidecar = await beside(start_sidecar, url, engine.model, http, images="shm")
+        sidecar = await sidecar_for(start_sidecar, url, engine.model, http, images="shm")
         through = [await client.ask(http, sidecar.url + PATH, body) for body in bodies]
     assert through == without
     seen = [kind for body in recorder.bodies for kind in formats(body)]

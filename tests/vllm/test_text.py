@@ -30,7 +30,7 @@ ASKED = {"stream_options": {"include_usage": True}}
 async def test_a_stream_is_the_same(
     engine: Engine, sidecar: Sidecar, http: Http, path: str, body: dict[str, object]
 ) -> None:
-    """A stream says the same with and without the sidecar, and the usage event that we asked for is not in it.
+    """A stream is the same with and without the sidecar, without the usage event that the sidecar requested.
 
     But for `system_fingerprint`: asked for usage, vLLM moves it from the last token's event to the usage event.
     """
@@ -123,7 +123,7 @@ async def test_a_client_that_leaves_frees_the_engine(engine: Engine, sidecar: Si
 
 
 async def test_the_relay_port_shows_one_complete_metrics_page(sidecar: Sidecar, http: Http) -> None:
-    """The relay's /metrics carries vLLM's own series beside ours."""
+    """The relay's /metrics carries vLLM's own series next to the sidecar's."""
     await client.ask(http, sidecar.url + CHAT[0], CHAT[1], tenant="acme")
 
     async def complete() -> bool:
@@ -144,7 +144,7 @@ async def test_load_of_vllm_reaches_an_orca_balancer_as_ours(sidecar: Sidecar, h
         assert len(reports) == 1
         return "mu_utilization" in json.loads(reports[0].removeprefix("JSON "))["named_metrics"]
 
-    await client.until(reported, "our load report")
+    await client.until(reported, "the sidecar's load report")
 
 
 async def test_vllms_own_errors_pass(engine: Engine, sidecar: Sidecar, http: Http) -> None:
@@ -158,7 +158,7 @@ async def test_vllms_own_errors_pass(engine: Engine, sidecar: Sidecar, http: Htt
 
 
 async def test_no_alarm_in_a_quiet_period(sidecar: Sidecar, http: Http) -> None:
-    """While nobody asks for anything, canaries pass, and the verdict never leaves idle once it was there."""
+    """Without any requests, canaries pass, and the verdict never leaves idle once it was there."""
 
     async def canaries() -> bool:
         return await client.sample(http, f"{sidecar.admin}/metrics", "sidecar_canaries_total", outcome="ok") >= 6

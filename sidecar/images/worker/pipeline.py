@@ -222,7 +222,7 @@ def _is_passed_early(header: file_headers.Header, spec: ProcessorSpec, client_ch
 
 
 def _predict_geometry(data: bytes, header: file_headers.Header, spec: ProcessorSpec) -> Geometry | None:
-    """The geometry, for its tokens, of an image that is not decoded here; None if its header does not tell."""
+    """The geometry, for its tokens, of an image that is not decoded here; None if its header has no size."""
     try:
         return spec.geometry(*turned(header.height, header.width, orientation(data) if header.tagged else 1))
     except ValueError:
