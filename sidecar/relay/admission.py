@@ -108,24 +108,22 @@ class Admission:
         self.blocked = True
         return RequestBlocked(self.id, now, True)
 
-    def end_write(self, now: float) -> RequestBlocked | None:
-        """The client has taken a write."""
-        self.writing_since = None
-        if not self.blocked:
-            return None
+    def unblock(self, now: float) -> RequestBlocked:
+        """The client has taken a write that waited for it."""
         self.blocked = False
         return RequestBlocked(self.id, now, False)
 
-    def deliver(self, tokens: int, size: int, started: bool, now: float) -> FirstToken | None:
-        """The engine sent `tokens` in `size` bytes. `started`: they show that generation has begun."""
+    def start(self, now: float) -> FirstToken:
+        """Generation has begun."""
+        self.first_at = now
+        return FirstToken(self.id, now)
+
+    def deliver(self, tokens: int, size: int) -> None:
+        """The engine sent `tokens` in `size` bytes."""
         self.tokens += tokens
         self.bytes += size
         self.unreported_tokens += tokens
         self.unreported_bytes += size
-        if not started or self.first_at is not None:
-            return None
-        self.first_at = now
-        return FirstToken(self.id, now)
 
     def take_delivery(self, now: float) -> Delivered:
         """What was delivered since the last call."""

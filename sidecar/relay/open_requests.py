@@ -109,19 +109,19 @@ class OpenRequests:
 
     def end_write(self, admission: Admission) -> None:
         """The client has taken a write."""
-        self._emit(admission.end_write(time.monotonic()))
+        admission.writing_since = None
+        if admission.blocked:
+            self.emit(admission.unblock(time.monotonic()))
 
     def deliver(self, admission: Admission, tokens: int, size: int, *, started: bool) -> None:
         """The engine sent `tokens` in `size` bytes. `started`: they show that generation has begun."""
-        self._emit(admission.deliver(tokens, size, started, time.monotonic()))
+        if started and admission.first_at is None:
+            self.emit(admission.start(time.monotonic()))
+        admission.deliver(tokens, size)
         if tokens:  # pings and comments are no progress of the engine
             self._undelivered.add(admission)
             if self._flush_timer is None:
                 self._flush_timer = self._loop.call_later(EVENT_FLUSH_INTERVAL_S, self._flush)
-
-    def _emit(self, event: Event | None) -> None:
-        if event is not None:
-            self.emit(event)
 
     def _settle(self, admission: Admission, error: BaseException | None) -> None:
         if not admission.admitted:
@@ -135,7 +135,8 @@ class OpenRequests:
     def _check_stalled_writes(self) -> None:
         now = time.monotonic()
         for admission in self._open.values():
-            self._emit(admission.check_stalled_write(now, self._client_stall))
+            if (blocked := admission.check_stalled_write(now, self._client_stall)) is not None:
+                self.emit(blocked)
         again = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes) if self._open else None
         self._stall_timer = again
 

@@ -24,19 +24,19 @@ from ..waiting import PATIENCE
 F = TypeVar("F")
 
 
-class Facts:
+class EmittedEvents:
     """What the relay reported, and a way to wait for it."""
 
     def __init__(self) -> None:
         self.all: list[Event] = []
         self._news = asyncio.Event()
 
-    def __call__(self, fact: Event) -> None:
-        self.all.append(fact)
+    def __call__(self, event: Event) -> None:
+        self.all.append(event)
         self._news.set()
 
     def of(self, kind: type[F]) -> list[F]:
-        return [fact for fact in self.all if isinstance(fact, kind)]
+        return [event for event in self.all if isinstance(event, kind)]
 
     async def wait(self, kind: type[F], count: int = 1) -> list[F]:
         async with asyncio.timeout(PATIENCE):
@@ -53,13 +53,18 @@ class Rig:
     """One relay in front of one engine. `client` requests go to the relay."""
 
     def __init__(
-        self, relay: Relay, server: web.Server, address: tuple[str, int], client: aiohttp.ClientSession, facts: Facts
+        self,
+        relay: Relay,
+        server: web.Server,
+        address: tuple[str, int],
+        client: aiohttp.ClientSession,
+        emitted: EmittedEvents,
     ) -> None:
         self.relay = relay
         self.server = server
         self.host, self.port = address
         self.client = client
-        self.facts = facts
+        self.emitted = emitted
 
     @property
     def url(self) -> str:
@@ -135,18 +140,18 @@ async def rig() -> AsyncIterator[Callable[..., Awaitable[Rig]]]:
 
 
 @pytest.fixture
-async def facts() -> Facts:
+async def emitted() -> EmittedEvents:
     """Where a relay process of a test reports to."""
-    return Facts()
+    return EmittedEvents()
 
 
 @asynccontextmanager
 async def _rig(
     engine: str, images: Any, ways: dict[str, Any], kind: str, settings: dict[str, Any]
 ) -> AsyncIterator[Rig]:
-    facts = Facts()
+    emitted = EmittedEvents()
     own = Settings(engine=engine, **settings)
-    relay = Relay(own, Coefficients(), facts, engine_kind=kind, images=images, **ways)
+    relay = Relay(own, Coefficients(), emitted, engine_kind=kind, images=images, **ways)
     server = web.Server(
         relay.handle,
         handler_cancellation=True,
@@ -158,7 +163,7 @@ async def _rig(
     )
     accepting = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
     async with aiohttp.ClientSession(auto_decompress=False) as client:
-        yield Rig(relay, server, accepting.sockets[0].getsockname(), client, facts)
+        yield Rig(relay, server, accepting.sockets[0].getsockname(), client, emitted)
     accepting.close()
     await server.shutdown(0.1)
     await relay.close()

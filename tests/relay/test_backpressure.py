@@ -27,14 +27,14 @@ async def test_a_client_that_does_not_read_is_reported_until_it_does(rig: Any, s
     """A write that waits for its client over a second is reported as blocked, and then its end."""
     r = await rig(await serve(flood))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
-    [on] = await r.facts.wait(RequestBlocked)
+    [on] = await r.emitted.wait(RequestBlocked)
     assert on.on
-    while len(r.facts.of(RequestBlocked)) < 2:
+    while len(r.emitted.of(RequestBlocked)) < 2:
         await got.content.readany()
-    off = r.facts.of(RequestBlocked)[1]
+    off = r.emitted.of(RequestBlocked)[1]
     got.close()
-    await r.facts.settled()
-    admitted, settled = once(r.facts)
+    await r.emitted.settled()
+    admitted, settled = once(r.emitted)
     assert (off.on, on.id, off.id) == (False, admitted.id, admitted.id)
     assert off.at >= on.at
     assert settled.outcome == "client_cancelled"
@@ -54,10 +54,10 @@ async def test_a_client_that_never_reads_is_hung_up_on(rig: Any, serve: Any) -> 
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""})
     async with asyncio.timeout(PATIENCE):
         await left.wait()
-    await r.facts.settled()
-    _, settled = once(r.facts)
+    await r.emitted.settled()
+    _, settled = once(r.emitted)
     assert (settled.outcome, settled.error) == ("client_cancelled", "client_stalled")
-    assert [fact.on for fact in r.facts.of(RequestBlocked)] == [True]
+    assert [event.on for event in r.emitted.of(RequestBlocked)] == [True]
     got.close()
 
 
@@ -79,5 +79,5 @@ async def test_a_client_that_reads_is_never_reported(rig: Any, serve: Any) -> No
     await asyncio.wait((reading,), timeout=2.0)  # several looks of the relay
     go_on.set()
     assert await reading == BIG
-    assert not r.facts.of(RequestBlocked)
-    assert once(r.facts)[1].outcome == "ok"
+    assert not r.emitted.of(RequestBlocked)
+    assert once(r.emitted)[1].outcome == "ok"

@@ -51,9 +51,9 @@ class Gate:
 
 async def ask(r: Any, name: str) -> Any:
     """One request, whose admission has been reported when this returns."""
-    before = len(r.facts.of(Admitted))
+    before = len(r.emitted.of(Admitted))
     task = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "user": name}))
-    await r.facts.wait(Admitted, before + 1)
+    await r.emitted.wait(Admitted, before + 1)
     return task
 
 
@@ -69,7 +69,7 @@ async def test_one_place_stays_free_and_the_rest_wait_in_turn(rig: Any, serve: A
     engine.release(2)
     assert [(await task).status for task in asked] == [200] * 5
     assert (engine.order, engine.most) == (list("abcde"), 2)
-    assert [s.outcome for s in await r.facts.wait(Settled, 5)] == ["ok"] * 5
+    assert [s.outcome for s in await r.emitted.wait(Settled, 5)] == ["ok"] * 5
 
 
 async def test_a_queued_request_is_not_the_engines(rig: Any, serve: Any) -> None:
@@ -77,15 +77,15 @@ async def test_a_queued_request_is_not_the_engines(rig: Any, serve: Any) -> None
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     first, second = await ask(r, "a"), await ask(r, "b")
-    [on] = await r.facts.wait(RequestBlocked)
+    [on] = await r.emitted.wait(RequestBlocked)
     await engine.has(1)
     engine.release(2)
     await first
     got = await second
-    on, off = await r.facts.wait(RequestBlocked, 2)
-    ids = [fact.id for fact in r.facts.of(Admitted)]
+    on, off = await r.emitted.wait(RequestBlocked, 2)
+    ids = [event.id for event in r.emitted.of(Admitted)]
     assert ((on.id, on.on), (off.id, off.on)) == ((ids[1], True), (ids[1], False))
-    settled = {s.id: s for s in await r.facts.wait(Settled, 2)}[ids[1]]
+    settled = {s.id: s for s in await r.emitted.wait(Settled, 2)}[ids[1]]
     assert settled.sent_at >= off.at
     assert settled.overhead < off.at - on.at + 0.5
     assert float(got.headers["x-sidecar-overhead-ms"]) >= 0
@@ -96,11 +96,11 @@ async def test_a_full_queue_refuses(rig: Any, serve: Any) -> None:
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2, max_queued=1)
     asked = [await ask(r, "a"), await ask(r, "b")]
-    await r.facts.wait(RequestBlocked)
+    await r.emitted.wait(RequestBlocked)
     got = await (await ask(r, "c"))
     assert (got.status, got.headers["retry-after"]) == (429, "1")
     assert (await got.json())["error"]["code"] == "queue_full"
-    assert (await r.facts.wait(Settled))[0].outcome == "rejected"
+    assert (await r.emitted.wait(Settled))[0].outcome == "rejected"
     engine.release(2)
     assert [(await task).status for task in asked] == [200, 200]
 
@@ -110,9 +110,9 @@ async def test_who_leaves_the_queue_gives_its_turn_on(rig: Any, serve: Any) -> N
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     first, second, third = [await ask(r, name) for name in "abc"]
-    await r.facts.wait(RequestBlocked, 2)
+    await r.emitted.wait(RequestBlocked, 2)
     second.cancel()
-    [settled] = await r.facts.wait(Settled)
+    [settled] = await r.emitted.wait(Settled)
     assert (settled.outcome, settled.sent_at) == ("client_cancelled", None)
     engine.release(2)
     assert [(await first).status, (await third).status] == [200, 200]
@@ -124,7 +124,7 @@ async def test_a_stall_empties_the_queue_too(rig: Any, serve: Any) -> None:
     engine = Gate()
     r = await rig(await serve(engine), max_concurrent=2)
     asked = [await ask(r, name) for name in "ab"]
-    await r.facts.wait(RequestBlocked)
+    await r.emitted.wait(RequestBlocked)
     await engine.has(1)
     r.relay.on_command(STALLED)
     assert [(await task).status for task in asked] == [503, 503]

@@ -108,8 +108,8 @@ async def test_streams_through_an_engine_that_closes_kept_connections(
         await ask()
     for _ in range(10):
         await asyncio.gather(*(ask() for _ in range(4)))
-    settled = await r.facts.wait(Settled, 80)
-    assert [fact.outcome for fact in settled] == ["ok"] * 80
+    settled = await r.emitted.wait(Settled, 80)
+    assert [event.outcome for event in settled] == ["ok"] * 80
     assert len(engine.answered) == 80
 
 
@@ -132,7 +132,7 @@ async def test_streams_through_an_engine_that_closes_a_little_later(rig: Any, se
     await asyncio.gather(*(ask() for _ in range(4)))
     for _ in range(40):
         await ask()
-    assert {fact.outcome for fact in await r.facts.wait(Settled, 44)} == {"ok"}
+    assert {event.outcome for event in await r.emitted.wait(Settled, 44)} == {"ok"}
 
 
 @pytest.mark.parametrize("then", [close, reset])
@@ -216,7 +216,7 @@ async def test_it_is_sent_only_once_more(rig: Any, serve_raw: Any) -> None:
     async with r.client.post(r.url + "/v1/completions", json={}) as got:
         assert got.status == 502
     assert len(engine.whole) == 3
-    assert [fact.outcome for fact in r.facts.of(Settled)] == ["engine_error"]
+    assert [event.outcome for event in r.emitted.of(Settled)] == ["engine_error"]
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/x"), ("POST", "/v1/completions")])
@@ -247,7 +247,7 @@ async def test_an_engine_that_is_gone(rig: Any) -> None:
     async with r.client.post(r.url + "/v1/completions", json={}) as got:
         assert got.status == 502
         assert "does not accept connections" in (await got.json())["error"]["message"]
-    assert [fact.outcome for fact in r.facts.of(Settled)] == ["engine_error"]
+    assert [event.outcome for event in r.emitted.of(Settled)] == ["engine_error"]
     await server.wait_closed()
 
 

@@ -21,17 +21,17 @@ WHAT = {"engine_sleeping", "engine_paused", "engine_profiling", "weight_update"}
 
 
 def orders(r: Any) -> list[tuple[str, bool]]:
-    return [(fact.what, fact.on) for fact in r.facts.of(EnginePauseChanged)]
+    return [(event.what, event.on) for event in r.emitted.of(EnginePauseChanged)]
 
 
 def calls(r: Any) -> list[tuple[str, bool, bool]]:
-    return [(fact.what, fact.on, fact.taken) for fact in r.facts.of(Directing)]
+    return [(event.what, event.on, event.taken) for event in r.emitted.of(Directing)]
 
 
 def with_the_engine(r: Any) -> set[int]:
     """The calls that began and are not over."""
-    facts = r.facts.of(Directing)
-    return {fact.id for fact in facts if fact.on} - {fact.id for fact in facts if not fact.on}
+    emitted = r.emitted.of(Directing)
+    return {event.id for event in emitted if event.on} - {event.id for event in emitted if not event.on}
 
 
 async def answered(r: Any, method: str, path: str, **more: Any) -> int:
@@ -48,7 +48,7 @@ async def test_sleep_and_wake_up_of_an_engine(rig: Any) -> None:
         assert orders(r) == [("engine_sleeping", True)]
         assert await answered(r, "POST", "/wake_up") == 200
     assert orders(r) == [("engine_sleeping", True), ("engine_sleeping", False)]
-    assert not r.facts.of(Settled)
+    assert not r.emitted.of(Settled)
 
 
 async def test_a_call_is_reported_from_its_last_byte_to_its_answer(rig: Any, serve: Any) -> None:
@@ -164,7 +164,7 @@ async def test_a_long_body_is_with_the_engine_when_the_last_of_it_was_sent(rig: 
     assert calls(r) == []
     whole.set()
     await soon(read)
-    await r.facts.wait(Directing)
+    await r.emitted.wait(Directing)
     assert calls(r) == [("weight_update", True, False)]
     answer.set()
     assert await asked == 200
@@ -231,24 +231,24 @@ def test_in_part(query: str, body: bytes, partly: bool) -> None:
 )
 def test_what_an_answer_means(path: str, status: int, orders: list[bool]) -> None:
     """Only a 2xx takes an order or its opposite; a call that lasts as long as the stop is neither."""
-    facts: list[Event] = []
+    emitted: list[Event] = []
     route = route_of("POST", path)
-    with PauseCalls(facts.append, lambda: 1.0).call(route) as call:
+    with PauseCalls(emitted.append, lambda: 1.0).call(route) as call:
         call.sent()
         call.answered(status)
     assert route is not None
-    assert [fact for fact in facts if isinstance(fact, EnginePauseChanged)] == [
+    assert [event for event in emitted if isinstance(event, EnginePauseChanged)] == [
         EnginePauseChanged(1.0, route.what, on) for on in orders
     ]
 
 
 def test_an_answer_that_comes_before_the_body_was_sent_ends_the_call() -> None:
     """What is written of the body afterwards begins nothing."""
-    facts: list[Event] = []
-    with PauseCalls(facts.append, lambda: 1.0).call(route_of("POST", "/update_weights")) as call:
+    emitted: list[Event] = []
+    with PauseCalls(emitted.append, lambda: 1.0).call(route_of("POST", "/update_weights")) as call:
         call.answered(413)
         call.sent()
-    assert facts == []
+    assert emitted == []
 
 
 def test_the_table_is_sound() -> None:

@@ -28,7 +28,7 @@ async def test_the_engines_errors_are_the_clients(rig: Any, serve: Any, status: 
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert (got.status, await got.json(), got.headers["retry-after"]) == (status, {"error": {"message": "no"}}, "3")
-    _, settled = once(r.facts)
+    _, settled = once(r.emitted)
     assert (settled.outcome, settled.status, settled.error) == (outcome, status, f"status_{status}")
 
 
@@ -41,7 +41,7 @@ async def test_invalid_json_is_the_engines_to_refuse(rig: Any, serve: Any) -> No
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/chat/completions", data=b'{"model": oops') as got:
         assert (got.status, await got.read()) == (400, b'{"model": oops')
-    assert once(r.facts)[1].outcome == "rejected"
+    assert once(r.emitted)[1].outcome == "rejected"
 
 
 async def test_a_body_without_changes_arrives_byte_for_byte(rig: Any, serve: Any) -> None:
@@ -74,7 +74,7 @@ async def test_too_large_a_body_is_refused(rig: Any, serve: Any, announced: bool
     async with r.client.post(r.url + "/v1/completions", data=b"a" * 1001 if announced else upload()) as got:
         assert got.status == 413
         assert (await got.json())["error"]["code"] == "body_too_large"
-    assert once(r.facts)[1].outcome == "rejected"
+    assert once(r.emitted)[1].outcome == "rejected"
     assert not seen
 
 
@@ -86,7 +86,7 @@ async def test_a_refused_connection(rig: Any, unused_tcp_port: int) -> None:
         assert (got.status, got.headers["retry-after"]) == (502, "2")
         assert json.loads(text)["error"]["code"] == "engine_unreachable"
         assert "127.0.0.1" not in text
-    _, settled = once(r.facts)
+    _, settled = once(r.emitted)
     assert (settled.outcome, settled.status, settled.sent_at, settled.error) == (
         "engine_error",
         0,
@@ -111,7 +111,7 @@ async def test_an_engine_that_hangs_up_without_an_answer(
     r.relay.on_command(LoadReport("JSON {}", "TEXT a=1", verdict))
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert got.status == status
-    assert once(r.facts)[1].outcome == outcome
+    assert once(r.emitted)[1].outcome == outcome
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ async def test_an_engine_that_dies_in_the_middle(rig: Any, serve_raw: Any, head:
         assert got.status == 200
         with pytest.raises(aiohttp.ClientPayloadError):
             await got.read()
-    _, settled = once(r.facts)
+    _, settled = once(r.emitted)
     assert (settled.outcome, settled.status, settled.error, settled.delivered_bytes) == (
         "engine_error",
         200,
@@ -157,4 +157,4 @@ async def test_a_short_answer_that_breaks_is_an_error_one_can_read(rig: Any, ser
     r = await rig(await serve_raw(talk))
     async with r.client.post(r.url + "/v1/completions", json={"prompt": "x"}) as got:
         assert got.status == 502
-    assert once(r.facts)[1].outcome == "engine_error"
+    assert once(r.emitted)[1].outcome == "engine_error"

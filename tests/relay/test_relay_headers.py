@@ -62,7 +62,7 @@ async def test_tracing_makes_our_span_the_parent(rig: Any, serve: Any) -> None:
     given = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=b"}
     async with r.client.post(r.url + "/v1/completions", data=b"{}", headers=given) as got:
         parent, state = await got.json()
-    trace = once(r.facts)[0].trace
+    trace = once(r.emitted)[0].trace
     assert trace is not None
     assert parent == f"00-0af7651916cd43dd8448eb211c80319c-{trace.span_id}-01"
     assert (trace.parent_id, trace.sampled, state) == ("b7ad6b7169203331", True, "a=b")
@@ -85,11 +85,11 @@ async def test_the_merged_page_is_asked_for_once(rig: Any, serve: Any) -> None:
             return str(await got.text())
 
     scrapes = [asyncio.create_task(scrape()) for _ in range(5)]
-    await r.facts.wait(MetricsPageRequested)
+    await r.emitted.wait(MetricsPageRequested)
     r.relay.on_command(MetricsPage(0.0, "a 1\n"))
     assert await asyncio.gather(*scrapes) == ["a 1\n"] * 5
     assert await scrape() == "a 1\n"
-    assert len(r.facts.of(MetricsPageRequested)) == 1
+    assert len(r.emitted.of(MetricsPageRequested)) == 1
 
 
 async def test_without_control_the_engines_page_passes(rig: Any, serve: Any) -> None:

@@ -28,9 +28,9 @@ async def test_images_are_replaced(rig: Any, serve: Any) -> None:
     assert len(first.pop("uuid")) == 32
     assert first == {"type": "image_url", "image_url": {"url": "data:image/bmp;base64,Qk0="}}
     assert second == pictures("PASS")["messages"][0]["content"][0]
-    admitted, _ = once(r.facts)
-    assert [i.outcome for i in r.facts.of(ImagePrepared)] == ["ok", "ok"]
-    assert {i.id for i in r.facts.of(ImagePrepared)} == {admitted.id}
+    admitted, _ = once(r.emitted)
+    assert [i.outcome for i in r.emitted.of(ImagePrepared)] == ["ok", "ok"]
+    assert {i.id for i in r.emitted.of(ImagePrepared)} == {admitted.id}
     assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 154)
 
 
@@ -58,8 +58,8 @@ async def test_an_image_that_would_not_shrink_goes_on_as_it_came(rig: Any, serve
     async with r.client.post(r.url + "/v1/chat/completions", data=body) as got:
         assert got.status == 200
     assert received == [body]
-    admitted, _ = once(r.facts)
-    [imaged] = r.facts.of(ImagePrepared)
+    admitted, _ = once(r.emitted)
+    [imaged] = r.emitted.of(ImagePrepared)
     assert (imaged.outcome, imaged.format, imaged.bytes_out, imaged.stages) == ("passed", "jpeg", 0, ())
     assert (admitted.expected.images, admitted.expected.image_tokens) == (1, spec.geometry(720, 1280).tokens)
 
@@ -88,7 +88,7 @@ async def test_a_tenant_of_any_bytes_is_served(rig: Any, serve: Any) -> None:
         answer = await r.raw(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         uuids.append(json.loads(answer.partition(b"\r\n\r\n")[2])["messages"][0]["content"][0]["uuid"])
     assert uuids[0] == uuids[1] != uuids[2]
-    assert [fact.tenant for fact in r.facts.of(Admitted)] == ["Zoë", "Zoë", "Zoé"]
+    assert [event.tenant for event in r.emitted.of(Admitted)] == ["Zoë", "Zoë", "Zoé"]
 
 
 async def test_a_uuid_of_the_client_is_kept_and_other_engines_get_none(rig: Any, serve: Any) -> None:
@@ -115,11 +115,11 @@ async def test_images_that_cannot_be_taken(
     r = await rig(await serve(echo), images=Workers())
     async with r.client.post(r.url + "/v1/chat/completions", json=pictures(*base64)) as got:
         assert (got.status, (await got.json())["error"]["code"]) == (status, code)
-    admitted, settled = once(r.facts)
+    admitted, settled = once(r.emitted)
     assert (settled.outcome, settled.error, settled.sent_at, admitted.mu) == ("rejected", code, None, 0.0)
     assert admitted.model == "m"
     if imaged:
-        assert imaged in {i.outcome for i in r.facts.of(ImagePrepared)}
+        assert imaged in {i.outcome for i in r.emitted.of(ImagePrepared)}
 
 
 async def test_shared_memory_is_for_a_vllm_that_reads_it(rig: Any, serve: Any) -> None:

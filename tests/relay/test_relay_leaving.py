@@ -58,8 +58,8 @@ async def test_the_engine_is_told_when_the_client_leaves(rig: Any, serve: Any, f
     await leave(r, {**CHAT, "stream": True}, has)
     async with asyncio.timeout(PATIENCE):
         await left.wait()
-    await r.facts.settled()
-    _, settled = once(r.facts)
+    await r.emitted.settled()
+    _, settled = once(r.emitted)
     assert (settled.outcome, settled.error) == ("client_cancelled", "client_gone")
 
 
@@ -77,7 +77,7 @@ async def test_what_was_delivered_before_a_client_left_is_booked(rig: Any, serve
         got.close()
     async with asyncio.timeout(PATIENCE):
         await left.wait()
-    settled = await r.facts.settled()
+    settled = await r.emitted.settled()
     assert (settled.outcome, settled.usage, settled.delivered_tokens) == ("client_cancelled", Usage(100, 7, 60), 7)
 
 
@@ -86,9 +86,9 @@ async def test_a_real_engine_frees_the_sequence(rig: Any) -> None:
     async with ScriptedEngine(EngineSettings(**{**FAST, "decode_step_ms": 5.0})) as engine:
         r = await rig(engine.url)
         got = await r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "stream": True, "max_tokens": 100_000})
-        await r.facts.wait(FirstToken)
+        await r.emitted.wait(FirstToken)
         got.close()
-        assert (await r.facts.settled()).outcome == "client_cancelled"
+        assert (await r.emitted.settled()).outcome == "client_cancelled"
         async with asyncio.timeout(PATIENCE):
             while True:
                 async with r.client.get(engine.url + "/metrics") as page:
@@ -104,8 +104,8 @@ async def test_a_client_that_leaves_during_image_work(rig: Any, serve: Any) -> N
     await leave(r, pictures("HANG", "AAAA"), workers.started)
     async with asyncio.timeout(PATIENCE):
         await workers.cancelled.wait()
-    await r.facts.settled()
-    admitted, settled = once(r.facts)
+    await r.emitted.settled()
+    admitted, settled = once(r.emitted)
     assert (settled.outcome, settled.sent_at, admitted.mu) == ("client_cancelled", None, 0.0)
 
 
@@ -117,8 +117,8 @@ async def test_a_client_that_leaves_in_its_upload(rig: Any, serve: Any) -> None:
     async with asyncio.timeout(PATIENCE):
         await reader.readuntil(b"\r\n\r\n")  # the relay reads
     writer.transport.abort()
-    assert (await r.facts.settled()).outcome == "client_cancelled"
-    once(r.facts)
+    assert (await r.emitted.settled()).outcome == "client_cancelled"
+    once(r.emitted)
 
 
 async def test_learning_moves_the_estimate(rig: Any) -> None:
@@ -134,6 +134,6 @@ async def test_learning_moves_the_estimate(rig: Any) -> None:
 
         lengths = await asyncio.gather(*(ask() for _ in range(40)))
         await ask()
-    first, *_, last = [a.expected.output for a in r.facts.of(Admitted)]
+    first, *_, last = [a.expected.output for a in r.emitted.of(Admitted)]
     assert len(set(lengths)) == 1
     assert abs(last - lengths[0]) < abs(first - lengths[0]) / 2

@@ -45,17 +45,17 @@ EVENT = b'data: {"choices":[{"delta":{"content":"x"}}]}\n\n'
 class Control:
     """A control process's end: takes the relay's connection on a Unix socket."""
 
-    def __init__(self, facts: Any) -> None:
-        self.facts = facts
-        self.channel = Channel(facts, self._left)
+    def __init__(self, emitted: Any) -> None:
+        self.emitted = emitted
+        self.channel = Channel(emitted, self._left)
         self.left = asyncio.Event()
 
     def _left(self) -> None:
         self.left.set()
 
     @classmethod
-    async def open(cls, path: Path, facts: Any) -> Control:
-        control = cls(facts)
+    async def open(cls, path: Path, emitted: Any) -> Control:
+        control = cls(emitted)
         control.server = await asyncio.get_running_loop().create_unix_server(lambda: control.channel, str(path))
         return control
 
@@ -71,22 +71,22 @@ class Control:
 class Process:
     """A relay process and the control end of its connection."""
 
-    def __init__(self, facts: Any, folder: Path) -> None:
-        self.facts = facts
+    def __init__(self, emitted: Any, folder: Path) -> None:
+        self.emitted = emitted
         self.path = folder / "control"
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     async def start(self, engine: str, **own: Any) -> None:
-        self.control = await Control.open(self.path, self.facts)
+        self.control = await Control.open(self.path, self.emitted)
         text = settings.to_json(settings.Settings(engine=engine, **{"engine_kind": "vllm", **own}))
         fd = self.listener.fileno()
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", RUN, text, str(self.path), str(fd), pass_fds=(fd,), stderr=asyncio.subprocess.PIPE
         )
         self.listener.close()
-        await self.facts.wait(Heartbeat)
+        await self.emitted.wait(Heartbeat)
 
     async def ended(self) -> tuple[int | None, bytes]:
         async with asyncio.timeout(PATIENCE):
@@ -107,11 +107,11 @@ class Process:
 
 
 @pytest.fixture
-async def relay_process(facts: Any, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Process]]]:
+async def relay_process(emitted: Any, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Process]]]:
     async with AsyncExitStack() as stack:
 
         async def start(engine: str, **own: Any) -> Process:
-            process = Process(facts, tmp_path)
+            process = Process(emitted, tmp_path)
             await process.start(engine, **own)
             stack.push_async_callback(_stop, process)
             return process
@@ -162,36 +162,36 @@ async def test_a_drain_lets_open_streams_finish(relay_process: Any, serve: Any, 
         assert await got.read() == EVENT
     assert await process.ended() == (0, b"")
     await process.control.left.wait()
-    assert process.facts.of(Settled)[0].outcome == "ok"
+    assert process.emitted.of(Settled)[0].outcome == "ok"
 
 
-async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, facts: Any, tmp_path: Path) -> None:
+async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, emitted: Any, tmp_path: Path) -> None:
     """Without control streams go on and new requests are served; the next control receives all open and ended ones."""
     url, go_on = await two_step_engine(serve)
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:
         streams = [await begin(client, process) for _ in range(2)]
-        await facts.wait(FirstToken, 2)
+        await emitted.wait(FirstToken, 2)
         await process.control.die()
         process.path.unlink()
         go_on.set()
         assert await streams[0].read() == EVENT  # without a control process
         async with client.post(process.url + "/v1/completions", json={"prompt": "x"}) as new:
             assert await new.read() == EVENT * 2
-        later = type(facts)()
+        later = type(emitted)()
         process.control = await Control.open(process.path, later)
         await later.wait(Settled, 2)
         assert isinstance(later.all[0], RelayConnected)
         assert (later.all[0].index, later.all[0].pid, later.all[0].restarts) == (3, process.process.pid, 2)
         assert await streams[1].read() == EVENT
         await later.wait(Settled, 3)
-    replayed = {fact.id: fact for fact in later.of(Admitted)}
-    assert set(replayed) == {fact.id for fact in later.of(Settled)} and len(replayed) == 3
-    assert {fact.id: fact for fact in facts.of(Admitted)}.items() <= replayed.items()
-    assert {fact.outcome for fact in later.of(Settled)} == {"ok"}
+    replayed = {event.id: event for event in later.of(Admitted)}
+    assert set(replayed) == {event.id for event in later.of(Settled)} and len(replayed) == 3
+    assert {event.id: event for event in emitted.of(Admitted)}.items() <= replayed.items()
+    assert {event.outcome for event in later.of(Settled)} == {"ok"}
 
 
-async def test_acknowledged_settlements_are_not_sent_again(relay_process: Any, serve: Any, facts: Any) -> None:
+async def test_acknowledged_settlements_are_not_sent_again(relay_process: Any, serve: Any, emitted: Any) -> None:
     """A settlement is sent again to the next control process unless the last one acknowledged it."""
 
     async def engine(request: web.BaseRequest) -> web.StreamResponse:
@@ -202,16 +202,16 @@ async def test_acknowledged_settlements_are_not_sent_again(relay_process: Any, s
         for count in (1, 2):
             async with client.post(process.url + "/v1/completions", json={"prompt": "x"}) as got:
                 await got.read()
-            await facts.wait(Settled, count)
+            await emitted.wait(Settled, count)
     process.control.channel.send(SettlementsAcked(1))
-    seen = len(facts.of(Heartbeat))
-    await facts.wait(Heartbeat, seen + 1)  # the command was read before it
+    seen = len(emitted.of(Heartbeat))
+    await emitted.wait(Heartbeat, seen + 1)  # the command was read before it
     await process.control.die()
     process.path.unlink()
-    later = type(facts)()
+    later = type(emitted)()
     process.control = await Control.open(process.path, later)
     await later.wait(Heartbeat)
-    assert [fact.id for fact in later.of(Settled)] == [facts.of(Settled)[1].id]
+    assert [event.id for event in later.of(Settled)] == [emitted.of(Settled)[1].id]
 
 
 async def test_a_drain_has_an_end(relay_process: Any, serve: Any) -> None:
@@ -227,7 +227,7 @@ async def test_a_drain_has_an_end(relay_process: Any, serve: Any) -> None:
     assert code == 0
     assert b"cut off" in errors
     await process.control.left.wait()
-    [settled] = process.facts.of(Settled)
+    [settled] = process.emitted.of(Settled)
     assert (settled.outcome, settled.error) == ("lost", "drain_cut")
 
 
@@ -245,24 +245,24 @@ async def test_idle_connections_do_not_delay_the_end(relay_process: Any, serve: 
         assert await process.ended() == (0, b"")
 
 
-async def test_facts_and_orders_cross_the_channel(relay_process: Any, serve: Any) -> None:
+async def test_events_and_commands_cross_the_channel(relay_process: Any, serve: Any) -> None:
     """Admission to settlement reach control in order, heartbeats carry lag and load, and a page reaches the scraper."""
     url, go_on = await two_step_engine(serve)
     process = await relay_process(url)
     async with aiohttp.ClientSession() as client:
         got = await begin(client, process)
-        seen = len(process.facts.of(Heartbeat))
-        pulse = (await process.facts.wait(Heartbeat, seen + 1))[-1]
+        seen = len(process.emitted.of(Heartbeat))
+        pulse = (await process.emitted.wait(Heartbeat, seen + 1))[-1]
         assert pulse.open == 1
         assert pulse.lag >= 0
         scrape = asyncio.create_task(client.get(process.url + "/metrics"))
-        await process.facts.wait(MetricsPageRequested)
+        await process.emitted.wait(MetricsPageRequested)
         process.control.channel.send(MetricsPage(0.0, "ours 1\n"))
         assert await (await scrape).text() == "ours 1\n"
         go_on.set()
         await got.read()
-    await process.facts.wait(Settled)
-    order = [type(f) for f in process.facts.all if isinstance(f, Admitted | FirstToken | Settled)]
+    await process.emitted.wait(Settled)
+    order = [type(f) for f in process.emitted.all if isinstance(f, Admitted | FirstToken | Settled)]
     assert order == [Admitted, FirstToken, Settled]
 
 

@@ -27,17 +27,17 @@ async def test_a_stream_through_a_real_engine(rig: Any) -> None:
             assert got.status == 200
             assert float(got.headers["x-sidecar-mu"]) > 0
             assert float(got.headers["x-sidecar-overhead-ms"]) >= 0
-        settled = await r.facts.settled()
+        settled = await r.emitted.settled()
     assert body.endswith(b"data: [DONE]\n\n")
     assert b'"usage":{' not in body
-    admitted, _ = once(r.facts)
+    admitted, _ = once(r.emitted)
     assert (admitted.tenant, admitted.model, admitted.route, admitted.stream) == ("t1", "scripted", "chat", True)
     assert (admitted.max_output, admitted.expected.output) == (8, 8)
     assert (settled.outcome, settled.status, settled.delivered_tokens) == ("ok", 200, 8)
     assert settled.usage is not None
     assert settled.usage.completion_tokens == 8
     assert settled.sent_at <= settled.first_at <= settled.at
-    assert len(r.facts.of(FirstToken)) == 1
+    assert len(r.emitted.of(FirstToken)) == 1
 
 
 async def test_who_asks_for_usage_gets_it(rig: Any) -> None:
@@ -47,7 +47,7 @@ async def test_who_asks_for_usage_gets_it(rig: Any) -> None:
         asked = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
         async with r.client.post(r.url + "/v1/chat/completions", json=asked) as got:
             assert b'"choices":[]' in (await got.read()).replace(b" ", b"")
-        assert (await r.facts.settled()).usage is not None
+        assert (await r.emitted.settled()).usage is not None
 
 
 async def test_a_plain_answer(rig: Any) -> None:
@@ -58,7 +58,7 @@ async def test_a_plain_answer(rig: Any) -> None:
             r.url + "/v1/completions", json={"model": "scripted", "prompt": "a b", "max_tokens": 4}
         ) as got:
             usage = (await got.json())["usage"]
-        settled = await r.facts.settled()
+        settled = await r.emitted.settled()
     assert settled.usage == Usage(usage["prompt_tokens"], 4)
     assert (settled.outcome, settled.delivered_tokens) == ("ok", 4)
 
@@ -71,7 +71,7 @@ async def test_a_prompt_costs_what_it_is_long_whatever_it_says(rig: Any) -> None
             ask = {"model": "scripted", "prompt": start.ljust(10_000, "A"), "max_tokens": 1}
             async with r.client.post(r.url + "/v1/completions", json=ask) as got:
                 assert got.status == 200
-        held = [admitted.expected.uncached for admitted in r.facts.of(Admitted)]
+        held = [admitted.expected.uncached for admitted in r.emitted.of(Admitted)]
     assert held == [held[0]] * 3 and held[0] > 2000
 
 
@@ -82,7 +82,7 @@ async def test_nothing_of_ours_leaves_as_a_name_or_comes_back_as_an_image(rig: A
         name = "data:image/png;base64,AAAA"
         async with r.client.post(r.url + "/v1/completions", json={"model": name, "prompt": "x"}) as got:
             assert got.status == 404
-        [first] = r.facts.of(Admitted)
+        [first] = r.emitted.of(Admitted)
         stolen = first.model.replace("-0.", "-7.")
         image = {"type": "image_url", "image_url": {"url": stolen}}
         ask = {**CHAT, "messages": [{"role": "user", "content": [image]}]}
@@ -108,10 +108,10 @@ async def test_an_answer_in_one_piece_has_no_first_token(rig: Any, serve: Any, c
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/completions", json={"prompt": "", "stream": chunked}) as got:
         assert await got.read() == body
-    settled = await r.facts.settled()
+    settled = await r.emitted.settled()
     assert (settled.outcome, settled.usage, settled.first_at) == ("ok", Usage(2, 50), None)
     assert settled.delivered_bytes == len(body)
-    assert not r.facts.of(FirstToken)
+    assert not r.emitted.of(FirstToken)
 
 
 async def test_lines_of_json_are_a_stream(rig: Any, serve: Any) -> None:
@@ -127,7 +127,7 @@ async def test_lines_of_json_are_a_stream(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert (await got.read()).count(b"\n") == 2
-    assert (await r.facts.settled()).first_at is not None
+    assert (await r.emitted.settled()).first_at is not None
 
 
 async def test_the_first_event_is_not_held_back(rig: Any, serve: Any) -> None:
@@ -147,7 +147,7 @@ async def test_the_first_event_is_not_held_back(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/chat/completions", json={**CHAT, "stream": True}) as got:
         assert await got.content.readany() == sse(TOKEN)[0]
-        assert len(await r.facts.wait(FirstToken)) == 1
+        assert len(await r.emitted.wait(FirstToken)) == 1
         has_first.set()
         assert await got.read() == b"".join(sse(TOKEN, b"[DONE]"))
 
@@ -167,13 +167,13 @@ async def test_delivered_is_summed_and_paced(rig: Any, serve: Any) -> None:
 
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""}) as got:
-        await r.facts.wait(Delivered)
+        await r.emitted.wait(Delivered)
         reported.set()
         await got.read()
-    settled = await r.facts.settled()
-    assert len(r.facts.of(Delivered)) <= 5
+    settled = await r.emitted.settled()
+    assert len(r.emitted.of(Delivered)) <= 5
     assert settled.delivered_tokens == 50
-    assert sum(d.tokens for d in r.facts.of(Delivered)) <= 50
+    assert sum(d.tokens for d in r.emitted.of(Delivered)) <= 50
 
 
 async def test_an_encoded_stream_passes_and_shows_progress(rig: Any, serve: Any) -> None:
@@ -189,7 +189,7 @@ async def test_an_encoded_stream_passes_and_shows_progress(rig: Any, serve: Any)
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""}) as got:
         assert await got.read() == packed
-    settled = await r.facts.settled()
+    settled = await r.emitted.settled()
     assert (settled.outcome, settled.usage, settled.delivered_bytes) == ("ok", None, len(packed))
     assert settled.delivered_tokens >= 1
 
@@ -220,7 +220,7 @@ async def test_a_slow_client_holds_the_engine_back(rig: Any, serve: Any) -> None
         await blocked.wait()
     assert written < 64 << 20
     got.close()
-    assert (await r.facts.settled()).outcome == "client_cancelled"
+    assert (await r.emitted.settled()).outcome == "client_cancelled"
 
 
 async def test_pings_are_no_progress(rig: Any, serve: Any) -> None:
@@ -235,7 +235,7 @@ async def test_pings_are_no_progress(rig: Any, serve: Any) -> None:
     r = await rig(await serve(engine))
     async with r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": ""}) as got:
         assert await got.read() == b": ping\n\n: ping\n\n"
-    settled = await r.facts.settled()
+    settled = await r.emitted.settled()
     assert (settled.first_at, settled.delivered_tokens) == (None, 0)
-    assert not r.facts.of(FirstToken)
-    assert not r.facts.of(Delivered)
+    assert not r.emitted.of(FirstToken)
+    assert not r.emitted.of(Delivered)

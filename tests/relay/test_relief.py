@@ -67,7 +67,7 @@ async def test_who_got_nothing_yet_gets_a_503(rig: Any, serve: Any) -> None:
     assert (got.status, got.headers["retry-after"]) == (503, "10")
     assert (await got.json())["error"]["code"] == "engine_stalled"
     await soon(engine.left)
-    _, settled = once(r.facts)
+    _, settled = once(r.emitted)
     assert (settled.outcome, settled.error, settled.status) == ("stalled", "engine_stalled", 0)
 
 
@@ -88,14 +88,14 @@ async def test_a_stream_ends_by_an_error_event(rig: Any, serve: Any, path: str, 
     assert got.status == 200
     await soon(engine.silent)
     if pieces:
-        await r.facts.wait(FirstToken)
+        await r.emitted.wait(FirstToken)
     r.relay.on_command(STALLED)
     *events, last = (await got.read()).strip().split(b"\n\n")
     assert len(events) == sum(b"\n\n" in piece for piece in pieces)
     error = json.loads(last.removeprefix(b"data: "))["error"]
     assert (error["code"], error["type"]) == ("engine_stalled", "server_error")
     await soon(engine.left)
-    assert once(r.facts)[1].outcome == "stalled"
+    assert once(r.emitted)[1].outcome == "stalled"
 
 
 async def test_anthropics_clients_get_a_named_error(rig: Any, serve: Any) -> None:
@@ -103,7 +103,7 @@ async def test_anthropics_clients_get_a_named_error(rig: Any, serve: Any) -> Non
     engine = Wedged(b'event: content_block_delta\ndata: {"type":"content_block_delta"}\n\n')
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/messages", json={**CHAT, "stream": True})
-    await r.facts.wait(FirstToken)
+    await r.emitted.wait(FirstToken)
     r.relay.on_command(STALLED)
     last = (await got.read()).strip().split(b"\n\n")[-1]
     name, data = last.split(b"\n")
@@ -130,7 +130,7 @@ async def test_what_cannot_end_well_is_broken_off(
     r.relay.on_command(STALLED)
     with pytest.raises(aiohttp.ClientPayloadError):
         await got.read()
-    assert once(r.facts)[1].outcome == "stalled"
+    assert once(r.emitted)[1].outcome == "stalled"
 
 
 async def test_new_work_is_refused_while_stalled_and_other_paths_pass(rig: Any, serve: Any) -> None:
@@ -147,16 +147,16 @@ async def test_new_work_is_refused_while_stalled_and_other_paths_pass(rig: Any, 
         assert (got.status, (await got.json())["error"]["code"]) == (503, "engine_stalled")
     async with r.client.get(r.url + "/health") as got:
         assert got.status == 200
-    assert once(r.facts)[1].outcome == "stalled"
+    assert once(r.emitted)[1].outcome == "stalled"
     r.relay.on_command(WELL)
     async with r.client.post(r.url + "/v1/chat/completions", json=CHAT) as got:
         assert got.status == 200
     assert seen == ["/health", "/v1/chat/completions"]
 
 
-async def test_an_old_verdict_refuses_nobody(facts: Any) -> None:
+async def test_an_old_verdict_refuses_nobody(emitted: Any) -> None:
     """A stalled verdict that is not repeated holds for seconds: a relay whose control process died goes on."""
-    desk = OpenRequests(facts)
+    desk = OpenRequests(emitted)
     desk.on_verdict("stalled", 10.0)
     with pytest.raises(EngineStalled):
         desk.check(10.0 + LOAD_REPORT_STALE_S - 0.1)
@@ -174,10 +174,10 @@ async def test_no_other_verdict_ends_anything(rig: Any, serve: Any, verdict: Any
 
     r = await rig(await serve(engine))
     asked = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
-    await r.facts.wait(Admitted)
+    await r.emitted.wait(Admitted)
     r.relay.on_command(LoadReport("{}", "", verdict))
     another = asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT))
-    await r.facts.wait(Admitted, 2)
+    await r.emitted.wait(Admitted, 2)
     go_on.set()
     assert [(await asked).status, (await another).status] == [200, 200]
 
@@ -197,8 +197,8 @@ async def test_a_dead_engine_ends_what_it_had_but_is_tried_anew(rig: Any, serve:
     r.relay.on_command(WELL)
     assert not asked.done()
     asked.cancel()
-    await r.facts.wait(Settled, 2)
-    assert [s.outcome for s in r.facts.of(Settled)] == ["stalled", "client_cancelled"]
+    await r.emitted.wait(Settled, 2)
+    assert [s.outcome for s in r.emitted.of(Settled)] == ["stalled", "client_cancelled"]
 
 
 @pytest.mark.parametrize(
@@ -209,11 +209,11 @@ async def test_single_requests_are_ended(rig: Any, serve: Any, code: str, status
     engine = Wedged(early_head=False)
     r = await rig(await serve(engine))
     asked = [asyncio.create_task(r.client.post(r.url + "/v1/chat/completions", json=CHAT)) for _ in range(2)]
-    victim = (await r.facts.wait(Admitted, 2))[0].id
+    victim = (await r.emitted.wait(Admitted, 2))[0].id
     await soon(engine.silent)
     for _ in range(2):
         r.relay.on_command(AbortRequests((victim, "elsewhere"), code))
-    [settled] = await r.facts.wait(Settled)
+    [settled] = await r.emitted.wait(Settled)
     assert (settled.id, settled.outcome, settled.error) == (victim, outcome, code)
     done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE)
     [got] = [task.result() for task in done]
@@ -221,7 +221,7 @@ async def test_single_requests_are_ended(rig: Any, serve: Any, code: str, status
     r.relay.on_command(AbortRequests((victim,), code))
     for task in asked:
         task.cancel()
-    assert len(await r.facts.wait(Settled, 2)) == 2
+    assert len(await r.emitted.wait(Settled, 2)) == 2
 
 
 async def test_an_ended_stream_names_the_code(rig: Any, serve: Any) -> None:
@@ -229,11 +229,11 @@ async def test_an_ended_stream_names_the_code(rig: Any, serve: Any) -> None:
     engine = Wedged(*sse(TOKEN))
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": "x"})
-    await r.facts.wait(FirstToken)
-    r.relay.on_command(AbortRequests((r.facts.of(Admitted)[0].id,), "stream_stuck"))
+    await r.emitted.wait(FirstToken)
+    r.relay.on_command(AbortRequests((r.emitted.of(Admitted)[0].id,), "stream_stuck"))
     assert b'"stream_stuck"' in await got.read()
     await soon(engine.left)
-    assert once(r.facts)[1].outcome == "stalled"
+    assert once(r.emitted)[1].outcome == "stalled"
 
 
 async def test_a_client_that_leaves_as_the_order_comes_settles_once(rig: Any, serve: Any) -> None:
@@ -245,11 +245,11 @@ async def test_a_client_that_leaves_as_the_order_comes_settles_once(rig: Any, se
 
     r = await rig(await serve(engine))
     got = await r.client.post(r.url + "/v1/completions", json={"stream": True, "prompt": "x"})
-    await r.facts.wait(FirstToken)
+    await r.emitted.wait(FirstToken)
     got.close()
     r.relay.on_command(STALLED)
     await soon(wedged.left)
-    await r.facts.settled()
-    assert once(r.facts)[1].outcome in ("stalled", "client_cancelled")
+    await r.emitted.settled()
+    assert once(r.emitted)[1].outcome in ("stalled", "client_cancelled")
     async with r.client.get(r.url + "/nothing") as again:
         assert again.status == 200

@@ -47,15 +47,15 @@ def test_a_new_ledger_has_the_same_holds_and_each_settlement_that_was_not_booked
     requests: list[tuple[float, int]], booked: int
 ) -> None:
     """However far each request came: open ones are open again, with their tokens; acknowledged ones do not return."""
-    facts = sorted((f for n, (at, far) in enumerate(requests) for f in life(str(n), at)[:far]), key=lambda f: f.at)
+    emitted = sorted((f for n, (at, far) in enumerate(requests) for f in life(str(n), at)[:far]), key=lambda f: f.at)
     outstanding, before, after = ReplayLog(), Ledger(cost_model.Coefficients()), Ledger(cost_model.Coefficients())
-    for fact in facts:
-        outstanding.note(fact)
-        before.apply(0, fact)
+    for event in emitted:
+        outstanding.note(event)
+        before.apply(0, event)
     outstanding.ack(booked)
-    settlements = [s for fact in outstanding.events() if (s := after.apply(0, fact)) is not None]
+    settlements = [s for event in outstanding.events() if (s := after.apply(0, event)) is not None]
     assert {h.admitted.id: h for h in after.holds()} == {h.admitted.id: h for h in before.holds()}
-    ends = [f.id for f in facts if isinstance(f, Settled)]
+    ends = [f.id for f in emitted if isinstance(f, Settled)]
     assert [s.admitted.id for s in settlements] == ends[booked:]
 
 
@@ -63,8 +63,8 @@ def test_bookings_count_for_one_connection() -> None:
     """After a new connection, the first settlement sent on it is number 1."""
     outstanding = ReplayLog()
     for id in ("a", "b", "c"):
-        for fact in life(id, 0.0):
-            outstanding.note(fact)
+        for event in life(id, 0.0):
+            outstanding.note(event)
     outstanding.ack(1)
     outstanding.events()
     outstanding.ack(1)
@@ -74,7 +74,7 @@ def test_bookings_count_for_one_connection() -> None:
 def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_holds() -> None:
     """So are a pause and a weight update that go on, and who of a client and an engine kept whom waiting last."""
     outstanding = ReplayLog()
-    for fact in (
+    for event in (
         admitted("a", 1.0),
         RequestBlocked("a", 2.0, True),
         admitted("b", 1.0),
@@ -87,7 +87,7 @@ def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_hol
         Directing(2.5, 2, "weight_update", True),
         Directing(2.6, 1, "weight_update", False, taken=True),
     ):
-        outstanding.note(fact)
+        outstanding.note(event)
     again = [f for f in outstanding.events() if isinstance(f, RequestBlocked | EnginePauseChanged | Directing)]
     assert again == [
         EnginePauseChanged(1.0, "engine_paused", True),

@@ -69,17 +69,17 @@ async def test_every_scrape_is_answered_alike_from_one_page(r: Any) -> None:
     )  # the clock may step from one second to the next
     assert answers[0][1] == answers[1][1] == answers[2][1]
     assert answers[0][1]["content-type"] == metrics_page.CONTENT_TYPE
-    assert not r.facts.all
+    assert not r.emitted.all
 
 
 async def test_an_old_page_is_asked_for_again(r: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past its second, the page comes from the control process again, also to a connection that has had it."""
     async with wire(r) as w:
         await w.scrape()
-        assert not r.facts.of(MetricsPageRequested)
+        assert not r.emitted.of(MetricsPageRequested)
         monkeypatch.setattr(metrics_page, "PAGE_FRESH_S", -1.0)
         w.writer.write(SCRAPE)
-        await r.facts.wait(MetricsPageRequested)
+        await r.emitted.wait(MetricsPageRequested)
         r.relay.on_command(MetricsPage(0.0, "b 2\n"))
         assert (await w.answer())[2] == b"b 2\n"
         monkeypatch.undo()

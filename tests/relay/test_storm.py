@@ -60,7 +60,7 @@ async def test_a_storm_leaves_nothing_behind(
             r.relay.on_command(
                 LoadReport("{}", "", dice.choice(["stalled", "dead", "progressing", "idle", "starting"]))
             )
-            ids = [fact.id for fact in r.facts.of(Admitted)]
+            ids = [event.id for event in r.emitted.of(Admitted)]
             r.relay.on_command(
                 AbortRequests(
                     tuple(dice.sample(ids, min(3, len(ids)))), dice.choice(["stream_stuck", "prompt_exceeds_kv_cache"])
@@ -75,15 +75,15 @@ async def test_a_storm_leaves_nothing_behind(
     await asyncio.wait(clients, timeout=PATIENCE)
     disturbance.cancel()
     r.relay.on_command(LoadReport("{}", "", "idle"))
-    await r.facts.wait(Settled, len(r.facts.of(Admitted)))
-    admitted, settled = (Counter(f.id for f in r.facts.of(kind)) for kind in (Admitted, Settled))
+    await r.emitted.wait(Settled, len(r.emitted.of(Admitted)))
+    admitted, settled = (Counter(f.id for f in r.emitted.of(kind)) for kind in (Admitted, Settled))
     assert admitted == settled
     assert set(settled.values()) == {1}
-    assert not {f.outcome for f in r.facts.of(Settled)} & {"lost"}
+    assert not {f.outcome for f in r.emitted.of(Settled)} & {"lost"}
     before = len(settled)
     again = [asyncio.create_task(ask()) for _ in range(20)]
     await asyncio.gather(*again)
-    assert [f.outcome for f in r.facts.of(Settled)[before:]] == ["ok"] * 20
+    assert [f.outcome for f in r.emitted.of(Settled)[before:]] == ["ok"] * 20
     # one request is always admitted where nothing is in flight, and only there
     assert isinstance(
         accounts.take("default", TenantLimit(mu_in_flight=1e-6), 1.0, 1.0, time.monotonic()), TenantCharge

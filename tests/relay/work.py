@@ -21,11 +21,11 @@ TOKEN = {"choices": [{"index": 0, "delta": {"content": "x"}}]}
 USAGE = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 2}}
 
 
-def once(facts: Any) -> tuple[Admitted, Settled]:
+def once(emitted: Any) -> tuple[Admitted, Settled]:
     """The only admission and the only settlement, of one id, in this order."""
-    [admitted], [settled] = facts.of(Admitted), facts.of(Settled)
+    [admitted], [settled] = emitted.of(Admitted), emitted.of(Settled)
     assert admitted.id == settled.id
-    assert facts.all.index(admitted) < facts.all.index(settled)
+    assert emitted.all.index(admitted) < emitted.all.index(settled)
     return admitted, settled
 
 

@@ -62,7 +62,7 @@ async def prepare(
 
 
 def check_count(count: int) -> None:
-    """Raises BadImage where a request has too many images."""
+    """Raises BadImage if a request has too many images."""
     if count > MAX_IMAGES:
         raise BadImage(f"{count} images in one request; at most {MAX_IMAGES} are accepted", "image_count")
 

@@ -273,7 +273,7 @@ async def test_the_relay_puts_a_fetched_image_in_the_links_place(
     async with r.client.post(r.url + "/v1/chat/completions", json=chat(f"http://img.test:{port}/a")) as got:
         [sent] = (await got.json(content_type=None))["messages"][0]["content"]
     assert sent["image_url"] == {"url": "data:image/bmp;base64,Qk0="} and sent["uuid"]
-    [imaged] = r.facts.of(ImagePrepared)
+    [imaged] = r.emitted.of(ImagePrepared)
     assert [stage for stage, _ in imaged.stages] == ["fetch", "decode"]
 
 

@@ -64,11 +64,11 @@ async def test_a_refused_image_goes_on_as_it_came_and_so_do_all_others(
     r = await rig(await serve(engine), images=Workers())
     assert await ask(r, BODY) == (200, OK)
     assert engine.prepared == [True, False] and engine.bodies[1] == BODY
-    _, settled = once(r.facts)
+    _, settled = once(r.emitted)
     assert (settled.outcome, settled.status, settled.usage.prompt_tokens) == ("ok", 200, 3)
     assert await asyncio.gather(*(ask(r, BODY) for _ in range(3))) == [(200, OK)] * 3
     assert engine.bodies[2:] == [BODY] * 3
-    assert [fact.outcome for fact in r.facts.of(ImagePrepared)] == ["ok", "passed", "passed", "passed"]
+    assert [event.outcome for event in r.emitted.of(ImagePrepared)] == ["ok", "passed", "passed", "passed"]
     logged = [record.getMessage() for record in caplog.records if "prepared image" in record.getMessage()]
     assert len(logged) == 1 and "500" in logged[0] and "Pnm" not in logged[0]
 
@@ -121,7 +121,7 @@ async def test_a_stream_is_served_as_it_came(rig: Any, serve: Any) -> None:
     sent = json.loads(engine.bodies[1])
     assert sent["stream_options"]["include_usage"] is True
     assert sent["messages"] == asked["messages"]
-    assert once(r.facts)[1].outcome == "ok"
+    assert once(r.emitted)[1].outcome == "ok"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ async def test_an_image_that_is_refused_as_it_came_says_nothing(rig: Any, serve:
     for _ in range(2):
         assert await ask(r, BODY) == (400, {"error": "cannot identify your image file"})
     assert engine.prepared == [True, False] * 2
-    assert {settled.outcome for settled in await r.facts.wait(type(await r.facts.settled()), 2)} == {"rejected"}
+    assert {settled.outcome for settled in await r.emitted.wait(type(await r.emitted.settled()), 2)} == {"rejected"}
 
 
 async def test_an_engine_that_took_as_much_is_trusted(rig: Any, serve: Any) -> None:
@@ -218,9 +218,9 @@ async def test_an_engine_that_says_what_it_is_gets_none(rig: Any, serve: Any) ->
     body = json.dumps(pictures(*["AAAA"] * (MAX_IMAGES + 1))).encode()
     assert await ask(r, body) == (200, OK)
     assert engine.bodies == [body] and workers.handed_over == []
-    admitted, _ = once(r.facts)
+    admitted, _ = once(r.emitted)
     assert admitted.expected.images == MAX_IMAGES + 1
-    assert {fact.outcome for fact in r.facts.of(ImagePrepared)} == {"passed"}
+    assert {event.outcome for event in r.emitted.of(ImagePrepared)} == {"passed"}
     r.relay.on_command(LoadReport("{}", "", "idle", "vllm", prepared=True))
     await ask(r, BODY)
     assert workers.handed_over == [True]

@@ -82,5 +82,5 @@ async def test_images_that_pass_are_held_by_their_size(rig: Any, spec: Processor
         body = {"model": "scripted", "messages": [{"role": "user", "content": content}], "max_tokens": 2}
         async with r.client.post(r.url + "/v1/chat/completions", json=body) as got:
             await got.read()
-    [admitted] = r.facts.of(Admitted)
+    [admitted] = r.emitted.of(Admitted)
     assert (admitted.expected.images, admitted.expected.image_tokens) == (2, 200 + DEFAULT_IMAGE_TOKENS)

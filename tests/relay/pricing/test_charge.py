@@ -34,11 +34,11 @@ async def test_the_price_is_that_of_the_settlement(rig: Any, stream: bool) -> No
         async with r.client.post(r.url + "/v1/chat/completions", json=body) as got:
             assert "mu_milli" not in last_usage(await got.text(), stream)
     assert (length is None) is stream
-    settled = (await r.facts.settled()).usage
+    settled = (await r.emitted.settled()).usage
     assert settled is not None
     work = cost_model.settled_work(cost_model.RequestSize(0), settled, 0)
     assert usage["mu_milli"] == round(1000 * cost_model.mu(work, Coefficients())) > 0
-    assert all(end.outcome == "ok" for end in r.facts.of(Settled))
+    assert all(end.outcome == "ok" for end in r.emitted.of(Settled))
 
 
 async def test_a_stream_whose_usage_the_client_did_not_want_has_no_price(rig: Any) -> None:

@@ -58,7 +58,7 @@ async def test_a_tenant_over_its_limit_is_told_when_to_come_again(rig: Any, quot
     assert "0.6 model units per minute" in body["error"]["message"]
     milliseconds = int(headers["retry-after-ms"])
     assert 0 < milliseconds / 1000 <= int(headers["retry-after"]) < milliseconds / 1000 + 1
-    ends = r.facts.of(Settled)
+    ends = r.emitted.of(Settled)
     assert [e.outcome for e in ends] == ["ok", "rejected", "ok"] and ends[1].error == "rate_limit_exceeded"
 
 
@@ -76,7 +76,7 @@ async def test_a_settlement_corrects_the_charge(rig: Any, quota: Any) -> None:
         async with r.client.post(r.url + "/v1/completions", json=ask) as got:
             assert got.status == 200
             await got.read()
-    assert [e.outcome for e in r.facts.of(Settled)] == ["rejected"] * 3 + ["ok"]
+    assert [e.outcome for e in r.emitted.of(Settled)] == ["rejected"] * 3 + ["ok"]
 
 
 def test_spill_over_gives_what_is_idle_until_the_next_report(quota: Any) -> None:

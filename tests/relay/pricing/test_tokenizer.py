@@ -170,4 +170,4 @@ async def test_a_request_is_held_by_its_count(rig: Callable[..., Any], counter: 
         body = {"model": "scripted", "prompt": text, "max_tokens": 2}
         async with r.client.post(r.url + "/v1/completions", json=body) as got:
             assert got.status == 200
-    assert [a.expected.uncached for a in r.facts.of(Admitted)] == [counted.tokens] != [round(len(text) / 4)]
+    assert [a.expected.uncached for a in r.emitted.of(Admitted)] == [counted.tokens] != [round(len(text) / 4)]
