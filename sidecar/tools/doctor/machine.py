@@ -129,7 +129,7 @@ def model(chosen: Settings) -> DoctorFinding:
         made = "its tensors by /v1/preprocess; in requests images pass" if spec.tensors else "images pass"
         text = f"image processor known: {made}, since no resized image gives what the original gives"
         return DoctorFinding("model", "ok", text)
-    return DoctorFinding("model", "ok", f"image processor known ({type(spec).__name__.lower()} size)")
+    return DoctorFinding("model", "ok", f"image processor known ({type(spec).__name__.removesuffix('Spec')})")
 
 
 def images(chosen: Settings) -> DoctorFinding:
