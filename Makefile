@@ -23,7 +23,7 @@ help: ## List the targets
 run: .venv/.installed ## The demo: scripted engine, traffic, a stall and its recovery; ARGS="--seconds 60" limits its duration
 	@exec $(BIN)/sidecar demo $(ARGS)
 
-test: check ## All checks, and all tests except those of the next three targets; ARGS go to pytest
+test: check ## All checks, and all tests except those of test-slow, matrix and test-vllm; ARGS go to pytest
 	$(BIN)/pytest -m "not vllm and not matrix and not slow" --durations 15 $(ARGS)
 
 check: .venv/.installed-test ## Format, lint, layers, types

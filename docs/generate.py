@@ -28,6 +28,7 @@ from sidecar.health.verdict import CONDITIONS, TABLE
 from sidecar.kernels import families
 from sidecar.kernels.grid import ROWS, STRIPS, TILES, PatchSpec, TileSpec
 from sidecar.load.cost_model import Coefficients
+from sidecar.relay.media import preprocess_api
 from sidecar.report.live_page import PageFeed
 from sidecar.report.metrics import METRICS
 from sidecar.settings import Settings, format_key
@@ -54,7 +55,7 @@ MEANING: Final[dict[State, str]] = {
     "stalled": "silent for too long, and the canary failed or starved too",
     "dead": "no connection is taken",
     "exempt": "asleep, paused, or draining: not judged",
-    "unknown": "the sidecar cannot tell, and says so; no probe fails",
+    "unknown": "the sidecar cannot tell; no probe fails, except readiness after its own restart amid a stall",
 }
 
 # What each path of the admin port answers; a route without a text ends the run.
@@ -87,8 +88,14 @@ def settings_table(cls: type = Settings) -> str:
     """Every setting of a command; by default those of `sidecar run`."""
     return table(
         ("flag", "default", "meaning"),
-        ((f"`{format_key(f.name)}`", shown(f), f.metadata["help"]) for f in fields(cls)),
+        ((f"`{format_key(f.name)}`", shown(f), f.metadata["help"] + choices(f)) for f in fields(cls)),
     )
+
+
+def choices(field: Any) -> str:
+    """The values of a setting that takes one of a few."""
+    expected = field.metadata["parser"].expected
+    return f"; {expected}" if expected.startswith(("one of ", "some of ")) else ""
 
 
 def commands() -> dict[str, click.Command]:
@@ -131,7 +138,7 @@ def errors_table() -> str:
 
 def request_errors(base: type[errors.RequestError]) -> Iterable[type[errors.RequestError]]:
     """The classes below `base`, in the order of the file."""
-    found = (value for value in vars(errors).values() if isinstance(value, type))
+    found = (value for value in (vars(errors) | vars(preprocess_api)).values() if isinstance(value, type))
     return (value for value in found if issubclass(value, base) and value is not base)
 
 

@@ -29,7 +29,7 @@ UNLEARNED_FLOOR_S: Final = 60.0
 # Allowed on top while the engine's API answers nothing at all: a tokenizer may block it for 60 s (alarm 15 of the
 # catalogue), and from outside that looks like a hang.
 BLOCKED_API_S: Final = 90.0
-# Allowed over predicted silence: the figures of docs/verdict.md, 0.0025 false kills per engine-week, are of this
+# Allowed over predicted silence: the figures of docs/benchmarks.md, 0.0025 false kills per engine-week, are of this
 # margin.
 PREDICTION_MARGIN: Final = 3.0
 # What may be allowed to an engine of which nothing is known, and to an API that answers nothing, as a share of the cap:
