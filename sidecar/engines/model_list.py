@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 LOADED: Final = "loaded"
+# States of llama.cpp's router mode and of transformers serve. Any other word says nothing.
+NOT_LOADED: Final = frozenset({"unloaded", "loading", "downloading", "sleeping", "failed", "error"})
 NONE_NAMED: Final = "the engine names no model; set --canary-model"
 NONE_LOADED: Final = "no model is loaded, and a canary loads none"
 SEVERAL: Final = "several models and none known to be loaded; set --canary-model"
@@ -64,7 +66,7 @@ def _status(card: Card) -> str:
     """What a server says of a model's state; "" where it says nothing."""
     status = card.get("status")
     value = status.get("value") if isinstance(status, dict) else status
-    return value if isinstance(value, str) else ""
+    return value if value == LOADED or value in NOT_LOADED else ""
 
 
 def _is(card: Card, name: str) -> bool:

@@ -204,7 +204,8 @@ class HealthMonitor:
     def on_settlement(self, event: Settled, admitted: Admitted, token_seconds: float | None) -> None:
         """The ledger settled a request. `token_seconds`: of each of its tokens, None where it teaches nothing."""
         if event.outcome == "ok":
-            self.used_model = admitted.model
+            if admitted.expected.output:  # a canary asks for tokens, which embedding models do not give
+                self.used_model = admitted.model
             self.exemptions.served(admitted.at)
         if token_seconds is not None and event.outcome != "stalled":
             self.progress.learned.token_time(token_seconds)
@@ -362,7 +363,7 @@ class HealthMonitor:
     def _judge_from(self, now: float) -> None:
         """A new silence begins."""
         self.progress.rebaseline(now)
-        self._judged_from = now
+        self._judged_from = max(self._judged_from, now)
 
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
         """Compare the silence so far with what the outstanding work may take; own lag adds patience."""

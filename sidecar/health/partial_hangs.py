@@ -229,7 +229,7 @@ class StreamTable:
     def _is_overdue(self, stream: OpenStream) -> bool:
         """Whether a stream would long have all that its client allows, if it got as much as the others."""
         missing = stream.max_tokens - stream.tokens
-        return stream.first and self.balance.each - stream.each > self.limits.margin * missing
+        return self.balance.each - stream.each > self.limits.margin * missing
 
 
 @dataclass(slots=True)

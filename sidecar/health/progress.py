@@ -149,7 +149,7 @@ class Progress:
 
     def rebaseline(self, now: float) -> None:
         """Forget silence up to `now`: what the sidecar saw of it is unreliable, or it was excused."""
-        self.baseline = now
+        self.baseline = max(self.baseline, now)
 
     def delivered(self, now: float) -> None:
         """Bytes of an answer reached a client."""

@@ -23,6 +23,7 @@ from sidecar.events import CanaryResult
 from sidecar.signals.http_body import read_body
 
 MAX_ANSWER_BYTES: Final = 1 << 20
+MAX_LIST_BYTES: Final = 16 << 20
 # `send` has its own timeout; aiohttp's default of 5 minutes may be shorter.
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
 Clock = Callable[[], float]
@@ -55,6 +56,7 @@ class CanarySignal:
         # A name that the engine always takes need not be looked up.
         self._known = Choice() if model else Choice(kind.canary_model, lasts=bool(kind.canary_model))
         self._choice = self._known
+        self._passed_model = ""
         self._forms = CanaryForms(kind, priority)
         self._asleep = asleep
         self._clock = clock
@@ -92,17 +94,24 @@ class CanarySignal:
             status, answer = await self._ask(form, choice.model)
             if status == 200 and not answer.token:
                 # A failure of an engine that has served tokens; another engine may always respond so.
-                return "failed" if self._forms.known else "rejected", f"no token in the answer of {form.path}", None
+                failed = self._forms.known and not self._is_new(choice)
+                return "failed" if failed else "rejected", f"no token in the answer of {form.path}", None
             if status == 200:
                 self._forms.passed(form)
                 self._choice = choice  # it was not the name that another form was refused for
+                self._passed_model = choice.model
                 return "ok", form.path, answer
             refusals.append(f"HTTP {status} on {form.path}")
             if status in canary_request.OTHER_FORM:
                 self.forget_model()  # the name may be rejected: the next canary looks it up again
             if not self._forms.goes_on(form, status):
-                return *_refusal(status, refusals[-1]), None
-        return *_refusal(status, ", ".join(dict.fromkeys(refusals))), None
+                break
+        outcome, detail = _refusal(status, ", ".join(dict.fromkeys(refusals)))
+        return "rejected" if outcome == "failed" and self._is_new(choice) else outcome, detail, None
+
+    def _is_new(self, choice: Choice) -> bool:
+        """Whether another model passed before: what this one cannot do proves nothing."""
+        return self._passed_model not in ("", choice.model)
 
     async def _ask(self, form: CanaryForm, model: str) -> tuple[int, CanaryAnswer]:
         """Send one request; an error inside a response of status 200 counts as its status."""
@@ -120,10 +129,14 @@ class CanarySignal:
             return None
         async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
             if response.status == 200:
-                self._choice = choose(await read_body(response, MAX_ANSWER_BYTES), self._chosen, used)
+                self._choice = choose(await read_body(response, MAX_LIST_BYTES), self._chosen, used)
                 return None if self._choice.model else ("rejected", self._choice.why)
         self._choice = Choice(self._chosen)
-        return None if self._chosen else _refusal(response.status, f"HTTP {response.status} on /v1/models")
+        if self._chosen:
+            return None
+        # a list that fails says nothing of whether tokens are generated
+        outcome, detail = _refusal(response.status, f"HTTP {response.status} on /v1/models")
+        return ("rejected" if outcome == "failed" else outcome), f"{detail}; set --canary-model"
 
     def forget_model(self) -> None:
         """Choose again: the engine may serve another model now."""

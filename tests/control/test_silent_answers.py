@@ -279,3 +279,21 @@ def test_streams_are_worked_for_after_the_engine_was_restarted() -> None:
     silent(pod, 3)
     pod.tick(300)
     assert pod.well, (pod.states, pod.ends)
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["a stream", "in one piece"])
+def test_a_request_that_the_engine_lost_is_found_next_to_answers_in_one_piece(stream: bool) -> None:
+    """What is generated for answers in one piece excuses a lost request no longer than its client's limit allows."""
+    pod = Pod()
+    pod.watch()
+    works(pod, 4, 80.0, "ok")
+    lost = pod.admit(most=256, stream=stream)
+    running = [pod.admit(most=256, stream=False) for _ in range(4)]
+    for _ in range(60):
+        pod.tick(10)
+        for id in running:
+            pod.settle(id, 200)
+        running = [pod.admit(most=256, stream=False) for _ in range(4)]
+        if pod.ends:
+            break
+    assert pod.ends == [(0, AbortRequests((lost,), "stream_stuck"))]

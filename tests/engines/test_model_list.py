@@ -76,3 +76,9 @@ def test_any_bytes_are_a_choice(noise: bytes) -> None:
     """Whatever an engine says of its models, a name that it did not say is never asked for."""
     found = choose(noise, used="x")
     assert bool(found.model) != bool(found.why)
+
+
+def test_an_unknown_word_for_a_models_state_says_nothing() -> None:
+    """A server with words of its own for a model that serves is asked as one that says nothing."""
+    body = json.dumps({"data": [{"id": "a", "status": "ready"}]}).encode()
+    assert choose(body).model == choose(body, chosen="a").model == "a"

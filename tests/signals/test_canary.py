@@ -236,3 +236,26 @@ async def test_a_second_model_of_an_unknown_server_is_noticed(canary: Callable[.
         server.names, server.loaded = ("a", "new"), "new"
         assert (await signal.send(PATIENCE, "new")).model == "new"
     assert server.loads == ["a"]
+
+
+async def test_a_model_list_that_fails_is_no_evidence(canary: Callable[..., CanarySignal]) -> None:
+    """The list comes from a disk or a gateway: without it the canary cannot be sent, and the engine is not judged."""
+    async with engine(**{COMPLETIONS: (200, TOKEN), "/v1/models": (500, "")}) as shown:
+        result = await canary(shown, kind="openai").send(PATIENCE)
+        assert result.outcome == "rejected" and "--canary-model" in result.detail
+        assert COMPLETIONS not in shown.bodies
+
+
+async def test_what_another_model_cannot_do_is_no_evidence(canary: Callable[..., CanarySignal]) -> None:
+    """After one model passed, a second one that answers 500 or without a token is not taken for a hung engine."""
+
+    async def by_model(request: web.Request) -> web.Response:
+        model = (await request.json())["model"]
+        return web.Response(text=TOKEN) if model == "chat" else web.Response(status=500 if model == "embed" else 200)
+
+    models = json.dumps({"data": [{"id": name} for name in ("chat", "embed", "rank")]})
+    async with engine(**{"/v1/models": (200, models)}) as shown:
+        shown.handlers[COMPLETIONS] = shown.handlers["/v1/chat/completions"] = by_model
+        signal = canary(shown, kind="openai")
+        outcomes = [(await signal.send(PATIENCE, used)).outcome for used in ("chat", "embed", "rank", "chat")]
+        assert outcomes == ["ok", "rejected", "rejected", "ok"]

@@ -5,7 +5,6 @@ Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Final
 from urllib.parse import urlsplit
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import psutil
 
-from sidecar.engines import metrics_parser, registry
+from sidecar.engines import metrics_parser, model_list, registry
 from sidecar.engines.engine_type import EngineKind
 from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
@@ -69,10 +68,7 @@ def _reached(met: ProbeAnswers) -> DoctorFinding:
 
 
 def _models(page: bytes) -> list[str]:
-    try:
-        return [str(card["id"])[:80] for card in json.loads(page)["data"]]
-    except (ValueError, KeyError, TypeError):
-        return []
+    return [card["id"][:80] for card in model_list.listed(page)]
 
 
 def _kind(met: ProbeAnswers, name: str, chosen: str) -> DoctorFinding:
@@ -83,7 +79,7 @@ def _kind(met: ProbeAnswers, name: str, chosen: str) -> DoctorFinding:
         )
     if name == "openai" and chosen == "auto":
         text = "not recognised: its metrics are not read, silence is judged by its responses alone"
-        return DoctorFinding("engine-kind", "warn", text, "name it with --engine-kind, if it is one of those")
+        return DoctorFinding("engine-kind", "warn", text, "if it is vllm, sglang, tgi or llamacpp, set --engine-kind")
     return DoctorFinding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
 
 
