@@ -118,5 +118,5 @@ def decode_header(header: bytes | bytearray) -> Frame:
     try:
         name, fields = _envelope.decode(header)
         return _DECODERS[name].decode(fields)
-    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise FrameError(f"not a frame: {type(e).__name__}") from None

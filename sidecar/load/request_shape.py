@@ -75,7 +75,8 @@ def describe(
     text_bytes, characters, token_ids, images, audios, videos = _measure(prompts(payload), read)
     messages = payload.get("messages")
     return RequestShape(
-        model=read(model)[:MAX_MODEL_NAME_CHARS] if isinstance(model, str) else "",
+        # JSON may hold lone surrogates, which no report can carry
+        model=read(model)[:MAX_MODEL_NAME_CHARS].encode(errors="replace").decode() if isinstance(model, str) else "",
         stream=stream,
         generative=generative,
         max_output=None if limit is None else limit * choices,

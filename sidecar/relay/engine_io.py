@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
@@ -32,6 +33,9 @@ MAX_HEADER_BYTES: Final = 64 << 10
 READ_BUFFER_BYTES: Final = 256 << 10
 # The engine is on this machine.
 _CONNECT_TIMEOUT_S: Final = 5.0
+# A connection that the engine was closing breaks at once. What breaks later may have been worked on: it is not
+# repeated.
+MAX_STALE_S: Final = 2.0
 # A body up to this is kept until its answer begins, and may be sent twice.
 MAX_REPEATED_BYTES: Final = 64 << 10
 # uvicorn closes an idle connection after 5 s.
@@ -117,7 +121,7 @@ class Connections:
                 method, url, headers=headers, data=data, allow_redirects=False, trace_request_ctx=use
             )
         except Broken as e:
-            if e.answered or not use.reused:
+            if e.answered or not use.was_stale():
                 raise
             answer = await self._fresh.request(method, url, headers=headers, data=data, allow_redirects=False)
         if isinstance(data, BodyPayload):
@@ -163,16 +167,20 @@ class EngineClient:
 
 
 class _ConnectionUse:
-    """One request's use of a connection."""
+    """One request's use of a connection. `reused_at`: when it got one that had been used before; None for a new one."""
 
-    __slots__ = ("reused",)
+    __slots__ = ("reused_at",)
 
     def __init__(self) -> None:
-        self.reused = False
+        self.reused_at: float | None = None
+
+    def was_stale(self) -> bool:
+        """Whether the engine closed the connection before it can have worked on the request."""
+        return self.reused_at is not None and time.monotonic() - self.reused_at < MAX_STALE_S
 
 
 async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, params: object) -> None:
-    context.trace_request_ctx.reused = True
+    context.trace_request_ctx.reused_at = time.monotonic()
 
 
 async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:

@@ -90,7 +90,7 @@ def is_partial(query: str, body: bytes) -> bool:
         except (ValueError, RecursionError):
             return False
         tags = payload.get("tags") if isinstance(payload, dict) else None
-    return bool(tags) and LAST_TAG not in tags
+    return isinstance(tags, list | str) and bool(tags) and LAST_TAG not in tags
 
 
 class PauseCalls:

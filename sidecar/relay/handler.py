@@ -217,7 +217,6 @@ class Relay:
                 shm=shm,
                 fetch=self._fetch,
                 passing=passing,
-                keep=self._refusals.is_trial(inline.SHM if shm else inline.INLINE),
             )
         finally:
             admission.image_seconds = time.monotonic() - started
@@ -230,7 +229,8 @@ class Relay:
         rebuild = partial(request_body.rebuild, parsed, ask_usage=admission.shape.ask_usage)
 
         def sent() -> None:
-            admission.sent_at = time.monotonic()
+            if admission.sent_at is None:  # not the time of a second attempt
+                admission.sent_at = time.monotonic()
 
         if not prepared:
             return engine_io.BodyPayload(rebuild({}), sent)

@@ -102,7 +102,11 @@ class Channel(asyncio.Protocol):
             if queued > MAX_QUEUED_BYTES or (queued > MAX_QUEUED_DELIVERED_BYTES and isinstance(record, Delivered)):
                 self.dropped += 1
                 continue
-            lines.append(codec.encode(record))
+            try:
+                lines.append(codec.encode(record))
+            except UnicodeEncodeError:  # one record must not take the others of its batch with it
+                self.dropped += 1
+                continue
             queued += len(lines[-1])
         if lines:
             self._transport.write(b"".join(lines))

@@ -36,5 +36,5 @@ def decode(line: bytes) -> Event | Command:
     try:
         name, fields = _envelope.decode(line)
         return _DECODERS[name].decode(fields)
-    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (KeyError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"not a record: {type(e).__name__}") from None

@@ -74,5 +74,5 @@ async def test_an_engine_that_slows_down_makes_its_coefficients_stale(start: Any
                     break
             ended.set()
         _, load = await sidecar.get("/load")
-        assert "longer" in load["coefficients"]["stale_reason"]
+        assert "slower" in load["coefficients"]["stale_reason"]
         assert load["verdict"] in ("idle", "progressing", "quiet")

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from sidecar.events import Settled
+from sidecar.relay import engine_io
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES, BodyPayload
 
 from .work import CHAT, TOKEN, sse
@@ -258,3 +259,14 @@ def test_a_body_is_kept_for_as_long_as_it_may_be_sent_again() -> None:
     assert short.decode() == "x"
     short.drop()
     assert short.decode() == ""
+
+
+async def test_what_breaks_later_may_have_been_worked_on(
+    rig: Any, serve_raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kept connection that breaks long after the request was sent costs the request: it is not sent again."""
+    monkeypatch.setattr(engine_io, "MAX_STALE_S", 0.0)
+    engine = Engine(close)
+    r = await rig(await serve_raw(engine))
+    assert [await get(r), await get(r)] == [200, 502]
+    assert len(engine.whole) == 2

@@ -210,6 +210,9 @@ async def test_waking_in_part_is_not_awake(rig: Any, serve: Any) -> None:
         ("", b'{"tags": null}', False),
         ("", b"{not json", False),
         ("", b"[]", False),
+        ("", b'{"tags": true}', False),
+        ("", b'{"tags": 5}', False),
+        ("", b'{"tags": "weights"}', True),
     ],
 )
 def test_in_part(query: str, body: bytes, partly: bool) -> None:

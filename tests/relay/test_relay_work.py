@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 from typing import Any
 
 import pytest
 from aiohttp import web
 
 from sidecar.events import Admitted, Delivered, FirstToken, Usage
+from sidecar.runtime import codec
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
@@ -73,6 +75,19 @@ async def test_a_prompt_costs_what_it_is_long_whatever_it_says(rig: Any) -> None
                 assert got.status == 200
         held = [admitted.expected.uncached for admitted in r.emitted.of(Admitted)]
     assert held == [held[0]] * 3 and held[0] > 2000
+
+
+async def test_a_model_name_that_is_no_text_is_reported_all_the_same(rig: Any) -> None:
+    """Half of a surrogate pair in the name is replaced: the request settles, and so does the next one."""
+    async with ScriptedEngine(EngineSettings(**FAST)) as engine:
+        r = await rig(engine.url)
+        for model in ("\ud800", "scripted"):
+            body = json.dumps({"model": model, "prompt": "x", "max_tokens": 1})
+            async with r.client.post(r.url + "/v1/completions", data=body) as got:
+                assert got.status in (200, 404)
+        admitted = r.emitted.of(Admitted)
+    assert [event.model for event in admitted] == ["?", "scripted"]
+    assert all(codec.encode(event) for event in admitted)
 
 
 async def test_nothing_of_ours_leaves_as_a_name_or_comes_back_as_an_image(rig: Any) -> None:

@@ -50,11 +50,28 @@ def test_every_record_survives_the_wire(record: events.Event | events.Command) -
     assert codec.decode(line) == record
 
 
-@pytest.mark.parametrize("line", [b"", b"{}", b"[]", b'["No one",1]', b'["Pulse",1]', b"\xff", b'["Admitted",1,2]'])
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{}", b"[]", b'["No one",1]', b'["Pulse",1]', b"\xff", b'["Admitted",1,2]', b'["Heartbeat",' + b"[" * 9999],
+)
 def test_garbage_is_an_error_of_its_own(line: bytes) -> None:
     """Whatever is no record raises WireError and nothing else."""
     with pytest.raises(codec.WireError):
         codec.decode(line)
+
+
+async def test_a_record_that_no_line_can_hold_costs_no_other() -> None:
+    """Lone surrogates, which JSON text of a client may hold, drop their own record; the rest of the batch arrives."""
+    left, right = socket.socketpair()
+    got: list[object] = []
+    closed = asyncio.Event()
+    await Channel.open(right, got.append, closed.set)
+    writer = await Channel.open(left, got.append, lambda: None)
+    for record in (RECORDS[0], events.LoadReport("\ud800", "", "idle"), RECORDS[1]):
+        writer.send(record)
+    writer.close()
+    await closed.wait()
+    assert got == [RECORDS[0], RECORDS[1]] and writer.dropped == 1
 
 
 async def test_channel_delivers_in_order_and_reports_the_end() -> None:

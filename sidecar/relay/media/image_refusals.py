@@ -45,7 +45,7 @@ class Refusals:
         """Whether images pass unprepared."""
         return self._takes_none or self._refused
 
-    def is_trial(self, form: str, size: int = 0) -> bool:
+    def is_trial(self, form: str, size: int) -> bool:
         """Whether a prepared body in this form, of `size` bytes, is a trial, whose original is kept."""
         return size > self._accepted.get(form, -1)
 
@@ -66,7 +66,7 @@ class Refusals:
             return False
         if answer.status in (_TOO_LARGE_STATUS, _MEDIA_TYPE_STATUS):
             return True
-        if not (response.is_plain(answer) and response.is_short(answer)):
+        if response.is_stream(answer) or not (response.is_plain(answer) and response.is_short(answer)):
             return False
         try:
             return _FORMAT_REFUSAL.search(await answer.read()) is not None

@@ -41,16 +41,15 @@ async def prepare(
     shm: bool = False,
     fetch: Fetch | None = None,
     passing: bool = False,
-    keep: bool = False,
 ) -> list[PreparedImage]:
     """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy, and cancels the others.
 
-    `shm`: pass them in shared memory; `fetch`: for those behind links; `passing`: only fetch and count them; `keep`:
-    keep what was fetched for `originals`.
+    `shm`: pass them in shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: only
+    fetch and count them.
     """
-    if not passing:
-        check_count(len(parts))
-    prepare_one = partial(_prepare_one, images, emit, id, tenant, shm, fetch, passing, keep)
+    # a body bounds the images that it holds, but not those that are to be fetched
+    check_count(sum(bool(part.link) for part in parts) if passing else len(parts))
+    prepare_one = partial(_prepare_one, images, emit, id, tenant, shm, fetch, passing)
     if len(parts) == 1:  # the usual request needs no task
         return [await prepare_one(parts[0])]
     try:
@@ -124,7 +123,6 @@ async def _prepare_one(
     shm: bool,
     fetch: Fetch | None,
     passing: bool,
-    keep: bool,
     part: ImagePart,
 ) -> PreparedImage:
     started = time.monotonic()
@@ -156,7 +154,7 @@ async def _prepare_one(
             image.bytes_out,
         )
     )
-    if part.link and (keep or image.outcome == "passed"):
+    if part.link:
         part.data = memoryview(await asyncio.to_thread(base64.b64encode, data))
     return image
 

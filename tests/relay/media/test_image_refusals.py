@@ -266,3 +266,22 @@ def test_texts_that_are_no_refusal() -> None:
     """Errors of models without images, and of words that merely contain a format's letters."""
     for text in (b"the equipment is not available", b"Unknown model: gpt", b"messages must alternate roles", b"jpgm"):
         assert not image_refusals._FORMAT_REFUSAL.search(text), text
+
+
+async def test_links_are_counted_though_images_pass(rig: Any, serve: Any) -> None:
+    """A short body could name any number of large files: the limit holds, and none is fetched."""
+    fetched: list[str] = []
+
+    async def fetch(link: str, where: str) -> bytes:
+        fetched.append(link)
+        return b"AAAA"
+
+    engine = Picky()
+    r = await rig(await serve(engine), images=Workers(), fetch=fetch)
+    r.relay.on_command(LoadReport("{}", "", "idle", "vllm", prepared=False))
+    body = pictures(*["AAAA"] * (MAX_IMAGES + 1))
+    for part in body["messages"][0]["content"]:
+        if "image_url" in part:
+            part["image_url"]["url"] = "https://img.example.com/a.png"
+    status, _ = await ask(r, json.dumps(body).encode())
+    assert (status, fetched, engine.bodies) == (400, [], [])
