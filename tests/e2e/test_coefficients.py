@@ -36,7 +36,7 @@ async def test_coefficients_of_another_model_are_stale_at_once(
     await sidecar.until_metrics(STALE)
     _, load = await sidecar.get("/load")
     assert load["coefficients"]["stale"] is True
-    assert load["coefficients"]["stale_reason"] == "measured on the model another, the engine serves scripted"
+    assert load["coefficients"]["stale_reason"] == "measured on model another, but the engine serves scripted"
     assert load["coefficients"]["margin"] == pytest.approx(0.4)
     assert load["coefficients"]["shadow"] is None
     status, cost = await sidecar.get("/cost?in=3500&out=300")
