@@ -53,7 +53,7 @@ class OrcaReport:
         return BIN_PREFIX + base64.b64encode(orca_proto.encode(self.fields, self.named)).decode()
 
 
-BIN_PREFIX: Final = "BIN_PREFIX "
+BIN_PREFIX: Final = "BIN "
 
 
 def message(binary: str) -> bytes:

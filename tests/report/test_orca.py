@@ -63,7 +63,7 @@ def read(header: str) -> dict[str, Any]:
     form, _, rest = header.partition(" ")
     if form == "TEXT":
         return {k: float(v) for k, v in (pair.split("=") for pair in rest.split(", "))}
-    if form == "BIN_PREFIX":
+    if form == "BIN":
         message = OrcaLoadReport.FromString(orca.message(header))
         fields = {f.name: value for f, value in message.ListFields()}
     else:
