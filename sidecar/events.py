@@ -64,6 +64,8 @@ class Admitted:
     """A request was admitted and holds `mu` until it is settled. `expected` is the estimate that `mu` is the price of.
 
     `tail` is the remaining output expected after TAIL_MULTIPLES times the expected output; empty if unknown.
+    `priority` is the one that its client asked for. `reorders`: engines may serve later ones first, because a grammar is
+    compiled or a KV transfer awaited. `withholds`: its stream may be silent while it is generated (tools).
     """
 
     id: str
@@ -77,6 +79,9 @@ class Admitted:
     mu: float
     trace: Trace | None = None
     tail: tuple[int, ...] = ()
+    priority: int = 0
+    reorders: bool = False
+    withholds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +186,20 @@ class Directing:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadRequest:
+    """A request of unknown cost is with the engine (`on`), or over. It is passed on unread, and may be work.
+
+    `id` is the relay's own. Its bytes are reported by Delivered with 0 tokens. `status` is the engine's, 0 where there
+    was none.
+    """
+
+    id: str
+    at: float
+    on: bool
+    status: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """A relay process is alive: its own event loop lag (seconds) and open client requests. Sent once a second."""
 
@@ -267,6 +286,7 @@ Event = (
     | RequestBlocked
     | EnginePauseChanged
     | Directing
+    | UnreadRequest
     | Heartbeat
     | RelayConnected
     | LoadSubscribed
@@ -282,7 +302,7 @@ class CanaryResult:
     "ok": a token came. "failed": the engine answered 500, or broke off. "starved": no token within `allowed`.
     "moot": no evidence, because real work progressed meanwhile or the engine sleeps. "refused": no connection.
     "busy": 429 or 503. "rejected": any other 4xx, or no model is known to be loaded; a canary
-    cannot test this engine.
+    cannot test this engine. `known`: this request has passed before in this process of the engine.
     """
 
     outcome: Literal["ok", "failed", "starved", "moot", "refused", "busy", "rejected"]
@@ -293,6 +313,7 @@ class CanaryResult:
     prompt_tokens: int = 0  # 0 unless it passed
     digest: str = ""  # a short hash of the answer; "" if there is none
     model: str = ""  # the model that was asked
+    known: bool = False
 
 
 # --- verdicts ---

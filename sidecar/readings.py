@@ -80,6 +80,7 @@ class EngineIdentity:
 
     `slowdowns` are the reasons why any of the GPUs runs below its clocks.
     `prepared` is False if the engine says that it does not take prepared images.
+    `max_context` is the longest sequence in tokens, `slots` how many sequences it computes at once; 0 if unknown.
     """
 
     models: tuple[str, ...] = ()
@@ -88,6 +89,8 @@ class EngineIdentity:
     flags: tuple[str, ...] = ()
     slowdowns: tuple[str, ...] = ()
     prepared: bool = True
+    max_context: int = 0
+    slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ LLAMACPP: Final = EngineKind(
         "generation_tokens": (Series("llamacpp:tokens_predicted_total", at_end=True),),
     },
     contact_path="/health",
+    is_fcfs=True,
+    steps_compute=True,
     page_hangs=True,
     signs=(KindSign("/props", "is_sleeping", "engine_sleeping"),),
     wakes=True,

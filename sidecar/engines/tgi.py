@@ -27,6 +27,7 @@ TGI: Final = EngineKind(
         "generation_tokens": (Series("tgi_request_generated_tokens_sum", at_end=True),),
     },
     contact_path="/info",
+    is_fcfs=True,
     canary_model="tgi",
     canary_paths=(COMPLETIONS, CHAT),
     prefix="tgi_",

@@ -32,6 +32,7 @@ VLLM: Final = EngineKind(
         started_wall="process_start_time_seconds",
     ),
     contact_path="/version",
+    is_fcfs=True,
     awake=Series("vllm:engine_sleep_state", 'sleep_state="awake"'),
     capacity=KvCapacity("vllm:cache_config_info", (("kv_cache_size_tokens",), ("num_gpu_blocks", "block_size"))),
     rank="engine",
