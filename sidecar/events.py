@@ -64,7 +64,7 @@ class Admitted:
     """A request was admitted and holds `mu` until it is settled. `expected` is the estimate that `mu` is the price of.
 
     `tail` is the remaining output expected after TAIL_MULTIPLES times the expected output; empty if unknown.
-    `priority` is the one that its client asked for. `reorders`: engines may serve later ones first, because a grammar is
+    `priority` is the one that its client asked for. `reorders`: engines may serve later ones first, as a grammar is
     compiled or a KV transfer awaited. `withholds`: its stream may be silent while it is generated (tools).
     """
 
