@@ -55,6 +55,8 @@ class Trace:
 
 # Tokens that an answer without max_tokens may have: models of today give no longer ones.
 LONGEST_ANSWER_TOKENS: Final = 1 << 17
+# Routes that request no tokens; their answer counts as a stream of one event.
+SHORT_ROUTES: Final = ("embeddings", "rerank", "score", "pooling", "classify")
 # Multiples of the expected output for which an estimate gives the output that still remains.
 TAIL_MULTIPLES: Final = (1, 2, 4, 8)
 

@@ -106,6 +106,11 @@ class Settings:
         number(0.5, 600, "seconds"),
         "Minimum silence before the engine is suspect; 60 s until ten first tokens have been observed",
     )
+    silence_kill: float = flag(
+        75.0,
+        number(0.5, 86_400, "seconds"),
+        "Minimum silence before liveness fails, if a canary confirms it; readiness fails earlier, at --silence-floor",
+    )
     silence_cap: float = flag(
         900.0,
         number(1, 86_400, "seconds"),

@@ -207,7 +207,7 @@ class World:
         self.control.health._ticked_at, self.control.health._ticked_wall = self.now, self.wall + self.now
         learned = self.control.health.progress.learned
         canaries = int(seconds / self.settings.canary_interval)
-        learned.first_tokens += canaries  # what idle canaries alone would have added
+        learned.answers += canaries  # what idle canaries alone would have added
         if busy:
             for prefill in taught:
                 learned.first_token(prefill * self.site.slowness, prefill)

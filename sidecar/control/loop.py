@@ -164,6 +164,7 @@ class ControlLoop:
             resting=engine.resting,
             diagnoses=self.sinks.diagnoses.summaries(),
             identity=engine.identity,
+            is_fcfs=engine.kind is not None and engine.kind.is_fcfs,
         )
 
     def _on_verdict(self, wall: float) -> None:

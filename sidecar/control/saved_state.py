@@ -19,7 +19,7 @@ import msgspec
 from sidecar.health.monitor import SavedHealth
 from sidecar.load.drift import DriftState
 
-STATE_VERSION: Final = 3
+STATE_VERSION: Final = 4
 MAX_STATE_AGE_S: Final = 3600.0
 
 T = TypeVar("T")

@@ -2,8 +2,9 @@
 
 Rules:
 - A pause counts once the engine accepted it with a 2xx. It holds until its opposite was accepted, the engine was
-  restarted, or a later request got a token. It never holds longer than the cap, so that a lost `off` cannot hide a hang
-  forever.
+  restarted, or a later request got a token. It excuses no longer than the cap, so that a lost `off` cannot hide a hang
+  forever. Age never starts work: until one of these ends the pause, no canary is sent, which may touch memory that the
+  engine has released.
 - While tokens flow nothing is exempt: a profiler runs next to work, and a pause drains it.
 - A call without an answer may have stopped the engine already, or may be only a client's claim. It exempts while it is
   with the engine, at most for the cap within one silence, and never a silence that was in doubt before it came. If the
@@ -78,8 +79,11 @@ class Exemptions:
 
     def active(self, now: float) -> str | None:
         """The code of the pause that exempts now; None where none holds, or all have held for too long."""
-        self.since = {what: at for what, at in self.since.items() if now - at < self.cap}
-        return next(iter(self.since), None)
+        return next((what for what, at in self.since.items() if now - at < self.cap), None)
+
+    def are_stopping(self) -> bool:
+        """Whether a pause is in force, however old, during which the engine must not be asked to work."""
+        return any(what in self.since for what in STOPPING)
 
     def clear(self) -> None:
         """The engine is another process."""

@@ -44,6 +44,18 @@ UNKNOWN_SLOWNESS: Final = 10.0
 # Standard errors by which a line's overhead is taken lower than it seems.
 OVERHEAD_STANDARD_ERRORS: Final = 2.0
 
+# A machine of which nothing was measured may be so much slower than the coefficients: a CPU next to an H100 is.
+UNMEASURED_SLOWNESS: Final = 1000.0
+# What was measured holds for prompts that are so many times longer; with a line through several sizes, more.
+MEASURED_REACH: Final = 4.0
+LINE_REACH: Final = 32.0
+# Seconds per output token where none was measured.
+UNMEASURED_TOKEN_S: Final = 1.0
+# Answers of a route from which its times are known, those that are kept, and the margin over the longest.
+MIN_ROUTE_TIMES: Final = 5
+MAX_ROUTE_TIMES: Final = 32
+ROUTE_MARGIN: Final = 3.0
+
 Prefill = tuple[float, float]  # seconds that the cost model predicted, and that it took
 
 
@@ -53,7 +65,10 @@ class LatencyModel:
 
     `gap`: the longest silence that ended well; `whole_gap`: of those with an answer in one piece outstanding, whose
     length explains them and says nothing about streams. `foreign`: this engine has done work that did not pass the
-    relay.
+    relay. `answers`: seen to begin or, without tokens, to end. `concurrent`: a canary passed next to so many requests.
+    `token_times`: streams that were timed. `routes`: seconds that answers without tokens took, by route.
+    `start_seconds`: the longest start of the engine, 0 before any. `measured_to`: predicted seconds of the longest
+    prefill of which something is known.
     """
 
     first_tokens: int = 0
@@ -66,6 +81,12 @@ class LatencyModel:
     token_seconds: float = TOKEN_SECONDS
     foreign: bool = False
     at: float = 0.0
+    answers: int = 0
+    concurrent: int = 0
+    token_times: int = 0
+    routes: dict[str, list[float]] = field(default_factory=dict)
+    measured_to: float = 0.0
+    start_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         # Saved state has the items, not the bound.
@@ -96,11 +117,33 @@ class LatencyModel:
         if self.fitted_at != self.first_tokens:
             self.fitted_at = self.first_tokens
             self.slowness, self.overhead = fit_slowness(self.prefills)
+            self.measured_to = reach(self.prefills)
 
     def token_time(self, seconds: float) -> None:
         """Mean time per output token of a stream that ended. Kept at twice the mean: answers differ."""
         if MIN_TOKEN_S <= seconds < MAX_TOKEN_S:
             self.token_seconds += TOKEN_WEIGHT * (2 * seconds - self.token_seconds)
+            self.token_times += 1
+
+    @property
+    def longest_token(self) -> float:
+        """Seconds per output token that an unseen answer may take."""
+        return self.token_seconds if self.token_times else UNMEASURED_TOKEN_S
+
+    def route_time(self, route: str, seconds: float) -> None:
+        """An answer without tokens took so long."""
+        times = self.routes.setdefault(route, [])
+        times.append(seconds)
+        del times[:-MAX_ROUTE_TIMES]
+
+    def route_seconds(self, route: str, unknown: float) -> float:
+        """What an answer of this route may take; `unknown` before enough were seen."""
+        times = self.routes.get(route, [])
+        return ROUTE_MARGIN * max(times) if len(times) >= MIN_ROUTE_TIMES else unknown
+
+    def start_time(self, seconds: float) -> None:
+        """The engine has started, and served its first token after so long."""
+        self.start_seconds = max(self.start_seconds, seconds)
 
     def seconds(self, prefill: float) -> float:
         """What a prefill takes here that the cost model predicts at `prefill` seconds."""
@@ -130,6 +173,12 @@ def fit_slowness(seen: Sequence[Prefill]) -> tuple[float, float]:
     ratio = ratios[bisect_left(weights, SLOWNESS_QUANTILE * weights[-1])][0]
     min_slowness = 1.0 if len(seen) >= MIN_LINE_PREFILLS else UNKNOWN_SLOWNESS
     return min(MAX_SLOWNESS, max(min_slowness, ratio)), fixed
+
+
+def reach(seen: Sequence[Prefill]) -> float:
+    """The longest predicted prefill that is comparable with those seen, in seconds; 0 before any."""
+    longest = max((predicted for predicted, _ in seen), default=0.0)
+    return longest * (LINE_REACH if fit_overhead(seen) is not None else MEASURED_REACH)
 
 
 def fit_overhead(seen: Sequence[Prefill]) -> float | None:

@@ -20,6 +20,7 @@ from typing import Annotated, Final, Protocol
 from msgspec import Meta
 
 from sidecar.events import (
+    SHORT_ROUTES,
     AbortRequests,
     Admitted,
     CanaryResult,
@@ -32,6 +33,7 @@ from sidecar.events import (
     RequestBlocked,
     Settled,
     State,
+    UnreadRequest,
     Verdict,
 )
 from sidecar.health import reasons, verdict
@@ -43,6 +45,9 @@ from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import PartialHang, PartialHangDetector
 from sidecar.health.probes import ProbeState
 from sidecar.health.progress import Evidence, Key, OpenWork, Progress, silence_limits
+from sidecar.health.readiness_hold import ReadinessHold
+from sidecar.health.refusals import Refusals
+from sidecar.health.start_deadline import start_deadline
 from sidecar.health.verdict_text import evidence_json, explain, with_hold
 from sidecar.readings import EngineIdentity, EngineSample, GpuSample, ProcessSample, Reading, Value
 from sidecar.settings import Settings
@@ -60,8 +65,11 @@ MAX_CANARIES: Final = 16
 MAX_SAVED_CANARIES: Final = 64
 MAX_SAVED_PAUSES: Final = 64
 
-# States whose silences, once ended, were legitimate.
-LEARNING_STATES: Final = frozenset[State]({"idle", "progressing", "quiet", "suspect"})
+# Canaries in a row that did not pass where none ever has, before none counts as usable.
+MIN_UNUSABLE_CANARIES: Final = 3
+
+# States whose silences teach: what ended a doubt may have been a fault.
+LEARNING_STATES: Final = frozenset[State]({"idle", "progressing", "quiet"})
 # States in which a silence is taken for a hang.
 DOUBTED_STATES: Final = frozenset[State]({"suspect", "stalled", "dead"})
 # States in which the engine's time is its price.
@@ -76,7 +84,9 @@ class TickReadings:
     """The signals at a tick.
 
     `refused_since`: since when the engine's port refuses connections; `unanswered`: it accepts them, and the API
-    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake.
+    answers nothing; `resting`: the reason code of a rest that the engine reports, "" while it is awake; `is_fcfs`: it
+    serves requests of one model and priority in order; `canary_disturbs`: a canary drops what it keeps for its users;
+    `trouble`: why the sidecar cannot talk to it, in words.
     """
 
     engine: Reading[EngineSample]
@@ -89,6 +99,9 @@ class TickReadings:
     resting: str = ""
     diagnoses: tuple[DiagnosisSummary, ...] = ()
     identity: EngineIdentity = UNKNOWN_ENGINE
+    is_fcfs: bool = False
+    canary_disturbs: bool = False
+    trouble: str = ""
 
     @property
     def sample(self) -> EngineSample | None:
@@ -118,17 +131,40 @@ class SavedHealth:
     allowed: float
     orders: Annotated[dict[str, float], Meta(max_length=MAX_SAVED_PAUSES)]
     fleet: KillState
+    canaries_pass: bool
 
 
 @dataclass(slots=True)
 class CanaryRecord:
-    """The canaries of one engine process: the last one, one under way, and how long those that passed took."""
+    """The canaries of one engine process: the last one, one under way, and how long those that passed took.
+
+    `passes`: whether any can pass; None before it is known.
+    """
 
     last: CanaryResult | None = None
     since: float | None = None  # one is under way
     passed_at: float | None = None
     touched: float = 0.0  # a canary was under way then: counters that moved may be its own
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_CANARIES))
+    passes: bool | None = None
+    unpassed: int = 0  # in a row, while none has passed
+
+    def ended(self, result: CanaryResult, *, teaches: bool) -> None:
+        """One ended. `teaches`: it ended no doubt, so that its time is the usual one."""
+        self.last, self.since, self.touched = result, None, result.ended
+        if result.outcome == "ok":
+            self.passed_at, self.passes = result.ended, True
+            if teaches:
+                self.seconds.append(result.ended - result.started)
+        elif result.outcome in ("rejected", "failed", "starved") and not self.passes:
+            self.unpassed += 1
+            if self.unpassed >= MIN_UNUSABLE_CANARIES:
+                self.passes = False
+
+    def forget_engine(self) -> None:
+        """The engine is another process: it may take other canaries."""
+        self.seconds.clear()
+        self.passes, self.unpassed = None, 0
 
 
 class HealthMonitor:
@@ -142,6 +178,8 @@ class HealthMonitor:
         self.exemptions = Exemptions(limits.cap)
         self.kill_policy = KillPolicy(kill_limits(settings, pod))
         self.garbage = GarbageDetector()
+        self.refusals = Refusals()
+        self.readiness_hold = ReadinessHold()
         self.canaries = CanaryRecord()
         self.state = verdict.VerdictState(since=now, engine_since=now)
         self.verdict = Verdict("starting", "awaiting_first_token", "no token from the engine yet", now, wall)
@@ -157,7 +195,7 @@ class HealthMonitor:
         self._ticked_at, self._ticked_wall = now, wall
         self._read_at = 0.0  # the last metrics page
         self._was_refused = False
-        self._blocked_patience = 0.0  # seconds, with an API that answers nothing
+        self._disturbs = False  # a canary would drop what the engine keeps for its users
         self._withheld_until, self._withheld_reason = 0.0, ""
         self._judged_from = 0.0  # when the last exemption ended: an older canary proves nothing
         self._checked_at = now  # for exemptions
@@ -173,25 +211,32 @@ class HealthMonitor:
             case Admitted():
                 prefill, whole = (work.prefill, work.whole) if work else (0.0, 0)
                 self.partial_hangs.table.admit((relay, event.id), event, prefill, whole)
-                self.progress.admitted((relay, event.id), prefill if work and event.stream else None, event.at)
+                shows_prefill = work is not None and (event.stream or event.route in SHORT_ROUTES)
+                self.progress.admitted(
+                    (relay, event.id), prefill if shows_prefill else None, event.at, route=event.route
+                )
             case FirstToken():
                 self.partial_hangs.table.first_token((relay, event.id), event)
                 self.progress.first_token((relay, event.id), event.at)
                 if work is not None:
                     self.exemptions.served(work.admitted.at)
             case Delivered():
-                self.partial_hangs.deliver((relay, event.id), event.tokens, event.at)
                 if event.bytes > 0:
+                    self.partial_hangs.deliver((relay, event.id), event.tokens, event.at)
                     self.progress.delivered(event.at)
             case RequestBlocked():
                 self.partial_hangs.table.block((relay, event.id), event)
-                if not event.on:
-                    self.progress.resumed((relay, event.id), event.at)
+                self.progress.blocked((relay, event.id), event.at, on=event.on)
             case Settled():
                 self.partial_hangs.settle((relay, event.id), event)
-                self.progress.settled((relay, event.id))
+                self.refusals.settle(event, idle=self._is_engine_idle())
                 if event.outcome == "ok":
-                    self.progress.completed(event.at)
+                    self.progress.completed((relay, event.id), event.at)
+                self.progress.settled((relay, event.id))
+            case UnreadRequest(on=True):
+                self.progress.unread_opened((relay, event.id), event.at)
+            case UnreadRequest():
+                self.progress.unread_closed((relay, event.id), event.status, event.at)
             case EnginePauseChanged():
                 self.exemptions.pause(event)
             case Directing():
@@ -213,22 +258,26 @@ class HealthMonitor:
     def relay_lost(self, relay: int, now: float) -> None:
         """A relay died. Its deliveries are unknown, so a new silence begins."""
         self.progress.rebaseline(now)
+        self.progress.relay_lost(relay)
         self.exemptions.relay_lost(relay)
 
     # --- canaries ---
 
+    @property
+    def canary_usable(self) -> bool | None:
+        """Whether canaries pass at this engine; None before it is known."""
+        return self.canaries.passes
+
     def canary_due(self) -> float | None:
         """Seconds that a canary may take, if one should be sent now."""
         canaries = self.canaries
-        if canaries.since is not None or self.draining:
+        if canaries.since is not None or self.draining or self.exemptions.are_stopping():
             return None
         last = canaries.last.ended if canaries.last else None
-        if not verdict.is_canary_due(self.state, self.evidence, last, self._settings.canary_interval):
+        interval, disturbs = self._settings.canary_interval, self._disturbs
+        if not verdict.is_canary_due(self.state, self.evidence, last, interval, disturbs=disturbs):
             return None
-        unanswered, limits = self._clues.unanswered(self.evidence.now), self.progress.limits
-        return canary_allowed(
-            self.state.state, self.evidence, canaries.seconds, limits, self._blocked_patience, unanswered
-        )
+        return canary_allowed(self.state.state, self.evidence, canaries.seconds, self.progress.limits)
 
     def canary_sent(self, now: float) -> None:
         """A canary is under way."""
@@ -239,14 +288,20 @@ class HealthMonitor:
         at = self.progress.last()[1]
         if result.outcome in ("failed", "starved") and at is not None and at > result.started:
             result = replace(result, outcome="moot")
-        canaries = self.canaries
+        is_idle = self.evidence.age is None
+        self.refusals.canary(result, idle=self._is_engine_idle())
+        self.partial_hangs.canary_ended(result, idle=is_idle)
+        self.canaries.ended(result, teaches=self.state.state in LEARNING_STATES)
         if result.outcome == "ok":
-            canaries.seconds.append(result.ended - result.started)
-            canaries.passed_at = result.ended
+            if not is_idle and (at is None or at < result.started):
+                self.progress.canary_passed(self.evidence.outstanding)
             if self.garbage.observe(result.digest, result.model):
                 self._report_garbage(result.ended)
-        canaries.last, canaries.since, canaries.touched = result, None, result.ended
         return result
+
+    def _is_engine_idle(self) -> bool:
+        """Whether the engine has nothing to do that would explain a refusal."""
+        return self.evidence.outstanding == 0 and not self.evidence.engine_busy
 
     def _report_garbage(self, now: float) -> None:
         """Append an entry to the verdict history; the verdict itself does not change."""
@@ -260,6 +315,7 @@ class HealthMonitor:
     def tick(self, readings: TickReadings, work: Iterable[OpenWork], now: float, wall: float) -> Verdict:
         """Evaluate health: the verdict, and whether the engine may be killed."""
         self.lag = self._own_health(readings.relays, now, wall)
+        self._know_engine(readings)
         restarted = self._read_engine(readings, now, wall)
         withheld = self._withheld(now)
         exempt = self._exemption(readings, now)  # before the evidence: where one ends, a new silence begins
@@ -277,13 +333,27 @@ class HealthMonitor:
             part=self._partial_hang(readings.sample, now),
             cause=self._cause(readings.sample, now),
             startup_stuck=now - self._clues.start_at >= self.progress.limits.cap,
+            can_ask=self.canaries.passes if not self.exemptions.are_stopping() else False,
+            refusing=self.refusals.seconds(now, self.progress.limits.floor, can_ask=self.canaries.passes),
+            start_overdue=self._is_start_overdue(now),
         )
         before, hold_before = self.state, self.kill_policy.reason
         self.state, condition = verdict.judge(before, inputs)
         self.kill_policy.tick(self.state.state, self._proof(), readings.gpus, now)
+        self._learn_start(before, now)
         self._forget_engine(before, condition, now)
+        self.readiness_hold.tick(self.state.state, now)
         self.verdict = self._new_verdict(inputs, condition, before, hold_before, wall)
         return self.verdict
+
+    def _know_engine(self, readings: TickReadings) -> None:
+        """What the engine and its machine say of themselves."""
+        settings, gpus = self._settings, readings.gpus
+        has_gpu = bool(settings.gpu) or (isinstance(gpus, Value) and bool(gpus.value))
+        self.progress.is_speed_known = bool(settings.coefficients) or (bool(settings.model) and has_gpu)
+        self.progress.max_context = self.partial_hangs.table.max_context = readings.identity.max_context
+        self.partial_hangs.table.is_fcfs = readings.is_fcfs
+        self._disturbs = readings.canary_disturbs
 
     def _own_health(self, relays: tuple[RelayUse, ...], now: float, wall: float) -> float:
         """Withhold judgement for a full window if the sidecar itself was not healthy. Returns its lag."""
@@ -310,7 +380,7 @@ class HealthMonitor:
             if canaries.since is not None:
                 canaries.touched = now
             canary = canaries.touched >= self._read_at
-            is_new = self.progress.engine(sample, at, canary=canary)
+            is_new = self.progress.engine(sample, at, wall=wall - (now - at), canary=canary)
             self.partial_hangs.table.read(sample, at, canary=canary)
             restarted = is_new and not self._served_since_start(sample, now, wall)
             self._read_at = at
@@ -341,7 +411,8 @@ class HealthMonitor:
         is_silent = at is None or now - at > verdict.FRESH_PROGRESS_S
         before, self._checked_at = self._checked_at, now
         is_doubted = self.state.state in DOUBTED_STATES
-        self._doubted_at = (self._doubted_at or before) if is_doubted else None  # the tick before found it
+        if self.state.state != "unknown":  # the sidecar's own trouble ends no doubt
+            self._doubted_at = (self._doubted_at or before) if is_doubted else None  # the tick before found it
         exempt = self._reported_exemption(readings)
         if exempt is None and is_silent:
             exempt = self.exemptions.active(now)
@@ -367,9 +438,9 @@ class HealthMonitor:
 
     def _evidence(self, readings: TickReadings, work: Iterable[OpenWork], now: float) -> Evidence:
         """Compare the silence so far with what the outstanding work may take; own lag adds patience."""
-        self._blocked_patience = self.progress.limits.blocked if readings.unanswered else 0.0
-        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays))) + self._blocked_patience
-        return self.progress.evidence(work, now, extra=extra, learn=self.state.state in LEARNING_STATES)
+        extra = 2 * max((self.lag, *(relay.lag for relay in readings.relays)))
+        learn = self.state.state in LEARNING_STATES
+        return self.progress.evidence(work, now, extra=extra, learn=learn, unanswered=readings.unanswered)
 
     def _record_clues(self, readings: TickReadings, now: float) -> None:
         """Record XID counts and whether the API is unresponsive."""
@@ -418,13 +489,24 @@ class HealthMonitor:
         times = (self.progress.last()[1], self.canaries.passed_at)
         return max((at for at in times if at is not None), default=None)
 
+    def _is_start_overdue(self, now: float) -> bool:
+        """Whether this process of the engine has been starting for longer than any may."""
+        learned, limits = self.progress.learned.start_seconds, self.progress.limits
+        return now - self.state.engine_since > start_deadline(learned, self._clues.unanswered(now), limits)
+
+    def _learn_start(self, before: verdict.VerdictState, now: float) -> None:
+        """The engine has served its first token: its start took so long."""
+        if self.state.served and not before.served:
+            self.progress.learned.start_time(now - self._clues.start_at)
+
     def _forget_engine(self, before: verdict.VerdictState, condition: str, now: float) -> None:
         """Forget what was true of one engine process, if it is another one or may have other weights."""
         state = self.state.state
         if state in ("starting", "exempt") and state != before.state:
             self.garbage.reset()
         if state == "starting" and (before.state != "starting" or condition == "restarted"):
-            self.canaries.seconds.clear()
+            self.canaries.forget_engine()
+            self.refusals.served()
             self.used_model = ""
             self.partial_hangs.reset()
             self.exemptions.clear()
@@ -469,7 +551,8 @@ class HealthMonitor:
     def probe_state(self) -> ProbeState:
         """What probes render."""
         held = self.kill_policy.hold is not None
-        return ProbeState(self.verdict, self.state.startup_done, self.draining, held, self.is_doubtful)
+        settling = self.readiness_hold.seconds_left(self._ticked_at)
+        return ProbeState(self.verdict, self.state.startup_done, self.draining, held, self.is_doubtful, settling)
 
     def set_margin(self, margin: float) -> None:
         """Allow `margin` times the predicted silence from now on."""
@@ -487,6 +570,7 @@ class HealthMonitor:
             allowed=self.evidence.allowed,
             orders=dict(self.exemptions.since),
             fleet=self.kill_policy.state,
+            canaries_pass=bool(self.canaries.passes),
         )
 
     def restore(self, saved: SavedHealth, now: float, *, same: bool) -> None:
@@ -499,6 +583,7 @@ class HealthMonitor:
         if not same:
             return
         self.canaries.seconds.extend(saved.canary_seconds)
+        self.canaries.passes = saved.canaries_pass or bool(saved.canary_seconds) or None
         self.exemptions.since = dict(saved.orders)
         self.state = replace(self.state, rejected=saved.rejected)
         if saved.served:

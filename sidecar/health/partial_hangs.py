@@ -5,9 +5,13 @@ Rules:
   silence of the whole engine, a long prefill that starves all others, and the sidecar's own pauses are no part's hang.
 - Prefill done meanwhile explains a silence. So do tokens that are generated and not delivered (token_balance.py) or,
   where they are not counted, those that an answer may still hold back.
-- A stream that is stuck alone is aborted, a few at most. When they repeat, or another part hangs, readiness goes first
-  and liveness much later.
-- A stream without a first token is stuck only when later ones were served before it: a full batch makes all wait alike.
+- A stream that is stuck alone is aborted, a few at most, and only if it cannot have been put back into the queue. When
+  they repeat, or another part hangs, readiness goes first and liveness much later.
+- A request that waits is overtaken only by later ones that its engine would serve after it: of the same model and
+  priority, on an engine that is first come, first served, none with a grammar to compile or a transfer to await. That
+  withdraws readiness, and ends no request.
+- Users who leave unserved while nothing is delivered through the relay withdraw readiness, whatever the engine's
+  counters do.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
-from sidecar.events import LONGEST_ANSWER_TOKENS, Admitted, FirstToken, RequestBlocked, Settled
+from sidecar.events import LONGEST_ANSWER_TOKENS, Admitted, CanaryResult, FirstToken, RequestBlocked, Settled
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.progress import Key, SilenceLimits
 from sidecar.health.token_balance import TokenBalance
@@ -46,9 +51,17 @@ KV_PRESSURE_PATIENCE = 5.0
 STUCK_WINDOW_S = 300.0
 MAX_ABORTS_PER_WINDOW = 8
 MIN_REPEATED_STUCK = 3
+# Users who must have left unserved within the window, each after a floor, before their work counts as unserved.
+MIN_UNSERVED: Final = 3
+# Canaries of an idle engine that are looked at, and how many must have starved, and passed, before some of its
+# connections count as silent.
+CANARIES_KEPT: Final = 8
+MIN_EACH_CANARIES: Final = 2
 # Seconds that a finding must last, and share of the open requests that must be stuck, before it fails liveness.
 SEVERE_AFTER_S = 180.0
 SEVERE_STUCK_SHARE = 0.5
+# Findings that only withdraw readiness: the engine serves others, or admits again when they end.
+NEVER_SEVERE: Final = ("request_overtaken", "work_unserved", "admission_stalled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +82,7 @@ class OpenStream:
     """
 
     number: int
+    lane: tuple[str, int] | None  # model and priority: requests of one lane are served in order; None: in no order
     prompt_tokens: int
     prefill: float
     likely_tokens: int  # that it may hold back: a few times the expected ones
@@ -94,8 +108,13 @@ class StreamTable:
     streams: dict[Key, OpenStream] = field(default_factory=dict)
     balance: TokenBalance = field(default_factory=TokenBalance)
     counted: bool = False  # the engine has a counter of what it generates
+    is_fcfs: bool = False  # the engine serves the requests of a lane in order
+    max_context: int = 0  # tokens of its longest sequence; 0 if unknown
     prefilled: float = 0.0  # seconds of prefill, by the cost model, whose first token came
-    served: deque[int] = field(default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT))  # numbers of the last streams
+    # The last streams: number, lane, clock.
+    served: deque[tuple[int, tuple[str, int] | None, float]] = field(
+        default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT)
+    )
     served_at: float = 0.0  # the last first token
     freed: int = 0  # requests that ended since then
     decoded_at: float = 0.0  # the last token of any stream past its first pieces
@@ -121,10 +140,11 @@ class StreamTable:
 
     def admit(self, key: Key, event: Admitted, prefill: float, whole: int) -> None:
         """Add a request. `prefill` and `whole` are those of the ledger's hold."""
-        expected, allowed = event.expected, event.max_output or LONGEST_ANSWER_TOKENS
+        expected, allowed = event.expected, event.max_output or self.max_context or LONGEST_ANSWER_TOKENS
         likely = min(allowed, 4 * expected.output + 256)
         self.streams[key] = OpenStream(
             number=self._next_number(),
+            lane=None if event.reorders else (event.model, event.priority),
             prompt_tokens=expected.uncached + expected.cached,
             prefill=prefill,
             likely_tokens=likely,
@@ -209,6 +229,14 @@ class StreamTable:
             return max(0, stream.likely_tokens - stream.tokens) * learned.token_seconds
         return self.limits.margin * max(0, stream.max_tokens - stream.tokens) * learned.token_seconds
 
+    def overtakes(self, stream: OpenStream) -> int:
+        """Later requests that were served while this one was silent, although they come after it in the queue."""
+        if not self.is_fcfs or stream.lane is None:
+            return 0
+        return sum(
+            number > stream.number and lane == stream.lane and at > stream.seen for number, lane, at in self.served
+        )
+
     def waiting_prefill(self, until: float) -> float:
         """Seconds of prefill of the streams that wait and came before the clock read `until`."""
         return sum(stream.prefill for stream in self.open if not stream.first and stream.came <= until)
@@ -219,7 +247,7 @@ class StreamTable:
 
     def _serve(self, stream: OpenStream) -> None:
         self.prefilled += stream.prefill
-        self.served.append(stream.number)
+        self.served.append((stream.number, stream.lane, self.clock))
         self.served_at, self.freed = self.clock, 0
 
     def _receive(self, stream: OpenStream, at: float) -> None:
@@ -234,7 +262,10 @@ class StreamTable:
 
 @dataclass(slots=True)
 class SilentRank:
-    """One data-parallel rank has work and generates nothing while others do; no prefill explains it."""
+    """One data-parallel rank generates nothing while others do, although it has work; no prefill explains it.
+
+    Its own gauges may have frozen at 0: a request that is silent for as long as the rank is work, too.
+    """
 
     table: StreamTable
     _ranks: dict[int, tuple[float | None, float]] = field(default_factory=dict)  # counter, clock when it last moved
@@ -242,14 +273,19 @@ class SilentRank:
     def detect(self, ranks: tuple[RankSample, ...], learned: LatencyModel) -> str:
         """The finding in words, "" for none."""
         clock, limits = self.table.clock, self.table.limits
+        silences = [self.table.unexplained(stream, learned) for stream in self.table.open]
+        longest = max(silences, default=0.0)
         for rank in ranks:
             known, has_work = self._ranks.get(rank.rank), (rank.running or 0) + (rank.waiting or 0) > 0
-            if known is None or known[0] != rank.generation_tokens or not has_work:
+            may_work = has_work or longest > limits.floor
+            if known is None or known[0] != rank.generation_tokens or not may_work:
                 self._ranks[rank.rank] = rank.generation_tokens, clock
         for rank in ranks if len(ranks) > 1 else ():
             _, moved = self._ranks[rank.rank]
-            silent = clock - moved
+            silent, has_gauge = clock - moved, (rank.running or 0) + (rank.waiting or 0) > 0
             if rank.generation_tokens is None or silent <= self.table.min_silence:
+                continue
+            if not has_gauge and longest <= self.table.min_silence:
                 continue
             if silent > limits.margin * learned.seconds(self.table.waiting_prefill(moved + limits.floor)):
                 return f"rank {rank.rank} has work and generated nothing for {silent:.0f} s while others did"
@@ -310,7 +346,7 @@ class StalledAdmission:
         silent = table.clock - table.served_at
         if table.freed < MIN_FREED or silent <= table.min_silence or has_kv_pressure(sample):
             return ""
-        late = [s for s in table.open if not s.first and table.clock - s.seen > table.min_silence]
+        late = [s for s in table.open if not s.first and s.lane and table.clock - s.seen > table.min_silence]
         if not late or silent <= table.limits.margin * learned.seconds(sum(s.prefill for s in late)):
             return ""
         return f"{len(late)} requests wait; none was admitted for {silent:.0f} s, while {table.freed} ended"
@@ -363,14 +399,84 @@ class StuckStreams:
         # Checked before the sum below, which a long queue would compute for each request that waits in it.
         if table.clock - stream.seen <= table.min_silence or unexplained <= table.min_silence:
             return False
-        if not stream.first and sum(number > stream.number for number in table.served) < MIN_OVERTAKES:
+        if not stream.first:
+            return False  # it waits: it may be overtaken, and is never aborted
+        has_queue = sample is not None and bool(sample.waiting)  # in which a preempted stream may wait
+        if has_queue and table.overtakes(stream) < MIN_OVERTAKES:
             return False
-        if stream.first and stream.seen >= table.decoded_at and table.first_tokens >= MIN_SILENT_STREAMS:
+        if stream.seen >= table.decoded_at and table.first_tokens >= MIN_SILENT_STREAMS:
             return False  # no stream decodes: it is not alone
-        early = sum(s.prefill for s in table.streams.values() if not s.first and s.number <= stream.number)
-        explained = table.limits.margin * learned.seconds(early) + table.held_back(stream, learned)
-        allowed = max(table.min_silence, explained)
+        allowed = max(table.min_silence, table.held_back(stream, learned))
         return unexplained > allowed * (KV_PRESSURE_PATIENCE if has_kv_pressure(sample) else 1.0)
+
+
+@dataclass(slots=True)
+class OvertakenRequests:
+    """A request waits while later ones of its lane are served again and again."""
+
+    table: StreamTable
+
+    def detect(self, sample: EngineSample | None, learned: LatencyModel) -> str:
+        """The finding in words, "" for none."""
+        found = [stream for stream in self.table.open if not stream.first and self._is_overtaken(stream, learned)]
+        if not found or has_kv_pressure(sample):
+            return ""
+        longest = max(self.table.clock - stream.seen for stream in found)
+        return f"{len(found)} requests have waited for up to {longest:.0f} s while later ones like them were served"
+
+    def _is_overtaken(self, stream: OpenStream, learned: LatencyModel) -> bool:
+        table = self.table
+        if table.unexplained(stream, learned) <= table.min_silence or table.overtakes(stream) < MIN_OVERTAKES:
+            return False
+        early = sum(s.prefill for s in table.streams.values() if not s.first and s.number <= stream.number)
+        return table.clock - stream.seen > table.limits.margin * learned.seconds(early)
+
+
+@dataclass(slots=True)
+class UnservedWork:
+    """Users wait, leave without a byte, and nothing is delivered to any other. `left`: when they left."""
+
+    limits: SilenceLimits
+    left: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SERVED_KEPT))
+
+    def settle(self, event: Settled, admitted_at: float) -> None:
+        """A request that the engine had ended."""
+        has_waited = event.sent_at is not None and event.at - max(admitted_at, event.sent_at) >= self.limits.floor
+        if event.outcome == "client_cancelled" and event.delivered_bytes == 0 and has_waited:
+            self.left.append(event.at)
+
+    def served(self) -> None:
+        """Something was delivered, or a canary passed."""
+        self.left.clear()
+
+    def detect(self, now: float) -> str:
+        """The finding in words, "" for none."""
+        while self.left and self.left[0] < now - STUCK_WINDOW_S:
+            self.left.popleft()
+        if len(self.left) < MIN_UNSERVED:
+            return ""
+        seconds = now - self.left[0]
+        return f"{len(self.left)} users left unserved within {seconds:.0f} s, and nothing was delivered to any other"
+
+
+@dataclass(slots=True)
+class SilentConnections:
+    """Of the connections to an idle engine some are answered and others not: one of its listeners hangs."""
+
+    ends: deque[bool] = field(default_factory=lambda: deque(maxlen=CANARIES_KEPT))  # whether the last canaries passed
+
+    def observe(self, canary: CanaryResult) -> None:
+        """A canary of an idle engine ended. Each has a connection of its own."""
+        if canary.outcome in ("ok", "starved"):
+            self.ends.append(canary.outcome == "ok")
+
+    def detect(self) -> str:
+        """The finding in words, "" for none."""
+        passed, changes = sum(self.ends), sum(a != b for a, b in zip(self.ends, list(self.ends)[1:], strict=False))
+        starved = len(self.ends) - passed
+        if min(passed, starved) < MIN_EACH_CANARIES or changes < MIN_EACH_CANARIES:
+            return ""
+        return f"{starved} of the last {len(self.ends)} connections got no answer while the others did"
 
 
 @dataclass(slots=True)
@@ -404,18 +510,31 @@ class PartialHangDetector:
         self.table = table = StreamTable(limits)
         self.silent_rank, self.stalled_decodes = SilentRank(table), StalledDecodes(table)
         self.stalled_admission, self.stuck_streams = StalledAdmission(table), StuckStreams(table)
-        self.oversized_prompt = OversizedPrompt(table)
+        self.overtaken_requests, self.oversized_prompt = OvertakenRequests(table), OversizedPrompt(table)
+        self.unserved_work, self.silent_connections = UnservedWork(limits), SilentConnections()
         self._since: dict[str, float] = {}
 
     def deliver(self, key: Key, tokens: int, at: float) -> None:
-        """Tokens reached a client."""
+        """Tokens, or other bytes, reached a client."""
+        self.unserved_work.served()
         if self.table.deliver(key, tokens, at):
             self._decode()
 
     def settle(self, key: Key, event: Settled) -> None:
         """A request ended."""
+        if (stream := self.table.streams.get(key)) is not None:
+            self.unserved_work.settle(event, stream.received_at)
+        if event.outcome == "ok":
+            self.unserved_work.served()
         if self.table.settle(key, event):
             self._decode()
+
+    def canary_ended(self, canary: CanaryResult, *, idle: bool) -> None:
+        """A canary ended. `idle`: nothing else was outstanding."""
+        if canary.outcome == "ok":
+            self.unserved_work.served()
+        if idle:
+            self.silent_connections.observe(canary)
 
     def tick(self, now: float, progress_at: float | None, *, trusted: bool) -> None:
         """Advance the clock. `trusted`: the engine is not exempt, and the sidecar itself is healthy."""
@@ -436,7 +555,12 @@ class PartialHangDetector:
         aborts: tuple[Key, ...] = ()
         if not any(findings.values()):
             aborts = tuple(self.stuck_streams.find(now, sample, learned))
-            findings["stream_stuck"] = self.stuck_streams.detect()
+            findings |= {
+                "stream_stuck": self.stuck_streams.detect(),
+                "request_overtaken": self.overtaken_requests.detect(sample, learned),
+                "work_unserved": self.unserved_work.detect(now),
+                "connection_silent": self.silent_connections.detect(),
+            }
         for reason, detail in findings.items():
             if not detail:
                 self._since.pop(reason, None)
@@ -444,8 +568,13 @@ class PartialHangDetector:
         if not reason:
             return None, aborts
         since = self._since.setdefault(reason, now)
-        severe = now - since >= SEVERE_AFTER_S and (reason != "stream_stuck" or self.stuck_streams.are_most())
-        return PartialHang(reason, since, severe, findings[reason]), aborts
+        return PartialHang(reason, since, self._is_severe(reason, now - since), findings[reason]), aborts
+
+    def _is_severe(self, reason: str, seconds: float) -> bool:
+        """Whether a restart is worth its cost: what stands still stays so, and it is much of the engine."""
+        if seconds < SEVERE_AFTER_S or reason in NEVER_SEVERE:
+            return False
+        return reason != "stream_stuck" or self.stuck_streams.are_most()
 
     def suspected_cause(self) -> str:
         """The reason code of a part whose hang may have filled up the whole engine until nothing moves; "" for none."""
@@ -461,6 +590,8 @@ class PartialHangDetector:
         self.silent_rank.reset()
         self._since.clear()
         self.stuck_streams.found.clear()
+        self.unserved_work.served()
+        self.silent_connections.ends.clear()
         self.table.restart_silence(*self.table.streams.values())
 
     def _decode(self) -> None:

@@ -29,7 +29,7 @@ class ProbeState:
     """What probes render: the verdict, whether start-up is done, and whether the sidecar drains.
 
     `held`: a stalled engine must not be killed now (see kill_policy.py). `doubtful`: the last known state was a stall,
-    and nothing has shown the contrary yet.
+    and nothing has shown the contrary yet. `settling`: seconds for which readiness waits after repeated doubts.
     """
 
     verdict: Verdict
@@ -37,13 +37,14 @@ class ProbeState:
     draining: bool
     held: bool = False
     doubtful: bool = False
+    settling: float = 0.0
 
 
 def passes(kind: Kind, state: ProbeState) -> bool:
     """Whether a probe of this kind passes."""
     if kind == "startup" and not state.startup_done:
         return False
-    if kind == "ready" and (state.draining or state.doubtful):
+    if kind == "ready" and (state.draining or state.doubtful or state.settling > 0):
         return False
     if kind == "live" and state.held and state.verdict.state == "stalled":
         return True

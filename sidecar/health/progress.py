@@ -1,12 +1,16 @@
 """Pure: outstanding work + deliveries + the engine's counters + now -> evidence of progress, or of silence.
 
 Rules:
-- Work is what the relay counts as outstanding. The engine's own gauges can be wrong (they freeze with its core) and
-  only add.
-- Progress is anything delivered, or a generation or completion counter that moves. Prefill evidence (KV use, prompt
+- Work is what is open at the engine, also what the relay passed on unread. The engine's own gauges can be wrong (they
+  freeze with its core) and only add.
+- Progress is any byte delivered, or a generation or completion counter that moves. Prefill evidence (KV use, prompt
   tokens) and engine steps hold suspicion off for a while. Alone they prove nothing: an engine that admits and never
   delivers shows them too.
-- Silence is compared with what the outstanding work may take: max(floor, margin x predicted, learned), capped.
+- Silence is compared with the longest piece of work that may be silent, never with the sum over a queue: something must
+  be delivered within one prompt, or one batch of them. `allowed` withdraws readiness, `kill_after` fails liveness.
+- Without a counter of tokens, an answer that shows nothing may take all that its client allowed. A stream whose text is
+  seen to come, and that has nothing to withhold, shows otherwise; so does a canary that passed next to as much work.
+- A speed that was not measured may be anything: prompts far longer than any seen may take until the cap.
 - Times are monotonic seconds, passed in.
 """
 
@@ -16,7 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from sidecar.health.latency_model import LatencyModel
+from sidecar.events import LONGEST_ANSWER_TOKENS, SHORT_ROUTES
+from sidecar.health.latency_model import UNMEASURED_SLOWNESS, LatencyModel
 from sidecar.health.token_balance import COUNTER_STALE_S, MAX_CANARY_TOKENS
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -36,15 +41,25 @@ PREDICTION_MARGIN: Final = 3.0
 # a short cap asks for short silences of every kind. From a cap of five minutes on these are the numbers above.
 UNLEARNED_SHARE: Final = 1 / 5
 BLOCKED_SHARE: Final = 1 / 3
-# First tokens seen, before this engine's own gaps count as known; then the margin over the longest of them.
-LEARNED_FIRST_TOKENS: Final = 10
+# Answers seen to begin or, where they have no tokens, to end, before this engine's own gaps count as known; then the
+# margin over the longest of them.
+LEARNED_ANSWERS: Final = 10
 GAP_MARGIN: Final = 2.0
 # Shorter gaps teach nothing.
 MIN_GAP_S: Final = 0.25
 # Readings in a row with more requests than the relay's, before the work counts as foreign.
 MIN_EXCESS_READINGS: Final = 5
-# Tokens for which an answer in one piece may keep waiting a counter of tokens that stands still.
-MAX_STANDING_TOKENS: Final = 4096
+# Prompt tokens that an engine may compute in one step, all of whose first tokens come together (vLLM, TGI and SGLang
+# take 2,048 to 16,384).
+BATCH_TOKENS: Final = 16_384
+# Routes whose answer is no text: their time is that of the route.
+TIMED_ROUTES: Final = ("audio", "unread")
+# A start time of the engine's process that lies so long before the last page is not of a new process.
+START_SLACK_S: Final = 2.0
+# Counters that moved so soon after the silence began do not speak against it: pages are read once a second.
+FROZEN_SLACK_S: Final = 2.0
+# A canary is asked so long before a silence withdraws readiness.
+ASK_LEAD_S: Final = 4.0
 # Without work of the relay for so long, work of the engine is foreign.
 FOREIGN_AFTER_S: Final = 3.0
 
@@ -54,15 +69,18 @@ COUNTERS: Final[dict[str, tuple[str, ...]]] = {
     "completed": ("finished",),
 }
 PROGRESS: Final = tuple(name for names in COUNTERS.values() for name in names)
+# Counters that only rise while a process lives.
+TOTALS: Final = ("generation_tokens", "prompt_tokens", "finished")
 # Numbers whose movement, like that of the steps, only holds suspicion off.
 PREFILLING: Final = ("prompt_tokens", "kv_usage")
+ALL: Final = (*PROGRESS, *PREFILLING, "iterations")
 
 
 @dataclass(frozen=True, slots=True)
 class SilenceLimits:
     """The bounds of allowed silence, in seconds.
 
-    `floor` and `cap` are settings, `silence_limits` derives the others.
+    `floor`, `kill` and `cap` are settings, `silence_limits` derives the others.
     """
 
     floor: float = 12.0
@@ -70,13 +88,19 @@ class SilenceLimits:
     margin: float = PREDICTION_MARGIN
     cap: float = 900.0
     blocked: float = BLOCKED_API_S
+    kill: float = 75.0
 
 
 def silence_limits(settings: Settings) -> SilenceLimits:
     """The bounds by the settings."""
     cap = settings.silence_cap
-    unlearned, blocked = min(UNLEARNED_FLOOR_S, cap * UNLEARNED_SHARE), min(BLOCKED_API_S, cap * BLOCKED_SHARE)
-    return SilenceLimits(floor=settings.silence_floor, unlearned=unlearned, cap=cap, blocked=blocked)
+    return SilenceLimits(
+        floor=settings.silence_floor,
+        unlearned=min(UNLEARNED_FLOOR_S, cap * UNLEARNED_SHARE),
+        cap=cap,
+        blocked=min(BLOCKED_API_S, cap * BLOCKED_SHARE),
+        kill=min(max(settings.silence_kill, settings.silence_floor), cap),
+    )
 
 
 class OpenWork(Protocol):
@@ -84,7 +108,8 @@ class OpenWork(Protocol):
 
     `since`: when its silence began to be the engine's; `prefill`: seconds before its first token, by the cost model;
     `whole`: tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the
-    relay.
+    relay; `most_tokens`: that its client allows, None where it names no limit; `delivered`: events so far; `shows`: it
+    would be seen to generate, because its text has begun to come and it has nothing to withhold.
     """
 
     @property
@@ -97,13 +122,43 @@ class OpenWork(Protocol):
     def whole(self) -> int: ...
     @property
     def blocked(self) -> bool: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def route(self) -> str: ...
+    @property
+    def most_tokens(self) -> int | None: ...
+    @property
+    def delivered(self) -> int: ...
+    @property
+    def shows(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class UnreadWork:
+    """A request that the relay passed on unread: of unknown size."""
+
+    since: float
+    blocked: bool = False
+    first_at: float | None = None
+    prefill: float = 0.0
+    whole: int = 0
+    prompt_tokens: int = 0
+    route: str = "unread"
+    most_tokens: int | None = None
+    delivered: int = 0
+    shows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """What is known about progress at `now`. `age`: the silence so far, None when nothing is outstanding.
 
-    `progress_at`: the last progress ever, None before any.
+    `progress_at`: the last progress ever, None before any. `ask_after`: the silence after which a canary is worth its
+    cost; `allowed`: the one that withdraws readiness; `kill_after`: the one that fails liveness, if a canary confirms
+    it. `hidden`: for so long answers may be generated unseen. `frozen`: the engine says that it has work, and none of
+    its counters moved in the silence. `foreign`: it has work that did not pass the relay. `proof`: what proves a hang
+    beyond silence.
     """
 
     now: float
@@ -119,33 +174,50 @@ class Evidence:
     ruled_by: str
     predicted: float
     learned: bool
+    ask_after: float = 0.0
+    kill_after: float = 0.0
+    hidden: float = 0.0
+    frozen: bool = False
+    foreign: bool = False
+    proof: str = "none"
 
 
 @dataclass(slots=True)
 class Progress:
-    """The times of the last progress of each kind, and what this engine has taught."""
+    """The times of the last progress of each kind, and what this engine has taught.
+
+    `max_context`: tokens of its longest sequence, 0 if unknown; `is_speed_known`: the coefficients are of this machine.
+    """
 
     limits: SilenceLimits
     kinds: dict[str, float] = field(default_factory=dict)
     learned: LatencyModel = field(default_factory=LatencyModel)
+    max_context: int = 0
+    is_speed_known: bool = False
     started_at: float | None = None  # when work last began to be outstanding
     baseline: float = 0.0  # nothing before this counts as silence
     steps_at: float | None = None
     prefill_at: float | None = None
     iterating: int = 0  # readings in a row in which the engine's steps moved
+    unread: dict[Key, UnreadWork] = field(default_factory=dict)
     _sample: EngineSample | None = None
     _read_at: float = 0.0
-    _worked: EngineSample | None = None  # the last reading whose counters were not a canary's alone
+    _read_wall: float = 0.0
+    _moved_at: float = 0.0  # the last reading in which any counter had moved
+    _worked: EngineSample | None = None  # the last reading with which counters are compared
     _busy: bool = False  # the engine's gauges show work that is not the canary
     _open: int = 0  # requests that the relay has sent
     _excess: int = 0  # readings in a row that moved and showed more than those
+    _foreign: bool = False  # the gauges show work that did not pass the relay, since they last moved
     _alone_at: float | None = None  # the last reading, where it showed work while the relay seemed to have none
     _worked_at: float = 0.0  # when the relay last had work outstanding
     _open_gap: float = 0.0  # the silence under way; it is learned only when progress ends it
+    _explained: float = 0.0  # of it, by the work that was outstanding
     _whole: bool = False  # an answer in one piece was outstanding in it
-    _tainted: bool = False  # it was, at some time, a stall, a start or an exemption: it teaches nothing
-    _first_at: float = 0.0  # the last first token
+    _tainted: bool = False  # it was, at some time, doubted, a start or an exemption: it teaches nothing
+    _first_at: float = 0.0  # the last first token, or answer that counts as one
     _predicted: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, seconds of prefill
+    _timed: dict[Key, tuple[float, str]] = field(default_factory=dict)  # open requests of TIMED_ROUTES: since, route
 
     def rebaseline(self, now: float) -> None:
         """Forget silence up to `now`: what the sidecar saw of it is unreliable, or it was excused."""
@@ -155,52 +227,91 @@ class Progress:
         """Bytes of an answer reached a client."""
         self._mark("delivered", now)
 
-    def admitted(self, key: Key, prefill: float | None, now: float) -> None:
-        """A request was sent. The cost model predicts `prefill` seconds before its first token, if it streams."""
+    def admitted(self, key: Key, prefill: float | None, now: float, route: str = "") -> None:
+        """A request was sent. The cost model predicts `prefill` seconds before its answer shows that it was computed:
+
+        its first token if it streams, its end if it has none; None where neither shows it.
+        """
         self._worked_at = max(now, self._worked_at)
-        if prefill is not None:
+        if route in TIMED_ROUTES:
+            self._timed[key] = (now, route)
+        elif prefill is not None:
             self._predicted[key] = (now, prefill)
 
     def resumed(self, key: Key, now: float) -> None:
         """A request that waited for its client or in the relay's queue is the engine's from now on."""
         if (predicted := self._predicted.get(key)) is not None:
             self._predicted[key] = (now, predicted[1])
+        if (timed := self._timed.get(key)) is not None:
+            self._timed[key] = (now, timed[1])
+        if (unread := self.unread.get(key)) is not None:
+            unread.since = now
+
+    def blocked(self, key: Key, now: float, *, on: bool) -> None:
+        """A request waits for its client or in the relay's queue, or no longer."""
+        if (unread := self.unread.get(key)) is not None:
+            unread.blocked = on
+        if not on:
+            self.resumed(key, now)
 
     def first_token(self, key: Key, now: float) -> None:
-        """A first token: progress, and one more observation of this engine.
-
-        Prefills end first come, first served, so its own time runs from its admission or from the first token before
-        it.
-        """
-        predicted = self._predicted.pop(key, None)
-        if predicted is not None and not self._tainted:
-            self.learned.first_token(max(0.0, now - max(predicted[0], self._first_at)), predicted[1])
-        self._first_at = now
+        """A first token: progress, and one more observation of this engine."""
+        self._observe_prefill(key, now)
+        self.learned.answers += 1
         self._mark("delivered", now)
 
     def settled(self, key: Key) -> None:
         """A request ended: nothing is predicted for it any more."""
         self._predicted.pop(key, None)
+        self._timed.pop(key, None)
 
-    def completed(self, now: float) -> None:
-        """The engine ended a request by itself."""
+    def completed(self, key: Key, now: float) -> None:
+        """The engine ended a request by itself: an answer without tokens shows what its prompt took."""
+        if key in self._predicted:
+            self._observe_prefill(key, now)
+            self.learned.answers += 1
+        elif (timed := self._timed.pop(key, None)) is not None and not self._tainted:
+            self.learned.route_time(timed[1], now - timed[0])
         self._mark("completed", now)
 
-    def engine(self, sample: EngineSample, now: float, *, canary: bool = False) -> bool:
-        """Compare the engine's counters with the last reading. Returns True if the engine was restarted.
+    def unread_opened(self, key: Key, now: float) -> None:
+        """A request that nobody reads is with the engine."""
+        self.unread[key] = UnreadWork(now)
+        self.admitted(key, None, now, "unread")
+
+    def unread_closed(self, key: Key, status: int, now: float) -> None:
+        """It is over; `status` is the engine's, 0 for none."""
+        self.unread.pop(key, None)
+        if 200 <= status < 300:
+            self.completed(key, now)
+        self.settled(key)
+
+    def relay_lost(self, relay: int) -> None:
+        """A relay died, and its connections with it."""
+        self.unread = {key: work for key, work in self.unread.items() if key[0] != relay}
+
+    def canary_passed(self, outstanding: int) -> None:
+        """A canary passed next to so many requests of users: the engine computes more than one at once."""
+        self.learned.concurrent = max(self.learned.concurrent, outstanding)
+
+    def engine(self, sample: EngineSample, now: float, *, wall: float = 0.0, canary: bool = False) -> bool:
+        """Compare the engine's counters with the last reading. Returns True if its process is another one.
 
         `canary`: one ran between the two readings, so counters that moved prove nothing about the users' work.
         """
         before, self._sample, self._read_at = self._sample, sample, now
+        since_wall, self._read_wall = self._read_wall, wall
         self._busy = not canary and load(sample) > 0
-        self.learned.foreign |= not canary and self._is_foreign(before, sample, now)
-        if before is None or restarted(before, sample):
+        self._look_for_foreign(before, sample, now, canary=canary)
+        if before is None or any_moved(before, sample, ALL):
+            self._moved_at = now
+        if before is None or fell(before, sample):
+            # another process, or another one of several behind one port: nothing to compare with
             self._worked = sample
-            return before is not None
+            return before is not None and started_after(before, sample, since_wall)
         worked = self._worked or before
         canary = canary and grown(worked.working, sample.working) <= MAX_CANARY_TOKENS
-        if not canary:
-            self._worked = sample
+        self._worked = sample
         for kind, names in COUNTERS.items():
             if not canary and any_moved(before, sample, names):
                 self._mark(kind, now)
@@ -209,38 +320,40 @@ class Progress:
             self.steps_at = now
         if any_moved(before, sample, PREFILLING):
             self.prefill_at = now
-        return False
+        return started_after(before, sample, since_wall)
 
-    def evidence(self, items: Iterable[OpenWork], now: float, *, extra: float = 0.0, learn: bool = True) -> Evidence:
+    def evidence(
+        self, items: Iterable[OpenWork], now: float, *, extra: float = 0.0, learn: bool = True, unanswered: bool = False
+    ) -> Evidence:
         """The silence at `now`.
 
-        `extra`: seconds of patience for own lag; `learn`: False while a silence teaches nothing.
+        `extra`: seconds of patience for own lag; `learn`: False while a silence teaches nothing; `unanswered`: the
+        engine accepts connections and answers nothing.
         """
-        holds = list(items)
+        holds = [*items, *self.unread.values()]
         work = [hold for hold in holds if not hold.blocked]
         self._open = max(len(holds), self._open - 1)  # falls slowly: gauges lag behind
         if work:
             self._worked_at = now
-        busy = self._busy and (
-            bool(work) or self.learned.foreign
-        )  # otherwise it is only what is left of the relay's own work
+        busy = self._busy and (bool(work) or self._foreign)  # otherwise it is what is left of the relay's own work
         since = self._silent_since(work, busy, now)
         self.learned.decay(now, working=bool(work))
         self.learned.refit()
-        known = self.learned.first_tokens >= LEARNED_FIRST_TOKENS and (
-            bool(work) or not busy
-        )  # foreign work: size unknown
+        known = self.learned.answers >= LEARNED_ANSWERS and (bool(work) or not busy)  # foreign work: size unknown
         floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
-        predicted = self.learned.seconds(early_prefill(work, since, floor))
-        whole = max((hold.whole for hold in work), default=0)
-        # Where tokens are counted, this is the patience with a counter that stands still: not that of the longest
-        # answer.
-        predicted += (min(whole, MAX_STANDING_TOKENS) if self._counted(now) else whole) * self.learned.token_seconds
-        gap = max(self.learned.gap, self.learned.whole_gap if whole else 0.0)
-        allowed, ruled_by = allowed_silence(predicted, floor, gap, self.limits)
+        predicted = self._predicted_silence(early_prefill(work, since, floor))
+        is_counted = self._is_counted(now, unanswered=unanswered)
+        hidden = 0.0 if is_counted else self._hidden_silence(work)
+        # A canary that passed next to as much work decides, instead of what the answers may take.
+        excused = 0.0 if 0 < len(work) <= self.learned.concurrent else hidden
+        has_whole = any(hold.whole for hold in work)
+        gap = self.learned.gap if is_counted or not has_whole else max(self.learned.gap, self.learned.whole_gap)
+        base, _ = allowed_silence(predicted, floor, gap, self.limits)
+        allowed, ruled_by = allowed_silence(predicted, floor, gap, self.limits, excused)
+        kill = self.limits.cap if busy and self._foreign else max(allowed, self.limits.kill + predicted)
         age = max(0.0, now - since) if work or busy else None
-        self._open_gap = age or 0.0
-        self._whole = (self._whole or whole > 0) and age is not None
+        self._open_gap, self._explained = age or 0.0, self.limits.margin * predicted
+        self._whole = (self._whole or has_whole) and age is not None
         self._tainted = (self._tainted or not learn) and age is not None
         kind, at = self.last()
         return Evidence(
@@ -257,31 +370,81 @@ class Progress:
             ruled_by=ruled_by,
             predicted=predicted,
             learned=known,
+            ask_after=base - min(ASK_LEAD_S, base / 3),
+            kill_after=min(kill, self.limits.cap) + extra + (self.limits.blocked if unanswered else 0.0),
+            hidden=min(hidden, self.limits.cap),
+            frozen=age is not None and self._is_frozen(since, now),
+            foreign=self._foreign,
         )
 
     def last(self) -> tuple[str, float | None]:
         """The newest progress: its kind and time; ("none", None) before any."""
         return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
 
-    def _counted(self, now: float) -> bool:
-        """Whether the engine has a counter that was seen to move while it generates."""
-        known = self._sample is not None and self._sample.working is not None and "generation" in self.kinds
-        return known and now - self._read_at <= COUNTER_STALE_S
+    def _predicted_silence(self, prefill: float) -> float:
+        """Seconds that a prefill may take here, at most the cap."""
+        seconds = self.learned.seconds(prefill)
+        if not self.is_speed_known and prefill > self.learned.measured_to:
+            seconds = max(seconds, UNMEASURED_SLOWNESS * prefill)
+        return min(seconds, self.limits.cap)
 
-    def _is_foreign(self, before: EngineSample | None, sample: EngineSample, now: float) -> bool:
-        """Whether a reading shows foreign work: it came or moved while the relay had none, or exceeds the relay's.
+    def _hidden_silence(self, work: list[OpenWork]) -> float:
+        """Seconds for which one of these may be generated unseen; 0 where one that shows stands still with the rest."""
+        if any(hold.shows for hold in work):
+            return 0.0
+        return max((self._hidden(hold) for hold in work), default=0.0)
 
-        A gauge that only stays up after the relay's last request proves nothing: an abort can wedge an engine.
+    def _hidden(self, hold: OpenWork) -> float:
+        if hold.route in TIMED_ROUTES:
+            return self.learned.route_seconds(hold.route, self.limits.cap)
+        if hold.route in SHORT_ROUTES:
+            return 0.0
+        most = hold.most_tokens or self.max_context or LONGEST_ANSWER_TOKENS
+        return max(0, most - hold.delivered) * self.learned.longest_token
+
+    def _observe_prefill(self, key: Key, now: float) -> None:
+        """Prefills end first come, first served: the time runs from the admission or from the first token before."""
+        predicted = self._predicted.pop(key, None)
+        if predicted is not None and not self._tainted:
+            self.learned.first_token(max(0.0, now - max(predicted[0], self._first_at)), predicted[1])
+        self._first_at = now
+
+    def _is_counted(self, now: float, *, unanswered: bool) -> bool:
+        """Whether the engine has a counter that was seen to move while it generates, and that can be read now.
+
+        An engine that answers nothing at all has no page either; its counter would not move.
         """
-        moves = before is not None and any_moved(before, sample, PROGRESS)
-        self._excess = self._excess + 1 if moves and load(sample) > self._open else 0
-        alone, self._alone_at = (
-            self._alone_at,
-            None,
-        )  # of the reading before: whether the relay had work then is known by now
-        if now - self._worked_at > FOREIGN_AFTER_S and (moves or load(sample) > (load(before) if before else 0)):
+        known = self._sample is not None and self._sample.working is not None and "generation" in self.kinds
+        return known and (unanswered or now - self._read_at <= COUNTER_STALE_S)
+
+    def _is_frozen(self, since: float, now: float) -> bool:
+        """Whether the engine's page shows work, and no counter of it moved in the silence."""
+        if self._sample is None or now - self._read_at > COUNTER_STALE_S or load(self._sample) <= 0:
+            return False
+        return self._moved_at <= since + FROZEN_SLACK_S
+
+    def _look_for_foreign(self, before: EngineSample | None, sample: EngineSample, now: float, *, canary: bool) -> None:
+        """Whether a reading shows work that did not pass the relay: it came or moved while the relay had none, or
+
+        exceeds the relay's. A gauge that only stays up after the relay's last request proves nothing: an abort can
+        wedge an engine. The first reading of a sidecar that was restarted may show anybody's.
+        """
+        has_excess = not canary and load(sample) > self._open
+        if before is None:
+            self._foreign = has_excess
+            return
+        moves = any_moved(before, sample, PROGRESS)
+        self._excess = self._excess + 1 if moves and has_excess else 0
+        # of the reading before: whether the relay had work then is known by now
+        alone, self._alone_at = self._alone_at, None
+        has_come = not canary and (moves or load(sample) > load(before)) and load(sample) > 0
+        if now - self._worked_at > FOREIGN_AFTER_S and has_come:
             self._alone_at = now
-        return self._excess >= MIN_EXCESS_READINGS or (alone is not None and alone - self._worked_at > FOREIGN_AFTER_S)
+        is_foreign = self._excess >= MIN_EXCESS_READINGS or (
+            alone is not None and alone - self._worked_at > FOREIGN_AFTER_S
+        )
+        self.learned.foreign |= is_foreign
+        self._foreign = not canary and load(sample) > 0 and ((self._foreign and has_excess) or is_foreign)
 
     def _silent_since(self, work: list[OpenWork], busy: bool, now: float) -> float:
         if not work and not busy:
@@ -295,7 +458,7 @@ class Progress:
         gap, self._open_gap = self._open_gap, 0.0
         whole, self._whole = self._whole, False
         tainted, self._tainted = self._tainted, False
-        if gap > MIN_GAP_S and not tainted:
+        if gap > max(MIN_GAP_S, self._explained) and not tainted:
             self.learned.silence(min(gap, self.limits.cap), whole=whole)
         self.kinds[kind] = max(now, self.kinds.get(kind, 0.0))
 
@@ -320,25 +483,41 @@ def grown(before: float | None, after: float | None) -> float:
     return 0.0 if before is None or after is None else after - before
 
 
-def restarted(before: EngineSample, after: EngineSample) -> bool:
-    """Whether two readings come from different engine processes: another start time, or a counter that fell."""
-    counters = ("generation_tokens", "prompt_tokens", "finished")
-    has_fallen = any(grown(getattr(before, name), getattr(after, name)) < 0 for name in counters)
-    return has_fallen or moved(before.started_wall, after.started_wall)
+def fell(before: EngineSample, after: EngineSample) -> bool:
+    """Whether a counter fell between two readings: they are of different processes."""
+    return any(grown(getattr(before, name), getattr(after, name)) < 0 for name in TOTALS)
+
+
+def started_after(before: EngineSample, after: EngineSample, read_wall: float) -> bool:
+    """Whether the process of `after` was started after the reading of `before`.
+
+    Several processes behind one port have different start times, too, and none of them is new.
+    """
+    is_other = moved(before.started_wall, after.started_wall)
+    return is_other and after.started_wall is not None and after.started_wall > read_wall - START_SLACK_S
 
 
 def early_prefill(items: Iterable[OpenWork], since: float, grace: float) -> float:
-    """Seconds of prefill, by the cost model, that can explain a silence since `since`.
+    """Seconds of prefill, by the cost model, that can explain a silence since `since`: the longest of those that wait,
 
-    Counted are requests without a first token that were present when the silence began or came within `grace` seconds
-    of it: later arrivals queue behind them and cannot excuse them.
+    or as many of the oldest as fit into one batch. Counted are requests without a first token that were present when
+    the silence began or came within `grace` seconds of it: later arrivals queue behind them and cannot excuse them.
     """
-    return sum(item.prefill for item in items if item.first_at is None and item.since <= since + grace)
+    waiting = [item for item in items if item.first_at is None and item.since <= since + grace]
+    batch, tokens = 0.0, 0
+    for item in sorted(waiting, key=lambda item: item.since):
+        tokens += item.prompt_tokens
+        if tokens > BATCH_TOKENS:
+            break
+        batch += item.prefill
+    return max((batch, *(item.prefill for item in waiting)))
 
 
-def allowed_silence(predicted: float, floor: float, gap: float, limits: SilenceLimits) -> tuple[float, str]:
-    """Allowed silence in seconds, and the term that ruled: "floor", "predicted", "learned" or "cap"."""
-    terms = {"floor": floor, "predicted": limits.margin * predicted, "learned": GAP_MARGIN * gap}
+def allowed_silence(
+    predicted: float, floor: float, gap: float, limits: SilenceLimits, hidden: float = 0.0
+) -> tuple[float, str]:
+    """Allowed silence in seconds, and the term that ruled: "floor", "predicted", "learned", "unseen" or "cap"."""
+    terms = {"floor": floor, "predicted": limits.margin * predicted, "learned": GAP_MARGIN * gap, "unseen": hidden}
     ruled_by = max(terms, key=lambda name: terms[name])
     if terms[ruled_by] > limits.cap:
         return limits.cap, "cap"

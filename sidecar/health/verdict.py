@@ -1,9 +1,16 @@
 """Pure: (state, evidence, canary, now) -> verdict with a reason, from a literal table.
 
 Each tick the first condition of CONDITIONS that holds picks the row of TABLE. The row maps the present state (or `*`)
-to the next state and its reason. A kill needs all of: work or a canary outstanding; silence beyond what is allowed; a
-confirming canary that failed or starved; no exemption; nothing withheld because of the sidecar's own trouble. Unknown
-is neither healthy nor failed.
+to the next state and its reason. Rules:
+
+- Readiness goes at `allowed`, liveness at `kill_after`: traffic can go elsewhere at once, a restart costs minutes.
+- A kill needs all of: work or a canary outstanding; silence beyond `kill_after`; a canary sent in that silence that
+  failed or starved; no exemption; nothing withheld because of the sidecar's own trouble.
+- Where no canary passes, counters that stand still over running work confirm as well, and silence alone does after
+  UNASKED_KILLS times as long. "Busy" confirms where the counters stand still.
+- What served and refuses everything now is not ready, then dead. So is a process that replaced another one under the
+  sidecar and never serves.
+- Unknown is neither healthy nor failed, and never for ever.
 """
 
 from __future__ import annotations
@@ -32,6 +39,9 @@ PART_HOLD_S: Final = 120.0
 # times.
 STEPS_HOLD_OFF_S: Final = 6.0
 PREFILL_HOLD_OFF: Final = 1.5
+# Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness.
+UNASKED_FACTOR: Final = 2.0
+UNASKED_KILLS: Final = 3.0
 # Seconds between canaries of an engine in doubt, and of one that starts.
 DOUBT_CANARY_INTERVAL_S: Final = 2.0
 START_CANARY_INTERVAL_S: Final = 1.0
@@ -41,7 +51,9 @@ START_CANARY_INTERVAL_S: Final = 1.0
 class VerdictInputs:
     """What a tick judges.
 
-    `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None.
+    `refused_since`: since when connections are refused; `exempt`, `withheld`: reason codes or None; `can_ask`: whether
+    canaries pass here, None while that is unknown; `refusing`: seconds for which every request was refused, None while
+    some are not; `start_overdue`: this process has started for longer than any is known to take.
     """
 
     now: float
@@ -54,6 +66,9 @@ class VerdictInputs:
     part: PartialHang | None = None  # a part that hangs alone
     cause: str = "no_progress"  # the reason code of a silence of the whole engine
     startup_stuck: bool = False
+    can_ask: bool | None = True
+    refusing: float | None = None
+    start_overdue: bool = False
 
     @property
     def is_working(self) -> bool:
@@ -65,7 +80,8 @@ class VerdictInputs:
 class VerdictState:
     """What the next tick must know.
 
-    `served`: a token came since the engine last started; `window_at`: a canary passed then.
+    `served`: a token came since the engine last started; `window_at`: a canary passed then; `lost_at`: since when
+    canaries do not pass; `replaced`: this process of the engine took the place of another one.
     """
 
     state: State = "starting"
@@ -78,6 +94,8 @@ class VerdictState:
     rejected: int = 0
     part: bool = False  # a part that hangs alone ruled last
     canary_seen: float = 0.0  # `ended` of the last canary that was counted
+    lost_at: float | None = None
+    replaced: bool = False
 
     @property
     def startup_done(self) -> bool:
@@ -101,13 +119,20 @@ def _is_refused_long(before: VerdictState, inputs: VerdictInputs) -> bool:
     return _is_refused(before, inputs) and before.state == "dead" and inputs.now - before.since >= DEAD_HOLD_S
 
 
+def _silence(before: VerdictState, inputs: VerdictInputs) -> float:
+    """Seconds of silence; a canary that passes begins it anew."""
+    return min(inputs.evidence.age or 0.0, inputs.now - before.window_at)
+
+
 def _is_silent(before: VerdictState, inputs: VerdictInputs) -> bool:
     """Silent beyond the allowed time, unless steps or a prefill that takes longer than predicted hold suspicion off."""
     evidence, age = inputs.evidence, inputs.evidence.age
-    if age is None or min(age, inputs.now - before.window_at) <= evidence.allowed:
+    is_blind = inputs.can_ask is False and not evidence.frozen
+    allowed = evidence.allowed * (UNASKED_FACTOR if is_blind else 1.0)
+    if age is None or _silence(before, inputs) <= allowed:
         return False
-    steps = _is_fresh(evidence.steps_age) and age <= evidence.allowed + STEPS_HOLD_OFF_S
-    prefill = _is_fresh(evidence.prefill_age) and age <= PREFILL_HOLD_OFF * evidence.allowed
+    steps = _is_fresh(evidence.steps_age) and age <= allowed + STEPS_HOLD_OFF_S
+    prefill = _is_fresh(evidence.prefill_age) and age <= PREFILL_HOLD_OFF * allowed
     return not steps and not prefill
 
 
@@ -128,29 +153,71 @@ def _is_canary_newer(inputs: VerdictInputs) -> bool:
 def _has_canary_passed(before: VerdictState, inputs: VerdictInputs) -> bool:
     if before.state in ("starting", "dead", "unknown"):
         return _has_canary(inputs, before.engine_since, "ok")
+    if inputs.canary is None or inputs.canary.ended <= before.window_at:
+        return False
+    if before.state == "quiet":
+        return _is_canary_newer(inputs) and _has_canary(inputs, before.engine_since, "ok")
     since = max(before.since, before.engine_since)
+    is_asked_before = _is_canary_newer(inputs) and inputs.canary.ended >= since  # sent before it was suspect
+    if before.state == "suspect" and is_asked_before:
+        since = before.engine_since
     return before.state in ("suspect", "stalled", "exempt") and _has_canary(inputs, since, "ok")
 
 
 def _is_confirmed(before: VerdictState, inputs: VerdictInputs) -> bool:
-    """Suspect, and a canary that was sent since then failed too, while the silence went on."""
-    if before.state != "suspect" or (inputs.is_working and not _is_silent(before, inputs)):
+    """Suspect, silent for as long as a kill takes, and what else can be known says so, too."""
+    if before.state != "suspect" or not inputs.is_working or not _is_silent(before, inputs):
         return False
-    return _has_canary(inputs, max(before.since, before.engine_since), "failed", "starved")
+    evidence, silence = inputs.evidence, _silence(before, inputs)
+    if silence <= evidence.kill_after:
+        return False
+    since = max(before.engine_since, before.window_at)
+    if _is_canary_newer(inputs) and _has_canary(inputs, since, "busy") and evidence.frozen:
+        return True
+    if inputs.can_ask and _is_canary_newer(inputs) and _has_canary(inputs, since, "failed", "starved"):
+        return True
+    return (not inputs.can_ask and evidence.frozen) or silence > UNASKED_KILLS * evidence.kill_after
+
+
+def _is_lost(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """Nothing is outstanding, and no canary has passed for as long as a kill takes."""
+    if before.state != "suspect" or inputs.is_working or before.lost_at is None:
+        return False
+    return _is_canary_lost(before, inputs) and inputs.now - before.lost_at > inputs.evidence.kill_after
 
 
 def _is_canary_lost(before: VerdictState, inputs: VerdictInputs) -> bool:
-    if not before.served or inputs.is_working or not _is_canary_newer(inputs):
+    if not before.served or inputs.is_working or not inputs.can_ask or not _is_canary_newer(inputs):
         return False
-    return _has_canary(inputs, before.engine_since, "failed", "starved")
+    return _has_canary(inputs, max(before.engine_since, before.window_at), "failed", "starved")
+
+
+def _is_refusing(before: VerdictState, inputs: VerdictInputs) -> bool:
+    return before.served and inputs.refusing is not None
+
+
+def _is_refusing_long(before: VerdictState, inputs: VerdictInputs) -> bool:
+    is_doubted = before.state in ("suspect", "stalled")
+    return is_doubted and _is_refusing(before, inputs) and (inputs.refusing or 0.0) > inputs.evidence.kill_after
+
+
+def _is_start_overdue(before: VerdictState, inputs: VerdictInputs) -> bool:
+    is_starting = not before.served and before.rejected < REJECTED_STARTS
+    return is_starting and before.replaced and inputs.start_overdue
+
+
+def _is_unserved(before: VerdictState, inputs: VerdictInputs) -> bool:
+    """No token since the engine started; where it takes no canary, its users' work is judged."""
+    return not before.served and not (before.rejected >= REJECTED_STARTS and _is_silent(before, inputs))
 
 
 def _is_canary_rejected(before: VerdictState, inputs: VerdictInputs) -> bool:
-    if before.served:
-        is_judged = not inputs.is_working or _is_silent(before, inputs)
-    else:
-        is_judged = before.rejected >= REJECTED_STARTS
-    return is_judged and _is_canary_newer(inputs) and _has_canary(inputs, before.engine_since, "rejected")
+    """Canaries cannot be asked here, and nothing else can be judged."""
+    is_judged = not inputs.is_working if before.served else before.rejected >= REJECTED_STARTS
+    if not is_judged or _is_silent(before, inputs) or not _is_canary_newer(inputs):
+        return False
+    unasked = not inputs.can_ask and _has_canary(inputs, before.engine_since, "failed", "starved")
+    return unasked or _has_canary(inputs, before.engine_since, "rejected")
 
 
 def _has_part(before: VerdictState, inputs: VerdictInputs) -> bool:
@@ -167,7 +234,8 @@ def _has_severe_part(before: VerdictState, inputs: VerdictInputs) -> bool:
 
 
 def _is_stuck(before: VerdictState, inputs: VerdictInputs) -> bool:
-    return before.stuck_cycles >= STUCK_CYCLES and inputs.is_working
+    is_seen = inputs.is_working and (inputs.evidence.age or 0.0) > inputs.evidence.hidden
+    return before.stuck_cycles >= STUCK_CYCLES and is_seen
 
 
 def _is_restarting(before: VerdictState, inputs: VerdictInputs) -> bool:
@@ -196,13 +264,17 @@ CONDITIONS: Final[tuple[tuple[str, Condition, str], ...]] = (
     ("reopened", _is_reopened, "connections are accepted again after death"),
     ("part_severe", _has_severe_part, "a part has hung alone for long, with much of the work"),
     ("part", _has_part, "a part hangs alone: a stream again and again, all decodes, one rank, admission"),
+    ("refuses_long", _is_refusing_long, "every request has been refused for as long as a kill takes"),
+    ("refuses", _is_refusing, "an engine that has served refuses every request, canaries too"),
     ("progress", _is_progressing, f"progress within the last {FRESH_PROGRESS_S:.0f} s"),
-    ("confirmed", _is_confirmed, "silent beyond the allowed time, and the confirming canary failed or starved"),
+    ("confirmed", _is_confirmed, "silent beyond the time of a kill, and a canary or the engine's counters confirm it"),
+    ("lost", _is_lost, "idle, and no canary has passed for as long as a kill takes"),
     ("stuck", _is_stuck, f"{STUCK_CYCLES} canaries passed while the users' work stood still"),
     ("canary_ok_busy", _has_canary_passed_busy, "a canary passed; users' work is outstanding"),
     ("canary_ok", _has_canary_passed, "a canary passed; nothing else is outstanding"),
+    ("start_overdue", _is_start_overdue, "the engine was replaced, and its start has taken far too long"),
     ("canary_rejected", _is_canary_rejected, "the engine rejects the canary (4xx), so silence proves nothing"),
-    ("not_served", lambda before, _: not before.served, "no token yet since the engine started"),
+    ("not_served", _is_unserved, "no token yet since the engine started"),
     ("held", lambda before, _: before.state in ("stalled", "dead"), "nothing shows recovery"),
     ("canary_lost", _is_canary_lost, "idle, and the canary failed or starved"),
     ("silent", _is_silent, "work is outstanding and silent beyond the allowed time"),
@@ -225,11 +297,15 @@ TABLE: dict[str, TransitionRow] = {
     "reopened": {"*": ("starting", "engine_restarting")},
     "part_severe": {"*": ("stalled", "part")},
     "part": {"*": ("suspect", "part")},
+    "refuses_long": {"*": ("stalled", "refuses_work")},
+    "refuses": {"*": ("suspect", "refuses_work")},
     "progress": {"*": ("progressing", "progress")},
     "confirmed": {"*": ("stalled", "no_progress")},
+    "lost": {"*": ("stalled", "canary_lost")},
     "stuck": {"*": ("suspect", "work_stuck")},
     "canary_ok_busy": {"*": ("quiet", "canary_ok")},
     "canary_ok": {"*": ("idle", "canary_ok")},
+    "start_overdue": {"*": ("stalled", "startup_stuck")},
     "canary_rejected": {"*": ("unknown", "canary_rejected")},
     "not_served": {"*": ("starting", "awaiting_first_token")},
     "held": {"stalled": ("stalled", "kept"), "dead": ("dead", "engine_gone")},
@@ -257,6 +333,7 @@ def _exact_reason(before: VerdictState, inputs: VerdictInputs, reason: str) -> s
         "part": inputs.part.reason if inputs.part is not None else before.reason,
         "kept": before.reason,
         "no_progress": inputs.cause,
+        "canary_lost": inputs.cause if inputs.cause != "no_progress" else None,
         "awaiting_first_token": "startup_stuck" if inputs.startup_stuck else None,
     }
     return exact.get(reason) or reason
@@ -267,37 +344,58 @@ def _count(before: VerdictState, inputs: VerdictInputs) -> VerdictState:
     canary = inputs.canary
     if canary is not None and canary.ended > before.canary_seen:
         rejected = before.rejected + 1 if canary.outcome == "rejected" else 0
-        before = replace(before, canary_seen=canary.ended, rejected=rejected)
+        lost_at = before.lost_at if before.lost_at is not None else canary.started
+        lost = {"ok": None, "moot": before.lost_at, "refused": before.lost_at}.get(canary.outcome, lost_at)
+        before = replace(before, canary_seen=canary.ended, rejected=rejected, lost_at=lost)
+    if _is_progressing(before, inputs):
+        before = replace(before, lost_at=None)
     if before.stuck_cycles and (not inputs.is_working or _is_progressing(before, inputs)):
         before = replace(before, stuck_cycles=0)
     return before
 
 
 def _enter(before: VerdictState, inputs: VerdictInputs, condition: str, state: State, reason: str) -> VerdictState:
-    changes: dict[str, float | int | bool] = {"part": condition in ("part", "part_severe")}
+    changes: dict[str, float | int | bool | None] = {"part": condition in ("part", "part_severe")}
     if condition in ("progress", "canary_ok", "canary_ok_busy"):
         changes["served"] = True
     if condition == "canary_ok_busy":
         changes["window_at"] = inputs.now
-        if before.state == "suspect":
+        if before.state in ("suspect", "quiet"):
             changes["stuck_cycles"] = before.stuck_cycles + 1
     if state == "starting" and before.state != "starting":
-        changes |= {"served": False, "rejected": 0, "engine_since": inputs.now, "stuck_cycles": 0}
-    elif condition == "restarted":
-        changes |= {"served": False, "engine_since": inputs.now}
+        changes |= {"served": False, "rejected": 0, "engine_since": inputs.now, "stuck_cycles": 0, "replaced": True}
+        return _entered(before, inputs, state, reason, {**changes, "lost_at": None})
+    if condition == "restarted":
+        changes |= {"served": False, "engine_since": inputs.now, "replaced": True}
+    return _entered(before, inputs, state, reason, changes)
+
+
+def _entered(
+    before: VerdictState,
+    inputs: VerdictInputs,
+    state: State,
+    reason: str,
+    changes: dict[str, float | int | bool | None],
+) -> VerdictState:
     since = before.since if state == before.state else inputs.now
     return replace(before, state=state, reason=reason, since=since, **changes)  # type: ignore[arg-type]
 
 
-def is_canary_due(state: VerdictState, evidence: Evidence, last_ended: float | None, interval: float) -> bool:
+def is_canary_due(
+    state: VerdictState, evidence: Evidence, last_ended: float | None, interval: float, *, disturbs: bool = False
+) -> bool:
     """Whether a canary should be sent now (none is outstanding): when starting, idle for `interval`, suspect, or
-    stalled.
 
-    Never while work progresses or is silent within its time: a canary would only add load.
+    stalled; and once before a silence makes suspect. Never while work progresses or is silent within its time: a canary
+    would only add load. `disturbs`: it would drop what the engine keeps for its users, so only doubt is worth one.
     """
     is_doubted = state.state in ("suspect", "stalled", "dead")
+    if state.state == "quiet":
+        asked_at = max(evidence.progress_at or 0.0, state.window_at)
+        silence = min(evidence.age or 0.0, evidence.now - state.window_at)
+        return not disturbs and silence > evidence.ask_after and (last_ended or 0.0) <= asked_at
     is_idle = state.state in ("idle", "unknown") and (evidence.age is None or evidence.age > evidence.allowed)
-    if not (is_idle or is_doubted or state.state == "starting"):
+    if not ((is_idle and not disturbs) or is_doubted or state.state == "starting"):
         return False
     if state.state == "suspect" and (last_ended is None or last_ended <= state.since):
         return True

@@ -19,6 +19,7 @@ from typing import Final
 
 from sidecar.events import (
     LONGEST_ANSWER_TOKENS,
+    SHORT_ROUTES,
     TAIL_MULTIPLES,
     Admitted,
     Delivered,
@@ -35,10 +36,11 @@ FLOW_WINDOW_S = 60.0
 # Of the flow that routers weigh engines by.
 RECENT_WINDOW_S = 10.0
 TOKEN_WINDOW_S = 5.0
-# They request no tokens; their answer counts as a stream of one event.
-SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")
 # The engine or the sidecar is at fault.
 FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled", "lost"))
+
+# Events of a stream that show no text yet: the role, and the first token.
+MAX_FIRST_EVENTS: Final = 2
 
 Key = tuple[int, str]  # (relay index, request id)
 
@@ -65,6 +67,26 @@ class AdmissionHold:
     whole: int = 0  # maximum tokens of an answer that is not streamed; 0 for streams and SHORT_ROUTES
     remaining_mu: float = 0.0
     remaining_tokens: int = 0  # output tokens still expected
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens to compute, as estimated."""
+        return self.admitted.expected.uncached
+
+    @property
+    def route(self) -> str:
+        """The route of its API."""
+        return self.admitted.route
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Output tokens that its client allows; None where it names no limit."""
+        return self.admitted.max_output
+
+    @property
+    def shows(self) -> bool:
+        """Whether it would be seen to generate: its text has begun to come, and it has nothing to withhold."""
+        return self.delivered > MAX_FIRST_EVENTS and not self.admitted.withholds
 
     @property
     def pace(self) -> float | None:

@@ -48,7 +48,7 @@ class Pod:
 
     def __post_init__(self) -> None:
         self.control = ControlState(Settings(engine="http://engine"), Coefficients(), self.now, WALL + self.now)
-        self.control.health.progress.learned.first_tokens = 100
+        self.control.health.progress.learned.answers = 100
         self.tick(5)
         assert self.state == "idle"
 

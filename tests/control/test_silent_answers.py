@@ -175,7 +175,7 @@ def test_answers_in_one_piece_of_an_engine_without_counters_have_what_their_clie
 def test_what_is_generated_while_a_canary_waits_is_not_the_canarys() -> None:
     """It came just before a tool call took the only slot, and waits for 200 s: the counter moves for the user."""
     pod = Pod()
-    pod.control.health.progress.learned.first_tokens = 0  # unlearned: the canary is given as long as the silence
+    pod.control.health.progress.learned.answers = 0  # unlearned: the canary is given as long as the silence
     pod.watch()
     pod.canaries = "starved"
     while pod.sent is None:

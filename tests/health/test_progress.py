@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.events import RequestSize
 from sidecar.health.latency_model import UNKNOWN_SLOWNESS
-from sidecar.health.progress import GAP_MARGIN, LEARNED_FIRST_TOKENS, Progress, SilenceLimits, restarted, silence_limits
+from sidecar.health.progress import GAP_MARGIN, LEARNED_ANSWERS, Progress, SilenceLimits, silence_limits, started_after
 from sidecar.load import cost_model
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -24,6 +24,11 @@ class Item:
     prefill: float
     whole: int = 0
     blocked: bool = False
+    prompt_tokens: int = 0
+    route: str = "chat"
+    most_tokens: int | None = None
+    delivered: int = 0
+    shows: bool = False
 
 
 def prefill(tokens: int) -> float:
@@ -31,12 +36,12 @@ def prefill(tokens: int) -> float:
 
 
 def item(at: float, tokens: int = 100, *, first: float | None = None, whole: int = 0, blocked: bool = False) -> Item:
-    return Item(at, first, prefill(tokens), whole, blocked)
+    return Item(at, first, prefill(tokens), whole, blocked, tokens, most_tokens=whole or None, shows=first is not None)
 
 
 def learned() -> Progress:
     p = Progress(LIMITS)
-    p.learned.first_tokens = p.learned.fitted_at = LEARNED_FIRST_TOKENS
+    p.learned.answers = LEARNED_ANSWERS
     p.learned.slowness = 1.0
     return p
 
@@ -146,11 +151,11 @@ def test_a_request_that_does_not_stream_may_be_silent_for_its_whole_answer() -> 
 
 
 def test_patience_is_long_until_the_engine_is_known() -> None:
-    """Before LEARNED_FIRST_TOKENS the unlearned floor rules, and the machine may be much slower than predicted."""
+    """Before LEARNED_ANSWERS the unlearned floor rules, and the machine may be much slower than predicted."""
     p = Progress(LIMITS)
     assert p.evidence([item(0.0)], 1.0).allowed == 60.0
     assert p.evidence([item(0.0, 100_000)], 1.0).allowed == pytest.approx(3 * UNKNOWN_SLOWNESS * prefill(100_000))
-    for n in range(LEARNED_FIRST_TOKENS):
+    for n in range(LEARNED_ANSWERS):
         p.admitted((0, str(n)), 0.01, float(n))
         p.first_token((0, str(n)), n + 0.01)
     assert p.evidence([item(30.0)], 31.0).allowed == 8.0
