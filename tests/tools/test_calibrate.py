@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.__main__ import run
+from sidecar.errors import UsageError
 from sidecar.events import RequestSize
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
@@ -196,8 +197,8 @@ def test_the_engine_is_full_where_more_requests_gain_little() -> None:
 
 def test_a_context_that_is_too_short_is_refused() -> None:
     """Too short a context is rejected."""
-    with pytest.raises(ValueError, match="256"):
-        plan_shapes(MIN_LENGTH_TOKENS - 1, cached=False)
+    with pytest.raises(UsageError, match="256"):
+        min_length(MIN_LENGTH_TOKENS - 1, {})
 
 
 def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
@@ -212,17 +213,18 @@ def test_a_journal_goes_on_and_belongs_to_one_engine(tmp_path: Path) -> None:
             (SearchStep(2, 0.5, 2.0, RequestSize(8, output=1)),),
         ),
     )
-    entry = CheckpointEntry(Measured(RequestSize(8, output=1), 2.5), 1.5)
+    entry = CheckpointEntry(shape, 0, RequestSize(8, output=1), 2.5, 1.5)
+    later = replace(entry, turn=1)
     journal = Checkpoint(out, {"model": "a"})
     assert journal.read() == (None, {})
-    journal.begin(planned)
-    journal.add(shape, 0, entry)
+    journal.add(planned)
+    journal.add(entry)
     with (tmp_path / "co.json.partial").open("a") as file:
         file.write('{"shape": {"uncached": 8}')
     again = Checkpoint(out, {"model": "a"})
     assert again.read() == (planned, {(shape, 0): entry})
-    again.add(shape, 1, entry)
-    assert Checkpoint(out, {"model": "a"}).read() == (planned, {(shape, 0): entry, (shape, 1): entry})
+    again.add(later)
+    assert Checkpoint(out, {"model": "a"}).read() == (planned, {(shape, 0): entry, (shape, 1): later})
     assert Checkpoint(out, {"model": "b"}).read() == (None, {})
     journal.close()
     assert not list(tmp_path.iterdir())
@@ -325,9 +327,7 @@ async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> No
 
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
         target = PromptTarget(running.url, "scripted", ids=False)
-        sample = await traffic.CalibrationTraffic(session, target, background=traffic.BackgroundLoad(load)).run(
-            GridShape(16, 0, 8), 2, 0.2
-        )
+        sample = await traffic.CalibrationTraffic(session, target, load=load).run(GridShape(16, 0, 8), 2, 0.2)
     assert sample.others == 3
 
 

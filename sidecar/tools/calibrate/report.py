@@ -1,8 +1,9 @@
-"""Pure: the result of a calibration as text."""
+"""The result of a calibration as text, and lines of progress."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -91,8 +92,14 @@ def table(found: CalibrationReport) -> list[str]:
             ms, predicted = row.measured.ms, cost_model.gpu_ms(row.measured.work, found.co)
             error, spread = f"{predicted / ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
             rows.append((row.shape.name, f"{ms:.1f}", f"{predicted:.1f}", error, spread, kept))
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lines of aligned cells, the first `left` of each to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    sides = [str.ljust] * left + [str.rjust] * (len(widths) - left)
+    return ["  ".join(side(cell, w) for side, cell, w in zip(sides, r, widths, strict=True)).rstrip() for r in rows]
 
 
 def _in_flight(found: CalibrationReport, slo: float) -> str:
@@ -115,3 +122,11 @@ def bar(done: float, of: float, what: str) -> str:
     share = min(1.0, done / max(of, 1e-9))
     full = int(BAR_CHARACTERS * share)
     return f"[{'#' * full}{'.' * (BAR_CHARACTERS - full)}] {share:.0%} {what}"
+
+
+def show_progress(line: str, *, lasting: bool = False) -> None:
+    """Print progress; on a terminal, each line overwrites the last."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K" + line, end="\n" if lasting else "", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)
