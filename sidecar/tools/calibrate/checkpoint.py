@@ -42,46 +42,42 @@ class GridPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointEntry:
+class CheckpointEntry(Measured):
     """One measurement of a shape, its duration in seconds, and the share in which the engine waited for a core."""
 
     shape: GridShape
     turn: int
-    work: RequestSize
-    ms: float
     seconds: float
     waited: float = 0.0
-
-    @property
-    def measured(self) -> Measured:
-        """The cost of a request."""
-        return Measured(self.work, self.ms)
 
 
 Done = dict[tuple[GridShape, int], CheckpointEntry]  # by shape and turn
 
 
 class Checkpoint:
-    """The journal of one calibration. `identity` is everything that a measurement depends on."""
+    """The journal of one calibration. `identity`: what it depends on; `plan` and `done`: what an earlier run left."""
 
     def __init__(self, out: Path, identity: dict[str, Any]) -> None:
+        self.plan: GridPlan | None = None
+        self.done: Done = {}
         self._path = out.with_name(out.name + ".partial")
-        self._identity = identity
-
-    def read(self) -> tuple[GridPlan | None, Done]:
-        """The plan and the measurements of an earlier run."""
         with contextlib.suppress(OSError, ValueError):
             text = self._path.read_text()
-            if msgspec.json.decode(text.partition("\n")[0]) == self._identity:
-                found = read(text)
-                self._write(b"")  # ends a line that was cut off
-                return found
-        self._write(msgspec.json.encode(self._identity), "wb")
-        return None, {}
+            if msgspec.json.decode(text.partition("\n")[0]) == identity:
+                self.plan, self.done = read(text)
+        if self.plan is None:
+            self._write(msgspec.json.encode(identity), "wb")
+        else:
+            self._write(b"")  # ends a line that was cut off
 
-    def add(self, record: GridPlan | CheckpointEntry) -> None:
-        """Write the plan, or one measurement."""
-        self._write(msgspec.json.encode(record))
+    def begin(self, plan: GridPlan) -> None:
+        """Write the plan."""
+        self._write(msgspec.json.encode(plan))
+
+    def add(self, entry: CheckpointEntry) -> None:
+        """Write one measurement."""
+        self.done[entry.shape, entry.turn] = entry
+        self._write(msgspec.json.encode(entry))
 
     def close(self, kept: Path | None = None) -> None:
         """Remove the journal once the output is written; copy it to `kept` first."""

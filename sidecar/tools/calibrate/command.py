@@ -98,27 +98,23 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
         # New prompts each time: the engine may have those of an interrupted calibration in its cache.
         traffic = CalibrationTraffic(session, engine.target, time.time_ns(), engine.load, cores)
         journal = Checkpoint(out, identity(settings, engine))
-        plan, done = journal.read()
+        plan = journal.plan
         for_search, for_grid = settings.seconds * SEARCH_SHARE, settings.seconds * (1 - SEARCH_SHARE)
         if plan is None:
             span, seconds = (min_length(engine.context, engine.target.tokens), engine.context), (for_search, for_grid)
             plan = await make_plan(traffic, span, settings.slo_seconds, seconds, settings.concurrency)
-            journal.add(plan)
+            journal.begin(plan)
             for_grid = max(MIN_GRID_SHARE * settings.seconds, settings.seconds - (time.monotonic() - started))
-        await measure_grid(traffic, engine, plan, journal, done, for_grid)
+        await measure_grid(traffic, engine, plan, journal, for_grid)
         show_progress("")
-        return build_report(plan, done, settings, engine), journal
+        return build_report(plan, journal.done, settings, engine), journal
 
 
 async def measure_grid(
-    traffic: CalibrationTraffic,
-    engine: EngineCapabilities,
-    plan: GridPlan,
-    journal: Checkpoint,
-    done: Done,
-    seconds: float,
+    traffic: CalibrationTraffic, engine: EngineCapabilities, plan: GridPlan, journal: Checkpoint, seconds: float
 ) -> None:
-    """Measure all shapes in at least two turns, and more while there is time. Fills `done`."""
+    """Measure all shapes in at least two turns, and more while there is time."""
+    done = journal.done
     shapes = plan_shapes(plan.length, cached=engine.cached, tokens=engine.target.tokens, max_images=engine.max_images)
     each = seconds / (MAX_TURNS * len(shapes))
     turn, turns = 0, MIN_TURNS
@@ -132,9 +128,7 @@ async def measure_grid(
                     await wait_until_idle(engine)
                     started = time.monotonic()
                 cost, took = sample.cost(), round(time.monotonic() - started, 3)
-                entry = CheckpointEntry(shape, turn, cost.work, cost.ms, took, round(sample.waited, 4))
-                done[shape, turn] = entry
-                journal.add(entry)
+                journal.add(CheckpointEntry(cost.work, cost.ms, shape, turn, took, round(sample.waited, 4)))
         turn += 1
         spent = sum(entry.seconds for entry in done.values())
         turns = max(MIN_TURNS, min(MAX_TURNS, int(seconds / (spent / turn))))
@@ -156,13 +150,13 @@ def build_report(
     plan: GridPlan, done: Done, settings: CalibrateSettings, engine: EngineCapabilities
 ) -> report.CalibrationReport:
     """Fit the coefficients and measure the accuracy of the fit."""
-    rows = fit.merge_turns((shape, entry.measured) for (shape, _), entry in done.items())
+    rows = fit.merge_turns((entry.shape, entry) for entry in done.values())
     fitted, held_out = [r for r in rows if not r.shape.held_out], [r for r in rows if r.shape.held_out]
     count, gpu = hardware.gpus_of(settings.engine, settings.gpu)
     config, machine = read_config(settings.model), hardware.text(settings.engine, (count, gpu))
     prior = roofline(config, gpu, count) if config else cost_model.Coefficients()
-    co = fit.fit([r.measured for r in fitted], prior)
-    worth = fit.accuracy([r.measured for r in held_out], co)
+    co = fit.fit(fitted, prior)
+    worth = fit.accuracy(held_out, co)
     concurrency = find_concurrency_at_slo(plan.steps, settings.slo_seconds)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     co = replace(

@@ -11,7 +11,7 @@ from typing import Final
 from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.tools.calibrate.checkpoint import GridPlan
-from sidecar.tools.calibrate.fit import FitRow, Measured, accuracy, fit_line, line_accuracy, variation
+from sidecar.tools.calibrate.fit import FitRow, accuracy, fit_line, line_accuracy, variation
 
 BAR_CHARACTERS: Final = 24
 # Spread of the turns above which the machine is reported as busy with other work.
@@ -31,24 +31,11 @@ class CalibrationReport:
     plan: GridPlan
     waited: float
 
-    @property
-    def variation(self) -> float:
-        """How much the capacity differs between shapes."""
-        return variation(_of([*self.fitted, *self.held_out]), self.co)
-
-    @property
-    def spread(self) -> float:
-        """How much the turns of one shape differ: the median over the shapes."""
-        return statistics.median(row.spread for row in (*self.fitted, *self.held_out))
-
-
-def _of(rows: Sequence[FitRow]) -> list[Measured]:
-    return [row.measured for row in rows]
-
 
 def text(found: CalibrationReport, slo: float) -> str:
     """The report."""
-    co = found.co
+    co, rows = found.co, [*found.fitted, *found.held_out]
+    varies, spread = variation(rows, co), statistics.median(row.spread for row in rows)
     noisy = "; the machine is busy with other work: measure again when it is idle"
     decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
     terms = ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS)
@@ -57,9 +44,9 @@ def text(found: CalibrationReport, slo: float) -> str:
         "",
         *held_out(found),
         f"capacity with {found.plan.concurrency} open: {cost_model.max_mu_per_minute(co):.1f} MU per minute, "
-        f"coefficient of variation over the shapes {found.variation:.1%}",
-        f"turns of one shape differ by {found.spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
-        "the time, which is subtracted" + (noisy if max(found.spread, found.waited) > NOISY_SHARE else ""),
+        f"coefficient of variation over the shapes {varies:.1%}",
+        f"turns of one shape differ by {spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
+        "the time, which is subtracted" + (noisy if max(spread, found.waited) > NOISY_SHARE else ""),
         f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
         f"a generated token: {decode}",
         f"1 MU = {cost_model.unit_ms(co):.1f} ms; {terms}",
@@ -69,29 +56,24 @@ def text(found: CalibrationReport, slo: float) -> str:
 
 def held_out(found: CalibrationReport) -> list[str]:
     """The errors on the held-out shapes; if photos were measured, also without and with them."""
-    fitted = fit_line(_of(found.fitted))
+    fitted = fit_line(found.fitted)
     kinds = [("held out", found.held_out)]
     if any(row.shape.images for row in found.held_out):
         kinds += [("of these text", [r for r in found.held_out if not r.shape.images])]
         kinds += [("of these photos", [r for r in found.held_out if r.shape.images])]
-    lines = []
-    for name, rows in kinds:
-        ours, theirs = accuracy(_of(rows), found.co), line_accuracy(_of(rows), fitted)
-        lines.append(
-            f"{name}: MAPE {ours.mape:.1%}, P90 {ours.p90:.1%}, R2 {ours.r2:.3f}; "
-            f"alpha-beta line: MAPE {theirs.mape:.1%}, P90 {theirs.p90:.1%}, R2 {theirs.r2:.3f}"
-        )
-    return lines
+    return [
+        f"{name}: {accuracy(rows, found.co)}; alpha-beta line: {line_accuracy(rows, fitted)}" for name, rows in kinds
+    ]
 
 
 def table(found: CalibrationReport) -> list[str]:
     """One line for each shape, cheapest first."""
     rows = [("shape", "measured ms", "model ms", "error", "turns", "")]
     for kept, group in (("", found.fitted), ("held out", found.held_out)):
-        for row in sorted(group, key=lambda row: row.measured.ms):
-            ms, predicted = row.measured.ms, cost_model.gpu_ms(row.measured.work, found.co)
-            error, spread = f"{predicted / ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
-            rows.append((row.shape.name, f"{ms:.1f}", f"{predicted:.1f}", error, spread, kept))
+        for row in sorted(group, key=lambda row: row.ms):
+            predicted = cost_model.gpu_ms(row.work, found.co)
+            error, spread = f"{predicted / row.ms - 1:+.0%}", f"±{row.spread / 2:.0%}"
+            rows.append((row.shape.name, f"{row.ms:.1f}", f"{predicted:.1f}", error, spread, kept))
     return align(rows)
 
 

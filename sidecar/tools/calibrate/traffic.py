@@ -89,11 +89,8 @@ class CalibrationTraffic:
         await asyncio.gather(*(self.once(shape) for _ in range(number)))
         return time.monotonic() - started
 
-    async def run(self, shape: GridShape, concurrency: int, seconds: float, rounds: int = 1) -> LatencySample:
-        """Keep `concurrency` requests open for `seconds` and at least `rounds` counted rounds.
-
-        Raises EngineRefused, in a group.
-        """
+    async def run(self, shape: GridShape, concurrency: int, seconds: float) -> LatencySample:
+        """Keep `concurrency` requests open for `seconds`, until as many counted. Raises EngineRefused, in a group."""
         sample = LatencySample(concurrency)
         if shape.cached:
             await self._ask(self._prompts.lead(shape), shape)
@@ -112,7 +109,7 @@ class CalibrationTraffic:
                 if counts:
                     sample.latencies.append(time.monotonic() - started)
                     sample.works[work] += 1
-                if len(sample.latencies) >= rounds * concurrency and time.monotonic() >= until:
+                if len(sample.latencies) >= concurrency and time.monotonic() >= until:
                     enough.set()
 
         async with asyncio.TaskGroup() as group:
