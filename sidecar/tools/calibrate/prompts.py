@@ -18,10 +18,12 @@ from typing import Any, Final
 
 from sidecar.events import RequestSize
 from sidecar.tools.calibrate.shapes import GridShape
+from sidecar.tools.synthetic_photos import pixels
 
 VOCABULARY: Final = "red blue tree house seven river stone light paper north glass winter"
 # About the maximum, for a tokenizer that knows none of these words.
 TOKENS_PER_WORD: Final = 3
+_picture = cache(pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +97,9 @@ def photo_url(side: int, seed: int) -> str:
     import numpy as np
     from PIL import Image
 
-    picture = _picture(side)
-    out = io.BytesIO()
+    out, picture = io.BytesIO(), _picture(side, side * 3 // 4, seed=side)
     Image.fromarray(np.roll(picture, divmod(seed, side), axis=(0, 1))).save(out, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-@cache
-def _picture(side: int) -> Any:
-    from sidecar.tools.synthetic_photos import pixels
-
-    return pixels(side, side * 3 // 4, seed=side)
 
 
 def read_usage(answer: Any, shape: GridShape, target: PromptTarget) -> RequestSize:

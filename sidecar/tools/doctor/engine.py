@@ -5,7 +5,6 @@ Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 
 from __future__ import annotations
 
-import os
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -163,10 +162,10 @@ def threads(engine: str) -> DoctorFinding:
         return DoctorFinding("absent", "the engine's process cannot be seen from here")
     try:
         process = psutil.Process(min(pids))
-        wanted, usable = process.environ().get("OMP_NUM_THREADS", ""), len(process.cpu_affinity() or [])
+        wanted, usable = process.environ().get("OMP_NUM_THREADS", ""), len(process.cpu_affinity())
     except psutil.Error:
         return DoctorFinding("absent", "the engine's environment may not be read from here")
-    usable = min(usable or os.cpu_count() or 1, cpu_quota.quota())
+    usable = min(usable, cpu_quota.quota())
     remedy = f"set OMP_NUM_THREADS to the CPUs of its container (here {usable})"
     if not wanted.isdigit():
         return DoctorFinding(

@@ -6,7 +6,6 @@ Every choice that may surprise is explained by a comment in the YAML.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from textwrap import indent
 from typing import Final
 
@@ -231,7 +230,8 @@ def _sidecar_env(settings: ManifestSettings) -> str:
         values["SIDECAR_MODEL"], note = settings.model, ""
     if settings.images == "shm":
         values["SIDECAR_IMAGES"] = "shm"
-    return _env(values.items()) + note + POD_ENV
+    lines = (f"- {{name: {name}, value: {quote(value)}}}\n" for name, value in values.items())
+    return "".join(lines) + note + POD_ENV
 
 
 def _engine(settings: ManifestSettings) -> str:
@@ -283,10 +283,6 @@ def _volumes(settings: ManifestSettings) -> str:
         claim = f"{{claimName: {quote(settings.claim)}, readOnly: true}}"
         models = f"- {{name: models, persistentVolumeClaim: {claim}}}\n"
     return VOLUMES + models
-
-
-def _env(values: Iterable[tuple[str, str]]) -> str:
-    return "".join(f"- {{name: {name}, value: {quote(value)}}}\n" for name, value in values)
 
 
 def _lines(spaces: int, block: str) -> str:

@@ -73,10 +73,7 @@ KINDS: Final[dict[str, EngineCommand]] = {
         "--tp-size={gpus}",
     ),
     "tgi": EngineCommand(
-        "",
-        "text-generation-launcher",
-        "--model-id={model} --hostname=127.0.0.1 --port={port}",
-        "--num-shard={gpus}",
+        "", "text-generation-launcher", "--model-id={model} --hostname=127.0.0.1 --port={port}", "--num-shard={gpus}"
     ),
     "llamacpp": EngineCommand("", "/app/llama-server", "--model={model} --host=127.0.0.1 --port={port} --metrics"),
     "scripted": EngineCommand(
