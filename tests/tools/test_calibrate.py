@@ -327,8 +327,8 @@ async def test_a_run_tells_of_others_that_come_meanwhile(monkeypatch: Any) -> No
         return 5.0
 
     async with ScriptedEngine(quick()) as running, aiohttp.ClientSession() as session:
-        target = PromptTarget(running.url, "scripted", ids=False)
-        sample = await traffic.CalibrationTraffic(session, target, load=load).run(GridShape(16, 0, 8), 2, 0.2)
+        target = PromptTarget(session, running.url, "scripted", ids=False)
+        sample = await traffic.CalibrationTraffic(target, load=load).run(GridShape(16, 0, 8), 2, 0.2)
     assert sample.others == 3
 
 
@@ -383,5 +383,5 @@ async def test_of_several_models_one_that_is_loaded_is_measured() -> None:
     """A server that loads on demand is not made to load another one."""
     server = OnDemand("a", "b", says=True, loaded="b")
     async with server.shown() as shown, aiohttp.ClientSession() as session:
-        assert (await capabilities.text_target(session, shown.url, "")).model == "b"
+        assert (await capabilities.text_target(PromptTarget(session, shown.url))).model == "b"
     assert server.loads == []

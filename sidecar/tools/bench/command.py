@@ -93,11 +93,11 @@ def main(settings: BenchSettings) -> int:
 async def bench(settings: BenchSettings, rows: list[BenchRow]) -> None:
     """All runs; each appends to `rows`, also one that is cancelled. Raises EngineRefused."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        target = await text_target(session, settings.engine, settings.engine_key)
-        rate = settings.rate or ARRIVALS_PER_LATENCY / max(await measure_alone(session, target, settings), 1e-3)
+        target = await text_target(PromptTarget(session, settings.engine, key=settings.engine_key))
+        rate = settings.rate or ARRIVALS_PER_LATENCY / max(await measure_alone(target, settings), 1e-3)
         show_progress(f"{target.model}: {rate:.2f} requests a second", lasting=True)
         for profile in settings.profiles.split(","):
-            run = make_run(session, target, settings, profile)
+            run = make_run(target, settings, profile)
             began, whole = time.monotonic(), False
             progress = asyncio.create_task(keep_showing(run, profile, settings.seconds))
             try:
@@ -111,22 +111,21 @@ async def bench(settings: BenchSettings, rows: list[BenchRow]) -> None:
                 rows.append(sum_up(profile, rate, elapsed, run.records, settings.slo_seconds, price, whole=whole))
 
 
-def make_run(session: aiohttp.ClientSession, target: PromptTarget, settings: BenchSettings, profile: str) -> BenchRun:
+def make_run(target: PromptTarget, settings: BenchSettings, profile: str) -> BenchRun:
     """The run of one profile."""
     shape, naive = GridShape(settings.input_tokens, 0, settings.output_tokens), profile.endswith("-naive")
-    return BenchRun(session, target, shape, settings.max_open, settings.timeout, settings.seed, naive)
+    return BenchRun(target, shape, settings.max_open, settings.timeout, settings.seed, naive)
 
 
-async def measure_alone(session: aiohttp.ClientSession, target: PromptTarget, settings: BenchSettings) -> float:
+async def measure_alone(target: PromptTarget, settings: BenchSettings) -> float:
     """Seconds of a single request, the better of two. Raises EngineRefused."""
-    run = make_run(session, target, settings, PROFILES[0])
+    run = make_run(target, settings, PROFILES[0])
     records = [await run.send_one(), await run.send_one()]
     good = [record.seconds for record in records if record.ended == "completed"]
     if not good:
-        raise EngineRefused(
-            f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {records[-1].ended} "
-            "on the idle engine; see its log, and --input-tokens, --output-tokens, --timeout"
-        )
+        what = f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {records[-1].ended}"
+        remedy = "see its log, and --input-tokens, --output-tokens, --timeout"
+        raise EngineRefused(f"{what} on the idle engine; {remedy}")
     return min(good)
 
 

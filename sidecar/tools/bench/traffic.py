@@ -31,7 +31,6 @@ class BenchRun:
     - `one_at_a_time`: the engine gets no request before the last one ended.
     """
 
-    session: aiohttp.ClientSession
     target: PromptTarget
     shape: GridShape
     max_open: int
@@ -88,4 +87,4 @@ class BenchRun:
     def _post(self) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         path, body = self._prompts.next(self.shape)
         url, headers = self.target.url + path, self.target.headers
-        return self.session.post(url, json={**body, **STREAM_OPTIONS}, headers=headers, timeout=NO_TIMEOUT)
+        return self.target.session.post(url, json={**body, **STREAM_OPTIONS}, headers=headers, timeout=NO_TIMEOUT)

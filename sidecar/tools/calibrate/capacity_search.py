@@ -49,12 +49,11 @@ async def make_plan(
 
 async def _fit_reference(traffic: CalibrationTraffic, context: int, seconds: float) -> GridShape:
     """The reference shape, scaled down until there is time for some steps."""
-    scale = 1.0
-    while True:
-        shape = reference_shape(context, scale)
-        if SEARCH_LATENCIES * await traffic.burst(shape, 1) <= seconds or scale <= MIN_SCALE:
-            return shape
+    shape, scale = reference_shape(context), 1.0
+    while SEARCH_LATENCIES * await traffic.burst(shape, 1) > seconds and scale > MIN_SCALE:
         scale /= 2
+        shape = reference_shape(context, scale)
+    return shape
 
 
 async def _open_more(

@@ -2,9 +2,8 @@
 
     sidecar calibrate --engine http://127.0.0.1:8000 --out coefficients.json
 
-The shapes run in several turns, each in a different order, with as many requests open as fill the engine. Some shapes
-are held out of the fit and show its accuracy. An interrupted calibration resumes. The file is for `sidecar run
---coefficients`.
+Some shapes are held out of the fit and show its accuracy. An interrupted calibration resumes. The file is for `sidecar
+run --coefficients`.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from sidecar.tools.calibrate import contention, fit, hardware, report
 from sidecar.tools.calibrate.capabilities import EngineCapabilities, probe_capabilities
 from sidecar.tools.calibrate.capacity_search import find_concurrency_at_slo, make_plan
 from sidecar.tools.calibrate.checkpoint import Checkpoint, CheckpointEntry, Done, GridPlan
+from sidecar.tools.calibrate.prompts import PromptTarget
 from sidecar.tools.calibrate.report import show_progress
 from sidecar.tools.calibrate.shapes import min_length, plan_shapes, shuffle_turn
 from sidecar.tools.calibrate.traffic import CalibrationTraffic, EngineRefused
@@ -87,16 +87,15 @@ async def calibrate(settings: CalibrateSettings, out: Path) -> tuple[report.Cali
     """The whole measurement against the live engine. Raises UsageError and EngineRefused."""
     started = time.monotonic()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        engine = await probe_capabilities(
-            session, settings.engine, settings.engine_key, settings.engine_kind, settings.model, settings.context
-        )
+        target = PromptTarget(session, settings.engine, key=settings.engine_key)
+        engine = await probe_capabilities(target, settings.engine_kind, settings.model, settings.context)
         show_progress(f"{engine.target.model} on {engine.kind} {engine.version}, {engine.context} tokens of context")
         for note in engine.notes:
             show_progress(note, lasting=True)
         await wait_until_idle(engine)
         cores = contention.Cores(await asyncio.to_thread(contention.pids_of, settings.engine))
         # New prompts each time: the engine may have those of an interrupted calibration in its cache.
-        traffic = CalibrationTraffic(session, engine.target, time.time_ns(), engine.load, cores)
+        traffic = CalibrationTraffic(engine.target, time.time_ns(), engine.load, cores)
         journal = Checkpoint(out, identity(settings, engine))
         plan = journal.plan
         for_search, for_grid = settings.seconds * SEARCH_SHARE, settings.seconds * (1 - SEARCH_SHARE)
@@ -159,9 +158,12 @@ def build_report(
     worth = fit.accuracy(held_out, co)
     concurrency = find_concurrency_at_slo(plan.steps, settings.slo_seconds)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    source = f"calibrated {today}" + (f" on {machine}" if machine else "")
+    named = json.dumps([identity(settings, engine), source, *(getattr(co, name) for name in cost_model.TERMS)])
     co = replace(
         co,
-        source=f"calibrated {today}" + (f" on {machine}" if machine else ""),
+        source=source,
+        fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest(),
         model=engine.target.model,
         engine=engine.version,
         gpu=gpu,
@@ -173,8 +175,6 @@ def build_report(
         mu_in_flight=round(concurrency * cost_model.mu(plan.steps[0].work, co), 4),
         slo_seconds=settings.slo_seconds,
     )
-    named = json.dumps([identity(settings, engine), co.source, *(getattr(co, name) for name in cost_model.TERMS)])
-    co = replace(co, fingerprint=hashlib.blake2b(named.encode(), digest_size=6).hexdigest())
     waited = statistics.median(entry.waited for entry in done.values())
     return report.CalibrationReport(fitted, held_out, co, plan, waited)
 

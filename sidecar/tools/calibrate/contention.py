@@ -57,7 +57,6 @@ def pids_of(engine: str) -> tuple[int, ...]:
 
 def share(before: Times, after: Times, seconds: float) -> float:
     """The share of `seconds` between two readings that the busiest thread waited."""
-    seen = {thread: times for thread, times in after.items() if thread in before}
-    rows = ((ran - before[thread][0], waited - before[thread][1]) for thread, (ran, waited) in seen.items())
-    _, waited = max(rows, default=(0.0, 0.0))
+    shared = ((now, before[thread]) for thread, now in after.items() if thread in before)
+    _, waited = max(((now[0] - then[0], now[1] - then[1]) for now, then in shared), default=(0.0, 0.0))
     return min(MAX_WAITED_SHARE, max(0.0, waited / seconds)) if seconds > 0 else 0.0

@@ -75,13 +75,10 @@ def fit(measured: Sequence[Measured], prior: Coefficients | None = None) -> Coef
     if len(measured) < 4:
         raise ValueError("too few measurements to fit: at least four shapes are needed")
     prior = prior or Coefficients()
-    rows = [cost_model.features(m.work, prior) for m in measured]
-    shown = [any(r[j] for r in rows) for j in range(len(TERMS))]
-    scale = _scale(measured, prior)
+    rows, scale = [cost_model.features(m.work, prior) for m in measured], _scale(measured, prior)
     start = [getattr(prior, name) * scale for name in TERMS]
     solved = solve(rows, [m.ms for m in measured], start, RIDGE_PER_MEASUREMENT * len(measured))
-    values = {name: solved[j] if shown[j] else start[j] for j, name in enumerate(TERMS)}
-    return replace(prior, **values)  # type: ignore[arg-type]
+    return replace(prior, **dict(zip(TERMS, solved, strict=True)))  # type: ignore[arg-type]
 
 
 def _scale(measured: Sequence[Measured], prior: Coefficients) -> float:

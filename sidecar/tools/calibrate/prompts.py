@@ -1,7 +1,6 @@
 """Build requests of a given shape, and read what they used from the response.
 
 Prompts are random and photos are new, so that nothing is cached by accident. The engine's `usage` is what counts.
-Photos need numpy and Pillow (the extra `images`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
+import aiohttp
+
 from sidecar.events import RequestSize
 from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.synthetic_photos import pixels
@@ -28,13 +29,15 @@ _picture = cache(pixels)
 
 @dataclass(frozen=True, slots=True)
 class PromptTarget:
-    """The engine and its prompt format. `ids`: it accepts token ids, of which the first `vocabulary` are safe.
+    """The engine, a session to reach it, and its prompt format.
 
+    `ids`: it accepts token ids, of which the first `vocabulary` are safe.
     `tokens`: encoder tokens of one photo, by its longer side; empty if it accepts none.
     """
 
+    session: aiohttp.ClientSession
     url: str
-    model: str
+    model: str = ""
     key: str = ""
     ids: bool = True
     vocabulary: int = 256

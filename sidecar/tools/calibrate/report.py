@@ -58,9 +58,8 @@ def held_out(found: CalibrationReport) -> list[str]:
     """The errors on the held-out shapes; if photos were measured, also without and with them."""
     fitted = fit_line(found.fitted)
     kinds = [("held out", found.held_out)]
-    if any(row.shape.images for row in found.held_out):
-        kinds += [("of these text", [r for r in found.held_out if not r.shape.images])]
-        kinds += [("of these photos", [r for r in found.held_out if r.shape.images])]
+    if photos := [r for r in found.held_out if r.shape.images]:
+        kinds += [("of these text", [r for r in found.held_out if not r.shape.images]), ("of these photos", photos)]
     return [
         f"{name}: {accuracy(rows, found.co)}; alpha-beta line: {line_accuracy(rows, fitted)}" for name, rows in kinds
     ]

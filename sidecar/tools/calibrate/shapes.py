@@ -47,14 +47,8 @@ class GridShape:
 
 # (uncached, cached, output) as shares of the length, and whether the shape is held out.
 GRID: Final[tuple[tuple[float, float, float, bool], ...]] = (
-    (1 / 128, 0, 1 / 1024, False),
-    (1 / 8, 0, 1 / 1024, False),
-    (1 / 2, 0, 1 / 1024, False),
-    (7 / 8, 0, 1 / 1024, False),
-    (1 / 128, 0, 1 / 32, False),
-    (1 / 128, 0, 1 / 8, False),
-    (1 / 4, 0, 1 / 32, False),
-    (1 / 4, 0, 1 / 8, False),
+    *((uncached, 0, 1 / 1024, False) for uncached in (1 / 128, 1 / 8, 1 / 2, 7 / 8)),
+    *((uncached, 0, output, False) for uncached in (1 / 128, 1 / 4) for output in (1 / 32, 1 / 8)),
     (1 / 2, 0, 1 / 16, False),
     (3 / 4, 0, 1 / 8, False),
     (1 / 32, 1 / 2, 1 / 1024, False),
@@ -71,18 +65,13 @@ GENERATING: Final = (1 / 128, 0, 1 / 16)
 # The slowest of the grid.
 LARGEST: Final = (3 / 4, 0, 1 / 8)
 
-# (images, index into PHOTO_SIDES_PX, output as a share of the length), and whether the shape is held out.
+# (images, side, output as a share of the length), and whether the shape is held out.
 PHOTO_GRID: Final[tuple[tuple[int, int, float, bool], ...]] = (
-    (1, 0, 1 / 1024, False),
-    (4, 0, 1 / 1024, False),
-    (1, 1, 1 / 1024, False),
-    (1, 2, 1 / 1024, False),
-    (4, 2, 1 / 1024, False),
-    (1, 0, 1 / 32, False),
-    (2, 0, 1 / 1024, True),
-    (2, 1, 1 / 1024, True),
-    (2, 2, 1 / 1024, True),
-    (2, 0, 1 / 64, True),
+    *((1, side, 1 / 1024, False) for side in PHOTO_SIDES_PX),
+    *((4, side, 1 / 1024, False) for side in PHOTO_SIDES_PX[::2]),
+    (1, PHOTO_SIDES_PX[0], 1 / 32, False),
+    *((2, side, 1 / 1024, True) for side in PHOTO_SIDES_PX),
+    (2, PHOTO_SIDES_PX[0], 1 / 64, True),
 )
 
 
@@ -94,8 +83,7 @@ def plan_shapes(
     `cached`: the engine reports cached tokens. `tokens`: of one photo, by its side, if the engine accepts photos.
     """
     shapes = [shape_of(length, *row) for row in GRID if cached or not row[1]]
-    for images, side_index, output, held_out in PHOTO_GRID if tokens else ():
-        side = PHOTO_SIDES_PX[side_index]
+    for images, side, output, held_out in PHOTO_GRID if tokens else ():
         shape = GridShape(PHOTO_TEXT_TOKENS, 0, max(1, int(output * length)), held_out, images, side)
         used = images * (tokens or {}).get(side, length) + 4 * PHOTO_TEXT_TOKENS + shape.output
         if images <= max_images and used <= length:

@@ -68,7 +68,6 @@ class LatencySample:
 class CalibrationTraffic:
     """Sends requests of given shapes. `load` and `cores` are watched during a run."""
 
-    session: aiohttp.ClientSession
     target: PromptTarget
     seed: int = 0
     load: Load | None = None
@@ -140,7 +139,7 @@ class CalibrationTraffic:
         path, body = prompt
         url, headers = self.target.url + path, self.target.headers
         try:
-            async with self.session.post(url, json=body, headers=headers, timeout=REQUEST_TIMEOUT) as answer:
+            async with self.target.session.post(url, json=body, headers=headers, timeout=REQUEST_TIMEOUT) as answer:
                 text = await answer.text()
                 if answer.status != 200:
                     raise EngineRefused(f"the engine returned {answer.status}: {shorten_error(text)}")

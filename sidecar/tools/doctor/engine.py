@@ -6,7 +6,6 @@ Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 from __future__ import annotations
 
 from typing import Final
-from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -21,6 +20,7 @@ from sidecar.settings import Settings
 from sidecar.signals import engine_processes
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.identify import ProbeAnswers, probe_engine, request_pages
+from sidecar.signals.listening_socket import host_and_port
 from sidecar.tools.doctor.finding import DoctorFinding, Level
 
 # Of /v1/models and the metrics page.
@@ -156,8 +156,8 @@ def prepared(chosen: Settings, met: ProbeAnswers) -> DoctorFinding:
 
 def threads(engine: str) -> DoctorFinding:
     """OMP_NUM_THREADS of the engine's process, if it is visible on this machine."""
-    url = urlsplit(engine)
-    pids = engine_processes.find_listeners(url.port or 80)[0] if url.hostname in LOCAL_HOSTS else set()
+    host, port = host_and_port(engine)
+    pids = engine_processes.find_listeners(port)[0] if host in LOCAL_HOSTS else set()
     if not pids:
         return DoctorFinding("absent", "the engine's process cannot be seen from here")
     try:

@@ -61,15 +61,13 @@ LIVENESS_PROBES: Final = {
 # {VERDICT_STALE_S:.0f} s passes. So neither a missing sidecar nor an image without stat kills an engine; only
 # three commands in a row that exceed timeoutSeconds would.
 livenessProbe:
-  exec:
-    command: [sh, -c, {quote(shell.safe_liveness(STATE_DIR))}]
+  exec: {{command: [sh, -c, {quote(shell.safe_liveness(STATE_DIR))}]}}
   timeoutSeconds: 10
   failureThreshold: 3
 """,
     "http": f"""\
 # This fails closed: when the sidecar does not answer for periodSeconds * failureThreshold, a healthy engine is killed.
 # Use it only if the engine's image has no shell, and keep the threshold high enough for a restart of the sidecar.
-# The port is a number because a name refers to the same container only.
 livenessProbe:
   httpGet: {{path: /livez, port: {ADMIN_PORT}}}
   timeoutSeconds: 5
@@ -189,18 +187,10 @@ def _sidecar(settings: ManifestSettings) -> str:
     - {{name: relay, containerPort: {RELAY_PORT}}}
     - {{name: admin, containerPort: {ADMIN_PORT}}}
   # The engine's container starts once this passes. /healthz covers the sidecar only.
-  startupProbe: {{httpGet: {{path: /healthz, port: {ADMIN_PORT}}}, periodSeconds: 1, failureThreshold: 60}}
-  livenessProbe:
-    httpGet: {{path: /healthz, port: {ADMIN_PORT}}}
-    periodSeconds: 10
-    timeoutSeconds: 5
-    failureThreshold: 6
+  startupProbe: {{{_get("/healthz")}, periodSeconds: 1, failureThreshold: 60}}
+  livenessProbe: {{{_get("/healthz")}, periodSeconds: 10, timeoutSeconds: 5, failureThreshold: 6}}
   # The pod is ready when the engine can serve. Load alone never makes it unready.
-  readinessProbe:
-    httpGet: {{path: /readyz, port: {ADMIN_PORT}}}
-    periodSeconds: 2
-    timeoutSeconds: 2
-    failureThreshold: 1
+  readinessProbe: {{{_get("/readyz")}, periodSeconds: 2, timeoutSeconds: 2, failureThreshold: 1}}
   resources:
     # The CPU limit is the number of images prepared concurrently.
     requests: {{cpu: "{settings.sidecar_cpus}", memory: {SIDECAR_MEMORY}}}
@@ -236,6 +226,7 @@ def _sidecar_env(settings: ManifestSettings) -> str:
 
 def _engine(settings: ManifestSettings) -> str:
     image, command, args = start(settings)
+    tries = -(-settings.startup_seconds // STARTUP_PERIOD_S)
     gpu = f', nvidia.com/gpu: "{settings.gpus}"' if settings.gpus else ""
     size = f'{{cpu: "{settings.cpus}", memory: {settings.memory}{gpu}}}'
     models = MODELS_MOUNT if settings.claim else "- {name: models, mountPath: /root/.cache/huggingface}\n"
@@ -252,11 +243,7 @@ def _engine(settings: ManifestSettings) -> str:
 {_lines(4, CONNECTOR if settings.images == "shm" else "")}  # Liveness does not count before the first token.
   # This probe may fail closed for its {settings.startup_seconds} s: without the sidecar nothing serves either.
   # The port is a number because a name refers to the same container only.
-  startupProbe:
-    httpGet: {{path: /startupz, port: {ADMIN_PORT}}}
-    periodSeconds: {STARTUP_PERIOD_S}
-    timeoutSeconds: 5
-    failureThreshold: {-(-settings.startup_seconds // STARTUP_PERIOD_S)}
+  startupProbe: {{{_get("/startupz")}, periodSeconds: {STARTUP_PERIOD_S}, timeoutSeconds: 5, failureThreshold: {tries}}}
 {_lines(2, LIVENESS_PROBES[settings.probe])}    periodSeconds: 5
     # A stalled engine does not exit by itself: it is killed after this time, regardless of the pod's own.
     terminationGracePeriodSeconds: 10
@@ -264,8 +251,7 @@ def _engine(settings: ManifestSettings) -> str:
     # On deletion, new requests stop first, then open ones finish while engine and sidecar still serve. A stalled engine
     # terminates at once.
     preStop:
-      exec:
-        command: [sh, -c, {quote(shell.drain(STATE_DIR, ENDPOINT_REMOVAL_S, DRAIN_S))}]
+      exec: {{command: [sh, -c, {quote(shell.drain(STATE_DIR, ENDPOINT_REMOVAL_S, DRAIN_S))}]}}
   resources:
     requests: {size}
     limits: {size}
@@ -283,6 +269,10 @@ def _volumes(settings: ManifestSettings) -> str:
         claim = f"{{claimName: {quote(settings.claim)}, readOnly: true}}"
         models = f"- {{name: models, persistentVolumeClaim: {claim}}}\n"
     return VOLUMES + models
+
+
+def _get(path: str) -> str:
+    return f"httpGet: {{path: {path}, port: {ADMIN_PORT}}}"
 
 
 def _lines(spaces: int, block: str) -> str:
