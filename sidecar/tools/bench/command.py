@@ -120,10 +120,12 @@ def make_run(target: PromptTarget, settings: BenchSettings, profile: str) -> Ben
 async def measure_alone(target: PromptTarget, settings: BenchSettings) -> float:
     """Seconds of a single request, the better of two. Raises EngineRefused."""
     run = make_run(target, settings, PROFILES[0])
-    records = [await run.send_one(), await run.send_one()]
-    good = [record.seconds for record in records if record.ended == "completed"]
+    for _ in range(2):
+        await run.run([0.0])
+    good = [record.seconds for record in run.records if record.ended == "completed"]
     if not good:
-        what = f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {records[-1].ended}"
+        ended = run.records[-1].ended
+        what = f"a request of {settings.input_tokens} tokens in and {settings.output_tokens} out {ended}"
         remedy = "see its log, and --input-tokens, --output-tokens, --timeout"
         raise EngineRefused(f"{what} on the idle engine; {remedy}")
     return min(good)

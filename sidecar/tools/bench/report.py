@@ -57,17 +57,13 @@ def plot(rows: Sequence[BenchRow], title: str) -> str:
         parts.append(f'<rect x="{x}" y="30" width="10" height="10" fill="{colour}"/>')
         parts.append(f'<text x="{x + 14}" y="40">{ended}</text>')
     for n, r in enumerate(rows):
-        parts += _bar(r, TOP + n * ROW, WIDTH / most)
+        end, y = float(LEFT), TOP + n * ROW
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 16}" text-anchor="end">{escape(r.profile)}</text>')
+        for ended, colour in COLOURS.items():
+            if length := getattr(r, ended) * WIDTH / most:
+                parts.append(f'<rect x="{end:.1f}" y="{y}" width="{length:.1f}" height="22" fill="{colour}"/>')
+            end += length
+        price = "" if r.dollars_per_1k_completed is None else f", ${r.dollars_per_1k_completed:.4f} / 1k"
+        words = f"{r.completed} ok, p95 {number(r.p95, 2)} s, SLO {'pass' if r.slo_kept else 'miss'}{price}"
+        parts.append(f'<text x="{end + 8:.1f}" y="{y + 16}">{words}</text>')
     return "\n".join([*parts, "</svg>", ""])
-
-
-def _bar(r: BenchRow, y: float, scale: float) -> list[str]:
-    parts = [f'<text x="{LEFT - 8}" y="{y + 16}" text-anchor="end">{escape(r.profile)}</text>']
-    x = float(LEFT)
-    for ended, colour in COLOURS.items():
-        if width := getattr(r, ended) * scale:
-            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="22" fill="{colour}"/>')
-        x += width
-    price = "" if r.dollars_per_1k_completed is None else f", ${r.dollars_per_1k_completed:.4f} / 1k"
-    words = f"{r.completed} ok, p95 {number(r.p95, 2)} s, SLO {'pass' if r.slo_kept else 'miss'}{price}"
-    return [*parts, f'<text x="{x + 8:.1f}" y="{y + 16}">{words}</text>']

@@ -56,12 +56,6 @@ class BenchRun:
                 self.open += 1
                 group.create_task(self._send())
 
-    async def send_one(self) -> BenchRecord:
-        """Send one request now."""
-        self.open += 1
-        await self._send()
-        return self.records[-1]
-
     async def _send(self) -> None:
         """Send one request, already counted in `open`."""
         began, first, stream = time.monotonic(), None, SSE(hide_usage=False)

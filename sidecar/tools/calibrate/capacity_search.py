@@ -86,10 +86,7 @@ def find_full_concurrency(steps: tuple[SearchStep, ...]) -> int:
 
 
 def find_concurrency_at_slo(steps: tuple[SearchStep, ...], slo: float) -> float:
-    """Open requests at which p95 reaches the SLO, interpolated between the steps below and above it.
-
-    0 if no step exceeded it, or the first one did.
-    """
+    """Open requests at which p95 reaches the SLO, interpolated; 0 if no step exceeded it, or the first one did."""
     for below, over in itertools.pairwise(steps):
         if below.p95 <= slo < over.p95:
             return below.open + (over.open - below.open) * (slo - below.p95) / (over.p95 - below.p95)

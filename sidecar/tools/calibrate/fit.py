@@ -142,8 +142,7 @@ def variation(measured: Sequence[Measured], co: Coefficients) -> float:
 def _accuracy(pairs: Sequence[tuple[float, float]]) -> Accuracy:
     errors = sorted(abs(predicted - ms) / ms for ms, predicted in pairs)
     logs = [math.log(ms) for ms, _ in pairs]
-    mean = statistics.mean(logs)
-    spread = sum((x - mean) ** 2 for x in logs)
+    spread = len(logs) * statistics.pvariance(logs)
     left = sum((math.log(max(predicted, 1e-9)) - x) ** 2 for x, (_, predicted) in zip(logs, pairs, strict=True))
-    p90 = errors[min(len(errors) - 1, math.ceil(0.9 * len(errors)) - 1)]
+    p90 = errors[math.ceil(0.9 * len(errors)) - 1]
     return Accuracy(statistics.mean(errors), p90, 1 - left / spread if spread else 0.0)

@@ -21,7 +21,7 @@ from sidecar.events import RequestSize
 from sidecar.tools.calibrate.shapes import GridShape
 from sidecar.tools.synthetic_photos import pixels
 
-VOCABULARY: Final = "red blue tree house seven river stone light paper north glass winter"
+WORDS: Final = ["red", "blue", "tree", "house", "seven", "river", "stone", "light", "paper", "north", "glass", "winter"]
 # About the maximum, for a tokenizer that knows none of these words.
 TOKENS_PER_WORD: Final = 3
 _picture = cache(pixels)
@@ -91,8 +91,7 @@ class Prompts:
         return [self._random.randrange(self._target.vocabulary) for _ in range(count)]
 
     def _text(self, tokens: list[int]) -> str:
-        words = VOCABULARY.split()
-        return " ".join(words[token % len(words)] for token in tokens)
+        return " ".join(WORDS[token % len(WORDS)] for token in tokens)
 
 
 def photo_url(side: int, seed: int) -> str:

@@ -20,10 +20,7 @@ NOISY_SHARE: Final = 0.15
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """Fitted and held-out shapes, and the result.
-
-    `waited`: the median share of the time in which the engine waited for a core.
-    """
+    """Fitted and held-out shapes, and the result. `waited`: the median share of the time without a core."""
 
     fitted: Sequence[FitRow]
     held_out: Sequence[FitRow]
@@ -38,6 +35,10 @@ def text(found: CalibrationReport, slo: float) -> str:
     varies, spread = variation(rows, co), statistics.median(row.spread for row in rows)
     noisy = "; the machine is busy with other work: measure again when it is idle"
     decode = ", ".join(f"{s.open} open {1000 / s.rate / s.work.output:.3g} ms" for s in found.plan.decode)
+    steps = ", ".join(
+        f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, co) * 60:.0f} MU per minute"
+        for s in found.plan.steps
+    )
     terms = ", ".join(f"{name} {getattr(co, name):.4g}" for name in cost_model.TERMS)
     lines = [
         *table(found),
@@ -47,7 +48,7 @@ def text(found: CalibrationReport, slo: float) -> str:
         f"coefficient of variation over the shapes {varies:.1%}",
         f"turns of one shape differ by {spread:.1%}; the engine waited for a core in {found.waited:.1%} of "
         "the time, which is subtracted" + (noisy if max(spread, found.waited) > NOISY_SHARE else ""),
-        f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({_steps(found)})",
+        f"at p95 <= {slo:g} s: {_in_flight(found, slo)} ({steps})",
         f"a generated token: {decode}",
         f"1 MU = {cost_model.unit_ms(co):.1f} ms; {terms}",
     ]
@@ -89,13 +90,6 @@ def _in_flight(found: CalibrationReport, slo: float) -> str:
     if found.plan.steps[0].p95 > slo:
         return "none; even a single request of this size exceeds it"
     return f"not reached in the time; by Little's law {cost_model.max_mu_in_flight(found.co, slo):.2f} MU in flight"
-
-
-def _steps(found: CalibrationReport) -> str:
-    return ", ".join(
-        f"{s.open} open: {s.p95:.2f} s, {s.rate * cost_model.mu(s.work, found.co) * 60:.0f} MU per minute"
-        for s in found.plan.steps
-    )
 
 
 def bar(done: float, of: float, what: str) -> str:
