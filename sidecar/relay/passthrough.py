@@ -48,10 +48,10 @@ class Passthrough:
             answer = await self._engine.send(request, id, body)
             call.answered(answer.status)
         with closing(answer):
-            passed = headers.to_client(request.headers, answer.headers, id, report)
+            passed = headers.to_client(request.headers, answer.headers, id, report, {})
             response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=passed)
-            await client_io.start(response, request)
+            await client_io.send(response.prepare(request))
             while chunk := await client_io.next_chunk(answer):
-                await client_io.write(response, chunk)
-            await client_io.end(response)
+                await client_io.send(response.write(chunk))
+            await client_io.send(response.write_eof())
             return response

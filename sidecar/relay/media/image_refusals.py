@@ -66,7 +66,7 @@ class Refusals:
             return False
         if answer.status in (_TOO_LARGE_STATUS, _MEDIA_TYPE_STATUS):
             return True
-        if response.is_stream(answer) or not (response.is_plain(answer) and response.is_short(answer)):
+        if response.is_stream(answer) or not response.can_change(answer):
             return False
         try:
             return _FORMAT_REFUSAL.search(await answer.read()) is not None
