@@ -12,7 +12,6 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -24,7 +23,6 @@ from yarl import URL
 from sidecar.errors import BadTarget
 from sidecar.events import Trace
 from sidecar.relay import client_io, headers
-from sidecar.relay.headers import Headers
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
@@ -111,13 +109,18 @@ class EngineClient:
     ) -> aiohttp.ClientResponse:
         """The head of the engine's answer, which the caller closes: left early, its connection closes too."""
         passed = headers.to_engine(request, id=id, trace=trace, length=length)
-        ask = partial(_ask, request.method, self.url(request), passed, data)
-        reused_at: list[float] = []
+        method, url, reused_at = request.method, self.url(request), list[float]()
+
+        def ask(session: aiohttp.ClientSession) -> Awaitable[aiohttp.ClientResponse]:
+            return session.request(
+                method, url, headers=passed, data=data, allow_redirects=False, trace_request_ctx=reused_at
+            )
+
         try:
             if not _is_repeatable(data):
                 return await ask(self.fresh)
             try:
-                answer = await ask(self._kept, reused_at)
+                answer = await ask(self._kept)
             except Unanswered:
                 if not reused_at or time.monotonic() - reused_at[0] >= MAX_STALE_S:
                     raise
@@ -132,13 +135,6 @@ class EngineClient:
         """Close all connections."""
         await self._kept.close()
         await self.fresh.close()
-
-
-def _ask(
-    method: str, url: URL, passed: Headers, data: Any, session: aiohttp.ClientSession, context: object = None
-) -> Awaitable[aiohttp.ClientResponse]:
-    """`context` goes to the session's trace."""
-    return session.request(method, url, headers=passed, data=data, allow_redirects=False, trace_request_ctx=context)
 
 
 async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, params: object) -> None:
@@ -159,9 +155,9 @@ async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType)
 
 
 def _is_repeatable(data: Any) -> bool:
-    return (
-        (data.size or 0) <= MAX_REPEATED_BYTES if isinstance(data, BodyPayload) else data is None or type(data) is bytes
-    )
+    if isinstance(data, BodyPayload):
+        return (data.size or 0) <= MAX_REPEATED_BYTES
+    return data is None or isinstance(data, bytes)
 
 
 def _session(traces: list[aiohttp.TraceConfig], **options: Any) -> aiohttp.ClientSession:

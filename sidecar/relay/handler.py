@@ -21,14 +21,12 @@ import aiohttp
 from aiohttp import web
 
 from sidecar.errors import BodyTooLarge, Draining, ImagesOff, Internal, RequestError, place_of
-from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage, Trace
+from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
-from sidecar.load.cost_model import Coefficients
-from sidecar.load.estimator import Estimator
 from sidecar.relay import client_io, concurrency, engine_io, headers, metrics_page, outcomes, request_body, response
 from sidecar.relay.admission import Admission
+from sidecar.relay.engine_io import BodyPayload
 from sidecar.relay.media import image_refusals, inline
-from sidecar.relay.metrics_page import MergedMetricsPage
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.passthrough import Passthrough
 from sidecar.relay.pricing.charge import Pricing
@@ -53,17 +51,15 @@ class Relay:
     def __init__(
         self,
         settings: Settings,
-        coefficients: Coefficients,
         emit: Callable[[Event], None],
+        pricing: Pricing,
         *,
         index: int = 0,
-        engine_kind: str = "openai",
         image_key: bytes = b"",
         images: ImageService | None = None,
         preprocess: Handler | None = None,
         fetch: inline.Fetch | None = None,
         is_shm_ready: Callable[[], bool] | None = None,
-        pricing: Pricing | None = None,
         max_queued: int = concurrency.MAX_QUEUED,
         client_stall: float = client_io.CLIENT_STALL_S,
     ) -> None:
@@ -72,16 +68,17 @@ class Relay:
         self._preprocess = preprocess
         self._fetch = fetch if images is not None else None
         self._is_shm_ready = is_shm_ready
-        self._engine_kind = engine_kind
+        self._engine_kind = settings.engine_kind if settings.engine_kind != "auto" else ""
         self._image_key = image_key or secrets.token_bytes(32)
         self._load_report: LoadReport | None = None
         self._open_requests = OpenRequests(emit, client_stall)
         slots = concurrency.share_of(settings.max_concurrent, settings.workers, index)
         self._concurrency = concurrency.ConcurrencyLimit(slots, self._open_requests, max_queued)
         self._refusals = image_refusals.Refusals()
-        self._pricing = pricing or Pricing(Estimator(coefficients))
-        self._metrics_page = MergedMetricsPage(emit)
+        self._pricing = pricing
+        self._metrics_page = metrics_page.MergedMetricsPage(emit)
         self._engine = engine_io.EngineClient(settings.engine, self._open_requests)
+        self.close = self._engine.close
         self._passthrough = Passthrough(self._engine, emit, settings.max_body_bytes)
         self._connections = client_io.BusyConnections()
         self.is_draining = False
@@ -117,10 +114,6 @@ class Relay:
             self._open_requests.cutting = True
         await server.shutdown(timeout=0.5)
 
-    async def close(self) -> None:
-        """Close the connections to the engine."""
-        await self._engine.close()
-
     # --- one request ---
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -131,20 +124,17 @@ class Relay:
                 if self.is_draining:
                     raise Draining("this server is shutting down; send the request again")
                 return await self._dispatch(request, id)
+            except (outcomes.ClientStalled, outcomes.ClientGone, outcomes.EngineBroke) as e:
+                return client_io.hang_up(request, at_once=isinstance(e, outcomes.ClientStalled))
             except RequestError as e:
-                return _refusal(e, id) if not request.writer.output_size else client_io.hang_up(request)
-            except outcomes.ClientStalled:
-                return client_io.hang_up(request, at_once=True)
-            except (outcomes.ClientGone, outcomes.EngineBroke):
-                return client_io.hang_up(request)
+                error = e
             except Exception as e:  # noqa: BLE001  # the border: a defect costs one request, and its place is logged
                 _log.error("request failed: %s at %s", type(e).__name__, place_of(e))
-                if request.writer.output_size:
-                    return client_io.hang_up(request)
-                return _refusal(Internal("internal error of the sidecar"), id)
+                error = Internal("internal error of the sidecar")
             finally:
                 if self.is_draining:
                     request.protocol.close()
+            return client_io.hang_up(request) if request.writer.output_size else _refusal(error, id)
 
     async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         path = engine_io.origin_form(request.raw_path).partition("?")[0]
@@ -158,16 +148,18 @@ class Relay:
                         "images are off; start the sidecar with --images inline and --model DIR to use /v1/preprocess"
                     )
                 return await self._preprocess(request)
-        elif path == "/metrics" and request.method == "GET":
-            page = await self._metrics_page.get()
-            if page is not None:
-                return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
+        elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
+            return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
         return await self._passthrough.forward(request, id, self._load_report)
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
         """Engine work: one admission, settled before its client gets an error."""
         tenant = headers.tenant(request.headers, self._settings.tenant_header)
-        admission = self._open_requests.create(route, tenant, self._trace(request))
+        trace = None
+        if self._settings.otlp_endpoint:
+            given, state = request.headers.get("traceparent", ""), request.headers.get("tracestate", "")
+            trace = parse_traceparent(given, state) or new_trace()
+        admission = Admission(self._open_requests.new_id(), route, tenant, trace)
         try:
             with self._open_requests.settling(admission):
                 self._open_requests.check(time.monotonic())
@@ -182,16 +174,13 @@ class Relay:
             if self._images is not None:
                 self._images.release(admission.id)
 
-    async def _ready(self, request: web.BaseRequest, admission: Admission) -> engine_io.BodyPayload:
+    async def _ready(self, request: web.BaseRequest, admission: Admission) -> BodyPayload:
         """The body to send: read, charged, its images prepared, and admitted."""
         body = await client_io.read(request, self._settings.max_body_bytes)
         admission.read_at = time.monotonic()
-        is_opaque = admission.route == "audio" or "content-encoding" in request.headers
-        parsed = (
-            request_body.ParsedBody(body)
-            if is_opaque
-            else request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
-        )
+        parsed = request_body.ParsedBody(body)
+        if admission.route != "audio" and "content-encoding" not in request.headers:
+            parsed = request_body.extract_data_urls(body, secrets.token_hex(16), links=self._fetch is not None)
         admission.shape = request_shape.describe(parsed.payload, admission.route, len(body), parsed.text)
         await self._pricing.charge(admission, parsed)
         prepared = await self._prepare(parsed, admission)
@@ -206,24 +195,17 @@ class Relay:
             return []
         passing = self._refusals.passing
         shm = not passing and self._is_shm_ready is not None and self._engine_kind == "vllm" and self._is_shm_ready()
-        started = time.monotonic()
+        emit, started = self._open_requests.emit, time.monotonic()
         try:
             return await inline.prepare(
-                self._images,
-                parsed.images,
-                self._open_requests.emit,
-                admission.id,
-                admission.tenant,
-                shm=shm,
-                fetch=self._fetch,
-                passing=passing,
+                self._images, parsed.images, emit, admission, shm=shm, fetch=self._fetch, passing=passing
             )
         finally:
             admission.image_seconds = time.monotonic() - started
 
     def _payload(
         self, parsed: request_body.ParsedBody, prepared: list[PreparedImage], admission: Admission
-    ) -> engine_io.BodyPayload:
+    ) -> BodyPayload:
         """The body to send; with the original one, if the engine may refuse the prepared images."""
         parts = parsed.images
         rebuild = partial(request_body.rebuild, parsed, ask_usage=admission.shape.ask_usage)
@@ -233,20 +215,20 @@ class Relay:
                 admission.sent_at = time.monotonic()
 
         if not prepared:
-            return engine_io.BodyPayload(rebuild({}), sent)
+            return BodyPayload(rebuild({}), sent)
         has_originals = all(part.data for part in parts)  # also of images behind links
         if has_originals and self._refusals.passing:  # perhaps since these were prepared
-            return engine_io.BodyPayload(rebuild(inline.originals(parts, prepared)), sent)
+            return BodyPayload(rebuild(inline.originals(parts, prepared)), sent)
         name = partial(inline.cache_name, self._image_key, admission.tenant) if self._engine_kind == "vllm" else None
-        data = engine_io.BodyPayload(rebuild(inline.replacements(parts, prepared, name)), sent)
+        data = BodyPayload(rebuild(inline.replacements(parts, prepared, name)), sent)
         data.form = inline.form_of(prepared)
         if has_originals and data.form and self._refusals.is_trial(data.form, data.size or 0):
             # the request's sending time stays that of its first attempt
-            data.original = lambda: engine_io.BodyPayload(rebuild(inline.originals(parts, prepared)), lambda: None)
+            data.original = lambda: BodyPayload(rebuild(inline.originals(parts, prepared)), lambda: None)
         return data
 
     async def _admitted(
-        self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
+        self, request: web.BaseRequest, admission: Admission, data: BodyPayload, id: str
     ) -> web.StreamResponse:
         """The answer to `data`; if its prepared images are refused, that to the original body."""
         async with admission.abortable(), self._concurrency.acquire(admission):
@@ -262,7 +244,7 @@ class Relay:
                 return await self._respond(request, answer, admission, id)
 
     async def _send(
-        self, request: web.BaseRequest, admission: Admission, data: engine_io.BodyPayload, id: str
+        self, request: web.BaseRequest, admission: Admission, data: BodyPayload, id: str
     ) -> aiohttp.ClientResponse:
         answer = await self._engine.send(request, id, data, trace=admission.trace, length=data.size)
         admission.status = answer.status
@@ -285,13 +267,6 @@ class Relay:
             if admission.begun is None:  # the client can still get an error
                 raise outcomes.engine_error(None, self._open_requests.verdict) from None
             raise
-
-    def _trace(self, request: web.BaseRequest) -> Trace | None:
-        """The sidecar's span of this request; None if tracing is off."""
-        if not self._settings.otlp_endpoint:
-            return None
-        given = request.headers.get("traceparent", "")
-        return parse_traceparent(given, request.headers.get("tracestate", "")) or new_trace()
 
 
 def _refusal(error: RequestError, id: str) -> web.Response:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sidecar.errors import BadImage, RequestError
 from sidecar.events import Event, ImagePrepared
 from sidecar.images.protocol import Data
+from sidecar.relay.admission import Admission
 from sidecar.relay.request_body import ImagePart
 
 if TYPE_CHECKING:  # a relay without images does not load them
@@ -34,20 +35,20 @@ async def prepare(
     images: ImageService,
     parts: list[ImagePart],
     emit: Callable[[Event], None],
-    id: str,
-    tenant: str,
+    admission: Admission,
     *,
-    shm: bool = False,
-    fetch: Fetch | None = None,
-    passing: bool = False,
+    shm: bool,
+    fetch: Fetch | None,
+    passing: bool,
 ) -> list[PreparedImage]:
-    """All images of `tenant`'s request `id`, in order. Raises BadImage or ImagesBusy, and cancels the others.
+    """All images of a request, in order. Raises BadImage or ImagesBusy, and cancels the others.
 
     `shm`: pass them in shared memory; `fetch`: for those behind links, which are kept for `originals`; `passing`: only
     fetch and count them.
     """
     # a body bounds the images that it holds, but not those that are to be fetched
     check_count(sum(bool(part.link) for part in parts) if passing else len(parts))
+    id, tenant = admission.id, admission.tenant
 
     async def prepare_one(part: ImagePart) -> PreparedImage:
         started = time.monotonic()
