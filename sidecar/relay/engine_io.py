@@ -78,7 +78,7 @@ class BodyPayload(payload.Payload):
             for at in range(0, len(view), _WRITE_BYTES):
                 await writer.write(view[at : at + _WRITE_BYTES])
         self._sent()
-        if not _is_repeatable(self):
+        if not is_repeatable(self):
             self.drop()
 
     def drop(self) -> None:
@@ -117,7 +117,7 @@ class EngineClient:
             )
 
         try:
-            if not _is_repeatable(data):
+            if not is_repeatable(data):
                 return await ask(self.fresh)
             try:
                 answer = await ask(self._kept)
@@ -154,7 +154,8 @@ async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType)
         raise Unanswered from e
 
 
-def _is_repeatable(data: Any) -> bool:
+def is_repeatable(data: Any) -> bool:
+    """Whether a body may be sent twice."""
     if isinstance(data, BodyPayload):
         return (data.size or 0) <= MAX_REPEATED_BYTES
     return data is None or isinstance(data, bytes)

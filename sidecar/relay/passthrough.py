@@ -6,6 +6,7 @@ the engine or let it go on are reported, and the body of one that resumes is rea
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ class Passthrough:
     def __init__(self, engine: engine_io.EngineClient, emit: Callable[[Event], None], max_body_bytes: int) -> None:
         self._engine = engine
         self._max_body_bytes = max_body_bytes
-        self._pause_calls = engine_pauses.PauseCalls(emit, time.monotonic)
+        self._emit = emit
+        self._call_ids = itertools.count(1)
 
     async def forward(self, request: web.BaseRequest, id: str, report: LoadReport | None) -> web.StreamResponse:
         """Pass a request to the engine, and its answer back. `report`: the load report for the answer's header."""
@@ -38,7 +40,8 @@ class Passthrough:
             is_partial = engine_pauses.is_partial(query, data)
         elif request.body_exists and (request.content_length or math.inf) <= engine_io.MAX_REPEATED_BYTES:
             data = await client_io.read(request, engine_io.MAX_REPEATED_BYTES)
-        with self._pause_calls.call(route, is_partial=is_partial) as call:
+        pause = engine_pauses.PauseCall(self._emit, time.monotonic, next(self._call_ids), route, is_partial)
+        with closing(pause) as call:
             body: Any = data
             if data is None and request.body_exists:
                 await client_io.expect(request)

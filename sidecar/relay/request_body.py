@@ -19,32 +19,21 @@ from typing import Any, Final
 
 from sidecar.relay.url_policy import is_link
 
-# The end of a POST path -> route name. The last two segments are looked up first, then the last one.
-ROUTES: Final[dict[str, str]] = {
-    "chat/completions": "chat",
-    "completions/batch": "chat",
-    "completions": "completions",
-    "completion": "completions",  # llama.cpp
-    "infill": "completions",  # llama.cpp
+# Route name -> ends of POST paths. The last two segments of a path are looked up first, then the last one.
+_PATHS: Final = {
+    "chat": "chat/completions completions/batch",
+    "completions": "completions completion infill",  # llama.cpp's
     "responses": "responses",
     "messages": "messages",
-    "generate": "generate",
-    "generate_stream": "generate",  # TGI
-    "invocations": "generate",  # SageMaker
-    "embeddings": "embeddings",
-    "embedding": "embeddings",  # llama.cpp
-    "embed": "embeddings",
-    "encode": "embeddings",  # SGLang
-    "rerank": "rerank",
-    "reranking": "rerank",  # llama.cpp
-    "score": "score",
-    "generative_scoring": "score",
+    "generate": "generate generate_stream invocations",  # TGI's, SageMaker's
+    "embeddings": "embeddings embedding embed encode",  # llama.cpp's, SGLang's
+    "rerank": "rerank reranking",  # llama.cpp's
+    "score": "score generative_scoring",
     "pooling": "pooling",
     "classify": "classify",
-    "audio/transcriptions": "audio",
-    "audio/translations": "audio",
-    "audio/speech": "audio",
+    "audio": "audio/transcriptions audio/translations audio/speech",
 }
+ROUTES: Final = {path: route for route, paths in _PATHS.items() for path in paths.split()}
 
 # JSON without images; json.loads holds the GIL for about 5 ms a MiB.
 MAX_PARSED_BYTES: Final = 16 << 20
@@ -87,8 +76,8 @@ class ParsedBody:
         """A text of the payload as the client sent it, with the data URLs that were cut out."""
         if not self.originals or self.nonce not in found:
             return found
-        stem = re.escape(_stem(self.nonce))
-        return re.sub(stem + r"(\d+)\.", lambda match: str(self.originals[int(match[1])], "utf-8", "replace"), found)
+        placeholder = re.escape(_stem(self.nonce)) + r"(\d+)\."
+        return re.sub(placeholder, lambda match: str(self.originals[int(match[1])], "utf-8", "replace"), found)
 
 
 def route_of(path: str) -> str | None:
@@ -107,7 +96,7 @@ def extract_data_urls(body: bytes, nonce: str, *, links: bool = False) -> Parsed
     view = memoryview(body)
     at = 0
     for start, end in _find_data_urls(body):
-        pieces += (view[at:start], _placeholder(nonce, len(parsed.originals)).encode())
+        pieces += (view[at:start], f"{_stem(nonce)}{len(parsed.originals)}.".encode())
         parsed.originals.append(view[start:end])
         at = end
     rest = b"".join((*pieces, view[at:])) if pieces else body
@@ -127,7 +116,9 @@ def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, a
     if parsed.payload is None or not (replaced or ask_usage):
         return [parsed.body]
     if not replaced and "stream_options" not in parsed.payload:
-        return _prepend_member(parsed.body, b'"stream_options":{"include_usage":true},')
+        brace = parsed.body.index(b"{") + 1
+        member = b'"stream_options":{"include_usage":true},'
+        return [parsed.body[:brace] + member, memoryview(parsed.body)[brace:]]
     payload = parsed.payload
     if ask_usage:
         payload = {**payload, "stream_options": {**(payload.get("stream_options") or {}), "include_usage": True}}
@@ -138,6 +129,15 @@ def original(parsed: ParsedBody, text: str) -> Buffer:
     """The original of a text of the payload: the data URL that was cut out, or the text itself."""
     stem = _stem(parsed.nonce)
     return parsed.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
+
+
+def parse_object(text: bytes) -> dict[str, Any] | None:
+    """A JSON object; None if it is something else."""
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _find_data_urls(body: bytes) -> Iterator[tuple[int, int]]:
@@ -159,31 +159,34 @@ def _find_data_urls(body: bytes) -> Iterator[tuple[int, int]]:
 def _parse(rest: bytes) -> dict[str, Any] | None:
     if len(rest) > MAX_PARSED_BYTES or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
         return None  # too long; or UTF-16 or UTF-32, into which ASCII pieces do not fit
-    try:
-        payload = json.loads(rest)
-    except (ValueError, RecursionError):
-        return None
-    return payload if isinstance(payload, dict) else None
+    return parse_object(rest)
 
 
 def _find_images(parsed: ParsedBody, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
     """The base64 images, and with `links` those to fetch, in parts of `messages` (chat) and `input` (responses)."""
     if any(payload.get(name) for name in PROCESSING_OPTIONS):
         return
+    stem = _stem(parsed.nonce)
     for where, part in _image_parts(payload):
         url = part.get("image_url")
         holder, key = (url, "url") if isinstance(url, dict) else (part, "image_url")
         text = holder.get(key)
         if not isinstance(text, str):
             continue
-        if links and is_link(text):
-            yield ImagePart(_stash(parsed, holder, key, text), where, "", memoryview(b""), part, text)
+        is_fetched = links and is_link(text)
+        if text.startswith(stem):
+            index = int(text[len(stem) : -1])
+        elif is_fetched or text.startswith("data:image/"):  # the latter had escapes, so it was not cut
+            index = len(parsed.originals)
+            parsed.originals.append(json.dumps(text)[1:-1].encode())
+            holder[key] = f"{stem}{index}."
+        else:
             continue
-        index = _index_of(parsed, holder, key, text)
-        if index is None:
+        if is_fetched:
+            yield ImagePart(index, where, "", memoryview(b""), part, text)
             continue
-        media_type, mark, data = _split_data_url(parsed.originals[index], text)
-        if mark and media_type.startswith("image/"):
+        media_type, data = _split_data_url(parsed.originals[index], text)
+        if media_type.startswith("image/"):
             yield ImagePart(index, where, media_type, data, part)
 
 
@@ -197,44 +200,17 @@ def _image_parts(payload: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
                     yield f"{name}[{i}].content[{j}]", part
 
 
-def _index_of(parsed: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int | None:
-    """The index of the original of `text`. A data URL that was not cut (it had escapes) is cut now."""
-    stem = _stem(parsed.nonce)
-    if text.startswith(stem):
-        return int(text[len(stem) : -1])
-    if not text.startswith("data:image/"):
-        return None
-    return _stash(parsed, holder, key, text)
-
-
-def _stash(parsed: ParsedBody, holder: dict[str, Any], key: str, text: str) -> int:
-    """Replace `text` by a placeholder; return the index of its original."""
-    parsed.originals.append(json.dumps(text)[1:-1].encode())
-    holder[key] = _placeholder(parsed.nonce, len(parsed.originals) - 1)
-    return len(parsed.originals) - 1
-
-
-def _split_data_url(original: Buffer, text: str) -> tuple[str, bool, memoryview]:
-    """(media type, whether it is base64, the base64 text) of a data URL; `text`: decoded, if it had escapes."""
+def _split_data_url(original: Buffer, text: str) -> tuple[str, memoryview]:
+    """(media type, the base64 text) of a data URL; "" if it is not base64. `text`: decoded, if it had escapes."""
     view = memoryview(text.encode(errors="replace") if isinstance(original, bytes) else original)
     head = bytes(view[: _MAX_MEDIA_TYPE_BYTES + len(_BASE64_MARK)])
     at = head.find(_BASE64_MARK)
     media_type = head[len("data:") : max(at, 0)].decode("latin-1").partition(";")[0].strip().lower()
-    return media_type, at > 0, view[at + len(_BASE64_MARK) :]
-
-
-def _placeholder(nonce: str, index: int) -> str:
-    return f"{_stem(nonce)}{index}."
+    return media_type, view[at + len(_BASE64_MARK) :]
 
 
 def _stem(nonce: str) -> str:
     return f"data:,{nonce}-"
-
-
-def _prepend_member(body: bytes, member: bytes) -> list[Buffer]:
-    """`body`, a non-empty JSON object, with one more member in front."""
-    brace = body.index(b"{") + 1
-    return [body[:brace] + member, memoryview(body)[brace:]]
 
 
 def _fill(parsed: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:

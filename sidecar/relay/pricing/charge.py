@@ -63,12 +63,9 @@ class Pricing:
             work = actual_work(admission.work, end, started=started, delivered=end.delivered_tokens)
             self._quota.settle(admission.charge, 0.0 if work is None else self._estimator.mu(work))
         if end.usage is not None and end.outcome == "ok":
-            counted = (
-                admission.token_count.tokens
-                if admission.token_count is not None and admission.token_count.exact
-                else None
-            )
-            self._estimator.learn(admission.tenant, admission.shape, end.usage, counted)
+            counted = admission.token_count
+            exact = counted.tokens if counted is not None and counted.exact else None
+            self._estimator.learn(admission.tenant, admission.shape, end.usage, exact)
 
     def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
         counted = None if admission.token_count is None else admission.token_count.tokens

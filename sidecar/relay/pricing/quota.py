@@ -17,7 +17,7 @@ from typing import Final
 
 from sidecar.errors import TenantLimited, UsageError
 from sidecar.events import LoadReport
-from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, LimitExceeded, TenantLimit, TenantLimits, parse
+from sidecar.load.tenant_limits import MAX_LIMITS_FILE_BYTES, TenantLimits, parse
 from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
 FILE_CHECK_INTERVAL_S: Final = 2.0
@@ -55,7 +55,12 @@ class Quota:
         if limit.spill_over and now - self._reported_at < LOAD_REPORT_STALE_S and mu <= self._spare:
             self._spare -= mu
             return self._accounts.spill(tenant, limit, high, now)
-        raise limit_error(taken, limit, mu, high)
+        if taken.what == "mu_per_minute":
+            text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
+        else:
+            text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
+        wait = IN_FLIGHT_RETRY_S if taken.wait is None else taken.wait
+        raise TenantLimited(text, wait, OPENAI_LIMIT_TYPES[taken.what])
 
     def settle(self, charge: TenantCharge | None, mu: float) -> None:
         """Correct the charge of a request that has ended and used `mu`."""
@@ -110,15 +115,6 @@ def read_limits(path: str) -> TenantLimits:
     if len(raw) > MAX_LIMITS_FILE_BYTES:
         raise UsageError(f"{name}: larger than {MAX_LIMITS_FILE_BYTES} bytes")
     return parse(text, name)
-
-
-def limit_error(why: LimitExceeded, limit: TenantLimit, mu: float, high: float) -> TenantLimited:
-    """The error for the client."""
-    if why.what == "mu_per_minute":
-        text = f"rate limit of {limit.mu_per_minute:g} model units per minute reached; this request needs {mu:.3g}"
-    else:
-        text = f"limit of {limit.mu_in_flight:g} model units in flight reached; this request may need {high:.3g}"
-    return TenantLimited(text, IN_FLIGHT_RETRY_S if why.wait is None else why.wait, OPENAI_LIMIT_TYPES[why.what])
 
 
 def _file_stamp(path: Path) -> tuple[int, int, int] | None:
