@@ -132,7 +132,6 @@ class EngineClient:
         return answer
 
     async def close(self) -> None:
-        """Close all connections."""
         await self._kept.close()
         await self.fresh.close()
 

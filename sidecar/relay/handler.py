@@ -23,12 +23,12 @@ from aiohttp import web
 from sidecar.errors import BodyTooLarge, Draining, ImagesOff, Internal, RequestError, place_of
 from sidecar.events import AbortRequests, Command, Event, LoadReport, MetricsPage
 from sidecar.load import request_shape
-from sidecar.relay import client_io, concurrency, engine_io, headers, metrics_page, outcomes, request_body, response
+from sidecar.relay import client_io, engine_io, headers, metrics_page, outcomes, passthrough, request_body, response
 from sidecar.relay.admission import Admission
+from sidecar.relay.concurrency import MAX_QUEUED, ConcurrencyLimit, share_of
 from sidecar.relay.engine_io import BodyPayload
 from sidecar.relay.media import image_refusals, inline
 from sidecar.relay.open_requests import OpenRequests
-from sidecar.relay.passthrough import Passthrough
 from sidecar.relay.pricing.charge import Pricing
 from sidecar.settings import Settings
 from sidecar.trace_context import new_trace, parse_traceparent
@@ -60,7 +60,7 @@ class Relay:
         preprocess: Handler | None = None,
         fetch: inline.Fetch | None = None,
         is_shm_ready: Callable[[], bool] | None = None,
-        max_queued: int = concurrency.MAX_QUEUED,
+        max_queued: int = MAX_QUEUED,
         client_stall: float = client_io.CLIENT_STALL_S,
     ) -> None:
         self._settings = settings
@@ -72,14 +72,13 @@ class Relay:
         self._image_key = image_key or secrets.token_bytes(32)
         self._load_report: LoadReport | None = None
         self._open_requests = OpenRequests(emit, client_stall)
-        slots = concurrency.share_of(settings.max_concurrent, settings.workers, index)
-        self._concurrency = concurrency.ConcurrencyLimit(slots, self._open_requests, max_queued)
+        slots = share_of(settings.max_concurrent, settings.workers, index)
+        self._concurrency = ConcurrencyLimit(slots, self._open_requests, max_queued)
         self._refusals = image_refusals.Refusals()
         self._pricing = pricing
         self._metrics_page = metrics_page.MergedMetricsPage(emit)
         self._engine = engine_io.EngineClient(settings.engine, self._open_requests)
         self.close = self._engine.close
-        self._passthrough = Passthrough(self._engine, emit, settings.max_body_bytes)
         self._connections = client_io.BusyConnections()
         self.is_draining = False
 
@@ -150,7 +149,8 @@ class Relay:
                 return await self._preprocess(request)
         elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
             return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
-        return await self._passthrough.forward(request, id, self._load_report)
+        emit, max_bytes = self._open_requests.emit, self._settings.max_body_bytes
+        return await passthrough.forward(request, id, self._engine, emit, max_bytes, self._load_report)
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
         """Engine work: one admission, settled before its client gets an error."""

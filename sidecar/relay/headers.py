@@ -23,7 +23,6 @@ _HOP_BY_HOP: Final = frozenset({*_CONNECTION_HEADERS, "upgrade", "proxy-authenti
 # `host` becomes the engine's; `expect` is answered here, because the body is read here
 _NOT_TO_ENGINE: Final = _HOP_BY_HOP | {"host", "expect"}
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
-ORCA_HEADER: Final = "endpoint-load-metrics"
 
 Headers = CIMultiDict[str]
 Received = CIMultiDictProxy[str]
@@ -68,7 +67,11 @@ def to_client(
 ) -> Headers:
     """What the client gets: the engine's headers, replaced by `ours`; `drop` names one more that ends here."""
     passed = _passed(answer, _HOP_BY_HOP | {drop} if drop else _HOP_BY_HOP)
-    passed.update({"x-request-id": id, **orca(request, report), **ours})
+    passed.update({"x-request-id": id, **ours})
+    if report is not None:  # in the form that the request asks for, if it asks
+        forms = {"JSON": report.orca_json, "TEXT": report.orca_text, "BIN": report.orca_bin}
+        if value := forms.get(request.get("endpoint-load-metrics-format", "").upper()):
+            passed["endpoint-load-metrics"] = value
     return passed
 
 
@@ -80,15 +83,6 @@ def retry_after(seconds: float) -> dict[str, str]:
 def wants_price(headers: Received) -> bool:
     """Whether the client wants what its request cost, `mu_milli`, in the answer's usage."""
     return headers.get("x-sidecar-usage", "").strip().lower() == "mu"
-
-
-def orca(headers: Received, published: LoadReport | None) -> dict[str, str]:
-    """The load report in the form that the request asks for; empty if it asks for none, or none is known yet."""
-    if published is None:
-        return {}
-    forms = {"JSON": published.orca_json, "TEXT": published.orca_text, "BIN": published.orca_bin}
-    value = forms.get(headers.get(f"{ORCA_HEADER}-format", "").upper())
-    return {ORCA_HEADER: value} if value else {}
 
 
 def _passed(headers: Received, dropped: frozenset[str]) -> Headers:

@@ -12,27 +12,19 @@ from sidecar.events import Outcome, State
 
 
 class ClientGone(SidecarError):
-    """The client hung up during a write."""
-
-    code = "client_gone"
+    code = "client_gone"  # it hung up during a write
 
 
 class ClientStalled(SidecarError):
-    """The client has not read for too long."""
-
-    code = "client_stalled"
+    code = "client_stalled"  # it has not read for too long
 
 
 class EngineBroke(SidecarError):
-    """The engine's answer ended early; the client already has part of it."""
-
-    code = "engine_broke"
+    code = "engine_broke"  # its answer ended early; the client already has part of it
 
 
 class DrainCut(SidecarError):
-    """The sidecar ended the request, because a drain ran out of time."""
-
-    code = "drain_cut"
+    code = "drain_cut"  # a drain ran out of time
 
 
 # The first match counts; any other error means "lost".

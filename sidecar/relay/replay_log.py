@@ -58,8 +58,6 @@ class ReplayLog:
                 self._pauses.pop(key, None)
                 if event.on:
                     self._pauses[key] = event
-            case _:
-                pass
 
     def ack(self, count: int) -> None:
         """The control process has recorded the first `count` settlements of this connection."""

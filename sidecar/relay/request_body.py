@@ -67,17 +67,22 @@ class ParsedBody:
     """A body without its data URLs. `payload` is None if the body is no JSON object or too long to parse."""
 
     body: bytes
-    nonce: str = ""
+    stem: str = ""  # of the placeholders that stand for the data URLs
     payload: dict[str, Any] | None = None
     originals: list[Buffer] = field(default_factory=list)  # the data URLs, without their quotes
     images: list[ImagePart] = field(default_factory=list)
 
     def text(self, found: str) -> str:
         """A text of the payload as the client sent it, with the data URLs that were cut out."""
-        if not self.originals or self.nonce not in found:
+        if not self.originals or self.stem not in found:
             return found
-        placeholder = re.escape(_stem(self.nonce)) + r"(\d+)\."
+        placeholder = re.escape(self.stem) + r"(\d+)\."
         return re.sub(placeholder, lambda match: str(self.originals[int(match[1])], "utf-8", "replace"), found)
+
+    def original(self, text: str) -> Buffer:
+        """The original of a text of the payload: the data URL that was cut out, or the text itself."""
+        is_cut = text.startswith(self.stem)
+        return self.originals[int(text[len(self.stem) : -1])] if is_cut else text.encode(errors="replace")
 
 
 def route_of(path: str) -> str | None:
@@ -91,16 +96,19 @@ def extract_data_urls(body: bytes, nonce: str, *, links: bool = False) -> Parsed
 
     `links`: images behind http(s) links count as images, too.
     """
-    parsed = ParsedBody(body, nonce)
+    parsed = ParsedBody(body, f"data:,{nonce}-")
     pieces: list[Buffer] = []
     view = memoryview(body)
     at = 0
     for start, end in _find_data_urls(body):
-        pieces += (view[at:start], f"{_stem(nonce)}{len(parsed.originals)}.".encode())
+        pieces += (view[at:start], f"{parsed.stem}{len(parsed.originals)}.".encode())
         parsed.originals.append(view[start:end])
         at = end
     rest = b"".join((*pieces, view[at:])) if pieces else body
-    parsed.payload = _parse(rest)
+    # too long; or UTF-16 or UTF-32, into which ASCII pieces do not fit
+    if len(rest) > MAX_PARSED_BYTES or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return parsed
+    parsed.payload = parse_object(rest)
     if parsed.payload is not None:
         parsed.images = list(_find_images(parsed, parsed.payload, links))
     return parsed
@@ -110,8 +118,8 @@ def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, a
     """The body to send, in pieces.
 
     `replaced` maps ImagePart.index to (media type, base64 text), or ("", URL). `ask_usage` adds
-    `stream_options.include_usage`. With neither: the original bytes.
-    Changes in `payload` are sent only with a replacement.
+    `stream_options.include_usage`. With neither: the original bytes. Changes in `payload` are sent only with a
+    replacement.
     """
     if parsed.payload is None or not (replaced or ask_usage):
         return [parsed.body]
@@ -123,12 +131,6 @@ def rebuild(parsed: ParsedBody, replaced: Mapping[int, tuple[str, Buffer]], *, a
     if ask_usage:
         payload = {**payload, "stream_options": {**(payload.get("stream_options") or {}), "include_usage": True}}
     return list(_fill(parsed, json.dumps(payload, separators=(",", ":")).encode(), replaced))
-
-
-def original(parsed: ParsedBody, text: str) -> Buffer:
-    """The original of a text of the payload: the data URL that was cut out, or the text itself."""
-    stem = _stem(parsed.nonce)
-    return parsed.originals[int(text[len(stem) : -1])] if text.startswith(stem) else text.encode(errors="replace")
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:
@@ -156,17 +158,11 @@ def _find_data_urls(body: bytes) -> Iterator[tuple[int, int]]:
         mark = body.find(_BASE64_MARK, after)
 
 
-def _parse(rest: bytes) -> dict[str, Any] | None:
-    if len(rest) > MAX_PARSED_BYTES or 0 in rest[:4] or rest.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return None  # too long; or UTF-16 or UTF-32, into which ASCII pieces do not fit
-    return parse_object(rest)
-
-
 def _find_images(parsed: ParsedBody, payload: dict[str, Any], links: bool) -> Iterator[ImagePart]:
     """The base64 images, and with `links` those to fetch, in parts of `messages` (chat) and `input` (responses)."""
     if any(payload.get(name) for name in PROCESSING_OPTIONS):
         return
-    stem = _stem(parsed.nonce)
+    stem = parsed.stem
     for where, part in _image_parts(payload):
         url = part.get("image_url")
         holder, key = (url, "url") if isinstance(url, dict) else (part, "image_url")
@@ -209,13 +205,9 @@ def _split_data_url(original: Buffer, text: str) -> tuple[str, memoryview]:
     return media_type, view[at + len(_BASE64_MARK) :]
 
 
-def _stem(nonce: str) -> str:
-    return f"data:,{nonce}-"
-
-
 def _fill(parsed: ParsedBody, text: bytes, replaced: Mapping[int, tuple[str, Buffer]]) -> Iterator[Buffer]:
     """`text` with each placeholder replaced by its replacement, or else by its original."""
-    pieces = re.split(rb"%b(\d+)\." % re.escape(_stem(parsed.nonce)).encode(), text)
+    pieces = re.split(rb"%b(\d+)\." % re.escape(parsed.stem).encode(), text)
     yield pieces[0]
     for number, after in zip(pieces[1::2], pieces[2::2], strict=True):
         index = int(number)

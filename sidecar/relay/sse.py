@@ -184,14 +184,12 @@ class BodyTail:
         self._bytes = bytearray()
 
     def feed(self, chunk: bytes) -> None:
-        """Add bytes."""
         self._bytes += chunk
         if len(self._bytes) > 2 * _MAX_KEPT_BYTES:
             del self._bytes[:-_MAX_KEPT_BYTES]
 
     @property
     def usage(self) -> Usage | None:
-        """The usage of the complete body."""
         return usage_of(bytes(self._bytes))
 
 
@@ -199,9 +197,10 @@ def _find_usage(text: bytes) -> tuple[int, dict[str, Any]]:
     """The last `usage` object in a JSON text, after the index of its brace; (-1, {}) if there is none."""
     at = len(text)
     for _ in range(8):  # `"usage": null`, or a string that reads so
-        at = text.rfind(_USAGE_KEY, 0, at)
+        if (at := text.rfind(_USAGE_KEY, 0, at)) < 0:
+            break
         head = text[at + len(_USAGE_KEY) : at + len(_USAGE_KEY) + 16].lstrip()
-        if at >= 0 and head.startswith(b":") and head[1:].lstrip().startswith(b"{"):
+        if head.startswith(b":") and head[1:].lstrip().startswith(b"{"):
             brace = text.index(b"{", at)
             try:
                 return brace, _decoder.raw_decode(text[brace : brace + _MAX_HELD_BYTES].decode(errors="replace"))[0]

@@ -27,8 +27,6 @@ MAX_IMAGES: Final = 16
 # While an engine starts it measures the GPU's memory, and fails if another process's use changes. A stalled or dead
 # engine will start again.
 GPU_VERDICTS: Final = ("idle", "progressing", "quiet", "suspect")
-INLINE: Final = "inline"
-SHM: Final = "shm"
 
 
 async def prepare(
@@ -120,10 +118,10 @@ def replacements(
 
 
 def form_of(prepared: list[PreparedImage]) -> str:
-    """The form in which a request's images were prepared: INLINE or SHM; "" if all pass."""
+    """The form in which a request's images were prepared: "inline" or "shm"; "" if all pass."""
     if any(image.url for image in prepared):
-        return SHM
-    return INLINE if any(image.base64 is not None for image in prepared) else ""
+        return "shm"
+    return "inline" if any(image.base64 is not None for image in prepared) else ""
 
 
 def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int, tuple[str, Data]]:

@@ -225,7 +225,7 @@ def _parse_images(body: bytes) -> list[Source | str]:
         raise BadRequest('the body must be a JSON object such as {"images": ["data:image/jpeg;base64,..."]}')
     check_count(len(listed))
     return [
-        text if url_policy.is_link(text) else (_base64_of(request_body.original(parsed, text), i), True)
+        text if url_policy.is_link(text) else (_base64_of(parsed.original(text), i), True)
         for i, text in enumerate(listed)
     ]
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
+from typing import Final
+
 from sidecar.events import LoadReport, Usage
+from sidecar.images import header_geometry
 from sidecar.kernels.grid import ProcessorSpec
 from sidecar.load.cost_model import settled_work
 from sidecar.load.estimator import Estimate, Estimator
 from sidecar.load.ledger import actual_work
 from sidecar.relay.admission import Admission
-from sidecar.relay.media.image_sizes import tokens_of
 from sidecar.relay.pricing.quota import Quota
 from sidecar.relay.pricing.tokenizer import TokenCounter
-from sidecar.relay.request_body import ParsedBody
+from sidecar.relay.request_body import ImagePart, ParsedBody
+
+MAX_IMAGES_READ: Final = 64
 
 
 class Pricing:
@@ -30,7 +37,6 @@ class Pricing:
         self._spec = spec
 
     def on_load_report(self, load: LoadReport) -> None:
-        """Pass a load report to the quota."""
         if self._quota is not None:
             self._quota.on_load_report(load)
 
@@ -41,13 +47,15 @@ class Pricing:
         if self._spec is not None and body.images:
             admission.image_tokens = tokens_of(body.images, self._spec)
         if self._quota is not None:
-            estimate = self._estimate(admission, admission.image_tokens)
+            estimate = self.estimate(admission, [])
             reserved = self._estimator.reserved_mu(admission.tenant, admission.shape, estimate.work)
             admission.charge = self._quota.take(admission.tenant, estimate.mu, reserved)
 
     def estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
         """What the request is expected to take. `image_tokens`: those of prepared images, which are exact."""
-        return self._estimate(admission, image_tokens or admission.image_tokens)
+        counted = None if admission.token_count is None else admission.token_count.tokens
+        known = image_tokens or admission.image_tokens
+        return self._estimator.estimate(admission.tenant, admission.shape, known, counted)
 
     def price_milli(self, admission: Admission, usage: Usage) -> int:
         """The price of a usage in milli-MU, as it will settle."""
@@ -67,6 +75,16 @@ class Pricing:
             exact = counted.tokens if counted is not None and counted.exact else None
             self._estimator.learn(admission.tenant, admission.shape, end.usage, exact)
 
-    def _estimate(self, admission: Admission, image_tokens: list[int]) -> Estimate:
-        counted = None if admission.token_count is None else admission.token_count.tokens
-        return self._estimator.estimate(admission.tenant, admission.shape, image_tokens, counted)
+
+def tokens_of(parts: Iterable[ImagePart], spec: ProcessorSpec) -> list[int]:
+    """The tokens of the images whose headers state their size, before anything is decoded.
+
+    One that the model's processor would refuse is left out, too. Sizes are taken as stored: a photo that is to be
+    rotated has the same number of tokens, or nearly.
+    """
+    found: list[int] = []
+    for part in islice(parts, MAX_IMAGES_READ):
+        if (header := header_geometry.read_size(part.data, is_base64=True)) is not None:
+            with suppress(ValueError):
+                found.append(spec.geometry(header.height, header.width).tokens)
+    return [tokens for tokens in found if tokens]

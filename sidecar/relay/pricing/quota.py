@@ -36,6 +36,7 @@ class Quota:
     def __init__(self, path: str, accounts: TenantAccounts, workers: int, limits: TenantLimits) -> None:
         self._path = Path(path)
         self._accounts = accounts
+        self.close = accounts.close
         self._workers = workers
         self._stamp = _file_stamp(self._path)
         self._limits = limits
@@ -96,10 +97,6 @@ class Quota:
             _log.error("%s; the previous limits stay in force", e)
             return False
         return True
-
-    def close(self) -> None:
-        """Unmap the accounts."""
-        self._accounts.close()
 
 
 def read_limits(path: str) -> TenantLimits:

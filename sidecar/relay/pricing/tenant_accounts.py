@@ -54,7 +54,6 @@ class TenantCharge:
 
 
 def table_bytes(workers: int) -> int:
-    """Bytes of the table."""
     return ROWS * (_ROW.size + _IN_FLIGHT_BYTES * workers)
 
 
@@ -74,7 +73,6 @@ class TenantAccounts:
         self._in_flight = memoryview(self._table)[ROWS * _ROW.size :].cast("d")  # column after column
 
     def close(self) -> None:
-        """Unmap the table."""
         self._in_flight.release()
         self._table.close()
         if self._fd >= 0:
