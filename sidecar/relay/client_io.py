@@ -22,8 +22,7 @@ from sidecar.relay.outcomes import ClientGone, ClientStalled, EngineBroke
 ENGINE_ERRORS: Final = (aiohttp.ClientError, OSError, TimeoutError)
 # Longer than people and batch jobs pause. A connection that is not read keeps a slot of the engine's batch.
 CLIENT_STALL_S: Final = 600.0
-# A client must read this much within its timeout when an answer is long.
-MAX_PIECE_BYTES: Final = 1 << 20
+MAX_PIECE_BYTES: Final = 1 << 20  # a client must read this much within its timeout when an answer is long
 
 
 async def expect(request: web.BaseRequest) -> None:

@@ -17,8 +17,7 @@ from sidecar.events import Command, Event, RelayConnected, SettlementsAcked
 from sidecar.relay.replay_log import ReplayLog
 from sidecar.runtime.channel import Channel
 
-# To write the last events.
-CLOSE_TIMEOUT_S: Final = 2.0
+CLOSE_TIMEOUT_S: Final = 2.0  # to write the last events
 
 _log = logging.getLogger(__name__)
 

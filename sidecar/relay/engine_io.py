@@ -27,20 +27,15 @@ from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import engine_error
 from sidecar.relay.request_body import Buffer
 
-# One header or request line, both ways (uvicorn's limit for all of them).
-MAX_HEADER_BYTES: Final = 64 << 10
+MAX_HEADER_BYTES: Final = 64 << 10  # one header or request line, both ways (uvicorn's limit for all of them)
 READ_BUFFER_BYTES: Final = 256 << 10
-# The engine is on this machine.
-_CONNECT_TIMEOUT_S: Final = 5.0
+_CONNECT_TIMEOUT_S: Final = 5.0  # the engine is on this machine
 # A connection that the engine was closing breaks at once. What breaks later may have been worked on: it is not
 # repeated.
 MAX_STALE_S: Final = 2.0
-# A body up to this is kept until its answer begins, and may be sent twice.
-MAX_REPEATED_BYTES: Final = 64 << 10
-# uvicorn closes an idle connection after 5 s.
-_KEEPALIVE_S: Final = 3.0
-# Passed to the socket at once.
-_WRITE_BYTES: Final = 256 << 10
+MAX_REPEATED_BYTES: Final = 64 << 10  # a body up to this is kept until its answer begins, and may be sent twice
+_KEEPALIVE_S: Final = 3.0  # uvicorn closes an idle connection after 5 s
+_WRITE_BYTES: Final = 256 << 10  # passed to the socket at once
 _ABSOLUTE_FORM: Final = re.compile(r"https?://[^/?#]*(.*)", re.IGNORECASE)
 _AIOHTTP_HEADERS: Final = (hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE)
 

@@ -15,8 +15,7 @@ from sidecar.events import Directing, EnginePauseChanged, Event
 from sidecar.relay.request_body import parse_object
 
 PAUSE_METHODS: Final = ("POST", "GET", "PUT")
-# Parts can be resumed one by one; users of both engines resume this one last.
-LAST_TAG: Final = "kv_cache"
+LAST_TAG: Final = "kv_cache"  # parts can be resumed one by one; users of both engines resume this one last
 
 Turn = Literal["stops", "resumes", "during", "ends"]
 

@@ -38,8 +38,6 @@ if TYPE_CHECKING:  # a relay without images does not load them
 
 _log = logging.getLogger(__name__)
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-
 
 class Relay:
     """Handles every request of relay process `index`.
@@ -57,7 +55,7 @@ class Relay:
         index: int = 0,
         image_key: bytes = b"",
         images: ImageService | None = None,
-        preprocess: Handler | None = None,
+        preprocess: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]] | None = None,
         fetch: inline.Fetch | None = None,
         is_shm_ready: Callable[[], bool] | None = None,
         max_queued: int = MAX_QUEUED,
@@ -231,24 +229,23 @@ class Relay:
         self, request: web.BaseRequest, admission: Admission, data: BodyPayload, id: str
     ) -> web.StreamResponse:
         """The answer to `data`; if its prepared images are refused, that to the original body."""
+
+        async def send(body: BodyPayload) -> aiohttp.ClientResponse:
+            answer = await self._engine.send(request, id, body, trace=admission.trace, length=body.size)
+            admission.status = answer.status
+            return answer
+
         async with admission.abortable(), self._concurrency.acquire(admission):
             self._open_requests.check(time.monotonic())
-            with closing(await self._send(request, admission, data, id)) as answer:
+            with closing(await send(data)) as answer:
                 if not await self._refusals.is_refusal(answer, data):
                     data.original = None
                     return await self._respond(request, answer, admission, id)
             assert data.original is not None
             refused_with = admission.status
-            with closing(await self._send(request, admission, data.original(), id)) as answer:
+            with closing(await send(data.original())) as answer:
                 self._refusals.on_original(refused_with, answer)
                 return await self._respond(request, answer, admission, id)
-
-    async def _send(
-        self, request: web.BaseRequest, admission: Admission, data: BodyPayload, id: str
-    ) -> aiohttp.ClientResponse:
-        answer = await self._engine.send(request, id, data, trace=admission.trace, length=data.size)
-        admission.status = answer.status
-        return answer
 
     async def _respond(
         self, request: web.BaseRequest, answer: aiohttp.ClientResponse, admission: Admission, id: str

@@ -28,14 +28,11 @@ LOAD_REPORT_STALE_S: Final = 5.0
 
 
 class OpenRequests:
-    """`emit` receives events; `verdict` is the last one that control published.
-
-    `client_stall`: seconds without a read before a client is disconnected.
-    """
+    """`emit` receives events; a client that reads nothing for `client_stall` seconds is disconnected."""
 
     def __init__(self, emit: Callable[[Event], None], client_stall: float = CLIENT_STALL_S) -> None:
         self.emit = emit
-        self.verdict: State = "unknown"
+        self.verdict: State = "unknown"  # the last one that control published
         self.cutting = False  # a drain ran out of time and cuts off what is open
         self._verdict_at = 0.0
         # ids are unique over relay processes and their restarts; a client's own request id need not be

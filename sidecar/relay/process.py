@@ -48,8 +48,7 @@ _http_log = logging.getLogger("sidecar.relay.http")
 _http_log.setLevel(logging.CRITICAL)
 
 HEARTBEAT_INTERVAL_S: Final = 1.0
-# A heartbeat carries the largest lag.
-_LAG_CHECKS_PER_HEARTBEAT: Final = 4
+_LAG_CHECKS_PER_HEARTBEAT: Final = 4  # a heartbeat carries the largest lag
 _LISTEN_BACKLOG: Final = 1024
 
 

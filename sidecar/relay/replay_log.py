@@ -25,8 +25,7 @@ from sidecar.events import (
     Settled,
 )
 
-# Settlements kept while there is no control process; about 10 MB.
-MAX_SETTLED: Final = 10_000
+MAX_SETTLED: Final = 10_000  # settlements kept while there is no control process; about 10 MB
 
 
 class ReplayLog:

@@ -35,30 +35,25 @@ _PATHS: Final = {
 }
 ROUTES: Final = {path: route for route, paths in _PATHS.items() for path in paths.split()}
 
-# JSON without images; json.loads holds the GIL for about 5 ms a MiB.
-MAX_PARSED_BYTES: Final = 16 << 20
+MAX_PARSED_BYTES: Final = 16 << 20  # JSON without images; json.loads holds the GIL for about 5 ms a MiB
 # Members that configure vLLM's own image processing: the images are then left to the engine.
 PROCESSING_OPTIONS: Final = ("mm_processor_kwargs", "media_io_kwargs")
 _BASE64_MARK: Final = b";base64,"
-# Between `"data:` and `;base64,`.
-_MAX_MEDIA_TYPE_BYTES: Final = 128
+_MAX_MEDIA_TYPE_BYTES: Final = 128  # between `"data:` and `;base64,`
 
 Buffer = bytes | memoryview | bytearray
 
 
 @dataclass(slots=True)
 class ImagePart:
-    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it.
-
-    `link`: where its bytes must be fetched from; it has no `data` then.
-    """
+    """One image of a request. `data` is its base64 text, `part` the content part (in the payload) that holds it."""
 
     index: int  # into ParsedBody.originals
     where: str  # "messages[0].content[1]"
     media_type: str  # "image/jpeg"
     data: memoryview
     part: dict[str, Any]
-    link: str = ""
+    link: str = ""  # where its bytes must be fetched from; it has no `data` then
     named: bool = False  # `part` got its `uuid` from the sidecar
 
 

@@ -24,10 +24,8 @@ from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import EngineBroke
 from sidecar.relay.sse import SSE, BodyTail, add_price, error_event, usage_of
 
-# An answer of known length up to this is read whole and written at once.
-MAX_SHORT_BYTES: Final = 256 << 10
-# For the last event to a client that may not read.
-_ERROR_EVENT_TIMEOUT_S: Final = 1.0
+MAX_SHORT_BYTES: Final = 256 << 10  # an answer of known length up to this is read whole and written at once
+_ERROR_EVENT_TIMEOUT_S: Final = 1.0  # for the last event to a client that may not read
 
 
 def is_stream(answer: aiohttp.ClientResponse) -> bool:

@@ -22,13 +22,10 @@ from sidecar.relay.request_body import parse_object
 # What ends an event. No form is a prefix of another, so chunking cannot matter.
 _EVENT_END: Final = re.compile(rb"\n\r?\n|\r\r")
 _LINES: Final = re.compile(rb"\r\n|\r|\n")
-# Inside a JSON text the quotes would be escaped, so this is always a key.
-_USAGE_KEY: Final = b'"usage"'
+_USAGE_KEY: Final = b'"usage"'  # inside a JSON text the quotes would be escaped, so this is always a key
 _OPENING_ROLES: Final = (b'"role":"assistant","content":""', b'"role": "assistant", "content": ""')
-# An incomplete event is held back up to this; usage events have below 4 KiB.
-_MAX_HELD_BYTES: Final = 64 << 10
-# Of an event or body, kept to read its usage.
-_MAX_KEPT_BYTES: Final = 1 << 20
+_MAX_HELD_BYTES: Final = 64 << 10  # an incomplete event is held back up to this; usage events have below 4 KiB
+_MAX_KEPT_BYTES: Final = 1 << 20  # of an event or body, kept to read its usage
 # Events whose usage does not cover the output yet: Anthropic's, and those of the responses API.
 _OPENING_EVENTS: Final = ("message_start", "response.created", "response.queued", "response.in_progress")
 _PROMPT_KEYS: Final = ("prompt_tokens", "input_tokens")
@@ -39,10 +36,7 @@ Price = Callable[[Usage], int]  # milli-MU
 
 
 class SSE:
-    """One stream of server-sent events.
-
-    `hide_usage`: remove the usage-only event; `price`: the `mu_milli` that a usage gets.
-    """
+    """One stream of server-sent events. `hide_usage`: remove the usage-only event; `price`: a usage's `mu_milli`."""
 
     def __init__(self, hide_usage: bool, price: Price | None = None) -> None:
         self._hide_usage = hide_usage
@@ -113,20 +107,13 @@ class SSE:
             self._held = min(self._held, len(self._open) - match.end())
             start = match.end()
         del self._open[:start]
-        if released := self._release_long():
-            out.append(released)
-        return out[0] if len(out) == 1 and isinstance(out[0], bytes) else b"".join(out)
-
-    def _release_long(self) -> bytes:
-        """Release a long incomplete event, and drop its beginning if it is longer than any usage."""
-        released = b""
-        if len(self._open) > _MAX_HELD_BYTES:
-            released = self._unsent()
+        if len(self._open) > _MAX_HELD_BYTES and self._held:  # too long to be held
+            out.append(self._unsent())
             self._held = 0
-        if len(self._open) > _MAX_KEPT_BYTES:
+        if len(self._open) > _MAX_KEPT_BYTES:  # longer than any usage: its beginning is dropped
             self._overlong = True
             del self._open[: len(self._open) - _MAX_KEPT_BYTES // 2]
-        return released
+        return out[0] if len(out) == 1 and isinstance(out[0], bytes) else b"".join(out)
 
     def _unsent(self) -> bytes:
         return bytes(self._open[len(self._open) - self._held :])

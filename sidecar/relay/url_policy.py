@@ -16,12 +16,10 @@ from yarl import URL
 
 _LINK: Final = re.compile(r"\s*https?:", re.IGNORECASE)
 MAX_LINK_CHARS: Final = 8192
-# All that IANA has assigned.
-_UNICAST: Final = ipaddress.IPv6Network("2000::/3")
+_UNICAST: Final = ipaddress.IPv6Network("2000::/3")  # all that IANA has assigned
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 _TEREDO: Final = ipaddress.IPv6Network("2001::/32")
-# Of 6to4, deprecated by RFC 7526.
-_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")
+_RELAYS: Final = ipaddress.IPv4Network("192.88.99.0/24")  # of 6to4, deprecated by RFC 7526
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,11 @@ from yarl import URL
 from sidecar.errors import BadImage, ImagesBusy
 from sidecar.relay import url_policy
 
-# For one image with all its redirects; vLLM allows 5 for each try.
-FETCH_TIMEOUT_S: Final = 10.0
+FETCH_TIMEOUT_S: Final = 10.0  # for one image with all its redirects; vLLM allows 5 for each try
 MAX_REDIRECTS: Final = 3
-# Per relay process; each takes at most --image-max-bytes.
-MAX_CONCURRENT_FETCHES: Final = 16
+MAX_CONCURRENT_FETCHES: Final = 16  # per relay process; each takes at most --image-max-bytes
 READ_BYTES: Final = 64 << 10
-# One header line of the answer.
-MAX_HEADER_BYTES: Final = 8190
+MAX_HEADER_BYTES: Final = 8190  # one header line of the answer
 REQUEST_HEADERS: Final = {"accept": "image/*", "accept-encoding": "identity", "user-agent": "inference-sidecar"}
 REDIRECT_STATUSES: Final = (301, 302, 303, 307, 308)
 

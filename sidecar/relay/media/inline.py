@@ -125,10 +125,7 @@ def form_of(prepared: list[PreparedImage]) -> str:
 
 
 def originals(parts: list[ImagePart], prepared: list[PreparedImage]) -> dict[int, tuple[str, Data]]:
-    """Replacements that restore all images; those behind links as they were fetched.
-
-    Removes the names that `replacements` gave.
-    """
+    """Replacements that restore all images, those behind links as fetched. Removes the names from `replacements`."""
     for part in parts:
         if part.named:
             del part.part["uuid"]

@@ -39,11 +39,9 @@ from sidecar.settings import Settings
 SAFETENSORS: Final = "application/x-safetensors"
 JSON: Final = "application/json"
 HANDOFF_HEADER: Final = "x-sidecar-handoff"
-# `values` -> safetensors dtype.
-DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # `values` -> safetensors dtype
 BASE64_MARK: Final = b";base64,"
-# A data URL before its base64 text.
-MAX_DATA_URL_HEAD_BYTES: Final = 256
+MAX_DATA_URL_HEAD_BYTES: Final = 256  # a data URL before its base64 text
 
 Source = tuple[Data, bool]  # an image, and whether it is base64 text
 Emit = Callable[[Event], None]

@@ -22,10 +22,8 @@ from sidecar.relay.pricing.tenant_accounts import TenantAccounts, TenantCharge
 
 FILE_CHECK_INTERVAL_S: Final = 2.0
 LOAD_REPORT_STALE_S: Final = 5.0
-# In OpenAI's errors.
-OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}
-# When to retry if open requests must end first.
-IN_FLIGHT_RETRY_S: Final = 1.0
+OPENAI_LIMIT_TYPES: Final = {"mu_per_minute": "tokens", "mu_in_flight": "requests"}  # in OpenAI's errors
+IN_FLIGHT_RETRY_S: Final = 1.0  # when to retry if open requests must end first
 
 _log = logging.getLogger(__name__)
 

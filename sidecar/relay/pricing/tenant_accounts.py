@@ -27,20 +27,16 @@ from typing import Final
 from sidecar.load.tenant_limits import LimitExceeded, TenantLimit, TokenBucket, charge, check, refill
 
 ROWS: Final = 4096
-# Candidate rows of a tenant.
-ROW_PROBES: Final = 16
-# Microseconds are usual, but the holder can be descheduled.
-LOCK_TIMEOUT_S: Final = 0.05
+ROW_PROBES: Final = 16  # candidate rows of a tenant
+LOCK_TIMEOUT_S: Final = 0.05  # microseconds are usual, but the holder can be descheduled
 _LOCK_RETRY_S: Final = 0.0002
 # digest, level, at, rate, burst
 _ROW: Final = struct.Struct("=16sdddd")
 _ROW_NUMBERS: Final = struct.Struct("=dddd")
 _IN_FLIGHT_BYTES: Final = 8
 _EMPTY_DIGEST: Final = bytes(16)
-# Not the digest of any tenant.
-_SHARED_DIGEST: Final = b"shared by others"
-# Rounding may leave this much in flight.
-_ROUNDING_MU: Final = 1e-9
+_SHARED_DIGEST: Final = b"shared by others"  # not the digest of any tenant
+_ROUNDING_MU: Final = 1e-9  # rounding may leave this much in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +54,7 @@ def table_bytes(workers: int) -> int:
 
 
 class TenantAccounts:
-    """The table, mapped by relay process `index` of `workers`.
-
-    `path`: a file of `table_bytes(workers)` bytes, or "" for private memory.
-    """
+    """The table, as relay process `index` uses it. `path`: a file of `table_bytes(workers)` bytes; "": own memory."""
 
     def __init__(self, path: str, workers: int, index: int) -> None:
         self._workers, self._index = workers, index
@@ -130,8 +123,7 @@ class TenantAccounts:
         return self._table[row * _ROW.size : row * _ROW.size + 16]
 
     def _bucket(self, row: int) -> TokenBucket:
-        _, level, at, _, _ = _ROW.unpack_from(self._table, row * _ROW.size)
-        return TokenBucket(level, at)
+        return TokenBucket(*_ROW.unpack_from(self._table, row * _ROW.size)[1:3])
 
     def _put(self, row: int, bucket: TokenBucket, limit: TenantLimit) -> None:
         _ROW_NUMBERS.pack_into(self._table, row * _ROW.size + 16, bucket.level, bucket.at, limit.rate, limit.burst)
@@ -143,10 +135,7 @@ class TenantAccounts:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        if self._fd < 0 or self._workers == 1:
-            yield
-            return
-        held = self._lock()
+        held = self._fd >= 0 and self._workers > 1 and self._lock()
         try:
             yield
         finally:
