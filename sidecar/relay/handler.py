@@ -124,14 +124,13 @@ class Relay:
             except (outcomes.ClientStalled, outcomes.ClientGone, outcomes.EngineBroke) as e:
                 return client_io.hang_up(request, at_once=isinstance(e, outcomes.ClientStalled))
             except RequestError as e:
-                error = e
+                return _refuse(request, e, id)
             except Exception as e:  # noqa: BLE001  # the border: a defect costs one request, and its place is logged
                 _log.error("request failed: %s at %s", type(e).__name__, place_of(e))
-                error = Internal("internal error of the sidecar")
+                return _refuse(request, Internal("internal error of the sidecar"), id)
             finally:
                 if self.is_draining:
                     request.protocol.close()
-            return client_io.hang_up(request) if request.writer.output_size else _refusal(error, id)
 
     async def _dispatch(self, request: web.BaseRequest, id: str) -> web.StreamResponse:
         path = engine_io.origin_form(request.raw_path).partition("?")[0]
@@ -266,7 +265,9 @@ class Relay:
             raise
 
 
-def _refusal(error: RequestError, id: str) -> web.Response:
+def _refuse(request: web.BaseRequest, error: RequestError, id: str) -> web.Response:
+    if request.writer.output_size:  # too late for another answer
+        return client_io.hang_up(request)
     extra = {} if error.retry_after is None else headers.retry_after(error.retry_after)
     response = web.json_response(error.body(), status=error.status, headers={"x-request-id": id, **extra})
     if isinstance(error, BodyTooLarge):
