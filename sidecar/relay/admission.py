@@ -29,14 +29,6 @@ BLOCKED_WRITE_S: Final = 1.0
 NO_ESTIMATE: Final = Estimate(RequestSize(uncached=0), 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class BegunAnswer:
-    """An answer whose head the client has. `sse`: its reader, if it is an event stream in plain text."""
-
-    response: web.StreamResponse
-    sse: SSE | None
-
-
 @dataclass(slots=True, eq=False)
 class Admission:
     """The state of one request. Times are monotonic seconds."""
@@ -60,7 +52,8 @@ class Admission:
     price: Price | None = None  # of a usage, if the client wants it in the answer
     scope: asyncio.Timeout | None = None
     abort_error: SidecarError | None = None
-    begun: BegunAnswer | None = None
+    answer: web.StreamResponse | None = None  # whose head the client has
+    events: SSE | None = None  # the answer's reader, if it is an event stream in plain text
     status: int = 0
     tokens: int = 0
     bytes: int = 0

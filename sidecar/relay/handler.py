@@ -162,7 +162,7 @@ class Relay:
                 self._open_requests.check(time.monotonic())
                 return await self._admitted(request, admission, await self._ready(request, admission), id)
         except RequestError as e:
-            if admission.begun is None:
+            if admission.answer is None:
                 raise
             return await response.end_with_error(request, admission, e)
         finally:
@@ -260,7 +260,7 @@ class Relay:
         try:
             return await response.ResponseSender(request, answer, passed, admission, self._open_requests).send()
         except outcomes.EngineBroke:
-            if admission.begun is None:  # the client can still get an error
+            if admission.answer is None:  # the client can still get an error
                 raise outcomes.engine_error(None, self._open_requests.verdict) from None
             raise
 

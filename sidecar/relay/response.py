@@ -18,7 +18,7 @@ from aiohttp import web
 
 from sidecar.errors import RequestError
 from sidecar.relay import client_io
-from sidecar.relay.admission import Admission, BegunAnswer
+from sidecar.relay.admission import Admission
 from sidecar.relay.headers import Headers
 from sidecar.relay.open_requests import OpenRequests
 from sidecar.relay.outcomes import EngineBroke
@@ -116,7 +116,7 @@ class ResponseSender:
 
     async def _start(self, response: web.StreamResponse, sse: SSE | None) -> None:
         await self._put(response.prepare(self._request))
-        self._admission.begun = BegunAnswer(response, sse)
+        self._admission.answer, self._admission.events = response, sse
 
     async def _put(self, step: Awaitable[object]) -> None:
         self._admission.writing_since = time.monotonic()
@@ -126,14 +126,13 @@ class ResponseSender:
 
 async def end_with_error(request: web.BaseRequest, admission: Admission, error: RequestError) -> web.StreamResponse:
     """End an answer that has begun. The client learns of `error` as far as the answer's form allows."""
-    begun = admission.begun
-    assert begun is not None
-    if begun.sse is None or not begun.sse.is_between_events or begun.response.content_length is not None:
+    answer, events = admission.answer, admission.events
+    if answer is None or events is None or not events.is_between_events or answer.content_length is not None:
         return client_io.hang_up(request)
     try:
         async with asyncio.timeout(_ERROR_EVENT_TIMEOUT_S):
-            await begun.response.write(error_event(error.body()["error"], admission.route))
-            await begun.response.write_eof()
+            await answer.write(error_event(error.body()["error"], admission.route))
+            await answer.write_eof()
     except (ConnectionError, TimeoutError):
         return client_io.hang_up(request, at_once=True)
-    return begun.response
+    return answer
