@@ -11,8 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final
 
-# Of one GPU.
-MIG_SLICES: Final = 7
+MIG_SLICES: Final = 7  # of one GPU
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,18 +19,12 @@ from sidecar.load import cost_model
 from sidecar.load.cost_model import Coefficients
 from sidecar.load.ledger import FAILED_OUTCOMES, AdmissionHold, Settlement
 
-# Many steps, and short compared to the minutes in which load changes.
-WINDOW_S: Final = 10.0
-# Resolution of busy time.
-SLOT_S: Final = 0.02
-# Events may arrive this late.
-LATE_EVENT_S: Final = 1.0
-# How long a window waits for first tokens.
-WINDOW_CLOSE_WAIT_S: Final = 60.0
-# Below it, the rounding to slots and idle gaps between steps weigh too much.
-MIN_BUSY_SHARE: Final = 0.2
-# d is split: per step, and per token.
-WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])
+WINDOW_S: Final = 10.0  # many steps, and short compared to the minutes in which load changes
+SLOT_S: Final = 0.02  # resolution of busy time
+LATE_EVENT_S: Final = 1.0  # events may arrive this late
+WINDOW_CLOSE_WAIT_S: Final = 60.0  # for first tokens
+MIN_BUSY_SHARE: Final = 0.2  # below it, the rounding to slots and idle gaps between steps weigh too much
+WINDOW_TERMS: Final = (*cost_model.TERMS[:3], "step", *cost_model.TERMS[3:])  # d is split: per step, and per token
 STEP_INDEX: Final = WINDOW_TERMS.index("step")
 
 
@@ -74,7 +68,6 @@ class WorkWindows:
         self._open: dict[int, _OpenWindow] = {}
 
     def settled(self, settlement: Settlement) -> None:
-        """Record a settled request."""
         ended = settlement.settled
         if ended.sent_at is None or ended.outcome == "rejected":
             return
