@@ -1,6 +1,6 @@
 """Hands what happens in the control process to every report that counts it: metrics, spans, usage records.
 
-Rules: an event is matched once for all reports; nothing here waits, and nothing here decides.
+Nothing here waits, and nothing here decides.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ class FanOut:
         unit_ms: float,
         dollars_per_gpu_hour: float,
     ) -> None:
-        self.metrics = metrics
-        self._tracing = tracing
-        self._usage = usage
-        self._price_terms = price_terms
+        self.metrics, self._tracing, self._usage, self._price_terms = metrics, tracing, usage, price_terms
         self._dollars_per_mu = dollars_per_gpu_hour / MS_PER_HOUR * unit_ms
 
     def on_event(self, event: Event) -> None:
@@ -50,20 +47,17 @@ class FanOut:
                 pass
 
     def on_settlement(self, settlement: Settlement, wall: float) -> None:
-        """A request ended."""
         admitted, settled, mu = settlement.admitted, settlement.settled, settlement.mu
         self._tracing.settled(settled, mu, lambda: self._price_terms(settlement.work) if mu else ())
-        first_at, later_tokens = settled.first_at, settlement.delivered - 1
+        first_at, later_tokens, outcome = settled.first_at, settlement.delivered - 1, settled.outcome
         self.metrics.settled(
-            settlement.tenant,
-            settlement.model,
-            settled.outcome,
-            mu=mu,
-            seconds=settled.at - admitted.at,
-            ttft=None if first_at is None else first_at - admitted.at,
-            tpot=None if first_at is None or later_tokens < 1 else (settled.at - first_at) / later_tokens,
-            overhead=None if settled.sent_at is None else settled.overhead,
-            dollars=mu * self._dollars_per_mu,
+            *(settlement.tenant, settlement.model, outcome, mu, mu * self._dollars_per_mu),
+            request=settled.at - admitted.at,
+            time_to_first_token=None if first_at is None else first_at - admitted.at,
+            time_per_output_token=None
+            if first_at is None or later_tokens < 1
+            else (settled.at - first_at) / later_tokens,
+            relay_overhead=None if settled.sent_at is None else settled.overhead,
         )
         if self._usage is not None:
             self._usage.add(settlement, wall)

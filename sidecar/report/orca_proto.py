@@ -21,9 +21,8 @@ FIELDS: Final = {
     "eps": 7,
     "application_utilization": 9,
 }
-# Field numbers of a map<string, double> and of a google.protobuf.Duration.
-NAMED_METRICS: Final = 8
-REPORT_INTERVAL: Final = 1
+NAMED_METRICS: Final = 8  # the number of a map<string, double>
+REPORT_INTERVAL: Final = 1  # of a google.protobuf.Duration
 
 _REPORT: Final = "xds.data.orca.v3.OrcaLoadReport"
 _REQUEST: Final = "xds.service.orca.v3.OrcaLoadReportRequest"
@@ -63,7 +62,6 @@ Request: Final[Any] = message_factory.GetMessageClass(_POOL.FindMessageTypeByNam
 
 
 def encode(fields: dict[str, float], named: dict[str, float]) -> bytes:
-    """A report on the wire."""
     return bytes(Report(**fields, named_metrics=named).SerializeToString(deterministic=True))
 
 

@@ -85,11 +85,14 @@ vllm:num_requests_waiting{model_name="llama"} 3.0
 """
 
 
+SECONDS = {"request": 2.0, "time_to_first_token": 0.2, "time_per_output_token": 0.01, "relay_overhead": 0.0003}
+
+
 def full() -> Metrics:
     """Metrics with at least one series each."""
     meters = Metrics(max_tenants=5)
     meters.update(SNAPSHOT)
-    meters.settled("acme", "llama", "ok", mu=0.5, seconds=2.0, ttft=0.2, tpot=0.01, overhead=0.0003, dollars=0.01)
+    meters.settled("acme", "llama", "ok", 0.5, 0.01, **SECONDS)
     meters.observe(ImagePrepared("r", 1.0, "jpeg", "ok", 0.03, (("decode", 0.006),), 1000, 3000))
     meters.observe(CanaryResult("ok", 10.0, 10.1, 8.0))
     meters.observe(Verdict("progressing", "bytes_delivered", "", 1.0, 1.0))
