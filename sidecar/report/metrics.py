@@ -135,7 +135,9 @@ class Metrics(Collector):
         self._formats, self._stages, self._reasons = BoundedLabels(20), BoundedLabels(20), BoundedLabels(MAX_REASONS)
         self._counters: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
         # A histogram without labels exists from the start, at 0.
-        self._histograms = {m.name: {} if m.labels else {(): _Histogram(m)} for m in METRICS if m.buckets}
+        self._histograms: dict[str, dict[Labels, _Histogram]] = {
+            m.name: {} if m.labels else {(): _Histogram(m)} for m in METRICS if m.buckets
+        }
         self._snapshot: Snapshot | None = None
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
