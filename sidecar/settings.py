@@ -154,7 +154,6 @@ def to_json(settings: Settings) -> str:
 
 
 def from_json(text: str) -> Settings:
-    """Decode what to_json encoded."""
     return msgspec.json.decode(text, type=Settings)
 
 

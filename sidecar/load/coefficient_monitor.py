@@ -51,7 +51,6 @@ class CoefficientMonitor:
         self.stale = self._stale_reason(identity)
 
     def restore(self, state: DriftState) -> None:
-        """Restore the state of an earlier process of the sidecar."""
         self.drift.memory = state
 
     @property
@@ -66,18 +65,18 @@ class CoefficientMonitor:
         shadow = self.refit.shadow()
         if shadow is None:
             return None
-        text = repr([(name, getattr(shadow.co, name)) for name in cost_model.TERMS])
+        text = repr([(name, getattr(shadow, name)) for name in cost_model.TERMS])
         fingerprint = "refit-" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         source = f"refit of {self.co.fingerprint}"
-        error = round(math.expm1(shadow.error), 4)  # over windows; a calibration's is over shapes
-        return replace(shadow.co, fingerprint=fingerprint, source=source, mape=error, p90=2 * error)
+        error = round(math.expm1(self.refit.error), 4)  # over windows; a calibration's is over shapes
+        return replace(shadow, fingerprint=fingerprint, source=source, mape=error, p90=2 * error)
 
     def use(self) -> PriceUse:
         """The coefficients as reports show them."""
         shadow = None
         if (found := self.refit.shadow()) is not None:
-            values = tuple((name, getattr(found.co, name)) for name in cost_model.TERMS)
-            shadow = ShadowUse(values, cost_model.max_mu_per_minute(found.co), found.windows, found.error)
+            values = tuple((name, getattr(found, name)) for name in cost_model.TERMS)
+            shadow = ShadowUse(values, cost_model.max_mu_per_minute(found), self.refit.windows, self.refit.error)
         terms, line = cost_model.by_cause(cost_model.REFERENCE, self.co), cost_model.line(self.co)
         return PriceUse(self.co.source, self.stale, self.margin, terms, line, self.refit.windows, shadow)
 

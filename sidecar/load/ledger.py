@@ -178,7 +178,6 @@ class Ledger:
         return self._holds.get(key)
 
     def in_flight(self) -> InFlight:
-        """The load in flight: the sum over the open holds."""
         holds = self._holds.values()
         waiting = [hold.admitted.expected.uncached for hold in holds if hold.first_at is None]
         mu, decode = sum((hold.remaining_mu for hold in holds), 0.0), sum(hold.remaining_tokens for hold in holds)

@@ -120,7 +120,6 @@ class OutputForecast:
         return [a * w + b * x + c * y + d * z for w, x, y, z in columns]
 
     def below(self, bucket: int) -> float:
-        """The share of the buckets before `bucket`."""
         return sum(times * sum(weights[:bucket]) for times, weights, _, _ in self.levels)
 
     def tail(self, bucket: int) -> CensoredTail | None:
@@ -199,7 +198,6 @@ class OutputLengths:
 
 
 def bucket_of(tokens: float) -> int:
-    """The bucket of an answer of `tokens`."""
     return min(bisect_right(BUCKET_STARTS, tokens), BUCKET_COUNT - 1)
 
 

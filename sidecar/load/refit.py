@@ -27,18 +27,12 @@ MAX_REPORTED_ERROR: Final = 5.0
 TERM_COUNT: Final = len(WINDOW_TERMS)
 
 
-@dataclass(frozen=True, slots=True)
-class RefitResult:
-    """Fitted coefficients, the number of windows, and the mean log error of predicting a window before learning it."""
-
-    co: Coefficients
-    windows: int
-    error: float
-
-
 @dataclass(slots=True)
 class Refit:
-    """Learns from windows. `log_scale` is the log of measured over predicted time; `times` are factors on the prior."""
+    """Learns from windows. `log_scale` is the log of measured over predicted time; `times` are factors on the prior.
+
+    `error` is the mean log error of predicting a window before learning it.
+    """
 
     co: Coefficients
     windows: int = 0
@@ -70,15 +64,14 @@ class Refit:
                 self._gram[i][j] = FORGETTING_FACTOR * self._gram[i][j] + weight * row[i] * row[j]
         self._solve()
 
-    def shadow(self) -> RefitResult | None:
+    def shadow(self) -> Coefficients | None:
         """The fitted coefficients; None before MIN_REFIT_WINDOWS windows."""
         if self.windows < MIN_REFIT_WINDOWS:
             return None
         values = {name: p * t for name, p, t in zip(WINDOW_TERMS, self._prior(), self.times, strict=True)}
         fitted = {name: values[name] for name in cost_model.TERMS}
         fitted["d"] = values["d"] + values["step"] / self.co.batch
-        co = replace(self.co, **fitted, fingerprint="", source="refit", mu_in_flight=0.0)  # type: ignore[arg-type]
-        return RefitResult(co, self.windows, self.error)
+        return replace(self.co, **fitted, fingerprint="", source="refit", mu_in_flight=0.0)  # type: ignore[arg-type]
 
     def _prior(self) -> list[float]:
         d = self.co.d

@@ -36,10 +36,7 @@ def page_headers(allowed: str) -> dict[str, str]:
     return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
 
 
-HEADERS: Final = page_headers(f"style-src {source_hash(STYLE.encode())}") | {
-    "Cache-Control": "no-store",
-    "Vary": "Accept",
-}
+HEADERS = page_headers(f"style-src {source_hash(STYLE.encode())}") | {"Cache-Control": "no-store", "Vary": "Accept"}
 _SHOWN: Final = ("at", "verdict", "reason", "detail", "summary", "complete", "processes")
 
 

@@ -59,7 +59,6 @@ def _hashes(tag: str) -> str:
 
 
 async def index(_request: web.Request) -> web.Response:
-    """`GET /`."""
     return web.Response(body=html(), content_type="text/html", charset="utf-8", headers=headers())
 
 

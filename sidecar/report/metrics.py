@@ -143,7 +143,6 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def update(self, snapshot: Snapshot) -> None:
-        """Set the snapshot that gauges show."""
         self._snapshot = snapshot
 
     def observe(self, record: ImagePrepared | CanaryResult | Verdict | AbortRequests) -> None:

@@ -33,22 +33,19 @@ BIN_PREFIX: Final = "BIN "
 
 @dataclass(frozen=True, slots=True)
 class OrcaReport:
-    """An `xds.data.orca.v3.OrcaLoadReport`; `named` are its named_metrics."""
+    """An `xds.data.orca.v3.OrcaLoadReport` in the three forms of the header; `named` are its named_metrics."""
 
     fields: dict[str, float]
     named: dict[str, float]
 
     def json(self) -> str:
-        """The header's value as `JSON {...}`."""
         return "JSON " + json.dumps({**self.fields, "named_metrics": self.named})
 
     def text(self) -> str:
-        """The header's value as `TEXT key=value, ...`."""
         named = {f"named_metrics.{name}": value for name, value in self.named.items()}
         return "TEXT " + ", ".join(f"{name}={value:.10g}" for name, value in {**self.fields, **named}.items())
 
     def binary(self) -> str:
-        """The header's value as `BIN ` and base64."""
         return BIN_PREFIX + base64.b64encode(orca_proto.encode(self.fields, self.named)).decode()
 
 

@@ -14,13 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, duration_pb2, messa
 SERVICE: Final = "xds.service.orca.v3.OpenRcaService"
 METHOD: Final = "StreamCoreMetrics"
 # Name -> number; all are doubles.
-FIELDS: Final = {
-    "cpu_utilization": 1,
-    "mem_utilization": 2,
-    "rps_fractional": 6,
-    "eps": 7,
-    "application_utilization": 9,
-}
+FIELDS = {"cpu_utilization": 1, "mem_utilization": 2, "rps_fractional": 6, "eps": 7, "application_utilization": 9}
 NAMED_METRICS: Final = 8  # the number of a map<string, double>
 REPORT_INTERVAL: Final = 1  # of a google.protobuf.Duration
 

@@ -46,7 +46,6 @@ class MetricsPages:
         return page, content_type
 
     def text(self) -> str:
-        """The page as plain text, for `merge_pages`."""
         return self.render()[0].decode()
 
 

@@ -57,7 +57,6 @@ class Tracing:
         self._exporter = _Exporter(endpoint, version) if endpoint else None
 
     def admitted(self, event: Admitted) -> None:
-        """Begin a span if the request is traced and sampled."""
         images = self._early.pop(event.id, [])
         if self._exporter is None or event.trace is None or not event.trace.sampled:
             return
@@ -70,7 +69,6 @@ class Tracing:
             request.first_at = event.at
 
     def imaged(self, event: ImagePrepared) -> None:
-        """Record an image, as a span under the request's."""
         if self._exporter is None or not event.id:
             return
         request = self._open.get(event.id)
