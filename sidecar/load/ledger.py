@@ -149,16 +149,12 @@ class Ledger:
 
     def apply(self, relay: int, event: Event) -> Settlement | None:
         """Apply an event of a relay. Returns the settlement if it ended a request."""
-        match event:
-            case Admitted():
-                self._hold(relay, event)
-            case Settled():
-                return self._settle(relay, event)
-            case FirstToken() | Delivered() | RequestBlocked():
-                if (hold := self._holds.get((relay, event.id))) is not None:
-                    self._update(hold, event)
-            case _:
-                pass
+        if isinstance(event, Settled):
+            return self._settle(relay, event)
+        if isinstance(event, Admitted):
+            self._hold(relay, event)
+        elif isinstance(event, FirstToken | Delivered | RequestBlocked) and (hold := self.hold((relay, event.id))):
+            self._update(hold, event)
         return None
 
     def lose(self, relay: int, now: float) -> list[Settlement]:

@@ -30,16 +30,13 @@ class FanOut:
 
     def on_event(self, event: Event) -> None:
         """An event of a relay, other than the end of a request."""
-        match event:
-            case Admitted():
-                self.tracing.admitted(event)
-            case FirstToken():
-                self.tracing.first_token(event)
-            case ImagePrepared():
-                self.metrics.observe(event)
-                self.tracing.imaged(event)
-            case _:
-                pass
+        if isinstance(event, Admitted):
+            self.tracing.admitted(event)
+        elif isinstance(event, FirstToken):
+            self.tracing.first_token(event)
+        elif isinstance(event, ImagePrepared):
+            self.metrics.observe(event)
+            self.tracing.imaged(event)
 
     def on_settlement(self, settlement: Settlement, wall: float) -> None:
         admitted, settled, mu = settlement.admitted, settlement.settled, settlement.mu

@@ -46,11 +46,11 @@ def render(snapshot: Snapshot, unit: str = "") -> dict[str, Any]:
 
 def _parts(snapshot: Snapshot) -> dict[str, Any]:
     """The shares whose maximum is the utilization."""
-    parts: dict[str, Any] = dict(snapshot.load.parts)
+    parts: dict[str, Any] = {}
     engine = snapshot.engine
     reading = Absent("not reported by the engine") if isinstance(engine, Value) else engine
-    for name in [name for name, share in parts.items() if share is None]:
-        parts |= _entry(name, reading)
+    for name, share in snapshot.load.parts:
+        parts |= {name: share} if share is not None else _entry(name, reading)
     return parts
 
 

@@ -33,13 +33,16 @@ MetricRow = tuple[str, Labels, float]  # metric, label values in the table's ord
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric as it is exposed. `buckets` are upper bounds in seconds, without +Inf."""
+    """A metric as it is exposed; a counter's name ends in `_total`. `buckets`: upper bounds in seconds, without +Inf."""
 
     name: str
-    kind: Literal["gauge", "counter", "histogram"]
     help: str
     labels: Labels = ()
     buckets: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> Literal["gauge", "counter", "histogram"]:
+        return "histogram" if self.buckets else "counter" if self.name.endswith("_total") else "gauge"
 
 
 # Two to three bounds per decade: quantiles are off by less than half their value, with fewer than 20 series each.
@@ -47,69 +50,54 @@ _REQUEST_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
 _OVERHEAD_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 _IMAGE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-_CLIENT = ("tenant", "model", "outcome")
-
-
-def _gauge(name: str, help: str, *labels: str) -> Metric:
-    return Metric(name, "gauge", help, labels)
-
-
-def _counter(name: str, help: str, *labels: str) -> Metric:
-    return Metric(name, "counter", help, labels)
-
-
-def _histogram(name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Metric:
-    return Metric(name, "histogram", help, labels, buckets)
-
+_CLIENT, _GPU = ("tenant", "model", "outcome"), ("gpu",)
 
 METRICS: Final = (
-    _gauge("sidecar_mu_in_flight", "Model units of admitted requests that are not settled."),
-    _gauge("sidecar_mu_max_in_flight", "Model units in flight at which requests still meet the time objective."),
-    _gauge("sidecar_mu_per_minute", "Model units done in the last minute."),
-    _gauge("sidecar_mu_max_per_minute", "Model units that this model and hardware can do in a minute."),
-    _gauge("sidecar_mu_utilization_ratio", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
-    _counter("sidecar_mu_total", "Model units of settled requests.", *_CLIENT),
-    _gauge("sidecar_mu_coefficients_stale", "1 if the coefficients no longer fit this model and hardware."),
-    _gauge("sidecar_prefill_tokens_in_flight", "Input tokens of requests without a first token."),
-    _gauge("sidecar_decode_tokens_in_flight", "Output tokens that are expected and not yet delivered."),
-    _counter("sidecar_tokens_delivered_total", "Output tokens delivered to clients."),
-    _gauge("sidecar_requests_in_flight", "Admitted requests that are not settled."),
-    _counter("sidecar_requests_total", "Settled requests.", *_CLIENT),
-    _histogram("sidecar_time_to_first_token_seconds", "Time from admission to a stream's first token.", _REQUEST_S),
-    _histogram("sidecar_time_per_output_token_seconds", "Time per token of a stream after the first.", _TOKEN_S),
-    _histogram("sidecar_request_seconds", "Time from admission to settlement.", _REQUEST_S),
-    _histogram("sidecar_relay_overhead_seconds", "Time added by the relay itself, without image work.", _OVERHEAD_S),
-    _gauge("sidecar_verdict", "1 for the current verdict, 0 for all others.", "verdict"),
-    _counter("sidecar_verdict_changes_total", "Changes of the verdict.", "to", "reason"),
-    _counter("sidecar_kills_total", "Times that liveness failed because of a stall."),
-    _gauge("sidecar_handover", "1 if a restart does not help and an operator must act.", "reason"),
-    _gauge("sidecar_progress_age_seconds", "Time since the last progress; no series while nothing is outstanding."),
-    _gauge("sidecar_silence_allowed_seconds", "Silence allowed for the outstanding work."),
-    _counter("sidecar_streams_ended_total", "Requests aborted because they alone were stuck.", "reason"),
-    _histogram("sidecar_canary_seconds", "Duration of canaries.", _REQUEST_S),
-    _counter("sidecar_canaries_total", "Canaries by outcome.", "outcome"),
-    _counter("sidecar_canary_mu_total", "Model units of passed canaries; they belong to no tenant."),
-    _counter("sidecar_canary_tokens_total", "Tokens of passed canaries, prompts and outputs."),
-    _gauge("sidecar_garbage_output", "1 while the canary's answer differs from its usual answer. Informational."),
-    _counter("sidecar_images_total", "Images by outcome.", "format", "outcome"),
-    _histogram("sidecar_image_seconds", "Time of one image by stage; `total` includes queueing.", _IMAGE_S, "stage"),
-    _counter("sidecar_image_bytes_total", "Bytes of images, received and passed on.", "direction"),
-    _gauge("sidecar_gpu_utilization_ratio", "Share of time in which a kernel ran; 1 is no proof of progress.", "gpu"),
-    _gauge("sidecar_gpu_memory_used_bytes", "GPU memory in use.", "gpu"),
-    _gauge("sidecar_gpu_power_watts", "Power draw of the GPU.", "gpu"),
-    _counter("sidecar_gpu_energy_joules_total", "Energy used by the GPU since its driver was loaded.", "gpu"),
-    _gauge("sidecar_gpu_sm_clock_hertz", "Clock of the GPU's multiprocessors.", "gpu"),
-    _gauge("sidecar_gpu_slowdown", "1 while this reason reduces the GPU's clocks, else 0.", "gpu", "reason"),
-    _counter("sidecar_gpu_xid_errors_total", "XID errors from the driver; xid 0 counts rare others.", "gpu", "xid"),
-    _gauge("sidecar_signal_up", "1 if a signal was read, 0 if it failed; no series if it is absent.", "signal"),
-    _gauge("sidecar_signal_seconds", "Duration of the last reading of a signal.", "signal"),
-    _gauge("sidecar_loop_lag_seconds", "Event loop lag of a process.", "process"),
-    _counter(
-        "sidecar_cost_dollars_total", "Dollars of settled requests; needs --dollars-per-gpu-hour.", "tenant", "model"
-    ),
-    _gauge("sidecar_build_info", "Always 1; the labels name version and engine.", "version", "engine_kind"),
+    Metric("sidecar_mu_in_flight", "Model units of admitted requests that are not settled."),
+    Metric("sidecar_mu_max_in_flight", "Model units in flight at which requests still meet the time objective."),
+    Metric("sidecar_mu_per_minute", "Model units done in the last minute."),
+    Metric("sidecar_mu_max_per_minute", "Model units that this model and hardware can do in a minute."),
+    Metric("sidecar_mu_utilization_ratio", "Largest of stock, flow, KV cache and queue, as a share of capacity."),
+    Metric("sidecar_mu_total", "Model units of settled requests.", _CLIENT),
+    Metric("sidecar_mu_coefficients_stale", "1 if the coefficients no longer fit this model and hardware."),
+    Metric("sidecar_prefill_tokens_in_flight", "Input tokens of requests without a first token."),
+    Metric("sidecar_decode_tokens_in_flight", "Output tokens that are expected and not yet delivered."),
+    Metric("sidecar_tokens_delivered_total", "Output tokens delivered to clients."),
+    Metric("sidecar_requests_in_flight", "Admitted requests that are not settled."),
+    Metric("sidecar_requests_total", "Settled requests.", _CLIENT),
+    Metric("sidecar_time_to_first_token_seconds", "Time from admission to a stream's first token.", (), _REQUEST_S),
+    Metric("sidecar_time_per_output_token_seconds", "Time per token of a stream after the first.", (), _TOKEN_S),
+    Metric("sidecar_request_seconds", "Time from admission to settlement.", (), _REQUEST_S),
+    Metric("sidecar_relay_overhead_seconds", "Time added by the relay itself, without image work.", (), _OVERHEAD_S),
+    Metric("sidecar_verdict", "1 for the current verdict, 0 for all others.", ("verdict",)),
+    Metric("sidecar_verdict_changes_total", "Changes of the verdict.", ("to", "reason")),
+    Metric("sidecar_kills_total", "Times that liveness failed because of a stall."),
+    Metric("sidecar_handover", "1 if a restart does not help and an operator must act.", ("reason",)),
+    Metric("sidecar_progress_age_seconds", "Time since the last progress; no series while nothing is outstanding."),
+    Metric("sidecar_silence_allowed_seconds", "Silence allowed for the outstanding work."),
+    Metric("sidecar_streams_ended_total", "Requests aborted because they alone were stuck.", ("reason",)),
+    Metric("sidecar_canary_seconds", "Duration of canaries.", (), _REQUEST_S),
+    Metric("sidecar_canaries_total", "Canaries by outcome.", ("outcome",)),
+    Metric("sidecar_canary_mu_total", "Model units of passed canaries; they belong to no tenant."),
+    Metric("sidecar_canary_tokens_total", "Tokens of passed canaries, prompts and outputs."),
+    Metric("sidecar_garbage_output", "1 while the canary's answer differs from its usual answer. Informational."),
+    Metric("sidecar_images_total", "Images by outcome.", ("format", "outcome")),
+    Metric("sidecar_image_seconds", "Time of one image by stage; `total` includes queueing.", ("stage",), _IMAGE_S),
+    Metric("sidecar_image_bytes_total", "Bytes of images, received and passed on.", ("direction",)),
+    Metric("sidecar_gpu_utilization_ratio", "Share of time in which a kernel ran; 1 is no proof of progress.", _GPU),
+    Metric("sidecar_gpu_memory_used_bytes", "GPU memory in use.", _GPU),
+    Metric("sidecar_gpu_power_watts", "Power draw of the GPU.", _GPU),
+    Metric("sidecar_gpu_energy_joules_total", "Energy used by the GPU since its driver was loaded.", _GPU),
+    Metric("sidecar_gpu_sm_clock_hertz", "Clock of the GPU's multiprocessors.", _GPU),
+    Metric("sidecar_gpu_slowdown", "1 while this reason reduces the GPU's clocks, else 0.", ("gpu", "reason")),
+    Metric("sidecar_gpu_xid_errors_total", "XID errors from the driver; xid 0 counts rare others.", ("gpu", "xid")),
+    Metric("sidecar_signal_up", "1 if a signal was read, 0 if it failed; no series if it is absent.", ("signal",)),
+    Metric("sidecar_signal_seconds", "Duration of the last reading of a signal.", ("signal",)),
+    Metric("sidecar_loop_lag_seconds", "Event loop lag of a process.", ("process",)),
+    Metric("sidecar_cost_dollars_total", "Dollars of settled requests; needs --dollars-per-gpu-hour.", _CLIENT[:2]),
+    Metric("sidecar_build_info", "Always 1; the labels name version and engine.", ("version", "engine_kind")),
     # The name and unit of DCGM's exporter, for its consumers.
-    _gauge("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", "gpu", "UUID"),
+    Metric("DCGM_FI_DEV_GPU_UTIL", "GPU utilization (in %).", ("gpu", "UUID")),
 )
 
 _TABLE: Final = {m.name: m for m in METRICS}
