@@ -29,6 +29,7 @@ SHORT_ROUTES = ("embeddings", "rerank", "score", "pooling", "classify")
 FAILED_OUTCOMES: Final[frozenset[Outcome]] = frozenset(("engine_error", "stalled", "lost"))
 
 Key = tuple[int, str]  # (relay index, request id)
+Label = Callable[[str], str]
 
 
 @dataclass(slots=True)
@@ -128,12 +129,7 @@ class SlidingSum:
 class Ledger:
     """Open holds, and sums of the settled ones. The labels bound the tenants and models that clients name."""
 
-    def __init__(
-        self,
-        co: cost_model.Coefficients,
-        tenant_label: Callable[[str], str] = str,
-        model_label: Callable[[str], str] = str,
-    ) -> None:
+    def __init__(self, co: cost_model.Coefficients, tenant_label: Label = str, model_label: Label = str) -> None:
         self.co = co
         self._tenant_label, self._model_label = tenant_label, model_label
         self._holds: dict[Key, AdmissionHold] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sidecar.readings import Absent, Failed, GpuSample, Reading, Value
+from sidecar.readings import Absent, GpuSample, Reading, Value
 from sidecar.snapshot import PriceUse, Snapshot
 
 MU: Final = ("in_flight", "max_in_flight", "per_minute", "max_per_minute")
@@ -78,10 +78,7 @@ def _gpu(gpu: GpuSample) -> dict[str, Any]:
 
 
 def _entry(key: str, reading: Reading[Any]) -> dict[str, Any]:
-    match reading:
-        case Value(value):
-            return {key: value}
-        case Absent(reason):
-            return {key: None, f"{key}_absent": reason}
-        case Failed(error):
-            return {key: None, f"{key}_absent": f"failed: {error}"}
+    if isinstance(reading, Value):
+        return {key: reading.value}
+    why = reading.reason if isinstance(reading, Absent) else f"failed: {reading.error}"
+    return {key: None, f"{key}_absent": why}

@@ -33,7 +33,7 @@ MetricRow = tuple[str, Labels, float]  # metric, label values in the table's ord
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric as it is exposed; a counter's name ends in `_total`. `buckets`: upper bounds in seconds, without +Inf."""
+    """A metric as it is exposed; a counter's name ends in `_total`. `buckets`: upper bounds in seconds, no +Inf."""
 
     name: str
     help: str
