@@ -135,7 +135,7 @@ class RequestBlocked:
 
     id: str
     at: float
-    on: bool
+    on: bool  # the engine is not to blame for the silence in between
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ Rules:
   that the previous control process may not have recorded.
 - Minutes older than a day are summed up to hours. Rows beyond the bounds of age or size are dropped, oldest first,
   pending ones too.
+- No content, and no names except labels.
 - `write` does disk I/O: call it off the event loop, one at a time.
 """
 
