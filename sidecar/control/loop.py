@@ -119,7 +119,7 @@ class ControlLoop:
 
     def _send_page(self, relay: int) -> None:
         if self._pool is not None:
-            text = merge_pages(self.signals.engine.page(), self.sinks.pages.text())
+            text = merge_pages(self.signals.engine.scrape.page(), self.sinks.pages.text())
             self._pool.send(MetricsPage(time.monotonic(), text), relay)
 
     # --- ticks ---
@@ -175,7 +175,7 @@ class ControlLoop:
         self.signals.port.period = RESTART_PORT_INTERVAL_S if verdict.state == "stalled" else PORT_INTERVAL_S
         if verdict.state == "stalled":
             id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(wall))}-{verdict.cause}"
-            page = self.signals.engine.last_page(MAX_PAGE_BYTES)
+            page = self.signals.engine.scrape.last_page(MAX_PAGE_BYTES)
             content = bundle(self.snapshot, list(self.control.ledger.holds()), page)
             self._tasks.start("diagnosis", diagnose(self.sinks.diagnoses, self.signals.examiner, content, id))
         elif verdict.state == "starting":

@@ -26,8 +26,6 @@ MAX_ANSWER_BYTES: Final = 1 << 20
 MAX_LIST_BYTES: Final = 16 << 20
 # `send` has its own timeout; aiohttp's default of 5 minutes may be shorter.
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
-Clock = Callable[[], float]
-Asleep = Callable[[], Awaitable[bool]]
 
 
 class CanarySignal:
@@ -45,8 +43,7 @@ class CanarySignal:
         *,
         model: str = "",
         priority: int | None = None,
-        asleep: Asleep | None = None,
-        clock: Clock = time.monotonic,
+        asleep: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._session = session
         self._engine = engine
@@ -59,17 +56,16 @@ class CanarySignal:
         self._passed_model = ""
         self._forms = CanaryForms(kind, priority)
         self._asleep = asleep
-        self._clock = clock
 
     async def send(self, allowed: float, used: str = "") -> CanaryResult:
         """Send one canary; it is starved if its stream has not ended after `allowed` seconds.
 
         `used`: the model of the last request of a user that was answered.
         """
-        started = self._clock()
+        started = time.monotonic()
 
         def ended(outcome: str, detail: str = "", answer: CanaryAnswer | None = None) -> CanaryResult:
-            took = started, self._clock(), allowed
+            took = started, time.monotonic(), allowed
             of = (answer.prompt_tokens, answer.digest, self._choice.model) if answer else ()
             return CanaryResult(outcome, *took, detail, *of)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -67,7 +67,7 @@ def find_listeners(port: int) -> tuple[set[int], bool]:
     return {pid for pid in pids if pid}, bool(pids)
 
 
-def look(process: EngineProcess, clock: Callable[[], float] = time.monotonic) -> ProcessLook | Failed:
+def look(process: EngineProcess) -> ProcessLook | Failed:
     """The state of a process now. Never raises."""
     directory = PROC / str(process.pid)
     try:
@@ -75,7 +75,7 @@ def look(process: EngineProcess, clock: Callable[[], float] = time.monotonic) ->
         if int(fields[19]) != process.started:
             return Failed("it has ended; its pid belongs to another process now")
         return ProcessLook(
-            at=clock(),
+            at=time.monotonic(),
             state=fields[0],
             wchan=_read_wchan(directory / "wchan"),
             threads=int(fields[17]),

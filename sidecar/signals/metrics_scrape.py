@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import aiohttp
@@ -19,43 +20,35 @@ from sidecar.readings import Absent, EngineSample, Failed, Reading, Value
 from sidecar.signals.http_body import BodyTooLong, read_body
 from sidecar.signals.identify import MAX_PAGE_BYTES
 
-PageParser = Callable[[bytes, float], EngineSample]
-
 # A page older than this many periods is no longer merged into the relay's page.
 MAX_PAGE_AGE_PERIODS: Final = 5
-
-_REMEDIES: Final = {
-    401: "; set --engine-key",
-    403: "; set --engine-key",
-    404: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
-    501: "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)",
-}
+_REMEDIES: Final = (
+    ((401, 403), "; set --engine-key"),
+    ((404, 501), "; start the engine with its metrics on (SGLang: --enable-metrics, llama.cpp: --metrics)"),
+)
 
 _log = logging.getLogger(__name__)
 
 
 class _BadStatus(Exception):
-    """The engine responded with another status than 200."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
+    """The engine responded with this status instead of 200."""
 
 
 class ScrapeSignal:
     """Scrapes `url`, the metrics page, once per `period` seconds while `run` runs.
 
-    `parse(page, at)` returns the sample and raises ValueError on garbage. It is None for an engine kind without
-    metrics: then any response from `url` will do. If the page can hang together with the engine, `contact` is a second
-    URL: the API counts as blocked only if that does not respond either. `headers` are sent with each scrape (API keys).
-    The engine is not scraped while `sleep_state()` is not "".
+    `parse(page)` returns the sample and raises ValueError on garbage. It is None for an engine kind without metrics:
+    then any response from `url` will do, and the reading is `absent`. If the page can hang together with the engine,
+    `contact` is a second URL: the API counts as blocked only if that does not respond either. The engine is not scraped
+    while `sleep_state()` is not "".
     """
 
     def __init__(
         self,
         url: str,
-        parse: PageParser | None,
+        parse: Callable[[bytes], EngineSample] | None,
         *,
+        absent: str = "this engine has no metrics page",
         contact: str = "",
         headers: Mapping[str, str] | None = None,
         period: float = 1.0,
@@ -74,7 +67,7 @@ class ScrapeSignal:
         self._max_bytes = max_bytes
         self._sleep_state = sleep_state
         self._clock = clock
-        self._reading: Reading[EngineSample] = Absent("not read yet" if parse else "this engine has no metrics page")
+        self._reading: Reading[EngineSample] = Absent("not read yet" if parse else absent)
         self._page: tuple[float, bytes] | None = None
         self.unanswered = False  # the last scrape timed out although the port accepted its connection
 
@@ -113,7 +106,7 @@ class ScrapeSignal:
         try:
             page = await self._fetch(session)
             if self._parse is not None:
-                sample = self._parse(page, started)
+                sample = self._parse(page)
                 self._page = (self._clock(), page)  # after parsing: garbage would break the merged page
                 self._store(Value(sample, at=started, seconds=self._clock() - started))
             self.unanswered = False
@@ -127,19 +120,20 @@ class ScrapeSignal:
         if not self._contact:
             return False
         try:
-            async with session.get(self._contact, headers=self._headers, timeout=self._timeout, allow_redirects=False):
+            async with self._get(session, self._contact):
                 return True
         except (aiohttp.ClientError, OSError):
             return False
 
     async def _fetch(self, session: aiohttp.ClientSession) -> bytes:
-        async with session.get(
-            self._url, headers=self._headers, timeout=self._timeout, allow_redirects=False
-        ) as response:
+        async with self._get(session, self._url) as response:
             if response.status != 200:
                 response.close()
                 raise _BadStatus(response.status)
             return await read_body(response, self._max_bytes)
+
+    def _get(self, session: aiohttp.ClientSession, url: str) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return session.get(url, headers=self._headers, timeout=self._timeout, allow_redirects=False)
 
     def _store(self, reading: Reading[EngineSample]) -> None:
         if isinstance(reading, Failed) and reading != self._reading:
@@ -148,8 +142,9 @@ class ScrapeSignal:
 
     def _explain(self, error: Exception) -> str:
         match error:
-            case _BadStatus(status=status):
-                return f"the metrics page answered {status}" + _REMEDIES.get(status, "")
+            case _BadStatus(args=[status]):
+                remedy = next((remedy for statuses, remedy in _REMEDIES if status in statuses), "")
+                return f"the metrics page answered {status}{remedy}"
             case BodyTooLong():
                 return f"the metrics page is over {self._max_bytes} bytes"
             case TimeoutError():

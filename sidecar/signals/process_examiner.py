@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -42,27 +43,22 @@ class HangProofThread:
         """The result of `call`, or why there is none in time."""
         if self._busy:
             return Failed("/proc still hangs since an earlier look: a process of the engine is blocked in the kernel")
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T | Failed] = loop.create_future()
-
-        def finish(result: T | Failed) -> None:
-            self._busy = False
-            if not done.done():
-                done.set_result(result)
+        done = concurrent.futures.Future[T | Failed]()
 
         def work() -> None:
             try:
                 result: T | Failed = call()
             except Exception as e:  # noqa: BLE001 - any error becomes part of the evidence
                 result = Failed(f"the engine's processes could not be examined ({type(e).__name__})")
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(finish, result)
+            self._busy = False
+            with suppress(concurrent.futures.InvalidStateError):  # nobody waits any more
+                done.set_result(result)
 
         self._busy = True
         threading.Thread(target=work, name="engine-processes", daemon=True).start()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await done
+                return await asyncio.wrap_future(done)
         except TimeoutError:
             return Failed(f"/proc hangs for {self._timeout_s:.0f} s: a process of the engine is blocked in the kernel")
 

@@ -58,15 +58,12 @@ def locate() -> str | None:
 
 async def dump(pid: int, py_spy: str, timeout_s: float = DUMP_TIMEOUT_S) -> str | Failed:
     """The stacks of all Python threads of a process as text, or why there are none. Never raises."""
-
-    async def attempt() -> str | Failed:
-        return await _attempt([py_spy, "dump", "--nonblocking", "--pid", str(pid)])
-
+    command = [py_spy, "dump", "--nonblocking", "--pid", str(pid)]
     try:
         async with asyncio.timeout(timeout_s):
-            first = await attempt()
+            first = await _attempt(command)
             # The process runs while it is read, which can spoil the first attempt.
-            return await attempt() if isinstance(first, Failed) and first.error not in FINAL else first
+            return await _attempt(command) if isinstance(first, Failed) and first.error not in FINAL else first
     except TimeoutError:
         return Failed(f"py-spy made no dump in {timeout_s:.0f} s and was killed")
     except OSError as e:
@@ -79,9 +76,8 @@ async def _attempt(command: list[str]) -> str | Failed:
     child = await asyncio.create_subprocess_exec(*command, stdin=null, stdout=pipe, stderr=pipe, env=env)
     try:
         assert child.stdout is not None and child.stderr is not None
-        out, err = await asyncio.gather(
-            _read_start(child.stdout, MAX_DUMP_BYTES), _read_start(child.stderr, MAX_STDERR_BYTES)
-        )
+        reads = _read_start(child.stdout, MAX_DUMP_BYTES), _read_start(child.stderr, MAX_STDERR_BYTES)
+        out, err = await asyncio.gather(*reads)
         code = await child.wait()
     finally:
         await _kill(child)
