@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiohttp import web
 
 from sidecar.control.diagnosis import Diagnoses
+from sidecar.events import DiagnosisSummary
 from sidecar.health import probes
 from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
@@ -35,21 +36,26 @@ class Sources:
     coefficients: CoefficientMonitor
 
 
+Handler = Callable[[web.Request], Any]
+Answer = tuple[Any, int]  # content and HTTP status
+
+
 def make_app(sources: Sources) -> web.Application:
     """The admin application."""
+    answers: dict[str, Callable[[web.Request], Answer]] = {
+        "/livez": lambda _: _probe("live", sources.probe_state()),
+        "/readyz": lambda _: _probe("ready", sources.probe_state()),
+        "/startupz": lambda _: _probe("startup", sources.probe_state()),
+        "/healthz": lambda _: _health(*sources.own_health()),
+        "/load": lambda request: (load_json.render(sources.snapshot(), request.query.get("unit", "")), 200),
+        "/cost": lambda request: _cost(request.query, sources.coefficients.co),
+        "/coefficients": lambda _: _file(sources.coefficients.co),
+        "/coefficients/shadow": lambda _: _file(sources.coefficients.shadow()),
+        "/verdicts": lambda _: ({"verdicts": [probes.verdict_json(v) for v in sources.snapshot().changes]}, 200),
+        "/diagnoses": lambda _: ({"diagnoses": [_summary(d) for d in sources.diagnoses.summaries()]}, 200),
+    }
     app = web.Application()
-    app.router.add_get("/livez", _probe(sources, "live"))
-    app.router.add_get("/readyz", _probe(sources, "ready"))
-    app.router.add_get("/startupz", _probe(sources, "startup"))
-    app.router.add_get("/healthz", _health(sources))
-    app.router.add_get("/load", _load(sources))
-    app.router.add_get("/cost", _cost(sources))
-    app.router.add_get("/coefficients", _file(lambda: sources.coefficients.co))
-    app.router.add_get("/coefficients/shadow", _file(lambda: sources.coefficients.shadow()))
-    app.router.add_get(
-        "/verdicts", _json(lambda: {"verdicts": [probes.verdict_json(v) for v in sources.snapshot().changes]})
-    )
-    app.router.add_get("/diagnoses", _json(lambda: {"diagnoses": _diagnoses(sources.diagnoses)}))
+    app.add_routes([web.get(path, _json(answer)) for path, answer in answers.items()])
     app.router.add_get("/diagnoses/{id}", _diagnosis(sources.diagnoses))
     app.router.add_get("/metrics", _metrics(sources.pages))
     app.router.add_get("/", live_page.index)
@@ -57,68 +63,35 @@ def make_app(sources: Sources) -> web.Application:
     return app
 
 
-Handler = Callable[[web.Request], Any]
+def _respond(content: Any, status: int = 200) -> web.Response:
+    return web.json_response(text=json.dumps(content) + "\n", status=status, headers={"Cache-Control": "no-store"})
 
 
-def _answer(content: Any, status: int = 200) -> web.Response:
-    return web.Response(
-        text=json.dumps(content) + "\n",
-        status=status,
-        content_type="application/json",
-        headers={"Cache-Control": "no-store"},
-    )
-
-
-def _probe(sources: Sources, kind: probes.Kind) -> Handler:
-    async def handle(_: web.Request) -> web.Response:
-        state = sources.probe_state()
-        return _answer(probes.verdict_json(state.verdict), 200 if probes.passes(kind, state) else 503)
-
-    return handle
-
-
-def _json(content: Callable[[], Any]) -> Handler:
-    async def handle(_: web.Request) -> web.Response:
-        return _answer(content())
-
-    return handle
-
-
-def _load(sources: Sources) -> Handler:
+def _json(answer: Callable[[web.Request], Answer]) -> Handler:
     async def handle(request: web.Request) -> web.Response:
-        return _answer(load_json.render(sources.snapshot(), request.query.get("unit", "")))
+        return _respond(*answer(request))
 
     return handle
 
 
-def _cost(sources: Sources) -> Handler:
-    async def handle(request: web.Request) -> web.Response:
-        try:
-            return _answer(cost_json.render(request.query, sources.coefficients.co))
-        except ValueError as e:
-            return _answer({"error": str(e)}, 400)
-
-    return handle
+def _probe(kind: probes.Kind, state: probes.ProbeState) -> Answer:
+    return probes.verdict_json(state.verdict), 200 if probes.passes(kind, state) else 503
 
 
-def _file(coefficients: Callable[[], Coefficients | None]) -> Handler:
+def _health(is_healthy: bool, details: dict[str, Any]) -> Answer:
+    return {"status": "ok" if is_healthy else "failing", **details}, 200 if is_healthy else 503
+
+
+def _cost(query: Mapping[str, str], co: Coefficients) -> Answer:
+    try:
+        return cost_json.render(query, co), 200
+    except ValueError as e:
+        return {"error": str(e)}, 400
+
+
+def _file(co: Coefficients | None) -> Answer:
     """Coefficients in the form of a file for --coefficients."""
-
-    async def handle(_: web.Request) -> web.Response:
-        co = coefficients()
-        if co is None:
-            return _answer({"error": "too little work so far; /load counts the windows"}, 404)
-        return _answer(asdict(co))
-
-    return handle
-
-
-def _health(sources: Sources) -> Handler:
-    async def handle(_: web.Request) -> web.Response:
-        is_healthy, details = sources.own_health()
-        return _answer({"status": "ok" if is_healthy else "failing", **details}, 200 if is_healthy else 503)
-
-    return handle
+    return (asdict(co), 200) if co else ({"error": "too little work so far; /load counts the windows"}, 404)
 
 
 def _metrics(pages: MetricsPages) -> Handler:
@@ -129,11 +102,8 @@ def _metrics(pages: MetricsPages) -> Handler:
     return handle
 
 
-def _diagnoses(diagnoses: Diagnoses) -> list[dict[str, Any]]:
-    return [
-        {"id": d.id, "at": d.at_wall, "reason": d.reason, "summary": d.summary, "bytes": d.bytes}
-        for d in diagnoses.summaries()
-    ]
+def _summary(d: DiagnosisSummary) -> dict[str, Any]:
+    return {"id": d.id, "at": d.at_wall, "reason": d.reason, "summary": d.summary, "bytes": d.bytes}
 
 
 def _diagnosis(diagnoses: Diagnoses) -> Handler:
@@ -143,7 +113,7 @@ def _diagnosis(diagnoses: Diagnoses) -> Handler:
         id = request.match_info["id"]
         body = await asyncio.to_thread(diagnoses.read, id)
         if body is None:
-            return _answer({"error": "no such diagnosis; see /diagnoses"}, 404)
+            return _respond({"error": "no such diagnosis; see /diagnoses"}, 404)
         if "text/html" in request.headers.get("Accept", ""):
             text = await asyncio.to_thread(lambda: diagnosis_page.render(id, json.loads(body)))
             return web.Response(text=text, content_type="text/html", headers=diagnosis_page.HEADERS)

@@ -72,20 +72,16 @@ class Sinks:
 class ControlLoop:
     """Feeds the ControlState with events and readings, and acts on each tick."""
 
-    def __init__(self, control: ControlState, signals: Signals, sinks: Sinks) -> None:
+    def __init__(self, control: ControlState, signals: Signals, sinks: Sinks, workers: int) -> None:
         self.control = control
         self.signals = signals
         self.sinks = sinks
-        self._pool: RelayPool | None = None
+        self.pool = RelayPool(workers, self.on_event, self.on_lost)
         self._tasks = BackgroundTasks()
         self._ticks = 0
         self._pressure = orca.MovingMean()
         self.ticked_at = time.monotonic()
         self.snapshot = self.control.tick(self._readings(self.ticked_at), self.ticked_at, time.time())
-
-    def attach(self, pool: RelayPool) -> None:
-        """Set the relays whose events arrive here."""
-        self._pool = pool
 
     async def run(self) -> None:
         """Tick until cancelled; then await what is under way."""
@@ -110,17 +106,13 @@ class ControlLoop:
         else:
             self.sinks.fan_out.on_event(event)
         if isinstance(event, MetricsPageRequested):
-            self._send_page(relay)
+            text = merge_pages(self.signals.engine.scrape.page(), self.sinks.pages.text())
+            self.pool.send(MetricsPage(time.monotonic(), text), relay)
 
     def on_lost(self, relay: int) -> None:
         """A relay died, or ended: nothing that it held can settle any more."""
         for settlement in self.control.relay_lost(relay, time.monotonic()):
             self.sinks.fan_out.on_settlement(settlement, time.time())
-
-    def _send_page(self, relay: int) -> None:
-        if self._pool is not None:
-            text = merge_pages(self.signals.engine.scrape.page(), self.sinks.pages.text())
-            self._pool.send(MetricsPage(time.monotonic(), text), relay)
 
     # --- ticks ---
 
@@ -147,8 +139,8 @@ class ControlLoop:
             self._tasks.start("canary", self._canary(allowed), lambda error: self._canary_failed(now, allowed, error))
         if is_new_verdict or self._ticks % PUBLISH_INTERVAL_TICKS == 0:
             self._publish(wall)
-        if self._pool is not None and health.lag < TICK_S:
-            self._pool.check(now)
+        if health.lag < TICK_S:
+            self.pool.check(now)
         self._ticks += 1
 
     def _readings(self, now: float) -> TickReadings:
@@ -157,7 +149,7 @@ class ControlLoop:
             engine=engine.read(),
             gpus=self.signals.gpus.read(),
             own=own_process.sample(os.getpid()),
-            relays=self._pool.use(now) if self._pool is not None else (),
+            relays=self.pool.use(now),
             refused_since=self.signals.port.refused_since,
             engine_kind=engine.kind_name,
             unanswered=engine.unanswered,
@@ -213,17 +205,14 @@ class ControlLoop:
         reason = reasons.REASON_TEXTS[command.code]
         _log.warning("aborting %d request(s) of relay %d: %s", len(command.ids), relay, reason)
         self.sinks.fan_out.on_decision(command)
-        if self._pool is not None:
-            self._pool.send(command, relay)
+        self.pool.send(command, relay)
 
     def _publish(self, wall: float) -> None:
-        load, health = self.snapshot.load, self.control.health
-        if self._pool is not None:
-            report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
-            engine = self.signals.engine
-            forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
-            takes = engine.identity.prepared, engine.processes
-            self._pool.send(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes))
+        load, health, engine = self.snapshot.load, self.control.health, self.signals.engine
+        report = orca.report(load, self.snapshot.engine, self._pressure.mean(load.pressure, self.snapshot.at))
+        forms = report.json(), report.text(), health.verdict.state, engine.kind_name, report.binary()
+        takes = engine.identity.prepared, engine.processes
+        self.pool.publish(LoadReport(*forms, load.utilization, load.mu_max_in_flight, *takes))
         self.sinks.feed.publish(self.snapshot)
         self._tasks.start("state", self._write_state(health.probe_state(), wall))
         self._tasks.start("records", self._write_usage(wall))

@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -24,7 +23,6 @@ from sidecar import __version__
 from sidecar.control.admin_api import Sources, make_app
 from sidecar.control.diagnosis import Diagnoses
 from sidecar.control.loop import ControlLoop, Signals, Sinks
-from sidecar.control.relay_pool import RelayPool
 from sidecar.control.state import ControlState
 from sidecar.control.state_dir import StateDir
 from sidecar.control.state_store import StateStore
@@ -47,40 +45,32 @@ TICK_LOST_S = 5.0
 _log = logging.getLogger("sidecar")
 
 
-@dataclass(frozen=True, slots=True)
-class ListeningSockets:
-    """Listening sockets of the supervisor: for probes and pages, and for relays that report."""
-
-    admin: socket.socket
-    joining: socket.socket
-
-
 async def run(
-    settings: Settings, co: cost_model.Coefficients, sockets: ListeningSockets, serving: Callable[[], None]
+    settings: Settings,
+    co: cost_model.Coefficients,
+    admin: socket.socket,
+    joining: socket.socket,
+    serving: Callable[[], None],
 ) -> None:
-    """Serve until SIGUSR1; SIGTERM and SIGINT only withdraw readiness. `serving` is called once the admin port answers.
+    """Serve until SIGUSR1; SIGTERM and SIGINT only withdraw readiness.
 
-    Raises UsageError and StartError before that.
+    The supervisor listens on `admin`, for probes and pages, and on `joining`, for relays that report. `serving` is
+    called once the admin port answers. Raises UsageError and StartError before that.
     """
     ended = asyncio.Event()
     async with AsyncExitStack() as stack:
         state_dir = StateDir(settings.state_dir)
         stack.callback(state_dir.clear)
         session = await stack.enter_async_context(open_session())
-        loop, signals, feed = build(settings, co, state_dir, session, stack)
+        loop = build(settings, co, state_dir, session, stack)
         handle_signals(lambda: drain(loop, settings.drain_seconds), ended.set)
-        pool = RelayPool(settings.workers, loop.on_event, loop.on_lost)
-        loop.attach(pool)
-        await serve_admin(loop, pool, feed, sockets.admin, stack)
+        await serve_admin(loop, admin, stack)
         serving()
         _log.info("relay on %s:%d, admin on %s:%d, engine %s", *settings.listen, *settings.admin, settings.engine)
+        engine, port = loop.signals.engine, loop.signals.port
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(pool.run(sockets.joining), name="relays"),
-                group.create_task(signals.port.run(), name="port"),
-                group.create_task(loop.run(), name="ticks"),
-                group.create_task(signals.engine.run(signals.port.opened), name="engine"),
-            ]
+            work = loop.pool.run(joining), port.run(), loop.run(), engine.run(port.opened)
+            tasks = [group.create_task(part) for part in work]
             await ended.wait()
             for task in tasks:
                 task.cancel()
@@ -107,9 +97,9 @@ def build(
     state_dir: StateDir,
     session: aiohttp.ClientSession,
     stack: AsyncExitStack,
-) -> tuple[ControlLoop, Signals, PageFeed]:
+) -> ControlLoop:
     """The control loop with its signals and sinks."""
-    metrics, feed = Metrics(max_tenants=settings.max_tenants), PageFeed()
+    metrics = Metrics(max_tenants=settings.max_tenants)
     tracing = Tracing(settings.otlp_endpoint, __version__)
     stack.push_async_callback(tracing.close)
     gpus = GpuSignal()
@@ -124,33 +114,30 @@ def build(
     usage = None
     if settings.usage_bytes:
         usage = UsageStore(state_dir.path, control.unit_ms, settings.usage_days, settings.usage_bytes)
-    price_terms, dollars = control.price_terms, settings.dollars_per_gpu_hour
-    fan_out = FanOut(metrics, tracing, usage, price_terms, control.unit_ms, dollars)
+    dollars = settings.dollars_per_gpu_hour
+    fan_out = FanOut(metrics, tracing, usage, control.price_terms, control.unit_ms, dollars)
     pages, diagnoses = MetricsPages(metrics.registry), Diagnoses(state_dir)
-    sinks = Sinks(fan_out, pages, feed, diagnoses, state_dir, state_store, usage)
-    return ControlLoop(control, signals, sinks), signals, feed
+    sinks = Sinks(fan_out, pages, PageFeed(), diagnoses, state_dir, state_store, usage)
+    return ControlLoop(control, signals, sinks, settings.workers)
 
 
-async def serve_admin(
-    loop: ControlLoop, pool: RelayPool, feed: PageFeed, sock: socket.socket, stack: AsyncExitStack
-) -> None:
+async def serve_admin(loop: ControlLoop, sock: socket.socket, stack: AsyncExitStack) -> None:
     """The admin port, until the stack unwinds."""
 
     def own_health() -> tuple[bool, dict[str, Any]]:
         now = time.monotonic()
         relays = [
             {"index": relay.index, "pid": relay.pid, "restarts": relay.restarts, "pulse_age": relay.pulse_age}
-            for relay in pool.use(now)
+            for relay in loop.pool.use(now)
         ]
         is_healthy = now - loop.ticked_at < TICK_LOST_S and any(relay["pid"] for relay in relays)
         return is_healthy, {"pid": os.getpid(), "relays": relays, "loop_lag": loop.control.health.lag}
 
-    sinks, probe_state = loop.sinks, loop.control.health.probe_state
-    sources = Sources(
-        probe_state, lambda: loop.snapshot, own_health, sinks.pages, feed, sinks.diagnoses, loop.control.coefficients
-    )
+    sinks, control = loop.sinks, loop.control
+    places = sinks.pages, sinks.feed, sinks.diagnoses, control.coefficients
+    sources = Sources(control.health.probe_state, lambda: loop.snapshot, own_health, *places)
     runner = web.AppRunner(make_app(sources), access_log=None, shutdown_timeout=1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    stack.callback(feed.close)
+    stack.callback(sinks.feed.close)
     await web.SockSite(runner, sock).start()

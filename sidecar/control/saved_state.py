@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, get_args, get_origin
+from typing import Any, Final, TypeVar, get_args
 
 import msgspec
 
@@ -80,7 +80,7 @@ def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
 
 def to_plain(value: Any) -> Any:
     """Records, tuples and deques as JSON values."""
-    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=_deque_to_list))
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=list))  # msgspec knows no deques
 
 
 def from_plain(cls: type[T], raw: Any) -> T:
@@ -91,13 +91,5 @@ def from_plain(cls: type[T], raw: Any) -> T:
     return found
 
 
-def _deque_to_list(value: Any) -> Any:
-    if isinstance(value, deque):
-        return list(value)
-    raise NotImplementedError
-
-
 def _deque_from_list(hint: Any, raw: Any) -> Any:
-    if get_origin(hint) is deque:
-        return deque(msgspec.convert(raw, list[get_args(hint)[0]]))  # type: ignore[misc]  # the item's type, at run time
-    raise NotImplementedError
+    return deque(msgspec.convert(raw, list[get_args(hint)[0]]))  # type: ignore[misc]  # the item's type, at run time

@@ -78,12 +78,12 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
     chosen = load(Settings, {"engine": "http://127.0.0.1:9"}, {})
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        made, signals, _ = process.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)
+        made = process.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)
 
         async def impossible() -> bool:
             raise TypeError
 
-        signals.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
+        made.signals.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
         yield made
 
 

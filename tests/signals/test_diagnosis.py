@@ -40,7 +40,7 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         chosen = load(Settings, {"engine": "http://127.0.0.1:9"}, {})
-        yield app.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)[0]
+        yield app.build(chosen, cost_model.Coefficients(), StateDir(str(tmp_path)), session, stack)
 
 
 def content(ticker: ControlLoop) -> dict[str, Any]:
