@@ -7,59 +7,64 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Final
 
 from aiohttp import web
 
-from sidecar.control.diagnosis import Diagnoses
+from sidecar.control.loop import ControlLoop
 from sidecar.events import DiagnosisSummary
 from sidecar.health import probes
-from sidecar.load.coefficient_monitor import CoefficientMonitor
 from sidecar.load.cost_model import Coefficients
 from sidecar.report import cost_json, diagnosis_page, live_page, load_json
-from sidecar.report.prometheus import MetricsPages
-from sidecar.snapshot import Snapshot
 
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Where the answers come from. Each call returns at once. `own_health`: of the sidecar itself, with details."""
-
-    probe_state: Callable[[], probes.ProbeState]
-    snapshot: Callable[[], Snapshot]
-    own_health: Callable[[], tuple[bool, dict[str, Any]]]
-    pages: MetricsPages
-    feed: live_page.PageFeed
-    diagnoses: Diagnoses
-    coefficients: CoefficientMonitor
-
+# Without a tick for so long, /healthz fails.
+TICK_LOST_S: Final = 5.0
 
 Handler = Callable[[web.Request], Any]
 Answer = tuple[Any, int]  # content and HTTP status
 
 
-def make_app(sources: Sources) -> web.Application:
+def make_app(loop: ControlLoop) -> web.Application:
     """The admin application."""
     answers: dict[str, Callable[[web.Request], Answer]] = {
-        "/livez": lambda _: _probe("live", sources.probe_state()),
-        "/readyz": lambda _: _probe("ready", sources.probe_state()),
-        "/startupz": lambda _: _probe("startup", sources.probe_state()),
-        "/healthz": lambda _: _health(*sources.own_health()),
-        "/load": lambda request: (load_json.render(sources.snapshot(), request.query.get("unit", "")), 200),
-        "/cost": lambda request: _cost(request.query, sources.coefficients.co),
-        "/coefficients": lambda _: _file(sources.coefficients.co),
-        "/coefficients/shadow": lambda _: _file(sources.coefficients.shadow()),
-        "/verdicts": lambda _: ({"verdicts": [probes.verdict_json(v) for v in sources.snapshot().changes]}, 200),
-        "/diagnoses": lambda _: ({"diagnoses": [_summary(d) for d in sources.diagnoses.summaries()]}, 200),
+        "/livez": lambda _: _probe("live", loop.control.health.probe_state()),
+        "/readyz": lambda _: _probe("ready", loop.control.health.probe_state()),
+        "/startupz": lambda _: _probe("startup", loop.control.health.probe_state()),
+        "/healthz": lambda _: _own_health(loop, time.monotonic()),
+        "/load": lambda request: (load_json.render(loop.snapshot, request.query.get("unit", "")), 200),
+        "/cost": lambda request: _cost(request.query, loop.control.coefficients.co),
+        "/coefficients": lambda _: _file(loop.control.coefficients.co),
+        "/coefficients/shadow": lambda _: _file(loop.control.coefficients.shadow()),
+        "/verdicts": lambda _: ({"verdicts": [probes.verdict_json(v) for v in loop.snapshot.changes]}, 200),
+        "/diagnoses": lambda _: ({"diagnoses": [_summary(d) for d in loop.sinks.diagnoses.summaries()]}, 200),
     }
+
+    async def diagnosis(request: web.Request) -> web.Response:
+        """The bundle as JSON, or as a page for a browser."""
+        id = request.match_info["id"]
+        body = await asyncio.to_thread(loop.sinks.diagnoses.read, id)
+        if body is None:
+            return _respond({"error": "no such diagnosis; see /diagnoses"}, 404)
+        if "text/html" in request.headers.get("Accept", ""):
+            text = await asyncio.to_thread(lambda: diagnosis_page.render(id, json.loads(body)))
+            return web.Response(text=text, content_type="text/html", headers=diagnosis_page.HEADERS)
+        return web.Response(body=body, content_type="application/json", headers={"Vary": "Accept"})
+
+    async def metrics(request: web.Request) -> web.Response:
+        body, content_type = loop.sinks.pages.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def events(request: web.Request) -> web.StreamResponse:
+        return await loop.sinks.feed.events(request)
+
     app = web.Application()
     app.add_routes([web.get(path, _json(answer)) for path, answer in answers.items()])
-    app.router.add_get("/diagnoses/{id}", _diagnosis(sources.diagnoses))
-    app.router.add_get("/metrics", _metrics(sources.pages))
-    app.router.add_get("/", live_page.index)
-    app.router.add_get("/events", sources.feed.events)
+    app.add_routes([web.get("/diagnoses/{id}", diagnosis), web.get("/metrics", metrics)])
+    app.add_routes([web.get("/", live_page.index), web.get("/events", events)])
     return app
 
 
@@ -78,7 +83,14 @@ def _probe(kind: probes.Kind, state: probes.ProbeState) -> Answer:
     return probes.verdict_json(state.verdict), 200 if probes.passes(kind, state) else 503
 
 
-def _health(is_healthy: bool, details: dict[str, Any]) -> Answer:
+def _own_health(loop: ControlLoop, now: float) -> Answer:
+    """The health of the sidecar itself."""
+    relays = [
+        {"index": relay.index, "pid": relay.pid, "restarts": relay.restarts, "pulse_age": relay.pulse_age}
+        for relay in loop.pool.use(now)
+    ]
+    is_healthy = now - loop.ticked_at < TICK_LOST_S and any(relay["pid"] for relay in relays)
+    details = {"pid": os.getpid(), "relays": relays, "loop_lag": loop.control.health.lag}
     return {"status": "ok" if is_healthy else "failing", **details}, 200 if is_healthy else 503
 
 
@@ -94,29 +106,5 @@ def _file(co: Coefficients | None) -> Answer:
     return (asdict(co), 200) if co else ({"error": "too little work so far; /load counts the windows"}, 404)
 
 
-def _metrics(pages: MetricsPages) -> Handler:
-    async def handle(request: web.Request) -> web.Response:
-        body, content_type = pages.render(request.headers.get("Accept", ""))
-        return web.Response(body=body, headers={"Content-Type": content_type})
-
-    return handle
-
-
 def _summary(d: DiagnosisSummary) -> dict[str, Any]:
     return {"id": d.id, "at": d.at_wall, "reason": d.reason, "summary": d.summary, "bytes": d.bytes}
-
-
-def _diagnosis(diagnoses: Diagnoses) -> Handler:
-    """The bundle as JSON, or as a page for a browser."""
-
-    async def handle(request: web.Request) -> web.Response:
-        id = request.match_info["id"]
-        body = await asyncio.to_thread(diagnoses.read, id)
-        if body is None:
-            return _respond({"error": "no such diagnosis; see /diagnoses"}, 404)
-        if "text/html" in request.headers.get("Accept", ""):
-            text = await asyncio.to_thread(lambda: diagnosis_page.render(id, json.loads(body)))
-            return web.Response(text=text, content_type="text/html", headers=diagnosis_page.HEADERS)
-        return web.Response(body=body, content_type="application/json", headers={"Vary": "Accept"})
-
-    return handle

@@ -14,13 +14,12 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from sidecar import __version__
-from sidecar.control.admin_api import Sources, make_app
+from sidecar.control.admin_api import make_app
 from sidecar.control.diagnosis import Diagnoses
 from sidecar.control.loop import ControlLoop, Signals, Sinks
 from sidecar.control.state import ControlState
@@ -38,9 +37,6 @@ from sidecar.signals.engine_monitor import EngineMonitor, open_session
 from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
-
-# Without a tick for so long, /healthz fails.
-TICK_LOST_S = 5.0
 
 _log = logging.getLogger("sidecar")
 
@@ -123,21 +119,8 @@ def build(
 
 async def serve_admin(loop: ControlLoop, sock: socket.socket, stack: AsyncExitStack) -> None:
     """The admin port, until the stack unwinds."""
-
-    def own_health() -> tuple[bool, dict[str, Any]]:
-        now = time.monotonic()
-        relays = [
-            {"index": relay.index, "pid": relay.pid, "restarts": relay.restarts, "pulse_age": relay.pulse_age}
-            for relay in loop.pool.use(now)
-        ]
-        is_healthy = now - loop.ticked_at < TICK_LOST_S and any(relay["pid"] for relay in relays)
-        return is_healthy, {"pid": os.getpid(), "relays": relays, "loop_lag": loop.control.health.lag}
-
-    sinks, control = loop.sinks, loop.control
-    places = sinks.pages, sinks.feed, sinks.diagnoses, control.coefficients
-    sources = Sources(control.health.probe_state, lambda: loop.snapshot, own_health, *places)
-    runner = web.AppRunner(make_app(sources), access_log=None, shutdown_timeout=1)
+    runner = web.AppRunner(make_app(loop), access_log=None, shutdown_timeout=1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    stack.callback(sinks.feed.close)
+    stack.callback(loop.sinks.feed.close)
     await web.SockSite(runner, sock).start()
