@@ -1,7 +1,7 @@
 """Background tasks of the control loop: at most one per name; every failure is reported.
 
-Rules: a task that fails, or is cancelled by anything but `close`, is reported to its starter, so that nothing waits for
-it forever. Its error is logged once per place, as type, file and line, because a message could hold what a user sent.
+A failure is reported to the task's starter, so that nothing waits for it forever, and logged once per place, as type,
+file and line, because a message could hold what a user sent.
 """
 
 from __future__ import annotations
@@ -55,13 +55,10 @@ class BackgroundTasks:
         await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     def _on_end(self, name: str, task: asyncio.Task[None], on_failure: OnFailure | None) -> None:
-        if task.cancelled():
-            if not self._closing:
-                self._report(name, "cancelled", "nowhere", on_failure)
-        elif (error := task.exception()) is not None:
-            self._report(name, type(error).__name__, place_of(error), on_failure)
-
-    def _report(self, name: str, error: str, place: str, on_failure: OnFailure | None) -> None:
+        raised = None if task.cancelled() else task.exception()
+        if raised is None and (self._closing or not task.cancelled()):
+            return
+        error, place = (type(raised).__name__, place_of(raised)) if raised else ("cancelled", "nowhere")
         line = f"background task {name} failed: {error} at {place}"
         if line not in self._logged and len(self._logged) < MAX_LOGGED_ERRORS:
             self._logged.add(line)

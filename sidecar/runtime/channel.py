@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import cast
 
 from sidecar.events import Command, Delivered, Event
@@ -45,10 +46,7 @@ class Channel(asyncio.Protocol):
     async def open(
         cls, sock: socket.socket, on_record: Callable[[Event | Command], None], on_close: Callable[[], None]
     ) -> Channel:
-        """Take over `sock`.
-
-        `on_record` is called for each record in order; `on_close` once, when the other side is gone.
-        """
+        """Take over `sock`. `on_record` is called for each record in order; `on_close` once the other side is gone."""
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
         _, channel = await loop.create_unix_connection(lambda: cls(on_record, on_close), sock=sock)
@@ -99,15 +97,11 @@ class Channel(asyncio.Protocol):
         queued = self._transport.get_write_buffer_size()
         lines: list[bytes] = []
         for record in records:
-            if queued > MAX_QUEUED_BYTES or (queued > MAX_QUEUED_DELIVERED_BYTES and isinstance(record, Delivered)):
-                self.dropped += 1
-                continue
-            try:
-                lines.append(codec.encode(record))
-            except UnicodeEncodeError:  # one record must not take the others of its batch with it
-                self.dropped += 1
-                continue
-            queued += len(lines[-1])
+            if queued <= (MAX_QUEUED_DELIVERED_BYTES if isinstance(record, Delivered) else MAX_QUEUED_BYTES):
+                with suppress(UnicodeEncodeError):  # one record must not take the others of its batch with it
+                    lines.append(codec.encode(record))
+                    queued += len(lines[-1])
+        self.dropped += len(records) - len(lines)
         if lines:
             self._transport.write(b"".join(lines))
 
