@@ -40,13 +40,13 @@ def make_app(loop: ControlLoop) -> web.Application:
         "/coefficients": lambda _: _file(loop.control.coefficients.co),
         "/coefficients/shadow": lambda _: _file(loop.control.coefficients.shadow()),
         "/verdicts": lambda _: ({"verdicts": [probes.verdict_json(v) for v in loop.snapshot.changes]}, 200),
-        "/diagnoses": lambda _: ({"diagnoses": [_summary(d) for d in loop.sinks.diagnoses.summaries()]}, 200),
+        "/diagnoses": lambda _: ({"diagnoses": [_summary(d) for d in loop.diagnoses.summaries()]}, 200),
     }
 
     async def diagnosis(request: web.Request) -> web.Response:
         """The bundle as JSON, or as a page for a browser."""
         id = request.match_info["id"]
-        body = await asyncio.to_thread(loop.sinks.diagnoses.read, id)
+        body = await asyncio.to_thread(loop.diagnoses.read, id)
         if body is None:
             return _respond({"error": "no such diagnosis; see /diagnoses"}, 404)
         if "text/html" in request.headers.get("Accept", ""):
@@ -55,11 +55,11 @@ def make_app(loop: ControlLoop) -> web.Application:
         return web.Response(body=body, content_type="application/json", headers={"Vary": "Accept"})
 
     async def metrics(request: web.Request) -> web.Response:
-        body, content_type = loop.sinks.pages.render(request.headers.get("Accept", ""))
+        body, content_type = loop.pages.render(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def events(request: web.Request) -> web.StreamResponse:
-        return await loop.sinks.feed.events(request)
+        return await loop.feed.events(request)
 
     app = web.Application()
     app.add_routes([web.get(path, _json(answer)) for path, answer in answers.items()])

@@ -83,7 +83,7 @@ async def ticker(tmp_path: Path) -> AsyncIterator[ControlLoop]:
         async def impossible() -> bool:
             raise TypeError
 
-        made.signals.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
+        made.engine.canary = CanarySignal(session, chosen.engine, OPENAI, {}, model="model", asleep=impossible)
         yield made
 
 
