@@ -1,6 +1,5 @@
 """Pure: the state that outlives the sidecar's own process, as JSON, and whether a file of it may be believed.
 
-Rules:
 - Saved state belongs to one boot of one machine (its times are monotonic), one engine address and one set of
   coefficients. It expires after an hour.
 - What was learned about silences, and the kills, hold for every process of that engine. What was true of one process (a
@@ -31,15 +30,12 @@ class StateRejected(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class StateOrigin:
-    """What saved state belongs to.
-
-    `listener`: inodes of the engine's listening sockets, which change with its process.
-    """
+    """What saved state belongs to."""
 
     boot: str
     engine: str
     coefficients: str
-    listener: tuple[int, ...]
+    listener: tuple[int, ...]  # inodes of the engine's listening sockets, which change with its process
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +61,16 @@ def load(raw: Any, here: StateOrigin, now: float) -> tuple[SavedState, bool]:
         raise StateRejected("it is of another version")
     try:
         origin, at = from_plain(StateOrigin, raw.get("place")), from_plain(float, raw.get("at"))
-        if origin.boot != here.boot:
-            raise StateRejected("it is of an earlier boot of this machine")
-        if (origin.engine, origin.coefficients) != (here.engine, here.coefficients):
-            raise StateRejected("it is of another engine or other coefficients")
-        if not 0 <= now - at <= MAX_STATE_AGE_S:
-            raise StateRejected(f"it is {now - at:.0f} s old")
-        return from_plain(SavedState, raw.get("kept")), bool(here.listener) and origin.listener == here.listener
-    except StateRejected:
-        raise
+        saved = from_plain(SavedState, raw.get("kept"))
     except (TypeError, ValueError, OverflowError) as e:  # msgspec's ValidationError is a ValueError
         raise StateRejected(f"it is damaged ({e})") from None
+    if origin.boot != here.boot:
+        raise StateRejected("it is of an earlier boot of this machine")
+    if (origin.engine, origin.coefficients) != (here.engine, here.coefficients):
+        raise StateRejected("it is of another engine or other coefficients")
+    if not 0 <= now - at <= MAX_STATE_AGE_S:
+        raise StateRejected(f"it is {now - at:.0f} s old")
+    return saved, bool(here.listener) and origin.listener == here.listener
 
 
 def to_plain(value: Any) -> Any:

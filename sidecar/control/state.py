@@ -95,19 +95,16 @@ class ControlState:
         names = tuple(gpu.name for gpu in gpus)
         engine = replace(readings.identity, gpus=names, slowdowns=tuple(sorted(slowdowns)))
         self.coefficients.tick(self.ledger.holds(), now, engine, trusted=self.health.is_usual)
-        self.health.set_margin(
-            PREDICTION_MARGIN * (coefficient_monitor.STALE_MARGIN_FACTOR if self.coefficients.stale else 1.0)
-        )
+        factor = coefficient_monitor.STALE_MARGIN_FACTOR if self.coefficients.stale else 1.0
+        self.health.set_margin(PREDICTION_MARGIN * factor)
 
     # --- over a restart of the sidecar ---
 
     def save(self) -> SavedState:
         """What the next process of the sidecar should know."""
         health = self.health.save()
-        return SavedState(
-            **{field.name: getattr(health, field.name) for field in fields(health)},
-            drift=self.coefficients.drift.memory,
-        )
+        values = {field.name: getattr(health, field.name) for field in fields(health)}
+        return SavedState(**values, drift=self.coefficients.drift.memory)
 
     def restore(self, saved: SavedState, now: float, *, same: bool) -> None:
         """Restore saved state. `same`: it was saved for the engine process that is running now."""

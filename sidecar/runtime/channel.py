@@ -1,6 +1,5 @@
 """Records between the control process and one relay process, over a connected Unix socket.
 
-Rules:
 - `send` never waits and never raises; the queue is bounded.
 - If the other side does not read, Delivered records are dropped first (their sums are repeated in Settled), then all;
   `dropped` counts both.

@@ -6,7 +6,6 @@
     SIGTERM   (or SIGINT) to control, which withdraws readiness, and the relays, which finish their streams; after the
               last relay SIGUSR1 ends control, and with it the container; a control that dies before is still replaced
 
-Rules:
 - One thread, no event loop, no file, no network: it waits in one place, for a signal. So forking it is sound, and
   little can kill it.
 - It owns the listening sockets, so that no connection is refused while a process is replaced.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import InitVar, dataclass
 from typing import Final
 
 import aiohttp
@@ -28,34 +29,25 @@ MAX_LIST_BYTES: Final = 16 << 20
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
 
 
+@dataclass(eq=False)
 class CanarySignal:
     """Sends canaries. `send` never raises; the caller sends one at a time.
 
     `asleep` is awaited first, for engines that a request would wake. `priority` puts a request before all others.
     """
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        engine: str,
-        kind: EngineKind,
-        headers: dict[str, str],
-        *,
-        model: str = "",
-        priority: int | None = None,
-        asleep: Callable[[], Awaitable[object]] | None = None,
-    ) -> None:
-        self._session = session
-        self._engine = engine
-        self._kind = kind
-        self._headers = headers
-        self._chosen = model
-        # A name that the engine always takes need not be looked up.
-        self._known = Choice() if model else Choice(kind.canary_model, lasts=bool(kind.canary_model))
-        self._choice = self._known
+    session: aiohttp.ClientSession
+    engine: str
+    kind: EngineKind
+    headers: dict[str, str]
+    model: str = ""
+    priority: InitVar[int | None] = None
+    asleep: Callable[[], Awaitable[object]] | None = None
+
+    def __post_init__(self, priority: int | None) -> None:
+        self._forms = CanaryForms(self.kind, priority)
         self._passed_model = ""
-        self._forms = CanaryForms(kind, priority)
-        self._asleep = asleep
+        self.forget_model()
 
     async def send(self, allowed: float, used: str = "") -> CanaryResult:
         """Send one canary; it is starved if its stream has not ended after `allowed` seconds.
@@ -71,7 +63,7 @@ class CanarySignal:
 
         try:
             async with asyncio.timeout(allowed):
-                if self._asleep is not None and await self._asleep():
+                if self.asleep is not None and await self.asleep():
                     return ended("moot", "the engine is asleep; a request would wake it")
                 if refusal := await self._choose(used):
                     return ended(*refusal)
@@ -111,9 +103,9 @@ class CanarySignal:
 
     async def _ask(self, form: CanaryForm, model: str) -> tuple[int, CanaryAnswer]:
         """Send one request; an error inside a response of status 200 counts as its status."""
-        body = canary_request.body(self._kind, form, model)
-        url = self._engine + form.path
-        async with self._session.post(url, json=body, headers=self._headers, timeout=NO_TIMEOUT) as response:
+        body = canary_request.body(self.kind, form, model)
+        url = self.engine + form.path
+        async with self.session.post(url, json=body, headers=self.headers, timeout=NO_TIMEOUT) as response:
             if response.status != 200:
                 return response.status, CanaryAnswer()
             answer = canary_request.read(await read_body(response, MAX_ANSWER_BYTES), form.path)
@@ -121,14 +113,14 @@ class CanarySignal:
 
     async def _choose(self, used: str) -> tuple[str, str] | None:
         """Choose a model, each time where what is loaded can change. Returns the outcome when there is none."""
-        if self._choice.lasts and self._kind.series:  # of a server that is not known nothing lasts
+        if self._choice.lasts and self.kind.series:  # of a server that is not known nothing lasts
             return None
-        async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
+        async with self.session.get(self.engine + "/v1/models", headers=self.headers) as response:
             if response.status == 200:
-                self._choice = choose(await read_body(response, MAX_LIST_BYTES), self._chosen, used)
+                self._choice = choose(await read_body(response, MAX_LIST_BYTES), self.model, used)
                 return None if self._choice.model else ("rejected", self._choice.why)
-        self._choice = Choice(self._chosen)
-        if self._chosen:
+        self._choice = Choice(self.model)
+        if self.model:
             return None
         # a list that fails says nothing of whether tokens are generated
         outcome, detail = _refusal(response.status, f"HTTP {response.status} on /v1/models")
@@ -136,7 +128,9 @@ class CanarySignal:
 
     def forget_model(self) -> None:
         """Choose again: the engine may serve another model now."""
-        self._choice = self._known
+        # A name that the engine always takes need not be looked up.
+        always = "" if self.model else self.kind.canary_model
+        self._choice = Choice(always, lasts=bool(always))
 
 
 def _refusal(status: int, detail: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 from sidecar.readings import Absent, Failed
@@ -63,42 +63,37 @@ class HangProofThread:
             return Failed(f"/proc hangs for {self._timeout_s:.0f} s: a process of the engine is blocked in the kernel")
 
 
+@dataclass(eq=False, slots=True)
 class ProcessExaminer:
     """Examines the processes behind an engine's URL. `locate_py_spy` returns its path or None."""
 
-    def __init__(
-        self,
-        engine: str,
-        interval_s: float = ROUND_INTERVAL_S,
-        locate_py_spy: Callable[[], str | None] = stack_dump.locate,
-    ) -> None:
-        self._engine = engine
-        self._interval_s = interval_s
-        self._locate_py_spy = locate_py_spy
-        self._thread = HangProofThread()
+    engine: str
+    interval_s: float = ROUND_INTERVAL_S
+    locate_py_spy: Callable[[], str | None] = stack_dump.locate
+    _thread: HangProofThread = field(default_factory=HangProofThread, init=False)
 
     async def examine(self, store: Store) -> None:
         """Do both rounds and store the evidence after each. Raises only what `store` raises."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        found = await self._thread.run(lambda: engine_processes.find(self._engine))
+        found = await self._thread.run(lambda: engine_processes.find(self.engine))
         if not isinstance(found, tuple):
             reason = found.reason if isinstance(found, Absent) else found.error
             await store({"summary": reason, "processes": _format_missing(found), "complete": True})
             return
         evidence = await self._round(tuple(ProcessEvidence(process) for process in found))
         await store(_format_bundle(evidence, complete=False))
-        await asyncio.sleep(max(0.0, began + self._interval_s - loop.time()))
+        await asyncio.sleep(max(0.0, began + self.interval_s - loop.time()))
         await store(_format_bundle(await self._round(evidence), complete=True))
 
     async def _round(self, evidence: tuple[ProcessEvidence, ...]) -> tuple[ProcessEvidence, ...]:
         """Add a look and a dump of each process."""
         processes = tuple(item.process for item in evidence)
         looks = await self._thread.run(lambda: tuple(engine_processes.look(process) for process in processes))
-        dumps = await dump_all(processes[:MAX_DUMPED_PROCESSES], self._locate_py_spy())
+        dumps = await dump_all(processes[:MAX_DUMPED_PROCESSES], self.locate_py_spy())
+        each = [looks] * len(processes) if isinstance(looks, Failed) else looks
         return tuple(
-            item.with_round(looks if isinstance(looks, Failed) else looks[i], dumps.get(item.process.pid))
-            for i, item in enumerate(evidence)
+            item.with_round(look, dumps.get(item.process.pid)) for item, look in zip(evidence, each, strict=True)
         )
 
 

@@ -127,9 +127,8 @@ def find_symptom(evidence: ProcessEvidence) -> tuple[int, str]:
         return 1, f"uninterruptible (D) in {last.wchan or 'the kernel'}: waiting for a driver or a disk"
     cores = _used_cores(looks)
     if cores is None:
-        return ORDINARY_RANK, {"R": "running", "S": "asleep"}.get(last.state, f"state {last.state}") + _format_wait(
-            last
-        )
+        state = {"R": "running", "S": "asleep"}.get(last.state, f"state {last.state}")
+        return ORDINARY_RANK, state + _format_wait(last)
     if cores >= MIN_SPINNING_CORES:
         return 3, f"spinning at {cores:.0%} CPU" + _format_place(evidence, _busiest_thread(looks))
     if cores >= MAX_ASLEEP_CORES:
