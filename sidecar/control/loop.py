@@ -1,7 +1,7 @@
 """The control process at work: events in, ticks, and what each tick sets going.
 
-Rules: a tick never waits. What takes time (a canary, a file, a bundle) is a background task that is kept and awaited.
-One canary and one file write run at a time.
+A tick never waits. What takes time (a canary, a file, a bundle) is a background task that is kept and awaited; at most
+one of a kind runs.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ from sidecar.signals.gpu.poller import GpuSignal
 from sidecar.signals.port import PortSignal
 from sidecar.signals.process_examiner import ProcessExaminer
 
-# Seconds between checks of the engine's port; a restart can be over in a second, so it is checked often while one is
-# awaited.
-PORT_INTERVAL_S: Final = 1.0
-RESTART_PORT_INTERVAL_S: Final = 0.1
+# Between checks of the engine's port. A restart can be over in a second, so it is checked often while one is awaited.
+PORT_INTERVAL_S, RESTART_PORT_INTERVAL_S = 1.0, 0.1
 # Ticks between what goes to relays, page and files: once a second.
 PUBLISH_INTERVAL_TICKS: Final = 2
 
@@ -181,10 +179,7 @@ class ControlLoop:
             _log.info("coefficients match measured load again")
 
     def _on_hold(self, *, counted: bool) -> None:
-        """A kill is held back for another reason than before, or no longer.
-
-        `counted`: the metrics have this verdict.
-        """
+        """A kill is held back for another reason than before, or no longer. `counted`: the metrics have the verdict."""
         hold, verdict = self.control.health.kill_policy.hold, self.control.health.verdict
         if verdict.state != "stalled":
             return

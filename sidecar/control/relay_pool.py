@@ -85,9 +85,7 @@ class RelayPool:
                     os.kill(relay.pid, signal.SIGKILL)
 
     def _use(self, index: int, now: float) -> RelayUse:
-        relay = self._relays.get(index)
-        if relay is None:
-            return RelayUse(index, 0, 0, 0, 0.0, None)
+        relay = self._relays.get(index) or _RelayProcess()
         heartbeat = relay.heartbeat
         if heartbeat is None:
             return RelayUse(index, relay.pid, relay.restarts, 0, 0.0, None)

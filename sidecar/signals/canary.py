@@ -1,8 +1,8 @@
 """The canary: a request for one token, read to the end of its stream.
 
-- One at a time, at the cost of one token. A short hash of the response is kept, never the text.
-- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble.
-- It is never counted as a tenant's work.
+- A short hash of the response is kept, never the text.
+- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble, and is never
+  counted as a tenant's work.
 - It makes no engine load a model: if none is known to be loaded, none is asked.
 """
 

@@ -74,15 +74,9 @@ def look(process: EngineProcess) -> ProcessLook | Failed:
         fields = _read_stat(directory / "stat")[1]
         if int(fields[19]) != process.started:
             return Failed("it has ended; its pid belongs to another process now")
-        return ProcessLook(
-            at=time.monotonic(),
-            state=fields[0],
-            wchan=_read_wchan(directory / "wchan"),
-            threads=int(fields[17]),
-            cpu=_cpu_seconds(fields),
-            rss=int(fields[21]) * _PAGE_BYTES,
-            by_thread=tuple(_read_threads(directory / "task")),
-        )
+        state, threads, rss = fields[0], int(fields[17]), int(fields[21]) * _PAGE_BYTES
+        wchan, by_thread = _read_wchan(directory / "wchan"), tuple(_read_threads(directory / "task"))
+        return ProcessLook(time.monotonic(), state, wchan, threads, _cpu_seconds(fields), rss, by_thread)
     except FileNotFoundError:
         return Failed("it has ended")
     except (OSError, ValueError, IndexError) as e:

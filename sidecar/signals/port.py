@@ -34,13 +34,11 @@ class PortSignal:
     async def poll(self) -> None:
         """Connect once."""
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, writer = await asyncio.open_connection(self._host, self._port)
+            _, writer = await asyncio.wait_for(asyncio.open_connection(self._host, self._port), CONNECT_TIMEOUT_S)
         except ConnectionRefusedError:
-            if self.refused_since is None:
-                self.refused_since = time.monotonic()
+            self.refused_since = self.refused_since or time.monotonic()
             return
-        except (OSError, TimeoutError):
+        except OSError:  # TimeoutError included
             return  # unknown: neither open nor refused
         self.refused_since = None
         self.opened.set()

@@ -57,8 +57,7 @@ class HangProofThread:
         self._busy = True
         threading.Thread(target=work, name="engine-processes", daemon=True).start()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await asyncio.wrap_future(done)
+            return await asyncio.wait_for(asyncio.wrap_future(done), self._timeout_s)
         except TimeoutError:
             return Failed(f"/proc hangs for {self._timeout_s:.0f} s: a process of the engine is blocked in the kernel")
 
