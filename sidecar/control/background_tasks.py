@@ -34,18 +34,14 @@ class BackgroundTasks:
 
         `on_failure` is called if it ends in any other way than by returning, or by `close`.
         """
-        if self._closing or self.is_running(name):
+        before = self._running.get(name)
+        if self._closing or (before is not None and not before.done()):
             work.close()
             return False
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(lambda ended: self._on_end(name, ended, on_failure))
         self._running[name] = task
         return True
-
-    def is_running(self, name: str) -> bool:
-        """Whether a task of that name is under way."""
-        task = self._running.get(name)
-        return task is not None and not task.done()
 
     async def close(self) -> None:
         """Cancel what is under way, and await it."""

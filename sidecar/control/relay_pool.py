@@ -1,10 +1,8 @@
-"""The relay processes, as the control process sees them: each has a connection, on which it reports and receives
-commands.
+"""The relay processes, as the control process sees them: each has a connection for its events and our commands.
 
 - A relay reports first which one it is and what is open.
 - What it held when its connection ended is reported as lost once, after its last event was read.
 - A relay whose heartbeat stopped while the control process is healthy is killed: its streams are lost already.
-- The supervisor starts and restarts the relays.
 """
 
 from __future__ import annotations

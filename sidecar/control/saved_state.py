@@ -4,7 +4,6 @@
   coefficients. It expires after an hour.
 - What was learned about silences, and the kills, hold for every process of that engine. What was true of one process (a
   token served, its canaries) holds only if the same process still listens.
-- A file that does not match the schema exactly is ignored.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Records between the control process and one relay process, over a connected Unix socket.
 
 - `send` never waits and never raises; the queue is bounded.
-- If the other side does not read, Delivered records are dropped first (their sums are repeated in Settled), then all;
-  `dropped` counts both.
+- If the other side does not read, Delivered records are dropped first (their sums are repeated in Settled), then all.
 - Records are gathered for GATHER_INTERVAL_S and written at once: a system call for each of a short request's three
   would cost more than all of the request's own work.
 """
@@ -38,8 +37,6 @@ class Channel(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._gathered: list[Event | Command] = []
         self._timer: asyncio.TimerHandle | None = None
-        self.dropped = 0
-        self.undecodable = 0
 
     @classmethod
     async def open(
@@ -71,7 +68,6 @@ class Channel(asyncio.Protocol):
     def send(self, record: Event | Command) -> None:
         """Queue one record."""
         if self._transport is None or self._transport.is_closing():
-            self.dropped += 1
             return
         self._gathered.append(record)
         if len(self._gathered) >= MAX_GATHERED:
@@ -91,7 +87,6 @@ class Channel(asyncio.Protocol):
             self._timer = None
         records, self._gathered = self._gathered, []
         if self._transport is None or self._transport.is_closing():
-            self.dropped += len(records)
             return
         queued = self._transport.get_write_buffer_size()
         lines: list[bytes] = []
@@ -100,7 +95,6 @@ class Channel(asyncio.Protocol):
                 with suppress(UnicodeEncodeError):  # one record must not take the others of its batch with it
                     lines.append(codec.encode(record))
                     queued += len(lines[-1])
-        self.dropped += len(records) - len(lines)
         if lines:
             self._transport.write(b"".join(lines))
 
@@ -114,14 +108,9 @@ class Channel(asyncio.Protocol):
         *lines, rest = self._buffer.split(b"\n")
         self._buffer = rest if len(rest) <= codec.MAX_LINE_BYTES else bytearray()
         for line in lines:
-            try:
-                record = codec.decode(bytes(line))
-            except codec.WireError:
-                self.undecodable += 1
-                continue
-            self._on_record(record)
+            with suppress(codec.WireError):
+                self._on_record(codec.decode(bytes(line)))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self._write()  # counts what could not be sent
         self._on_close()

@@ -29,7 +29,6 @@ FIRST_CONNECT_TIMEOUT_S: Final = 0.5
 PROBE_RETRY_INTERVAL_S: Final = 1.0
 REQUEST_TIMEOUT_S: Final = 5.0
 IDENTITY_PATHS: Final = ("/v1/models", "/version", "/metrics")
-# Responses that identify nothing, after which the kind is `openai`.
 MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
 
 _log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 - Everything here blocks, and reading /proc of a process in trouble can hang: call it on a thread that may be abandoned.
 - Command lines are never read, because they may contain a key.
-- Processes and threads are bounded.
 - Without permission over a process the kernel still shows its state, CPU time and memory.
 """
 

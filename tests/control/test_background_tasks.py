@@ -57,9 +57,8 @@ async def test_one_errand_of_a_name_at_a_time_and_none_after_the_end(caplog: pyt
     tasks, broken = BackgroundTasks(), list[str]()
     for expected in (True, False):
         assert tasks.start("state", asyncio.Event().wait(), broken.append) is expected  # type: ignore[arg-type]
-    assert tasks.is_running("state")
     await tasks.close()
-    assert not tasks.start("state", breaks()) and not tasks.is_running("state")
+    assert not tasks.start("state", breaks()) and not tasks.start("other", breaks())
     assert not broken and not caplog.records
 
 

@@ -100,7 +100,7 @@ async def test_an_api_without_a_page_that_answers_nothing_is_seen(serve: Serve, 
     await signal.poll(session)
     assert signal.unanswered
     free.set()
-    signal = ScrapeSignal(signal._url, None)
+    signal = ScrapeSignal(signal.url, None)
     await signal.poll(session)
     assert not signal.unanswered
 
