@@ -21,8 +21,7 @@ from sidecar.health import probes
 from sidecar.load.cost_model import Coefficients
 from sidecar.report import cost_json, diagnosis_page, live_page, load_json
 
-# Without a tick for so long, /healthz fails.
-TICK_LOST_S: Final = 5.0
+TICK_LOST_S: Final = 5.0  # without a tick for so long, /healthz fails
 
 Handler = Callable[[web.Request], Any]
 Answer = tuple[Any, int]  # content and HTTP status

@@ -13,8 +13,7 @@ from typing import Any, Final
 
 from sidecar.errors import place_of
 
-# Different errors that are logged.
-MAX_LOGGED_ERRORS: Final = 50
+MAX_LOGGED_ERRORS: Final = 50  # different errors that are logged
 
 _log = logging.getLogger(__name__)
 

@@ -30,8 +30,7 @@ from sidecar.events import (
 from sidecar.runtime.channel import Channel
 from sidecar.snapshot import RelayUse
 
-# Without a heartbeat for so long, a relay is killed.
-HEARTBEAT_LOST_S = 30.0
+HEARTBEAT_LOST_S = 30.0  # without a heartbeat for so long, a relay is killed
 
 _log = logging.getLogger(__name__)
 

@@ -22,8 +22,7 @@ MAX_QUEUED_DELIVERED_BYTES = 4 * 1024 * 1024
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 # Events carry their own times, and nothing made of them is finer.
 GATHER_INTERVAL_S = 0.01
-# Records beyond which they are written at once.
-MAX_GATHERED = 256
+MAX_GATHERED = 256  # records beyond which they are written at once
 RECONNECT_INTERVAL_S = 0.2
 
 

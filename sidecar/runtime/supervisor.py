@@ -35,8 +35,7 @@ WATCHED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1)
 STEADY_S: Final = 10.0
 # Pauses before restarts; the first restart comes without one.
 MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
-# Control and the image server get so long to end.
-END_TIMEOUT_S: Final = 5.0
+END_TIMEOUT_S: Final = 5.0  # control and the image server get so long to end
 
 _log = logging.getLogger(__name__)
 
@@ -47,15 +46,12 @@ SERVING: Final = ("relay", "reports")
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One process to keep alive. `run` gets how often it was restarted, and returns its exit code.
-
-    `sockets`: the listening sockets that it keeps; the others are closed in it.
-    """
+    """One process to keep alive. `run` gets how often it was restarted, and returns its exit code."""
 
     kind: Kind
     name: str
     run: Callable[[int], int]
-    sockets: tuple[socket.socket, ...]
+    sockets: tuple[socket.socket, ...]  # the listening sockets that it keeps; the others are closed in it
 
 
 @dataclass(slots=True)

@@ -50,10 +50,7 @@ class CanarySignal:
         self.forget_model()
 
     async def send(self, allowed: float, used: str = "") -> CanaryResult:
-        """Send one canary; it is starved if its stream has not ended after `allowed` seconds.
-
-        `used`: the model of the last request of a user that was answered.
-        """
+        """Send one canary, starved after `allowed` seconds. `used`: the model of a user's last answered request."""
         started = time.monotonic()
 
         def ended(outcome: str, detail: str = "", answer: CanaryAnswer | None = None) -> CanaryResult:

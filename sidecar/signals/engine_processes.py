@@ -25,8 +25,7 @@ from sidecar.signals.process_state import ROLES, EngineProcess, ProcessLook, Thr
 from sidecar.signals.stack_dump import PERMISSION_HINT
 
 MAX_PROCESSES: Final = 32
-# Per process.
-MAX_THREADS: Final = 64
+MAX_THREADS: Final = 64  # per process
 PROC: Final = Path("/proc")
 SHARE_HINT: Final = "set shareProcessNamespace: true on the pod (sidecar manifests --stack-dumps on)"
 _ENGINES: Final = re.compile(r"VLLM::|vllm|sglang|text-generation|llama-server", re.IGNORECASE)

@@ -11,8 +11,7 @@ import aiohttp
 from sidecar.engines import registry
 from sidecar.signals.http_body import read_body
 
-# Statuses of the model list while the engine is loading.
-LOADING_STATUSES: Final = (0, 500, 502, 503, 504)
+LOADING_STATUSES: Final = (0, 500, 502, 503, 504)  # of the model list while the engine is loading
 # A large vLLM metrics page is 1-2 MiB.
 MAX_PAGE_BYTES: Final = 16 << 20
 

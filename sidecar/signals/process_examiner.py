@@ -20,11 +20,9 @@ from sidecar.signals import engine_processes, stack_dump
 from sidecar.signals.process_state import EngineProcess, ProcessEvidence, ProcessLook, find_symptom, summarize
 
 ROUND_INTERVAL_S: Final = 5.0
-# For all dumps of a round together.
-DUMPS_TIMEOUT_S: Final = 4.0
+DUMPS_TIMEOUT_S: Final = 4.0  # for all dumps of a round together
 PROC_TIMEOUT_S: Final = 2.0
-# The core, eight workers, an API, and some more.
-MAX_DUMPED_PROCESSES: Final = 12
+MAX_DUMPED_PROCESSES: Final = 12  # the core, eight workers, an API, and some more
 # The sidecar has few cores, and must not take those of the engine.
 MAX_CONCURRENT_DUMPS: Final = 2
 

@@ -16,12 +16,10 @@ from sidecar.readings import Failed
 # CPU use, in cores, above which a process spins, and below which it sleeps.
 MIN_SPINNING_CORES: Final = 0.8
 MAX_ASLEEP_CORES: Final = 0.05
-# Rank of what healthy processes do, too.
-ORDINARY_RANK: Final = 4
+ORDINARY_RANK: Final = 4  # rank of what healthy processes do, too
 
 Role = Literal["core", "worker", "api", "other"]
-# The order of interest for an operator.
-ROLES: Final[tuple[Role, ...]] = ("core", "worker", "api", "other")
+ROLES: Final[tuple[Role, ...]] = ("core", "worker", "api", "other")  # the order of interest for an operator
 
 # The kernel keeps 15 characters of a name.
 _NAMES: Final = (

@@ -18,8 +18,7 @@ T = TypeVar("T")
 NvmlCall = Callable[..., Any]  # makes one NVML call
 
 PROCESS_LIST_INTERVAL_S: Final = 30.0
-# Per GPU; NVIDIA's have at most 7.
-MAX_SLICES: Final = 16
+MAX_SLICES: Final = 16  # per GPU; NVIDIA's have at most 7
 
 # NVML's codes as numbers, because pynvml is imported only if there is a driver.
 # Not supported, function not found.
@@ -58,19 +57,15 @@ _NO_UTILIZATION: Final = Absent("MIG: NVML has no utilisation for a slice")
 
 @dataclass(frozen=True, slots=True)
 class GpuDevice:
-    """One GPU, or one MIG slice of it, in one NVML session.
-
-    `handle` is NVML's; `error` is set if there is none. `whole` is the handle of the GPU that a slice belongs to, or
-    `handle` for a GPU without slices.
-    """
+    """One GPU, or one MIG slice of it, in one NVML session."""
 
     index: int
     name: str
     uuid: str
     handle: Any
-    whole: Any
+    whole: Any  # the handle of the GPU that a slice belongs to; `handle` for a GPU without slices
     mig: int | None = None
-    error: Exception | None = None
+    error: Exception | None = None  # why there is no handle
 
 
 class GpuSampler:

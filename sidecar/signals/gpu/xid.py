@@ -15,8 +15,7 @@ from typing import Any, Final
 from sidecar.signals.gpu.sample import GpuDevice, NvmlCall
 
 MAX_XIDS_PER_GPU: Final = 32
-# Per poll; what is left waits in the driver for the next one.
-MAX_EVENTS: Final = 64
+MAX_EVENTS: Final = 64  # per poll; what is left waits in the driver for the next one
 POLL_MS: Final = 1
 
 _log = logging.getLogger(__name__)
