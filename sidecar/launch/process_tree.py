@@ -106,9 +106,7 @@ def _run_control(
     restarts: int,
 ) -> int:
     report_serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
-    uvloop.run(
-        control_process.run(chosen, coefficients, control_process.ListeningSockets(admin, control), report_serving)
-    )
+    uvloop.run(control_process.run(chosen, coefficients, admin, control, report_serving))
     return 0
 
 

@@ -182,7 +182,7 @@ class Control:
 
     def publish(self, utilization: float) -> None:
         r = orca.report(replace(LOAD, recent_mu_per_second=0.0), ENGINE, utilization)
-        self.pool.send(LoadReport(r.json(), r.text(), "idle", "", r.binary()))
+        self.pool.publish(LoadReport(r.json(), r.text(), "idle", "", r.binary()))
 
 
 @pytest.fixture
