@@ -99,11 +99,7 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
 
 
 def _run_control(
-    chosen: Settings,
-    coefficients: cost_model.Coefficients,
-    admin: socket.socket,
-    control: socket.socket,
-    restarts: int,
+    chosen: Settings, coefficients: cost_model.Coefficients, admin: socket.socket, control: socket.socket, restarts: int
 ) -> int:
     report_serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
     uvloop.run(

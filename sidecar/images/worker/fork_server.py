@@ -119,9 +119,7 @@ class GpuProcess:
             self._start_at = math.inf
         else:
             _log.warning(
-                "GPU process ended (%s); retrying in %g s",
-                SIGNAL_TEXTS.get(-code, f"exit status {code}"),
-                GPU_RETRY_S,
+                "GPU process ended (%s); retrying in %g s", SIGNAL_TEXTS.get(-code, f"exit status {code}"), GPU_RETRY_S
             )
 
 
