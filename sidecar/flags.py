@@ -95,9 +95,7 @@ url: Final = matching(
 )
 header_name: Final = matching(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}", "a header name", then=str.lower)
 _DOMAIN: Final = r"(\*\.)?[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9])?(:[1-9][0-9]{0,4})?"
-domains: Final = matching(
-    rf"(?i)off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", "off, or domains divided by commas", then=str.lower
-)
+domains: Final = matching(rf"(?i)off|{_DOMAIN}(\s*,\s*{_DOMAIN})*", "off, or domains divided by commas", then=str.lower)
 
 
 @parser("HOST:PORT", "HOST:PORT")
