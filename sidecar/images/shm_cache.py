@@ -33,14 +33,11 @@ from sidecar.images.protocol import PREFIX, Data, FrameError, ImageDone, decode_
 SHM_DIR: Final = "/dev/shm"
 FOLDER_PREFIX: Final = "sidecar-images-"
 SHARED_PREFIX: Final = "out-"
-# An exported file that no one has read after this long is removed.
-UNREAD_TIMEOUT_S: Final = 600.0
-# Total of shared files that may wait for readers that may never come.
-MAX_UNREAD_BYTES: Final = 1 << 30
+UNREAD_TIMEOUT_S: Final = 600.0  # after which an exported file that no one has read is removed
+MAX_UNREAD_BYTES: Final = 1 << 30  # total of shared files that may wait for readers that may never come
 LOCK_NAME: Final = "lock"
 EVICTION_TARGET: Final = 0.9  # fraction of the limit that an eviction leaves in use
-# Parsed records per process, about 1 kB each: parsing took a fifth of the time of a hit.
-MAX_PARSED_ENTRIES: Final = 1024
+MAX_PARSED_ENTRIES: Final = 1024  # per process, about 1 kB each: parsing took a fifth of the time of a hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +185,13 @@ class ImageCache:
 
     def _evict(self, incoming: int) -> None:
         entries = [(stat, name) for stat, name in self._files() if not name.startswith(SHARED_PREFIX)]
-        used = sum(stat.st_size for stat, _ in entries)
-        if used + incoming <= self._max_bytes:
+        used = sum(stat.st_size for stat, _ in entries) + incoming
+        if used <= self._max_bytes:
             return
         for stat, name in sorted(entries, key=lambda entry: entry[0].st_mtime):
-            if used + incoming <= self._max_bytes * EVICTION_TARGET:
-                break
-            (self._folder / name).unlink(missing_ok=True)
-            used -= stat.st_size
+            if used > self._max_bytes * EVICTION_TARGET:
+                (self._folder / name).unlink(missing_ok=True)
+                used -= stat.st_size
 
 
 class CacheFolder:
@@ -227,17 +223,14 @@ class CacheFolder:
 def sweep(shm: str) -> None:
     """Remove folders of sidecars that have exited: no process holds their lock."""
     for folder in Path(shm).glob(FOLDER_PREFIX + "*"):
-        try:
+        with (
+            contextlib.suppress(OSError),
+            contextlib.ExitStack() as stack,
+        ):  # it is locked, another user's, or being created
             fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            continue  # another user's folder, or one that is being created
-        try:
+            stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
 
 
 def _make_locked(shm: str) -> tuple[str, int]:
@@ -270,16 +263,8 @@ def _create(path: Path, size: int) -> int:
 def _fill(fd: int, path: Path, *pieces: Data) -> None:
     """Write all pieces. Raises OSError, and then leaves no file behind."""
     try:
-        for piece in pieces:
-            _write(fd, piece)
+        with os.fdopen(fd, "wb") as file:
+            file.writelines(pieces)
     except OSError:
         path.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(fd)
-
-
-def _write(fd: int, data: Data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
