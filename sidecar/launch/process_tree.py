@@ -42,10 +42,8 @@ from sidecar.settings import Settings
 
 _log = logging.getLogger("sidecar")
 
-# Image work is the longest and least urgent: where cores are scarce, probes and streams go first.
-IMAGE_SERVER_NICE: Final = 5
-# Time beyond the drain in which every process must have ended.
-STOP_MARGIN_S: Final = 10.0
+IMAGE_SERVER_NICE: Final = 5  # the longest and least urgent work: where cores are scarce, probes and streams go first
+STOP_MARGIN_S: Final = 10.0  # beyond the drain, in which every process must have ended
 
 # Runs a process; a SidecarError becomes one line and an exit code.
 ExitCodeRunner = Callable[[Callable[[], int]], int]
@@ -102,9 +100,8 @@ def _run_control(
     chosen: Settings, coefficients: cost_model.Coefficients, admin: socket.socket, control: socket.socket, restarts: int
 ) -> int:
     report_serving = partial(os.kill, os.getppid(), signal.SIGUSR1)
-    uvloop.run(
-        control_process.run(chosen, coefficients, control_process.ListeningSockets(admin, control), report_serving)
-    )
+    sockets = control_process.ListeningSockets(admin, control)
+    uvloop.run(control_process.run(chosen, coefficients, sockets, report_serving))
     return 0
 
 
