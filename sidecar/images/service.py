@@ -98,9 +98,8 @@ class ImageService:
         if header is None or not self.spec.inline or not self._allowed(header.height, header.width, client_chars):
             return None
         geometry = header_geometry.predict(self.spec, header.height, header.width)
-        if geometry is None:
-            return None  # the worker reports what is wrong with it
-        if header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
+        # without one, the worker reports what is wrong with it
+        if geometry is None or header_geometry.is_worth_resizing(header.height * header.width, geometry, client_chars):
             return None
         return _passed_image(header.format, geometry, client_chars, time.monotonic() - start)
 
@@ -140,7 +139,6 @@ class ImageService:
         images: Sequence[tuple[Data, bool]],
         *,
         want: str = TENSORS,
-        where: str = "images",
         tenant: str = "",
         spec: ProcessorSpec | None = None,
         reserve: Reserve | None = None,
@@ -154,7 +152,7 @@ class ImageService:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._prepare(want, data, f"{where}[{i}]", is_base64, tenant, spec, reserve))
+                    group.create_task(self._prepare(want, data, f"images[{i}]", is_base64, tenant, spec, reserve))
                     for i, (data, is_base64) in enumerate(images)
                 ]
         except* (BadImage, ImagesBusy) as failed:

@@ -41,15 +41,6 @@ MAX_PARSED_ENTRIES: Final = 1024  # per process, about 1 kB each: parsing took a
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """The content of file `inode`, which never changes: a record, and its payload from `start` on."""
-
-    inode: int
-    record: ImageDone
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
 class SharedFile:
     """A file for another process: its folder's name and its own; the content begins `offset` bytes into its `size`."""
 
@@ -70,7 +61,8 @@ class ImageCache:
         self._folder = Path(folder)
         self._max_bytes = max_bytes
         self._secret = secret
-        self._parsed: dict[str, _Entry] = {}
+        # by key and inode, as a file never changes: its record, and where its payload starts
+        self._parsed: dict[tuple[str, int], tuple[ImageDone, int]] = {}
 
     def key(self, data: Data, *parts: str) -> str:
         """The key of an image's result; `parts`: everything else that it depends on.
@@ -93,26 +85,26 @@ class ImageCache:
             with contextlib.suppress(OSError):
                 os.utime(fd)
             content = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-            entry, inode = self._parsed.get(key), os.fstat(fd).st_ino
-            if entry is None or entry.inode != inode:
-                entry = self._read(content, inode)
+            file = key, os.fstat(fd).st_ino
+            if file not in self._parsed:
                 if len(self._parsed) >= MAX_PARSED_ENTRIES:
                     self._parsed.clear()
-                self._parsed[key] = entry
-            return entry.record, memoryview(content)[entry.start :]
+                self._parsed[file] = self._read(content)
+            record, start = self._parsed[file]
+            return record, memoryview(content)[start:]
         except (OSError, ValueError, FrameError):
             return None
         finally:
             os.close(fd)
 
-    def _read(self, content: mmap.mmap, inode: int) -> _Entry:
+    def _read(self, content: mmap.mmap) -> tuple[ImageDone, int]:
         """Parse an entry. Raises FrameError if it is invalid."""
         header, payload = decode_prefix(content[: PREFIX.size], self._max_bytes)
         start = PREFIX.size + header
         record = decode_header(content[PREFIX.size : start])
         if not isinstance(record, ImageDone) or len(content) != start + payload:
             raise FrameError("incomplete entry")
-        return _Entry(inode, record, start)
+        return record, start
 
     def put(self, key: str, done: ImageDone, payload: Data) -> None:
         """Store an entry and evict others if needed. An entry of more than a quarter of the limit is not stored."""
@@ -223,10 +215,8 @@ class CacheFolder:
 def sweep(shm: str) -> None:
     """Remove folders of sidecars that have exited: no process holds their lock."""
     for folder in Path(shm).glob(FOLDER_PREFIX + "*"):
-        with (
-            contextlib.suppress(OSError),
-            contextlib.ExitStack() as stack,
-        ):  # it is locked, another user's, or being created
+        # an OSError: it is locked, another user's, or being created
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             stack.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

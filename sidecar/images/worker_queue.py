@@ -100,8 +100,12 @@ class WorkerQueue:
             async with asyncio.timeout(self._queue_timeout_s):
                 while True:
                     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                    connection.setblocking(False)
                     try:
-                        await _connect(connection, self._path)
+                        await asyncio.get_running_loop().sock_connect(connection, self._path)
+                        ready, _ = await _receive(connection)
+                        if not isinstance(ready, WorkerReady):
+                            raise FrameError("not a worker of this version")
                         return connection
                     except BaseException as e:
                         connection.close()
@@ -111,14 +115,6 @@ class WorkerQueue:
                     pause = min(2 * pause, longest)
         except TimeoutError:
             raise ImagesBusy("no image worker accepted the image in time; try again shortly") from None
-
-
-async def _connect(connection: socket.socket, path: str) -> None:
-    connection.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(connection, path)
-    ready, _ = await _receive(connection)
-    if not isinstance(ready, WorkerReady):
-        raise FrameError("not a worker of this version")
 
 
 async def _send(connection: socket.socket, job: ImageJob, data: Data) -> None:

@@ -85,7 +85,8 @@ def main(chosen: Settings, run_to_exit_code: ExitCodeRunner) -> int:
             roles.append(Role("images", "image server", partial(_exec_image_server, chosen, jobs), (jobs,)))
         if chosen.orca_grpc:
             reserved = stack.enter_context(reserve("orca-grpc", chosen.orca_grpc, "grpc", "orca"))
-            run = guarded(partial(_run_load_reports, reserved.getsockname()[:2], context.control))
+            address = reserved.getsockname()[:2]
+            run = guarded(lambda restarts: orca_server.main(address, context.control))
             roles.append(Role("reports", "load reports", run, (reserved,)))
         for index in range(chosen.workers):
             run = guarded(partial(_run_relay, replace(context, index=index), listener))
@@ -107,10 +108,6 @@ def _run_control(
 
 def _run_relay(context: relay_process.RelayContext, listener: socket.socket, restarts: int) -> int:
     return relay_process.main(replace(context, restarts=restarts), listener)
-
-
-def _run_load_reports(address: tuple[str, int], control: str, restarts: int) -> int:
-    return orca_server.main(address, control)
 
 
 def _exec_image_server(chosen: Settings, jobs: socket.socket, restarts: int) -> int:

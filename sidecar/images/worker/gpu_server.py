@@ -76,8 +76,13 @@ class GpuResizer:
             remaining = [request for request in requests if request.floats == floats]
             while remaining:
                 fitting, batch = self._fitting(remaining, 4 if floats else 1)
-                if batch is not None and self._launch(fitting, batch, floats):
-                    done += fitting
+                try:
+                    with self._stream:
+                        if batch is not None:
+                            self._run(fitting, batch, floats)
+                            done += fitting
+                except torch.cuda.OutOfMemoryError:
+                    torch.cuda.empty_cache()
                 remaining = remaining[max(1, len(fitting)) :]
         return done
 
@@ -92,16 +97,6 @@ class GpuResizer:
                 return requests, batch
             requests = requests[: len(requests) // 2]
         return [], None
-
-    def _launch(self, requests: list[PendingRequest], batch: RaggedBatch, floats: bool) -> bool:
-        """Run one batch. False if the GPU has no memory for it."""
-        try:
-            with self._stream:
-                self._run(requests, batch, floats)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return False
-        return True
 
     def _run(self, requests: list[PendingRequest], batch: RaggedBatch, floats: bool) -> None:
         kind = torch.float32 if floats else torch.uint8

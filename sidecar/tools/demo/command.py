@@ -7,6 +7,7 @@ demo, the processes it started end with it. Their output goes to files, which ar
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 import signal
 import time
@@ -137,9 +138,9 @@ class Demo:
         for task in done:
             task.result()
 
-    def _left(self) -> float | None:
-        """Seconds until the end; None without a time limit."""
-        return max(0.0, self._began + self.settings.seconds - time.monotonic()) if self.settings.seconds else None
+    def _left(self) -> float:
+        """Seconds until the end."""
+        return max(0.0, self._began + (self.settings.seconds or math.inf) - time.monotonic())
 
     async def _run_scene(self, admin: AdminClient) -> None:
         """Run engine, traffic and stalls concurrently once the sidecar is up. Never returns."""
@@ -206,8 +207,7 @@ class Demo:
         while self.settings.stall_after:
             self._recovered.clear()
             await asyncio.sleep(self.settings.stall_after)
-            left = self._left()
-            if left is not None and left < RECOVERY_ROOM_S:
+            if self._left() < RECOVERY_ROOM_S:
                 return
             self.log(f"STALL injected ({self.settings.fault}): the engine's port answers, but no tokens are generated")
             self.card.injected(time.monotonic())
@@ -241,8 +241,7 @@ class Demo:
         failures = self._broken + self.card.failures()
         if self._traffic is None:
             failures.append("the engine never became ready")
-        print("summary")
-        print("\n".join(summary(self.card, counts, tally.pictures, mu, time.monotonic() - self._began)))
+        print("summary", *summary(self.card, counts, tally.pictures, mu, time.monotonic() - self._began), sep="\n")
         if self.settings.stall_after and not self.card.stalls:
             print(f"  no stall was injected: one needs {self.settings.stall_after + RECOVERY_ROOM_S:g} s of service")
         for line in failures:
