@@ -56,8 +56,7 @@ def _jpeg(data: bytes) -> Header:
 SCAN, APP1, APP2 = 0xDA, 0xE1, 0xE2
 FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 HUFFMAN_FRAMES: Final = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive
-# Cameras and editors write tens; each costs 1 µs, also on the relay's event loop.
-MAX_SEGMENTS: Final = 1000
+MAX_SEGMENTS: Final = 1000  # cameras and editors write tens; each costs 1 µs, also on the relay's event loop
 _NO_FILL: Final = re.compile(rb"[^\xff]")
 
 

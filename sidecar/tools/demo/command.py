@@ -112,9 +112,8 @@ class Demo:
         print(f"shortened settings: {processes.describe_quick_settings()}")
         for note in stage.notes:
             print(f"note:   {note}")
-        print(
-            f"The demo ends after {settings.seconds:g} s." if settings.seconds else "Press Ctrl-C to end.", flush=True
-        )
+        end = f"The demo ends after {settings.seconds:g} s." if settings.seconds else "Press Ctrl-C to end."
+        print(end, flush=True)
 
     async def run(self) -> list[str]:
         """Run to the end and print the summary. Returns the failures, a line each."""

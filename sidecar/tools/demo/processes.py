@@ -91,9 +91,8 @@ class DemoProcesses:
             **QUICK_SETTINGS,
         }
         startup = ProbeSpec(f"{url(self.admin)}/healthz", 0.25, PROBE_TIMEOUT_S, 4 * STARTUP_FAILURE_THRESHOLD)
-        return Container(
-            _command("run", flags), {"startup": startup}, 2 * GRACE_S, env=_environment(), log=self.sidecar_log
-        )
+        command = _command("run", flags)
+        return Container(command, {"startup": startup}, 2 * GRACE_S, env=_environment(), log=self.sidecar_log)
 
     def engine_container(self) -> Container:
         """The engine's container, probed through the sidecar."""
