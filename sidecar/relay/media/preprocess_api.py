@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -47,24 +47,16 @@ Source = tuple[Data, bool]  # an image, and whether it is base64 text
 Emit = Callable[[Event], None]
 
 
-class BadRequest(RequestError):
+class BadRequest(RequestError, code="bad_request"):
     """The request is not in one of the three forms."""
 
-    code = "bad_request"
 
-
-class NotAcceptable(RequestError):
+class NotAcceptable(RequestError, code="not_acceptable", status=406):
     """The client accepts no form that is available."""
 
-    code = "not_acceptable"
-    status: ClassVar[int] = 406
 
-
-class NotImplementedHere(RequestError):
+class NotImplementedHere(RequestError, code="handoff_not_implemented", status=501):
     """A hand-off that is unknown, or not available here."""
-
-    code = "handoff_not_implemented"
-    status: ClassVar[int] = 501
 
 
 async def preprocess(
