@@ -1,76 +1,98 @@
-"""XID errors: events of the driver, counted per GPU and number.
+"""XID errors: events of the driver, counted per GPU and number on a thread of their own.
 
-At most MAX_XIDS_PER_GPU numbers have counts of their own; later ones count as number 0. A driver without such events
-(WSL, some virtual GPUs) gives no counts; nothing else is affected.
+- Counts survive NVML sessions. At most MAX_XIDS_PER_GPU numbers have counts of their own; later ones count as number 0.
+- A driver without such events (WSL, some virtual GPUs) gives no counts; nothing else is affected.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from collections import Counter, defaultdict
-from contextlib import suppress
+import threading
+from collections.abc import Sequence
 from typing import Any, Final
 
-from sidecar.signals.gpu.sample import GpuDevice, NvmlCall
+from sidecar.signals.gpu.sample import GpuDevice
 
 MAX_XIDS_PER_GPU: Final = 32
-MAX_EVENTS: Final = 64  # per poll; what is left waits in the driver for the next one
-POLL_MS: Final = 1
+# Maximum wait inside NVML, and so the time that `end` may need.
+EVENT_WAIT_MS: Final = 1000
+_NO_EVENT_CODE: Final = 10
 
 _log = logging.getLogger(__name__)
 
 
 class XidWatch:
-    """Counts the XID errors of one NVML session after another. `call` makes one call of the module `nvml`."""
+    """Counts the XID errors of one NVML session after another, until `stopping` is set."""
 
-    def __init__(self, nvml: Any, call: NvmlCall) -> None:
-        self._nvml = nvml
-        self._call = call
-        self._events: Any = None
-        self._indexes: dict[int | None, int] = {}  # GPU by the address of its handle, as events have it
-        self._counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._counts: dict[int, dict[int, int]] = {}
+        self._thread: threading.Thread | None = None
 
     def counts(self, index: int) -> tuple[tuple[int, int], ...]:
         """(xid, count) of one GPU since the start, sorted by xid."""
-        return tuple(sorted(self._counts[index].items()))
+        with self._lock:
+            return tuple(sorted(self._counts.get(index, {}).items()))
 
-    def begin(self, devices: list[GpuDevice]) -> None:
-        """Subscribe to each GPU that supports events."""
-        nvml, self._indexes = self._nvml, {}
+    def begin(self, nvml: Any, devices: Sequence[GpuDevice]) -> None:
+        """Watch these GPUs until `end`. Returns at once."""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=self._watch, args=(nvml, devices, self._ended), name="nvml-xid", daemon=True
+        )
+        self._thread.start()
+
+    def end(self, timeout_s: float = 2 * EVENT_WAIT_MS / 1000) -> bool:
+        """Stop watching. False if the thread hangs in NVML."""
+        self._ended.set()
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _watch(self, nvml: Any, devices: Sequence[GpuDevice], ended: threading.Event) -> None:
         try:
-            self._events = self._call(nvml.nvmlEventSetCreate)
+            events = nvml.nvmlEventSetCreate()
+            by_address = _register(nvml, devices, events)
+            while by_address and not (ended.is_set() or self._stopping.is_set()):
+                self._wait(nvml, events, by_address)
+            nvml.nvmlEventSetFree(events)
         except nvml.NVMLError as e:
             _log.info("XID events are not available: %s", e)
+
+    def _wait(self, nvml: Any, events: Any, by_address: dict[int | None, int]) -> None:
+        try:
+            event = nvml.nvmlEventSetWait_v2(events, EVENT_WAIT_MS)
+        except nvml.NVMLError as e:
+            if e.value != _NO_EVENT_CODE:  # one of several GPUs is lost; the others still have events
+                self._stopping.wait(EVENT_WAIT_MS / 1000)
             return
-        for index, whole in {device.index: device.whole for device in devices if device.whole is not None}.items():
-            try:
-                self._call(nvml.nvmlDeviceRegisterEvents, whole, nvml.nvmlEventTypeXidCriticalError, self._events)
-                self._indexes[_address(whole)] = index
-            except nvml.NVMLError as e:
-                _log.info("XID events of GPU %d are not available: %s", index, e)
-
-    def poll(self, wait_ms: int = POLL_MS) -> None:
-        """Count the events that have arrived, and what arrives within `wait_ms`."""
-        for _ in range(MAX_EVENTS if self._indexes else 0):
-            try:
-                event = self._call(self._nvml.nvmlEventSetWait_v2, self._events, wait_ms)
-            except self._nvml.NVMLError:  # none, or one of several GPUs is lost; the others still have events
-                return
-            if event.eventType & self._nvml.nvmlEventTypeXidCriticalError:
-                self._count(self._indexes.get(_address(event.device), -1), int(event.eventData))
-
-    def end(self) -> None:
-        """Count what came last, and unsubscribe."""
-        self.poll()
-        if self._indexes:
-            with suppress(self._nvml.NVMLError):
-                self._call(self._nvml.nvmlEventSetFree, self._events)
+        if event.eventType & nvml.nvmlEventTypeXidCriticalError:
+            self._count(by_address.get(_address(event.device), -1), int(event.eventData))
 
     def _count(self, index: int, xid: int) -> None:
         _log.warning("GPU %d reported XID %d", index, xid)
-        counts = self._counts[index]
-        counts[xid if xid in counts or len(counts) < MAX_XIDS_PER_GPU else 0] += 1
+        with self._lock:
+            counts = self._counts.setdefault(index, {})
+            known = xid in counts or len(counts) < MAX_XIDS_PER_GPU
+            counts[xid if known else 0] = counts.get(xid if known else 0, 0) + 1
+
+
+def _register(nvml: Any, devices: Sequence[GpuDevice], events: Any) -> dict[int | None, int]:
+    """Subscribe to each GPU that supports events. Returns GPU index by the address of its handle, as events have it."""
+    registered: dict[int | None, int] = {}
+    for device in devices:
+        if device.whole is None or _address(device.whole) in registered:
+            continue
+        try:
+            nvml.nvmlDeviceRegisterEvents(device.whole, nvml.nvmlEventTypeXidCriticalError, events)
+            registered[_address(device.whole)] = device.index
+        except nvml.NVMLError as e:
+            _log.info("XID events of GPU %d are not available: %s", device.index, e)
+    return registered
 
 
 def _address(handle: Any) -> int | None:
