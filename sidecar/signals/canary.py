@@ -1,8 +1,8 @@
 """The canary: a request for one token, read to the end of its stream.
 
-- One at a time, at the cost of one token. A short hash of the response is kept, never the text.
-- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble.
-- It is never counted as a tenant's work.
+- A short hash of the response is kept, never the text.
+- It goes to the engine directly, so that a relay in trouble does not look like an engine in trouble, and is never
+  counted as a tenant's work.
 - It makes no engine load a model: if none is known to be loaded, none is asked.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import InitVar, dataclass
 from typing import Final
 
 import aiohttp
@@ -26,56 +27,40 @@ MAX_ANSWER_BYTES: Final = 1 << 20
 MAX_LIST_BYTES: Final = 16 << 20
 # `send` has its own timeout; aiohttp's default of 5 minutes may be shorter.
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None)
-Clock = Callable[[], float]
-Asleep = Callable[[], Awaitable[bool]]
 
 
+@dataclass(eq=False)
 class CanarySignal:
     """Sends canaries. `send` never raises; the caller sends one at a time.
 
     `asleep` is awaited first, for engines that a request would wake. `priority` puts a request before all others.
     """
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        engine: str,
-        kind: EngineKind,
-        headers: dict[str, str],
-        *,
-        model: str = "",
-        priority: int | None = None,
-        asleep: Asleep | None = None,
-        clock: Clock = time.monotonic,
-    ) -> None:
-        self._session = session
-        self._engine = engine
-        self._kind = kind
-        self._headers = headers
-        self._chosen = model
-        # A name that the engine always takes need not be looked up.
-        self._known = Choice() if model else Choice(kind.canary_model, lasts=bool(kind.canary_model))
-        self._choice = self._known
+    session: aiohttp.ClientSession
+    engine: str
+    kind: EngineKind
+    headers: dict[str, str]
+    model: str = ""
+    priority: InitVar[int | None] = None
+    asleep: Callable[[], Awaitable[object]] | None = None
+
+    def __post_init__(self, priority: int | None) -> None:
+        self._forms = CanaryForms(self.kind, priority)
         self._passed_model = ""
-        self._forms = CanaryForms(kind, priority)
-        self._asleep = asleep
-        self._clock = clock
+        self.forget_model()
 
     async def send(self, allowed: float, used: str = "") -> CanaryResult:
-        """Send one canary; it is starved if its stream has not ended after `allowed` seconds.
-
-        `used`: the model of the last request of a user that was answered.
-        """
-        started = self._clock()
+        """Send one canary, starved after `allowed` seconds. `used`: the model of a user's last answered request."""
+        started = time.monotonic()
 
         def ended(outcome: str, detail: str = "", answer: CanaryAnswer | None = None) -> CanaryResult:
-            took = started, self._clock(), allowed
+            took = started, time.monotonic(), allowed
             of = (answer.prompt_tokens, answer.digest, self._choice.model) if answer else ()
             return CanaryResult(outcome, *took, detail, *of)  # type: ignore[arg-type]
 
         try:
             async with asyncio.timeout(allowed):
-                if self._asleep is not None and await self._asleep():
+                if self.asleep is not None and await self.asleep():
                     return ended("moot", "the engine is asleep; a request would wake it")
                 if refusal := await self._choose(used):
                     return ended(*refusal)
@@ -115,9 +100,9 @@ class CanarySignal:
 
     async def _ask(self, form: CanaryForm, model: str) -> tuple[int, CanaryAnswer]:
         """Send one request; an error inside a response of status 200 counts as its status."""
-        body = canary_request.body(self._kind, form, model)
-        url = self._engine + form.path
-        async with self._session.post(url, json=body, headers=self._headers, timeout=NO_TIMEOUT) as response:
+        body = canary_request.body(self.kind, form, model)
+        url = self.engine + form.path
+        async with self.session.post(url, json=body, headers=self.headers, timeout=NO_TIMEOUT) as response:
             if response.status != 200:
                 return response.status, CanaryAnswer()
             answer = canary_request.read(await read_body(response, MAX_ANSWER_BYTES), form.path)
@@ -125,14 +110,14 @@ class CanarySignal:
 
     async def _choose(self, used: str) -> tuple[str, str] | None:
         """Choose a model, each time where what is loaded can change. Returns the outcome when there is none."""
-        if self._choice.lasts and self._kind.series:  # of a server that is not known nothing lasts
+        if self._choice.lasts and self.kind.series:  # of a server that is not known nothing lasts
             return None
-        async with self._session.get(self._engine + "/v1/models", headers=self._headers) as response:
+        async with self.session.get(self.engine + "/v1/models", headers=self.headers) as response:
             if response.status == 200:
-                self._choice = choose(await read_body(response, MAX_LIST_BYTES), self._chosen, used)
+                self._choice = choose(await read_body(response, MAX_LIST_BYTES), self.model, used)
                 return None if self._choice.model else ("rejected", self._choice.why)
-        self._choice = Choice(self._chosen)
-        if self._chosen:
+        self._choice = Choice(self.model)
+        if self.model:
             return None
         # a list that fails says nothing of whether tokens are generated
         outcome, detail = _refusal(response.status, f"HTTP {response.status} on /v1/models")
@@ -140,7 +125,9 @@ class CanarySignal:
 
     def forget_model(self) -> None:
         """Choose again: the engine may serve another model now."""
-        self._choice = self._known
+        # A name that the engine always takes need not be looked up.
+        always = "" if self.model else self.kind.canary_model
+        self._choice = Choice(always, lasts=bool(always))
 
 
 def _refusal(status: int, detail: str) -> tuple[str, str]:

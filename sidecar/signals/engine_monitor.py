@@ -17,7 +17,7 @@ import aiohttp
 from sidecar.engines import metrics_parser, registry
 from sidecar.engines.engine_type import EngineKind
 from sidecar.engines.registry import KINDS
-from sidecar.readings import Absent, EngineIdentity, EngineSample, Reading, Value
+from sidecar.readings import EngineIdentity, EngineSample, Reading, Value
 from sidecar.settings import Settings
 from sidecar.signals.canary import CanarySignal
 from sidecar.signals.identify import LOADING_STATUSES, ProbeAnswers, probe_engine, request_pages
@@ -29,7 +29,6 @@ FIRST_CONNECT_TIMEOUT_S: Final = 0.5
 PROBE_RETRY_INTERVAL_S: Final = 1.0
 REQUEST_TIMEOUT_S: Final = 5.0
 IDENTITY_PATHS: Final = ("/v1/models", "/version", "/metrics")
-# Responses that identify nothing, after which the kind is `openai`.
 MAX_INCONCLUSIVE_ATTEMPTS: Final = 3
 
 _log = logging.getLogger(__name__)
@@ -47,8 +46,8 @@ class EngineMonitor:
         self._session = session
         self._settings = chosen
         self._headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
-        self._scrape: ScrapeSignal | None = None
-        self._sleep: SleepSignal | None = None
+        self.scrape = ScrapeSignal("", None, absent="the engine has not answered yet")
+        self._sleep = SleepSignal(session, "", (), {})
         self._restarted = asyncio.Event()
         self.kind: EngineKind | None = None if chosen.engine_kind == "auto" else KINDS[chosen.engine_kind]
         self.canary: CanarySignal | None = None
@@ -62,7 +61,7 @@ class EngineMonitor:
 
     def read(self) -> Reading[EngineSample]:
         """The last reading of the engine's metrics, without waiting."""
-        return self._scrape.read() if self._scrape else Absent("the engine has not answered yet")
+        return self.scrape.read()
 
     @property
     def resting(self) -> str:
@@ -70,20 +69,12 @@ class EngineMonitor:
         reading = self.read()
         if isinstance(reading, Value) and reading.value.sleeping:
             return "engine_sleeping"
-        return self._sleep.read() if self._sleep else ""
+        return self._sleep.read()
 
     @property
     def unanswered(self) -> bool:
         """Whether the engine accepts connections and does not respond: its API or all of it hangs."""
-        return self._scrape is not None and self._scrape.unanswered
-
-    def page(self) -> str | None:
-        """The engine's metrics page; None if there is none or it is stale."""
-        return self._scrape.page() if self._scrape else None
-
-    def last_page(self, max_bytes: int) -> tuple[float, str] | None:
-        """(age in seconds, first `max_bytes`) of the engine's last metrics page, however old."""
-        return self._scrape.last_page(max_bytes) if self._scrape else None
+        return self.scrape.unanswered
 
     def engine_restarted(self) -> None:
         """Recognise the engine again: a new process may differ in kind, model and accepted canaries."""
@@ -103,8 +94,8 @@ class EngineMonitor:
             self._restarted.clear()
             await self._set_up()
             async with asyncio.TaskGroup() as group:
-                readers = [group.create_task(signal.run()) for signal in (self._scrape, self._sleep) if signal]
-                readers.append(group.create_task(self._identify()))
+                work = self.scrape.run(), self._sleep.run(), self._identify()
+                readers = [group.create_task(reading) for reading in work]
                 await self._restarted.wait()
                 for reader in readers:
                     reader.cancel()
@@ -117,21 +108,15 @@ class EngineMonitor:
                 _log.info("engine %s: recognised as %s", self._settings.engine, name)
             self.kind = KINDS[name]
         assert self.kind is not None
-        kind, url = self.kind, self._settings.engine
+        kind, url, model = self.kind, self._settings.engine, self._settings.canary_model
         sleep = self._sleep = SleepSignal(self._session, url, kind.signs, self._headers)
+        priority, asleep = await self._priority(kind), sleep.poll if kind.wakes else None
         self.canary = CanarySignal(
-            self._session,
-            url,
-            kind,
-            self._headers,
-            model=self._settings.canary_model,
-            priority=await self._priority(kind),
-            asleep=partial(_is_asleep, sleep) if kind.wakes else None,
+            self._session, url, kind, self._headers, model=model, priority=priority, asleep=asleep
         )
-        page = kind.metrics_path if kind.series else ""
-        self._scrape = ScrapeSignal(
-            url + (page or kind.contact_path),
-            partial(_parse, kind) if page else None,
+        self.scrape = ScrapeSignal(
+            url + (kind.metrics_path if kind.series else kind.contact_path),
+            partial(metrics_parser.parse, kind=kind) if kind.series else None,
             headers=self._headers,
             contact=url + kind.contact_path if kind.page_hangs else "",
             sleep_state=sleep.read if kind.wakes else None,
@@ -155,13 +140,11 @@ class EngineMonitor:
             answers = await probe_engine(self._session, self._settings.engine, self._headers, REQUEST_TIMEOUT_S)
             name = registry.recognise(answers.pages)
             attempts += answers.status["/v1/models"] not in LOADING_STATUSES
-            if (
-                name == "openai"
-                and attempts >= MAX_INCONCLUSIVE_ATTEMPTS
-                and answers.status["/v1/models"] in (401, 403)
-            ):
-                _log.warning("engine %s requires an API key; set --engine-key", self._settings.engine)
-            if name != "openai" or attempts >= MAX_INCONCLUSIVE_ATTEMPTS:
+            if name != "openai":
+                return name
+            if attempts >= MAX_INCONCLUSIVE_ATTEMPTS:
+                if answers.status["/v1/models"] in (401, 403):
+                    _log.warning("engine %s requires an API key; set --engine-key", self._settings.engine)
                 return name
             await asyncio.sleep(PROBE_RETRY_INTERVAL_S)
 
@@ -178,11 +161,3 @@ class EngineMonitor:
         answers = ProbeAnswers()
         await request_pages(answers, self._session, self._settings.engine, paths, self._headers, REQUEST_TIMEOUT_S)
         return answers.pages
-
-
-async def _is_asleep(sleep: SleepSignal) -> bool:
-    return bool(await sleep.poll())
-
-
-def _parse(kind: EngineKind, page: bytes, at: float) -> EngineSample:
-    return metrics_parser.parse(page, kind)

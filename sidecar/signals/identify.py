@@ -11,8 +11,7 @@ import aiohttp
 from sidecar.engines import registry
 from sidecar.signals.http_body import read_body
 
-# Statuses of the model list while the engine is loading.
-LOADING_STATUSES: Final = (0, 500, 502, 503, 504)
+LOADING_STATUSES: Final = (0, 500, 502, 503, 504)  # of the model list while the engine is loading
 # A large vLLM metrics page is 1-2 MiB.
 MAX_PAGE_BYTES: Final = 16 << 20
 
@@ -50,10 +49,9 @@ async def request_pages(
     for path in paths:
         try:
             async with session.get(engine + path, headers=headers, timeout=timeout) as response:
-                body = await read_body(response, MAX_PAGE_BYTES) if response.status == 200 else b""
-                answers.status[path] = response.status
                 if response.status == 200:
-                    answers.pages[path] = body
+                    answers.pages[path] = await read_body(response, MAX_PAGE_BYTES)
+                answers.status[path] = response.status
         except TimeoutError:
             answers.status[path], answers.error = 0, f"no answer in {timeout_s:.0f} s"
         except (aiohttp.ClientError, OSError, ValueError) as e:
