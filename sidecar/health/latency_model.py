@@ -65,7 +65,8 @@ class LatencyModel:
 
     `gap`: the longest silence that ended well; `whole_gap`: of those with an answer in one piece outstanding, whose
     length explains them and says nothing about streams. `foreign`: this engine has done work that did not pass the
-    relay. `answers`: seen to begin or, without tokens, to end. `concurrent`: a canary passed next to so many requests.
+    relay. `answers`: seen to begin or, without tokens, to end. `concurrent`: so many requests were computed
+    at once. `one_by_one`: canaries in a row that were answered only after a user was.
     `token_times`: streams that were timed. `routes`: seconds that answers without tokens took, by route.
     `start_seconds`: the longest start of the engine, 0 before any. `measured_to`: predicted seconds of the longest
     prefill of which something is known.
@@ -83,6 +84,7 @@ class LatencyModel:
     at: float = 0.0
     answers: int = 0
     concurrent: int = 0
+    one_by_one: int = 0
     token_times: int = 0
     routes: dict[str, list[float]] = field(default_factory=dict)
     measured_to: float = 0.0

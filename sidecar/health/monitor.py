@@ -65,6 +65,8 @@ MAX_CANARIES: Final = 16
 MAX_SAVED_CANARIES: Final = 64
 MAX_SAVED_PAUSES: Final = 64
 
+# A canary next to users' work that takes longer waited for it.
+ONE_BY_ONE_S: Final = 4.0
 # Canaries in a row that did not pass where none ever has, before none counts as usable.
 MIN_UNUSABLE_CANARIES: Final = 3
 
@@ -293,8 +295,9 @@ class HealthMonitor:
         self.partial_hangs.canary_ended(result, idle=is_idle)
         self.canaries.ended(result, teaches=self.state.state in LEARNING_STATES)
         if result.outcome == "ok":
-            if not is_idle and (at is None or at < result.started):
-                self.progress.canary_passed(self.evidence.outstanding)
+            if not is_idle:
+                waited = at is not None and at >= result.started and result.ended - result.started > ONE_BY_ONE_S
+                self.progress.canary_beside(self.evidence.outstanding, waited=waited)
             if self.garbage.observe(result.digest, result.model):
                 self._report_garbage(result.ended)
         return result

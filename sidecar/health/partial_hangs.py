@@ -53,10 +53,11 @@ MAX_ABORTS_PER_WINDOW = 8
 MIN_REPEATED_STUCK = 3
 # Users who must have left unserved within the window, each after a floor, before their work counts as unserved.
 MIN_UNSERVED: Final = 3
-# Canaries of an idle engine that are looked at, and how many must have starved, and passed, before some of its
-# connections count as silent.
+# Canaries of an idle engine that are looked at; how many must have starved, and passed, before some of its connections
+# count as silent; and how often one followed the other, which a hang of all connections and its end do twice.
 CANARIES_KEPT: Final = 8
 MIN_EACH_CANARIES: Final = 2
+MIN_CANARY_CHANGES: Final = 3
 # Seconds that a finding must last, and share of the open requests that must be stuck, before it fails liveness.
 SEVERE_AFTER_S = 180.0
 SEVERE_STUCK_SHARE = 0.5
@@ -234,7 +235,7 @@ class StreamTable:
         if not self.is_fcfs or stream.lane is None:
             return 0
         return sum(
-            number > stream.number and lane == stream.lane and at > stream.seen for number, lane, at in self.served
+            number > stream.number and lane == stream.lane and at >= stream.seen for number, lane, at in self.served
         )
 
     def waiting_prefill(self, until: float) -> float:
@@ -474,7 +475,7 @@ class SilentConnections:
         """The finding in words, "" for none."""
         passed, changes = sum(self.ends), sum(a != b for a, b in zip(self.ends, list(self.ends)[1:], strict=False))
         starved = len(self.ends) - passed
-        if min(passed, starved) < MIN_EACH_CANARIES or changes < MIN_EACH_CANARIES:
+        if min(passed, starved) < MIN_EACH_CANARIES or changes < MIN_CANARY_CHANGES:
             return ""
         return f"{starved} of the last {len(self.ends)} connections got no answer while the others did"
 

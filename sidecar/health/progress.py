@@ -8,8 +8,9 @@ Rules:
   delivers shows them too.
 - Silence is compared with the longest piece of work that may be silent, never with the sum over a queue: something must
   be delivered within one prompt, or one batch of them. `allowed` withdraws readiness, `kill_after` fails liveness.
-- Without a counter of tokens, an answer that shows nothing may take all that its client allowed. A stream whose text is
-  seen to come, and that has nothing to withhold, shows otherwise; so does a canary that passed next to as much work.
+- Without a counter of tokens, an answer that shows nothing may take all that its client allowed, before liveness fails.
+  A stream whose text is seen to come, and that has nothing to withhold, shows otherwise. So does an engine known to
+  compute as many requests at once: it would answer the canary. One known to compute them one by one stays ready, too.
 - A speed that was not measured may be anything: prompts far longer than any seen may take until the cap.
 - Times are monotonic seconds, passed in.
 """
@@ -58,6 +59,12 @@ TIMED_ROUTES: Final = ("audio", "unread")
 START_SLACK_S: Final = 2.0
 # Counters that moved so soon after the silence began do not speak against it: pages are read once a second.
 FROZEN_SLACK_S: Final = 2.0
+# Streams that delivered within so long of each other are computed at once.
+TOGETHER_S: Final = 2.0
+# Requests that came so soon after the silence began were there with it.
+CLOSE_S: Final = 1.0
+# Canaries that were answered only after a user was, before an engine counts as one that answers one by one.
+MIN_ONE_BY_ONE: Final = 2
 # A canary is asked so long before a silence withdraws readiness.
 ASK_LEAD_S: Final = 4.0
 # Without work of the relay for so long, work of the engine is foreign.
@@ -108,8 +115,9 @@ class OpenWork(Protocol):
 
     `since`: when its silence began to be the engine's; `prefill`: seconds before its first token, by the cost model;
     `whole`: tokens of an answer that comes in one piece, 0 for a stream; `blocked`: it waits for its client or in the
-    relay; `most_tokens`: that its client allows, None where it names no limit; `delivered`: events so far; `shows`: it
-    would be seen to generate, because its text has begun to come and it has nothing to withhold.
+    relay; `most_tokens`: that its client allows, None where it names no limit; `delivered`: events so far, the last one
+    at `last_at`; `shows`: it would be seen to generate, because its text has begun to come and it has nothing to
+    withhold.
     """
 
     @property
@@ -131,6 +139,8 @@ class OpenWork(Protocol):
     @property
     def delivered(self) -> int: ...
     @property
+    def last_at(self) -> float: ...
+    @property
     def shows(self) -> bool: ...
 
 
@@ -147,7 +157,20 @@ class UnreadWork:
     route: str = "unread"
     most_tokens: int | None = None
     delivered: int = 0
+    last_at: float = 0.0
     shows: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SilenceBounds:
+    """How long a silence may last, in seconds; the fields are those of Evidence."""
+
+    ask_after: float
+    allowed: float
+    ruled_by: str
+    kill_after: float
+    hidden: float
+    predicted: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +180,8 @@ class Evidence:
     `progress_at`: the last progress ever, None before any. `ask_after`: the silence after which a canary is worth its
     cost; `allowed`: the one that withdraws readiness; `kill_after`: the one that fails liveness, if a canary confirms
     it. `hidden`: for so long answers may be generated unseen. `frozen`: the engine says that it has work, and none of
-    its counters moved in the silence. `foreign`: it has work that did not pass the relay. `proof`: what proves a hang
-    beyond silence.
+    its counters moved in the silence. `foreign`: it has work that did not pass the relay. `untested`: whether it
+    computes several requests at once should be known, and is not. `proof`: what proves a hang beyond silence.
     """
 
     now: float
@@ -179,6 +202,7 @@ class Evidence:
     hidden: float = 0.0
     frozen: bool = False
     foreign: bool = False
+    untested: bool = False
     proof: str = "none"
 
 
@@ -228,9 +252,10 @@ class Progress:
         self._mark("delivered", now)
 
     def admitted(self, key: Key, prefill: float | None, now: float, route: str = "") -> None:
-        """A request was sent. The cost model predicts `prefill` seconds before its answer shows that it was computed:
+        """A request was sent.
 
-        its first token if it streams, its end if it has none; None where neither shows it.
+        `prefill`: the seconds that the cost model predicts before the first token of a stream, or before the end of an
+        answer without tokens; None where neither can be seen.
         """
         self._worked_at = max(now, self._worked_at)
         if route in TIMED_ROUTES:
@@ -290,9 +315,12 @@ class Progress:
         """A relay died, and its connections with it."""
         self.unread = {key: work for key, work in self.unread.items() if key[0] != relay}
 
-    def canary_passed(self, outstanding: int) -> None:
-        """A canary passed next to so many requests of users: the engine computes more than one at once."""
-        self.learned.concurrent = max(self.learned.concurrent, outstanding)
+    def canary_beside(self, outstanding: int, *, waited: bool) -> None:
+        """A canary passed next to so many requests of users. `waited`: only after one of them had got something."""
+        if waited:
+            self.learned.one_by_one += 1
+        else:
+            self.learned.concurrent, self.learned.one_by_one = max(self.learned.concurrent, outstanding), 0
 
     def engine(self, sample: EngineSample, now: float, *, wall: float = 0.0, canary: bool = False) -> bool:
         """Compare the engine's counters with the last reading. Returns True if its process is another one.
@@ -340,19 +368,12 @@ class Progress:
         self.learned.decay(now, working=bool(work))
         self.learned.refit()
         known = self.learned.answers >= LEARNED_ANSWERS and (bool(work) or not busy)  # foreign work: size unknown
-        floor = self.limits.floor if known else max(self.limits.floor, self.limits.unlearned)
-        predicted = self._predicted_silence(early_prefill(work, since, floor))
         is_counted = self._is_counted(now, unanswered=unanswered)
-        hidden = 0.0 if is_counted else self._hidden_silence(work)
-        # A canary that passed next to as much work decides, instead of what the answers may take.
-        excused = 0.0 if 0 < len(work) <= self.learned.concurrent else hidden
-        has_whole = any(hold.whole for hold in work)
-        gap = self.learned.gap if is_counted or not has_whole else max(self.learned.gap, self.learned.whole_gap)
-        base, _ = allowed_silence(predicted, floor, gap, self.limits)
-        allowed, ruled_by = allowed_silence(predicted, floor, gap, self.limits, excused)
-        kill = self.limits.cap if busy and self._foreign else max(allowed, self.limits.kill + predicted)
+        self._look_for_concurrency(work, now)
+        bounds = self._bounds(work, since, known=known, counted=is_counted, foreign=busy and self._foreign)
         age = max(0.0, now - since) if work or busy else None
-        self._open_gap, self._explained = age or 0.0, self.limits.margin * predicted
+        has_whole = any(hold.whole for hold in work)
+        self._open_gap, self._explained = age or 0.0, self.limits.margin * bounds.predicted
         self._whole = (self._whole or has_whole) and age is not None
         self._tainted = (self._tainted or not learn) and age is not None
         kind, at = self.last()
@@ -366,33 +387,59 @@ class Progress:
             age=age,
             steps_age=None if self.steps_at is None else now - self.steps_at,
             prefill_age=None if self.prefill_at is None else now - self.prefill_at,
-            allowed=allowed + extra,
-            ruled_by=ruled_by,
-            predicted=predicted,
+            allowed=bounds.allowed + extra,
+            ruled_by=bounds.ruled_by,
+            predicted=bounds.predicted,
             learned=known,
-            ask_after=base - min(ASK_LEAD_S, base / 3),
-            kill_after=min(kill, self.limits.cap) + extra + (self.limits.blocked if unanswered else 0.0),
-            hidden=min(hidden, self.limits.cap),
+            ask_after=bounds.ask_after,
+            kill_after=bounds.kill_after + extra + (self.limits.blocked if unanswered else 0.0),
+            hidden=bounds.hidden,
             frozen=age is not None and self._is_frozen(since, now),
             foreign=self._foreign,
+            untested=bool(work) and not is_counted and not (self.learned.concurrent or self.learned.one_by_one),
         )
+
+    def _bounds(
+        self, work: list[OpenWork], since: float, *, known: bool, counted: bool, foreign: bool
+    ) -> SilenceBounds:
+        """What a silence since `since` may last over this work.
+
+        `known`: this engine's own gaps are; `counted`: it counts its tokens; `foreign`: it has work of unknown size.
+        """
+        limits, learned = self.limits, self.learned
+        floor = limits.floor if known else max(limits.floor, limits.unlearned)
+        prefill = early_prefill(work, since, floor)
+        predicted, unmeasured = learned.seconds(prefill), self._unmeasured(prefill)
+        hidden = 0.0 if counted else min(limits.cap, self._longest_hidden(work))
+        early = sum(hold.since <= since + CLOSE_S for hold in work)
+        unseen = 0.0 if 0 < early <= learned.concurrent else hidden
+        one_by_one = unseen if learned.one_by_one >= MIN_ONE_BY_ONE else 0.0
+        is_streaming = counted or not any(hold.whole for hold in work)
+        gap = learned.gap if is_streaming else max(learned.gap, learned.whole_gap)
+        asked, _ = allowed_silence(predicted, floor, gap, limits)
+        allowed, ruled_by = allowed_silence(predicted, floor, gap, limits, max(unmeasured, one_by_one))
+        kill = limits.cap if foreign else min(limits.cap, max(allowed, limits.kill + predicted, unseen))
+        return SilenceBounds(asked - min(ASK_LEAD_S, asked / 3), allowed, ruled_by, kill, hidden, predicted)
 
     def last(self) -> tuple[str, float | None]:
         """The newest progress: its kind and time; ("none", None) before any."""
         return max(self.kinds.items(), key=lambda item: item[1]) if self.kinds else ("none", None)
 
-    def _predicted_silence(self, prefill: float) -> float:
-        """Seconds that a prefill may take here, at most the cap."""
-        seconds = self.learned.seconds(prefill)
-        if not self.is_speed_known and prefill > self.learned.measured_to:
-            seconds = max(seconds, UNMEASURED_SLOWNESS * prefill)
-        return min(seconds, self.limits.cap)
+    def _unmeasured(self, prefill: float) -> float:
+        """Seconds that a prefill may take of a size that was never seen, on a machine of unknown speed."""
+        return 0.0 if self.is_speed_known or prefill <= self.learned.measured_to else UNMEASURED_SLOWNESS * prefill
 
-    def _hidden_silence(self, work: list[OpenWork]) -> float:
+    def _longest_hidden(self, work: list[OpenWork]) -> float:
         """Seconds for which one of these may be generated unseen; 0 where one that shows stands still with the rest."""
         if any(hold.shows for hold in work):
             return 0.0
         return max((self._hidden(hold) for hold in work), default=0.0)
+
+    def _look_for_concurrency(self, work: list[OpenWork], now: float) -> None:
+        """Streams that come side by side show how many an engine computes at once."""
+        together = sum(hold.shows and now - hold.last_at <= TOGETHER_S for hold in work)
+        if together > 1:
+            self.learned.concurrent = max(self.learned.concurrent, together)
 
     def _hidden(self, hold: OpenWork) -> float:
         if hold.route in TIMED_ROUTES:
@@ -424,10 +471,11 @@ class Progress:
         return self._moved_at <= since + FROZEN_SLACK_S
 
     def _look_for_foreign(self, before: EngineSample | None, sample: EngineSample, now: float, *, canary: bool) -> None:
-        """Whether a reading shows work that did not pass the relay: it came or moved while the relay had none, or
+        """Note whether a reading shows work that did not pass the relay.
 
-        exceeds the relay's. A gauge that only stays up after the relay's last request proves nothing: an abort can
-        wedge an engine. The first reading of a sidecar that was restarted may show anybody's.
+        Such work came or moved while the relay had none, or exceeds the relay's. A gauge that only stays up after the
+        relay's last request proves nothing: an abort can wedge an engine. The first reading of a sidecar that was
+        restarted may show anybody's.
         """
         has_excess = not canary and load(sample) > self._open
         if before is None:
@@ -498,10 +546,11 @@ def started_after(before: EngineSample, after: EngineSample, read_wall: float) -
 
 
 def early_prefill(items: Iterable[OpenWork], since: float, grace: float) -> float:
-    """Seconds of prefill, by the cost model, that can explain a silence since `since`: the longest of those that wait,
+    """Seconds of prefill, by the cost model, that can explain a silence since `since`.
 
-    or as many of the oldest as fit into one batch. Counted are requests without a first token that were present when
-    the silence began or came within `grace` seconds of it: later arrivals queue behind them and cannot excuse them.
+    That is the longest prompt that waits, or as many of the oldest as fit into one batch. Counted are requests without
+    a first token that were present when the silence began or came within `grace` seconds of it: later arrivals queue
+    behind them and cannot excuse them.
     """
     waiting = [item for item in items if item.first_at is None and item.since <= since + grace]
     batch, tokens = 0.0, 0
@@ -514,10 +563,13 @@ def early_prefill(items: Iterable[OpenWork], since: float, grace: float) -> floa
 
 
 def allowed_silence(
-    predicted: float, floor: float, gap: float, limits: SilenceLimits, hidden: float = 0.0
+    predicted: float, floor: float, gap: float, limits: SilenceLimits, unknown: float = 0.0
 ) -> tuple[float, str]:
-    """Allowed silence in seconds, and the term that ruled: "floor", "predicted", "learned", "unseen" or "cap"."""
-    terms = {"floor": floor, "predicted": limits.margin * predicted, "learned": GAP_MARGIN * gap, "unseen": hidden}
+    """Allowed silence in seconds, and the term that ruled: "floor", "predicted", "learned", "unknown" or "cap".
+
+    `unknown`: seconds for work whose speed or size is not known.
+    """
+    terms = {"floor": floor, "predicted": limits.margin * predicted, "learned": GAP_MARGIN * gap, "unknown": unknown}
     ruled_by = max(terms, key=lambda name: terms[name])
     if terms[ruled_by] > limits.cap:
         return limits.cap, "cap"

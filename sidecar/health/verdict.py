@@ -42,6 +42,8 @@ PREFILL_HOLD_OFF: Final = 1.5
 # Where no canary passes, so many times the silence withdraws readiness, and so many times fails liveness.
 UNASKED_FACTOR: Final = 2.0
 UNASKED_KILLS: Final = 3.0
+# Seconds between canaries that test whether an engine computes several requests at once.
+TEST_INTERVAL_S: Final = 60.0
 # Seconds between canaries of an engine in doubt, and of one that starts.
 DOUBT_CANARY_INTERVAL_S: Final = 2.0
 START_CANARY_INTERVAL_S: Final = 1.0
@@ -384,12 +386,16 @@ def _entered(
 def is_canary_due(
     state: VerdictState, evidence: Evidence, last_ended: float | None, interval: float, *, disturbs: bool = False
 ) -> bool:
-    """Whether a canary should be sent now (none is outstanding): when starting, idle for `interval`, suspect, or
+    """Whether a canary should be sent now; none is outstanding.
 
-    stalled; and once before a silence makes suspect. Never while work progresses or is silent within its time: a canary
-    would only add load. `disturbs`: it would drop what the engine keeps for its users, so only doubt is worth one.
+    It is sent when the engine starts, has been idle for `interval`, is suspect or stalled; once before a silence makes
+    it suspect; and once next to users' work, if it must be known whether the engine computes several requests at once.
+    Else never while work progresses or is silent within its time: it would only add load. `disturbs`: it would drop
+    what the engine keeps for its users, so that only doubt is worth one.
     """
     is_doubted = state.state in ("suspect", "stalled", "dead")
+    if state.state == "progressing":
+        return evidence.untested and not disturbs and evidence.now - (last_ended or 0.0) >= TEST_INTERVAL_S
     if state.state == "quiet":
         asked_at = max(evidence.progress_at or 0.0, state.window_at)
         silence = min(evidence.age or 0.0, evidence.now - state.window_at)

@@ -30,37 +30,22 @@ KNOWN = [0.1, 0.2, 0.1]
 
 def test_start_up_gets_the_cap() -> None:
     """A cold start compiles for minutes."""
-    assert canary_allowed("starting", IDLE, [], LIMITS, 0.0, 0.0) == LIMITS.cap
-
-
-def test_two_canaries_of_an_idle_engine_outlast_a_kernel_that_compiles() -> None:
-    """Together over 20 s, and soon enough after one interval to be found within 30 s."""
-    first = canary_allowed("idle", IDLE, KNOWN, LIMITS, 0.0, 0.0)
-    second = canary_allowed("suspect", IDLE, KNOWN, LIMITS, 0.0, 0.0)
-    assert first == 8.0
-    assert 20.0 < first + second < 22.0
+    assert canary_allowed("starting", IDLE, [], LIMITS) == LIMITS.cap
 
 
 def test_a_slow_engines_canaries_have_a_multiple_of_what_they_took() -> None:
     """What canaries take is known from those before; until then the floor rules."""
-    assert canary_allowed("idle", IDLE, [1.0, 4.0, 2.0], LIMITS, 0.0, 0.0) == 20.0
-    assert canary_allowed("idle", replace(IDLE, allowed=60.0), [0.1], LIMITS, 0.0, 0.0) == 60.0
+    assert canary_allowed("idle", IDLE, KNOWN, LIMITS) == 8.0
+    assert canary_allowed("idle", IDLE, [1.0, 4.0, 2.0], LIMITS) == 20.0
+    assert canary_allowed("idle", replace(IDLE, allowed=60.0), [0.1], LIMITS) == 60.0
 
 
-@pytest.mark.parametrize(("age", "allowed"), [(12.5, 11.5), (18.0, 8.0), (30.0, 8.0)])
-def test_what_steps_held_off_is_a_part_of_the_confirming_canarys_time(age: float, allowed: float) -> None:
-    """A suspicion that came late is confirmed sooner; a canary always has its floor."""
-    assert canary_allowed("suspect", replace(IDLE, age=age), KNOWN, LIMITS, 0.0, 0.0) == allowed
+def test_one_canary_that_waited_out_a_pause_does_not_lengthen_the_next() -> None:
+    """The slowest counts for a few medians at most: else one pause of 26 s would hide the next hang for minutes."""
+    assert canary_allowed("idle", IDLE, [0.5, 0.5, 0.5, 26.0], LIMITS) == 10.0
 
 
-def test_a_long_silence_is_confirmed_in_a_short_time() -> None:
-    """It has had all that its work may take."""
-    assert canary_allowed("suspect", replace(IDLE, age=401.0, allowed=400.0), KNOWN, LIMITS, 0.0, 0.0) == 24.0
-
-
-def test_patience_with_a_blocked_api_is_given_once() -> None:
-    """It shrinks with the time for which nothing was answered, and no confirming canary gets it again."""
-    blocked = replace(IDLE, allowed=102.0)
-    assert canary_allowed("idle", blocked, KNOWN, LIMITS, 90.0, 10.0) == 88.0
-    assert canary_allowed("suspect", blocked, KNOWN, LIMITS, 90.0, 100.0) == 13.0
-    assert canary_allowed("suspect", replace(blocked, age=102.5), KNOWN, LIMITS, 90.0, 100.0) == 11.5
+@pytest.mark.parametrize(("age", "allowed"), [(12.5, 62.5), (60.0, 15.0), (74.0, 8.0), (401.0, 8.0)])
+def test_the_canary_of_a_silence_is_given_the_rest_of_it(age: float, allowed: float) -> None:
+    """One that waits until a kill is due leaves less behind than many that are given up; each has its floor."""
+    assert canary_allowed("suspect", replace(IDLE, age=age, kill_after=75.0), KNOWN, LIMITS) == allowed

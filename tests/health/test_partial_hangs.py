@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from sidecar.events import Admitted, FirstToken, RequestBlocked, RequestSize, Settled
+import pytest
+
+from sidecar.events import Admitted, CanaryResult, FirstToken, RequestBlocked, RequestSize, Settled
 from sidecar.health.latency_model import LatencyModel
 from sidecar.health.partial_hangs import (
     MAX_ABORTS_PER_WINDOW,
@@ -29,11 +32,11 @@ class Engine:
     ended: list[Key] = field(default_factory=list)
     finding: PartialHang | None = None
 
-    def admit(self, prefill: float = 0.1, output: int = 100) -> Key:
+    def admit(self, prefill: float = 0.1, output: int = 100, **changes: Any) -> Key:
         self.requests += 1
         key = (0, str(self.requests))
         event = Admitted(key[1], self.now, "t", "m", "chat", True, RequestSize(1000, output=output), output, 1.0)
-        self.parts.table.admit(key, event, prefill, 0)
+        self.parts.table.admit(key, replace(event, **changes), prefill, 0)
         return key
 
     def first(self, key: Key) -> None:
@@ -46,6 +49,20 @@ class Engine:
 
     def settle(self, key: Key, tokens: int = 50) -> None:
         self.parts.settle(key, Settled(key[1], self.now, "ok", 200, None, tokens, 4, None, self.now, 0.0))
+
+    def leave(self, key: Key) -> None:
+        """Its client hangs up without a byte."""
+        settled = Settled(key[1], self.now, "client_cancelled", 0, None, 0, 0, None, 1000.0, 0.0)
+        self.parts.settle(key, settled)
+
+    def canary(self, outcome: Any) -> None:
+        self.parts.canary_ended(CanaryResult(outcome, self.now, self.now, 8.0), idle=True)
+
+    def serve(self, **changes: Any) -> None:
+        """A request that is served at once."""
+        key = self.admit(**changes)
+        self.first(key)
+        self.settle(key)
 
     def decoding(self, *, tokens: int = 5) -> Key:
         key = self.admit()
@@ -97,16 +114,111 @@ def test_a_client_that_does_not_read_keeps_its_own_answer_waiting() -> None:
     assert e.ended == [slow]
 
 
-def test_a_request_that_waits_behind_a_full_batch_is_not_stuck_unless_it_was_overtaken() -> None:
-    """Waiting in turn may take minutes; being passed by later ones may not."""
+def test_a_request_that_waits_is_never_ended_and_overtaking_withdraws_readiness() -> None:
+    """Waiting in turn may take minutes; being passed by later ones of the same kind may not."""
     e = Engine()
-    running, waiting = e.decoding(), e.admit()
+    e.parts.table.is_fcfs = True
+    running = e.decoding()
+    e.admit()
     e.tick(300, running)
-    assert e.ended == []
+    assert e.finding is None
     for _ in range(3):
         e.decoding()
     e.tick(1, running)
-    assert waiting in e.ended
+    assert e.ended == [] and e.finding is not None and e.finding.reason == "request_overtaken"
+    e.tick(600, running)
+    assert e.finding is not None and not e.finding.severe, "the engine serves others: no restart"
+
+
+@pytest.mark.parametrize("later", [{"priority": -5}, {"model": "adapter-2"}, {"reorders": True}])
+def test_requests_of_another_lane_may_go_first(later: dict[str, Any]) -> None:
+    """Priority scheduling, adapters and grammars reorder the queue of a healthy engine."""
+    e = Engine()
+    e.parts.table.is_fcfs = True
+    running = e.decoding()
+    e.admit()
+    for _ in range(9):
+        e.serve(**later)
+        e.tick(30, running)
+    assert e.ended == [] and e.finding is None
+
+
+def test_overtaking_proves_nothing_where_the_order_is_not_known() -> None:
+    """SGLang's lpm serves the longest cached prefix first."""
+    e = Engine()
+    running = e.decoding()
+    e.admit()
+    for _ in range(9):
+        e.serve()
+        e.tick(30, running)
+    assert e.ended == [] and e.finding is None
+
+
+def test_a_stream_that_may_have_been_put_back_into_the_queue_is_not_ended() -> None:
+    """Priority scheduling preempts: while requests wait, only later ones of its lane show that it is stuck."""
+    e = Engine(sample=EngineSample(running=4, waiting=2, kv_usage=0.3))
+    e.parts.table.is_fcfs = True
+    stuck, other = e.decoding(), e.decoding()
+    for _ in range(4):
+        e.serve(priority=-5)
+        e.tick(60, other)
+    assert e.ended == []
+    for _ in range(3):
+        e.serve()
+    e.tick(1, other)
+    assert e.ended == [stuck]
+
+
+def test_users_who_leave_unserved_withdraw_readiness_until_something_is_delivered() -> None:
+    """Zombies may hold all slots and move every counter: for users nothing moves."""
+    e = Engine()
+    for _ in range(3):
+        key = e.admit()
+        e.tick(30)
+        e.leave(key)
+    e.tick(200)
+    assert e.finding is not None and e.finding.reason == "work_unserved" and not e.finding.severe
+    e.serve()
+    e.tick(1)
+    assert e.finding is None
+
+
+def test_users_who_leave_at_once_or_are_served_are_no_finding() -> None:
+    """A stop button is no fault of the engine."""
+    e = Engine()
+    for _ in range(9):
+        key = e.admit()
+        e.tick(1)
+        e.leave(key)
+    running = e.decoding()
+    for _ in range(9):
+        key = e.admit()
+        e.tick(30, running)
+        e.leave(key)
+    e.tick(1)
+    assert e.finding is None or e.finding.reason != "work_unserved"
+
+
+def test_connections_of_which_some_are_never_answered_are_a_finding() -> None:
+    """One of two API processes hangs: half of the canaries starve, the others pass."""
+    e = Engine()
+    for n in range(8):
+        e.canary("ok" if n % 2 else "starved")
+        e.tick(7)
+    assert e.finding is not None and e.finding.reason == "connection_silent"
+    for _ in range(8):
+        e.canary("ok")
+    e.tick(1)
+    assert e.finding is None
+
+
+def test_a_hang_and_its_end_are_no_silent_connection() -> None:
+    """Canaries that starve in a row and pass in a row are of the whole engine."""
+    e = Engine()
+    for outcome in ("ok", "ok", "starved", "starved", "starved", "ok", "ok"):
+        e.canary(outcome)
+    e.tick(1)
+    assert e.finding is None or e.finding.reason != "connection_silent"
 
 
 def test_prefill_done_meanwhile_explains_a_silence() -> None:
@@ -132,12 +244,15 @@ def test_an_answer_that_is_held_back_gets_the_time_of_its_tokens() -> None:
 def test_preempted_streams_get_more_time_while_the_cache_is_full() -> None:
     """Under memory pressure an engine puts streams back into its queue."""
     e = Engine(sample=EngineSample(running=9, waiting=4, kv_usage=0.97))
-    e.decoding()
-    other = e.decoding()
+    e.parts.table.is_fcfs = True
+    stuck, other = e.decoding(), e.decoding()
+    e.tick(1, other)
+    for _ in range(3):
+        e.serve()
     e.tick(200, other)
     assert e.ended == []
     e.tick(200, other)
-    assert len(e.ended) == 1
+    assert e.ended == [stuck]
 
 
 def test_stuck_streams_that_repeat_are_a_finding_and_only_some_are_ended() -> None:
@@ -187,6 +302,21 @@ def test_a_rank_with_work_that_generates_nothing_while_others_do_is_silent() -> 
     e.sample = None
     e.tick(1)
     assert e.finding is None, "a page that cannot be read proves nothing"
+
+
+def test_a_rank_whose_gauge_froze_at_nothing_is_silent_if_a_request_is() -> None:
+    """A rank that stopped may say that it has no work; the request that waits for it says otherwise."""
+    e = Engine()
+    other = e.decoding()
+    for n in range(100):
+        e.sample = ranks((0, 100), (3, 100 + n))
+        e.tick(1, other)
+    assert e.finding is None, "an idle rank is well"
+    e.admit()
+    for n in range(200):
+        e.sample = ranks((0, 100), (3, 200 + n))
+        e.tick(1, other)
+    assert e.finding is not None and e.finding.reason == "rank_silent" and "rank 0" in e.finding.detail
 
 
 def test_a_long_prefill_explains_a_silent_rank() -> None:

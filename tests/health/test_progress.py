@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.events import RequestSize
 from sidecar.health.latency_model import UNKNOWN_SLOWNESS
-from sidecar.health.progress import GAP_MARGIN, LEARNED_ANSWERS, Progress, SilenceLimits, silence_limits, started_after
+from sidecar.health.progress import GAP_MARGIN, LEARNED_ANSWERS, Progress, SilenceLimits, silence_limits
 from sidecar.load import cost_model
 from sidecar.readings import EngineSample
 from sidecar.settings import Settings
@@ -29,6 +29,7 @@ class Item:
     most_tokens: int | None = None
     delivered: int = 0
     shows: bool = False
+    last_at: float = 0.0
 
 
 def prefill(tokens: int) -> float:
@@ -43,6 +44,7 @@ def learned() -> Progress:
     p = Progress(LIMITS)
     p.learned.answers = LEARNED_ANSWERS
     p.learned.slowness = 1.0
+    p.is_speed_known = True
     return p
 
 
@@ -142,18 +144,136 @@ def test_later_arrivals_do_not_excuse_an_older_silence() -> None:
     assert p.evidence([first, *flood], 80.0).ruled_by == "floor"
 
 
-def test_a_request_that_does_not_stream_may_be_silent_for_its_whole_answer() -> None:
-    """Without a stream nothing is delivered until the end; its longest answer is allowed for."""
+def test_an_answer_in_one_piece_is_not_killed_before_all_that_its_client_allowed() -> None:
+    """Without a counter nothing shows that it is generated; readiness is the canary's to decide."""
     p = learned()
+    p.learned.token_seconds, p.learned.token_times = 0.05, 1
     e = p.evidence([item(0.0, whole=2000)], 1.0)
-    assert e.ruled_by == "predicted" and e.allowed >= 3 * 2000 * 0.05
-    assert p.evidence([item(0.0, whole=4096)], 1.0).allowed > 600
+    assert (e.allowed, e.kill_after, e.hidden) == (8.0, 100.0, 100.0)
+    assert p.evidence([item(0.0, whole=1)], 1.0).kill_after == pytest.approx(LIMITS.kill, abs=0.1)
+
+
+def test_without_a_limit_of_the_client_the_models_context_bounds_a_hidden_answer() -> None:
+    """Never a mean: some answers are as long as the model can make them."""
+    p = learned()
+    p.learned.token_seconds, p.learned.token_times = 0.02, 1
+    hidden = item(0.0)
+    assert p.evidence([hidden], 1.0).kill_after == LIMITS.cap
+    p.max_context = 16_384
+    assert p.evidence([hidden], 1.0).kill_after == pytest.approx(0.02 * 16_384)
+
+
+def test_what_shows_is_not_excused_by_what_is_hidden() -> None:
+    """A stream whose text came and stopped would go on, if the engine generated anything."""
+    p = learned()
+    e = p.evidence([item(0.0), item(0.0, first=0.5)], 1.0)
+    assert e.kill_after == pytest.approx(LIMITS.kill, abs=0.1)
+
+
+def test_an_engine_that_computes_as_many_at_once_would_answer_a_canary() -> None:
+    """Where a canary passed next to as much work, or as many streams came side by side, it decides."""
+    p = learned()
+    two = [item(0.0), item(0.0)]
+    assert p.evidence(two, 1.0).kill_after == LIMITS.cap
+    p.canary_beside(2, waited=False)
+    assert p.evidence(two, 1.0).kill_after == pytest.approx(LIMITS.kill, abs=0.1)
+    assert p.evidence([*two, item(0.5)], 1.0).kill_after == LIMITS.cap, "three may be too many"
+    assert p.evidence([*two, item(30.0)], 31.0).kill_after < LIMITS.cap, "the third came into the silence"
+
+
+def test_an_engine_that_computes_one_by_one_stays_ready_for_a_hidden_answer() -> None:
+    """Its canary waits for the users' answer, as theirs do."""
+    p = learned()
+    p.learned.token_seconds, p.learned.token_times = 0.05, 1
+    for _ in range(2):
+        p.canary_beside(1, waited=True)
+    e = p.evidence([item(0.0, whole=2000)], 1.0)
+    assert (e.allowed, e.ruled_by) == (100.0, "unknown")
+
+
+def test_a_prompt_far_longer_than_any_seen_may_take_until_the_cap() -> None:
+    """The speed of a machine that was never measured may be anything: a CPU is a thousand times slower."""
+    p = learned()
+    p.is_speed_known = False
+    for n in range(20):
+        serve(p, n, 100, 0.5)
+    assert p.evidence([item(5000.0, 300)], 5001.0).allowed < 100
+    long = p.evidence([item(5000.0, 12_000)], 5001.0)
+    assert long.allowed > 400 and long.ruled_by == "unknown", "minutes of prefill, as on a CPU"
+
+
+def test_a_queue_is_not_allowed_the_sum_of_its_prompts() -> None:
+    """Something must be delivered within the longest of them, or within one batch."""
+    p = learned()
+    one, many = p.evidence([item(0.0, 4000)], 1.0), p.evidence([item(0.0, 4000) for _ in range(200)], 1.0)
+    assert one.predicted < many.predicted <= 5 * one.predicted
+    long = p.evidence([item(0.0, 300_000), *(item(0.0, 4000) for _ in range(200))], 1.0)
+    assert long.predicted == pytest.approx(prefill(300_000))
+
+
+def test_each_route_without_tokens_learns_its_own_time() -> None:
+    """A transcription has no tokens to count; until its route is known it may take until the cap."""
+    p = learned()
+    work = item(9000.0)
+    work.route = "audio"
+    assert p.evidence([work], 9001.0).kill_after == LIMITS.cap
+    for n in range(5):
+        p.admitted((0, str(n)), None, 100.0 * n, route="audio")
+        p.completed((0, str(n)), 100.0 * n + 40.0)
+    assert p.evidence([work], 9001.0).kill_after == pytest.approx(120.0)
+
+
+def test_answers_without_tokens_make_an_engine_known() -> None:
+    """An embedding engine has no first tokens; the end of an answer shows what its prompt took."""
+    p = Progress(LIMITS)
+    for n in range(LEARNED_ANSWERS):
+        p.admitted((0, str(n)), 0.01, float(n), route="embeddings")
+        p.completed((0, str(n)), n + 0.01)
+    work = item(30.0)
+    work.route = "embeddings"
+    assert p.evidence([work], 31.0).allowed == 8.0
+
+
+def test_a_request_that_nobody_reads_is_work_of_unknown_size() -> None:
+    """An image may take minutes; any byte of it is progress, and its end ends the work."""
+    p = learned()
+    p.unread_opened((0, "a"), 100.0)
+    e = p.evidence([], 160.0)
+    assert (e.outstanding, e.age, e.kill_after) == (1, 60.0, LIMITS.cap)
+    p.delivered(161.0)
+    assert p.evidence([], 162.0).age == 1.0
+    p.unread_closed((0, "a"), 200, 170.0)
+    assert p.evidence([], 171.0).age is None
+
+
+def test_counters_that_stand_still_over_running_work_are_evidence() -> None:
+    """Any that moves, also by prefill, ends it."""
+    p = learned()
+    p.engine(EngineSample(running=1, generation_tokens=5, prompt_tokens=1), 10.0)
+    for n in range(11, 40):
+        p.engine(EngineSample(running=1, generation_tokens=5, prompt_tokens=1), float(n))
+    assert p.evidence([item(10.0)], 40.0).frozen
+    p.engine(EngineSample(running=1, generation_tokens=5, prompt_tokens=2), 40.0)
+    assert not p.evidence([item(10.0)], 40.5).frozen
+    p.engine(EngineSample(running=0, generation_tokens=5, prompt_tokens=2), 41.0)
+    assert not p.evidence([item(10.0)], 70.0).frozen, "an engine that says it has no work is judged by canaries"
+
+
+def test_work_on_the_first_page_after_a_restart_of_the_sidecar_may_be_anybodys() -> None:
+    """Its size is unknown, so it is not killed for before the cap."""
+    p = learned()
+    p.engine(EngineSample(running=1, generation_tokens=5), 10.0)
+    e = p.evidence([], 60.0)
+    assert e.foreign and e.age is not None and e.kill_after == LIMITS.cap
+    p.engine(EngineSample(running=0, generation_tokens=6), 70.0)
+    assert not p.evidence([], 71.0).foreign
 
 
 def test_patience_is_long_until_the_engine_is_known() -> None:
     """Before LEARNED_ANSWERS the unlearned floor rules, and the machine may be much slower than predicted."""
     p = Progress(LIMITS)
     assert p.evidence([item(0.0)], 1.0).allowed == 60.0
+    p.is_speed_known = True
     assert p.evidence([item(0.0, 100_000)], 1.0).allowed == pytest.approx(3 * UNKNOWN_SLOWNESS * prefill(100_000))
     for n in range(LEARNED_ANSWERS):
         p.admitted((0, str(n)), 0.01, float(n))
@@ -236,17 +356,21 @@ def test_own_lag_lengthens_patience_and_a_rebaseline_forgets_silence() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        (EngineSample(started_wall=1.0), EngineSample(started_wall=2.0), True),
-        (EngineSample(generation_tokens=9), EngineSample(generation_tokens=0), True),
-        (EngineSample(generation_tokens=9), EngineSample(generation_tokens=9), False),
-        (EngineSample(generation_tokens=9), EngineSample(), False),
+        (EngineSample(started_wall=100.0), EngineSample(started_wall=1005.0), True),
+        (EngineSample(started_wall=100.0), EngineSample(started_wall=200.0), False),
+        (EngineSample(generation_tokens=9), EngineSample(generation_tokens=0), False),
+        (EngineSample(generation_tokens=9, started_wall=100.0), EngineSample(started_wall=1005.0), True),
+        (EngineSample(started_wall=100.0), EngineSample(), False),
     ],
 )
-def test_another_start_time_or_a_fallen_counter_is_a_restart(
+def test_a_start_after_the_last_page_is_a_restart_and_a_fallen_counter_alone_is_none(
     before: EngineSample, after: EngineSample, expected: bool
 ) -> None:
-    """Counters only fall when the process is new; a missing one proves nothing."""
-    assert restarted(before, after) is expected
+    """Several processes behind one port have different counters and start times, and none of them is new."""
+    p = Progress(LIMITS)
+    assert not p.engine(before, 10.0, wall=1000.0)
+    assert p.engine(after, 20.0, wall=1010.0) is expected
+    assert p.last() == ("none", None), "nothing to compare with is no progress"
 
 
 def test_the_bounds_follow_from_floor_and_cap() -> None:
