@@ -65,8 +65,6 @@ MAX_CANARIES: Final = 16
 MAX_SAVED_CANARIES: Final = 64
 MAX_SAVED_PAUSES: Final = 64
 
-# A canary next to users' work that takes longer waited for it.
-ONE_BY_ONE_S: Final = 4.0
 # Canaries in a row that did not pass where none ever has, before none counts as usable.
 MIN_UNUSABLE_CANARIES: Final = 3
 
@@ -234,7 +232,7 @@ class HealthMonitor:
                 self.refusals.settle(event, idle=self._is_engine_idle())
                 if event.outcome == "ok":
                     self.progress.completed((relay, event.id), event.at)
-                self.progress.settled((relay, event.id))
+                self.progress.settled((relay, event.id), event.at)
             case UnreadRequest(on=True):
                 self.progress.unread_opened((relay, event.id), event.at)
             case UnreadRequest():
@@ -296,8 +294,7 @@ class HealthMonitor:
         self.canaries.ended(result, teaches=self.state.state in LEARNING_STATES)
         if result.outcome == "ok":
             if not is_idle:
-                waited = at is not None and at >= result.started and result.ended - result.started > ONE_BY_ONE_S
-                self.progress.canary_beside(self.evidence.outstanding, waited=waited)
+                self.progress.canary_beside(self.evidence.outstanding, result.started, result.ended)
             if self.garbage.observe(result.digest, result.model):
                 self._report_garbage(result.ended)
         return result

@@ -63,6 +63,8 @@ FROZEN_SLACK_S: Final = 2.0
 TOGETHER_S: Final = 2.0
 # Requests that came so soon after the silence began were there with it.
 CLOSE_S: Final = 1.0
+# A canary next to users' work that takes longer waited for it.
+ONE_BY_ONE_S: Final = 4.0
 # Canaries that were answered only after a user was, before an engine counts as one that answers one by one.
 MIN_ONE_BY_ONE: Final = 2
 # A canary is asked so long before a silence withdraws readiness.
@@ -239,6 +241,7 @@ class Progress:
     _explained: float = 0.0  # of it, by the work that was outstanding
     _whole: bool = False  # an answer in one piece was outstanding in it
     _tainted: bool = False  # it was, at some time, doubted, a start or an exemption: it teaches nothing
+    _ended_at: float = 0.0  # the last end of a request
     _first_at: float = 0.0  # the last first token, or answer that counts as one
     _predicted: dict[Key, tuple[float, float]] = field(default_factory=dict)  # admitted at, seconds of prefill
     _timed: dict[Key, tuple[float, str]] = field(default_factory=dict)  # open requests of TIMED_ROUTES: since, route
@@ -285,8 +288,9 @@ class Progress:
         self.learned.answers += 1
         self._mark("delivered", now)
 
-    def settled(self, key: Key) -> None:
+    def settled(self, key: Key, now: float) -> None:
         """A request ended: nothing is predicted for it any more."""
+        self._ended_at = max(now, self._ended_at)
         self._predicted.pop(key, None)
         self._timed.pop(key, None)
 
@@ -309,18 +313,18 @@ class Progress:
         self.unread.pop(key, None)
         if 200 <= status < 300:
             self.completed(key, now)
-        self.settled(key)
+        self.settled(key, now)
 
     def relay_lost(self, relay: int) -> None:
         """A relay died, and its connections with it."""
         self.unread = {key: work for key, work in self.unread.items() if key[0] != relay}
 
-    def canary_beside(self, outstanding: int, *, waited: bool) -> None:
-        """A canary passed next to so many requests of users. `waited`: only after one of them had got something."""
-        if waited:
-            self.learned.one_by_one += 1
-        else:
+    def canary_beside(self, outstanding: int, started: float, ended: float) -> None:
+        """A canary passed next to so many requests of users, none of which it may have waited for."""
+        if self._ended_at < started:
             self.learned.concurrent, self.learned.one_by_one = max(self.learned.concurrent, outstanding), 0
+        elif ended - started > ONE_BY_ONE_S:
+            self.learned.one_by_one += 1
 
     def engine(self, sample: EngineSample, now: float, *, wall: float = 0.0, canary: bool = False) -> bool:
         """Compare the engine's counters with the last reading. Returns True if its process is another one.
@@ -392,7 +396,7 @@ class Progress:
             predicted=bounds.predicted,
             learned=known,
             ask_after=bounds.ask_after,
-            kill_after=bounds.kill_after + extra + (self.limits.blocked if unanswered else 0.0),
+            kill_after=max(bounds.kill_after, bounds.allowed + self.limits.blocked if unanswered else 0.0) + extra,
             hidden=bounds.hidden,
             frozen=age is not None and self._is_frozen(since, now),
             foreign=self._foreign,

@@ -158,7 +158,8 @@ def _has_canary_passed(before: VerdictState, inputs: VerdictInputs) -> bool:
     if inputs.canary is None or inputs.canary.ended <= before.window_at:
         return False
     if before.state == "quiet":
-        return _is_canary_newer(inputs) and _has_canary(inputs, before.engine_since, "ok")
+        began = inputs.now - (inputs.evidence.age or 0.0)
+        return inputs.canary.started >= max(began, before.engine_since) and inputs.canary.outcome == "ok"
     since = max(before.since, before.engine_since)
     is_asked_before = _is_canary_newer(inputs) and inputs.canary.ended >= since  # sent before it was suspect
     if before.state == "suspect" and is_asked_before:

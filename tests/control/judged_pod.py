@@ -72,7 +72,7 @@ class Pod:
                 )
             page = NOTHING if self.page is None else Value(self.page, self.now)
             relay = RelayUse(0, 1, 0, 1, 0.0, 0.1)
-            readings = TickReadings(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered)
+            readings = TickReadings(page, self.gpus, NOTHING, (relay,), None, "vllm", self.unanswered, is_fcfs=True)
             self.control.tick(readings, self.now, WALL + self.now)
             self.states.add(self.state)
             self.ends.extend(self.control.health.take_aborts())

@@ -34,7 +34,7 @@ HERE = StateOrigin("boot-1", "http://127.0.0.1:8000", "default", (4711,))
 
 
 def kept() -> SavedState:
-    learned = LatencyModel()
+    learned = LatencyModel(answers=30)
     for n in range(30):
         learned.first_token(0.5 + n / 100, 0.25)
     policy = kill_policy.KillState(
@@ -43,7 +43,18 @@ def kept() -> SavedState:
     drifted = drift.DriftState(
         "slower", 0.1, 40, drift.Cusum(1.5, 0.0, 3), drift.Cusum(), {"4/0": drift.Baseline(9, -0.1)}
     )
-    return SavedState(learned, (0.2, 0.3), True, 1, stalled=True, allowed=31.5, orders={}, fleet=policy, drift=drifted)
+    return SavedState(
+        learned,
+        (0.2, 0.3),
+        True,
+        1,
+        stalled=True,
+        allowed=31.5,
+        orders={},
+        fleet=policy,
+        canaries_pass=True,
+        drift=drifted,
+    )
 
 
 def file_of(it: SavedState, now: float = 100.0, place: StateOrigin = HERE) -> Any:

@@ -31,6 +31,7 @@ def test_answers_in_one_piece_do_not_shorten_the_patience_with_the_next_one(most
     for _ in range(40):
         in_one_piece(pod, 80, 2.0)
     pod.canaries = "starved"
+    pod.control.health.progress.learned.one_by_one = 2  # as its canaries have shown
     pod.watch()
     id = pod.admit(most=most, stream=False)
     pod.tick(80)
@@ -239,17 +240,16 @@ def test_streams_that_the_engine_no_longer_runs_are_stuck_though_its_counter_mov
     assert pod.reason == "decode_stalled"
 
 
-@pytest.mark.parametrize(
-    ("stream", "most"), [(True, 30), (False, 3 * 4096 * 0.05 + 30)], ids=["streams", "in one piece"]
-)
-def test_a_frozen_engine_that_counts_is_found_under_silent_answers(stream: bool, most: float) -> None:
+@pytest.mark.parametrize("stream", [True, False], ids=["streams", "in one piece"])
+def test_a_frozen_engine_that_counts_is_found_under_silent_answers(stream: bool) -> None:
     """The counter stands still with everything else: that is found no later than where each token is delivered."""
     pod = Pod()
     works(pod, 3, 60.0)
     silent(pod, 3, stream=stream, first=stream)
     pod.tick(100)
     pod.speed = 0.0
-    assert pod.until("stalled", 700) <= most
+    assert pod.until("suspect") <= 15
+    assert pod.until("stalled") <= 80
 
 
 def test_a_counter_that_has_never_moved_is_no_evidence_against_answers_in_one_piece() -> None:
@@ -257,6 +257,7 @@ def test_a_counter_that_has_never_moved_is_no_evidence_against_answers_in_one_pi
     pod = Pod()
     pod.watch()
     works(pod, 1, 0.0)
+    pod.control.health.progress.learned.one_by_one = 2  # as its canaries have shown
     id = pod.admit(most=8000, stream=False)
     pod.tick(400)
     pod.settle(id, 8000)
@@ -283,7 +284,10 @@ def test_streams_are_worked_for_after_the_engine_was_restarted() -> None:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["a stream", "in one piece"])
 def test_a_request_that_the_engine_lost_is_found_next_to_answers_in_one_piece(stream: bool) -> None:
-    """What is generated for answers in one piece excuses a lost request no longer than its client's limit allows."""
+    """What is generated for answers in one piece excuses a lost request no longer than its client's limit allows.
+
+    It waits, so readiness says so, and nothing is ended: it might yet be served.
+    """
     pod = Pod()
     pod.watch()
     works(pod, 4, 80.0, "ok")
@@ -294,6 +298,4 @@ def test_a_request_that_the_engine_lost_is_found_next_to_answers_in_one_piece(st
         for id in running:
             pod.settle(id, 200)
         running = [pod.admit(most=256, stream=False) for _ in range(4)]
-        if pod.ends:
-            break
-    assert pod.ends == [(0, AbortRequests((lost,), "stream_stuck"))]
+    assert lost and not pod.ends and pod.reason == "request_overtaken"

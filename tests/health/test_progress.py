@@ -175,7 +175,7 @@ def test_an_engine_that_computes_as_many_at_once_would_answer_a_canary() -> None
     p = learned()
     two = [item(0.0), item(0.0)]
     assert p.evidence(two, 1.0).kill_after == LIMITS.cap
-    p.canary_beside(2, waited=False)
+    p.canary_beside(2, 0.5, 0.6)
     assert p.evidence(two, 1.0).kill_after == pytest.approx(LIMITS.kill, abs=0.1)
     assert p.evidence([*two, item(0.5)], 1.0).kill_after == LIMITS.cap, "three may be too many"
     assert p.evidence([*two, item(30.0)], 31.0).kill_after < LIMITS.cap, "the third came into the silence"
@@ -185,9 +185,10 @@ def test_an_engine_that_computes_one_by_one_stays_ready_for_a_hidden_answer() ->
     """Its canary waits for the users' answer, as theirs do."""
     p = learned()
     p.learned.token_seconds, p.learned.token_times = 0.05, 1
-    for _ in range(2):
-        p.canary_beside(1, waited=True)
-    e = p.evidence([item(0.0, whole=2000)], 1.0)
+    for at in (10.0, 20.0):
+        p.settled((0, "a"), at + 5.0)
+        p.canary_beside(1, at, at + 5.5)
+    e = p.evidence([item(30.0, whole=2000)], 31.0)
     assert (e.allowed, e.ruled_by) == (100.0, "unknown")
 
 

@@ -9,6 +9,7 @@ from sidecar.health.progress import Evidence
 from sidecar.health.verdict import VerdictInputs, VerdictState, judge
 
 ALLOWED = 8.0
+KILL = 20.0
 
 
 def evidence(now: float, *, age: float | None = None, at: float | None = None, allowed: float = ALLOWED) -> Evidence:
@@ -27,6 +28,7 @@ def evidence(now: float, *, age: float | None = None, at: float | None = None, a
         ruled_by="floor",
         predicted=0.0,
         learned=True,
+        kill_after=KILL,
     )
 
 
