@@ -96,6 +96,7 @@ class OpenStream:
     each: float
     first: bool = False
     tokens: int = 0
+    whole: bool = False  # its answer comes in one piece: whether it waits cannot be seen
     blocked: bool = False
     stuck: bool = False
 
@@ -156,6 +157,7 @@ class StreamTable:
             level=self.balance.level,
             received_at=event.at,
             each=self.balance.each,
+            whole=not event.stream,
         )
 
     def first_token(self, key: Key, event: FirstToken) -> None:
@@ -168,10 +170,13 @@ class StreamTable:
             self.first_tokens += 1
 
     def deliver(self, key: Key, tokens: int, at: float) -> bool:
-        """Tokens reached a client. Returns True when they prove a decode."""
+        """Tokens, or other bytes, reached a client. Returns True when they prove a decode."""
         stream = self.streams.get(key)
-        if stream is None or tokens <= 0:
+        if stream is None:
             return False
+        if tokens <= 0:  # bytes of an answer whose tokens cannot be counted
+            self._receive(stream, at)
+            return stream.first
         stream.tokens += tokens
         self.balance.delivered(tokens, at)
         self._receive(stream, at)
@@ -427,7 +432,10 @@ class OvertakenRequests:
 
     def _is_overtaken(self, stream: OpenStream, learned: LatencyModel) -> bool:
         table = self.table
-        if table.unexplained(stream, learned) <= table.min_silence or table.overtakes(stream) < MIN_OVERTAKES:
+        unseen = table.held_back(stream, learned) if stream.whole else 0.0
+        if table.unexplained(stream, learned) <= max(table.min_silence, unseen):
+            return False
+        if table.overtakes(stream) < MIN_OVERTAKES:
             return False
         early = sum(s.prefill for s in table.streams.values() if not s.first and s.number <= stream.number)
         return table.clock - stream.seen > table.limits.margin * learned.seconds(early)

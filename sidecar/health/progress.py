@@ -63,6 +63,8 @@ FROZEN_SLACK_S: Final = 2.0
 TOGETHER_S: Final = 2.0
 # Requests that came so soon after the silence began were there with it.
 CLOSE_S: Final = 1.0
+# A request that nobody reads and that is answered sooner may need the API process only (/tokenize).
+MIN_UNREAD_WORK_S: Final = 2.0
 # A canary next to users' work that takes longer waited for it.
 ONE_BY_ONE_S: Final = 4.0
 # Canaries that were answered only after a user was, before an engine counts as one that answers one by one.
@@ -309,9 +311,12 @@ class Progress:
         self.admitted(key, None, now, "unread")
 
     def unread_closed(self, key: Key, status: int, now: float) -> None:
-        """It is over; `status` is the engine's, 0 for none."""
-        self.unread.pop(key, None)
-        if 200 <= status < 300:
+        """It is over; `status` is the engine's, 0 for none.
+
+        Only one that took its time shows that the engine works: a living API answers others by itself.
+        """
+        work = self.unread.pop(key, None)
+        if work is not None and 200 <= status < 300 and now - work.since >= MIN_UNREAD_WORK_S:
             self.completed(key, now)
         self.settled(key, now)
 

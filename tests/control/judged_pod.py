@@ -49,6 +49,7 @@ class Pod:
     def __post_init__(self) -> None:
         self.control = ControlState(Settings(engine="http://engine"), Coefficients(), self.now, WALL + self.now)
         self.control.health.progress.learned.answers = 100
+        self.control.health.progress.learned.measured_to = 1.0  # seconds of prefill
         self.tick(5)
         assert self.state == "idle"
 

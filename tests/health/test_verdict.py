@@ -60,28 +60,78 @@ def test_a_silent_hang_is_suspect_then_stalled_once_a_fresh_canary_starved() -> 
     w = World().started()
     w.work_since = w.progress_at = w.now
     w.wait(10)
-    assert w.memory.state == "suspect"
-    w.wait(60)
-    assert w.memory.state == "suspect", "no kill without a confirming canary"
+    assert w.memory.state == "suspect", "readiness goes first"
     w.canary_ends("starved", took=8)
-    assert w.tick().state == "stalled"
+    assert w.wait(9).state == "suspect", "a starved canary does not shorten the silence of a kill"
+    assert w.wait(2).state == "stalled"
     assert w.states() == ["progressing", "quiet", "suspect", "stalled"]
 
 
-def test_a_canary_from_before_the_suspicion_confirms_nothing() -> None:
-    """A canary that was already under way when suspicion arose does not count."""
+def test_without_a_canary_that_tells_silence_takes_three_times_as_long() -> None:
+    """Unknown is never for ever: users' silence alone decides in the end."""
     w = World().started()
     w.work_since = w.progress_at = w.now
-    w.wait(10)
-    w.canary_ends("starved", took=20)
+    assert w.wait(58).state == "suspect", "no kill without a confirming canary"
+    assert w.wait(4).state == "stalled"
+
+
+def test_counters_that_stand_still_confirm_where_no_canary_passes() -> None:
+    """The engine itself says that it has work, and nothing moves."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(19)
+    for _ in range(3):
+        w.now += 0.5
+        seen = replace(evidence(w.now, age=w.now - w.work_since, at=w.progress_at), frozen=True)
+        w.memory, _ = judge(w.memory, VerdictInputs(w.now, seen, can_ask=False))
+    assert w.memory.state == "stalled"
+
+
+def test_a_busy_answer_is_evidence_where_the_counters_stand_still() -> None:
+    """A bounded queue that is full refuses the canary, whether its engine computes or not."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(19)
+    w.canary_ends("busy")
+    assert w.wait(5).state == "suspect"
+    seen = replace(evidence(w.now, age=w.now - w.work_since, at=w.progress_at), frozen=True)
+    assert judge(w.memory, VerdictInputs(w.now, seen, w.canary))[0].state == "stalled"
+
+
+def test_a_canary_from_before_the_silence_confirms_nothing() -> None:
+    """What starved before the last progress says nothing about the silence after it."""
+    w = World().started()
+    w.work_since = w.progress_at = w.now
+    w.wait(21)
+    w.canary_ends("starved", took=30)
     assert w.tick().state == "suspect"
+
+
+def test_an_engine_that_served_and_refuses_everything_is_unready_then_dead() -> None:
+    """A worker lost behind a living front: 404 for all, the canary too."""
+    w = World().started()
+    assert w.tick(refusing=13.0).state == "suspect"
+    assert w.memory.reason == "refuses_work"
+    assert w.tick(refusing=KILL + 1).state == "stalled"
+    assert w.tick(refusing=KILL + 2).state == "stalled"
+
+
+def test_a_process_that_replaced_another_has_a_deadline_to_serve() -> None:
+    """A supervisor in the container started it anew, and it never answers; the pod's own start is kubelet's to judge."""
+    first = World()
+    assert first.tick(start_overdue=True).state == "starting"
+    w = World().started()
+    w.tick(restarted=True)
+    assert w.wait(1000).state == "starting"
+    assert w.tick(start_overdue=True).state == "stalled"
+    assert w.memory.reason == "startup_stuck"
 
 
 def test_stalled_holds_until_something_shows_recovery() -> None:
     """When the clients of a stalled engine gave up, nothing outstanding is not health."""
     w = World().started()
     w.work_since = w.progress_at = w.now
-    w.wait(10)
+    w.wait(21)
     w.canary_ends("starved", took=1)
     w.tick()
     w.work_since = None
@@ -94,20 +144,23 @@ def test_deliveries_bring_a_stalled_engine_back() -> None:
     """Progress of any kind leaves stalled."""
     w = World().started()
     w.work_since = w.progress_at = w.now
-    w.wait(10)
+    w.wait(21)
     w.canary_ends("starved", took=1)
     assert w.tick().state == "stalled"
     w.progress_at = w.now + 0.2
     assert w.tick().state == "progressing"
 
 
-def test_an_idle_hang_needs_two_canaries() -> None:
-    """One lost canary of an idle engine makes suspect; the second, sent since, makes stalled."""
+def test_an_idle_hang_is_stalled_once_no_canary_has_passed_for_the_time_of_a_kill() -> None:
+    """One lost canary of an idle engine makes suspect; more of them, for as long as a kill takes, make stalled."""
     w = World().started()
     w.wait(20)
     w.canary_ends("starved", took=8)
     assert w.tick().state == "suspect"
-    assert w.wait(3).state == "suspect"
+    w.wait(3)
+    w.canary_ends("starved", took=2)
+    assert w.tick().state == "suspect"
+    w.wait(10)
     w.canary_ends("starved", took=2)
     assert w.tick().state == "stalled"
 
@@ -176,7 +229,7 @@ def test_a_stalled_engine_that_is_restarted_is_starting_not_dead() -> None:
     """The restart that was requested closes the port; that is no new death."""
     w = World().started()
     w.work_since = w.progress_at = w.now
-    w.wait(10)
+    w.wait(21)
     w.canary_ends("starved", took=1)
     w.tick()
     w.refused_since, w.work_since = w.now, None
