@@ -6,19 +6,16 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.events import Admitted, Delivered, Event, FirstToken, RelayConnected, RequestBlocked, UnreadRequest
+from sidecar.events import Admitted, Delivered, FirstToken, RequestBlocked, UnreadRequest
 from sidecar.relay import open_requests
-from sidecar.relay.control_link import ControlLink
 from sidecar.relay.engine_io import MAX_REPEATED_BYTES
 from sidecar.relay.unread_call import UnreadCall
-from sidecar.runtime.channel import Channel
 
 from ..waiting import PATIENCE
 from .test_relief import soon
@@ -164,7 +161,7 @@ async def test_a_client_that_does_not_read_is_to_blame_for_the_silence(rig: Any,
             await response.write(b"x" * 65536)
 
     r = await rig(await serve(engine))
-    got = await r.client.post(r.url + "/api/generate")
+    got = await r.client.post(r.url + "/api/chat")
     [on] = await r.emitted.wait(RequestBlocked)
     while len(r.emitted.of(RequestBlocked)) < 2:
         await got.content.readany()
@@ -192,7 +189,8 @@ async def lines_until(
     ("path", "content_type", "piece"),
     [
         ("/api/chat", "application/x-ndjson", b'{"message":{"content":"x"},"done":false}\n'),
-        ("/api/generate", "application/json", b'{"response":"x"}\n'),
+        ("/api/chat", "application/json", b'{"message":{"content":"x"}}\n'),
+        ("/api/generate", "application/x-ndjson", b'{"response":"x"}\n'),
         ("/v1/images/generations", "text/event-stream", b"data: {}\n\n"),
         ("/v1/chat/completions", "application/x-ndjson", b'{"choices":[{"delta":{"content":"x"}}]}\n'),
         ("/v1/chat/completions", "application/json", b'{"choices":[{"delta":{"content":"x"}}]}\n'),
@@ -333,40 +331,3 @@ async def test_the_calls_that_are_reported_are_bounded(rig: Any, serve: Any, mon
             assert got.status == 200
     await r.emitted.wait(UnreadRequest, 2)
     assert marks(r) == [(True, 0), (False, 200)]
-
-
-async def test_a_new_control_process_learns_of_open_calls(rig: Any, serve: Any, tmp_path: Path) -> None:
-    """What is open when control is replaced is told to the next one, and so is its end."""
-    heard: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-    listening: list[Channel] = []
-
-    def control() -> Channel:
-        number = len(listening)
-        listening.append(Channel(lambda record: heard.put_nowait((number, record)), lambda: None))  # type: ignore[arg-type]
-        return listening[-1]
-
-    async def next_unread() -> tuple[int, bool]:
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                number, event = await heard.get()
-                if isinstance(event, UnreadRequest):
-                    return number, event.on
-
-    path = str(tmp_path / "control")
-    server = await asyncio.get_running_loop().create_unix_server(control, path)
-    link = ControlLink(path, lambda at: RelayConnected(at, 0, 1, 0))
-    running = asyncio.create_task(link.run())
-    engine = HeldEngine()
-    r = await rig(await serve(engine), emit=link.send)
-    asked = asyncio.create_task(r.client.post(r.url + "/v1/images/generations", json={}))
-    assert await next_unread() == (0, True)
-    listening[0].close()
-    assert await next_unread() == (1, True)
-    engine.answer.set()
-    async with await asked as got:
-        await got.read()
-    assert await next_unread() == (1, False)
-    running.cancel()
-    await asyncio.wait((running,))
-    await link.close()
-    server.close()
