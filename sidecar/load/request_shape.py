@@ -30,6 +30,22 @@ _TEXT_KEYS: Final = ("text", "content")  # read by engines regardless of the par
 _PRINTED_KEYS: Final = frozenset(("tools", "tool", "arguments"))  # JSON that engines print into the prompt
 _BINARY_KEYS: Final = frozenset(("data", "file_data"))  # base64 in every API: documents, files, embeddings
 _NOT_GENERATIVE: Final = frozenset(("embeddings", "rerank", "score", "pooling", "classify"))
+# Members that make a request wait for something of its own, while later ones are served: a grammar that is compiled, KV
+# blocks or weights that are fetched, a slot. Those of holders are TGI's and SGLang's.
+# vLLM: entrypoints/openai/chat_completion/protocol.py (earlier versions: `guided_*`); SGLang:
+# srt/entrypoints/openai/protocol.py.
+_GRAMMARS: Final = (
+    *("response_format", "structured_outputs", "structural_tag", "json_schema", "regex", "ebnf", "grammar"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object"),
+    *("output_format", "guided_decoding"),  # Anthropic's, TensorRT-LLM's
+)
+_TRANSFERS: Final = (
+    *("kv_transfer_params", "ec_transfer_params", "bootstrap_room", "bootstrap_host", "disaggregated_params"),
+    *("lora_path", "lora_request", "lora", "adapter_id"),  # SGLang's, TensorRT-LLM's, llama.cpp's, TGI's
+    *("routed_dp_rank", "data_parallel_rank"),
+)
+_MAX_PRIORITY: Final = (1 << 63) - 1
+_LINK: Final = ("http://", "https://")
 _STREAM_OPTIONS_ROUTES: Final = frozenset(("chat", "completions"))
 MAX_MODEL_NAME_CHARS: Final = 128
 
@@ -39,7 +55,7 @@ class RequestShape:
     """What a request asks for. `text_bytes` is UTF-8 prompt text, `max_output` the client's limit over all choices.
 
     `script` is the rounded number of bytes per character: 1 for Latin, 2 for Greek, Cyrillic or Arabic, 3 for Chinese,
-    Japanese or Korean.
+    Japanese or Korean. `priority`, `reorders` and `withholds` are those of events.Admitted.
     """
 
     model: str = ""
@@ -55,6 +71,9 @@ class RequestShape:
     audios: int = 0
     videos: int = 0
     ask_usage: bool = False  # add the usage option to a stream, as the client did not
+    priority: int = 0
+    reorders: bool = False
+    withholds: bool = False
 
 
 def describe(
@@ -66,11 +85,13 @@ def describe(
     """
     generative = route not in _NOT_GENERATIVE
     if payload is None:
-        return RequestShape(generative=generative, text_bytes=0 if route == "audio" else body_bytes)
+        text_bytes = 0 if route == "audio" else body_bytes
+        return RequestShape(generative=generative, text_bytes=text_bytes, reorders=True, withholds=True)  # unknown
     model, stream, messages = payload.get("model"), payload.get("stream") is True, payload.get("messages")
     choices, limit = _count(payload.get("n")) or 1, _max_output(payload)
     text_bytes = characters = token_ids = 0
     media: Counter[str] = Counter()
+    fetches = False
     for value in leaves(prompts(payload), read):
         if isinstance(value, str):
             text_bytes += len(value) if value.isascii() else len(value.encode(errors="replace"))
@@ -79,6 +100,7 @@ def describe(
             token_ids += len(value)
         else:
             media[value["type"]] += 1
+            fetches = fetches or _is_fetched(value)
     return RequestShape(
         # JSON may hold lone surrogates, which no report can carry
         model=read(model)[:MAX_MODEL_NAME_CHARS].encode(errors="replace").decode() if isinstance(model, str) else "",
@@ -94,12 +116,85 @@ def describe(
         audios=sum(media[kind] for kind in _AUDIO_TYPES),
         videos=sum(media[kind] for kind in _VIDEO_TYPES),
         ask_usage=stream and route in _STREAM_OPTIONS_ROUTES and _lacks_usage(payload.get("stream_options")),
+        priority=_priority(payload.get("priority")),
+        reorders=fetches or _reorders(payload),
+        withholds=_withholds(payload),
     )
 
 
 def _lacks_usage(options: Any) -> bool:
     """True if the usage was not requested. Options of a wrong type stay as they are, for the engine to reject."""
     return options is None or (isinstance(options, dict) and not options.get("include_usage"))
+
+
+def _priority(value: Any) -> int:
+    """The priority as engines read it, within 64 bits; 0 where it is no number."""
+    try:
+        return 0 if isinstance(value, bool) else max(-_MAX_PRIORITY - 1, min(_MAX_PRIORITY, int(value)))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
+def _reorders(payload: dict[str, Any]) -> bool:
+    """Whether an engine that serves first come, first served may serve later requests before this one."""
+    holders = [payload, *(payload[key] for key in _OUTPUT_HOLDERS if isinstance(payload.get(key), dict))]
+    if any(_is_set(holder.get(name)) for holder in holders for name in (*_GRAMMARS, *_TRANSFERS)):
+        return True
+    # the responses API's, Anthropic's
+    formats = (payload[key].get("format") for key in ("text", "output_config") if isinstance(payload.get(key), dict))
+    slot = payload.get("id_slot")  # llama.cpp's
+    return any(map(_is_set, formats)) or _has_tool_grammar(payload) or (_count(slot) is not None)
+
+
+def _is_set(value: Any) -> bool:
+    """Whether an option asks for something: not null, false, empty, or plain text. 0 may be the name of a room."""
+    if isinstance(value, dict):
+        return value.get("type") != "text" and any(item is not None and item is not False for item in value.values())
+    return value is not None and value is not False and value not in ("", [], "text")
+
+
+def _has_tool_grammar(payload: dict[str, Any]) -> bool:
+    """Whether an engine makes a grammar of the tools: one must be called, or their arguments are checked."""
+    tools, choice = _tools(payload), _choice(payload)
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
+    strict = (holder.get("strict") for holder in (*tools, *functions) if isinstance(holder, dict))
+    return bool(tools) and choice != "none" and (choice not in ("", "auto") or True in strict)
+
+
+def _withholds(payload: dict[str, Any]) -> bool:
+    """Whether an engine may generate tokens that it does not send: a tool's arguments, or hidden thoughts.
+
+    vLLM hides them without `include_reasoning`, which no effort implies; SGLang holds them without `stream_reasoning`.
+    """
+    thinks = payload.get("include_reasoning") is not False and payload.get("stream_reasoning") is not False
+    reasoning = payload.get("reasoning")  # the responses API's
+    efforts = (payload.get("reasoning_effort"), reasoning.get("effort") if isinstance(reasoning, dict) else None)
+    return not thinks or "none" in efforts or (bool(_tools(payload)) and _choice(payload) != "none")
+
+
+def _tools(payload: dict[str, Any]) -> list[Any]:
+    """The tools that a request offers; SGLang takes them from messages, too."""
+    messages = payload.get("messages")
+    holders = (
+        [payload, *(item for item in messages if isinstance(item, dict))] if isinstance(messages, list) else [payload]
+    )
+    offers = (holder.get(name) for holder in holders for name in ("tools", "functions"))
+    return [tool for offer in offers if isinstance(offer, list) for tool in offer]
+
+
+def _choice(payload: dict[str, Any]) -> str:
+    """How tools are chosen: "none", "auto", or another word where one must be called; "" if it is not said."""
+    choice = payload.get("tool_choice") or payload.get("function_call") or ""
+    if isinstance(choice, dict):
+        choice = choice.get("type") or "function"
+    return choice if isinstance(choice, str) else ""
+
+
+def _is_fetched(part: dict[str, Any]) -> bool:
+    """Whether the engine fetches a media part from a link."""
+    sources = (part.get(key) for key in (*_MEDIA_TYPES, "url"))
+    urls = (source.get("url") if isinstance(source, dict) else source for source in sources)
+    return any(isinstance(url, str) and url[:8].lower().startswith(_LINK) for url in urls)
 
 
 def _max_output(payload: dict[str, Any]) -> int | None:

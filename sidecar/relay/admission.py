@@ -16,7 +16,7 @@ from typing import Final
 from aiohttp import web
 
 from sidecar.errors import SidecarError
-from sidecar.events import Admitted, RequestBlocked, RequestSize, Settled, State, Trace, Usage
+from sidecar.events import Admitted, Delivered, RequestBlocked, RequestSize, Settled, State, Trace, Usage
 from sidecar.load.estimator import Estimate
 from sidecar.load.request_shape import RequestShape
 from sidecar.relay.outcomes import ClientStalled, outcome_of, reason_of
@@ -80,6 +80,9 @@ class Admission:
             mu=estimate.mu,
             trace=self.trace,
             tail=estimate.tail,
+            priority=self.shape.priority,
+            reorders=self.shape.reorders,
+            withholds=self.shape.withholds,
         )
 
     @asynccontextmanager
@@ -101,6 +104,12 @@ class Admission:
         if self.scope is not None and self.abort_error is None:
             self.abort_error = error
             self.scope.reschedule(0.0)  # long ago: now
+
+    def report_delivered(self, now: float) -> Delivered:
+        """What was delivered since the last report."""
+        tokens, size = self.unreported_tokens, self.unreported_bytes
+        self.unreported_tokens = self.unreported_bytes = 0
+        return Delivered(self.id, now, tokens, size)
 
     def check_stalled_write(self, now: float, limit: float) -> RequestBlocked | None:
         """Mark a write that waits for the client; abort the request after `limit` seconds."""

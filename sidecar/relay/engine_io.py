@@ -170,9 +170,9 @@ def _session(traces: list[aiohttp.TraceConfig], **options: Any) -> aiohttp.Clien
     )
 
 
-async def stream(content: aiohttp.StreamReader, sent: Callable[[], None]) -> AsyncIterator[bytes]:
-    """A request body as it comes from its client. `sent` is called when the last byte has been written."""
-    while piece := await content.readany():
+async def stream(read: Callable[[], Awaitable[bytes]], sent: Callable[[], None]) -> AsyncIterator[bytes]:
+    """A request body as `read` gets it from its client. `sent` is called when the last byte has been written."""
+    while piece := await read():
         yield piece
     sent()
 

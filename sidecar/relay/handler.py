@@ -146,8 +146,8 @@ class Relay:
                 return await self._preprocess(request)
         elif path == "/metrics" and request.method == "GET" and (page := await self._metrics_page.get()) is not None:
             return web.Response(body=page, headers={"content-type": metrics_page.CONTENT_TYPE, "x-request-id": id})
-        emit, max_bytes = self._open_requests.emit, self._settings.max_body_bytes
-        return await passthrough.forward(request, id, self._engine, emit, max_bytes, self._load_report)
+        max_bytes = self._settings.max_body_bytes
+        return await passthrough.forward(request, id, self._engine, self._open_requests, max_bytes, self._load_report)
 
     async def _work(self, request: web.BaseRequest, route: str, id: str) -> web.StreamResponse:
         """Engine work: one admission, settled before its client gets an error."""

@@ -2,7 +2,8 @@
 
 Rules: an admission settles exactly once, however it ends. Delivered is summed and emitted at most every
 EVENT_FLUSH_INTERVAL_S, by one timer for all streams, which runs only while something is delivered. A second timer runs
-while requests are open, and looks for clients that do not read.
+while requests are open, and looks for clients that do not read. Calls that are passed on unread are reported, too, but
+not ended.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from sidecar.events import Delivered, Event, FirstToken, RequestBlocked, State
+from sidecar.events import Event, FirstToken, RequestBlocked, State
 from sidecar.load.estimator import Estimate
 from sidecar.relay.admission import NO_ESTIMATE, Admission
 from sidecar.relay.client_io import CLIENT_STALL_S
 from sidecar.relay.outcomes import DrainCut, abort_error, stalled
+from sidecar.relay.unread_call import UnreadCall
 
 EVENT_FLUSH_INTERVAL_S: Final = 0.2
 STALL_CHECK_INTERVAL_S: Final = 0.5
 # A verdict is published every second; an older one refuses no request, as when control is gone.
 LOAD_REPORT_STALE_S: Final = 5.0
+# Unread calls that are reported at a time; control and the replay log keep each. While so many are open, later ones go
+# unreported: it is known that there is possible work.
+MAX_UNREAD: Final = 4096
 
 
 class OpenRequests:
@@ -38,8 +43,9 @@ class OpenRequests:
         # ids are unique over relay processes and their restarts; a client's own request id need not be
         self._prefix = os.urandom(4).hex()
         self._counter = itertools.count(1)
-        self._undelivered: set[Admission] = set()
+        self._undelivered: set[Admission | UnreadCall] = set()
         self._open: dict[str, Admission] = {}
+        self._unread: set[UnreadCall] = set()  # those that are reported
         self._flush_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._client_stall = client_stall
@@ -75,8 +81,7 @@ class OpenRequests:
     def settling(self, admission: Admission) -> Iterator[None]:
         """Keep `admission`, whose id is from `new_id`, open for a block, and settle it at the end."""
         self._open[admission.id] = admission
-        if self._stall_timer is None:
-            self._stall_timer = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes)
+        self._watch_clients()
         try:
             yield
         except BaseException as e:
@@ -116,10 +121,47 @@ class OpenRequests:
         admission.bytes += size
         admission.unreported_tokens += tokens
         admission.unreported_bytes += size
-        if tokens:  # pings and comments are no progress of the engine
-            self._undelivered.add(admission)
-            if self._flush_timer is None:
-                self._flush_timer = self._loop.call_later(EVENT_FLUSH_INTERVAL_S, self._flush)
+        # pings and comments of an event stream are no progress of the engine, and neither are errors
+        if tokens or (size and admission.events is None and admission.status < 400):
+            self._report_later(admission)
+
+    # --- calls that are passed on unread ---
+
+    @contextmanager
+    def passing(self, *, is_work: bool) -> Iterator[UnreadCall]:
+        """A call that is with the engine for a block. `is_work`: it may be work, so control learns of it."""
+        call = UnreadCall(self.new_id())
+        if not is_work or len(self._unread) >= MAX_UNREAD:
+            yield call
+            return
+        self._unread.add(call)
+        self._watch_clients()
+        self.emit(call.begin(time.monotonic()))
+        try:
+            yield call
+        finally:
+            self._unread.discard(call)
+            self._undelivered.discard(call)
+            self.emit(call.end(time.monotonic()))
+
+    def receive(self, call: UnreadCall, size: int) -> None:
+        """The engine sent bytes of its answer to `call`."""
+        if call.receive(size, time.monotonic()) and call in self._unread:
+            self._report_later(call)
+
+    def resume(self, call: UnreadCall) -> None:
+        """The client has sent or taken a piece."""
+        if (resumed := call.resume(time.monotonic())) is not None:
+            self.emit(resumed)
+
+    def _report_later(self, source: Admission | UnreadCall) -> None:
+        self._undelivered.add(source)
+        if self._flush_timer is None:
+            self._flush_timer = self._loop.call_later(EVENT_FLUSH_INTERVAL_S, self._flush)
+
+    def _watch_clients(self) -> None:
+        if self._stall_timer is None and (self._open or self._unread):
+            self._stall_timer = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_clients)
 
     def _settle(self, admission: Admission, error: BaseException | None) -> None:
         if not admission.admitted:
@@ -130,19 +172,20 @@ class OpenRequests:
             error = DrainCut()
         self.emit(admission.settle(error, self.verdict, time.monotonic()))
 
-    def _check_stalled_writes(self) -> None:
+    def _check_clients(self) -> None:
         now = time.monotonic()
         for admission in self._open.values():
             if (blocked := admission.check_stalled_write(now, self._client_stall)) is not None:
                 self.emit(blocked)
+        for call in self._unread:
+            if (blocked := call.check_client(now)) is not None:
+                self.emit(blocked)
         self._stall_timer = None
-        if self._open:
-            self._stall_timer = self._loop.call_later(STALL_CHECK_INTERVAL_S, self._check_stalled_writes)
+        self._watch_clients()
 
     def _flush(self) -> None:
         self._flush_timer = None
         now = time.monotonic()
-        for admission in self._undelivered:
-            self.emit(Delivered(admission.id, now, admission.unreported_tokens, admission.unreported_bytes))
-            admission.unreported_tokens = admission.unreported_bytes = 0
+        for source in self._undelivered:
+            self.emit(source.report_delivered(now))
         self._undelivered.clear()

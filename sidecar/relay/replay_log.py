@@ -1,10 +1,10 @@
 """Pure: what a new control process must receive from a relay that outlived the last one.
 
 Every event on its way to control passes here. Kept are: of each open request its admission, its first token, the sum
-of its deliveries, and whether its client is slow to read; of the engine, the calls that paused it, and those still
-open; and settled requests, until control acknowledges them. Replayed in the order of their times, they give a new
-control process the same ledger. What the last one had recorded without acknowledging goes to both; in each, a request
-settles once.
+of its deliveries, and whether its client is slow to read; of each open call that was passed on unread the same, less
+the first token; of the engine, the calls that paused it, and those still open; and settled requests, until control
+acknowledges them. Replayed in the order of their times, they give a new control process the same ledger. What the last
+one had recorded without acknowledging goes to both; in each, a request settles once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sidecar.events import (
     FirstToken,
     RequestBlocked,
     Settled,
+    UnreadRequest,
 )
 
 MAX_SETTLED: Final = 10_000  # settlements kept while there is no control process; about 10 MB
@@ -48,6 +49,10 @@ class ReplayLog:
                     request[type(event)] = event
             case Admitted():
                 self._open[event.id] = {Admitted: event}
+            case UnreadRequest():  # OpenRequests bounds how many are open
+                self._open.pop(event.id, None)
+                if event.on:
+                    self._open[event.id] = {UnreadRequest: event}
             case Settled():
                 self._settled_count += 1
                 if (request := self._open.pop(event.id, None)) is not None:

@@ -26,6 +26,7 @@ from sidecar.events import (
     RelayConnected,
     Settled,
     SettlementsAcked,
+    UnreadRequest,
 )
 from sidecar.relay import process
 from sidecar.runtime.channel import Channel
@@ -189,6 +190,24 @@ async def test_it_outlives_its_control_process(relay_process: Any, serve: Any, e
     assert set(replayed) == {event.id for event in later.of(Settled)} and len(replayed) == 3
     assert {event.id: event for event in emitted.of(Admitted)}.items() <= replayed.items()
     assert {event.outcome for event in later.of(Settled)} == {"ok"}
+
+
+async def test_the_next_control_process_learns_of_open_calls(relay_process: Any, serve: Any, emitted: Any) -> None:
+    """Unread calls that are open when control is replaced are told to the next one, and so are their ends."""
+    url, go_on = await two_step_engine(serve)
+    process = await relay_process(url)
+    async with aiohttp.ClientSession() as client:
+        got = await client.post(process.url + "/v1/images/generations", json={"prompt": "x"})
+        [open_call] = await emitted.wait(UnreadRequest)
+        await process.control.die()
+        process.path.unlink()
+        later = type(emitted)()
+        process.control = await Control.open(process.path, later)
+        assert await later.wait(UnreadRequest) == [open_call]
+        go_on.set()
+        assert await got.read() == EVENT * 2
+        over = (await later.wait(UnreadRequest, 2))[1]
+    assert (over.id, over.on, over.status) == (open_call.id, False, 200)
 
 
 async def test_acknowledged_settlements_are_not_sent_again(relay_process: Any, serve: Any, emitted: Any) -> None:

@@ -15,7 +15,7 @@ from sidecar.runtime import codec
 from sidecar.tools.scripted_engine.server import EngineSettings, ScriptedEngine
 
 from ..waiting import PATIENCE
-from .work import CHAT, FAST, TOKEN, USAGE, once, sse
+from .work import CHAT, FAST, TOKEN, USAGE, echo, once, sse
 
 
 async def test_a_stream_through_a_real_engine(rig: Any) -> None:
@@ -254,3 +254,17 @@ async def test_pings_are_no_progress(rig: Any, serve: Any) -> None:
     assert (settled.first_at, settled.delivered_tokens) == (None, 0)
     assert not r.emitted.of(FirstToken)
     assert not r.emitted.of(Delivered)
+
+
+async def test_an_admission_tells_what_the_body_says_of_its_turn(rig: Any, serve: Any) -> None:
+    """Priority, what may be overtaken and what may be withheld; an encoded body may be all of it."""
+    r = await rig(await serve(echo))
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for body in ({"priority": -7}, {"response_format": {"type": "json_object"}}, {"tools": tools}):
+        async with r.client.post(r.url + "/v1/chat/completions", json={**CHAT, **body}) as got:
+            await got.read()
+    packed, encoded = gzip.compress(b"{}", mtime=0), {"content-encoding": "gzip"}
+    async with r.client.post(r.url + "/v1/chat/completions", data=packed, headers=encoded) as got:
+        await got.read()
+    told = [(event.priority, event.reorders, event.withholds) for event in r.emitted.of(Admitted)]
+    assert told == [(-7, False, False), (0, True, False), (0, False, True), (0, True, True)]

@@ -15,6 +15,7 @@ from sidecar.events import (
     RequestBlocked,
     RequestSize,
     Settled,
+    UnreadRequest,
     Usage,
 )
 from sidecar.load import cost_model
@@ -95,6 +96,25 @@ def test_what_stops_the_engine_or_a_stream_on_purpose_is_told_again_while_it_hol
         Directing(2.5, 2, "weight_update", True),
         RequestBlocked("b", 3.0, False),
     ]
+
+
+def test_calls_that_were_passed_on_unread_are_told_again_while_they_are_open() -> None:
+    """With the sum of their bytes; those that ended are forgotten, and count for no settlement."""
+    outstanding = ReplayLog()
+    for event in (
+        UnreadRequest("a", 1.0, True),
+        UnreadRequest("b", 1.5, True),
+        Delivered("a", 2.0, 0, 20),
+        RequestBlocked("b", 2.5, True),
+        Delivered("a", 3.0, 0, 30),
+        UnreadRequest("b", 4.0, False, 200),
+        Delivered("b", 5.0, 0, 10),
+        admitted("c", 6.0),
+        settled("c", 7.0),
+    ):
+        outstanding.note(event)
+    outstanding.ack(1)
+    assert outstanding.events() == [UnreadRequest("a", 1.0, True), Delivered("a", 3.0, 0, 50)]
 
 
 def test_what_is_kept_is_bounded() -> None:

@@ -370,7 +370,7 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
         ({"sampling_params": {"max_new_tokens": 9}, "text": "abc"}, RequestShape(max_output=9, text_bytes=3)),
         (
             chat({"type": "text", "text": "ab"}, image("http://x")),
-            RequestShape("m", text_bytes=len("userabtext"), messages=1, images=1),
+            RequestShape("m", text_bytes=len("userabtext"), messages=1, images=1, reorders=True),
         ),
         (
             {"messages": [{"content": [{"type": "input_audio", "input_audio": {"data": "A" * 99}}]}]},
@@ -387,7 +387,7 @@ def test_usage_is_asked_only_where_the_client_did_not(options: Any, asked: bool)
                     }
                 ]
             },
-            RequestShape(text_bytes=6, messages=1, videos=1),
+            RequestShape(text_bytes=6, messages=1, videos=1, reorders=True),
         ),
     ],
 )

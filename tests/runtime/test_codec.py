@@ -32,6 +32,8 @@ RECORDS = [
     events.ImagePrepared("r1", 2.0, "jpeg", "ok", 0.02, (("decode", 0.006), ("resize", 0.004)), 1000, 2000),
     events.EnginePauseChanged(1.0, "engine_paused", True),
     events.Directing(1.0, 3, "weight_update", False, True),
+    events.UnreadRequest("r3", 1.0, True),
+    events.UnreadRequest("r3", 2.0, False, 200),
     events.Heartbeat(1.0, 0.001, 3),
     events.MetricsPageRequested(1.0),
     events.MetricsPage(1.0, 'a{b="ü\n"} 1\n'),

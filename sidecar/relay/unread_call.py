@@ -1,0 +1,66 @@
+"""Pure: a request that is passed on unread, and may be work of the engine: image generation, Ollama's `/api/chat`.
+
+Rules: it is the engine's from the first byte that is sent until it ends, however it ends. Bytes of its answer are
+progress, except those of an error or of an answer that takes no time: a server gives those while its engine hangs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar.events import Delivered, RequestBlocked, UnreadRequest
+from sidecar.relay.admission import BLOCKED_WRITE_S
+
+# Calls that read something have no effect on an engine that is worth waiting for.
+WORKING_METHODS: Final = ("POST", "PUT", "PATCH")
+# Pieces over a longer time are made while they are sent. A tokenizer's answer comes at once.
+WHOLE_ANSWER_S: Final = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class UnreadCall:
+    """The state of one call. Times are monotonic seconds."""
+
+    id: str
+    status: int = 0  # the engine's
+    answered_at: float | None = None  # the first byte of the answer's body came
+    reading_since: float | None = None  # it waits for its client's upload
+    writing_since: float | None = None  # it waits for its client to read
+    blocked: bool = False
+    unreported_bytes: int = 0
+
+    def begin(self, now: float) -> UnreadRequest:
+        """The engine gets the request."""
+        return UnreadRequest(self.id, now, True)
+
+    def receive(self, size: int, now: float) -> bool:
+        """Bytes of the answer came. Returns whether they show that the engine works."""
+        if self.answered_at is None:
+            self.answered_at = now
+        self.unreported_bytes += size
+        return self.status < 400 and now - self.answered_at >= WHOLE_ANSWER_S
+
+    def report_delivered(self, now: float) -> Delivered:
+        """The bytes that came since the last report."""
+        size, self.unreported_bytes = self.unreported_bytes, 0
+        return Delivered(self.id, now, 0, size)
+
+    def check_client(self, now: float) -> RequestBlocked | None:
+        """Mark a call that waits for its client."""
+        waits = [since for since in (self.reading_since, self.writing_since) if since is not None]
+        if self.blocked or not waits or now - min(waits) <= BLOCKED_WRITE_S:
+            return None
+        self.blocked = True
+        return RequestBlocked(self.id, now, True)
+
+    def resume(self, now: float) -> RequestBlocked | None:
+        """The client has sent or taken a piece."""
+        if not self.blocked or self.reading_since is not None or self.writing_since is not None:
+            return None
+        self.blocked = False
+        return RequestBlocked(self.id, now, False)
+
+    def end(self, now: float) -> UnreadRequest:
+        """It is over."""
+        return UnreadRequest(self.id, now, False, self.status)
