@@ -6,6 +6,7 @@ Each request is sent once, with a timeout, by the code that `sidecar run` uses.
 from __future__ import annotations
 
 import os
+import re
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ import aiohttp
 import psutil
 
 from sidecar.engines import metrics_parser, model_list, registry
-from sidecar.engines.engine_type import EngineKind
+from sidecar.engines.engine_type import MODELS, EngineKind
 from sidecar.images import vllm_plugin
 from sidecar.images.shm_cache import SHM_DIR
 from sidecar.readings import EngineSample
@@ -35,21 +36,25 @@ async def check(chosen: Settings) -> list[DoctorFinding]:
     headers = {"authorization": f"Bearer {chosen.engine_key}"} if chosen.engine_key else {}
     async with aiohttp.ClientSession(headers=headers, cookie_jar=aiohttp.DummyCookieJar()) as session:
         met = await probe_engine(session, chosen.engine, headers, PAGE_TIMEOUT_S)
-        found = [_reached(met)]
-        if found[0].level == "fail":
-            return found
         name = registry.recognise(met.pages) if chosen.engine_kind == "auto" else chosen.engine_kind
         kind = registry.KINDS[name]
+        found = [_reached(met, kind)]
+        if found[0].level == "fail":
+            return found
+        pages = dict.fromkeys(([kind.metrics_path] if kind.series else []) + list(kind.identity_paths))
+        unread = [path for path in pages if path not in met.status]
+        await request_pages(met, session, chosen.engine, unread, headers, PAGE_TIMEOUT_S)
         found += [_kind(met, name, chosen.engine_kind), _metrics(met, kind), await _canary(session, chosen, kind)]
         found.append(await _rest(session, chosen, kind))
         found.append(shared_memory(chosen, name))
-        await request_pages(met, session, chosen.engine, ("/version",), headers, PAGE_TIMEOUT_S)
         found.append(prepared(chosen, met))
     return [*found, threads(chosen.engine)]
 
 
-def _reached(met: ProbeAnswers) -> DoctorFinding:
-    status = met.status["/v1/models"]
+def _reached(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
+    status = met.status[MODELS]
+    if status == 404 and MODELS not in kind.model_paths:
+        return DoctorFinding("engine", "ok", f"answers as {kind.name} does, without a list of models")
     if status == 0:
         return DoctorFinding("engine", "fail", met.error, "start the engine, or correct --engine")
     if status in (401, 403):
@@ -59,7 +64,7 @@ def _reached(met: ProbeAnswers) -> DoctorFinding:
         return DoctorFinding(
             "engine", "warn", text, "name the canary's model (--canary-model), or wait until the engine is up"
         )
-    names = _models(met.pages["/v1/models"])
+    names = _models(met.pages[MODELS])
     if not names:
         return DoctorFinding("engine", "warn", "/v1/models names no model", "name the canary's model: --canary-model")
     return DoctorFinding(
@@ -79,7 +84,8 @@ def _kind(met: ProbeAnswers, name: str, chosen: str) -> DoctorFinding:
         )
     if name == "openai" and chosen == "auto":
         text = "not recognised: its metrics are not read, silence is judged by its responses alone"
-        return DoctorFinding("engine-kind", "warn", text, "if it is vllm, sglang, tgi or llamacpp, set --engine-kind")
+        kinds = ", ".join(name for name, kind in registry.KINDS.items() if kind.series and name != "scripted")
+        return DoctorFinding("engine-kind", "warn", text, f"if it is one of {kinds}, set --engine-kind")
     return DoctorFinding("engine-kind", "ok", name + ("" if chosen == "auto" else " (as chosen)"))
 
 
@@ -108,9 +114,10 @@ def _metrics(met: ProbeAnswers, kind: EngineKind) -> DoctorFinding:
 
 _CANARY: Final[dict[str, tuple[Level, str]]] = {
     "busy": ("warn", "the engine is full or starting; ask again"),
+    "moot": ("warn", "load a model, or ask again once users have"),
     "rejected": (
         "warn",
-        "set --canary-model or --engine-key, or load a model; without a canary the verdict on silence is `unknown`",
+        "set --canary-model or --engine-key, or load a model; without a canary silence alone is judged, and later",
     ),
     "starved": ("fail", "the engine does not serve; see its log"),
     "failed": ("fail", "the engine does not serve; see its log"),
@@ -124,6 +131,8 @@ async def _canary(session: aiohttp.ClientSession, chosen: Settings, kind: Engine
     if result.outcome == "ok":
         return DoctorFinding("canary", "ok", f"one token in {result.ended - result.started:.2f} s from {result.detail}")
     level, remedy = _CANARY[result.outcome]
+    if result.outcome == "rejected" and re.search(r"HTTP 5(?!01)", result.detail):
+        level, remedy = _CANARY["failed"]
     return DoctorFinding("canary", level, f"{result.outcome}: {result.detail}", remedy)
 
 
