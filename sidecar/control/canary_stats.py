@@ -25,6 +25,6 @@ class CanaryStats:
         self.mu += cost_model.mu(RequestSize(uncached=result.prompt_tokens, output=output), self.co)
         self.tokens += result.prompt_tokens + output
 
-    def use(self, *, garbage: bool) -> CanaryUse:
+    def use(self, *, garbage: bool, usable: bool | None = None) -> CanaryUse:
         """For reports."""
-        return CanaryUse(self.count, self.mu, self.tokens, garbage)
+        return CanaryUse(self.count, self.mu, self.tokens, garbage, usable)

@@ -151,7 +151,7 @@ class ControlState:
             diagnoses=readings.diagnoses,
             kills=health.kill_policy.state.kills_total,
             handover=health.kill_policy.state.handover,
-            canaries=self.canary_stats.use(garbage=health.garbage.found),
+            canaries=self.canary_stats.use(garbage=health.garbage.found, usable=health.canary_usable),
             prices=self.coefficients.use(),
         )
 

@@ -57,6 +57,7 @@ CLOCK_JUMP_S: Final = 5.0
 HEARTBEAT_STALE_S: Final = 4.0
 MAX_VERDICT_CHANGES: Final = 50
 MAX_CANARIES: Final = 16
+UNUSABLE_CANARIES: Final = 3
 MAX_SAVED_CANARIES: Final = 64
 MAX_SAVED_PAUSES: Final = 64
 
@@ -129,6 +130,8 @@ class CanaryRecord:
     passed_at: float | None = None
     touched: float = 0.0  # a canary was under way then: counters that moved may be its own
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_CANARIES))
+    unproven: int = 0  # in a row that were rejected or starved, in a form that never passed
+    usable: bool | None = None  # whether any passes in this process of the engine
 
 
 class HealthMonitor:
@@ -240,6 +243,7 @@ class HealthMonitor:
         if result.outcome in ("failed", "starved") and at is not None and at > result.started:
             result = replace(result, outcome="moot")
         canaries = self.canaries
+        self._note_usable(result)
         if result.outcome == "ok":
             canaries.seconds.append(result.ended - result.started)
             canaries.passed_at = result.ended
@@ -247,6 +251,20 @@ class HealthMonitor:
                 self._report_garbage(result.ended)
         canaries.last, canaries.since, canaries.touched = result, None, result.ended
         return result
+
+    @property
+    def canary_usable(self) -> bool | None:
+        """Whether a canary has passed in this process of the engine; None before anything speaks for or against it."""
+        return self.canaries.usable
+
+    def _note_usable(self, result: CanaryResult) -> None:
+        canaries = self.canaries
+        if result.outcome == "ok":
+            canaries.usable, canaries.unproven = True, 0
+        elif result.outcome in ("rejected", "starved") and not result.known and canaries.usable is not True:
+            canaries.unproven += 1
+            if canaries.unproven >= UNUSABLE_CANARIES:
+                canaries.usable = False
 
     def _report_garbage(self, now: float) -> None:
         """Append an entry to the verdict history; the verdict itself does not change."""
@@ -425,6 +443,7 @@ class HealthMonitor:
             self.garbage.reset()
         if state == "starting" and (before.state != "starting" or condition == "restarted"):
             self.canaries.seconds.clear()
+            self.canaries.usable, self.canaries.unproven = None, 0
             self.used_model = ""
             self.partial_hangs.reset()
             self.exemptions.clear()

@@ -17,7 +17,7 @@ from sidecar.readings import Absent, EngineSample, Failed, GpuSample, ProcessSam
 from sidecar.report import load_json, prometheus
 from sidecar.report.metrics import METRICS, Metrics
 from sidecar.report.prometheus import PLAIN_CONTENT_TYPE, MetricsPages, merge_pages
-from sidecar.snapshot import ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
+from sidecar.snapshot import CanaryUse, ImageUse, Load, PriceUse, RelayUse, ShadowUse, Snapshot
 
 LOAD = Load(
     mu_in_flight=3.2,
@@ -77,6 +77,7 @@ SNAPSHOT = Snapshot(
     canary_outstanding_since=None,
     changes=(),
     diagnoses=(),
+    canaries=CanaryUse(usable=True),
     prices=PriceUse("calibrated", margin=0.2, terms=(("decode", 60.0),), line=(("alpha", 0.1),), windows=3),
 )
 ENGINE_PAGE = """# HELP vllm:num_requests_waiting Waiting.
