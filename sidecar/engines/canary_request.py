@@ -142,6 +142,10 @@ class CanaryForms:
             return False
         if status == 400 and TRANSFER_WORD in text.lower():
             tried.has_transfer = True
+        if status not in OTHER_FORM:  # of a priority, or of an engine that loads: one without it is asked next
+            if status not in BUSY:
+                self.failed(form, model)
+            return True
         if form == tried.passed:
             was_doubted, tried.is_doubted = tried.is_doubted, True
             return was_doubted

@@ -21,12 +21,17 @@ ROWS = [row for row in vars(canary_rows).values() if isinstance(row, CanaryRow)]
 MAX_POSTS = 12
 
 
-def tried(kind: str, priority: int | None = None, route: str = "") -> list[CanaryForm]:
-    """All forms, in the order in which an engine that refuses each of them gets them."""
-    forms, asked = CanaryForms(KINDS[kind], priority), []
+def tried_of(forms: CanaryForms, route: str = "") -> list[CanaryForm]:
+    """All forms that are left, in the order in which an engine that refuses each of them gets them."""
+    asked: list[CanaryForm] = []
     while form := forms.next_form("m", route, asked):
         asked.append(form)
     return asked
+
+
+def tried(kind: str, priority: int | None = None, route: str = "") -> list[CanaryForm]:
+    """All forms of a kind, in their order."""
+    return tried_of(CanaryForms(KINDS[kind], priority), route)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,6 +151,14 @@ def test_a_full_engine_is_not_taken_for_one_that_refuses_a_known_priority() -> N
     form = CanaryForm(COMPLETIONS, 9)
     forms.passed(form, "m")
     assert not any(forms.refused(form, "m", status) for status in (500, 503, 500, 503))
+
+
+def test_a_priority_is_not_lost_while_the_engine_loads() -> None:
+    """503 is also what an engine answers that loads: the form with the priority stays the first, until 500s end it."""
+    forms = CanaryForms(KINDS["vllm"], 9)
+    form = CanaryForm(COMPLETIONS, 9)
+    assert all(forms.refused(form, "m", 503) for _ in range(5)) and forms.next_form("m") == form
+    assert all(forms.refused(form, "m", 500) for _ in range(MAX_FAILURES)) and form not in tried_of(forms)
 
 
 def test_members_for_the_moment_are_merged() -> None:
