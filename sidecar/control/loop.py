@@ -240,7 +240,7 @@ class ControlLoop:
         self.sinks.fan_out.on_decision(result)
         if garbage.found and not before:
             _log.warning("garbage_output: %s", GARBAGE)
-        is_known = result.outcome == "rejected" and last is not None and last.detail == result.detail
+        is_known = result.outcome in ("rejected", "moot") and last is not None and last.detail == result.detail
         if result.outcome not in ("ok", "refused") and not is_known:
             _log.warning("canary %s: %s", result.outcome, result.detail)
 

@@ -180,8 +180,8 @@ class CanarySignal:
     def _no_model(self, choice: Choice, known: bool) -> Ended | None:
         if choice.model:
             return None
-        if choice.is_unloaded:
-            return "moot", choice.why, None, False
+        if choice.is_unloaded and known:
+            return "moot", choice.why, None, False  # before one has passed, the start must not wait for a model
         return "rejected", choice.why, None, known and choice.why == NONE_NAMED
 
     def _is_known(self) -> bool:
